@@ -1,0 +1,78 @@
+"""Everything memstate_sa raises on purpose; the docstring is the default message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class MemstateError(Exception):
+    """memstate_sa could not do what was asked."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (type(self).__doc__ or "").strip())
+
+
+class ValidationFailed(MemstateError):
+    """The fact does not satisfy its schema; nothing was written.
+
+    ``errors`` is Pydantic's own error list, without the offending input, ready to hand back to a model.
+    """
+
+    def __init__(self, message: str | None = None, *, errors: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.errors = list(errors)
+
+
+class ConflictError(MemstateError):
+    """Another change is in the way; nothing was written.
+
+    ``changes`` holds the `Change` objects in the way, where there are any.
+    """
+
+    def __init__(self, message: str | None = None, *, changes: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.changes = list(changes)
+
+
+class NotFound(MemstateError):
+    """No such fact."""
+
+
+class HistoryMissing(MemstateError):
+    """The log does not reach back that far."""
+
+
+class UntrackedWrite(MemstateError):
+    """This write to a tracked table would bypass the log and the index."""
+
+
+class IndexMismatch(MemstateError):
+    """The index was built with another embedder, dimension or distance."""
+
+
+class DeliveryError(MemstateError):
+    """The index could not be brought up to date."""
+
+
+class DeliveryRetryable(DeliveryError):
+    """The index or the embedder is unavailable; the same call may succeed later.
+
+    ``retry_after_s`` is how long the provider asked to be left alone, or None.
+    """
+
+    def __init__(self, message: str | None = None, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeliveryRejected(DeliveryError):
+    """The index or the embedder refused these points, and would refuse them again."""
+
+
+class MissingExtra(MemstateError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; run: pip install 'memstate-sa[{extra}]'")
+        self.extra = extra

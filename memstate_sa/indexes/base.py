@@ -1,0 +1,115 @@
+"""The port to a vector index: what memstate_sa asks of one, and what it hands over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector: TypeAlias = NDArray[np.float32]
+Scalar: TypeAlias = str | int | float | bool | None
+Filter: TypeAlias = Mapping[str, Any]
+"""A condition on point metadata: ``{"role": {"$eq": "tip"}}``, combined with ``{"$and": [...]}`` and ``{"$or": [...]}``.
+
+Operators: ``$eq``, ``$in``, ``$gt``, ``$gte``, ``$lt``, ``$lte``. A missing or None value matches none of them.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One fact as an index stores it.
+
+    ``vector`` has shape ``(dimension,)``; ``fingerprint`` identifies the content the vector was made from; ``epoch`` is
+    the claim under which it is written (an index that can fence refuses a lower one); ``text`` is set only with
+    ``store_text=True``.
+    """
+
+    id: str
+    vector: Vector
+    fingerprint: str
+    epoch: int = 0
+    metadata: Mapping[str, Scalar] = field(default_factory=dict)
+    text: str | None = None
+
+
+class Match(NamedTuple):
+    """A neighbour of a query vector; ``distance`` is the cosine distance, 0 identical to 2 opposite."""
+
+    id: str
+    distance: float
+    fingerprint: str
+
+
+class Entry(NamedTuple):
+    """A stored point as `VectorIndex.scan` lists it."""
+
+    id: str
+    fingerprint: str
+
+
+class Stored(NamedTuple):
+    """A stored point with its vector, as `VectorIndex.get` returns it."""
+
+    id: str
+    fingerprint: str
+    vector: Vector
+
+
+@runtime_checkable
+class VectorIndex(Protocol):
+    """What a vector index must do; implement it to bring your own.
+
+    Every call may come from any thread. Writes are idempotent: the last upsert of an id wins, and deleting an absent id
+    is not an error. Failures are raised as `DeliveryRetryable` (unavailable, try again) or `DeliveryRejected` (these
+    points are refused), chained from the vendor's error.
+    """
+
+    @property
+    def incarnation(self) -> str:
+        """Identifies this content's lifetime: it changes when the index was lost, emptied or swapped, so that the relay
+        refills it. An index that does not outlive its process makes up a new one each time."""
+        ...
+
+    @property
+    def max_batch(self) -> int:
+        """The most points one `upsert`, and the most ids one `delete` or `get`, may carry."""
+        ...
+
+    def open(self, *, embedder: str, dimension: int) -> None:
+        """Create the index, or check that the stored one fits. Idempotent; called before anything else.
+
+        ``embedder`` is `Embedder.fingerprint`. Raises IndexMismatch, naming both sides, when the stored index was built
+        by another embedder, with another dimension, or with a distance that is not cosine.
+        """
+        ...
+
+    def upsert(self, points: Sequence[Point]) -> None:
+        """Store *points*, replacing vector, fingerprint, text and all metadata of ids already there."""
+        ...
+
+    def delete(self, ids: Sequence[str]) -> None: ...
+
+    def query(
+        self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
+    ) -> list[Match]:
+        """The *limit* nearest points, nearest first, among *ids* and satisfying *where* when given.
+
+        Fewer than *limit* means that there are no more.
+        """
+        ...
+
+    def get(self, ids: Sequence[str]) -> list[Stored]:
+        """The stored points among *ids*, in any order; absent ones are left out."""
+        ...
+
+    def scan(self, after: str | None, limit: int) -> list[Entry]:
+        """Up to *limit* entries with an id greater than *after*, ordered by id (code point order).
+
+        Points that memstate_sa did not write are left out. An empty list means the end.
+        """
+        ...
+
+    def close(self) -> None: ...
