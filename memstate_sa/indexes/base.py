@@ -9,12 +9,17 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from memstate_sa.errors import DeliveryRejected
+
 Vector: TypeAlias = NDArray[np.float32]
 Scalar: TypeAlias = str | int | float | bool | None
 Filter: TypeAlias = Mapping[str, Any]
-"""A condition on point metadata: ``{"role": {"$eq": "tip"}}``, combined with ``{"$and": [...]}`` and ``{"$or": [...]}``.
+"""A condition on point metadata: ``{"role": {"$eq": "tip"}}``, combined with ``{"$and": [...]}`` and
+``{"$or": [...]}``.
 
 Operators: ``$eq``, ``$in``, ``$gt``, ``$gte``, ``$lt``, ``$lte``. A missing or None value matches none of them.
+Strings, booleans and numbers never equal each other (True is not 1, but 1 is 1.0), and only numbers are ordered. NaN
+and infinity are stored as None.
 """
 
 
@@ -113,3 +118,21 @@ class VectorIndex(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def matrix(vectors: Sequence[Vector], dimension: int, names: Sequence[str]) -> NDArray[np.float32]:
+    """*vectors* as one matrix of shape ``(n, dimension)``.
+
+    Raises DeliveryRejected, with its name, for a vector of another shape or with NaN or infinity: one of those in an
+    index makes every distance to it meaningless.
+    """
+    rows = np.empty((len(vectors), dimension), dtype=np.float32)
+    for row, vector, name in zip(rows, vectors, names, strict=True):
+        shape = np.shape(vector)
+        if shape != (dimension,):
+            raise DeliveryRejected(f"the vector of {name} has shape {shape}; this index holds ({dimension},)")
+        with np.errstate(over="ignore"):  # a float64 too large for float32 becomes infinity, refused below
+            row[:] = vector
+        if not np.isfinite(row).all():
+            raise DeliveryRejected(f"the vector of {name} holds NaN or infinity")
+    return rows

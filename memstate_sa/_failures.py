@@ -1,0 +1,73 @@
+"""Which failures of a vendor's client are worth another try; decided by type and status, never by text. Pure."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from memstate_sa.errors import DeliveryError, DeliveryRejected, DeliveryRetryable
+
+# Refused credentials are the operator's to mend, not a fault of the points: they must not end as dead letters.
+_RETRYABLE_STATUS = frozenset({401, 403, 408, 409, 425, 429})
+
+
+def retryable_status(status: int) -> bool:
+    """Whether a request answered with this HTTP status may succeed later, unchanged."""
+    return status in _RETRYABLE_STATUS or status >= 500
+
+
+def delivery_error(error: BaseException, message: str, *, unknown: type[DeliveryError]) -> DeliveryError:
+    """What to raise ``from`` *error*; *unknown* where neither a status nor a type along its chain tells.
+
+    Clients wrap: Chroma raises a bare Exception while handling httpx's error, SDKs raise their own from a socket's. So
+    the whole chain is asked, outermost first; an HTTP status outranks a connection error. The vendor's text is left to
+    the chained error: it may quote the fact.
+    """
+    chain = list(_chain(error))
+    text = f"{message}: {type(error).__name__}"
+    for link in chain:
+        response = getattr(link, "response", None)
+        status = getattr(response, "status_code", getattr(link, "status_code", None))
+        if isinstance(status, int):
+            if retryable_status(status):
+                return DeliveryRetryable(text, retry_after_s=_retry_after_s(getattr(response, "headers", None)))
+            return DeliveryRejected(text)
+    if any(isinstance(link, _unavailable()) for link in chain):
+        return DeliveryRetryable(text)
+    return unknown(text)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    for _ in range(20):  # a chain can be made circular
+        if link is None:
+            return
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _unavailable() -> tuple[type[BaseException], ...]:
+    # JSONDecodeError: a gateway's error page where an answer was due. httpx errors are no OSErrors; a client that was
+    # never imported raised nothing.
+    clients = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+    return (OSError, json.JSONDecodeError, *(client.TransportError for client in clients))
+
+
+def _retry_after_s(headers: Any) -> float | None:
+    """The Retry-After header, seconds or an HTTP date, as seconds from now."""
+    value = headers.get("retry-after") if headers is not None else None
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        at = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

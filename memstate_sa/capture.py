@@ -1,0 +1,607 @@
+"""Session events -> log and outbox, on the caller's connection, in the caller's transaction.
+
+Mapper events note which keys a flush touches; after the flush the rows themselves are read back, and their images are
+logged. What the database computed, rounded or defaulted is thereby in the image, and a SAVEPOINT that rolls back takes
+exactly its own entries with it: the database is the buffer. (Reading attributes, or collecting until commit, is wrong
+in most random histories.)
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from pydantic import ValidationError
+from sqlalchemy import Select, Table, delete, event, insert, inspect, select, type_coerce
+from sqlalchemy.engine import Connection, CursorResult, Engine, IteratorResult, Result
+from sqlalchemy.engine.result import SimpleResultMetaData
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction, scoped_session, sessionmaker
+from sqlalchemy.orm.attributes import NO_VALUE
+from sqlalchemy.sql import ClauseElement
+from sqlalchemy.sql.dml import UpdateBase
+
+from memstate_sa import tables
+from memstate_sa.changes import Entry, fold, new_tx
+from memstate_sa.codec import decode_key
+from memstate_sa.columns import RAW, TableColumns
+from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
+from memstate_sa.facts import Tracked, check_single_table, unique_value
+from memstate_sa.outbox import as_array, known_keys, log_rows, outbox_rows, take_write_lock
+from memstate_sa.schemas import failure
+from memstate_sa.tables import utcnow
+
+
+class UntrackedWriteWarning(UserWarning):
+    """A write to a tracked table bypassed the log (``on_untracked="warn"``)."""
+
+
+class Registry:
+    """The tracked classes of one Memory."""
+
+    def __init__(self) -> None:
+        self._by_mapper: dict[Mapper[Any], Tracked | None] = {}
+        self.by_entity: dict[str, Tracked] = {}
+        self.by_table: dict[Table, Tracked] = {}
+
+    def add(self, tracked: Tracked) -> None:
+        other = self.by_entity.get(tracked.entity)
+        if other is not None:
+            raise MemstateError(f"entity {tracked.entity!r} is already tracked, by {other.model.__name__}")
+        if tracked.table in self.by_table:
+            raise MemstateError(
+                f"table {tracked.table.fullname} is already tracked, by {self.by_table[tracked.table].model.__name__}; "
+                "tracking a base class tracks its subclasses"
+            )
+        self.by_entity[tracked.entity] = tracked
+        self.by_table[tracked.table] = tracked
+        self._by_mapper = {**{m: t for m, t in self._by_mapper.items() if t is not None}, tracked.mapper: tracked}
+
+    def find(self, mapper: Mapper[Any]) -> Tracked | None:
+        """What tracks *mapper*, itself or through a base class."""
+        try:
+            return self._by_mapper[mapper]
+        except KeyError:
+            bases = mapper.iterate_to_root()
+            found = next((self._by_mapper[base] for base in bases if self._by_mapper.get(base) is not None), None)
+            if found is not None and mapper.persist_selectable is not found.table:
+                check_single_table(mapper, found.table)
+                raise UntrackedWrite(f"{mapper.class_.__name__} has a table of its own, which is not tracked")
+            self._by_mapper[mapper] = found
+            return found
+
+    def of(self, model: type[Any]) -> Tracked:
+        """What tracks the class *model*. Raises MemstateError when nothing does."""
+        mapper = inspect(model, raiseerr=False)
+        found = self.find(mapper) if isinstance(mapper, Mapper) else None
+        if found is None:
+            name = getattr(model, "__name__", repr(model))
+            raise MemstateError(f"{name} is not tracked by this Memory; memory.track({name}, text=…) does that")
+        return found
+
+
+@dataclass
+class _Flush:
+    """What one flush touches, while it runs."""
+
+    context: Any
+    existed: dict[Tracked, dict[tuple[Any, ...], bool]] = field(default_factory=dict)
+    updated: list[tuple[Tracked, Any, tuple[Any, ...], tuple[Any, ...]]] = field(default_factory=list)
+    baselines: list[Entry] = field(default_factory=list)
+    checked: bool = False
+
+
+@dataclass
+class Unit:
+    """What we know of one Session's open transaction."""
+
+    tx: str = field(default_factory=new_tx)
+    actor: str | None = None
+    reason: str | None = None
+    session_id: str | None = None
+    flush: _Flush | None = None
+    own_writes: int = 0
+    logged: bool = False
+    sealed: bool = False
+    armed: bool = False
+    connections: list[Connection] = field(default_factory=list)
+
+    @property
+    def labels(self) -> dict[str, str | None]:
+        return {"actor": self.actor, "reason": self.reason, "session_id": self.session_id}
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Statements in here are ours: the guard lets them pass."""
+        self.own_writes += 1
+        try:
+            yield
+        finally:
+            self.own_writes -= 1
+
+
+class Capture:
+    """The listeners of one Memory. It holds no Session alive, and touches none it was not attached to."""
+
+    def __init__(self, registry: Registry, committed: Callable[[], None]) -> None:
+        self._registry = registry
+        self._committed = committed
+        self._units: WeakKeyDictionary[Session, Unit] = WeakKeyDictionary()
+        self._guarded: WeakSet[Engine] = WeakSet()
+        self._active: WeakKeyDictionary[Connection, Unit] = WeakKeyDictionary()
+        self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.mapper_listeners = {
+            "before_update": self._before_write,
+            "before_delete": self._before_write,
+            "after_insert": self._after_insert,
+            "after_update": self._after_update,
+            "after_delete": self._after_delete,
+        }
+        self.session_listeners = {
+            "after_begin": self._after_begin,
+            "before_flush": self._before_flush,
+            "after_flush": self._after_flush,
+            "do_orm_execute": self._do_orm_execute,
+            "before_commit": self._before_commit,
+            "after_commit": self._after_commit,
+            "after_rollback": self._after_rollback,
+            "after_transaction_end": self._after_transaction_end,
+        }
+
+    # -- wiring ----------------------------------------------------------------------------------------------------
+
+    def track(self, tracked: Tracked) -> None:
+        self._registry.add(tracked)
+        for name, listener in self.mapper_listeners.items():
+            event.listen(tracked.model, name, listener, raw=True, propagate=True)
+
+    def attach(self, target: Any) -> None:
+        """Listen to the Sessions of *target*. Idempotent."""
+        target = self._sync_target(target)
+        if target in self._attached:
+            return
+        for name, listener in self.session_listeners.items():
+            event.listen(target, name, listener)
+        self._attached.add(target)
+
+    def _sync_target(self, target: Any) -> Any:
+        if isinstance(target, type) and issubclass(target, Session):
+            return target
+        if isinstance(target, (sessionmaker, Session)):
+            return target.class_ if isinstance(target, sessionmaker) else target
+        if isinstance(target, scoped_session):
+            return self._sync_target(target.session_factory)
+        if type(target).__module__.startswith("sqlalchemy.ext.asyncio"):
+            return self._async_target(target)
+        raise TypeError(
+            f"cannot attach to {target!r}; give a sessionmaker, a Session class, a scoped_session or an "
+            "async_sessionmaker"
+        )
+
+    def _async_target(self, target: Any) -> Any:
+        from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
+
+        if isinstance(target, AsyncSession):
+            return target.sync_session
+        if isinstance(target, async_scoped_session):
+            return self._async_target(target.session_factory)
+        if not isinstance(target, async_sessionmaker):
+            raise TypeError(f"cannot attach to {target!r}; give the async_sessionmaker")
+        current = target.kw.get("sync_session_class") or target.class_.sync_session_class
+        if current in self._attached:
+            return current
+        # By default the class is SQLAlchemy's own Session: listening on it would attach every Session of the process.
+        own = type("MemstateSession", (current,), {})
+        target.configure(sync_session_class=own)
+        return own
+
+    def is_attached(self, session: Session) -> bool:
+        return session in self._attached or any(base in self._attached for base in type(session).__mro__)
+
+    # -- the open transaction ----------------------------------------------------------------------------------------
+
+    def unit(self, session: Session) -> Unit:
+        unit = self._units.get(session)
+        if unit is None:
+            unit = self._units[session] = Unit()
+        return unit
+
+    def open_unit(self, session: Session) -> Unit | None:
+        """What is known of the transaction *session* has open, or None."""
+        return self._units.get(session)
+
+    def _after_begin(self, session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+        unit = self.unit(session)
+        if connection not in unit.connections:
+            unit.connections.append(connection)
+        self._active[connection] = unit
+        if connection.engine not in self._guarded:
+            self._guarded.add(connection.engine)
+            event.listen(connection.engine, "before_execute", self._guard)
+
+    def _before_commit(self, session: Session) -> None:
+        if session.in_nested_transaction():  # fires at every SAVEPOINT release too
+            return
+        session.flush()  # the commit's own flush comes after this event
+        unit = self._units.get(session)
+        if unit is None or not unit.logged:
+            return
+        if not unit.sealed and any(unit.labels.values()):
+            self.write_header(unit.connections[-1], unit.tx, unit.labels)
+            unit.sealed = True
+        unit.armed = True
+
+    def _after_commit(self, session: Session) -> None:
+        unit = self._units.get(session)
+        if unit is not None and unit.armed and not session.in_nested_transaction():
+            self._committed()
+
+    def _after_rollback(self, session: Session) -> None:
+        """A transaction, a SAVEPOINT, or a flush that failed: what it had under way will not happen."""
+        unit = self._units.get(session)
+        if unit is not None:
+            unit.flush = None
+            unit.armed = False
+
+    def _after_transaction_end(self, session: Session, transaction: SessionTransaction) -> None:
+        """The only event that close() and cancellation fire."""
+        if transaction.parent is not None:
+            return
+        unit = self._units.pop(session, None)
+        if unit is not None:
+            for connection in unit.connections:
+                self._active.pop(connection, None)
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def write_header(self, connection: Connection, tx: str, labels: Mapping[str, str | None]) -> None:
+        connection.execute(insert(tables.transaction), {"tx": tx, "at": utcnow(), **labels})
+
+    def write(self, connection: Connection, unit: Unit, entries: Sequence[Entry], *, tx: str | None = None) -> None:
+        """Log *entries* and mark their keys dirty: two INSERTs, whatever their number."""
+        if not entries:
+            return
+        at, tx = utcnow(), tx or unit.tx
+        unit.logged = True
+        with unit.writing():
+            connection.execute(insert(tables.log), log_rows(entries, tx, at))
+            dirty = dict.fromkeys((entry.entity, entry.key) for entry in entries if entry.op != "baseline")
+            if dirty:
+                connection.execute(insert(tables.outbox), outbox_rows(dirty, tx, at))
+            for tracked in {self._registry.by_entity[entity] for entity, _ in dirty}:
+                if tracked.unique_values is not None:
+                    self._write_unique(connection, tracked, entries)
+
+    def _write_unique(self, connection: Connection, tracked: Tracked, entries: Sequence[Entry]) -> None:
+        """Keep the table of unique values in step. Its primary key is what decides between concurrent writers."""
+        unique, columns = tables.unique, tracked.on(connection.dialect)
+        images = {entry.key: entry.image for entry in entries if entry.entity == tracked.entity}
+        keys = list(images)
+        for start in range(0, len(keys), 500):
+            connection.execute(
+                delete(unique).where(unique.c.entity == tracked.entity, unique.c.key.in_(keys[start : start + 500]))
+            )
+        rows = []
+        for key, image in images.items():
+            value = None if image is None else unique_value(tracked, columns.values(dict(image)))
+            if value is not None:
+                rows.append({"entity": tracked.entity, "value": value, "key": key})
+        if rows:
+            try:
+                connection.execute(insert(unique), rows)
+            except IntegrityError as error:
+                raise ConflictError(
+                    f"{tracked.entity}: another fact has the same value of what must be unique"
+                ) from error
+
+    def baselines(
+        self, connection: Connection, unit: Unit, tracked: Tracked, raw_keys: Sequence[tuple[Any, ...]]
+    ) -> list[Entry]:
+        """A baseline entry for each of the rows that the log has not seen, as it is before we change it."""
+        columns = tracked.on(connection.dialect)
+        with unit.writing():
+            take_write_lock(connection)
+        by_key = {columns.encode_key(raw): raw for raw in raw_keys}
+        unknown = self._unknown(connection, tracked, by_key)
+        if not unknown:
+            return []
+        images = columns.read(connection, [by_key[key] for key in unknown], for_update=True)
+        # Whoever held these rows while we waited for the lock may have logged them meanwhile.
+        unknown = self._unknown(connection, tracked, images)
+        return [Entry(tracked.entity, key, "baseline", images[key]) for key in unknown]
+
+    def log_baselines(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> int:
+        """Log, and mark dirty, those rows of *keys* that the log has not seen, outside of any Session; how many."""
+        unit = Unit()
+        entries = self.baselines(connection, unit, tracked, [decode_key(key) for key in keys])
+        self.write(connection, unit, entries)
+        if entries:
+            dirty = [(entry.entity, entry.key) for entry in entries]
+            connection.execute(insert(tables.outbox), outbox_rows(dirty, unit.tx, utcnow()))
+        return len(entries)
+
+    def _unknown(self, connection: Connection, tracked: Tracked, keys: Collection[str]) -> list[str]:
+        known = set(connection.scalars(known_keys, {"entity": tracked.entity, "keys": as_array(keys)}))
+        return [key for key in keys if key not in known]
+
+    def _log_touched(
+        self,
+        connection: Connection,
+        unit: Unit,
+        touched: Mapping[Tracked, Mapping[tuple[Any, ...], bool]],
+        baselines: Sequence[Entry],
+    ) -> None:
+        """Read the rows that were *touched* (driver-level key: whether it existed before) and log what became of them."""
+        entries = list(baselines)
+        for tracked, existed in touched.items():
+            columns = tracked.on(connection.dialect)
+            images = columns.read(connection, list(existed))
+            # Rows first: the server may show a key otherwise than it was given (CHAR padding).
+            keys = dict.fromkeys(images, False) | {columns.encode_key(raw): before for raw, before in existed.items()}
+            for key, op, image in fold(keys, images):
+                if image is not None:
+                    self._check(tracked, columns, op, image)
+                entries.append(Entry(tracked.entity, key, op, image))
+        self.write(connection, unit, entries)
+
+    def _check(self, tracked: Tracked, columns: TableColumns, op: str, image: Mapping[str, Any]) -> None:
+        """What the schema says of the row as the database has it, its own defaults and expressions included."""
+        if tracked.validate is None and tracked.immutable is None:
+            return
+        values = tracked.by_attribute(columns.values(dict(image)))
+        if op == "update" and tracked.immutable is not None and tracked.immutable(values):
+            raise ConflictError(f"a fact of {tracked.entity} is immutable: delete it and add another")
+        if tracked.validate is not None:
+            try:
+                tracked.validate(values)
+            except ValidationError as error:
+                raise failure(tracked.model.__name__, error) or ValidationFailed() from error
+
+    # -- flush -------------------------------------------------------------------------------------------------------
+
+    def _before_flush(self, session: Session, context: Any, instances: Any) -> None:
+        self.unit(session).flush = _Flush(context)
+        for instance in (*session.new, *session.dirty):
+            state: Any = inspect(instance)
+            tracked = self._registry.find(state.mapper)
+            if tracked is not None and tracked.validate is not None:
+                _validate_instance(tracked, state)
+
+    def _flush_of(self, mapper: Mapper[Any], state: Any) -> tuple[Tracked, _Flush, Unit] | None:
+        unit = self._units.get(state.session)
+        if unit is None or unit.flush is None:
+            return None
+        tracked = self._registry.find(mapper)
+        return None if tracked is None else (tracked, unit.flush, unit)
+
+    def _before_write(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
+        """Before the first UPDATE or DELETE: baselines of all rows that this flush will change.
+
+        Not in before_flush, which knows neither orphans nor children whose foreign key a deleted parent nulls.
+        """
+        found = self._flush_of(mapper, state)
+        if found is None or found[1].checked:
+            return
+        _, flush, unit = found
+        flush.checked = True
+        changing: dict[Tracked, list[tuple[Any, ...]]] = {}
+        for other, (_is_delete, listed_only) in flush.context.states.items():
+            if other.key is not None and not listed_only:
+                tracked = self._registry.find(other.mapper)
+                if tracked is not None:
+                    changing.setdefault(tracked, []).append(tracked.on(connection.dialect).raw_key(other.key[1]))
+        for tracked, keys in changing.items():
+            flush.baselines += self.baselines(connection, unit, tracked, keys)
+
+    def _after_insert(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
+        found = self._flush_of(mapper, state)
+        if found is not None:
+            tracked, flush, _ = found
+            key = tracked.on(connection.dialect).raw_key(mapper.primary_key_from_instance(state.obj()))
+            flush.existed.setdefault(tracked, {}).setdefault(key, False)
+
+    def _after_update(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
+        found = self._flush_of(mapper, state)
+        if found is not None:
+            tracked, flush, _ = found
+            raw_key = tracked.on(connection.dialect).raw_key
+            now = raw_key(mapper.primary_key_from_instance(state.obj()))
+            # A row switch (delete and insert of one key) has no identity of its own yet.
+            flush.updated.append((tracked, state, raw_key(state.key[1]) if state.key else now, now))
+
+    def _after_delete(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
+        found = self._flush_of(mapper, state)
+        if found is not None:
+            tracked, flush, _ = found
+            flush.existed.setdefault(tracked, {})[tracked.on(connection.dialect).raw_key(state.key[1])] = True
+
+    def _after_flush(self, session: Session, context: Any) -> None:
+        unit = self.unit(session)
+        flush, unit.flush = unit.flush, None
+        if flush is None:
+            return
+        for tracked, state, old, new in flush.updated:
+            # after_update also fires when no UPDATE was sent. Asked now, because post_update comes after the event.
+            if state.key is None or _has_changes(state):
+                existed = flush.existed.setdefault(tracked, {})
+                existed[old] = True
+                existed.setdefault(new, False)
+        if flush.existed:
+            mapper = next(iter(flush.existed)).mapper
+            connection = session.connection(bind_arguments={"mapper": mapper})
+            self._log_touched(connection, unit, flush.existed, flush.baselines)
+
+    # -- bulk DML ----------------------------------------------------------------------------------------------------
+
+    def _do_orm_execute(self, state: ORMExecuteState) -> Result[Any] | None:
+        if not (state.is_orm_statement and (state.is_insert or state.is_update or state.is_delete)):
+            return None
+        mapper = state.bind_mapper
+        tracked = None if mapper is None else self._registry.find(mapper)
+        if mapper is None or tracked is None:
+            return None
+        if state.session.autoflush:
+            state.session.flush()
+        connection = state.session.connection(bind_arguments=dict(state.bind_arguments))
+        unit = self.unit(state.session)
+        with unit.writing():
+            take_write_lock(connection)
+        capture = self._bulk_insert if state.is_insert else self._bulk_change
+        for _attempt in range(_BULK_ATTEMPTS):
+            savepoint = connection.begin_nested()
+            try:
+                result = capture(state, mapper, tracked, unit, connection)
+            except BaseException:
+                savepoint.rollback()
+                raise
+            if result is not None:
+                savepoint.commit()
+                return result
+            savepoint.rollback()
+        raise ConflictError(
+            f"rows of {tracked.entity} that match this statement keep being committed by others; run the transaction again"
+        )
+
+    def _bulk_insert(
+        self, state: ORMExecuteState, mapper: Mapper[Any], tracked: Tracked, unit: Unit, connection: Connection
+    ) -> Result[Any]:
+        statement: Any = state.statement
+        if statement._post_values_clause is not None or statement._prefixes:
+            self._refuse(tracked, statement, "an upsert may also change rows; write it as session.merge()")
+            with unit.writing():
+                return state.invoke_statement()
+        columns = tracked.on(connection.dialect)
+        keys = [type_coerce(mapper.columns[tracked.attributes[name]], RAW) for name in columns.key_names]
+        with unit.writing():
+            result: Any = state.invoke_statement(statement=statement.returning(*keys))
+            names = list(result.keys())[: -len(keys)]
+            rows = [tuple(row) for row in result.all()]
+        existed = {row[-len(keys) :]: False for row in rows}
+        self._log_touched(connection, unit, {tracked: existed}, ())
+        # Ours, because the RETURNING is: what the caller asked to have returned, and how many rows there were.
+        own: Any = IteratorResult(SimpleResultMetaData(names), iter([row[: -len(keys)] for row in rows]))
+        own.rowcount = len(rows)
+        return own  # type: ignore[no-any-return]
+
+    def _bulk_change(
+        self, state: ORMExecuteState, mapper: Mapper[Any], tracked: Tracked, unit: Unit, connection: Connection
+    ) -> Result[Any] | None:
+        """None when others committed matching rows between our look and the statement: look again."""
+        statement: Any = state.statement
+        columns = tracked.on(connection.dialect)
+        key_attributes = [mapper.columns[tracked.attributes[name]] for name in columns.key_names]
+        if state.is_update and _sets_any(statement, key_attributes):
+            self._refuse(tracked, statement, "it changes primary keys; do that on the objects")
+        keys: list[tuple[Any, ...]]
+        if isinstance(state.parameters, (list, tuple)):
+            if statement._where_criteria:
+                self._refuse(tracked, statement, "give executemany rows their primary keys instead of a WHERE")
+            keys = [
+                columns.raw_key([row[mapper.get_property_by_column(column).key] for column in key_attributes])
+                for row in state.parameters
+            ]
+        else:
+            matching: Select[Any] = select(*(type_coerce(column, RAW) for column in key_attributes))
+            matching = matching.where(*statement._where_criteria).with_for_update(of=tracked.table)
+            keys = [tuple(row) for row in connection.execute(matching, state.parameters or {})]
+        keys = list(dict.fromkeys(keys))
+        baselines = self.baselines(connection, unit, tracked, keys)
+        with unit.writing():
+            result = state.invoke_statement()
+        matched = result.rowcount if isinstance(result, CursorResult) else -1
+        if connection.dialect.name != "sqlite" and matched not in (-1, len(keys)) and not state.is_executemany:
+            return None
+        if state.is_update and isinstance(state.parameters, (list, tuple)):
+            keys = [key for key in keys if columns.encode_key(key) in columns.read(connection, keys)]
+        self._log_touched(connection, unit, {tracked: dict.fromkeys(keys, True)}, baselines)
+        return result
+
+    # -- what cannot be captured ---------------------------------------------------------------------------------------
+
+    def _guard(
+        self,
+        connection: Connection,
+        statement: ClauseElement,
+        multiparams: Any,
+        params: Any,
+        execution_options: Mapping[str, Any],
+    ) -> None:
+        """Sees every Core construct on a Session's connection: bulk_*(), Table.insert(), session.connection()…"""
+        if not isinstance(statement, UpdateBase):
+            return
+        unit = self._active.get(connection)
+        if unit is None or unit.own_writes:
+            return
+        tracked = self._registry.by_table.get(getattr(statement, "table", None))  # type: ignore[arg-type]
+        if tracked is None:
+            return
+        if unit.flush is not None and "compiled_cache" in execution_options:
+            return  # the unit of work's own statement: the flush passes its mapper's cache, nobody else does
+        self._refuse(tracked, statement, "use the Session's objects, or session.execute(insert/update/delete(Model))")
+
+    def _refuse(self, tracked: Tracked, statement: Any, way_out: str) -> None:
+        kind = type(statement).__name__.upper()
+        message = f"{kind} on {tracked.table.fullname} would bypass the log of {tracked.model.__name__}: {way_out}"
+        if tracked.on_untracked == "raise":
+            raise UntrackedWrite(message)
+        warnings.warn(message, UntrackedWriteWarning, stacklevel=2)
+
+
+_BULK_ATTEMPTS = 5
+
+
+def _has_changes(state: Any) -> bool:
+    """Whether a column attribute of *state* differs from what was loaded. Called before the flush is finalised."""
+    columns, values = state.mapper.columns, state.dict
+    for name, before in state.committed_state.items():
+        if name in columns and (before is NO_VALUE or name not in values or _differs(before, values[name])):
+            return True  # without a value now: set by an expression, the database knows
+    return False
+
+
+def _differs(before: Any, after: Any) -> bool:
+    if before is after:
+        return isinstance(after, (dict, list, set))  # edited in place: the old value is gone
+    try:
+        return bool(before != after)
+    except Exception:  # a user type's own comparison
+        return True
+
+
+def _sets_any(statement: Any, columns: Sequence[Any]) -> bool:
+    names = {column.name for column in columns} | {column.key for column in columns}
+    ordered = getattr(statement, "_ordered_values", None) or ()  # SQLAlchemy 2.0; in 2.1 they are among the others
+    given = [*(statement._values or ()), *(column for column, _ in ordered)]
+    return any(getattr(column, "key", column) in names for column in given)
+
+
+def _validate_instance(tracked: Tracked, state: Any) -> None:
+    """Check what is known before SQL is sent; the rest is checked on the row, before the flush is over."""
+    assert tracked.validate is not None
+    values: dict[str, Any] = {}
+    unknown: set[str] = set()
+    for name, column in state.mapper.columns.items():
+        value = state.dict.get(name, NO_VALUE)
+        if isinstance(value, ClauseElement) or hasattr(value, "__clause_element__"):
+            unknown.add(name)
+        elif value is not NO_VALUE:
+            values[name] = value
+        elif state.key is not None or column.default is not None or column.server_default is not None:
+            unknown.add(name)
+        elif column.primary_key:
+            unknown.add(name)
+        else:
+            values[name] = None
+    try:
+        tracked.validate(values)
+    except ValidationError as error:
+        failed = failure(tracked.model.__name__, error, ignoring=frozenset(unknown))
+        if failed is not None:
+            raise failed from error
+
+

@@ -1,0 +1,106 @@
+"""`Change`, and the decisions about changes: folding what one flush did to a key, inverting what a transaction did.
+
+Pure: values in, values out.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+Op: TypeAlias = Literal["baseline", "insert", "update", "delete"]
+Image: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One entry of the log: what one transaction did to one fact.
+
+    ``key`` is the primary key, as a tuple for a composite one; ``before`` and ``after`` are column values by column
+    name, None where the row did not exist. A ``baseline`` records a row that was there before it was tracked.
+    ``reverts`` is the transaction that this entry undoes.
+    """
+
+    id: int
+    tx: str
+    entity: str
+    key: Any
+    op: Op
+    before: Image | None
+    after: Image | None
+    at: datetime
+    actor: str | None = None
+    reason: str | None = None
+    session_id: str | None = None
+    reverts: str | None = None
+
+
+class Entry(NamedTuple):
+    """A log entry about to be written; ``image`` is encoded."""
+
+    entity: str
+    key: str
+    op: Op
+    image: Image | None
+    reverts: str | None = None
+
+
+def new_tx() -> str:
+    """A transaction id: 48 bits of milliseconds, so that neighbours in time are neighbours in the index, and chance."""
+    return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
+
+
+def fold(existed: Mapping[str, bool], images: Mapping[str, Image]) -> Iterable[tuple[str, Op, Image | None]]:
+    """What a flush did to each key it touched, from whether the row was there before and what is there now.
+
+    Only the two ends count: a delete and an insert of one key in one flush are an update, as the table shows it.
+    """
+    for key, before in existed.items():
+        image = images.get(key)
+        if image is not None:
+            yield key, "update" if before else "insert", image
+        elif before:
+            yield key, "delete", None
+
+
+class Step(NamedTuple):
+    """One logged change that is to be undone; ``before`` and ``after`` are encoded images."""
+
+    id: int
+    tx: str
+    entity: str
+    key: str
+    before: Image | None
+    after: Image | None
+
+
+def invert(steps: Sequence[Step]) -> tuple[list[Entry], dict[tuple[str, str], Image | None]]:
+    """The compensating log entries for *steps* (newest first), and the row each key must end up with.
+
+    Every step is undone by an entry of its own, so that the log says which transaction each entry reverts; the table
+    only needs the last of them.
+    """
+    entries = []
+    final: dict[tuple[str, str], Image | None] = {}
+    for step in steps:
+        if step.before is None and step.after is None:
+            continue
+        op: Op = "insert" if step.after is None else "delete" if step.before is None else "update"
+        entries.append(Entry(step.entity, step.key, op, step.before, reverts=step.tx))
+        final[step.entity, step.key] = step.before
+    return entries, final
+
+
+def replay(changes: Iterable[Change]) -> dict[tuple[str, Any], Image]:
+    """The rows that a log, oldest change first, says there are, by (entity, key)."""
+    rows: dict[tuple[str, Any], Image] = {}
+    for change in changes:
+        if change.after is None:
+            rows.pop((change.entity, change.key), None)
+        else:
+            rows[change.entity, change.key] = change.after
+    return rows

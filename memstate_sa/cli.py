@@ -1,0 +1,340 @@
+"""The command line: the demo, and the upkeep of an application's memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from sqlalchemy import Engine, create_engine, inspect
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.orm import Session, sessionmaker
+
+from memstate_sa import Change, Memory, __version__
+from memstate_sa.errors import MemstateError, MissingExtra
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress
+    from rich.table import Table
+except ImportError as error:  # main() tells: raised here, the hint would be buried in the console script's traceback
+    _missing: str | None = str(MissingExtra(error.name or "typer", "cli"))
+else:
+    _missing = None
+    App = Annotated[
+        str,
+        typer.Option(
+            "--app", envvar="MEMSTATE_APP", metavar="MODULE:ATTRIBUTE", help="Your Memory: shop.memory:memory"
+        ),
+    ]
+    Url = Annotated[
+        str, typer.Option("--url", envvar="MEMSTATE_URL", help="Your database: postgresql+psycopg://user@host/shop")
+    ]
+    Model = Annotated[
+        str, typer.Argument(metavar="MODEL", help="A tracked class: its name in the module of --app, or module:Class")
+    ]
+
+_EXAMPLES = 20  # facts of each kind that verify names
+
+
+def main() -> None:
+    """The console script ``memstate-sa``."""
+    if _missing:
+        sys.exit(_missing)
+    application()()
+
+
+def application() -> typer.Typer:
+    app = typer.Typer(
+        help="Facts in SQL, their history and their vectors, in one transaction.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_show_locals=False,  # they hold database URLs
+    )
+    app.callback()(options)
+    for command in (demo, init, relay, status, verify, backfill, log, rollback):
+        app.command()(command)
+    return app
+
+
+def options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+def demo(
+    input_path: Annotated[
+        Path | None,
+        typer.Option("--input", exists=True, dir_okay=False, help="A conversation (JSON lines) or a MemoryBank file."),
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Keep databases, indexes and logs in this new or empty folder.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which index calls fail.")] = 7,
+) -> None:
+    """Play one agent memory twice, by hand and with memstate_sa, through failures and a crash.
+
+    Needs no network and no database server; takes under a minute.
+    """
+    with _explained():
+        try:
+            from memstate_sa.demo.script import run
+        except ModuleNotFoundError as error:
+            raise MissingExtra(error.name or "chromadb", "chroma") from error
+        run(input_path, directory=keep, console=Console(), seed=seed)
+
+
+def init(app: App, url: Url) -> None:
+    """Create the tables of memstate_sa. (With Alembic, use its migrations instead.)"""
+    with _opened(app, url, initialised=False) as (memory, engine):
+        memory.create_tables(engine)
+        Console().print("The tables are there.")
+
+
+def relay(
+    app: App,
+    url: Url,
+    once: Annotated[bool, typer.Option("--once", help="Deliver what is due now, then exit.")] = False,
+    drain: Annotated[bool, typer.Option("--drain", help="Deliver until nothing is pending, then exit.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that --drain may take.")] = 30.0,
+) -> None:
+    """Deliver what commits to the index, until interrupted. Any number of these may run."""
+    if once and drain:
+        raise typer.BadParameter("choose --once or --drain")
+    with _opened(app, url) as (memory, engine):
+        console = Console()
+        courier = memory.relay(engine)
+        if once:
+            console.print(f"{courier.run_once()} keys converged")
+        elif drain:
+            courier.drain(timeout=timeout)
+            console.print("Nothing is pending.")
+        else:
+            with courier:
+                console.print("Delivering; interrupt to stop.")
+                _wait_for_interrupt()
+
+
+def status(app: App, url: Url) -> None:
+    """Show what each index has not been given yet."""
+    with _opened(app, url) as (memory, engine):
+        table = Table("index", "pending", "oldest", "parked", "dead", "")
+        for name, backlog in memory.status(engine).items():
+            oldest = "" if backlog.oldest_s is None else f"{backlog.oldest_s:.1f} s"
+            numbers = (str(backlog.pending), oldest, str(backlog.parked), str(backlog.dead))
+            table.add_row(escape(name), *numbers, "being filled" if backlog.refilling else "")
+        Console().print(table)
+
+
+def verify(
+    app: App,
+    url: Url,
+    repair: Annotated[bool, typer.Option("--repair", help="Deliver again what differs.")] = False,
+) -> None:
+    """Compare every index with the database, by content. Exits with 1 when one differs and was not repaired."""
+    with _opened(app, url) as (memory, engine):
+        console = Console()
+        with Progress(console=console, transient=True) as progress:
+            update = _progress(progress, "comparing")
+            report = memory.verify(engine, repair=repair, progress=update)
+        kinds = ("missing", "ghost", "stale", "pending")
+        found: dict[str, list[tuple[str, object]]] = {kind: getattr(report, kind) for kind in kinds}
+        table = Table("rows checked", *kinds)
+        table.add_row(str(report.checked), *(str(len(facts)) for facts in found.values()))
+        console.print(table)
+        for kind, facts in found.items():
+            for entity, key in facts[:_EXAMPLES]:
+                console.print(f"{kind}: {escape(entity)} {escape(repr(key))}", highlight=False)
+            if len(facts) > _EXAMPLES:
+                console.print(f"{kind}: {len(facts) - _EXAMPLES} more")
+        if report.clean:
+            console.print("[green]Nothing has drifted.[/]")
+        elif repair:
+            console.print("[green]Repaired.[/]")
+        else:
+            console.print("[red]There is drift;[/] --repair delivers these facts again.")
+            raise typer.Exit(1)
+
+
+def backfill(
+    app: App,
+    url: Url,
+    model: Model,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per transaction.")] = 500,
+) -> None:
+    """Take in the rows that were there before their class was tracked. Can be interrupted and run again."""
+    with _opened(app, url) as (memory, engine):
+        console = Console()
+        with Progress(console=console) as progress:
+            update = _progress(progress, model)
+            added = memory.backfill(engine, _model(model, app), batch_size=batch_size, progress=update)
+        console.print(f"{added} rows were new to the log; the relay delivers them.")
+
+
+def log(
+    app: App,
+    url: Url,
+    model: Model,
+    key: Annotated[str | None, typer.Argument(help="Primary key; a JSON array when it is composite.")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Show the last N changes.")] = 20,
+) -> None:
+    """Show the history of one fact, or of all facts of a class."""
+    with _opened(app, url) as (memory, engine), _session(memory, engine) as session:
+        mapped = _model(model, app)
+        changes = memory.history(session, mapped, None if key is None else _key(mapped, key))
+        _print_changes(changes[-limit:])
+        if len(changes) > limit:
+            Console().print(f"The last {limit} of {len(changes)} changes; --limit shows more.")
+
+
+def rollback(
+    app: App,
+    url: Url,
+    steps: Annotated[int, typer.Option(min=1, help="How many transactions to undo, newest first.")] = 1,
+    session_id: Annotated[str | None, typer.Option(help="Only those of this agent session.")] = None,
+    actor: Annotated[str | None, typer.Option(help="Only those of this actor.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be undone, and undo nothing.")] = False,
+) -> None:
+    """Undo the last transactions, as new ones. The vectors follow through the relay."""
+    with _opened(app, url) as (memory, engine), _session(memory, engine) as session:
+        changes = memory.rollback(session, steps, session_id=session_id, actor=actor)
+        if dry_run:
+            session.rollback()
+        else:
+            session.commit()
+        _print_changes(changes)
+        Console().print("Nothing was changed (--dry-run)." if dry_run else f"{len(changes)} changes undone.")
+
+
+# -- parts -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Errors that a user can act on, as a message and exit code 1."""
+    try:
+        yield
+    except MemstateError as error:
+        _fail(str(error))
+    except DBAPIError as error:
+        _fail(f"the database answered: {error.orig}")
+    except SQLAlchemyError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True).print(f"[bold red]Error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+@contextmanager
+def _opened(app: str, url: str, *, initialised: bool = True) -> Iterator[tuple[Memory, Engine]]:
+    memory = _load(app, "--app")
+    if not isinstance(memory, Memory):
+        raise typer.BadParameter(f"{app} is a {type(memory).__name__}, not a Memory", param_hint="--app")
+    engine = _engine(url)
+    try:
+        with _explained():
+            if initialised and not inspect(engine).has_table("memstate_log"):
+                _fail("the tables of memstate_sa are not in this database; `memstate-sa init` or Alembic creates them")
+            yield memory, engine
+    finally:
+        engine.dispose()
+
+
+def _engine(url: str) -> Engine:
+    try:
+        return create_engine(make_url(url))
+    except ArgumentError:  # its message may quote the URL, and that its password
+        problem = "not a SQLAlchemy URL, which looks like sqlite:///app.db or postgresql+psycopg://user@host/app"
+    except NoSuchModuleError as error:
+        problem = str(error)
+    except ModuleNotFoundError as error:
+        problem = f"its driver {error.name} is not installed"
+    raise typer.BadParameter(problem, param_hint="--url")
+
+
+def _load(path: str, option: str) -> Any:
+    """The object at ``module:attribute``, looked for in the working directory first, as uvicorn does."""
+    module, colon, attribute = path.partition(":")
+    if not (module and colon and attribute):
+        raise typer.BadParameter(f"{path!r} is not of the form module:attribute", param_hint=option)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return attrgetter(attribute)(import_module(module))
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(f"cannot import {module!r}: {error}", param_hint=option) from error
+    except AttributeError as error:
+        raise typer.BadParameter(f"{path}: {error}", param_hint=option) from error
+
+
+def _model(name: str, app: str) -> Any:
+    return _load(name if ":" in name else f"{app.partition(':')[0]}:{name}", "MODEL")
+
+
+def _key(model: Any, text: str) -> Any:
+    columns = inspect(model).primary_key
+    try:
+        if len(columns) > 1:
+            return tuple(json.loads(text))
+        kind = columns[0].type.python_type
+        return text if kind is str else kind(text)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise typer.BadParameter(f"{text!r} is not a key of {model.__name__}: {error}", param_hint="KEY") from error
+
+
+@contextmanager
+def _session(memory: Memory, engine: Engine) -> Iterator[Session]:
+    sessions = sessionmaker(engine)
+    memory.attach(sessions)
+    with sessions() as session:
+        yield session
+
+
+def _progress(progress: Progress, title: str) -> Callable[[int, int | None], None]:
+    task = progress.add_task(escape(title), total=None)
+
+    def update(done: int, total: int | None) -> None:
+        progress.update(task, completed=done, total=total)
+
+    return update
+
+
+def _print_changes(changes: Iterable[Change]) -> None:
+    table = Table("at", "transaction", "fact", "what", "after", "by", "why")
+    for change in changes:
+        table.add_row(
+            f"{change.at:%Y-%m-%d %H:%M:%S}",
+            change.tx,
+            escape(f"{change.entity} {change.key}"),
+            change.op + (" (undo)" if change.reverts else ""),
+            escape(", ".join(f"{name}={value!r}" for name, value in (change.after or {}).items())),
+            escape(change.actor or ""),
+            escape(change.reason or ""),
+        )
+    Console().print(table)
+
+
+def _wait_for_interrupt() -> None:
+    interrupted = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: interrupted.set())
+    interrupted.wait()

@@ -1,0 +1,109 @@
+"""Stored column values as JSON and back, exactly.
+
+Images and keys hold what the *driver* reads, so that no user type runs during capture. JSONB refuses NUL in strings,
+does not know NaN, and rewrites floats; what plain JSON on either database cannot carry is tagged: ``{"$bytes": "…"}``.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+
+def _datetime(value: datetime) -> dict[str, str]:
+    # An aware value shows the offset of the connection that read it; the instant is what is stored.
+    return {"$datetime": (value if value.tzinfo is None else value.astimezone(UTC)).isoformat()}
+
+
+def _float(value: float) -> float | dict[str, str]:
+    # JSONB keeps numbers as numeric: 1e300 comes back as an int of other precision, -0.0 as 0.0, and NaN is refused.
+    if math.isfinite(value) and 1e-4 <= abs(value) < 1e15:
+        return value
+    return {"$float": repr(value)}
+
+
+def _str(value: str) -> str | dict[str, str]:
+    if value.isprintable() or ("\x00" not in value and not _has_surrogate(value)):
+        return value
+    return {"$text": base64.b64encode(value.encode("utf-8", "surrogatepass")).decode()}
+
+
+def _has_surrogate(value: str) -> bool:
+    return any("\ud800" <= char <= "\udfff" for char in value) if not value.isascii() else False
+
+
+_TAGGERS: dict[type, Callable[[Any], Any]] = {
+    type(None): lambda value: value,
+    bool: lambda value: value,
+    int: lambda value: value,
+    str: _str,
+    float: _float,
+    bytes: lambda value: {"$bytes": base64.b64encode(value).decode()},
+    memoryview: lambda value: {"$bytes": base64.b64encode(value).decode()},
+    Decimal: lambda value: {"$decimal": str(value)},
+    UUID: lambda value: {"$uuid": value.hex},
+    datetime: _datetime,
+    date: lambda value: {"$date": value.isoformat()},
+    time: lambda value: {"$time": value.isoformat()},
+    timedelta: lambda value: {"$timedelta": [value.days, value.seconds, value.microseconds]},
+    list: lambda value: [encode(item) for item in value],
+    tuple: lambda value: [encode(item) for item in value],
+    dict: lambda value: {"$dict": [[key, encode(item)] for key, item in value.items()]},
+}
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "$text": lambda data: base64.b64decode(data).decode("utf-8", "surrogatepass"),
+    "$float": float,
+    "$bytes": base64.b64decode,
+    "$decimal": Decimal,
+    "$uuid": UUID,
+    "$datetime": datetime.fromisoformat,
+    "$date": date.fromisoformat,
+    "$time": time.fromisoformat,
+    "$timedelta": lambda data: timedelta(*data),
+    "$dict": lambda data: {key: decode(item) for key, item in data},
+}
+
+
+def encode(value: Any) -> Any:
+    """*value* as JSON. Raises TypeError for a Python type that no database driver we know reads."""
+    tagger = _TAGGERS.get(type(value))
+    if tagger is None:
+        tagger = next((_TAGGERS[base] for base in type(value).__mro__ if base in _TAGGERS), None)
+        if tagger is None:
+            raise TypeError(f"cannot keep a {type(value).__name__} in the log")
+    return tagger(value)
+
+
+def decode(data: Any) -> Any:
+    """The value that `encode` was given."""
+    if isinstance(data, dict):
+        ((tag, inner),) = data.items()
+        return _READERS[tag](inner)
+    if isinstance(data, list):
+        return [decode(item) for item in data]
+    return data
+
+
+def encode_image(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """A row as it goes into the log."""
+    return {name: encode(value) for name, value in zip(names, values, strict=True)}
+
+
+def decode_image(image: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: decode(data) for name, data in image.items()}
+
+
+def encode_key(values: Sequence[Any]) -> str:
+    """Primary key values as the canonical text that identifies a fact in every table of ours."""
+    return json.dumps([encode(value) for value in values], separators=(",", ":"), ensure_ascii=False)
+
+
+def decode_key(key: str) -> tuple[Any, ...]:
+    return tuple(decode(data) for data in json.loads(key))

@@ -1,0 +1,218 @@
+"""How the rows of one table are read into images and written back, bypassing every user-defined type.
+
+Values are what the driver reads: capture then runs no application code, and nothing is lost to a type whose two
+directions disagree (Numeric on SQLite, a normalising TypeDecorator). PostgreSQL types outside the generic ones, and
+JSON, whose SQL NULL and 'null' the driver cannot tell apart, travel as the server's own text form.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    Column,
+    ColumnElement,
+    Enum,
+    Float,
+    Interval,
+    LargeBinary,
+    Numeric,
+    Select,
+    String,
+    Table,
+    Text,
+    Uuid,
+    bindparam,
+    cast,
+    select,
+    tuple_,
+    type_coerce,
+)
+from sqlalchemy import types as sqltypes
+from sqlalchemy.dialects.postgresql import INTERVAL
+from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.sql.elements import BindParameter
+from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
+
+from memstate_sa.codec import decode_image, decode_key, encode, encode_image, encode_key
+from memstate_sa.errors import MemstateError
+
+READ_CHUNK = 500
+"""Keys per SELECT: well under SQLite's 32,766 and PostgreSQL's 65,535 parameters for any composite key."""
+
+MAX_KEY_CHARS = 2000
+"""A B-tree entry on PostgreSQL holds about 2,700 bytes, entity and ids included."""
+
+_PLAIN = (
+    sqltypes.Integer,
+    Numeric,
+    String,
+    sqltypes.Date,
+    sqltypes.DateTime,
+    sqltypes.Time,
+    sqltypes.Boolean,
+    LargeBinary,
+    Enum,
+    Interval,
+    INTERVAL,
+    Uuid,
+)
+
+
+class Raw(UserDefinedType[Any]):
+    """A value as the driver gives and takes it."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        raise NotImplementedError("Raw is for expressions only")
+
+
+RAW = Raw()
+
+
+def _implementation(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
+    """The dialect's type below any TypeDecorator."""
+    while isinstance(type_, TypeDecorator):
+        inner = type_.type_engine(dialect)
+        if inner is type_ or isinstance(inner, type(type_)):
+            inner = type_.load_dialect_impl(dialect)
+        type_ = inner
+    return type_.dialect_impl(dialect)
+
+
+class TableColumns:
+    """Statements and conversions for one table on one dialect."""
+
+    def __init__(self, table: Table, dialect: Dialect) -> None:
+        self.table = table
+        self.dialect = dialect
+        self.names = tuple(column.name for column in table.columns)
+        self.key_names = tuple(column.name for column in table.primary_key.columns)
+        self._key_positions = [self.names.index(name) for name in self.key_names]
+        self._impl = {column.name: _implementation(column.type, dialect) for column in table.columns}
+        self._to_python = {column.name: self._result_processor(column) for column in table.columns}
+        self._key_binds = [
+            column.type.dialect_impl(dialect).bind_processor(dialect) for column in table.primary_key.columns
+        ]
+
+    # -- expressions ---------------------------------------------------------------------------------------------
+
+    def _travels_as_text(self, column: Column[Any]) -> bool:
+        if self.dialect.name != "postgresql":
+            return False
+        impl = self._impl[column.name]
+        if isinstance(impl, sqltypes.ARRAY):
+            impl = _implementation(impl.item_type, self.dialect)
+        return isinstance(impl, JSON) or not isinstance(impl, _PLAIN)
+
+    def raw(self, column: Column[Any]) -> ColumnElement[Any]:
+        """*column* as the driver reads it, for a SELECT."""
+        if self._travels_as_text(column):
+            return type_coerce(cast(column, Text), RAW).label(column.name)
+        expression = column.type.column_expression(column)
+        return type_coerce(column if expression is None else expression, RAW).label(column.name)
+
+    def raw_bind(self, column: Column[Any], value: Any) -> ColumnElement[Any]:
+        """A driver value for an INSERT or UPDATE of *column*."""
+        bind: BindParameter[Any] = bindparam(None, value, type_=RAW, unique=True)
+        return cast(bind, column.type) if self.dialect.name == "postgresql" else bind
+
+    @cached_property
+    def key_in(self) -> ColumnElement[bool]:
+        """``key IN (:keys)`` for the parameter `key_parameters` makes."""
+        keys: BindParameter[Any] = bindparam("keys", expanding=True, type_=RAW)
+        columns = list(self.table.primary_key.columns)
+        if len(columns) == 1:
+            return type_coerce(columns[0], RAW).in_(keys)
+        keys = bindparam("keys", expanding=True)
+        return tuple_(*(type_coerce(column, RAW) for column in columns)).in_(keys)
+
+    def key_parameters(self, keys: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
+        if len(self.key_names) == 1:
+            return {"keys": [key[0] for key in keys]}
+        return {"keys": [tuple(key) for key in keys]}
+
+    @cached_property
+    def _rows_by_key(self) -> Select[Any]:
+        return select(*(self.raw(column) for column in self.table.columns)).where(self.key_in)
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def read(
+        self, connection: Connection, keys: Sequence[Sequence[Any]], *, for_update: bool = False
+    ) -> dict[str, dict[str, Any]]:
+        """The images of the rows with these (driver-level) *keys*, by canonical key; absent rows are left out."""
+        statement = self._rows_by_key
+        if for_update:  # in key order, so that two sessions cannot wait for each other
+            statement = statement.order_by(*self.table.primary_key.columns).with_for_update()
+        images: dict[str, dict[str, Any]] = {}
+        for start in range(0, len(keys), READ_CHUNK):
+            rows = connection.execute(statement, self.key_parameters(keys[start : start + READ_CHUNK]))
+            for row in rows:
+                images[self.key_of(row)] = self.image(row)
+        return images
+
+    def image(self, row: Sequence[Any]) -> dict[str, Any]:
+        try:
+            return encode_image(self.names, row)
+        except TypeError as error:
+            raise MemstateError(f"{self.table.fullname}: {error}") from error
+
+    def key_of(self, row: Sequence[Any]) -> str:
+        """The canonical key of a row selected with `raw` for every column."""
+        return self.encode_key([row[position] for position in self._key_positions])
+
+    def encode_key(self, values: Sequence[Any]) -> str:
+        key = encode_key(values)
+        if len(key) > MAX_KEY_CHARS:
+            raise MemstateError(
+                f"a primary key of {self.table.fullname} takes {len(key)} characters; at most {MAX_KEY_CHARS} can be "
+                "tracked"
+            )
+        return key
+
+    # -- conversions -----------------------------------------------------------------------------------------------
+
+    def raw_key(self, identity: Sequence[Any]) -> tuple[Any, ...]:
+        """Driver-level key values of an ORM *identity*."""
+        return tuple(
+            value if bind is None else bind(value) for bind, value in zip(self._key_binds, identity, strict=True)
+        )
+
+    def identity(self, key: str) -> tuple[Any, ...]:
+        """The ORM identity of a canonical *key*."""
+        return tuple(self.to_python(name, value) for name, value in zip(self.key_names, decode_key(key), strict=True))
+
+    def to_python(self, name: str, value: Any) -> Any:
+        process = self._to_python.get(name)
+        return value if process is None else process(value)
+
+    def values(self, image: dict[str, Any]) -> dict[str, Any]:
+        """An image's values as the ORM would load them; columns that are no longer there keep their stored form."""
+        return {name: self.to_python(name, value) for name, value in decode_image(image).items()}
+
+    def _result_processor(self, column: Column[Any]) -> Callable[[Any], Any] | None:
+        impl = self._impl[column.name]
+        # psycopg's numeric processors choose by the OID of the column: numeric (1700) or float8 (701).
+        oid = 701 if isinstance(impl, Float) else 1700
+        process = column.type.dialect_impl(self.dialect).result_processor(self.dialect, oid)
+        if isinstance(impl, JSON) and self._travels_as_text(column):
+            # The driver would have parsed it, so the type's own processor expects it parsed.
+            loads = getattr(self.dialect, "_json_deserializer", None) or json.loads
+
+            def parse(value: Any) -> Any:
+                parsed = None if value is None else loads(value)
+                return parsed if process is None else process(parsed)
+
+            return parse
+        if self._travels_as_text(column):
+            return None
+        return process
+
+    def matches(self, image: dict[str, Any], name: str, value: Any) -> bool:
+        return bool(image.get(name) == encode(value))

@@ -1,0 +1,208 @@
+"""The same agent memory twice: kept by hand, and with memstate_sa.
+
+Each is played by a process of its own (``python -m memstate_sa.demo.agent``), so that it can really be killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import chromadb
+from chromadb.api import ClientAPI
+from sqlalchemy import Engine, create_engine, func, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+
+from memstate_sa import Memory
+from memstate_sa.demo.inputs import Correct, Forget, Remember, Turn, parse
+from memstate_sa.embedders import WordLlamaEmbedder
+from memstate_sa.indexes import ChromaIndex, VectorIndex
+from memstate_sa.testing import FlakyIndex
+
+logger = logging.getLogger("app")
+
+FAILURE_RATE = 0.1
+THINKING_S = 0.01  # an assistant takes its time between turns; without it the relay would need only a few calls
+
+Side: TypeAlias = Literal["by-hand", "memstate"]
+
+
+# -- the application, as it was before -------------------------------------------------------------------------------
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Note(Base):
+    """Something the assistant knows about a user."""
+
+    __tablename__ = "note"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    user_id: Mapped[str]
+    role: Mapped[str]
+    text: Mapped[str]
+
+
+class Played(Base):
+    """A turn that is committed: where to go on after a crash."""
+
+    __tablename__ = "played"
+
+    turn: Mapped[int] = mapped_column(primary_key=True)
+
+
+def write(session: Session, turn: Turn) -> None:
+    for step in turn.steps:
+        match step:
+            case Remember():
+                session.add(Note(id=step.fact, user_id=step.user, role=step.role, text=step.text))
+            case Correct():
+                session.get_one(Note, step.fact).text = step.text
+            case Forget():
+                session.delete(session.get_one(Note, step.fact))
+        session.flush()
+    session.add(Played(turn=turn.number))
+
+
+def database(home: Path) -> Engine:
+    home.mkdir(exist_ok=True)
+    engine = create_engine(f"sqlite:///{home / 'notes.sqlite3'}")
+    Base.metadata.create_all(engine)
+    return engine
+
+
+def chroma(home: Path) -> ClientAPI:
+    return chromadb.PersistentClient(home / "chroma")
+
+
+# -- by hand: two writes in a row ------------------------------------------------------------------------------------
+
+
+def play_by_hand(home: Path, turns: Sequence[Turn], crash_at: int | None, seed: int) -> None:
+    network = Network(seed)
+    embedder = WordLlamaEmbedder()
+    collection = chroma(home).get_or_create_collection("notes", configuration={"hnsw": {"space": "cosine"}})
+    sessions = sessionmaker(database(home))
+
+    for turn in turns:
+        with sessions() as session:
+            write(session, turn)
+            session.commit()
+            if turn.number == crash_at:
+                die()
+            touched = {step.fact for step in turn.steps}
+            notes = session.scalars(select(Note).where(Note.id.in_(touched))).all()
+            try:
+                if notes:
+                    network.call()
+                    collection.upsert(
+                        ids=[note.id for note in notes],
+                        embeddings=embedder.embed([note.text for note in notes]),
+                        metadatas=[{"user_id": note.user_id, "role": note.role} for note in notes],
+                    )
+                if gone := touched - {note.id for note in notes}:
+                    network.call()
+                    collection.delete(ids=list(gone))
+            except ConnectionError:
+                logger.exception("turn %d: the vector index was not updated", turn.number)
+        report(turn=turn.number, calls=network.calls, failed=network.failed)
+
+
+class Network:
+    """The way to the index, on which one call in ten is lost."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self.calls = self.failed = 0
+
+    def call(self) -> None:
+        self.calls += 1
+        if self._random.random() < FAILURE_RATE:
+            self.failed += 1
+            raise ConnectionError("the vector index did not answer")
+
+
+# -- with memstate_sa: one transaction -------------------------------------------------------------------------------
+
+
+def adopt(engine: Engine, index: VectorIndex, sessions: sessionmaker[Session]) -> Memory:
+    """All that changes in the application: these lines, and `Memory.relay` running somewhere."""
+    memory = Memory(index, embedder=WordLlamaEmbedder())
+    memory.track(Note, text="text", metadata=("user_id", "role"))
+    memory.create_tables(engine)
+    memory.attach(sessions)
+    return memory
+
+
+def play_with_memstate(home: Path, turns: Sequence[Turn], crash_at: int | None, seed: int) -> None:
+    network = CountingIndex(ChromaIndex(chroma(home), "notes"), rate=FAILURE_RATE, seed=seed)
+    engine = database(home)
+    sessions = sessionmaker(engine)
+    memory = adopt(engine, network, sessions)
+
+    with memory.relay(engine) as relay:
+        for turn in turns:
+            time.sleep(THINKING_S)
+            with sessions() as session:
+                write(session, turn)
+                memory.annotate(session, actor="assistant", reason=f"turn {turn.number}, {turn.day}")
+                session.commit()
+                if turn.number == crash_at:
+                    die()
+            report(turn=turn.number, calls=network.calls, failed=network.failed)
+        relay.drain(timeout=60)
+    report(turn=turns[-1].number, calls=network.calls, failed=network.failed)
+
+
+class CountingIndex(FlakyIndex):
+    """A failing index that knows how often it was called, and failed."""
+
+    calls = failed = 0
+
+    def _moment(self) -> str | None:
+        moment = super()._moment()
+        self.calls += 1
+        self.failed += moment is not None
+        return moment
+
+
+# -- the process -----------------------------------------------------------------------------------------------------
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def report(**figures: int) -> None:
+    print(json.dumps(figures), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("side", choices=("by-hand", "memstate"))
+    parser.add_argument("input", type=Path)
+    parser.add_argument("home", type=Path)
+    parser.add_argument("--crash-at", type=int)
+    parser.add_argument("--seed", type=int, required=True)
+    options = parser.parse_args()
+
+    turns = parse(options.input.read_text("utf-8-sig"))
+    with database(options.home).connect() as connection:
+        done = connection.scalar(select(func.max(Played.turn))) or 0
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    play = play_by_hand if options.side == "by-hand" else play_with_memstate
+    play(options.home, [turn for turn in turns if turn.number > done], options.crash_at, options.seed + done)
+
+
+if __name__ == "__main__":
+    main()

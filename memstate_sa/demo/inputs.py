@@ -1,0 +1,167 @@
+"""What the demo plays: a conversation log (JSON lines) or a MemoryBank file, as turns of steps. Pure parsing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+
+from memstate_sa.errors import MemstateError
+
+Text: TypeAlias = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class InputError(MemstateError):
+    """The demo cannot read this input."""
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    turn: Annotated[int, Field(ge=1)]
+    day: str | None = None
+    fact: Text
+
+
+class Remember(_Line):
+    op: Literal["remember"] = "remember"
+    user: Text
+    role: Text
+    text: Text
+
+
+class Correct(_Line):
+    op: Literal["correct"] = "correct"
+    text: Text
+
+
+class Forget(_Line):
+    op: Literal["forget"] = "forget"
+
+
+Step: TypeAlias = Remember | Correct | Forget
+
+
+class Turn(NamedTuple):
+    """What one exchange with the assistant does to its memory: one transaction."""
+
+    number: int
+    day: str | None
+    steps: tuple[Step, ...]
+
+
+class _Chat(BaseModel):
+    query: str
+    response: str = ""
+
+
+class _BankUser(BaseModel):
+    history: dict[str, list[_Chat]]
+
+
+_step: TypeAdapter[Step] = TypeAdapter(Annotated[Step, Field(discriminator="op")])
+_bank: TypeAdapter[dict[str, _BankUser]] = TypeAdapter(dict[str, _BankUser])
+
+
+def parse(text: str) -> list[Turn]:
+    """The turns in *text*, in the order they happened; its format is told by its content.
+
+    JSON lines, one step each, those of one turn together::
+
+        {"turn": 1, "op": "remember", "fact": "f1", "user": "ana", "role": "preference", "text": "Likes tea"}
+        {"turn": 2, "op": "correct", "fact": "f1", "text": "Likes coffee"}
+        {"turn": 3, "op": "forget", "fact": "f1"}
+
+    or MemoryBank: ``{user: {"history": {date: [{"query": …, "response": …}]}}}``.
+
+    Raises InputError, which names the line (or the path in the document) and the field.
+    """
+    if not text.strip():
+        raise InputError("the input is empty")
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        if not _looks_like_lines(text):
+            raise InputError(f"line {error.lineno}: not JSON: {error.msg}") from error
+        return _conversation(text)
+    if isinstance(document, dict) and not document.keys() & {"op", "turn", "fact"}:
+        return _memory_bank(document)
+    return _conversation(text)
+
+
+def _looks_like_lines(text: str) -> bool:
+    first = next(line for line in text.splitlines() if line.strip())
+    try:
+        json.loads(first)
+    except json.JSONDecodeError:
+        return '"op"' in first  # a damaged first step: to be reported as one
+    return True
+
+
+def _conversation(text: str) -> list[Turn]:
+    steps: list[Step] = []
+    live: set[str] = set()
+    seen: set[str] = set()
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        step = _parse_step(line, number)
+        if steps and step.turn < steps[-1].turn:
+            raise InputError(f'line {number}, field "turn": {step.turn} comes after {steps[-1].turn}')
+        if isinstance(step, Remember):
+            if step.fact in seen:
+                raise InputError(f'line {number}, field "fact": {step.fact!r} was remembered before')
+            seen.add(step.fact)
+            live.add(step.fact)
+        elif step.fact not in live:
+            raise InputError(f'line {number}, field "fact": {step.fact!r} is not remembered here')
+        if isinstance(step, Forget):
+            live.remove(step.fact)
+        steps.append(step)
+    return _turns(steps)
+
+
+def _parse_step(line: str, number: int) -> Step:
+    try:
+        return _step.validate_python(json.loads(line))
+    except json.JSONDecodeError as error:
+        raise InputError(f"line {number}: not JSON: {error.msg} at column {error.colno}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        path = [str(part) for part in problem["loc"] if part not in ("remember", "correct", "forget")]
+        if problem["type"].startswith("union_tag"):
+            path = ["op"]
+        where = f', field "{".".join(path)}"' if path else ""
+        raise InputError(f"line {number}{where}: {problem['msg']}") from error
+
+
+def _memory_bank(document: dict[str, Any]) -> list[Turn]:
+    """Each exchange is a turn that remembers what was said and what was answered; all users' days are interleaved."""
+    try:
+        users = _bank.validate_python(document)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise InputError(f'field "{".".join(map(str, problem["loc"]))}": {problem["msg"]}') from error
+    chats = [
+        (day, name.strip(), chat) for name, user in users.items() for day, day_ in user.history.items() for chat in day_
+    ]
+    chats.sort(key=lambda chat: chat[0])  # stable: within a day, the file's order
+    steps: list[Step] = []
+    for turn, (day, user, chat) in enumerate(chats, start=1):
+        for role, said in (("user", chat.query), ("assistant", chat.response)):
+            if said.strip():
+                steps.append(Remember(turn=turn, day=day, fact=f"{turn}-{role}", user=user, role=role, text=said))
+    return _turns(steps)
+
+
+def _turns(steps: Iterable[Step]) -> list[Turn]:
+    turns = [
+        Turn(number, together[0].day, together)
+        for number, together in ((n, tuple(group)) for n, group in groupby(steps, key=lambda step: step.turn))
+    ]
+    if len(turns) < 2:
+        raise InputError("the demo needs at least two turns: one before the crash, and one after it")
+    return turns

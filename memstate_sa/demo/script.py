@@ -1,0 +1,255 @@
+"""The demo: an agent's memory is played twice, through failing calls and a crash; then the two are compared."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from chromadb.api.models.Collection import Collection
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from sqlalchemy import Engine, func, select
+from sqlalchemy.orm import Session, sessionmaker
+
+from memstate_sa import Change, Memory
+from memstate_sa.demo.agent import FAILURE_RATE, Note, Played, Side, adopt, chroma, database
+from memstate_sa.demo.audit import Drift, drift
+from memstate_sa.demo.inputs import Correct, Forget, Remember, Turn, parse
+from memstate_sa.embedders import WordLlamaEmbedder
+from memstate_sa.errors import MemstateError
+from memstate_sa.indexes import ChromaIndex
+
+QUESTIONS = ("What should I cook tonight?", "Where am I travelling to?", "What should I know about my health?")
+STEPS_UNDONE = 2
+
+
+def run(input_path: Path | None, *, directory: Path | None = None, console: Console, seed: int = 7) -> None:
+    """Play the conversation in *input_path* (None: the one in the package) and show what became of it.
+
+    Everything happens in *directory*, which must be empty or new and is kept; without one, in a temporary place.
+    Raises MemstateError when the side kept by memstate_sa ends up with any drift at all.
+    """
+    text = read(input_path)
+    turns = parse(text)
+    with ExitStack() as stack:
+        home = directory or Path(stack.enter_context(TemporaryDirectory(prefix="memstate-sa-demo-")))
+        home.mkdir(parents=True, exist_ok=True)
+        if any(home.iterdir()):
+            raise MemstateError(f"{home} is not empty; the demo starts from nothing")
+        (home / "input").write_text(text, "utf-8")
+
+        introduce(turns, console)
+        by_hand = play("by-hand", home, turns, seed, console)
+        memstate = play("memstate", home, turns, seed, console)
+        compare(by_hand, memstate, turns, console)
+        tour(memstate, console)
+        if directory:
+            console.print(f"\nThe databases, the indexes and the logs of both agents are in {home}")
+
+
+def read(path: Path | None) -> str:
+    try:
+        return (path or files("memstate_sa.demo") / "conversation.jsonl").read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MemstateError(f"cannot read {path}: {error}") from error
+
+
+def introduce(turns: Sequence[Turn], console: Console) -> None:
+    steps = [step for turn in turns for step in turn.steps]
+    count = {kind: sum(isinstance(step, kind) for step in steps) for kind in (Remember, Correct, Forget)}
+    users = {step.user for step in steps if isinstance(step, Remember)}
+    console.rule("One conversation, two memories")
+    console.print(
+        f"An assistant talks to {len(users)} users in {len(turns)} turns: it remembers {count[Remember]} facts, "
+        f"corrects {count[Correct]} and forgets {count[Forget]}. A turn is a transaction in SQLite; the meaning goes "
+        "to Chroma.\n"
+        f"{FAILURE_RATE:.0%} of the calls to the index fail, and the process is killed (SIGKILL) right after turn "
+        f"{middle(turns)} is committed, then started again."
+    )
+
+
+def middle(turns: Sequence[Turn]) -> int:
+    return turns[(len(turns) - 1) // 2].number
+
+
+# -- playing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What one side left behind in *home*, and how it got there."""
+
+    home: Path
+    calls: int = 0
+    failed: int = 0
+    killed_after: int = 0
+
+    @cached_property
+    def engine(self) -> Engine:
+        return database(self.home)
+
+    @cached_property
+    def collection(self) -> Collection:
+        return chroma(self.home).get_collection("notes")
+
+
+def play(side: Side, home: Path, turns: Sequence[Turn], seed: int, console: Console) -> Outcome:
+    """Play *turns* in a process that dies in the middle, and go on in a second one."""
+    outcome = Outcome(home / side)
+    title = {"by-hand": "by hand: commit, then write to Chroma", "memstate": "memstate_sa: commit"}[side]
+    columns = (TextColumn(f"{title:<38}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    order = {turn.number: position for position, turn in enumerate(turns, start=1)}
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(side, total=len(turns))
+        for crash_at in (middle(turns), None):
+            last = {"calls": 0, "failed": 0}
+            for last in _agent(outcome.home, home / "input", side, seed, crash_at):
+                progress.update(task, completed=order[last["turn"]])
+            outcome.calls += last["calls"]
+            outcome.failed += last["failed"]
+            if crash_at is not None:
+                with outcome.engine.connect() as connection:
+                    outcome.killed_after = connection.execute(select(func.max(Played.turn))).scalar_one()
+    return outcome
+
+
+def _agent(home: Path, conversation: Path, side: Side, seed: int, crash_at: int | None) -> Iterable[dict[str, int]]:
+    """Run one agent process; yields what it reports."""
+    command = [sys.executable, "-m", "memstate_sa.demo.agent", side, str(conversation), str(home), "--seed", str(seed)]
+    if crash_at is not None:
+        command += ["--crash-at", str(crash_at)]
+    home.mkdir(exist_ok=True)
+    with (home / "agent.log").open("a+", encoding="utf-8") as log:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+            assert process.stdout is not None
+            yield from map(json.loads, process.stdout)
+        if process.returncode != (0 if crash_at is None else -signal.SIGKILL):
+            log.seek(0)
+            raise MemstateError(f"the agent {side} failed ({process.returncode}):\n{log.read()[-2000:]}")
+
+
+# -- comparing -------------------------------------------------------------------------------------------------------
+
+
+def compare(by_hand: Outcome, memstate: Outcome, turns: Sequence[Turn], console: Console) -> None:
+    embedder = WordLlamaEmbedder()
+    outcomes = (by_hand, memstate)
+    drifts = [drift(outcome.engine, outcome.collection, embedder) for outcome in outcomes]
+    table = Table(title="\nSQL against Chroma, compared by content")
+    for header in ("", "by hand", "memstate_sa"):
+        table.add_column(header, justify="right" if header else "left")
+    table.add_column("for example, by hand")
+    table.add_row("killed after turn", *(str(outcome.killed_after) for outcome in outcomes))
+    table.add_row("index calls that failed", *(f"{outcome.failed} of {outcome.calls}" for outcome in outcomes))
+    table.add_row("facts in SQL", *(str(_count(outcome.engine)) for outcome in outcomes))
+    table.add_row("vectors in Chroma", *(str(outcome.collection.count()) for outcome in outcomes), end_section=True)
+    said = {step.fact: step.text for turn in turns for step in turn.steps if not isinstance(step, Forget)}
+    for kind, meaning in (
+        ("missing", "never found: “{}”"),
+        ("ghost", "forgotten, yet still found: “{}”"),
+        ("stale", "found by what it said before: “{}”"),
+    ):
+        found: list[list[str]] = [getattr(each, kind) for each in drifts]
+        example = meaning.format(_short(said[found[0][0]])) if found[0] else ""
+        table.add_row(kind, *(f"[{'red' if ids else 'green'}]{len(ids)}[/]" for ids in found), example)
+    console.print(table)
+    if any(drifts[1]):
+        raise MemstateError(f"the memstate_sa side has drifted: {drifts[1]}")
+
+
+def _count(engine: Engine) -> int:
+    with engine.connect() as connection:
+        return connection.scalar(select(func.count()).select_from(Note)) or 0
+
+
+def _short(text: str | None, width: int = 60) -> str:
+    return "—" if text is None else escape(textwrap.shorten(text, width, placeholder="…"))
+
+
+# -- what else memstate_sa does --------------------------------------------------------------------------------------
+
+
+def tour(outcome: Outcome, console: Console) -> None:
+    """Search, undo, history and verify on the memory that is still whole."""
+    sessions = sessionmaker(outcome.engine)
+    memory = adopt(outcome.engine, ChromaIndex(chroma(outcome.home), "notes"), sessions)
+    with sessions() as session:
+        search(memory, session, console)
+        undo(memory, session, outcome, console)
+        history(memory, session, console)
+    report = memory.verify(outcome.engine)
+    console.print(f"\nmemory.verify(engine): {report}")
+    if not report.clean:
+        raise MemstateError("the memstate_sa side is not clean")
+
+
+def search(memory: Memory, session: Session, console: Console) -> None:
+    users = session.scalars(select(Note.user_id).group_by(Note.user_id).order_by(Note.user_id).limit(len(QUESTIONS)))
+    table = Table("user", "question", "score", "what is remembered", title="\nSearch, one user at a time")
+    for user, question in zip(users.all(), QUESTIONS, strict=False):
+        hits = memory.search(session, question, select(Note).where(Note.user_id == user), limit=3)
+        for position, hit in enumerate(hits):
+            who = (user, question) if position == 0 else ("", "")
+            table.add_row(*who, f"{hit.score:.2f}", _short(hit.fact.text), end_section=position == len(hits) - 1)
+    console.print(table)
+
+
+def undo(memory: Memory, session: Session, outcome: Outcome, console: Console) -> None:
+    embedder = WordLlamaEmbedder()
+    notes = {note.id: note.text for note in session.scalars(select(Note))}
+    before = drift(outcome.engine, outcome.collection, embedder), notes
+
+    undone = memory.rollback(session, steps=STEPS_UNDONE)
+    session.commit()
+    memory.relay(outcome.engine).drain()
+
+    notes = {note.id: note.text for note in session.scalars(select(Note))}
+    after = drift(outcome.engine, outcome.collection, embedder), notes
+    table = Table(title=f"\nmemory.rollback(session, steps={STEPS_UNDONE}): the last {STEPS_UNDONE} turns are undone")
+    for header in ("fact", "SQL before", "SQL after", "vector before", "vector after"):
+        table.add_column(header)
+    for key in dict.fromkeys(change.key for change in undone):
+        sql = [_short(rows.get(key), 40) for _, rows in (before, after)]
+        table.add_row(key, *sql, *(_vector(key, *state) for state in (before, after)))
+    console.print(table)
+
+
+def _vector(key: str, found: Drift, rows: dict[str, str]) -> str:
+    if key in found.stale:
+        return "[red]stale[/]"
+    if key in found.ghost:
+        return "[red]ghost[/]"
+    if key in found.missing:
+        return "[red]missing[/]"
+    return "of this text" if key in rows else "—"
+
+
+def history(memory: Memory, session: Session, console: Console) -> None:
+    changes: dict[str, list[Change]] = {}
+    for change in memory.history(session, Note):
+        changes.setdefault(change.key, []).append(change)
+    longest = max(changes.values(), key=len)
+    table = Table(title=f"\nThe history of fact {longest[0].key}; nothing is ever erased from it")
+    for header in ("at", "what", "text", "why"):
+        table.add_column(header)
+    for change in longest:
+        text = _short(change.after["text"] if change.after else None)
+        table.add_row(
+            f"{change.at:%H:%M:%S.%f}"[:-3],
+            change.op + (" (undo)" if change.reverts else ""),
+            text,
+            change.reason or "",
+        )
+    console.print(table)

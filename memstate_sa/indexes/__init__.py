@@ -1,0 +1,7 @@
+"""Vector indexes: the port, and one file per adapter. Importing this needs no extra; constructing an adapter may."""
+
+from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, VectorIndex
+from memstate_sa.indexes.chroma import ChromaIndex
+from memstate_sa.indexes.memory import InMemoryIndex
+
+__all__ = ["ChromaIndex", "Entry", "Filter", "InMemoryIndex", "Match", "Point", "Stored", "VectorIndex"]

@@ -1,0 +1,356 @@
+"""Chroma as a vector index: in memory, in a folder, or a server.
+
+What this file works around was measured on chromadb 1.5.9; each workaround says what it is for.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memstate_sa._failures import delivery_error, retryable_status
+from memstate_sa.errors import (
+    DeliveryError,
+    DeliveryRejected,
+    DeliveryRetryable,
+    IndexMismatch,
+    MemstateError,
+    MissingExtra,
+)
+from memstate_sa.indexes._filters import canonical, storable
+from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
+
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+    from chromadb.api.models.Collection import Collection
+
+    from memstate_sa.indexes._folder import LockedFolder
+
+# In a point's metadata. A point without the first was written by somebody else, and is left alone.
+_FINGERPRINT = "memstate_fingerprint"
+_EPOCH = "memstate_epoch"
+# In the collection's metadata.
+_EMBEDDER = "memstate_embedder"
+_DIMENSION = "memstate_dimension"
+
+
+class ChromaIndex:
+    """The collection *name* of any chromadb client: EphemeralClient, PersistentClient or HttpClient.
+
+    Distance is cosine; the text of a fact is stored only with *store_text* (deleted text stays readable in Chroma's
+    files until the collection is rebuilt). The client stays the caller's: it is not closed.
+
+    Two processes on one PersistentClient folder corrupt it, so `open` locks the folder (``memstate.lock``) and a second
+    process gets MemstateError; several processes need a server: ``chroma run --path <folder>`` and an HttpClient.
+
+    ``incarnation`` is the collection's id, looked up by `open` each time. A collection that was deleted in between is
+    noticed by the next call: that one raises DeliveryRetryable, the one after it works on a new, empty collection.
+
+    Points of others in the same collection are left alone, but crowd the search: it fetches more until enough are ours.
+    """
+
+    def __init__(self, client: ClientAPI, name: str = "memory", *, store_text: bool = False) -> None:
+        self._errors: Any = _required("chromadb.errors")
+        _required("filelock")
+        self._folders: Any = import_module("memstate_sa.indexes._folder")
+        self._client = client
+        self._name = name
+        self._store_text = store_text
+        self._mutex = threading.RLock()
+        self._opened: tuple[str, int] | None = None
+        self._collection: Collection | None = None
+        self._max_batch = 0
+        self._folder: LockedFolder | None = None
+        self._listing: tuple[str, list[str]] | None = None
+
+    @property
+    def incarnation(self) -> str:
+        with self._using("resolve") as collection:
+            return str(collection.id)
+
+    @property
+    def max_batch(self) -> int:
+        if not self._max_batch:
+            with self._translated("state its batch size"):
+                self._max_batch = self._client.get_max_batch_size()
+        return self._max_batch
+
+    def open(self, *, embedder: str, dimension: int) -> None:
+        with self._mutex:
+            try:
+                with self._translated("open"):
+                    self._folder = self._folder or self._folders.lock(self._client)
+                    self._check_folder()
+                    self._collection = self._resolve(embedder, dimension)
+                    self._opened = (embedder, dimension)
+            except MemstateError:
+                if self._opened is None:
+                    self.close()
+                raise
+
+    def upsert(self, points: Sequence[Point]) -> None:
+        points = list({point.id: point for point in points}.values())
+        if not points:
+            return
+        ids = [point.id for point in points]
+        vectors = matrix([point.vector for point in points], self._dimension, ids)
+        with self._using("upsert") as collection:
+            # Chroma merges: a metadata key stays unless it is written as None, a document unless it is overwritten.
+            # Reading what is there first costs 2-4 % of the write.
+            stored = collection.get(ids=ids, include=["metadatas", "documents"])
+            keys = {id_: dict.fromkeys(metadata or {}) for id_, metadata in _rows(stored, "metadatas")}
+            had_text = {id_ for id_, document in _rows(stored, "documents") if document}
+            foreign = [id_ for id_ in keys if _FINGERPRINT not in keys[id_]]
+            if foreign:
+                raise DeliveryRejected(f"collection {self._name!r} holds a point {foreign[0]!r} that is not ours")
+            metadatas: list[Any] = [
+                {
+                    **keys.get(point.id, {}),
+                    **{key: storable(value) for key, value in point.metadata.items()},
+                    _FINGERPRINT: point.fingerprint,
+                    _EPOCH: point.epoch,
+                }
+                for point in points
+            ]
+            texts = [point.text if self._store_text else None for point in points]
+            documents: list[Any] = [
+                "" if text is None and id_ in had_text else text for id_, text in zip(ids, texts, strict=True)
+            ]
+            collection.upsert(
+                ids=ids,
+                embeddings=vectors,
+                metadatas=metadatas,
+                documents=None if all(document is None for document in documents) else documents,
+            )
+
+    def delete(self, ids: Sequence[str]) -> None:
+        with self._using("delete") as collection:
+            # Not delete(where=...): beside ids it costs 6 ms for each of them.
+            ours = [id_ for id_, fingerprint in self._fingerprints(collection, ids) if fingerprint is not None]
+            if ours:
+                collection.delete(ids=ours)
+
+    def query(
+        self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
+    ) -> list[Match]:
+        query = matrix([vector], self._dimension, ["the query"])
+        condition = canonical(where or {})
+        among = None if ids is None else list(dict.fromkeys(ids))
+        if condition is None or among == [] or limit < 1:
+            return []
+        filters = _where(condition) if condition else None
+        # No `where` on our marker: one that matches everything makes a query of 2 ms over 10,000 points take 50.
+        wanted = limit
+        with self._using("query") as collection:
+            while True:
+                found = self._nearest(collection, query, wanted, filters, among)
+                matches = [
+                    Match(id_, min(max(float(distance), 0.0), 2.0), metadata[_FINGERPRINT])
+                    for id_, distance, metadata in found
+                    if metadata and _FINGERPRINT in metadata
+                ]
+                if len(matches) >= limit or len(found) < wanted:
+                    return matches[:limit]
+                wanted *= 4
+
+    def get(self, ids: Sequence[str]) -> list[Stored]:
+        unique = list(dict.fromkeys(ids))
+        if not unique:
+            return []
+        with self._using("get") as collection:
+            found = collection.get(ids=unique, include=["embeddings", "metadatas"])
+            return [
+                Stored(id_, metadata[_FINGERPRINT], np.asarray(embedding, dtype=np.float32))
+                for id_, metadata, embedding in _rows(found, "metadatas", "embeddings")
+                if metadata and _FINGERPRINT in metadata
+            ]
+
+    def scan(self, after: str | None, limit: int) -> list[Entry]:
+        """Up to *limit* entries with an id greater than *after*, ordered by id.
+
+        Chroma lists in order of insertion only, and its pages shift when points are deleted meanwhile. So a pass begins
+        by listing the ids alone (27 ms for 10,000; some 100 bytes each), which is kept until its end; fingerprints are
+        read page by page. A point first written during a pass may be missing from it: ask `get` before believing so.
+        """
+        with self._using("scan") as collection:
+            ids = self._ids(collection, after)
+            for start in range(0 if after is None else bisect_right(ids, after), len(ids), min(limit, self.max_batch)):
+                page = ids[start : start + min(limit, self.max_batch)]
+                found = self._fingerprints(collection, page)
+                entries = sorted(Entry(id_, fingerprint) for id_, fingerprint in found if fingerprint is not None)
+                if entries:
+                    return entries
+            self._listing = None
+            return []
+
+    def close(self) -> None:
+        """Release the folder; the client stays open."""
+        with self._mutex:
+            self._opened = self._collection = self._listing = None
+            if self._folder is not None:
+                self._folder.release()
+                self._folder = None
+
+    # -- the collection ---------------------------------------------------------------------------------------------
+
+    @property
+    def _dimension(self) -> int:
+        if self._opened is None:
+            raise MemstateError("this index is not open; call open() first")
+        return self._opened[1]
+
+    @contextmanager
+    def _using(self, action: str) -> Iterator[Collection]:
+        """The open collection; what Chroma raises meanwhile becomes a DeliveryError."""
+        with self._translated(action):
+            with self._mutex:
+                if self._opened is None:
+                    raise MemstateError("this index is not open; call open() first")
+                self._check_folder()
+                if self._collection is None:
+                    self._collection = self._resolve(*self._opened)
+                collection = self._collection
+            yield collection
+
+    @contextmanager
+    def _translated(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except MemstateError:
+            raise
+        except self._errors.NotFoundError as error:
+            self._collection = None
+            raise DeliveryRetryable(f"Chroma collection {self._name!r} is gone; the next call opens it anew") from error
+        except Exception as error:
+            raise self._failure(error, f"Chroma could not {action} collection {self._name!r}") from error
+
+    def _failure(self, error: Exception, message: str) -> DeliveryError:
+        if isinstance(error, self._errors.ChromaError):
+            retryable = retryable_status(error.code())
+            return (DeliveryRetryable if retryable else DeliveryRejected)(f"{message}: {type(error).__name__}")
+        # Chroma validates with ValueError and TypeError. The rest, such as a closed client, is not the points' fault.
+        refused = isinstance(error, ValueError | TypeError)
+        return delivery_error(error, message, unknown=DeliveryRejected if refused else DeliveryRetryable)
+
+    def _check_folder(self) -> None:
+        if self._folder is not None:
+            self._folder.check()
+
+    def _resolve(self, embedder: str, dimension: int) -> Collection:
+        try:
+            collection = self._client.get_collection(self._name, embedding_function=None)
+        except self._errors.NotFoundError:
+            collection = self._client.get_or_create_collection(
+                self._name,
+                configuration={"hnsw": {"space": "cosine"}},
+                metadata={_EMBEDDER: embedder, _DIMENSION: dimension},
+                embedding_function=None,
+            )
+        # `collection.configuration` warns for a collection without an embedding function; the JSON does not.
+        configuration = collection.configuration_json
+        space = (configuration.get("hnsw") or configuration.get("spann") or {}).get("space", "l2")
+        metadata = collection.metadata or {}
+        stored_embedder = metadata.get(_EMBEDDER, embedder)
+        # Unstamped: Chroma knows the dimension as soon as the collection holds a point.
+        stored_dimension = metadata.get(_DIMENSION) or collection.get_model().dimension or dimension
+        if (space, stored_embedder, stored_dimension) != ("cosine", embedder, dimension):
+            raise IndexMismatch(
+                f"Chroma collection {self._name!r} was built with embedder {stored_embedder!r}, {stored_dimension} "
+                f"dimensions and {space} distance; asked for: {embedder!r}, {dimension} dimensions, cosine distance. "
+                "Use another collection name, or delete this collection to have it rebuilt"
+            )
+        if _EMBEDDER not in metadata:
+            # modify() replaces the metadata, and refuses "hnsw:space", which the configuration holds as well.
+            kept = {key: value for key, value in metadata.items() if key != "hnsw:space"}
+            collection.modify(metadata={**kept, _EMBEDDER: embedder, _DIMENSION: dimension})
+        return collection
+
+    # -- points -----------------------------------------------------------------------------------------------------
+
+    def _nearest(
+        self, collection: Collection, query: Any, limit: int, where: Any, ids: list[str] | None
+    ) -> list[tuple[str, float, Any]]:
+        def ask(among: list[str] | None) -> list[tuple[str, float, Any]]:
+            found: Any = collection.query(
+                query_embeddings=query, n_results=limit, where=where, ids=among, include=["metadatas", "distances"]
+            )
+            return list(zip(found["ids"][0], found["distances"][0], found["metadatas"][0], strict=True))
+
+        try:
+            return ask(ids)
+        except self._errors.InternalError:
+            if ids is None:
+                raise
+        # One absent id among *ids* fails the whole query, and the error's type does not tell: narrow them, ask again.
+        present = [
+            id_
+            for start in range(0, len(ids), self.max_batch)
+            for id_ in collection.get(ids=ids[start : start + self.max_batch], include=[])["ids"]
+        ]
+        return ask(present) if present else []
+
+    def _fingerprints(self, collection: Collection, ids: Sequence[str]) -> list[tuple[str, str | None]]:
+        """The fingerprint of each stored point among *ids*, None for one that is not ours."""
+        unique = list(dict.fromkeys(ids))
+        if not unique:
+            return []
+        found = collection.get(ids=unique, include=["metadatas"])
+        return [(id_, (metadata or {}).get(_FINGERPRINT)) for id_, metadata in _rows(found, "metadatas")]
+
+    def _ids(self, collection: Collection, after: str | None) -> list[str]:
+        """The sorted ids of the running pass; a new pass begins with *after* None, or where none is running."""
+        listing = self._listing
+        if after is None or listing is None or listing[0] != str(collection.id):
+            listing = self._listing = (str(collection.id), sorted(collection.get(include=[])["ids"]))
+        return listing[1]
+
+
+def _required(package: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise MissingExtra(package.partition(".")[0], "chroma") from error
+
+
+def _rows(found: Any, *columns: str) -> Iterator[tuple[Any, ...]]:
+    """Chroma's answer, which is columns, as rows that begin with the id."""
+    return zip(found["ids"], *(found[column] for column in columns), strict=True)
+
+
+def _where(condition: dict[str, Any]) -> dict[str, Any]:
+    """The canonical filter as a Chroma ``where``.
+
+    Chroma compares integers with a fraction truncated: ``$eq 0.5`` matches 0, ``$lt -0.5`` misses -1. Integers at
+    either side of the fraction settle it.
+    """
+    [(key, value)] = condition.items()
+    if key in ("$and", "$or"):
+        return {key: [_where(part) for part in value]}
+    [(name, operand)] = value.items()
+    if name == "$in":
+        if len({type(item) for item in operand}) == 1 and not any(map(_fraction, operand)):
+            return condition
+        parts = [_where({key: {"$eq": item}}) for item in operand]
+        return {"$or": parts} if len(parts) > 1 else parts[0]
+    if not _fraction(operand):
+        return condition
+    low, high = math.floor(operand), math.ceil(operand)
+    exact = {
+        "$eq": {"$and": [condition, {key: {"$gt": low}}, {key: {"$lt": high}}]},
+        "$gt": {"$or": [condition, {key: {"$gte": high}}]},
+        "$gte": {"$and": [condition, {key: {"$gt": low}}]},
+        "$lt": {"$or": [condition, {key: {"$lte": low}}]},
+        "$lte": {"$and": [condition, {key: {"$lt": high}}]},
+    }
+    return exact[name]
+
+
+def _fraction(value: Any) -> bool:
+    return isinstance(value, float) and not value.is_integer()

@@ -1,0 +1,145 @@
+"""An exact index in this process's memory: for tests, demos and small, rebuildable sets."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memstate_sa.errors import IndexMismatch, MemstateError
+from memstate_sa.indexes._filters import canonical, matches, storable
+from memstate_sa.indexes.base import Entry, Filter, Match, Point, Scalar, Stored, Vector, matrix
+
+
+class _Held(NamedTuple):
+    row: int
+    vector: Vector
+    fingerprint: str
+    metadata: Mapping[str, Scalar]
+
+
+class InMemoryIndex:
+    """Exact cosine distance in NumPy; 10,000 points of 256 dimensions are searched in 1-2 ms.
+
+    Nothing outlives the object: its ``incarnation`` is new each time, and the relay refills it. A zero vector is at
+    distance 1.0 from everything.
+    """
+
+    def __init__(self, *, max_batch: int = 10_000) -> None:
+        self._max_batch = max_batch
+        self._incarnation = uuid.uuid4().hex
+        self._lock = threading.Lock()
+        self._opened: tuple[str, int] | None = None
+        # Row n of `_units` is the unit vector of `_ids[n]`; rows past len(_ids) are spare, for growing in steps.
+        self._units: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
+        self._ids: list[str] = []
+        self._held: dict[str, _Held] = {}
+        self._sorted_ids: list[str] | None = None
+
+    @property
+    def incarnation(self) -> str:
+        return self._incarnation
+
+    @property
+    def max_batch(self) -> int:
+        return self._max_batch
+
+    def open(self, *, embedder: str, dimension: int) -> None:
+        with self._lock:
+            if self._opened is None:
+                self._opened = (embedder, dimension)
+                self._units = np.empty((0, dimension), dtype=np.float32)
+            elif self._opened != (embedder, dimension):
+                theirs, size = self._opened
+                raise IndexMismatch(
+                    f"this InMemoryIndex holds vectors of embedder {theirs!r} ({size} dimensions), "
+                    f"not of {embedder!r} ({dimension} dimensions)"
+                )
+
+    def upsert(self, points: Sequence[Point]) -> None:
+        vectors = matrix([p.vector for p in points], self._dimension, [p.id for p in points])
+        norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+        units = np.divide(vectors, norms, out=np.zeros_like(norms * vectors), where=norms > 0)
+        with self._lock:
+            self._reserve(len(self._ids) + len(points))
+            for point, vector, unit in zip(points, vectors, units, strict=True):
+                held = self._held.get(point.id)
+                row = len(self._ids) if held is None else held.row
+                if held is None:
+                    self._ids.append(point.id)
+                    self._sorted_ids = None
+                self._units[row] = unit
+                metadata = {key: storable(value) for key, value in point.metadata.items()}
+                self._held[point.id] = _Held(row, vector, point.fingerprint, metadata)
+
+    def delete(self, ids: Sequence[str]) -> None:
+        with self._lock:
+            for id_ in ids:
+                gone = self._held.pop(id_, None)
+                if gone is None:
+                    continue
+                self._sorted_ids = None
+                last = self._ids.pop()
+                if last != id_:  # the last row moves into the gap
+                    self._ids[gone.row] = last
+                    self._units[gone.row] = self._units[len(self._ids)]
+                    self._held[last] = self._held[last]._replace(row=gone.row)
+
+    def query(
+        self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
+    ) -> list[Match]:
+        [query] = matrix([vector], self._dimension, ["the query"]).astype(np.float64)
+        condition = canonical(where or {})
+        if condition is None or limit < 1:
+            return []
+        norm = np.linalg.norm(query)
+        unit = (query / norm if norm > 0 else query).astype(np.float32)
+        with self._lock:
+            if ids is None:
+                rows, units = np.arange(len(self._ids)), self._units[: len(self._ids)]
+            else:
+                rows = np.array([self._held[id_].row for id_ in dict.fromkeys(ids) if id_ in self._held], dtype=np.intp)
+                units = self._units[rows]
+            distances = np.clip(1.0 - units @ unit, 0.0, 2.0)
+            found: list[Match] = []
+            for place in np.argsort(distances, kind="stable"):
+                id_ = self._ids[rows[place]]
+                held = self._held[id_]
+                if matches(condition, held.metadata):
+                    found.append(Match(id_, float(distances[place]), held.fingerprint))
+                    if len(found) == limit:
+                        break
+            return found
+
+    def get(self, ids: Sequence[str]) -> list[Stored]:
+        with self._lock:
+            present = [(id_, self._held[id_]) for id_ in dict.fromkeys(ids) if id_ in self._held]
+        return [Stored(id_, held.fingerprint, held.vector.copy()) for id_, held in present]
+
+    def scan(self, after: str | None, limit: int) -> list[Entry]:
+        with self._lock:
+            if self._sorted_ids is None:
+                self._sorted_ids = sorted(self._ids)
+            start = 0 if after is None else bisect_right(self._sorted_ids, after)
+            page = self._sorted_ids[start : start + limit]
+            return [Entry(id_, self._held[id_].fingerprint) for id_ in page]
+
+    def close(self) -> None:
+        """Does nothing: the content lives as long as the object."""
+
+    @property
+    def _dimension(self) -> int:
+        if self._opened is None:
+            raise MemstateError("this index is not open; call open() first")
+        return self._opened[1]
+
+    def _reserve(self, rows: int) -> None:
+        if rows > len(self._units):
+            grown = np.empty((max(rows, 2 * len(self._units), 64), self._units.shape[1]), dtype=np.float32)
+            grown[: len(self._ids)] = self._units[: len(self._ids)]
+            self._units = grown

@@ -1,0 +1,458 @@
+"""`Memory`: the facade that wires capture, relay, search, undo and verification together."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
+
+from sqlalchemy import Select, inspect
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session
+
+from memstate_sa import history, tables, truth
+from memstate_sa.capture import Capture, Registry, Unit
+from memstate_sa.changes import Change
+from memstate_sa.columns import TableColumns
+from memstate_sa.embedders import Embedder, WordLlamaEmbedder
+from memstate_sa.errors import MemstateError
+from memstate_sa.facts import Tracked, describe
+from memstate_sa.indexes.base import VectorIndex
+from memstate_sa.relay import Relay
+from memstate_sa.relay.state import Backlog, IndexKey, backlog
+from memstate_sa.search import Call, Hits, Search, call_directly
+from memstate_sa.sqlite import is_in_memory
+from memstate_sa.vectors import Vectors
+from memstate_sa.verify import DriftReport, Progress, Verify
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+M = TypeVar("M")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Memory:
+    """Facts in SQL, their meaning in one or more vector indexes, kept in step by the application's own transactions.
+
+    *index* is a `VectorIndex`, or several by name; *embedder* defaults to `WordLlamaEmbedder`. Holds no module-level
+    state: two Memory objects do not see each other. Nothing is opened before it is first needed.
+    """
+
+    def __init__(
+        self,
+        index: VectorIndex | Mapping[str, VectorIndex],
+        *,
+        embedder: Embedder | None = None,
+        delivery: Literal["relay"] = "relay",
+    ) -> None:
+        if delivery != "relay":
+            raise MemstateError(f"delivery={delivery!r}: only 'relay' is available")
+        self.indexes: dict[str, VectorIndex] = dict(index) if isinstance(index, Mapping) else {"memory": index}
+        if not self.indexes:
+            raise MemstateError("give at least one index")
+        self.embedder = embedder if embedder is not None else WordLlamaEmbedder()
+        self._vectors = Vectors(self.embedder)
+        self._registry = Registry()
+        self._capture = Capture(self._registry, self._wake)
+        self._rollback = history.Rollback(self._registry, self._capture)
+        self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
+        self._engines: dict[str, Engine] = {}
+
+    # -- adoption --------------------------------------------------------------------------------------------------
+
+    @overload
+    def track(
+        self,
+        model: type[M],
+        *,
+        text: str | Callable[[M], str | None],
+        metadata: Sequence[str] = (),
+        schema: Any = None,
+        entity: str | None = None,
+        index: str | Sequence[str] | None = None,
+        unique_by: Any = (),
+        immutable: Any = False,
+        on_untracked: Literal["raise", "warn"] = "raise",
+    ) -> type[M]: ...
+
+    @overload
+    def track(
+        self,
+        model: None = None,
+        *,
+        text: str | Callable[[Any], str | None],
+        metadata: Sequence[str] = (),
+        schema: Any = None,
+        entity: str | None = None,
+        index: str | Sequence[str] | None = None,
+        unique_by: Any = (),
+        immutable: Any = False,
+        on_untracked: Literal["raise", "warn"] = "raise",
+    ) -> Callable[[type[M]], type[M]]: ...
+
+    def track(
+        self,
+        model: Any = None,
+        *,
+        text: str | Callable[[Any], str | None],
+        metadata: Sequence[str] = (),
+        schema: Any = None,
+        entity: str | None = None,
+        index: str | Sequence[str] | None = None,
+        unique_by: Any = (),
+        immutable: Any = False,
+        on_untracked: Literal["raise", "warn"] = "raise",
+    ) -> Any:
+        """Make every row of *model* a fact; a call, or a class decorator. The table needs no change.
+
+        *text* is the column attribute to be embedded, or a callable that gets a detached instance with the row's own
+        columns; None or blank text has no vector. *metadata* are column attributes stored beside the vector, by which
+        an index can filter. *schema* is a Pydantic model that every write must satisfy. *index* names which of the
+        Memory's indexes get it (default: all). *unique_by* are column attributes of which no two rows may share all
+        values. Subclasses (single-table inheritance) are tracked along. *on_untracked* says what happens to writes
+        that cannot be captured.
+
+        Raises MemstateError for a class that is not mapped, unknown column attributes, or an entity tracked already.
+        """
+        names = tuple(self.indexes) if index is None else (index,) if isinstance(index, str) else tuple(index)
+        unknown = [name for name in names if name not in self.indexes]
+        if unknown or not names:
+            raise MemstateError(f"index={index!r}: this Memory has {', '.join(self.indexes)}")
+
+        def tracked(model: type[M]) -> type[M]:
+            self._capture.track(
+                describe(
+                    model,
+                    text=text,
+                    metadata=metadata,
+                    schema=schema,
+                    entity=entity,
+                    indexes=names,
+                    unique_by=unique_by,
+                    immutable=immutable,
+                    on_untracked=on_untracked,
+                )
+            )
+            return model
+
+        return tracked if model is None else tracked(model)
+
+    def attach(self, target: Any) -> None:
+        """Capture what the Sessions of *target* write. Idempotent.
+
+        *target* is a sessionmaker, a Session class (every Session made of it or of a subclass), a scoped_session, a
+        Session, or an async_sessionmaker, which gets a sync Session class of its own. Raises TypeError otherwise.
+        """
+        self._capture.attach(target)
+
+    def create_tables(self, engine: Engine | AsyncEngine) -> None:
+        """Create the tables of memstate_sa that are not there yet. With Alembic, let a migration do it."""
+        tables.metadata.create_all(self._sync(engine))
+
+    def annotate(
+        self,
+        session: Session | AsyncSession,
+        actor: str | None = None,
+        reason: str | None = None,
+        session_id: str | None = None,
+    ) -> None:
+        """Label what the current (or next) transaction of *session* changes; what is not given is left as it is.
+
+        The labels end with the transaction, however it ends.
+        """
+        unit = self._unit(_sync_session(session))
+        unit.actor = actor if actor is not None else unit.actor
+        unit.reason = reason if reason is not None else unit.reason
+        unit.session_id = session_id if session_id is not None else unit.session_id
+
+    def _unit(self, session: Session) -> Unit:
+        if not self._capture.is_attached(session):
+            raise MemstateError("this Session is not attached: call memory.attach() with its sessionmaker first")
+        return self._capture.unit(session)
+
+    # -- search ----------------------------------------------------------------------------------------------------
+
+    @overload
+    def search(
+        self,
+        session: Session,
+        query: str,
+        target: type[M],
+        *,
+        limit: int = 5,
+        max_distance: float | None = None,
+        consistency: Literal["fresh", "eventual"] = "fresh",
+        index: str | None = None,
+    ) -> Hits[M]: ...
+
+    @overload
+    def search(
+        self,
+        session: Session,
+        query: str,
+        target: Select[tuple[M]],
+        *,
+        limit: int = 5,
+        max_distance: float | None = None,
+        consistency: Literal["fresh", "eventual"] = "fresh",
+        index: str | None = None,
+    ) -> Hits[M]: ...
+
+    def search(
+        self,
+        session: Session,
+        query: str,
+        target: Any,
+        *,
+        limit: int = 5,
+        max_distance: float | None = None,
+        consistency: Literal["fresh", "eventual"] = "fresh",
+        index: str | None = None,
+    ) -> Hits[Any]:
+        """The facts nearest in meaning to *query*, best first, among the rows that *target* selects.
+
+        Every hit is a row that this Session's transaction sees, found by an embedding of its current content. "fresh"
+        includes what is committed, or flushed in this transaction, and not yet delivered; "eventual" does not look
+        for it. ``.complete`` of the result is False when something could not be considered.
+
+        *target* is a tracked class or a ``select()`` of one, whose criteria may be anything; its order is ignored.
+        Raises MemstateError for other targets, DeliveryError when the index or the embedder is unavailable.
+        """
+        return self._search(call_directly, session, query, target, limit, max_distance, consistency, index)
+
+    @overload
+    async def asearch(
+        self,
+        session: AsyncSession,
+        query: str,
+        target: type[M],
+        *,
+        limit: int = 5,
+        max_distance: float | None = None,
+        consistency: Literal["fresh", "eventual"] = "fresh",
+        index: str | None = None,
+    ) -> Hits[M]: ...
+
+    @overload
+    async def asearch(
+        self,
+        session: AsyncSession,
+        query: str,
+        target: Select[tuple[M]],
+        *,
+        limit: int = 5,
+        max_distance: float | None = None,
+        consistency: Literal["fresh", "eventual"] = "fresh",
+        index: str | None = None,
+    ) -> Hits[M]: ...
+
+    async def asearch(
+        self,
+        session: AsyncSession,
+        query: str,
+        target: Any,
+        *,
+        limit: int = 5,
+        max_distance: float | None = None,
+        consistency: Literal["fresh", "eventual"] = "fresh",
+        index: str | None = None,
+    ) -> Hits[Any]:
+        """`search` for an AsyncSession; the index and the embedder are called in threads."""
+        from sqlalchemy.util import await_only
+
+        def in_thread(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+            return await_only(asyncio.to_thread(function, *args, **kwargs))
+
+        def run(sync: Session) -> Hits[Any]:
+            return self._search(in_thread, sync, query, target, limit, max_distance, consistency, index)
+
+        return await session.run_sync(run)
+
+    def _search(
+        self,
+        call: Call,
+        session: Session,
+        query: str,
+        target: Any,
+        limit: int,
+        max_distance: float | None,
+        consistency: str,
+        index: str | None,
+    ) -> Hits[Any]:
+        if not isinstance(query, str):
+            raise MemstateError(f"query={query!r}: a string to search for")
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise MemstateError(f"limit={limit!r}: how many hits, at least 1")
+        if consistency not in ("fresh", "eventual"):
+            raise MemstateError(f"consistency={consistency!r}: 'fresh' or 'eventual'")
+        search = Search(
+            session, self._registry, self._capture, self.indexes, self._vectors, target, index=index, call=call
+        )
+        return search.run(query, limit, max_distance, fresh=consistency == "fresh")
+
+    # -- history ---------------------------------------------------------------------------------------------------
+
+    def history(self, session: Session, model_or_instance: Any, key: Any = None) -> list[Change]:
+        """What happened to a fact, oldest first: ``history(session, instance)`` or ``history(session, Model, key)``.
+
+        A class without a key gives the changes of all its facts. A composite key is a tuple.
+        """
+        if isinstance(model_or_instance, type):
+            tracked = self._registry.of(model_or_instance)
+        else:
+            tracked = self._registry.of(type(model_or_instance))
+            state = inspect(model_or_instance)
+            key = state.identity
+            if key is None:
+                raise MemstateError(f"{model_or_instance!r} was never flushed, so it has no history")
+        session.flush()
+        connection = session.connection(bind_arguments={"mapper": tracked.mapper})
+        canonical = None if key is None else self._canonical(tracked.on(connection.dialect), key)
+        return history.of_entity(connection, self._registry, tracked, canonical)
+
+    @staticmethod
+    def _canonical(columns: TableColumns, key: Any) -> str:
+        identity = key if isinstance(key, tuple) else (key,)
+        if len(identity) != len(columns.key_names):
+            raise MemstateError(f"key={key!r}: {columns.table.fullname} is keyed by {', '.join(columns.key_names)}")
+        return columns.encode_key(columns.raw_key(identity))
+
+    def rollback(
+        self,
+        session: Session,
+        steps: int = 1,
+        *,
+        session_id: str | None = None,
+        actor: str | None = None,
+        tx: str | None = None,
+    ) -> list[Change]:
+        """Undo the last *steps* transactions as new log entries, newest first, in the caller's transaction.
+
+        Nothing is committed on your behalf, the log only grows, and the vectors follow as for any write. With
+        *session_id* or *actor* (by default what the session is annotated with) only transactions so labelled count. A
+        transaction that is undone does not count again, so two calls walk back two steps; *tx* names one transaction
+        instead, and undoing a rollback that way redoes what it undid. Instances in the session are expired.
+
+        Returns the new entries; fewer transactions than *steps* may have been there. Raises ConflictError, with the
+        changes in the way, when someone outside of what is undone has since changed a fact; nothing is written then.
+        """
+        self._unit(session)
+        if not self._registry.by_entity:
+            raise MemstateError("no class is tracked")
+        if tx is not None:
+            return self._rollback.transaction(session, tx)
+        return self._rollback.steps(session, steps, session_id, actor)
+
+    # -- operation -------------------------------------------------------------------------------------------------
+
+    def relay(self, engine: Engine | AsyncEngine, **options: Any) -> Relay:
+        """What brings the indexes up to date with *engine*'s database; see `Relay` for the options.
+
+        ``with memory.relay(engine):`` runs it in the background.
+        """
+        relay = Relay(self._sync(engine), self._by_index(), self._vectors, **options)
+        self._relays.add(relay)
+        return relay
+
+    def _by_index(self) -> dict[str, tuple[VectorIndex, dict[str, Tracked]]]:
+        everything = self._registry.by_entity
+        return {
+            name: (index, {entity: t for entity, t in everything.items() if name in t.indexes})
+            for name, index in self.indexes.items()
+        }
+
+    def _wake(self) -> None:
+        for relay in list(self._relays):
+            relay.wake()
+
+    def verify(
+        self, engine: Engine | AsyncEngine, *, repair: bool = False, progress: Progress | None = None
+    ) -> DriftReport:
+        """Compare every index with the tables by content, in pages. *repair* redelivers what differs."""
+        sync, report = self._sync(engine), DriftReport()
+        for name, (index, tracked) in self._by_index().items():
+            index.open(embedder=self.embedder.fingerprint, dimension=self.embedder.dimension)
+            Verify(sync, name, index, tracked, self.embedder.fingerprint).run(report, repair=repair, progress=progress)
+        if repair and not report.clean:
+            with_relay = self.relay(sync)
+            try:
+                with_relay.drain()
+            finally:
+                with_relay.stop()
+        return report
+
+    def backfill(
+        self,
+        engine: Engine | AsyncEngine,
+        model: type[Any],
+        *,
+        batch_size: int = 500,
+        progress: Progress | None = None,
+    ) -> int:
+        """Log a baseline for the rows of *model* that the log has not seen, and mark them for delivery.
+
+        One transaction a batch, safe beside live writes; run again after an interruption, it goes on with what is
+        left. Returns how many rows were new to the log.
+        """
+        if batch_size < 1:
+            raise MemstateError(f"batch_size={batch_size!r}: at least 1")
+        sync, tracked, added, seen = self._sync(engine), self._registry.of(model), 0, 0
+        after: str | None = None
+        while True:
+            with sync.begin() as connection:
+                keys = truth.page(connection, tracked, after, batch_size)
+                if keys:
+                    added += self._capture.log_baselines(connection, tracked, keys)
+            if not keys:
+                self._wake()
+                return added
+            after, seen = keys[-1], seen + len(keys)
+            if progress is not None:
+                progress(seen, None)
+
+    def status(self, engine: Engine | AsyncEngine) -> dict[str, Backlog]:
+        """What each index has not been given yet."""
+        with self._sync(engine).connect() as connection:
+            return {
+                name: backlog(connection, IndexKey(name, self._incarnation(index)), list(tracked))
+                for name, (index, tracked) in self._by_index().items()
+            }
+
+    def _incarnation(self, index: VectorIndex) -> str:
+        index.open(embedder=self.embedder.fingerprint, dimension=self.embedder.dimension)
+        return index.incarnation
+
+    def close(self) -> None:
+        """Stop this Memory's relays and close its indexes."""
+        for relay in list(self._relays):
+            relay.stop()
+        for index in self.indexes.values():
+            index.close()
+
+    def _sync(self, engine: Engine | AsyncEngine) -> Engine:
+        """*engine*, or a sync engine on the URL of an AsyncEngine: the relay is a thread, not a coroutine."""
+        if isinstance(engine, Engine):
+            return engine
+        if not hasattr(engine, "sync_engine"):
+            raise MemstateError(f"{engine!r} is not an Engine; sqlalchemy.create_engine(url) makes one")
+        from sqlalchemy import create_engine
+
+        url = engine.url.render_as_string(hide_password=False)
+        found = self._engines.get(url)
+        if found is None:
+            if is_in_memory(engine.sync_engine):
+                raise MemstateError("an in-memory SQLite exists in the AsyncEngine's connection only; use a file")
+            backend = engine.url.get_backend_name()
+            driver = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}.get(backend, backend)
+            found = self._engines[url] = create_engine(engine.url.set(drivername=driver))
+        return found
+
+
+def _sync_session(session: Session | AsyncSession) -> Session:
+    sync: Session = getattr(session, "sync_session", session)
+    return sync
+
+

@@ -1,0 +1,123 @@
+"""What to do about a page of dirty keys, and about a failure. Pure: values and a clock in, decisions out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import NamedTuple, TypeAlias, TypeVar
+
+from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, MemstateError
+from memstate_sa.facts import Projection
+
+T = TypeVar("T")
+FactKey: TypeAlias = tuple[str, str]
+"""(entity, key)"""
+
+
+class Delivered(NamedTuple):
+    """What the ledger says that an index was last given for a key."""
+
+    fingerprint: str | None
+    text_fingerprint: str | None
+    deleted: bool
+
+
+class Write(NamedTuple):
+    """One key to be written to an index: its projection, or None to delete it.
+
+    ``same_text``: the index already holds the vector of this text, only metadata changed.
+    """
+
+    fact: FactKey
+    projection: Projection | None
+    same_text: bool = False
+
+
+def plan(
+    facts: Iterable[FactKey],
+    truth: Mapping[FactKey, Projection],
+    ledger: Mapping[FactKey, Delivered],
+    *,
+    settle: bool,
+) -> list[Write]:
+    """The writes that make an index agree with *truth* for these *facts*.
+
+    With *settle* the ledger is not believed: an earlier holder, or an earlier attempt, may have written to the index
+    without having been able to say so, and a row that has since changed back would look delivered.
+    """
+    writes = []
+    for fact in facts:
+        projection = truth.get(fact)
+        if projection is not None and projection.fingerprint is None:
+            projection = None
+        known = None if settle else ledger.get(fact)
+        if projection is None:
+            if settle or (known is not None and not known.deleted):
+                writes.append(Write(fact, None))
+        elif known is None or known.deleted or known.fingerprint != projection.fingerprint:
+            same_text = known is not None and not known.deleted and (
+                known.text_fingerprint == projection.text_fingerprint
+            )
+            writes.append(Write(fact, projection, same_text))
+    return writes
+
+
+def halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    middle = len(items) // 2
+    return items[:middle], items[middle:]
+
+
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """Exponential backoff with full jitter on its upper half; ``max_attempts`` rejections make a key dead."""
+
+    max_attempts: int = 8
+    delay_s: float = 0.5
+    max_delay_s: float = 300.0
+
+    def delay(self, attempt: int, jitter: Callable[[], float]) -> float:
+        """Seconds to wait before attempt number ``attempt + 1``; *jitter* returns 0 to 1."""
+        full = min(self.delay_s * 2.0 ** min(attempt - 1, 30), self.max_delay_s)
+        return full * (0.5 + 0.5 * jitter())
+
+
+class Parked(NamedTuple):
+    """A key set aside after a rejection, so that the others go on."""
+
+    attempts: int
+    next_at: datetime
+    state: str
+    error: str
+
+
+def park(
+    error: MemstateError, attempts: int, now: datetime, policy: RetryPolicy, jitter: Callable[[], float]
+) -> Parked:
+    """What becomes of a key that was rejected for the *attempts*-th time."""
+    state = "dead" if attempts >= policy.max_attempts else "parked"
+    delay = timedelta(seconds=policy.delay(attempts, jitter))
+    return Parked(attempts, now + delay, state, describe(error))
+
+
+def describe(error: BaseException) -> str:
+    """What an operator needs of *error*: types and our own words, never a vendor's text, which may quote the fact."""
+    ours = str(error)[:200] if isinstance(error, MemstateError) else ""
+    cause = error.__cause__
+    kinds = type(error).__name__ + (f" from {type(cause).__name__}" if cause is not None else "")
+    return f"{kinds}: {ours}" if ours else kinds
+
+
+def classify(error: Exception, where: str) -> MemstateError:
+    """*error* of an index or embedder as ours. Retryable or rejected is decided by type, never by text."""
+    if isinstance(error, MemstateError):
+        return error
+    kind = DeliveryRetryable if isinstance(error, OSError) else DeliveryRejected
+    wrapped = kind(f"{where} raised {type(error).__name__}")
+    wrapped.__cause__ = error
+    return wrapped

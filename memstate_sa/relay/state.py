@@ -1,0 +1,372 @@
+"""What the database knows of one index: lease and cursor, ledger, parked keys, refill. One short transaction a call."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+from sqlalchemy import ColumnElement, Table, and_, delete, func, insert, not_, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection
+
+from memstate_sa.outbox import Position, as_array, each, here, take_write_lock, undelivered, window
+from memstate_sa.relay.plan import Delivered, FactKey, Parked
+from memstate_sa.tables import cursor, index_state, ledger, outbox, parked, refill, utcnow
+
+SLOT = 0
+"""One holder serves all slots of an index; the column lets several share them."""
+
+SCAN = ""
+"""The refill row that stands for the scan of the index itself."""
+
+
+class IndexKey(NamedTuple):
+    """One lifetime of one index; every table of relay state is keyed by it."""
+
+    name: str
+    incarnation: str
+
+    def of(self, table: Table) -> ColumnElement[bool]:
+        return and_(table.c.index == self.name, table.c.incarnation == self.incarnation)
+
+    def values(self) -> dict[str, str]:
+        return {"index": self.name, "incarnation": self.incarnation}
+
+
+def owner_id() -> str:
+    """Names this holder so that another process of this machine can tell whether it is still alive."""
+    return f"{_machine()} {os.getpid()} {uuid4().hex}"
+
+
+def _machine() -> str:
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return f"{socket.gethostname()}/{namespace}"
+
+
+def is_gone(owner: str) -> bool:
+    """Whether *owner* certainly runs no more: a process of this machine that has ended. A lease need not run out then."""
+    machine, _, rest = owner.partition(" ")
+    pid = rest.partition(" ")[0]
+    if machine != _machine() or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def upsert(dialect_name: str, table: Table) -> Any:
+    return {"sqlite": sqlite, "postgresql": postgresql}[dialect_name].insert(table)
+
+
+def database_now(connection: Connection) -> datetime:
+    """Leases live on one clock: the server's. On SQLite every user is on this machine."""
+    if connection.dialect.name != "postgresql":
+        return utcnow()
+    now: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
+    return now.astimezone(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to deliver to an index until *lease_until*. ``taken_over``: it was not this holder's before."""
+
+    epoch: int
+    at: Position
+    lease_until: datetime
+    taken_over: bool = False
+
+
+def read_position(connection: Connection, index: IndexKey) -> Position | None:
+    """How far *index* has come, as the reader's transaction sees it; None when it was never delivered to."""
+    row = connection.execute(
+        select(cursor.c.snapshot, cursor.c.target, cursor.c.position).where(index.of(cursor), cursor.c.slot == SLOT)
+    ).one_or_none()
+    return None if row is None else Position(*row)
+
+
+def claim(
+    connection: Connection,
+    index: IndexKey,
+    owner: str,
+    lease_s: float,
+    *,
+    embedder: str,
+    dimension: int,
+    entities: Sequence[str],
+) -> Claim | None:
+    """Become, or stay, the holder of *index*. None while another holds it."""
+    take_write_lock(connection)
+    row = connection.execute(
+        select(cursor).where(index.of(cursor), cursor.c.slot == SLOT).with_for_update()
+    ).one_or_none()
+    now = database_now(connection)
+    until = now + timedelta(seconds=lease_s)
+    present = connection.execute(select(here(connection.dialect.name))).scalar_one()
+    if row is None:
+        claimed = _register(connection, index, owner, until, present, now, embedder, dimension)
+    else:
+        mine = row.owner == owner and row.lease_until > now
+        if not mine and row.owner is not None and row.lease_until > now and not is_gone(row.owner):
+            return None
+        at = Position(row.snapshot, row.target, row.position)
+        if not mine:
+            # The window that the last holder may have had in work ends here; all of it is settled.
+            at = replace(at, target=present, position=at.position if at.snapshot is None else 0)
+        claimed = Claim(row.epoch + (not mine), at, until, taken_over=not mine)
+        connection.execute(
+            update(cursor)
+            .where(index.of(cursor), cursor.c.slot == SLOT)
+            .values(owner=owner, lease_until=until, epoch=claimed.epoch, target=at.target, position=at.position)
+        )
+    known = set(connection.scalars(select(refill.c.entity).where(index.of(refill))))
+    missing = [name for name in (SCAN, *entities) if name not in known]
+    if missing:
+        connection.execute(insert(refill), [{**index.values(), "entity": name, "done": False} for name in missing])
+    return claimed
+
+
+def _register(
+    connection: Connection,
+    index: IndexKey,
+    owner: str,
+    until: datetime,
+    present: str,
+    now: datetime,
+    embedder: str,
+    dimension: int,
+) -> Claim:
+    """A new lifetime of an index: the cursor starts now, everything older comes by the refill."""
+    live = select(cursor.c.incarnation).where(cursor.c.index == index.name, cursor.c.lease_until > now)
+    for table in (index_state, ledger, parked, refill, cursor):
+        connection.execute(
+            delete(table).where(table.c.index == index.name, table.c.incarnation.not_in(live.scalar_subquery()))
+        )
+    connection.execute(
+        insert(index_state), {**index.values(), "embedder": embedder, "dimension": dimension, "created_at": now}
+    )
+    snapshot, position = (present, 0) if connection.dialect.name == "postgresql" else (None, int(present))
+    connection.execute(
+        insert(cursor),
+        {
+            **index.values(),
+            "slot": SLOT,
+            "snapshot": snapshot,
+            "target": None,
+            "position": position,
+            "owner": owner,
+            "lease_until": until,
+            "epoch": 1,
+        },
+    )
+    return Claim(1, Position(snapshot, None, position), until, taken_over=True)
+
+
+def release(connection: Connection, index: IndexKey, claimed: Claim, owner: str) -> None:
+    connection.execute(
+        update(cursor)
+        .where(index.of(cursor), cursor.c.slot == SLOT, cursor.c.owner == owner, cursor.c.epoch == claimed.epoch)
+        .values(owner=None, lease_until=None)
+    )
+
+
+def next_window(connection: Connection, at: Position, limit: int) -> tuple[Position, list[tuple[int, str, str]]]:
+    """The next page of dirty keys; opens a window up to now when none is in work."""
+    if at.target is None:
+        at = replace(at, target=connection.execute(select(here(connection.dialect.name))).scalar_one())
+    rows = connection.execute(window(at).limit(limit))
+    return at, [(row[0], row[1], row[2]) for row in rows]
+
+
+def read_ledger(connection: Connection, index: IndexKey, facts: Collection[FactKey]) -> dict[FactKey, Delivered]:
+    keys = each("keys")
+    statement = select(
+        ledger.c.key, ledger.c.fingerprint, ledger.c.text_fingerprint, ledger.c.deleted
+    ).join(keys, keys.c.value == ledger.c.key)
+    found = {}
+    for entity, group in by_entity(facts).items():
+        rows = connection.execute(
+            statement.where(index.of(ledger), ledger.c.entity == entity), {"keys": as_array(group)}
+        )
+        found.update({(entity, row[0]): Delivered(row[1], row[2], row[3]) for row in rows})
+    return found
+
+
+def by_entity(facts: Iterable[FactKey]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for entity, key in facts:
+        groups.setdefault(entity, []).append(key)
+    return groups
+
+
+def due(connection: Connection, index: IndexKey, limit: int) -> dict[FactKey, int]:
+    """Parked keys whose time has come, with the attempts made."""
+    rows = connection.execute(
+        select(parked.c.entity, parked.c.key, parked.c.attempts)
+        .where(index.of(parked), parked.c.state == "parked", parked.c.next_at <= utcnow())
+        .order_by(parked.c.next_at)
+        .limit(limit)
+    )
+    return {(row[0], row[1]): row[2] for row in rows}
+
+
+def attempts(connection: Connection, index: IndexKey, facts: Collection[FactKey]) -> dict[FactKey, int]:
+    keys = each("keys")
+    statement = select(parked.c.key, parked.c.attempts).join(keys, keys.c.value == parked.c.key)
+    found = {}
+    for entity, group in by_entity(facts).items():
+        rows = connection.execute(
+            statement.where(index.of(parked), parked.c.entity == entity), {"keys": as_array(group)}
+        )
+        found.update({(entity, row[0]): row[1] for row in rows})
+    return found
+
+
+def acknowledge(
+    connection: Connection,
+    index: IndexKey,
+    claimed: Claim,
+    owner: str,
+    *,
+    at: Position,
+    until: datetime,
+    written: Mapping[FactKey, Delivered],
+    done: Collection[FactKey],
+    parking: Mapping[FactKey, Parked],
+) -> bool:
+    """Record a delivered page and move the cursor to *at*. False, and nothing recorded, when the claim is lost."""
+    take_write_lock(connection)
+    moved = connection.execute(
+        update(cursor)
+        .where(index.of(cursor), cursor.c.slot == SLOT, cursor.c.owner == owner, cursor.c.epoch == claimed.epoch)
+        .values(snapshot=at.snapshot, target=at.target, position=at.position, lease_until=until)
+    )
+    if moved.rowcount != 1:
+        return False
+    now, name = utcnow(), connection.dialect.name
+    if written:
+        statement = upsert(name, ledger)
+        new = statement.excluded
+        rows = [
+            {**index.values(), "entity": entity, "key": key, "epoch": claimed.epoch, "at": now, **record._asdict()}
+            for (entity, key), record in written.items()
+        ]
+        connection.execute(
+            statement.on_conflict_do_update(
+                index_elements=list(ledger.primary_key.columns),
+                set_={c: new[c] for c in ("epoch", "fingerprint", "text_fingerprint", "deleted", "at")},
+                where=ledger.c.epoch <= new.epoch,
+            ),
+            rows,
+        )
+    unpark(connection, index, done)
+    park_all(connection, index, parking)
+    return True
+
+
+def unpark(connection: Connection, index: IndexKey, facts: Collection[FactKey]) -> None:
+    keys = each("keys")
+    for entity, group in by_entity(facts).items():
+        connection.execute(
+            delete(parked).where(
+                index.of(parked), parked.c.entity == entity, parked.c.key.in_(select(keys.c.value))
+            ),
+            {"keys": as_array(group)},
+        )
+
+
+def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, Parked]) -> None:
+    if not parking:
+        return
+    statement = upsert(connection.dialect.name, parked)
+    connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=list(parked.primary_key.columns),
+            set_={name: statement.excluded[name] for name in Parked._fields},
+        ),
+        [
+            {**index.values(), "entity": entity, "key": key, **record._asdict()}
+            for (entity, key), record in parking.items()
+        ],
+    )
+
+
+class RefillStep(NamedTuple):
+    entity: str
+    position: str | None
+
+
+def next_refill(connection: Connection, index: IndexKey) -> RefillStep | None:
+    """What of delivering in full comes next: the index's own scan first, then entity by entity."""
+    row = connection.execute(
+        select(refill.c.entity, refill.c.position)
+        .where(index.of(refill), not_(refill.c.done))
+        .order_by(refill.c.entity)
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else RefillStep(*row)
+
+
+def save_refill(connection: Connection, index: IndexKey, step: RefillStep, *, done: bool) -> None:
+    connection.execute(
+        update(refill)
+        .where(index.of(refill), refill.c.entity == step.entity)
+        .values(position=step.position, done=done)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What an index has not been given yet. ``refilling``: it is new, and is being delivered in full."""
+
+    pending: int
+    oldest_s: float | None
+    parked: int
+    dead: int
+    refilling: bool
+
+
+def backlog(connection: Connection, index: IndexKey, entities: Sequence[str]) -> Backlog:
+    at = read_position(connection, index)
+    behind = and_(undelivered(at), outbox.c.entity.in_(entities))
+    distinct = select(outbox.c.entity, outbox.c.key).where(behind).distinct().subquery()
+    pending = connection.execute(select(func.count()).select_from(distinct)).scalar_one()
+    oldest = connection.execute(select(outbox.c.created_at).where(behind).order_by(outbox.c.id).limit(1)).scalar()
+    states = dict(
+        connection.execute(
+            select(parked.c.state, func.count()).where(index.of(parked)).group_by(parked.c.state)
+        ).all()  # type: ignore[arg-type]  # rows of two are pairs
+    )
+    return Backlog(
+        pending=pending,
+        oldest_s=None if oldest is None else max(0.0, (utcnow() - oldest).total_seconds()),
+        parked=states.get("parked", 0),
+        dead=states.get("dead", 0),
+        refilling=not is_filled(connection, index, entities),
+    )
+
+
+def is_filled(connection: Connection, index: IndexKey, entities: Sequence[str]) -> bool:
+    done = set(connection.scalars(select(refill.c.entity).where(index.of(refill), refill.c.done)))
+    return done.issuperset((SCAN, *entities))
+
+
+def forget_delivered(connection: Connection) -> int:
+    """Delete outbox entries that every index has; returns how many."""
+    positions = [Position(*row) for row in connection.execute(select(cursor.c.snapshot, cursor.c.target, cursor.c.position))]
+    if not positions:
+        return 0
+    take_write_lock(connection)
+    still_needed = or_(*(undelivered(replace(at, target=None)) for at in positions))
+    return connection.execute(delete(outbox).where(not_(still_needed))).rowcount

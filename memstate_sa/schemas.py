@@ -1,0 +1,43 @@
+"""What may be remembered: Pydantic models bound to tracked classes, and their errors as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from pydantic import BaseModel, ValidationError
+
+from memstate_sa.errors import MemstateError, ValidationFailed
+
+Validate: TypeAlias = Callable[[Mapping[str, Any]], None]
+"""Raises pydantic.ValidationError when these values (by attribute name) may not be remembered."""
+
+
+def validator(schema: Any) -> Validate:
+    """The check that *schema*, a Pydantic model or a `Validate`, makes of a row.
+
+    A model sees the fields it declares; other columns are not its business.
+    """
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        names = {
+            name: {name, *([info.alias] if info.alias else [])} for name, info in schema.model_fields.items()
+        }
+        wanted = set().union(*names.values()) if names else set()
+
+        def check(values: Mapping[str, Any]) -> None:
+            schema.model_validate({name: value for name, value in values.items() if name in wanted})
+
+        return check
+    if callable(schema):
+        return schema  # type: ignore[no-any-return]  # any callable is taken at its word
+    raise MemstateError(f"schema={schema!r}: give a Pydantic model class")
+
+
+def failure(subject: str, error: ValidationError, *, ignoring: frozenset[str] = frozenset()) -> ValidationFailed | None:
+    """*error* as ours, or None when it only concerns fields in *ignoring*, which are not known yet."""
+    # Without input and context: they repeat the caller's data, and may not be JSON.
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    if ignoring and all(item["loc"] and item["loc"][0] in ignoring for item in errors):
+        return None
+    where = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg']}" for item in errors[:3])
+    return ValidationFailed(f"{subject} may not be remembered: {where}", errors=errors)

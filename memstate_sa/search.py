@@ -1,0 +1,283 @@
+"""Search: the index proposes, SQL disposes.
+
+Embed the query, read which keys are undelivered, ask the index, hydrate through the caller's Session, keep what the
+fingerprint vouches for, embed what is newer than its vector, and ask for more when too little is left. In that order: a
+key that is delivered between two of these steps is found either among the undelivered or in the index.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+
+import numpy as np
+from sqlalchemy import Select, case, func, select
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Session
+
+from memstate_sa.capture import Capture, Registry
+from memstate_sa.codec import decode_key, encode_key
+from memstate_sa.errors import DeliveryError, MemstateError
+from memstate_sa.facts import Projection, Tracked, split_point_id
+from memstate_sa.filters import push_down
+from memstate_sa.indexes.base import Filter, Match, Vector, VectorIndex
+from memstate_sa.outbox import undelivered
+from memstate_sa.relay.delivery import ENTITY
+from memstate_sa.relay.state import IndexKey, is_filled, read_position
+from memstate_sa.tables import outbox, parked
+from memstate_sa.truth import raw_key_columns
+from memstate_sa.vectors import Vectors
+
+F = TypeVar("F")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+OVERLAY_LIMIT = 500
+"""The most rows that one search embeds because the index does not have them yet."""
+
+_IDS_LIMIT = 1000
+_LARGEST_ASK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Hit(Generic[F]):
+    """A fact that SQL holds, and how near it is: cosine distance, 0 identical to 2 opposite."""
+
+    fact: F
+    distance: float
+
+    @property
+    def score(self) -> float:
+        return 1.0 - self.distance
+
+
+class Hits(list[Hit[F]]):
+    """Hits, best first.
+
+    ``complete`` is False when some rows could not be considered: more undelivered than ``overlay_limit``, an embedding
+    that failed, an index that is still being filled, or a transaction whose snapshot is older than the index.
+    """
+
+    complete: bool = True
+
+
+class Call(Protocol):
+    """How to call an index or an embedder: at once, or in a thread while the event loop goes on."""
+
+    def __call__(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+
+def call_directly(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    return function(*args, **kwargs)
+
+
+@dataclass
+class _Row:
+    fact: Any
+    projection: Projection
+
+
+class Search:
+    """One search; see the module's docstring for its order."""
+
+    def __init__(
+        self,
+        session: Session,
+        registry: Registry,
+        capture: Capture,
+        indexes: Mapping[str, VectorIndex],
+        vectors: Vectors,
+        target: Any,
+        *,
+        index: str | None = None,
+        call: Call = call_directly,
+    ) -> None:
+        self._session = session
+        self._vectors = vectors
+        self._call = call
+        self._statement, self._tracked = _target(registry, target)
+        self._name = index or self._tracked.indexes[0]
+        if self._name not in self._tracked.indexes:
+            raise MemstateError(f"{self._tracked.model.__name__} does not go to an index {self._name!r}")
+        self._index = indexes[self._name]
+        unit = capture.open_unit(session)
+        self._own_tx = unit.tx if unit is not None else ""
+        self._complete = True
+        self._rows: dict[str, _Row | None] = {}
+        self._distances: dict[str, float] = {}
+        self._budget = OVERLAY_LIMIT
+
+    def run(self, query: str, limit: int, max_distance: float | None, *, fresh: bool) -> Hits[Any]:
+        embedder = self._vectors.embedder
+        self._call(self._index.open, embedder=embedder.fingerprint, dimension=embedder.dimension)
+        vector = np.asarray(self._call(self._vectors.of_query, query), dtype=np.float32)
+        if self._session.autoflush:
+            self._session.flush()
+        pending = self._pending() if fresh else []
+        where, ids = self._restriction()
+        ask, asked_for = limit + min(limit, 20), -1
+        hits: list[tuple[float, str]] = []
+        while True:
+            matches = [] if ids == [] else self._call(self._index.query, vector, ask, where=where, ids=ids)
+            ours = [(found[1], match) for match in matches if (found := self._fact(match)) is not None]
+            self._hydrate([*pending, *(key for key, _ in ours)])
+            self._measure(vector, dict(ours), pending, fresh=fresh)
+            hits = self._nearest(limit, max_distance, {key for key, _ in ours} | set(pending))
+            exhausted = len(matches) < ask or len(matches) == asked_for or ask >= _LARGEST_ASK
+            horizon = matches[-1].distance if matches else 2.0
+            if exhausted or (max_distance is not None and horizon > max_distance):
+                break
+            if len(hits) >= limit and hits[limit - 1][0] <= horizon:
+                break
+            if where is None and ids is None and len(ours) * 2 < len(matches):
+                # Other entities crowd this one out. Only now: a filter that most points pass is slow in some indexes.
+                where, asked_for = {ENTITY: {"$eq": self._tracked.entity}}, -1
+            else:
+                asked_for = len(matches)
+            ask *= 4
+        result: Hits[Any] = Hits(Hit(self._rows[key].fact, distance) for distance, key in hits)  # type: ignore[union-attr]
+        result.complete = self._complete
+        return result
+
+    # -- what the index may not know -----------------------------------------------------------------------------------
+
+    def _connection(self) -> Connection:
+        return self._session.connection(bind_arguments={"mapper": self._tracked.mapper})
+
+    def _pending(self) -> list[str]:
+        """Keys that are committed or flushed but not delivered, the caller's own first."""
+        connection = self._connection()
+        index = IndexKey(self._name, self._call(lambda: self._index.incarnation))
+        at = read_position(connection, index)
+        mine = func.max(case((outbox.c.tx == self._own_tx, 1), else_=0))
+        dirty = (
+            select(outbox.c.key)
+            .where(undelivered(at), outbox.c.entity == self._tracked.entity)
+            .group_by(outbox.c.key)
+            .order_by(mine.desc(), func.max(outbox.c.id).desc())
+            .limit(OVERLAY_LIMIT + 1)
+        )
+        keys = list(connection.scalars(dirty))
+        if len(keys) > OVERLAY_LIMIT:
+            self._complete = False
+            keys.pop()
+        stuck = select(parked.c.key).where(index.of(parked), parked.c.entity == self._tracked.entity)
+        room = OVERLAY_LIMIT - len(keys)
+        more = connection.scalars(stuck.limit(room + 1)).all()
+        if len(more) > room:
+            self._complete = False
+        keys += more[:room]
+        if at is None or not is_filled(connection, index, [self._tracked.entity]):
+            self._complete = False
+        if connection.dialect.name == "postgresql" and self._old_snapshot(connection):
+            self._complete = False
+        return list(dict.fromkeys(keys))
+
+    @staticmethod
+    def _old_snapshot(connection: Connection) -> bool:
+        """Under REPEATABLE READ the index may be ahead of what this transaction sees."""
+        isolation: str = connection.execute(select(func.current_setting("transaction_isolation"))).scalar_one()
+        return isolation in ("repeatable read", "serializable")
+
+    # -- what the index is asked ---------------------------------------------------------------------------------------
+
+    def _restriction(self) -> tuple[Filter | None, list[str] | None]:
+        """A filter or a list of ids that the index can apply; neither: hydration alone applies the criteria."""
+        criteria = list(self._statement._where_criteria)
+        simple = not criteria or not _joins(self._statement)
+        pushed = push_down(self._tracked, criteria) if simple and criteria else None
+        if pushed is not None:
+            return pushed, None
+        if not criteria and simple:
+            return None, None
+        keys = self._statement.with_only_columns(*raw_key_columns(self._tracked)).order_by(None).distinct()
+        rows = self._connection().execute(keys.limit(_IDS_LIMIT + 1)).all()
+        if len(rows) > _IDS_LIMIT:
+            return None, None
+        return None, [self._tracked.point_id(encode_key(row)) for row in rows]
+
+    def _fact(self, match: Match) -> tuple[str, str] | None:
+        found = split_point_id(match.id)
+        return found if found is not None and found[0] == self._tracked.entity else None
+
+    # -- what SQL says -------------------------------------------------------------------------------------------------
+
+    def _hydrate(self, keys: Collection[str]) -> None:
+        """Load the rows of *keys* that the caller's transaction sees and that the statement selects."""
+        wanted = [key for key in dict.fromkeys(keys) if key not in self._rows]
+        if not wanted:
+            return
+        columns = self._tracked.on(self._connection().dialect)
+        key_columns = raw_key_columns(self._tracked)
+        projected = [column.label(f"memstate_{n}") for n, column in enumerate(self._tracked.projected_columns)]
+        statement = self._statement.order_by(None).add_columns(*key_columns, *projected).where(columns.key_in)
+        embedder = self._vectors.embedder.fingerprint
+        for start in range(0, len(wanted), 500):
+            some = wanted[start : start + 500]
+            self._rows.update(dict.fromkeys(some))
+            parameters = columns.key_parameters([decode_key(key) for key in some])
+            # Columns beside the entity: the identity map may hold older or edited values. The filter makes joined eager
+            # loading of collections possible, which repeats rows.
+            rows = self._session.execute(statement, parameters).unique(lambda row: tuple(row[1 : 1 + len(key_columns)]))
+            for row in rows:
+                key = encode_key(row[1 : 1 + len(key_columns)])
+                self._rows[key] = _Row(row[0], self._tracked.project(key, row[1 + len(key_columns) :], embedder))
+
+    def _measure(self, query: Vector, matches: Mapping[str, Match], pending: Sequence[str], *, fresh: bool) -> None:
+        """The distance of every row whose current content is known: from the index, or embedded now."""
+        stale: dict[str, Projection] = {}
+        for key in (*pending, *matches):
+            row = self._rows.get(key)
+            if row is None or row.projection.fingerprint is None or key in self._distances:
+                continue
+            match = matches.get(key)
+            if match is not None and match.fingerprint == row.projection.fingerprint:
+                self._distances[key] = match.distance
+            elif fresh:
+                stale[key] = row.projection
+        if len(stale) > self._budget:
+            self._complete = False
+            stale = dict(list(stale.items())[: self._budget])
+        self._budget -= len(stale)
+        if not stale:
+            return
+        texts = {p.text_fingerprint: p.text for p in stale.values()}
+        try:
+            vectors = self._call(self._vectors.of, texts, keep=True)  # type: ignore[arg-type]  # stale rows have both
+        except DeliveryError:
+            self._complete = False
+            return
+        for key, projection in stale.items():
+            vector = vectors[projection.text_fingerprint]  # type: ignore[index]
+            self._distances[key] = cosine_distance(query, vector)
+
+    def _nearest(self, limit: int, max_distance: float | None, keys: Collection[str]) -> list[tuple[float, str]]:
+        found = ((self._distances[key], key) for key in keys if key in self._distances)
+        near = (item for item in found if max_distance is None or item[0] <= max_distance)
+        return heapq.nsmallest(limit, near)
+
+
+def cosine_distance(a: Vector, b: Vector) -> float:
+    """1 − cosine similarity; 1 when either vector is zero."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return 1.0 - float(a @ b) / norm if norm else 1.0
+
+
+def _target(registry: Registry, target: Any) -> tuple[Select[Any], Tracked]:
+    if isinstance(target, type):
+        return select(target), registry.of(target)
+    if not isinstance(target, Select):
+        raise MemstateError(f"search {target!r}: give a tracked class or a select() of one")
+    described = target.column_descriptions
+    if len(described) != 1 or described[0]["type"] is not described[0]["expr"]:
+        raise MemstateError("search takes a select() of exactly one tracked class, like select(Model).where(…)")
+    if target._limit_clause is not None or target._offset_clause is not None or target._group_by_clauses or target._distinct:
+        raise MemstateError("a select() to search in has no LIMIT, OFFSET, GROUP BY or DISTINCT; use limit=")
+    return target, registry.of(described[0]["type"])
+
+
+def _joins(statement: Select[Any]) -> bool:
+    return bool(statement._setup_joins or statement._from_obj)

@@ -1,0 +1,75 @@
+"""SQLite as memstate_sa wants it: WAL, and transactions that begin when, and as strongly as, they must.
+
+The driver's own transactions begin at the first INSERT, too late for a SAVEPOINT before it, whose rows then survive a
+rollback. A deferred BEGIN fails with "database is locked" when it turns from reading to writing beside another writer;
+BEGIN IMMEDIATE from the first read starves that other writer. So: BEGIN IMMEDIATE before the first statement that is
+not a SELECT. Reads before it see each the latest commit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
+
+from memstate_sa.errors import MemstateError
+
+_READS = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES")
+_CONFIGURED = "memstate_configured"
+
+
+def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
+    """Give *engine* (or an AsyncEngine) explicit transactions and WAL; returns it. Idempotent.
+
+    Call it before the engine's first connection. Writers wait up to *busy_timeout_s* seconds for each other.
+    """
+    sync: Engine = getattr(engine, "sync_engine", engine)
+    if sync.dialect.name != "sqlite":
+        raise MemstateError(f"sqlite.configure() is for SQLite engines, not {sync.dialect.name}")
+    if getattr(sync, _CONFIGURED, False):
+        return engine
+    setattr(sync, _CONFIGURED, True)
+
+    @event.listens_for(sync, "connect")
+    def _connect(dbapi_connection: Any, record: Any) -> None:
+        dbapi_connection.isolation_level = None  # the driver begins nothing by itself
+        cursor = dbapi_connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {int(busy_timeout_s * 1000)}")
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.close()
+
+    @event.listens_for(sync, "before_cursor_execute")
+    def _begin(
+        connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+    ) -> None:
+        if statement.lstrip()[:8].upper().startswith(_READS) or in_transaction(connection):
+            return
+        if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+            cursor.execute("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def in_transaction(connection: Connection) -> bool:
+    """Whether the driver's connection has begun."""
+    return bool(getattr(connection.connection.driver_connection, "in_transaction", False))
+
+
+def is_in_memory(engine: Engine) -> bool:
+    """Whether all of *engine*'s users share one connection, because the database lives and dies with it."""
+    if engine.dialect.name != "sqlite":
+        return False
+    database = engine.url.database or ":memory:"
+    in_memory = ":memory:" in database or "mode=memory" in str(engine.url)
+    return in_memory or isinstance(engine.pool, (StaticPool, SingletonThreadPool))
+
+
+def open_transaction(engine: Engine) -> bool:
+    """Whether the only connection of an in-memory database has begun."""
+    if isinstance(engine.pool, StaticPool):
+        # Looked at, not checked out: giving it back would roll the application's transaction back.
+        return bool(getattr(engine.pool.connection.dbapi_connection, "in_transaction", False))
+    with engine.connect() as connection:
+        return in_transaction(connection)

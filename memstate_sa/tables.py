@@ -1,0 +1,218 @@
+"""The tables of memstate_sa: the log, the outbox, and what the relay knows of each index.
+
+They live in a MetaData of their own (`memstate_sa.metadata`), so that an application's tables need no change.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.expression import FunctionElement
+from sqlalchemy.types import TypeDecorator, UserDefinedType
+
+SLOTS = 64
+"""Keys are spread over this many slots by hash, the unit in which relays share work. Fixed: it is stored."""
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+class Xid8(UserDefinedType[int]):
+    """PostgreSQL's 64-bit transaction id, which does not wrap around."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "xid8"
+
+
+class current_xid(FunctionElement[int]):
+    """The writing transaction's xid; 0 where the single writer makes id order commit order (SQLite)."""
+
+    inherit_cache = True
+
+
+@compiles(current_xid)
+def _current_xid(element: Any, compiler: Any, **kw: Any) -> str:
+    return "0"
+
+
+@compiles(current_xid, "postgresql")
+def _current_xid_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+    return "pg_current_xact_id()"
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """An aware datetime, in UTC on both databases (SQLite stores no offset)."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+# SQLite has AUTOINCREMENT for INTEGER alone. Without it the id of a deleted last row is given out again, below the
+# relay's cursor, and that change is never delivered.
+_Id = BigInteger().with_variant(Integer(), "sqlite")
+_Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+_Name = String(128)
+_Digest = String(32)
+
+
+def utcnow() -> datetime:
+    return datetime.now(UTC)
+
+
+log = Table(
+    "memstate_log",
+    metadata,
+    Column("id", _Id, Identity(), primary_key=True),
+    Column("tx", String(32), nullable=False, comment="client-generated; the rows sharing it are one transaction"),
+    Column("entity", _Name, nullable=False),
+    Column("key", Text, nullable=False, comment="JSON array of primary key values"),
+    Column("op", String(8), nullable=False, comment="baseline, insert, update or delete"),
+    Column("image", _Json, comment="the row after the change, by column name; null after a delete"),
+    Column("version", SmallInteger, nullable=False, comment="shape of the image"),
+    Column("reverts", String(32), comment="the transaction that this row undoes"),
+    Column("at", UTCDateTime, nullable=False),
+    sqlite_autoincrement=True,
+)
+Index("ix_memstate_log_key", log.c.entity, log.c.key, log.c.id)
+Index("ix_memstate_log_tx", log.c.tx)
+# rollback() walks backwards over what can be undone; a backfill of a million baselines must not stand in its way.
+_undoable = text("op <> 'baseline' AND reverts IS NULL")
+Index("ix_memstate_log_undoable", log.c.id, postgresql_where=_undoable, sqlite_where=_undoable)
+Index("ix_memstate_log_reverts", log.c.reverts, postgresql_where=text("reverts IS NOT NULL"), sqlite_where=text("reverts IS NOT NULL"))
+
+transaction = Table(
+    "memstate_transaction",
+    metadata,
+    Column("tx", String(32), primary_key=True),
+    Column("actor", Text),
+    Column("reason", Text),
+    Column("session_id", Text),
+    Column("at", UTCDateTime, nullable=False),
+    Index(None, "session_id"),
+    Index(None, "actor"),
+    comment="labels of a transaction, written when it commits; a transaction may lack one",
+)
+
+outbox = Table(
+    "memstate_outbox",
+    metadata,
+    Column("id", _Id, Identity(), primary_key=True),
+    Column("xid", BigInteger().with_variant(Xid8(), "postgresql"), nullable=False, server_default=current_xid()),
+    Column("slot", SmallInteger, nullable=False),
+    Column("entity", _Name, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("tx", String(32), nullable=False),
+    Column("created_at", UTCDateTime, nullable=False),
+    Index(None, "slot", "xid", "id"),
+    sqlite_autoincrement=True,
+    comment="dirty keys, insert-only: 'this key may have changed'",
+)
+
+index_state = Table(
+    "memstate_index",
+    metadata,
+    Column("index", _Name, primary_key=True),
+    Column("incarnation", _Name, primary_key=True),
+    Column("embedder", Text, nullable=False),
+    Column("dimension", Integer, nullable=False),
+    Column("created_at", UTCDateTime, nullable=False),
+    comment="every lifetime of every index that has been delivered to",
+)
+
+cursor = Table(
+    "memstate_cursor",
+    metadata,
+    Column("index", _Name, primary_key=True),
+    Column("incarnation", _Name, primary_key=True),
+    Column("slot", SmallInteger, primary_key=True, autoincrement=False),
+    Column("snapshot", Text, comment="PostgreSQL: all that this snapshot sees is delivered"),
+    Column("target", Text, comment="end of the window in work: a snapshot (PostgreSQL) or an outbox id (SQLite)"),
+    Column("position", BigInteger, nullable=False, comment="last outbox id delivered within the window"),
+    Column("owner", Text),
+    Column("lease_until", UTCDateTime),
+    Column("epoch", BigInteger, nullable=False),
+)
+
+refill = Table(
+    "memstate_refill",
+    metadata,
+    Column("index", _Name, primary_key=True),
+    Column("incarnation", _Name, primary_key=True),
+    Column("entity", _Name, primary_key=True, comment="a tracked entity, or '' for the scan of the index itself"),
+    Column("position", Text),
+    Column("done", Boolean(create_constraint=False), nullable=False),
+    comment="progress of delivering in full to an index that is new",
+)
+
+parked = Table(
+    "memstate_parked",
+    metadata,
+    Column("index", _Name, primary_key=True),
+    Column("incarnation", _Name, primary_key=True),
+    Column("entity", _Name, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("attempts", Integer, nullable=False),
+    Column("next_at", UTCDateTime, nullable=False),
+    Column("error", Text),
+    Column("state", String(8), nullable=False, comment="parked, or dead after too many attempts"),
+    Index(None, "index", "incarnation", "state", "next_at"),
+)
+
+ledger = Table(
+    "memstate_ledger",
+    metadata,
+    Column("index", _Name, primary_key=True),
+    Column("incarnation", _Name, primary_key=True),
+    Column("entity", _Name, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("epoch", BigInteger, nullable=False),
+    Column("fingerprint", _Digest),
+    Column("text_fingerprint", _Digest),
+    Column("deleted", Boolean(create_constraint=False), nullable=False),
+    Column("at", UTCDateTime, nullable=False),
+    comment="what each index was last given for each key",
+)
+
+unique = Table(
+    "memstate_unique",
+    metadata,
+    Column("entity", _Name, primary_key=True),
+    Column("value", Text, primary_key=True, comment="JSON array of the values that must be unique together"),
+    Column("key", Text, nullable=False),
+    Index(None, "entity", "key"),
+)

@@ -1,0 +1,66 @@
+"""The rows as they are committed, projected to what an index should hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, select, tuple_, type_coerce
+from sqlalchemy.engine import Connection, Row
+
+from memstate_sa.codec import decode_key, encode_key
+from memstate_sa.columns import RAW, READ_CHUNK
+from memstate_sa.facts import Projection, Tracked
+
+
+def raw_key_columns(tracked: Tracked) -> list[ColumnElement[Any]]:
+    return [type_coerce(column, RAW).label(f"memstate_key_{n}") for n, column in enumerate(tracked.key_columns)]
+
+
+def _rows(tracked: Tracked) -> Select[Any]:
+    statement = select(*raw_key_columns(tracked), *tracked.projected_columns)
+    criterion = tracked.criterion
+    return statement if criterion is None else statement.where(criterion)
+
+
+def _split(tracked: Tracked, row: Row[Any]) -> tuple[str, Sequence[Any]]:
+    width = len(tracked.key_columns)
+    return encode_key(row[:width]), row[width:]
+
+
+def read(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> dict[str, Sequence[Any]]:
+    """The rows of *keys* that exist, each as the values `Tracked.project` takes."""
+    columns = tracked.on(connection.dialect)
+    statement = _rows(tracked).where(columns.key_in)
+    found: dict[str, Sequence[Any]] = {}
+    for start in range(0, len(keys), READ_CHUNK):
+        chunk = [decode_key(key) for key in keys[start : start + READ_CHUNK]]
+        found.update(_split(tracked, row) for row in connection.execute(statement, columns.key_parameters(chunk)))
+    return found
+
+
+def project(
+    connection: Connection, tracked: Tracked, keys: Sequence[str], embedder: str
+) -> Iterator[Projection | tuple[str, Exception]]:
+    """What an index should hold for each of *keys* that exists, or (key, what its text callable raised)."""
+    for key, row in read(connection, tracked, keys).items():
+        try:
+            yield tracked.project(key, row, embedder)
+        except Exception as error:  # the application's own callable: one bad row must not stop the others
+            yield key, error
+
+
+def page(connection: Connection, tracked: Tracked, after: str | None, limit: int) -> list[str]:
+    """Up to *limit* keys in primary-key order, after the key *after*."""
+    columns = tracked.on(connection.dialect)
+    key_columns = tracked.key_columns
+    statement = select(*raw_key_columns(tracked)).order_by(*key_columns).limit(limit)
+    if tracked.criterion is not None:
+        statement = statement.where(tracked.criterion)
+    if after is not None:
+        binds = [columns.raw_bind(column, value) for column, value in zip(key_columns, decode_key(after), strict=True)]
+        if len(binds) == 1:
+            statement = statement.where(type_coerce(key_columns[0], RAW) > binds[0])
+        else:
+            statement = statement.where(tuple_(*(type_coerce(c, RAW) for c in key_columns)) > tuple_(*binds))
+    return [columns.encode_key(row) for row in connection.execute(statement)]

@@ -1,0 +1,57 @@
+"""Embedding in bounded batches, with a memory of what was embedded lately."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+
+from memstate_sa.embedders import Embedder, checked, embed_query
+from memstate_sa.indexes.base import Vector
+
+MAX_TEXTS = 256
+MAX_CHARS = 1_000_000
+
+
+class Vectors:
+    """The vectors of texts, by text fingerprint. Thread-safe; a text that is embedded twice at once is no error."""
+
+    def __init__(self, embedder: Embedder, *, capacity: int = 4096) -> None:
+        self.embedder = embedder
+        self._capacity = capacity
+        self._recent: OrderedDict[str, Vector] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of_query(self, query: str) -> Vector:
+        return embed_query(self.embedder, query)
+
+    def of(self, texts: Mapping[str, str], *, keep: bool = False) -> dict[str, Vector]:
+        """The vector of each text (by text fingerprint). *keep* remembers those that had to be embedded.
+
+        Raises DeliveryError when the embedder does.
+        """
+        with self._lock:
+            found = {digest: self._recent[digest] for digest in texts if digest in self._recent}
+        missing = {digest: text for digest, text in texts.items() if digest not in found}
+        for batch in _batches(missing):
+            vectors = checked(self.embedder, list(batch.values()))
+            found.update(zip(batch, vectors, strict=True))
+        if keep and missing:
+            with self._lock:
+                self._recent.update((digest, found[digest]) for digest in missing)
+                while len(self._recent) > self._capacity:
+                    self._recent.popitem(last=False)
+        return found
+
+
+def _batches(texts: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    batch: dict[str, str] = {}
+    chars = 0
+    for digest, text in texts.items():
+        if batch and (len(batch) >= MAX_TEXTS or chars + len(text) > MAX_CHARS):
+            yield batch
+            batch, chars = {}, 0
+        batch[digest] = text
+        chars += len(text)
+    if batch:
+        yield batch

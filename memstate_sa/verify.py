@@ -1,0 +1,144 @@
+"""Comparing an index with the table, by content, a page at a time; and putting right what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from sqlalchemy import select
+from sqlalchemy.engine import Connection, Engine
+
+from memstate_sa import truth
+from memstate_sa.facts import Projection, Tracked, split_point_id
+from memstate_sa.indexes.base import VectorIndex
+from memstate_sa.outbox import as_array, each, undelivered
+from memstate_sa.relay import state
+from memstate_sa.relay.plan import FactKey, Parked, batches
+from memstate_sa.relay.state import IndexKey
+from memstate_sa.tables import outbox, utcnow
+
+Progress = Callable[[int, int | None], None]
+"""Called with what is done and, where it is known, the total."""
+
+
+@dataclass
+class DriftReport:
+    """How the indexes differ from the tables, as (entity, primary key).
+
+    ``missing``: a row without a vector · ``ghost``: a vector without a row · ``stale``: a vector of other content ·
+    ``pending``: not compared, its change is still on its way.
+    """
+
+    checked: int = 0
+    missing: list[tuple[str, object]] = field(default_factory=list)
+    ghost: list[tuple[str, object]] = field(default_factory=list)
+    stale: list[tuple[str, object]] = field(default_factory=list)
+    pending: list[tuple[str, object]] = field(default_factory=list)
+    repaired: int = 0
+
+    @property
+    def clean(self) -> bool:
+        """Nothing differs; what is pending does not count, nor what ``repair=True`` has put right."""
+        return not (self.missing or self.ghost or self.stale)
+
+
+class Verify:
+    """One comparison of one index with one database."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        index: VectorIndex,
+        tracked: Mapping[str, Tracked],
+        embedder: str,
+        *,
+        page_size: int = 500,
+    ) -> None:
+        self._engine = engine
+        self._index = index
+        self._tracked = tracked
+        self._embedder = embedder
+        self._key = IndexKey(name, index.incarnation)
+        self._page_size = min(page_size, index.max_batch)
+
+    def run(self, report: DriftReport, *, repair: bool, progress: Progress | None = None) -> None:
+        for kind, facts in self._differences(report, progress):
+            late = self._pending(facts)
+            drifted = [fact for fact in facts if fact not in late]
+            if late:
+                report.pending += map(self._shown, late)
+            if not drifted:
+                continue
+            getattr(report, kind).extend(map(self._shown, drifted))
+            if repair:
+                # A parked key is written whatever the ledger says of it.
+                now = utcnow()
+                parking = {fact: Parked(0, now, "parked", f"drift: {kind}") for fact in drifted}
+                with self._engine.begin() as connection:
+                    state.park_all(connection, self._key, parking)
+
+    def _differences(self, report: DriftReport, progress: Progress | None) -> Iterator[tuple[str, list[FactKey]]]:
+        after: str | None = None
+        while entries := self._index.scan(after, self._page_size):
+            after = entries[-1].id
+            stored = {fact: e.fingerprint for e in entries if (fact := split_point_id(e.id)) and fact[0] in self._tracked}
+            held = self._truth(stored)
+            ghosts = [fact for fact in stored if fact not in held]
+            stale = [fact for fact, fingerprint in stored.items() if held.get(fact, fingerprint) != fingerprint]
+            yield "ghost", ghosts
+            yield "stale", stale
+        for entity, tracked in self._tracked.items():
+            last: str | None = None
+            while True:
+                with self._engine.connect() as connection:
+                    keys = truth.page(connection, tracked, last, self._page_size)
+                if not keys:
+                    break
+                last = keys[-1]
+                held = self._truth([(entity, key) for key in keys])
+                present = {stored.id for stored in self._index.get([tracked.point_id(key) for _, key in held])}
+                report.checked += len(keys)
+                yield "missing", [fact for fact in held if tracked.point_id(fact[1]) not in present]
+                if progress is not None:
+                    progress(report.checked, None)
+
+    def _truth(self, facts: Iterable[FactKey]) -> dict[FactKey, str]:
+        """The fingerprints that the index should hold for *facts*."""
+        held = {}
+        with self._engine.connect() as connection:
+            for entity, keys in state.by_entity(facts).items():
+                for found in truth.project(connection, self._tracked[entity], keys, self._embedder):
+                    if isinstance(found, Projection) and found.fingerprint is not None:
+                        held[entity, found.key] = found.fingerprint
+        return held
+
+    def _pending(self, facts: Collection[FactKey]) -> set[FactKey]:
+        """Those of *facts* that the relay has not come to yet."""
+        if not facts:
+            return set()
+        with self._engine.connect() as connection:
+            at = state.read_position(connection, self._key)
+            if at is None:
+                return set()
+            return {
+                (entity, key)
+                for entity, group in state.by_entity(facts).items()
+                for page in batches(group, self._page_size)
+                for key in self._dirty(connection, at, entity, page)
+            }
+
+    @staticmethod
+    def _dirty(connection: Connection, at: state.Position, entity: str, group: Iterable[str]) -> Iterable[str]:
+        keys = each("keys")
+        return connection.scalars(
+            select(outbox.c.key).where(
+                undelivered(at), outbox.c.entity == entity, outbox.c.key.in_(select(keys.c.value))
+            ),
+            {"keys": as_array(group)},
+        ).all()
+
+    def _shown(self, fact: FactKey) -> tuple[str, object]:
+        entity, key = fact
+        identity = self._tracked[entity].on(self._engine.dialect).identity(key)
+        return entity, identity[0] if len(identity) == 1 else identity
