@@ -476,12 +476,12 @@ class Capture:
             with unit.writing():
                 return state.invoke_statement()
         columns = tracked.on(connection.dialect)
-        keys = [type_coerce(mapper.columns[tracked.attributes[name]], RAW) for name in columns.key_names]
+        keys = [mapper.columns[tracked.attributes[name]] for name in columns.key_names]
         with unit.writing():
             result: Any = state.invoke_statement(statement=statement.returning(*keys))
             names = list(result.keys())[: -len(keys)]
             rows = [tuple(row) for row in result.all()]
-        existed = {row[-len(keys) :]: False for row in rows}
+        existed = {columns.raw_key(row[-len(keys) :]): False for row in rows}
         self._log_touched(connection, unit, {tracked: existed}, ())
         # Ours, because the RETURNING is: what the caller asked to have returned, and how many rows there were.
         own: Any = IteratorResult(SimpleResultMetaData(names), iter([row[: -len(keys)] for row in rows]))
