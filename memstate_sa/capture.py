@@ -92,6 +92,7 @@ class _Flush:
     context: Any
     existed: dict[Tracked, dict[tuple[Any, ...], bool]] = field(default_factory=dict)
     updated: list[tuple[Tracked, Any, tuple[Any, ...], tuple[Any, ...]]] = field(default_factory=list)
+    changed: set[Any] = field(default_factory=set)
     baselines: list[Entry] = field(default_factory=list)
     checked: bool = False
 
@@ -136,7 +137,7 @@ class Capture:
         self._active: WeakKeyDictionary[Connection, Unit] = WeakKeyDictionary()
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
         self.mapper_listeners = {
-            "before_update": self._before_write,
+            "before_update": self._before_update,
             "before_delete": self._before_write,
             "after_insert": self._after_insert,
             "after_update": self._after_update,
@@ -398,6 +399,13 @@ class Capture:
         for tracked, keys in changing.items():
             flush.baselines += self.baselines(connection, unit, tracked, keys)
 
+    def _before_update(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
+        found = self._flush_of(mapper, state)
+        if found is not None:
+            self._before_write(mapper, connection, state)
+            if _has_changes(state):  # asked now: what an expression sets is expired, its change forgotten, by the UPDATE
+                found[1].changed.add(state)
+
     def _after_insert(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
         found = self._flush_of(mapper, state)
         if found is not None:
@@ -426,8 +434,8 @@ class Capture:
         if flush is None:
             return
         for tracked, state, old, new in flush.updated:
-            # after_update also fires when no UPDATE was sent. Asked now, because post_update comes after the event.
-            if state.key is None or _has_changes(state):
+            # after_update also fires when no UPDATE was sent. Asked again, because post_update comes after the events.
+            if state in flush.changed or state.key is None or _has_changes(state):
                 existed = flush.existed.setdefault(tracked, {})
                 existed[old] = True
                 existed.setdefault(new, False)
@@ -556,11 +564,11 @@ _BULK_ATTEMPTS = 5
 
 
 def _has_changes(state: Any) -> bool:
-    """Whether a column attribute of *state* differs from what was loaded. Called before the flush is finalised."""
+    """Whether a column attribute of *state* differs from what was loaded."""
     columns, values = state.mapper.columns, state.dict
     for name, before in state.committed_state.items():
         if name in columns and (before is NO_VALUE or name not in values or _differs(before, values[name])):
-            return True  # without a value now: set by an expression, the database knows
+            return True
     return False
 
 
@@ -568,7 +576,7 @@ def _differs(before: Any, after: Any) -> bool:
     if before is after:
         return isinstance(after, (dict, list, set))  # edited in place: the old value is gone
     try:
-        return bool(before != after)
+        return bool(before != after)  # an expression has no truth value: it differs
     except Exception:  # a user type's own comparison
         return True
 

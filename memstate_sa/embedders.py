@@ -23,8 +23,7 @@ from memstate_sa.indexes.base import Vector
 class Embedder(Protocol):
     """Texts to vectors; called from several threads.
 
-    ``fingerprint`` names the model and whatever else changes its vectors: an index keeps it, and refuses another. Equal
-    texts must give equal vectors, whatever else is in the batch.
+    ``fingerprint`` names the model and whatever else changes its vectors: an index keeps it, and refuses another.
 
     A model that embeds queries unlike documents has another method, ``embed_query(text: str) -> Vector``, which the
     module's `embed_query` prefers.
@@ -184,11 +183,14 @@ def _fingerprint(function: Any) -> str:
     except ImportError as error:
         raise MissingExtra("chromadb", "chroma") from error
     kind = type(function)
-    # The base class answers with a DeprecationWarning and NotImplemented.
-    name, config = (
-        getattr(function, method)() if getattr(kind, method, None) not in (None, getattr(base, method)) else None
-        for method in ("name", "get_config")
-    )
+
+
+    def ask(method: str) -> Any:
+        own = getattr(kind, method, None)
+        # The base class's answer is a DeprecationWarning and NotImplemented.
+        return getattr(function, method)() if callable(own) and own is not getattr(base, method) else None
+
+    name, config = ask("name"), ask("get_config")
     if not isinstance(name, str):
         name = f"{kind.__module__}.{kind.__qualname__}"
     if not config:

@@ -30,7 +30,7 @@ class HashEmbedder:
                 vector[(number >> 1) % self.dimension] += 1 if number & 1 else -1
             norm = np.linalg.norm(vector)
             if norm > 0:
-                vector /= norm
+                vector[:] = vector / norm
         return vectors
 
 

@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -30,7 +30,7 @@ from memstate_sa.testing import FlakyIndex
 logger = logging.getLogger("app")
 
 FAILURE_RATE = 0.1
-THINKING_S = 0.01  # an assistant takes its time between turns; without it the relay would need only a few calls
+THINKING_S = 3.0  # over the whole conversation; without pauses the relay would deliver it in a handful of calls
 
 Side: TypeAlias = Literal["by-hand", "memstate"]
 
@@ -88,7 +88,7 @@ def chroma(home: Path) -> ClientAPI:
 # -- by hand: two writes in a row ------------------------------------------------------------------------------------
 
 
-def play_by_hand(home: Path, turns: Sequence[Turn], crash_at: int | None, seed: int) -> None:
+def play_by_hand(home: Path, turns: Iterable[Turn], crash_at: int | None, seed: int) -> None:
     network = Network(seed)
     embedder = WordLlamaEmbedder()
     collection = chroma(home).get_or_create_collection("notes", configuration={"hnsw": {"space": "cosine"}})
@@ -144,15 +144,16 @@ def adopt(engine: Engine, index: VectorIndex, sessions: sessionmaker[Session]) -
     return memory
 
 
-def play_with_memstate(home: Path, turns: Sequence[Turn], crash_at: int | None, seed: int) -> None:
+def play_with_memstate(home: Path, turns: Iterable[Turn], crash_at: int | None, seed: int) -> None:
     network = CountingIndex(ChromaIndex(chroma(home), "notes"), rate=FAILURE_RATE, seed=seed)
     engine = database(home)
     sessions = sessionmaker(engine)
     memory = adopt(engine, network, sessions)
 
+    report(waiting=sum(index.pending for index in memory.status(engine).values()))
+
     with memory.relay(engine) as relay:
         for turn in turns:
-            time.sleep(THINKING_S)
             with sessions() as session:
                 write(session, turn)
                 memory.annotate(session, actor="assistant", reason=f"turn {turn.number}, {turn.day}")
@@ -161,7 +162,7 @@ def play_with_memstate(home: Path, turns: Sequence[Turn], crash_at: int | None, 
                     die()
             report(turn=turn.number, calls=network.calls, failed=network.failed)
         relay.drain(timeout=60)
-    report(turn=turns[-1].number, calls=network.calls, failed=network.failed)
+    report(calls=network.calls, failed=network.failed)
 
 
 class CountingIndex(FlakyIndex):
@@ -177,6 +178,14 @@ class CountingIndex(FlakyIndex):
 
 
 # -- the process -----------------------------------------------------------------------------------------------------
+
+
+def think_between(turns: Sequence[Turn], done: int) -> Iterator[Turn]:
+    """The turns after *done*, at an assistant's leisure."""
+    for turn in turns:
+        if turn.number > done:
+            time.sleep(THINKING_S / len(turns))
+            yield turn
 
 
 def die() -> None:
@@ -201,7 +210,7 @@ def main() -> None:
         done = connection.scalar(select(func.max(Played.turn))) or 0
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     play = play_by_hand if options.side == "by-hand" else play_with_memstate
-    play(options.home, [turn for turn in turns if turn.number > done], options.crash_at, options.seed + done)
+    play(options.home, think_between(turns, done), options.crash_at, options.seed + done)
 
 
 if __name__ == "__main__":

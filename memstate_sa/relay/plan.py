@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, MemstateError
+from memstate_sa._failures import delivery_error
+from memstate_sa.errors import DeliveryRejected, MemstateError
 from memstate_sa.facts import Projection
 
 T = TypeVar("T")
@@ -117,7 +118,6 @@ def classify(error: Exception, where: str) -> MemstateError:
     """*error* of an index or embedder as ours. Retryable or rejected is decided by type, never by text."""
     if isinstance(error, MemstateError):
         return error
-    kind = DeliveryRetryable if isinstance(error, OSError) else DeliveryRejected
-    wrapped = kind(f"{where} raised {type(error).__name__}")
+    wrapped = delivery_error(error, where, unknown=DeliveryRejected)
     wrapped.__cause__ = error
     return wrapped

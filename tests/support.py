@@ -1,0 +1,118 @@
+"""A small application whose facts are tracked, and the comparison that every test ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from sqlalchemy import JSON, Engine, ForeignKey, String, inspect, select
+from sqlalchemy.ext.mutable import MutableDict
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
+
+from memstate_sa import Memory
+from memstate_sa.changes import replay
+from memstate_sa.indexes import InMemoryIndex, VectorIndex
+from memstate_sa.testing import HashEmbedder
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Person(Base):
+    """A parent whose children are deleted with it, or when they are taken from it."""
+
+    __tablename__ = "person"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    about: Mapped[str | None]
+    notes: Mapped[list[Note]] = relationship(back_populates="person", cascade="all, delete-orphan")
+
+
+class Note(Base):
+    """A child with a composite key."""
+
+    __tablename__ = "note"
+    topic: Mapped[str] = mapped_column(String(40), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    person_id: Mapped[int] = mapped_column(ForeignKey("person.id"))
+    content: Mapped[str]
+    data: Mapped[dict[str, Any] | None] = mapped_column(MutableDict.as_mutable(JSON))
+    person: Mapped[Person] = relationship(back_populates="notes")
+
+
+class Tag(Base):
+    """A fact with a string key; its foreign key is nulled when the person goes."""
+
+    __tablename__ = "tag"
+    name: Mapped[str] = mapped_column(String(40), primary_key=True)
+    meaning: Mapped[str] = mapped_column(default="unsaid")
+    person_id: Mapped[int | None] = mapped_column(ForeignKey("person.id"))
+    person: Mapped[Person | None] = relationship(backref="tags")
+
+
+class World:
+    """An application, its memory, and its database."""
+
+    def __init__(self, engine: Engine, index: VectorIndex | None = None) -> None:
+        self.engine = engine
+        self.index = index if index is not None else InMemoryIndex()
+        self.embedder = HashEmbedder()
+        self.memory = Memory(self.index, embedder=self.embedder)
+        self.memory.track(Person, text="about", metadata=("name",))
+        self.memory.track(Note, text="content", metadata=("topic", "number"))
+        self.memory.track(Tag, text=lambda tag: f"{tag.name} means {tag.meaning}", metadata=("name",))
+        self.sessions = sessionmaker(engine)
+        self.memory.attach(self.sessions)
+        Base.metadata.create_all(engine)
+        self.memory.create_tables(engine)
+        self.relay = self.memory.relay(engine)
+
+    def session(self) -> Session:
+        return self.sessions()
+
+    def assert_log_is_truth(self) -> None:
+        """replay(log) == tables."""
+        with self.session() as session:
+            for model in (Person, Note, Tag):
+                replayed = {key: dict(row) for (_, key), row in replay(self.memory.history(session, model)).items()}
+                assert replayed == self.rows(session, model)
+
+    def rows(self, session: Session, model: type[Any]) -> dict[Any, dict[str, Any]]:
+        table = inspect(model).local_table
+        keys = [column.name for column in table.primary_key]
+        found = {}
+        for row in session.execute(select(table)).mappings():
+            key = tuple(row[name] for name in keys)
+            found[key[0] if len(key) == 1 else key] = dict(row)
+        return found
+
+    def assert_in_step(self) -> None:
+        """replay(log) == tables, and index == f(tables), by content."""
+        self.assert_log_is_truth()
+        self.relay.drain()
+        with self.session() as session:
+            expected = {
+                **texts("person", session.scalars(select(Person)), lambda p: [p.id], lambda p: p.about),
+                **texts("note", session.scalars(select(Note)), lambda n: [n.topic, n.number], lambda n: n.content),
+                **texts("tag", session.scalars(select(Tag)), lambda t: [t.name], lambda t: f"{t.name} means {t.meaning}"),
+            }
+        assert_index_holds(self.index, self.embedder, expected)
+
+
+def texts(entity: str, rows: Iterable[Any], key: Any, text: Any) -> dict[str, str]:
+    from memstate_sa.codec import encode_key
+
+    return {entity + encode_key(key(row)): text(row) for row in rows if text(row) and text(row).strip()}
+
+
+def assert_index_holds(index: VectorIndex, embedder: Any, expected: dict[str, str]) -> None:
+    """*index* holds exactly these texts (by point id), each as its own vector."""
+    ids: list[str] = []
+    while entries := index.scan(ids[-1] if ids else None, 100):
+        ids += [entry.id for entry in entries]
+    assert sorted(ids) == sorted(expected)
+    stored = {point.id: point.vector for point in index.get(ids)}
+    wrong = [id_ for id_, text in expected.items() if not np.allclose(stored[id_], embedder.embed([text])[0], atol=1e-5)]
+    assert wrong == []
