@@ -69,9 +69,15 @@ def application() -> typer.Typer:
 
 
 def options(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
 ) -> None:
-    if version:
+    pass
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(__version__)
         raise typer.Exit
 
@@ -121,15 +127,18 @@ def relay(
     with _opened(app, url) as (memory, engine):
         console = Console()
         courier = memory.relay(engine)
-        if once:
-            console.print(f"{courier.run_once()} keys converged")
-        elif drain:
-            courier.drain(timeout=timeout)
-            console.print("Nothing is pending.")
-        else:
-            with courier:
+        try:
+            if once:
+                console.print(f"{courier.run_once()} keys converged")
+            elif drain:
+                courier.drain(timeout=timeout)
+                console.print("Nothing is pending.")
+            else:
+                courier.start()
                 console.print("Delivering; interrupt to stop.")
                 _wait_for_interrupt()
+        finally:
+            courier.stop()  # at once, another relay may go on
 
 
 def status(app: App, url: Url) -> None:
@@ -167,7 +176,8 @@ def verify(
         if report.clean:
             console.print("[green]Nothing has drifted.[/]")
         elif repair:
-            console.print("[green]Repaired.[/]")
+            waiting = sum(backlog.parked + backlog.dead for backlog in memory.status(engine).values())
+            console.print(f"{waiting} facts wait for the relay that is running." if waiting else "[green]Repaired.[/]")
         else:
             console.print("[red]There is drift;[/] --repair delivers these facts again.")
             raise typer.Exit(1)
@@ -249,7 +259,7 @@ def _opened(app: str, url: str, *, initialised: bool = True) -> Iterator[tuple[M
     memory = _load(app, "--app")
     if not isinstance(memory, Memory):
         raise typer.BadParameter(f"{app} is a {type(memory).__name__}, not a Memory", param_hint="--app")
-    engine = _engine(url)
+    engine = _engine(memory, url)
     try:
         with _explained():
             if initialised and not inspect(engine).has_table("memstate_log"):
@@ -259,13 +269,18 @@ def _opened(app: str, url: str, *, initialised: bool = True) -> Iterator[tuple[M
         engine.dispose()
 
 
-def _engine(url: str) -> Engine:
+def _engine(memory: Memory, url: str) -> Engine:
     try:
-        return create_engine(make_url(url))
-    except ArgumentError:  # its message may quote the URL, and that its password
-        problem = "not a SQLAlchemy URL, which looks like sqlite:///app.db or postgresql+psycopg://user@host/app"
+        parsed = make_url(url)
+        if parsed.get_dialect().is_async:
+            from sqlalchemy.ext.asyncio import create_async_engine
+
+            return memory._sync(create_async_engine(parsed))
+        return create_engine(parsed)
     except NoSuchModuleError as error:
         problem = str(error)
+    except ArgumentError:  # its message may quote the URL, and that its password
+        problem = "not a SQLAlchemy URL, which looks like sqlite:///app.db or postgresql+psycopg://user@host/app"
     except ModuleNotFoundError as error:
         problem = f"its driver {error.name} is not installed"
     raise typer.BadParameter(problem, param_hint="--url")

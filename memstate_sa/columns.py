@@ -38,7 +38,7 @@ from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.sql.elements import BindParameter
 from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
-from memstate_sa.codec import decode_image, decode_key, encode, encode_image, encode_key
+from memstate_sa.codec import decode, decode_key, encode_image, encode_key
 from memstate_sa.errors import MemstateError
 
 READ_CHUNK = 500
@@ -50,6 +50,7 @@ MAX_KEY_CHARS = 2000
 _PLAIN = (
     sqltypes.Integer,
     Numeric,
+    Float,  # no subclass of Numeric in SQLAlchemy 2.1
     String,
     sqltypes.Date,
     sqltypes.DateTime,
@@ -194,7 +195,9 @@ class TableColumns:
 
     def values(self, image: dict[str, Any]) -> dict[str, Any]:
         """An image's values as the ORM would load them; columns that are no longer there keep their stored form."""
-        return {name: self.to_python(name, value) for name, value in decode_image(image).items()}
+        names = [name for name in self.names if name in image]  # JSONB does not keep the order
+        names += [name for name in image if name not in self._impl]
+        return {name: self.to_python(name, decode(image[name])) for name in names}
 
     def _result_processor(self, column: Column[Any]) -> Callable[[Any], Any] | None:
         impl = self._impl[column.name]
@@ -213,6 +216,3 @@ class TableColumns:
         if self._travels_as_text(column):
             return None
         return process
-
-    def matches(self, image: dict[str, Any], name: str, value: Any) -> bool:
-        return bool(image.get(name) == encode(value))

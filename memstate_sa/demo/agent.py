@@ -210,7 +210,7 @@ def main() -> None:
         done = connection.scalar(select(func.max(Played.turn))) or 0
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     play = play_by_hand if options.side == "by-hand" else play_with_memstate
-    play(options.home, think_between(turns, done), options.crash_at, options.seed + done)
+    play(options.home, think_between(turns, done), options.crash_at, options.seed * 31 + done)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def storable(value: Scalar) -> Scalar:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return float(value)
+        return float(value) if abs(value) < 2**1023 else None
     return value
 
 

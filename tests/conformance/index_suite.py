@@ -224,7 +224,7 @@ class IndexSuite:
         exact.open(embedder=EMBEDDER, dimension=3)
         for target in (index, exact):
             target.upsert(points)
-        filters = [_random_filter(rng, 2) for _ in range(60)]
+        filters = [_random_filter(rng, 2) for _ in range(40)]
         assert [ids_where(index, where) for where in filters] == [ids_where(exact, where) for where in filters]
 
     @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ class IndexSuite:
         rng = random.Random(2)
         held: dict[str, tuple[str, list[float]]] = {}
         names = [f"n{n}" for n in range(12)]
-        for step in range(40):
+        for step in range(30):
             some = rng.sample(names, 4)
             if rng.random() < 0.6:
                 batch = [point(n, [rng.randint(-3, 3) for _ in range(3)], fingerprint=f"{step}") for n in some]
@@ -290,7 +290,7 @@ class IndexSuite:
 
         def work(worker: int) -> None:
             mine = [f"w{worker}-{n}" for n in range(6)]
-            for step in range(4):
+            for step in range(3):
                 index.upsert([point(id_, fingerprint=f"{step}") for id_ in mine])
                 index.delete(mine[:2])
                 index.query(vector(*X), 5)
@@ -299,7 +299,7 @@ class IndexSuite:
 
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(work, range(4)))
-        assert fingerprints(index) == {f"w{worker}-{n}": "3" for worker in range(4) for n in range(2, 6)}
+        assert fingerprints(index) == {f"w{worker}-{n}": "2" for worker in range(4) for n in range(2, 6)}
 
     def test_a_full_batch(self, index: VectorIndex) -> None:
         """max_batch points go in, come back and go out in one call each."""

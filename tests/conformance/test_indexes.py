@@ -465,7 +465,7 @@ class TestChromaServer(ChromaSuite):
     def test_a_killed_server_is_retryable(self, tmp_path: Path) -> None:
         """Killed during an upsert: try again later; once restarted, the same index goes on."""
         number = free_port()
-        points = [point(f"p{n}", np.random.default_rng(n).standard_normal(3).tolist()) for n in range(500)]
+        points = [point(f"p{n}", np.random.default_rng(n).standard_normal(3).tolist()) for n in range(100)]
         with server(tmp_path, number) as process, http(number) as client:
             index = opened(client, "memory")
             before = index.incarnation

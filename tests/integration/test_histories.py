@@ -198,7 +198,6 @@ class Play:
         self.world.relay.drain()
 
 
-
 def wipe(engine: Engine) -> None:
     with engine.begin() as connection:
         for table in (*reversed(Base.metadata.sorted_tables), *metadata.sorted_tables):

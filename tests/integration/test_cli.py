@@ -1,0 +1,364 @@
+"""The command line on an application of its own, found in the working directory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import create_engine, delete, select
+from sqlalchemy.orm import sessionmaker
+
+from memstate_sa import __version__
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from memstate_sa import cli  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+
+APPLICATION = """
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from memstate_sa import Memory
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.testing import HashEmbedder
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Note(Base):
+    __tablename__ = "note"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str]
+
+
+class Pair(Base):
+    __tablename__ = "pair"
+
+    left: Mapped[int] = mapped_column(primary_key=True)
+    right: Mapped[str] = mapped_column(primary_key=True)
+    text: Mapped[str]
+
+
+memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+memory.track(Note, text="text")
+memory.track(Pair, text="text")
+something_else = 3
+"""
+
+
+class Application:
+    """An application's module and database, and the command line run on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name = f"application_{uuid4().hex}"
+        (folder / f"{self.name}.py").write_text(APPLICATION)
+        self.url = f"sqlite:///{folder / 'app.db'}"
+        self.engine = create_engine(self.url)
+        self.sessions = sessionmaker(self.engine)
+
+    @property
+    def module(self) -> Any:
+        return import_module(self.name)
+
+    def run(self, command: str, *arguments: str, exit_code: int = 0) -> str:
+        at = ["--app", f"{self.name}:memory", "--url", self.url]
+        return invoke(command, *at, *arguments, exit_code=exit_code)
+
+    def adopt(self) -> None:
+        self.module.memory.attach(self.sessions)
+
+    def add(self, text: str, **labels: str) -> int:
+        with self.sessions() as session:
+            note = self.module.Note(text=text)
+            session.add(note)
+            if labels:
+                self.module.memory.annotate(session, **labels)
+            session.commit()
+            return int(note.id)
+
+    def texts(self) -> list[str]:
+        with self.sessions() as session:
+            return list(session.scalars(select(self.module.Note.text).order_by(self.module.Note.id)))
+
+
+def invoke(*arguments: str, exit_code: int = 0) -> str:
+    result = CliRunner().invoke(cli.application(), list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == exit_code, result.output
+    return str(result.output)
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Application]:
+    """An application whose database has its own tables only."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    application = Application(tmp_path)
+    application.module.Base.metadata.create_all(application.engine)
+    yield application
+    application.engine.dispose()
+
+
+@pytest.fixture
+def app(bare: Application) -> Application:
+    """An application that has adopted memstate_sa."""
+    bare.run("init")
+    bare.adopt()
+    return bare
+
+
+# -- finding things --------------------------------------------------------------------------------------------------
+
+
+def test_version() -> None:
+    """Alone on the line, for scripts."""
+    assert invoke("--version") == f"{__version__}\n"
+
+
+def test_help_explains_every_command() -> None:
+    """And every command explains its options."""
+    output = invoke("--help")
+    for command in ("demo", "init", "relay", "status", "verify", "backfill", "log", "rollback"):
+        assert command in output
+        assert "--app" in invoke(command, "--help") or command == "demo"
+
+
+def test_the_application_is_looked_for_in_the_working_directory(bare: Application) -> None:
+    """As a server does: nobody should have to set PYTHONPATH."""
+    command = [sys.executable, "-c", "import sys; sys.path.pop(0); from memstate_sa.cli import main; main()"]
+    command += ["init", "--app", f"{bare.name}:memory", "--url", bare.url]
+    environment = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("app_option", "message"),
+    [
+        ("nothing", "is not of the form"),
+        ("no_such_module_here:memory", "cannot import 'no_such_module_here'"),
+        ("{name}:missing", "has no attribute 'missing'"),
+        ("{name}:something_else", "is a int, not a Memory"),
+    ],
+)
+def test_an_application_that_is_not_found_is_explained(bare: Application, app_option: str, message: str) -> None:
+    """With what was looked for."""
+    output = invoke("status", "--app", app_option.format(name=bare.name), "--url", bare.url, exit_code=2)
+    assert message in flat(output)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("not a url: secret", "not a SQLAlchemy URL"),
+        ("nosuchdatabase://host/x", "nosuchdatabase"),
+        ("sqlite+nosuchdriver:///x", "nosuchdriver"),
+    ],
+)
+def test_a_bad_url_is_explained(bare: Application, url: str, message: str) -> None:
+    """Without repeating it: it may hold a password."""
+    output = invoke("status", "--app", f"{bare.name}:memory", "--url", url, exit_code=2)
+    assert message in flat(output)
+    assert "secret" not in output
+
+
+def test_a_database_that_does_not_answer_is_explained(bare: Application) -> None:
+    """By what the driver said."""
+    output = invoke("status", "--app", f"{bare.name}:memory", "--url", "sqlite:////no/such/folder/app.db", exit_code=1)
+    assert "unable to open database file" in output
+
+
+def test_missing_tables_are_explained(bare: Application) -> None:
+    """With what creates them."""
+    assert "memstate-sa init" in bare.run("status", exit_code=1)
+
+
+def test_app_and_url_may_come_from_the_environment(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A URL with a password does not belong into a command line."""
+    monkeypatch.setenv("MEMSTATE_APP", f"{app.name}:memory")
+    monkeypatch.setenv("MEMSTATE_URL", app.url)
+    assert "pending" in invoke("status")
+
+
+def test_a_missing_extra_is_a_hint() -> None:
+    """The console script must not end in a traceback where typer or rich are not installed."""
+    hide = "import sys; sys.modules['typer'] = None; from memstate_sa.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", hide], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "pip install 'memstate-sa[cli]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+def test_status_counts_what_is_pending(app: Application) -> None:
+    """Until a relay has delivered it."""
+    app.add("Likes tea")
+    app.add("Likes coffee")
+    assert row(app.run("status"), "memory")[1] == "2"
+    assert "2 keys converged" in app.run("relay", "--once") or "Nothing" in app.run("relay", "--drain")
+    assert row(app.run("status"), "memory")[1] == "0"
+
+
+def test_relay_drains(app: Application) -> None:
+    """Then exits."""
+    app.add("Likes tea")
+    assert "Nothing is pending" in app.run("relay", "--drain")
+    assert row(app.run("status"), "memory")[1] == "0"
+
+
+def test_relay_takes_one_of_once_and_drain(app: Application) -> None:
+    """Not both."""
+    assert "choose --once or --drain" in flat(app.run("relay", "--once", "--drain", exit_code=2))
+
+
+def test_relay_runs_until_it_is_told_to_stop(app: Application) -> None:
+    """By a service manager, with SIGTERM: it finishes the page in work and exits with 0."""
+    command = [sys.executable, "-c", "from memstate_sa.cli import main; main()", "relay"]
+    command += ["--app", f"{app.name}:memory", "--url", app.url]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        assert b"Delivering" in process.stdout.readline()
+        process.terminate()
+        rest = process.stdout.read()
+        assert process.wait(timeout=30) == 0, rest
+
+
+def test_the_url_of_an_async_application_will_do(app: Application) -> None:
+    """The command line is not a coroutine: it takes the same database by a driver that is not one either."""
+    pytest.importorskip("aiosqlite")
+    app.add("Likes tea")
+    url = app.url.replace("sqlite:", "sqlite+aiosqlite:")
+    at = ("--app", f"{app.name}:memory", "--url", url)
+    assert "Likes tea" in invoke("log", *at, "Note")
+    assert "Nothing is pending" in invoke("relay", *at, "--drain")
+
+
+def test_verify_tells_drift_by_its_exit_code(app: Application) -> None:
+    """And --repair mends it."""
+    app.add("Likes tea")
+    app.run("relay", "--drain")
+    assert "Nothing has drifted" in app.run("verify")
+
+    index = app.module.memory.indexes["memory"]
+    index.delete([entry.id for entry in index.scan(None, 10)])
+    output = app.run("verify", exit_code=1)
+    assert "missing: note 1" in output
+    assert "Repaired" in app.run("verify", "--repair")
+    assert "Nothing has drifted" in app.run("verify")
+
+
+@pytest.mark.parametrize("named", [lambda app: "Note", lambda app: f"{app.name}:Note"])
+def test_backfill_takes_in_what_was_there_before(bare: Application, named: Callable[[Application], str]) -> None:
+    """Once: a second run finds nothing new."""
+    bare.add("Likes tea")
+    bare.add("Likes coffee")
+    bare.run("init")
+    assert "2 rows were new" in bare.run("backfill", named(bare), "--batch-size", "1")
+    assert "0 rows were new" in bare.run("backfill", named(bare))
+    bare.run("relay", "--drain")
+    assert "Nothing has drifted" in bare.run("verify")
+
+
+def test_backfill_of_an_unknown_model_is_explained(app: Application) -> None:
+    """A name that is not there, and a class that is not tracked."""
+    assert "has no attribute 'Nope'" in flat(app.run("backfill", "Nope", exit_code=2))
+    assert "not tracked" in app.run("backfill", "Base", exit_code=1)
+
+
+def test_log_shows_the_history_of_one_fact(app: Application) -> None:
+    """With who did it and why."""
+    key = app.add("Likes tea", actor="ana", reason="first chat")
+    app.add("Likes [red] wine")
+    with app.sessions() as session:
+        session.get_one(app.module.Note, key).text = "Likes coffee"
+        session.commit()
+    output = app.run("log", "Note", str(key))
+    assert "Likes tea" in output
+    assert "Likes coffee" in output
+    assert "first chat" in output
+    assert "wine" not in output
+    assert "Likes [red] wine" in app.run("log", "Note")
+    assert "Likes tea" not in app.run("log", "Note", "--limit", "1")
+
+
+def test_log_takes_a_composite_key_as_json(app: Application) -> None:
+    """And explains what is not a key."""
+    with app.sessions() as session:
+        session.add_all(
+            [app.module.Pair(left=1, right="a", text="tea"), app.module.Pair(left=1, right="b", text="ale")]
+        )
+        session.commit()
+    output = app.run("log", "Pair", '[1, "a"]')
+    assert "tea" in output
+    assert "ale" not in output
+    assert "is not a key of Pair" in flat(app.run("log", "Pair", "1", exit_code=2))
+    assert "is not a key of Note" in flat(app.run("log", "Note", "x", exit_code=2))
+
+
+def test_rollback_undoes_the_last_transactions(app: Application) -> None:
+    """And shows what it changed."""
+    for text in ("one", "two", "three"):
+        app.add(text)
+    output = app.run("rollback", "--steps", "2")
+    assert "2 changes undone" in output
+    assert "delete (undo)" in output
+    assert app.texts() == ["one"]
+
+
+def test_rollback_can_be_tried_first(app: Application) -> None:
+    """--dry-run shows it and changes nothing."""
+    app.add("one")
+    assert "delete (undo)" in app.run("rollback", "--dry-run")
+    assert app.texts() == ["one"]
+
+
+def test_rollback_keeps_to_its_scope(app: Application) -> None:
+    """The transactions of one actor, or of one agent session."""
+    app.add("by ana", actor="ana")
+    app.add("in s1", session_id="s1")
+    app.add("by ben", actor="ben")
+    app.run("rollback", "--actor", "ana")
+    app.run("rollback", "--session-id", "s1")
+    assert app.texts() == ["by ben"]
+
+
+def test_a_rollback_in_conflict_is_a_message(app: Application) -> None:
+    """Nothing is changed, and no traceback is shown."""
+    key = app.add("one", actor="ana")
+    with app.sessions() as session:
+        session.execute(delete(app.module.Note).where(app.module.Note.id == key))
+        session.commit()
+    output = app.run("rollback", "--actor", "ana", exit_code=1)
+    assert output.startswith("Error: ")
+    assert app.texts() == []
+
+
+def row(output: str, first: str) -> list[str]:
+    """The cells of the table row that begins with *first*."""
+    rows = ([cell.strip() for cell in line.strip(" │").split("│")] for line in output.splitlines())
+    return next(cells for cells in rows if cells[0] == first)
+
+
+def flat(output: str) -> str:
+    """*output* without the box and the line breaks of an error."""
+    return " ".join(output.replace("│", " ").split())
