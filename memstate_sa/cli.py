@@ -117,7 +117,7 @@ def init(app: App, url: Url) -> None:
 def relay(
     app: App,
     url: Url,
-    once: Annotated[bool, typer.Option("--once", help="Deliver what is due now, then exit.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Deliver one page of what is due, then exit.")] = False,
     drain: Annotated[bool, typer.Option("--drain", help="Deliver until nothing is pending, then exit.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that --drain may take.")] = 30.0,
 ) -> None:

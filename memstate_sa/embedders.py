@@ -184,7 +184,6 @@ def _fingerprint(function: Any) -> str:
         raise MissingExtra("chromadb", "chroma") from error
     kind = type(function)
 
-
     def ask(method: str) -> Any:
         own = getattr(kind, method, None)
         # The base class's answer is a DeprecationWarning and NotImplemented.

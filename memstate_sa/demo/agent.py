@@ -70,14 +70,16 @@ def write(session: Session, turn: Turn) -> None:
                 session.get_one(Note, step.fact).text = step.text
             case Forget():
                 session.delete(session.get_one(Note, step.fact))
-        session.flush()
+        session.flush()  # a later step of this turn may be about the same note
     session.add(Played(turn=turn.number))
 
 
 def database(home: Path) -> Engine:
     home.mkdir(exist_ok=True)
     engine = create_engine(f"sqlite:///{home / 'notes.sqlite3'}")
-    Base.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+        Base.metadata.create_all(connection)
     return engine
 
 

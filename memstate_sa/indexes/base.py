@@ -56,7 +56,10 @@ class Entry(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A stored point with its vector, as `VectorIndex.get` returns it."""
+    """A stored point with its vector, as `VectorIndex.get` returns it.
+
+    The vector may have lost its last bit: Chroma keeps it normalised.
+    """
 
     id: str
     fingerprint: str

@@ -19,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 from chromadb.api import ClientAPI
+from filelock import FileLock
 
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, MissingExtra
 from memstate_sa.indexes import ChromaIndex, InMemoryIndex, VectorIndex
@@ -53,7 +54,7 @@ def add_foreign(client: ClientAPI, name: str, count: int = 1) -> Any:
     """Points of somebody else, all nearer to X than anything of ours."""
     collection = client.get_collection(name, embedding_function=None)
     ids = [f"foreign{n}" for n in range(count)]
-    collection.upsert(ids=ids, embeddings=[list(X)] * count, metadatas=[{"role": "tip"}] * count, documents=ids)
+    collection.upsert(ids=ids, embeddings=[vector(*X)] * count, metadatas=[{"role": "tip"}] * count, documents=ids)
     return collection
 
 
@@ -250,11 +251,16 @@ class ChromaSuite(IndexSuite, ClosedSuite):
     def test_no_text_without_store_text(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
         """The relay hands the text over; the index drops it."""
         index.upsert([point("a", text=SECRET)])
-        stored = client.get_collection(name, embedding_function=None).get("a", include=["documents", "metadatas"])
+        collection = client.get_collection(name, embedding_function=None)
+        stored: Any = collection.get("a", include=["documents", "metadatas"])
         assert stored["documents"] == [None]
         assert set(stored["metadatas"][0]) == {"memstate_fingerprint", "memstate_epoch"}
 
-    @pytest.mark.parametrize("bad", [point("a", metadata={"v": object()}), point("\ud800"), point("")], ids=["object", "surrogate", "empty-id"])
+    @pytest.mark.parametrize(
+        "bad",
+        [point("a", metadata={"v": object()}), point("\ud800"), point("")],
+        ids=["object", "surrogate", "empty-id"],
+    )
     def test_what_chroma_refuses_is_rejected(self, index: VectorIndex, bad: Any) -> None:
         """With Chroma's own error as the cause, whose text is not repeated: it may quote the fact."""
         with pytest.raises(DeliveryRejected) as caught:
@@ -358,7 +364,8 @@ for _ in range(3):
             with subprocess.Popen(
                 [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             ) as other:
-                assert other.stdin is not None and other.stdout is not None
+                assert other.stdin is not None
+                assert other.stdout is not None
                 answers = [other.stdout.readline()]
                 for index in (first, second):
                     index.close()
@@ -366,7 +373,8 @@ for _ in range(3):
                     other.stdin.flush()
                     answers.append(other.stdout.readline())
                 other.stdin.close()
-        assert "chroma run" in answers[0] and "HttpClient" in answers[0]
+        assert "chroma run" in answers[0]
+        assert "HttpClient" in answers[0]
         assert answers[1:] == [answers[0], "opened\n"]
 
     def test_a_forked_child_is_refused(self, index: VectorIndex, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,8 +387,6 @@ for _ in range(3):
 
     def test_a_refused_open_leaves_the_folder_free(self, tmp_path: Path) -> None:
         """An index that does not fit does not keep the lock."""
-        from filelock import FileLock
-
         with persistent(tmp_path) as client:
             client.create_collection("memory", embedding_function=None)
             with pytest.raises(IndexMismatch):
@@ -421,7 +427,8 @@ def free_port() -> int:
 @contextmanager
 def server(path: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """`chroma run`, answering."""
-    command = [Path(sys.executable).with_name("chroma"), "run", "--path", path, "--host", "127.0.0.1", "--port", str(port)]
+    chroma = str(Path(sys.executable).with_name("chroma"))
+    command = [chroma, "run", "--path", str(path), "--host", "127.0.0.1", "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             for _ in range(400):
@@ -471,7 +478,7 @@ class TestChromaServer(ChromaSuite):
             before = index.incarnation
             killer = threading.Timer(0.3, process.kill)
             killer.start()
-            with pytest.raises(DeliveryRetryable) as caught:
+            with pytest.raises(DeliveryRetryable) as caught:  # noqa: PT012  # whichever upsert it is
                 while True:
                     index.upsert(points)
             assert isinstance(caught.value.__cause__, httpx.TransportError)
@@ -495,18 +502,24 @@ class TestChromaServer(ChromaSuite):
         ],
     )
     def test_errors_are_told_apart_by_status(
-        self, port: int, status: int, body: bytes, expected: type[Exception], retry_after_s: float | None
+        self,
+        client: ClientAPI,
+        index: VectorIndex,
+        monkeypatch: pytest.MonkeyPatch,
+        status: int,
+        body: bytes,
+        expected: type[Exception],
+        retry_after_s: float | None,
     ) -> None:
         """Retry-After is passed on where Chroma's client leaves it to be found."""
-        with http(port) as client:
-            index = opened(client, unique())
-            client._server._session.close()  # type: ignore[attr-defined]
-            answer = httpx.Response(status, content=body, headers={"retry-after": "7"})
-            client._server._session = httpx.Client(transport=httpx.MockTransport(lambda _: answer))  # type: ignore[attr-defined]
+        answer = httpx.Response(status, content=body, headers={"retry-after": "7"})
+        session = httpx.Client(transport=httpx.MockTransport(lambda _: answer))
+        with monkeypatch.context() as broken:
+            broken.setattr(client._server, "_session", session)  # type: ignore[attr-defined]
             with pytest.raises(expected) as caught:
-                index.upsert([point("a", text=SECRET)])
-            assert caught.value.__cause__ is not None
-            assert getattr(caught.value, "retry_after_s", None) == retry_after_s
+                index.upsert([point("a")])
+        assert caught.value.__cause__ is not None
+        assert getattr(caught.value, "retry_after_s", None) == retry_after_s
 
 
 # -- extras ------------------------------------------------------------------------------------------------------------

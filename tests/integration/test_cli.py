@@ -20,9 +20,9 @@ from memstate_sa import __version__
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from typer.testing import CliRunner  # noqa: E402
+from typer.testing import CliRunner
 
-from memstate_sa import cli  # noqa: E402
+from memstate_sa import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -267,7 +267,7 @@ def test_verify_tells_drift_by_its_exit_code(app: Application) -> None:
     assert "Nothing has drifted" in app.run("verify")
 
 
-@pytest.mark.parametrize("named", [lambda app: "Note", lambda app: f"{app.name}:Note"])
+@pytest.mark.parametrize("named", [lambda _: "Note", lambda app: f"{app.name}:Note"])
 def test_backfill_takes_in_what_was_there_before(bare: Application, named: Callable[[Application], str]) -> None:
     """Once: a second run finds nothing new."""
     bare.add("Likes tea")

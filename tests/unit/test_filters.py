@@ -7,7 +7,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memstate_sa.indexes._filters import canonical, matches, storable
@@ -24,7 +24,9 @@ conditions = st.one_of(
 )
 filters: st.SearchStrategy[Any] = st.recursive(
     st.dictionaries(keys, conditions, max_size=2),
-    lambda inner: st.dictionaries(st.sampled_from(["$and", "$or"]), st.lists(inner, max_size=3), min_size=1, max_size=2),
+    lambda inner: st.dictionaries(
+        st.sampled_from(["$and", "$or"]), st.lists(inner, max_size=3), min_size=1, max_size=2
+    ),
     max_leaves=6,
 )
 
@@ -65,6 +67,7 @@ def well_formed(where: dict[str, Any]) -> bool:
     return bool(operands) and all(equal(one, one) for one in operands)
 
 
+@settings(max_examples=60)
 @given(filters, st.dictionaries(keys, scalars))
 def test_the_canonical_form_means_the_same(where: Filter, metadata: dict[str, Any]) -> None:
     """For any filter and any metadata."""
@@ -72,6 +75,7 @@ def test_the_canonical_form_means_the_same(where: Filter, metadata: dict[str, An
     assert (form is not None and matches(form, metadata)) == meaning(where, metadata)
 
 
+@settings(max_examples=60)
 @given(filters)
 def test_the_canonical_form_is_well_formed(where: Filter) -> None:
     """One key per mapping, two parts or more in a list, no None, no empty $in; and it is its own canonical form."""
