@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from pydantic import ValidationError
 from sqlalchemy import Select, Table, delete, event, insert, inspect, select, type_coerce
-from sqlalchemy.engine import Connection, CursorResult, Engine, IteratorResult, Result
+from sqlalchemy.engine import Connection, Engine, IteratorResult, Result
 from sqlalchemy.engine.result import SimpleResultMetaData
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction, scoped_session, sessionmaker
@@ -342,8 +342,8 @@ class Capture:
         for tracked, existed in touched.items():
             columns = tracked.on(connection.dialect)
             images = columns.read(connection, list(existed))
-            # Rows first: the server may show a key otherwise than it was given (CHAR padding).
-            keys = dict.fromkeys(images, False) | {columns.encode_key(raw): before for raw, before in existed.items()}
+            keys = {columns.encode_key(raw): before for raw, before in existed.items()}
+            keys |= {key: False for key in images if key not in keys}  # shown otherwise than given: CHAR is padded
             for key, op, image in fold(keys, images):
                 if image is not None:
                     self._check(tracked, columns, op, image)
@@ -491,10 +491,7 @@ class Capture:
             rows = [tuple(row) for row in result.all()]
         existed = {columns.raw_key(row[-len(keys) :]): False for row in rows}
         self._log_touched(connection, unit, {tracked: existed}, ())
-        # Ours, because the RETURNING is: what the caller asked to have returned, and how many rows there were.
-        own: Any = IteratorResult(SimpleResultMetaData(names), iter([row[: -len(keys)] for row in rows]))
-        own.rowcount = len(rows)
-        return own  # type: ignore[no-any-return]
+        return _fetched(names, [row[: -len(keys)] for row in rows])
 
     def _bulk_change(
         self, state: ORMExecuteState, mapper: Mapper[Any], tracked: Tracked, unit: Unit, connection: Connection
@@ -521,7 +518,9 @@ class Capture:
         baselines = self.baselines(connection, unit, tracked, keys)
         with unit.writing():
             result = state.invoke_statement()
-        matched = result.rowcount if isinstance(result, CursorResult) else -1
+            if statement._returning:  # read to the end: SQLite releases no SAVEPOINT below an open cursor
+                result = _fetched(list(result.keys()), [tuple(row) for row in result.all()])
+        matched: int = getattr(result, "rowcount", -1)
         if connection.dialect.name != "sqlite" and matched not in (-1, len(keys)) and not state.is_executemany:
             return None
         if state.is_update and isinstance(state.parameters, (list, tuple)):
@@ -561,6 +560,13 @@ class Capture:
 
 
 _BULK_ATTEMPTS = 5
+
+
+def _fetched(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> Result[Any]:
+    """A result of rows that were fetched already, with the ``rowcount`` that callers of DML ask for."""
+    result: Any = IteratorResult(SimpleResultMetaData(names), iter(rows))
+    result.rowcount = len(rows)
+    return result  # type: ignore[no-any-return]
 
 
 def _has_changes(state: Any) -> bool:

@@ -52,7 +52,7 @@ def opened(client: ClientAPI, name: str, **options: Any) -> ChromaIndex:
 
 def add_foreign(client: ClientAPI, name: str, count: int = 1) -> Any:
     """Points of somebody else, all nearer to X than anything of ours."""
-    collection = client.get_collection(name, embedding_function=None)
+    collection: Any = client.get_collection(name, embedding_function=None)
     ids = [f"foreign{n}" for n in range(count)]
     collection.upsert(ids=ids, embeddings=[vector(*X)] * count, metadatas=[{"role": "tip"}] * count, documents=ids)
     return collection
