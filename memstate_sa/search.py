@@ -268,7 +268,8 @@ def cosine_distance(a: Vector, b: Vector) -> float:
 
 def _target(registry: Registry, target: Any) -> tuple[Select[Any], Tracked]:
     if isinstance(target, type):
-        return select(target), registry.of(target)
+        tracked = registry.of(target)
+        return select(target), tracked
     if not isinstance(target, Select):
         raise MemstateError(f"search {target!r}: give a tracked class or a select() of one")
     described = target.column_descriptions

@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import chromadb
 from chromadb.api import ClientAPI
@@ -31,8 +30,6 @@ logger = logging.getLogger("app")
 
 FAILURE_RATE = 0.1
 THINKING_S = 3.0  # over the whole conversation; without pauses the relay would deliver it in a handful of calls
-
-Side: TypeAlias = Literal["by-hand", "memstate"]
 
 
 # -- the application, as it was before -------------------------------------------------------------------------------
@@ -198,9 +195,12 @@ def report(**figures: int) -> None:
     print(json.dumps(figures), flush=True)
 
 
+SIDES = {"by-hand": play_by_hand, "memstate": play_with_memstate}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("side", choices=("by-hand", "memstate"))
+    parser.add_argument("side", choices=SIDES)
     parser.add_argument("input", type=Path)
     parser.add_argument("home", type=Path)
     parser.add_argument("--crash-at", type=int)
@@ -211,8 +211,7 @@ def main() -> None:
     with database(options.home).connect() as connection:
         done = connection.scalar(select(func.max(Played.turn))) or 0
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    play = play_by_hand if options.side == "by-hand" else play_with_memstate
-    play(options.home, think_between(turns, done), options.crash_at, options.seed * 31 + done)
+    SIDES[options.side](options.home, think_between(turns, done), options.crash_at, options.seed * 31 + done)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -18,13 +19,13 @@ from tempfile import TemporaryDirectory
 from chromadb.api.models.Collection import Collection
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session, sessionmaker
 
 from memstate_sa import Change, Memory
-from memstate_sa.demo.agent import FAILURE_RATE, Note, Played, Side, adopt, chroma, database
+from memstate_sa.demo.agent import FAILURE_RATE, Note, Played, adopt, chroma, database
 from memstate_sa.demo.audit import Drift, drift
 from memstate_sa.demo.inputs import Correct, Forget, Remember, Turn, parse
 from memstate_sa.embedders import WordLlamaEmbedder
@@ -43,6 +44,7 @@ def run(input_path: Path | None, *, directory: Path | None = None, console: Cons
     """
     text = read(input_path)
     turns = parse(text)
+    WordLlamaEmbedder()  # if it is not installed, say so before anything is played
     with ExitStack() as stack:
         home = directory or Path(stack.enter_context(TemporaryDirectory(prefix="memstate-sa-demo-")))
         home.mkdir(parents=True, exist_ok=True)
@@ -51,12 +53,11 @@ def run(input_path: Path | None, *, directory: Path | None = None, console: Cons
         (home / "input").write_text(text, "utf-8")
 
         introduce(turns, console)
-        by_hand = play("by-hand", home, turns, seed, console)
-        memstate = play("memstate", home, turns, seed, console)
+        by_hand, memstate = play(turns, home, seed, console)
         compare(by_hand, memstate, turns, console)
         tour(memstate, console)
         if directory:
-            console.print(f"\nThe databases, the indexes and the logs of both agents are in {home}")
+            console.print(f"\nThe databases, the indexes and the logs of both agents are in {escape(str(home))}")
 
 
 def read(path: Path | None) -> str:
@@ -106,30 +107,37 @@ class Outcome:
         return chroma(self.home).get_collection("notes")
 
 
-def play(side: Side, home: Path, turns: Sequence[Turn], seed: int, console: Console) -> Outcome:
+def play(turns: Sequence[Turn], home: Path, seed: int, console: Console) -> list[Outcome]:
+    """Play *turns* by hand and with memstate_sa, at the same time."""
+    columns = (TextColumn("{task.description:<38}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor() as pool:
+        tasks = {
+            "by-hand": progress.add_task("by hand: commit, then write to Chroma", total=len(turns)),
+            "memstate": progress.add_task("memstate_sa: commit", total=len(turns)),
+        }
+        return list(pool.map(lambda side: _play(side, turns, home, seed, progress, tasks[side]), tasks))
+
+
+def _play(side: str, turns: Sequence[Turn], home: Path, seed: int, progress: Progress, task: TaskID) -> Outcome:
     """Play *turns* in a process that dies in the middle, and go on in a second one."""
     outcome = Outcome(home / side)
-    title = {"by-hand": "by hand: commit, then write to Chroma", "memstate": "memstate_sa: commit"}[side]
-    columns = (TextColumn(f"{title:<38}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     order = {turn.number: position for position, turn in enumerate(turns, start=1)}
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(side, total=len(turns))
-        for crash_at in (middle(turns), None):
-            figures = {"calls": 0, "failed": 0}
-            for report in _agent(outcome.home, home / "input", side, seed, crash_at):
-                figures |= report
-                if "turn" in report:
-                    progress.update(task, completed=order[report["turn"]])
-            outcome.calls += figures["calls"]
-            outcome.failed += figures["failed"]
-            outcome.waiting = figures.get("waiting")
-            if crash_at is not None:
-                with outcome.engine.connect() as connection:
-                    outcome.killed_after = connection.execute(select(func.max(Played.turn))).scalar_one()
+    for crash_at in (middle(turns), None):
+        figures = {"calls": 0, "failed": 0}
+        for report in _agent(outcome.home, home / "input", side, seed, crash_at):
+            figures |= report
+            if "turn" in report:
+                progress.update(task, completed=order[report["turn"]])
+        outcome.calls += figures["calls"]
+        outcome.failed += figures["failed"]
+        outcome.waiting = figures.get("waiting")
+        if crash_at is not None:
+            with outcome.engine.connect() as connection:
+                outcome.killed_after = connection.execute(select(func.max(Played.turn))).scalar_one()
     return outcome
 
 
-def _agent(home: Path, conversation: Path, side: Side, seed: int, crash_at: int | None) -> Iterable[dict[str, int]]:
+def _agent(home: Path, conversation: Path, side: str, seed: int, crash_at: int | None) -> Iterable[dict[str, int]]:
     """Run one agent process; yields what it reports."""
     command = [sys.executable, "-m", "memstate_sa.demo.agent", side, str(conversation), str(home), "--seed", str(seed)]
     if crash_at is not None:
@@ -190,12 +198,13 @@ def _short(text: str | None, width: int = 60) -> str:
 def tour(outcome: Outcome, console: Console) -> None:
     """Search, undo, history and verify on the memory that is still whole."""
     sessions = sessionmaker(outcome.engine)
-    memory = adopt(outcome.engine, ChromaIndex(chroma(outcome.home), "notes"), sessions)
-    with sessions() as session:
-        search(memory, session, console)
-        undo(memory, session, outcome, console)
-        history(memory, session, console)
-    report = memory.verify(outcome.engine)
+    index = ChromaIndex(chroma(outcome.home), "notes")
+    with closing(adopt(outcome.engine, index, sessions)) as memory:
+        with sessions() as session:
+            search(memory, session, console)
+            undo(memory, session, outcome, console)
+            history(memory, session, console)
+        report = memory.verify(outcome.engine)
     found = {kind: len(getattr(report, kind)) for kind in ("missing", "ghost", "stale", "pending")}
     console.print(f"\nmemory.verify(engine) checked {report.checked} facts: {found}")
     if any(found.values()):
@@ -208,7 +217,7 @@ def search(memory: Memory, session: Session, console: Console) -> None:
     for user, question in zip(users.all(), QUESTIONS, strict=False):
         hits = memory.search(session, question, select(Note).where(Note.user_id == user), limit=2)
         for position, hit in enumerate(hits):
-            who = (user, question) if position == 0 else ("", "")
+            who = (escape(user), question) if position == 0 else ("", "")
             table.add_row(*who, f"{hit.score:.2f}", _short(hit.fact.text), end_section=position == len(hits) - 1)
     console.print(table)
 
@@ -229,7 +238,7 @@ def undo(memory: Memory, session: Session, outcome: Outcome, console: Console) -
         table.add_column(header)
     for key in dict.fromkeys(change.key for change in undone):
         sql = [_short(rows.get(key), 40) for _, rows in (before, after)]
-        table.add_row(key, *sql, *(_vector(key, *state) for state in (before, after)))
+        table.add_row(escape(key), *sql, *(_vector(key, *state) for state in (before, after)))
     console.print(table)
 
 
@@ -248,7 +257,7 @@ def history(memory: Memory, session: Session, console: Console) -> None:
     for change in memory.history(session, Note):
         changes.setdefault(change.key, []).append(change)
     longest = max(changes.values(), key=len)
-    table = Table(title=f"\nThe history of fact {longest[0].key}; nothing is ever erased from it")
+    table = Table(title=f"\nThe history of fact {escape(longest[0].key)}; nothing is ever erased from it")
     for header in ("at", "what", "text", "why"):
         table.add_column(header)
     for change in longest:
@@ -257,6 +266,6 @@ def history(memory: Memory, session: Session, console: Console) -> None:
             f"{change.at:%H:%M:%S.%f}"[:-3],
             change.op + (" (undo)" if change.reverts else ""),
             text,
-            change.reason or "",
+            escape(change.reason or ""),
         )
     console.print(table)

@@ -270,6 +270,13 @@ class IndexSuite:
         assert index.scan("p7", 10) == []
         assert fingerprints(index) == {"p1": "new", "p2": "old", "p3": "old", "p6": "new", "p7": "old"}
 
+    def test_a_new_pass_sees_what_is_new(self, index: VectorIndex) -> None:
+        """A pass that was given up does not leave its listing to the next."""
+        index.upsert([point("b"), point("d")])
+        assert index.scan(None, 1) == [Entry("b", "f")]
+        index.upsert([point("a"), point("c")])
+        assert list(fingerprints(index)) == ["a", "b", "c", "d"]
+
     def test_random_histories_agree_with_a_dict(self, index: VectorIndex) -> None:
         """After random upserts and deletes the content is what a dict would hold."""
         rng = random.Random(2)

@@ -83,8 +83,8 @@ class TestInMemory(IndexSuite, ClosedSuite):
 
     def test_extreme_lengths(self, index: VectorIndex) -> None:
         """Vectors whose squares leave float32's range keep their direction."""
-        index.upsert([point("long", (3e38, 0, 0)), point("short", (0, 1e-38, 0))])
-        assert {m.id: m.distance for m in index.query(vector(1e-38, 0, 0), 2)} == pytest.approx({"long": 0, "short": 1})
+        index.upsert([point("long", (3e38, 0, 0)), point("short", (-1e-38, 0, 0))])
+        assert {m.id: m.distance for m in index.query(vector(1e-38, 0, 0), 2)} == pytest.approx({"long": 0, "short": 2})
 
 
 class TestFlaky(IndexSuite):
@@ -268,8 +268,18 @@ class ChromaSuite(IndexSuite, ClosedSuite):
         assert caught.value.__cause__ is not None
         assert str(caught.value.__cause__) not in str(caught.value)
 
-    def test_a_long_pass_lists_ids_once(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
-        """A pass resumed by a new object goes on where it stopped."""
+    def test_a_pass_does_not_outlive_its_collection(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
+        """Resumed on a new collection, it lists what is there now."""
+        index.upsert([point("a"), point("b"), point("c")])
+        index.scan(None, 1)
+        client.delete_collection(name)
+        opened(client, name).upsert([point("d")])
+        with pytest.raises(DeliveryRetryable, match="gone"):
+            index.scan("a", 10)
+        assert [entry.id for entry in index.scan("a", 10)] == ["d"]
+
+    def test_a_pass_can_be_resumed(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
+        """By a new object, where it stopped."""
         index.upsert([point(f"p{n}") for n in range(6)])
         first = index.scan(None, 3)
         resumed = opened(client, name).scan(first[-1].id, 10)
@@ -291,7 +301,7 @@ class TestChromaEphemeral(ChromaSuite):
 
 @contextmanager
 def persistent(path: Path) -> Iterator[ClientAPI]:
-    client = chromadb.PersistentClient(path)
+    client = chromadb.PersistentClient(str(path))
     try:
         yield client
     finally:
@@ -389,8 +399,9 @@ for _ in range(3):
         """An index that does not fit does not keep the lock."""
         with persistent(tmp_path) as client:
             client.create_collection("memory", embedding_function=None)
+            index = ChromaIndex(client, "memory")
             with pytest.raises(IndexMismatch):
-                opened(client, "memory")
+                index.open(embedder=EMBEDDER, dimension=3)
             with FileLock(tmp_path / "memstate.lock", blocking=False):
                 pass
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from io import StringIO
@@ -165,10 +166,12 @@ def test_the_comparison_has_teeth(played: Played) -> None:
         compare(drifted, drifted, parse(CONVERSATION.read_text("utf-8")), Console(file=StringIO()))
 
 
-def test_the_agents_were_really_killed(played: Played) -> None:
-    """In the middle of the conversation, after its commit."""
-    assert "killed after turn" in played.output
-    assert "36" in played.output
+def test_the_agents_were_killed_between_commit_and_delivery(played: Played) -> None:
+    """In the middle of the conversation: the three facts of that turn, at least, were committed and not delivered."""
+    assert re.search(r"killed after turn +│ +36 │ +36 │", played.output), played.output
+    waiting = re.search(r"waiting in the outbox then +│ +— │ +(\d+) │", played.output)
+    assert waiting is not None, played.output
+    assert int(waiting[1]) >= 3
 
 
 def test_a_folder_with_something_in_it_is_left_alone(played: Played) -> None:
@@ -177,6 +180,22 @@ def test_a_folder_with_something_in_it_is_left_alone(played: Played) -> None:
     assert again.exit_code == 1
     assert "is not empty" in again.output
     assert "Traceback" not in again.output
+
+
+@pytest.mark.parametrize("package", ["chromadb", "wordllama"])
+def test_a_missing_extra_is_a_hint(package: str) -> None:
+    """Given before anything is played."""
+    hide = (
+        "import sys, importlib.util as u; found = u.find_spec;"
+        f"u.find_spec = lambda name, *rest: None if name == {package!r} else found(name, *rest);"
+        f"sys.modules[{package!r}] = None; from memstate_sa.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", hide, "demo"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "pip install 'memstate-sa[" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_bad_input_is_a_message(tmp_path: Path) -> None:
