@@ -275,7 +275,7 @@ def _engine(memory: Memory, url: str) -> Engine:
         if parsed.get_dialect().is_async:
             from sqlalchemy.ext.asyncio import create_async_engine
 
-            return memory._sync(create_async_engine(parsed))
+            return memory.sync_engine(create_async_engine(parsed))
         return create_engine(parsed)
     except NoSuchModuleError as error:
         problem = str(error)

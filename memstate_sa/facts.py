@@ -218,7 +218,7 @@ def describe(
             raise MemstateError(f"{model.__name__} has no column attribute {name!r}; it has {', '.join(sorted(columns))}")
     if on_untracked not in ("raise", "warn"):
         raise MemstateError(f"on_untracked={on_untracked!r}: choose 'raise' or 'warn'")
-    entity = entity if entity is not None else mapper.local_table.fullname
+    entity = str(entity if entity is not None else mapper.local_table.fullname)  # not a quoted_name
     if not entity or "[" in entity or len(entity) > 128:
         raise MemstateError(f"entity={entity!r}: a name of 1 to 128 characters without '['")
     always = (lambda _values: True) if immutable is True else None

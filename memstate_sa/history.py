@@ -44,10 +44,15 @@ def read_changes(connection: Connection, registry: Registry, *criteria: ColumnEl
     return [_change(row, registry, connection) for row in connection.execute(_changes.where(*criteria))]
 
 
-def of_entity(connection: Connection, registry: Registry, tracked: Tracked, key: str | None) -> list[Change]:
+def of_entity(
+    connection: Connection, registry: Registry, tracked: Tracked, key: str | None, limit: int | None
+) -> list[Change]:
     criteria = [log.c.entity == tracked.entity]
     if key is not None:
         criteria.append(log.c.key == key)
+    if limit is not None:
+        last = select(log.c.id).where(*criteria).order_by(log.c.id.desc()).limit(limit)
+        criteria.append(log.c.id.in_(last))
     return read_changes(connection, registry, *criteria)
 
 

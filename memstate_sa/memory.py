@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
-from sqlalchemy import Select, inspect
+from sqlalchemy import Select, func, inspect, select
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
@@ -16,7 +17,7 @@ from memstate_sa.capture import Capture, Registry, Unit
 from memstate_sa.changes import Change
 from memstate_sa.columns import TableColumns
 from memstate_sa.embedders import Embedder, WordLlamaEmbedder
-from memstate_sa.errors import MemstateError
+from memstate_sa.errors import DeliveryError, MemstateError
 from memstate_sa.facts import Tracked, describe
 from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.relay import Relay
@@ -150,7 +151,7 @@ class Memory:
 
     def create_tables(self, engine: Engine | AsyncEngine) -> None:
         """Create the tables of memstate_sa that are not there yet. With Alembic, let a migration do it."""
-        tables.metadata.create_all(self._sync(engine))
+        tables.metadata.create_all(self.sync_engine(engine))
 
     def annotate(
         self,
@@ -193,13 +194,13 @@ class Memory:
         self,
         session: Session,
         query: str,
-        target: Select[tuple[M]],
+        target: Select[Any],
         *,
         limit: int = 5,
         max_distance: float | None = None,
         consistency: Literal["fresh", "eventual"] = "fresh",
         index: str | None = None,
-    ) -> Hits[M]: ...
+    ) -> Hits[Any]: ...
 
     def search(
         self,
@@ -241,13 +242,13 @@ class Memory:
         self,
         session: AsyncSession,
         query: str,
-        target: Select[tuple[M]],
+        target: Select[Any],
         *,
         limit: int = 5,
         max_distance: float | None = None,
         consistency: Literal["fresh", "eventual"] = "fresh",
         index: str | None = None,
-    ) -> Hits[M]: ...
+    ) -> Hits[Any]: ...
 
     async def asearch(
         self,
@@ -295,10 +296,13 @@ class Memory:
 
     # -- history ---------------------------------------------------------------------------------------------------
 
-    def history(self, session: Session, model_or_instance: Any, key: Any = None) -> list[Change]:
+    def history(
+        self, session: Session, model_or_instance: Any, key: Any = None, *, limit: int | None = None
+    ) -> list[Change]:
         """What happened to a fact, oldest first: ``history(session, instance)`` or ``history(session, Model, key)``.
 
-        A class without a key gives the changes of all its facts. A composite key is a tuple.
+        A class without a key gives the changes of all its facts. A composite key is a tuple. *limit* keeps the last
+        so many changes.
         """
         if isinstance(model_or_instance, type):
             tracked = self._registry.of(model_or_instance)
@@ -311,7 +315,7 @@ class Memory:
         session.flush()
         connection = session.connection(bind_arguments={"mapper": tracked.mapper})
         canonical = None if key is None else self._canonical(tracked.on(connection.dialect), key)
-        return history.of_entity(connection, self._registry, tracked, canonical)
+        return history.of_entity(connection, self._registry, tracked, canonical, limit)
 
     @staticmethod
     def _canonical(columns: TableColumns, key: Any) -> str:
@@ -353,7 +357,7 @@ class Memory:
 
         ``with memory.relay(engine):`` runs it in the background.
         """
-        relay = Relay(self._sync(engine), self._by_index(), self._vectors, **options)
+        relay = Relay(self.sync_engine(engine), self._by_index(), self._vectors, **options)
         self._relays.add(relay)
         return relay
 
@@ -371,18 +375,27 @@ class Memory:
     def verify(
         self, engine: Engine | AsyncEngine, *, repair: bool = False, progress: Progress | None = None
     ) -> DriftReport:
-        """Compare every index with the tables by content, in pages. *repair* redelivers what differs."""
-        sync, report = self._sync(engine), DriftReport()
+        """Compare every index with the tables by content, in pages. *repair* redelivers what differs, and returns when
+        that is done; the report says what was found."""
+        sync, report = self.sync_engine(engine), DriftReport()
         for name, (index, tracked) in self._by_index().items():
             index.open(embedder=self.embedder.fingerprint, dimension=self.embedder.dimension)
             Verify(sync, name, index, tracked, self.embedder.fingerprint).run(report, repair=repair, progress=progress)
         if repair and not report.clean:
-            with_relay = self.relay(sync)
-            try:
-                with_relay.drain()
-            finally:
-                with_relay.stop()
+            self._repair(sync)
         return report
+
+    def _repair(self, engine: Engine, timeout: float = 30.0) -> None:
+        """Deliver what was marked: here, or by whoever holds the lease."""
+        relay = self.relay(engine)
+        deadline = time.monotonic() + timeout
+        self._wake()
+        relay.drain(timeout)
+        while any(backlog.due for backlog in self.status(engine).values()):
+            if time.monotonic() > deadline:
+                raise DeliveryError(f"what was to be repaired was not delivered within {timeout:g} s; is a relay stuck?")
+            relay.drain(timeout)
+            time.sleep(0.02)
 
     def backfill(
         self,
@@ -399,8 +412,12 @@ class Memory:
         """
         if batch_size < 1:
             raise MemstateError(f"batch_size={batch_size!r}: at least 1")
-        sync, tracked, added, seen = self._sync(engine), self._registry.of(model), 0, 0
+        sync, tracked, added, seen = self.sync_engine(engine), self._registry.of(model), 0, 0
         after: str | None = None
+        total: int | None = None
+        if progress is not None:
+            with sync.connect() as connection:
+                total = connection.execute(select(func.count()).select_from(tracked.table)).scalar_one()
         while True:
             with sync.begin() as connection:
                 keys = truth.page(connection, tracked, after, batch_size)
@@ -411,11 +428,11 @@ class Memory:
                 return added
             after, seen = keys[-1], seen + len(keys)
             if progress is not None:
-                progress(seen, None)
+                progress(seen, total)
 
     def status(self, engine: Engine | AsyncEngine) -> dict[str, Backlog]:
         """What each index has not been given yet."""
-        with self._sync(engine).connect() as connection:
+        with self.sync_engine(engine).connect() as connection:
             return {
                 name: backlog(connection, IndexKey(name, self._incarnation(index)), list(tracked))
                 for name, (index, tracked) in self._by_index().items()
@@ -432,7 +449,7 @@ class Memory:
         for index in self.indexes.values():
             index.close()
 
-    def _sync(self, engine: Engine | AsyncEngine) -> Engine:
+    def sync_engine(self, engine: Engine | AsyncEngine) -> Engine:
         """*engine*, or a sync engine on the URL of an AsyncEngine: the relay is a thread, not a coroutine."""
         if isinstance(engine, Engine):
             return engine

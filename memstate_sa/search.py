@@ -102,8 +102,7 @@ class Search:
         if self._name not in self._tracked.indexes:
             raise MemstateError(f"{self._tracked.model.__name__} does not go to an index {self._name!r}")
         self._index = indexes[self._name]
-        unit = capture.open_unit(session)
-        self._own_tx = unit.tx if unit is not None else ""
+        self._capture = capture
         self._complete = True
         self._rows: dict[str, _Row | None] = {}
         self._distances: dict[str, float] = {}
@@ -151,7 +150,9 @@ class Search:
         connection = self._connection()
         index = IndexKey(self._name, self._call(lambda: self._index.incarnation))
         at = read_position(connection, index)
-        mine = func.max(case((outbox.c.tx == self._own_tx, 1), else_=0))
+        unit = self._capture.open_unit(self._session)
+        own_tx = unit.tx if unit is not None else ""
+        mine = func.max(case((outbox.c.tx == own_tx, 1), else_=0))
         dirty = (
             select(outbox.c.key)
             .where(undelivered(at), outbox.c.entity == self._tracked.entity)

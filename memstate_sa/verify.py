@@ -34,11 +34,10 @@ class DriftReport:
     ghost: list[tuple[str, object]] = field(default_factory=list)
     stale: list[tuple[str, object]] = field(default_factory=list)
     pending: list[tuple[str, object]] = field(default_factory=list)
-    repaired: int = 0
 
     @property
     def clean(self) -> bool:
-        """Nothing differs; what is pending does not count, nor what ``repair=True`` has put right."""
+        """Nothing differs, or differed before ``repair=True``; what is pending does not count."""
         return not (self.missing or self.ghost or self.stale)
 
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa import truth
-from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, MemstateError
+from memstate_sa.errors import DeliveryRejected, MemstateError
 from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.indexes.base import Point, Vector, VectorIndex
 from memstate_sa.outbox import Position, advance
@@ -69,8 +69,8 @@ class Delivery:
         self._owner = state.owner_id()
         self._key: IndexKey | None = None
         self._claim: Claim | None = None
-        self._settle_window = True
-        self._settle_refill = True
+        self._settle_window = False
+        self._settle_refill = False
         self._filled = False
 
     # -- the holder ------------------------------------------------------------------------------------------------
@@ -99,10 +99,10 @@ class Delivery:
                 dimension=embedder.dimension,
                 entities=list(self._tracked),
             )
-        if claim is not None and claim.taken_over:
-            self._settle_window = self._settle_refill = True
+        if claim is not None and claim.new:
+            self._settle_window = self._settle_refill = claim.settle
             self._filled = False
-        if claim is not None and self._claim is not None and not claim.taken_over:
+        elif claim is not None and self._claim is not None:
             claim = replace(claim, at=self._claim.at)
         self._claim = claim
         return None if claim is None else (key, claim)
@@ -112,7 +112,8 @@ class Delivery:
         self._claim = None
         if key is not None and claim is not None:
             with self._engine.begin() as connection:
-                state.release(connection, key, claim, self._owner)
+                clean = not (self._settle_window or self._settle_refill)
+                state.release(connection, key, claim, self._owner, clean=clean)
 
     def step(self) -> int | None:
         """Deliver one page from each source that has one; the keys converged, or None when there was nothing to do.
@@ -162,7 +163,7 @@ class Delivery:
         with self._engine.connect() as connection:
             step = state.next_refill(connection, index)
             if step is None:
-                self._filled = True
+                self._filled, self._settle_refill = True, False
                 return None
             facts, position = self._refill_page(connection, step)
         count = 0
@@ -206,11 +207,9 @@ class Delivery:
         clean = [fact for fact in facts if fact not in failed]
         writes = plan([f for f in clean if f not in attempts], projections, ledger, settle=settle)
         writes += plan([f for f in clean if f in attempts], projections, {}, settle=True)
-        try:
-            failed |= self._write(writes, claim.epoch)
-        except DeliveryRetryable:
-            self._settle_window = self._settle_refill = True
-            raise
+        unsettled = self._settle_window, self._settle_refill
+        self._settle_window = self._settle_refill = True  # until it is recorded, whatever interrupts us
+        failed |= self._write(writes, claim.epoch)
         written = {
             write.fact: Delivered(write.projection.fingerprint, write.projection.text_fingerprint, False)
             if write.projection is not None
@@ -242,7 +241,8 @@ class Delivery:
             logger.warning("%s: the lease was lost; what was being delivered is delivered again", self.name)
             self._claim = None
             return 0
-        self._claim = replace(claim, at=at, lease_until=until, taken_over=False)
+        self._settle_window, self._settle_refill = unsettled
+        self._claim = replace(claim, at=at, lease_until=until)
         return len(facts) - len(failed)
 
     def _read_truth(

@@ -80,7 +80,13 @@ class Relay:
         Parked keys (refused by an index) are not waited for. Raises DeliveryError after *timeout* seconds, with the
         last failure as its cause.
         """
-        deadline = time.monotonic() + timeout
+        try:
+            return self._drain(time.monotonic() + timeout, timeout)
+        finally:
+            if self._thread is None:
+                self.stop()  # whoever comes next need not wait for the lease to run out
+
+    def _drain(self, deadline: float, timeout: float) -> int:
         total, failures = 0, 0
         last: DeliveryRetryable | None = None
         while True:

@@ -80,12 +80,16 @@ def database_now(connection: Connection) -> datetime:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to deliver to an index until *lease_until*. ``taken_over``: it was not this holder's before."""
+    """The right to deliver to an index until *lease_until*.
+
+    ``new``: it was not this holder's before. ``settle``: the holder before may have written what it did not record.
+    """
 
     epoch: int
     at: Position
     lease_until: datetime
-    taken_over: bool = False
+    new: bool = False
+    settle: bool = False
 
 
 def read_position(connection: Connection, index: IndexKey) -> Position | None:
@@ -117,14 +121,16 @@ def claim(
     if row is None:
         claimed = _register(connection, index, owner, until, present, now, embedder, dimension)
     else:
-        mine = row.owner == owner and row.lease_until > now
-        if not mine and row.owner is not None and row.lease_until > now and not is_gone(row.owner):
+        held = row.owner is not None and row.lease_until is not None and row.lease_until > now
+        mine = held and row.owner == owner
+        if held and not mine and not is_gone(row.owner):
             return None
         at = Position(row.snapshot, row.target, row.position)
-        if not mine:
+        settle = not mine and row.owner is not None  # a clean release leaves no owner
+        if settle:
             # The window that the last holder may have had in work ends here; all of it is settled.
             at = replace(at, target=present, position=at.position if at.snapshot is None else 0)
-        claimed = Claim(row.epoch + (not mine), at, until, taken_over=not mine)
+        claimed = Claim(row.epoch + (not mine), at, until, new=not mine, settle=settle)
         connection.execute(
             update(cursor)
             .where(index.of(cursor), cursor.c.slot == SLOT)
@@ -170,14 +176,21 @@ def _register(
             "epoch": 1,
         },
     )
-    return Claim(1, Position(snapshot, None, position), until, taken_over=True)
+    return Claim(1, Position(snapshot, None, position), until, new=True)
 
 
-def release(connection: Connection, index: IndexKey, claimed: Claim, owner: str) -> None:
+def release(connection: Connection, index: IndexKey, claimed: Claim, owner: str, *, clean: bool) -> None:
+    """Let others claim *index* at once. Unless *clean*, the next holder settles what this one may have written."""
     connection.execute(
         update(cursor)
         .where(index.of(cursor), cursor.c.slot == SLOT, cursor.c.owner == owner, cursor.c.epoch == claimed.epoch)
-        .values(owner=None, lease_until=None)
+        .values(
+            snapshot=claimed.at.snapshot,
+            target=claimed.at.target,
+            position=claimed.at.position,
+            owner=None if clean else owner,
+            lease_until=None,
+        )
     )
 
 
@@ -328,11 +341,16 @@ def save_refill(connection: Connection, index: IndexKey, step: RefillStep, *, do
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """What an index has not been given yet. ``refilling``: it is new, and is being delivered in full."""
+    """What an index has not been given yet.
+
+    ``parked`` keys were refused and wait for another attempt, those ``due`` now; ``dead`` ones wait for their next
+    change. ``refilling``: the index is new, and is being delivered in full.
+    """
 
     pending: int
     oldest_s: float | None
     parked: int
+    due: int
     dead: int
     refilling: bool
 
@@ -352,6 +370,7 @@ def backlog(connection: Connection, index: IndexKey, entities: Sequence[str]) ->
         pending=pending,
         oldest_s=None if oldest is None else max(0.0, (utcnow() - oldest).total_seconds()),
         parked=states.get("parked", 0),
+        due=len(due(connection, index, 1000)),
         dead=states.get("dead", 0),
         refilling=not is_filled(connection, index, entities),
     )
