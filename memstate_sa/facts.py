@@ -16,7 +16,14 @@ from uuid import uuid4
 from sqlalchemy import Boolean, Column, ColumnElement, String, Table, Text, inspect
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import NoInspectionAvailable
-from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, make_transient_to_detached, mapped_column
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Mapper,
+    configure_mappers,
+    make_transient_to_detached,
+    mapped_column,
+)
 from sqlalchemy.orm.attributes import set_committed_value
 
 from memstate_sa.codec import encode, encode_key
@@ -129,6 +136,7 @@ class Tracked:
     @cached_property
     def _projected(self) -> tuple[str, ...]:
         if callable(self.text):
+            configure_mappers()  # a process that only relays has loaded no instance yet
             return tuple(self.attributes.values())
         return (self.text, *self.metadata)
 

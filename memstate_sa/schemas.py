@@ -37,7 +37,8 @@ def failure(subject: str, error: ValidationError, *, ignoring: frozenset[str] = 
     """*error* as ours, or None when it only concerns fields in *ignoring*, which are not known yet."""
     # Without input and context: they repeat the caller's data, and may not be JSON.
     errors = error.errors(include_url=False, include_input=False, include_context=False)
-    if ignoring and all(item["loc"] and item["loc"][0] in ignoring for item in errors):
+    errors = [item for item in errors if not (item["loc"] and item["loc"][0] in ignoring)]
+    if not errors:
         return None
     where = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg']}" for item in errors[:3])
     return ValidationFailed(f"{subject} may not be remembered: {where}", errors=errors)

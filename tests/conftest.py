@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, create_engine, event, make_url, text
 
+from hypothesis import Phase
+from hypothesis import settings as hypothesis_settings
+
 from memstate_sa import sqlite
 from tests.support import World
+
+
+# --hypothesis-profile=noshrink: the first counterexample as it was found, for slow properties.
+hypothesis_settings.register_profile("noshrink", phases=(Phase.explicit, Phase.reuse, Phase.generate))
 
 
 @pytest.fixture(scope="session")

@@ -230,15 +230,15 @@ class IndexSuite:
         filters = [_random_filter(rng, 2) for _ in range(30)]
         assert [ids_where(index, where) for where in filters] == [ids_where(exact, where) for where in filters]
 
-    @pytest.mark.parametrize(
-        "where",
-        [{"v": 1}, {"v": {}}, {"v": {"$ne": 1}}, {"v": {"$gt": "a"}}, {"$not": []}, {"$and": {}}, {"v": {"$eq": b"x"}}],
-        ids=str,
-    )
-    def test_what_is_no_filter_is_rejected(self, index: VectorIndex, where: Filter) -> None:
+    def test_what_is_no_filter_is_rejected(self, index: VectorIndex) -> None:
         """An unknown operator or operand is an error, not an empty answer."""
-        with pytest.raises(DeliveryRejected):
-            index.query(vector(*X), 1, where=where)
+        for condition in (1, {}, {"$ne": 1}, {"$gt": "a"}, {"$gt": True}, {"$lt": float("inf")}, {"$eq": b"x"}):
+            with pytest.raises(DeliveryRejected):
+                index.query(vector(*X), 1, where={"v": condition})
+        no_filters: list[Filter] = [{"$not": []}, {"$and": {}}, {"$or": [1]}]
+        for where in no_filters:
+            with pytest.raises(DeliveryRejected):
+                index.query(vector(*X), 1, where=where)
 
     @pytest.mark.parametrize("bad", [(1, float("nan"), 0), (1, float("inf"), 0), (1, 0)], ids=str)
     def test_a_bad_vector_is_rejected(self, index: VectorIndex, bad: tuple[float, ...]) -> None:
@@ -282,7 +282,7 @@ class IndexSuite:
         rng = random.Random(2)
         held: dict[str, tuple[str, list[float]]] = {}
         names = [f"n{n}" for n in range(12)]
-        for step in range(30):
+        for step in range(20):
             some = rng.sample(names, 4)
             if rng.random() < 0.6:
                 batch = [point(n, [rng.randint(-3, 3) for _ in range(3)], fingerprint=f"{step}") for n in some]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, delete, insert, select, text, update
-from sqlalchemy.exc import IntegrityError, InvalidRequestError
+from sqlalchemy.exc import IntegrityError, InvalidRequestError, SAWarning
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 
@@ -65,11 +65,11 @@ class Play:
         for name, args in steps:
             try:
                 getattr(self, name)(*args)
-            except (IntegrityError, InvalidRequestError, StaleDataError):
+            except (IntegrityError, InvalidRequestError, SAWarning, StaleDataError):
                 self.rollback()
         try:
             self.session.commit()
-        except (IntegrityError, InvalidRequestError, StaleDataError):
+        except (IntegrityError, InvalidRequestError, SAWarning, StaleDataError):
             self.session.rollback()
         self.session.close()
 

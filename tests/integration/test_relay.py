@@ -303,8 +303,8 @@ def test_a_relay_that_lost_its_lease_records_nothing(spied: World) -> None:
         connection.execute(update(cursor).values(lease_until=None))
     spied.relay.drain()
     with spied.engine.connect() as connection:
-        epochs = connection.execute(select(ledger.c.epoch, cursor.c.epoch)).all()
-    assert all(written == current for written, current in epochs)
+        written = set(connection.scalars(select(ledger.c.epoch)))
+        assert written == set(connection.scalars(select(cursor.c.epoch)))
     spied.assert_in_step()
 
 

@@ -1,0 +1,136 @@
+"""AsyncSession: captured by the same listeners, with no other Session touched."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, event, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session
+
+from memstate_sa import UntrackedWrite, sqlite
+from tests.support import Note, Person, Tag, World
+
+pytestmark = pytest.mark.sa20
+
+
+@pytest.fixture
+async def async_engine(engine: Engine) -> AsyncIterator[AsyncEngine]:
+    url = engine.url.set(drivername="sqlite+aiosqlite") if engine.dialect.name == "sqlite" else engine.url
+    made = create_async_engine(url)
+    if engine.dialect.name == "sqlite":
+        sqlite.configure(made)
+    yield made
+    await made.dispose()
+
+
+@pytest.fixture
+def sessions(world: World, async_engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+    maker = async_sessionmaker(async_engine, expire_on_commit=False)
+    world.memory.attach(maker)
+    world.memory.attach(maker)
+    return maker
+
+
+async def test_captured_searched_and_undone(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
+    """The whole round, on aiosqlite and on psycopg's async driver."""
+    async with sessions() as session:
+        world.memory.annotate(session, actor="ada")
+        session.add(Person(name="p", about="green tea", notes=[Note(topic="t", number=1, content="x")]))
+        session.add(Person(name="q", about="snow"))
+        await session.commit()
+        hits = await world.memory.asearch(session, "green tea", Person, limit=1)
+        assert [hit.fact.about for hit in hits] == ["green tea"]
+        await session.execute(update(Person).where(Person.name == "q").values(about="green bicycle"))
+        await session.execute(insert(Tag), [{"name": "t", "meaning": "m"}])
+        await session.commit()
+        await asyncio.to_thread(world.relay.drain)
+        hits = await world.memory.asearch(session, "bicycle", select(Person).where(Person.name == "q"))
+        assert [hit.fact.about for hit in hits] == ["green bicycle"] and hits.complete
+        changes = await session.run_sync(lambda sync: world.memory.history(sync, Person))
+        assert [(c.op, c.actor) for c in changes] == [("insert", "ada"), ("insert", "ada"), ("update", None)]
+        await session.run_sync(lambda sync: world.memory.rollback(sync))
+        await session.commit()
+        assert (await session.scalars(select(Person.about).order_by(Person.id))).all() == ["green tea", "snow"]
+    await asyncio.to_thread(world.assert_in_step)
+
+
+async def test_no_other_session_is_touched(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
+    """By default an async_sessionmaker uses SQLAlchemy's own Session class: that one gets no listeners."""
+    assert not event.contains(Session, "after_flush", world.memory._capture.session_listeners["after_flush"])
+    other = async_sessionmaker(sessions.kw["bind"])
+    for plain in (Session(world.engine), other().sync_session):
+        assert not world.memory._capture.is_attached(plain)
+    with Session(world.engine) as session:
+        session.add(Tag(name="unseen"))
+        session.commit()
+    with world.session() as session:
+        assert world.memory.history(session, Tag) == []
+
+
+async def test_refusals_reach_the_caller(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
+    """UntrackedWrite from an await, like anywhere."""
+    async with sessions() as session:
+        with pytest.raises(UntrackedWrite):
+            await session.execute(Tag.__table__.insert(), {"name": "x", "meaning": "m"})
+
+
+async def test_cancellation_leaves_nothing(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
+    """A task that is cancelled with work flushed fires neither commit nor rollback; all of it is gone."""
+    flushed = asyncio.Event()
+
+    async def work() -> None:
+        async with sessions() as session:
+            world.memory.annotate(session, actor="cancelled")
+            session.add(Tag(name="t"))
+            await session.flush()
+            flushed.set()
+            await asyncio.sleep(60)
+
+    task = asyncio.create_task(work())
+    await flushed.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    async with sessions() as session:
+        session.add(Tag(name="u"))
+        await session.commit()
+        changes = await session.run_sync(lambda sync: world.memory.history(sync, Tag))
+        assert [(c.key, c.actor) for c in changes] == [("u", None)]
+    await asyncio.to_thread(world.assert_in_step)
+
+
+async def test_the_event_loop_goes_on_during_a_search(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
+    """The index and the embedder are called in threads."""
+    import threading
+
+    callers: list[Any] = []
+    query = world.index.query
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        callers.append(threading.current_thread())
+        return query(*args, **kwargs)
+
+    world.index.query = watched  # type: ignore[method-assign]
+    async with sessions() as session:
+        session.add(Person(name="p", about="green tea"))
+        await session.commit()
+        await world.memory.asearch(session, "green tea", Person)
+    assert callers and threading.main_thread() not in callers
+
+
+async def test_engine_arguments_take_an_async_engine(world: World, async_engine: AsyncEngine) -> None:
+    """The relay is a thread: it gets a sync engine on the same URL."""
+    with world.session() as session:
+        session.add(Person(name="p", about="green tea"))
+        session.commit()
+    memory = world.memory
+    memory.create_tables(async_engine)
+    with memory.relay(async_engine) as relay:
+        await asyncio.to_thread(relay.drain)
+    assert memory.verify(async_engine).clean
+    assert memory.status(async_engine)["memory"].pending == 0
+    memory.sync_engine(async_engine).dispose()
