@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from sqlalchemy import ColumnElement, Table, and_, delete, exists, insert, inspect, select, update
+from sqlalchemy import ColumnElement, Table, and_, delete, insert, inspect, select, update
 from sqlalchemy.engine import Connection, Row
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -103,7 +103,7 @@ def effective(connection: Connection, own: Collection[str], *scope: ColumnElemen
     seen = set(own)
     below: int | None = None
     while True:
-        page = select(log.c.id, log.c.tx).where(log.c.op != "baseline", log.c.reverts.is_(None), *scope)
+        page = select(log.c.id, log.c.tx).where(log.c.step, *scope)
         if below is not None:
             page = page.where(log.c.id < below)
         rows = connection.execute(page.order_by(log.c.id.desc()).limit(_PAGE)).all()
@@ -119,7 +119,7 @@ def effective(connection: Connection, own: Collection[str], *scope: ColumnElemen
 def in_scope(session_id: str | None, actor: str | None) -> list[ColumnElement[bool]]:
     labels = [transaction.c.session_id == session_id] if session_id is not None else []
     labels += [transaction.c.actor == actor] if actor is not None else []
-    return [exists().where(transaction.c.tx == log.c.tx, *labels)] if labels else []
+    return [log.c.tx.in_(select(transaction.c.tx).where(*labels))] if labels else []
 
 
 # -- rollback ----------------------------------------------------------------------------------------------------------
@@ -170,8 +170,7 @@ class Rollback:
         keys = each("keys")
         rows = connection.execute(
             select(log.c.id, log.c.tx, log.c.entity, log.c.key, _before, log.c.image)
-            .where(log.c.tx.in_(select(keys.c.value)), log.c.op != "baseline")
-            .order_by(log.c.id.desc()),
+            .where(log.c.tx.in_(select(keys.c.value)), log.c.op != "baseline"),
             {"keys": as_array(targets)},
         )
         order = {tx: position for position, tx in enumerate(targets)}

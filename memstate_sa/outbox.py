@@ -100,6 +100,7 @@ def log_rows(entries: Iterable[Entry], tx: str, at: datetime) -> list[dict[str, 
             "image": entry.image,
             "version": 1,
             "reverts": entry.reverts,
+            "step": entry.op != "baseline" and entry.reverts is None,
             "at": at,
         }
         for entry in entries

@@ -105,15 +105,16 @@ log = Table(
     Column("image", _Json, comment="the row after the change, by column name; null after a delete"),
     Column("version", SmallInteger, nullable=False, comment="shape of the image"),
     Column("reverts", String(32), comment="the transaction that this row undoes"),
+    Column("step", Boolean(create_constraint=False), nullable=False, comment="whether rollback counts its transaction"),
     Column("at", UTCDateTime, nullable=False),
     sqlite_autoincrement=True,
 )
 Index("ix_memstate_log_key", log.c.entity, log.c.key, log.c.id)
 Index("ix_memstate_log_tx", log.c.tx)
-# rollback() walks backwards over what can be undone; a backfill of a million baselines must not stand in its way.
-_undoable = text("op <> 'baseline' AND reverts IS NULL")
-Index("ix_memstate_log_undoable", log.c.id, postgresql_where=_undoable, sqlite_where=_undoable)
-Index("ix_memstate_log_reverts", log.c.reverts, postgresql_where=text("reverts IS NOT NULL"), sqlite_where=text("reverts IS NOT NULL"))
+# rollback() walks backwards over the steps; a backfill of a million baselines must not stand in its way.
+Index("ix_memstate_log_step", log.c.step, log.c.id)
+_reverting = text("reverts IS NOT NULL")
+Index("ix_memstate_log_reverts", log.c.reverts, postgresql_where=_reverting, sqlite_where=_reverting)
 
 transaction = Table(
     "memstate_transaction",
