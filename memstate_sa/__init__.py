@@ -4,6 +4,7 @@ A fact is a mapped row; when its transaction commits, its history and its delive
 when it rolls back, none of them ever existed.
 """
 
+from memstate_sa import sqlite
 from memstate_sa.changes import Change
 from memstate_sa.errors import (
     ConflictError,
@@ -47,4 +48,5 @@ __all__ = [
     "UntrackedWrite",
     "ValidationFailed",
     "metadata",
+    "sqlite",
 ]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from decimal import Decimal
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from sqlalchemy import ColumnElement, Select, create_engine, select, text
+from sqlalchemy import ColumnElement, Select, create_engine, exists, func, literal, not_, or_, select, type_coerce
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import StaticPool
 
@@ -21,24 +26,31 @@ from memstate_sa import sqlite
 from memstate_sa.changes import Change
 from memstate_sa.codec import decode_key, encode_key
 from memstate_sa.embedders import Embedder
-from memstate_sa.errors import ConflictError, MemstateError, NotFound, ValidationFailed
+from memstate_sa.errors import ConflictError, DeliveryError, MemstateError, MissingExtra, NotFound, ValidationFailed
 from memstate_sa.facts import Fact
 from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.memory import Memory
+from memstate_sa.outbox import take_write_lock
 from memstate_sa.relay import Relay
 from memstate_sa.schemas import failure
 from memstate_sa.search import Hits
 from memstate_sa.tables import unique
 
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
 T = TypeVar("T")
+logger = logging.getLogger("memstate_sa.store")
 
 _UNIQUE_ATTEMPTS = 10
+_DRAIN_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
 class _FactType:
     model: type[BaseModel]
-    unique_by: tuple[str, ...]
+    unique_by: tuple[tuple[str, ...], ...]
+    """For each field, the names it may have in a payload: its own and its alias."""
     immutable: bool
 
 
@@ -47,12 +59,14 @@ class MemoryStore:
 
     Creates its tables; with *background* a relay thread keeps the index up to date (on an in-memory SQLite, each commit
     drains instead). ``.engine`` and ``.memory`` are what it is made of. Thread-safe; close it, or use it as a context
-    manager. Raises MemstateError for a URL that does not connect.
+    manager. What `get`, `query` and `search` return is detached, and stays usable after that.
+
+    Raises MemstateError for a URL that does not connect, IndexMismatch for an index of another embedder.
     """
 
     def __init__(
         self,
-        url_or_engine: str | Engine,
+        url_or_engine: str | Engine | AsyncEngine,
         index: VectorIndex | Mapping[str, VectorIndex],
         *,
         embedder: Embedder | None = None,
@@ -60,8 +74,6 @@ class MemoryStore:
         background: bool = True,
         strict_types: bool = False,
     ) -> None:
-        self._owns_engine = isinstance(url_or_engine, str)
-        self.engine = _connect(url_or_engine) if isinstance(url_or_engine, str) else url_or_engine
         self.memory = Memory(index, embedder=embedder, delivery=delivery)
         self.memory.track(
             Fact,
@@ -74,16 +86,42 @@ class MemoryStore:
         self._types: dict[str, _FactType] = {}
         self._strict_types = strict_types
         self._local = threading.local()
+        self._closed = False
+        self.engine: Engine = (
+            _engine(url_or_engine) if isinstance(url_or_engine, str) else self.memory.sync_engine(url_or_engine)
+        )
+        self._owns_engine = self.engine is not url_or_engine
+        if self._owns_engine and self.engine.dialect.name == "sqlite":
+            sqlite.configure(self.engine)
+        in_memory = sqlite.is_in_memory(self.engine)
+        # Its threads share one connection, and would commit each other's transactions.
+        self._alone: AbstractContextManager[Any] = threading.RLock() if in_memory else nullcontext()
+        self._drains = background and in_memory
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
         self.memory.attach(self._sessions)
+        self._relay: Relay = self.memory.relay(self.engine)
+        try:
+            self._create_tables()
+            if self._drains:
+                self._deliver()
+            elif background:
+                self._relay.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _create_tables(self) -> None:
         try:
             self.memory.create_tables(self.engine)
         except DBAPIError as error:
-            raise MemstateError(f"cannot open {self.engine.url!r}: {type(error.orig).__name__}") from error
-        self._drains = sqlite.is_in_memory(self.engine)
-        self._relay: Relay = self.memory.relay(self.engine)
-        if background and not self._drains:
-            self._relay.start()
+            # The query of a URL may hold a password, too.
+            raise MemstateError(f"cannot open {self.engine.url.set(query={})!r}: {type(error.orig).__name__}") from error
+
+    def _deliver(self) -> None:
+        try:
+            self._relay.drain(_DRAIN_TIMEOUT_S)
+        except DeliveryError as error:  # what is committed stays committed, and pending
+            logger.warning("not delivered yet: %s", error)
 
     # -- what may be remembered ------------------------------------------------------------------------------------
 
@@ -102,29 +140,38 @@ class MemoryStore:
         """
         if not (isinstance(model, type_) and issubclass(model, BaseModel)):
             raise MemstateError(f"model={model!r}: give a Pydantic model class")
+        _check_texts(type=type)
         fields = (unique_by,) if isinstance(unique_by, str) else tuple(unique_by or ())
         unknown = [name for name in fields if name not in model.model_fields]
         if unknown:
             raise MemstateError(f"{model.__name__} has no field {unknown[0]!r}")
-        self._types[type] = _FactType(model, fields, immutable)
+        named = tuple((name, model.model_fields[name].alias or name) for name in fields)
+        self._types[type] = _FactType(model, named, immutable)
 
     def _check(self, values: Mapping[str, Any]) -> None:
-        kind, payload = values.get("type"), values.get("payload")
+        if "type" not in values or "payload" not in values:
+            return  # not loaded; the row itself is checked after the statement
+        kind, payload = values["type"], values["payload"]
         known = self._types.get(kind) if isinstance(kind, str) else None
         if known is None:
             if self._strict_types:
                 raise _invalid("type", f"unknown fact type {kind!r}; register_schema() declares one")
         else:
             known.model.model_validate(payload)
-        if not isinstance(kind, str) or not kind or len(kind) > 128:
-            raise _invalid("type", "a string of 1 to 128 characters")
+        for name, limit in (("id", 64), ("type", 128), ("session_id", None)):
+            value = values.get(name)
+            if value is None and name != "type":
+                continue
+            if not _is_text(value) or (limit is not None and not 1 <= len(value) <= limit):
+                what = "a string" if limit is None else f"a string of 1 to {limit} characters"
+                raise _invalid(name, f"{what}, without NUL or lone surrogates")
         if not isinstance(payload, dict):
             raise _invalid("payload", "a JSON object")
         try:
             # PostgreSQL's JSONB takes neither NUL, lone surrogates nor NaN; SQLite would.
             written = json.dumps(payload, ensure_ascii=False, allow_nan=False)
             written.encode()
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise _invalid("payload", f"not JSON: {type_(error).__name__}") from error
         if "\\u0000" in written and "\x00" in _strings(payload):
             raise _invalid("payload", "contains a NUL character, which JSONB cannot hold")
@@ -133,13 +180,14 @@ class MemoryStore:
         known = self._types.get(values["type"])
         if known is None or not known.unique_by:
             return None
-        found = [values["payload"].get(name) for name in known.unique_by]
-        # As JSON: equal payload values have equal text, whatever they contain.
-        return None if None in found else [values["type"], *(json.dumps(item, sort_keys=True) for item in found)]
+        payload = values["payload"]
+        found = [next((payload[name] for name in names if name in payload), None) for names in known.unique_by]
+        return None if None in found else [values["type"], *map(_unique_text, found)]
 
     def _is_immutable(self, values: Mapping[str, Any]) -> bool:
         known = self._types.get(values["type"])
-        return known is not None and known.immutable
+        # To promote a fact is not to change it.
+        return known is not None and known.immutable and not getattr(self._local, "promoting", False)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -147,22 +195,29 @@ class MemoryStore:
     def transaction(
         self, *, session_id: str | None = None, actor: str | None = None, reason: str | None = None
     ) -> Iterator[Session]:
-        """Several calls as one SQL transaction: all of them, or none. Calls in the same thread join it."""
+        """Several calls as one SQL transaction: all of them, or none. Calls in the same thread join it.
+
+        A call that raises leaves nothing of its own; whoever catches that goes on with the others.
+        """
+        _check_texts(session_id=session_id, actor=actor, reason=reason)
         open_session: Session | None = getattr(self._local, "session", None)
         if open_session is not None:
             self.memory.annotate(open_session, actor, reason, session_id)
-            yield open_session
+            with open_session.begin_nested():
+                yield open_session
             return
-        with self._sessions() as session:
-            self._local.session = session
-            try:
-                self.memory.annotate(session, actor, reason, session_id)
-                with session.begin():
-                    yield session
-            finally:
-                self._local.session = None
-        if self._drains:
-            self._relay.drain()
+        self._check_open()
+        with self._alone:
+            with self._sessions() as session:
+                self._local.session = session
+                try:
+                    self.memory.annotate(session, actor, reason, session_id)
+                    with session.begin():
+                        yield session
+                finally:
+                    self._local.session = None
+            if self._drains:
+                self._deliver()
 
     def commit(
         self,
@@ -179,54 +234,66 @@ class MemoryStore:
         """
         if not isinstance(fact, Fact):
             raise MemstateError(f"commit {fact!r}: give a Fact(type=…, payload=…); commit_model() takes models")
+        values = {
+            "type": fact.type,
+            "payload": fact.payload,
+            "session_id": session_id if session_id is not None else fact.session_id,
+            "ephemeral": ephemeral or bool(fact.ephemeral),
+        }
+        if fact.id is not None:
+            values["id"] = fact.id
+        self._validate(values)
         with self.transaction(session_id=session_id, actor=actor, reason=reason) as session:
-            new = Fact(
-                type=fact.type,
-                payload=fact.payload,
-                session_id=session_id if session_id is not None else fact.session_id,
-                ephemeral=ephemeral or bool(fact.ephemeral),
-            )
-            if fact.id is not None:
-                new.id = fact.id
-            self._validated(new)
-            return self._add(session, new)
+            return self._add(session, values)
 
-    def _validated(self, fact: Fact) -> None:
+    def _validate(self, values: Mapping[str, Any]) -> None:
         # Before anything asks what makes the fact unique: an invalid payload has no answer to that.
         try:
-            self._check({"type": fact.type, "payload": fact.payload})
+            self._check(values)
         except ValidationError as error:
             raise failure("Fact", error) or ValidationFailed() from error
 
-    def _add(self, session: Session, new: Fact) -> str:
-        values = self._unique_values({"type": new.type, "payload": new.payload})
-        if values is None:
+    def _add(self, session: Session, values: Mapping[str, Any]) -> str:
+        unique_values = self._unique_values(values)
+        if unique_values is None and "id" not in values:
+            new = Fact(**values)
             session.add(new)
             session.flush()
             return new.id
         for _ in range(_UNIQUE_ATTEMPTS):
-            existing = self._holder(session, values)
+            existing = None if unique_values is None else self._holder(session, unique_values)
             if existing is not None:
-                existing.payload = new.payload
+                existing.payload = values["payload"]
                 session.flush()
+                if not values["ephemeral"]:
+                    self._promote(session, [existing])
                 return existing.id
+            new = Fact(**values)
             try:
                 with session.begin_nested():
                     session.add(new)
             except ConflictError:
-                # Another writer was first; its fact is to be updated. The rolled back object is fresh again.
-                session.expunge_all() if new in session else None
-                new = Fact(type=new.type, payload=new.payload, session_id=new.session_id, ephemeral=new.ephemeral)
-            else:
-                return new.id
-        raise ConflictError(f"facts of {new.type} with these values keep coming and going; try again")
+                continue  # another writer was first; its fact is to be updated
+            except IntegrityError as error:
+                raise ConflictError(f"there is a fact {values.get('id')!r} already; update() changes it") from error
+            return new.id
+        raise ConflictError(f"facts of {values['type']} with these values keep coming and going; try again")
 
-    def _holder(self, session: Session, values: Sequence[Any]) -> Fact | None:
-        entity = Fact.__tablename__
+    def _holder(self, session: Session, unique_values: Sequence[Any]) -> Fact | None:
+        take_write_lock(session.connection())
         key = session.execute(
-            select(unique.c.key).where(unique.c.entity == entity, unique.c.value == encode_key(values))
+            select(unique.c.key).where(
+                unique.c.entity == Fact.__tablename__, unique.c.value == encode_key(unique_values)
+            )
         ).scalar_one_or_none()
-        return None if key is None else session.get(Fact, decode_key(key)[0])
+        return None if key is None else self._locked(session, decode_key(key)[0])
+
+    @staticmethod
+    def _locked(session: Session, id: str) -> Fact | None:
+        """The fact as it is committed now, and stays until this transaction ends: it is about to be changed."""
+        session.flush()
+        take_write_lock(session.connection())
+        return session.get(Fact, id, populate_existing=True, with_for_update=True)
 
     def commit_model(
         self,
@@ -242,12 +309,15 @@ class MemoryStore:
         kind = next((name for name, known in self._types.items() if known.model is type_(model)), None)
         if kind is None:
             raise MemstateError(f"{type_(model).__name__} is not registered; register_schema() does that")
-        payload = model.model_dump(mode="json")
+        payload = model.model_dump(mode="json", by_alias=True)
         if fact_id is None:
             fact = Fact(type=kind, payload=payload)
             return self.commit(fact, session_id=session_id, actor=actor, reason=reason, ephemeral=ephemeral)
         with self.transaction(session_id=session_id, actor=actor, reason=reason) as session:
-            self._existing(session, fact_id).payload = payload
+            fact = self._existing(session, fact_id)
+            if fact.type != kind:
+                raise MemstateError(f"fact {fact_id!r} is of type {fact.type!r}, not {kind!r}")
+            fact.payload = payload
             session.flush()
         return fact_id
 
@@ -261,7 +331,8 @@ class MemoryStore:
         reason: str | None = None,
     ) -> str:
         """Merge ``patch["payload"]`` into the payload of fact *id*. Raises NotFound."""
-        if set(patch) != {"payload"} or not isinstance(patch["payload"], Mapping):
+        given = patch if isinstance(patch, Mapping) else {}
+        if set(given) != {"payload"} or not isinstance(given["payload"], Mapping):
             raise MemstateError("update takes {'payload': {…}}; type and id of a fact do not change")
         with self.transaction(session_id=session_id, actor=actor, reason=reason) as session:
             fact = self._existing(session, id)
@@ -278,9 +349,9 @@ class MemoryStore:
             session.flush()
         return id
 
-    @staticmethod
-    def _existing(session: Session, id: str) -> Fact:
-        fact = session.get(Fact, id)
+    def _existing(self, session: Session, id: str) -> Fact:
+        _check_id(id)
+        fact = self._locked(session, id)
         if fact is None:
             raise NotFound(f"no fact {id!r}")
         return fact
@@ -291,9 +362,17 @@ class MemoryStore:
         """Keep the ephemeral facts of a session (those that *selector* picks); returns their ids."""
         with self.transaction(session_id=session_id, reason="promote") as session:
             chosen = [fact for fact in self._ephemeral(session, session_id) if selector is None or selector(fact)]
-            for fact in chosen:
-                fact.ephemeral = False
+            self._promote(session, chosen)
         return [fact.id for fact in chosen]
+
+    def _promote(self, session: Session, facts: Sequence[Fact]) -> None:
+        self._local.promoting = True
+        try:
+            for fact in facts:
+                fact.ephemeral = False
+            session.flush()
+        finally:
+            self._local.promoting = False
 
     def discard_session(self, session_id: str) -> list[str]:
         """Delete the ephemeral facts of a session; returns their ids. An ordinary transaction: rollback undoes it."""
@@ -305,7 +384,10 @@ class MemoryStore:
 
     @staticmethod
     def _ephemeral(session: Session, session_id: str) -> Sequence[Fact]:
-        return session.scalars(select(Fact).where(Fact.session_id == session_id, Fact.ephemeral)).all()
+        session.flush()
+        take_write_lock(session.connection())
+        statement = select(Fact).where(Fact.session_id == session_id, Fact.ephemeral).order_by(Fact.created_at, Fact.id)
+        return session.scalars(statement.with_for_update(), execution_options={"populate_existing": True}).all()
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -315,11 +397,14 @@ class MemoryStore:
         if open_session is not None:
             yield open_session
         else:
-            with self._sessions() as session:
+            self._check_open()
+            with self._alone, self._sessions() as session:
                 yield session
                 session.expunge_all()
 
     def get(self, id: str) -> Fact | None:
+        """Fact *id*, or None."""
+        _check_id(id)
         with self._reading() as session:
             return session.get(Fact, id)
 
@@ -352,17 +437,19 @@ class MemoryStore:
     def _selecting(
         self, type: str | None, filters: Mapping[str, Any] | None, session_id: str | None
     ) -> Select[tuple[Fact]]:
+        _check_texts(type=type, session_id=session_id)
         statement = select(Fact)
         if type is not None:
             statement = statement.where(Fact.type == type)
         if session_id is not None:
             statement = statement.where(Fact.session_id == session_id)
         for name, value in (filters or {}).items():
-            statement = statement.where(_payload_equals(name, value))
+            statement = statement.where(_payload_equals(self.engine.dialect.name, name, value))
         return statement
 
     def history(self, id: str) -> list[Change]:
         """What happened to fact *id*, oldest first."""
+        _check_id(id)
         with self._reading() as session:
             return self.memory.history(session, Fact, id)
 
@@ -375,9 +462,14 @@ class MemoryStore:
 
     def close(self) -> None:
         """Stop the relay and close the index. What is not delivered yet is delivered by the next one to open it."""
+        self._closed = True
         self.memory.close()
         if self._owns_engine:
             self.engine.dispose()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise MemstateError("this MemoryStore is closed")
 
     def __enter__(self) -> MemoryStore:
         return self
@@ -392,26 +484,23 @@ type_ = type
 """The builtin, where a parameter has the name that users expect of it."""
 
 
-def _connect(url: str) -> Engine:
+def _engine(url: str) -> Engine:
     try:
         parsed = make_url(url)
-        if parsed.get_backend_name() == "postgresql" and parsed.drivername == "postgresql":
-            parsed = parsed.set(drivername="postgresql+psycopg")
-        in_memory = parsed.get_backend_name() == "sqlite" and (parsed.database or ":memory:") == ":memory:"
-        options: dict[str, Any] = (
-            {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}} if in_memory else {}
-        )
-        engine = create_engine(parsed, **options)
-    except (ArgumentError, NoSuchModuleError, ImportError) as error:
-        raise MemstateError(f"not a usable database URL: {type(error).__name__}") from error
-    if engine.dialect.name == "sqlite":
-        sqlite.configure(engine)
+    except (ArgumentError, ValueError):  # the text of a ValueError quotes what it took for the port
+        raise MemstateError("not a database URL: write postgresql://… or sqlite:///…") from None
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    in_memory = parsed.get_backend_name() == "sqlite" and (parsed.database or ":memory:") == ":memory:"
+    options: dict[str, Any] = (
+        {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}} if in_memory else {}
+    )
     try:
-        with engine.connect() as connection:
-            connection.execute(text("SELECT 1"))
-    except DBAPIError as error:
-        raise MemstateError(f"cannot connect to {parsed!r}: {type(error.orig).__name__}") from error
-    return engine
+        return create_engine(parsed, **options)
+    except (NoSuchModuleError, ImportError) as error:
+        if parsed.drivername == "postgresql+psycopg":
+            raise MissingExtra("psycopg", "postgres") from error
+        raise MemstateError(f"{parsed.drivername}: no such dialect, or its driver is not installed") from error
 
 
 def _text(fact: Fact) -> str:
@@ -428,26 +517,67 @@ def _flat(value: Any) -> str:
 
 
 def _strings(value: Any) -> str:
-    if isinstance(value, str):
-        return value
     if isinstance(value, dict):
-        return "".join(name + _strings(item) for name, item in value.items())
-    return "".join(map(_strings, value)) if isinstance(value, list) else ""
+        return "".join(str(name) + _strings(item) for name, item in value.items())
+    return "".join(map(_strings, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _payload_equals(name: str, value: Any) -> ColumnElement[bool]:
-    field = Fact.payload[name]
-    if isinstance(value, bool):
-        return field.as_boolean() == value
-    if isinstance(value, int):
-        return field.as_integer() == value
-    if isinstance(value, float):
-        return field.as_float() == value
-    if isinstance(value, str):
-        return field.as_string() == value
+def _is_text(value: Any) -> TypeGuard[str]:
+    """Whether every database can store *value* in a text column."""
+    return isinstance(value, str) and "\x00" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _check_texts(**given: Any) -> None:
+    """Before a driver refuses them, each in its own words, and only when the transaction ends."""
+    for name, value in given.items():
+        if value is not None and not _is_text(value):
+            raise MemstateError(f"{name}={value!r}: give a string, without NUL or lone surrogates")
+
+
+def _check_id(id: Any) -> None:
+    if not _is_text(id):
+        raise MemstateError(f"id={id!r}: give the string that commit() returned")
+
+
+def _unique_text(value: Any) -> str:
+    """Equal JSON values as equal text: JSONB gives 1e16 back as an int. Long ones as a digest: the text is indexed."""
+    same = json.dumps(json.loads(json.dumps(value), parse_float=_number), sort_keys=True)
+    return same if len(same) <= 200 else hashlib.blake2b(same.encode(), digest_size=16).hexdigest()
+
+
+def _number(written: str) -> int | float:
+    number = Decimal(written)
+    return int(number) if number == number.to_integral_value() else float(written)
+
+
+def _payload_equals(dialect: str, name: str, value: Any) -> ColumnElement[bool]:
+    """Whether the payload's field is this JSON value: of this type, and nothing that merely casts to it.
+
+    None also selects facts without the field.
+    """
+    if value is not None and not isinstance(value, (str, bool, int, float)):
+        raise MemstateError(f"filter {name}={value!r}: give a string, number, boolean or None")
+    if not _is_text(name) or (isinstance(value, str) and not _is_text(value)):
+        raise MemstateError(f"filter {name!r}: {value!r}: no payload holds NUL or lone surrogates")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise MemstateError(f"filter {name}={value!r}: no payload holds that")
+    if dialect == "postgresql":
+        payload: Any = type_coerce(Fact.payload, JSONB)
+        if value is None:
+            return or_(not_(payload.has_key(name)), payload.contains({name: None}))
+        holds: ColumnElement[bool] = payload.contains({name: value})
+        return holds
+    # A row for each field, and no path in which the name would have to be quoted.
+    field = func.json_each(Fact.payload).table_valued("key", "type", "atom")
+    same = select(literal(1)).select_from(field).where(field.c.key == name)
     if value is None:
-        return field.as_string().is_(None)
-    raise MemstateError(f"filter {name}={value!r}: give a string, number, boolean or None")
+        return not_(exists(same.where(field.c.type != "null")))
+    if isinstance(value, bool):
+        return exists(same.where(field.c.type == ("true" if value else "false")))
+    if isinstance(value, str):
+        return exists(same.where(field.c.type == "text", field.c.atom == value))
+    number = value if -(2**63) <= value < 2**63 else float(value)  # as SQLite itself reads larger ones
+    return exists(same.where(field.c.type.in_(("integer", "real")), field.c.atom == literal(number)))
 
 
 def _invalid(field: str, message: str) -> ValidationFailed:

@@ -288,13 +288,26 @@ class ChromaIndex:
         except self._errors.InternalError:
             if ids is None:
                 raise
-        # One absent id among *ids* fails the whole query, and the error's type does not tell: narrow them, ask again.
-        present = [
-            id_
-            for start in range(0, len(ids), self.max_batch)
-            for id_ in collection.get(ids=ids[start : start + self.max_batch], include=[])["ids"]
-        ]
-        return ask(present) if present else []
+        # One absent id among *ids* fails the whole query, and so does one that is being written meanwhile. Reading those
+        # that are there cannot fail that way, and among few ids exact distances cost no more than Chroma's own.
+        return self._exactly(collection, query[0], limit, where, ids)
+
+    def _exactly(
+        self, collection: Collection, query: Vector, limit: int, where: Any, ids: list[str]
+    ) -> list[tuple[str, float, Any]]:
+        rows: list[tuple[str, Any, Any]] = []
+        for start in range(0, len(ids), self.max_batch):
+            some = ids[start : start + self.max_batch]
+            found = collection.get(ids=some, where=where, include=["metadatas", "embeddings"])
+            rows += _rows(found, "metadatas", "embeddings")
+        if not rows:
+            return []
+        vectors = np.asarray([embedding for _, _, embedding in rows], dtype=np.float32)
+        norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(query)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            distances = np.where(norms > 0, 1.0 - vectors @ query / norms, 1.0)
+        order = np.argsort(distances, kind="stable")[:limit]
+        return [(rows[place][0], float(distances[place]), rows[place][1]) for place in order]
 
     def _fingerprints(self, collection: Collection, ids: Sequence[str]) -> list[tuple[str, str | None]]:
         """The fingerprint of each stored point among *ids*, None for one that is not ours."""

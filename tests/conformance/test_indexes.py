@@ -22,7 +22,7 @@ from chromadb.api import ClientAPI
 from filelock import FileLock
 
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, MissingExtra
-from memstate_sa.indexes import ChromaIndex, InMemoryIndex, VectorIndex
+from memstate_sa.indexes import ChromaIndex, InMemoryIndex, Point, VectorIndex
 from memstate_sa.testing import FlakyIndex
 from tests.conformance.index_suite import (
     EMBEDDER,
@@ -552,3 +552,32 @@ for name in ("chromadb", "filelock", "wordllama", "tokenizers", "safetensors", "
 import memstate_sa.indexes, memstate_sa.embedders, memstate_sa.testing
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_query_by_ids_beside_a_writer(tmp_path: Path) -> None:
+    """Chroma fails a query for an id that is being written or deleted at that moment; ours does not."""
+    client = chromadb.PersistentClient(str(tmp_path))
+    index = ChromaIndex(client, "busy")
+    index.open(embedder="e", dimension=4)
+    vectors = np.eye(4, dtype=np.float32)
+    points = [Point(f"p[{n}]", vectors[n], f"{n}" * 32) for n in range(3)]
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                index.query(vectors[0], 3, ids=[point.id for point in points])
+            except BaseException as error:
+                failures.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(15):
+        for point in points:
+            index.upsert([point])
+        index.delete([point.id for point in points])
+    stop.set()
+    reader.join()
+    index.close()
+    assert failures == []
