@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection, Engine, IteratorResult, Result
 from sqlalchemy.engine.result import SimpleResultMetaData
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction, scoped_session, sessionmaker
-from sqlalchemy.orm.attributes import NO_VALUE
+from sqlalchemy.orm.base import NO_VALUE
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.dml import UpdateBase
 
@@ -136,14 +136,14 @@ class Capture:
         self._guarded: WeakSet[Engine] = WeakSet()
         self._active: WeakKeyDictionary[Connection, Unit] = WeakKeyDictionary()
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.mapper_listeners = {
+        self.mapper_listeners: dict[str, Callable[..., None]] = {
             "before_update": self._before_update,
             "before_delete": self._before_write,
             "after_insert": self._after_insert,
             "after_update": self._after_update,
             "after_delete": self._after_delete,
         }
-        self.session_listeners = {
+        self.session_listeners: dict[str, Callable[..., Any]] = {
             "after_begin": self._after_begin,
             "before_flush": self._before_flush,
             "after_flush": self._after_flush,
@@ -327,7 +327,7 @@ class Capture:
         return len(entries)
 
     def _unknown(self, connection: Connection, tracked: Tracked, keys: Collection[str]) -> list[str]:
-        known = set(connection.scalars(known_keys, {"entity": tracked.entity, "keys": as_array(keys)}))
+        known: set[Any] = set(connection.scalars(known_keys, {"entity": tracked.entity, "keys": as_array(keys)}))
         return [key for key in keys if key not in known]
 
     def _log_touched(
@@ -337,7 +337,7 @@ class Capture:
         touched: Mapping[Tracked, Mapping[tuple[Any, ...], bool]],
         baselines: Sequence[Entry],
     ) -> None:
-        """Read the rows that were *touched* (driver-level key: whether it existed before) and log what became of them."""
+        """Read the rows that were *touched* (by driver-level key: was it there before?) and log what became of them."""
         entries = list(baselines)
         for tracked, existed in touched.items():
             columns = tracked.on(connection.dialect)
@@ -403,7 +403,8 @@ class Capture:
         found = self._flush_of(mapper, state)
         if found is not None:
             self._before_write(mapper, connection, state)
-            if _has_changes(state):  # asked now: what an expression sets is expired, its change forgotten, by the UPDATE
+            # Asked now: what an expression sets is expired by the UPDATE, and the change forgotten.
+            if _has_changes(state):
                 found[1].changed.add(state)
 
     def _after_insert(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
@@ -472,7 +473,7 @@ class Capture:
                 return result
             savepoint.rollback()
         raise ConflictError(
-            f"rows of {tracked.entity} that match this statement keep being committed by others; run the transaction again"
+            f"others keep committing rows of {tracked.entity} that match this statement; run the transaction again"
         )
 
     def _bulk_insert(
@@ -605,9 +606,12 @@ def _validate_instance(tracked: Tracked, state: Any) -> None:
             unknown.add(name)
         elif value is not NO_VALUE:
             values[name] = value
-        elif state.key is not None or column.default is not None or column.server_default is not None:
-            unknown.add(name)
-        elif column.primary_key:
+        elif (
+            state.key is not None
+            or column.primary_key
+            or column.default is not None
+            or column.server_default is not None
+        ):
             unknown.add(name)
         else:
             values[name] = None
@@ -617,5 +621,3 @@ def _validate_instance(tracked: Tracked, state: Any) -> None:
         failed = failure(tracked.model.__name__, error, ignoring=frozenset(unknown))
         if failed is not None:
             raise failed from error
-
-

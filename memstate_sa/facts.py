@@ -216,17 +216,19 @@ def describe(
         raise MemstateError(f"{model!r} is not a mapped class; track() takes SQLAlchemy ORM models") from error
     if not isinstance(mapper, Mapper):
         raise MemstateError(f"{model!r} is not a mapped class; track() takes SQLAlchemy ORM models")
-    check_single_table(mapper, mapper.local_table)
+    table = check_single_table(mapper, mapper.local_table)
     if isinstance(metadata, str):
         raise MemstateError(f"metadata={metadata!r}: give a tuple of column attributes, for example ({metadata!r},)")
     unique_names = () if callable(unique_by) else tuple(unique_by)
     columns = set(mapper.columns.keys())
     for name in (*(() if callable(text) else (text,)), *metadata, *unique_names):
         if name not in columns:
-            raise MemstateError(f"{model.__name__} has no column attribute {name!r}; it has {', '.join(sorted(columns))}")
+            raise MemstateError(
+                f"{model.__name__} has no column attribute {name!r}; it has {', '.join(sorted(columns))}"
+            )
     if on_untracked not in ("raise", "warn"):
         raise MemstateError(f"on_untracked={on_untracked!r}: choose 'raise' or 'warn'")
-    entity = str(entity if entity is not None else mapper.local_table.fullname)  # not a quoted_name
+    entity = str(entity if entity is not None else table.fullname)  # not a quoted_name
     if not entity or "[" in entity or len(entity) > 128:
         raise MemstateError(f"entity={entity!r}: a name of 1 to 128 characters without '['")
     always = (lambda _values: True) if immutable is True else None
@@ -260,7 +262,8 @@ def unique_value(tracked: Tracked, values: Mapping[str, Any]) -> str | None:
     return None if found is None else encode_key(found)
 
 
-def check_single_table(mapper: Mapper[Any], table: Any) -> None:
+def check_single_table(mapper: Mapper[Any], table: Any) -> Table:
+    """*table*, when all of the class is in it. Raises MemstateError otherwise."""
     if not isinstance(table, Table) or not table.primary_key.columns:
         raise MemstateError(f"{mapper.class_.__name__} is not mapped to a table with a primary key")
     if mapper.persist_selectable is not table:
@@ -268,3 +271,4 @@ def check_single_table(mapper: Mapper[Any], table: Any) -> None:
             f"{mapper.class_.__name__} is mapped to several tables (joined or concrete inheritance), which cannot be "
             "tracked; single-table inheritance can"
         )
+    return table

@@ -70,7 +70,7 @@ def _comparison(tracked: Tracked, criterion: BinaryExpression[Any]) -> Filter | 
         if not isinstance(values, (list, tuple)) or not values or not all(_agrees(column, v, "$in") for v in values):
             return None
         return {name: {"$in": list(values)}}
-    operator = _COMPARISONS.get(criterion.operator)  # type: ignore[call-overload]  # operators are plain callables
+    operator = _COMPARISONS.get(criterion.operator)
     if operator is None or not _agrees(column, right.effective_value, operator):
         return None
     return {name: {_MIRRORED[operator] if mirrored else operator: right.effective_value}}
@@ -90,6 +90,6 @@ def _agrees(column: Column[Any], value: Any, operator: str) -> bool:
         return isinstance(value, bool) and operator in ("$eq", "$in")
     if isinstance(column.type, Integer):
         return isinstance(value, int) and not isinstance(value, bool) and -_INT64 <= value < _INT64
-    if type(column.type) in _TEXT_TYPES and column.type.collation is None:
+    if isinstance(column.type, String) and type(column.type) in _TEXT_TYPES and column.type.collation is None:
         return isinstance(value, str) and operator in ("$eq", "$in")
     return False

@@ -169,8 +169,9 @@ class Rollback:
             return []
         keys = each("keys")
         rows = connection.execute(
-            select(log.c.id, log.c.tx, log.c.entity, log.c.key, _before, log.c.image)
-            .where(log.c.tx.in_(select(keys.c.value)), log.c.op != "baseline"),
+            select(log.c.id, log.c.tx, log.c.entity, log.c.key, _before, log.c.image).where(
+                log.c.tx.in_(select(keys.c.value)), log.c.op != "baseline"
+            ),
             {"keys": as_array(targets)},
         )
         order = {tx: position for position, tx in enumerate(targets)}
@@ -184,7 +185,7 @@ class Rollback:
         savepoint = connection.begin_nested()
         try:
             with unit.writing():
-                now = self._apply(connection, final, entries)
+                now = self._apply(connection, final)
                 self._capture.write(connection, unit, list(_with_last_images(entries, now)), tx=tx)
                 labels = unit.labels
                 self._capture.write_header(connection, tx, {**labels, "reason": labels["reason"] or "rollback"})
@@ -226,7 +227,7 @@ class Rollback:
     # -- writing rows back -------------------------------------------------------------------------------------------
 
     def _apply(
-        self, connection: Connection, final: Mapping[tuple[str, str], Image | None], entries: Iterable[Entry]
+        self, connection: Connection, final: Mapping[tuple[str, str], Image | None]
     ) -> dict[tuple[str, str], Image | None]:
         """Write the rows that *final* demands, parents before children; returns them as the database has them."""
         by_table: dict[Table, dict[str, Image | None]] = {}
@@ -249,7 +250,11 @@ class Rollback:
                     if image is not None and key in existing[table]:
                         self._update(connection, table, key, image, existing[table][key])
             for table in reversed(tables):
-                gone = {key: existing[table][key] for key, i in by_table[table].items() if i is None and key in existing[table]}
+                gone = {
+                    key: existing[table][key]
+                    for key, i in by_table[table].items()
+                    if i is None and key in existing[table]
+                }
                 for key in reversed(_parents_first(table, gone)):
                     connection.execute(delete(table).where(self._is(connection, table, key)))
         except IntegrityError as error:
@@ -318,9 +323,7 @@ class Rollback:
                 session.expire(instance)
 
 
-def _with_last_images(
-    entries: Sequence[Entry], now: Mapping[tuple[str, str], Image | None]
-) -> Iterator[Entry]:
+def _with_last_images(entries: Sequence[Entry], now: Mapping[tuple[str, str], Image | None]) -> Iterator[Entry]:
     """*entries*, the last one of each key showing the row as it is: version counters and generated columns moved."""
     last = {(entry.entity, entry.key): position for position, entry in enumerate(entries)}
     for position, entry in enumerate(entries):
@@ -331,13 +334,16 @@ def _with_last_images(
 def _parents_first(table: Table, images: Mapping[str, Image]) -> list[str]:
     """Keys ordered so that a row comes after the row of the same table that it refers to."""
     references = [
-        ([element.parent.name for element in constraint.elements], [element.column.name for element in constraint.elements])
+        (
+            [element.parent.name for element in constraint.elements],
+            [element.column.name for element in constraint.elements],
+        )
         for constraint in table.foreign_key_constraints
         if constraint.referred_table is table
     ]
     if not references:
         return list(images)
-    sorter: TopologicalSorter[str] = TopologicalSorter({key: () for key in images})
+    sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(images, ()))
     for local, remote in references:
         owners = {tuple(encoded(image, remote)): key for key, image in images.items()}
         for key, image in images.items():

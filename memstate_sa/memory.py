@@ -393,7 +393,7 @@ class Memory:
         relay.drain(timeout)
         while any(backlog.due for backlog in self.status(engine).values()):
             if time.monotonic() > deadline:
-                raise DeliveryError(f"what was to be repaired was not delivered within {timeout:g} s; is a relay stuck?")
+                raise DeliveryError(f"repairs were not delivered within {timeout:g} s; is a relay stuck?")
             relay.drain(timeout)
             time.sleep(0.02)
 
@@ -469,7 +469,4 @@ class Memory:
 
 
 def _sync_session(session: Session | AsyncSession) -> Session:
-    sync: Session = getattr(session, "sync_session", session)
-    return sync
-
-
+    return session if isinstance(session, Session) else session.sync_session

@@ -84,7 +84,7 @@ def take_write_lock(connection: Connection) -> None:
 _nothing: Delete = delete(outbox).where(false())
 
 _keys = each("keys")
-known_keys: Select[tuple[str]] = select(_keys.c.value).where(
+known_keys: Select[Any] = select(_keys.c.value).where(
     exists().where(log.c.entity == bindparam("entity"), log.c.key == _keys.c.value)
 )
 """Which of ``keys`` of ``entity`` the log has seen. EXISTS: a key with a long history costs no more."""
@@ -162,7 +162,7 @@ def _snapshot(element: Any, compiler: Any, **kw: Any) -> str:
     return f"CAST({compiler.process(element.clauses, **kw)} AS pg_snapshot)"
 
 
-def window(at: Position) -> Select[tuple[int, str, str]]:
+def window(at: Position) -> Select[Any]:
     """The entries between *at* and its target, oldest id first; add a LIMIT."""
     assert at.target is not None
     page = select(outbox.c.id, outbox.c.entity, outbox.c.key).where(outbox.c.id > at.position).order_by(outbox.c.id)

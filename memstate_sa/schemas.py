@@ -19,9 +19,7 @@ def validator(schema: Any) -> Validate:
     A model sees the fields it declares; other columns are not its business.
     """
     if isinstance(schema, type) and issubclass(schema, BaseModel):
-        names = {
-            name: {name, *([info.alias] if info.alias else [])} for name, info in schema.model_fields.items()
-        }
+        names = {name: {name, *([info.alias] if info.alias else [])} for name, info in schema.model_fields.items()}
         wanted = set().union(*names.values()) if names else set()
 
         def check(values: Mapping[str, Any]) -> None:

@@ -276,7 +276,12 @@ def _target(registry: Registry, target: Any) -> tuple[Select[Any], Tracked]:
     described = target.column_descriptions
     if len(described) != 1 or described[0]["type"] is not described[0]["expr"]:
         raise MemstateError("search takes a select() of exactly one tracked class, like select(Model).where(…)")
-    if target._limit_clause is not None or target._offset_clause is not None or target._group_by_clauses or target._distinct:
+    if (
+        target._limit_clause is not None
+        or target._offset_clause is not None
+        or target._group_by_clauses
+        or target._distinct
+    ):
         raise MemstateError("a select() to search in has no LIMIT, OFFSET, GROUP BY or DISTINCT; use limit=")
     return target, registry.of(described[0]["type"])
 

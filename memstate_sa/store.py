@@ -115,7 +115,9 @@ class MemoryStore:
             self.memory.create_tables(self.engine)
         except DBAPIError as error:
             # The query of a URL may hold a password, too.
-            raise MemstateError(f"cannot open {self.engine.url.set(query={})!r}: {type(error.orig).__name__}") from error
+            raise MemstateError(
+                f"cannot open {self.engine.url.set(query={})!r}: {type(error.orig).__name__}"
+            ) from error
 
     def _deliver(self) -> None:
         try:

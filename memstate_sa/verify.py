@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection, Engine
 from memstate_sa import truth
 from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.indexes.base import VectorIndex
-from memstate_sa.outbox import as_array, each, undelivered
+from memstate_sa.outbox import Position, as_array, each, undelivered
 from memstate_sa.relay import state
 from memstate_sa.relay.plan import FactKey, Parked, batches
 from memstate_sa.relay.state import IndexKey
@@ -81,7 +81,9 @@ class Verify:
         after: str | None = None
         while entries := self._index.scan(after, self._page_size):
             after = entries[-1].id
-            stored = {fact: e.fingerprint for e in entries if (fact := split_point_id(e.id)) and fact[0] in self._tracked}
+            stored = {
+                fact: e.fingerprint for e in entries if (fact := split_point_id(e.id)) and fact[0] in self._tracked
+            }
             held = self._truth(stored)
             ghosts = [fact for fact in stored if fact not in held]
             stale = [fact for fact, fingerprint in stored.items() if held.get(fact, fingerprint) != fingerprint]
@@ -128,7 +130,7 @@ class Verify:
             }
 
     @staticmethod
-    def _dirty(connection: Connection, at: state.Position, entity: str, group: Iterable[str]) -> Iterable[str]:
+    def _dirty(connection: Connection, at: Position, entity: str, group: Iterable[str]) -> Iterable[str]:
         keys = each("keys")
         return connection.scalars(
             select(outbox.c.key).where(

@@ -96,7 +96,9 @@ class World:
             expected = {
                 **texts("person", session.scalars(select(Person)), lambda p: [p.id], lambda p: p.about),
                 **texts("note", session.scalars(select(Note)), lambda n: [n.topic, n.number], lambda n: n.content),
-                **texts("tag", session.scalars(select(Tag)), lambda t: [t.name], lambda t: f"{t.name} means {t.meaning}"),
+                **texts(
+                    "tag", session.scalars(select(Tag)), lambda t: [t.name], lambda t: f"{t.name} means {t.meaning}"
+                ),
             }
         assert_index_holds(self.index, self.embedder, expected)
 
@@ -114,5 +116,7 @@ def assert_index_holds(index: VectorIndex, embedder: Any, expected: dict[str, st
         ids += [entry.id for entry in entries]
     assert sorted(ids) == sorted(expected)
     stored = {point.id: point.vector for point in index.get(ids)}
-    wrong = [id_ for id_, text in expected.items() if not np.allclose(stored[id_], embedder.embed([text])[0], atol=1e-5)]
+    wrong = [
+        id_ for id_, text in expected.items() if not np.allclose(stored[id_], embedder.embed([text])[0], atol=1e-5)
+    ]
     assert wrong == []

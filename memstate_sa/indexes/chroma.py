@@ -288,8 +288,8 @@ class ChromaIndex:
         except self._errors.InternalError:
             if ids is None:
                 raise
-        # One absent id among *ids* fails the whole query, and so does one that is being written meanwhile. Reading those
-        # that are there cannot fail that way, and among few ids exact distances cost no more than Chroma's own.
+        # One absent id among *ids* fails the whole query, and so does one that is being written meanwhile. Reading
+        # those that are there cannot fail that way, and among few ids exact distances cost no more than Chroma's own.
         return self._exactly(collection, query[0], limit, where, ids)
 
     def _exactly(

@@ -23,7 +23,6 @@ from memstate_sa.relay import state
 from memstate_sa.relay.plan import (
     Delivered,
     FactKey,
-    Parked,
     RetryPolicy,
     Write,
     batches,
@@ -142,10 +141,7 @@ class Delivery:
             return None
         with self._engine.connect() as connection:
             at, entries = state.next_window(connection, self._claim.at, self._page_size)
-        if len(entries) < self._page_size:
-            after = advance(at, None)
-        else:
-            after = advance(at, entries[-1][0])
+        after = advance(at, entries[-1][0] if len(entries) == self._page_size else None)
         facts = list(dict.fromkeys((entity, key) for _, entity, key in entries if entity in self._tracked))
         if not facts:
             # Nothing was read that an acknowledgement would have to follow; saved with the next one.
@@ -297,7 +293,9 @@ class Delivery:
         points = []
         for write in writes:
             projection = write.projection
-            assert projection is not None and projection.fingerprint and projection.text_fingerprint
+            assert projection is not None
+            assert projection.fingerprint is not None
+            assert projection.text_fingerprint is not None
             vector = vectors.get(write.fact)
             points.append(
                 Point(

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import text
 from sqlalchemy.engine import Engine
@@ -54,9 +54,7 @@ class Relay:
         self._policy = policy or RetryPolicy()
         self._poll_s = poll_s or ((0.002, 0.05) if engine.dialect.name == "sqlite" else (0.05, 5.0))
         self._deliveries = [
-            Delivery(
-                engine, name, index, tracked, vectors, page_size=page_size, lease_s=lease_s, policy=self._policy
-            )
+            Delivery(engine, name, index, tracked, vectors, page_size=page_size, lease_s=lease_s, policy=self._policy)
             for name, (index, tracked) in indexes.items()
         ]
         self._lock = threading.RLock()
@@ -137,7 +135,7 @@ class Relay:
 
     # -- in the background -------------------------------------------------------------------------------------------
 
-    def start(self) -> Relay:
+    def start(self) -> Self:
         """Run in a daemon thread. Raises MemstateError on an in-memory SQLite, and IndexMismatch.
 
         An in-memory database has one connection: a background transaction would end the application's.
@@ -174,7 +172,7 @@ class Relay:
         """Look now: something was committed."""
         self._woken.set()
 
-    def __enter__(self) -> Relay:
+    def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(
@@ -238,12 +236,12 @@ class _Changes:
         if self._connection is None:
             return True
         try:
-            version = self._connection.execute(_DATA_VERSION).scalar_one()
+            version: int = self._connection.execute(_DATA_VERSION).scalar_one()
         except SQLAlchemyError:
             return True
         finally:
             self._connection.rollback()
-        changed = version != self._version
+        changed: bool = version != self._version
         self._version = version
         return changed
 
@@ -253,5 +251,3 @@ class _Changes:
 
 
 _DATA_VERSION = text("PRAGMA data_version")
-
-

@@ -57,8 +57,8 @@ def plan(
             if settle or (known is not None and not known.deleted):
                 writes.append(Write(fact, None))
         elif known is None or known.deleted or known.fingerprint != projection.fingerprint:
-            same_text = known is not None and not known.deleted and (
-                known.text_fingerprint == projection.text_fingerprint
+            same_text = (
+                known is not None and not known.deleted and (known.text_fingerprint == projection.text_fingerprint)
             )
             writes.append(Write(fact, projection, same_text))
     return writes

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -45,14 +46,14 @@ def owner_id() -> str:
 
 def _machine() -> str:
     try:
-        namespace = os.stat("/proc/self/ns/pid").st_ino
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
         namespace = 0
     return f"{socket.gethostname()}/{namespace}"
 
 
 def is_gone(owner: str) -> bool:
-    """Whether *owner* certainly runs no more: a process of this machine that has ended. A lease need not run out then."""
+    """Whether *owner* certainly runs no more, so that nobody need wait for its lease: a process ended on this machine."""
     machine, _, rest = owner.partition(" ")
     pid = rest.partition(" ")[0]
     if machine != _machine() or not pid.isdigit():
@@ -199,14 +200,14 @@ def next_window(connection: Connection, at: Position, limit: int) -> tuple[Posit
     if at.target is None:
         at = replace(at, target=connection.execute(select(here(connection.dialect.name))).scalar_one())
     rows = connection.execute(window(at).limit(limit))
-    return at, [(row[0], row[1], row[2]) for row in rows]
+    return at, [(id_, entity, key) for id_, entity, key in rows]
 
 
 def read_ledger(connection: Connection, index: IndexKey, facts: Collection[FactKey]) -> dict[FactKey, Delivered]:
     keys = each("keys")
-    statement = select(
-        ledger.c.key, ledger.c.fingerprint, ledger.c.text_fingerprint, ledger.c.deleted
-    ).join(keys, keys.c.value == ledger.c.key)
+    statement = select(ledger.c.key, ledger.c.fingerprint, ledger.c.text_fingerprint, ledger.c.deleted).join(
+        keys, keys.c.value == ledger.c.key
+    )
     found = {}
     for entity, group in by_entity(facts).items():
         rows = connection.execute(
@@ -292,9 +293,7 @@ def unpark(connection: Connection, index: IndexKey, facts: Collection[FactKey]) 
     keys = each("keys")
     for entity, group in by_entity(facts).items():
         connection.execute(
-            delete(parked).where(
-                index.of(parked), parked.c.entity == entity, parked.c.key.in_(select(keys.c.value))
-            ),
+            delete(parked).where(index.of(parked), parked.c.entity == entity, parked.c.key.in_(select(keys.c.value))),
             {"keys": as_array(group)},
         )
 
@@ -333,9 +332,7 @@ def next_refill(connection: Connection, index: IndexKey) -> RefillStep | None:
 
 def save_refill(connection: Connection, index: IndexKey, step: RefillStep, *, done: bool) -> None:
     connection.execute(
-        update(refill)
-        .where(index.of(refill), refill.c.entity == step.entity)
-        .values(position=step.position, done=done)
+        update(refill).where(index.of(refill), refill.c.entity == step.entity).values(position=step.position, done=done)
     )
 
 
@@ -361,11 +358,8 @@ def backlog(connection: Connection, index: IndexKey, entities: Sequence[str]) ->
     distinct = select(outbox.c.entity, outbox.c.key).where(behind).distinct().subquery()
     pending = connection.execute(select(func.count()).select_from(distinct)).scalar_one()
     oldest = connection.execute(select(outbox.c.created_at).where(behind).order_by(outbox.c.id).limit(1)).scalar()
-    states = dict(
-        connection.execute(
-            select(parked.c.state, func.count()).where(index.of(parked)).group_by(parked.c.state)
-        ).all()  # type: ignore[arg-type]  # rows of two are pairs
-    )
+    counts = select(parked.c.state, func.count()).where(index.of(parked)).group_by(parked.c.state)
+    states: dict[str, int] = {name: count for name, count in connection.execute(counts)}  # noqa: C416  # rows, not pairs
     return Backlog(
         pending=pending,
         oldest_s=None if oldest is None else max(0.0, (utcnow() - oldest).total_seconds()),
@@ -383,7 +377,9 @@ def is_filled(connection: Connection, index: IndexKey, entities: Sequence[str]) 
 
 def forget_delivered(connection: Connection) -> int:
     """Delete outbox entries that every index has; returns how many."""
-    positions = [Position(*row) for row in connection.execute(select(cursor.c.snapshot, cursor.c.target, cursor.c.position))]
+    positions = [
+        Position(*row) for row in connection.execute(select(cursor.c.snapshot, cursor.c.target, cursor.c.position))
+    ]
     if not positions:
         return 0
     take_write_lock(connection)

@@ -93,7 +93,9 @@ def test_no_network_and_no_embedding_in_a_commit(world: World) -> None:
 def test_row_older_than_tracking_gets_a_baseline_first(world: World) -> None:
     """The first change of an unknown row logs what it was before."""
     with world.engine.begin() as connection:
-        connection.execute(insert(Person.__table__), [{"name": "old", "about": "was here"}, {"name": "b", "about": "b"}])
+        connection.execute(
+            insert(Person.__table__), [{"name": "old", "about": "was here"}, {"name": "b", "about": "b"}]
+        )
     with world.session() as session:
         session.get_one(Person, 1).about = "changed"
         session.delete(session.get_one(Person, 2))
@@ -447,9 +449,10 @@ def test_a_flush_only_session_on_an_external_connection(world: World) -> None:
         session.add(Tag(name="t"))
         session.flush()
         session.close()
-    with world.engine.begin() as connection, world.sessions(
-        bind=connection, join_transaction_mode="rollback_only"
-    ) as session:
+    with (
+        world.engine.begin() as connection,
+        world.sessions(bind=connection, join_transaction_mode="rollback_only") as session,
+    ):
         session.add(Tag(name="u"))
         session.commit()
     world.assert_in_step()

@@ -56,8 +56,10 @@ def plans(engine: Engine, action: Any) -> dict[str, str]:
 
 def assert_served(engine: Engine, found: dict[str, str], tables: str = "log|outbox|ledger|parked|transaction") -> None:
     assert found
-    scan = rf"SCAN (memstate_({tables})|earlier)(?! USING)" if engine.dialect.name == "sqlite" else (
-        rf"Seq Scan on memstate_({tables})"
+    scan = (
+        rf"SCAN (memstate_({tables})|earlier)(?! USING)"
+        if engine.dialect.name == "sqlite"
+        else (rf"Seq Scan on memstate_({tables})")
     )
     bad = {statement: plan for statement, plan in found.items() if re.search(scan, plan)}
     assert not bad, "\n\n".join(f"{s}\n{p}" for s, p in bad.items())

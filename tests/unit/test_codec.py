@@ -30,7 +30,9 @@ scalars = st.one_of(
     st.times(),
     st.timedeltas(),
 )
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=3))
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=3)
+)
 
 
 def same(a: Any, b: Any) -> bool:
