@@ -32,7 +32,7 @@ from memstate_sa.codec import decode_key
 from memstate_sa.columns import RAW, TableColumns
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
 from memstate_sa.facts import Tracked, check_single_table, unique_value
-from memstate_sa.outbox import as_array, known_keys, log_rows, outbox_rows, take_write_lock
+from memstate_sa.outbox import add_to_log, add_to_outbox, as_array, known_keys, take_write_lock
 from memstate_sa.schemas import failure
 from memstate_sa.tables import utcnow
 
@@ -270,10 +270,9 @@ class Capture:
         at, tx = utcnow(), tx or unit.tx
         unit.logged = True
         with unit.writing():
-            connection.execute(insert(tables.log), log_rows(entries, tx, at))
+            add_to_log(connection, entries, tx, at)
             dirty = dict.fromkeys((entry.entity, entry.key) for entry in entries if entry.op != "baseline")
-            if dirty:
-                connection.execute(insert(tables.outbox), outbox_rows(dirty, tx, at))
+            add_to_outbox(connection, dirty, tx, at)
             for tracked in {self._registry.by_entity[entity] for entity, _ in dirty}:
                 if tracked.unique_values is not None:
                     self._write_unique(connection, tracked, entries)
@@ -323,7 +322,7 @@ class Capture:
         self.write(connection, unit, entries)
         if entries:
             dirty = [(entry.entity, entry.key) for entry in entries]
-            connection.execute(insert(tables.outbox), outbox_rows(dirty, unit.tx, utcnow()))
+            add_to_outbox(connection, dirty, unit.tx, utcnow())
         return len(entries)
 
     def _unknown(self, connection: Connection, tracked: Tracked, keys: Collection[str]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
@@ -71,6 +71,10 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+"""JSON in the one form that keys are compared in."""
+
+
 def encode(value: Any) -> Any:
     """*value* as JSON. Raises TypeError for a Python type that no database driver we know reads."""
     tagger = _TAGGERS.get(type(value))
@@ -91,9 +95,12 @@ def decode(data: Any) -> Any:
     return data
 
 
-def encode_image(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+def encode_image(names: Sequence[str], values: Iterable[Any]) -> dict[str, Any]:
     """A row as it goes into the log."""
-    return {name: encode(value) for name, value in zip(names, values, strict=True)}
+    return {
+        name: value if value is None or type(value) is int else encode(value)
+        for name, value in zip(names, values, strict=True)
+    }
 
 
 def decode_image(image: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +109,9 @@ def decode_image(image: Mapping[str, Any]) -> dict[str, Any]:
 
 def encode_key(values: Sequence[Any]) -> str:
     """Primary key values as the canonical text that identifies a fact in every table of ours."""
-    return json.dumps([encode(value) for value in values], separators=(",", ":"), ensure_ascii=False)
+    if len(values) == 1 and type(values[0]) is int:
+        return f"[{values[0]}]"
+    return to_json([encode(value) for value in values])
 
 
 def decode_key(key: str) -> tuple[Any, ...]:

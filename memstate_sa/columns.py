@@ -100,6 +100,7 @@ class TableColumns:
         self._key_binds = [
             column.type.dialect_impl(dialect).bind_processor(dialect) for column in table.primary_key.columns
         ]
+        self._key_is_raw = not any(self._key_binds)
 
     # -- expressions ---------------------------------------------------------------------------------------------
 
@@ -181,6 +182,8 @@ class TableColumns:
 
     def raw_key(self, identity: Sequence[Any]) -> tuple[Any, ...]:
         """Driver-level key values of an ORM *identity*."""
+        if self._key_is_raw:
+            return tuple(identity)
         return tuple(
             value if bind is None else bind(value) for bind, value in zip(self._key_binds, identity, strict=True)
         )
