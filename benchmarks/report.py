@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
-from time import perf_counter
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 console = Console()
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that *work* takes, with no garbage of earlier work left to collect."""
-    gc.collect()
-    start = perf_counter()
-    work()
-    return perf_counter() - start
 
 
 def interleaved(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -28,7 +19,7 @@ def interleaved(contenders: Mapping[str, Callable[[], float]], rounds: int) -> d
     Every second round goes backwards, so that none is always the one after a heavy neighbour.
     """
     measured: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds):
+    for number in track(range(rounds), "measuring", console=console, transient=True):
         for name in list(contenders)[:: -1 if number % 2 else 1]:
             measured[name].append(contenders[name]())
     return measured

@@ -6,7 +6,6 @@ from random import Random
 from statistics import median
 from time import perf_counter
 
-import chromadb
 from rich.progress import track
 from sqlalchemy import insert
 from sqlalchemy.orm import Session, sessionmaker
@@ -24,11 +23,10 @@ LIMIT = 5
 
 def run(*, quick: bool = False) -> None:
     count, searches = (2000, 100) if quick else (10_000, 500)
-    *contents, = texts(count + searches)
-    queries, contents = contents[count:], contents[:count]
-    embedder = Precomputed([*contents, *queries])
-    with databases.folder() as home:
-        client = chromadb.PersistentClient(str(home))
+    every = texts(count + searches)
+    contents, queries = every[:count], every[count:]
+    embedder = Precomputed(every)
+    with databases.folder() as home, databases.chroma(home) as client:
         memory = Memory(ChromaIndex(client, "memory"), embedder=embedder)
         memory.track(Preference, text="content", metadata=("user_id", "role"))
         engine = databases.engine(databases.sqlite_url(home))
@@ -53,7 +51,8 @@ def run(*, quick: bool = False) -> None:
         measured: dict[str, list[float]] = {"bare": [], "ours": []}
         chance = Random(0)
         for query in queries[:20]:
-            bare(query), ours(query)
+            bare(query)
+            ours(query)
         for query in track(queries, "search", console=console, transient=True):
             for name, search in chance.sample([("bare", bare), ("ours", ours)], 2):
                 start = perf_counter()
@@ -61,7 +60,6 @@ def run(*, quick: bool = False) -> None:
                 measured[name].append(perf_counter() - start)
         memory.close()
         engine.dispose()
-        client.close()
 
     result = table(f"Search over {count} facts, top {LIMIT}: {searches} interleaved pairs", "", "p50", "p95")
     for name, title in (("bare", "Chroma's query alone"), ("ours", "memory.search, fresh")):

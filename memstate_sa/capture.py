@@ -86,18 +86,6 @@ class Registry:
 
 
 @dataclass
-class _Flush:
-    """What one flush touches, while it runs."""
-
-    context: Any
-    existed: dict[Tracked, dict[tuple[Any, ...], bool]] = field(default_factory=dict)
-    updated: list[tuple[Tracked, Any, tuple[Any, ...], tuple[Any, ...]]] = field(default_factory=list)
-    changed: set[Any] = field(default_factory=set)
-    baselines: list[Entry] = field(default_factory=list)
-    checked: bool = False
-
-
-@dataclass
 class Unit:
     """What we know of one Session's open transaction."""
 
@@ -126,6 +114,19 @@ class Unit:
             self.own_writes -= 1
 
 
+@dataclass
+class _Flush:
+    """What one flush touches, while it runs: states of tracked classes."""
+
+    unit: Unit
+    context: Any
+    inserted: list[Any] = field(default_factory=list)
+    updated: list[tuple[Any, bool]] = field(default_factory=list)
+    deleted: list[Any] = field(default_factory=list)
+    baselines: list[Entry] = field(default_factory=list)
+    checked: bool = False
+
+
 class Capture:
     """The listeners of one Memory. It holds no Session alive, and touches none it was not attached to."""
 
@@ -133,15 +134,15 @@ class Capture:
         self._registry = registry
         self._committed = committed
         self._units: WeakKeyDictionary[Session, Unit] = WeakKeyDictionary()
+        self._flushes: dict[int, _Flush] = {}  # by Session.hash_key, which every InstanceState knows
         self._guarded: WeakSet[Engine] = WeakSet()
         self._active: WeakKeyDictionary[Connection, Unit] = WeakKeyDictionary()
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
         self.mapper_listeners: dict[str, Callable[..., None]] = {
-            "before_update": self._before_update,
-            "before_delete": self._before_write,
             "after_insert": self._after_insert,
+            "before_update": self._before_update,
             "after_update": self._after_update,
-            "after_delete": self._after_delete,
+            "before_delete": self._before_delete,
         }
         self.session_listeners: dict[str, Callable[..., Any]] = {
             "after_begin": self._after_begin,
@@ -244,15 +245,16 @@ class Capture:
 
     def _after_rollback(self, session: Session) -> None:
         """A transaction, a SAVEPOINT, or a flush that failed: what it had under way will not happen."""
+        self._end_flush(session)
         unit = self._units.get(session)
         if unit is not None:
-            unit.flush = None
             unit.armed = False
 
     def _after_transaction_end(self, session: Session, transaction: SessionTransaction) -> None:
         """The only event that close() and cancellation fire."""
         if transaction.parent is not None:
             return
+        self._end_flush(session)
         unit = self._units.pop(session, None)
         if unit is not None:
             for connection in unit.connections:
@@ -365,84 +367,97 @@ class Capture:
     # -- flush -------------------------------------------------------------------------------------------------------
 
     def _before_flush(self, session: Session, context: Any, instances: Any) -> None:
-        self.unit(session).flush = _Flush(context)
+        unit = self.unit(session)
+        unit.flush = self._flushes[session.hash_key] = _Flush(unit, context)
         for instance in (*session.new, *session.dirty):
             state: Any = inspect(instance)
             tracked = self._registry.find(state.mapper)
             if tracked is not None and tracked.validate is not None:
                 _validate_instance(tracked, state)
 
-    def _flush_of(self, mapper: Mapper[Any], state: Any) -> tuple[Tracked, _Flush, Unit] | None:
-        unit = self._units.get(state.session)
-        if unit is None or unit.flush is None:
-            return None
-        tracked = self._registry.find(mapper)
-        return None if tracked is None else (tracked, unit.flush, unit)
+    def _end_flush(self, session: Session) -> _Flush | None:
+        unit = self._units.get(session)
+        if unit is not None:
+            unit.flush = None
+        return self._flushes.pop(session.hash_key, None)
 
-    def _before_write(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
+    # The listeners below run once for every object: they note it, and leave the work to the end of the flush.
+
+    def _after_insert(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
+        flush = self._flushes.get(state.session_id)
+        if flush is not None:
+            flush.inserted.append(state)
+
+    def _before_update(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
+        flush = self._flushes.get(state.session_id)
+        if flush is not None:
+            if not flush.checked:
+                self._before_first_change(connection, flush)
+            # Asked now: what an expression sets is expired by the UPDATE, and the change forgotten.
+            flush.updated.append((state, _has_changes(state)))
+
+    def _after_update(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
+        """A row switch, an insert that takes over a deleted row, fires before_insert and this."""
+        if state.key is None:
+            flush = self._flushes.get(state.session_id)
+            if flush is not None:
+                if not flush.checked:
+                    self._before_first_change(connection, flush)
+                flush.updated.append((state, True))
+
+    def _before_delete(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
+        flush = self._flushes.get(state.session_id)
+        if flush is not None:
+            if not flush.checked:
+                self._before_first_change(connection, flush)
+            flush.deleted.append(state)
+
+    def _before_first_change(self, connection: Connection, flush: _Flush) -> None:
         """Before the first UPDATE or DELETE: baselines of all rows that this flush will change.
 
         Not in before_flush, which knows neither orphans nor children whose foreign key a deleted parent nulls.
         """
-        found = self._flush_of(mapper, state)
-        if found is None or found[1].checked:
-            return
-        _, flush, unit = found
         flush.checked = True
         changing: dict[Tracked, list[tuple[Any, ...]]] = {}
-        for other, (_is_delete, listed_only) in flush.context.states.items():
-            if other.key is not None and not listed_only:
-                tracked = self._registry.find(other.mapper)
+        for state, (_is_delete, listed_only) in flush.context.states.items():
+            if state.key is not None and not listed_only:
+                tracked = self._registry.find(state.mapper)
                 if tracked is not None:
-                    changing.setdefault(tracked, []).append(tracked.on(connection.dialect).raw_key(other.key[1]))
+                    changing.setdefault(tracked, []).append(tracked.on(connection.dialect).raw_key(state.key[1]))
         for tracked, keys in changing.items():
-            flush.baselines += self.baselines(connection, unit, tracked, keys)
-
-    def _before_update(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
-        found = self._flush_of(mapper, state)
-        if found is not None:
-            self._before_write(mapper, connection, state)
-            # Asked now: what an expression sets is expired by the UPDATE, and the change forgotten.
-            if _has_changes(state):
-                found[1].changed.add(state)
-
-    def _after_insert(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
-        found = self._flush_of(mapper, state)
-        if found is not None:
-            tracked, flush, _ = found
-            key = tracked.on(connection.dialect).raw_key(mapper.primary_key_from_instance(state.obj()))
-            flush.existed.setdefault(tracked, {}).setdefault(key, False)
-
-    def _after_update(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
-        found = self._flush_of(mapper, state)
-        if found is not None:
-            tracked, flush, _ = found
-            raw_key = tracked.on(connection.dialect).raw_key
-            now = raw_key(mapper.primary_key_from_instance(state.obj()))
-            # A row switch (delete and insert of one key) has no identity of its own yet.
-            flush.updated.append((tracked, state, raw_key(state.key[1]) if state.key else now, now))
-
-    def _after_delete(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
-        found = self._flush_of(mapper, state)
-        if found is not None:
-            tracked, flush, _ = found
-            flush.existed.setdefault(tracked, {})[tracked.on(connection.dialect).raw_key(state.key[1])] = True
+            flush.baselines += self.baselines(connection, flush.unit, tracked, keys)
 
     def _after_flush(self, session: Session, context: Any) -> None:
-        unit = self.unit(session)
-        flush, unit.flush = unit.flush, None
-        if flush is None:
+        flush = self._end_flush(session)
+        if flush is None or not (flush.inserted or flush.updated or flush.deleted):
             return
-        for tracked, state, old, new in flush.updated:
-            # after_update also fires when no UPDATE was sent. Asked again, because post_update comes after the events.
-            if state in flush.changed or state.key is None or _has_changes(state):
-                existed = flush.existed.setdefault(tracked, {})
-                existed[old] = True
-                existed.setdefault(new, False)
-        if flush.existed:
-            mapper = next(iter(flush.existed)).mapper
-            connection = session.connection(bind_arguments={"mapper": mapper})
-            self._log_touched(connection, unit, flush.existed, flush.baselines)
+        some: Any = (*flush.inserted, *flush.deleted, *(state for state, _ in flush.updated))[0]
+        connection = session.connection(bind_arguments={"mapper": some.mapper})
+        self._log_touched(connection, flush.unit, self._touched(flush, connection), flush.baselines)
+
+    def _touched(self, flush: _Flush, connection: Connection) -> dict[Tracked, dict[tuple[Any, ...], bool]]:
+        """The keys that *flush* touched (driver-level), and whether they existed before it."""
+        touched: dict[Tracked, dict[tuple[Any, ...], bool]] = {}
+
+        def keys_of(state: Any) -> tuple[dict[tuple[Any, ...], bool], Callable[[Any], tuple[Any, ...]]]:
+            tracked = self._registry.find(state.mapper)
+            assert tracked is not None
+            return touched.setdefault(tracked, {}), tracked.on(connection.dialect).raw_key
+
+        for state in flush.inserted:
+            existed, raw_key = keys_of(state)
+            existed.setdefault(raw_key(state.mapper.primary_key_from_instance(state.obj())), False)
+        for state, changed in flush.updated:
+            # before_update also fires when no UPDATE is sent. Asked again, because post_update comes after the events.
+            if changed or _has_changes(state):
+                existed, raw_key = keys_of(state)
+                now = raw_key(state.mapper.primary_key_from_instance(state.obj()))
+                existed[raw_key(state.key[1]) if state.key else now] = True
+                existed.setdefault(now, False)
+        for state in flush.deleted:
+            existed, raw_key = keys_of(state)
+            existed[raw_key(state.key[1])] = True
+        return touched
 
     # -- bulk DML ----------------------------------------------------------------------------------------------------
 

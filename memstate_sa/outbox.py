@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
+    ARRAY,
     JSON,
     Boolean,
     ColumnElement,
@@ -22,8 +23,10 @@ from sqlalchemy import (
     Insert,
     Integer,
     Select,
+    SmallInteger,
     Text,
     and_,
+    any_,
     bindparam,
     cast,
     delete,
@@ -234,10 +237,18 @@ def here(dialect_name: str) -> ColumnElement[str]:
 
 
 def _not_seen_by(snapshot: str) -> ColumnElement[bool]:
-    """Rows of transactions that *snapshot* (``xmin:xmax:xip,…``) does not see, in a form the xid index serves."""
-    _xmin, xmax, xip = snapshot.split(":")
+    """Rows of transactions that *snapshot* (``xmin:xmax:xip,…``) does not see.
+
+    Every slot is named and nothing is older than xmin: with that, the index on (slot, xid, id) serves it.
+    """
+    xmin, xmax, xip = snapshot.split(":")
     late = outbox.c.xid >= _xid(xmax)
-    return or_(late, outbox.c.xid.in_([_xid(xid) for xid in xip.split(",")])) if xip else late
+    if xip:
+        late = or_(late, outbox.c.xid.in_([_xid(xid) for xid in xip.split(",")]))
+    return and_(outbox.c.slot == any_(_all_slots), outbox.c.xid >= _xid(xmin), late)
+
+
+_all_slots = cast(literal("{" + ",".join(map(str, range(SLOTS))) + "}", Text), ARRAY(SmallInteger))
 
 
 def _xid(value: str) -> Cast[Any]:

@@ -139,7 +139,8 @@ outbox = Table(
     Column("key", Text, nullable=False),
     Column("tx", String(32), nullable=False),
     Column("created_at", UTCDateTime, nullable=False),
-    Index(None, "slot", "xid", "id"),
+    # SQLite pages by id alone, and pays for every index at every commit.
+    Index("ix_memstate_outbox_slot", "slot", "xid", "id").ddl_if(dialect="postgresql"),
     sqlite_autoincrement=True,
     comment="dirty keys, insert-only: 'this key may have changed'",
 )

@@ -1,0 +1,70 @@
+# Every target makes what it needs: Python >= 3.11 with venv is all a machine must have.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SA20 := .venv-sa20
+PIP := -m pip --disable-pip-version-check --quiet install
+WORKERS ?= 2
+KILLS ?= 200
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-sa20 lint bench torture clean
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(VENV)/.all  ## The same agent memory twice, by hand and with memstate_sa, through faults and a kill (ARGS=--help)
+	$(BIN)/memstate-sa demo $(ARGS)
+
+test: $(VENV)/.test  ## All tests, on SQLite and PostgreSQL (ARGS="-k search")
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-sa20: $(SA20)/.test  ## The tests marked sa20, on SQLAlchemy 2.0
+	$(SA20)/bin/python -c 'import sqlalchemy as sa; assert sa.__version__.startswith("2.0."), sa.__version__'
+	$(SA20)/bin/pytest -n $(WORKERS) --dist worksteal -m sa20 $$(grep -rlF mark.sa20 --include='test_*.py' tests) $(ARGS)
+
+lint: $(VENV)/.dev  ## Style, types, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.bench  ## Ratios against peers and physical limits (ARGS="--quick capture")
+	$(BIN)/python -m benchmarks $(ARGS)
+
+torture: $(VENV)/.test  ## Kills and random histories, more of them and other ones each time (KILLS=200)
+	MEMSTATE_KILLS=$(KILLS) MEMSTATE_SEED=$$(date +%s) $(BIN)/pytest -n $(WORKERS) --hypothesis-seed=random \
+		tests/integration/test_kill.py tests/integration/test_histories.py $(ARGS)
+
+clean:  ## Remove what the targets made
+	rm -rf $(VENV) $(SA20) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# -- virtual environments: a stamp for each set of packages, made again when pyproject.toml changes ---------------------
+
+$(VENV)/bin/python $(SA20)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(@D)/..
+	$@ $(PIP) --upgrade 'pip>=25.1'
+
+$(VENV)/.all: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python $(PIP) -e '.[all]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.all
+	$(BIN)/python $(PIP) --group test
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(BIN)/python $(PIP) --group dev
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.all
+	$(BIN)/python $(PIP) --group bench
+	touch $@
+
+$(SA20)/.test: pyproject.toml | $(SA20)/bin/python
+	$(SA20)/bin/python $(PIP) -e . --group sa20
+	touch $@
