@@ -318,7 +318,9 @@ def test_search(store: MemoryStore) -> None:
     assert found("green tea", limit=1) == ["green tea"]
     assert found("green tea", type="tip") == ["green tea is healthy"]
     assert found("green tea", session_id="s1") == ["green tea every morning"]
-    assert found("green tea", filters={"user": "u1"}, limit=2) == [near for near in everything if near != "green tea"][:2]
+    assert (
+        found("green tea", filters={"user": "u1"}, limit=2) == [near for near in everything if near != "green tea"][:2]
+    )
     distances = [hit.distance for hit in store.search("green tea", limit=10)]
     assert distances == sorted(distances)
     assert found("green tea", limit=10, max_distance=distances[1]) == everything[:2]
@@ -658,7 +660,9 @@ def test_update_into_a_taken_value_is_a_conflict(store: MemoryStore) -> None:
 LONG = "".join(chr(0x4E00 + n * 7919 % 20000) for n in range(9000))  # no compression makes it fit an index
 
 
-@pytest.mark.parametrize("value", [1e16, 1e300, -0.0, 0.1 + 0.2, 2**70, True, "ä☕", LONG, [1.0, {"b": 2e20}]], ids=lambda v: repr(v)[:12])
+@pytest.mark.parametrize(
+    "value", [1e16, 1e300, -0.0, 0.1 + 0.2, 2**70, True, "ä☕", LONG, [1.0, {"b": 2e20}]], ids=lambda v: repr(v)[:12]
+)
 def test_unique_values_of_any_kind(store: MemoryStore, value: Any) -> None:
     """JSONB writes some numbers differently, and an index takes no long text: still one fact each."""
 
