@@ -64,16 +64,14 @@ class Registry:
 
     def find(self, mapper: Mapper[Any]) -> Tracked | None:
         """What tracks *mapper*, itself or through a base class."""
-        try:
-            return self._by_mapper[mapper]
-        except KeyError:
+        if mapper not in self._by_mapper:
             bases = mapper.iterate_to_root()
             found = next((self._by_mapper[base] for base in bases if self._by_mapper.get(base) is not None), None)
             if found is not None and mapper.persist_selectable is not found.table:
                 check_single_table(mapper, found.table)
                 raise UntrackedWrite(f"{mapper.class_.__name__} has a table of its own, which is not tracked")
             self._by_mapper[mapper] = found
-            return found
+        return self._by_mapper[mapper]
 
     def of(self, model: type[Any]) -> Tracked:
         """What tracks the class *model*. Raises MemstateError when nothing does."""
@@ -598,7 +596,7 @@ def _differs(before: Any, after: Any) -> bool:
         return isinstance(after, (dict, list, set))  # edited in place: the old value is gone
     try:
         return bool(before != after)  # an expression has no truth value: it differs
-    except Exception:  # a user type's own comparison
+    except Exception:  # noqa: BLE001  # a user type's own comparison may raise anything
         return True
 
 

@@ -291,8 +291,9 @@ def _load(path: str, option: str) -> Any:
     module, colon, attribute = path.partition(":")
     if not (module and colon and attribute):
         raise typer.BadParameter(f"{path!r} is not of the form module:attribute", param_hint=option)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
     try:
         return attrgetter(attribute)(import_module(module))
     except ModuleNotFoundError as error:

@@ -375,8 +375,10 @@ class Memory:
     def verify(
         self, engine: Engine | AsyncEngine, *, repair: bool = False, progress: Progress | None = None
     ) -> DriftReport:
-        """Compare every index with the tables by content, in pages. *repair* redelivers what differs, and returns when
-        that is done; the report says what was found."""
+        """Compare every index with the tables by content, in pages.
+
+        *repair* redelivers what differs, and returns when that is done; the report says what was found.
+        """
         sync, report = self.sync_engine(engine), DriftReport()
         for name, (index, tracked) in self._by_index().items():
             index.open(embedder=self.embedder.fingerprint, dimension=self.embedder.dimension)

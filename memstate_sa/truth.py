@@ -46,7 +46,7 @@ def project(
     for key, row in read(connection, tracked, keys).items():
         try:
             yield tracked.project(key, row, embedder)
-        except Exception as error:  # the application's own callable: one bad row must not stop the others
+        except Exception as error:  # noqa: BLE001  # the application's own callable: one bad row stops no other
             yield key, error
 
 

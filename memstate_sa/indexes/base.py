@@ -77,8 +77,11 @@ class VectorIndex(Protocol):
 
     @property
     def incarnation(self) -> str:
-        """Identifies this content's lifetime: it changes when the index was lost, emptied or swapped, so that the relay
-        refills it. An index that does not outlive its process makes up a new one each time."""
+        """Identifies this content's lifetime: the relay refills an index whose incarnation it does not know.
+
+        It changes when the index was lost, emptied or swapped; an index that does not outlive its process makes up a
+        new one each time.
+        """
         ...
 
     @property

@@ -47,8 +47,12 @@ class Relay:
         poll_s: tuple[float, float] | None = None,
         policy: RetryPolicy | None = None,
     ) -> None:
-        """*poll_s* is the shortest and the longest wait between two looks at an idle database (default: 2 to 50 ms on
-        SQLite, where a look is a PRAGMA; 50 ms to 5 s on PostgreSQL). A commit in this process is seen at once."""
+        """See the options below; all times are in seconds.
+
+        *page_size*: keys converged at a time. *lease_s*: how long others wait for a holder that died elsewhere.
+        *poll_s*: the shortest and the longest wait between two looks at an idle database (default: 2 to 50 ms on
+        SQLite, where a look is a PRAGMA; 50 ms to 5 s on PostgreSQL); a commit in this process is seen at once.
+        """
         self._engine = engine
         self._indexes = indexes
         self._policy = policy or RetryPolicy()

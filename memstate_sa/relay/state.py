@@ -53,7 +53,7 @@ def _machine() -> str:
 
 
 def is_gone(owner: str) -> bool:
-    """Whether *owner* certainly runs no more, so that nobody need wait for its lease: a process ended on this machine."""
+    """Whether *owner* certainly runs no more: a process of this machine that has ended. Its lease is not waited for."""
     machine, _, rest = owner.partition(" ")
     pid = rest.partition(" ")[0]
     if machine != _machine() or not pid.isdigit():
