@@ -113,11 +113,18 @@ class Relay:
                 raise MemstateError(
                     "a transaction is open on the only connection of this in-memory SQLite: commit it before draining"
                 )
-            counts = [delivery.step() for delivery in self._deliveries]
+            counts, failure = [], None
+            for delivery in self._deliveries:  # an index that is down must not stop the others
+                try:
+                    counts.append(delivery.step())
+                except DeliveryRetryable as error:
+                    failure = failure or error
             if time.monotonic() >= self._forget_at:
                 self._forget_at = time.monotonic() + _FORGET_EVERY_S
                 with self._engine.begin() as connection:
                     state.forget_delivered(connection)
+        if failure is not None:
+            raise failure
         done = [count for count in counts if count is not None]
         return sum(done) if done else None
 

@@ -514,3 +514,25 @@ def test_ids_are_never_given_out_again(sqlite_engine: Engine) -> None:
 def test_an_index_is_a_vector_index() -> None:
     """The protocol is checkable at run time."""
     assert isinstance(Spy(), VectorIndex)
+
+
+def test_an_index_that_is_down_does_not_stop_the_others(engine: Engine) -> None:
+    """Two indexes, the first unavailable: the second is brought up to date all the same."""
+    down, up = Spy(), Spy()
+    down.refuse = lambda point: DeliveryRetryable("down")
+    memory = Memory({"down": down, "up": up}, embedder=HashEmbedder())
+    memory.track(Tag, text="meaning")
+    sessions = sessionmaker(engine)
+    memory.attach(sessions)
+    Base.metadata.create_all(engine)
+    memory.create_tables(engine)
+    with sessions() as session:
+        session.add(Tag(name="a"))
+        session.commit()
+    relay = memory.relay(engine)
+    with pytest.raises(DeliveryError, match="down"):
+        relay.drain(timeout=0.3)
+    assert [entry.id for entry in up.scan(None, 5)] == ['tag["a"]']
+    down.refuse = lambda point: None
+    relay.drain()
+    assert [entry.id for entry in down.scan(None, 5)] == ['tag["a"]']
