@@ -280,8 +280,9 @@ class Capture:
     def _write_unique(self, connection: Connection, tracked: Tracked, entries: Sequence[Entry]) -> None:
         """Keep the table of unique values in step. Its primary key is what decides between concurrent writers."""
         unique, columns = tables.unique, tracked.on(connection.dialect)
-        images = {entry.key: entry.image for entry in entries if entry.entity == tracked.entity}
-        keys = list(images)
+        ours = [entry for entry in entries if entry.entity == tracked.entity]
+        images = {entry.key: entry.image for entry in ours}
+        keys = list({entry.key for entry in ours if entry.op != "insert"})
         for start in range(0, len(keys), 500):
             connection.execute(
                 delete(unique).where(unique.c.entity == tracked.entity, unique.c.key.in_(keys[start : start + 500]))
