@@ -122,6 +122,7 @@ class _Flush:
     updated: list[tuple[Any, bool]] = field(default_factory=list)
     deleted: list[Any] = field(default_factory=list)
     baselines: list[Entry] = field(default_factory=list)
+    aliases: dict[tuple[Tracked, str], str] = field(default_factory=dict)
     checked: bool = False
 
 
@@ -301,9 +302,18 @@ class Capture:
                 ) from error
 
     def baselines(
-        self, connection: Connection, unit: Unit, tracked: Tracked, raw_keys: Sequence[tuple[Any, ...]]
+        self,
+        connection: Connection,
+        unit: Unit,
+        tracked: Tracked,
+        raw_keys: Sequence[tuple[Any, ...]],
+        aliases: dict[tuple[Tracked, str], str] | None = None,
     ) -> list[Entry]:
-        """A baseline entry for each of the rows that the log has not seen, as it is before we change it."""
+        """A baseline entry for each of the rows that the log has not seen, as it is before we change it.
+
+        *aliases* gets the stored form of keys that an object holds in another: Decimal("1.5") for 1.50, "a" for a
+        padded CHAR. A key in another form is unknown to the log, so that all of them pass here.
+        """
         columns = tracked.on(connection.dialect)
         with unit.writing():
             take_write_lock(connection)
@@ -312,6 +322,11 @@ class Capture:
         if not unknown:
             return []
         images = columns.read(connection, [by_key[key] for key in unknown], for_update=True)
+        if aliases is not None:
+            forms = {_form(decode_key(key)): key for key in images if key not in by_key}
+            for key in unknown:
+                if key not in images and _form(by_key[key]) in forms:
+                    aliases[tracked, key] = forms[_form(by_key[key])]
         # Whoever held these rows while we waited for the lock may have logged them meanwhile.
         unknown = self._unknown(connection, tracked, images)
         return [Entry(tracked.entity, key, "baseline", images[key]) for key in unknown]
@@ -336,14 +351,26 @@ class Capture:
         unit: Unit,
         touched: Mapping[Tracked, Mapping[tuple[Any, ...], bool]],
         baselines: Sequence[Entry],
+        flush: _Flush | None = None,
     ) -> None:
         """Read the rows that were *touched* (by driver-level key: was it there before?) and log what became of them."""
         entries = list(baselines)
+        expected = {} if flush is None else self._written(flush, connection)
+        aliases = {} if flush is None else flush.aliases
         for tracked, existed in touched.items():
             columns = tracked.on(connection.dialect)
             images = columns.read(connection, list(existed))
             keys = {columns.encode_key(raw): before for raw, before in existed.items()}
-            keys |= {key: False for key in images if key not in keys}  # shown otherwise than given: CHAR is padded
+            if aliases:
+                keys = {aliases.get((tracked, key), key): before for key, before in keys.items()}
+            others = [key for key in images if key not in keys]  # stored in another form than given: CHAR is padded
+            keys |= dict.fromkeys(others, False)
+            lost = sum(key not in images for key in expected.get(tracked, ()))
+            if lost > len(others):
+                raise UntrackedWrite(
+                    f"{lost} row(s) of {tracked.entity} were written, but are not found under the keys they were given: "
+                    "give primary keys in the form in which the database stores them"
+                )
             for key, op, image in fold(keys, images):
                 if image is not None:
                     self._check(tracked, columns, op, image)
@@ -424,7 +451,7 @@ class Capture:
                 if tracked is not None:
                     changing.setdefault(tracked, []).append(tracked.on(connection.dialect).raw_key(state.key[1]))
         for tracked, keys in changing.items():
-            flush.baselines += self.baselines(connection, flush.unit, tracked, keys)
+            flush.baselines += self.baselines(connection, flush.unit, tracked, keys, flush.aliases)
 
     def _after_flush(self, session: Session, context: Any) -> None:
         flush = self._end_flush(session)
@@ -432,7 +459,7 @@ class Capture:
             return
         some: Any = (*flush.inserted, *flush.deleted, *(state for state, _ in flush.updated))[0]
         connection = session.connection(bind_arguments={"mapper": some.mapper})
-        self._log_touched(connection, flush.unit, self._touched(flush, connection), flush.baselines)
+        self._log_touched(connection, flush.unit, self._touched(flush, connection), flush.baselines, flush)
 
     def _touched(self, flush: _Flush, connection: Connection) -> dict[Tracked, dict[tuple[Any, ...], bool]]:
         """The keys that *flush* touched (driver-level), and whether they existed before it."""
@@ -457,6 +484,17 @@ class Capture:
             existed, raw_key = keys_of(state)
             existed[raw_key(state.key[1])] = True
         return touched
+
+    def _written(self, flush: _Flush, connection: Connection) -> dict[Tracked, list[str]]:
+        """The keys under which there must be rows when *flush* is over."""
+        written: dict[Tracked, list[str]] = {}
+        for state in (*flush.inserted, *(state for state, _ in flush.updated)):
+            tracked = self._registry.find(state.mapper)
+            assert tracked is not None
+            columns = tracked.on(connection.dialect)
+            key = columns.encode_key(columns.raw_key(state.mapper.primary_key_from_instance(state.obj())))
+            written.setdefault(tracked, []).append(flush.aliases.get((tracked, key), key))
+        return written
 
     # -- bulk DML ----------------------------------------------------------------------------------------------------
 
@@ -574,6 +612,11 @@ class Capture:
 
 
 _BULK_ATTEMPTS = 5
+
+
+def _form(key: Sequence[Any]) -> tuple[Any, ...]:
+    """A key in a form that all ways of writing it share."""
+    return tuple(value.rstrip() if isinstance(value, str) else value for value in key)
 
 
 def _fetched(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> Result[Any]:

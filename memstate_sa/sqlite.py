@@ -16,7 +16,7 @@ from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from memstate_sa.errors import MemstateError
 
-_READS = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES")
+_NO_TRANSACTION = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN")
 _CONFIGURED = "memstate_configured"
 
 
@@ -44,10 +44,10 @@ def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
     def _begin(
         connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
     ) -> None:
-        if statement.lstrip()[:8].upper().startswith(_READS) or in_transaction(connection):
+        if statement.lstrip()[:8].upper().startswith(_NO_TRANSACTION) or in_transaction(connection):
             return
         if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
-            cursor.execute("BEGIN IMMEDIATE")
+            connection.exec_driver_sql("BEGIN IMMEDIATE")  # not cursor.execute: its errors are SQLAlchemy's
 
     return engine
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from decimal import Decimal
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from sqlalchemy import ColumnElement, Select, create_engine, exists, func, literal, not_, or_, select, type_coerce
@@ -436,9 +436,7 @@ class MemoryStore:
                 session, query, target, limit=limit, max_distance=max_distance, consistency=consistency
             )
 
-    def _selecting(
-        self, type: str | None, filters: Mapping[str, Any] | None, session_id: str | None
-    ) -> Select[tuple[Fact]]:
+    def _selecting(self, type: str | None, filters: Mapping[str, Any] | None, session_id: str | None) -> Select[Any]:
         _check_texts(type=type, session_id=session_id)
         statement = select(Fact)
         if type is not None:
@@ -473,7 +471,7 @@ class MemoryStore:
         if self._closed:
             raise MemstateError("this MemoryStore is closed")
 
-    def __enter__(self) -> MemoryStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

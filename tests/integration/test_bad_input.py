@@ -155,7 +155,7 @@ def test_what_is_no_engine(wrong: Any) -> None:
 
 
 def test_classes_that_are_not_tracked(world: World) -> None:
-    """Search, history, rollback's as_of and backfill name the call that is missing."""
+    """Search, history and backfill name the call that is missing."""
     with world.session() as session:
         for call in (
             lambda: world.memory.search(session, "tea", Page),
@@ -164,7 +164,7 @@ def test_classes_that_are_not_tracked(world: World) -> None:
             lambda: world.memory.history(session, Page(path="x", content="y")),
             lambda: world.memory.backfill(world.engine, Page),
         ):
-            with pytest.raises(MemstateError, match=r"Page is not tracked by this Memory; memory.track\(Page, text=…\)"):
+            with pytest.raises(MemstateError, match=r"Page is not tracked by this Memory; memory.track\(Page, text="):
                 call()
         for wrong in (int, None, 5, "tag"):
             with pytest.raises(MemstateError, match="is not tracked by this Memory"):
@@ -197,7 +197,7 @@ def test_an_unattached_session(world: World) -> None:
             lambda: world.memory.rollback(session),
             lambda: world.memory.rollback(session, tx="x"),
         ):
-            with pytest.raises(MemstateError, match=r"not attached: call memory.attach\(\) with its sessionmaker first"):
+            with pytest.raises(MemstateError, match=r"not attached: call memory.attach\(\) with its sessionmaker"):
                 call()
         session.commit()
     world.assert_in_step()
@@ -247,15 +247,15 @@ NO_SESSION = pytest.mark.xfail(strict=True, reason="core: nothing checks what is
 )
 def test_what_is_no_session(world: World, call: str) -> None:
     """Everything that takes a Session says so."""
+    calls: dict[str, Callable[[Any], Any]] = {
+        "search": lambda wrong: world.memory.search(wrong, "tea", Tag),
+        "history": lambda wrong: world.memory.history(wrong, Tag),
+        "annotate": lambda wrong: world.memory.annotate(wrong, actor="ada"),
+        "rollback": world.memory.rollback,
+    }
     for wrong in (None, 5, "session", world.engine):
-        calls: dict[str, Callable[[], Any]] = {
-            "search": lambda: world.memory.search(wrong, "tea", Tag),
-            "history": lambda: world.memory.history(wrong, Tag),
-            "annotate": lambda: world.memory.annotate(wrong, actor="ada"),
-            "rollback": lambda: world.memory.rollback(wrong),
-        }
         with pytest.raises(MemstateError, match="Session"):
-            calls[call]()
+            calls[call](wrong)
 
 
 @pytest.mark.xfail(strict=True, reason="core: annotate() checks nothing; the driver refuses at commit, or stores it")
@@ -300,7 +300,7 @@ def test_a_text_of_ten_megabytes(world: World) -> None:
         session.get_one(Person, 1).about = long + "!"
         session.commit()
         changes = world.memory.history(session, Person, 1)
-        assert [c.after["about"] == long + end for c, end in zip(changes, ("", "!"), strict=True) if c.after] == [True] * 2
+        assert [c.after and c.after["about"][9_999_990:] for c in changes] == [long[9_999_990:], long[9_999_990:] + "!"]
         world.memory.rollback(session)
         session.commit()
         assert session.get_one(Person, 1).about == long
@@ -348,7 +348,7 @@ def test_payloads_that_jsonb_cannot_hold(engine: Engine, bad: str) -> None:
         kept = store.commit(Fact(type="note", payload={"text": "a\\u0000b, spelled out"}))
         payloads: list[Any] = [{"x": bad}, {bad: 1}, {"x": [{"y": bad}]}, {"x": ("y", bad)}, {"x": {5: bad}}]
         for payload in payloads:
-            with pytest.raises(ValidationFailed, match="payload: (contains a NUL character|not JSON)") as caught:
+            with pytest.raises(ValidationFailed, match=r"payload: (contains a NUL character|not JSON)") as caught:
                 store.commit(Fact(type="note", payload=payload))
             assert [e["loc"] for e in caught.value.errors] == [("payload",)]
             with pytest.raises(ValidationFailed):
@@ -376,7 +376,7 @@ def test_a_primary_key_that_is_too_long(pages: PageWorld) -> None:
     assert_index_holds(pages.index, pages.embedder, {f'page["{fits}"]': "fits"})
 
 
-@pytest.mark.xfail(strict=True, reason="core: PostgreSQL's own error about the index of memstate_unique", raises=DBAPIError)
+@pytest.mark.xfail(strict=True, reason="core: PostgreSQL's own error about an index row", raises=DBAPIError)
 def test_a_unique_value_that_is_too_long(postgres_engine: Engine) -> None:
     """Of any length, or refused in our words."""
     world = PageWorld(postgres_engine, unique_by=("content",))
