@@ -29,10 +29,10 @@ from sqlalchemy.sql.dml import UpdateBase
 from memstate_sa import tables
 from memstate_sa.changes import Entry, fold, new_tx
 from memstate_sa.codec import decode_key
-from memstate_sa.columns import RAW, TableColumns
+from memstate_sa.columns import RAW, READ_CHUNK, TableColumns, batches
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
-from memstate_sa.facts import Tracked, check_single_table, unique_value
-from memstate_sa.outbox import add_to_log, add_to_outbox, as_array, known_keys, take_write_lock
+from memstate_sa.facts import Tracked, check_single_table, inheritance_criterion, unique_value
+from memstate_sa.outbox import add_to_log, add_to_outbox, as_array, deleted_keys, known_keys, take_write_lock
 from memstate_sa.schemas import failure
 from memstate_sa.tables import utcnow
 
@@ -48,6 +48,7 @@ class Registry:
         self._by_mapper: dict[Mapper[Any], Tracked | None] = {}
         self.by_entity: dict[str, Tracked] = {}
         self.by_table: dict[Table, Tracked] = {}
+        self.by_table_name: dict[str, Tracked] = {}
 
     def add(self, tracked: Tracked) -> None:
         other = self.by_entity.get(tracked.entity)
@@ -59,7 +60,7 @@ class Registry:
                 "tracking a base class tracks its subclasses"
             )
         self.by_entity[tracked.entity] = tracked
-        self.by_table[tracked.table] = tracked
+        self.by_table[tracked.table] = self.by_table_name[tracked.table.fullname] = tracked
         self._by_mapper = {**{m: t for m, t in self._by_mapper.items() if t is not None}, tracked.mapper: tracked}
 
     def find(self, mapper: Mapper[Any]) -> Tracked | None:
@@ -97,6 +98,7 @@ class Unit:
     sealed: bool = False
     armed: bool = False
     connections: list[Connection] = field(default_factory=list)
+    written_on: Connection | None = None
 
     @property
     def labels(self) -> dict[str, str | None]:
@@ -135,7 +137,7 @@ class Capture:
         self._units: WeakKeyDictionary[Session, Unit] = WeakKeyDictionary()
         self._flushes: dict[int, _Flush] = {}  # by Session.hash_key, which every InstanceState knows
         self._guarded: WeakSet[Engine] = WeakSet()
-        self._active: WeakKeyDictionary[Connection, Unit] = WeakKeyDictionary()
+        self._active: WeakKeyDictionary[Connection, list[Unit]] = WeakKeyDictionary()
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
         self.mapper_listeners: dict[str, Callable[..., None]] = {
             "after_insert": self._after_insert,
@@ -164,7 +166,7 @@ class Capture:
     def attach(self, target: Any) -> None:
         """Listen to the Sessions of *target*. Idempotent."""
         target = self._sync_target(target)
-        if target in self._attached:
+        if target in self._attached or (isinstance(target, type) and self._attached.intersection(target.__mro__)):
             return
         for name, listener in self.session_listeners.items():
             event.listen(target, name, listener)
@@ -220,7 +222,7 @@ class Capture:
         unit = self.unit(session)
         if connection not in unit.connections:
             unit.connections.append(connection)
-        self._active[connection] = unit
+            self._active.setdefault(connection, []).append(unit)  # several Sessions may share a connection
         if connection.engine not in self._guarded:
             self._guarded.add(connection.engine)
             event.listen(connection.engine, "before_execute", self._guard)
@@ -233,7 +235,8 @@ class Capture:
         if unit is None or not unit.logged:
             return
         if not unit.sealed and any(unit.labels.values()):
-            self.write_header(unit.connections[-1], unit.tx, unit.labels)
+            assert unit.written_on is not None
+            self.write_header(unit.written_on, unit.tx, unit.labels)
             unit.sealed = True
         unit.armed = True
 
@@ -257,22 +260,36 @@ class Capture:
         unit = self._units.pop(session, None)
         if unit is not None:
             for connection in unit.connections:
-                self._active.pop(connection, None)
+                self._active[connection].remove(unit)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
     def write_header(self, connection: Connection, tx: str, labels: Mapping[str, str | None]) -> None:
         connection.execute(insert(tables.transaction), {"tx": tx, "at": utcnow(), **labels})
 
-    def write(self, connection: Connection, unit: Unit, entries: Sequence[Entry], *, tx: str | None = None) -> None:
+    def write(
+        self,
+        connection: Connection,
+        unit: Unit,
+        entries: Sequence[Entry],
+        *,
+        tx: str | None = None,
+        deliver_baselines: bool = False,
+    ) -> None:
         """Log *entries* and mark their keys dirty: two INSERTs, whatever their number."""
         if not entries:
             return
+        if unit.written_on not in (None, connection):
+            raise MemstateError("the tracked models of one Session must live in one database: this one writes to two")
+        if connection.get_execution_options().get("schema_translate_map"):
+            raise MemstateError("schema_translate_map is not supported for tracked models")
         at, tx = utcnow(), tx or unit.tx
-        unit.logged = True
+        unit.logged, unit.written_on = True, connection
         with unit.writing():
             add_to_log(connection, entries, tx, at)
-            dirty = dict.fromkeys((entry.entity, entry.key) for entry in entries if entry.op != "baseline")
+            dirty = dict.fromkeys(
+                (entry.entity, entry.key) for entry in entries if deliver_baselines or entry.op != "baseline"
+            )
             add_to_outbox(connection, dirty, tx, at)
             for tracked in {self._registry.by_entity[entity] for entity, _ in dirty}:
                 if tracked.unique_values is not None:
@@ -284,10 +301,8 @@ class Capture:
         ours = [entry for entry in entries if entry.entity == tracked.entity]
         images = {entry.key: entry.image for entry in ours}
         keys = list({entry.key for entry in ours if entry.op != "insert"})
-        for start in range(0, len(keys), 500):
-            connection.execute(
-                delete(unique).where(unique.c.entity == tracked.entity, unique.c.key.in_(keys[start : start + 500]))
-            )
+        for some in batches(keys, READ_CHUNK):
+            connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key.in_(some)))
         rows = []
         for key, image in images.items():
             value = None if image is None else unique_value(tracked, columns.values(dict(image)))
@@ -335,10 +350,7 @@ class Capture:
         """Log, and mark dirty, those rows of *keys* that the log has not seen, outside of any Session; how many."""
         unit = Unit()
         entries = self.baselines(connection, unit, tracked, [decode_key(key) for key in keys])
-        self.write(connection, unit, entries)
-        if entries:
-            dirty = [(entry.entity, entry.key) for entry in entries]
-            add_to_outbox(connection, dirty, unit.tx, utcnow())
+        self.write(connection, unit, entries, deliver_baselines=True)
         return len(entries)
 
     def _unknown(self, connection: Connection, tracked: Tracked, keys: Collection[str]) -> list[str]:
@@ -371,11 +383,19 @@ class Capture:
                     f"{lost} row(s) of {tracked.entity} were written, but are not found under the keys they were given: "
                     "give primary keys in the form in which the database stores them"
                 )
+            gone = [key for key, before in keys.items() if before and key not in images]
+            for key in self._deleted_before(connection, tracked, gone):
+                del keys[key]  # the DELETE found nothing: somebody else's came first
             for key, op, image in fold(keys, images):
                 if image is not None:
                     self._check(tracked, columns, op, image)
                 entries.append(Entry(tracked.entity, key, op, image))
         self.write(connection, unit, entries)
+
+    def _deleted_before(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> Sequence[str]:
+        if not keys:
+            return ()
+        return connection.scalars(deleted_keys, {"entity": tracked.entity, "keys": as_array(keys)}).all()
 
     def _check(self, tracked: Tracked, columns: TableColumns, op: str, image: Mapping[str, Any]) -> None:
         """What the schema says of the row as the database has it, its own defaults and expressions included."""
@@ -393,13 +413,14 @@ class Capture:
     # -- flush -------------------------------------------------------------------------------------------------------
 
     def _before_flush(self, session: Session, context: Any, instances: Any) -> None:
-        unit = self.unit(session)
-        unit.flush = self._flushes[session.hash_key] = _Flush(unit, context)
         for instance in (*session.new, *session.dirty):
             state: Any = inspect(instance)
             tracked = self._registry.find(state.mapper)
             if tracked is not None and tracked.validate is not None:
                 _validate_instance(tracked, state)
+        # Last: when this event raises, no other says that there will be no flush.
+        unit = self.unit(session)
+        unit.flush = self._flushes[session.hash_key] = _Flush(unit, context)
 
     def _end_flush(self, session: Session) -> _Flush | None:
         unit = self._units.get(session)
@@ -518,6 +539,9 @@ class Capture:
                 result = capture(state, mapper, tracked, unit, connection)
             except BaseException:
                 savepoint.rollback()
+                for instance in list(state.session.identity_map.values()):  # synchronised with what is undone
+                    if isinstance(instance, mapper.class_):
+                        state.session.expire(instance)
                 raise
             if result is not None:
                 savepoint.commit()
@@ -543,7 +567,11 @@ class Capture:
             rows = [tuple(row) for row in result.all()]
         existed = {columns.raw_key(row[-len(keys) :]): False for row in rows}
         self._log_touched(connection, unit, {tracked: existed}, ())
-        return _fetched(names, [row[: -len(keys)] for row in rows])
+        returned: Any = _fetched(names, [row[: -len(keys)] for row in rows])
+        returned.inserted_primary_key_rows = [row[-len(keys) :] for row in rows]
+        if len(rows) == 1:
+            returned.inserted_primary_key = rows[0][-len(keys) :]
+        return returned  # type: ignore[no-any-return]
 
     def _bulk_change(
         self, state: ORMExecuteState, mapper: Mapper[Any], tracked: Tracked, unit: Unit, connection: Connection
@@ -564,7 +592,9 @@ class Capture:
             ]
         else:
             matching: Select[Any] = select(*(type_coerce(column, RAW) for column in key_attributes))
-            matching = matching.where(*statement._where_criteria).with_for_update(of=tracked.table)
+            criterion = inheritance_criterion(mapper)
+            criteria = statement._where_criteria if criterion is None else (*statement._where_criteria, criterion)
+            matching = matching.where(*criteria).with_for_update(of=tracked.table)
             keys = [tuple(row) for row in connection.execute(matching, state.parameters or {})]
         keys = list(dict.fromkeys(keys))
         baselines = self.baselines(connection, unit, tracked, keys)
@@ -576,7 +606,8 @@ class Capture:
         if connection.dialect.name != "sqlite" and matched not in (-1, len(keys)) and not state.is_executemany:
             return None
         if state.is_update and isinstance(state.parameters, (list, tuple)):
-            keys = [key for key in keys if columns.encode_key(key) in columns.read(connection, keys)]
+            there = columns.read(connection, keys)
+            keys = [key for key in keys if columns.encode_key(key) in there]
         self._log_touched(connection, unit, {tracked: dict.fromkeys(keys, True)}, baselines)
         return result
 
@@ -593,14 +624,18 @@ class Capture:
         """Sees every Core construct on a Session's connection: bulk_*(), Table.insert(), session.connection()…"""
         if not isinstance(statement, UpdateBase):
             return
-        unit = self._active.get(connection)
-        if unit is None or unit.own_writes:
+        units = self._active.get(connection)
+        if not units:
             return
-        tracked = self._registry.by_table.get(getattr(statement, "table", None))  # type: ignore[arg-type]
+        # By name: another Table object of that name, a reflected one, is the same table.
+        tracked = self._registry.by_table_name.get(getattr(getattr(statement, "table", None), "fullname", ""))
         if tracked is None:
             return
-        if unit.flush is not None and "compiled_cache" in execution_options:
-            return  # the unit of work's own statement: the flush passes its mapper's cache, nobody else does
+        for unit in units:
+            if unit.own_writes:
+                return
+            if unit.flush is not None and "compiled_cache" in execution_options:
+                return  # the unit of work's own statement: the flush passes its mapper's cache, nobody else does
         self._refuse(tracked, statement, "use the Session's objects, or session.execute(insert/update/delete(Model))")
 
     def _refuse(self, tracked: Tracked, statement: Any, way_out: str) -> None:

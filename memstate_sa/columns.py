@@ -8,9 +8,9 @@ JSON, whose SQL NULL and 'null' the driver cannot tell apart, travel as the serv
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     JSON,
@@ -64,6 +64,14 @@ _PLAIN = (
 )
 
 
+T = TypeVar("T")
+
+
+def batches(items: Sequence[T], size: int = READ_CHUNK) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
 class Raw(UserDefinedType[Any]):
     """A value as the driver gives and takes it."""
 
@@ -92,7 +100,8 @@ class TableColumns:
     def __init__(self, table: Table, dialect: Dialect) -> None:
         self.table = table
         self.dialect = dialect
-        self.names = tuple(column.name for column in table.columns)
+        self.by_name = {column.name: column for column in table.columns}  # table.c is by key
+        self.names = tuple(self.by_name)
         self.key_names = tuple(column.name for column in table.primary_key.columns)
         self._key_positions = [self.names.index(name) for name in self.key_names]
         self._impl = {column.name: _implementation(column.type, dialect) for column in table.columns}
@@ -153,9 +162,8 @@ class TableColumns:
         if for_update:  # in key order, so that two sessions cannot wait for each other
             statement = statement.order_by(*self.table.primary_key.columns).with_for_update()
         images: dict[str, dict[str, Any]] = {}
-        for start in range(0, len(keys), READ_CHUNK):
-            rows = connection.execute(statement, self.key_parameters(keys[start : start + READ_CHUNK]))
-            for row in rows:
+        for some in batches(keys):
+            for row in connection.execute(statement, self.key_parameters(some)):
                 images[self.key_of(row)] = self.image(row)
         return images
 

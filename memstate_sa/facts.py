@@ -146,11 +146,7 @@ class Tracked:
 
     @cached_property
     def criterion(self) -> ColumnElement[bool] | None:
-        """Which rows of a table shared by single-table inheritance are of this class; None for all of them."""
-        if self.mapper.polymorphic_on is None or self.mapper.inherits is None:
-            return None
-        identities = [mapper.polymorphic_identity for mapper in self.mapper.self_and_descendants]
-        return self.mapper.polymorphic_on.in_(identities)
+        return inheritance_criterion(self.mapper)
 
     @cached_property
     def projected_columns(self) -> tuple[Column[Any], ...]:
@@ -259,7 +255,18 @@ def _unique_values(names: tuple[str, ...]) -> UniqueValues | None:
 def unique_value(tracked: Tracked, values: Mapping[str, Any]) -> str | None:
     """The row's entry in the table of unique values; None where it has none."""
     found = None if tracked.unique_values is None else tracked.unique_values(tracked.by_attribute(values))
-    return None if found is None else encode_key(found)
+    if found is None:
+        return None
+    value = encode_key(found)
+    # It is a key of a B-tree, which on PostgreSQL takes about 2,700 bytes.
+    return value if len(value) <= 500 else f"[{_digest(value)}]"
+
+
+def inheritance_criterion(mapper: Mapper[Any]) -> ColumnElement[bool] | None:
+    """Which rows of a table shared by single-table inheritance are of this class; None for all of them."""
+    if mapper.polymorphic_on is None or mapper.inherits is None:
+        return None
+    return mapper.polymorphic_on.in_([each.polymorphic_identity for each in mapper.self_and_descendants])
 
 
 def check_single_table(mapper: Mapper[Any], table: Any) -> Table:

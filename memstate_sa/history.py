@@ -207,16 +207,18 @@ class Rollback:
         for entity in {entity for entity, _ in first}:
             group = [key for other, key in first if other == entity]
             rows = connection.execute(
-                select(log.c.id, log.c.key, log.c.tx).where(
+                select(log.c.id, log.c.key, log.c.tx, log.c.reverts).where(
                     log.c.entity == entity,
                     log.c.key.in_(select(keys.c.value)),
                     log.c.id > min(first[entity, key] for key in group),
                     log.c.op != "baseline",
-                    log.c.reverts.is_(None),
                 ),
                 {"keys": as_array(group)},
             )
-            later.update({row.id: row.tx for row in rows if row.id > first[entity, row.key] and row.tx not in targets})
+            since = [row for row in rows if row.id > first[entity, row.key] and row.tx not in targets]
+            # An undo of what came later too leaves nothing behind; an undo of something older is a change like any.
+            undone_since = {(row.key, row.tx) for row in since} | {(key, tx) for key in group for tx in targets}
+            later.update({row.id: row.tx for row in since if (row.key, row.reverts) not in undone_since})
         staying = set(later.values()) - undone(connection, set(later.values()))
         blocking = [id_ for id_, tx in later.items() if tx in staying]
         if blocking:
@@ -240,25 +242,39 @@ class Rollback:
             .read(connection, [decode_key(key) for key in by_table[table]], for_update=True)
             for table in tables
         }
-        try:
+
+        def bring_back() -> None:
             for table in tables:
                 wanted = {k: i for k, i in by_table[table].items() if i is not None and k not in existing[table]}
                 for key in _parents_first(table, wanted):
                     self._insert(connection, table, wanted[key])
+
+        def restore() -> None:
             for table in tables:
                 for key, image in by_table[table].items():
                     if image is not None and key in existing[table]:
                         self._update(connection, table, key, image, existing[table][key])
+
+        def remove() -> None:
             for table in reversed(tables):
-                gone = {
-                    key: existing[table][key]
-                    for key, i in by_table[table].items()
-                    if i is None and key in existing[table]
-                }
+                there = existing[table]
+                gone = {key: there[key] for key, image in by_table[table].items() if image is None and key in there}
                 for key in reversed(_parents_first(table, gone)):
                     connection.execute(delete(table).where(self._is(connection, table, key)))
-        except IntegrityError as error:
-            raise ConflictError("the rows that are there now stand in the way of undoing this") from error
+
+        # Foreign keys want new rows first; a unique value that moves on wants old rows gone first.
+        for last, order in enumerate(((bring_back, restore, remove), (remove, restore, bring_back))):
+            savepoint = connection.begin_nested()
+            try:
+                for act in order:
+                    act()
+            except IntegrityError as error:
+                savepoint.rollback()
+                if last:
+                    raise ConflictError("the rows that are there now stand in the way of undoing this") from error
+            else:
+                savepoint.commit()
+                break
         now: dict[tuple[str, str], Image | None] = {}
         for table in tables:
             tracked = self._tracked(table)
@@ -281,36 +297,42 @@ class Rollback:
     def _values(self, connection: Connection, table: Table, image: Mapping[str, Any]) -> dict[str, Any]:
         """What of *image* can be written: columns that are still there and that the database does not compute."""
         columns = self._tracked(table).on(connection.dialect)
+        writable = {name: column for name, column in columns.by_name.items() if column.computed is None}
         return {
-            name: columns.raw_bind(table.c[name], value)
+            writable[name].key: columns.raw_bind(writable[name], value)
             for name, value in decode_image(image).items()
-            if name in table.c and table.c[name].computed is None
+            if name in writable
         }
 
     def _insert(self, connection: Connection, table: Table, image: Image) -> None:
         values = self._values(connection, table, image)
+        always = [c.name for c in table.columns if c.identity is not None and c.identity.always]
+        if always:
+            raise ConflictError(f"{table.name}.{always[0]} is GENERATED ALWAYS: a deleted row cannot be brought back")
         connection.execute(insert(table).values(values))
 
     def _update(self, connection: Connection, table: Table, key: str, image: Image, current: Image) -> None:
         values = self._values(connection, table, image)
         for column in table.primary_key.columns:
-            values.pop(column.name, None)
+            values.pop(column.key, None)
         version = self._tracked(table).mapper.version_id_col
-        if version is not None and version.name in values:
+        if version is not None and version.key in values:
             newest = decode_image(current).get(version.name)
             # A stale copy somewhere must still notice that the row moved on.
-            values.pop(version.name)
+            values.pop(version.key)
             if isinstance(newest, int):
-                values[version.name] = newest + 1
+                values[version.key] = newest + 1
         # A column added since keeps its value; onupdate would overwrite what is being restored.
         for column in table.columns:
-            if column.onupdate is not None and column.name not in values and not column.primary_key:
-                values[column.name] = column
+            if column.onupdate is not None and column.key not in values and not column.primary_key:
+                values[column.key] = column
         if values:
             connection.execute(update(table).where(self._is(connection, table, key)).values(values))
 
-    def _expire(self, session: Session, facts: Iterable[tuple[str, str]]) -> None:
+    def _expire(self, session: Session, facts: Collection[tuple[str, str]]) -> None:
         """Loaded copies of what was written are read anew."""
+        if not facts:
+            return
         keys: dict[Tracked, set[tuple[Any, ...]]] = {}
         for entity, key in facts:
             tracked = self._registry.by_entity[entity]
@@ -345,9 +367,9 @@ def _parents_first(table: Table, images: Mapping[str, Image]) -> list[str]:
         return list(images)
     sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(images, ()))
     for local, remote in references:
-        owners = {tuple(encoded(image, remote)): key for key, image in images.items()}
+        owners = {tuple(_encoded(image, remote)): key for key, image in images.items()}
         for key, image in images.items():
-            parent = owners.get(tuple(encoded(image, local)))
+            parent = owners.get(tuple(_encoded(image, local)))
             if parent is not None and parent != key:
                 sorter.add(key, parent)
     try:
@@ -356,5 +378,5 @@ def _parents_first(table: Table, images: Mapping[str, Image]) -> list[str]:
         raise ConflictError(f"rows of {table.name} refer to each other in a circle") from error
 
 
-def encoded(image: Image, names: Iterable[str]) -> list[str]:
+def _encoded(image: Image, names: Iterable[str]) -> list[str]:
     return [json.dumps(image.get(name)) for name in names]

@@ -23,7 +23,7 @@ from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.relay import Relay
 from memstate_sa.relay.state import Backlog, IndexKey, backlog
 from memstate_sa.search import Call, Hits, Search, call_directly
-from memstate_sa.sqlite import is_in_memory
+from memstate_sa.sqlite import configure, is_in_memory, require_no_transaction
 from memstate_sa.vectors import Vectors
 from memstate_sa.verify import DriftReport, Progress, Verify
 
@@ -164,6 +164,8 @@ class Memory:
 
         The labels end with the transaction, however it ends.
         """
+        for name, value in (("actor", actor), ("reason", reason), ("session_id", session_id)):
+            _check_label(name, value)
         unit = self._unit(_sync_session(session))
         unit.actor = actor if actor is not None else unit.actor
         unit.reason = reason if reason is not None else unit.reason
@@ -283,6 +285,7 @@ class Memory:
         consistency: str,
         index: str | None,
     ) -> Hits[Any]:
+        _sync_session(session)
         if not isinstance(query, str):
             raise MemstateError(f"query={query!r}: a string to search for")
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
@@ -312,7 +315,7 @@ class Memory:
             key = state.identity
             if key is None:
                 raise MemstateError(f"{model_or_instance!r} was never flushed, so it has no history")
-        session.flush()
+        _sync_session(session).flush()
         connection = session.connection(bind_arguments={"mapper": tracked.mapper})
         canonical = None if key is None else self._canonical(tracked.on(connection.dialect), key)
         return history.of_entity(connection, self._registry, tracked, canonical, limit)
@@ -343,7 +346,9 @@ class Memory:
         Returns the new entries; fewer transactions than *steps* may have been there. Raises ConflictError, with the
         changes in the way, when someone outside of what is undone has since changed a fact; nothing is written then.
         """
-        self._unit(session)
+        self._unit(_sync_session(session))
+        for name, value in (("session_id", session_id), ("actor", actor), ("tx", tx)):
+            _check_label(name, value)
         if not self._registry.by_entity:
             raise MemstateError("no class is tracked")
         if tx is not None:
@@ -380,6 +385,7 @@ class Memory:
         *repair* redelivers what differs, and returns when that is done; the report says what was found.
         """
         sync, report = self.sync_engine(engine), DriftReport()
+        require_no_transaction(sync)
         for name, (index, tracked) in self._by_index().items():
             index.open(embedder=self.embedder.fingerprint, dimension=self.embedder.dimension)
             Verify(sync, name, index, tracked, self.embedder.fingerprint).run(report, repair=repair, progress=progress)
@@ -415,6 +421,7 @@ class Memory:
         if batch_size < 1:
             raise MemstateError(f"batch_size={batch_size!r}: at least 1")
         sync, tracked, added, seen = self.sync_engine(engine), self._registry.of(model), 0, 0
+        require_no_transaction(sync)
         after: str | None = None
         total: int | None = None
         if progress is not None:
@@ -434,7 +441,9 @@ class Memory:
 
     def status(self, engine: Engine | AsyncEngine) -> dict[str, Backlog]:
         """What each index has not been given yet."""
-        with self.sync_engine(engine).connect() as connection:
+        sync = self.sync_engine(engine)
+        require_no_transaction(sync)
+        with sync.connect() as connection:
             return {
                 name: backlog(connection, IndexKey(name, self._incarnation(index)), list(tracked))
                 for name, (index, tracked) in self._by_index().items()
@@ -467,8 +476,23 @@ class Memory:
             backend = engine.url.get_backend_name()
             driver = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}.get(backend, backend)
             found = self._engines[url] = create_engine(engine.url.set(drivername=driver))
+            if backend == "sqlite":
+                configure(found)
         return found
 
 
+def _check_label(name: str, value: Any) -> None:
+    """A label must be text that both databases hold."""
+    if value is None:
+        return
+    if not isinstance(value, str) or "\x00" in value or any("\ud800" <= char <= "\udfff" for char in value):
+        raise MemstateError(f"{name} must be a string without NUL or lone surrogates, not {type(value).__name__}")
+
+
 def _sync_session(session: Session | AsyncSession) -> Session:
-    return session if isinstance(session, Session) else session.sync_session
+    if isinstance(session, Session):
+        return session
+    sync = getattr(session, "sync_session", None)
+    if not isinstance(sync, Session):
+        raise MemstateError(f"{session!r} is not a Session")
+    return sync

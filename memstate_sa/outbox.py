@@ -53,26 +53,37 @@ from memstate_sa.tables import SLOTS, Xid8, current_xid, log, outbox
 _TEXT = Text()
 
 
-class _each(FunctionElement[str]):
-    """The strings of a JSON array as rows with a column ``value``: any number of keys in one parameter."""
+class _elements(FunctionElement[Any]):
+    """The elements of a JSON array, in their order: any number of rows or keys in one parameter."""
 
-    name = "each"
     inherit_cache = True
 
 
-@compiles(_each, "sqlite")
-def _each_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+class _strings(_elements):
+    """The same, of strings, as text."""
+
+    inherit_cache = True
+
+
+@compiles(_strings, "sqlite")
+@compiles(_elements, "sqlite")
+def _elements_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
     return f"json_each({compiler.process(element.clauses, **kw)})"
 
 
-@compiles(_each, "postgresql")
-def _each_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+@compiles(_elements, "postgresql")
+def _elements_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+    return f"jsonb_array_elements(CAST({compiler.process(element.clauses, **kw)} AS JSONB))"
+
+
+@compiles(_strings, "postgresql")
+def _strings_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
     return f"jsonb_array_elements_text(CAST({compiler.process(element.clauses, **kw)} AS JSONB))"
 
 
 def each(parameter: str) -> FromClause:
     """A FROM element of the strings in the JSON array parameter *parameter*; bind it with `as_array`."""
-    return _each(bindparam(parameter, type_=Text())).table_valued("value", name=parameter)
+    return _strings(bindparam(parameter, type_=_TEXT)).table_valued("value", name=parameter)
 
 
 def as_array(keys: Iterable[str]) -> str:
@@ -103,6 +114,17 @@ known_keys: Select[Any] = select(_keys.c.value).where(
 """Which of ``keys`` of ``entity`` the log has seen. EXISTS: a key with a long history costs no more."""
 
 
+_last_op = (
+    select(log.c.op)
+    .where(log.c.entity == bindparam("entity"), log.c.key == _keys.c.value)
+    .order_by(log.c.id.desc())
+    .limit(1)
+    .scalar_subquery()
+)
+deleted_keys: Select[Any] = select(_keys.c.value).where(_last_op == "delete")
+"""Which of ``keys`` of ``entity`` are deleted, as far as the log goes."""
+
+
 # -- adding -----------------------------------------------------------------------------------------------------------
 
 _PAYLOAD_CHARS = 16_000_000
@@ -131,23 +153,6 @@ def _field_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
     if isinstance(element.type, JSON):
         return f"NULLIF({value} -> {n}, 'null')"
     return f"CAST({value} ->> {n} AS {compiler.dialect.type_compiler_instance.process(element.type)})"
-
-
-class _elements(FunctionElement[Any]):
-    """The elements of a JSON array, in their order."""
-
-    name = "elements"
-    inherit_cache = True
-
-
-@compiles(_elements, "sqlite")
-def _elements_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
-    return f"json_each({compiler.process(element.clauses, **kw)})"
-
-
-@compiles(_elements, "postgresql")
-def _elements_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
-    return f"jsonb_array_elements(CAST({compiler.process(element.clauses, **kw)} AS JSONB))"
 
 
 _rows = _elements(bindparam("rows", type_=_TEXT)).table_valued("value", name="entries")

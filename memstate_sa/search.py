@@ -18,13 +18,15 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 from memstate_sa.capture import Capture, Registry
+from memstate_sa.columns import batches
 from memstate_sa.codec import decode_key, encode_key
-from memstate_sa.errors import DeliveryError, MemstateError
+from memstate_sa.errors import DeliveryError, DeliveryRejected, MemstateError
 from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.filters import push_down
 from memstate_sa.indexes.base import Filter, Match, Vector, VectorIndex
 from memstate_sa.outbox import undelivered
 from memstate_sa.relay.delivery import ENTITY
+from memstate_sa.relay.plan import halves
 from memstate_sa.relay.state import IndexKey, is_filled, read_position
 from memstate_sa.tables import outbox, parked
 from memstate_sa.truth import raw_key_columns
@@ -56,7 +58,7 @@ class Hit(Generic[F]):
 class Hits(list[Hit[F]]):
     """Hits, best first.
 
-    ``complete`` is False when some rows could not be considered: more undelivered than ``overlay_limit``, an embedding
+    ``complete`` is False when some rows could not be considered: more undelivered than `OVERLAY_LIMIT`, an embedding
     that failed, an index that is still being filled, or a transaction whose snapshot is older than the index.
     """
 
@@ -194,6 +196,7 @@ class Search:
         if not criteria and simple:
             return None, None
         keys = self._statement.with_only_columns(*raw_key_columns(self._tracked)).order_by(None).distinct()
+        keys._for_update_arg = None  # PostgreSQL locks no DISTINCT rows; hydrating locks what is returned
         rows = self._connection().execute(keys.limit(_IDS_LIMIT + 1)).all()
         if len(rows) > _IDS_LIMIT:
             return None, None
@@ -215,8 +218,7 @@ class Search:
         projected = [column.label(f"memstate_{n}") for n, column in enumerate(self._tracked.projected_columns)]
         statement = self._statement.order_by(None).add_columns(*key_columns, *projected).where(columns.key_in)
         embedder = self._vectors.embedder.fingerprint
-        for start in range(0, len(wanted), 500):
-            some = wanted[start : start + 500]
+        for some in batches(wanted):
             self._rows.update(dict.fromkeys(some))
             parameters = columns.key_parameters([decode_key(key) for key in some])
             # Columns beside the entity: the identity map may hold older or edited values. The filter makes joined eager
@@ -224,7 +226,12 @@ class Search:
             rows = self._session.execute(statement, parameters).unique(lambda row: tuple(row[1 : 1 + len(key_columns)]))
             for row in rows:
                 key = encode_key(row[1 : 1 + len(key_columns)])
-                self._rows[key] = _Row(row[0], self._tracked.project(key, row[1 + len(key_columns) :], embedder))
+                try:
+                    projection = self._tracked.project(key, row[1 + len(key_columns) :], embedder)
+                except Exception:  # noqa: BLE001  # the application's own callable: the relay parks such a row, too
+                    self._complete = False
+                else:
+                    self._rows[key] = _Row(row[0], projection)
 
     def _measure(self, query: Vector, matches: Mapping[str, Match], pending: Sequence[str], *, fresh: bool) -> None:
         """The distance of every row whose current content is known: from the index, or embedded now."""
@@ -244,15 +251,25 @@ class Search:
         self._budget -= len(stale)
         if not stale:
             return
-        texts = {p.text_fingerprint: p.text for p in stale.values()}
+        vectors = self._embed({p.text_fingerprint: p.text for p in stale.values() if p.text_fingerprint and p.text})
+        for key, projection in stale.items():
+            vector = vectors.get(projection.text_fingerprint or "")
+            if vector is not None:
+                self._distances[key] = cosine_distance(query, vector)
+
+    def _embed(self, texts: Mapping[str, str]) -> dict[str, Vector]:
+        """The vectors of *texts*, without those that the embedder refuses; none when it is unavailable."""
         try:
-            vectors = self._call(self._vectors.of, texts, keep=True)  # type: ignore[arg-type]  # stale rows have both
+            return self._call(self._vectors.of, texts, keep=True)
+        except DeliveryRejected:
+            self._complete = False
+            if len(texts) == 1:
+                return {}
+            first, second = halves(list(texts))
+            return self._embed({k: texts[k] for k in first}) | self._embed({k: texts[k] for k in second})
         except DeliveryError:
             self._complete = False
-            return
-        for key, projection in stale.items():
-            vector = vectors[projection.text_fingerprint]  # type: ignore[index]
-            self._distances[key] = cosine_distance(query, vector)
+            return {}
 
     def _nearest(self, limit: int, max_distance: float | None, keys: Collection[str]) -> list[tuple[float, str]]:
         found = ((self._distances[key], key) for key in keys if key in self._distances)

@@ -66,6 +66,14 @@ def is_in_memory(engine: Engine) -> bool:
     return in_memory or isinstance(engine.pool, (StaticPool, SingletonThreadPool))
 
 
+def require_no_transaction(engine: Engine) -> None:
+    """Raise where a connection of ours would be the application's own, in the middle of its transaction."""
+    if is_in_memory(engine) and open_transaction(engine):
+        raise MemstateError(
+            "a transaction is open on the only connection of this in-memory SQLite: end it first, or use a file"
+        )
+
+
 def open_transaction(engine: Engine) -> bool:
     """Whether the only connection of an in-memory database has begun."""
     if isinstance(engine.pool, StaticPool):

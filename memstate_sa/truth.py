@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Select, select, tuple_, type_coerce
 from sqlalchemy.engine import Connection, Row
 
 from memstate_sa.codec import decode_key, encode_key
-from memstate_sa.columns import RAW, READ_CHUNK
+from memstate_sa.columns import RAW, batches
 from memstate_sa.facts import Projection, Tracked
 
 
@@ -33,8 +33,8 @@ def read(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> dict[
     columns = tracked.on(connection.dialect)
     statement = _rows(tracked).where(columns.key_in)
     found: dict[str, Sequence[Any]] = {}
-    for start in range(0, len(keys), READ_CHUNK):
-        chunk = [decode_key(key) for key in keys[start : start + READ_CHUNK]]
+    for some in batches(keys):
+        chunk = [decode_key(key) for key in some]
         found.update(_split(tracked, row) for row in connection.execute(statement, columns.key_parameters(chunk)))
     return found
 

@@ -13,7 +13,8 @@ from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.outbox import Position, as_array, each, undelivered
 from memstate_sa.relay import state
-from memstate_sa.relay.plan import FactKey, Parked, batches
+from memstate_sa.columns import batches
+from memstate_sa.relay.plan import FactKey, Parked
 from memstate_sa.relay.state import IndexKey
 from memstate_sa.tables import outbox, utcnow
 
@@ -64,7 +65,7 @@ class Verify:
     def run(self, report: DriftReport, *, repair: bool, progress: Progress | None = None) -> None:
         for kind, facts in self._differences(report, progress):
             late = self._pending(facts)
-            drifted = [fact for fact in facts if fact not in late]
+            drifted = self._confirmed(kind, [fact for fact in facts if fact not in late])
             if late:
                 report.pending += map(self._shown, late)
             if not drifted:
@@ -103,6 +104,15 @@ class Verify:
                 yield "missing", [fact for fact in held if tracked.point_id(fact[1]) not in present]
                 if progress is not None:
                     progress(report.checked, None)
+
+    def _confirmed(self, kind: str, facts: list[FactKey]) -> list[FactKey]:
+        """Those of *facts* that still differ at a second look: a delivery may have come between row and vector."""
+        if not facts:
+            return facts
+        ids = {fact: self._tracked[fact[0]].point_id(fact[1]) for fact in facts}
+        stored = {point.id: point.fingerprint for point in self._index.get(list(ids.values()))}
+        held = self._truth(facts)
+        return [fact for fact in facts if stored.get(ids[fact]) != held.get(fact)]
 
     def _truth(self, facts: Iterable[FactKey]) -> dict[FactKey, str]:
         """The fingerprints that the index should hold for *facts*."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import TypeVar
@@ -15,23 +15,25 @@ from typing import TypeVar
 from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa import truth
+from memstate_sa.columns import batches
 from memstate_sa.errors import DeliveryRejected, MemstateError
 from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.indexes.base import Point, Vector, VectorIndex
-from memstate_sa.outbox import Position, advance
+from memstate_sa.outbox import Position, advance, take_write_lock
 from memstate_sa.relay import state
 from memstate_sa.relay.plan import (
     Delivered,
     FactKey,
+    Parked,
     RetryPolicy,
     Write,
-    batches,
     classify,
     halves,
     park,
     plan,
 )
 from memstate_sa.relay.state import Claim, IndexKey, RefillStep
+from memstate_sa.sqlite import is_in_memory, open_transaction
 from memstate_sa.tables import utcnow
 from memstate_sa.vectors import Vectors
 
@@ -40,6 +42,10 @@ T = TypeVar("T")
 
 ENTITY = "memstate_entity"
 """The metadata name under which every point carries its entity."""
+
+
+class _LeaseLost(Exception):
+    """Another holds the index now."""
 
 
 class Delivery:
@@ -109,7 +115,7 @@ class Delivery:
     def release(self) -> None:
         key, claim = self._key, self._claim
         self._claim = None
-        if key is not None and claim is not None:
+        if key is not None and claim is not None and not (is_in_memory(self._engine) and open_transaction(self._engine)):
             with self._engine.begin() as connection:
                 clean = not (self._settle_window or self._settle_refill)
                 state.release(connection, key, claim, self._owner, clean=clean)
@@ -131,7 +137,7 @@ class Delivery:
 
     def _step_parked(self, index: IndexKey) -> int | None:
         with self._engine.connect() as connection:
-            due = state.due(connection, index, self._page_size)
+            due = state.due(connection, index, list(self._tracked), self._page_size)
         if not due or self._claim is None:
             return None
         return self._converge(index, list(due), settle=True, at=self._claim.at)
@@ -143,12 +149,13 @@ class Delivery:
             at, entries = state.next_window(connection, self._claim.at, self._page_size)
         after = advance(at, entries[-1][0] if len(entries) == self._page_size else None)
         facts = list(dict.fromkeys((entity, key) for _, entity, key in entries if entity in self._tracked))
-        if not facts:
+        foreign = {entity for _, entity, _ in entries} - set(self._tracked)
+        if not facts and not foreign:
             # Nothing was read that an acknowledgement would have to follow; saved with the next one.
             self._claim = replace(self._claim, at=after)
             self._settle_window = self._settle_window and after.target is not None
             return 0 if entries else None
-        count = self._converge(index, facts, settle=self._settle_window, at=after)
+        count = self._converge(index, facts, settle=self._settle_window, at=after, foreign=foreign)
         if after.target is None:
             self._settle_window = False
         return count
@@ -157,7 +164,7 @@ class Delivery:
         if self._filled or self._claim is None:
             return None
         with self._engine.connect() as connection:
-            step = state.next_refill(connection, index)
+            step = state.next_refill(connection, index, list(self._tracked))
             if step is None:
                 self._filled, self._settle_refill = True, False
                 return None
@@ -187,7 +194,9 @@ class Delivery:
 
     # -- one page ----------------------------------------------------------------------------------------------------
 
-    def _converge(self, index: IndexKey, facts: Sequence[FactKey], *, settle: bool, at: Position) -> int:
+    def _converge(
+        self, index: IndexKey, facts: Sequence[FactKey], *, settle: bool, at: Position, foreign: Collection[str] = ()
+    ) -> int:
         """Make the index agree with the committed rows of *facts*, then acknowledge up to *at*.
 
         Returns how many agree now; the others are parked.
@@ -205,7 +214,11 @@ class Delivery:
         writes += plan([f for f in clean if f in attempts], projections, {}, settle=True)
         unsettled = self._settle_window, self._settle_refill
         self._settle_window = self._settle_refill = True  # until it is recorded, whatever interrupts us
-        failed |= self._write(writes, claim.epoch)
+        try:
+            failed |= self._write(writes, claim.epoch)
+        except _LeaseLost:
+            self._give_up(index, facts)
+            return 0
         written = {
             write.fact: Delivered(write.projection.fingerprint, write.projection.text_fingerprint, False)
             if write.projection is not None
@@ -232,14 +245,28 @@ class Delivery:
                 written=written,
                 done=[fact for fact in attempts if fact not in failed],
                 parking=parking,
+                foreign=foreign,
             )
         if not kept:
-            logger.warning("%s: the lease was lost; what was being delivered is delivered again", self.name)
-            self._claim = None
+            self._give_up(index, facts)
             return 0
         self._settle_window, self._settle_refill = unsettled
         self._claim = replace(claim, at=at, lease_until=until)
         return len(facts) - len(failed)
+
+    def _give_up(self, index: IndexKey, facts: Sequence[FactKey]) -> None:
+        """Another holds the lease: what was written late may have overwritten what it wrote. It writes them again."""
+        logger.warning("%s: the lease was lost; %d keys are delivered again", self.name, len(facts))
+        self._claim = None
+        again = Parked(0, utcnow(), "parked", "lease lost")
+        with self._engine.begin() as connection:
+            take_write_lock(connection)
+            state.park_all(connection, index, dict.fromkeys(facts, again))
+
+    def _keep_lease(self, epoch: int) -> None:
+        held = self._hold()
+        if held is None or held[1].epoch != epoch:
+            raise _LeaseLost
 
     def _read_truth(
         self, connection: Connection, facts: Iterable[FactKey]
@@ -261,8 +288,10 @@ class Delivery:
         deletes = [write for write in writes if write.projection is None]
         failed: dict[FactKey, MemstateError] = {}
         for batch in batches(deletes, self._index.max_batch):
+            self._keep_lease(epoch)
             failed |= self._isolate(batch, self._delete)
         for batch in batches(upserts, self._index.max_batch):
+            self._keep_lease(epoch)
             failed |= self._isolate(batch, lambda some: self._upsert(some, epoch))
         return failed
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import text
+from sqlalchemy import func, select, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -21,7 +21,8 @@ from memstate_sa.relay import state
 from memstate_sa.relay.delivery import Delivery
 from memstate_sa.relay.plan import RetryPolicy
 from memstate_sa.relay.state import IndexKey
-from memstate_sa.sqlite import is_in_memory, open_transaction
+from memstate_sa.sqlite import is_in_memory, require_no_transaction
+from memstate_sa.tables import outbox
 from memstate_sa.vectors import Vectors
 
 logger = logging.getLogger("memstate_sa.relay")
@@ -67,7 +68,9 @@ class Relay:
         self._woken = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._forget_at = time.monotonic() + _FORGET_EVERY_S
+        self._forget_at = time.monotonic()
+        self._failures: dict[str, int] = {}  # by index, since its last success
+        self._not_before: dict[str, float] = {}  # by index: the end of its backoff
 
     # -- in the caller's thread --------------------------------------------------------------------------------------
 
@@ -76,7 +79,10 @@ class Relay:
 
         Raises DeliveryRetryable when an index or the embedder is unavailable: nothing is lost, call again later.
         """
-        return self._step() or 0
+        count, failure = self._step()
+        if failure is not None:
+            raise failure
+        return count or 0
 
     def drain(self, timeout: float = 30.0) -> int:
         """Deliver until every index holds what is committed now, waiting out failures; returns the keys converged.
@@ -91,59 +97,88 @@ class Relay:
                 self.stop()  # whoever comes next need not wait for the lease to run out
 
     def _drain(self, deadline: float, timeout: float) -> int:
-        total, failures = 0, 0
-        last: DeliveryRetryable | None = None
+        require_no_transaction(self._engine)
+        with self._engine.connect() as connection:
+            newest = connection.execute(select(func.max(outbox.c.id))).scalar() or 0
+        total = 0
         while True:
-            try:
-                count = self._step()
-            except DeliveryRetryable as error:
-                last = error
-                failures += 1
-                wait = error.retry_after_s or self._policy.delay(failures, random.random)
-            else:
-                if count is None and not self._behind():
-                    return total
-                total += count or 0
-                wait, failures = (0.02, 0) if count is None else (0.0, 0)
+            count, failure = self._step()
+            total += count or 0
+            if failure is not None and not isinstance(failure, DeliveryRetryable):
+                raise failure
+            if failure is None and not self._behind(newest):
+                return total
+            wait = 0.0 if count else 0.02
+            if failure is not None:
+                wait = max(0.0, min(self._not_before.values()) - time.monotonic())
             if time.monotonic() + wait > deadline:
-                raise DeliveryError(f"not drained within {timeout:g} s: {last or self._why_behind()}") from last
+                reason = failure or self._why_behind(newest)
+                raise DeliveryError(f"not drained within {timeout:g} s: {reason}") from failure
             time.sleep(wait)
 
-    def _step(self) -> int | None:
-        with self._lock:
-            if is_in_memory(self._engine) and open_transaction(self._engine):
-                raise MemstateError(
-                    "a transaction is open on the only connection of this in-memory SQLite: commit it before draining"
-                )
-            counts, failure = [], None
-            for delivery in self._deliveries:  # an index that is down must not stop the others
-                try:
-                    counts.append(delivery.step())
-                except DeliveryRetryable as error:
-                    failure = failure or error
-            if time.monotonic() >= self._forget_at:
-                self._forget_at = time.monotonic() + _FORGET_EVERY_S
-                with self._engine.begin() as connection:
-                    state.forget_delivered(connection)
-        if failure is not None:
-            raise failure
-        done = [count for count in counts if count is not None]
-        return sum(done) if done else None
+    def _step(self, *, background: bool = False) -> tuple[int | None, Exception | None]:
+        """One page for each index: the keys converged, or None when there was nothing to do, and the first failure.
 
-    def _backlogs(self) -> dict[str, state.Backlog]:
+        An index that is down stops no other; in the background it is left alone until its backoff is over.
+        """
+        counts: list[int] = []
+        failure: Exception | None = None
+        with self._lock:
+            require_no_transaction(self._engine)
+            for delivery in self._deliveries:
+                if background and time.monotonic() < self._not_before.get(delivery.name, 0.0):
+                    continue
+                try:
+                    count = delivery.step()
+                except Exception as error:  # noqa: BLE001  # whatever it is, the next look may succeed; nothing is lost meanwhile
+                    if not (background or isinstance(error, DeliveryRetryable)):
+                        raise
+                    failure = failure or error
+                    self._back_off(delivery.name, error)
+                else:
+                    self._failures.pop(delivery.name, None)
+                    self._not_before.pop(delivery.name, None)
+                    if count is not None:
+                        counts.append(count)
+            if time.monotonic() >= self._forget_at:
+                self._forget()
+        return (sum(counts) if counts else None), failure
+
+    def _back_off(self, name: str, error: Exception) -> None:
+        failures = self._failures[name] = self._failures.get(name, 0) + 1
+        asked: float | None = getattr(error, "retry_after_s", None)
+        delay = self._policy.delay(failures, random.random)
+        wait = delay if asked is None else min(max(asked, delay), self._policy.max_delay_s)
+        self._not_before[name] = time.monotonic() + wait
+        known = isinstance(error, (MemstateError, SQLAlchemyError))
+        logger.log(
+            logging.WARNING if known else logging.ERROR,
+            "%s: delivery failed (%s), next attempt in %.1f s",
+            name,
+            error if isinstance(error, MemstateError) else type(error).__name__,
+            wait,
+            exc_info=None if known else error,
+        )
+
+    def _forget(self) -> None:
+        self._forget_at = time.monotonic() + _FORGET_EVERY_S
+        with self._engine.begin() as connection:
+            state.forget_delivered(connection)
+
+    def _backlogs(self, up_to: int) -> dict[str, state.Backlog]:
         with self._engine.connect() as connection:
             return {
-                name: state.backlog(connection, IndexKey(name, index.incarnation), list(tracked))
+                name: state.backlog(connection, IndexKey(name, index.incarnation), list(tracked), up_to)
                 for name, (index, tracked) in self._indexes.items()
             }
 
-    def _behind(self) -> bool:
-        return any(backlog.pending or backlog.refilling for backlog in self._backlogs().values())
+    def _behind(self, up_to: int) -> bool:
+        return any(backlog.pending or backlog.refilling for backlog in self._backlogs(up_to).values())
 
-    def _why_behind(self) -> str:
+    def _why_behind(self, up_to: int) -> str:
         return ", ".join(
             f"{backlog.pending} keys pending for {name!r} (is another relay holding its lease?)"
-            for name, backlog in self._backlogs().items()
+            for name, backlog in self._backlogs(up_to).items()
         )
 
     # -- in the background -------------------------------------------------------------------------------------------
@@ -159,7 +194,7 @@ class Relay:
                 "drain() after commits, or use a file"
             )
         with self._lock:
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 for delivery in self._deliveries:
                     try:
                         delivery.open()
@@ -195,45 +230,42 @@ class Relay:
 
     def _run(self) -> None:
         changes = _Changes(self._engine)
-        failures = 0
+        idle = self._poll_s[0]
         try:
             while not self._stopping.is_set():
                 self._woken.clear()
                 started = time.monotonic()
                 try:
-                    count = self._step()
-                except Exception as error:  # whatever it is, the next look may succeed; nothing is lost meanwhile
-                    failures += 1
-                    after = getattr(error, "retry_after_s", None)
-                    wait = after or self._policy.delay(failures, random.random)
-                    level = logging.WARNING if isinstance(error, (MemstateError, SQLAlchemyError)) else logging.ERROR
-                    logger.log(
-                        level,
-                        "delivery failed (%s), next attempt in %.1f s",
-                        error if isinstance(error, MemstateError) else type(error).__name__,
-                        wait,
-                        exc_info=error if level == logging.ERROR else None,
-                    )
-                    self._stopping.wait(wait)
+                    count, _ = self._step(background=True)
+                except Exception as error:  # noqa: BLE001  # the database is away, say
+                    self._back_off("the database", error)
+                    self._stopping.wait(self._not_before["the database"] - time.monotonic())
                     continue
-                failures = 0
                 if count is None:
-                    self._wait_for_work(changes)
-                elif count < self._page_size:
+                    idle = self._wait_for_work(changes, idle)
+                    continue
+                idle = self._poll_s[0]
+                if count < self._page_size:
                     # The application commits in this process too: leave it twice the time that was taken, and find more
                     # to do at once, which indexes like. An idle relay still answers a commit immediately.
                     self._stopping.wait(min(2 * (time.monotonic() - started), _LONGEST_PAUSE_S))
         finally:
             changes.close()
 
-    def _wait_for_work(self, changes: _Changes) -> None:
-        """Until something was committed here or elsewhere, or a parked key or the lease may be due."""
+    def _wait_for_work(self, changes: _Changes, wait: float) -> float:
+        """Until something was committed here or elsewhere, or it is time for another look; the next wait."""
         shortest, longest = self._poll_s
-        wait, until = shortest, time.monotonic() + 1.0
-        while not self._stopping.is_set() and not self._woken.wait(wait):
-            if changes.seen() or time.monotonic() >= until:
-                return
+        look_at = time.monotonic() + max(longest, 1.0)
+        if self._not_before:
+            look_at = min(look_at, *self._not_before.values())
+        while not self._stopping.is_set():
+            left = look_at - time.monotonic()
+            if self._woken.wait(max(0.0, min(wait, left))):
+                return shortest
             wait = min(wait * 1.5, longest)
+            if changes.seen() or left <= 0:
+                return wait
+        return wait
 
 
 class _Changes:

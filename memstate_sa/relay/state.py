@@ -119,8 +119,11 @@ def claim(
     now = database_now(connection)
     until = now + timedelta(seconds=lease_s)
     present = connection.execute(select(here(connection.dialect.name))).scalar_one()
+    claimed: Claim | None
     if row is None:
         claimed = _register(connection, index, owner, until, present, now, embedder, dimension)
+        if claimed is None:
+            return None
     else:
         held = row.owner is not None and row.lease_until is not None and row.lease_until > now
         mine = held and row.owner == owner
@@ -140,7 +143,10 @@ def claim(
     known = set(connection.scalars(select(refill.c.entity).where(index.of(refill))))
     missing = [name for name in (SCAN, *entities) if name not in known]
     if missing:
-        connection.execute(insert(refill), [{**index.values(), "entity": name, "done": False} for name in missing])
+        connection.execute(
+            upsert(connection.dialect.name, refill).on_conflict_do_nothing(),
+            [{**index.values(), "entity": name, "done": False} for name in missing],
+        )
     return claimed
 
 
@@ -153,19 +159,20 @@ def _register(
     now: datetime,
     embedder: str,
     dimension: int,
-) -> Claim:
-    """A new lifetime of an index: the cursor starts now, everything older comes by the refill."""
+) -> Claim | None:
+    """A new lifetime of an index: the cursor starts now, everything older comes by the refill. None: another was faster."""
     live = select(cursor.c.incarnation).where(cursor.c.index == index.name, cursor.c.lease_until > now)
     for table in (index_state, ledger, parked, refill, cursor):
         connection.execute(
             delete(table).where(table.c.index == index.name, table.c.incarnation.not_in(live.scalar_subquery()))
         )
     connection.execute(
-        insert(index_state), {**index.values(), "embedder": embedder, "dimension": dimension, "created_at": now}
+        upsert(connection.dialect.name, index_state).on_conflict_do_nothing(),
+        {**index.values(), "embedder": embedder, "dimension": dimension, "created_at": now},
     )
     snapshot, position = (present, 0) if connection.dialect.name == "postgresql" else (None, int(present))
-    connection.execute(
-        insert(cursor),
+    registered = connection.execute(
+        upsert(connection.dialect.name, cursor).on_conflict_do_nothing(),
         {
             **index.values(),
             "slot": SLOT,
@@ -177,6 +184,8 @@ def _register(
             "epoch": 1,
         },
     )
+    if registered.rowcount != 1:
+        return None
     return Claim(1, Position(snapshot, None, position), until, new=True)
 
 
@@ -224,11 +233,16 @@ def by_entity(facts: Iterable[FactKey]) -> dict[str, list[str]]:
     return groups
 
 
-def due(connection: Connection, index: IndexKey, limit: int) -> dict[FactKey, int]:
-    """Parked keys whose time has come, with the attempts made."""
+def due(connection: Connection, index: IndexKey, entities: Collection[str], limit: int) -> dict[FactKey, int]:
+    """Parked keys of *entities* whose time has come, with the attempts made."""
     rows = connection.execute(
         select(parked.c.entity, parked.c.key, parked.c.attempts)
-        .where(index.of(parked), parked.c.state == "parked", parked.c.next_at <= utcnow())
+        .where(
+            index.of(parked),
+            parked.c.state == "parked",
+            parked.c.next_at <= utcnow(),
+            parked.c.entity.in_(entities),
+        )
         .order_by(parked.c.next_at)
         .limit(limit)
     )
@@ -258,6 +272,7 @@ def acknowledge(
     written: Mapping[FactKey, Delivered],
     done: Collection[FactKey],
     parking: Mapping[FactKey, Parked],
+    foreign: Collection[str] = (),
 ) -> bool:
     """Record a delivered page and move the cursor to *at*. False, and nothing recorded, when the claim is lost."""
     take_write_lock(connection)
@@ -286,6 +301,11 @@ def acknowledge(
         )
     unpark(connection, index, done)
     park_all(connection, index, parking)
+    if foreign:
+        # Entities of another Memory that shares this index: passed by here, so it delivers them in full again.
+        connection.execute(
+            update(refill).where(index.of(refill), refill.c.entity.in_(foreign)).values(done=False, position=None)
+        )
     return True
 
 
@@ -319,11 +339,11 @@ class RefillStep(NamedTuple):
     position: str | None
 
 
-def next_refill(connection: Connection, index: IndexKey) -> RefillStep | None:
+def next_refill(connection: Connection, index: IndexKey, entities: Sequence[str]) -> RefillStep | None:
     """What of delivering in full comes next: the index's own scan first, then entity by entity."""
     row = connection.execute(
         select(refill.c.entity, refill.c.position)
-        .where(index.of(refill), not_(refill.c.done))
+        .where(index.of(refill), not_(refill.c.done), refill.c.entity.in_((SCAN, *entities)))
         .order_by(refill.c.entity)
         .limit(1)
     ).one_or_none()
@@ -352,19 +372,23 @@ class Backlog:
     refilling: bool
 
 
-def backlog(connection: Connection, index: IndexKey, entities: Sequence[str]) -> Backlog:
+def backlog(connection: Connection, index: IndexKey, entities: Sequence[str], up_to: int | None = None) -> Backlog:
+    """Of the entries up to the outbox id *up_to*, if given."""
     at = read_position(connection, index)
     behind = and_(undelivered(at), outbox.c.entity.in_(entities))
+    if up_to is not None:
+        behind = and_(behind, outbox.c.id <= up_to)
     distinct = select(outbox.c.entity, outbox.c.key).where(behind).distinct().subquery()
     pending = connection.execute(select(func.count()).select_from(distinct)).scalar_one()
     oldest = connection.execute(select(outbox.c.created_at).where(behind).order_by(outbox.c.id).limit(1)).scalar()
-    counts = select(parked.c.state, func.count()).where(index.of(parked)).group_by(parked.c.state)
+    mine = and_(index.of(parked), parked.c.entity.in_(entities))
+    counts = select(parked.c.state, func.count()).where(mine).group_by(parked.c.state)
     states: dict[str, int] = {name: count for name, count in connection.execute(counts)}  # noqa: C416  # rows, not pairs
     return Backlog(
         pending=pending,
         oldest_s=None if oldest is None else max(0.0, (utcnow() - oldest).total_seconds()),
         parked=states.get("parked", 0),
-        due=len(due(connection, index, 1000)),
+        due=len(due(connection, index, entities, 1000)),
         dead=states.get("dead", 0),
         refilling=not is_filled(connection, index, entities),
     )

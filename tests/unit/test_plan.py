@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memstate_sa.columns import batches
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable
 from memstate_sa.facts import Projection
-from memstate_sa.relay.plan import Delivered, RetryPolicy, batches, classify, describe, halves, park, plan
+from memstate_sa.relay.plan import Delivered, RetryPolicy, classify, describe, halves, park, plan
 
 keys = st.sampled_from([("person", f"[{n}]") for n in range(4)])
 contents = st.sampled_from(["", "tea", "rain"])
