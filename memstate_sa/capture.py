@@ -377,7 +377,7 @@ class Capture:
                 keys = {aliases.get((tracked, key), key): before for key, before in keys.items()}
             others = [key for key in images if key not in keys]  # stored in another form than given: CHAR is padded
             keys |= dict.fromkeys(others, False)
-            lost = sum(key not in images for key in expected.get(tracked, ()))
+            lost = sum(key in keys and key not in images for key in expected.get(tracked, ()))
             if lost > len(others):
                 raise UntrackedWrite(
                     f"{lost} row(s) of {tracked.entity} were written, but are not found under the keys they were given: "

@@ -182,17 +182,11 @@ class Rollback:
         self._check_conflicts(connection, steps, set(targets))
         entries, final = invert(steps)
         tx = new_tx()
-        savepoint = connection.begin_nested()
-        try:
-            with unit.writing():
-                now = self._apply(connection, final)
-                self._capture.write(connection, unit, list(_with_last_images(entries, now)), tx=tx)
-                labels = unit.labels
-                self._capture.write_header(connection, tx, {**labels, "reason": labels["reason"] or "rollback"})
-        except BaseException:
-            savepoint.rollback()
-            raise
-        savepoint.commit()
+        with connection.begin_nested(), unit.writing():
+            now = self._apply(connection, final)
+            self._capture.write(connection, unit, list(_with_last_images(entries, now)), tx=tx)
+            labels = unit.labels
+            self._capture.write_header(connection, tx, {**labels, "reason": labels["reason"] or "rollback"})
         self._expire(session, final)
         return read_changes(connection, self._registry, log.c.tx == tx)
 
@@ -264,16 +258,14 @@ class Rollback:
 
         # Foreign keys want new rows first; a unique value that moves on wants old rows gone first.
         for last, order in enumerate(((bring_back, restore, remove), (remove, restore, bring_back))):
-            savepoint = connection.begin_nested()
             try:
-                for act in order:
-                    act()
+                with connection.begin_nested():
+                    for act in order:
+                        act()
             except IntegrityError as error:
-                savepoint.rollback()
                 if last:
                     raise ConflictError("the rows that are there now stand in the way of undoing this") from error
             else:
-                savepoint.commit()
                 break
         now: dict[tuple[str, str], Image | None] = {}
         for table in tables:

@@ -486,7 +486,7 @@ def _check_label(name: str, value: Any) -> None:
     if value is None:
         return
     if not isinstance(value, str) or "\x00" in value or any("\ud800" <= char <= "\udfff" for char in value):
-        raise MemstateError(f"{name} must be a string without NUL or lone surrogates, not {type(value).__name__}")
+        raise MemstateError(f"{name}={value!r}: give a string without NUL or lone surrogates")
 
 
 def _sync_session(session: Session | AsyncSession) -> Session:

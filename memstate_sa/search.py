@@ -18,8 +18,8 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 from memstate_sa.capture import Capture, Registry
-from memstate_sa.columns import batches
 from memstate_sa.codec import decode_key, encode_key
+from memstate_sa.columns import batches
 from memstate_sa.errors import DeliveryError, DeliveryRejected, MemstateError
 from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.filters import push_down

@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, create_engine, event, make_url, text
-
 from hypothesis import Phase
 from hypothesis import settings as hypothesis_settings
+from sqlalchemy import Engine, create_engine, event, make_url, text
 
 from memstate_sa import sqlite
 from tests.support import World
-
 
 # --hypothesis-profile=noshrink: the first counterexample as it was found, for slow properties.
 hypothesis_settings.register_profile("noshrink", phases=(Phase.explicit, Phase.reuse, Phase.generate))

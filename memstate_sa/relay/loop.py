@@ -130,7 +130,7 @@ class Relay:
                     continue
                 try:
                     count = delivery.step()
-                except Exception as error:  # noqa: BLE001  # whatever it is, the next look may succeed; nothing is lost meanwhile
+                except Exception as error:  # whatever it is, the next look may succeed; nothing is lost meanwhile
                     if not (background or isinstance(error, DeliveryRetryable)):
                         raise
                     failure = failure or error

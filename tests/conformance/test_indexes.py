@@ -488,7 +488,7 @@ class TestChromaServer(ChromaSuite):
             before = index.incarnation
             killer = threading.Timer(0.3, process.kill)
             killer.start()
-            with pytest.raises(DeliveryRetryable) as caught:  # noqa: PT012  # whichever upsert it is
+            with pytest.raises(DeliveryRetryable) as caught:  # whichever upsert it is
                 while True:
                     index.upsert(points)
             assert isinstance(caught.value.__cause__, httpx.TransportError)

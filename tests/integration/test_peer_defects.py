@@ -144,7 +144,6 @@ def test_1_a_failed_commit_leaves_no_phantom_in_the_log(engine: Engine, chroma: 
     memory.close()
 
 
-@pytest.mark.xfail(strict=True, reason="core: a DELETE that matched no row is logged")
 @pytest.mark.filterwarnings("ignore:DELETE statement on table 'tag' expected to delete 1 row")
 def test_1_deleting_what_is_gone_leaves_no_phantom_in_the_log(engine: Engine) -> None:
     """Two sessions delete one row, and SQLAlchemy lets the second pass: the next rollback(1) brings the row back."""
