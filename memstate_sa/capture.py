@@ -380,8 +380,8 @@ class Capture:
             lost = sum(key in keys and key not in images for key in expected.get(tracked, ()))
             if lost > len(others):
                 raise UntrackedWrite(
-                    f"{lost} row(s) of {tracked.entity} were written, but are not found under the keys they were given: "
-                    "give primary keys in the form in which the database stores them"
+                    f"{lost} row(s) of {tracked.entity} were written, but are not found under the keys they were "
+                    "given: give primary keys in the form in which the database stores them"
                 )
             gone = [key for key, before in keys.items() if before and key not in images]
             for key in self._deleted_before(connection, tracked, gone):

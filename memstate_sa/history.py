@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -225,54 +225,44 @@ class Rollback:
     def _apply(
         self, connection: Connection, final: Mapping[tuple[str, str], Image | None]
     ) -> dict[tuple[str, str], Image | None]:
-        """Write the rows that *final* demands, parents before children; returns them as the database has them."""
-        by_table: dict[Table, dict[str, Image | None]] = {}
+        """Write the rows that *final* demands; returns them as the database has them."""
+        wanted: dict[Table, dict[str, Image | None]] = {}
         for (entity, key), image in final.items():
-            by_table.setdefault(self._registry.by_entity[entity].table, {})[key] = image
-        tables = sort_tables(by_table)
-        existing = {
-            table: self._tracked(table)
-            .on(connection.dialect)
-            .read(connection, [decode_key(key) for key in by_table[table]], for_update=True)
-            for table in tables
-        }
+            wanted.setdefault(self._registry.by_entity[entity].table, {})[key] = image
+        tables = sort_tables(wanted)
+        there = {table: self._read(connection, table, wanted[table], for_update=True) for table in tables}
 
         def bring_back() -> None:
             for table in tables:
-                wanted = {k: i for k, i in by_table[table].items() if i is not None and k not in existing[table]}
-                for key in _parents_first(table, wanted):
-                    self._insert(connection, table, wanted[key])
+                gone = {k: image for k, image in wanted[table].items() if image is not None and k not in there[table]}
+                for key in _parents_first(table, gone):
+                    self._insert(connection, table, gone[key])
 
         def restore() -> None:
             for table in tables:
-                for key, image in by_table[table].items():
-                    if image is not None and key in existing[table]:
-                        self._update(connection, table, key, image, existing[table][key])
+                for key, image in wanted[table].items():
+                    if image is not None and key in there[table]:
+                        self._update(connection, table, key, image, there[table][key])
 
         def remove() -> None:
             for table in reversed(tables):
-                there = existing[table]
-                gone = {key: there[key] for key, image in by_table[table].items() if image is None and key in there}
-                for key in reversed(_parents_first(table, gone)):
+                rows = {k: there[table][k] for k, image in wanted[table].items() if image is None and k in there[table]}
+                for key in reversed(_parents_first(table, rows)):
                     connection.execute(delete(table).where(self._is(connection, table, key)))
 
         # Foreign keys want new rows first; a unique value that moves on wants old rows gone first.
-        for last, order in enumerate(((bring_back, restore, remove), (remove, restore, bring_back))):
-            try:
-                with connection.begin_nested():
-                    for act in order:
-                        act()
-            except IntegrityError as error:
-                if last:
-                    raise ConflictError("the rows that are there now stand in the way of undoing this") from error
-            else:
-                break
+        _first_that_holds(connection, (bring_back, restore, remove), (remove, restore, bring_back))
         now: dict[tuple[str, str], Image | None] = {}
         for table in tables:
-            tracked = self._tracked(table)
-            images = tracked.on(connection.dialect).read(connection, [decode_key(key) for key in by_table[table]])
-            now.update({(tracked.entity, key): images.get(key) for key in by_table[table]})
+            images = self._read(connection, table, wanted[table])
+            now.update({(self._tracked(table).entity, key): images.get(key) for key in wanted[table]})
         return now
+
+    def _read(
+        self, connection: Connection, table: Table, keys: Iterable[str], *, for_update: bool = False
+    ) -> dict[str, dict[str, Any]]:
+        columns = self._tracked(table).on(connection.dialect)
+        return columns.read(connection, [decode_key(key) for key in keys], for_update=for_update)
 
     def _tracked(self, table: Table) -> Tracked:
         return self._registry.by_table[table]
@@ -335,6 +325,20 @@ class Rollback:
             found = self._registry.find(state.mapper)
             if found in keys and found.on(dialect).raw_key(state.key[1]) in keys[found]:
                 session.expire(instance)
+
+
+def _first_that_holds(connection: Connection, *orders: Sequence[Callable[[], None]]) -> None:
+    """Act in the first of these orders that no constraint refuses."""
+    for order in orders:
+        try:
+            with connection.begin_nested():
+                for act in order:
+                    act()
+        except IntegrityError as error:
+            refused = error
+        else:
+            return
+    raise ConflictError("the rows that are there now stand in the way of undoing this") from refused
 
 
 def _with_last_images(entries: Sequence[Entry], now: Mapping[tuple[str, str], Image | None]) -> Iterator[Entry]:

@@ -65,7 +65,7 @@ class Verify:
     def run(self, report: DriftReport, *, repair: bool, progress: Progress | None = None) -> None:
         for kind, facts in self._differences(report, progress):
             late = self._pending(facts)
-            drifted = self._confirmed(kind, [fact for fact in facts if fact not in late])
+            drifted = self._confirmed([fact for fact in facts if fact not in late])
             if late:
                 report.pending += map(self._shown, late)
             if not drifted:
@@ -105,7 +105,7 @@ class Verify:
                 if progress is not None:
                     progress(report.checked, None)
 
-    def _confirmed(self, kind: str, facts: list[FactKey]) -> list[FactKey]:
+    def _confirmed(self, facts: list[FactKey]) -> list[FactKey]:
         """Those of *facts* that still differ at a second look: a delivery may have come between row and vector."""
         if not facts:
             return facts

@@ -104,18 +104,21 @@ class Delivery:
                 dimension=embedder.dimension,
                 entities=list(self._tracked),
             )
-        if claim is not None and claim.new:
-            self._settle_window = self._settle_refill = claim.settle
-            self._filled = False
-        elif claim is not None and self._claim is not None:
+        if claim is not None and not claim.new and self._claim is not None:
             claim = replace(claim, at=self._claim.at)
+        elif claim is not None:
+            # Ours in the database, but unknown here: what was done under it is unknown, too.
+            self._settle_window = self._settle_refill = claim.settle or not claim.new
+            self._filled = False
         self._claim = claim
         return None if claim is None else (key, claim)
 
     def release(self) -> None:
         key, claim = self._key, self._claim
         self._claim = None
-        if key is not None and claim is not None and not (is_in_memory(self._engine) and open_transaction(self._engine)):
+        if is_in_memory(self._engine) and open_transaction(self._engine):
+            return  # its connection is the application's, in the middle of something
+        if key is not None and claim is not None:
             with self._engine.begin() as connection:
                 clean = not (self._settle_window or self._settle_refill)
                 state.release(connection, key, claim, self._owner, clean=clean)

@@ -160,7 +160,10 @@ def _register(
     embedder: str,
     dimension: int,
 ) -> Claim | None:
-    """A new lifetime of an index: the cursor starts now, everything older comes by the refill. None: another was faster."""
+    """A new lifetime of an index: the cursor starts now, everything older comes by the refill.
+
+    None when another was faster.
+    """
     live = select(cursor.c.incarnation).where(cursor.c.index == index.name, cursor.c.lease_until > now)
     for table in (index_state, ledger, parked, refill, cursor):
         connection.execute(
@@ -171,7 +174,7 @@ def _register(
         {**index.values(), "embedder": embedder, "dimension": dimension, "created_at": now},
     )
     snapshot, position = (present, 0) if connection.dialect.name == "postgresql" else (None, int(present))
-    registered = connection.execute(
+    connection.execute(
         upsert(connection.dialect.name, cursor).on_conflict_do_nothing(),
         {
             **index.values(),
@@ -184,7 +187,8 @@ def _register(
             "epoch": 1,
         },
     )
-    if registered.rowcount != 1:
+    registered = select(cursor.c.owner).where(index.of(cursor), cursor.c.slot == SLOT)
+    if connection.execute(registered).scalar_one() != owner:  # an INSERT's rowcount is not to be relied on
         return None
     return Claim(1, Position(snapshot, None, position), until, new=True)
 

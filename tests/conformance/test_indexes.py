@@ -532,7 +532,7 @@ class TestChromaServer(ChromaSuite):
         assert getattr(caught.value, "retry_after_s", None) == retry_after_s
 
 
-# -- extras ------------------------------------------------------------------------------------------------------------
+# -- extras -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("absent", ["chromadb.errors", "filelock"])
@@ -574,9 +574,9 @@ def test_a_query_by_ids_beside_a_writer(tmp_path: Path) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     for _ in range(15):
-        for point in points:
-            index.upsert([point])
-        index.delete([point.id for point in points])
+        for each in points:
+            index.upsert([each])
+        index.delete([each.id for each in points])
     stop.set()
     reader.join()
     index.close()

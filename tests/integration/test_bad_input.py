@@ -610,7 +610,7 @@ def test_what_is_neither_url_nor_engine(wrong: Any) -> None:
         MemoryStore(wrong, InMemoryIndex(), embedder=HashEmbedder())
 
 
-# -- calls of the store ------------------------------------------------------------------------------------------------
+# -- calls of the store -----------------------------------------------------------------------------------------------
 
 
 def test_wrong_types_in_calls_of_the_store(engine: Engine) -> None:

@@ -87,7 +87,7 @@ def test_no_network_and_no_embedding_in_a_commit(world: World) -> None:
     assert ops(world) == [("insert", 1)]
 
 
-# -- what is logged ----------------------------------------------------------------------------------------------------
+# -- what is logged ---------------------------------------------------------------------------------------------------
 
 
 def test_row_older_than_tracking_gets_a_baseline_first(world: World) -> None:
@@ -229,7 +229,7 @@ def test_close_discards(world: World) -> None:
     world.assert_in_step()
 
 
-# -- bulk statements -----------------------------------------------------------------------------------------------------
+# -- bulk statements --------------------------------------------------------------------------------------------------
 
 
 def test_bulk_statements_are_captured(world: World) -> None:
@@ -299,14 +299,13 @@ def test_a_failed_bulk_statement_leaves_nothing(world: World) -> None:
     world.assert_in_step()
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- what is refused --------------------------------------------------------------------------------------------------
 
 
 def _upsert(session: Session) -> Any:
     from memstate_sa.relay.state import upsert
 
-    statement = upsert(session.get_bind().dialect.name, Tag.__table__)
-    return statement
+    return upsert(session.get_bind().dialect.name, Tag.__table__)
 
 
 UNTRACKED = {
@@ -359,7 +358,7 @@ def test_on_untracked_warn(engine: Engine) -> None:
         assert session.scalars(select(Tag.name)).all() == ["x"]
 
 
-# -- each listener ---------------------------------------------------------------------------------------------------------
+# -- each listener ----------------------------------------------------------------------------------------------------
 
 
 def test_before_commit_seals(world: World) -> None:
@@ -458,7 +457,7 @@ def test_a_flush_only_session_on_an_external_connection(world: World) -> None:
     world.assert_in_step()
 
 
-# -- wiring ----------------------------------------------------------------------------------------------------------------
+# -- wiring -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["sessionmaker", "class", "scoped", "session"])

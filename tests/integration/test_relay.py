@@ -161,7 +161,7 @@ def test_a_late_commit_is_not_skipped(postgres_engine: Engine) -> None:
     world.assert_in_step()
 
 
-# -- failures ----------------------------------------------------------------------------------------------------------
+# -- failures ---------------------------------------------------------------------------------------------------------
 
 
 def test_converges_through_random_failures(engine: Engine) -> None:
@@ -324,7 +324,7 @@ def test_one_holder_at_a_time(spied: World) -> None:
     spied.assert_in_step()
 
 
-# -- incarnations -------------------------------------------------------------------------------------------------------
+# -- incarnations -----------------------------------------------------------------------------------------------------
 
 
 def test_another_index_under_the_same_name_is_refilled(engine: Engine) -> None:
@@ -483,7 +483,7 @@ def test_writers_are_not_starved_and_do_not_fail(sqlite_engine: Engine) -> None:
     world.assert_in_step()
 
 
-# -- the outbox ---------------------------------------------------------------------------------------------------------
+# -- the outbox -------------------------------------------------------------------------------------------------------
 
 
 def test_delivered_entries_are_forgotten_and_undelivered_kept(world: World) -> None:

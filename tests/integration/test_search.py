@@ -154,7 +154,7 @@ def test_equals_brute_force(
 _worlds: dict[str, World] = {}
 
 
-# -- the fence -----------------------------------------------------------------------------------------------------------
+# -- the fence --------------------------------------------------------------------------------------------------------
 
 
 def test_ghosts_ten_to_one_leave_the_top_k_full(meddled: World, index: Meddling) -> None:
@@ -240,7 +240,7 @@ def test_facts_of_another_user_are_never_returned(world: World) -> None:
             assert {hit.fact.name for hit in hits} == {name}
 
 
-# -- push-down -----------------------------------------------------------------------------------------------------------
+# -- push-down --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_one_select_hydrates(meddled: World) -> None:
         assert len([s for s in seen if "FROM person" in s]) == 1
 
 
-# -- options and bounds --------------------------------------------------------------------------------------------------
+# -- options and bounds -----------------------------------------------------------------------------------------------
 
 
 def test_max_distance(world: World) -> None:

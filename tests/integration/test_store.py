@@ -218,7 +218,7 @@ def test_unknown_ids(store: MemoryStore, call: str) -> None:
     assert_holds(store, {})
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- reading ----------------------------------------------------------------------------------------------------------
 
 VALUES: dict[str, Any] = {
     "int": 5,
@@ -341,7 +341,7 @@ def test_search_sees_the_open_transaction(store: MemoryStore) -> None:
     assert [hit.fact.payload["content"] for hit in store.search("tea")] == ["old tea"]
 
 
-# -- undo --------------------------------------------------------------------------------------------------------------
+# -- undo -------------------------------------------------------------------------------------------------------------
 
 
 def test_rollback(store: MemoryStore) -> None:
@@ -398,7 +398,7 @@ def test_discard_session_can_be_undone(store: MemoryStore) -> None:
     assert store.discard_session("s1") == [a, b]
 
 
-# -- transactions ------------------------------------------------------------------------------------------------------
+# -- transactions -----------------------------------------------------------------------------------------------------
 
 
 def test_a_transaction_is_all_or_nothing(store: MemoryStore) -> None:
@@ -473,7 +473,7 @@ def test_threads_have_transactions_of_their_own(store: MemoryStore) -> None:
     assert_holds(store, {theirs: "content: theirs"})
 
 
-# -- schemas -----------------------------------------------------------------------------------------------------------
+# -- schemas ----------------------------------------------------------------------------------------------------------
 
 
 def test_validation_errors_are_pydantics(store: MemoryStore) -> None:
@@ -578,7 +578,7 @@ def test_register_schema_says_what_is_wrong(store: MemoryStore) -> None:
         store.register_schema(5, Preference)  # type: ignore[arg-type]
 
 
-# -- unique facts ------------------------------------------------------------------------------------------------------
+# -- unique facts -----------------------------------------------------------------------------------------------------
 
 
 def test_committing_what_exists_updates_it(store: MemoryStore) -> None:
@@ -693,7 +693,7 @@ def test_a_durable_fact_is_not_discarded(store: MemoryStore) -> None:
     assert_holds(store, {ephemeral: "user: u1", durable: "user: u2"})
 
 
-# -- life --------------------------------------------------------------------------------------------------------------
+# -- life -------------------------------------------------------------------------------------------------------------
 
 
 def test_what_was_read_is_usable_after_close(engine: Engine) -> None:
@@ -790,7 +790,7 @@ def test_an_async_engine(engine: Engine) -> None:
         assert_holds(store, {id_: "content: likes tea"})
 
 
-# -- an in-memory SQLite -----------------------------------------------------------------------------------------------
+# -- an in-memory SQLite ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])

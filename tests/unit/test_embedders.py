@@ -183,7 +183,7 @@ def test_an_asymmetric_embedder_is_asked_its_own_way() -> None:
         embed_query(embedder, "q")
 
 
-# -- WordLlama ---------------------------------------------------------------------------------------------------------
+# -- WordLlama --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         WordLlamaEmbedder()
 
 
-# -- Chroma's embedding functions --------------------------------------------------------------------------------------
+# -- Chroma's embedding functions -------------------------------------------------------------------------------------
 
 chroma_types = pytest.importorskip("chromadb.api.types")
 
@@ -360,7 +360,7 @@ def test_a_failing_function_is_an_embedder_that_fails() -> None:
         _ = ChromaEmbedder(Down()).dimension
 
 
-# -- for tests ---------------------------------------------------------------------------------------------------------
+# -- for tests --------------------------------------------------------------------------------------------------------
 
 
 def test_hash_embedder_is_deterministic() -> None:
