@@ -5,6 +5,7 @@ when it rolls back, none of them ever existed.
 """
 
 from memstate_sa import sqlite
+from memstate_sa.capture import UntrackedWriteWarning
 from memstate_sa.changes import Change
 from memstate_sa.errors import (
     ConflictError,
@@ -46,6 +47,7 @@ __all__ = [
     "MissingExtra",
     "NotFound",
     "UntrackedWrite",
+    "UntrackedWriteWarning",
     "ValidationFailed",
     "metadata",
     "sqlite",

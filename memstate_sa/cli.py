@@ -133,9 +133,10 @@ def relay(
                 courier.drain(timeout=timeout)
                 console.print("Nothing is pending.")
             else:
+                interrupted = _interruption()
                 courier.start()
                 console.print("Delivering; interrupt to stop.")
-                _wait_for_interrupt()
+                interrupted.wait()
         finally:
             courier.stop()  # at once, another relay may go on
 
@@ -348,8 +349,9 @@ def _print_changes(changes: Iterable[Change]) -> None:
     Console().print(table)
 
 
-def _wait_for_interrupt() -> None:
+def _interruption() -> threading.Event:
+    """Set by SIGINT or SIGTERM, from now on."""
     interrupted = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: interrupted.set())
-    interrupted.wait()
+    return interrupted

@@ -176,7 +176,7 @@ def rows(columns: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
 
 
 relaxed = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 

@@ -116,7 +116,7 @@ def apply(world: World, session: Any, change: tuple[Any, ...]) -> None:
             session.delete(person)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     changes=st.lists(change, max_size=15),
     query=st.sampled_from(WORDS),
