@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from sqlalchemy import Boolean, Column, ColumnElement, String, Table, Text, inspect
+from sqlalchemy import Boolean, Column, ColumnElement, Select, String, Table, Text, inspect, select
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.orm import (
@@ -101,7 +101,12 @@ class Tracked:
     unique_values: UniqueValues | None = None
     immutable: Callable[[Mapping[str, Any]], bool] | None = None
     on_untracked: str = "raise"
+    hydrations: dict[str, Select[Any]] = field(default_factory=dict, repr=False)
     _columns: dict[str, TableColumns] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def everything(self) -> Select[Any]:
+        return select(self.model)
 
     @property
     def mapper(self) -> Mapper[Any]:

@@ -61,6 +61,7 @@ class Memory:
         self._rollback = history.Rollback(self._registry, self._capture)
         self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
         self._engines: dict[str, Engine] = {}
+        self._opened: set[str] = set()  # indexes that a search has opened
 
     # -- adoption --------------------------------------------------------------------------------------------------
 
@@ -293,7 +294,15 @@ class Memory:
         if consistency not in ("fresh", "eventual"):
             raise MemstateError(f"consistency={consistency!r}: 'fresh' or 'eventual'")
         search = Search(
-            session, self._registry, self._capture, self.indexes, self._vectors, target, index=index, call=call
+            session,
+            self._registry,
+            self._capture,
+            self.indexes,
+            self._opened,
+            self._vectors,
+            target,
+            index=index,
+            call=call,
         )
         return search.run(query, limit, max_distance, fresh=consistency == "fresh")
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import numpy as np
-from sqlalchemy import Select, case, func, select
+from sqlalchemy import Select, bindparam, case, func, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 from memstate_sa.capture import Capture, Registry
 from memstate_sa.codec import decode_key, encode_key
-from memstate_sa.columns import batches
+from memstate_sa.columns import TableColumns, batches
 from memstate_sa.errors import DeliveryError, DeliveryRejected, MemstateError
 from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.filters import push_down
@@ -27,8 +27,8 @@ from memstate_sa.indexes.base import Filter, Match, Vector, VectorIndex
 from memstate_sa.outbox import undelivered
 from memstate_sa.relay.delivery import ENTITY
 from memstate_sa.relay.plan import halves
-from memstate_sa.relay.state import IndexKey, is_filled, read_position
-from memstate_sa.tables import outbox, parked
+from memstate_sa.relay.state import IndexKey, is_filled, read_position, stuck
+from memstate_sa.tables import outbox
 from memstate_sa.truth import raw_key_columns
 from memstate_sa.vectors import Vectors
 
@@ -75,6 +75,18 @@ def call_directly(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs
     return function(*args, **kwargs)
 
 
+# The caller's own keys first. Built once: building costs more than running. SQLite's position is a bound parameter, a
+# snapshot of PostgreSQL has a shape of its own each time.
+_dirty = (
+    select(outbox.c.key)
+    .where(outbox.c.entity == bindparam("entity"))
+    .group_by(outbox.c.key)
+    .order_by(func.max(case((outbox.c.tx == bindparam("own_tx"), 1), else_=0)).desc(), func.max(outbox.c.id).desc())
+    .limit(OVERLAY_LIMIT + 1)
+)
+_after_position = _dirty.where(outbox.c.id > bindparam("position"))
+
+
 @dataclass
 class _Row:
     fact: Any
@@ -90,6 +102,7 @@ class Search:
         registry: Registry,
         capture: Capture,
         indexes: Mapping[str, VectorIndex],
+        opened: set[str],
         vectors: Vectors,
         target: Any,
         *,
@@ -104,6 +117,7 @@ class Search:
         if self._name not in self._tracked.indexes:
             raise MemstateError(f"{self._tracked.model.__name__} does not go to an index {self._name!r}")
         self._index = indexes[self._name]
+        self._opened = opened
         self._capture = capture
         self._complete = True
         self._rows: dict[str, _Row | None] = {}
@@ -111,8 +125,17 @@ class Search:
         self._budget = OVERLAY_LIMIT
 
     def run(self, query: str, limit: int, max_distance: float | None, *, fresh: bool) -> Hits[Any]:
-        embedder = self._vectors.embedder
-        self._call(self._index.open, embedder=embedder.fingerprint, dimension=embedder.dimension)
+        if self._name not in self._opened:
+            embedder = self._vectors.embedder
+            self._call(self._index.open, embedder=embedder.fingerprint, dimension=embedder.dimension)
+            self._opened.add(self._name)
+        try:
+            return self._run(query, limit, max_distance, fresh=fresh)
+        except DeliveryError:
+            self._opened.discard(self._name)  # it may have been deleted, or be another by the next search
+            raise
+
+    def _run(self, query: str, limit: int, max_distance: float | None, *, fresh: bool) -> Hits[Any]:
         vector = np.asarray(self._call(self._vectors.of_query, query), dtype=np.float32)
         if self._session.autoflush:
             self._session.flush()
@@ -153,22 +176,16 @@ class Search:
         index = IndexKey(self._name, self._call(lambda: self._index.incarnation))
         at = read_position(connection, index)
         unit = self._capture.open_unit(self._session)
-        own_tx = unit.tx if unit is not None else ""
-        mine = func.max(case((outbox.c.tx == own_tx, 1), else_=0))
-        dirty = (
-            select(outbox.c.key)
-            .where(undelivered(at), outbox.c.entity == self._tracked.entity)
-            .group_by(outbox.c.key)
-            .order_by(mine.desc(), func.max(outbox.c.id).desc())
-            .limit(OVERLAY_LIMIT + 1)
-        )
-        keys = list(connection.scalars(dirty))
+        mine = {"entity": self._tracked.entity, "own_tx": unit.tx if unit is not None else ""}
+        if at is not None and at.snapshot is None:
+            keys = list(connection.scalars(_after_position, {**mine, "position": at.position}))
+        else:
+            keys = list(connection.scalars(_dirty.where(undelivered(at)), mine))
         if len(keys) > OVERLAY_LIMIT:
             self._complete = False
             keys.pop()
-        stuck = select(parked.c.key).where(index.of(parked), parked.c.entity == self._tracked.entity)
         room = OVERLAY_LIMIT - len(keys)
-        more = connection.scalars(stuck.limit(room + 1)).all()
+        more = stuck(connection, index, self._tracked.entity, room + 1)
         if len(more) > room:
             self._complete = False
         keys += more[:room]
@@ -214,20 +231,19 @@ class Search:
         if not wanted:
             return
         columns = self._tracked.on(self._connection().dialect)
-        key_columns = raw_key_columns(self._tracked)
-        projected = [column.label(f"memstate_{n}") for n, column in enumerate(self._tracked.projected_columns)]
-        statement = self._statement.order_by(None).add_columns(*key_columns, *projected).where(columns.key_in)
+        width = len(self._tracked.key_columns)
+        statement = _hydration(self._statement, self._tracked, columns)
         embedder = self._vectors.embedder.fingerprint
         for some in batches(wanted):
             self._rows.update(dict.fromkeys(some))
             parameters = columns.key_parameters([decode_key(key) for key in some])
             # Columns beside the entity: the identity map may hold older or edited values. The filter makes joined eager
             # loading of collections possible, which repeats rows.
-            rows = self._session.execute(statement, parameters).unique(lambda row: tuple(row[1 : 1 + len(key_columns)]))
+            rows = self._session.execute(statement, parameters).unique(lambda row: tuple(row[1 : 1 + width]))
             for row in rows:
-                key = encode_key(row[1 : 1 + len(key_columns)])
+                key = encode_key(row[1 : 1 + width])
                 try:
-                    projection = self._tracked.project(key, row[1 + len(key_columns) :], embedder)
+                    projection = self._tracked.project(key, row[1 + width :], embedder)
                 except Exception:  # noqa: BLE001  # the application's own callable: the relay parks such a row, too
                     self._complete = False
                 else:
@@ -277,6 +293,19 @@ class Search:
         return heapq.nsmallest(limit, near)
 
 
+def _hydration(statement: Select[Any], tracked: Tracked, columns: TableColumns) -> Select[Any]:
+    """*statement* for the rows of some keys, with what tells their content beside the entity."""
+    plain = statement is tracked.everything
+    cached: Select[Any] | None = tracked.hydrations.get(columns.dialect.name) if plain else None
+    if cached is not None:
+        return cached
+    projected = [column.label(f"memstate_{n}") for n, column in enumerate(tracked.projected_columns)]
+    full = statement.order_by(None).add_columns(*raw_key_columns(tracked), *projected).where(columns.key_in)
+    if plain:
+        tracked.hydrations[columns.dialect.name] = full
+    return full
+
+
 def cosine_distance(a: Vector, b: Vector) -> float:
     """1 − cosine similarity; 1 when either vector is zero."""
     a, b = a.astype(np.float64), b.astype(np.float64)
@@ -287,7 +316,7 @@ def cosine_distance(a: Vector, b: Vector) -> float:
 def _target(registry: Registry, target: Any) -> tuple[Select[Any], Tracked]:
     if isinstance(target, type):
         tracked = registry.of(target)
-        return select(target), tracked
+        return (tracked.everything if target is tracked.model else select(target)), tracked
     if not isinstance(target, Select):
         raise MemstateError(f"search {target!r}: give a tracked class or a select() of one")
     described = target.column_descriptions

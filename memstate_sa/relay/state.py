@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, Table, and_, delete, func, not_, or_, select, update
+from sqlalchemy import ColumnElement, Table, and_, bindparam, delete, func, not_, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
@@ -93,12 +93,30 @@ class Claim:
     settle: bool = False
 
 
+# Built once: a search runs these, and building a statement costs more than running it.
+_index_is = (bindparam("index"), bindparam("incarnation"))
+_position = select(cursor.c.snapshot, cursor.c.target, cursor.c.position).where(
+    cursor.c.index == _index_is[0], cursor.c.incarnation == _index_is[1], cursor.c.slot == SLOT
+)
+_filled = select(refill.c.entity).where(
+    refill.c.index == _index_is[0], refill.c.incarnation == _index_is[1], refill.c.done
+)
+_stuck = (
+    select(parked.c.key)
+    .where(parked.c.index == _index_is[0], parked.c.incarnation == _index_is[1], parked.c.entity == bindparam("entity"))
+    .limit(bindparam("limit"))
+)
+
+
 def read_position(connection: Connection, index: IndexKey) -> Position | None:
     """How far *index* has come, as the reader's transaction sees it; None when it was never delivered to."""
-    row = connection.execute(
-        select(cursor.c.snapshot, cursor.c.target, cursor.c.position).where(index.of(cursor), cursor.c.slot == SLOT)
-    ).one_or_none()
+    row = connection.execute(_position, index.values()).one_or_none()
     return None if row is None else Position(*row)
+
+
+def stuck(connection: Connection, index: IndexKey, entity: str, limit: int) -> Sequence[str]:
+    """Keys of *entity* that *index* refused, parked or dead."""
+    return connection.scalars(_stuck, {**index.values(), "entity": entity, "limit": limit}).all()
 
 
 def claim(
@@ -399,7 +417,7 @@ def backlog(connection: Connection, index: IndexKey, entities: Sequence[str], up
 
 
 def is_filled(connection: Connection, index: IndexKey, entities: Sequence[str]) -> bool:
-    done = set(connection.scalars(select(refill.c.entity).where(index.of(refill), refill.c.done)))
+    done: set[Any] = set(connection.scalars(_filled, index.values()))
     return done.issuperset((SCAN, *entities))
 
 
