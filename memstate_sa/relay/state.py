@@ -94,7 +94,7 @@ class Claim:
 
 
 # Built once: a search runs these, and building a statement costs more than running it.
-_index_is = (bindparam("index"), bindparam("incarnation"))
+_index_is: tuple[Any, Any] = (bindparam("index"), bindparam("incarnation"))
 _position = select(cursor.c.snapshot, cursor.c.target, cursor.c.position).where(
     cursor.c.index == _index_is[0], cursor.c.incarnation == _index_is[1], cursor.c.slot == SLOT
 )
