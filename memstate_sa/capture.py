@@ -125,6 +125,7 @@ class _Flush:
     deleted: list[Any] = field(default_factory=list)
     baselines: list[Entry] = field(default_factory=list)
     aliases: dict[tuple[Tracked, str], str] = field(default_factory=dict)
+    written: dict[Tracked, list[tuple[Any, ...]]] = field(default_factory=dict)
     checked: bool = False
 
 
@@ -367,17 +368,17 @@ class Capture:
     ) -> None:
         """Read the rows that were *touched* (by driver-level key: was it there before?) and log what became of them."""
         entries = list(baselines)
-        expected = {} if flush is None else self._written(flush, connection)
         aliases = {} if flush is None else flush.aliases
         for tracked, existed in touched.items():
             columns = tracked.on(connection.dialect)
             images = columns.read(connection, list(existed))
-            keys = {columns.encode_key(raw): before for raw, before in existed.items()}
+            canonical = {raw: columns.encode_key(raw) for raw in existed}
             if aliases:
-                keys = {aliases.get((tracked, key), key): before for key, before in keys.items()}
+                canonical = {raw: aliases.get((tracked, key), key) for raw, key in canonical.items()}
+            keys = {canonical[raw]: before for raw, before in existed.items()}
             others = [key for key in images if key not in keys]  # stored in another form than given: CHAR is padded
             keys |= dict.fromkeys(others, False)
-            lost = sum(key in keys and key not in images for key in expected.get(tracked, ()))
+            lost = 0 if flush is None else sum(canonical[raw] not in images for raw in flush.written.get(tracked, ()))
             if lost > len(others):
                 raise UntrackedWrite(
                     f"{lost} row(s) of {tracked.entity} were written, but are not found under the keys they were "
@@ -483,39 +484,31 @@ class Capture:
         self._log_touched(connection, flush.unit, self._touched(flush, connection), flush.baselines, flush)
 
     def _touched(self, flush: _Flush, connection: Connection) -> dict[Tracked, dict[tuple[Any, ...], bool]]:
-        """The keys that *flush* touched (driver-level), and whether they existed before it."""
+        """The keys that *flush* touched (driver-level), and whether they existed before it; notes those it wrote."""
         touched: dict[Tracked, dict[tuple[Any, ...], bool]] = {}
 
-        def keys_of(state: Any) -> tuple[dict[tuple[Any, ...], bool], Callable[[Any], tuple[Any, ...]]]:
+        def keys_of(state: Any) -> tuple[dict[tuple[Any, ...], bool], Callable[[Any], tuple[Any, ...]], Tracked]:
             tracked = self._registry.find(state.mapper)
             assert tracked is not None
-            return touched.setdefault(tracked, {}), tracked.on(connection.dialect).raw_key
+            return touched.setdefault(tracked, {}), tracked.on(connection.dialect).raw_key, tracked
 
         for state in flush.inserted:
-            existed, raw_key = keys_of(state)
-            existed.setdefault(raw_key(state.mapper.primary_key_from_instance(state.obj())), False)
+            existed, raw_key, tracked = keys_of(state)
+            now = raw_key(state.mapper.primary_key_from_instance(state.obj()))
+            existed.setdefault(now, False)
+            flush.written.setdefault(tracked, []).append(now)
         for state, changed in flush.updated:
             # before_update also fires when no UPDATE is sent. Asked again, because post_update comes after the events.
             if changed or _has_changes(state):
-                existed, raw_key = keys_of(state)
+                existed, raw_key, tracked = keys_of(state)
                 now = raw_key(state.mapper.primary_key_from_instance(state.obj()))
                 existed[raw_key(state.key[1]) if state.key else now] = True
                 existed.setdefault(now, False)
+                flush.written.setdefault(tracked, []).append(now)
         for state in flush.deleted:
-            existed, raw_key = keys_of(state)
+            existed, raw_key, _ = keys_of(state)
             existed[raw_key(state.key[1])] = True
         return touched
-
-    def _written(self, flush: _Flush, connection: Connection) -> dict[Tracked, list[str]]:
-        """The keys under which there must be rows when *flush* is over."""
-        written: dict[Tracked, list[str]] = {}
-        for state in (*flush.inserted, *(state for state, _ in flush.updated)):
-            tracked = self._registry.find(state.mapper)
-            assert tracked is not None
-            columns = tracked.on(connection.dialect)
-            key = columns.encode_key(columns.raw_key(state.mapper.primary_key_from_instance(state.obj())))
-            written.setdefault(tracked, []).append(flush.aliases.get((tracked, key), key))
-        return written
 
     # -- bulk DML ----------------------------------------------------------------------------------------------------
 

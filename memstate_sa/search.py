@@ -27,7 +27,7 @@ from memstate_sa.indexes.base import Filter, Match, Vector, VectorIndex
 from memstate_sa.outbox import undelivered
 from memstate_sa.relay.delivery import ENTITY
 from memstate_sa.relay.plan import halves
-from memstate_sa.relay.state import IndexKey, is_filled, read_position, stuck
+from memstate_sa.relay.state import IndexKey, read_standing, stuck
 from memstate_sa.tables import outbox
 from memstate_sa.truth import raw_key_columns
 from memstate_sa.vectors import Vectors
@@ -174,7 +174,7 @@ class Search:
         """Keys that are committed or flushed but not delivered, the caller's own first."""
         connection = self._connection()
         index = IndexKey(self._name, self._call(lambda: self._index.incarnation))
-        at = read_position(connection, index)
+        at, filled = read_standing(connection, index, self._tracked.entity)
         unit = self._capture.open_unit(self._session)
         mine = {"entity": self._tracked.entity, "own_tx": unit.tx if unit is not None else ""}
         if at is not None and at.snapshot is None:
@@ -189,7 +189,7 @@ class Search:
         if len(more) > room:
             self._complete = False
         keys += more[:room]
-        if at is None or not is_filled(connection, index, [self._tracked.entity]):
+        if not filled:
             self._complete = False
         if connection.dialect.name == "postgresql" and self._old_snapshot(connection):
             self._complete = False

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, Table, and_, bindparam, delete, func, not_, or_, select, update
+from sqlalchemy import ColumnElement, Table, and_, bindparam, delete, func, literal, not_, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
@@ -101,6 +101,17 @@ _position = select(cursor.c.snapshot, cursor.c.target, cursor.c.position).where(
 _filled = select(refill.c.entity).where(
     refill.c.index == _index_is[0], refill.c.incarnation == _index_is[1], refill.c.done
 )
+_filled_for = (
+    select(func.count())
+    .where(
+        refill.c.index == _index_is[0],
+        refill.c.incarnation == _index_is[1],
+        refill.c.done,
+        refill.c.entity.in_((literal(SCAN), bindparam("entity"))),
+    )
+    .scalar_subquery()
+)
+_standing = _position.add_columns(_filled_for)
 _stuck = (
     select(parked.c.key)
     .where(parked.c.index == _index_is[0], parked.c.incarnation == _index_is[1], parked.c.entity == bindparam("entity"))
@@ -112,6 +123,12 @@ def read_position(connection: Connection, index: IndexKey) -> Position | None:
     """How far *index* has come, as the reader's transaction sees it; None when it was never delivered to."""
     row = connection.execute(_position, index.values()).one_or_none()
     return None if row is None else Position(*row)
+
+
+def read_standing(connection: Connection, index: IndexKey, entity: str) -> tuple[Position | None, bool]:
+    """How far *index* has come, and whether it was ever filled with the rows of *entity*."""
+    row = connection.execute(_standing, {**index.values(), "entity": entity}).one_or_none()
+    return (None, False) if row is None else (Position(*row[:3]), row[3] == 2)
 
 
 def stuck(connection: Connection, index: IndexKey, entity: str, limit: int) -> Sequence[str]:
