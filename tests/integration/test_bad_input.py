@@ -31,8 +31,6 @@ from tests.conformance.test_indexes import persistent
 from tests.integration.test_relay import eventually
 from tests.support import Note, Person, Tag, World, assert_index_holds
 
-pytestmark = pytest.mark.sa20
-
 
 def say(world: World, **tags: str) -> None:
     with world.session() as session:

@@ -1,4 +1,4 @@
-"""What MemState 0.5.1 gets wrong when it is run (evidence/peers.md), defect by defect: none of it happens here."""
+"""What MemState 0.5.1 gets wrong when it is run, defect by defect: none of it happens here."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ from memstate_sa.testing import FlakyIndex, HashEmbedder
 from tests.conformance.test_indexes import persistent
 from tests.integration.test_capture import statements
 from tests.support import Tag, World, assert_index_holds
-
-pytestmark = pytest.mark.sa20
 
 
 class Failing(FlakyIndex):
