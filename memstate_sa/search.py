@@ -175,6 +175,9 @@ class Search:
         connection = self._connection()
         index = IndexKey(self._name, self._call(lambda: self._index.incarnation))
         at, filled = read_standing(connection, index, self._tracked.entity)
+        if not filled:
+            # What was committed before the index's cursor began is delivered from the table: no position tells how far.
+            at, self._complete = None, False
         unit = self._capture.open_unit(self._session)
         mine = {"entity": self._tracked.entity, "own_tx": unit.tx if unit is not None else ""}
         if at is not None and at.snapshot is None:
@@ -189,8 +192,6 @@ class Search:
         if len(more) > room:
             self._complete = False
         keys += more[:room]
-        if not filled:
-            self._complete = False
         if connection.dialect.name == "postgresql" and self._old_snapshot(connection):
             self._complete = False
         return list(dict.fromkeys(keys))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, Table, and_, bindparam, delete, func, literal, not_, or_, select, update
+from sqlalchemy import ColumnElement, Table, and_, bindparam, delete, exists, func, literal, not_, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
@@ -439,12 +439,16 @@ def is_filled(connection: Connection, index: IndexKey, entities: Sequence[str]) 
 
 
 def forget_delivered(connection: Connection) -> int:
-    """Delete outbox entries that every index has; returns how many."""
+    """Delete outbox entries that every index has; returns how many.
+
+    An index that is being filled may be past an entry whose row it does not hold yet: search reads it here meanwhile.
+    """
     positions = [
         Position(*row) for row in connection.execute(select(cursor.c.snapshot, cursor.c.target, cursor.c.position))
     ]
     if not positions:
         return 0
     take_write_lock(connection)
-    still_needed = or_(*(undelivered(replace(at, target=None)) for at in positions))
+    filling = exists().where(not_(refill.c.done), refill.c.entity.in_((literal(SCAN), outbox.c.entity)))
+    still_needed = or_(filling, *(undelivered(replace(at, target=None)) for at in positions))
     return connection.execute(delete(outbox).where(not_(still_needed))).rowcount

@@ -366,6 +366,24 @@ def test_incomplete_until_the_index_is_filled(engine: Engine) -> None:
         assert not hits.complete
 
 
+def test_read_your_writes_while_the_index_is_filled(engine: Engine) -> None:
+    """What was committed just before the first delivery is behind the cursor and not in the index: it is found."""
+
+    class Filling(InMemoryIndex):
+        def scan(self, after: str | None, limit: int) -> Any:
+            raise DeliveryRetryable("busy")
+
+    world = World(engine, Filling())
+    people(world, "tea")
+    with pytest.raises(DeliveryRetryable, match="busy"):
+        world.relay.run_once()
+    people(world, "green tea")
+    with world.session() as session:
+        hits = world.memory.search(session, "tea", Person)
+        assert sorted(hit.fact.about for hit in hits) == ["green tea", "tea"]
+        assert not hits.complete
+
+
 def test_repeatable_read_cannot_promise_completeness(postgres_engine: Engine) -> None:
     """The index may be ahead of an old snapshot; the result says so."""
     world = World(postgres_engine)
