@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 # In a point's metadata. A point without the first was written by somebody else, and is left alone.
 _FINGERPRINT = "memstate_fingerprint"
 _EPOCH = "memstate_epoch"
+_PAUSES_S = (0.01, 0.05, 0.25)
+"""While a collection is first written to, its metadata is there before its vectors, and a query in between fails with
+InternalError ("Nothing found on disk"): ask again a little later."""
 # In the collection's metadata.
 _EMBEDDER = "memstate_embedder"
 _DIMENSION = "memstate_dimension"
@@ -283,14 +287,16 @@ class ChromaIndex:
             )
             return list(zip(found["ids"][0], found["distances"][0], found["metadatas"][0], strict=True))
 
-        try:
-            return ask(ids)
-        except self._errors.InternalError:
-            if ids is None:
-                raise
-        # One absent id among *ids* fails the whole query, and so does one that is being written meanwhile. Reading
-        # those that are there cannot fail that way, and among few ids exact distances cost no more than Chroma's own.
-        return self._exactly(collection, query[0], limit, where, ids)
+        for pause in _PAUSES_S:
+            try:
+                return ask(ids)
+            except self._errors.InternalError:
+                if ids is not None:
+                    # One absent id among *ids* fails the whole query, and so does one that is being written meanwhile.
+                    # Reading those that are there cannot fail that way, and among few ids exact distances cost no more.
+                    return self._exactly(collection, query[0], limit, where, ids)
+                time.sleep(pause)
+        return ask(ids)
 
     def _exactly(
         self, collection: Collection, query: Vector, limit: int, where: Any, ids: list[str]

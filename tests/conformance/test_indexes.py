@@ -581,3 +581,16 @@ def test_a_query_by_ids_beside_a_writer(tmp_path: Path) -> None:
     reader.join()
     index.close()
     assert failures == []
+
+
+def test_a_query_beside_the_first_write(tmp_path: Path) -> None:
+    """Chroma now and then fails a query of a folder that is just getting its first vectors; ours asks again."""
+    for n in range(30):
+        with persistent(tmp_path / str(n)) as client:
+            index = opened(client, "memory")
+            writer = threading.Thread(target=index.upsert, args=([point("a")],))
+            writer.start()
+            while writer.is_alive():
+                index.query(vector(*X), 3)
+            assert [match.id for match in index.query(vector(*X), 3)] == ["a"]
+            index.close()
