@@ -27,12 +27,12 @@ from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.dml import UpdateBase
 
 from memstate_sa import tables
-from memstate_sa.changes import Entry, fold, new_tx
+from memstate_sa.changes import Entry, Op, fold, new_tx
 from memstate_sa.codec import decode_key
 from memstate_sa.columns import RAW, READ_CHUNK, TableColumns, batches
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
 from memstate_sa.facts import Tracked, check_single_table, inheritance_criterion, unique_value
-from memstate_sa.outbox import add_to_log, add_to_outbox, as_array, deleted_keys, known_keys, take_write_lock
+from memstate_sa.outbox import add_to_log, add_to_outbox, as_array, deleted_keys, take_write_lock, unknown_keys
 from memstate_sa.schemas import failure
 from memstate_sa.tables import utcnow
 
@@ -49,6 +49,7 @@ class Registry:
         self.by_entity: dict[str, Tracked] = {}
         self.by_table: dict[Table, Tracked] = {}
         self.by_table_name: dict[str, Tracked] = {}
+        self.validates = False
 
     def add(self, tracked: Tracked) -> None:
         other = self.by_entity.get(tracked.entity)
@@ -61,6 +62,7 @@ class Registry:
             )
         self.by_entity[tracked.entity] = tracked
         self.by_table[tracked.table] = self.by_table_name[tracked.table.fullname] = tracked
+        self.validates |= tracked.validate is not None
         self._by_mapper = {**{m: t for m, t in self._by_mapper.items() if t is not None}, tracked.mapper: tracked}
 
     def find(self, mapper: Mapper[Any]) -> Tracked | None:
@@ -116,15 +118,13 @@ class Unit:
 
 @dataclass
 class _Flush:
-    """What one flush touches, while it runs: states of tracked classes."""
+    """What one flush touches, while it runs: states of tracked classes, what is done to them, whether it is certain."""
 
     unit: Unit
     context: Any
-    inserted: list[Any] = field(default_factory=list)
-    updated: list[tuple[Any, bool]] = field(default_factory=list)
-    deleted: list[Any] = field(default_factory=list)
+    touched: list[tuple[Any, Op, bool]] = field(default_factory=list)
     baselines: list[Entry] = field(default_factory=list)
-    aliases: dict[tuple[Tracked, str], str] = field(default_factory=dict)
+    canonical: dict[Tracked, dict[tuple[Any, ...], str]] = field(default_factory=dict)
     written: dict[Tracked, list[tuple[Any, ...]]] = field(default_factory=dict)
     checked: bool = False
 
@@ -323,26 +323,28 @@ class Capture:
         unit: Unit,
         tracked: Tracked,
         raw_keys: Sequence[tuple[Any, ...]],
-        aliases: dict[tuple[Tracked, str], str] | None = None,
+        canonical: dict[tuple[Any, ...], str] | None = None,
     ) -> list[Entry]:
         """A baseline entry for each of the rows that the log has not seen, as it is before we change it.
 
-        *aliases* gets the stored form of keys that an object holds in another: Decimal("1.5") for 1.50, "a" for a
-        padded CHAR. A key in another form is unknown to the log, so that all of them pass here.
+        *canonical* gets each raw key as the text it has in the log, also of those that an object holds in another form
+        than is stored: Decimal("1.5") for 1.50, "a" for a padded CHAR. Such a key is unknown to the log, and read here.
         """
         columns = tracked.on(connection.dialect)
         with unit.writing():
             take_write_lock(connection)
         by_key = {columns.encode_key(raw): raw for raw in raw_keys}
+        if canonical is not None:
+            canonical.update((raw, key) for key, raw in by_key.items())
         unknown = self._unknown(connection, tracked, by_key)
         if not unknown:
             return []
         images = columns.read(connection, [by_key[key] for key in unknown], for_update=True)
-        if aliases is not None:
+        if canonical is not None:
             forms = {_form(decode_key(key)): key for key in images if key not in by_key}
             for key in unknown:
                 if key not in images and _form(by_key[key]) in forms:
-                    aliases[tracked, key] = forms[_form(by_key[key])]
+                    canonical[by_key[key]] = forms[_form(by_key[key])]
         # Whoever held these rows while we waited for the lock may have logged them meanwhile.
         unknown = self._unknown(connection, tracked, images)
         return [Entry(tracked.entity, key, "baseline", images[key]) for key in unknown]
@@ -354,9 +356,8 @@ class Capture:
         self.write(connection, unit, entries, deliver_baselines=True)
         return len(entries)
 
-    def _unknown(self, connection: Connection, tracked: Tracked, keys: Collection[str]) -> list[str]:
-        known: set[Any] = set(connection.scalars(known_keys, {"entity": tracked.entity, "keys": as_array(keys)}))
-        return [key for key in keys if key not in known]
+    def _unknown(self, connection: Connection, tracked: Tracked, keys: Collection[str]) -> Sequence[str]:
+        return connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array(keys)}).all()
 
     def _log_touched(
         self,
@@ -368,13 +369,11 @@ class Capture:
     ) -> None:
         """Read the rows that were *touched* (by driver-level key: was it there before?) and log what became of them."""
         entries = list(baselines)
-        aliases = {} if flush is None else flush.aliases
         for tracked, existed in touched.items():
             columns = tracked.on(connection.dialect)
             images = columns.read(connection, list(existed))
-            canonical = {raw: columns.encode_key(raw) for raw in existed}
-            if aliases:
-                canonical = {raw: aliases.get((tracked, key), key) for raw, key in canonical.items()}
+            canonical = {} if flush is None else flush.canonical.get(tracked, {})
+            canonical |= {raw: columns.encode_key(raw) for raw in existed if raw not in canonical}
             keys = {canonical[raw]: before for raw, before in existed.items()}
             others = [key for key in images if key not in keys]  # stored in another form than given: CHAR is padded
             keys |= dict.fromkeys(others, False)
@@ -387,10 +386,11 @@ class Capture:
             gone = [key for key, before in keys.items() if before and key not in images]
             for key in self._deleted_before(connection, tracked, gone):
                 del keys[key]  # the DELETE found nothing: somebody else's came first
-            for key, op, image in fold(keys, images):
-                if image is not None:
-                    self._check(tracked, columns, op, image)
-                entries.append(Entry(tracked.entity, key, op, image))
+            changes = [Entry(tracked.entity, key, op, image) for key, op, image in fold(keys, images)]
+            if tracked.validate is not None or tracked.immutable is not None:
+                for change in changes:
+                    self._check(tracked, columns, change)
+            entries += changes
         self.write(connection, unit, entries)
 
     def _deleted_before(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> Sequence[str]:
@@ -398,12 +398,12 @@ class Capture:
             return ()
         return connection.scalars(deleted_keys, {"entity": tracked.entity, "keys": as_array(keys)}).all()
 
-    def _check(self, tracked: Tracked, columns: TableColumns, op: str, image: Mapping[str, Any]) -> None:
+    def _check(self, tracked: Tracked, columns: TableColumns, entry: Entry) -> None:
         """What the schema says of the row as the database has it, its own defaults and expressions included."""
-        if tracked.validate is None and tracked.immutable is None:
+        if entry.image is None:
             return
-        values = tracked.by_attribute(columns.values(dict(image)))
-        if op == "update" and tracked.immutable is not None and tracked.immutable(values):
+        values = tracked.by_attribute(columns.values(dict(entry.image)))
+        if entry.op == "update" and tracked.immutable is not None and tracked.immutable(values):
             raise ConflictError(f"a fact of {tracked.entity} is immutable: delete it and add another")
         if tracked.validate is not None:
             try:
@@ -414,11 +414,12 @@ class Capture:
     # -- flush -------------------------------------------------------------------------------------------------------
 
     def _before_flush(self, session: Session, context: Any, instances: Any) -> None:
-        for instance in (*session.new, *session.dirty):
-            state: Any = inspect(instance)
-            tracked = self._registry.find(state.mapper)
-            if tracked is not None and tracked.validate is not None:
-                _validate_instance(tracked, state)
+        if self._registry.validates:
+            for instance in (*session.new, *session.dirty):
+                state: Any = inspect(instance)
+                tracked = self._registry.find(state.mapper)
+                if tracked is not None and tracked.validate is not None:
+                    _validate_instance(tracked, state)
         # Last: when this event raises, no other says that there will be no flush.
         unit = self.unit(session)
         unit.flush = self._flushes[session.hash_key] = _Flush(unit, context)
@@ -434,7 +435,7 @@ class Capture:
     def _after_insert(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
         flush = self._flushes.get(state.session_id)
         if flush is not None:
-            flush.inserted.append(state)
+            flush.touched.append((state, "insert", True))
 
     def _before_update(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
         flush = self._flushes.get(state.session_id)
@@ -442,7 +443,7 @@ class Capture:
             if not flush.checked:
                 self._before_first_change(connection, flush)
             # Asked now: what an expression sets is expired by the UPDATE, and the change forgotten.
-            flush.updated.append((state, _has_changes(state)))
+            flush.touched.append((state, "update", _has_changes(state)))
 
     def _after_update(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
         """A row switch, an insert that takes over a deleted row, fires before_insert and this."""
@@ -451,14 +452,14 @@ class Capture:
             if flush is not None:
                 if not flush.checked:
                     self._before_first_change(connection, flush)
-                flush.updated.append((state, True))
+                flush.touched.append((state, "update", True))
 
     def _before_delete(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
         flush = self._flushes.get(state.session_id)
         if flush is not None:
             if not flush.checked:
                 self._before_first_change(connection, flush)
-            flush.deleted.append(state)
+            flush.touched.append((state, "delete", True))
 
     def _before_first_change(self, connection: Connection, flush: _Flush) -> None:
         """Before the first UPDATE or DELETE: baselines of all rows that this flush will change.
@@ -466,48 +467,45 @@ class Capture:
         Not in before_flush, which knows neither orphans nor children whose foreign key a deleted parent nulls.
         """
         flush.checked = True
-        changing: dict[Tracked, list[tuple[Any, ...]]] = {}
+        identities: dict[Mapper[Any], list[Any]] = {}
         for state, (_is_delete, listed_only) in flush.context.states.items():
             if state.key is not None and not listed_only:
-                tracked = self._registry.find(state.mapper)
-                if tracked is not None:
-                    changing.setdefault(tracked, []).append(tracked.on(connection.dialect).raw_key(state.key[1]))
+                identities.setdefault(state.mapper, []).append(state.key[1])
+        changing: dict[Tracked, list[tuple[Any, ...]]] = {}
+        for mapper, some in identities.items():
+            tracked = self._registry.find(mapper)
+            if tracked is not None:
+                changing.setdefault(tracked, []).extend(map(tracked.on(connection.dialect).raw_key, some))
         for tracked, keys in changing.items():
-            flush.baselines += self.baselines(connection, flush.unit, tracked, keys, flush.aliases)
+            canonical = flush.canonical.setdefault(tracked, {})
+            flush.baselines += self.baselines(connection, flush.unit, tracked, keys, canonical)
 
     def _after_flush(self, session: Session, context: Any) -> None:
         flush = self._end_flush(session)
-        if flush is None or not (flush.inserted or flush.updated or flush.deleted):
+        if flush is None or not flush.touched:
             return
-        some: Any = (*flush.inserted, *flush.deleted, *(state for state, _ in flush.updated))[0]
-        connection = session.connection(bind_arguments={"mapper": some.mapper})
+        connection = session.connection(bind_arguments={"mapper": flush.touched[0][0].mapper})
         self._log_touched(connection, flush.unit, self._touched(flush, connection), flush.baselines, flush)
 
     def _touched(self, flush: _Flush, connection: Connection) -> dict[Tracked, dict[tuple[Any, ...], bool]]:
         """The keys that *flush* touched (driver-level), and whether they existed before it; notes those it wrote."""
         touched: dict[Tracked, dict[tuple[Any, ...], bool]] = {}
-
-        def keys_of(state: Any) -> tuple[dict[tuple[Any, ...], bool], Callable[[Any], tuple[Any, ...]], Tracked]:
-            tracked = self._registry.find(state.mapper)
-            assert tracked is not None
-            return touched.setdefault(tracked, {}), tracked.on(connection.dialect).raw_key, tracked
-
-        for state in flush.inserted:
-            existed, raw_key, tracked = keys_of(state)
-            now = raw_key(state.mapper.primary_key_from_instance(state.obj()))
-            existed.setdefault(now, False)
-            flush.written.setdefault(tracked, []).append(now)
-        for state, changed in flush.updated:
+        mapper: Mapper[Any] | None = None
+        for state, op, changed in flush.touched:
+            if state.mapper is not mapper:
+                mapper = state.mapper
+                tracked = self._registry.of(mapper.class_)
+                raw_key = tracked.on(connection.dialect).raw_key
+                existed, written = touched.setdefault(tracked, {}), flush.written.setdefault(tracked, [])
+            if op == "delete":
+                existed[raw_key(state.key[1])] = True
             # before_update also fires when no UPDATE is sent. Asked again, because post_update comes after the events.
-            if changed or _has_changes(state):
-                existed, raw_key, tracked = keys_of(state)
-                now = raw_key(state.mapper.primary_key_from_instance(state.obj()))
-                existed[raw_key(state.key[1]) if state.key else now] = True
+            elif changed or _has_changes(state):
+                now = raw_key(_primary_key(tracked, state))
+                if op == "update":
+                    existed[raw_key(state.key[1]) if state.key else now] = True
                 existed.setdefault(now, False)
-                flush.written.setdefault(tracked, []).append(now)
-        for state in flush.deleted:
-            existed, raw_key, _ = keys_of(state)
-            existed[raw_key(state.key[1])] = True
+                written.append(now)
         return touched
 
     # -- bulk DML ----------------------------------------------------------------------------------------------------
@@ -588,7 +586,7 @@ class Capture:
             criterion = inheritance_criterion(mapper)
             criteria = statement._where_criteria if criterion is None else (*statement._where_criteria, criterion)
             matching = matching.where(*criteria).with_for_update(of=tracked.table)
-            keys = [tuple(row) for row in connection.execute(matching, state.parameters or {})]
+            keys = [tuple(row) for row in connection.execute(matching, state.parameters or {}).all()]
         keys = list(dict.fromkeys(keys))
         baselines = self.baselines(connection, unit, tracked, keys)
         with unit.writing():
@@ -652,6 +650,16 @@ def _fetched(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> Result[An
     result: Any = IteratorResult(SimpleResultMetaData(names), iter(rows))
     result.rowcount = len(rows)
     return result  # type: ignore[no-any-return]
+
+
+def _primary_key(tracked: Tracked, state: Any) -> Sequence[Any]:
+    """As the flush left it; the identity of *state* is still the one before."""
+    values = state.dict
+    try:
+        return [values[name] for name in tracked.key_attributes]
+    except KeyError:  # expired
+        key: Sequence[Any] = state.mapper.primary_key_from_instance(state.obj())
+        return key
 
 
 def _has_changes(state: Any) -> bool:

@@ -98,7 +98,9 @@ def decode(data: Any) -> Any:
 def encode_image(names: Sequence[str], values: Iterable[Any]) -> dict[str, Any]:
     """A row as it goes into the log."""
     return {
-        name: value if value is None or type(value) is int else encode(value)
+        name: value
+        if (kind := type(value)) is int or value is None or (kind is str and value.isprintable())
+        else encode(value)
         for name, value in zip(names, values, strict=True)
     }
 

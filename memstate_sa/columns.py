@@ -41,7 +41,7 @@ from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 from memstate_sa.codec import decode, decode_key, encode_image, encode_key
 from memstate_sa.errors import MemstateError
 
-READ_CHUNK = 500
+READ_CHUNK = 1000
 """Keys per SELECT: well under SQLite's 32,766 and PostgreSQL's 65,535 parameters for any composite key."""
 
 MAX_KEY_CHARS = 2000
@@ -162,16 +162,13 @@ class TableColumns:
         if for_update:  # in key order, so that two sessions cannot wait for each other
             statement = statement.order_by(*self.table.primary_key.columns).with_for_update()
         images: dict[str, dict[str, Any]] = {}
-        for some in batches(keys):
-            for row in connection.execute(statement, self.key_parameters(some)):
-                images[self.key_of(row)] = self.image(row)
-        return images
-
-    def image(self, row: Sequence[Any]) -> dict[str, Any]:
         try:
-            return encode_image(self.names, row)
+            for some in batches(keys):
+                rows = connection.execute(statement, self.key_parameters(some)).all()  # iterated, it is a fetch a row
+                images.update({self.key_of(row): encode_image(self.names, row) for row in rows})
         except TypeError as error:
             raise MemstateError(f"{self.table.fullname}: {error}") from error
+        return images
 
     def key_of(self, row: Sequence[Any]) -> str:
         """The canonical key of a row selected with `raw` for every column."""

@@ -146,6 +146,10 @@ class Tracked:
         return (self.text, *self.metadata)
 
     @cached_property
+    def key_attributes(self) -> tuple[str, ...]:
+        return tuple(self.attributes[column.name] for column in self.key_columns)
+
+    @cached_property
     def key_columns(self) -> tuple[Column[Any], ...]:
         return tuple(self.table.primary_key.columns)
 

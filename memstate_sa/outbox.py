@@ -6,17 +6,15 @@ looks, so entries need no order among themselves, and repeating one does no harm
 
 from __future__ import annotations
 
-import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import pydantic_core
 from sqlalchemy import (
     ARRAY,
-    JSON,
-    Boolean,
     ColumnElement,
     Delete,
     FromClause,
@@ -30,7 +28,6 @@ from sqlalchemy import (
     bindparam,
     cast,
     delete,
-    exists,
     false,
     func,
     insert,
@@ -47,7 +44,6 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
 from memstate_sa.changes import Entry
-from memstate_sa.codec import to_json
 from memstate_sa.tables import SLOTS, Xid8, current_xid, log, outbox
 
 _TEXT = Text()
@@ -87,7 +83,7 @@ def each(parameter: str) -> FromClause:
 
 
 def as_array(keys: Iterable[str]) -> str:
-    return json.dumps(list(keys))
+    return _text(list(keys))
 
 
 def slot_of(entity: str, key: str) -> int:
@@ -108,11 +104,12 @@ def take_write_lock(connection: Connection) -> None:
 _nothing: Delete = delete(outbox).where(false())
 
 _keys = each("keys")
-known_keys: Select[Any] = select(_keys.c.value).where(
-    exists().where(log.c.entity == bindparam("entity"), log.c.key == _keys.c.value)
+# Of a constant: SQLite would read the rows for EXISTS (SELECT *), where their index is enough.
+_entries: Select[Any] = select(literal_column("1")).where(
+    log.c.entity == bindparam("entity"), log.c.key == _keys.c.value
 )
-"""Which of ``keys`` of ``entity`` the log has seen. EXISTS: a key with a long history costs no more."""
-
+unknown_keys: Select[Any] = select(_keys.c.value).where(not_(_entries.exists()))
+"""Which of ``keys`` of ``entity`` the log has not seen. EXISTS: a key with a long history costs no more."""
 
 _last_op = (
     select(log.c.op)
@@ -132,7 +129,7 @@ _PAYLOAD_CHARS = 16_000_000
 
 
 class _field(FunctionElement[Any]):
-    """Item *n* of the current row of `rows_of`: text, or JSON with ``kind="json"`` (JSON null is NULL)."""
+    """Item *n* of the current row of `_rows`, as *type_*; JSON null is NULL."""
 
     inherit_cache = True
 
@@ -150,28 +147,18 @@ def _field_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
 @compiles(_field, "postgresql")
 def _field_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
     value, n = (compiler.process(clause, **kw) for clause in element.clauses)
-    if isinstance(element.type, JSON):
-        return f"NULLIF({value} -> {n}, 'null')"
-    return f"CAST({value} ->> {n} AS {compiler.dialect.type_compiler_instance.process(element.type)})"
+    type_ = element.type.dialect_impl(compiler.dialect)
+    return f"CAST({value} ->> {n} AS {compiler.dialect.type_compiler_instance.process(type_)})"
 
 
+_LOGGED = ("entity", "key", "op", "image", "reverts", "step")
 _rows = _elements(bindparam("rows", type_=_TEXT)).table_valued("value", name="entries")
 _tx, _at = bindparam("tx", type_=_TEXT), bindparam("at", type_=log.c.at.type)
 
 # All rows of a flush in one parameter: a tenth of what an executemany costs in the driver layers, and one round trip.
 _add_to_log: Insert = insert(log).from_select(
-    ["tx", "at", "version", "entity", "key", "op", "image", "reverts", "step"],
-    select(
-        _tx,
-        _at,
-        literal_column("1"),
-        _field(_rows, 0),
-        _field(_rows, 1),
-        _field(_rows, 2),
-        _field(_rows, 3, JSON()),
-        _field(_rows, 4),
-        _field(_rows, 5, Boolean()),
-    ),
+    ["tx", "at", "version", *_LOGGED],
+    select(_tx, _at, literal_column("1"), *(_field(_rows, n, log.c[name].type) for n, name in enumerate(_LOGGED))),
 )
 _add_to_outbox: Insert = insert(outbox).from_select(
     ["tx", "created_at", "xid", "slot", "entity", "key"],
@@ -181,40 +168,33 @@ _add_to_outbox: Insert = insert(outbox).from_select(
 
 
 def add_to_log(connection: Connection, entries: Iterable[Entry], tx: str, at: datetime) -> None:
-    rows = (
-        to_json(
-            (
-                entry.entity,
-                entry.key,
-                entry.op,
-                entry.image,
-                entry.reverts,
-                entry.op != "baseline" and entry.reverts is None,
-            )
-        )
-        for entry in entries
-    )
+    rows = [
+        # The image as text: as JSON within JSON, SQLite would parse and print it twice.
+        (entity, key, op, None if image is None else _text(image), reverts, op != "baseline" and reverts is None)
+        for entity, key, op, image, reverts in entries
+    ]
     for payload in _payloads(rows):
         connection.execute(_add_to_log, {"tx": tx, "at": at, "rows": payload})
 
 
 def add_to_outbox(connection: Connection, facts: Iterable[tuple[str, str]], tx: str, at: datetime) -> None:
-    rows = (to_json((slot_of(entity, key), entity, key)) for entity, key in facts)
-    for payload in _payloads(rows):
+    for payload in _payloads([(slot_of(entity, key), entity, key) for entity, key in facts]):
         connection.execute(_add_to_outbox, {"tx": tx, "at": at, "rows": payload})
 
 
-def _payloads(rows: Iterable[str]) -> Iterator[str]:
-    payload: list[str] = []
-    chars = 0
-    for row in rows:
-        if payload and chars + len(row) > _PAYLOAD_CHARS:
-            yield f"[{','.join(payload)}]"
-            payload, chars = [], 0
-        payload.append(row)
-        chars += len(row)
-    if payload:
-        yield f"[{','.join(payload)}]"
+def _text(data: Any) -> str:
+    """JSON, by Pydantic's serializer: a third of what the standard library takes."""
+    return pydantic_core.to_json(data).decode()
+
+
+def _payloads(rows: Sequence[tuple[Any, ...]]) -> Iterator[str]:
+    payload = _text(rows)
+    if len(payload) <= _PAYLOAD_CHARS or len(rows) == 1:
+        yield payload
+    else:
+        middle = len(rows) // 2
+        yield from _payloads(rows[:middle])
+        yield from _payloads(rows[middle:])
 
 
 # -- windows ---------------------------------------------------------------------------------------------------------

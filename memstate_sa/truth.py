@@ -35,7 +35,8 @@ def read(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> dict[
     found: dict[str, Sequence[Any]] = {}
     for some in batches(keys):
         chunk = [decode_key(key) for key in some]
-        found.update(_split(tracked, row) for row in connection.execute(statement, columns.key_parameters(chunk)))
+        rows = connection.execute(statement, columns.key_parameters(chunk)).all()
+        found.update(_split(tracked, row) for row in rows)
     return found
 
 
@@ -63,4 +64,4 @@ def page(connection: Connection, tracked: Tracked, after: str | None, limit: int
             statement = statement.where(type_coerce(key_columns[0], RAW) > binds[0])
         else:
             statement = statement.where(tuple_(*(type_coerce(c, RAW) for c in key_columns)) > tuple_(*binds))
-    return [columns.encode_key(row) for row in connection.execute(statement)]
+    return [columns.encode_key(row) for row in connection.execute(statement).all()]
