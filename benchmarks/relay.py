@@ -82,7 +82,7 @@ def run(*, quick: bool = False) -> None:
 def bulk(contents: Sequence[str], embedder: Precomputed, batch: int | None, *, marked: bool = False) -> float:
     """Points a second of ``collection.upsert`` with ids, vectors and the same two metadata fields.
 
-    *marked*: with the metadata, too, that a point needs to tell its entity and content (a fingerprint).
+    *marked*: with the fingerprint, too, by which a point tells what content it was made from.
     """
     all_rows = rows(contents)
     with databases.folder() as home, databases.chroma(home) as client:
@@ -93,7 +93,7 @@ def bulk(contents: Sequence[str], embedder: Precomputed, batch: int | None, *, m
         start = perf_counter()
         for first in range(0, len(all_rows), size):
             some = all_rows[first : first + size]
-            marks = {"entity": "preference", "fingerprint": "0123456789abcdef0123456789abcdef"} if marked else {}
+            marks = {"memstate_sa": "0123456789abcdef0123456789abcdef"} if marked else {}
             collection.upsert(
                 ids=[f"preference[{row['id']}]" for row in some],
                 embeddings=embedder.embed([row["content"] for row in some]),

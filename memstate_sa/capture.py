@@ -27,12 +27,13 @@ from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.dml import UpdateBase
 
 from memstate_sa import tables
+from memstate_sa.arrays import as_array
 from memstate_sa.changes import Entry, Op, fold, new_tx
 from memstate_sa.codec import decode_key
 from memstate_sa.columns import RAW, READ_CHUNK, TableColumns, batches
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
 from memstate_sa.facts import Tracked, check_single_table, inheritance_criterion, unique_value
-from memstate_sa.outbox import add_to_log, add_to_outbox, as_array, deleted_keys, take_write_lock, unknown_keys
+from memstate_sa.outbox import add_to_log, add_to_outbox, deleted_keys, take_write_lock, unknown_keys
 from memstate_sa.schemas import failure
 from memstate_sa.tables import utcnow
 

@@ -115,9 +115,8 @@ class WordLlamaEmbedder:
         # The tokenizer takes UTF-8, which has no lone surrogates: they become "?".
         clipped = [text[: self._CHARACTERS].encode(errors="replace").decode() for text in texts]
         for vector, encoding in zip(vectors, tokenizer.encode_batch(clipped, add_special_tokens=False), strict=True):
-            tokens, counts = np.unique(encoding.ids, return_counts=True)
-            if len(tokens):
-                vector[:] = (counts / counts.sum()).astype(np.float32) @ table[tokens]
+            if encoding.ids:
+                table[encoding.ids].mean(axis=0, out=vector)
         return vectors
 
     def _loaded(self) -> tuple[Any, NDArray[np.float32]]:

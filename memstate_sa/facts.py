@@ -231,6 +231,8 @@ def describe(
             raise MemstateError(
                 f"{model.__name__} has no column attribute {name!r}; it has {', '.join(sorted(columns))}"
             )
+    if reserved := [name for name in metadata if name.startswith("memstate_")]:
+        raise MemstateError(f"metadata={reserved[0]!r}: names that begin with memstate_ are ours in an index")
     if on_untracked not in ("raise", "warn"):
         raise MemstateError(f"on_untracked={on_untracked!r}: choose 'raise' or 'warn'")
     entity = str(entity if entity is not None else table.fullname)  # not a quoted_name

@@ -7,17 +7,16 @@ looks, so entries need no order among themselves, and repeating one does no harm
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 
-import pydantic_core
 from sqlalchemy import (
     ARRAY,
     ColumnElement,
     Delete,
-    FromClause,
     Insert,
     Integer,
     Select,
@@ -41,49 +40,10 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.elements import Cast
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.types import TypeEngine
 
+from memstate_sa.arrays import as_json, each, item, payloads
 from memstate_sa.changes import Entry
 from memstate_sa.tables import SLOTS, Xid8, current_xid, log, outbox
-
-_TEXT = Text()
-
-
-class _elements(FunctionElement[Any]):
-    """The elements of a JSON array, in their order: any number of rows or keys in one parameter."""
-
-    inherit_cache = True
-
-
-class _strings(_elements):
-    """The same, of strings, as text."""
-
-    inherit_cache = True
-
-
-@compiles(_strings, "sqlite")
-@compiles(_elements, "sqlite")
-def _elements_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
-    return f"json_each({compiler.process(element.clauses, **kw)})"
-
-
-@compiles(_elements, "postgresql")
-def _elements_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
-    return f"jsonb_array_elements(CAST({compiler.process(element.clauses, **kw)} AS JSONB))"
-
-
-@compiles(_strings, "postgresql")
-def _strings_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
-    return f"jsonb_array_elements_text(CAST({compiler.process(element.clauses, **kw)} AS JSONB))"
-
-
-def each(parameter: str) -> FromClause:
-    """A FROM element of the strings in the JSON array parameter *parameter*; bind it with `as_array`."""
-    return _strings(bindparam(parameter, type_=_TEXT)).table_valued("value", name=parameter)
-
-
-def as_array(keys: Iterable[str]) -> str:
-    return _text(list(keys))
 
 
 def slot_of(entity: str, key: str) -> int:
@@ -124,45 +84,15 @@ deleted_keys: Select[Any] = select(_keys.c.value).where(_last_op == "delete")
 
 # -- adding -----------------------------------------------------------------------------------------------------------
 
-_PAYLOAD_CHARS = 16_000_000
-"""One statement's worth of rows: PostgreSQL takes a JSONB value of 256 MB, SQLite a text of 1 GB."""
-
-
-class _field(FunctionElement[Any]):
-    """Item *n* of the current row of `_rows`, as *type_*; JSON null is NULL."""
-
-    inherit_cache = True
-
-    def __init__(self, source: FromClause, n: int, type_: TypeEngine[Any] = _TEXT) -> None:
-        self.type = type_
-        super().__init__(source.c.value, literal_column(str(n)))
-
-
-@compiles(_field, "sqlite")
-def _field_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
-    value, n = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"json_extract({value}, '$[{n}]')"
-
-
-@compiles(_field, "postgresql")
-def _field_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
-    value, n = (compiler.process(clause, **kw) for clause in element.clauses)
-    type_ = element.type.dialect_impl(compiler.dialect)
-    return f"CAST({value} ->> {n} AS {compiler.dialect.type_compiler_instance.process(type_)})"
-
-
 _LOGGED = ("entity", "key", "op", "image", "reverts", "step")
-_rows = _elements(bindparam("rows", type_=_TEXT)).table_valued("value", name="entries")
-_tx, _at = bindparam("tx", type_=_TEXT), bindparam("at", type_=log.c.at.type)
-
-# All rows of a flush in one parameter: a tenth of what an executemany costs in the driver layers, and one round trip.
+_tx, _at = bindparam("tx", type_=log.c.tx.type), bindparam("at", type_=log.c.at.type)
 _add_to_log: Insert = insert(log).from_select(
     ["tx", "at", "version", *_LOGGED],
-    select(_tx, _at, literal_column("1"), *(_field(_rows, n, log.c[name].type) for n, name in enumerate(_LOGGED))),
+    select(_tx, _at, literal_column("1"), *(item(n, log.c[name].type) for n, name in enumerate(_LOGGED))),
 )
 _add_to_outbox: Insert = insert(outbox).from_select(
     ["tx", "created_at", "xid", "slot", "entity", "key"],
-    select(_tx, _at, current_xid(), _field(_rows, 0, Integer()), _field(_rows, 1), _field(_rows, 2)),
+    select(_tx, _at, current_xid(), item(0, Integer()), item(1, Text()), item(2, Text())),
     include_defaults=False,
 )
 
@@ -170,31 +100,16 @@ _add_to_outbox: Insert = insert(outbox).from_select(
 def add_to_log(connection: Connection, entries: Iterable[Entry], tx: str, at: datetime) -> None:
     rows = [
         # The image as text: as JSON within JSON, SQLite would parse and print it twice.
-        (entity, key, op, None if image is None else _text(image), reverts, op != "baseline" and reverts is None)
+        (entity, key, op, None if image is None else as_json(image), reverts, op != "baseline" and reverts is None)
         for entity, key, op, image, reverts in entries
     ]
-    for payload in _payloads(rows):
+    for payload in payloads(rows):
         connection.execute(_add_to_log, {"tx": tx, "at": at, "rows": payload})
 
 
 def add_to_outbox(connection: Connection, facts: Iterable[tuple[str, str]], tx: str, at: datetime) -> None:
-    for payload in _payloads([(slot_of(entity, key), entity, key) for entity, key in facts]):
+    for payload in payloads([(slot_of(entity, key), entity, key) for entity, key in facts]):
         connection.execute(_add_to_outbox, {"tx": tx, "at": at, "rows": payload})
-
-
-def _text(data: Any) -> str:
-    """JSON, by Pydantic's serializer: a third of what the standard library takes."""
-    return pydantic_core.to_json(data).decode()
-
-
-def _payloads(rows: Sequence[tuple[Any, ...]]) -> Iterator[str]:
-    payload = _text(rows)
-    if len(payload) <= _PAYLOAD_CHARS or len(rows) == 1:
-        yield payload
-    else:
-        middle = len(rows) // 2
-        yield from _payloads(rows[:middle])
-        yield from _payloads(rows[middle:])
 
 
 # -- windows ---------------------------------------------------------------------------------------------------------
@@ -214,11 +129,12 @@ class Position:
     position: int
 
 
-def here(dialect_name: str) -> ColumnElement[str]:
+@cache
+def here(dialect_name: str) -> Select[Any]:
     """The present, as a target."""
     if dialect_name == "postgresql":
-        return cast(func.pg_current_snapshot(), Text)
-    return func.coalesce(cast(select(func.max(outbox.c.id)).scalar_subquery(), Text), literal("0"))
+        return select(cast(func.pg_current_snapshot(), Text))
+    return select(func.coalesce(cast(func.max(outbox.c.id), Text), literal("0")))
 
 
 def _not_seen_by(snapshot: str) -> ColumnElement[bool]:
@@ -254,13 +170,21 @@ def _snapshot(element: Any, compiler: Any, **kw: Any) -> str:
     return f"CAST({compiler.process(element.clauses, **kw)} AS pg_snapshot)"
 
 
-def window(at: Position) -> Select[Any]:
-    """The entries between *at* and its target, oldest id first; add a LIMIT."""
+_page = (
+    select(outbox.c.id, outbox.c.entity, outbox.c.key)
+    .where(outbox.c.id > bindparam("position"))
+    .order_by(outbox.c.id)
+    .limit(bindparam("limit"))
+)
+_page_of_ids = _page.where(outbox.c.id <= bindparam("target"))
+
+
+def window(at: Position) -> tuple[Select[Any], dict[str, Any]]:
+    """The entries between *at* and its target, oldest id first, up to a ``limit``: statement and other parameters."""
     assert at.target is not None
-    page = select(outbox.c.id, outbox.c.entity, outbox.c.key).where(outbox.c.id > at.position).order_by(outbox.c.id)
     if at.snapshot is None:
-        return page.where(outbox.c.id <= int(at.target))
-    return page.where(_not_seen_by(at.snapshot), _seen_by(at.target))
+        return _page_of_ids, {"position": at.position, "target": int(at.target)}
+    return _page.where(_not_seen_by(at.snapshot), _seen_by(at.target)), {"position": at.position}
 
 
 def undelivered(at: Position | None) -> ColumnElement[bool]:

@@ -143,6 +143,7 @@ class Search:
         where, ids = self._restriction()
         ask, asked_for = limit + min(limit, 20), -1
         hits: list[tuple[float, str]] = []
+        crowded = False
         while True:
             matches = [] if ids == [] else self._call(self._index.query, vector, ask, where=where, ids=ids)
             ours = [(found[1], match) for match in matches if (found := self._fact(match)) is not None]
@@ -155,11 +156,13 @@ class Search:
                 break
             if len(hits) >= limit and hits[limit - 1][0] <= horizon:
                 break
-            if where is None and ids is None and len(ours) * 2 < len(matches):
-                # Other entities crowd this one out. Only now: a filter that most points pass is slow in some indexes.
-                where, asked_for = {ENTITY: {"$eq": self._tracked.entity}}, -1
-            else:
-                asked_for = len(matches)
+            asked_for = len(matches)
+            if where is None and ids is None and not crowded and len(ours) * 2 < len(matches):
+                crowded, asked_for = True, -1  # by other entities, or by points of others
+                if self._index.fast_filters:
+                    where = {ENTITY: {"$eq": self._tracked.entity}}
+                else:
+                    ids = self._few_ids()
             ask *= 4
         result: Hits[Any] = Hits(Hit(self._rows[key].fact, distance) for distance, key in hits)  # type: ignore[union-attr]
         result.complete = self._complete
@@ -213,12 +216,16 @@ class Search:
             return pushed, None
         if not criteria and simple:
             return None, None
+        return None, self._few_ids()
+
+    def _few_ids(self) -> list[str] | None:
+        """The point ids of all rows that the statement selects; None when there are too many to name."""
         keys = self._statement.with_only_columns(*raw_key_columns(self._tracked)).order_by(None).distinct()
         keys._for_update_arg = None  # PostgreSQL locks no DISTINCT rows; hydrating locks what is returned
         rows = self._connection().execute(keys.limit(_IDS_LIMIT + 1)).all()
         if len(rows) > _IDS_LIMIT:
-            return None, None
-        return None, [self._tracked.point_id(encode_key(row)) for row in rows]
+            return None
+        return [self._tracked.point_id(encode_key(row)) for row in rows]
 
     def _fact(self, match: Match) -> tuple[str, str] | None:
         found = split_point_id(match.id)

@@ -9,10 +9,11 @@ from sqlalchemy import select
 from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa import truth
+from memstate_sa.arrays import as_array, each
 from memstate_sa.columns import batches
 from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.indexes.base import VectorIndex
-from memstate_sa.outbox import Position, as_array, each, undelivered
+from memstate_sa.outbox import Position, undelivered
 from memstate_sa.relay import state
 from memstate_sa.relay.plan import FactKey, Parked
 from memstate_sa.relay.state import IndexKey

@@ -41,7 +41,7 @@ logger = logging.getLogger("memstate_sa.relay")
 T = TypeVar("T")
 
 ENTITY = "memstate_entity"
-"""The metadata name under which every point carries its entity."""
+"""The metadata name under which points carry their entity, in an index whose filters are fast."""
 
 
 class _LeaseLost(Exception):
@@ -85,19 +85,18 @@ class Delivery:
         embedder = self._vectors.embedder
         self._guarded(lambda: self._index.open(embedder=embedder.fingerprint, dimension=embedder.dimension))
 
-    def _hold(self) -> tuple[IndexKey, Claim] | None:
-        self.open()
-        key = IndexKey(self.name, self._guarded(lambda: self._index.incarnation))
-        if key != self._key:
-            self._key, self._claim, self._filled = key, None, False
+    def _holds(self, index: IndexKey) -> bool:
+        """Become, or stay, the holder of *index*; its claim is `_claim`."""
+        if index != self._key:
+            self._key, self._claim, self._filled = index, None, False
         claim = self._claim
         if claim is not None and utcnow() < claim.lease_until - timedelta(seconds=self._lease_s / 2):
-            return key, claim
+            return True
         embedder = self._vectors.embedder
         with self._engine.begin() as connection:
             claim = state.claim(
                 connection,
-                key,
+                index,
                 self._owner,
                 self._lease_s,
                 embedder=embedder.fingerprint,
@@ -111,7 +110,7 @@ class Delivery:
             self._settle_window = self._settle_refill = claim.settle or not claim.new
             self._filled = False
         self._claim = claim
-        return None if claim is None else (key, claim)
+        return claim is not None
 
     def release(self) -> None:
         key, claim = self._key, self._claim
@@ -128,10 +127,10 @@ class Delivery:
 
         Raises DeliveryRetryable when the index or the embedder is unavailable: nothing is lost, call again later.
         """
-        held = self._hold()
-        if held is None:
+        self.open()
+        key = IndexKey(self.name, self._guarded(lambda: self._index.incarnation))
+        if not self._holds(key):
             return None
-        key, _ = held
         results = [self._step_parked(key), self._step_window(key), self._step_refill(key)]
         done = [count for count in results if count is not None]
         return sum(done) if done else None
@@ -218,7 +217,7 @@ class Delivery:
         unsettled = self._settle_window, self._settle_refill
         self._settle_window = self._settle_refill = True  # until it is recorded, whatever interrupts us
         try:
-            failed |= self._write(writes, claim.epoch)
+            failed |= self._write(index, writes, claim.epoch)
         except _LeaseLost:
             self._give_up(index, facts)
             return 0
@@ -266,9 +265,8 @@ class Delivery:
             take_write_lock(connection)
             state.park_all(connection, index, dict.fromkeys(facts, again))
 
-    def _keep_lease(self, epoch: int) -> None:
-        held = self._hold()
-        if held is None or held[1].epoch != epoch:
+    def _keep_lease(self, index: IndexKey, epoch: int) -> None:
+        if not self._holds(index) or self._claim is None or self._claim.epoch != epoch:
             raise _LeaseLost
 
     def _read_truth(
@@ -285,16 +283,16 @@ class Delivery:
                     failed[entity, found[0]] = classify(found[1], "the text callable")
         return projections, failed
 
-    def _write(self, writes: Sequence[Write], epoch: int) -> dict[FactKey, MemstateError]:
+    def _write(self, index: IndexKey, writes: Sequence[Write], epoch: int) -> dict[FactKey, MemstateError]:
         """Write to the index; the keys it refused, alone, with why. Raises DeliveryRetryable."""
         upserts = [write for write in writes if write.projection is not None]
         deletes = [write for write in writes if write.projection is None]
         failed: dict[FactKey, MemstateError] = {}
         for batch in batches(deletes, self._index.max_batch):
-            self._keep_lease(epoch)
+            self._keep_lease(index, epoch)
             failed |= self._isolate(batch, self._delete)
         for batch in batches(upserts, self._index.max_batch):
-            self._keep_lease(epoch)
+            self._keep_lease(index, epoch)
             failed |= self._isolate(batch, lambda some: self._upsert(some, epoch))
         return failed
 
@@ -322,6 +320,7 @@ class Delivery:
             if write.projection is not None and write.fact not in vectors
         }
         embedded = self._vectors.of(texts)  # type: ignore[arg-type]  # a projection that is written has both
+        marked = self._index.fast_filters
         points = []
         for write in writes:
             projection = write.projection
@@ -335,7 +334,7 @@ class Delivery:
                     vector=embedded[projection.text_fingerprint] if vector is None else vector,
                     fingerprint=projection.fingerprint,
                     epoch=epoch,
-                    metadata={ENTITY: write.fact[0], **projection.metadata},
+                    metadata={ENTITY: write.fact[0], **projection.metadata} if marked else projection.metadata,
                     text=projection.text,
                 )
             )

@@ -28,7 +28,7 @@ from memstate_sa.vectors import Vectors
 logger = logging.getLogger("memstate_sa.relay")
 
 _FORGET_EVERY_S = 60.0
-_LONGEST_PAUSE_S = 0.25
+_LONGEST_PAUSE_S = 0.5
 
 
 class Relay:
@@ -248,7 +248,7 @@ class Relay:
                 if count < self._page_size:
                     # The application commits in this process too: leave it twice the time that was taken, and find more
                     # to do at once, which indexes like. An idle relay still answers a commit immediately.
-                    self._stopping.wait(min(2 * (time.monotonic() - started), _LONGEST_PAUSE_S))
+                    self._stopping.wait(min(4 * (time.monotonic() - started), _LONGEST_PAUSE_S))
         finally:
             changes.close()
 

@@ -7,15 +7,32 @@ import socket
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, Table, and_, bindparam, delete, exists, func, literal, not_, or_, select, update
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    Table,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    literal,
+    not_,
+    or_,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
-from memstate_sa.outbox import Position, as_array, each, here, take_write_lock, undelivered, window
+from memstate_sa.arrays import as_array, each, item, payloads
+from memstate_sa.outbox import Position, here, take_write_lock, undelivered, window
 from memstate_sa.relay.plan import Delivered, FactKey, Parked
 from memstate_sa.tables import cursor, index_state, ledger, outbox, parked, refill, utcnow
 
@@ -32,11 +49,17 @@ class IndexKey(NamedTuple):
     name: str
     incarnation: str
 
-    def of(self, table: Table) -> ColumnElement[bool]:
-        return and_(table.c.index == self.name, table.c.incarnation == self.incarnation)
-
     def values(self) -> dict[str, str]:
+        """For an INSERT."""
         return {"index": self.name, "incarnation": self.incarnation}
+
+    def parameters(self) -> dict[str, str]:
+        """For what `_of_index` selects."""
+        return {"the_index": self.name, "the_incarnation": self.incarnation}
+
+
+def _of_index(table: Table) -> ColumnElement[bool]:
+    return and_(table.c.index == bindparam("the_index"), table.c.incarnation == bindparam("the_incarnation"))
 
 
 def owner_id() -> str:
@@ -93,47 +116,79 @@ class Claim:
     settle: bool = False
 
 
-# Built once: a search runs these, and building a statement costs more than running it.
-_index_is: tuple[Any, Any] = (bindparam("index"), bindparam("incarnation"))
-_position = select(cursor.c.snapshot, cursor.c.target, cursor.c.position).where(
-    cursor.c.index == _index_is[0], cursor.c.incarnation == _index_is[1], cursor.c.slot == SLOT
-)
-_filled = select(refill.c.entity).where(
-    refill.c.index == _index_is[0], refill.c.incarnation == _index_is[1], refill.c.done
-)
+# Statements are built once: building one takes longer than running it, and the relay shares the interpreter with the
+# application.
+_keys = each("keys")
+_entity: BindParameter[str] = bindparam("entity")
+_limit: BindParameter[int] = bindparam("limit")
+_of_cursor = and_(_of_index(cursor), cursor.c.slot == SLOT)
+_held = and_(_of_cursor, cursor.c.owner == bindparam("holder"), cursor.c.epoch == bindparam("held_epoch"))
+_position = select(cursor.c.snapshot, cursor.c.target, cursor.c.position).where(_of_cursor)
+_filled = select(refill.c.entity).where(_of_index(refill), refill.c.done)
 _filled_for = (
     select(func.count())
-    .where(
-        refill.c.index == _index_is[0],
-        refill.c.incarnation == _index_is[1],
-        refill.c.done,
-        refill.c.entity.in_((literal(SCAN), bindparam("entity"))),
-    )
+    .where(_of_index(refill), refill.c.done, refill.c.entity.in_((literal(SCAN), _entity)))
     .scalar_subquery()
 )
 _standing = _position.add_columns(_filled_for)
-_stuck = (
-    select(parked.c.key)
-    .where(parked.c.index == _index_is[0], parked.c.incarnation == _index_is[1], parked.c.entity == bindparam("entity"))
-    .limit(bindparam("limit"))
+_stuck = select(parked.c.key).where(_of_index(parked), parked.c.entity == _entity).limit(_limit)
+_due = (
+    select(parked.c.entity, parked.c.key, parked.c.attempts)
+    .where(
+        _of_index(parked),
+        parked.c.state == "parked",
+        parked.c.next_at <= bindparam("now"),
+        parked.c.entity.in_(bindparam("entities", expanding=True)),
+    )
+    .order_by(parked.c.next_at)
+    .limit(_limit)
 )
+# IN, not a join: SQLite would read the whole ledger for each key.
+_given = select(ledger.c.key, ledger.c.fingerprint, ledger.c.text_fingerprint, ledger.c.deleted).where(
+    _of_index(ledger), ledger.c.entity == _entity, ledger.c.key.in_(select(_keys.c.value))
+)
+_attempts = select(parked.c.key, parked.c.attempts).where(
+    _of_index(parked), parked.c.entity == _entity, parked.c.key.in_(select(_keys.c.value))
+)
+_unpark = delete(parked).where(
+    _of_index(parked), parked.c.entity == bindparam("the_entity"), parked.c.key.in_(select(_keys.c.value))
+)
+_move = (
+    update(cursor)
+    .where(_held)
+    .values({name: bindparam(f"new_{name}") for name in ("snapshot", "target", "position", "owner", "lease_until")})
+)
+
+
+def _holding(index: IndexKey, claimed: Claim, owner: str) -> dict[str, Any]:
+    return {**index.parameters(), "holder": owner, "held_epoch": claimed.epoch}
+
+
+def _moving(at: Position, owner: str | None, lease_until: datetime | None) -> dict[str, Any]:
+    return {
+        "new_snapshot": at.snapshot,
+        "new_target": at.target,
+        "new_position": at.position,
+        "new_owner": owner,
+        "new_lease_until": lease_until,
+    }
 
 
 def read_position(connection: Connection, index: IndexKey) -> Position | None:
     """How far *index* has come, as the reader's transaction sees it; None when it was never delivered to."""
-    row = connection.execute(_position, index.values()).one_or_none()
+    row = connection.execute(_position, index.parameters()).one_or_none()
     return None if row is None else Position(*row)
 
 
 def read_standing(connection: Connection, index: IndexKey, entity: str) -> tuple[Position | None, bool]:
     """How far *index* has come, and whether it was ever filled with the rows of *entity*."""
-    row = connection.execute(_standing, {**index.values(), "entity": entity}).one_or_none()
+    row = connection.execute(_standing, {**index.parameters(), "entity": entity}).one_or_none()
     return (None, False) if row is None else (Position(*row[:3]), row[3] == 2)
 
 
 def stuck(connection: Connection, index: IndexKey, entity: str, limit: int) -> Sequence[str]:
     """Keys of *entity* that *index* refused, parked or dead."""
-    return connection.scalars(_stuck, {**index.values(), "entity": entity, "limit": limit}).all()
+    return connection.scalars(_stuck, {**index.parameters(), "entity": entity, "limit": limit}).all()
 
 
 def claim(
@@ -148,12 +203,10 @@ def claim(
 ) -> Claim | None:
     """Become, or stay, the holder of *index*. None while another holds it."""
     take_write_lock(connection)
-    row = connection.execute(
-        select(cursor).where(index.of(cursor), cursor.c.slot == SLOT).with_for_update()
-    ).one_or_none()
+    row = connection.execute(select(cursor).where(_of_cursor).with_for_update(), index.parameters()).one_or_none()
     now = database_now(connection)
     until = now + timedelta(seconds=lease_s)
-    present = connection.execute(select(here(connection.dialect.name))).scalar_one()
+    present = connection.execute(here(connection.dialect.name)).scalar_one()
     claimed: Claim | None
     if row is None:
         claimed = _register(connection, index, owner, until, present, now, embedder, dimension)
@@ -172,10 +225,11 @@ def claim(
         claimed = Claim(row.epoch + (not mine), at, until, new=not mine, settle=settle)
         connection.execute(
             update(cursor)
-            .where(index.of(cursor), cursor.c.slot == SLOT)
-            .values(owner=owner, lease_until=until, epoch=claimed.epoch, target=at.target, position=at.position)
+            .where(_of_cursor)
+            .values(owner=owner, lease_until=until, epoch=claimed.epoch, target=at.target, position=at.position),
+            index.parameters(),
         )
-    known = set(connection.scalars(select(refill.c.entity).where(index.of(refill))))
+    known = set(connection.scalars(select(refill.c.entity).where(_of_index(refill)), index.parameters()))
     missing = [name for name in (SCAN, *entities) if name not in known]
     if missing:
         connection.execute(
@@ -222,45 +276,31 @@ def _register(
             "epoch": 1,
         },
     )
-    registered = select(cursor.c.owner).where(index.of(cursor), cursor.c.slot == SLOT)
-    if connection.execute(registered).scalar_one() != owner:  # an INSERT's rowcount is not to be relied on
+    registered = connection.execute(select(cursor.c.owner).where(_of_cursor), index.parameters()).scalar_one()
+    if registered != owner:  # an INSERT's rowcount is not to be relied on
         return None
     return Claim(1, Position(snapshot, None, position), until, new=True)
 
 
 def release(connection: Connection, index: IndexKey, claimed: Claim, owner: str, *, clean: bool) -> None:
     """Let others claim *index* at once. Unless *clean*, the next holder settles what this one may have written."""
-    connection.execute(
-        update(cursor)
-        .where(index.of(cursor), cursor.c.slot == SLOT, cursor.c.owner == owner, cursor.c.epoch == claimed.epoch)
-        .values(
-            snapshot=claimed.at.snapshot,
-            target=claimed.at.target,
-            position=claimed.at.position,
-            owner=None if clean else owner,
-            lease_until=None,
-        )
-    )
+    leaving = _moving(claimed.at, None if clean else owner, None)
+    connection.execute(_move, {**_holding(index, claimed, owner), **leaving})
 
 
 def next_window(connection: Connection, at: Position, limit: int) -> tuple[Position, list[tuple[int, str, str]]]:
     """The next page of dirty keys; opens a window up to now when none is in work."""
     if at.target is None:
-        at = replace(at, target=connection.execute(select(here(connection.dialect.name))).scalar_one())
-    rows = connection.execute(window(at).limit(limit))
+        at = replace(at, target=connection.execute(here(connection.dialect.name)).scalar_one())
+    statement, parameters = window(at)
+    rows = connection.execute(statement, {**parameters, "limit": limit}).all()
     return at, [(id_, entity, key) for id_, entity, key in rows]
 
 
 def read_ledger(connection: Connection, index: IndexKey, facts: Collection[FactKey]) -> dict[FactKey, Delivered]:
-    keys = each("keys")
-    statement = select(ledger.c.key, ledger.c.fingerprint, ledger.c.text_fingerprint, ledger.c.deleted).join(
-        keys, keys.c.value == ledger.c.key
-    )
     found = {}
     for entity, group in by_entity(facts).items():
-        rows = connection.execute(
-            statement.where(index.of(ledger), ledger.c.entity == entity), {"keys": as_array(group)}
-        )
+        rows = connection.execute(_given, {**index.parameters(), "entity": entity, "keys": as_array(group)}).all()
         found.update({(entity, row[0]): Delivered(row[1], row[2], row[3]) for row in rows})
     return found
 
@@ -274,28 +314,15 @@ def by_entity(facts: Iterable[FactKey]) -> dict[str, list[str]]:
 
 def due(connection: Connection, index: IndexKey, entities: Collection[str], limit: int) -> dict[FactKey, int]:
     """Parked keys of *entities* whose time has come, with the attempts made."""
-    rows = connection.execute(
-        select(parked.c.entity, parked.c.key, parked.c.attempts)
-        .where(
-            index.of(parked),
-            parked.c.state == "parked",
-            parked.c.next_at <= utcnow(),
-            parked.c.entity.in_(entities),
-        )
-        .order_by(parked.c.next_at)
-        .limit(limit)
-    )
+    given = {"entities": list(entities), "now": utcnow(), "limit": limit}
+    rows = connection.execute(_due, {**index.parameters(), **given}).all()
     return {(row[0], row[1]): row[2] for row in rows}
 
 
 def attempts(connection: Connection, index: IndexKey, facts: Collection[FactKey]) -> dict[FactKey, int]:
-    keys = each("keys")
-    statement = select(parked.c.key, parked.c.attempts).join(keys, keys.c.value == parked.c.key)
     found = {}
     for entity, group in by_entity(facts).items():
-        rows = connection.execute(
-            statement.where(index.of(parked), parked.c.entity == entity), {"keys": as_array(group)}
-        )
+        rows = connection.execute(_attempts, {**index.parameters(), "entity": entity, "keys": as_array(group)}).all()
         found.update({(entity, row[0]): row[1] for row in rows})
     return found
 
@@ -315,46 +342,47 @@ def acknowledge(
 ) -> bool:
     """Record a delivered page and move the cursor to *at*. False, and nothing recorded, when the claim is lost."""
     take_write_lock(connection)
-    moved = connection.execute(
-        update(cursor)
-        .where(index.of(cursor), cursor.c.slot == SLOT, cursor.c.owner == owner, cursor.c.epoch == claimed.epoch)
-        .values(snapshot=at.snapshot, target=at.target, position=at.position, lease_until=until)
-    )
+    moved = connection.execute(_move, {**_holding(index, claimed, owner), **_moving(at, owner, until)})
     if moved.rowcount != 1:
         return False
-    now, name = utcnow(), connection.dialect.name
-    if written:
-        statement = upsert(name, ledger)
-        new = statement.excluded
-        rows = [
-            {**index.values(), "entity": entity, "key": key, "epoch": claimed.epoch, "at": now, **record._asdict()}
-            for (entity, key), record in written.items()
-        ]
-        connection.execute(
-            statement.on_conflict_do_update(
-                index_elements=list(ledger.primary_key.columns),
-                set_={c: new[c] for c in ("epoch", "fingerprint", "text_fingerprint", "deleted", "at")},
-                where=ledger.c.epoch <= new.epoch,
-            ),
-            rows,
-        )
+    record = _record(connection.dialect.name)
+    now = {**index.parameters(), "held_epoch": claimed.epoch, "now": utcnow()}
+    for payload in payloads([(*fact, *delivered) for fact, delivered in written.items()]) if written else ():
+        connection.execute(record, {**now, "rows": payload})
     unpark(connection, index, done)
     park_all(connection, index, parking)
     if foreign:
         # Entities of another Memory that shares this index: passed by here, so it delivers them in full again.
-        connection.execute(
-            update(refill).where(index.of(refill), refill.c.entity.in_(foreign)).values(done=False, position=None)
-        )
+        again = update(refill).where(_of_index(refill), refill.c.entity.in_(foreign))
+        connection.execute(again.values(done=False, position=None), index.parameters())
     return True
 
 
+_RECORDED = ("entity", "key", "fingerprint", "text_fingerprint", "deleted")
+
+
+@cache
+def _record(dialect_name: str) -> Any:
+    """What was delivered, unless a later holder has delivered since."""
+    common = {
+        "index": bindparam("the_index", type_=ledger.c.index.type),
+        "incarnation": bindparam("the_incarnation", type_=ledger.c.incarnation.type),
+        "epoch": bindparam("held_epoch", type_=ledger.c.epoch.type),
+        "at": bindparam("now", type_=ledger.c.at.type),
+    }
+    rows = select(*common.values(), *(item(n, ledger.c[name].type) for n, name in enumerate(_RECORDED)))
+    # Without a WHERE, SQLite takes ON CONFLICT for a join's ON.
+    statement = upsert(dialect_name, ledger).from_select([*common, *_RECORDED], rows.where(true()))
+    return statement.on_conflict_do_update(
+        index_elements=list(ledger.primary_key.columns),
+        set_={name: statement.excluded[name] for name in ("epoch", "at", *_RECORDED[2:])},
+        where=ledger.c.epoch <= statement.excluded.epoch,
+    )
+
+
 def unpark(connection: Connection, index: IndexKey, facts: Collection[FactKey]) -> None:
-    keys = each("keys")
     for entity, group in by_entity(facts).items():
-        connection.execute(
-            delete(parked).where(index.of(parked), parked.c.entity == entity, parked.c.key.in_(select(keys.c.value))),
-            {"keys": as_array(group)},
-        )
+        connection.execute(_unpark, {**index.parameters(), "the_entity": entity, "keys": as_array(group)})
 
 
 def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, Parked]) -> None:
@@ -382,16 +410,20 @@ def next_refill(connection: Connection, index: IndexKey, entities: Sequence[str]
     """What of delivering in full comes next: the index's own scan first, then entity by entity."""
     row = connection.execute(
         select(refill.c.entity, refill.c.position)
-        .where(index.of(refill), not_(refill.c.done), refill.c.entity.in_((SCAN, *entities)))
+        .where(_of_index(refill), not_(refill.c.done), refill.c.entity.in_((SCAN, *entities)))
         .order_by(refill.c.entity)
-        .limit(1)
+        .limit(1),
+        index.parameters(),
     ).one_or_none()
     return None if row is None else RefillStep(*row)
 
 
 def save_refill(connection: Connection, index: IndexKey, step: RefillStep, *, done: bool) -> None:
     connection.execute(
-        update(refill).where(index.of(refill), refill.c.entity == step.entity).values(position=step.position, done=done)
+        update(refill)
+        .where(_of_index(refill), refill.c.entity == step.entity)
+        .values(position=step.position, done=done),
+        index.parameters(),
     )
 
 
@@ -420,9 +452,9 @@ def backlog(connection: Connection, index: IndexKey, entities: Sequence[str], up
     distinct = select(outbox.c.entity, outbox.c.key).where(behind).distinct().subquery()
     pending = connection.execute(select(func.count()).select_from(distinct)).scalar_one()
     oldest = connection.execute(select(outbox.c.created_at).where(behind).order_by(outbox.c.id).limit(1)).scalar()
-    mine = and_(index.of(parked), parked.c.entity.in_(entities))
+    mine = and_(_of_index(parked), parked.c.entity.in_(entities))
     counts = select(parked.c.state, func.count()).where(mine).group_by(parked.c.state)
-    states: dict[str, int] = {name: count for name, count in connection.execute(counts)}  # noqa: C416  # rows, not pairs
+    states: dict[str, int] = {name: count for name, count in connection.execute(counts, index.parameters())}  # noqa: C416  # rows, not pairs
     return Backlog(
         pending=pending,
         oldest_s=None if oldest is None else max(0.0, (utcnow() - oldest).total_seconds()),
@@ -434,7 +466,7 @@ def backlog(connection: Connection, index: IndexKey, entities: Sequence[str], up
 
 
 def is_filled(connection: Connection, index: IndexKey, entities: Sequence[str]) -> bool:
-    done: set[Any] = set(connection.scalars(_filled, index.values()))
+    done: set[Any] = set(connection.scalars(_filled, index.parameters()))
     return done.issuperset((SCAN, *entities))
 
 

@@ -253,7 +253,7 @@ class ChromaSuite(IndexSuite, ClosedSuite):
         collection = client.get_collection(name, embedding_function=None)
         stored: Any = collection.get("a", include=["documents", "metadatas"])
         assert stored["documents"] == [None]
-        assert set(stored["metadatas"][0]) == {"memstate_fingerprint", "memstate_epoch"}
+        assert set(stored["metadatas"][0]) == {"memstate_sa"}
 
     @pytest.mark.parametrize(
         "bad",

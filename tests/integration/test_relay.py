@@ -276,8 +276,8 @@ def test_a_lost_acknowledgement_is_settled_by_the_next_holder(spied: World, spy:
     for delivery in dying._deliveries:
         delivery._write_original = delivery._write
 
-        def write_and_die(writes: Any, epoch: int, d: Any = delivery) -> Any:
-            d._write_original(writes, epoch)
+        def write_and_die(*arguments: Any, d: Any = delivery) -> Any:
+            d._write_original(*arguments)
             raise KeyboardInterrupt
 
         delivery._write = write_and_die

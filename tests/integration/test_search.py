@@ -219,8 +219,12 @@ def test_eventual_shows_only_what_was_delivered(world: World) -> None:
         assert [hit.fact.id for hit in hits] == [2]
 
 
-def test_other_entities_and_foreign_points_do_not_crowd_out(meddled: World, index: Meddling) -> None:
+@pytest.mark.parametrize("fast_filters", [True, False])
+def test_other_entities_and_foreign_points_do_not_crowd_out(
+    meddled: World, index: Meddling, fast_filters: bool
+) -> None:
     """One index holds several models; a search for a rare one still fills its top k."""
+    index.fast_filters = fast_filters
     with meddled.session() as session:
         session.execute(insert(Tag), [{"name": f"tea{n}", "meaning": "tea"} for n in range(200)])
         session.commit()
@@ -228,6 +232,11 @@ def test_other_entities_and_foreign_points_do_not_crowd_out(meddled: World, inde
     meddled.relay.drain()
     with meddled.session() as session:
         assert_exact(meddled, session, "tea", select(Person))
+    assert len(index.queries) == 2
+    if fast_filters:
+        assert index.queries[1]["where"] == {"memstate_entity": {"$eq": "person"}}
+    else:
+        assert set(index.queries[1]["ids"]) == {f"person[{n + 1}]" for n in range(len(WORDS))}
 
 
 def test_facts_of_another_user_are_never_returned(world: World) -> None:
