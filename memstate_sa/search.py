@@ -141,7 +141,10 @@ class Search:
             self._session.flush()
         pending = self._pending() if fresh else []
         where, ids = self._restriction()
-        ask, asked_for = limit + min(limit, 20), -1
+        # What is undelivered may be in the index as it was before: so many may not count.
+        ask, asked_for = limit + min(len(pending), 20), -1
+        if where is None and ids is None and self._statement is not self._tracked.everything:
+            ask *= 4  # criteria that only SQL applies
         hits: list[tuple[float, str]] = []
         crowded = False
         while True:
@@ -177,27 +180,28 @@ class Search:
         """Keys that are committed or flushed but not delivered, the caller's own first."""
         connection = self._connection()
         index = IndexKey(self._name, self._call(lambda: self._index.incarnation))
-        at, filled = read_standing(connection, index, self._tracked.entity)
-        if not filled:
+        standing = read_standing(connection, index, self._tracked.entity)
+        at = standing.at
+        if not standing.filled:
             # What was committed before the index's cursor began is delivered from the table: no position tells how far.
             at, self._complete = None, False
         unit = self._capture.open_unit(self._session)
         mine = {"entity": self._tracked.entity, "own_tx": unit.tx if unit is not None else ""}
-        if at is not None and at.snapshot is None:
+        if at is None or at.snapshot is not None:
+            keys = list(connection.scalars(_dirty.where(undelivered(at)), mine))
+        elif at.position < standing.newest:
             keys = list(connection.scalars(_after_position, {**mine, "position": at.position}))
         else:
-            keys = list(connection.scalars(_dirty.where(undelivered(at)), mine))
+            keys = []
+        if standing.stuck:
+            keys += stuck(connection, index, self._tracked.entity, OVERLAY_LIMIT + 1)
+        keys = list(dict.fromkeys(keys))
         if len(keys) > OVERLAY_LIMIT:
             self._complete = False
-            keys.pop()
-        room = OVERLAY_LIMIT - len(keys)
-        more = stuck(connection, index, self._tracked.entity, room + 1)
-        if len(more) > room:
-            self._complete = False
-        keys += more[:room]
+            del keys[OVERLAY_LIMIT:]
         if connection.dialect.name == "postgresql" and self._old_snapshot(connection):
             self._complete = False
-        return list(dict.fromkeys(keys))
+        return keys
 
     @staticmethod
     def _old_snapshot(connection: Connection) -> bool:

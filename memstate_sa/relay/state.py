@@ -130,7 +130,9 @@ _filled_for = (
     .where(_of_index(refill), refill.c.done, refill.c.entity.in_((literal(SCAN), _entity)))
     .scalar_subquery()
 )
-_standing = _position.add_columns(_filled_for)
+_any_stuck = exists().where(_of_index(parked), parked.c.entity == _entity)
+_newest = select(func.coalesce(func.max(outbox.c.id), 0)).scalar_subquery()
+_standing = _position.add_columns(_filled_for == 2, _any_stuck, _newest)
 _stuck = select(parked.c.key).where(_of_index(parked), parked.c.entity == _entity).limit(_limit)
 _due = (
     select(parked.c.entity, parked.c.key, parked.c.attempts)
@@ -180,10 +182,21 @@ def read_position(connection: Connection, index: IndexKey) -> Position | None:
     return None if row is None else Position(*row)
 
 
-def read_standing(connection: Connection, index: IndexKey, entity: str) -> tuple[Position | None, bool]:
-    """How far *index* has come, and whether it was ever filled with the rows of *entity*."""
+class Standing(NamedTuple):
+    """How an index stands to one entity; ``at`` is None when it was never delivered to.
+
+    ``filled``: it was once delivered in full. ``stuck``: it refused keys. ``newest``: the newest outbox id there is.
+    """
+
+    at: Position | None
+    filled: bool
+    stuck: bool
+    newest: int
+
+
+def read_standing(connection: Connection, index: IndexKey, entity: str) -> Standing:
     row = connection.execute(_standing, {**index.parameters(), "entity": entity}).one_or_none()
-    return (None, False) if row is None else (Position(*row[:3]), row[3] == 2)
+    return Standing(None, False, True, 0) if row is None else Standing(Position(*row[:3]), *row[3:])
 
 
 def stuck(connection: Connection, index: IndexKey, entity: str, limit: int) -> Sequence[str]:
