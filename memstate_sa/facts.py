@@ -65,6 +65,9 @@ class Projection(NamedTuple):
     text_fingerprint: str | None
 
 
+_sorted_json = json.JSONEncoder(sort_keys=True).encode  # json.dumps() would make an encoder each time
+
+
 def _digest(*parts: str) -> str:
     data = json.dumps(parts, ensure_ascii=True).encode()
     return hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -175,7 +178,7 @@ class Tracked:
             key,
             text,
             metadata,
-            fingerprint=_digest(embedder, text, json.dumps(metadata, sort_keys=True)),
+            fingerprint=_digest(embedder, text, _sorted_json(metadata)),
             text_fingerprint=_digest(embedder, text),
         )
 

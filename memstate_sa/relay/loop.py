@@ -44,7 +44,7 @@ class Relay:
         indexes: Mapping[str, tuple[VectorIndex, Mapping[str, Tracked]]],
         vectors: Vectors,
         *,
-        page_size: int = 1000,
+        page_size: int = 2000,
         lease_s: float = 30.0,
         poll_s: tuple[float, float] | None = None,
         policy: RetryPolicy | None = None,
