@@ -225,8 +225,9 @@ def describe(
     if not isinstance(mapper, Mapper):
         raise MemstateError(f"{model!r} is not a mapped class; track() takes SQLAlchemy ORM models")
     table = check_single_table(mapper, mapper.local_table)
-    if isinstance(metadata, str):
-        raise MemstateError(f"metadata={metadata!r}: give a tuple of column attributes, for example ({metadata!r},)")
+    for option, given in (("metadata", metadata), ("unique_by", unique_by)):
+        if isinstance(given, str):
+            raise MemstateError(f"{option}={given!r}: give a tuple of column attributes, for example ({given!r},)")
     unique_names = () if callable(unique_by) else tuple(unique_by)
     columns = set(mapper.columns.keys())
     for name in (*(() if callable(text) else (text,)), *metadata, *unique_names):
@@ -238,6 +239,8 @@ def describe(
         raise MemstateError(f"metadata={reserved[0]!r}: names that begin with memstate_ are ours in an index")
     if on_untracked not in ("raise", "warn"):
         raise MemstateError(f"on_untracked={on_untracked!r}: choose 'raise' or 'warn'")
+    if entity is not None and not isinstance(entity, str):
+        raise MemstateError(f"entity={entity!r}: give a name, or leave it to be the table's")
     entity = str(entity if entity is not None else table.fullname)  # not a quoted_name
     if not entity or "[" in entity or len(entity) > 128:
         raise MemstateError(f"entity={entity!r}: a name of 1 to 128 characters without '['")

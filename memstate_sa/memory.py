@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +55,11 @@ class Memory:
         self.indexes: dict[str, VectorIndex] = dict(index) if isinstance(index, Mapping) else {"memory": index}
         if not self.indexes:
             raise MemstateError("give at least one index")
+        for name, each in self.indexes.items():
+            if not isinstance(name, str) or not callable(getattr(type(each), "upsert", None)):
+                raise MemstateError(f"index={each!r}: give a VectorIndex, or a dict of them by name")
+        if embedder is not None and not callable(getattr(embedder, "embed", None)):
+            raise MemstateError(f"embedder={embedder!r}: give an Embedder; without one it is WordLlamaEmbedder()")
         self.embedder = embedder if embedder is not None else WordLlamaEmbedder()
         self._vectors = Vectors(self.embedder)
         self._registry = Registry()
@@ -291,6 +297,10 @@ class Memory:
             raise MemstateError(f"query={query!r}: a string to search for")
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise MemstateError(f"limit={limit!r}: how many hits, at least 1")
+        if max_distance is not None and (
+            isinstance(max_distance, bool) or not isinstance(max_distance, (int, float)) or math.isnan(max_distance)
+        ):
+            raise MemstateError(f"max_distance={max_distance!r}: a cosine distance, from 0 (identical) to 2 (opposite)")
         if consistency not in ("fresh", "eventual"):
             raise MemstateError(f"consistency={consistency!r}: 'fresh' or 'eventual'")
         search = Search(
@@ -427,7 +437,7 @@ class Memory:
         One transaction a batch, safe beside live writes; run again after an interruption, it goes on with what is
         left. Returns how many rows were new to the log.
         """
-        if batch_size < 1:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise MemstateError(f"batch_size={batch_size!r}: at least 1")
         sync, tracked, added, seen = self.sync_engine(engine), self._registry.of(model), 0, 0
         require_no_transaction(sync)

@@ -204,9 +204,9 @@ class MemoryStore:
         _check_texts(session_id=session_id, actor=actor, reason=reason)
         open_session: Session | None = getattr(self._local, "session", None)
         if open_session is not None:
-            self.memory.annotate(open_session, actor, reason, session_id)
             with open_session.begin_nested():
                 yield open_session
+            self.memory.annotate(open_session, actor, reason, session_id)  # a call that failed leaves no label either
             return
         self._check_open()
         with self._alone:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from typing import TypeVar
 
 from sqlalchemy.engine import Connection, Engine
@@ -74,6 +74,7 @@ class Delivery:
         self._owner = state.owner_id()
         self._key: IndexKey | None = None
         self._claim: Claim | None = None
+        self._renew_at = 0.0
         self._settle_window = False
         self._settle_refill = False
         self._filled = False
@@ -89,10 +90,10 @@ class Delivery:
         """Become, or stay, the holder of *index*; its claim is `_claim`."""
         if index != self._key:
             self._key, self._claim, self._filled = index, None, False
-        claim = self._claim
-        if claim is not None and utcnow() < claim.lease_until - timedelta(seconds=self._lease_s / 2):
+        if self._claim is not None and time.monotonic() < self._renew_at:
             return True
         embedder = self._vectors.embedder
+        self._renew_at = time.monotonic() + self._lease_s / 2
         with self._engine.begin() as connection:
             claim = state.claim(
                 connection,
@@ -235,7 +236,7 @@ class Delivery:
         }
         for fact, record in parking.items():
             logger.warning("%s: %s%s %s: %s", self.name, *fact, record.state, record.error)
-        until = now + timedelta(seconds=self._lease_s)
+        renew_at = time.monotonic() + self._lease_s / 2
         with self._engine.begin() as connection:
             kept = state.acknowledge(
                 connection,
@@ -243,7 +244,7 @@ class Delivery:
                 claim,
                 self._owner,
                 at=at,
-                until=until,
+                lease_s=self._lease_s,
                 written=written,
                 done=[fact for fact in attempts if fact not in failed],
                 parking=parking,
@@ -253,7 +254,7 @@ class Delivery:
             self._give_up(index, facts)
             return 0
         self._settle_window, self._settle_refill = unsettled
-        self._claim = replace(claim, at=at, lease_until=until)
+        self._claim, self._renew_at = replace(claim, at=at), renew_at
         return len(facts) - len(failed)
 
     def _give_up(self, index: IndexKey, facts: Sequence[FactKey]) -> None:

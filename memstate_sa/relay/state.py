@@ -32,6 +32,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from memstate_sa.arrays import as_array, each, item, payloads
+from memstate_sa.errors import IndexMismatch
 from memstate_sa.outbox import Position, here, take_write_lock, undelivered, window
 from memstate_sa.relay.plan import Delivered, FactKey, Parked
 from memstate_sa.tables import cursor, index_state, ledger, outbox, parked, refill, utcnow
@@ -104,14 +105,13 @@ def database_now(connection: Connection) -> datetime:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to deliver to an index until *lease_until*.
+    """The right to deliver to an index, for the time of the lease.
 
     ``new``: it was not this holder's before. ``settle``: the holder before may have written what it did not record.
     """
 
     epoch: int
     at: Position
-    lease_until: datetime
     new: bool = False
     settle: bool = False
 
@@ -214,7 +214,10 @@ def claim(
     dimension: int,
     entities: Sequence[str],
 ) -> Claim | None:
-    """Become, or stay, the holder of *index*. None while another holds it."""
+    """Become, or stay, the holder of *index*. None while another holds it.
+
+    Raises IndexMismatch when another embedder filled it, also for an index that does not keep this itself.
+    """
     take_write_lock(connection)
     row = connection.execute(select(cursor).where(_of_cursor).with_for_update(), index.parameters()).one_or_none()
     now = database_now(connection)
@@ -226,6 +229,7 @@ def claim(
         if claimed is None:
             return None
     else:
+        _check_embedder(connection, index, embedder, dimension)
         held = row.owner is not None and row.lease_until is not None and row.lease_until > now
         mine = held and row.owner == owner
         if held and not mine and not is_gone(row.owner):
@@ -235,7 +239,7 @@ def claim(
         if settle:
             # The window that the last holder may have had in work ends here; all of it is settled.
             at = replace(at, target=present, position=at.position if at.snapshot is None else 0)
-        claimed = Claim(row.epoch + (not mine), at, until, new=not mine, settle=settle)
+        claimed = Claim(row.epoch + (not mine), at, new=not mine, settle=settle)
         connection.execute(
             update(cursor)
             .where(_of_cursor)
@@ -292,7 +296,17 @@ def _register(
     registered = connection.execute(select(cursor.c.owner).where(_of_cursor), index.parameters()).scalar_one()
     if registered != owner:  # an INSERT's rowcount is not to be relied on
         return None
-    return Claim(1, Position(snapshot, None, position), until, new=True)
+    return Claim(1, Position(snapshot, None, position), new=True)
+
+
+def _check_embedder(connection: Connection, index: IndexKey, embedder: str, dimension: int) -> None:
+    filled_by = select(index_state.c.embedder, index_state.c.dimension).where(_of_index(index_state))
+    row = connection.execute(filled_by, index.parameters()).one_or_none()
+    if row is not None and tuple(row) != (embedder, dimension):
+        raise IndexMismatch(
+            f"index {index.name!r} was filled by embedder {row.embedder!r} ({row.dimension} dimensions), not by "
+            f"{embedder!r} ({dimension}): give it another name, or delete it to have it filled anew"
+        )
 
 
 def release(connection: Connection, index: IndexKey, claimed: Claim, owner: str, *, clean: bool) -> None:
@@ -347,7 +361,7 @@ def acknowledge(
     owner: str,
     *,
     at: Position,
-    until: datetime,
+    lease_s: float,
     written: Mapping[FactKey, Delivered],
     done: Collection[FactKey],
     parking: Mapping[FactKey, Parked],
@@ -355,6 +369,7 @@ def acknowledge(
 ) -> bool:
     """Record a delivered page and move the cursor to *at*. False, and nothing recorded, when the claim is lost."""
     take_write_lock(connection)
+    until = database_now(connection) + timedelta(seconds=lease_s)
     moved = connection.execute(_move, {**_holding(index, claimed, owner), **_moving(at, owner, until)})
     if moved.rowcount != 1:
         return False

@@ -84,6 +84,16 @@ class Plain:
     name = "not mapped"
 
 
+class Reserved(DeclarativeBase):
+    """A base of its own: the other tests create the tables of theirs."""
+
+
+class ReservedName(Reserved):
+    __tablename__ = "reserved_name"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    memstate_x: Mapped[str]
+
+
 TRACKING: dict[str, tuple[Callable[[Memory], Any], str]] = {
     "an unmapped class": (lambda m: m.track(Plain, text="name"), "Plain'> is not a mapped class"),
     "an instance": (lambda m: m.track(Person(), text="about"), "is not a mapped class"),
@@ -93,8 +103,11 @@ TRACKING: dict[str, tuple[Callable[[Memory], Any], str]] = {
     "no text": (lambda m: m.track(Person, text=None), "no column attribute None"),
     "no such metadata": (lambda m: m.track(Person, text="about", metadata=("naem",)), "no column attribute 'naem'"),
     "metadata as a string": (lambda m: m.track(Person, text="about", metadata="name"), r"for example \('name',\)"),
+    "unique_by as a string": (lambda m: m.track(Person, text="about", unique_by="name"), r"for example \('name',\)"),
+    "a reserved name": (lambda m: m.track(ReservedName, text="id", metadata=("memstate_x",)), "memstate_ are ours"),
     "no such unique": (lambda m: m.track(Person, text="about", unique_by=("naem",)), "no column attribute 'naem'"),
     "entity with a bracket": (lambda m: m.track(Person, text="about", entity="a[b"), r"without '\['"),
+    "entity that is no name": (lambda m: m.track(Person, text="about", entity=5), "entity=5: give a name"),
     "empty entity": (lambda m: m.track(Person, text="about", entity=""), "1 to 128 characters"),
     "long entity": (lambda m: m.track(Person, text="about", entity="x" * 129), "1 to 128 characters"),
     "no such index": (lambda m: m.track(Person, text="about", index="other"), "this Memory has memory"),
@@ -131,6 +144,11 @@ def test_a_memory_without_parts() -> None:
     """No index at all, and a way of delivery that there is not."""
     with pytest.raises(MemstateError, match="give at least one index"):
         Memory({}, embedder=HashEmbedder())
+    for index in (None, "chroma", {"memory": None}, {1: InMemoryIndex()}, InMemoryIndex):
+        with pytest.raises(MemstateError, match="give a VectorIndex"):
+            Memory(index, embedder=HashEmbedder())  # type: ignore[arg-type]
+    with pytest.raises(MemstateError, match="embedder=5: give an Embedder"):
+        Memory(InMemoryIndex(), embedder=5)  # type: ignore[arg-type]
     with pytest.raises(MemstateError, match="delivery='soon'"):
         Memory(InMemoryIndex(), embedder=HashEmbedder(), delivery="soon")  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, insert, select, text, update
 from sqlalchemy.orm import sessionmaker
 
-from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Memory, MemstateError, sqlite
+from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, IndexMismatch, Memory, MemstateError, sqlite
 from memstate_sa.indexes import InMemoryIndex, Point, VectorIndex
 from memstate_sa.relay import RetryPolicy
 from memstate_sa.tables import cursor, ledger, outbox, parked
@@ -336,6 +336,30 @@ def test_another_index_under_the_same_name_is_refilled(engine: Engine) -> None:
     restarted = World(engine)
     restarted.assert_in_step()
     assert [entry.id for entry in restarted.index.scan(None, 10)] == ['tag["a"]', 'tag["b"]']
+
+
+def test_the_database_knows_which_embedder_filled_an_index(engine: Engine) -> None:
+    """An index that does not keep it itself is not mixed from two."""
+
+    class Lasting(InMemoryIndex):
+        incarnation = "one"
+
+        def open(self, *, embedder: str, dimension: int) -> None:
+            super().open(embedder="any", dimension=dimension)
+
+    other = HashEmbedder()
+    other.fingerprint = "other:1"
+    index = Lasting()
+    first = World(engine, index)
+    with first.session() as session:
+        session.add(Tag(name="a"))
+        session.commit()
+    first.relay.drain()
+    second = Memory(index, embedder=other)
+    second.track(Tag, text="meaning")
+    with pytest.raises(IndexMismatch, match=r"was filled by embedder .* not by 'other:1'"):
+        second.relay(engine).drain()
+    first.assert_in_step()
 
 
 def test_rows_that_were_there_before_are_delivered(engine: Engine) -> None:

@@ -415,6 +415,8 @@ def test_repeatable_read_cannot_promise_completeness(postgres_engine: Engine) ->
         ({"target": int}, "int is not tracked"),
         ({"limit": 0}, "at least 1"),
         ({"limit": "5"}, "at least 1"),
+        ({"max_distance": "1"}, "max_distance='1': a cosine distance"),
+        ({"max_distance": float("nan")}, "max_distance=nan: a cosine distance"),
         ({"query": None}, "a string to search for"),
         ({"consistency": "strong"}, "'fresh' or 'eventual'"),
         ({"index": "other"}, "does not go to an index 'other'"),

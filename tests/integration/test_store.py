@@ -456,6 +456,17 @@ def test_a_refused_call_leaves_the_others(store: MemoryStore) -> None:
     )
 
 
+def test_a_call_that_failed_leaves_neither_facts_nor_labels(store: MemoryStore) -> None:
+    """Whoever catches its error goes on with the others."""
+    with store.transaction(actor="ada"):
+        with pytest.raises(RuntimeError), store.transaction(actor="bob", reason="try"):
+            store.commit(note("bob's"))
+            raise RuntimeError
+        a = store.commit(note("ada's"))
+    assert_holds(store, {a: "content: ada's"})
+    assert [(c.actor, c.reason) for c in store.history(a)] == [("ada", None)]
+
+
 def test_threads_have_transactions_of_their_own(store: MemoryStore) -> None:
     """A call in another thread neither joins this thread's transaction nor sees it."""
     seen: list[Any] = []
