@@ -64,6 +64,7 @@ class Delivery:
         policy: RetryPolicy,
     ) -> None:
         self.name = name
+        self.pages = 0  # acknowledged so far
         self._engine = engine
         self._index = index
         self._tracked = tracked
@@ -253,6 +254,7 @@ class Delivery:
         if not kept:
             self._give_up(index, facts)
             return 0
+        self.pages += 1
         self._settle_window, self._settle_refill = unsettled
         self._claim, self._renew_at = replace(claim, at=at), renew_at
         return len(facts) - len(failed)

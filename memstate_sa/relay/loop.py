@@ -128,11 +128,14 @@ class Relay:
             for delivery in self._deliveries:
                 if background and time.monotonic() < self._not_before.get(delivery.name, 0.0):
                     continue
+                pages = delivery.pages
                 try:
                     count = delivery.step()
                 except Exception as error:  # whatever it is, the next look may succeed; nothing is lost meanwhile
                     if not (background or isinstance(error, DeliveryRetryable)):
                         raise
+                    if delivery.pages > pages:
+                        self._failures.pop(delivery.name, None)  # it failed after some success: a new failure
                     failure = failure or error
                     self._back_off(delivery.name, error)
                 else:
