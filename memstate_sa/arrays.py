@@ -6,17 +6,18 @@ caches whatever the number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pydantic_core
-from sqlalchemy import FromClause, Text, bindparam, literal_column
+from sqlalchemy import ColumnElement, FromClause, String, Text, bindparam, literal_column
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.elements import Cast
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
 _PAYLOAD_CHARS = 16_000_000
-"""One statement's worth of rows: PostgreSQL takes a JSONB value of 256 MB, SQLite a text of 1 GB."""
+"""About one statement's worth of text: PostgreSQL takes a JSONB value of 256 MB, SQLite a text of 1 GB."""
 
 
 class _elements(FunctionElement[Any]):
@@ -67,41 +68,57 @@ def as_json(data: Any) -> str:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-class _item(FunctionElement[Any]):
+class _element(FunctionElement[Any]):
+    """Element *n* of a JSON array, as text."""
+
     inherit_cache = True
 
-    def __init__(self, source: FromClause, n: int, type_: TypeEngine[Any]) -> None:
-        self.type = type_
-        super().__init__(source.c.value, literal_column(str(n)))
+    def __init__(self, array: ColumnElement[Any], n: int) -> None:
+        super().__init__(array, literal_column(str(n)))
 
 
-@compiles(_item, "sqlite")
-def _item_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
-    value, n = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"json_extract({value}, '$[{n}]')"
+@compiles(_element, "sqlite")
+def _element_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    array, n = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"json_extract({array}, '$[{n}]')"
 
 
-@compiles(_item, "postgresql")
-def _item_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
-    value, n = (compiler.process(clause, **kw) for clause in element.clauses)
-    type_ = element.type.dialect_impl(compiler.dialect)
-    return f"CAST({value} ->> {n} AS {compiler.dialect.type_compiler_instance.process(type_)})"
+@compiles(_element, "postgresql")
+def _element_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+    array, n = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"({array} ->> {n})"
+
+
+class _typed(Cast[Any]):
+    """A cast where elements are text (PostgreSQL); SQLite's have their type."""
+
+    inherit_cache = True
+
+
+@compiles(_typed, "sqlite")
+def _typed_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    return str(compiler.process(element.clause, **kw))
 
 
 _rows = _elements(bindparam("rows", type_=Text())).table_valued("value", name="entries")
 
 
-def item(n: int, type_: TypeEngine[Any]) -> _item:
+def item(n: int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
     """Item *n* of the current row of the parameter ``rows``, as *type_*; JSON null is NULL."""
-    return _item(_rows, n, type_)
+    # Strings as TEXT: one that is too long is refused by the column, not cut by the cast.
+    return _typed(_element(_rows.c.value, n), Text() if isinstance(type_, String) else type_)
 
 
-def payloads(rows: Sequence[tuple[Any, ...]]) -> Iterator[str]:
+def payloads(rows: Iterable[tuple[Any, ...]]) -> Iterator[str]:
     """*rows* as values of the parameter ``rows``: one, unless they are too large for a statement."""
-    payload = as_json(rows)
-    if len(payload) <= _PAYLOAD_CHARS or len(rows) == 1:
-        yield payload
-    else:
-        middle = len(rows) // 2
-        yield from payloads(rows[:middle])
-        yield from payloads(rows[middle:])
+    some: list[tuple[Any, ...]] = []
+    chars = 0
+    for row in rows:
+        length = sum(len(value) for value in row if type(value) is str)
+        if some and chars + length > _PAYLOAD_CHARS:
+            yield as_json(some)
+            some, chars = [], 0
+        some.append(row)
+        chars += length
+    if some:
+        yield as_json(some)

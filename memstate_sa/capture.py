@@ -373,7 +373,7 @@ class Capture:
         for tracked, existed in touched.items():
             columns = tracked.on(connection.dialect)
             images = columns.read(connection, list(existed))
-            canonical = {} if flush is None else flush.canonical.get(tracked, {})
+            canonical = {} if flush is None else dict(flush.canonical.get(tracked, {}))
             canonical |= {raw: columns.encode_key(raw) for raw in existed if raw not in canonical}
             keys = {canonical[raw]: before for raw, before in existed.items()}
             others = [key for key in images if key not in keys]  # stored in another form than given: CHAR is padded

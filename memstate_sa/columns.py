@@ -42,7 +42,7 @@ from memstate_sa.codec import decode, decode_key, encode_image, encode_key
 from memstate_sa.errors import MemstateError
 
 READ_CHUNK = 1000
-"""Keys per SELECT: well under SQLite's 32,766 and PostgreSQL's 65,535 parameters for any composite key."""
+"""Keys per SELECT: under SQLite's 32,766 and PostgreSQL's 65,535 parameters for a key of up to 32 columns."""
 
 MAX_KEY_CHARS = 2000
 """A B-tree entry on PostgreSQL holds about 2,700 bytes, entity and ids included."""
@@ -162,12 +162,12 @@ class TableColumns:
         if for_update:  # in key order, so that two sessions cannot wait for each other
             statement = statement.order_by(*self.table.primary_key.columns).with_for_update()
         images: dict[str, dict[str, Any]] = {}
-        try:
-            for some in batches(keys):
-                rows = connection.execute(statement, self.key_parameters(some)).all()  # iterated, it is a fetch a row
+        for some in batches(keys):
+            rows = connection.execute(statement, self.key_parameters(some)).all()  # iterated, it is a fetch a row
+            try:
                 images.update({self.key_of(row): encode_image(self.names, row) for row in rows})
-        except TypeError as error:
-            raise MemstateError(f"{self.table.fullname}: {error}") from error
+            except TypeError as error:
+                raise MemstateError(f"{self.table.fullname}: {error}") from error
         return images
 
     def key_of(self, row: Sequence[Any]) -> str:

@@ -18,7 +18,6 @@ from sqlalchemy import (
     ColumnElement,
     Delete,
     Insert,
-    Integer,
     Select,
     SmallInteger,
     Text,
@@ -84,6 +83,7 @@ deleted_keys: Select[Any] = select(_keys.c.value).where(_last_op == "delete")
 
 # -- adding -----------------------------------------------------------------------------------------------------------
 
+_QUEUED = ("slot", "entity", "key")
 _LOGGED = ("entity", "key", "op", "image", "reverts", "step")
 _tx, _at = bindparam("tx", type_=log.c.tx.type), bindparam("at", type_=log.c.at.type)
 _add_to_log: Insert = insert(log).from_select(
@@ -91,24 +91,24 @@ _add_to_log: Insert = insert(log).from_select(
     select(_tx, _at, literal_column("1"), *(item(n, log.c[name].type) for n, name in enumerate(_LOGGED))),
 )
 _add_to_outbox: Insert = insert(outbox).from_select(
-    ["tx", "created_at", "xid", "slot", "entity", "key"],
-    select(_tx, _at, current_xid(), item(0, Integer()), item(1, Text()), item(2, Text())),
+    ["tx", "created_at", "xid", *_QUEUED],
+    select(_tx, _at, current_xid(), *(item(n, outbox.c[name].type) for n, name in enumerate(_QUEUED))),
     include_defaults=False,
 )
 
 
 def add_to_log(connection: Connection, entries: Iterable[Entry], tx: str, at: datetime) -> None:
-    rows = [
+    rows = (
         # The image as text: as JSON within JSON, SQLite would parse and print it twice.
         (entity, key, op, None if image is None else as_json(image), reverts, op != "baseline" and reverts is None)
         for entity, key, op, image, reverts in entries
-    ]
+    )
     for payload in payloads(rows):
         connection.execute(_add_to_log, {"tx": tx, "at": at, "rows": payload})
 
 
 def add_to_outbox(connection: Connection, facts: Iterable[tuple[str, str]], tx: str, at: datetime) -> None:
-    for payload in payloads([(slot_of(entity, key), entity, key) for entity, key in facts]):
+    for payload in payloads((slot_of(entity, key), entity, key) for entity, key in facts):
         connection.execute(_add_to_outbox, {"tx": tx, "at": at, "rows": payload})
 
 

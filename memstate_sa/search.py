@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import numpy as np
-from sqlalchemy import Select, bindparam, case, func, select
+from sqlalchemy import ColumnElement, Select, bindparam, case, func, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
@@ -27,7 +27,7 @@ from memstate_sa.indexes.base import Filter, Match, Vector, VectorIndex
 from memstate_sa.outbox import undelivered
 from memstate_sa.relay.delivery import ENTITY
 from memstate_sa.relay.plan import halves
-from memstate_sa.relay.state import IndexKey, read_standing, stuck
+from memstate_sa.relay.state import IndexKey, Standing, read_standing, stuck
 from memstate_sa.tables import outbox
 from memstate_sa.truth import raw_key_columns
 from memstate_sa.vectors import Vectors
@@ -75,16 +75,21 @@ def call_directly(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs
     return function(*args, **kwargs)
 
 
-# The caller's own keys first. Built once: building costs more than running. SQLite's position is a bound parameter, a
-# snapshot of PostgreSQL has a shape of its own each time.
-_dirty = (
-    select(outbox.c.key)
-    .where(outbox.c.entity == bindparam("entity"))
-    .group_by(outbox.c.key)
-    .order_by(func.max(case((outbox.c.tx == bindparam("own_tx"), 1), else_=0)).desc(), func.max(outbox.c.id).desc())
-    .limit(OVERLAY_LIMIT + 1)
-)
-_after_position = _dirty.where(outbox.c.id > bindparam("position"))
+_RECENT = 10 * OVERLAY_LIMIT
+"""The most outbox entries that one search looks at, newest first: a backlog may be long."""
+
+
+def _dirty(*conditions: ColumnElement[bool]) -> Select[Any]:
+    """The keys of recent entries, the caller's own first, and how many entries each has."""
+    own = case((outbox.c.tx == bindparam("own_tx"), 1), else_=0).label("own")
+    newest_first = select(outbox.c.id, outbox.c.key, own).order_by(outbox.c.id.desc()).limit(_RECENT)
+    entries = newest_first.where(outbox.c.entity == bindparam("entity"), *conditions).subquery()
+    order = (func.max(entries.c.own).desc(), func.max(entries.c.id).desc())
+    return select(entries.c.key, func.count()).group_by(entries.c.key).order_by(*order).limit(OVERLAY_LIMIT + 1)
+
+
+# Built once: building costs more than running. A snapshot of PostgreSQL has a shape of its own each time.
+_dirty_after = _dirty(outbox.c.id > bindparam("position"))
 
 
 @dataclass
@@ -123,6 +128,8 @@ class Search:
         self._rows: dict[str, _Row | None] = {}
         self._distances: dict[str, float] = {}
         self._budget = OVERLAY_LIMIT
+        self._standing: Standing | None = None
+        self._too_many = False
 
     def run(self, query: str, limit: int, max_distance: float | None, *, fresh: bool) -> Hits[Any]:
         if self._name not in self._opened:
@@ -143,7 +150,7 @@ class Search:
         where, ids = self._restriction()
         # What is undelivered may be in the index as it was before: so many may not count.
         ask, asked_for = limit + min(len(pending), 20), -1
-        if where is None and ids is None and self._statement is not self._tracked.everything:
+        if self._too_many:
             ask *= 4  # criteria that only SQL applies
         hits: list[tuple[float, str]] = []
         crowded = False
@@ -162,9 +169,8 @@ class Search:
             asked_for = len(matches)
             if where is None and ids is None and not crowded and len(ours) * 2 < len(matches):
                 crowded, asked_for = True, -1  # by other entities, or by points of others
-                if self._index.fast_filters:
-                    where = {ENTITY: {"$eq": self._tracked.entity}}
-                else:
+                where = self._entity_filter()
+                if where is None and not self._too_many:
                     ids = self._few_ids()
             ask *= 4
         result: Hits[Any] = Hits(Hit(self._rows[key].fact, distance) for distance, key in hits)  # type: ignore[union-attr]
@@ -176,24 +182,32 @@ class Search:
     def _connection(self) -> Connection:
         return self._session.connection(bind_arguments={"mapper": self._tracked.mapper})
 
+    def _index_key(self) -> IndexKey:
+        return IndexKey(self._name, self._call(lambda: self._index.incarnation))
+
     def _pending(self) -> list[str]:
         """Keys that are committed or flushed but not delivered, the caller's own first."""
         connection = self._connection()
-        index = IndexKey(self._name, self._call(lambda: self._index.incarnation))
-        standing = read_standing(connection, index, self._tracked.entity)
+        index = self._index_key()
+        standing = self._standing = read_standing(connection, index, self._tracked.entity)
         at = standing.at
         if not standing.filled:
             # What was committed before the index's cursor began is delivered from the table: no position tells how far.
             at, self._complete = None, False
-        unit = self._capture.open_unit(self._session)
-        mine = {"entity": self._tracked.entity, "own_tx": unit.tx if unit is not None else ""}
-        if at is None or at.snapshot is not None:
-            keys = list(connection.scalars(_dirty.where(undelivered(at)), mine))
-        elif at.position < standing.newest:
-            keys = list(connection.scalars(_after_position, {**mine, "position": at.position}))
-        else:
-            keys = []
-        if standing.stuck:
+        keys: list[str] = []
+        # One look for all: what is undelivered now may be refused, and its entry gone, by the next statement.
+        quiet = at is not None and at.snapshot is None and at.position >= standing.newest
+        if not quiet:
+            unit = self._capture.open_unit(self._session)
+            mine = {"entity": self._tracked.entity, "own_tx": unit.tx if unit is not None else ""}
+            by_position = at is not None and at.snapshot is None
+            statement = _dirty_after if by_position else _dirty(undelivered(at))
+            parameters = {**mine, "position": at.position} if at is not None and by_position else mine
+            rows = connection.execute(statement, parameters).all()
+            keys = [key for key, _ in rows]
+            if sum(count for _, count in rows) >= _RECENT:
+                self._complete = False
+        if standing.stuck or not quiet:
             keys += stuck(connection, index, self._tracked.entity, OVERLAY_LIMIT + 1)
         keys = list(dict.fromkeys(keys))
         if len(keys) > OVERLAY_LIMIT:
@@ -222,12 +236,18 @@ class Search:
             return None, None
         return None, self._few_ids()
 
+    def _entity_filter(self) -> Filter | None:
+        """What tells this entity from others in the index, where every point carries its entity."""
+        standing = self._standing or read_standing(self._connection(), self._index_key(), self._tracked.entity)
+        return {ENTITY: {"$eq": self._tracked.entity}} if standing.marked and standing.filled else None
+
     def _few_ids(self) -> list[str] | None:
         """The point ids of all rows that the statement selects; None when there are too many to name."""
         keys = self._statement.with_only_columns(*raw_key_columns(self._tracked)).order_by(None).distinct()
         keys._for_update_arg = None  # PostgreSQL locks no DISTINCT rows; hydrating locks what is returned
         rows = self._connection().execute(keys.limit(_IDS_LIMIT + 1)).all()
         if len(rows) > _IDS_LIMIT:
+            self._too_many = True
             return None
         return [self._tracked.point_id(encode_key(row)) for row in rows]
 

@@ -152,6 +152,7 @@ index_state = Table(
     Column("incarnation", _Name, primary_key=True),
     Column("embedder", Text, nullable=False),
     Column("dimension", Integer, nullable=False),
+    Column("marked", Boolean(create_constraint=False), nullable=False, comment="whether points carry their entity"),
     Column("created_at", UTCDateTime, nullable=False),
     comment="every lifetime of every index that has been delivered to",
 )

@@ -61,10 +61,6 @@ class FlakyIndex:
     def max_batch(self) -> int:
         return self.inner.max_batch
 
-    @property
-    def fast_filters(self) -> bool:
-        return self.inner.fast_filters
-
     def open(self, *, embedder: str, dimension: int) -> None:
         self.inner.open(embedder=embedder, dimension=dimension)
 

@@ -89,14 +89,6 @@ class VectorIndex(Protocol):
         """The most points one `upsert`, and the most ids one `delete` or `get`, may carry."""
         ...
 
-    @property
-    def fast_filters(self) -> bool:
-        """Whether a ``where`` that most points pass, and one more metadata field on every point, cost next to nothing.
-
-        Search then tells entities apart by a filter; otherwise it names ids, or asks for more.
-        """
-        ...
-
     def open(self, *, embedder: str, dimension: int) -> None:
         """Create the index, or check that the stored one fits. Idempotent; called before anything else.
 

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from memstate_sa.indexes._folder import LockedFolder
 
-# In a point's metadata. A point without the first was written by somebody else, and is left alone.
-# One field, with a short name: each field of a point costs 6 to 13 % of Chroma's writing rate.
+# In a point's metadata. A point without it was written by somebody else, and is left alone. It is the only one, and its
+# name is short: each field of a point costs 6 to 13 % of Chroma's writing rate.
 _FINGERPRINT = "memstate_sa"
 _PAUSES_S = (0.01, 0.05, 0.25)
 """While a collection is first written to, its metadata is there before its vectors, and a query in between fails with
@@ -59,8 +59,6 @@ class ChromaIndex:
 
     Points of others in the same collection are left alone, but crowd the search: it fetches more until enough are ours.
     """
-
-    fast_filters = False  # one that matches everything makes a query of 2 ms over 10,000 points take 50
 
     def __init__(self, client: ClientAPI, name: str = "memory", *, store_text: bool = False) -> None:
         self._errors: Any = _required("chromadb.errors")

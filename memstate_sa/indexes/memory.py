@@ -30,8 +30,6 @@ class InMemoryIndex:
     distance 1.0 from everything.
     """
 
-    fast_filters = True
-
     def __init__(self, *, max_batch: int = 10_000) -> None:
         self._max_batch = max_batch
         self._incarnation = uuid.uuid4().hex

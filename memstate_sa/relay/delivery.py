@@ -41,7 +41,7 @@ logger = logging.getLogger("memstate_sa.relay")
 T = TypeVar("T")
 
 ENTITY = "memstate_entity"
-"""The metadata name under which points carry their entity, in an index whose filters are fast."""
+"""The metadata name under which points carry their entity, in an index that has several."""
 
 
 class _LeaseLost(Exception):
@@ -94,7 +94,7 @@ class Delivery:
         if self._claim is not None and time.monotonic() < self._renew_at:
             return True
         embedder = self._vectors.embedder
-        self._renew_at = time.monotonic() + self._lease_s / 2
+        renew_at = time.monotonic() + self._lease_s / 2
         with self._engine.begin() as connection:
             claim = state.claim(
                 connection,
@@ -106,12 +106,13 @@ class Delivery:
                 entities=list(self._tracked),
             )
         if claim is not None and not claim.new and self._claim is not None:
+            self._filled = self._filled and claim.marked == self._claim.marked
             claim = replace(claim, at=self._claim.at)
         elif claim is not None:
             # Ours in the database, but unknown here: what was done under it is unknown, too.
             self._settle_window = self._settle_refill = claim.settle or not claim.new
             self._filled = False
-        self._claim = claim
+        self._claim, self._renew_at = claim, renew_at
         return claim is not None
 
     def release(self) -> None:
@@ -219,7 +220,7 @@ class Delivery:
         unsettled = self._settle_window, self._settle_refill
         self._settle_window = self._settle_refill = True  # until it is recorded, whatever interrupts us
         try:
-            failed |= self._write(index, writes, claim.epoch)
+            failed |= self._write(index, writes, claim)
         except _LeaseLost:
             self._give_up(index, facts)
             return 0
@@ -286,17 +287,17 @@ class Delivery:
                     failed[entity, found[0]] = classify(found[1], "the text callable")
         return projections, failed
 
-    def _write(self, index: IndexKey, writes: Sequence[Write], epoch: int) -> dict[FactKey, MemstateError]:
+    def _write(self, index: IndexKey, writes: Sequence[Write], claim: Claim) -> dict[FactKey, MemstateError]:
         """Write to the index; the keys it refused, alone, with why. Raises DeliveryRetryable."""
         upserts = [write for write in writes if write.projection is not None]
         deletes = [write for write in writes if write.projection is None]
         failed: dict[FactKey, MemstateError] = {}
         for batch in batches(deletes, self._index.max_batch):
-            self._keep_lease(index, epoch)
+            self._keep_lease(index, claim.epoch)
             failed |= self._isolate(batch, self._delete)
         for batch in batches(upserts, self._index.max_batch):
-            self._keep_lease(index, epoch)
-            failed |= self._isolate(batch, lambda some: self._upsert(some, epoch))
+            self._keep_lease(index, claim.epoch)
+            failed |= self._isolate(batch, lambda some: self._upsert(index, some, claim))
         return failed
 
     def _isolate(
@@ -315,15 +316,15 @@ class Delivery:
     def _delete(self, writes: Sequence[Write]) -> None:
         self._index.delete([self._point_id(write.fact) for write in writes])
 
-    def _upsert(self, writes: Sequence[Write], epoch: int) -> None:
+    def _upsert(self, index: IndexKey, writes: Sequence[Write], claim: Claim) -> None:
         vectors = self._stored_vectors([write for write in writes if write.same_text])
         texts = {
             write.projection.text_fingerprint: write.projection.text
             for write in writes
             if write.projection is not None and write.fact not in vectors
         }
-        embedded = self._vectors.of(texts)  # type: ignore[arg-type]  # a projection that is written has both
-        marked = self._index.fast_filters
+        embedded = self._vectors.of(texts, before_batch=lambda: self._keep_lease(index, claim.epoch))  # type: ignore[arg-type]  # a projection that is written has both
+        self._keep_lease(index, claim.epoch)
         points = []
         for write in writes:
             projection = write.projection
@@ -336,8 +337,8 @@ class Delivery:
                     id=self._point_id(write.fact),
                     vector=embedded[projection.text_fingerprint] if vector is None else vector,
                     fingerprint=projection.fingerprint,
-                    epoch=epoch,
-                    metadata={ENTITY: write.fact[0], **projection.metadata} if marked else projection.metadata,
+                    epoch=claim.epoch,
+                    metadata={ENTITY: write.fact[0], **projection.metadata} if claim.marked else projection.metadata,
                     text=projection.text,
                 )
             )
@@ -356,6 +357,8 @@ class Delivery:
         """*call* on the index or the embedder; whatever it raises becomes ours."""
         try:
             return call()
+        except _LeaseLost:
+            raise
         except Exception as error:
             ours = classify(error, f"index {self.name!r}")
             if ours is error:

@@ -249,8 +249,9 @@ class Relay:
                     continue
                 idle = self._poll_s[0]
                 if count < self._page_size:
-                    # The application commits in this process too: leave it twice the time that was taken, and find more
-                    # to do at once, which indexes like. An idle relay still answers a commit immediately.
+                    # The application commits in this process too, and Chroma holds the interpreter while it writes:
+                    # leave it four times the time that was taken, and find more to do at once, which indexes like. An
+                    # idle relay still answers a commit immediately.
                     self._stopping.wait(min(4 * (time.monotonic() - started), _LONGEST_PAUSE_S))
         finally:
             changes.close()

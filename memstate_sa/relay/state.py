@@ -107,13 +107,15 @@ def database_now(connection: Connection) -> datetime:
 class Claim:
     """The right to deliver to an index, for the time of the lease.
 
-    ``new``: it was not this holder's before. ``settle``: the holder before may have written what it did not record.
+    ``marked``: points carry their entity. ``new``: it was not this holder's before. ``settle``: the holder before may
+    have written what it did not record.
     """
 
     epoch: int
     at: Position
     new: bool = False
     settle: bool = False
+    marked: bool = False
 
 
 # Statements are built once: building one takes longer than running it, and the relay shares the interpreter with the
@@ -132,7 +134,8 @@ _filled_for = (
 )
 _any_stuck = exists().where(_of_index(parked), parked.c.entity == _entity)
 _newest = select(func.coalesce(func.max(outbox.c.id), 0)).scalar_subquery()
-_standing = _position.add_columns(_filled_for == 2, _any_stuck, _newest)
+_marked = select(index_state.c.marked).where(_of_index(index_state)).scalar_subquery()
+_standing = _position.add_columns(_filled_for == 2, _any_stuck, _newest, _marked)
 _stuck = select(parked.c.key).where(_of_index(parked), parked.c.entity == _entity).limit(_limit)
 _due = (
     select(parked.c.entity, parked.c.key, parked.c.attempts)
@@ -186,17 +189,19 @@ class Standing(NamedTuple):
     """How an index stands to one entity; ``at`` is None when it was never delivered to.
 
     ``filled``: it was once delivered in full. ``stuck``: it refused keys. ``newest``: the newest outbox id there is.
+    ``marked``: points carry their entity.
     """
 
     at: Position | None
     filled: bool
     stuck: bool
     newest: int
+    marked: bool
 
 
 def read_standing(connection: Connection, index: IndexKey, entity: str) -> Standing:
     row = connection.execute(_standing, {**index.parameters(), "entity": entity}).one_or_none()
-    return Standing(None, False, True, 0) if row is None else Standing(Position(*row[:3]), *row[3:])
+    return Standing(None, False, False, 0, False) if row is None else Standing(Position(*row[:3]), *row[3:])
 
 
 def stuck(connection: Connection, index: IndexKey, entity: str, limit: int) -> Sequence[str]:
@@ -253,7 +258,24 @@ def claim(
             upsert(connection.dialect.name, refill).on_conflict_do_nothing(),
             [{**index.values(), "entity": name, "done": False} for name in missing],
         )
-    return claimed
+    return replace(claimed, marked=_mark(connection, index, several=len({SCAN, *known, *entities}) > 2))
+
+
+def _mark(connection: Connection, index: IndexKey, *, several: bool) -> bool:
+    """Whether points of *index* carry their entity. They do from the day on which it gets a second one.
+
+    Not before: in Chroma a field costs a tenth of the writing rate. What is there is then written again, without
+    embedding it again.
+    """
+    is_marked = select(index_state.c.marked).where(_of_index(index_state))
+    marked: bool = connection.execute(is_marked, index.parameters()).scalar_one()
+    if several and not marked:
+        marking = update(index_state).where(_of_index(index_state)).values(marked=True)
+        again = update(refill).where(_of_index(refill), refill.c.entity != SCAN).values(done=False, position=None)
+        other = update(ledger).where(_of_index(ledger), not_(ledger.c.deleted)).values(fingerprint=None)
+        for statement in (marking, again, other):
+            connection.execute(statement, index.parameters())
+    return marked or several
 
 
 def _register(
@@ -277,7 +299,7 @@ def _register(
         )
     connection.execute(
         upsert(connection.dialect.name, index_state).on_conflict_do_nothing(),
-        {**index.values(), "embedder": embedder, "dimension": dimension, "created_at": now},
+        {**index.values(), "embedder": embedder, "dimension": dimension, "marked": False, "created_at": now},
     )
     snapshot, position = (present, 0) if connection.dialect.name == "postgresql" else (None, int(present))
     connection.execute(
@@ -375,7 +397,7 @@ def acknowledge(
         return False
     record = _record(connection.dialect.name)
     now = {**index.parameters(), "held_epoch": claimed.epoch, "now": utcnow()}
-    for payload in payloads([(*fact, *delivered) for fact, delivered in written.items()]) if written else ():
+    for payload in payloads((*fact, *delivered) for fact, delivered in written.items()):
         connection.execute(record, {**now, "rows": payload})
     unpark(connection, index, done)
     park_all(connection, index, parking)

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, func, insert, select, text
-from sqlalchemy.orm import joinedload
+from sqlalchemy.orm import joinedload, sessionmaker
 
-from memstate_sa import DeliveryError, DeliveryRetryable, Memory, MemstateError
+from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Memory, MemstateError
+from memstate_sa import search as search_module
 from memstate_sa.filters import push_down
 from memstate_sa.indexes import InMemoryIndex, Match, Point
 from memstate_sa.search import OVERLAY_LIMIT, cosine_distance
 from memstate_sa.testing import HashEmbedder
-from tests.support import Note, Person, Tag, World
+from tests.support import Base, Note, Person, Tag, World
 
 pytestmark = pytest.mark.sa20
 
@@ -219,12 +220,8 @@ def test_eventual_shows_only_what_was_delivered(world: World) -> None:
         assert [hit.fact.id for hit in hits] == [2]
 
 
-@pytest.mark.parametrize("fast_filters", [True, False])
-def test_other_entities_and_foreign_points_do_not_crowd_out(
-    meddled: World, index: Meddling, fast_filters: bool
-) -> None:
-    """One index holds several models; a search for a rare one still fills its top k."""
-    index.fast_filters = fast_filters
+def test_other_entities_do_not_crowd_out(meddled: World, index: Meddling) -> None:
+    """One index holds several models; a search for a rare one still fills its top k, by a filter."""
     with meddled.session() as session:
         session.execute(insert(Tag), [{"name": f"tea{n}", "meaning": "tea"} for n in range(200)])
         session.commit()
@@ -232,11 +229,86 @@ def test_other_entities_and_foreign_points_do_not_crowd_out(
     meddled.relay.drain()
     with meddled.session() as session:
         assert_exact(meddled, session, "tea", select(Person))
-    assert len(index.queries) == 2
-    if fast_filters:
-        assert index.queries[1]["where"] == {"memstate_entity": {"$eq": "person"}}
-    else:
-        assert set(index.queries[1]["ids"]) == {f"person[{n + 1}]" for n in range(len(WORDS))}
+    assert [query["where"] for query in index.queries] == [None, {"memstate_entity": {"$eq": "person"}}]
+
+
+def alone(engine: Engine, index: Meddling) -> tuple[Memory, Any]:
+    """A Memory of people only, and its Sessions."""
+    memory = Memory(index, embedder=HashEmbedder())
+    memory.track(Person, text="about", metadata=("name",))
+    sessions = sessionmaker(engine)
+    memory.attach(sessions)
+    Base.metadata.create_all(engine)
+    memory.create_tables(engine)
+    return memory, sessions
+
+
+def test_foreign_points_do_not_crowd_out(engine: Engine, index: Meddling) -> None:
+    """Points that nobody tracks are all nearer: the few rows there are are asked for by name."""
+    memory, sessions = alone(engine, index)
+    with sessions() as session:
+        session.add_all([Person(name="p", about=words) for words in WORDS])
+        session.commit()
+    memory.relay(engine).drain()
+    vector = memory.embedder.embed(["tea"])[0]
+    index.upsert([Point(f"other[{n}]", vector, "f") for n in range(200)])
+    with sessions() as session:
+        hits = memory.search(session, "tea", Person)
+        assert len(hits) == 5
+        assert {hit.fact.about for hit in hits} <= set(WORDS)
+    assert [query["ids"] and set(query["ids"]) for query in index.queries] == [
+        None,
+        {f"person[{n + 1}]" for n in range(len(WORDS))},
+    ]
+
+
+def test_points_carry_their_entity_from_the_second_one_on(engine: Engine, index: Meddling) -> None:
+    """What an index held before is written again, and embedded no second time."""
+    memory, sessions = alone(engine, index)
+    with sessions() as session:
+        session.add_all([Person(name="p", about=words) for words in WORDS])
+        session.commit()
+    memory.relay(engine).drain()
+    vector = memory.embedder.embed(["tea"])[0]
+    person = {"memstate_entity": {"$eq": "person"}}
+    assert index.query(vector, 50, where=person) == []
+
+    world = World(engine, index)
+    embedded: list[str] = []
+    embed = world.embedder.embed
+    world.embedder.embed = lambda texts: embedded.extend(texts) or embed(texts)  # type: ignore[method-assign,func-returns-value]
+    with world.session() as session:
+        session.add(Tag(name="tea", meaning="leaves"))
+        session.commit()
+    world.relay.drain()
+    assert embedded == ["tea means leaves"]
+    assert {match.id for match in index.query(vector, 50, where=person)} == {
+        f"person[{n + 1}]" for n in range(len(WORDS))
+    }
+
+
+def test_a_key_that_is_refused_in_the_middle_of_a_search(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undelivered at the first look, parked and its outbox entry gone at the second: it is found all the same."""
+    people(world, "green tea")
+    world.relay.drain()
+    people(world, "tea")
+    inner = search_module.read_standing
+
+    def then_refuse(*arguments: Any) -> Any:
+        standing = inner(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(world.index), "upsert", refuse)
+            world.relay.run_once()
+        world.relay._forget()
+        return standing
+
+    def refuse(self: Any, points: Any) -> None:
+        raise DeliveryRejected("not this one")
+
+    monkeypatch.setattr(search_module, "read_standing", then_refuse)
+    with world.session() as session:
+        hits = world.memory.search(session, "tea", Person)
+    assert [hit.fact.about for hit in hits] == ["tea", "green tea"]
 
 
 def test_facts_of_another_user_are_never_returned(world: World) -> None:
