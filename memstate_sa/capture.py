@@ -25,6 +25,7 @@ from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction,
 from sqlalchemy.orm.base import NO_VALUE
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.dml import UpdateBase
+from sqlalchemy.sql.selectable import AliasedReturnsRows
 
 from memstate_sa import tables
 from memstate_sa.arrays import as_array
@@ -49,7 +50,7 @@ class Registry:
         self._by_mapper: dict[Mapper[Any], Tracked | None] = {}
         self.by_entity: dict[str, Tracked] = {}
         self.by_table: dict[Table, Tracked] = {}
-        self.by_table_name: dict[str, Tracked] = {}
+        self.by_table_name: dict[tuple[str | None, str], Tracked] = {}
         self.validates = False
 
     def add(self, tracked: Tracked) -> None:
@@ -62,7 +63,7 @@ class Registry:
                 "tracking a base class tracks its subclasses"
             )
         self.by_entity[tracked.entity] = tracked
-        self.by_table[tracked.table] = self.by_table_name[tracked.table.fullname] = tracked
+        self.by_table[tracked.table] = self.by_table_name[tracked.table.schema, tracked.table.name] = tracked
         self.validates |= tracked.validate is not None
         self._by_mapper = {**{m: t for m, t in self._by_mapper.items() if t is not None}, tracked.mapper: tracked}
 
@@ -76,6 +77,21 @@ class Registry:
                 raise UntrackedWrite(f"{mapper.class_.__name__} has a table of its own, which is not tracked")
             self._by_mapper[mapper] = found
         return self._by_mapper[mapper]
+
+    def named(self, table: Any, default_schema: str | None) -> Tracked | None:
+        """What tracks the table of this name: another Table object of it, a reflected one, an alias is the same table.
+
+        The default schema may be named or not.
+        """
+        while isinstance(table, AliasedReturnsRows):
+            table = table.element
+        name, schema = getattr(table, "name", None), getattr(table, "schema", None)
+        if not isinstance(name, str):
+            return None
+        found = self.by_table_name.get((schema, name))
+        if found is None and schema in (None, default_schema):
+            found = self.by_table_name.get((default_schema if schema is None else None, name))
+        return found
 
     def of(self, model: type[Any]) -> Tracked:
         """What tracks the class *model*. Raises MemstateError when nothing does."""
@@ -228,6 +244,7 @@ class Capture:
         if connection.engine not in self._guarded:
             self._guarded.add(connection.engine)
             event.listen(connection.engine, "before_execute", self._guard)
+            event.listen(connection.engine, "before_cursor_execute", self._guard_ctes)
 
     def _before_commit(self, session: Session) -> None:
         if session.in_nested_transaction():  # fires at every SAVEPOINT release too
@@ -281,10 +298,7 @@ class Capture:
         """Log *entries* and mark their keys dirty: two INSERTs, whatever their number."""
         if not entries:
             return
-        if unit.written_on not in (None, connection):
-            raise MemstateError("the tracked models of one Session must live in one database: this one writes to two")
-        if connection.get_execution_options().get("schema_translate_map"):
-            raise MemstateError("schema_translate_map is not supported for tracked models")
+        _require_supported(connection, unit)
         at, tx = utcnow(), tx or unit.tx
         unit.logged, unit.written_on = True, connection
         with unit.writing():
@@ -331,6 +345,7 @@ class Capture:
         *canonical* gets each raw key as the text it has in the log, also of those that an object holds in another form
         than is stored: Decimal("1.5") for 1.50, "a" for a padded CHAR. Such a key is unknown to the log, and read here.
         """
+        _require_supported(connection, unit)
         columns = tracked.on(connection.dialect)
         with unit.writing():
             take_write_lock(connection)
@@ -472,6 +487,8 @@ class Capture:
         for state, (_is_delete, listed_only) in flush.context.states.items():
             if state.key is not None and not listed_only:
                 identities.setdefault(state.mapper, []).append(state.key[1])
+        tracked_mappers = [mapper for mapper in identities if self._registry.find(mapper) is not None]
+        _require_one_database(flush.context.session, tracked_mappers)
         changing: dict[Tracked, list[tuple[Any, ...]]] = {}
         for mapper, some in identities.items():
             tracked = self._registry.find(mapper)
@@ -485,6 +502,7 @@ class Capture:
         flush = self._end_flush(session)
         if flush is None or not flush.touched:
             return
+        _require_one_database(session, {state.mapper for state, _, _ in flush.touched})
         connection = session.connection(bind_arguments={"mapper": flush.touched[0][0].mapper})
         self._log_touched(connection, flush.unit, self._touched(flush, connection), flush.baselines, flush)
 
@@ -518,10 +536,12 @@ class Capture:
         tracked = None if mapper is None else self._registry.find(mapper)
         if mapper is None or tracked is None:
             return None
+        _require_no_translation(state.execution_options)
         if state.session.autoflush:
             state.session.flush()
         connection = state.session.connection(bind_arguments=dict(state.bind_arguments))
         unit = self.unit(state.session)
+        _require_supported(connection, unit)
         with unit.writing():
             take_write_lock(connection)
         capture = self._bulk_insert if state.is_insert else self._bulk_change
@@ -619,8 +639,7 @@ class Capture:
         units = self._active.get(connection)
         if not units:
             return
-        # By name: another Table object of that name, a reflected one, is the same table.
-        tracked = self._registry.by_table_name.get(getattr(getattr(statement, "table", None), "fullname", ""))
+        tracked = self._registry.named(getattr(statement, "table", None), connection.dialect.default_schema_name)
         if tracked is None:
             return
         for unit in units:
@@ -629,6 +648,19 @@ class Capture:
             if unit.flush is not None and "compiled_cache" in execution_options:
                 return  # the unit of work's own statement: the flush passes its mapper's cache, nobody else does
         self._refuse(tracked, statement, "use the Session's objects, or session.execute(insert/update/delete(Model))")
+
+    def _guard_ctes(
+        self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+    ) -> None:
+        """A SELECT, too, may write: WITH gone AS (DELETE … RETURNING …). Only the compiled statement knows its CTEs."""
+        ctes = getattr(getattr(context, "compiled", None), "ctes", None)
+        if not ctes or not self._active.get(connection):
+            return
+        for cte in ctes:
+            if isinstance(cte.element, UpdateBase):
+                tracked = self._registry.named(cte.element.table, connection.dialect.default_schema_name)
+                if tracked is not None:
+                    self._refuse(tracked, cte.element, "a CTE that writes cannot be captured; execute it by itself")
 
     def _refuse(self, tracked: Tracked, statement: Any, way_out: str) -> None:
         kind = type(statement).__name__.upper()
@@ -639,6 +671,24 @@ class Capture:
 
 
 _BULK_ATTEMPTS = 5
+_TWO_DATABASES = "the tracked models of one Session must live in one database: this one writes to two"
+
+
+def _require_no_translation(options: Mapping[str, Any]) -> None:
+    if options.get("schema_translate_map"):
+        raise MemstateError("schema_translate_map is not supported for tracked models")
+
+
+def _require_supported(connection: Connection, unit: Unit) -> None:
+    _require_no_translation(connection.get_execution_options())
+    if unit.written_on not in (None, connection):
+        raise MemstateError(_TWO_DATABASES)
+
+
+def _require_one_database(session: Session, mappers: Collection[Mapper[Any]]) -> None:
+    """Raise where *session* reaches the tables of *mappers* through several connections."""
+    if len(mappers) > 1 and len({session.connection(bind_arguments={"mapper": mapper}) for mapper in mappers}) > 1:
+        raise MemstateError(_TWO_DATABASES)
 
 
 def _form(key: Sequence[Any]) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from sqlalchemy import ColumnElement, Table, and_, delete, insert, inspect, select, update
+from sqlalchemy import Column, ColumnElement, Table, and_, delete, insert, inspect, select, update
 from sqlalchemy.engine import Connection, Row
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -289,14 +289,14 @@ class Rollback:
 
     def _insert(self, connection: Connection, table: Table, image: Image) -> None:
         values = self._values(connection, table, image)
-        always = [c.name for c in table.columns if c.identity is not None and c.identity.always]
+        always = [column.name for column in _generated_always(connection, table)]
         if always:
             raise ConflictError(f"{table.name}.{always[0]} is GENERATED ALWAYS: a deleted row cannot be brought back")
         connection.execute(insert(table).values(values))
 
     def _update(self, connection: Connection, table: Table, key: str, image: Image, current: Image) -> None:
         values = self._values(connection, table, image)
-        for column in table.primary_key.columns:
+        for column in (*table.primary_key.columns, *_generated_always(connection, table)):
             values.pop(column.key, None)
         version = self._tracked(table).mapper.version_id_col
         if version is not None and version.key in values:
@@ -326,6 +326,13 @@ class Rollback:
             found = self._registry.find(state.mapper)
             if found in keys and found.on(dialect).raw_key(state.key[1]) in keys[found]:
                 session.expire(instance)
+
+
+def _generated_always(connection: Connection, table: Table) -> list[Column[Any]]:
+    """Columns that only PostgreSQL may write; SQLite has no such thing, and ignores that they were declared so."""
+    if connection.dialect.name != "postgresql":
+        return []
+    return [column for column in table.columns if column.identity is not None and column.identity.always]
 
 
 def _first_that_holds(connection: Connection, *orders: Sequence[Callable[[], None]]) -> None:

@@ -67,6 +67,9 @@ class Verify:
         for kind, facts in self._differences(report, progress):
             late = self._pending(facts)
             drifted = self._confirmed([fact for fact in facts if fact not in late])
+            since = self._pending(drifted)  # changed between the two looks
+            late |= since
+            drifted = [fact for fact in drifted if fact not in since]
             if late:
                 report.pending += map(self._shown, late)
             if not drifted:

@@ -154,7 +154,7 @@ class Delivery:
             at, entries = state.next_window(connection, self._claim.at, self._page_size)
         after = advance(at, entries[-1][0] if len(entries) == self._page_size else None)
         facts = list(dict.fromkeys((entity, key) for _, entity, key in entries if entity in self._tracked))
-        foreign = {entity for _, entity, _ in entries} - set(self._tracked)
+        foreign = {(entity, key) for _, entity, key in entries if entity not in self._tracked}
         if not facts and not foreign:
             # Nothing was read that an acknowledgement would have to follow; saved with the next one.
             self._claim = replace(self._claim, at=after)
@@ -200,7 +200,13 @@ class Delivery:
     # -- one page ----------------------------------------------------------------------------------------------------
 
     def _converge(
-        self, index: IndexKey, facts: Sequence[FactKey], *, settle: bool, at: Position, foreign: Collection[str] = ()
+        self,
+        index: IndexKey,
+        facts: Sequence[FactKey],
+        *,
+        settle: bool,
+        at: Position,
+        foreign: Collection[FactKey] = (),
     ) -> int:
         """Make the index agree with the committed rows of *facts*, then acknowledge up to *at*.
 
@@ -224,6 +230,12 @@ class Delivery:
         except _LeaseLost:
             self._give_up(index, facts)
             return 0
+        except Exception:
+            # It may have been written all the same, and after what a new holder wrote.
+            self._renew_at = 0.0
+            if not self._holds(index) or self._claim is None or self._claim.epoch != claim.epoch:
+                self._give_up(index, facts)
+            raise
         written = {
             write.fact: Delivered(write.projection.fingerprint, write.projection.text_fingerprint, False)
             if write.projection is not None

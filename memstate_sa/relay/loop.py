@@ -176,7 +176,7 @@ class Relay:
             }
 
     def _behind(self, up_to: int) -> bool:
-        return any(backlog.pending or backlog.refilling for backlog in self._backlogs(up_to).values())
+        return any(backlog.pending or backlog.refilling or backlog.due for backlog in self._backlogs(up_to).values())
 
     def _why_behind(self, up_to: int) -> str:
         return ", ".join(
@@ -244,6 +244,8 @@ class Relay:
                     self._back_off("the database", error)
                     self._stopping.wait(self._not_before["the database"] - time.monotonic())
                     continue
+                self._failures.pop("the database", None)
+                self._not_before.pop("the database", None)
                 if count is None:
                     idle = self._wait_for_work(changes, idle)
                     continue

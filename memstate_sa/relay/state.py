@@ -387,7 +387,7 @@ def acknowledge(
     written: Mapping[FactKey, Delivered],
     done: Collection[FactKey],
     parking: Mapping[FactKey, Parked],
-    foreign: Collection[str] = (),
+    foreign: Collection[FactKey] = (),
 ) -> bool:
     """Record a delivered page and move the cursor to *at*. False, and nothing recorded, when the claim is lost."""
     take_write_lock(connection)
@@ -402,9 +402,10 @@ def acknowledge(
     unpark(connection, index, done)
     park_all(connection, index, parking)
     if foreign:
-        # Entities of another Memory that shares this index: passed by here, so it delivers them in full again.
-        again = update(refill).where(_of_index(refill), refill.c.entity.in_(foreign))
-        connection.execute(again.values(done=False, position=None), index.parameters())
+        # Keys of another Memory that shares this index: passed by here, so they wait for its relay, deleted ones too.
+        known = set(connection.scalars(select(refill.c.entity).where(_of_index(refill)), index.parameters()))
+        again = Parked(0, utcnow(), "parked", "passed by")
+        park_all(connection, index, {fact: again for fact in foreign if fact[0] in known})
     return True
 
 

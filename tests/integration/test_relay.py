@@ -327,6 +327,32 @@ def test_one_holder_at_a_time(spied: World) -> None:
 # -- incarnations -----------------------------------------------------------------------------------------------------
 
 
+def test_a_slow_embedder_keeps_its_lease(engine: Engine) -> None:
+    """A page that takes longer than the lease is not taken over: the lease is renewed between calls of the embedder."""
+    world = World(engine)
+    embedded: list[str] = []
+    embed = world.embedder.embed
+
+    def slowly(texts: Sequence[str]) -> Any:
+        embedded.extend(texts)
+        time.sleep(0.5)
+        return embed(texts)
+
+    world.embedder.embed = slowly  # type: ignore[method-assign]
+    with world.session() as session:
+        session.execute(insert(Tag), [{"name": f"t{n}", "meaning": "m"} for n in range(1000)])
+        session.commit()
+    relays = [world.memory.relay(engine, lease_s=1.4) for _ in range(2)]
+    threads = [threading.Thread(target=relay.drain) for relay in relays]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    world.embedder.embed = embed  # type: ignore[method-assign]
+    assert sorted(embedded) == sorted(f"t{n} means m" for n in range(1000))
+    world.assert_in_step()
+
+
 def test_another_index_under_the_same_name_is_refilled(engine: Engine) -> None:
     """A volatile index after a restart holds nothing, whatever cursor and ledger say."""
     world = World(engine)
