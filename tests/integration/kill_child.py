@@ -1,4 +1,4 @@
-"""An agent that remembers, forgets and relays to a Chroma folder until it is killed. Run as a script.
+"""An agent that remembers, forgets and relays to a Chroma folder until it is killed.
 
 Each run begins by comparing what the last one left: no other process may open the Chroma folder meanwhile.
 """
@@ -6,7 +6,7 @@ Each run begins by comparing what the last one left: no other process may open t
 from __future__ import annotations
 
 import random
-import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import chromadb
@@ -42,14 +42,17 @@ def check(folder: Path) -> None:
     world.engine.dispose()
 
 
-def main(folder: Path, seed: int) -> None:
+def run(folder: Path, seed: int, started: Connection) -> None:
+    """Compare, say so, and go on until the process is killed."""
+    (folder / "committed.log").touch()
+    check(folder)
     chance = random.Random(seed)
     world = world_in(folder, rate=0.1, seed=seed)
     with (
         world.memory.relay(world.engine, page_size=20, policy=RetryPolicy(delay_s=0.01)),
         (folder / "committed.log").open("a") as committed,
     ):
-        print("ready", flush=True)
+        started.send("ready")
         for step in range(100_000):
             name = f"{seed}-{step}"
             with world.session() as session:
@@ -73,11 +76,3 @@ def main(folder: Path, seed: int) -> None:
                     session.commit()
                 committed.write(f"undone {name}\n")
                 committed.flush()
-
-
-if __name__ == "__main__":
-    here = Path(sys.argv[1])
-    (here / "committed.log").touch()
-    check(here)
-    if len(sys.argv) > 2:
-        main(here, int(sys.argv[2]))
