@@ -688,8 +688,8 @@ def test_one_flush_on_two_databases_is_refused(world: World, other_engine: Engin
         unattached.add(Tag(name="t", meaning="in other"))
         unattached.commit()
     with world.sessions(binds={Person: world.engine, Tag: other_engine}) as session:
-        session.add(Person(name="p", about="x"))
         session.get_one(Tag, "t").meaning = "changed"
+        session.add(Person(name="p", about="x"))
         with pytest.raises(MemstateError, match="must live in one database"):
             session.commit()
     world.assert_in_step()
