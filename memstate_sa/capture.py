@@ -487,13 +487,12 @@ class Capture:
         for state, (_is_delete, listed_only) in flush.context.states.items():
             if state.key is not None and not listed_only:
                 identities.setdefault(state.mapper, []).append(state.key[1])
-        tracked_mappers = [mapper for mapper in identities if self._registry.find(mapper) is not None]
-        _require_one_database(flush.context.session, tracked_mappers)
+        found = {mapper: tracked for mapper in identities if (tracked := self._registry.find(mapper)) is not None}
+        _require_one_database(flush.context.session, found)
         changing: dict[Tracked, list[tuple[Any, ...]]] = {}
-        for mapper, some in identities.items():
-            tracked = self._registry.find(mapper)
-            if tracked is not None:
-                changing.setdefault(tracked, []).extend(map(tracked.on(connection.dialect).raw_key, some))
+        for mapper, tracked in found.items():
+            raw_keys = map(tracked.on(connection.dialect).raw_key, identities[mapper])
+            changing.setdefault(tracked, []).extend(raw_keys)
         for tracked, keys in changing.items():
             canonical = flush.canonical.setdefault(tracked, {})
             flush.baselines += self.baselines(connection, flush.unit, tracked, keys, canonical)

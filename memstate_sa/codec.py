@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeGuard
 from uuid import UUID
 
 
@@ -29,13 +29,16 @@ def _float(value: float) -> float | dict[str, str]:
 
 
 def _str(value: str) -> str | dict[str, str]:
-    if value.isprintable() or ("\x00" not in value and not _has_surrogate(value)):
+    if value.isprintable() or is_text(value):
         return value
     return {"$text": base64.b64encode(value.encode("utf-8", "surrogatepass")).decode()}
 
 
-def _has_surrogate(value: str) -> bool:
-    return any("\ud800" <= char <= "\udfff" for char in value) if not value.isascii() else False
+def is_text(value: Any) -> TypeGuard[str]:
+    """Whether every database can store *value* in a text column: a string without NUL and lone surrogates."""
+    if not isinstance(value, str) or "\x00" in value:
+        return False
+    return value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 _TAGGERS: dict[type, Callable[[Any], Any]] = {

@@ -76,3 +76,9 @@ class MissingExtra(MemstateError, ImportError):
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; run: pip install 'memstate-sa[{extra}]'")
         self.extra = extra
+
+
+def require_count(name: str, value: Any, meaning: str) -> None:
+    """Raise MemstateError unless *value* is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise MemstateError(f"{name}={value!r}: {meaning}")

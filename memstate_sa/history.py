@@ -17,7 +17,7 @@ from memstate_sa.arrays import as_array, each
 from memstate_sa.capture import Capture, Registry, Unit
 from memstate_sa.changes import Change, Entry, Image, Step, invert, new_tx
 from memstate_sa.codec import decode_image, decode_key
-from memstate_sa.errors import ConflictError, HistoryMissing, MemstateError, NotFound
+from memstate_sa.errors import ConflictError, HistoryMissing, MemstateError, NotFound, require_count
 from memstate_sa.facts import Tracked
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.tables import log, transaction
@@ -134,8 +134,7 @@ class Rollback:
         self._capture = capture
 
     def steps(self, session: Session, steps: int, session_id: str | None, actor: str | None) -> list[Change]:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise MemstateError(f"steps={steps!r}: how many transactions to undo, at least 1")
+        require_count("steps", steps, "how many transactions to undo, at least 1")
         unit, connection = self._prepare(session)
         if session_id is None and actor is None:
             session_id, actor = unit.session_id, unit.actor

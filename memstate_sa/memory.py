@@ -16,9 +16,10 @@ from sqlalchemy.orm import Session
 from memstate_sa import history, tables, truth
 from memstate_sa.capture import Capture, Registry, Unit
 from memstate_sa.changes import Change
+from memstate_sa.codec import is_text
 from memstate_sa.columns import TableColumns
 from memstate_sa.embedders import Embedder, WordLlamaEmbedder
-from memstate_sa.errors import DeliveryError, MemstateError
+from memstate_sa.errors import DeliveryError, MemstateError, require_count
 from memstate_sa.facts import Tracked, describe
 from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.relay import Relay
@@ -295,8 +296,7 @@ class Memory:
         _sync_session(session)
         if not isinstance(query, str):
             raise MemstateError(f"query={query!r}: a string to search for")
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise MemstateError(f"limit={limit!r}: how many hits, at least 1")
+        require_count("limit", limit, "how many hits, at least 1")
         if max_distance is not None and (
             isinstance(max_distance, bool) or not isinstance(max_distance, (int, float)) or math.isnan(max_distance)
         ):
@@ -437,8 +437,7 @@ class Memory:
         One transaction a batch, safe beside live writes; run again after an interruption, it goes on with what is
         left. Returns how many rows were new to the log.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise MemstateError(f"batch_size={batch_size!r}: at least 1")
+        require_count("batch_size", batch_size, "at least 1")
         sync, tracked, added, seen = self.sync_engine(engine), self._registry.of(model), 0, 0
         require_no_transaction(sync)
         after: str | None = None
@@ -502,9 +501,7 @@ class Memory:
 
 def _check_label(name: str, value: Any) -> None:
     """A label must be text that both databases hold."""
-    if value is None:
-        return
-    if not isinstance(value, str) or "\x00" in value or any("\ud800" <= char <= "\udfff" for char in value):
+    if value is not None and not is_text(value):
         raise MemstateError(f"{name}={value!r}: give a string without NUL or lone surrogates")
 
 

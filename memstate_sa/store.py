@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from decimal import Decimal
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from sqlalchemy import ColumnElement, Select, create_engine, exists, func, literal, not_, or_, select, type_coerce
@@ -24,7 +24,7 @@ from sqlalchemy.pool import StaticPool
 
 from memstate_sa import sqlite
 from memstate_sa.changes import Change
-from memstate_sa.codec import decode_key, encode_key
+from memstate_sa.codec import decode_key, encode_key, is_text
 from memstate_sa.embedders import Embedder
 from memstate_sa.errors import ConflictError, DeliveryError, MemstateError, MissingExtra, NotFound, ValidationFailed
 from memstate_sa.facts import Fact
@@ -164,7 +164,7 @@ class MemoryStore:
             value = values.get(name)
             if value is None and name != "type":
                 continue
-            if not _is_text(value) or (limit is not None and not 1 <= len(value) <= limit):
+            if not is_text(value) or (limit is not None and not 1 <= len(value) <= limit):
                 what = "a string" if limit is None else f"a string of 1 to {limit} characters"
                 raise _invalid(name, f"{what}, without NUL or lone surrogates")
         if not isinstance(payload, dict):
@@ -522,20 +522,15 @@ def _strings(value: Any) -> str:
     return "".join(map(_strings, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _is_text(value: Any) -> TypeGuard[str]:
-    """Whether every database can store *value* in a text column."""
-    return isinstance(value, str) and "\x00" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
-
-
 def _check_texts(**given: Any) -> None:
     """Before a driver refuses them, each in its own words, and only when the transaction ends."""
     for name, value in given.items():
-        if value is not None and not _is_text(value):
+        if value is not None and not is_text(value):
             raise MemstateError(f"{name}={value!r}: give a string, without NUL or lone surrogates")
 
 
 def _check_id(id: Any) -> None:
-    if not _is_text(id):
+    if not is_text(id):
         raise MemstateError(f"id={id!r}: give the string that commit() returned")
 
 
@@ -557,7 +552,7 @@ def _payload_equals(dialect: str, name: str, value: Any) -> ColumnElement[bool]:
     """
     if value is not None and not isinstance(value, (str, bool, int, float)):
         raise MemstateError(f"filter {name}={value!r}: give a string, number, boolean or None")
-    if not _is_text(name) or (isinstance(value, str) and not _is_text(value)):
+    if not is_text(name) or (isinstance(value, str) and not is_text(value)):
         raise MemstateError(f"filter {name!r}: {value!r}: no payload holds NUL or lone surrogates")
     if isinstance(value, float) and not math.isfinite(value):
         raise MemstateError(f"filter {name}={value!r}: no payload holds that")

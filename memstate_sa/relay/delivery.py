@@ -233,7 +233,7 @@ class Delivery:
         except Exception:
             # It may have been written all the same, and after what a new holder wrote.
             self._renew_at = 0.0
-            if not self._holds(index) or self._claim is None or self._claim.epoch != claim.epoch:
+            if not self._still_holds(index, claim):
                 self._give_up(index, facts)
             raise
         written = {
@@ -281,8 +281,11 @@ class Delivery:
             take_write_lock(connection)
             state.park_all(connection, index, dict.fromkeys(facts, again))
 
-    def _keep_lease(self, index: IndexKey, epoch: int) -> None:
-        if not self._holds(index) or self._claim is None or self._claim.epoch != epoch:
+    def _still_holds(self, index: IndexKey, claim: Claim) -> bool:
+        return self._holds(index) and self._claim is not None and self._claim.epoch == claim.epoch
+
+    def _keep_lease(self, index: IndexKey, claim: Claim) -> None:
+        if not self._still_holds(index, claim):
             raise _LeaseLost
 
     def _read_truth(
@@ -305,10 +308,9 @@ class Delivery:
         deletes = [write for write in writes if write.projection is None]
         failed: dict[FactKey, MemstateError] = {}
         for batch in batches(deletes, self._index.max_batch):
-            self._keep_lease(index, claim.epoch)
+            self._keep_lease(index, claim)
             failed |= self._isolate(batch, self._delete)
         for batch in batches(upserts, self._index.max_batch):
-            self._keep_lease(index, claim.epoch)
             failed |= self._isolate(batch, lambda some: self._upsert(index, some, claim))
         return failed
 
@@ -335,8 +337,8 @@ class Delivery:
             for write in writes
             if write.projection is not None and write.fact not in vectors
         }
-        embedded = self._vectors.of(texts, before_batch=lambda: self._keep_lease(index, claim.epoch))  # type: ignore[arg-type]  # a projection that is written has both
-        self._keep_lease(index, claim.epoch)
+        embedded = self._vectors.of(texts, before_batch=lambda: self._keep_lease(index, claim))  # type: ignore[arg-type]  # a projection that is written has both
+        self._keep_lease(index, claim)
         points = []
         for write in writes:
             projection = write.projection

@@ -233,23 +233,23 @@ def test_other_entities_do_not_crowd_out(meddled: World, index: Meddling) -> Non
 
 
 def alone(engine: Engine, index: Meddling) -> tuple[Memory, Any]:
-    """A Memory of people only, and its Sessions."""
+    """A Memory of people only, which are in the index, and its Sessions."""
     memory = Memory(index, embedder=HashEmbedder())
     memory.track(Person, text="about", metadata=("name",))
     sessions = sessionmaker(engine)
     memory.attach(sessions)
     Base.metadata.create_all(engine)
     memory.create_tables(engine)
+    with sessions() as session:
+        session.add_all([Person(name="p", about=words) for words in WORDS])
+        session.commit()
+    memory.relay(engine).drain()
     return memory, sessions
 
 
 def test_foreign_points_do_not_crowd_out(engine: Engine, index: Meddling) -> None:
     """Points that nobody tracks are all nearer: the few rows there are are asked for by name."""
     memory, sessions = alone(engine, index)
-    with sessions() as session:
-        session.add_all([Person(name="p", about=words) for words in WORDS])
-        session.commit()
-    memory.relay(engine).drain()
     vector = memory.embedder.embed(["tea"])[0]
     index.upsert([Point(f"other[{n}]", vector, "f") for n in range(200)])
     with sessions() as session:
@@ -264,11 +264,7 @@ def test_foreign_points_do_not_crowd_out(engine: Engine, index: Meddling) -> Non
 
 def test_points_carry_their_entity_from_the_second_one_on(engine: Engine, index: Meddling) -> None:
     """What an index held before is written again, and embedded no second time."""
-    memory, sessions = alone(engine, index)
-    with sessions() as session:
-        session.add_all([Person(name="p", about=words) for words in WORDS])
-        session.commit()
-    memory.relay(engine).drain()
+    memory, _ = alone(engine, index)
     vector = memory.embedder.embed(["tea"])[0]
     person = {"memstate_entity": {"$eq": "person"}}
     assert index.query(vector, 50, where=person) == []
