@@ -183,6 +183,10 @@ class Capture:
 
     def attach(self, target: Any) -> None:
         """Listen to the Sessions of *target*. Idempotent."""
+        bind = target.kw.get("bind") if hasattr(target, "kw") else getattr(target, "bind", None)
+        bind = getattr(bind, "sync_engine", bind)
+        if isinstance(bind, Engine):
+            self.guard(bind)
         target = self._sync_target(target)
         if target in self._attached or (isinstance(target, type) and self._attached.intersection(target.__mro__)):
             return
@@ -241,10 +245,14 @@ class Capture:
         if connection not in unit.connections:
             unit.connections.append(connection)
             self._active.setdefault(connection, []).append(unit)  # several Sessions may share a connection
-        if connection.engine not in self._guarded:
-            self._guarded.add(connection.engine)
-            event.listen(connection.engine, "before_execute", self._guard)
-            event.listen(connection.engine, "before_cursor_execute", self._guard_ctes)
+        self.guard(connection.engine)
+
+    def guard(self, engine: Engine) -> None:
+        """Listen to the statements of *engine*; better early: one that another thread runs meanwhile would fail."""
+        if engine not in self._guarded:
+            self._guarded.add(engine)
+            event.listen(engine, "before_execute", self._guard)
+            event.listen(engine, "before_cursor_execute", self._guard_ctes)
 
     def _before_commit(self, session: Session) -> None:
         if session.in_nested_transaction():  # fires at every SAVEPOINT release too

@@ -23,7 +23,8 @@ from memstate_sa.errors import DeliveryError, MemstateError, require_count
 from memstate_sa.facts import Tracked, describe
 from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.relay import Relay
-from memstate_sa.relay.state import Backlog, IndexKey, backlog
+from memstate_sa.relay.backlog import Backlog, backlog
+from memstate_sa.relay.claims import IndexKey
 from memstate_sa.search import Call, Hits, Search, call_directly
 from memstate_sa.sqlite import configure, is_in_memory, require_no_transaction
 from memstate_sa.vectors import Vectors
@@ -381,7 +382,9 @@ class Memory:
 
         ``with memory.relay(engine):`` runs it in the background.
         """
-        relay = Relay(self.sync_engine(engine), self._by_index(), self._vectors, **options)
+        sync = self.sync_engine(engine)
+        self._capture.guard(sync)
+        relay = Relay(sync, self._by_index(), self._vectors, **options)
         self._relays.add(relay)
         return relay
 

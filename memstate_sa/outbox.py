@@ -1,4 +1,4 @@
-"""Statements on the log and the outbox: add, window, pending, acknowledge. No I/O of its own.
+"""Statements on the log and the outbox: what is added, and what an index has not been given yet.
 
 An outbox entry says "this key may have changed". The relay converges the key to the row that is committed when it
 looks, so entries need no order among themselves, and repeating one does no harm.
@@ -6,17 +6,18 @@ looks, so entries need no order among themselves, and repeating one does no harm
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from typing import Any
 
 from sqlalchemy import (
     ARRAY,
+    BigInteger,
+    BindParameter,
     ColumnElement,
     Delete,
+    FromClause,
     Insert,
     Select,
     SmallInteger,
@@ -24,30 +25,25 @@ from sqlalchemy import (
     and_,
     any_,
     bindparam,
+    case,
     cast,
     delete,
     false,
     func,
     insert,
-    literal,
     literal_column,
     not_,
-    or_,
     select,
+    true,
+    tuple_,
+    union_all,
 )
 from sqlalchemy.engine import Connection
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.elements import Cast
-from sqlalchemy.sql.functions import FunctionElement
 
-from memstate_sa.arrays import as_json, each, item, payloads
+from memstate_sa.arrays import as_array, as_json, each, item, payloads
 from memstate_sa.changes import Entry
-from memstate_sa.tables import SLOTS, Xid8, current_xid, log, outbox
-
-
-def slot_of(entity: str, key: str) -> int:
-    """The slot of a key. Stored, so it must never change."""
-    return zlib.crc32(f"{entity}\0{key}".encode()) % SLOTS
+from memstate_sa.positions import SLOTS, Page, Position, Snapshot, slot_of
+from memstate_sa.tables import Xid8, current_xid, log, outbox
 
 
 def take_write_lock(connection: Connection) -> None:
@@ -112,97 +108,114 @@ def add_to_outbox(connection: Connection, facts: Iterable[tuple[str, str]], tx: 
         connection.execute(_add_to_outbox, {"tx": tx, "at": at, "rows": payload})
 
 
-# -- windows ---------------------------------------------------------------------------------------------------------
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+ALL = 1 << 62
+"""A ``limit`` that is none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
-    """How far an index has come.
-
-    PostgreSQL: what ``snapshot`` sees is delivered, and of the window up to snapshot ``target``, the ids up to
-    ``position``. A late-committing transaction is in no earlier snapshot, whatever its ids are. SQLite: one writer
-    makes id order commit order; ``snapshot`` stays None and ``target`` is the window's last id.
-    """
-
-    snapshot: str | None
-    target: str | None
-    position: int
+def slots(dialect_name: str) -> range:
+    """The slots of which relays may each hold some. SQLite has one: its relays elect one of them."""
+    return range(SLOTS) if dialect_name == "postgresql" else range(1)
 
 
 @cache
-def here(dialect_name: str) -> Select[Any]:
-    """The present, as a target."""
+def here(dialect_name: str) -> ColumnElement[Any]:
+    """The present, for `as_position`."""
     if dialect_name == "postgresql":
-        return select(cast(func.pg_current_snapshot(), Text))
-    return select(func.coalesce(cast(func.max(outbox.c.id), Text), literal("0")))
+        return cast(func.pg_current_snapshot(), Text)
+    return select(func.coalesce(func.max(outbox.c.id), 0)).scalar_subquery()
 
 
-def _not_seen_by(snapshot: str) -> ColumnElement[bool]:
-    """Rows of transactions that *snapshot* (``xmin:xmax:xip,…``) does not see.
+def as_position(here: Any) -> Position:
+    """Where an index is that has everything there is."""
+    if isinstance(here, int):  # SQLite: the newest id
+        return Position(Snapshot(0), 0, here)
+    return Position(Snapshot.parse(here))
 
-    Every slot is named and nothing is older than xmin: with that, the index on (slot, xid, id) serves it.
+
+def read_present(connection: Connection) -> Position:
+    return as_position(connection.execute(select(here(connection.dialect.name))).scalar_one())
+
+
+def _xid(value: ColumnElement[Any]) -> ColumnElement[Any]:
+    return cast(value, Xid8())
+
+
+_limit: BindParameter[int] = bindparam("limit", type_=BigInteger())
+_late = each("late")
+
+
+def undelivered(
+    dialect_name: str, *columns: ColumnElement[Any], where: ColumnElement[bool], newest_first: bool = False
+) -> FromClause:
+    """Up to ``limit`` entries after a position, oldest or newest first; `after` makes the other parameters.
+
+    On PostgreSQL two walks along the index on (xid, id): entries of transactions that were running at the position, and
+    of later ones. One condition for both would be a walk from the oldest transaction that runs, however old that is.
     """
-    xmin, xmax, xip = snapshot.split(":")
-    late = outbox.c.xid >= _xid(xmax)
-    if xip:
-        late = or_(late, outbox.c.xid.in_([_xid(xid) for xid in xip.split(",")]))
-    return and_(outbox.c.slot == any_(_all_slots), outbox.c.xid >= _xid(xmin), late)
+    if dialect_name != "postgresql":
+        newest = outbox.c.id.desc() if newest_first else outbox.c.id.asc()
+        return select(*columns).where(outbox.c.id > bindparam("after"), where).order_by(newest).limit(_limit).subquery()
+    begin = case((_late.c.value == bindparam("xid", type_=Text()), bindparam("after", type_=BigInteger())), else_=0)
+    late = and_(outbox.c.xid == _xid(_late.c.value), outbox.c.id > begin)
+    later = tuple_(outbox.c.xid, outbox.c.id) > tuple_(
+        _xid(bindparam("xmax", type_=Text())), bindparam("later_after", type_=BigInteger())
+    )
+    order = [column.desc() if newest_first else column for column in (outbox.c.xid, outbox.c.id)]
+    of_late, of_later = (
+        select(*columns).where(transactions, where).order_by(*order).limit(_limit) for transactions in (late, later)
+    )
+    each_late = of_late.correlate(_late).lateral()
+    late_entries = select(each_late).select_from(_late.join(each_late, true()))
+    return union_all(late_entries, select(of_later.subquery())).subquery()
 
 
-_all_slots = cast(literal("{" + ",".join(map(str, range(SLOTS))) + "}", Text), ARRAY(SmallInteger))
+def after(at: Position, late: Iterable[int] | None = None) -> dict[str, Any]:
+    """Parameters of `undelivered`; *late* are those of the transactions running at *at* that may have ended since."""
+    xmax = at.snapshot.xmax
+    begin = {"xid": str(at.xid), "after": at.id, "xmax": str(xmax), "later_after": at.after(xmax)}
+    return {**begin, "late": as_array(map(str, at.snapshot.running if late is None else late))}
 
 
-def _xid(value: str) -> Cast[Any]:
-    return cast(literal(value, Text), Xid8())
+def in_slots(dialect_name: str, column: ColumnElement[int]) -> ColumnElement[bool]:
+    """Whether *column* is among the parameter ``slots``, made by `slot_array`."""
+    if dialect_name != "postgresql":
+        return true()
+    return column == any_(cast(bindparam("slots", type_=Text()), ARRAY(SmallInteger)))
 
 
-def _seen_by(snapshot: str) -> ColumnElement[bool]:
-    return func.pg_visible_in_snapshot(outbox.c.xid, _Snapshot(literal(snapshot, Text)))
+def slot_array(slots: Iterable[int]) -> str:
+    return "{" + ",".join(map(str, slots)) + "}"
 
 
-class _Snapshot(FunctionElement[Any]):
-    name = "snapshot"
-    inherit_cache = True
+_running = each("running")
 
 
-@compiles(_Snapshot)
-def _snapshot(element: Any, compiler: Any, **kw: Any) -> str:
-    return f"CAST({compiler.process(element.clauses, **kw)} AS pg_snapshot)"
+@cache
+def _page(dialect_name: str) -> Select[Any]:
+    if dialect_name != "postgresql":
+        xid: ColumnElement[Any] = literal_column("0").label("xid")
+        limits = outbox.c.id <= bindparam("newest", type_=BigInteger())
+    else:
+        xid = outbox.c.xid
+        ended = and_(xid < _xid(bindparam("newest", type_=Text())), xid.not_in(select(_xid(_running.c.value))))
+        limits = and_(ended, in_slots(dialect_name, outbox.c.slot))
+    entries = undelivered(dialect_name, xid, outbox.c.id, outbox.c.entity, outbox.c.key, where=limits).c
+    columns = (cast(entries.xid, Text), entries.id, entries.entity, entries.key)
+    return select(*columns).order_by(entries.xid, entries.id).limit(_limit)
 
 
-_page = (
-    select(outbox.c.id, outbox.c.entity, outbox.c.key)
-    .where(outbox.c.id > bindparam("position"))
-    .order_by(outbox.c.id)
-    .limit(bindparam("limit"))
-)
-_page_of_ids = _page.where(outbox.c.id <= bindparam("target"))
-
-
-def window(at: Position) -> tuple[Select[Any], dict[str, Any]]:
-    """The entries between *at* and its target, oldest id first, up to a ``limit``: statement and other parameters."""
-    assert at.target is not None
-    if at.snapshot is None:
-        return _page_of_ids, {"position": at.position, "target": int(at.target)}
-    return _page.where(_not_seen_by(at.snapshot), _seen_by(at.target)), {"position": at.position}
-
-
-def undelivered(at: Position | None) -> ColumnElement[bool]:
-    """The entries that an index at *at* (None: never delivered to) may not have, as far as the reader sees them."""
-    if at is None:
-        return outbox.c.id > 0
-    if at.snapshot is None:
-        return outbox.c.id > at.position
-    late = _not_seen_by(at.snapshot)
-    if at.target is None:
-        return late
-    return and_(late, not_(and_(outbox.c.id <= at.position, _seen_by(at.target))))
-
-
-def advance(at: Position, last_id: int | None) -> Position:
-    """*at* after a page that ended with *last_id*, or after the page that was the window's last (None)."""
-    if last_id is not None:
-        return Position(at.snapshot, at.target, last_id)
-    if at.snapshot is None:
-        return Position(None, None, max(at.position, int(at.target or 0)))
-    return Position(at.target, None, 0)
+def read_page(connection: Connection, at: Position, present: Position, slots: Iterable[int], limit: int) -> Page:
+    """Up to *limit* entries of *slots* that *present* has and *at* has not."""
+    dialect = connection.dialect.name
+    if dialect == "postgresql":
+        now = present.snapshot
+        parameters: dict[str, Any] = after(at, filter(now.sees, at.snapshot.running))
+        running = as_array(str(xid) for xid in now.running if xid >= at.snapshot.xmax)
+        parameters |= {"newest": str(now.xmax), "running": running, "slots": slot_array(slots)}
+    else:
+        parameters = {"after": at.id, "newest": present.id}
+    rows = connection.execute(_page(dialect), {**parameters, "limit": limit}).all()
+    last = (int(rows[-1][0]), rows[-1][1]) if len(rows) == limit else None
+    return Page([(row[2], row[3]) for row in rows], last)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import numpy as np
-from sqlalchemy import ColumnElement, Select, bindparam, case, func, select
+from sqlalchemy import FromClause, Select, bindparam, case, func, select, union
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
@@ -24,10 +25,11 @@ from memstate_sa.errors import DeliveryError, DeliveryRejected, MemstateError
 from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.filters import push_down
 from memstate_sa.indexes.base import Filter, Match, Vector, VectorIndex
-from memstate_sa.outbox import undelivered
+from memstate_sa.outbox import after, undelivered
+from memstate_sa.relay.backlog import Standing, read_standing, stuck
+from memstate_sa.relay.claims import IndexKey
 from memstate_sa.relay.delivery import ENTITY
 from memstate_sa.relay.plan import halves
-from memstate_sa.relay.state import IndexKey, Standing, read_standing, stuck
 from memstate_sa.tables import outbox
 from memstate_sa.truth import raw_key_columns
 from memstate_sa.vectors import Vectors
@@ -79,17 +81,25 @@ _RECENT = 10 * OVERLAY_LIMIT
 """The most outbox entries that one search looks at, newest first: a backlog may be long."""
 
 
-def _dirty(*conditions: ColumnElement[bool]) -> Select[Any]:
-    """The keys of recent entries, the caller's own first, and how many entries each has."""
+@cache
+def _dirty(dialect_name: str, *, everything: bool) -> Select[Any]:
+    """The keys of recent entries, the caller's own first, and how many entries each has.
+
+    Of what is after a position, or of the whole outbox. Built once: building costs more than running.
+    """
     own = case((outbox.c.tx == bindparam("own_tx"), 1), else_=0).label("own")
-    newest_first = select(outbox.c.id, outbox.c.key, own).order_by(outbox.c.id.desc()).limit(_RECENT)
-    entries = newest_first.where(outbox.c.entity == bindparam("entity"), *conditions).subquery()
+    columns, mine = (outbox.c.id, outbox.c.key, own), outbox.c.entity == bindparam("entity")
+    newest_first = select(*columns).where(mine).order_by(outbox.c.id.desc()).limit(bindparam("limit"))
+    if everything:
+        entries: FromClause = newest_first.subquery()
+    else:
+        entries = undelivered(dialect_name, *columns, where=mine, newest_first=True)
+        if dialect_name == "postgresql":
+            # The entries of a long transaction are older than what was committed meanwhile.
+            of_own = select(*columns).where(outbox.c.xid == func.pg_current_xact_id_if_assigned(), mine)
+            entries = union(select(entries), of_own).subquery()
     order = (func.max(entries.c.own).desc(), func.max(entries.c.id).desc())
     return select(entries.c.key, func.count()).group_by(entries.c.key).order_by(*order).limit(OVERLAY_LIMIT + 1)
-
-
-# Built once: building costs more than running. A snapshot of PostgreSQL has a shape of its own each time.
-_dirty_after = _dirty(outbox.c.id > bindparam("position"))
 
 
 @dataclass
@@ -196,14 +206,12 @@ class Search:
             at, self._complete = None, False
         keys: list[str] = []
         # One look for all: what is undelivered now may be refused, and its entry gone, by the next statement.
-        quiet = at is not None and at.snapshot is None and at.position >= standing.newest
+        quiet = connection.dialect.name == "sqlite" and at is not None and at.id >= standing.newest
         if not quiet:
             unit = self._capture.open_unit(self._session)
-            mine = {"entity": self._tracked.entity, "own_tx": unit.tx if unit is not None else ""}
-            by_position = at is not None and at.snapshot is None
-            statement = _dirty_after if by_position else _dirty(undelivered(at))
-            parameters = {**mine, "position": at.position} if at is not None and by_position else mine
-            rows = connection.execute(statement, parameters).all()
+            mine = {"entity": self._tracked.entity, "own_tx": unit.tx if unit is not None else "", "limit": _RECENT}
+            statement = _dirty(connection.dialect.name, everything=at is None)
+            rows = connection.execute(statement, {**mine, **(after(at) if at is not None else {})}).all()
             keys = [key for key, _ in rows]
             if sum(count for _, count in rows) >= _RECENT:
                 self._complete = False

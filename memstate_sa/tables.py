@@ -30,9 +30,6 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import TypeDecorator, UserDefinedType
 
-SLOTS = 64
-"""Keys are spread over this many slots by hash, the unit in which relays share work. Fixed: it is stored."""
-
 metadata = MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -139,8 +136,9 @@ outbox = Table(
     Column("key", Text, nullable=False),
     Column("tx", String(32), nullable=False),
     Column("created_at", UTCDateTime, nullable=False),
-    # SQLite pages by id alone, and pays for every index at every commit.
-    Index("ix_memstate_outbox_slot", "slot", "xid", "id").ddl_if(dialect="postgresql"),
+    # The order of delivery, of every slot: one that leads with the slot would be read in as many places as a holder has
+    # slots, and sorted. SQLite pages by id alone, and pays for every index at every commit.
+    Index("ix_memstate_outbox_xid", "xid", "id", "slot").ddl_if(dialect="postgresql"),
     sqlite_autoincrement=True,
     comment="dirty keys, insert-only: 'this key may have changed'",
 )
@@ -153,8 +151,20 @@ index_state = Table(
     Column("embedder", Text, nullable=False),
     Column("dimension", Integer, nullable=False),
     Column("marked", Boolean(create_constraint=False), nullable=False, comment="whether points carry their entity"),
+    Column("paused", Boolean(create_constraint=False), nullable=False),
     Column("created_at", UTCDateTime, nullable=False),
     comment="every lifetime of every index that has been delivered to",
+)
+
+holder = Table(
+    "memstate_holder",
+    metadata,
+    Column("index", _Name, primary_key=True),
+    Column("incarnation", _Name, primary_key=True),
+    Column("owner", Text, primary_key=True),
+    Column("since", UTCDateTime, nullable=False),
+    Column("lease_until", UTCDateTime, nullable=False),
+    comment="who delivers to an index; one lease for all of its slots",
 )
 
 cursor = Table(
@@ -163,12 +173,11 @@ cursor = Table(
     Column("index", _Name, primary_key=True),
     Column("incarnation", _Name, primary_key=True),
     Column("slot", SmallInteger, primary_key=True, autoincrement=False),
-    Column("snapshot", Text, comment="PostgreSQL: all that this snapshot sees is delivered"),
-    Column("target", Text, comment="end of the window in work: a snapshot (PostgreSQL) or an outbox id (SQLite)"),
-    Column("position", BigInteger, nullable=False, comment="last outbox id delivered within the window"),
-    Column("owner", Text),
-    Column("lease_until", UTCDateTime),
-    Column("epoch", BigInteger, nullable=False),
+    Column("snapshot", Text, nullable=False, comment="all that this snapshot sees is delivered"),
+    Column("xid", BigInteger, nullable=False, comment="and of this transaction"),
+    Column("position", BigInteger, nullable=False, comment="the entries up to this id"),
+    Column("owner", Text, comment="who holds the slot, or held it last and did not let it go"),
+    Column("epoch", BigInteger, nullable=False, comment="counts the owners"),
 )
 
 refill = Table(
@@ -177,6 +186,7 @@ refill = Table(
     Column("index", _Name, primary_key=True),
     Column("incarnation", _Name, primary_key=True),
     Column("entity", _Name, primary_key=True, comment="a tracked entity, or '' for the scan of the index itself"),
+    Column("slot", SmallInteger, primary_key=True, autoincrement=False),
     Column("position", Text),
     Column("done", Boolean(create_constraint=False), nullable=False),
     comment="progress of delivering in full to an index that is new",
@@ -189,10 +199,12 @@ parked = Table(
     Column("incarnation", _Name, primary_key=True),
     Column("entity", _Name, primary_key=True),
     Column("key", Text, primary_key=True),
+    Column("slot", SmallInteger, nullable=False),
     Column("attempts", Integer, nullable=False),
     Column("next_at", UTCDateTime, nullable=False),
     Column("error", Text),
     Column("state", String(8), nullable=False, comment="parked, or dead after too many attempts"),
+    Column("mark", String(32), nullable=False, comment="changes whenever the key is parked again"),
     Index(None, "index", "incarnation", "state", "next_at"),
 )
 

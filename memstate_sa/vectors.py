@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from memstate_sa.embedders import Embedder, checked, embed_query
 from memstate_sa.indexes.base import Vector
@@ -25,20 +25,15 @@ class Vectors:
     def of_query(self, query: str) -> Vector:
         return embed_query(self.embedder, query)
 
-    def of(
-        self, texts: Mapping[str, str], *, keep: bool = False, before_batch: Callable[[], object] | None = None
-    ) -> dict[str, Vector]:
+    def of(self, texts: Mapping[str, str], *, keep: bool = False) -> dict[str, Vector]:
         """The vector of each text (by text fingerprint). *keep* remembers those that had to be embedded.
 
-        *before_batch* is called before each call of the embedder; what it raises ends the work. Raises DeliveryError
-        when the embedder does.
+        Raises DeliveryError when the embedder does.
         """
         with self._lock:
             found = {digest: self._recent[digest] for digest in texts if digest in self._recent}
         missing = {digest: text for digest, text in texts.items() if digest not in found}
-        for batch in _batches(missing):
-            if before_batch is not None:
-                before_batch()
+        for batch in text_batches(missing):
             vectors = checked(self.embedder, list(batch.values()))
             found.update(zip(batch, vectors, strict=True))
         if keep and missing:
@@ -49,7 +44,8 @@ class Vectors:
         return found
 
 
-def _batches(texts: Mapping[str, str]) -> Iterator[dict[str, str]]:
+def text_batches(texts: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """*texts* in batches of at most `MAX_TEXTS`, and of `MAX_CHARS` together unless one alone has more."""
     batch: dict[str, str] = {}
     chars = 0
     for digest, text in texts.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from sqlalchemy import select
+from sqlalchemy import and_, select
 from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa import truth
@@ -13,11 +13,13 @@ from memstate_sa.arrays import as_array, each
 from memstate_sa.columns import batches
 from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.indexes.base import VectorIndex
-from memstate_sa.outbox import Position, undelivered
-from memstate_sa.relay import state
-from memstate_sa.relay.plan import FactKey, Parked
-from memstate_sa.relay.state import IndexKey
-from memstate_sa.tables import outbox, utcnow
+from memstate_sa.outbox import ALL, after, undelivered
+from memstate_sa.positions import Position, meet
+from memstate_sa.relay import ledger
+from memstate_sa.relay.backlog import read_positions
+from memstate_sa.relay.claims import IndexKey
+from memstate_sa.relay.plan import FactKey
+from memstate_sa.tables import outbox
 
 Progress = Callable[[int, int | None], None]
 """Called with what is done and, where it is known, the total."""
@@ -77,10 +79,8 @@ class Verify:
             getattr(report, kind).extend(map(self._shown, drifted))
             if repair:
                 # A parked key is written whatever the ledger says of it.
-                now = utcnow()
-                parking = {fact: Parked(0, now, "parked", f"drift: {kind}") for fact in drifted}
                 with self._engine.begin() as connection:
-                    state.park_all(connection, self._key, parking)
+                    ledger.redirty(connection, self._key, drifted, f"drift: {kind}")
 
     def _differences(self, report: DriftReport, progress: Progress | None) -> Iterator[tuple[str, list[FactKey]]]:
         after: str | None = None
@@ -122,7 +122,7 @@ class Verify:
         """The fingerprints that the index should hold for *facts*."""
         held = {}
         with self._engine.connect() as connection:
-            for entity, keys in state.by_entity(facts).items():
+            for entity, keys in ledger.by_entity(facts).items():
                 for found in truth.project(connection, self._tracked[entity], keys, self._embedder):
                     if isinstance(found, Projection) and found.fingerprint is not None:
                         held[entity, found.key] = found.fingerprint
@@ -133,25 +133,23 @@ class Verify:
         if not facts:
             return set()
         with self._engine.connect() as connection:
-            at = state.read_position(connection, self._key)
-            if at is None:
+            places = read_positions(connection, self._key)
+            if not places:
                 return set()
+            at = meet(places)
             return {
                 (entity, key)
-                for entity, group in state.by_entity(facts).items()
+                for entity, group in ledger.by_entity(facts).items()
                 for page in batches(group, self._page_size)
                 for key in self._dirty(connection, at, entity, page)
             }
 
     @staticmethod
     def _dirty(connection: Connection, at: Position, entity: str, group: Iterable[str]) -> Iterable[str]:
-        keys = each("keys")
-        return connection.scalars(
-            select(outbox.c.key).where(
-                undelivered(at), outbox.c.entity == entity, outbox.c.key.in_(select(keys.c.value))
-            ),
-            {"keys": as_array(group)},
-        ).all()
+        among = outbox.c.key.in_(select(each("keys").c.value))
+        entries = undelivered(connection.dialect.name, outbox.c.key, where=and_(outbox.c.entity == entity, among))
+        parameters = {**after(at), "keys": as_array(group), "limit": ALL}
+        return connection.scalars(select(entries.c.key), parameters).all()
 
     def _shown(self, fact: FactKey) -> tuple[str, object]:
         entity, key = fact

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
-from sqlalchemy import JSON, Engine, ForeignKey, String, inspect, select
+from sqlalchemy import JSON, Engine, ForeignKey, String, delete, insert, inspect, select, update
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
 
 from memstate_sa import Memory
 from memstate_sa.changes import replay
 from memstate_sa.indexes import InMemoryIndex, VectorIndex
+from memstate_sa.tables import cursor, holder, utcnow
 from memstate_sa.testing import HashEmbedder
 
 
@@ -101,6 +103,21 @@ class World:
                 ),
             }
         assert_index_holds(self.index, self.embedder, expected)
+
+
+def overtake(engine: Engine) -> None:
+    """Another holder takes every slot of every index, as if ours had been stopped for longer than its lease."""
+    other = {"owner": "elsewhere 1 x", "since": utcnow(), "lease_until": utcnow() + timedelta(minutes=1)}
+    with engine.begin() as connection:
+        indexes = connection.execute(select(cursor.c.index, cursor.c.incarnation).distinct()).mappings().all()
+        connection.execute(delete(holder))
+        connection.execute(insert(holder), [{**index, **other} for index in indexes])
+        connection.execute(update(cursor).values(epoch=cursor.c.epoch + 1, owner=other["owner"]))
+
+
+def expire_leases(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(update(holder).values(lease_until=utcnow()))
 
 
 def texts(entity: str, rows: Iterable[Any], key: Any, text: Any) -> dict[str, str]:

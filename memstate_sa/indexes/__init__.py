@@ -1,7 +1,17 @@
 """Vector indexes: the port, and one file per adapter. Importing this needs no extra; constructing an adapter may."""
 
-from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, VectorIndex
+from memstate_sa.indexes.base import Entry, FencedIndex, Filter, Match, Point, Stored, VectorIndex
 from memstate_sa.indexes.chroma import ChromaIndex
 from memstate_sa.indexes.memory import InMemoryIndex
 
-__all__ = ["ChromaIndex", "Entry", "Filter", "InMemoryIndex", "Match", "Point", "Stored", "VectorIndex"]
+__all__ = [
+    "ChromaIndex",
+    "Entry",
+    "FencedIndex",
+    "Filter",
+    "InMemoryIndex",
+    "Match",
+    "Point",
+    "Stored",
+    "VectorIndex",
+]

@@ -126,6 +126,22 @@ class VectorIndex(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class FencedIndex(VectorIndex, Protocol):
+    """An index that leaves alone what was written, or deleted, under a higher epoch than a write's.
+
+    A relay that was overtaken may still be writing. Here that has no effect; elsewhere the keys are delivered again as
+    soon as it finds out.
+    """
+
+    @property
+    def fences(self) -> bool: ...
+
+    def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
+        """Remembers *epoch* for each id."""
+        ...
+
+
 def matrix(vectors: Sequence[Vector], dimension: int, names: Sequence[str]) -> NDArray[np.float32]:
     """*vectors* as one matrix of shape ``(n, dimension)``.
 

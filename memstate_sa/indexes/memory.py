@@ -27,8 +27,10 @@ class InMemoryIndex:
     """Exact cosine distance in NumPy; 10,000 points of 256 dimensions are searched in 1-2 ms.
 
     Nothing outlives the object: its ``incarnation`` is new each time, and the relay refills it. A zero vector is at
-    distance 1.0 from everything.
+    distance 1.0 from everything. Writes are fenced by their epochs (`FencedIndex`).
     """
+
+    fences = True
 
     def __init__(self, *, max_batch: int = 10_000) -> None:
         self._max_batch = max_batch
@@ -39,6 +41,7 @@ class InMemoryIndex:
         self._units: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
         self._ids: list[str] = []
         self._held: dict[str, _Held] = {}
+        self._epochs: dict[str, int] = {}  # of deleted ids too
         self._sorted_ids: list[str] | None = None
 
     @property
@@ -68,6 +71,8 @@ class InMemoryIndex:
         with self._lock:
             self._reserve(len(self._ids) + len(points))
             for point, vector, unit in zip(points, vectors, units, strict=True):
+                if not self._passes(point.id, point.epoch):
+                    continue
                 held = self._held.get(point.id)
                 row = len(self._ids) if held is None else held.row
                 if held is None:
@@ -77,9 +82,11 @@ class InMemoryIndex:
                 metadata = {key: storable(value) for key, value in point.metadata.items()}
                 self._held[point.id] = _Held(row, vector, point.fingerprint, metadata)
 
-    def delete(self, ids: Sequence[str]) -> None:
+    def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
         with self._lock:
             for id_ in ids:
+                if not self._passes(id_, epoch):
+                    continue
                 gone = self._held.pop(id_, None)
                 if gone is None:
                     continue
@@ -137,6 +144,14 @@ class InMemoryIndex:
         if self._opened is None:
             raise MemstateError("this index is not open; call open() first")
         return self._opened[1]
+
+    def _passes(self, id_: str, epoch: int) -> bool:
+        """Whether a write under *epoch* may change *id_*; 0 always may."""
+        if epoch == 0:
+            return True
+        highest = self._epochs.get(id_, 0)
+        self._epochs[id_] = max(highest, epoch)
+        return epoch >= highest
 
     def _reserve(self, rows: int) -> None:
         if rows > len(self._units):

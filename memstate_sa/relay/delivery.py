@@ -1,6 +1,6 @@
-"""Bringing one index up to date, page by page: read what is dirty, read the truth, write, acknowledge.
+"""One holder at work on one index: each request of the protocol becomes a short transaction, or a call.
 
-No database transaction is open during an embedding or an index call.
+No database transaction is open during an embedding or index call.
 """
 
 from __future__ import annotations
@@ -8,48 +8,64 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from functools import singledispatchmethod
+from typing import Any, TypeVar
 
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Engine
 
 from memstate_sa import truth
-from memstate_sa.columns import batches
-from memstate_sa.errors import DeliveryRejected, MemstateError
+from memstate_sa.arrays import as_array
+from memstate_sa.errors import MemstateError
 from memstate_sa.facts import Projection, Tracked, split_point_id
-from memstate_sa.indexes.base import Point, Vector, VectorIndex
-from memstate_sa.outbox import Position, advance, take_write_lock
-from memstate_sa.relay import state
-from memstate_sa.relay.plan import (
-    Delivered,
-    FactKey,
-    Parked,
-    RetryPolicy,
-    Write,
-    classify,
-    halves,
-    park,
-    plan,
+from memstate_sa.indexes.base import FencedIndex, Point, Vector, VectorIndex
+from memstate_sa.outbox import read_page, slots
+from memstate_sa.positions import Page
+from memstate_sa.relay import claims, ledger
+from memstate_sa.relay.claims import IndexKey
+from memstate_sa.relay.plan import FactKey, RetryPolicy, classify
+from memstate_sa.relay.protocol import (
+    Acknowledge,
+    Claim,
+    Claimed,
+    Embed,
+    Fetch,
+    Found,
+    Holder,
+    Listed,
+    ListFacts,
+    Look,
+    Put,
+    Read,
+    ReadDue,
+    ReadPage,
+    ReadRefill,
+    Redirty,
+    Refill,
+    Release,
+    Remove,
+    Renew,
+    Request,
+    Seen,
+    Steps,
+    Upsert,
 )
-from memstate_sa.relay.state import Claim, IndexKey, RefillStep
 from memstate_sa.sqlite import is_in_memory, open_transaction
-from memstate_sa.tables import utcnow
 from memstate_sa.vectors import Vectors
 
 logger = logging.getLogger("memstate_sa.relay")
+R = TypeVar("R")
 T = TypeVar("T")
 
 ENTITY = "memstate_entity"
 """The metadata name under which points carry their entity, in an index that has several."""
 
-
-class _LeaseLost(Exception):
-    """Another holds the index now."""
+SAVE_EVERY_S = 0.5
+"""PostgreSQL: positions are recorded at most this often. Each time is a new version of their rows."""
 
 
 class Delivery:
-    """The delivery to one index from one database, as one holder. Not thread-safe; the relay serialises its calls."""
+    """The delivery to one index from one database. Not thread-safe; the relay serialises its calls."""
 
     def __init__(
         self,
@@ -64,304 +80,221 @@ class Delivery:
         policy: RetryPolicy,
     ) -> None:
         self.name = name
-        self.pages = 0  # acknowledged so far
         self._engine = engine
         self._index = index
         self._tracked = tracked
+        self._entities = as_array(tracked)
         self._vectors = vectors
-        self._page_size = page_size
         self._lease_s = lease_s
-        self._policy = policy
-        self._owner = state.owner_id()
+        self._owner = claims.owner_id()
         self._key: IndexKey | None = None
-        self._claim: Claim | None = None
-        self._renew_at = 0.0
-        self._settle_window = False
-        self._settle_refill = False
-        self._filled = False
-
-    # -- the holder ------------------------------------------------------------------------------------------------
+        dialect = engine.dialect.name
+        self.holder = Holder(
+            tracked,
+            slots=len(slots(dialect)),
+            page_size=page_size,
+            lease_s=lease_s,
+            save_every_s=SAVE_EVERY_S if dialect == "postgresql" else 0.0,
+            policy=policy,
+            clock=time.monotonic,
+            jitter=random.random,
+        )
 
     def open(self) -> None:
         """Raises IndexMismatch when the index was built by another embedder."""
         embedder = self._vectors.embedder
         self._guarded(lambda: self._index.open(embedder=embedder.fingerprint, dimension=embedder.dimension))
-
-    def _holds(self, index: IndexKey) -> bool:
-        """Become, or stay, the holder of *index*; its claim is `_claim`."""
-        if index != self._key:
-            self._key, self._claim, self._filled = index, None, False
-        if self._claim is not None and time.monotonic() < self._renew_at:
-            return True
-        embedder = self._vectors.embedder
-        renew_at = time.monotonic() + self._lease_s / 2
-        with self._engine.begin() as connection:
-            claim = state.claim(
-                connection,
-                index,
-                self._owner,
-                self._lease_s,
-                embedder=embedder.fingerprint,
-                dimension=embedder.dimension,
-                entities=list(self._tracked),
-            )
-        if claim is not None and not claim.new and self._claim is not None:
-            self._filled = self._filled and claim.marked == self._claim.marked
-            claim = replace(claim, at=self._claim.at)
-        elif claim is not None:
-            # Ours in the database, but unknown here: what was done under it is unknown, too.
-            self._settle_window = self._settle_refill = claim.settle or not claim.new
-            self._filled = False
-        self._claim, self._renew_at = claim, renew_at
-        return claim is not None
-
-    def release(self) -> None:
-        key, claim = self._key, self._claim
-        self._claim = None
-        if is_in_memory(self._engine) and open_transaction(self._engine):
-            return  # its connection is the application's, in the middle of something
-        if key is not None and claim is not None:
-            with self._engine.begin() as connection:
-                clean = not (self._settle_window or self._settle_refill)
-                state.release(connection, key, claim, self._owner, clean=clean)
+        self.holder.max_batch = self._guarded(lambda: self._index.max_batch)
 
     def step(self) -> int | None:
-        """Deliver one page from each source that has one; the keys converged, or None when there was nothing to do.
+        """Deliver a page from each source that has one; the keys converged, or None when there was nothing to do.
 
         Raises DeliveryRetryable when the index or the embedder is unavailable: nothing is lost, call again later.
         """
         self.open()
         key = IndexKey(self.name, self._guarded(lambda: self._index.incarnation))
-        if not self._holds(key):
-            return None
-        results = [self._step_parked(key), self._step_window(key), self._step_refill(key)]
-        done = [count for count in results if count is not None]
-        return sum(done) if done else None
+        if key != self._key:
+            self.holder.forget()
+            self._key = key
+        return self._run(self.holder.step())
 
-    # -- sources of dirty keys ---------------------------------------------------------------------------------------
+    def save(self) -> None:
+        """Record how far each slot is, now."""
+        if self._key is not None:
+            self._run(self.holder.save())
 
-    def _step_parked(self, index: IndexKey) -> int | None:
-        with self._engine.connect() as connection:
-            due = state.due(connection, index, list(self._tracked), self._page_size)
-        if not due or self._claim is None:
-            return None
-        return self._converge(index, list(due), settle=True, at=self._claim.at)
+    def keep(self) -> None:
+        """Renew the lease if half of it is over."""
+        if self._key is not None and self.holder.epochs:
+            self._run(self.holder.keep())
 
-    def _step_window(self, index: IndexKey) -> int | None:
-        if self._claim is None:
-            return None
-        with self._engine.connect() as connection:
-            at, entries = state.next_window(connection, self._claim.at, self._page_size)
-        after = advance(at, entries[-1][0] if len(entries) == self._page_size else None)
-        facts = list(dict.fromkeys((entity, key) for _, entity, key in entries if entity in self._tracked))
-        foreign = {(entity, key) for _, entity, key in entries if entity not in self._tracked}
-        if not facts and not foreign:
-            # Nothing was read that an acknowledgement would have to follow; saved with the next one.
-            self._claim = replace(self._claim, at=after)
-            self._settle_window = self._settle_window and after.target is not None
-            return 0 if entries else None
-        count = self._converge(index, facts, settle=self._settle_window, at=after, foreign=foreign)
-        if after.target is None:
-            self._settle_window = False
-        return count
+    def release(self) -> None:
+        """Let others take over at once."""
+        if self._key is None or (is_in_memory(self._engine) and open_transaction(self._engine)):
+            return  # its connection is the application's, in the middle of something
+        self._run(self.holder.release())
 
-    def _step_refill(self, index: IndexKey) -> int | None:
-        if self._filled or self._claim is None:
-            return None
-        with self._engine.connect() as connection:
-            step = state.next_refill(connection, index, list(self._tracked))
-            if step is None:
-                self._filled, self._settle_refill = True, False
-                return None
-            facts, position = self._refill_page(connection, step)
-        count = 0
-        if facts:
-            settle = self._settle_refill or step.entity == state.SCAN
-            count = self._converge(index, facts, settle=settle, at=self._claim.at)
-            if self._claim is None:
-                return 0
-            self._settle_refill = False
-        with self._engine.begin() as connection:
-            state.save_refill(connection, index, RefillStep(step.entity, position), done=position is None)
-        return count
-
-    def _refill_page(self, connection: Connection, step: RefillStep) -> tuple[list[FactKey], str | None]:
-        """The facts of the next page and the position after it, None at the end."""
-        size = self._page_size
-        if step.entity == state.SCAN:
-            connection.rollback()
-            entries = self._guarded(lambda: self._index.scan(step.position, size))
-            facts = [fact for entry in entries if (fact := split_point_id(entry.id)) and fact[0] in self._tracked]
-            return facts, entries[-1].id if entries else None
-        tracked = self._tracked.get(step.entity)
-        keys = [] if tracked is None else truth.page(connection, tracked, step.position, size)
-        return [(step.entity, key) for key in keys], keys[-1] if len(keys) == size else None
-
-    # -- one page ----------------------------------------------------------------------------------------------------
-
-    def _converge(
-        self,
-        index: IndexKey,
-        facts: Sequence[FactKey],
-        *,
-        settle: bool,
-        at: Position,
-        foreign: Collection[FactKey] = (),
-    ) -> int:
-        """Make the index agree with the committed rows of *facts*, then acknowledge up to *at*.
-
-        Returns how many agree now; the others are parked.
-        """
-        assert self._claim is not None
-        claim = self._claim
-        with self._engine.connect() as connection:
-            projections, failed = self._read_truth(connection, facts)
-            ledger = {} if settle else state.read_ledger(connection, index, facts)
-            attempts = state.attempts(connection, index, facts)
-        # A key that failed before may be half-written, whatever the ledger says.
-        ledger = {fact: record for fact, record in ledger.items() if fact not in attempts}
-        clean = [fact for fact in facts if fact not in failed]
-        writes = plan([f for f in clean if f not in attempts], projections, ledger, settle=settle)
-        writes += plan([f for f in clean if f in attempts], projections, {}, settle=True)
-        unsettled = self._settle_window, self._settle_refill
-        self._settle_window = self._settle_refill = True  # until it is recorded, whatever interrupts us
+    def _run(self, steps: Steps[R]) -> R:
         try:
-            failed |= self._write(index, writes, claim)
-        except _LeaseLost:
-            self._give_up(index, facts)
-            return 0
-        except Exception:
-            # It may have been written all the same, and after what a new holder wrote.
-            self._renew_at = 0.0
-            if not self._still_holds(index, claim):
-                self._give_up(index, facts)
-            raise
-        written = {
-            write.fact: Delivered(write.projection.fingerprint, write.projection.text_fingerprint, False)
-            if write.projection is not None
-            else Delivered(None, None, True)
-            for write in writes
-            if write.fact not in failed
-        }
-        now = utcnow()
-        parking = {
-            fact: park(error, attempts.get(fact, 0) + 1, now, self._policy, random.random)
-            for fact, error in failed.items()
-        }
-        for fact, record in parking.items():
-            logger.warning("%s: %s%s %s: %s", self.name, *fact, record.state, record.error)
-        renew_at = time.monotonic() + self._lease_s / 2
+            request = next(steps)
+            while True:
+                try:
+                    reply = self._do(request)
+                except Exception as error:  # noqa: BLE001  # the protocol decides what to do about it
+                    request = steps.throw(error)
+                else:
+                    request = steps.send(reply)
+        except StopIteration as end:
+            result: R = end.value
+            return result
+
+    @property
+    def _at(self) -> IndexKey:
+        assert self._key is not None
+        return self._key
+
+    # -- the lease ---------------------------------------------------------------------------------------------------
+
+    @singledispatchmethod
+    def _do(self, request: Request[Any]) -> Any:
+        raise NotImplementedError(type(request))
+
+    @_do.register
+    def _(self, request: Claim) -> Claimed:
+        embedder = self._vectors.embedder
         with self._engine.begin() as connection:
-            kept = state.acknowledge(
+            return claims.claim(
                 connection,
-                index,
-                claim,
+                self._at,
                 self._owner,
-                at=at,
-                lease_s=self._lease_s,
-                written=written,
-                done=[fact for fact in attempts if fact not in failed],
-                parking=parking,
-                foreign=foreign,
+                self._lease_s,
+                epochs=request.epochs,
+                embedder=embedder.fingerprint,
+                dimension=embedder.dimension,
+                entities=list(self._tracked),
             )
-        if not kept:
-            self._give_up(index, facts)
-            return 0
-        self.pages += 1
-        self._settle_window, self._settle_refill = unsettled
-        self._claim, self._renew_at = replace(claim, at=at), renew_at
-        return len(facts) - len(failed)
 
-    def _give_up(self, index: IndexKey, facts: Sequence[FactKey]) -> None:
-        """Another holds the lease: what was written late may have overwritten what it wrote. It writes them again."""
-        logger.warning("%s: the lease was lost; %d keys are delivered again", self.name, len(facts))
-        self._claim = None
-        again = Parked(0, utcnow(), "parked", "lease lost")
+    @_do.register
+    def _(self, _: Renew) -> int:
         with self._engine.begin() as connection:
-            take_write_lock(connection)
-            state.park_all(connection, index, dict.fromkeys(facts, again))
+            return claims.renew(connection, self._at, self._owner, self._lease_s)
 
-    def _still_holds(self, index: IndexKey, claim: Claim) -> bool:
-        return self._holds(index) and self._claim is not None and self._claim.epoch == claim.epoch
+    @_do.register
+    def _(self, request: Look) -> Seen:
+        with self._engine.connect() as connection:
+            return claims.look(connection, self._at, self._owner, self._entities, request.slots)
 
-    def _keep_lease(self, index: IndexKey, claim: Claim) -> None:
-        if not self._still_holds(index, claim):
-            raise _LeaseLost
+    @_do.register
+    def _(self, request: Release) -> None:
+        with self._engine.begin() as connection:
+            held = claims.still_held(connection, self._at, self._owner, request.epochs)
+            claims.move(connection, self._at, {slot: at for slot, at in request.positions.items() if slot in held})
+            ledger.redirty(connection, self._at, request.unsure, "interrupted")
+            claims.let_go(connection, self._at, held)
+            if request.leave:
+                claims.leave(connection, self._at, self._owner)
 
-    def _read_truth(
-        self, connection: Connection, facts: Iterable[FactKey]
-    ) -> tuple[dict[FactKey, Projection], dict[FactKey, MemstateError]]:
+    # -- sources of dirty keys -----------------------------------------------------------------------------------------
+
+    @_do.register
+    def _(self, request: ReadPage) -> Page:
+        with self._engine.connect() as connection:
+            return read_page(connection, request.at, request.present, request.slots, request.limit)
+
+    @_do.register
+    def _(self, request: ReadDue) -> Any:
+        with self._engine.connect() as connection:
+            return ledger.due(connection, self._at, self._entities, request.slots, request.limit)
+
+    @_do.register
+    def _(self, request: ReadRefill) -> Refill | None:
+        with self._engine.connect() as connection:
+            return claims.next_refill(connection, self._at, request.slots, list(self._tracked))
+
+    @_do.register
+    def _(self, request: ListFacts) -> Listed:
+        size = request.limit
+        if request.entity == claims.SCAN:
+            entries = self._guarded(lambda: self._index.scan(request.after, size))
+            found = {fact: entry.fingerprint for entry in entries if (fact := split_point_id(entry.id))}
+            return Listed(found, entries[-1].id if entries else None)
+        with self._engine.connect() as connection:
+            keys = truth.page(connection, self._tracked[request.entity], request.after, size)
+        return Listed({(request.entity, key): None for key in keys}, keys[-1] if len(keys) == size else None)
+
+    # -- one page ------------------------------------------------------------------------------------------------------
+
+    @_do.register
+    def _(self, request: Read) -> Found:
         projections: dict[FactKey, Projection] = {}
         failed: dict[FactKey, MemstateError] = {}
         embedder = self._vectors.embedder.fingerprint
-        for entity, keys in state.by_entity(facts).items():
-            for found in truth.project(connection, self._tracked[entity], keys, embedder):
-                if isinstance(found, Projection):
-                    projections[entity, found.key] = found
-                else:
-                    failed[entity, found[0]] = classify(found[1], "the text callable")
-        return projections, failed
+        with self._engine.connect() as connection:
+            for entity, keys in ledger.by_entity(request.facts).items():
+                for found in truth.project(connection, self._tracked[entity], keys, embedder):
+                    if isinstance(found, Projection):
+                        projections[entity, found.key] = found
+                    else:
+                        failed[entity, found[0]] = classify(found[1], "the text callable")
+            given = ledger.read_ledger(connection, self._at, request.facts)
+            parked = ledger.read_parked(connection, self._at, request.facts)
+        return Found(projections, failed, given, parked)
 
-    def _write(self, index: IndexKey, writes: Sequence[Write], claim: Claim) -> dict[FactKey, MemstateError]:
-        """Write to the index; the keys it refused, alone, with why. Raises DeliveryRetryable."""
-        upserts = [write for write in writes if write.projection is not None]
-        deletes = [write for write in writes if write.projection is None]
-        failed: dict[FactKey, MemstateError] = {}
-        for batch in batches(deletes, self._index.max_batch):
-            self._keep_lease(index, claim)
-            failed |= self._isolate(batch, self._delete)
-        for batch in batches(upserts, self._index.max_batch):
-            failed |= self._isolate(batch, lambda some: self._upsert(index, some, claim))
-        return failed
+    @_do.register
+    def _(self, request: Embed) -> Mapping[str, Vector]:
+        return self._guarded(lambda: self._vectors.of(request.texts))
 
-    def _isolate(
-        self, writes: Sequence[Write], call: Callable[[Sequence[Write]], None]
-    ) -> dict[FactKey, MemstateError]:
-        """Run *call*; when it is rejected, find by bisection the keys that are at fault."""
-        try:
-            self._guarded(lambda: call(writes))
-        except DeliveryRejected as error:
-            if len(writes) == 1:
-                return {writes[0].fact: error}
-            first, second = halves(writes)
-            return self._isolate(first, call) | self._isolate(second, call)
-        return {}
+    @_do.register
+    def _(self, request: Fetch) -> Mapping[FactKey, Vector]:
+        facts = {self._point_id(fact): fact for fact in request.facts}
+        return {facts[stored.id]: stored.vector for stored in self._guarded(lambda: self._index.get(list(facts)))}
 
-    def _delete(self, writes: Sequence[Write]) -> None:
-        self._index.delete([self._point_id(write.fact) for write in writes])
+    @_do.register
+    def _(self, request: Upsert) -> None:
+        points = [self._point(put, marked=request.marked) for put in request.puts]
+        self._guarded(lambda: self._index.upsert(points))
 
-    def _upsert(self, index: IndexKey, writes: Sequence[Write], claim: Claim) -> None:
-        vectors = self._stored_vectors([write for write in writes if write.same_text])
-        texts = {
-            write.projection.text_fingerprint: write.projection.text
-            for write in writes
-            if write.projection is not None and write.fact not in vectors
-        }
-        embedded = self._vectors.of(texts, before_batch=lambda: self._keep_lease(index, claim))  # type: ignore[arg-type]  # a projection that is written has both
-        self._keep_lease(index, claim)
-        points = []
-        for write in writes:
-            projection = write.projection
-            assert projection is not None
-            assert projection.fingerprint is not None
-            assert projection.text_fingerprint is not None
-            vector = vectors.get(write.fact)
-            points.append(
-                Point(
-                    id=self._point_id(write.fact),
-                    vector=embedded[projection.text_fingerprint] if vector is None else vector,
-                    fingerprint=projection.fingerprint,
-                    epoch=claim.epoch,
-                    metadata={ENTITY: write.fact[0], **projection.metadata} if claim.marked else projection.metadata,
-                    text=projection.text,
-                )
-            )
-        self._index.upsert(points)
+    @_do.register
+    def _(self, request: Remove) -> None:
+        index = self._index
+        if not isinstance(index, FencedIndex):
+            self._guarded(lambda: index.delete([self._point_id(put.fact) for put in request.puts]))
+            return
+        fenced: FencedIndex = index
+        by_epoch: dict[int, list[str]] = {}
+        for put in request.puts:
+            by_epoch.setdefault(put.epoch, []).append(self._point_id(put.fact))
+        for epoch, ids in by_epoch.items():
+            self._guarded(lambda ids=ids, epoch=epoch: fenced.delete(ids, epoch=epoch))  # type: ignore[misc]
 
-    def _stored_vectors(self, writes: Sequence[Write]) -> dict[FactKey, Vector]:
-        """The vectors that the index holds already, for texts that did not change."""
-        facts = {self._point_id(write.fact): write.fact for write in writes}
-        return {facts[stored.id]: stored.vector for stored in self._index.get(list(facts))} if facts else {}
+    @_do.register
+    def _(self, request: Acknowledge) -> frozenset[int]:
+        for fact, parking in request.parking.items():
+            logger.warning("%s: %s%s %s: %s", self.name, *fact, parking.state, parking.error)
+        with self._engine.begin() as connection:
+            return ledger.acknowledge(connection, self._at, self._owner, request)
+
+    @_do.register
+    def _(self, request: Redirty) -> None:
+        logger.warning("%s: the lease was lost; %d keys are delivered again", self.name, len(request.facts))
+        with self._engine.begin() as connection:
+            ledger.redirty(connection, self._at, request.facts, "lease lost")
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def _point(self, put: Put, *, marked: bool) -> Point:
+        projection = put.projection
+        assert projection is not None
+        assert projection.fingerprint is not None
+        assert put.vector is not None
+        return Point(
+            id=self._point_id(put.fact),
+            vector=put.vector,
+            fingerprint=projection.fingerprint,
+            epoch=put.epoch,
+            metadata={ENTITY: put.fact[0], **projection.metadata} if marked else projection.metadata,
+            text=projection.text,
+        )
 
     def _point_id(self, fact: FactKey) -> str:
         entity, key = fact
@@ -371,8 +304,6 @@ class Delivery:
         """*call* on the index or the embedder; whatever it raises becomes ours."""
         try:
             return call()
-        except _LeaseLost:
-            raise
         except Exception as error:
             ours = classify(error, f"index {self.name!r}")
             if ours is error:

@@ -1,4 +1,4 @@
-"""`Relay`: the loop around the deliveries of every index, in the caller's thread or in one of its own."""
+"""`Relay`: the loop around the deliveries of every index, in the caller's thread or in one of each index's own."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from sqlalchemy import func, select, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from memstate_sa.errors import DeliveryError, DeliveryRetryable, MemstateError
 from memstate_sa.facts import Tracked
 from memstate_sa.indexes.base import VectorIndex
-from memstate_sa.relay import state
+from memstate_sa.outbox import read_present
+from memstate_sa.positions import Position
+from memstate_sa.relay import backlog
+from memstate_sa.relay.claims import IndexKey
 from memstate_sa.relay.delivery import Delivery
-from memstate_sa.relay.plan import RetryPolicy
-from memstate_sa.relay.state import IndexKey
+from memstate_sa.relay.plan import Breaker, RetryPolicy
+from memstate_sa.relay.wakeup import Changes, Listener
 from memstate_sa.sqlite import is_in_memory, require_no_transaction
-from memstate_sa.tables import outbox
 from memstate_sa.vectors import Vectors
 
 logger = logging.getLogger("memstate_sa.relay")
@@ -34,8 +35,8 @@ _LONGEST_PAUSE_S = 0.5
 class Relay:
     """Converges the indexes of a Memory to the committed rows of one database.
 
-    Any number may run, in any number of processes: one at a time holds the lease of an index, the others stand by.
-    Thread-safe. As a context manager it runs in the background.
+    Any number may run, in any number of processes: on PostgreSQL they share the keys of each index between them; on
+    SQLite one of them delivers, the others stand by. Thread-safe. As a context manager it runs in the background.
     """
 
     def __init__(
@@ -51,26 +52,28 @@ class Relay:
     ) -> None:
         """See the options below; all times are in seconds.
 
-        *page_size*: keys converged at a time. *lease_s*: how long others wait for a holder that died elsewhere.
+        *page_size*: keys converged at a time. *lease_s*: how long others wait for a holder that died elsewhere; a
+        single call of index or embedder should take no longer.
         *poll_s*: the shortest and the longest wait between two looks at an idle database (default: 2 to 50 ms on
         SQLite, where a look is a PRAGMA; 50 ms to 5 s on PostgreSQL); a commit in this process is seen at once.
         """
         self._engine = engine
         self._indexes = indexes
-        self._page_size = page_size
-        self._policy = policy or RetryPolicy()
-        self._poll_s = poll_s or ((0.002, 0.05) if engine.dialect.name == "sqlite" else (0.05, 5.0))
-        self._deliveries = [
-            Delivery(engine, name, index, tracked, vectors, page_size=page_size, lease_s=lease_s, policy=self._policy)
+        poll_s = poll_s or ((0.002, 0.05) if engine.dialect.name == "sqlite" else (0.05, 5.0))
+        policy = policy or RetryPolicy()
+        self._couriers = [
+            _Courier(
+                engine,
+                Delivery(engine, name, index, tracked, vectors, page_size=page_size, lease_s=lease_s, policy=policy),
+                Breaker(policy, random.random),
+                poll_s,
+            )
             for name, (index, tracked) in indexes.items()
         ]
+        self._listener: Listener | None = None
         self._lock = threading.RLock()
-        self._woken = threading.Event()
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._forget_lock = threading.Lock()
         self._forget_at = time.monotonic()
-        self._failures: dict[str, int] = {}  # by index, since its last success
-        self._not_before: dict[str, float] = {}  # by index: the end of its backoff
 
     # -- in the caller's thread --------------------------------------------------------------------------------------
 
@@ -82,7 +85,7 @@ class Relay:
         count, failure = self._step()
         if failure is not None:
             raise failure
-        return count or 0
+        return count
 
     def drain(self, timeout: float = 30.0) -> int:
         """Deliver until every index holds what is committed now, waiting out failures; returns the keys converged.
@@ -93,101 +96,75 @@ class Relay:
         try:
             return self._drain(time.monotonic() + timeout, timeout)
         finally:
-            if self._thread is None:
+            if not self._running:
                 self.stop()  # whoever comes next need not wait for the lease to run out
 
     def _drain(self, deadline: float, timeout: float) -> int:
         require_no_transaction(self._engine)
         with self._engine.connect() as connection:
-            newest = connection.execute(select(func.max(outbox.c.id))).scalar() or 0
+            present = read_present(connection)
         total = 0
         while True:
             count, failure = self._step()
-            total += count or 0
-            if failure is not None and not isinstance(failure, DeliveryRetryable):
-                raise failure
-            if failure is None and not self._behind(newest):
+            total += count
+            if failure is None and not self._has_more() and not self._behind(present):
                 return total
             wait = 0.0 if count else 0.02
             if failure is not None:
-                wait = max(0.0, min(self._not_before.values()) - time.monotonic())
+                wait = min(courier.breaker.wait_s(time.monotonic()) for courier in self._couriers if courier.failure)
             if time.monotonic() + wait > deadline:
-                reason = failure or self._why_behind(newest)
+                reason = failure or self._why_behind(present)
                 raise DeliveryError(f"not drained within {timeout:g} s: {reason}") from failure
             time.sleep(wait)
 
-    def _step(self, *, background: bool = False) -> tuple[int | None, Exception | None]:
-        """One page for each index: the keys converged, or None when there was nothing to do, and the first failure.
-
-        An index that is down stops no other; in the background it is left alone until its backoff is over.
-        """
-        counts: list[int] = []
-        failure: Exception | None = None
-        with self._lock:
-            require_no_transaction(self._engine)
-            for delivery in self._deliveries:
-                if background and time.monotonic() < self._not_before.get(delivery.name, 0.0):
-                    continue
-                pages = delivery.pages
-                try:
-                    count = delivery.step()
-                except Exception as error:  # whatever it is, the next look may succeed; nothing is lost meanwhile
-                    if not (background or isinstance(error, DeliveryRetryable)):
-                        raise
-                    if delivery.pages > pages:
-                        self._failures.pop(delivery.name, None)  # it failed after some success: a new failure
-                    failure = failure or error
-                    self._back_off(delivery.name, error)
-                else:
-                    self._failures.pop(delivery.name, None)
-                    self._not_before.pop(delivery.name, None)
-                    if count is not None:
-                        counts.append(count)
-            if time.monotonic() >= self._forget_at:
-                self._forget()
-        return (sum(counts) if counts else None), failure
-
-    def _back_off(self, name: str, error: Exception) -> None:
-        failures = self._failures[name] = self._failures.get(name, 0) + 1
-        asked: float | None = getattr(error, "retry_after_s", None)
-        delay = self._policy.delay(failures, random.random)
-        wait = delay if asked is None else min(max(asked, delay), self._policy.max_delay_s)
-        self._not_before[name] = time.monotonic() + wait
-        known = isinstance(error, (MemstateError, SQLAlchemyError))
-        logger.log(
-            logging.WARNING if known else logging.ERROR,
-            "%s: delivery failed (%s), next attempt in %.1f s",
-            name,
-            error if isinstance(error, MemstateError) else type(error).__name__,
-            wait,
-            exc_info=None if known else error,
-        )
+    def _step(self) -> tuple[int, DeliveryRetryable | None]:
+        """One page of each source for each index: the keys converged, and the first failure. One stops no other."""
+        total, failure = 0, None
+        require_no_transaction(self._engine)
+        for courier in self._couriers:
+            try:
+                total += courier.step(save=True) or 0
+            except DeliveryRetryable as error:
+                failure = failure or error
+        self._forget()
+        return total, failure
 
     def _forget(self) -> None:
-        self._forget_at = time.monotonic() + _FORGET_EVERY_S
-        with self._engine.begin() as connection:
-            state.forget_delivered(connection)
+        """Delete what every index has; now and then."""
+        with self._forget_lock:
+            if time.monotonic() < self._forget_at:
+                return
+            self._forget_at = time.monotonic() + _FORGET_EVERY_S
+        while True:
+            with self._engine.begin() as connection:
+                if backlog.forget_delivered(connection) == 0:
+                    return
 
-    def _backlogs(self, up_to: int) -> dict[str, state.Backlog]:
+    def _has_more(self) -> bool:
+        return any(courier.delivery.holder.more for courier in self._couriers)
+
+    def _behind(self, present: Position) -> list[str]:
         with self._engine.connect() as connection:
-            return {
-                name: state.backlog(connection, IndexKey(name, index.incarnation), list(tracked), up_to)
+            return [
+                name
                 for name, (index, tracked) in self._indexes.items()
-            }
+                if not backlog.has(connection, IndexKey(name, index.incarnation), list(tracked), present)
+            ]
 
-    def _behind(self, up_to: int) -> bool:
-        return any(backlog.pending or backlog.refilling or backlog.due for backlog in self._backlogs(up_to).values())
-
-    def _why_behind(self, up_to: int) -> str:
-        return ", ".join(
-            f"{backlog.pending} keys pending for {name!r} (is another relay holding its lease?)"
-            for name, backlog in self._backlogs(up_to).items()
-        )
+    def _why_behind(self, present: Position) -> str:
+        behind = []
+        for name in self._behind(present):
+            index, tracked = self._indexes[name]
+            with self._engine.connect() as connection:
+                left = backlog.backlog(connection, IndexKey(name, index.incarnation), list(tracked))
+            why = "it is paused" if left.paused else "is another relay holding its lease?"
+            behind.append(f"{left.pending} keys pending for {name!r} ({why})")
+        return ", ".join(behind)
 
     # -- in the background -------------------------------------------------------------------------------------------
 
     def start(self) -> Self:
-        """Run in a daemon thread. Raises MemstateError on an in-memory SQLite, and IndexMismatch.
+        """Run in daemon threads, one for each index. Raises MemstateError on an in-memory SQLite, and IndexMismatch.
 
         An in-memory database has one connection: a background transaction would end the application's.
         """
@@ -197,31 +174,33 @@ class Relay:
                 "drain() after commits, or use a file"
             )
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                for delivery in self._deliveries:
-                    try:
-                        delivery.open()
-                    except DeliveryRetryable as error:  # it may come up later
-                        logger.warning("%s: %s", delivery.name, error)
-                self._stopping.clear()
-                self._thread = threading.Thread(target=self._run, name="memstate-relay", daemon=True)
-                self._thread.start()
+            if not self._running:
+                for courier in self._couriers:
+                    courier.open()
+                self._listener = Listener(self._engine, self.wake)
+                for courier in self._couriers:
+                    courier.start(self._forget)
         return self
 
     def stop(self) -> None:
-        """Finish the page in work, and let another relay take over at once."""
-        self._stopping.set()
-        self._woken.set()
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join()
+        """Finish the batch in work, and let other relays take over at once."""
+        for courier in self._couriers:
+            courier.ask_to_stop()
         with self._lock:
-            for delivery in self._deliveries:
-                delivery.release()
+            if self._listener is not None:
+                self._listener.close()
+                self._listener = None
+            for courier in self._couriers:
+                courier.stop()
 
     def wake(self) -> None:
         """Look now: something was committed."""
-        self._woken.set()
+        for courier in self._couriers:
+            courier.woken.set()
+
+    @property
+    def _running(self) -> bool:
+        return any(courier.is_running for courier in self._couriers)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -231,79 +210,123 @@ class Relay:
     ) -> None:
         self.stop()
 
-    def _run(self) -> None:
-        changes = _Changes(self._engine)
+
+class _Courier:
+    """The delivery to one index, called by one thread at a time, with a thread of its own in the background."""
+
+    def __init__(self, engine: Engine, delivery: Delivery, breaker: Breaker, poll_s: tuple[float, float]) -> None:
+        self.delivery = delivery
+        self.breaker = breaker
+        self.failure: Exception | None = None
+        self.woken = threading.Event()
+        self._engine = engine
+        self._poll_s = poll_s
+        self._lock = threading.RLock()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def open(self) -> None:
+        try:
+            self.delivery.open()
+        except DeliveryRetryable as error:  # it may come up later
+            logger.warning("%s: %s", self.delivery.name, error)
+
+    def step(self, *, save: bool = False) -> int | None:
+        holder = self.delivery.holder
+        with self._lock:
+            before = holder.counters.converged
+            try:
+                count = self.delivery.step()
+                if save:
+                    self.delivery.save()
+            except Exception as error:
+                if holder.counters.converged > before:
+                    self.breaker.succeeded()  # it failed after some success: a new failure
+                self._failed(error)
+                raise
+            self.breaker.succeeded()
+            self.failure = None
+            return count
+
+    def _failed(self, error: Exception) -> None:
+        self.failure = error
+        wait = self.breaker.failed(error, time.monotonic())
+        known = isinstance(error, (MemstateError, SQLAlchemyError))
+        logger.log(
+            logging.WARNING if known else logging.ERROR,
+            "%s: delivery failed (%s), next attempt in %.1f s",
+            self.delivery.name,
+            error if isinstance(error, MemstateError) else type(error).__name__,
+            wait,
+            exc_info=None if known else error,
+        )
+
+    # -- in the background -------------------------------------------------------------------------------------------
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, forget: Callable[[], None]) -> None:
+        self._stopping.clear()
+        self._thread = threading.Thread(
+            target=self._run, args=(forget,), name=f"memstate-relay-{self.delivery.name}", daemon=True
+        )
+        self._thread.start()
+
+    def ask_to_stop(self) -> None:
+        self._stopping.set()
+        self.delivery.holder.stopping = True
+        self.woken.set()
+
+    def stop(self) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+        with self._lock:
+            self.delivery.release()
+            self.delivery.holder.stopping = False
+
+    def _run(self, forget: Callable[[], None]) -> None:
+        changes = Changes(self._engine)
         idle = self._poll_s[0]
         try:
             while not self._stopping.is_set():
-                self._woken.clear()
-                started = time.monotonic()
+                self.woken.clear()
+                began = time.thread_time()
+                wait = self.breaker.wait_s(time.monotonic())
                 try:
-                    count, _ = self._step(background=True)
-                except Exception as error:  # noqa: BLE001  # the database is away, say
-                    self._back_off("the database", error)
-                    self._stopping.wait(self._not_before["the database"] - time.monotonic())
+                    if wait > 0:
+                        self.delivery.keep()
+                        self._stopping.wait(min(wait, 1.0))
+                        continue
+                    count = self.step()
+                    forget()
+                except Exception as error:  # noqa: BLE001  # whatever it is, the next look may succeed; nothing is lost
+                    if error is not self.failure:
+                        self._failed(error)
                     continue
-                self._failures.pop("the database", None)
-                self._not_before.pop("the database", None)
-                if count is None:
-                    idle = self._wait_for_work(changes, idle)
-                    continue
-                idle = self._poll_s[0]
-                if count < self._page_size:
+                if count is not None:
+                    idle = self._poll_s[0]
+                    if self.delivery.holder.more:
+                        continue
                     # The application commits in this process too, and Chroma holds the interpreter while it writes:
                     # leave it four times the time that was taken, and find more to do at once, which indexes like. An
                     # idle relay still answers a commit immediately.
-                    self._stopping.wait(min(4 * (time.monotonic() - started), _LONGEST_PAUSE_S))
+                    self._stopping.wait(min(4 * (time.thread_time() - began), _LONGEST_PAUSE_S))
+                idle = self._wait_for_work(changes, idle)
         finally:
             changes.close()
 
-    def _wait_for_work(self, changes: _Changes, wait: float) -> float:
+    def _wait_for_work(self, changes: Changes, wait: float) -> float:
         """Until something was committed here or elsewhere, or it is time for another look; the next wait."""
         shortest, longest = self._poll_s
-        look_at = time.monotonic() + max(longest, 1.0)
-        if self._not_before:
-            look_at = min(look_at, *self._not_before.values())
+        look_at = min(time.monotonic() + max(longest, 1.0), self.delivery.holder.due_at)
         while not self._stopping.is_set():
             left = look_at - time.monotonic()
-            if self._woken.wait(max(0.0, min(wait, left))):
+            if self.woken.wait(max(0.0, min(wait, left))):
                 return shortest
             wait = min(wait * 1.5, longest)
             if changes.seen() or left <= 0:
                 return wait
         return wait
-
-
-class _Changes:
-    """Whether another connection has committed since the last look.
-
-    SQLite answers with PRAGMA data_version, a few microseconds on a connection that does nothing else; elsewhere every
-    poll has to look.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._connection: Any = None
-        self._version: int | None = None
-        if engine.dialect.name == "sqlite":
-            self._connection = engine.connect()
-            self._connection.detach()  # not one of the application's pool
-
-    def seen(self) -> bool:
-        if self._connection is None:
-            return True
-        try:
-            version: int = self._connection.execute(_DATA_VERSION).scalar_one()
-        except SQLAlchemyError:
-            return True
-        finally:
-            self._connection.rollback()
-        changed: bool = version != self._version
-        self._version = version
-        return changed
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-
-
-_DATA_VERSION = text("PRAGMA data_version")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from memstate_sa._failures import delivery_error
@@ -39,22 +38,22 @@ def plan(
     facts: Iterable[FactKey],
     truth: Mapping[FactKey, Projection],
     ledger: Mapping[FactKey, Delivered],
-    *,
-    settle: bool,
+    doubted: Collection[FactKey] = (),
 ) -> list[Write]:
     """The writes that make an index agree with *truth* for these *facts*.
 
-    With *settle* the ledger is not believed: an earlier holder, or an earlier attempt, may have written to the index
-    without having been able to say so, and a row that has since changed back would look delivered.
+    The ledger is not believed about *doubted* ones: an earlier holder, or an earlier attempt, may have written to the
+    index without having been able to say so, and a row that has since changed back would look delivered.
     """
     writes = []
     for fact in facts:
         projection = truth.get(fact)
         if projection is not None and projection.fingerprint is None:
             projection = None
-        known = None if settle else ledger.get(fact)
+        doubt = fact in doubted
+        known = None if doubt else ledger.get(fact)
         if projection is None:
-            if settle or (known is not None and not known.deleted):
+            if doubt or (known is not None and not known.deleted):
                 writes.append(Write(fact, None))
         elif known is None or known.deleted or known.fingerprint != projection.fingerprint:
             same_text = (
@@ -87,18 +86,44 @@ class Parked(NamedTuple):
     """A key set aside after a rejection, so that the others go on."""
 
     attempts: int
-    next_at: datetime
+    delay_s: float
     state: str
     error: str
 
 
-def park(
-    error: MemstateError, attempts: int, now: datetime, policy: RetryPolicy, jitter: Callable[[], float]
-) -> Parked:
+def park(error: MemstateError, attempts: int, policy: RetryPolicy, jitter: Callable[[], float]) -> Parked:
     """What becomes of a key that was rejected for the *attempts*-th time."""
     state = "dead" if attempts >= policy.max_attempts else "parked"
-    delay = timedelta(seconds=policy.delay(attempts, jitter))
-    return Parked(attempts, now + delay, state, describe(error))
+    return Parked(attempts, policy.delay(attempts, jitter), state, describe(error))
+
+
+class Breaker:
+    """Keeps an index that is unavailable from being asked all the time; one for each, so that it stops no other.
+
+    Retry-After is heeded, up to the policy's longest delay.
+    """
+
+    def __init__(self, policy: RetryPolicy, jitter: Callable[[], float]) -> None:
+        self.failures = 0  # since the last success
+        self.open_until: float | None = None  # when the next attempt is due, while it is open
+        self._policy = policy
+        self._jitter = jitter
+
+    def failed(self, error: Exception, now: float) -> float:
+        """Open it; returns for how many seconds."""
+        self.failures += 1
+        asked: float | None = getattr(error, "retry_after_s", None)
+        delay = self._policy.delay(self.failures, self._jitter)
+        wait = delay if asked is None else min(max(asked, delay), self._policy.max_delay_s)
+        self.open_until = now + wait
+        return wait
+
+    def succeeded(self) -> None:
+        self.failures, self.open_until = 0, None
+
+    def wait_s(self, now: float) -> float:
+        """How long the index is to be left alone from *now*."""
+        return 0.0 if self.open_until is None else max(0.0, self.open_until - now)
 
 
 def describe(error: BaseException) -> str:

@@ -303,7 +303,7 @@ def test_a_failed_bulk_statement_leaves_nothing(world: World) -> None:
 
 
 def _upsert(session: Session) -> Any:
-    from memstate_sa.relay.state import upsert
+    from memstate_sa.relay.claims import upsert
 
     return upsert(session.get_bind().dialect.name, Tag.__table__)
 

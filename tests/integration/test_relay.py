@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, insert, select, text, update
+from sqlalchemy import Engine, create_engine, func, insert, select, text
 from sqlalchemy.orm import sessionmaker
 
 from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, IndexMismatch, Memory, MemstateError, sqlite
 from memstate_sa.indexes import InMemoryIndex, Point, VectorIndex
 from memstate_sa.relay import RetryPolicy
+from memstate_sa.relay.protocol import Upsert
 from memstate_sa.tables import cursor, ledger, outbox, parked
 from memstate_sa.testing import FlakyIndex, HashEmbedder
-from tests.support import Base, Person, Tag, World
+from tests.support import Base, Person, Tag, World, expire_leases, overtake
 
 pytestmark = pytest.mark.sa20
 
@@ -38,9 +39,9 @@ class Spy(InMemoryIndex):
                 raise error
         super().upsert(points)
 
-    def delete(self, ids: Sequence[str]) -> None:
+    def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
         self.deleted.append(list(ids))
-        super().delete(ids)
+        super().delete(ids, epoch=epoch)
 
 
 @pytest.fixture
@@ -273,18 +274,19 @@ def test_a_lost_acknowledgement_is_settled_by_the_next_holder(spied: World, spy:
     say(spied, a="second")
     dying = spied.memory.relay(spied.engine)
     spied.relay.stop()
-    for delivery in dying._deliveries:
-        delivery._write_original = delivery._write
+    for delivery in (courier.delivery for courier in dying._couriers):
+        delivery._do_originally = delivery._do
 
-        def write_and_die(*arguments: Any, d: Any = delivery) -> Any:
-            d._write_original(*arguments)
-            raise KeyboardInterrupt
+        def write_and_die(request: Any, d: Any = delivery) -> Any:
+            reply = d._do_originally(request)
+            if isinstance(request, Upsert):
+                raise KeyboardInterrupt
+            return reply
 
-        delivery._write = write_and_die
+        delivery._do = write_and_die
     with pytest.raises(KeyboardInterrupt):
         dying.run_once()
-    with spied.engine.begin() as connection:
-        connection.execute(update(cursor).values(lease_until=None))
+    expire_leases(spied.engine)
     say(spied, a="first")
     spied.relay.drain()
     spied.assert_in_step()
@@ -296,15 +298,13 @@ def test_a_relay_that_lost_its_lease_records_nothing(spied: World) -> None:
     spied.relay.drain()
     spied.relay.run_once()
     say(spied, a="y")
-    with spied.engine.begin() as connection:
-        connection.execute(update(cursor).values(epoch=cursor.c.epoch + 1, owner="elsewhere 1 x"))
+    overtake(spied.engine)
     assert spied.relay.run_once() == 0
-    with spied.engine.begin() as connection:
-        connection.execute(update(cursor).values(lease_until=None))
+    expire_leases(spied.engine)
     spied.relay.drain()
     with spied.engine.connect() as connection:
-        written = set(connection.scalars(select(ledger.c.epoch)))
-        assert written == set(connection.scalars(select(cursor.c.epoch)))
+        [written] = connection.scalars(select(ledger.c.epoch))
+        assert written == connection.scalar(select(func.max(cursor.c.epoch)))
     spied.assert_in_step()
 
 
@@ -538,7 +538,7 @@ def test_writers_are_not_starved_and_do_not_fail(sqlite_engine: Engine) -> None:
 
 def test_delivered_entries_are_forgotten_and_undelivered_kept(world: World) -> None:
     """The outbox does not grow for ever, and loses nothing."""
-    from memstate_sa.relay.state import forget_delivered
+    from memstate_sa.relay.backlog import forget_delivered
 
     say(world, a="x", b="y")
     world.relay.drain()

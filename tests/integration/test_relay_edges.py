@@ -20,7 +20,7 @@ from memstate_sa.relay import Relay, RetryPolicy
 from memstate_sa.tables import cursor, parked, utcnow
 from memstate_sa.testing import HashEmbedder
 from tests.integration.test_relay import Spy, eventually, say
-from tests.support import Base, Person, Tag, World, assert_index_holds
+from tests.support import Base, Person, Tag, World, assert_index_holds, expire_leases, overtake
 
 pytestmark = pytest.mark.sa20
 
@@ -75,10 +75,14 @@ def holds(index: VectorIndex, expected: dict[str, str]) -> bool:
 class Interrupted(InMemoryIndex):
     """A real index beside which something else happens: once, when `during` names the call, before or after it."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *, fenced: bool = True) -> None:
+        super().__init__()
+        self.fenced = fenced
         self.during = ""
         self.meddle: Callable[[], object] = lambda: None
+
+    def _passes(self, id_: str, epoch: int) -> bool:
+        return super()._passes(id_, epoch) or not self.fenced
 
     def _now(self, moment: str) -> None:
         if self.during == moment:
@@ -131,10 +135,14 @@ def test_two_memories_share_an_index(engine: Engine) -> None:
 # -- leases ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fenced", [False, True])
 @pytest.mark.parametrize("meanwhile", ["changed", "deleted"])
-def test_the_late_write_of_an_overtaken_relay_is_put_right(engine: Engine, meanwhile: str) -> None:
-    """The new holder has delivered the row before a stale write of the old one lands: it delivers it once more."""
-    index = Interrupted()
+def test_the_late_write_of_an_overtaken_relay_is_put_right(engine: Engine, meanwhile: str, fenced: bool) -> None:
+    """The new holder has delivered the row before a stale write of the old one lands: it delivers it once more.
+
+    An index that fences leaves the stale write out to begin with.
+    """
+    index = Interrupted(fenced=fenced)
     world = World(engine, index)
     late, holder = world.memory.relay(engine), world.relay
     say(world, a="at first")
@@ -142,8 +150,7 @@ def test_the_late_write_of_an_overtaken_relay_is_put_right(engine: Engine, meanw
     say(world, a="read by the late one", b="always the same")
 
     def overtake() -> None:
-        with engine.begin() as connection:
-            connection.execute(update(cursor).values(lease_until=utcnow()))
+        expire_leases(engine)
         if meanwhile == "changed":
             say(world, a="the truth")
         else:
@@ -159,7 +166,7 @@ def test_the_late_write_of_an_overtaken_relay_is_put_right(engine: Engine, meanw
     index.during, index.meddle = "before upsert", overtake
     assert late.run_once() == 0
     stale = {'tag["a"]': "a means read by the late one", 'tag["b"]': "b means always the same"}
-    assert_index_holds(index, world.embedder, stale)
+    assert_index_holds(index, world.embedder, truth if fenced else stale)
     assert world.memory.status(engine)["memory"].due == 2
     assert late.run_once() == 0  # it is not its turn
     assert holder.run_once() == 2
@@ -175,22 +182,20 @@ def test_an_overtaken_relay_stops_between_two_batches(engine: Engine) -> None:
     world.relay.drain()
     say(world, a="x", b="x", c="x", d="x")
 
-    def overtake(point: Point) -> None:
+    def meddle(point: Point) -> None:
         index.refuse = lambda point: None
-        late._deliveries[0]._renew_at = 0.0  # the write took longer than half of the lease
-        with engine.begin() as connection:
-            connection.execute(update(cursor).values(epoch=cursor.c.epoch + 1, owner="elsewhere 1 x"))
+        late._couriers[0].delivery.holder._renew_at = 0.0  # the write took longer than half of the lease
+        overtake(engine)
 
-    index.refuse = overtake
+    index.refuse = meddle
     assert late.run_once() == 0
     assert index.batches == [['tag["a"]', 'tag["b"]']]
-    with engine.begin() as connection:
-        connection.execute(update(cursor).values(lease_until=None))
+    expire_leases(engine)
     world.assert_in_step()
 
 
 def test_two_relays_claim_a_new_index_at_once(postgres_engine: Engine) -> None:
-    """PostgreSQL: both find no cursor and register the index; one of them holds it, the other stands by."""
+    """PostgreSQL: both find no cursor and register the index; they end up with half of its slots each."""
     earlier = World(postgres_engine)
     say(earlier, a="x", b="y")
     earlier.relay.run_once()
@@ -218,12 +223,17 @@ def test_two_relays_claim_a_new_index_at_once(postgres_engine: Engine) -> None:
         thread.join()
     event.remove(postgres_engine, "before_cursor_execute", meet)
     assert not [outcome for outcome in outcomes if not isinstance(outcome, int)]
-    [holder] = [relay for relay in relays if relay._deliveries[0]._claim is not None]
+    for relay in relays * 2:
+        relay.run_once()
+    deliveries = [relay._couriers[0].delivery for relay in relays]
     with postgres_engine.connect() as connection:
-        [(owner, epoch)] = connection.execute(select(cursor.c.owner, cursor.c.epoch)).all()
-    assert (owner, epoch) == (holder._deliveries[0]._owner, 1)
+        owners = dict(connection.execute(select(cursor.c.slot, cursor.c.owner)).all())
+    assert [set(delivery.holder.epochs) for delivery in deliveries] == [
+        {slot for slot, owner in owners.items() if owner == delivery._owner} for delivery in deliveries
+    ]
+    assert [len(delivery.holder.epochs) for delivery in deliveries] == [32, 32]
     say(world, c="z")
-    holder.drain()
+    eventually(lambda: sum(relay.run_once() for relay in relays) == 0)
     expected = {'tag["a"]': "a means x", 'tag["b"]': "b means y", 'tag["c"]': "c means z"}
     assert_index_holds(world.index, world.embedder, expected)
     for relay in relays:
@@ -504,7 +514,7 @@ def test_a_row_that_another_memory_deleted_leaves_no_ghost(engine: Engine) -> No
 
 def test_a_late_write_that_is_reported_as_failed(engine: Engine) -> None:
     """A call times out after its lease, and lands after what the new holder wrote: it is put right."""
-    index = Interrupted()
+    index = Interrupted(fenced=False)
     world = World(engine, index)
     late, holder = world.memory.relay(engine, lease_s=0.5), world.relay
     say(world, a="at first")
@@ -536,15 +546,16 @@ def test_a_database_that_was_away_is_not_asked_all_the_time(engine: Engine) -> N
     statements: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
     relay = world.memory.relay(engine, policy=RetryPolicy(delay_s=0.01), poll_s=(0.05, 5.0))
-    step, failed = relay._step, threading.Event()
+    delivery, failed = relay._couriers[0].delivery, threading.Event()
+    step = delivery.step
 
-    def fail_once(**options: Any) -> Any:
+    def fail_once() -> Any:
         if not failed.is_set():
             failed.set()
             raise RuntimeError("away")
-        return step(**options)
+        return step()
 
-    relay._step = fail_once  # type: ignore[method-assign]
+    delivery.step = fail_once  # type: ignore[method-assign]
     with relay:
         assert failed.wait(5)
         time.sleep(0.3)

@@ -739,7 +739,7 @@ def test_a_closed_store_says_so(engine: Engine) -> None:
 
 
 def relay_threads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.name == "memstate-relay"}
+    return {thread for thread in threading.enumerate() if thread.name == "memstate-relay-memory"}
 
 
 def test_a_relay_runs_in_the_background(engine: Engine) -> None:

@@ -1,0 +1,195 @@
+"""What an index has not been given yet, and what of the outbox every index has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    delete,
+    exists,
+    func,
+    literal,
+    not_,
+    select,
+    tuple_,
+)
+from sqlalchemy.engine import Connection
+
+from memstate_sa.arrays import as_array, each
+from memstate_sa.outbox import ALL, after, in_slots, slot_array, slots, take_write_lock, undelivered
+from memstate_sa.positions import Position, Snapshot, meet
+from memstate_sa.relay import claims, ledger
+from memstate_sa.relay.claims import SCAN, IndexKey, of_index
+from memstate_sa.tables import Xid8, cursor, index_state, outbox, parked, refill, utcnow
+
+_positions = select(cursor.c.snapshot, cursor.c.xid, cursor.c.position, cursor.c.slot).where(of_index(cursor))
+
+
+def read_positions(connection: Connection, index: IndexKey) -> dict[Position, list[int]]:
+    """Which slots of *index* are where; empty when it was never delivered to."""
+    places: dict[Position, list[int]] = {}
+    for snapshot, xid, id_, slot in connection.execute(_positions, index.parameters()).all():
+        places.setdefault(Position(Snapshot.parse(snapshot), xid, id_), []).append(slot)
+    return places
+
+
+# -- for a search -----------------------------------------------------------------------------------------------------
+
+
+class Standing(NamedTuple):
+    """How an index stands to one entity; ``at`` is None when it was never delivered to.
+
+    ``filled``: it was once delivered in full. ``stuck``: it refused keys. ``newest``: the newest outbox id there is.
+    ``marked``: points carry their entity.
+    """
+
+    at: Position | None
+    filled: bool
+    stuck: bool
+    newest: int
+    marked: bool
+
+
+_unfilled = exists().where(
+    of_index(refill), refill.c.entity.in_((literal(SCAN), bindparam("entity"))), not_(refill.c.done)
+)
+_known = exists().where(of_index(refill), refill.c.entity == bindparam("entity"))
+_any_stuck = exists().where(of_index(parked), parked.c.entity == bindparam("entity"))
+_newest = select(func.coalesce(func.max(outbox.c.id), 0)).scalar_subquery()
+_marked = select(index_state.c.marked).where(of_index(index_state)).scalar_subquery()
+# One row, unless slots have changed hands a moment ago.
+_standing = (
+    select(cursor.c.snapshot, cursor.c.xid, cursor.c.position, and_(_known, not_(_unfilled)), _any_stuck)
+    .add_columns(_newest, _marked)
+    .where(of_index(cursor))
+    .distinct()
+)
+_stuck = select(parked.c.key).where(of_index(parked), parked.c.entity == bindparam("entity")).limit(bindparam("limit"))
+
+
+def read_standing(connection: Connection, index: IndexKey, entity: str) -> Standing:
+    rows = connection.execute(_standing, {**index.parameters(), "entity": entity}).all()
+    if not rows:
+        return Standing(None, False, False, 0, False)
+    return Standing(meet(Position(Snapshot.parse(row[0]), row[1], row[2]) for row in rows), *rows[0][3:])
+
+
+def stuck(connection: Connection, index: IndexKey, entity: str, limit: int) -> Sequence[str]:
+    """Keys of *entity* that *index* refused, parked or dead."""
+    return connection.scalars(_stuck, {**index.parameters(), "entity": entity, "limit": limit}).all()
+
+
+# -- for people -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What an index has not been given yet.
+
+    ``parked`` keys were refused and wait for another attempt, those ``due`` now; ``dead`` ones wait for their next
+    change. ``refilling``: the index is new, and is being delivered in full.
+    """
+
+    pending: int
+    oldest_s: float | None
+    parked: int
+    due: int
+    dead: int
+    refilling: bool
+    paused: bool = False
+
+
+@cache
+def _pending(dialect_name: str) -> Any:
+    entities = outbox.c.entity.in_(select(each("entities").c.value))
+    columns = (outbox.c.entity, outbox.c.key, outbox.c.created_at)
+    entries = undelivered(dialect_name, *columns, where=and_(entities, in_slots(dialect_name, outbox.c.slot))).c
+    keys = select(entries.entity, entries.key, func.min(entries.created_at).label("at"))
+    grouped = keys.group_by(entries.entity, entries.key).subquery()
+    return select(func.count(), func.min(grouped.c.at))
+
+
+_by_state = (
+    select(parked.c.state, func.count(), func.min(parked.c.next_at))
+    .where(of_index(parked), parked.c.entity.in_(select(each("entities").c.value)))
+    .group_by(parked.c.state)
+)
+_paused = select(index_state.c.paused).where(of_index(index_state))
+
+
+def backlog(connection: Connection, index: IndexKey, entities: Sequence[str]) -> Backlog:
+    dialect, pending, oldest = connection.dialect.name, 0, None
+    names = as_array(entities)
+    places = read_positions(connection, index) or {_BEGINNING: list(slots(dialect))}
+    for at, group in places.items():
+        given = {"entities": names, "slots": slot_array(group), "limit": ALL}
+        count, since = connection.execute(_pending(dialect), {**after(at), **given}).one()
+        pending += count
+        oldest = min(filter(None, (oldest, since)), default=None)
+    rows = connection.execute(_by_state, {**index.parameters(), "entities": names}).all()
+    states = {state: count for state, count, _ in rows}
+    return Backlog(
+        pending=pending,
+        oldest_s=None if oldest is None else max(0.0, (utcnow() - oldest).total_seconds()),
+        parked=states.get("parked", 0),
+        due=len(ledger.due(connection, index, names, slots(dialect), 1000)),
+        dead=states.get("dead", 0),
+        refilling=not claims.is_filled(connection, index, entities),
+        paused=bool(connection.execute(_paused, index.parameters()).scalar()),
+    )
+
+
+_BEGINNING = Position(Snapshot(0))
+
+
+def has(connection: Connection, index: IndexKey, entities: Sequence[str], present: Position) -> bool:
+    """Whether *index* has everything that *present* has, but for keys that it refused and that are not due."""
+    places = read_positions(connection, index)
+    return (
+        bool(places)
+        and all(at.covers(present) for at in places)
+        and claims.is_filled(connection, index, entities)
+        and not ledger.due(connection, index, as_array(entities), slots(connection.dialect.name), 1)
+    )
+
+
+# -- cleaning up ------------------------------------------------------------------------------------------------------
+
+
+def forget_delivered(connection: Connection, limit: int = 10_000) -> int:
+    """Delete up to *limit* outbox entries that every index has, oldest first; returns how many.
+
+    An index that is being filled may be past an entry whose row it does not hold yet: search reads it here meanwhile.
+    """
+    places = connection.execute(select(cursor.c.snapshot, cursor.c.xid, cursor.c.position).distinct()).all()
+    if not places:
+        return 0
+    take_write_lock(connection)
+    floor = min(Position(Snapshot.parse(snapshot), xid, id_).floor for snapshot, xid, id_ in places)
+    filling = set(connection.scalars(select(refill.c.entity).where(not_(refill.c.done)).distinct()))
+    if SCAN in filling:
+        return 0
+    statement = _forget(connection.dialect.name)
+    parameters = {"xid": str(floor[0]), "id": floor[1], "filling": as_array(filling), "limit": limit}
+    return connection.execute(statement, parameters).rowcount
+
+
+@cache
+def _forget(dialect_name: str) -> Any:
+    up_to: ColumnElement[bool] = outbox.c.id <= bindparam("id", type_=BigInteger())
+    order: tuple[ColumnElement[Any], ...] = (outbox.c.id,)
+    if dialect_name == "postgresql":
+        end = tuple_(cast(bindparam("xid", type_=Text()), Xid8()), bindparam("id", type_=BigInteger()))
+        up_to, order = tuple_(outbox.c.xid, outbox.c.id) <= end, (outbox.c.xid, outbox.c.id)
+    kept = outbox.c.entity.in_(select(each("filling").c.value))
+    some = select(outbox.c.id).where(up_to, not_(kept)).order_by(*order).limit(bindparam("limit"))
+    return delete(outbox).where(outbox.c.id.in_(some))

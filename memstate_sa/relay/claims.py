@@ -1,0 +1,378 @@
+"""Who delivers to an index, and how far it is: leases, slots, cursors, refills. One short transaction a call.
+
+Safety hangs on a slot's epoch alone, which grows whenever the slot changes hands; a lease only tells when it may.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    Table,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    not_,
+    select,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection
+
+from memstate_sa.arrays import each
+from memstate_sa.errors import IndexMismatch
+from memstate_sa.outbox import as_position, here, in_slots, read_present, slot_array, slots, take_write_lock
+from memstate_sa.positions import Position, Snapshot
+from memstate_sa.relay.protocol import Claimed, Held, Refill, Seen
+from memstate_sa.tables import UTCDateTime, cursor, holder, index_state, ledger, parked, refill, utcnow
+
+SCAN = ""
+"""The refill rows that stand for the scan of the index itself."""
+
+
+class IndexKey(NamedTuple):
+    """One lifetime of one index; every table of relay state is keyed by it."""
+
+    name: str
+    incarnation: str
+
+    def values(self) -> dict[str, str]:
+        """For an INSERT."""
+        return {"index": self.name, "incarnation": self.incarnation}
+
+    def parameters(self) -> dict[str, str]:
+        """For what `of_index` selects."""
+        return {"the_index": self.name, "the_incarnation": self.incarnation}
+
+
+def of_index(table: Table) -> ColumnElement[bool]:
+    return and_(table.c.index == bindparam("the_index"), table.c.incarnation == bindparam("the_incarnation"))
+
+
+def upsert(dialect_name: str, table: Table) -> Any:
+    return {"sqlite": sqlite, "postgresql": postgresql}[dialect_name].insert(table)
+
+
+# -- owners -----------------------------------------------------------------------------------------------------------
+
+
+def owner_id() -> str:
+    """Names this holder so that another process of this machine can tell whether it is still alive."""
+    return f"{_machine()} {os.getpid()} {uuid4().hex}"
+
+
+def _machine() -> str:
+    try:
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        namespace = 0
+    return f"{socket.gethostname()}/{namespace}"
+
+
+def is_gone(owner: str) -> bool:
+    """Whether *owner* certainly runs no more: a process of this machine that has ended. Its lease is not waited for."""
+    machine, _, rest = owner.partition(" ")
+    pid = rest.partition(" ")[0]
+    if machine != _machine() or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def clock(dialect_name: str) -> ColumnElement[datetime]:
+    """Leases live on one clock: the server's. On SQLite every user is on this machine: the parameter ``now``."""
+    if dialect_name == "postgresql":
+        return func.clock_timestamp(type_=UTCDateTime())
+    return bindparam("now", type_=UTCDateTime())
+
+
+def database_now(connection: Connection) -> datetime:
+    if connection.dialect.name != "postgresql":
+        return utcnow()
+    now: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
+    return now.astimezone(UTC)
+
+
+# -- looking ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _look(dialect_name: str) -> Select[Any]:
+    now = clock(dialect_name)
+    live = select(func.count()).where(of_index(holder), holder.c.lease_until > now)
+    mine = select(func.count()).where(of_index(cursor), cursor.c.owner == bindparam("me"))
+    free = exists().where(of_index(cursor), cursor.c.owner.is_(None))
+    due = exists().where(due_parking(dialect_name))
+    paused = select(index_state.c.paused).where(of_index(index_state))
+    counts = (query.scalar_subquery() for query in (live, mine))
+    return select(here(dialect_name), *counts, free, due, paused.scalar_subquery())
+
+
+def due_parking(dialect_name: str) -> ColumnElement[bool]:
+    """Parked keys of ``slots`` and ``entities`` whose time has come."""
+    return and_(
+        of_index(parked),
+        parked.c.state == "parked",
+        parked.c.next_at <= clock(dialect_name),
+        parked.c.entity.in_(select(each("entities").c.value)),
+        in_slots(dialect_name, parked.c.slot),
+    )
+
+
+def look(connection: Connection, index: IndexKey, owner: str, entities: str, slots: Iterable[int]) -> Seen:
+    """*entities* as an array parameter."""
+    given = {"me": owner, "now": utcnow(), "entities": entities, "slots": slot_array(slots)}
+    row = connection.execute(_look(connection.dialect.name), {**index.parameters(), **given}).one()
+    return Seen(as_position(row[0]), row[1], row[2], row[3], row[4], bool(row[5]))
+
+
+# -- claiming ---------------------------------------------------------------------------------------------------------
+
+_cursors = select(cursor).where(of_index(cursor)).order_by(cursor.c.slot)
+_holders = select(holder.c.owner, holder.c.lease_until).where(of_index(holder)).order_by(holder.c.since, holder.c.owner)
+_me = and_(of_index(holder), holder.c.owner == bindparam("me"))
+_renew = update(holder).where(_me).values(lease_until=bindparam("until"))
+
+
+def renew(connection: Connection, index: IndexKey, owner: str, lease_s: float) -> int:
+    """Prolong the lease; how many slots are still *owner*'s, 0 when others took it for dead."""
+    take_write_lock(connection)
+    until = database_now(connection) + timedelta(seconds=lease_s)
+    known = connection.execute(_renew, {**index.parameters(), "me": owner, "until": until}).rowcount
+    mine = select(func.count()).where(of_index(cursor), cursor.c.owner == bindparam("me"))
+    count: int = connection.execute(mine, {**index.parameters(), "me": owner}).scalar_one()
+    return count if known == 1 else 0
+
+
+def claim(
+    connection: Connection,
+    index: IndexKey,
+    owner: str,
+    lease_s: float,
+    *,
+    epochs: Mapping[int, int],
+    embedder: str,
+    dimension: int,
+    entities: Sequence[str],
+) -> Claimed:
+    """Prolong the lease, and take slots that nobody holds until *owner* has its share.
+
+    *epochs* are those of the slots that *owner* knows to be its own. Raises IndexMismatch when another embedder filled
+    the index, also for an index that does not keep this itself.
+    """
+    take_write_lock(connection)
+    dialect, now = connection.dialect.name, database_now(connection)
+    _require_registered(connection, index, now, embedder, dimension)
+    marked = _refill_rows(connection, index, entities)
+    # Everybody locks them in this order; whoever acknowledges meanwhile is waited for.
+    rows = connection.execute(_cursors.with_for_update(), index.parameters()).all()
+    present = read_present(connection)
+    if any(_position(row).snapshot.xmax > present.snapshot.xmax for row in rows):
+        _rebase(connection, index, present)
+        rows = connection.execute(_cursors, index.parameters()).all()
+    live = _live(connection, index, owner, now, now + timedelta(seconds=lease_s))
+    share, more = divmod(len(slots(dialect)), len(live))
+    quota = share + (live.index(owner) < more)
+    kept = {
+        row.slot: Held(row.epoch, _position(row), fresh=False, settle=False)
+        for row in rows
+        if row.owner == owner and epochs.get(row.slot) == row.epoch
+    }
+    # Ours in the database but unknown to us: what was done under it is unknown, too.
+    strays = [row for row in rows if row.owner == owner and row.slot not in kept]
+    free = [row for row in rows if row.owner not in live]
+    taken = strays + free[: max(0, quota - len(kept) - len(strays))]
+    epoch = 0
+    if taken:
+        # By the clock, not only by counting: an index outlives a database that is restored or made anew.
+        epoch = max(int(now.timestamp() * 1000), *(row.epoch + 1 for row in taken))
+        taking = update(cursor).where(of_index(cursor), cursor.c.slot.in_([row.slot for row in taken]))
+        connection.execute(taking.values(owner=owner, epoch=epoch), index.parameters())
+    fresh = {row.slot: Held(epoch, _position(row), True, settle=row.owner is not None) for row in taken}
+    return Claimed({**kept, **fresh}, present, len(live), quota, marked)
+
+
+def _position(row: Row[Any]) -> Position:
+    return Position(Snapshot.parse(row.snapshot), row.xid, row.position)
+
+
+def _live(connection: Connection, index: IndexKey, owner: str, now: datetime, until: datetime) -> list[str]:
+    """The owners whose lease runs, *owner* among them, oldest first; the others are struck off."""
+    statement = upsert(connection.dialect.name, holder).on_conflict_do_update(
+        index_elements=list(holder.primary_key.columns), set_={"lease_until": until}
+    )
+    connection.execute(statement, {**index.values(), "owner": owner, "since": now, "lease_until": until})
+    known = connection.execute(_holders, index.parameters()).all()
+    gone = [name for name, lease_until in known if lease_until <= now or is_gone(name)]
+    if gone:
+        connection.execute(delete(holder).where(of_index(holder), holder.c.owner.in_(gone)), index.parameters())
+    return [name for name, _ in known if name not in gone]
+
+
+def _require_registered(connection: Connection, index: IndexKey, now: datetime, embedder: str, dimension: int) -> None:
+    """A new lifetime of an index: its cursors start now, everything older comes by the refill."""
+    filled_by = select(index_state.c.embedder, index_state.c.dimension).where(of_index(index_state))
+    row = connection.execute(filled_by, index.parameters()).one_or_none()
+    if row is not None:
+        if tuple(row) != (embedder, dimension):
+            raise IndexMismatch(
+                f"index {index.name!r} was filled by embedder {row.embedder!r} ({row.dimension} dimensions), not by "
+                f"{embedder!r} ({dimension}): give it another name, or delete it to have it filled anew"
+            )
+        return
+    live = select(holder.c.incarnation).where(holder.c.index == index.name, holder.c.lease_until > now)
+    was_paused = exists().where(index_state.c.index == index.name, index_state.c.paused)
+    paused = connection.execute(select(was_paused)).scalar_one()
+    for table in (index_state, ledger, parked, refill, cursor, holder):
+        connection.execute(
+            delete(table).where(table.c.index == index.name, table.c.incarnation.not_in(live.scalar_subquery()))
+        )
+    dialect = connection.dialect.name
+    # Two may find it new: what one has inserted, the other leaves as it is.
+    state = {"embedder": embedder, "dimension": dimension, "marked": False, "paused": paused, "created_at": now}
+    connection.execute(upsert(dialect, index_state).on_conflict_do_nothing(), {**index.values(), **state})
+    values = {**index.values(), **_columns(read_present(connection)), "owner": None, "epoch": 0}
+    connection.execute(
+        upsert(dialect, cursor).on_conflict_do_nothing(), [{**values, "slot": slot} for slot in slots(dialect)]
+    )
+
+
+def _columns(at: Position) -> dict[str, Any]:
+    return {"snapshot": str(at.snapshot), "xid": at.xid, "position": at.id}
+
+
+def _refill_rows(connection: Connection, index: IndexKey, entities: Sequence[str]) -> bool:
+    """Have *entities* that are new to the index delivered in full. Returns whether points carry their entity.
+
+    They do from the day on which the index gets a second one, and not before: in Chroma a field costs a tenth of the
+    writing rate. What is there is then written again, without embedding it again.
+    """
+    dialect = connection.dialect.name
+    known = set(connection.scalars(select(refill.c.entity).where(of_index(refill)).distinct(), index.parameters()))
+    missing = [name for name in (SCAN, *entities) if name not in known]
+    if missing:
+        rows = [
+            {**index.values(), "entity": name, "slot": slot, "position": None, "done": False}
+            for name in missing
+            for slot in slots(dialect)
+        ]
+        connection.execute(upsert(dialect, refill).on_conflict_do_nothing(), rows)
+    is_marked = select(index_state.c.marked).where(of_index(index_state))
+    marked: bool = connection.execute(is_marked, index.parameters()).scalar_one()
+    several = len({SCAN, *known, *entities}) > 2
+    if several and not marked:
+        marking = update(index_state).where(of_index(index_state)).values(marked=True)
+        again = update(refill).where(of_index(refill), refill.c.entity != SCAN).values(done=False, position=None)
+        other = update(ledger).where(of_index(ledger), not_(ledger.c.deleted)).values(fingerprint=None)
+        for statement in (marking, again, other):
+            connection.execute(statement, index.parameters())
+    return marked or several
+
+
+def _rebase(connection: Connection, index: IndexKey, present: Position) -> None:
+    """A dump was restored into a younger cluster: its snapshots are in the future, and would hide every entry."""
+    statements = (
+        update(cursor).where(of_index(cursor)).values(**_columns(present), owner=None, epoch=cursor.c.epoch + 1),
+        update(refill).where(of_index(refill)).values(done=False, position=None),
+        delete(ledger).where(of_index(ledger)),
+    )
+    for statement in statements:
+        connection.execute(statement, index.parameters())
+
+
+# -- moving on --------------------------------------------------------------------------------------------------------
+
+_mine = (
+    select(cursor.c.slot, cursor.c.epoch)
+    .where(of_index(cursor), cursor.c.owner == bindparam("me"), cursor.c.slot.in_(bindparam("slots", expanding=True)))
+    .order_by(cursor.c.slot)
+    .with_for_update(key_share=True)
+)
+_moving = (
+    update(cursor)
+    .where(of_index(cursor), cursor.c.slot.in_(bindparam("slots", expanding=True)))
+    .values({name: bindparam(f"new_{name}") for name in ("snapshot", "xid", "position")})
+)
+
+
+def still_held(connection: Connection, index: IndexKey, owner: str, epochs: Mapping[int, int]) -> set[int]:
+    """Which slots of *epochs* have not changed hands. They cannot, until this transaction ends."""
+    take_write_lock(connection)
+    rows = connection.execute(_mine, {**index.parameters(), "me": owner, "slots": list(epochs)}).all()
+    return {slot for slot, epoch in rows if epochs[slot] == epoch}
+
+
+def move(connection: Connection, index: IndexKey, positions: Mapping[int, Position]) -> None:
+    """Record how far slots are that are `still_held`."""
+    by_position = sorted(positions.items(), key=lambda item: (str(item[1]), item[0]))
+    for at, group in groupby(by_position, key=lambda item: item[1]):
+        new = {f"new_{name}": value for name, value in _columns(at).items()}
+        connection.execute(_moving, {**index.parameters(), **new, "slots": [slot for slot, _ in group]})
+
+
+def let_go(connection: Connection, index: IndexKey, held: Collection[int]) -> None:
+    """Have no owner for slots that are `still_held`."""
+    going = update(cursor).where(of_index(cursor), cursor.c.slot.in_(held)).values(owner=None)
+    connection.execute(going, index.parameters())
+
+
+def leave(connection: Connection, index: IndexKey, owner: str) -> None:
+    connection.execute(delete(holder).where(_me), {**index.parameters(), "me": owner})
+
+
+# -- refilling --------------------------------------------------------------------------------------------------------
+
+
+def next_refill(
+    connection: Connection, index: IndexKey, slots: Collection[int], entities: Collection[str]
+) -> Refill | None:
+    """What of delivering in full comes next: the index's own scan first, then entity by entity.
+
+    Slots that are equally far go together; those that are furthest behind, first.
+    """
+    statement = (
+        select(refill.c.entity, refill.c.position, refill.c.slot)
+        .where(of_index(refill), not_(refill.c.done))
+        .where(refill.c.entity.in_([SCAN, *entities]), refill.c.slot.in_(slots))
+        .order_by(refill.c.entity, refill.c.position.is_not(None), refill.c.position, refill.c.slot)
+    )
+    rows = connection.execute(statement, index.parameters()).all()
+    if not rows:
+        return None
+    entity, position, _ = rows[0]
+    return Refill(entity, position, frozenset(row[2] for row in rows if row[:2] == (entity, position)))
+
+
+def save_refill(connection: Connection, index: IndexKey, step: Refill, held: Collection[int]) -> None:
+    connection.execute(
+        update(refill)
+        .where(of_index(refill), refill.c.entity == step.entity, refill.c.slot.in_(step.slots & set(held)))
+        .values(position=step.position, done=step.done),
+        index.parameters(),
+    )
+
+
+def is_filled(connection: Connection, index: IndexKey, entities: Sequence[str]) -> bool:
+    """Whether the index was once delivered in full, of each of *entities* and of its own past."""
+    known = select(refill.c.entity, refill.c.done).where(of_index(refill)).distinct()
+    rows = connection.execute(known, index.parameters()).all()
+    undone = {entity for entity, done in rows if not done}
+    return {entity for entity, _ in rows}.difference(undone).issuperset((SCAN, *entities))

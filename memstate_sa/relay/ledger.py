@@ -1,0 +1,167 @@
+"""What each index was last given for each key, and the keys it refused; recorded only by who still holds their slot."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from functools import cache
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import BindParameter, bindparam, delete, select, true
+from sqlalchemy.engine import Connection
+
+from memstate_sa.arrays import as_array, each, item, payloads
+from memstate_sa.outbox import slot_array, slots, take_write_lock
+from memstate_sa.positions import slot_of
+from memstate_sa.relay import claims
+from memstate_sa.relay.claims import IndexKey, database_now, of_index, upsert
+from memstate_sa.relay.plan import Delivered, FactKey, Parked
+from memstate_sa.relay.protocol import Acknowledge, Stuck
+from memstate_sa.tables import ledger, parked, refill, utcnow
+
+# Statements are built once: building one takes longer than running it, and the relay shares the interpreter with the
+# application.
+_keys, _marks = each("keys"), each("marks")
+_entity: BindParameter[str] = bindparam("entity")
+# IN, not a join: SQLite would read the whole ledger for each key.
+_given = select(ledger.c.key, ledger.c.fingerprint, ledger.c.text_fingerprint, ledger.c.deleted).where(
+    of_index(ledger), ledger.c.entity == _entity, ledger.c.key.in_(select(_keys.c.value))
+)
+_stuck = select(parked.c.key, parked.c.attempts, parked.c.mark).where(
+    of_index(parked), parked.c.entity == _entity, parked.c.key.in_(select(_keys.c.value))
+)
+_unpark = delete(parked).where(
+    of_index(parked),
+    parked.c.entity == bindparam("the_entity"),
+    parked.c.key.in_(select(_keys.c.value)),
+    parked.c.mark.in_(select(_marks.c.value)),
+)
+
+
+def by_entity(facts: Iterable[FactKey]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for entity, key in facts:
+        groups.setdefault(entity, []).append(key)
+    return groups
+
+
+def _of_facts(connection: Connection, statement: Any, index: IndexKey, facts: Collection[FactKey]) -> Any:
+    for entity, keys in by_entity(facts).items():
+        parameters = {**index.parameters(), "entity": entity, "keys": as_array(keys)}
+        for row in connection.execute(statement, parameters).all():
+            yield (entity, row[0]), row[1:]
+
+
+def read_ledger(connection: Connection, index: IndexKey, facts: Collection[FactKey]) -> dict[FactKey, Delivered]:
+    return {fact: Delivered(*row) for fact, row in _of_facts(connection, _given, index, facts)}
+
+
+def read_parked(connection: Connection, index: IndexKey, facts: Collection[FactKey]) -> dict[FactKey, Stuck]:
+    return {fact: Stuck(*row) for fact, row in _of_facts(connection, _stuck, index, facts)}
+
+
+@cache
+def _due(dialect_name: str) -> Any:
+    due = select(parked.c.entity, parked.c.key).where(claims.due_parking(dialect_name))
+    return due.order_by(parked.c.next_at).limit(bindparam("limit"))
+
+
+def due(connection: Connection, index: IndexKey, entities: str, slots: Iterable[int], limit: int) -> Sequence[FactKey]:
+    """Parked keys of *slots* and *entities* (an array parameter) whose time has come, longest due first."""
+    given = {"entities": entities, "slots": slot_array(slots), "now": utcnow(), "limit": limit}
+    rows = connection.execute(_due(connection.dialect.name), {**index.parameters(), **given}).all()
+    return [(entity, key) for entity, key in rows]
+
+
+def acknowledge(connection: Connection, index: IndexKey, owner: str, record: Acknowledge) -> frozenset[int]:
+    """Record a page as far as *owner* still holds the slots; which of them it does not."""
+    held = claims.still_held(connection, index, owner, record.epochs)
+    of = len(slots(connection.dialect.name))
+
+    def ours(fact: FactKey) -> bool:
+        return slot_of(*fact) % of in held
+
+    statement = _record(connection.dialect.name)
+    now = {**index.parameters(), "now": utcnow()}
+    rows = (
+        (*fact, record.epochs[slot_of(*fact) % of], *delivered)
+        for fact, delivered in record.written.items()
+        if ours(fact)
+    )
+    for payload in payloads(rows):
+        connection.execute(statement, {**now, "rows": payload})
+    _resolve(connection, index, {fact: mark for fact, mark in record.resolved.items() if ours(fact)})
+    park_all(connection, index, {fact: parking for fact, parking in record.parking.items() if ours(fact)})
+    if record.foreign:
+        # Keys of another Memory that shares this index: passed by here, so they wait for its relay, deleted ones too.
+        known = set(connection.scalars(select(refill.c.entity).where(of_index(refill)).distinct(), index.parameters()))
+        waiting = Parked(0, 0.0, "parked", "passed by")
+        park_all(connection, index, {fact: waiting for fact in record.foreign if fact[0] in known})
+    claims.move(connection, index, {slot: at for slot, at in record.positions.items() if slot in held})
+    if record.refill is not None:
+        claims.save_refill(connection, index, record.refill, held)
+    return frozenset(record.epochs.keys() - held)
+
+
+_RECORDED = ("entity", "key", "epoch", "fingerprint", "text_fingerprint", "deleted")
+
+
+@cache
+def _record(dialect_name: str) -> Any:
+    """What was delivered, unless a later holder has delivered since."""
+    common = {
+        "index": bindparam("the_index", type_=ledger.c.index.type),
+        "incarnation": bindparam("the_incarnation", type_=ledger.c.incarnation.type),
+        "at": bindparam("now", type_=ledger.c.at.type),
+    }
+    rows = select(*common.values(), *(item(n, ledger.c[name].type) for n, name in enumerate(_RECORDED)))
+    # Without a WHERE, SQLite takes ON CONFLICT for a join's ON.
+    statement = upsert(dialect_name, ledger).from_select([*common, *_RECORDED], rows.where(true()))
+    return statement.on_conflict_do_update(
+        index_elements=list(ledger.primary_key.columns),
+        set_={name: statement.excluded[name] for name in ("at", *_RECORDED[2:])},
+        where=ledger.c.epoch <= statement.excluded.epoch,
+    )
+
+
+def _resolve(connection: Connection, index: IndexKey, resolved: Mapping[FactKey, str]) -> None:
+    for entity, keys in by_entity(resolved).items():
+        marks = {resolved[entity, key] for key in keys}
+        parameters = {"the_entity": entity, "keys": as_array(keys), "marks": as_array(marks)}
+        connection.execute(_unpark, {**index.parameters(), **parameters})
+
+
+def redirty(connection: Connection, index: IndexKey, facts: Collection[FactKey], why: str) -> None:
+    """Have *facts* delivered again, whatever the ledger says of them."""
+    take_write_lock(connection)
+    park_all(connection, index, dict.fromkeys(facts, Parked(0, 0.0, "parked", why)))
+
+
+def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, Parked]) -> None:
+    if not parking:
+        return
+    statement = upsert(connection.dialect.name, parked)
+    names = ("attempts", "next_at", "state", "error", "mark")
+    now: datetime = database_now(connection)
+    mark = uuid4().hex
+    connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=list(parked.primary_key.columns),
+            set_={name: statement.excluded[name] for name in names},
+        ),
+        [
+            {
+                **index.values(),
+                "entity": entity,
+                "key": key,
+                "slot": slot_of(entity, key),
+                "attempts": given.attempts,
+                "next_at": now + timedelta(seconds=given.delay_s),
+                "state": given.state,
+                "error": given.error,
+                "mark": mark,
+            }
+            for (entity, key), given in parking.items()
+        ],
+    )

@@ -1,0 +1,194 @@
+"""How a relay learns of commits before its next poll. All of it may fail: polling finds what was missed.
+
+PostgreSQL: NOTIFY inside the application's transactions would have their commits wait for each other, cluster-wide; so
+a thread sends it, from a connection of its own, once for all commits of the last milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import selectors
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import func, select, text
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+logger = logging.getLogger("memstate_sa.relay")
+
+CHANNEL = "memstate"
+
+_COALESCE_S = 0.01
+_IDLE_S = 5.0
+_RETRY_S = 5.0
+
+
+def _own_connection(engine: Engine) -> Connection:
+    """Autocommitting, and not one of the application's pool."""
+    connection = engine.connect()
+    try:
+        connection.execution_options(isolation_level="AUTOCOMMIT").detach()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+class Notifier:
+    """Tells relays of other processes that something was committed. Its thread ends when there is nothing to tell."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._told = threading.Event()
+        self._pending: set[Engine] = set()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def committed(self, engine: Engine) -> None:
+        """Costs the caller no I/O."""
+        if engine.dialect.name != "postgresql" or self._closed:
+            return
+        with self._lock:
+            self._pending.add(engine)
+            if self._thread is None or not self._thread.is_alive():  # also in a process that was forked
+                self._thread = threading.Thread(target=self._run, name="memstate-notifier", daemon=True)
+                self._thread.start()
+        self._told.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self._told.set()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _run(self) -> None:
+        connections: dict[Engine, Connection] = {}
+        try:
+            while not self._closed:
+                if not self._told.wait(_IDLE_S):
+                    with self._lock:
+                        if not self._pending:
+                            self._thread = None
+                            return
+                self._told.clear()
+                with self._lock:
+                    pending, self._pending = self._pending, set()
+                for engine in pending:
+                    try:
+                        if engine not in connections:
+                            connections[engine] = _own_connection(engine)
+                        connections[engine].execute(select(func.pg_notify(CHANNEL, "")))
+                    except SQLAlchemyError as error:  # the relays poll
+                        logger.debug("no NOTIFY: %s", type(error).__name__)
+                        _close(connections.pop(engine, None))
+                        if self._told.wait(_RETRY_S) and self._closed:
+                            return
+                threading.Event().wait(_COALESCE_S)
+        finally:
+            for connection in connections.values():
+                _close(connection)
+
+
+def _close(connection: Connection | None) -> None:
+    if connection is not None:
+        with contextlib.suppress(SQLAlchemyError):
+            connection.close()
+
+
+class Listener:
+    """Calls *wake* for every NOTIFY; PostgreSQL through psycopg, elsewhere it does nothing.
+
+    Through a pooler in transaction mode LISTEN hears nothing.
+    """
+
+    def __init__(self, engine: Engine, wake: Callable[[], None]) -> None:
+        self._engine = engine
+        self._wake = wake
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        if (engine.dialect.name, engine.dialect.driver) == ("postgresql", "psycopg"):
+            self._bell, self._ear = socket.socketpair()
+            self._thread = threading.Thread(target=self._run, name="memstate-listener", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._stopping.set()
+            self._bell.send(b"!")
+            self._thread.join()
+            self._bell.close()
+            self._ear.close()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                with contextlib.closing(_own_connection(self._engine)) as connection:
+                    connection.execute(text(f"LISTEN {CHANNEL}"))
+                    self._wake()  # of what was committed before it listened
+                    self._listen(connection.connection.driver_connection)
+            except (SQLAlchemyError, OSError) as error:
+                logger.debug("not listening: %s", type(error).__name__)
+            except Exception as error:  # noqa: BLE001  # psycopg's own, of the driver connection
+                logger.debug("not listening: %s", type(error).__name__)
+            self._stopping.wait(_RETRY_S)
+
+    def _listen(self, driver: Any) -> None:
+        _keep_alive(driver.fileno())
+        with selectors.DefaultSelector() as selector:
+            selector.register(driver.fileno(), selectors.EVENT_READ)
+            selector.register(self._ear, selectors.EVENT_READ)
+            while not self._stopping.is_set():
+                selector.select()
+                if self._stopping.is_set():
+                    return
+                if list(driver.notifies(timeout=0)):
+                    self._wake()
+
+
+def _keep_alive(descriptor: int) -> None:
+    """Find out within a minute that the server is gone: a listener sends nothing that would fail."""
+    with contextlib.suppress(OSError), socket.socket(fileno=socket.dup(descriptor)) as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, name) and peer.family != socket.AF_UNIX:
+                peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+class Changes:
+    """Whether another connection has committed since the last look.
+
+    SQLite answers with PRAGMA data_version, a few microseconds on a connection that does nothing else; elsewhere every
+    poll has to look.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._connection: Any = None
+        self._version: int | None = None
+        if engine.dialect.name == "sqlite":
+            self._connection = engine.connect()
+            self._connection.detach()  # not one of the application's pool
+
+    def seen(self) -> bool:
+        if self._connection is None:
+            return True
+        try:
+            version: int = self._connection.execute(_DATA_VERSION).scalar_one()
+        except SQLAlchemyError:
+            return True
+        finally:
+            self._connection.rollback()
+        changed: bool = version != self._version
+        self._version = version
+        return changed
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+
+_DATA_VERSION = text("PRAGMA data_version")
