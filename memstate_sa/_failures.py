@@ -35,10 +35,12 @@ def delivery_error(error: BaseException, message: str, *, unknown: type[Delivery
         status = getattr(response, "status_code", getattr(link, "status_code", None))
         if isinstance(status, int):
             if retryable_status(status):
-                return DeliveryRetryable(text, retry_after_s=_retry_after_s(getattr(response, "headers", None)))
+                retry_after_s = _retry_after_s(getattr(response, "headers", None))
+                # A gateway's 5xx says nothing about what the server behind it does.
+                return DeliveryRetryable(text, retry_after_s=retry_after_s, may_land=status >= 500)
             return DeliveryRejected(text)
     if any(isinstance(link, _unavailable()) for link in chain):
-        return DeliveryRetryable(text)
+        return DeliveryRetryable(text, may_land=not any(isinstance(link, _unreached()) for link in chain))
     return unknown(text)
 
 
@@ -56,6 +58,11 @@ def _unavailable() -> tuple[type[BaseException], ...]:
     # never imported raised nothing.
     clients = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
     return (OSError, json.JSONDecodeError, *(client.TransportError for client in clients))
+
+
+def _unreached() -> tuple[type[BaseException], ...]:
+    clients = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+    return (ConnectionRefusedError, *(kind for client in clients for kind in (client.ConnectError, client.PoolTimeout)))
 
 
 def _retry_after_s(headers: Any) -> float | None:

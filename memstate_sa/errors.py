@@ -58,12 +58,16 @@ class DeliveryError(MemstateError):
 class DeliveryRetryable(DeliveryError):
     """The index or the embedder is unavailable; the same call may succeed later.
 
-    ``retry_after_s`` is how long the provider asked to be left alone, or None.
+    ``retry_after_s`` is how long the provider asked to be left alone, or None. ``may_land``: no answer came, so the
+    call may yet take effect; False where the provider said no, or was not reached.
     """
 
-    def __init__(self, message: str | None = None, *, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, message: str | None = None, *, retry_after_s: float | None = None, may_land: bool = True
+    ) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.may_land = may_land
 
 
 class DeliveryRejected(DeliveryError):

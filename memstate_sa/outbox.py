@@ -201,8 +201,9 @@ def _page(dialect_name: str) -> Select[Any]:
         xid = outbox.c.xid
         ended = and_(xid < _xid(bindparam("newest", type_=Text())), xid.not_in(select(_xid(_running.c.value))))
         limits = and_(ended, in_slots(dialect_name, outbox.c.slot))
-    entries = undelivered(dialect_name, xid, outbox.c.id, outbox.c.entity, outbox.c.key, where=limits).c
-    columns = (cast(entries.xid, Text), entries.id, entries.entity, entries.key)
+    read = (xid, outbox.c.id, outbox.c.entity, outbox.c.key, outbox.c.intent)
+    entries = undelivered(dialect_name, *read, where=limits).c
+    columns = (cast(entries.xid, Text), entries.id, entries.entity, entries.key, entries.intent)
     return select(*columns).order_by(entries.xid, entries.id).limit(_limit)
 
 
@@ -218,4 +219,4 @@ def read_page(connection: Connection, at: Position, present: Position, slots: It
         parameters = {"after": at.id, "newest": present.id}
     rows = connection.execute(_page(dialect), {**parameters, "limit": limit}).all()
     last = (int(rows[-1][0]), rows[-1][1]) if len(rows) == limit else None
-    return Page([(row[2], row[3]) for row in rows], last)
+    return Page([(row[2], row[3]) for row in rows], last, frozenset((row[2], row[3]) for row in rows if row[4]))

@@ -117,7 +117,11 @@ def meet(positions: Iterable[Position]) -> Position:
 
 
 class Page(NamedTuple):
-    """Dirty keys, oldest first, perhaps repeated; ``last`` is the (xid, id) at which it ended if it was full."""
+    """Dirty keys, oldest first, perhaps repeated; ``last`` is the (xid, id) at which it ended if it was full.
+
+    ``intents`` are those that the application itself may have written to the index, or may be writing.
+    """
 
     facts: list[tuple[str, str]]
     last: tuple[int, int] | None
+    intents: frozenset[tuple[str, str]] = frozenset()

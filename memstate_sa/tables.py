@@ -22,6 +22,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -136,6 +137,13 @@ outbox = Table(
     Column("key", Text, nullable=False),
     Column("tx", String(32), nullable=False),
     Column("created_at", UTCDateTime, nullable=False),
+    Column(
+        "intent",
+        Boolean(create_constraint=False),
+        nullable=False,
+        server_default=false(),
+        comment="of a strict transaction, whose xid it carries: what the index holds is not known",
+    ),
     # The order of delivery, of every slot: one that leads with the slot would be read in as many places as a holder has
     # slots, and sorted. SQLite pages by id alone, and pays for every index at every commit.
     Index("ix_memstate_outbox_xid", "xid", "id", "slot").ddl_if(dialect="postgresql"),
@@ -203,7 +211,12 @@ parked = Table(
     Column("attempts", Integer, nullable=False),
     Column("next_at", UTCDateTime, nullable=False),
     Column("error", Text),
-    Column("state", String(8), nullable=False, comment="parked, or dead after too many attempts"),
+    Column(
+        "state",
+        String(8),
+        nullable=False,
+        comment="again: to be delivered once more; parked: refused; dead: refused too often",
+    ),
     Column("mark", String(32), nullable=False, comment="changes whenever the key is parked again"),
     Index(None, "index", "incarnation", "state", "next_at"),
 )

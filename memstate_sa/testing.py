@@ -61,6 +61,10 @@ class FlakyIndex:
     def max_batch(self) -> int:
         return self.inner.max_batch
 
+    @property
+    def in_process(self) -> bool:
+        return getattr(self.inner, "in_process", False)
+
     def open(self, *, embedder: str, dimension: int) -> None:
         self.inner.open(embedder=embedder, dimension=dimension)
 

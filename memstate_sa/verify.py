@@ -18,7 +18,7 @@ from memstate_sa.positions import Position, meet
 from memstate_sa.relay import ledger
 from memstate_sa.relay.backlog import read_positions
 from memstate_sa.relay.claims import IndexKey
-from memstate_sa.relay.plan import FactKey
+from memstate_sa.relay.plan import AGAIN, FactKey, Parked
 from memstate_sa.tables import outbox
 
 Progress = Callable[[int, int | None], None]
@@ -80,7 +80,8 @@ class Verify:
             if repair:
                 # A parked key is written whatever the ledger says of it.
                 with self._engine.begin() as connection:
-                    ledger.redirty(connection, self._key, drifted, f"drift: {kind}")
+                    again = Parked(0, 0.0, AGAIN, f"drift: {kind}")
+                    ledger.redirty(connection, self._key, dict.fromkeys(drifted, again))
 
     def _differences(self, report: DriftReport, progress: Progress | None) -> Iterator[tuple[str, list[FactKey]]]:
         after: str | None = None

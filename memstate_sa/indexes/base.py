@@ -89,6 +89,9 @@ class VectorIndex(Protocol):
         """The most points one `upsert`, and the most ids one `delete` or `get`, may carry."""
         ...
 
+    # An index that lives in the process that writes to it may say so by an attribute ``in_process = True``: nothing of
+    # a process that has ended lands in it any more, and the next relay need not wait for its lease.
+
     def open(self, *, embedder: str, dimension: int) -> None:
         """Create the index, or check that the stored one fits. Idempotent; called before anything else.
 

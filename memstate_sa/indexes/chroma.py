@@ -80,6 +80,10 @@ class ChromaIndex:
             return str(collection.id)
 
     @property
+    def in_process(self) -> bool:
+        return not self._client.get_settings().chroma_server_host
+
+    @property
     def max_batch(self) -> int:
         if not self._max_batch:
             with self._translated("state its batch size"):

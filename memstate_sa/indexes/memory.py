@@ -31,6 +31,7 @@ class InMemoryIndex:
     """
 
     fences = True
+    in_process = True
 
     def __init__(self, *, max_batch: int = 10_000) -> None:
         self._max_batch = max_batch

@@ -29,6 +29,7 @@ from memstate_sa.outbox import ALL, after, in_slots, slot_array, slots, take_wri
 from memstate_sa.positions import Position, Snapshot, meet
 from memstate_sa.relay import claims, ledger
 from memstate_sa.relay.claims import SCAN, IndexKey, of_index
+from memstate_sa.relay.plan import DEAD, PARKED
 from memstate_sa.tables import Xid8, cursor, index_state, outbox, parked, refill, utcnow
 
 _positions = select(cursor.c.snapshot, cursor.c.xid, cursor.c.position, cursor.c.slot).where(of_index(cursor))
@@ -95,8 +96,8 @@ def stuck(connection: Connection, index: IndexKey, entity: str, limit: int) -> S
 class Backlog:
     """What an index has not been given yet.
 
-    ``parked`` keys were refused and wait for another attempt, those ``due`` now; ``dead`` ones wait for their next
-    change. ``refilling``: the index is new, and is being delivered in full.
+    ``parked`` keys were refused and wait for another attempt; ``dead`` ones wait for their next change. ``due`` are
+    those to be tried again now, for whatever reason. ``refilling``: the index is new, and is being delivered in full.
     """
 
     pending: int
@@ -119,7 +120,7 @@ def _pending(dialect_name: str) -> Any:
 
 
 _by_state = (
-    select(parked.c.state, func.count(), func.min(parked.c.next_at))
+    select(parked.c.state, func.count())
     .where(of_index(parked), parked.c.entity.in_(select(each("entities").c.value)))
     .group_by(parked.c.state)
 )
@@ -136,13 +137,13 @@ def backlog(connection: Connection, index: IndexKey, entities: Sequence[str]) ->
         pending += count
         oldest = min(filter(None, (oldest, since)), default=None)
     rows = connection.execute(_by_state, {**index.parameters(), "entities": names}).all()
-    states = {state: count for state, count, _ in rows}
+    states = {state: count for state, count in rows}  # noqa: C416  # rows, not pairs
     return Backlog(
         pending=pending,
         oldest_s=None if oldest is None else max(0.0, (utcnow() - oldest).total_seconds()),
-        parked=states.get("parked", 0),
+        parked=states.get(PARKED, 0),
         due=len(ledger.due(connection, index, names, slots(dialect), 1000)),
-        dead=states.get("dead", 0),
+        dead=states.get(DEAD, 0),
         refilling=not claims.is_filled(connection, index, entities),
         paused=bool(connection.execute(_paused, index.parameters()).scalar()),
     )

@@ -36,6 +36,7 @@ from memstate_sa.arrays import each
 from memstate_sa.errors import IndexMismatch
 from memstate_sa.outbox import as_position, here, in_slots, read_present, slot_array, slots, take_write_lock
 from memstate_sa.positions import Position, Snapshot
+from memstate_sa.relay.plan import AGAIN, PARKED
 from memstate_sa.relay.protocol import Claimed, Held, Refill, Seen
 from memstate_sa.tables import UTCDateTime, cursor, holder, index_state, ledger, parked, refill, utcnow
 
@@ -130,7 +131,7 @@ def due_parking(dialect_name: str) -> ColumnElement[bool]:
     """Parked keys of ``slots`` and ``entities`` whose time has come."""
     return and_(
         of_index(parked),
-        parked.c.state == "parked",
+        parked.c.state.in_((AGAIN, PARKED)),
         parked.c.next_at <= clock(dialect_name),
         parked.c.entity.in_(select(each("entities").c.value)),
         in_slots(dialect_name, parked.c.slot),
@@ -169,14 +170,17 @@ def claim(
     lease_s: float,
     *,
     epochs: Mapping[int, int],
+    in_process: bool,
     embedder: str,
     dimension: int,
     entities: Sequence[str],
 ) -> Claimed:
     """Prolong the lease, and take slots that nobody holds until *owner* has its share.
 
-    *epochs* are those of the slots that *owner* knows to be its own. Raises IndexMismatch when another embedder filled
-    the index, also for an index that does not keep this itself.
+    *epochs* are those of the slots that *owner* knows to be its own. Of an index that is *in_process* nothing lands
+    once its process has ended, so its lease is not waited for; elsewhere a request may be waiting at a server.
+
+    Raises IndexMismatch when another embedder filled the index, also for an index that does not keep this itself.
     """
     take_write_lock(connection)
     dialect, now = connection.dialect.name, database_now(connection)
@@ -188,7 +192,7 @@ def claim(
     if any(_position(row).snapshot.xmax > present.snapshot.xmax for row in rows):
         _rebase(connection, index, present)
         rows = connection.execute(_cursors, index.parameters()).all()
-    live = _live(connection, index, owner, now, now + timedelta(seconds=lease_s))
+    live = _live(connection, index, owner, now, now + timedelta(seconds=lease_s), look_for_gone=in_process)
     share, more = divmod(len(slots(dialect)), len(live))
     quota = share + (live.index(owner) < more)
     kept = {
@@ -214,14 +218,22 @@ def _position(row: Row[Any]) -> Position:
     return Position(Snapshot.parse(row.snapshot), row.xid, row.position)
 
 
-def _live(connection: Connection, index: IndexKey, owner: str, now: datetime, until: datetime) -> list[str]:
+def _live(
+    connection: Connection,
+    index: IndexKey,
+    owner: str,
+    now: datetime,
+    until: datetime,
+    *,
+    look_for_gone: bool,
+) -> list[str]:
     """The owners whose lease runs, *owner* among them, oldest first; the others are struck off."""
     statement = upsert(connection.dialect.name, holder).on_conflict_do_update(
         index_elements=list(holder.primary_key.columns), set_={"lease_until": until}
     )
     connection.execute(statement, {**index.values(), "owner": owner, "since": now, "lease_until": until})
     known = connection.execute(_holders, index.parameters()).all()
-    gone = [name for name, lease_until in known if lease_until <= now or is_gone(name)]
+    gone = [name for name, lease_until in known if lease_until <= now or (look_for_gone and is_gone(name))]
     if gone:
         connection.execute(delete(holder).where(of_index(holder), holder.c.owner.in_(gone)), index.parameters())
     return [name for name, _ in known if name not in gone]

@@ -18,12 +18,12 @@ from memstate_sa import truth
 from memstate_sa.arrays import as_array
 from memstate_sa.errors import MemstateError
 from memstate_sa.facts import Projection, Tracked, split_point_id
-from memstate_sa.indexes.base import FencedIndex, Point, Vector, VectorIndex
+from memstate_sa.indexes.base import FencedIndex, Point, Stored, Vector, VectorIndex
 from memstate_sa.outbox import read_page, slots
 from memstate_sa.positions import Page
 from memstate_sa.relay import claims, ledger
 from memstate_sa.relay.claims import IndexKey
-from memstate_sa.relay.plan import FactKey, RetryPolicy, classify
+from memstate_sa.relay.plan import AGAIN, FactKey, RetryPolicy, classify
 from memstate_sa.relay.protocol import (
     Acknowledge,
     Claim,
@@ -169,6 +169,7 @@ class Delivery:
                 self._owner,
                 self._lease_s,
                 epochs=request.epochs,
+                in_process=getattr(self._index, "in_process", False),
                 embedder=embedder.fingerprint,
                 dimension=embedder.dimension,
                 entities=list(self._tracked),
@@ -189,7 +190,7 @@ class Delivery:
         with self._engine.begin() as connection:
             held = claims.still_held(connection, self._at, self._owner, request.epochs)
             claims.move(connection, self._at, {slot: at for slot, at in request.positions.items() if slot in held})
-            ledger.redirty(connection, self._at, request.unsure, "interrupted")
+            ledger.redirty(connection, self._at, request.unsure)
             claims.let_go(connection, self._at, held)
             if request.leave:
                 claims.leave(connection, self._at, self._owner)
@@ -245,9 +246,9 @@ class Delivery:
         return self._guarded(lambda: self._vectors.of(request.texts))
 
     @_do.register
-    def _(self, request: Fetch) -> Mapping[FactKey, Vector]:
+    def _(self, request: Fetch) -> Mapping[FactKey, Stored]:
         facts = {self._point_id(fact): fact for fact in request.facts}
-        return {facts[stored.id]: stored.vector for stored in self._guarded(lambda: self._index.get(list(facts)))}
+        return {facts[stored.id]: stored for stored in self._guarded(lambda: self._index.get(list(facts)))}
 
     @_do.register
     def _(self, request: Upsert) -> None:
@@ -270,6 +271,8 @@ class Delivery:
     @_do.register
     def _(self, request: Acknowledge) -> frozenset[int]:
         for fact, parking in request.parking.items():
+            if parking.state == AGAIN:
+                continue
             logger.warning("%s: %s%s %s: %s", self.name, *fact, parking.state, parking.error)
         with self._engine.begin() as connection:
             return ledger.acknowledge(connection, self._at, self._owner, request)
@@ -278,7 +281,7 @@ class Delivery:
     def _(self, request: Redirty) -> None:
         logger.warning("%s: the lease was lost; %d keys are delivered again", self.name, len(request.facts))
         with self._engine.begin() as connection:
-            ledger.redirty(connection, self._at, request.facts, "lease lost")
+            ledger.redirty(connection, self._at, request.facts)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import BindParameter, bindparam, delete, select, true
+from sqlalchemy import BindParameter, and_, bindparam, case, delete, or_, select, true
 from sqlalchemy.engine import Connection
 
 from memstate_sa.arrays import as_array, each, item, payloads
@@ -16,7 +16,7 @@ from memstate_sa.outbox import slot_array, slots, take_write_lock
 from memstate_sa.positions import slot_of
 from memstate_sa.relay import claims
 from memstate_sa.relay.claims import IndexKey, database_now, of_index, upsert
-from memstate_sa.relay.plan import Delivered, FactKey, Parked
+from memstate_sa.relay.plan import AGAIN, Delivered, FactKey, Parked
 from memstate_sa.relay.protocol import Acknowledge, Stuck
 from memstate_sa.tables import ledger, parked, refill, utcnow
 
@@ -27,9 +27,6 @@ _entity: BindParameter[str] = bindparam("entity")
 # IN, not a join: SQLite would read the whole ledger for each key.
 _given = select(ledger.c.key, ledger.c.fingerprint, ledger.c.text_fingerprint, ledger.c.deleted).where(
     of_index(ledger), ledger.c.entity == _entity, ledger.c.key.in_(select(_keys.c.value))
-)
-_stuck = select(parked.c.key, parked.c.attempts, parked.c.mark).where(
-    of_index(parked), parked.c.entity == _entity, parked.c.key.in_(select(_keys.c.value))
 )
 _unpark = delete(parked).where(
     of_index(parked),
@@ -46,9 +43,17 @@ def by_entity(facts: Iterable[FactKey]) -> dict[str, list[str]]:
     return groups
 
 
+@cache
+def _stuck(dialect_name: str) -> Any:
+    """What is to be delivered again later is not due to be noticed now."""
+    counts = or_(parked.c.state != AGAIN, parked.c.next_at <= claims.clock(dialect_name))
+    mine = and_(of_index(parked), parked.c.entity == _entity, parked.c.key.in_(select(_keys.c.value)))
+    return select(parked.c.key, parked.c.attempts, parked.c.mark).where(mine, counts)
+
+
 def _of_facts(connection: Connection, statement: Any, index: IndexKey, facts: Collection[FactKey]) -> Any:
     for entity, keys in by_entity(facts).items():
-        parameters = {**index.parameters(), "entity": entity, "keys": as_array(keys)}
+        parameters = {**index.parameters(), "entity": entity, "keys": as_array(keys), "now": utcnow()}
         for row in connection.execute(statement, parameters).all():
             yield (entity, row[0]), row[1:]
 
@@ -58,7 +63,7 @@ def read_ledger(connection: Connection, index: IndexKey, facts: Collection[FactK
 
 
 def read_parked(connection: Connection, index: IndexKey, facts: Collection[FactKey]) -> dict[FactKey, Stuck]:
-    return {fact: Stuck(*row) for fact, row in _of_facts(connection, _stuck, index, facts)}
+    return {fact: Stuck(*row) for fact, row in _of_facts(connection, _stuck(connection.dialect.name), index, facts)}
 
 
 @cache
@@ -96,7 +101,7 @@ def acknowledge(connection: Connection, index: IndexKey, owner: str, record: Ack
     if record.foreign:
         # Keys of another Memory that shares this index: passed by here, so they wait for its relay, deleted ones too.
         known = set(connection.scalars(select(refill.c.entity).where(of_index(refill)).distinct(), index.parameters()))
-        waiting = Parked(0, 0.0, "parked", "passed by")
+        waiting = Parked(0, 0.0, AGAIN, "passed by")
         park_all(connection, index, {fact: waiting for fact in record.foreign if fact[0] in known})
     claims.move(connection, index, {slot: at for slot, at in record.positions.items() if slot in held})
     if record.refill is not None:
@@ -132,23 +137,25 @@ def _resolve(connection: Connection, index: IndexKey, resolved: Mapping[FactKey,
         connection.execute(_unpark, {**index.parameters(), **parameters})
 
 
-def redirty(connection: Connection, index: IndexKey, facts: Collection[FactKey], why: str) -> None:
+def redirty(connection: Connection, index: IndexKey, facts: Mapping[FactKey, Parked]) -> None:
     """Have *facts* delivered again, whatever the ledger says of them."""
     take_write_lock(connection)
-    park_all(connection, index, dict.fromkeys(facts, Parked(0, 0.0, "parked", why)))
+    park_all(connection, index, facts)
 
 
 def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, Parked]) -> None:
     if not parking:
         return
     statement = upsert(connection.dialect.name, parked)
-    names = ("attempts", "next_at", "state", "error", "mark")
+    new = statement.excluded
+    both_again = and_(parked.c.state == AGAIN, new.state == AGAIN, parked.c.next_at > new.next_at)
+    later = case((both_again, parked.c.next_at), else_=new.next_at)
     now: datetime = database_now(connection)
     mark = uuid4().hex
     connection.execute(
         statement.on_conflict_do_update(
             index_elements=list(parked.primary_key.columns),
-            set_={name: statement.excluded[name] for name in names},
+            set_={**{name: new[name] for name in ("attempts", "state", "error", "mark")}, "next_at": later},
         ),
         [
             {

@@ -82,8 +82,11 @@ class RetryPolicy:
         return full * (0.5 + 0.5 * jitter())
 
 
+AGAIN, PARKED, DEAD = "again", "parked", "dead"
+
+
 class Parked(NamedTuple):
-    """A key set aside after a rejection, so that the others go on."""
+    """A key set aside: refused, so that the others go on, or to be delivered once more for some other reason."""
 
     attempts: int
     delay_s: float
@@ -93,7 +96,7 @@ class Parked(NamedTuple):
 
 def park(error: MemstateError, attempts: int, policy: RetryPolicy, jitter: Callable[[], float]) -> Parked:
     """What becomes of a key that was rejected for the *attempts*-th time."""
-    state = "dead" if attempts >= policy.max_attempts else "parked"
+    state = DEAD if attempts >= policy.max_attempts else PARKED
     return Parked(attempts, policy.delay(attempts, jitter), state, describe(error))
 
 

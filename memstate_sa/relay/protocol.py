@@ -11,9 +11,10 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, MemstateError
 from memstate_sa.facts import Projection
-from memstate_sa.indexes.base import Vector
+from memstate_sa.indexes.base import Stored, Vector
 from memstate_sa.positions import Page, Position, slot_of
 from memstate_sa.relay.plan import (
+    AGAIN,
     Delivered,
     FactKey,
     Parked,
@@ -97,7 +98,7 @@ class Release(Request[None]):
 
     epochs: Mapping[int, int]
     positions: Mapping[int, Position]
-    unsure: Collection[FactKey]
+    unsure: Mapping[FactKey, Parked]
     leave: bool
 
 
@@ -188,8 +189,8 @@ class Embed(Request[Mapping[str, Vector]]):
 
 
 @dataclass(frozen=True, slots=True)
-class Fetch(Request[Mapping[FactKey, Vector]]):
-    """The vectors that the index holds already."""
+class Fetch(Request[Mapping[FactKey, Stored]]):
+    """What the index holds already."""
 
     facts: Collection[FactKey]
 
@@ -234,9 +235,9 @@ class Acknowledge(Request[frozenset[int]]):
 
 @dataclass(frozen=True, slots=True)
 class Redirty(Request[None]):
-    """Have the holder of these keys deliver them again: what we wrote may have landed after what it wrote."""
+    """Have the holder of these keys deliver them again: what we wrote may land after what it wrote."""
 
-    facts: Collection[FactKey]
+    facts: Mapping[FactKey, Parked]
 
 
 # -- the holder -------------------------------------------------------------------------------------------------------
@@ -275,8 +276,10 @@ class _Page:
 
     epochs: Mapping[int, int]
     found: Found
+    doubted: Collection[FactKey]
+    again: Collection[FactKey]
     failed: dict[FactKey, MemstateError]
-    written: dict[FactKey, Delivered]
+    written: dict[FactKey, Delivered] = field(default_factory=dict)
     complete: bool = True
 
 
@@ -284,7 +287,7 @@ class Holder:
     """The delivery to one index by one owner: which slots it holds, and how far each of them is.
 
     A method that returns `Steps` is to be run to its end before the next is begun. When it ends with an exception,
-    nothing is lost: what may have been written and was not recorded is ``unsure``, and is written again.
+    nothing is lost: what may have been written and was not recorded is unsure, and is written again.
     """
 
     def __init__(
@@ -318,8 +321,8 @@ class Holder:
         """Begin anew, as after a crash: what was held is settled by whoever claims it."""
         self.epochs: dict[int, int] = {}
         self._lots: list[Lot] = []
-        self._unsure: set[FactKey] = set()
-        self._late: set[FactKey] = set()
+        self._unsure: dict[FactKey, bool] = {}  # whether the call may yet land
+        self._late: dict[FactKey, Parked] = {}
         self._embedded: dict[str, Vector] = {}
         self._unsettled: set[int] = set()  # slots whose refill was in the work of another
         self._filled = False
@@ -424,12 +427,11 @@ class Holder:
         yield from self._let_go(set(sorted(self.epochs)[self._quota :]), leave=False)
 
     def _let_go(self, slots: set[int], *, leave: bool) -> Steps[None]:
-        unsure = {fact for fact in self._unsure if self._slot(fact) in slots}
+        unsure = self._take_unsure(slots, "interrupted")
         positions = {slot: lot.at for lot in self._lots for slot in lot.slots & slots}
         epochs = {slot: self.epochs[slot] for slot in slots}
         yield from ask(Release(epochs, positions, unsure, leave))
         self._drop(slots)
-        self._unsure -= unsure
 
     def _lose(self, slots: set[int]) -> Steps[None]:
         """Another has taken *slots*. What we wrote late may have overwritten what it wrote: it writes that again."""
@@ -437,15 +439,23 @@ class Holder:
             return
         self.counters.lost += len(slots)
         self._drop(slots)
-        late = {fact for fact in self._unsure if self._slot(fact) in slots}
-        self._unsure -= late
-        self._late |= late
-        if late:
+        self._late |= self._take_unsure(slots, "lease lost")
+        if self._late:
             yield from self._redirty()
 
     def _redirty(self) -> Steps[None]:
-        yield from ask(Redirty(frozenset(self._late)))
+        yield from ask(Redirty(dict(self._late)))
         self._late.clear()
+
+    def _take_unsure(self, slots: Collection[int], why: str) -> dict[FactKey, Parked]:
+        taken = {fact: may_land for fact, may_land in self._unsure.items() if self._slot(fact) in slots}
+        for fact in taken:
+            del self._unsure[fact]
+        return {fact: self._again(why, later=may_land) for fact, may_land in taken.items()}
+
+    def _again(self, why: str, *, later: bool) -> Parked:
+        """To be delivered once more: now, or when no call that is under way can land any more."""
+        return Parked(0, self._lease_s if later else 0.0, AGAIN, why)
 
     def _drop(self, slots: set[int]) -> None:
         for lot in self._lots:
@@ -478,7 +488,8 @@ class Holder:
         facts = [fact for fact in dict.fromkeys(page.facts) if fact[0] in self._entities]
         foreign = {fact for fact in page.facts if fact[0] not in self._entities}
         settle = lot.settle is not None
-        return (yield from self._converge(facts, settle=settle, foreign=foreign, lot=lot, after=after))
+        again = page.intents - foreign
+        return (yield from self._converge(facts, settle=settle, again=again, foreign=foreign, lot=lot, after=after))
 
     def _move(self, lot: Lot, after: Position) -> None:
         lot.at = after
@@ -511,6 +522,7 @@ class Holder:
         *,
         settle: bool = False,
         held: Mapping[FactKey, Delivered] | None = None,
+        again: Collection[FactKey] = (),
         foreign: Collection[FactKey] = (),
         lot: Lot | None = None,
         after: Position | None = None,
@@ -518,13 +530,14 @@ class Holder:
     ) -> Steps[int]:
         """Make the index agree with the committed rows of *facts*, then record that, and where it leads to.
 
-        *held* is what the index said that it holds. Returns how many keys agree now.
+        *held* is what the index said that it holds; *again* are keys that somebody else may be writing. Returns how
+        many keys agree now.
         """
         epochs = dict(self.epochs)
         found = (yield from ask(Read(facts))) if facts else Found()
-        page = _Page(epochs, found, dict(found.failed), {})
         # Of what failed before, or is unsure, the index may hold anything, whatever the ledger says.
-        doubted = set(facts) if settle and not held else self._unsure | found.parked.keys()
+        doubted = set(facts) if settle and not held else {*self._unsure, *found.parked, *again}
+        page = _Page(epochs, found, doubted, again, dict(found.failed))
         readable = [fact for fact in facts if fact not in found.failed]
         writes = plan(readable, found.truth, held or found.ledger, doubted)
         if held and self._marked:
@@ -561,6 +574,7 @@ class Holder:
             for fact, error in page.failed.items()
         }
         self.counters.rejected += len(parking)
+        parking |= {fact: self._again("may land late", later=True) for fact in self._landing(page)}
         converged = [*page.written, *(fact for fact in agreed if fact not in page.written)]
         positions: Mapping[int, Position] = {}
         if page.complete and self._clock() >= self._save_at:
@@ -575,7 +589,8 @@ class Holder:
             yield from self._acknowledge(
                 Acknowledge(epochs, page.written, resolved, parking, foreign, positions, refill)
             )
-        self._unsure.difference_update(converged, page.failed)
+        for fact in (*converged, *page.failed):
+            self._unsure.pop(fact, None)
         if page.complete:
             self._embedded.clear()
             if lot is not None and after is not None:
@@ -584,6 +599,11 @@ class Holder:
         count = sum(self._is_ours(fact, page) for fact in converged)
         self.counters.converged += count
         return count
+
+    def _landing(self, page: _Page) -> set[FactKey]:
+        """Keys that a call may yet write which we no longer wait for."""
+        written = {fact for fact in page.again if fact in page.written}
+        return written.union(fact for fact, may_land in self._unsure.items() if may_land)
 
     def _acknowledge(self, record: Acknowledge) -> Steps[None]:
         lost = yield from ask(record)
@@ -641,8 +661,15 @@ class Holder:
     def _embedded_puts(self, page: _Page, writes: Sequence[Write]) -> Steps[list[Put]]:
         """*writes* with their vectors, those that are still ours and whose text was not refused."""
         digests = {write.fact: _text_fingerprint(write) for write in writes}
-        same = [w.fact for w in writes if w.same_text and digests[w.fact] not in self._embedded]
-        fetched = (yield from ask(Fetch(same))) if same else {}
+        held = [w.fact for w in writes if w.same_text or w.fact in page.doubted]
+        stored = (yield from ask(Fetch(held))) if held else {}
+        fetched = {
+            write.fact: stored[write.fact].vector
+            for write in writes
+            if write.fact in stored
+            and write.projection is not None
+            and (write.same_text or stored[write.fact].fingerprint == write.projection.fingerprint)
+        }
         missing = {
             digests[write.fact]: write.projection.text or ""
             for write in writes
@@ -672,8 +699,14 @@ class Holder:
 
     def _send(self, page: _Page, puts: Sequence[Put]) -> Steps[None]:
         def send(some: Sequence[Put]) -> Steps[None]:
-            self._unsure.update(put.fact for put in some)  # until it is recorded, whatever interrupts us
-            yield from ask(Remove(some) if some[0].projection is None else Upsert(some, self._marked))
+            # Until it is recorded, whatever interrupts us; and what may land from an earlier call, still may.
+            self._unsure.update({put.fact: self._unsure.get(put.fact, False) for put in some})
+            try:
+                yield from ask(Remove(some) if some[0].projection is None else Upsert(some, self._marked))
+            except DeliveryRetryable as error:
+                if error.may_land:
+                    self._unsure.update({put.fact: True for put in some})
+                raise
             page.written.update({put.fact: _delivered(put.projection) for put in some})
 
         if puts:

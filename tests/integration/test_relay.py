@@ -185,7 +185,7 @@ def test_converges_through_random_failures(engine: Engine) -> None:
 def test_an_unavailable_index_is_waited_for(spied: World, spy: Spy) -> None:
     """run_once says so, drain waits until its timeout, nothing is lost, and no key is blamed."""
     spied.relay.drain()
-    spy.refuse = lambda point: DeliveryRetryable("down")
+    spy.refuse = lambda point: DeliveryRetryable("down", may_land=False)
     say(spied, a="x", b="y")
     with pytest.raises(DeliveryRetryable, match="down"):
         spied.relay.run_once()

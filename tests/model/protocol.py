@@ -1,0 +1,709 @@
+"""The relay's protocol as a state machine: no database, no threads, every interleaving.
+
+What is modelled
+    *Truth.* An application changes keys in transactions. A transaction takes its xid when it begins, and its outbox
+    entry becomes visible when it commits: a slow one shows up behind entries with higher ids. A snapshot is the set of
+    entries that it sees, as a bit mask: bit *i* is the entry of ``Config.changes[i]``.
+
+    *Slots.* Per index and slot the database holds a cursor (``seen``, and the ``target`` of a window in work), an
+    epoch, a lease, a ledger and parked keys. What a worker knows beyond that is in `Worker`, and dies with it.
+
+    *Delivery.* claim → open a window → read a page, which is one key's entries, with the truth, and check the lease →
+    call the index → acknowledge. At every arrow others act, the lease expires, the worker crashes; a pause (SIGSTOP,
+    garbage collection, a slow network) is a worker that takes no step meanwhile. An acknowledgement may leave the
+    stored cursor where it was: checkpoints come about twice a second.
+
+    *Calls* succeed, or fail with or without effect, or are reported as failed and take effect later. What holds late
+    writes back is the business of the index and its deployment: see `Landing`.
+
+    *Strict writes.* The application itself writes the index before it commits.
+
+What is merged, and why nothing is lost by it
+    Reading the parking, the truth and the ledger and checking the lease is one step: the lease is checked last, so
+    whoever takes over does so after the reading. A page that needs no write is acknowledged at once: nobody sees the
+    difference. A refused acknowledgement and its re-dirtying are one step: a crash between them is a crash before. An
+    idle worker forgets a claim whose lease has expired: it would find out before its next call.
+
+What is bounded
+    Three changes: the last one goes back to the first content, which is the trap for a ledger that is believed too
+    long; rollbacks make the shorter histories of them. Faults, by `Faults`: one crash, one expired lease of a holder
+    that lives and one failed call are 141,536, 75,741 and 59,435 states in the order of `Landing`, and with a third
+    worker the same numbers again, for no more than two claims can be in work. These graphs have no cycles.
+
+The properties are in `violation` and `wrong`. A rule that is broken on purpose (``Config.broken``) must lead to one of
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from typing import NamedTuple, TypeAlias, TypeVar
+
+T = TypeVar("T")
+
+NO_ROW, A, B, C = range(4)  # contents: of a row, of an index, in a ledger
+FUTURE, OPEN, WRITTEN, COMMITTED, ROLLED_BACK = range(5)  # a change; WRITTEN: a strict one, in the index
+FREE, LIVE, EXPIRED = range(3)  # a lease; FREE: released cleanly, no owner is left
+IDLE, READY, WROTE = range(3)  # a worker; READY: about to call the index, or in the call; WROTE: not acknowledged
+
+_SHOWN = "-abc"
+
+
+class Landing(Enum):
+    """What an index, and the deployment around it, promise about writes that come late."""
+
+    FENCED = "at any time, even after a crash; but not over what was written under a later claim, tombstones included"
+    DEADLINE = "not after the lease under which it was sent has run out: calls have shorter timeouts"
+    REPORTED = "at any time, but before the call returns; and the worker lives to see its acknowledgement refused"
+
+
+class Rule(Enum):
+    """What the protocol consists of; each can be broken."""
+
+    READ_BEFORE_ACK = "I1: only what was read is acknowledged"
+    TRUTH_AFTER_CLAIM = "I2: the truth is read after the epoch was granted"
+    FENCE_BY_EPOCH = "I3: the fence is the claim's epoch, not a sequence of the worker's own"
+    SETTLE_ON_TAKEOVER = "I4: a takeover settles what its predecessor may have written"
+    REDIRTY = "I5: a refused acknowledgement re-dirties its keys"
+    NO_LOCK_IN_CALL = "I6: no database transaction is open during a call of the index"
+
+    FENCE_TOMBSTONES = "the fence outlives what is deleted"
+    READ_COMMITTED = "the relay reads committed rows"
+    LEASES_END = "a lease ends, whatever became of its holder"
+    SNAPSHOTS = "a cursor is a snapshot, not the highest id it has seen"
+    CHECK_LEASE = "the lease is checked between reading and calling"
+    CHECK_EPOCH = "an acknowledgement holds only under the slot's epoch"
+    SETTLE_TO_PRESENT = "a takeover settles up to the present, also when a window is stored"
+    SETTLE_ALL_PAGES = "a window is settled to its end, not for one page"
+    SETTLE_FAILED = "after a failed call the ledger is not believed"
+    SETTLE_PARKED = "for a parked key the ledger is not believed"
+    PARKING_VERSION = "who delivers a parked key removes only the parking it has read"
+    REPEAT_UNANSWERED = "a key whose call may land later is delivered again when it cannot land any more"
+    WAIT_FOR_LEASE = "without a fence, not even a process known to be dead is succeeded before its lease has expired"
+
+    INTENT = "strict: an intent is durable before the index is written"
+    INTENT_XID = "strict: the intent carries the xid of the transaction it announces"
+    INTENT_SETTLES = "strict: for a key with an intent the ledger is not believed"
+    INTENT_AGAIN = "strict: a key with an intent is delivered again when no call of the application can be under way"
+
+
+class Change(NamedTuple):
+    """One transaction of the application, which changes one key."""
+
+    content: int
+    key: int = 0
+    slow: bool = False  # takes its xid, then others may begin and commit before it does
+    strict: bool = False
+
+
+class Faults(NamedTuple):
+    """How many of each may still happen. Expiries: of leases whose holder lives; a dead one's expires at will."""
+
+    crashes: int = 0
+    expiries: int = 0
+    failures: int = 0
+    releases: int = 0  # clean ones: no fault, but without a bound there would be no end to them
+
+
+NO_FAULTS = Faults()
+
+
+@dataclass(frozen=True, eq=False)
+class Config:
+    """What is explored. Compared by identity, which makes it a cheap key for memoised helpers."""
+
+    landing: Landing
+    changes: tuple[Change, ...] = (Change(B, slow=True), Change(NO_ROW), Change(A))
+    faults: Faults = NO_FAULTS
+    slots: tuple[int, ...] = (0,)  # of each key
+    workers: int = 2
+    indexes: int = 1
+    late_calls: bool = True  # a call reported as failed, or whose caller died, may still be under way
+    broken: Rule | None = None
+
+
+class Worker(NamedTuple):
+    """What a worker knows of one slot. All zero: nothing."""
+
+    step: int = IDLE
+    epoch: int = 0  # of its claim; 0: none
+    seen: int = 0  # its cursor, at or ahead of the stored one
+    target: int = 0  # of the window in work; 0: none
+    settle: bool = False  # the ledger is not believed for this window
+    key: int = 0  # the page in work: the key,
+    content: int = 0  # what it is to become,
+    page: int = 0  # its entries, or
+    parking: int = 0  # the version of its parking
+    overtook: bool = False  # the write landed after another had claimed the slot
+    sent: int = 0  # only where FENCE_BY_EPOCH is broken: its own sequence
+    remembered: tuple[int, ...] = ()  # only where TRUTH_AFTER_CLAIM is broken: the truth before the claim
+
+
+class Call(NamedTuple):
+    """A write under way whose caller no longer waits for it."""
+
+    epoch: int  # 0: the application's
+    key: int
+    token: int  # what the fence compares
+    content: int
+
+
+class Slot(NamedTuple):
+    """One slot of one index: what the index holds, the relay's tables, and the workers' memory. Tuples are by key."""
+
+    held: tuple[int, ...]  # by the index
+    fence: tuple[int, ...]  # kept by the index
+    ledger: tuple[int, ...]
+    parked: tuple[int, ...]  # version of the parking; 0: not parked
+    again: tuple[bool, ...]  # to be parked when no call for the key is under way that nobody waits for
+    seen: int
+    target: int
+    epoch: int
+    lease: int
+    calls: tuple[Call, ...]
+    workers: tuple[Worker, ...]
+
+
+class State(NamedTuple):
+    changes: tuple[int, ...]
+    truth: tuple[int, ...]  # the committed rows, by key
+    slots: tuple[Slot, ...]
+    faults: Faults
+
+
+Label: TypeAlias = str
+Step: TypeAlias = tuple[Label, State]
+SlotStep: TypeAlias = tuple[Label, Slot, Faults]
+
+
+class Violation(Enum):
+    DIVERGED = "nothing is left to do, and the index does not hold the truth"
+    GHOST = "the index holds what was rolled back"
+    BLOCKED = "a lease has expired, and nobody can claim the slot"
+    STUCK = "nothing can happen, and something is left to do"
+
+
+def initial(config: Config) -> State:
+    """Everything is delivered and released: each row holds A, and so do ledgers and indexes."""
+    assert config.indexes == 1 or not any(change.strict for change in config.changes), "a strict write has one index"
+    keys = len(config.slots)
+    zeros, all_a = (0,) * keys, (A,) * keys
+    slot = Slot(all_a, zeros, all_a, zeros, (False,) * keys, 0, 0, 0, FREE, (), (Worker(),) * config.workers)
+    count = config.indexes * len(set(config.slots))
+    return State((FUTURE,) * len(config.changes), all_a, (slot,) * count, config.faults)
+
+
+def successors(state: State, config: Config) -> Iterator[Step]:
+    """Every step that can be taken, by anybody."""
+    yield from _application(state, config)
+    present = visible(state.changes, config)
+    truth = state.truth
+    if config.broken is Rule.READ_COMMITTED:
+        for change, status in zip(config.changes, state.changes, strict=True):
+            truth = _put(truth, change.key, change.content) if status == OPEN else truth
+    for n, slot in enumerate(state.slots):
+        where = f"slot {n}: " if len(state.slots) > 1 else ""
+        view = View(present & slot_mask(n, config), truth, state.faults)
+        for label, changed, faults in _slot_steps(slot, view, config):
+            yield where + label, State(state.changes, state.truth, _put(state.slots, n, changed), faults)
+    if state.faults.crashes:
+        yield from _crashes(state, config)
+
+
+# -- the application ---------------------------------------------------------------------------------------------------
+
+
+class Move(NamedTuple):
+    """What the application may do next with one of its transactions."""
+
+    label: str
+    change: int
+    status: int
+
+
+@cache
+def _moves(statuses: tuple[int, ...], config: Config) -> tuple[Move, ...]:
+    """Xids are taken in the order of the changes; the row of a strict change is locked from its write to its end."""
+    running = [change for change, status in zip(config.changes, statuses, strict=True) if status in (OPEN, WRITTEN)]
+    locked = {change.key for change in running if change.strict}
+    moves = []
+    for n, (change, status) in enumerate(zip(config.changes, statuses, strict=True)):
+        name, what = f"transaction {n + 1}", _what(change.key, change.content)
+        if status in (COMMITTED, ROLLED_BACK):
+            continue
+        if change.strict and status == OPEN:
+            moves.append(Move(f"{name} writes {what} to the index", n, WRITTEN))
+        elif status == WRITTEN or change.key not in locked:
+            if status == FUTURE and (change.slow or change.strict):
+                intent = f", its intent for {what} is durable" if change.strict else ""
+                moves.append(Move(f"{name} takes its xid{intent}", n, OPEN))
+            else:
+                moves.append(Move(f"{name} commits {what}", n, COMMITTED))
+        moves.append(Move(f"{name} rolls back", n, ROLLED_BACK))
+        if status == FUTURE:
+            break
+    return tuple(moves)
+
+
+def _application(state: State, config: Config) -> Iterator[Step]:
+    for label, n, status in _moves(state.changes, config):
+        changes, truth, slots, faults = state
+        ended = _put(changes, n, status)
+        if status == WRITTEN:
+            yield from _strict_write(state, n, label, config)
+            continue
+        if status == COMMITTED:
+            truth = _put(truth, config.changes[n].key, config.changes[n].content)
+        yield label, State(ended, truth, slots, faults)
+
+
+def _strict_write(state: State, n: int, label: str, config: Config) -> Iterator[Step]:
+    """It carries the epoch of the claim that stands when it is sent: a later claim's writes are not overwritten.
+
+    A refusal by the fence does no harm, for the relay delivers the key anyway. Nor does a failed call: it vetoes the
+    commit, and is in the model as a rollback before or after the write.
+    """
+    changes, truth, slots, faults = state
+    key, content = config.changes[n].key, config.changes[n].content
+    at = config.slots[key]
+    call = Call(0, key, slots[at].epoch, content)
+    yield label, State(_put(changes, n, WRITTEN), truth, _put(slots, at, _land(slots[at], call, config)), faults)
+    if config.late_calls and faults.crashes:
+        sent = _put(slots, at, _send(slots[at], call, config))
+        fewer = faults._replace(crashes=faults.crashes - 1)
+        what = f"transaction {n + 1}'s application crashes in its call to the index"
+        yield what, State(_put(changes, n, ROLLED_BACK), truth, sent, fewer)
+
+
+# -- what can be seen of it --------------------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """What a slot's steps depend on outside it."""
+
+    present: int  # a snapshot, of the slot's own entries
+    truth: tuple[int, ...]
+    faults: Faults
+
+
+@cache
+def visible(changes: tuple[int, ...], config: Config) -> int:
+    """The entries that a snapshot taken now sees.
+
+    An intent carries the xid of its transaction, so it is seen when that has ended, either way. Without that xid it
+    would be an entry of its own, seen at once.
+    """
+    mask = 0
+    for n, (change, status) in enumerate(zip(config.changes, changes, strict=True)):
+        announced = change.strict and config.broken is not Rule.INTENT
+        own_entry = config.broken is Rule.INTENT_XID
+        if status == COMMITTED or (status == ROLLED_BACK and announced and not own_entry):
+            mask |= 1 << n
+        if announced and own_entry and status != FUTURE:
+            mask |= 1 << n + len(changes)
+    return mask
+
+
+@cache
+def intents(config: Config) -> int:
+    """The entries that are intents."""
+    if config.broken in (Rule.INTENT, Rule.INTENT_SETTLES):
+        return 0
+    shift = len(config.changes) if config.broken is Rule.INTENT_XID else 0
+    return sum(1 << n + shift for n, change in enumerate(config.changes) if change.strict)
+
+
+@cache
+def key_mask(key: int, config: Config) -> int:
+    """The entries of *key*."""
+    count = len(config.changes)
+    return sum(1 << n | 1 << n + count for n, change in enumerate(config.changes) if change.key == key)
+
+
+@cache
+def slot_mask(slot: int, config: Config) -> int:
+    """The entries of the keys of *slot*; slots are counted through, index by index."""
+    slot %= len(set(config.slots))
+    return sum(key_mask(key, config) for key, its in enumerate(config.slots) if its == slot)
+
+
+# -- the relay ---------------------------------------------------------------------------------------------------------
+
+
+def _slot_steps(slot: Slot, view: View, config: Config) -> Iterator[SlotStep]:
+    faults = view.faults
+    for n, worker in enumerate(slot.workers):
+        if n and worker == slot.workers[n - 1] and _is_symmetric(config):
+            continue  # its steps are its twin's
+        if worker.step == READY:
+            yield from _call(slot, n, view, config)
+        elif worker.step == WROTE:
+            yield from _acknowledge(slot, n, worker, view, config)
+        elif not worker.epoch:
+            yield from _claim(slot, n, view, config)
+        else:
+            yield from _read(slot, n, view, config)
+            if faults.releases and not worker.target and not worker.settle and slot.epoch == worker.epoch:
+                left = _with(slot, n, _forgotten(worker), config)
+                released = left._replace(seen=worker.seen, target=0, lease=FREE)
+                yield f"{_name(worker)} releases its claim", released, faults._replace(releases=faults.releases - 1)
+    if slot.lease == LIVE:
+        yield from _expire(slot, faults, config)
+    for n, call in enumerate(slot.calls):
+        landed = _land(slot._replace(calls=slot.calls[:n] + slot.calls[n + 1 :]), call, config)
+        yield f"a call lands late: {_what(call.key, call.content)}", landed, faults
+    for key, waiting in enumerate(slot.again):
+        if waiting and not any(call.key == key for call in slot.calls):
+            parked = slot._replace(again=_put(slot.again, key, False), parked=_park(slot, key))
+            yield f"k{key} is due again", parked, faults
+
+
+def _claim(slot: Slot, n: int, view: View, config: Config) -> Iterator[SlotStep]:
+    """A free slot is resumed. From an owner whose lease expired it is taken over, and what the stored cursor has not
+    seen is settled up to the present: all that the predecessor may have under way was read before now, for the lease is
+    checked between reading and calling.
+    """
+    worker = slot.workers[n]
+    if config.broken is Rule.TRUTH_AFTER_CLAIM and not worker.remembered:
+        yield "a worker reads the truth", _with(slot, n, worker._replace(remembered=view.truth), config), view.faults
+        return
+    if slot.lease == LIVE or _is_locked(slot, config):
+        return
+    target = slot.target
+    if slot.lease == EXPIRED and config.broken is not Rule.SETTLE_ON_TAKEOVER:
+        target = view.present
+        if config.broken is Rule.SETTLE_TO_PRESENT:
+            target = slot.target or view.present
+    if not view.present & target & ~slot.seen:
+        target = 0
+    settle = target != 0 and config.broken is not Rule.SETTLE_ON_TAKEOVER
+    epoch = slot.epoch + 1
+    claimed = worker._replace(epoch=epoch, seen=slot.seen, target=target, settle=settle)
+    what = f"settles {_entries(target & ~slot.seen)}" if settle else "has nothing to settle"
+    label = f"a worker takes over as holder {epoch} and {what}" if slot.lease else f"a worker claims as holder {epoch}"
+    workers = tuple(_superseded(other, config) for other in slot.workers)
+    claim = slot._replace(workers=workers, epoch=epoch, lease=LIVE, target=target)
+    yield label, _with(claim, n, claimed, config), view.faults
+
+
+def _read(slot: Slot, n: int, view: View, config: Config) -> Iterator[SlotStep]:
+    """Open a window; or read its next page, or a parked key, with the truth, and check the lease."""
+    worker = slot.workers[n]
+    stands = slot.lease == LIVE and slot.epoch == worker.epoch
+    assert stands or config.broken in (Rule.CHECK_LEASE, Rule.CHECK_EPOCH), "an idle worker's claim stands"
+    for key, version in enumerate(slot.parked):
+        if version:
+            settle = config.broken is not Rule.SETTLE_PARKED
+            yield from _converge(slot, n, worker._replace(parking=version, key=key), settle, view, config)
+    if not worker.target:
+        target = view.present
+        if config.broken is Rule.SNAPSHOTS:
+            target = (1 << target.bit_length()) - 1
+        if view.present & ~worker.seen:
+            label = f"{_name(worker)} opens a window: {_entries(target & ~worker.seen)}"
+            yield label, _with(slot, n, worker._replace(target=target), config), view.faults
+        return
+    undelivered = view.present & worker.target & ~worker.seen
+    first = undelivered & -undelivered
+    key = next(key for key in range(len(config.slots)) if first & key_mask(key, config))
+    page = undelivered & key_mask(key, config)
+    settle = worker.settle or bool(page & intents(config))
+    yield from _converge(slot, n, worker._replace(page=page, key=key), settle, view, config)
+
+
+def _converge(slot: Slot, n: int, worker: Worker, settle: bool, view: View, config: Config) -> Iterator[SlotStep]:
+    content = worker.remembered[worker.key] if worker.remembered else view.truth[worker.key]
+    source = "parked " if worker.parking else ""
+    label = f"{_name(worker)} reads {source}{_what(worker.key, content)}"
+    read = worker._replace(content=content, remembered=())
+    if settle or slot.ledger[worker.key] != content:
+        sent = worker.sent + 1 if config.broken is Rule.FENCE_BY_EPOCH else 0
+        yield label, _with(slot, n, read._replace(step=READY, sent=sent), config), view.faults
+        return
+    for outcome, done, faults in _acknowledge(slot, n, read, view, config):
+        yield f"{label}, which the ledger has; {outcome}", done, faults
+
+
+def _call(slot: Slot, n: int, view: View, config: Config) -> Iterator[SlotStep]:
+    """The index is called: it succeeds, or fails in one of three ways."""
+    worker, faults = slot.workers[n], view.faults
+    name, what = _name(worker), _what(worker.key, worker.content)
+    stands = slot.lease == LIVE and slot.epoch == worker.epoch
+    if config.landing is Landing.DEADLINE and not stands:
+        yield f"{name}'s call has timed out", _give_up(slot, n, worker, config), faults
+        return
+    token = worker.sent if config.broken is Rule.FENCE_BY_EPOCH else worker.epoch
+    call = Call(worker.epoch, worker.key, token, worker.content)
+    landed = _land(slot, call, config)
+    overtook = config.landing is Landing.REPORTED and slot.epoch != worker.epoch
+    yield f"{name} writes {what}", _with(landed, n, worker._replace(step=WROTE, overtook=overtook), config), faults
+    if not faults.failures:
+        return
+    left = faults._replace(failures=faults.failures - 1)
+    yield f"{name} fails to write {what}", _failed(slot, n, stands, config), left
+    yield f"{name} writes {what}, and is told that it failed", _failed(landed, n, stands, config), left
+    if config.late_calls and config.landing is not Landing.REPORTED:
+        sent = _send(slot, call, config)
+        yield f"{name} sends {what}, and stops waiting", _timed_out(sent, n, stands, config), left
+
+
+def _failed(slot: Slot, n: int, stands: bool, config: Config) -> Slot:
+    """A call has failed, and has ended: try again under the same claim, if that stands."""
+    worker = slot.workers[n]
+    if not stands:
+        return _give_up(slot, n, worker, config)
+    settle = worker.settle or (not worker.parking and config.broken is not Rule.SETTLE_FAILED)
+    return _with(slot, n, _idle(worker)._replace(settle=settle), config)
+
+
+def _timed_out(slot: Slot, n: int, stands: bool, config: Config) -> Slot:
+    """A call has been given up that may still land, after what is written next: under the same claim no fence holds it
+    back. So the key is delivered at once, and once more when it cannot land any more.
+    """
+    failed = _failed(slot, n, stands, config)
+    if config.broken is Rule.REPEAT_UNANSWERED:
+        return failed
+    return failed._replace(again=_put(slot.again, slot.workers[n].key, True))
+
+
+def _acknowledge(slot: Slot, n: int, worker: Worker, view: View, config: Config) -> Iterator[SlotStep]:
+    """One transaction: ledger, parking and lease, and the stored cursor or not. Refused when another has claimed."""
+    name = _name(worker)
+    stands = slot.epoch == worker.epoch
+    if not stands and config.broken is not Rule.CHECK_EPOCH:
+        yield f"{name}'s acknowledgement is refused", _give_up(slot, n, worker, config), view.faults
+        return
+    key = worker.key
+    done = _idle(worker)
+    parked, again = slot.parked, slot.again
+    if worker.parking:
+        if slot.parked[key] == worker.parking or config.broken is Rule.PARKING_VERSION:
+            parked = _put(parked, key, 0)
+    else:
+        seen = worker.seen | worker.page
+        target = worker.target
+        if not view.present & target & ~seen:
+            seen, target = seen | target, 0
+        if config.broken is Rule.READ_BEFORE_ACK:
+            seen, target = seen | view.present, 0
+        settle = worker.settle and target != 0 and config.broken is not Rule.SETTLE_ALL_PAGES
+        done = done._replace(seen=seen, target=target, settle=settle)
+        if worker.page & intents(config) and config.late_calls and config.broken is not Rule.INTENT_AGAIN:
+            again = _put(again, key, True)
+    if not stands:
+        done = _forgotten(done)
+    recorded = _with(slot, n, done, config)._replace(
+        ledger=_put(slot.ledger, key, worker.content), parked=parked, again=again, lease=LIVE
+    )
+    yield f"{name} acknowledges", recorded, view.faults
+    if not worker.parking and (slot.seen, slot.target) != (done.seen, done.target):
+        yield (
+            f"{name} acknowledges, with a checkpoint",
+            recorded._replace(seen=done.seen, target=done.target),
+            view.faults,
+        )
+
+
+def _give_up(slot: Slot, n: int, worker: Worker, config: Config) -> Slot:
+    """Another holds the slot, or nobody. What was written, or may have been, is to be delivered again."""
+    left = _with(slot, n, _forgotten(worker), config)
+    if worker.step == IDLE or config.broken is Rule.REDIRTY:
+        return left
+    return left._replace(parked=_park(slot, worker.key))
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def _expire(slot: Slot, faults: Faults, config: Config) -> Iterator[SlotStep]:
+    holds = any(worker.epoch == slot.epoch for worker in slot.workers)
+    if (holds and not faults.expiries) or config.broken is Rule.LEASES_END:
+        return
+    expired, left = slot._replace(lease=EXPIRED), faults
+    if holds:
+        left = faults._replace(expiries=faults.expiries - 1)
+    if config.landing is Landing.DEADLINE:
+        expired = expired._replace(calls=tuple(call for call in slot.calls if call.epoch != slot.epoch))
+    if config.broken is not Rule.CHECK_LEASE:
+        workers = tuple(
+            _forgotten(worker) if worker.epoch == slot.epoch and worker.step == IDLE else worker
+            for worker in slot.workers
+        )
+        expired = expired._replace(workers=_ordered(workers, config))
+    yield f"the lease of holder {slot.epoch} expires", expired, left
+
+
+def _crashes(state: State, config: Config) -> Iterator[Step]:
+    """A worker loses what it knows, of every slot; its calls are lost, or land later."""
+    faults = state.faults._replace(crashes=state.faults.crashes - 1)
+    for n in range(config.workers):
+        workers = [slot.workers[n] for slot in state.slots]
+        if not any(worker.epoch for worker in workers) or any(worker.overtook for worker in workers):
+            continue
+        names = " and ".join(f"slot {at}'s {_name(worker)}" for at, worker in enumerate(workers) if worker.epoch)
+        if len(workers) == 1:
+            names = _name(workers[0])
+        lost = tuple(_crash(slot, n, False, config) for slot in state.slots)
+        yield f"{names} crashes", State(state.changes, state.truth, lost, faults)
+        late = tuple(_crash(slot, n, True, config) for slot in state.slots)
+        if late != lost:
+            yield f"{names} crashes in its call", State(state.changes, state.truth, late, faults)
+
+
+def _crash(slot: Slot, n: int, late: bool, config: Config) -> Slot:
+    worker = slot.workers[n]
+    stands = slot.lease == LIVE and slot.epoch == worker.epoch
+    left = _with(slot, n, Worker(), config)
+    may_land = config.landing is Landing.FENCED or (config.landing is Landing.DEADLINE and stands)
+    if late and worker.step == READY and config.late_calls and may_land:
+        token = worker.sent if config.broken is Rule.FENCE_BY_EPOCH else worker.epoch
+        call = Call(worker.epoch, worker.key, token, worker.content)
+        left = _send(left, call, config)
+    if stands and config.broken is Rule.WAIT_FOR_LEASE:
+        left = left._replace(lease=EXPIRED)
+    return left
+
+
+# -- the parts ---------------------------------------------------------------------------------------------------------
+
+
+def _land(slot: Slot, call: Call, config: Config) -> Slot:
+    """The index takes a write, unless its fence is above it."""
+    held = _put(slot.held, call.key, call.content)
+    if config.landing is not Landing.FENCED:
+        return slot._replace(held=held)
+    if call.token < slot.fence[call.key]:
+        return slot
+    token = 0 if call.content == NO_ROW and config.broken is Rule.FENCE_TOMBSTONES else call.token
+    calls = tuple(other for other in slot.calls if other.key != call.key or other.token >= token)
+    return slot._replace(held=held, fence=_put(slot.fence, call.key, token), calls=calls)
+
+
+def _send(slot: Slot, call: Call, config: Config) -> Slot:
+    """A call may land later. What the fence will refuse, for it never sinks, is as good as lost."""
+    if config.landing is Landing.FENCED and call.token < slot.fence[call.key]:
+        return slot
+    return slot._replace(calls=tuple(sorted((*slot.calls, call))))
+
+
+def _park(slot: Slot, key: int) -> tuple[int, ...]:
+    return _put(slot.parked, key, slot.parked[key] + 1)
+
+
+def _idle(worker: Worker) -> Worker:
+    """The page is done with; the claim and the window go on."""
+    return worker._replace(step=IDLE, key=0, content=0, page=0, parking=0, overtook=False)
+
+
+def _forgotten(worker: Worker) -> Worker:
+    return Worker(sent=worker.sent)
+
+
+def _superseded(worker: Worker, config: Config) -> Worker:
+    """Who has lost the slot can only write what was read, if that is not done, and be refused."""
+    if worker.step == IDLE or config.broken is Rule.CHECK_EPOCH:
+        return worker
+    content = worker.content if worker.step == READY else 0
+    return worker._replace(seen=0, target=0, settle=False, content=content, page=0, parking=0)
+
+
+def _with(slot: Slot, n: int, worker: Worker, config: Config) -> Slot:
+    return slot._replace(workers=_ordered(_put(slot.workers, n, worker), config))
+
+
+def _ordered(workers: tuple[Worker, ...], config: Config) -> tuple[Worker, ...]:
+    return tuple(sorted(workers)) if _is_symmetric(config) else workers
+
+
+@cache
+def _is_symmetric(config: Config) -> bool:
+    """With one slot, workers are interchangeable: only what they know matters, not which of them knows it."""
+    return config.indexes == 1 and len(set(config.slots)) == 1
+
+
+def _is_locked(slot: Slot, config: Config) -> bool:
+    """Whether a transaction holds the row of the cursor, from reading to acknowledging."""
+    return config.broken is Rule.NO_LOCK_IN_CALL and any(worker.step != IDLE for worker in slot.workers)
+
+
+def _put(values: tuple[T, ...], at: int, value: T) -> tuple[T, ...]:
+    return (*values[:at], value, *values[at + 1 :])
+
+
+def _name(worker: Worker) -> str:
+    return f"holder {worker.epoch}"
+
+
+def _what(key: int, content: int) -> str:
+    return f"k{key} = {_SHOWN[content]}"
+
+
+def _entries(mask: int) -> str:
+    return "entries " + ",".join(str(n + 1) for n in range(mask.bit_length()) if mask >> n & 1)
+
+
+# -- the properties ----------------------------------------------------------------------------------------------------
+
+
+def violation(state: State, config: Config) -> Violation | None:
+    """What is wrong with *state*, if anything."""
+    present = visible(state.changes, config)
+    for n, slot in enumerate(state.slots):
+        if slot.lease == EXPIRED and _is_locked(slot, config):
+            return Violation.BLOCKED
+        if slot.held == state.truth:
+            continue
+        entries = slot_mask(n, config)
+        behind = [key for key, held in enumerate(slot.held) if held != state.truth[key]]
+        keys = [key for key in behind if key_mask(key, config) & entries]
+        if any(_is_ghost(key, slot.held[key], state.changes, config) for key in keys):
+            return Violation.GHOST
+        if keys and is_quiescent(slot, present & entries) and not _strict_under_way(state.changes, config):
+            return Violation.DIVERGED
+    return None
+
+
+def wrong(state: State, is_last: bool, config: Config) -> Violation | None:
+    """`violation`, and whether something is left to do when nothing can happen.
+
+    As faults and changes are bounded, every run comes to such an end. So this is the other half of convergence: what
+    is to be done is done, once faults stop.
+    """
+    return violation(state, config) or (Violation.STUCK if is_last and not is_done(state, config) else None)
+
+
+def is_quiescent(slot: Slot, present: int) -> bool:
+    """Whether the relay has nothing to do: no step under way, no call, nothing parked, nothing undelivered."""
+    if slot.calls or any(slot.parked) or any(slot.again) or slot.lease == EXPIRED:
+        return False
+    if any(worker.step != IDLE for worker in slot.workers):
+        return False
+    if slot.lease == FREE:
+        return not present & ~slot.seen
+    return any(worker.epoch == slot.epoch and not present & ~worker.seen for worker in slot.workers)
+
+
+def is_done(state: State, config: Config) -> bool:
+    """Whether the application is through as well."""
+    present = visible(state.changes, config)
+    return all(status in (COMMITTED, ROLLED_BACK) for status in state.changes) and all(
+        is_quiescent(slot, present & slot_mask(n, config)) for n, slot in enumerate(state.slots)
+    )
+
+
+@cache
+def _strict_under_way(statuses: tuple[int, ...], config: Config) -> bool:
+    return any(c.strict and status in (OPEN, WRITTEN) for c, status in zip(config.changes, statuses, strict=True))
+
+
+@cache
+def _is_ghost(key: int, content: int, statuses: tuple[int, ...], config: Config) -> bool:
+    """Whether *content* was never committed for *key*. A strict write is in the index before its commit."""
+    return content != A and not any(
+        change.strict or status == COMMITTED
+        for change, status in zip(config.changes, statuses, strict=True)
+        if (change.key, change.content) == (key, content)
+    )
