@@ -149,10 +149,11 @@ class _Flush:
 class Capture:
     """The listeners of one Memory. It holds no Session alive, and touches none it was not attached to."""
 
-    def __init__(self, registry: Registry, committed: Callable[[], None]) -> None:
+    def __init__(self, registry: Registry, committed: Callable[[Engine], None]) -> None:
         self._registry = registry
         self._committed = committed
         self._units: WeakKeyDictionary[Session, Unit] = WeakKeyDictionary()
+        self.committed_tx: WeakKeyDictionary[Session, str] = WeakKeyDictionary()  # of each Session's last commit
         self._flushes: dict[int, _Flush] = {}  # by Session.hash_key, which every InstanceState knows
         self._guarded: WeakSet[Engine] = WeakSet()
         self._active: WeakKeyDictionary[Connection, list[Unit]] = WeakKeyDictionary()
@@ -247,6 +248,11 @@ class Capture:
             self._active.setdefault(connection, []).append(unit)  # several Sessions may share a connection
         self.guard(connection.engine)
 
+    @property
+    def engines(self) -> Collection[Engine]:
+        """Those that are listened to."""
+        return list(self._guarded)
+
     def guard(self, engine: Engine) -> None:
         """Listen to the statements of *engine*; better early: one that another thread runs meanwhile would fail."""
         if engine not in self._guarded:
@@ -270,7 +276,9 @@ class Capture:
     def _after_commit(self, session: Session) -> None:
         unit = self._units.get(session)
         if unit is not None and unit.armed and not session.in_nested_transaction():
-            self._committed()
+            self.committed_tx[session] = unit.tx
+            assert unit.written_on is not None
+            self._committed(unit.written_on.engine)
 
     def _after_rollback(self, session: Session) -> None:
         """A transaction, a SAVEPOINT, or a flush that failed: what it had under way will not happen."""

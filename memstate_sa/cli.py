@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -24,6 +24,7 @@ from memstate_sa.errors import MemstateError, MissingExtra
 try:
     import typer
     from rich.console import Console
+    from rich.live import Live
     from rich.markup import escape
     from rich.progress import Progress
     from rich.table import Table
@@ -39,6 +40,10 @@ else:
     ]
     Url = Annotated[
         str, typer.Option("--url", envvar="MEMSTATE_URL", help="Your database: postgresql+psycopg://user@host/shop")
+    ]
+    Indexes = Annotated[list[str] | None, typer.Option("--index", help="Its name; may be repeated. Default: all.")]
+    Keys = Annotated[
+        list[str] | None, typer.Option("--key", help="As `dead list` shows it; may be repeated. Default: all.")
     ]
     Model = Annotated[
         str, typer.Argument(metavar="MODEL", help="A tracked class: its name in the module of --app, or module:Class")
@@ -62,8 +67,13 @@ def application() -> typer.Typer:
         pretty_exceptions_show_locals=False,  # they hold database URLs
     )
     app.callback()(options)
-    for command in (demo, init, relay, status, verify, backfill, log, rollback):
+    for command in (demo, init, relay, drain, status, pause, resume, verify, backfill, log, rollback):
         app.command()(command)
+    dead = typer.Typer(help="Keys that an index refused too often.", no_args_is_help=True)
+    dead.command("list")(dead_list)
+    dead.command("retry")(dead_retry)
+    dead.command("drop")(dead_drop)
+    app.add_typer(dead, name="dead")
     return app
 
 
@@ -116,40 +126,146 @@ def init(app: App, url: Url) -> None:
 def relay(
     app: App,
     url: Url,
+    workers: Annotated[int, typer.Option("--workers", "-w", min=1, help="How many processes.")] = 1,
     once: Annotated[bool, typer.Option("--once", help="Deliver one page of what is due, then exit.")] = False,
-    drain: Annotated[bool, typer.Option("--drain", help="Deliver until nothing is pending, then exit.")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds that --drain may take.")] = 30.0,
+    lease: Annotated[float, typer.Option(min=0.5, help="Seconds after which a worker that died is succeeded.")] = 30.0,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Serve /metrics and /readyz here; each further worker on the next port.")
+    ] = None,
+    metrics_host: Annotated[str, typer.Option(help="The address to serve them on.")] = "127.0.0.1",
+    log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object a line, on stderr.")] = False,
 ) -> None:
-    """Deliver what commits to the index, until interrupted. Any number of these may run."""
-    if once and drain:
-        raise typer.BadParameter("choose --once or --drain")
+    """Deliver what commits to the indexes, until interrupted.
+
+    Any number of these may run, on any number of machines: on PostgreSQL they share the work; on SQLite one of them
+    delivers. SIGTERM ends the batch in work, and lets the others take over at once.
+    """
+    if once and workers > 1:
+        raise typer.BadParameter("--once is for one worker")
+    with _opened(app, url) as (memory, engine):
+        from memstate_sa import worker
+
+        if once:
+            courier = memory.relay(engine, lease_s=lease)
+            try:
+                Console().print(f"{courier.run_once()} keys converged")
+            finally:
+                courier.stop()  # at once, another relay may go on
+            return
+        worker.configure_logging(as_json=log_json)
+        if workers > 1:
+            _require_shared(memory)
+            common = ["--lease", str(lease), "--metrics-host", metrics_host, *["--log-json"] * log_json]
+            ports = [[] if metrics_port is None else ["--metrics-port", str(metrics_port + n)] for n in range(workers)]
+            worker.supervise([[*common, *port] for port in ports], {"MEMSTATE_APP": app, "MEMSTATE_URL": url})
+            return
+        with ExitStack() as stack:
+            interrupted = stack.enter_context(worker.interruption())
+            courier = stack.enter_context(memory.relay(engine, lease_s=lease))
+            if metrics_port is not None:
+                status = partial(memory.status, engine)
+                port = stack.enter_context(worker.metrics_server(courier, status, metrics_host, metrics_port))
+                worker.logger.info("serving /metrics and /readyz on port %d", port)
+            worker.logger.info("delivering to %s; interrupt to stop", ", ".join(memory.indexes))
+            interrupted.wait()
+            worker.logger.info("stopping after the batch in work")
+
+
+def _require_shared(memory: Memory) -> None:
+    for name, index in memory.indexes.items():
+        if getattr(index, "in_process", False):
+            raise MemstateError(
+                f"index {name!r} lives in one process, so it has one worker: leave --workers out, or use a server (for "
+                "Chroma: chroma run, and chromadb.HttpClient in the application)"
+            )
+
+
+def drain(
+    app: App,
+    url: Url,
+    timeout: Annotated[float, typer.Option(help="Seconds that it may take.")] = 300.0,
+) -> None:
+    """Deliver until nothing is pending. Beside running relays, wait until they have."""
     with _opened(app, url) as (memory, engine):
         console = Console()
-        courier = memory.relay(engine)
-        try:
-            if once:
-                console.print(f"{courier.run_once()} keys converged")
-            elif drain:
-                courier.drain(timeout=timeout)
-                console.print("Nothing is pending.")
-            else:
-                interrupted = _interruption()
-                courier.start()
-                console.print("Delivering; interrupt to stop.")
-                interrupted.wait()
-        finally:
-            courier.stop()  # at once, another relay may go on
+        with Progress(console=console, transient=True) as progress, ThreadPoolExecutor(1) as pool:
+            update = _progress(progress, "delivering")
+            before = sum(backlog.pending for backlog in memory.status(engine).values())
+            done = pool.submit(memory.relay(engine).drain, timeout)
+            while not done.done():
+                pending = sum(backlog.pending for backlog in memory.status(engine).values())
+                update(max(0, before - pending), before)
+                wait([done], timeout=0.5)
+            done.result()
+        console.print("Nothing is pending.")
 
 
-def status(app: App, url: Url) -> None:
+def status(
+    app: App,
+    url: Url,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every second, until interrupted.")] = False,
+) -> None:
     """Show what each index has not been given yet."""
     with _opened(app, url) as (memory, engine):
-        table = Table("index", "pending", "oldest", "parked", "dead", "")
-        for name, backlog in memory.status(engine).items():
-            oldest = "" if backlog.oldest_s is None else f"{backlog.oldest_s:.1f} s"
-            numbers = (str(backlog.pending), oldest, str(backlog.parked), str(backlog.dead))
-            table.add_row(escape(name), *numbers, "being filled" if backlog.refilling else "")
-        Console().print(table)
+        if not watch:
+            Console().print(_status(memory, engine))
+            return
+        from memstate_sa import worker
+
+        with worker.interruption() as interrupted, Live(_status(memory, engine), auto_refresh=False) as live:
+            while not interrupted.wait(1.0):
+                live.update(_status(memory, engine), refresh=True)
+
+
+def _status(memory: Memory, engine: Engine) -> Table:
+    table = Table("index", "pending", "oldest", "parked", "dead", "")
+    for name, backlog in memory.status(engine).items():
+        oldest = "" if backlog.oldest_s is None else f"{backlog.oldest_s:.1f} s"
+        numbers = (str(backlog.pending), oldest, str(backlog.parked), str(backlog.dead))
+        notes = ["paused"] * backlog.paused + ["being filled"] * backlog.refilling
+        table.add_row(escape(name), *numbers, ", ".join(notes))
+    return table
+
+
+def pause(app: App, url: Url, index: Indexes = None) -> None:
+    """Have every relay leave indexes alone, in all processes, until `resume`. Commits go on."""
+    with _opened(app, url) as (memory, engine):
+        memory.relay(engine).pause(*(index or ()))
+        Console().print(f"Paused: {escape(', '.join(index or memory.indexes))}.")
+
+
+def resume(app: App, url: Url, index: Indexes = None) -> None:
+    """Have relays deliver again what was paused."""
+    with _opened(app, url) as (memory, engine):
+        memory.relay(engine).resume(*(index or ()))
+        Console().print(f"Resumed: {escape(', '.join(index or memory.indexes))}.")
+
+
+def dead_list(
+    app: App,
+    url: Url,
+    index: Indexes = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Show at most N.")] = 100,
+) -> None:
+    """Show the keys that an index refused too often, and why."""
+    with _opened(app, url) as (memory, engine):
+        table = Table("index", "fact", "key", "attempts", "error")
+        letters = memory.relay(engine).dead(*(index or ()), limit=limit)
+        for letter in letters:
+            table.add_row(*map(escape, (letter.index, letter.entity, letter.key)), str(letter.attempts), letter.error)
+        Console().print(table if letters else "No key is dead.")
+
+
+def dead_retry(app: App, url: Url, index: Indexes = None, key: Keys = None) -> None:
+    """Try dead keys again."""
+    with _opened(app, url) as (memory, engine):
+        Console().print(f"{memory.relay(engine).retry_dead(*(index or ()), keys=key)} keys are tried again.")
+
+
+def dead_drop(app: App, url: Url, index: Indexes = None, key: Keys = None) -> None:
+    """Forget dead keys. They are tried again when their rows change."""
+    with _opened(app, url) as (memory, engine):
+        Console().print(f"{memory.relay(engine).drop_dead(*(index or ()), keys=key)} keys are forgotten.")
 
 
 def verify(
@@ -349,9 +465,5 @@ def _print_changes(changes: Iterable[Change]) -> None:
     Console().print(table)
 
 
-def _interruption() -> threading.Event:
-    """Set by SIGINT or SIGTERM, from now on."""
-    interrupted = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: interrupted.set())
-    return interrupted
+if __name__ == "__main__":
+    main()

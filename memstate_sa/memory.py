@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 import weakref
@@ -23,8 +24,9 @@ from memstate_sa.errors import DeliveryError, MemstateError, require_count
 from memstate_sa.facts import Tracked, describe
 from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.relay import Relay
-from memstate_sa.relay.backlog import Backlog, backlog
+from memstate_sa.relay.backlog import Backlog, backlog, missing
 from memstate_sa.relay.claims import IndexKey
+from memstate_sa.relay.wakeup import Notifier
 from memstate_sa.search import Call, Hits, Search, call_directly
 from memstate_sa.sqlite import configure, is_in_memory, require_no_transaction
 from memstate_sa.vectors import Vectors
@@ -65,7 +67,8 @@ class Memory:
         self.embedder = embedder if embedder is not None else WordLlamaEmbedder()
         self._vectors = Vectors(self.embedder)
         self._registry = Registry()
-        self._capture = Capture(self._registry, self._wake)
+        self._notifier = Notifier()
+        self._capture = Capture(self._registry, self._committed)
         self._rollback = history.Rollback(self._registry, self._capture)
         self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
         self._engines: dict[str, Engine] = {}
@@ -399,6 +402,69 @@ class Memory:
         for relay in list(self._relays):
             relay.wake()
 
+    def _committed(self, engine: Engine) -> None:
+        self._wake()
+        with contextlib.suppress(ImportError):  # of a driver that blocks: relays elsewhere find it by polling
+            self._notifier.committed(self._blocking(engine))
+
+    def token(self, session: Session | AsyncSession) -> str | None:
+        """Names the last transaction with tracked changes that *session* committed, for `wait`, in any process.
+
+        It is the ``tx`` of the `Change` entries of that transaction.
+        """
+        return self._capture.committed_tx.get(_sync_session(session))
+
+    def wait(
+        self,
+        session_or_token: Session | AsyncSession | str | None,
+        timeout: float = 30.0,
+        *,
+        engine: Engine | AsyncEngine | None = None,
+    ) -> None:
+        """Return when what a transaction changed is in every index, so that an "eventual" search finds it, too.
+
+        *session_or_token*: a Session, for its last commit, or a `token`; None returns at once. *engine* says where a
+        token's transaction is, when this Memory has seen several. Blocks: ``await asyncio.to_thread(memory.wait, …)``.
+
+        Raises DeliveryError after *timeout* seconds (is a relay running?), or when an index refused a key for good.
+        """
+        token = session_or_token
+        if token is not None and not isinstance(token, str):
+            session = _sync_session(token)
+            token, engine = self._capture.committed_tx.get(session), engine or session.get_bind().engine
+        if token is None:
+            return
+        sync = self._only_engine() if engine is None else self._blocking(engine)
+        require_no_transaction(sync)
+        deadline, pause = time.monotonic() + timeout, 0.001
+        waiting = self._by_index()
+        while waiting:
+            for name, (index, tracked) in list(waiting.items()):
+                with sync.connect() as connection:
+                    key = IndexKey(name, self._incarnation(index))
+                    left = missing(connection, key, tracked, self.embedder.fingerprint, token)
+                if not left:
+                    del waiting[name]
+            if waiting and time.monotonic() > deadline:
+                raise DeliveryError(f"not in index {next(iter(waiting))!r} within {timeout:g} s; is a relay running?")
+            if waiting:
+                time.sleep(pause)
+                pause = min(pause * 1.5, 0.05)
+
+    def _only_engine(self) -> Engine:
+        known = [engine for engine in self._capture.engines if not engine.dialect.is_async]
+        if len(known) != 1:
+            raise MemstateError(f"this Memory knows {len(known)} engines: say where the transaction is, with engine=")
+        return known[0]
+
+    def _blocking(self, engine: Engine | AsyncEngine) -> Engine:
+        """*engine*, or one like it that a thread can use; also of the sync engine inside an AsyncEngine."""
+        if isinstance(engine, Engine) and engine.dialect.is_async:
+            from sqlalchemy.ext.asyncio import AsyncEngine
+
+            engine = AsyncEngine(engine)
+        return self.sync_engine(engine)
+
     def verify(
         self, engine: Engine | AsyncEngine, *, repair: bool = False, progress: Progress | None = None
     ) -> DriftReport:
@@ -478,6 +544,7 @@ class Memory:
         """Stop this Memory's relays and close its indexes."""
         for relay in list(self._relays):
             relay.stop()
+        self._notifier.close()
         for index in self.indexes.values():
             index.close()
 

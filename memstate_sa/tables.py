@@ -161,6 +161,7 @@ index_state = Table(
     Column("marked", Boolean(create_constraint=False), nullable=False, comment="whether points carry their entity"),
     Column("paused", Boolean(create_constraint=False), nullable=False),
     Column("created_at", UTCDateTime, nullable=False),
+    Column("active_at", UTCDateTime, nullable=False, comment="when a relay last claimed or left it"),
     comment="every lifetime of every index that has been delivered to",
 )
 

@@ -1,6 +1,11 @@
-"""Convergence of the indexes to the committed rows: `plan` decides, `state` remembers, `delivery` and `loop` act."""
+"""Convergence of the indexes to the committed rows.
 
+`plan` and `protocol` decide and do nothing else; `claims` and `ledger` remember; `delivery` and `loop` act.
+"""
+
+from memstate_sa.relay.deadletters import DeadLetter
 from memstate_sa.relay.loop import Relay
 from memstate_sa.relay.plan import RetryPolicy
+from memstate_sa.relay.retention import Retention
 
-__all__ = ["Relay", "RetryPolicy"]
+__all__ = ["DeadLetter", "Relay", "Retention", "RetryPolicy"]

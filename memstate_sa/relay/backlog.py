@@ -1,36 +1,25 @@
-"""What an index has not been given yet, and what of the outbox every index has."""
+"""What an index has not been given yet: for searches, for people, and for whoever waits for a transaction."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    Text,
-    and_,
-    bindparam,
-    cast,
-    delete,
-    exists,
-    func,
-    literal,
-    not_,
-    select,
-    tuple_,
-)
+from sqlalchemy import and_, bindparam, exists, func, literal, not_, select
 from sqlalchemy.engine import Connection
 
 from memstate_sa.arrays import as_array, each
-from memstate_sa.outbox import ALL, after, in_slots, slot_array, slots, take_write_lock, undelivered
+from memstate_sa.errors import DeliveryError
+from memstate_sa.facts import Projection, Tracked
+from memstate_sa.outbox import ALL, after, in_slots, slot_array, slots, undelivered
 from memstate_sa.positions import Position, Snapshot, meet
 from memstate_sa.relay import claims, ledger
 from memstate_sa.relay.claims import SCAN, IndexKey, of_index
-from memstate_sa.relay.plan import DEAD, PARKED
-from memstate_sa.tables import Xid8, cursor, index_state, outbox, parked, refill, utcnow
+from memstate_sa.relay.plan import AGAIN, DEAD, PARKED, FactKey
+from memstate_sa.tables import cursor, index_state, log, outbox, parked, refill, utcnow
+from memstate_sa.truth import project
 
 _positions = select(cursor.c.snapshot, cursor.c.xid, cursor.c.position, cursor.c.slot).where(of_index(cursor))
 
@@ -163,34 +152,61 @@ def has(connection: Connection, index: IndexKey, entities: Sequence[str], presen
     )
 
 
-# -- cleaning up ------------------------------------------------------------------------------------------------------
+# -- for one transaction ----------------------------------------------------------------------------------------------
 
-
-def forget_delivered(connection: Connection, limit: int = 10_000) -> int:
-    """Delete up to *limit* outbox entries that every index has, oldest first; returns how many.
-
-    An index that is being filled may be past an entry whose row it does not hold yet: search reads it here meanwhile.
-    """
-    places = connection.execute(select(cursor.c.snapshot, cursor.c.xid, cursor.c.position).distinct()).all()
-    if not places:
-        return 0
-    take_write_lock(connection)
-    floor = min(Position(Snapshot.parse(snapshot), xid, id_).floor for snapshot, xid, id_ in places)
-    filling = set(connection.scalars(select(refill.c.entity).where(not_(refill.c.done)).distinct()))
-    if SCAN in filling:
-        return 0
-    statement = _forget(connection.dialect.name)
-    parameters = {"xid": str(floor[0]), "id": floor[1], "filling": as_array(filling), "limit": limit}
-    return connection.execute(statement, parameters).rowcount
+_FEW = 1000
+"""Of so many keys it is asked, one by one, whether the index has them."""
 
 
 @cache
-def _forget(dialect_name: str) -> Any:
-    up_to: ColumnElement[bool] = outbox.c.id <= bindparam("id", type_=BigInteger())
-    order: tuple[ColumnElement[Any], ...] = (outbox.c.id,)
-    if dialect_name == "postgresql":
-        end = tuple_(cast(bindparam("xid", type_=Text()), Xid8()), bindparam("id", type_=BigInteger()))
-        up_to, order = tuple_(outbox.c.xid, outbox.c.id) <= end, (outbox.c.xid, outbox.c.id)
-    kept = outbox.c.entity.in_(select(each("filling").c.value))
-    some = select(outbox.c.id).where(up_to, not_(kept)).order_by(*order).limit(bindparam("limit"))
-    return delete(outbox).where(outbox.c.id.in_(some))
+def _of_transaction(dialect_name: str) -> Any:
+    mine = and_(
+        outbox.c.tx == bindparam("tx"),
+        outbox.c.entity.in_(select(each("entities").c.value)),
+        in_slots(dialect_name, outbox.c.slot),
+    )
+    entries = undelivered(dialect_name, outbox.c.entity, outbox.c.key, where=mine).c
+    return select(entries.entity, entries.key)
+
+
+_refused = (
+    select(parked.c.entity, parked.c.key, parked.c.state, parked.c.error)
+    .where(of_index(parked), parked.c.state != AGAIN)
+    .where(exists().where(log.c.entity == parked.c.entity, log.c.key == parked.c.key, log.c.tx == bindparam("tx")))
+)
+
+
+def missing(
+    connection: Connection, index: IndexKey, tracked: Mapping[str, Tracked], embedder: str, tx: str
+) -> Collection[FactKey]:
+    """Keys of transaction *tx* that *index* does not have as they are now; not all, if they are many.
+
+    Positions are recorded now and then; the ledger at once. Raises DeliveryError for a key that it refused for good.
+    """
+    refused = connection.execute(_refused, {**index.parameters(), "tx": tx}).all()
+    for entity, key, state, error in refused:
+        if state == DEAD:
+            raise DeliveryError(f"index {index.name!r} refused {entity} {key}: {error}")
+    dialect, facts = connection.dialect.name, {(row[0], row[1]) for row in refused}
+    places = read_positions(connection, index)
+    if not claims.is_filled(connection, index, list(tracked)):
+        places = {_BEGINNING: list(slots(dialect))}
+    for at, group in places.items():
+        given = {"entities": as_array(tracked), "slots": slot_array(group), "tx": tx, "limit": _FEW}
+        rows = connection.execute(_of_transaction(dialect), {**after(at), **given}).all()
+        facts.update((entity, key) for entity, key in rows)
+    if refused or not facts:
+        return facts
+    given_last = ledger.read_ledger(connection, index, facts)
+    truths = {
+        (entity, found.key): found.fingerprint
+        for entity, keys in ledger.by_entity(facts).items()
+        for found in project(connection, tracked[entity], keys, embedder)
+        if isinstance(found, Projection)
+    }
+    return {
+        fact
+        for fact in facts
+        if (fact in given_last or truths.get(fact) is not None)
+        and (fact not in given_last or given_last[fact].fingerprint != truths.get(fact))
+    }

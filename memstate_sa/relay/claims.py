@@ -185,6 +185,7 @@ def claim(
     take_write_lock(connection)
     dialect, now = connection.dialect.name, database_now(connection)
     _require_registered(connection, index, now, embedder, dimension)
+    _touch(connection, index, now)
     marked = _refill_rows(connection, index, entities)
     # Everybody locks them in this order; whoever acknowledges meanwhile is waited for.
     rows = connection.execute(_cursors.with_for_update(), index.parameters()).all()
@@ -212,6 +213,10 @@ def claim(
         connection.execute(taking.values(owner=owner, epoch=epoch), index.parameters())
     fresh = {row.slot: Held(epoch, _position(row), True, settle=row.owner is not None) for row in taken}
     return Claimed({**kept, **fresh}, present, len(live), quota, marked)
+
+
+def _touch(connection: Connection, index: IndexKey, now: datetime) -> None:
+    connection.execute(update(index_state).where(of_index(index_state)).values(active_at=now), index.parameters())
 
 
 def _position(row: Row[Any]) -> Position:
@@ -259,7 +264,8 @@ def _require_registered(connection: Connection, index: IndexKey, now: datetime, 
         )
     dialect = connection.dialect.name
     # Two may find it new: what one has inserted, the other leaves as it is.
-    state = {"embedder": embedder, "dimension": dimension, "marked": False, "paused": paused, "created_at": now}
+    state = {"embedder": embedder, "dimension": dimension, "marked": False, "paused": paused}
+    state |= {"created_at": now, "active_at": now}
     connection.execute(upsert(dialect, index_state).on_conflict_do_nothing(), {**index.values(), **state})
     values = {**index.values(), **_columns(read_present(connection)), "owner": None, "epoch": 0}
     connection.execute(
@@ -347,6 +353,7 @@ def let_go(connection: Connection, index: IndexKey, held: Collection[int]) -> No
 
 
 def leave(connection: Connection, index: IndexKey, owner: str) -> None:
+    _touch(connection, index, database_now(connection))
     connection.execute(delete(holder).where(_me), {**index.parameters(), "me": owner})
 
 

@@ -100,19 +100,19 @@ class Delivery:
             jitter=random.random,
         )
 
-    def open(self) -> None:
+    def open(self) -> IndexKey:
         """Raises IndexMismatch when the index was built by another embedder."""
         embedder = self._vectors.embedder
         self._guarded(lambda: self._index.open(embedder=embedder.fingerprint, dimension=embedder.dimension))
         self.holder.max_batch = self._guarded(lambda: self._index.max_batch)
+        return IndexKey(self.name, self._guarded(lambda: self._index.incarnation))
 
     def step(self) -> int | None:
         """Deliver a page from each source that has one; the keys converged, or None when there was nothing to do.
 
         Raises DeliveryRetryable when the index or the embedder is unavailable: nothing is lost, call again later.
         """
-        self.open()
-        key = IndexKey(self.name, self._guarded(lambda: self._index.incarnation))
+        key = self.open()
         if key != self._key:
             self.holder.forget()
             self._key = key

@@ -6,11 +6,12 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from memstate_sa.errors import DeliveryError, DeliveryRetryable, MemstateError
@@ -18,10 +19,13 @@ from memstate_sa.facts import Tracked
 from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.outbox import read_present
 from memstate_sa.positions import Position
-from memstate_sa.relay import backlog
+from memstate_sa.relay import backlog, deadletters, retention
 from memstate_sa.relay.claims import IndexKey
+from memstate_sa.relay.deadletters import DeadLetter
 from memstate_sa.relay.delivery import Delivery
-from memstate_sa.relay.plan import Breaker, RetryPolicy
+from memstate_sa.relay.plan import Breaker, RetryPolicy, describe
+from memstate_sa.relay.protocol import Counters
+from memstate_sa.relay.retention import Retention
 from memstate_sa.relay.wakeup import Changes, Listener
 from memstate_sa.sqlite import is_in_memory, require_no_transaction
 from memstate_sa.vectors import Vectors
@@ -49,6 +53,7 @@ class Relay:
         lease_s: float = 30.0,
         poll_s: tuple[float, float] | None = None,
         policy: RetryPolicy | None = None,
+        retention: Retention | None = None,
     ) -> None:
         """See the options below; all times are in seconds.
 
@@ -56,6 +61,7 @@ class Relay:
         single call of index or embedder should take no longer.
         *poll_s*: the shortest and the longest wait between two looks at an idle database (default: 2 to 50 ms on
         SQLite, where a look is a PRAGMA; 50 ms to 5 s on PostgreSQL); a commit in this process is seen at once.
+        *policy*: when to try again, and how often. *retention*: how long log and ledger are kept (default: for ever).
         """
         self._engine = engine
         self._indexes = indexes
@@ -72,8 +78,10 @@ class Relay:
         ]
         self._listener: Listener | None = None
         self._lock = threading.RLock()
+        self._retention = retention or Retention()
         self._forget_lock = threading.Lock()
         self._forget_at = time.monotonic()
+        self._folded = 0
 
     # -- in the caller's thread --------------------------------------------------------------------------------------
 
@@ -130,15 +138,88 @@ class Relay:
         return total, failure
 
     def _forget(self) -> None:
-        """Delete what every index has; now and then."""
+        """Delete what every index has, and what need not be kept; now and then."""
         with self._forget_lock:
             if time.monotonic() < self._forget_at:
                 return
             self._forget_at = time.monotonic() + _FORGET_EVERY_S
+            if self._retention.index is not None:
+                keep_index = self._retention.index
+                self._repeat(lambda connection: retention.forget_idle_indexes(connection, keep_index))
+            self._repeat(retention.forget_delivered)
+            keep_ledger, keep_log = self._retention.ledger, self._retention.log
+            if keep_ledger is not None:
+                self._repeat(lambda connection: retention.forget_ledger(connection, keep_ledger))
+            if keep_log is not None:
+                self._repeat(lambda connection: self._fold_log(connection, keep_log))
+                self._repeat(lambda connection: retention.forget_headers(connection, keep_log))
+
+    def _repeat(self, delete_some: Callable[[Connection], int]) -> None:
         while True:
             with self._engine.begin() as connection:
-                if backlog.forget_delivered(connection) == 0:
+                if delete_some(connection) == 0:
                     return
+
+    def _fold_log(self, connection: Connection, keep: timedelta) -> int:
+        before = self._folded
+        self._folded = retention.fold_log(connection, keep, before)
+        return self._folded - before
+
+    def counters(self) -> dict[str, Counters]:
+        """What this relay has done for each index since it was made."""
+        return {courier.delivery.name: courier.delivery.holder.counters for courier in self._couriers}
+
+    def problems(self) -> dict[str, str]:
+        """Indexes whose last delivery failed, with why."""
+        return {
+            courier.delivery.name: describe(courier.failure)
+            for courier in self._couriers
+            if courier.failure is not None
+        }
+
+    # -- operation ---------------------------------------------------------------------------------------------------
+
+    def pause(self, *indexes: str) -> None:
+        """Have every relay, in every process, leave *indexes* (default: all) alone until `resume`.
+
+        Commits go on, and search finds what is undelivered, as far as its bounds go.
+        """
+        for index, connection in self._each(indexes):
+            deadletters.set_paused(connection, index, paused=True)
+
+    def resume(self, *indexes: str) -> None:
+        for index, connection in self._each(indexes):
+            deadletters.set_paused(connection, index, paused=False)
+        self.wake()
+
+    def dead(self, *indexes: str, limit: int = 1000) -> list[DeadLetter]:
+        """The keys that *indexes* (default: all) refused too often."""
+        return [
+            letter
+            for index, connection in self._each(indexes)
+            for letter in deadletters.read_dead(connection, index, limit)
+        ]
+
+    def retry_dead(self, *indexes: str, keys: Collection[str] | None = None) -> int:
+        """Try dead keys again, those in *keys* (as in `DeadLetter.key`) or all; returns how many."""
+        count = sum(deadletters.retry_dead(connection, index, keys) for index, connection in self._each(indexes))
+        self.wake()
+        return count
+
+    def drop_dead(self, *indexes: str, keys: Collection[str] | None = None) -> int:
+        """Forget dead keys, those in *keys* or all; returns how many. They are tried again when their rows change."""
+        return sum(deadletters.drop_dead(connection, index, keys) for index, connection in self._each(indexes))
+
+    def _each(self, names: Collection[str]) -> Iterator[tuple[IndexKey, Connection]]:
+        unknown = [name for name in names if name not in self._indexes]
+        if unknown:
+            raise MemstateError(f"no index {unknown[0]!r}; there are: {', '.join(self._indexes)}")
+        require_no_transaction(self._engine)
+        for courier in self._couriers:
+            if not names or courier.delivery.name in names:
+                key = courier.delivery.open()
+                with self._engine.begin() as connection:
+                    yield key, connection
 
     def _has_more(self) -> bool:
         return any(courier.delivery.holder.more for courier in self._couriers)

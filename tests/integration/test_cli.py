@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import create_engine, delete, select
+from sqlalchemy import create_engine, delete, insert, select, update
 from sqlalchemy.orm import sessionmaker
 
 from memstate_sa import __version__
+from memstate_sa.tables import cursor, parked, utcnow
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -76,7 +80,8 @@ class Application:
 
     def run(self, command: str, *arguments: str, exit_code: int = 0) -> str:
         at = ["--app", f"{self.name}:memory", "--url", self.url]
-        return invoke(command, *at, *arguments, exit_code=exit_code)
+        name = [command, arguments[0]] if command == "dead" else [command]
+        return invoke(*name, *at, *arguments[len(name) - 1 :], exit_code=exit_code)
 
     def adopt(self) -> None:
         self.module.memory.attach(self.sessions)
@@ -133,9 +138,13 @@ def test_version() -> None:
 def test_help_explains_every_command() -> None:
     """And every command explains its options."""
     output = invoke("--help")
-    for command in ("demo", "init", "relay", "status", "verify", "backfill", "log", "rollback"):
+    commands = ["demo", "init", "relay", "drain", "status", "pause", "resume", "verify", "backfill", "log", "rollback"]
+    for command in commands:
         assert command in output
         assert "--app" in invoke(command, "--help") or command == "demo"
+    for command in ("list", "retry", "drop"):
+        assert command in invoke("dead", "--help")
+        assert "--app" in invoke("dead", command, "--help")
 
 
 def test_the_application_is_looked_for_in_the_working_directory(bare: Application) -> None:
@@ -214,20 +223,21 @@ def test_status_counts_what_is_pending(app: Application) -> None:
     app.add("Likes tea")
     app.add("Likes coffee")
     assert row(app.run("status"), "memory")[1] == "2"
-    assert "2 keys converged" in app.run("relay", "--once") or "Nothing" in app.run("relay", "--drain")
+    assert "2 keys converged" in app.run("relay", "--once") or "Nothing" in app.run("drain")
     assert row(app.run("status"), "memory")[1] == "0"
 
 
-def test_relay_drains(app: Application) -> None:
+def test_drain_delivers_everything(app: Application) -> None:
     """Then exits."""
     app.add("Likes tea")
-    assert "Nothing is pending" in app.run("relay", "--drain")
+    assert "Nothing is pending" in app.run("drain")
     assert row(app.run("status"), "memory")[1] == "0"
 
 
-def test_relay_takes_one_of_once_and_drain(app: Application) -> None:
-    """Not both."""
-    assert "choose --once or --drain" in flat(app.run("relay", "--once", "--drain", exit_code=2))
+def test_relay_once_is_for_one_worker(app: Application) -> None:
+    """And several workers are for an index that several processes can share."""
+    assert "--once is for one worker" in flat(app.run("relay", "--once", "--workers", "2", exit_code=2))
+    assert "lives in one process" in flat(app.run("relay", "--workers", "2", exit_code=1))
 
 
 def test_relay_runs_until_it_is_told_to_stop(app: Application) -> None:
@@ -237,10 +247,69 @@ def test_relay_runs_until_it_is_told_to_stop(app: Application) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
-        assert b"Delivering" in process.stdout.readline()
+        assert b"delivering" in process.stdout.readline()
         process.terminate()
         rest = process.stdout.read()
         assert process.wait(timeout=30) == 0, rest
+
+
+def test_a_worker_serves_metrics_and_its_readiness(app: Application) -> None:
+    """Logs are one JSON object a line; what is pending is the database's, what was done is the worker's."""
+    app.add("Likes tea")
+    command = [sys.executable, "-m", "memstate_sa.cli", "relay", "--log-json", "--metrics-port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MEMSTATE_APP": f"{app.name}:memory", "MEMSTATE_URL": app.url}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        records = [json.loads(process.stderr.readline()) for _ in range(2)]
+        assert [record["level"] for record in records] == ["INFO", "INFO"]
+        port = int(records[0]["message"].rpartition(" ")[2])
+        metrics: dict[str, float] = {}
+        deadline = time.monotonic() + 20
+        while metrics.get('memstate_converged_keys_total{index="memory"}') != 1.0:
+            assert time.monotonic() < deadline, metrics
+            with urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+                lines = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
+            metrics = {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+        assert metrics['memstate_backlog_keys{index="memory"}'] == 0.0
+        assert metrics['memstate_embedded_texts_total{index="memory"}'] == 1.0
+        with urlopen(f"http://127.0.0.1:{port}/readyz") as response:
+            assert json.load(response) == {"ready": True, "problems": {}}
+        process.terminate()
+        assert process.wait(timeout=30) == 0
+
+
+def test_pause_and_resume(app: Application) -> None:
+    """Between them nothing is delivered, and status says why."""
+    app.run("drain")
+    app.add("Likes tea")
+    assert "Paused: memory" in app.run("pause")
+    assert "0 keys converged" in app.run("relay", "--once")
+    assert "paused" in app.run("status")
+    assert "it is paused" in flat(app.run("drain", "--timeout", "0.2", exit_code=1))
+    assert "Resumed: memory" in app.run("resume", "--index", "memory")
+    assert "1 keys converged" in app.run("relay", "--once")
+    assert "no index 'other'" in app.run("pause", "--index", "other", exit_code=1)
+
+
+def test_dead_keys_are_listed_retried_and_dropped(app: Application) -> None:
+    """With the key and the kind of error, never with the fact."""
+    app.run("drain")
+    key = app.add("my secret")
+    with app.engine.begin() as connection:
+        at = connection.execute(select(cursor.c.index, cursor.c.incarnation)).mappings().one()
+        values = {"entity": "note", "slot": 0, "attempts": 8, "next_at": utcnow(), "state": "dead", "mark": "x"}
+        letter = {**at, **values, "key": f"[{key}]", "error": "DeliveryRejected from ValueError"}
+        connection.execute(insert(parked), letter)
+    listed = app.run("dead", "list")
+    assert f"[{key}]" in listed and "ValueError" in listed and "8" in listed and "secret" not in listed
+    assert "0 keys are tried again" in app.run("dead", "retry", "--key", "[77]")
+    assert "1 keys are tried again" in app.run("dead", "retry", "--key", f"[{key}]")
+    assert "No key is dead" in app.run("dead", "list")
+    with app.engine.begin() as connection:
+        connection.execute(update(parked).values(state="dead"))
+    assert "1 keys are forgotten" in app.run("dead", "drop")
+    with app.engine.connect() as connection:
+        assert connection.execute(select(parked)).all() == []
 
 
 def test_the_url_of_an_async_application_will_do(app: Application) -> None:
@@ -250,13 +319,13 @@ def test_the_url_of_an_async_application_will_do(app: Application) -> None:
     url = app.url.replace("sqlite:", "sqlite+aiosqlite:")
     at = ("--app", f"{app.name}:memory", "--url", url)
     assert "Likes tea" in invoke("log", *at, "Note")
-    assert "Nothing is pending" in invoke("relay", *at, "--drain")
+    assert "Nothing is pending" in invoke("drain", *at)
 
 
 def test_verify_tells_drift_by_its_exit_code(app: Application) -> None:
     """And --repair mends it."""
     app.add("Likes tea")
-    app.run("relay", "--drain")
+    app.run("drain")
     assert "Nothing has drifted" in app.run("verify")
 
     index = app.module.memory.indexes["memory"]
@@ -275,7 +344,7 @@ def test_backfill_takes_in_what_was_there_before(bare: Application, named: Calla
     bare.run("init")
     assert "2 rows were new" in bare.run("backfill", named(bare), "--batch-size", "1")
     assert "0 rows were new" in bare.run("backfill", named(bare))
-    bare.run("relay", "--drain")
+    bare.run("drain")
     assert "Nothing has drifted" in bare.run("verify")
 
 

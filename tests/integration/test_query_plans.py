@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event, insert, select, text
 
-from memstate_sa.relay.backlog import forget_delivered
+from memstate_sa.relay.retention import forget_delivered
 from memstate_sa.tables import log, outbox
 from tests.support import Person, Tag, World
 

@@ -538,7 +538,7 @@ def test_writers_are_not_starved_and_do_not_fail(sqlite_engine: Engine) -> None:
 
 def test_delivered_entries_are_forgotten_and_undelivered_kept(world: World) -> None:
     """The outbox does not grow for ever, and loses nothing."""
-    from memstate_sa.relay.backlog import forget_delivered
+    from memstate_sa.relay.retention import forget_delivered
 
     say(world, a="x", b="y")
     world.relay.drain()

@@ -1,0 +1,63 @@
+"""Keys that an index refused too often, and an index that is not to be delivered to for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, and_, delete, select, update
+from sqlalchemy.engine import Connection
+
+from memstate_sa.arrays import as_array, each
+from memstate_sa.errors import MemstateError
+from memstate_sa.outbox import take_write_lock
+from memstate_sa.relay.claims import IndexKey, database_now, of_index
+from memstate_sa.relay.plan import DEAD, PARKED
+from memstate_sa.tables import index_state, parked
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A key that *index* refused ``attempts`` times. It is tried again when its row changes, or by `Relay.retry_dead`.
+
+    ``key`` is the primary key as a JSON array. ``error`` names types, never the fact.
+    """
+
+    index: str
+    entity: str
+    key: str
+    attempts: int
+    error: str
+
+
+def _dead(keys: Collection[str] | None) -> ColumnElement[bool]:
+    chosen = and_(of_index(parked), parked.c.state == DEAD)
+    return chosen if keys is None else and_(chosen, parked.c.key.in_(select(each("keys").c.value)))
+
+
+def read_dead(connection: Connection, index: IndexKey, limit: int) -> list[DeadLetter]:
+    columns = (parked.c.entity, parked.c.key, parked.c.attempts, parked.c.error)
+    statement = select(*columns).where(_dead(None)).order_by(parked.c.entity, parked.c.key).limit(limit)
+    return [DeadLetter(index.name, *row) for row in connection.execute(statement, index.parameters()).all()]
+
+
+def retry_dead(connection: Connection, index: IndexKey, keys: Collection[str] | None) -> int:
+    """Have them tried again, with a new count of attempts; returns how many."""
+    take_write_lock(connection)
+    statement = update(parked).where(_dead(keys))
+    statement = statement.values(state=PARKED, attempts=0, next_at=database_now(connection))
+    return connection.execute(statement, {**index.parameters(), "keys": as_array(keys or ())}).rowcount
+
+
+def drop_dead(connection: Connection, index: IndexKey, keys: Collection[str] | None) -> int:
+    """Forget them; returns how many. What the index holds of such a key stays until its row changes."""
+    take_write_lock(connection)
+    statement = delete(parked).where(_dead(keys))
+    return connection.execute(statement, {**index.parameters(), "keys": as_array(keys or ())}).rowcount
+
+
+def set_paused(connection: Connection, index: IndexKey, *, paused: bool) -> None:
+    take_write_lock(connection)
+    statement = update(index_state).where(of_index(index_state)).values(paused=paused)
+    if connection.execute(statement, index.parameters()).rowcount == 0:
+        raise MemstateError(f"index {index.name!r} was never delivered to; there is nothing to pause or resume")

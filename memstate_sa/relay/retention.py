@@ -1,0 +1,145 @@
+"""How long what is kept: outbox entries until every index has them; log and ledger for ever, if not told otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    delete,
+    exists,
+    false,
+    not_,
+    null,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.engine import Connection
+
+from memstate_sa.arrays import as_array, each
+from memstate_sa.outbox import take_write_lock
+from memstate_sa.positions import Position, Snapshot
+from memstate_sa.relay.claims import SCAN
+from memstate_sa.relay.ledger import by_entity
+from memstate_sa.tables import (
+    Xid8,
+    cursor,
+    holder,
+    index_state,
+    ledger,
+    log,
+    outbox,
+    parked,
+    refill,
+    transaction,
+    utcnow,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long to keep what is not needed for delivery; None is for ever.
+
+    ``log``: older changes of a row become one baseline. History, undo and time travel end there. ``ledger``: of rows
+    that are deleted. ``index``: an index that no relay has delivered to for so long holds nothing up any more, neither
+    the outbox nor vacuum; when it comes back it is compared with the tables and brought up to date in full.
+    """
+
+    log: timedelta | None = None
+    ledger: timedelta | None = None
+    index: timedelta | None = timedelta(days=7)
+
+
+def forget_delivered(connection: Connection, limit: int = 10_000) -> int:
+    """Delete up to *limit* outbox entries that every index has, oldest first; returns how many.
+
+    An index that is being filled may be past an entry whose row it does not hold yet: search reads it here meanwhile.
+    """
+    places = connection.execute(select(cursor.c.snapshot, cursor.c.xid, cursor.c.position).distinct()).all()
+    filling = set(connection.scalars(select(refill.c.entity).where(not_(refill.c.done)).distinct()))
+    if not places or SCAN in filling:
+        return 0
+    take_write_lock(connection)
+    floor = min(Position(Snapshot.parse(snapshot), xid, id_).floor for snapshot, xid, id_ in places)
+    parameters = {"xid": str(floor[0]), "id": floor[1], "filling": as_array(filling), "limit": limit}
+    return connection.execute(_forget(connection.dialect.name), parameters).rowcount
+
+
+@cache
+def _forget(dialect_name: str) -> Any:
+    up_to: ColumnElement[bool] = outbox.c.id <= bindparam("id", type_=BigInteger())
+    order: tuple[ColumnElement[Any], ...] = (outbox.c.id,)
+    if dialect_name == "postgresql":
+        end = tuple_(cast(bindparam("xid", type_=Text()), Xid8()), bindparam("id", type_=BigInteger()))
+        up_to, order = tuple_(outbox.c.xid, outbox.c.id) <= end, (outbox.c.xid, outbox.c.id)
+    kept = outbox.c.entity.in_(select(each("filling").c.value))
+    some = select(outbox.c.id).where(up_to, not_(kept)).order_by(*order).limit(bindparam("limit"))
+    return delete(outbox).where(outbox.c.id.in_(some))
+
+
+def forget_idle_indexes(connection: Connection, keep: timedelta) -> int:
+    """Forget what is known of indexes that no relay has held for *keep*; returns how many."""
+    take_write_lock(connection)
+    before = utcnow() - keep
+    held = exists().where(
+        holder.c.index == index_state.c.index,
+        holder.c.incarnation == index_state.c.incarnation,
+        holder.c.lease_until > before,
+    )
+    idle = select(index_state.c.index, index_state.c.incarnation).where(index_state.c.active_at < before, not_(held))
+    found = connection.execute(idle).all()
+    for name, incarnation in found:
+        for table in (cursor, refill, parked, ledger, holder, index_state):
+            connection.execute(delete(table).where(table.c.index == name, table.c.incarnation == incarnation))
+    return len(found)
+
+
+def forget_ledger(connection: Connection, keep: timedelta) -> int:
+    """Delete what is known of rows that were deleted more than *keep* ago."""
+    take_write_lock(connection)
+    return connection.execute(delete(ledger).where(ledger.c.deleted, ledger.c.at < utcnow() - keep)).rowcount
+
+
+def fold_log(connection: Connection, keep: timedelta, after: int, limit: int = 2_000) -> int:
+    """Fold changes older than *keep* into one baseline a row, a page of the log after the id *after*.
+
+    Returns where the page ended, *after* when there is no more. A transaction is folded as a whole, or not yet: half of
+    it could not be undone.
+    """
+    take_write_lock(connection)
+    before = utcnow() - keep
+    younger = log.alias()
+    is_whole = not_(exists().where(younger.c.tx == log.c.tx, younger.c.at >= before))
+    old = select(log.c.id, log.c.entity, log.c.key).where(log.c.id > after, log.c.at < before, is_whole)
+    rows = connection.execute(old.order_by(log.c.id).limit(limit)).all()
+    if not rows:
+        return after
+    last: int = rows[-1].id
+    newer = log.alias()
+    for entity, keys in by_entity({(row.entity, row.key) for row in rows}).items():
+        mine = and_(log.c.entity == entity, log.c.key.in_(select(each("keys").c.value)), log.c.id <= last)
+        superseded = exists().where(
+            newer.c.entity == log.c.entity, newer.c.key == log.c.key, newer.c.id > log.c.id, newer.c.id <= last
+        )
+        given = {"keys": as_array(keys)}
+        connection.execute(delete(log).where(mine, superseded), given)
+        connection.execute(delete(log).where(mine, log.c.op == "delete"), given)
+        folded = update(log).where(mine).values(op="baseline", step=false(), reverts=null())
+        connection.execute(folded, given)
+    return last
+
+
+def forget_headers(connection: Connection, keep: timedelta) -> int:
+    """Delete labels of transactions of which the log has nothing left."""
+    take_write_lock(connection)
+    unused = not_(exists().where(log.c.tx == transaction.c.tx))
+    return connection.execute(delete(transaction).where(transaction.c.at < utcnow() - keep, unused)).rowcount

@@ -1,0 +1,496 @@
+"""Living with the relay: waiting for one's own commit, several workers, what is kept, what wakes it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, event, func, insert, select, text, update
+from sqlalchemy.orm import Session
+
+from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, MemstateError
+from memstate_sa.indexes import InMemoryIndex, Point
+from memstate_sa.positions import slot_of
+from memstate_sa.relay import Retention, RetryPolicy
+from memstate_sa.relay.retention import forget_delivered
+from memstate_sa.tables import cursor, holder, index_state, ledger, log, outbox, parked, utcnow
+from memstate_sa.tables import transaction as header
+from tests.integration.test_relay import Spy, eventually, say
+from tests.integration.test_relay_edges import Interrupted, holds
+from tests.support import Person, Tag, World, assert_index_holds, expire_leases
+
+pytestmark = pytest.mark.sa20
+
+
+def means(*names: str, meaning: str = "x") -> dict[str, str]:
+    return {f'tag["{name}"]': f"{name} means {meaning}" for name in names}
+
+
+# -- waiting -----------------------------------------------------------------------------------------------------------
+
+
+def test_wait_returns_when_the_index_has_it(engine: Engine) -> None:
+    """An "eventual" search finds it then; a key in the outbox would not be found by that."""
+    world = World(engine)
+    with world.memory.relay(engine), world.session() as session:
+        for n in range(5):
+            session.add(Tag(name=f"t{n}", meaning="something"))
+            session.commit()
+            world.memory.wait(session)
+            hits = world.memory.search(session, f"t{n} means something", Tag, limit=1, consistency="eventual")
+            assert [hit.fact.name for hit in hits] == [f"t{n}"]
+
+
+def test_wait_for_a_token_of_another_process(engine: Engine) -> None:
+    """The token is the transaction's; deletes are waited for, too."""
+    world = World(engine)
+    say(world, a="x")
+    world.relay.drain()
+    elsewhere = World(create_engine(engine.url), world.index)
+    with world.session() as session:
+        session.delete(session.get_one(Tag, "a"))
+        session.commit()
+        token = world.memory.token(session)
+        [change] = [change for change in world.memory.history(session, Tag) if change.op == "delete"]
+    assert token == change.tx
+    with pytest.raises(DeliveryError, match=r"not in index 'memory' within 0.05 s; is a relay running\?"):
+        elsewhere.memory.wait(token, timeout=0.05)
+    with world.memory.relay(engine):
+        elsewhere.memory.wait(token)
+    assert world.index.scan(None, 5) == []
+    elsewhere.engine.dispose()
+
+
+def test_wait_says_what_an_index_refused(engine: Engine) -> None:
+    """It would wait for ever."""
+    index = Spy()
+    index.refuse = lambda point: DeliveryRejected("no")
+    world = World(engine, index)
+    relay = world.memory.relay(engine, policy=RetryPolicy(max_attempts=1))
+    with world.session() as session:
+        session.add(Tag(name="a"))
+        session.commit()
+        relay.drain()
+        with pytest.raises(DeliveryError, match=r"refused tag \[\"a\"\]: DeliveryRejected: no"):
+            world.memory.wait(session)
+
+
+def test_waiting_for_nothing(world: World) -> None:
+    """A Session that committed nothing of ours; a token where nobody knows which database is meant."""
+    with world.session() as session:
+        world.memory.wait(session)
+        assert world.memory.token(session) is None
+    other = create_engine("sqlite://")
+    world.memory.relay(other)
+    with pytest.raises(MemstateError, match="engine="):
+        world.memory.wait("abc")
+    other.dispose()
+
+
+async def test_waiting_in_a_coroutine(tmp_path: Any) -> None:
+    """In a thread, for an AsyncSession's commit."""
+    pytest.importorskip("aiosqlite")
+    from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+
+    from memstate_sa import sqlite
+
+    engine = sqlite.configure(create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'facts.db'}"))
+    world = World(sqlite.configure(create_engine(f"sqlite:///{tmp_path / 'facts.db'}")))
+    sessions = async_sessionmaker(engine)
+    world.memory.attach(sessions)
+    with world.memory.relay(engine):
+        async with sessions() as session:
+            session.add(Tag(name="a", meaning="x"))
+            await session.commit()
+            await asyncio.to_thread(world.memory.wait, session)
+    assert_index_holds(world.index, world.embedder, means("a"))
+    await engine.dispose()
+    world.engine.dispose()
+
+
+# -- several workers ---------------------------------------------------------------------------------------------------
+
+
+def test_workers_share_the_keys(postgres_engine: Engine) -> None:
+    """Three come one after the other and end up with a third each; when one leaves, the others have its keys."""
+    world = World(postgres_engine)
+    relays = [world.memory.relay(postgres_engine, poll_s=(0.01, 0.05)) for _ in range(3)]
+
+    def shares() -> list[int]:
+        return sorted(len(relay._couriers[0].delivery.holder.epochs) for relay in relays)
+
+    try:
+        for count, relay in enumerate(relays, start=1):
+            relay.start()
+            expected = sorted([0] * (3 - count) + [64 // count + (n < 64 % count) for n in range(count)])
+            eventually(lambda expected=expected: shares() == expected)  # type: ignore[misc]
+        say(world, **{f"t{n}": "x" for n in range(200)})
+        eventually(lambda: holds(world.index, means(*(f"t{n}" for n in range(200)))))
+        converged = [relay.counters()["memory"].converged for relay in relays]
+        assert sum(converged) == 200 and all(converged)
+        relays[0].stop()
+        eventually(lambda: shares() == [0, 32, 32])
+        say(world, **{f"t{n}": "y" for n in range(50)})
+        everything = {**means(*(f"t{n}" for n in range(200))), **means(*(f"t{n}" for n in range(50)), meaning="y")}
+        eventually(lambda: holds(world.index, everything))
+    finally:
+        for relay in relays:
+            relay.stop()
+    world.assert_in_step()
+
+
+def test_a_slow_index_does_not_hold_the_others(engine: Engine) -> None:
+    """Each has a thread and a position of its own."""
+    from memstate_sa import Memory
+
+    slow, fast, go = Interrupted(), InMemoryIndex(), threading.Event()
+    slow.during, slow.meddle = "before upsert", lambda: go.wait(20)
+    world = World(engine)
+    memory = Memory({"slow": slow, "fast": fast}, embedder=world.embedder)
+    memory.track(Tag, text=lambda tag: f"{tag.name} means {tag.meaning}")
+    with memory.relay(engine):
+        for n in range(3):
+            say(world, **{f"t{n}": "x"})
+            memory._wake()
+            eventually(lambda n=n: holds(fast, means(*(f"t{m}" for m in range(n + 1)))))  # type: ignore[misc]
+        assert slow.scan(None, 5) == []
+        go.set()
+        eventually(lambda: holds(slow, means("t0", "t1", "t2")))
+
+
+def test_a_process_that_died_at_a_server_is_succeeded_when_its_lease_is_over(engine: Engine) -> None:
+    """Its last request may be waiting there; what lives in the process has died with it."""
+    world = World(engine, Interrupted())
+    world.index.in_process = False  # type: ignore[attr-defined]
+    say(world, a="x")
+    world.relay.run_once()
+    with engine.begin() as connection:
+        for table in (holder, cursor):
+            dead = func.replace(table.c.owner, f" {os.getpid()} ", " 999999999 ")
+            connection.execute(update(table).values(owner=dead))
+    say(world, b="x")
+    assert world.memory.relay(engine).run_once() == 0
+    world.index.in_process = True  # type: ignore[attr-defined]
+    world.memory.relay(engine).drain()
+    assert_index_holds(world.index, world.embedder, means("a", "b"))
+
+
+# -- calls that land late ----------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_timed_out_may_land_after_the_retry(engine: Engine) -> None:
+    """Under the same claim no fence holds it back: the key is delivered once more when it cannot land any more."""
+    index = Interrupted()
+    world = World(engine, index)
+    relay = world.memory.relay(engine, lease_s=0.6, policy=RetryPolicy(delay_s=0.01))
+    say(world, a="first")
+    relay.drain()
+    late: list[Sequence[Point]] = []
+    upsert = index.upsert
+
+    def time_out(points: Sequence[Point]) -> None:
+        index.upsert = upsert  # type: ignore[method-assign]
+        late.append(points)
+        raise TimeoutError
+
+    index.upsert = time_out  # type: ignore[method-assign]
+    say(world, a="second")
+    with pytest.raises(DeliveryRetryable):
+        relay.run_once()
+    say(world, a="third")
+    assert relay.run_once() == 1
+    assert_index_holds(index, world.embedder, means("a", meaning="third"))
+    index.upsert(late[0])
+    assert_index_holds(index, world.embedder, means("a", meaning="second"))
+    eventually(lambda: relay.run_once() == 1, 5)
+    assert_index_holds(index, world.embedder, means("a", meaning="third"))
+    relay.stop()
+    world.assert_in_step()
+
+
+def test_an_answer_is_not_waited_for_again(engine: Engine) -> None:
+    """A provider that said no, or was not reached, has nothing under way."""
+    index = Spy()
+    world = World(engine, index)
+    world.relay.drain()
+    failures: list[Exception] = [ConnectionRefusedError(), DeliveryRetryable("429", may_land=False)]
+    index.refuse = lambda point: failures.pop() if failures else None
+    say(world, a="x")
+    world.relay.drain()
+    with engine.connect() as connection:
+        assert connection.execute(select(parked)).all() == []
+
+
+def test_settling_does_not_embed_again(engine: Engine) -> None:
+    """What the dead holder wrote is there: it is written again with its vector."""
+    world = World(engine)
+    say(world, a="x")
+    world.relay.drain()
+    embedded: list[str] = []
+    embed = world.embedder.embed
+    world.embedder.embed = lambda texts: embedded.extend(texts) or embed(texts)  # type: ignore[method-assign,assignment,func-returns-value]
+    say(world, b="y", c="z")
+    dying = world.memory.relay(engine)
+    dying._couriers[0].step()
+    dying._couriers[0].delivery.holder.forget()
+    with engine.begin() as connection:  # the position was not recorded
+        first = connection.scalar(select(func.min(outbox.c.id)))
+        connection.execute(update(cursor).values(position=0 if engine.dialect.name == "sqlite" else first))
+        if engine.dialect.name == "postgresql":
+            connection.execute(update(cursor).values(snapshot="3:3:", xid=0, position=0))
+    expire_leases(engine)
+    world.relay.drain()
+    del world.embedder.embed
+    assert sorted(embedded) == ["b means y", "c means z"]
+    world.assert_in_step()
+
+
+# -- intents of strict transactions ------------------------------------------------------------------------------------
+
+
+def add_intent(session: Session, engine: Engine, key: str) -> None:
+    """On another connection, durable at once, under the xid of the transaction that *session* has open."""
+    xid = session.connection().exec_driver_sql("SELECT pg_current_xact_id()::text").scalar_one()
+    with engine.begin() as connection:
+        connection.execute(
+            insert(outbox).values(
+                xid=text(f"'{xid}'::xid8"),
+                slot=slot_of("tag", key),
+                entity="tag",
+                key=key,
+                tx="intent",
+                created_at=utcnow(),
+                intent=True,
+            )
+        )
+
+
+def test_no_window_passes_an_intent_before_its_transaction_ends(postgres_engine: Engine) -> None:
+    """And then its key is settled: the index was written whatever became of the transaction."""
+    index = Interrupted(fenced=False)
+    world = World(postgres_engine, index)
+    relay = world.memory.relay(postgres_engine, lease_s=0.5)
+    say(world, a="truth")
+    relay.drain()
+    with world.session() as session:
+        session.get_one(Tag, "a").meaning = "never committed"
+        session.flush()
+        add_intent(session, postgres_engine, '["a"]')
+        [vector] = world.embedder.embed(["a means never committed"])
+        index.upsert([Point('tag["a"]', vector, "f")])
+        say(world, b="truth")
+        relay.drain()
+        assert_index_holds(
+            index, world.embedder, {**means("a", meaning="never committed"), **means("b", meaning="truth")}
+        )
+        session.rollback()
+    assert relay.run_once() == 1
+    assert_index_holds(index, world.embedder, means("a", "b", meaning="truth"))
+    # The application may have died in its call, which lands only now.
+    index.upsert([Point('tag["a"]', vector, "f")])
+    eventually(lambda: relay.run_once() == 1, 5)
+    world.assert_in_step()
+    relay.stop()
+
+
+# -- a younger cluster -------------------------------------------------------------------------------------------------
+
+
+def test_a_dump_restored_into_a_younger_cluster_is_noticed(postgres_engine: Engine) -> None:
+    """Its snapshots are in the future, and would hide every entry: the index is compared in full, and goes on."""
+    world = World(postgres_engine)
+    say(world, a="x", b="x")
+    world.relay.drain()
+    with postgres_engine.begin() as connection:
+        connection.execute(update(cursor).values(snapshot="900000000:900000000:"))
+        connection.execute(text("UPDATE tag SET meaning = 'y' WHERE name = 'b'"))  # as the dump has it
+        connection.execute(text("UPDATE memstate_outbox SET xid = '3'"))
+    say(world, c="x")
+    world.relay.drain()
+    assert_index_holds(world.index, world.embedder, {**means("a", "c"), **means("b", meaning="y")})
+
+
+# -- what wakes it -----------------------------------------------------------------------------------------------------
+
+
+def test_a_commit_of_another_process_is_told(postgres_engine: Engine) -> None:
+    """By NOTIFY, from a connection apart: far before the next poll."""
+    world = World(postgres_engine)
+    other = World(create_engine(postgres_engine.url))
+    with world.memory.relay(postgres_engine, poll_s=(30.0, 30.0)):
+        eventually(lambda: world.relay.counters()["memory"].converged == 0)
+        time.sleep(0.3)  # idle, until its next look in half a minute
+        say(other, a="x")
+        eventually(lambda: holds(world.index, means("a")), 5)
+    other.memory.close()
+    other.engine.dispose()
+
+
+def test_nobody_notifies_inside_the_application_s_transaction(postgres_engine: Engine) -> None:
+    """Commits with a NOTIFY wait for each other, cluster-wide."""
+    world = World(postgres_engine)
+    seen: list[tuple[int, str]] = []
+    event.listen(
+        postgres_engine,
+        "before_cursor_execute",
+        lambda connection, dbapi, statement, *rest: seen.append((threading.get_ident(), statement)),
+    )
+    say(world, a="x")
+    eventually(lambda: any("pg_notify" in statement for _, statement in seen))
+    assert not any("notify" in statement.lower() for thread, statement in seen if thread == threading.get_ident())
+    world.memory.close()
+
+
+def test_an_idle_relay_costs_next_to_nothing(postgres_engine: Engine) -> None:
+    """At most a query every two seconds."""
+    world = World(postgres_engine)
+    say(world, a="x")
+    statements: list[float] = []
+    with world.memory.relay(postgres_engine, poll_s=(5.0, 5.0), lease_s=30.0):
+        eventually(lambda: holds(world.index, means("a")))
+        time.sleep(1.0)
+        event.listen(postgres_engine, "before_cursor_execute", lambda *arguments: statements.append(time.monotonic()))
+        time.sleep(10.0)
+    assert len(statements) <= 5 + 6  # and what it takes to stop
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+def test_the_outbox_does_not_grow_behind_an_idle_index(engine: Engine) -> None:
+    """One index has nothing to do; its position moves on all the same."""
+    from memstate_sa import Memory
+
+    world = World(engine)
+    memory = Memory({"busy": InMemoryIndex(), "idle": InMemoryIndex()}, embedder=world.embedder)
+    memory.track(Tag, text="meaning", index="busy")
+    memory.track(Person, text="about", index="idle")
+    relay = memory.relay(engine)
+    relay.drain()
+    say(world, a="x", b="y")
+    relay.drain()
+    with engine.begin() as connection:
+        forget_delivered(connection)
+        assert connection.scalars(select(outbox.c.key)).all() == []
+
+
+def test_an_index_that_nobody_delivers_to_is_forgotten(engine: Engine) -> None:
+    """It holds nothing up any more; when it comes back it is brought up to date, without embedding what it has."""
+    from memstate_sa import Memory
+
+    world = World(engine)
+    lasting = InMemoryIndex()
+    memory = Memory({"old": lasting}, embedder=world.embedder)
+    memory.track(Tag, text=lambda tag: f"{tag.name} means {tag.meaning}")
+    say(world, a="x", b="x")
+    memory.relay(engine).drain()
+    say(world, b="y", c="x")
+    with world.session() as session:
+        session.delete(session.get_one(Tag, "a"))
+        session.commit()
+    with engine.begin() as connection:
+        connection.execute(update(index_state).values(active_at=utcnow() - timedelta(days=8)))
+    relay = world.memory.relay(engine, retention=Retention(index=timedelta(days=7)))
+    relay.drain()
+    with engine.connect() as connection:
+        assert connection.scalars(select(cursor.c.index).distinct()).all() == ["memory"]
+    relay._forget_at = 0.0
+    relay.run_once()
+    with engine.connect() as connection:
+        assert connection.scalars(select(outbox.c.key)).all() == []
+    relay.stop()
+    memory.relay(engine).drain()
+    assert_index_holds(lasting, world.embedder, {**means("b", meaning="y"), **means("c")})
+
+
+def test_old_changes_become_one_baseline(engine: Engine) -> None:
+    """With a retention of the log; without one nothing is ever deleted. What is left replays to the table."""
+    world = World(engine)
+    for meaning in ("one", "two", "three"):
+        say(world, a=meaning, b=meaning)
+    with world.session() as session:
+        world.memory.annotate(session, actor="ada")
+        session.delete(session.get_one(Tag, "b"))
+        session.commit()
+    world.relay.drain()
+    with engine.begin() as connection:
+        everything = connection.scalar(select(func.count()).select_from(log))
+        assert everything == 7
+        for table in (log, header):
+            connection.execute(update(table).values(at=utcnow() - timedelta(days=31)))
+    say(world, a="four", c="new")
+    relay = world.memory.relay(engine, page_size=2, retention=Retention(log=timedelta(days=30)))
+    relay.drain()
+    with world.session() as session:
+        changes = [(change.key, change.op) for change in world.memory.history(session, Tag)]
+        assert changes == [("a", "baseline"), ("a", "update"), ("c", "insert")]
+        [undone] = [c for c in world.memory.rollback(session, steps=5) if c.key == "a"]
+        assert undone.after is not None and undone.after["meaning"] == "three"
+        session.commit()
+    with engine.connect() as connection:
+        assert "ada" not in connection.scalars(select(header.c.actor)).all()
+    world.assert_in_step()
+
+
+def test_a_transaction_is_folded_as_a_whole(engine: Engine) -> None:
+    """Half of it could not be undone."""
+    world = World(engine)
+    say(world, a="one", b="one")
+    with engine.begin() as connection:
+        connection.execute(update(log).where(log.c.key == '["a"]').values(at=utcnow() - timedelta(days=31)))
+    world.memory.relay(engine, retention=Retention(log=timedelta(days=30))).drain()
+    with world.session() as session:
+        assert {change.op for change in world.memory.history(session, Tag)} == {"insert"}
+        assert len(world.memory.rollback(session)) == 2
+        session.commit()
+    world.assert_in_step()
+
+
+def test_the_ledger_forgets_deleted_rows(engine: Engine) -> None:
+    """If told to, and not before their time."""
+    world = World(engine)
+    say(world, a="x", b="x")
+    world.relay.drain()
+    with world.session() as session:
+        session.delete(session.get_one(Tag, "a"))
+        session.commit()
+    world.relay.drain()
+    for keep, left in ((timedelta(days=1), {'["a"]', '["b"]'}), (timedelta(), {'["b"]'})):
+        world.memory.relay(engine, retention=Retention(ledger=keep)).drain()
+        with engine.connect() as connection:
+            assert set(connection.scalars(select(ledger.c.key))) == left
+    world.assert_in_step()
+
+
+# -- stopping ----------------------------------------------------------------------------------------------------------
+
+
+def test_stopping_ends_after_the_batch_in_work(engine: Engine) -> None:
+    """What was written is recorded; the rest is the next holder's, at once."""
+    index = Spy(max_batch=5)
+    world = World(engine, index)
+    world.relay.drain()
+    say(world, **{f"t{n:02}": "x" for n in range(50)})
+    writing = threading.Event()
+
+    def slow(point: Point) -> None:
+        writing.set()
+        time.sleep(0.02)
+
+    index.refuse = slow
+    relay = world.memory.relay(engine)
+    relay.start()
+    assert writing.wait(10)
+    relay.stop()
+    written = sum(map(len, index.batches))
+    assert 5 <= written < 50
+    index.refuse = lambda point: None
+    index.batches.clear()
+    world.assert_in_step()
+    assert sum(map(len, index.batches)) == 50 - written
