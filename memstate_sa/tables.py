@@ -171,7 +171,6 @@ holder = Table(
     Column("index", _Name, primary_key=True),
     Column("incarnation", _Name, primary_key=True),
     Column("owner", Text, primary_key=True),
-    Column("since", UTCDateTime, nullable=False),
     Column("lease_until", UTCDateTime, nullable=False),
     comment="who delivers to an index; one lease for all of its slots",
 )

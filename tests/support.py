@@ -107,7 +107,7 @@ class World:
 
 def overtake(engine: Engine) -> None:
     """Another holder takes every slot of every index, as if ours had been stopped for longer than its lease."""
-    other = {"owner": "elsewhere 1 x", "since": utcnow(), "lease_until": utcnow() + timedelta(minutes=1)}
+    other = {"owner": "elsewhere 1 x", "lease_until": utcnow() + timedelta(minutes=1)}
     with engine.begin() as connection:
         indexes = connection.execute(select(cursor.c.index, cursor.c.incarnation).distinct()).mappings().all()
         connection.execute(delete(holder))

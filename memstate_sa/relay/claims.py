@@ -148,7 +148,7 @@ def look(connection: Connection, index: IndexKey, owner: str, entities: str, slo
 # -- claiming ---------------------------------------------------------------------------------------------------------
 
 _cursors = select(cursor).where(of_index(cursor)).order_by(cursor.c.slot)
-_holders = select(holder.c.owner, holder.c.lease_until).where(of_index(holder)).order_by(holder.c.since, holder.c.owner)
+_holders = select(holder.c.owner, holder.c.lease_until).where(of_index(holder))
 _me = and_(of_index(holder), holder.c.owner == bindparam("me"))
 _renew = update(holder).where(_me).values(lease_until=bindparam("until"))
 
@@ -194,8 +194,7 @@ def claim(
         _rebase(connection, index, present)
         rows = connection.execute(_cursors, index.parameters()).all()
     live = _live(connection, index, owner, now, now + timedelta(seconds=lease_s), look_for_gone=in_process)
-    share, more = divmod(len(slots(dialect)), len(live))
-    quota = share + (live.index(owner) < more)
+    quota = -(-len(slots(dialect)) // len(live))  # rounded up: no slot is left over
     kept = {
         row.slot: Held(row.epoch, _position(row), fresh=False, settle=False)
         for row in rows
@@ -231,17 +230,17 @@ def _live(
     until: datetime,
     *,
     look_for_gone: bool,
-) -> list[str]:
-    """The owners whose lease runs, *owner* among them, oldest first; the others are struck off."""
+) -> set[str]:
+    """The owners whose lease runs, *owner* among them; the others are struck off."""
     statement = upsert(connection.dialect.name, holder).on_conflict_do_update(
         index_elements=list(holder.primary_key.columns), set_={"lease_until": until}
     )
-    connection.execute(statement, {**index.values(), "owner": owner, "since": now, "lease_until": until})
+    connection.execute(statement, {**index.values(), "owner": owner, "lease_until": until})
     known = connection.execute(_holders, index.parameters()).all()
     gone = [name for name, lease_until in known if lease_until <= now or (look_for_gone and is_gone(name))]
     if gone:
         connection.execute(delete(holder).where(of_index(holder), holder.c.owner.in_(gone)), index.parameters())
-    return [name for name, _ in known if name not in gone]
+    return {name for name, _ in known}.difference(gone)
 
 
 def _require_registered(connection: Connection, index: IndexKey, now: datetime, embedder: str, dimension: int) -> None:
