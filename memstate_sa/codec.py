@@ -120,4 +120,6 @@ def encode_key(values: Sequence[Any]) -> str:
 
 
 def decode_key(key: str) -> tuple[Any, ...]:
+    if key[1:-1].isdecimal() and key.isascii():
+        return (int(key[1:-1]),)
     return tuple(decode(data) for data in json.loads(key))

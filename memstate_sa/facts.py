@@ -26,6 +26,7 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.orm.attributes import set_committed_value
 
+from memstate_sa.arrays import as_json
 from memstate_sa.codec import encode, encode_key
 from memstate_sa.columns import TableColumns
 from memstate_sa.errors import MemstateError
@@ -65,12 +66,9 @@ class Projection(NamedTuple):
     text_fingerprint: str | None
 
 
-_sorted_json = json.JSONEncoder(sort_keys=True).encode  # json.dumps() would make an encoder each time
-
-
 def _digest(*parts: str) -> str:
-    data = json.dumps(parts, ensure_ascii=True).encode()
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    data = "".join(f"{len(part)}:{part}" for part in parts)
+    return hashlib.blake2b(data.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _scalar(value: Any) -> Scalar:
@@ -157,6 +155,11 @@ class Tracked:
         return tuple(self.table.primary_key.columns)
 
     @cached_property
+    def _sorted_metadata(self) -> list[str]:
+        """Whatever the order in which they are declared, the fingerprint is the same."""
+        return sorted(self.metadata)
+
+    @cached_property
     def criterion(self) -> ColumnElement[bool] | None:
         return inheritance_criterion(self.mapper)
 
@@ -173,12 +176,12 @@ class Tracked:
         if text is None or not str(text).strip():
             return Projection(key, None, {}, None, None)
         text = str(text)
-        metadata = {name: _scalar(values[name]) for name in self.metadata}
+        metadata = {name: _scalar(values[name]) for name in self._sorted_metadata}
         return Projection(
             key,
             text,
             metadata,
-            fingerprint=_digest(embedder, text, _sorted_json(metadata)),
+            fingerprint=_digest(embedder, text, as_json(metadata)),
             text_fingerprint=_digest(embedder, text),
         )
 

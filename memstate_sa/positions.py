@@ -9,13 +9,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import NamedTuple
 
 SLOTS = 64
 """Keys are spread over this many slots by hash, the unit in which relays share work. Fixed: it is stored."""
 
 
+@lru_cache(8192)
 def slot_of(entity: str, key: str) -> int:
     """The slot of a key. Stored, so it must never change."""
     return zlib.crc32(f"{entity}\0{key}".encode()) % SLOTS

@@ -83,7 +83,7 @@ class Notifier:
                         if engine not in connections:
                             connections[engine] = _own_connection(engine)
                         connections[engine].execute(select(func.pg_notify(CHANNEL, "")))
-                    except SQLAlchemyError as error:  # the relays poll
+                    except Exception as error:  # noqa: BLE001  # whatever it is, the relays poll
                         logger.debug("no NOTIFY: %s", type(error).__name__)
                         _close(connections.pop(engine, None))
                         if self._told.wait(_RETRY_S) and self._closed:
