@@ -24,6 +24,7 @@ from sqlalchemy import (
     Text,
     false,
     text,
+    true,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
@@ -235,6 +236,8 @@ ledger = Table(
     Column("at", UTCDateTime, nullable=False),
     comment="what each index was last given for each key",
 )
+_deleted = ledger.c.deleted == true()
+Index("ix_memstate_ledger_deleted", ledger.c.at, postgresql_where=_deleted, sqlite_where=_deleted)
 
 unique = Table(
     "memstate_unique",

@@ -152,7 +152,6 @@ class Relay:
                 self._repeat(lambda connection: retention.forget_ledger(connection, keep_ledger))
             if keep_log is not None:
                 self._repeat(lambda connection: self._fold_log(connection, keep_log))
-                self._repeat(lambda connection: retention.forget_headers(connection, keep_log))
 
     def _repeat(self, delete_some: Callable[[Connection], int]) -> None:
         while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from itertools import takewhile
 from typing import Any
 
 from sqlalchemy import (
@@ -17,9 +18,11 @@ from sqlalchemy import (
     delete,
     exists,
     false,
+    func,
     not_,
     null,
     select,
+    true,
     tuple_,
     update,
 )
@@ -106,7 +109,7 @@ def forget_idle_indexes(connection: Connection, keep: timedelta) -> int:
 def forget_ledger(connection: Connection, keep: timedelta) -> int:
     """Delete what is known of rows that were deleted more than *keep* ago."""
     take_write_lock(connection)
-    return connection.execute(delete(ledger).where(ledger.c.deleted, ledger.c.at < utcnow() - keep)).rowcount
+    return connection.execute(delete(ledger).where(ledger.c.deleted == true(), ledger.c.at < utcnow() - keep)).rowcount
 
 
 def fold_log(connection: Connection, keep: timedelta, after: int, limit: int = 2_000) -> int:
@@ -117,13 +120,16 @@ def fold_log(connection: Connection, keep: timedelta, after: int, limit: int = 2
     """
     take_write_lock(connection)
     before = utcnow() - keep
-    younger = log.alias()
-    is_whole = not_(exists().where(younger.c.tx == log.c.tx, younger.c.at >= before))
-    old = select(log.c.id, log.c.entity, log.c.key).where(log.c.id > after, log.c.at < before, is_whole)
-    rows = connection.execute(old.order_by(log.c.id).limit(limit)).all()
+    page = select(log.c.id, log.c.entity, log.c.key, log.c.tx, log.c.at).where(log.c.id > after)
+    rows = list(takewhile(lambda row: row.at < before, connection.execute(page.order_by(log.c.id).limit(limit)).all()))
+    ends = select(log.c.tx, func.max(log.c.at)).where(log.c.tx.in_(select(each("transactions").c.value)))
+    ended = connection.execute(ends.group_by(log.c.tx), {"transactions": as_array({row.tx for row in rows})}).all()
+    young = {tx for tx, at in ended if at >= before}
+    rows = list(takewhile(lambda row: row.tx not in young, rows))
     if not rows:
         return after
     last: int = rows[-1].id
+    forgotten: set[str] = set()
     newer = log.alias()
     for entity, keys in by_entity({(row.entity, row.key) for row in rows}).items():
         mine = and_(log.c.entity == entity, log.c.key.in_(select(each("keys").c.value)), log.c.id <= last)
@@ -131,15 +137,11 @@ def fold_log(connection: Connection, keep: timedelta, after: int, limit: int = 2
             newer.c.entity == log.c.entity, newer.c.key == log.c.key, newer.c.id > log.c.id, newer.c.id <= last
         )
         given = {"keys": as_array(keys)}
-        connection.execute(delete(log).where(mine, superseded), given)
-        connection.execute(delete(log).where(mine, log.c.op == "delete"), given)
+        for gone in (superseded, log.c.op == "delete"):
+            forgotten.update(connection.scalars(delete(log).where(mine, gone).returning(log.c.tx), given))
         folded = update(log).where(mine).values(op="baseline", step=false(), reverts=null())
         connection.execute(folded, given)
-    return last
-
-
-def forget_headers(connection: Connection, keep: timedelta) -> int:
-    """Delete labels of transactions of which the log has nothing left."""
-    take_write_lock(connection)
     unused = not_(exists().where(log.c.tx == transaction.c.tx))
-    return connection.execute(delete(transaction).where(transaction.c.at < utcnow() - keep, unused)).rowcount
+    named = transaction.c.tx.in_(select(each("transactions").c.value))
+    connection.execute(delete(transaction).where(named, unused), {"transactions": as_array(forgotten)})
+    return last

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine, event, insert, select, text
 
+from memstate_sa import DeliveryError
+from memstate_sa.positions import slot_of
+from memstate_sa.relay import retention
 from memstate_sa.relay.retention import forget_delivered
-from memstate_sa.tables import log, outbox
+from memstate_sa.tables import log, outbox, parked, transaction, utcnow
 from tests.support import Person, Tag, World
 
 
@@ -143,3 +147,135 @@ def test_ids_and_outbox_grow_together(large: World) -> None:
     with large.engine.connect() as connection:
         assert connection.scalar(select(log.c.id).order_by(log.c.id.desc()).limit(1)) == 3300
         assert connection.scalar(select(outbox.c.id).order_by(outbox.c.id.desc()).limit(1)) == 3300
+
+
+# -- with the statistics of a million rows ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def million(postgres_engine: Engine) -> World:
+    """PostgreSQL's planner believes that every large table has a million rows; it may read them all if it likes."""
+    world = World(postgres_engine)
+    with world.session() as session:
+        for count, about in ((300, "about"), (10, "new")):
+            for _ in range(count):
+                session.execute(insert(Person), [{"name": f"p{n}", "about": f"{about} {n}"} for n in range(10)])
+                session.commit()
+            if about == "about":
+                world.relay.drain()
+    with postgres_engine.begin() as connection:
+        at = {"index": "memory", "incarnation": world.index.incarnation, "entity": "person"}
+        stuck = {"attempts": 1, "next_at": utcnow(), "error": "", "state": "parked", "mark": ""}
+        rows = [
+            {
+                **at,
+                "index": "other" if n % 50 else "memory",
+                "key": f"[{n}]",
+                "slot": slot_of("person", f"[{n}]"),
+                **stuck,
+            }
+            for n in range(1, 1000)
+        ]
+        connection.execute(insert(parked), rows)
+        connection.execute(insert(transaction), [{"tx": f"t{n}", "at": utcnow()} for n in range(500)])
+    with postgres_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE"))  # the visibility map is part of an index-only scan's cost
+        tables = (
+            "'memstate_log', 'memstate_outbox', 'memstate_ledger', 'memstate_parked', 'memstate_transaction', 'person'"
+        )
+        scale = "UPDATE pg_class SET reltuples = 1000000, relpages = relpages"
+        connection.execute(text(f"{scale} WHERE relname IN ({tables})"))
+        of_them = f"SELECT indexrelid FROM pg_index WHERE indrelid::regclass::text IN ({tables})"
+        connection.execute(text(f"{scale} WHERE oid IN ({of_them})"))
+    return world
+
+
+def planned(engine: Engine, action: Any) -> dict[str, str]:
+    """The plan of each statement that *action* runs on a table of ours, as the planner chooses it."""
+    seen: dict[str, Any] = {}
+
+    def explain(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+        if "memstate_" in statement and statement not in seen and re.match(r"\s*(SELECT|UPDATE|DELETE)", statement):
+            seen[statement] = ""
+            with connection.connection.driver_connection.cursor() as other:
+                other.execute("EXPLAIN " + statement, parameters[0] if many else parameters)
+                seen[statement] = "\n".join(row[0] for row in other.fetchall())
+
+    event.listen(engine, "before_cursor_execute", explain)
+    try:
+        action()
+    finally:
+        event.remove(engine, "before_cursor_execute", explain)
+    assert seen
+    return seen
+
+
+def assert_no_large_scan(found: dict[str, str]) -> None:
+    scan = r"Seq Scan on (memstate_(log|outbox|ledger|parked|transaction)|person)\b"
+    bad = {statement: plan for statement, plan in found.items() if re.search(scan, plan)}
+    assert not bad, "\n\n".join(f"{s}\n{p}" for s, p in bad.items())
+
+
+def test_a_relay_reads_no_large_table_as_a_whole(million: World) -> None:
+    """Claims, pages, truth, ledger, parked keys, acknowledgements."""
+    found = planned(million.engine, million.relay.drain)
+    assert_no_large_scan(found)
+    page = next(plan for statement, plan in found.items() if "lateral" in statement.lower() and "SMALLINT" in statement)
+    assert page.count("ix_memstate_outbox_xid") == 2
+    assert "Sort  (" not in page.replace("Incremental Sort", "") or page.count("Sort  (") == 1  # of one page
+
+
+def test_operation_reads_no_large_table_as_a_whole(million: World) -> None:
+    """Status, waiting, dead letters, the look of an idle relay."""
+
+    def operate() -> None:
+        million.memory.status(million.engine)
+        with million.engine.connect() as connection:
+            tx = connection.scalar(select(log.c.tx).order_by(log.c.id.desc()).limit(1))
+        with pytest.raises(DeliveryError):
+            million.memory.wait(tx, timeout=0.0, engine=million.engine)
+        million.relay.retry_dead()
+        million.relay.drop_dead(keys=["[1]"])
+        assert million.relay.dead() == []
+
+    assert_no_large_scan(planned(million.engine, operate))
+
+
+def test_a_fresh_search_reads_no_large_table_as_a_whole(million: World) -> None:
+    """Undelivered keys, own and others', and refused ones."""
+
+    def search() -> None:
+        with million.session() as session:
+            million.memory.search(session, "about 7", Person)
+            session.add(Person(name="x", about="mine"))
+            million.memory.search(session, "mine", Person)
+
+    assert_no_large_scan(planned(million.engine, search))
+
+
+def test_cleaning_up_reads_no_large_table_as_a_whole(million: World) -> None:
+    """What every index has; what is old, if it is not to be kept."""
+    million.relay.drain()
+
+    def clean() -> None:
+        with million.engine.begin() as connection:
+            retention.forget_delivered(connection)
+            retention.forget_ledger(connection, timedelta(days=1))
+            retention.fold_log(connection, timedelta(), 0, limit=50)
+
+    assert_no_large_scan(planned(million.engine, clean))
+
+
+def test_a_page_costs_no_more_behind_a_transaction_that_runs_for_ever(million: World) -> None:
+    """It pins the oldest snapshot; the page is read from where the index is, not from there."""
+    pinned = million.engine.connect()
+    xid = int(pinned.scalar(text("SELECT pg_current_xact_id()::text")) or 0)
+    million.relay.drain()
+    with million.session() as session:
+        session.execute(insert(Person), [{"name": f"r{n}", "about": f"newer {n}"} for n in range(100)])
+        session.commit()
+    found = planned(million.engine, million.relay.drain)
+    pinned.close()
+    page = next(plan for statement, plan in found.items() if "lateral" in statement.lower() and "SMALLINT" in statement)
+    [begin] = re.findall(r"Index Cond: \(\(ROW\(xid, id\) > ROW\('(\d+)'::xid8", page)
+    assert int(begin) > xid

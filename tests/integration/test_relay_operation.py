@@ -132,8 +132,8 @@ def test_workers_share_the_keys(postgres_engine: Engine) -> None:
             eventually(lambda expected=expected: shares() == expected)  # type: ignore[misc]
         say(world, **{f"t{n}": "x" for n in range(200)})
         eventually(lambda: holds(world.index, means(*(f"t{n}" for n in range(200)))))
-        converged = [relay.counters()["memory"].converged for relay in relays]
-        assert sum(converged) == 200 and all(converged)
+        eventually(lambda: sum(relay.counters()["memory"].converged for relay in relays) == 200)
+        assert all(relay.counters()["memory"].converged for relay in relays)
         relays[0].stop()
         eventually(lambda: shares() == [0, 32, 32])
         say(world, **{f"t{n}": "y" for n in range(50)})
