@@ -1,14 +1,21 @@
-"""``python -m benchmarks [--quick] [capture commits relay search]``"""
+"""``python -m benchmarks [--quick] [capture commits relay drain latency search]``"""
 
 from __future__ import annotations
 
 import argparse
 import os
 
-from benchmarks import capture, commits, relay, search
+from benchmarks import capture, commits, drain, latency, relay, search
 from benchmarks.report import console
 
-BENCHMARKS = {"capture": capture.run, "commits": commits.run, "relay": relay.run, "search": search.run}
+BENCHMARKS = {
+    "capture": capture.run,
+    "commits": commits.run,
+    "relay": relay.run,
+    "drain": drain.run,
+    "latency": latency.run,
+    "search": search.run,
+}
 
 
 def main() -> None:

@@ -199,7 +199,12 @@ class Tracked:
         return instance
 
     def point_id(self, key: str) -> str:
-        return self.entity + key
+        return point_id(self.entity, key)
+
+
+def point_id(entity: str, key: str) -> str:
+    """The id under which an index keeps a fact."""
+    return entity + key
 
 
 def split_point_id(point_id: str) -> tuple[str, str] | None:

@@ -28,8 +28,8 @@ from memstate_sa.indexes.base import Filter, Match, Vector, VectorIndex
 from memstate_sa.outbox import after, undelivered
 from memstate_sa.relay.backlog import Standing, read_standing, stuck
 from memstate_sa.relay.claims import IndexKey
-from memstate_sa.relay.delivery import ENTITY
 from memstate_sa.relay.plan import halves
+from memstate_sa.relay.protocol import ENTITY
 from memstate_sa.tables import outbox
 from memstate_sa.truth import raw_key_columns
 from memstate_sa.vectors import Vectors

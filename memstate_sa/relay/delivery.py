@@ -8,17 +8,18 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import singledispatchmethod
 from typing import Any, TypeVar
 
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa import truth
 from memstate_sa.arrays import as_array
 from memstate_sa.errors import MemstateError
-from memstate_sa.facts import Projection, Tracked, split_point_id
-from memstate_sa.indexes.base import FencedIndex, Point, Stored, Vector, VectorIndex
+from memstate_sa.facts import Projection, Tracked, point_id, split_point_id
+from memstate_sa.indexes.base import FencedIndex, Stored, Vector, VectorIndex
 from memstate_sa.outbox import read_page, slots
 from memstate_sa.positions import Page
 from memstate_sa.relay import claims, ledger
@@ -35,7 +36,6 @@ from memstate_sa.relay.protocol import (
     Listed,
     ListFacts,
     Look,
-    Put,
     Read,
     ReadDue,
     ReadPage,
@@ -57,11 +57,11 @@ logger = logging.getLogger("memstate_sa.relay")
 R = TypeVar("R")
 T = TypeVar("T")
 
-ENTITY = "memstate_entity"
-"""The metadata name under which points carry their entity, in an index that has several."""
-
 SAVE_EVERY_S = 0.5
 """PostgreSQL: positions are recorded at most this often. Each time is a new version of their rows."""
+
+
+_READS = (Look, ReadPage, ReadDue, ReadRefill, Read)
 
 
 class Delivery:
@@ -88,6 +88,7 @@ class Delivery:
         self._lease_s = lease_s
         self._owner = claims.owner_id()
         self._key: IndexKey | None = None
+        self._reader: Connection | None = None
         dialect = engine.dialect.name
         self.holder = Holder(
             tracked,
@@ -139,6 +140,8 @@ class Delivery:
             request = next(steps)
             while True:
                 try:
+                    if not isinstance(request, _READS):
+                        self._end_reading()
                     reply = self._do(request)
                 except Exception as error:  # noqa: BLE001  # the protocol decides what to do about it
                     request = steps.throw(error)
@@ -147,6 +150,25 @@ class Delivery:
         except StopIteration as end:
             result: R = end.value
             return result
+        finally:
+            self._end_reading()
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        """One transaction for reads that follow each other; each statement sees what is committed when it begins."""
+        if self._reader is None:
+            self._reader = self._engine.connect()
+        try:
+            yield self._reader
+        except BaseException:
+            self._end_reading()
+            raise
+
+    def _end_reading(self) -> None:
+        """Before anything is written, or called."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
 
     @property
     def _at(self) -> IndexKey:
@@ -182,7 +204,7 @@ class Delivery:
 
     @_do.register
     def _(self, request: Look) -> Seen:
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return claims.look(connection, self._at, self._owner, self._entities, request.slots)
 
     @_do.register
@@ -199,17 +221,17 @@ class Delivery:
 
     @_do.register
     def _(self, request: ReadPage) -> Page:
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return read_page(connection, request.at, request.present, request.slots, request.limit)
 
     @_do.register
     def _(self, request: ReadDue) -> Any:
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return ledger.due(connection, self._at, self._entities, request.slots, request.limit)
 
     @_do.register
     def _(self, request: ReadRefill) -> Refill | None:
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return claims.next_refill(connection, self._at, request.slots, list(self._tracked))
 
     @_do.register
@@ -219,7 +241,7 @@ class Delivery:
             entries = self._guarded(lambda: self._index.scan(request.after, size))
             found = {fact: entry.fingerprint for entry in entries if (fact := split_point_id(entry.id))}
             return Listed(found, entries[-1].id if entries else None)
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             keys = truth.page(connection, self._tracked[request.entity], request.after, size)
         return Listed({(request.entity, key): None for key in keys}, keys[-1] if len(keys) == size else None)
 
@@ -230,7 +252,7 @@ class Delivery:
         projections: dict[FactKey, Projection] = {}
         failed: dict[FactKey, MemstateError] = {}
         embedder = self._vectors.embedder.fingerprint
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             for entity, keys in ledger.by_entity(request.facts).items():
                 for found in truth.project(connection, self._tracked[entity], keys, embedder):
                     if isinstance(found, Projection):
@@ -247,24 +269,24 @@ class Delivery:
 
     @_do.register
     def _(self, request: Fetch) -> Mapping[FactKey, Stored]:
-        facts = {self._point_id(fact): fact for fact in request.facts}
+        facts = {point_id(*fact): fact for fact in request.facts}
         return {facts[stored.id]: stored for stored in self._guarded(lambda: self._index.get(list(facts)))}
 
     @_do.register
     def _(self, request: Upsert) -> None:
-        points = [self._point(put, marked=request.marked) for put in request.puts]
+        points = [put.point for put in request.puts if put.point is not None]
         self._guarded(lambda: self._index.upsert(points))
 
     @_do.register
     def _(self, request: Remove) -> None:
         index = self._index
         if not isinstance(index, FencedIndex):
-            self._guarded(lambda: index.delete([self._point_id(put.fact) for put in request.puts]))
+            self._guarded(lambda: index.delete([point_id(*put.fact) for put in request.puts]))
             return
         fenced: FencedIndex = index
         by_epoch: dict[int, list[str]] = {}
         for put in request.puts:
-            by_epoch.setdefault(put.epoch, []).append(self._point_id(put.fact))
+            by_epoch.setdefault(put.epoch, []).append(point_id(*put.fact))
         for epoch, ids in by_epoch.items():
             self._guarded(lambda ids=ids, epoch=epoch: fenced.delete(ids, epoch=epoch))  # type: ignore[misc]
 
@@ -284,24 +306,6 @@ class Delivery:
             ledger.redirty(connection, self._at, request.facts)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
-
-    def _point(self, put: Put, *, marked: bool) -> Point:
-        projection = put.projection
-        assert projection is not None
-        assert projection.fingerprint is not None
-        assert put.vector is not None
-        return Point(
-            id=self._point_id(put.fact),
-            vector=put.vector,
-            fingerprint=projection.fingerprint,
-            epoch=put.epoch,
-            metadata={ENTITY: put.fact[0], **projection.metadata} if marked else projection.metadata,
-            text=projection.text,
-        )
-
-    def _point_id(self, fact: FactKey) -> str:
-        entity, key = fact
-        return self._tracked[entity].point_id(key)
 
     def _guarded(self, call: Callable[[], T]) -> T:
         """*call* on the index or the embedder; whatever it raises becomes ours."""

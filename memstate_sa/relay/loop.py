@@ -34,6 +34,7 @@ logger = logging.getLogger("memstate_sa.relay")
 
 _FORGET_EVERY_S = 60.0
 _LONGEST_PAUSE_S = 0.5
+_NO_PAUSE_S = 0.005
 
 
 class Relay:
@@ -391,9 +392,10 @@ class _Courier:
                     if self.delivery.holder.more:
                         continue
                     # The application commits in this process too, and Chroma holds the interpreter while it writes:
-                    # leave it four times the time that was taken, and find more to do at once, which indexes like. An
-                    # idle relay still answers a commit immediately.
-                    self._stopping.wait(min(4 * (time.thread_time() - began), _LONGEST_PAUSE_S))
+                    # of what takes longer, leave it four times as much, and find more to do at once, which indexes
+                    # like. An idle relay still answers a commit immediately.
+                    used = time.thread_time() - began - _NO_PAUSE_S
+                    self._stopping.wait(min(4 * max(0.0, used), _LONGEST_PAUSE_S))
                 idle = self._wait_for_work(changes, idle)
         finally:
             changes.close()

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, MemstateError
-from memstate_sa.facts import Projection
-from memstate_sa.indexes.base import Stored, Vector
+from memstate_sa.facts import Projection, point_id
+from memstate_sa.indexes.base import Point, Stored, Vector
 from memstate_sa.positions import Page, Position, slot_of
 from memstate_sa.relay.plan import (
     AGAIN,
@@ -28,6 +28,9 @@ from memstate_sa.vectors import text_batches
 
 R = TypeVar("R")
 T = TypeVar("T")
+
+ENTITY = "memstate_entity"
+"""The metadata name under which points carry their entity, in an index that has several."""
 
 
 class Request(Generic[R]):
@@ -196,18 +199,17 @@ class Fetch(Request[Mapping[FactKey, Stored]]):
 
 
 class Put(NamedTuple):
-    """A point to be written under the epoch of its slot; the vector is None where it is to be removed."""
+    """What is to be written for a fact, under the epoch of its slot; a point of None is to be removed."""
 
     fact: FactKey
     epoch: int
-    projection: Projection | None = None
-    vector: Vector | None = None
+    delivered: Delivered
+    point: Point | None
 
 
 @dataclass(frozen=True, slots=True)
 class Upsert(Request[None]):
     puts: Sequence[Put]
-    marked: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -656,7 +658,13 @@ class Holder:
         return True
 
     def _put(self, write: Write, page: _Page, vector: Vector | None = None) -> Put:
-        return Put(write.fact, page.epochs[self._slot(write.fact)], write.projection, vector)
+        epoch, projection, point = page.epochs[self._slot(write.fact)], write.projection, None
+        if projection is not None:
+            assert projection.fingerprint is not None
+            assert vector is not None
+            metadata = {ENTITY: write.fact[0], **projection.metadata} if self._marked else projection.metadata
+            point = Point(point_id(*write.fact), vector, projection.fingerprint, epoch, metadata, projection.text)
+        return Put(write.fact, epoch, _delivered(projection), point)
 
     def _embedded_puts(self, page: _Page, writes: Sequence[Write]) -> Steps[list[Put]]:
         """*writes* with their vectors, those that are still ours and whose text was not refused."""
@@ -702,12 +710,12 @@ class Holder:
             # Until it is recorded, whatever interrupts us; and what may land from an earlier call, still may.
             self._unsure.update({put.fact: self._unsure.get(put.fact, False) for put in some})
             try:
-                yield from ask(Remove(some) if some[0].projection is None else Upsert(some, self._marked))
+                yield from ask(Remove(some) if some[0].point is None else Upsert(some))
             except DeliveryRetryable as error:
                 if error.may_land:
                     self._unsure.update({put.fact: True for put in some})
                 raise
-            page.written.update({put.fact: _delivered(put.projection) for put in some})
+            page.written.update({put.fact: put.delivered for put in some})
 
         if puts:
             failed = yield from _isolate(puts, send)

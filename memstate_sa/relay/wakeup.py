@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import selectors
 import socket
 import threading
@@ -130,10 +131,8 @@ class Listener:
                 with contextlib.closing(_own_connection(self._engine)) as connection:
                     connection.execute(text(f"LISTEN {CHANNEL}"))
                     self._wake()  # of what was committed before it listened
-                    self._listen(connection.connection.driver_connection)
-            except (SQLAlchemyError, OSError) as error:
-                logger.debug("not listening: %s", type(error).__name__)
-            except Exception as error:  # noqa: BLE001  # psycopg's own, of the driver connection
+                    self._listen(connection.connection.dbapi_connection)  # detached: it has no driver_connection
+            except (SQLAlchemyError, OSError, self._engine.dialect.loaded_dbapi.Error) as error:
                 logger.debug("not listening: %s", type(error).__name__)
             self._stopping.wait(_RETRY_S)
 
@@ -152,7 +151,7 @@ class Listener:
 
 def _keep_alive(descriptor: int) -> None:
     """Find out within a minute that the server is gone: a listener sends nothing that would fail."""
-    with contextlib.suppress(OSError), socket.socket(fileno=socket.dup(descriptor)) as peer:
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as peer:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
             if hasattr(socket, name) and peer.family != socket.AF_UNIX:
