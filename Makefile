@@ -7,10 +7,12 @@ SA20 := .venv-sa20
 PIP := -m pip --disable-pip-version-check --quiet install
 WORKERS ?= 2
 KILLS ?= 200
+SECONDS ?= 180
+SEEDS ?= 100000
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sa20 lint bench torture clean
+.PHONY: help demo test test-sa20 lint bench torture soak clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -34,9 +36,13 @@ lint: $(VENV)/.dev  ## Style, types, import layers
 bench: $(VENV)/.bench  ## Ratios against peers and physical limits (ARGS="--quick capture")
 	$(BIN)/python -m benchmarks $(ARGS)
 
-torture: $(VENV)/.test  ## Kills and random histories, more of them and other ones each time (KILLS=200)
-	MEMSTATE_KILLS=$(KILLS) MEMSTATE_SEED=$$(date +%s) $(BIN)/pytest -n $(WORKERS) --hypothesis-seed=random \
-		tests/integration/test_kill.py tests/integration/test_histories.py $(ARGS)
+torture: $(VENV)/.test  ## Processes, servers and indexes that fail and are killed (SECONDS=180, or ARGS="--faults 2000")
+	$(BIN)/python -m tests.torture $(if $(ARGS),$(ARGS),--seconds $(SECONDS))
+
+soak: $(VENV)/.test  ## Kills, random and simulated histories: more of them, and other ones each time (KILLS=200)
+	MEMSTATE_KILLS=$(KILLS) MEMSTATE_SEED=$$(date +%s) MEMSTATE_SIM_SEEDS=$(SEEDS) $(BIN)/pytest -n $(WORKERS) \
+		--hypothesis-seed=random tests/integration/test_kill.py tests/integration/test_histories.py tests/simulation \
+		tests/model $(ARGS)
 
 clean:  ## Remove what the targets made
 	rm -rf $(VENV) $(SA20) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
