@@ -28,7 +28,7 @@ from memstate_sa.indexes.base import Filter, Match, Vector, VectorIndex
 from memstate_sa.outbox import after, undelivered
 from memstate_sa.relay.backlog import Standing, read_standing, stuck
 from memstate_sa.relay.claims import IndexKey
-from memstate_sa.relay.plan import halves
+from memstate_sa.relay.plan import classify, halves
 from memstate_sa.relay.protocol import ENTITY
 from memstate_sa.tables import outbox
 from memstate_sa.truth import raw_key_columns
@@ -144,13 +144,23 @@ class Search:
     def run(self, query: str, limit: int, max_distance: float | None, *, fresh: bool) -> Hits[Any]:
         if self._name not in self._opened:
             embedder = self._vectors.embedder
-            self._call(self._index.open, embedder=embedder.fingerprint, dimension=embedder.dimension)
+            self._ask(self._index.open, embedder=embedder.fingerprint, dimension=embedder.dimension)
             self._opened.add(self._name)
         try:
             return self._run(query, limit, max_distance, fresh=fresh)
         except DeliveryError:
             self._opened.discard(self._name)  # it may have been deleted, or be another by the next search
             raise
+
+    def _ask(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the index; whatever it raises becomes ours."""
+        try:
+            return self._call(function, *args, **kwargs)
+        except Exception as error:
+            ours = classify(error, f"index {self._name!r}")
+            if ours is error:
+                raise
+            raise ours from error
 
     def _run(self, query: str, limit: int, max_distance: float | None, *, fresh: bool) -> Hits[Any]:
         vector = np.asarray(self._call(self._vectors.of_query, query), dtype=np.float32)
@@ -165,7 +175,7 @@ class Search:
         hits: list[tuple[float, str]] = []
         crowded = False
         while True:
-            matches = [] if ids == [] else self._call(self._index.query, vector, ask, where=where, ids=ids)
+            matches = [] if ids == [] else self._ask(self._index.query, vector, ask, where=where, ids=ids)
             ours = [(found[1], match) for match in matches if (found := self._fact(match)) is not None]
             self._hydrate([*pending, *(key for key, _ in ours)])
             self._measure(vector, dict(ours), pending, fresh=fresh)
@@ -193,7 +203,7 @@ class Search:
         return self._session.connection(bind_arguments={"mapper": self._tracked.mapper})
 
     def _index_key(self) -> IndexKey:
-        return IndexKey(self._name, self._call(lambda: self._index.incarnation))
+        return IndexKey(self._name, self._ask(lambda: self._index.incarnation))
 
     def _pending(self) -> list[str]:
         """Keys that are committed or flushed but not delivered, the caller's own first."""

@@ -112,6 +112,21 @@ def database_now(connection: Connection) -> datetime:
     return now.astimezone(UTC)
 
 
+_limit = select(
+    func.set_config("lock_timeout", bindparam("limit"), True),
+    func.set_config("idle_in_transaction_session_timeout", bindparam("limit"), True),
+)
+
+
+def limit_transaction(connection: Connection, seconds: float) -> None:
+    """Have PostgreSQL end this transaction if its process is stopped and others wait for its locks; and not wait long.
+
+    Only this transaction: the settings are local to it, as a pooler in transaction mode needs.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(_limit, {"limit": f"{seconds * 1000:.0f}ms"})
+
+
 # -- looking ----------------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +217,8 @@ def claim(
     }
     # Ours in the database but unknown to us: what was done under it is unknown, too.
     strays = [row for row in rows if row.owner == owner and row.slot not in kept]
-    free = [row for row in rows if row.owner not in live]
+    # Those furthest behind first: nobody has had time for them.
+    free = sorted((row for row in rows if row.owner not in live), key=lambda row: _position(row).floor)
     taken = strays + free[: max(0, quota - len(kept) - len(strays))]
     epoch = 0
     if taken:

@@ -164,6 +164,13 @@ class Delivery:
             self._end_reading()
             raise
 
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        """A short transaction, which ends with the lease if this process is stopped in the middle of it."""
+        with self._engine.begin() as connection:
+            claims.limit_transaction(connection, self._lease_s)
+            yield connection
+
     def _end_reading(self) -> None:
         """Before anything is written, or called."""
         reader, self._reader = self._reader, None
@@ -184,7 +191,7 @@ class Delivery:
     @_do.register
     def _(self, request: Claim) -> Claimed:
         embedder = self._vectors.embedder
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             return claims.claim(
                 connection,
                 self._at,
@@ -199,7 +206,7 @@ class Delivery:
 
     @_do.register
     def _(self, _: Renew) -> int:
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             return claims.renew(connection, self._at, self._owner, self._lease_s)
 
     @_do.register
@@ -209,11 +216,11 @@ class Delivery:
 
     @_do.register
     def _(self, request: Release) -> None:
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             held = claims.still_held(connection, self._at, self._owner, request.epochs)
             claims.move(connection, self._at, {slot: at for slot, at in request.positions.items() if slot in held})
             ledger.redirty(connection, self._at, request.unsure)
-            claims.let_go(connection, self._at, held)
+            claims.let_go(connection, self._at, held.difference(request.unsettled))
             if request.leave:
                 claims.leave(connection, self._at, self._owner)
 
@@ -296,13 +303,13 @@ class Delivery:
             if parking.state == AGAIN:
                 continue
             logger.warning("%s: %s%s %s: %s", self.name, *fact, parking.state, parking.error)
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             return ledger.acknowledge(connection, self._at, self._owner, request)
 
     @_do.register
     def _(self, request: Redirty) -> None:
         logger.warning("%s: the lease was lost; %d keys are delivered again", self.name, len(request.facts))
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             ledger.redirty(connection, self._at, request.facts)
 
     # -- calls ---------------------------------------------------------------------------------------------------------

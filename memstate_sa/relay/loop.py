@@ -333,11 +333,14 @@ class _Courier:
         self.failure = error
         wait = self.breaker.failed(error, time.monotonic())
         known = isinstance(error, (MemstateError, SQLAlchemyError))
+        what = str(error) if isinstance(error, MemstateError) else type(error).__name__
+        if isinstance(error, SQLAlchemyError):
+            what = f"the database: {what}"
         logger.log(
             logging.WARNING if known else logging.ERROR,
             "%s: delivery failed (%s), next attempt in %.1f s",
             self.delivery.name,
-            error if isinstance(error, MemstateError) else type(error).__name__,
+            what,
             wait,
             exc_info=None if known else error,
         )
@@ -378,8 +381,8 @@ class _Courier:
                 wait = self.breaker.wait_s(time.monotonic())
                 try:
                     if wait > 0:
-                        self.delivery.keep()
                         self._stopping.wait(min(wait, 1.0))
+                        self._keep()
                         continue
                     count = self.step()
                     forget()
@@ -399,6 +402,13 @@ class _Courier:
                 idle = self._wait_for_work(changes, idle)
         finally:
             changes.close()
+
+    def _keep(self) -> None:
+        """A lease that cannot be renewed is no failure of the index: it must not keep it closed for longer."""
+        try:
+            self.delivery.keep()
+        except (MemstateError, SQLAlchemyError) as error:
+            logger.debug("%s: the lease was not renewed: %s", self.delivery.name, type(error).__name__)
 
     def _wait_for_work(self, changes: Changes, wait: float) -> float:
         """Until something was committed here or elsewhere, or it is time for another look; the next wait."""

