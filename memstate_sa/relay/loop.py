@@ -368,8 +368,12 @@ class _Courier:
         if thread is not None:
             thread.join()
         with self._lock:
-            self.delivery.release()
             self.delivery.holder.stopping = False
+            try:
+                self.delivery.release()
+            except SQLAlchemyError as error:  # the database is away: the lease runs out by itself
+                logger.warning("%s: not released (%s)", self.delivery.name, type(error).__name__)
+                self.delivery.holder.forget()
 
     def _run(self, forget: Callable[[], None]) -> None:
         changes = Changes(self._engine)

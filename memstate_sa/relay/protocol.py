@@ -348,6 +348,7 @@ class Holder:
 
         Raises DeliveryRetryable when the index or the embedder is unavailable.
         """
+        self.more = False
         renewed = yield from self.keep()
         if self._late:
             yield from self._redirty()
@@ -361,7 +362,6 @@ class Holder:
         if seen.paused or not self.epochs:
             return None
         counts = []
-        self.more = False
         if seen.due:
             counts.append((yield from self._deliver_parked()))
         for lot in tuple(self._lots):
@@ -437,12 +437,14 @@ class Holder:
             yield from self._let_go(slots, leave=False)
 
     def _let_go(self, slots: set[int], *, leave: bool) -> Steps[None]:
-        unsure = self._take_unsure(slots, "interrupted")
+        unsure = self._repeats(slots, "interrupted")
         positions = {slot: lot.at for lot in self._lots for slot in lot.slots & slots}
         epochs = {slot: self.epochs[slot] for slot in slots}
         unsettled = slots & self._unsettled_slots()
         yield from ask(Release(epochs, positions, unsettled, unsure, leave))
         self._drop(slots)
+        for fact in unsure:
+            del self._unsure[fact]
 
     def _unsettled_slots(self) -> set[int]:
         return self._unsettled.union(*(lot.slots for lot in self._lots if lot.settle is not None))
@@ -453,7 +455,10 @@ class Holder:
             return
         self.counters.lost += len(slots)
         self._drop(slots)
-        self._late |= self._take_unsure(slots, "lease lost")
+        late = self._repeats(slots, "lease lost")
+        self._late |= late
+        for fact in late:
+            del self._unsure[fact]
         if self._late:
             yield from self._redirty()
 
@@ -461,11 +466,13 @@ class Holder:
         yield from ask(Redirty(dict(self._late)))
         self._late.clear()
 
-    def _take_unsure(self, slots: Collection[int], why: str) -> dict[FactKey, Parked]:
-        taken = {fact: may_land for fact, may_land in self._unsure.items() if self._slot(fact) in slots}
-        for fact in taken:
-            del self._unsure[fact]
-        return {fact: self._again(why, later=may_land) for fact, may_land in taken.items()}
+    def _repeats(self, slots: Collection[int], why: str) -> dict[FactKey, Parked]:
+        """What is unsure of *slots*, for whoever has them next."""
+        return {
+            fact: self._again(why, later=may_land)
+            for fact, may_land in self._unsure.items()
+            if self._slot(fact) in slots
+        }
 
     def _again(self, why: str, *, later: bool) -> Parked:
         """To be delivered once more: now, or when no call that is under way can land any more."""
