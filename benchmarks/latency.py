@@ -269,8 +269,8 @@ def _drain(url: str, answers: Any) -> None:
     began = time.perf_counter()
     delivered = relay.drain(timeout=1800)
     seconds = time.perf_counter() - began
-    relay._forget_at = 0.0
-    relay.run_once()
+    while relay._forget_at == 0.0 or relay.run_once():
+        relay.run_once()
     relay.stop()
     answers.put((delivered, seconds, before, _peak_mb()))
     there.engine.dispose()

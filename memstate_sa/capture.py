@@ -153,7 +153,8 @@ class Capture:
         self._registry = registry
         self._committed = committed
         self._units: WeakKeyDictionary[Session, Unit] = WeakKeyDictionary()
-        self.committed_tx: WeakKeyDictionary[Session, str] = WeakKeyDictionary()  # of each Session's last commit
+        # Of each Session's last commit: its transaction, and where.
+        self.committed: WeakKeyDictionary[Session, tuple[str, Engine]] = WeakKeyDictionary()
         self._flushes: dict[int, _Flush] = {}  # by Session.hash_key, which every InstanceState knows
         self._guarded: WeakSet[Engine] = WeakSet()
         self._active: WeakKeyDictionary[Connection, list[Unit]] = WeakKeyDictionary()
@@ -184,7 +185,8 @@ class Capture:
 
     def attach(self, target: Any) -> None:
         """Listen to the Sessions of *target*. Idempotent."""
-        bind = target.kw.get("bind") if hasattr(target, "kw") else getattr(target, "bind", None)
+        factory = getattr(target, "session_factory", target)  # a scoped_session's attributes make a Session
+        bind = factory.kw.get("bind") if hasattr(factory, "kw") else getattr(factory, "bind", None)
         bind = getattr(bind, "sync_engine", bind)
         if isinstance(bind, Engine):
             self.guard(bind)
@@ -276,8 +278,8 @@ class Capture:
     def _after_commit(self, session: Session) -> None:
         unit = self._units.get(session)
         if unit is not None and unit.armed and not session.in_nested_transaction():
-            self.committed_tx[session] = unit.tx
             assert unit.written_on is not None
+            self.committed[session] = (unit.tx, unit.written_on.engine)
             self._committed(unit.written_on.engine)
 
     def _after_rollback(self, session: Session) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from operator import attrgetter
@@ -20,6 +21,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from memstate_sa import Change, Memory, __version__
 from memstate_sa.errors import MemstateError, MissingExtra
+from memstate_sa.relay import Retention
 
 try:
     import typer
@@ -134,6 +136,12 @@ def relay(
     ] = None,
     metrics_host: Annotated[str, typer.Option(help="The address to serve them on.")] = "127.0.0.1",
     log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object a line, on stderr.")] = False,
+    keep_log: Annotated[
+        int | None, typer.Option(min=1, metavar="DAYS", help="Fold older changes of the log into one. Default: never.")
+    ] = None,
+    keep_ledger: Annotated[
+        int | None, typer.Option(min=1, metavar="DAYS", help="Forget rows deleted longer ago. Default: never.")
+    ] = None,
 ) -> None:
     """Deliver what commits to the indexes, until interrupted.
 
@@ -145,8 +153,9 @@ def relay(
     with _opened(app, url) as (memory, engine):
         from memstate_sa import worker
 
+        retention = Retention(log=_days(keep_log), ledger=_days(keep_ledger))
         if once:
-            courier = memory.relay(engine, lease_s=lease)
+            courier = memory.relay(engine, lease_s=lease, retention=retention)
             try:
                 Console().print(f"{courier.run_once()} keys converged")
             finally:
@@ -156,19 +165,25 @@ def relay(
         if workers > 1:
             _require_shared(memory)
             common = ["--lease", str(lease), "--metrics-host", metrics_host, *["--log-json"] * log_json]
+            for option, days in (("--keep-log", keep_log), ("--keep-ledger", keep_ledger)):
+                common += [] if days is None else [option, str(days)]
             ports = [[] if metrics_port is None else ["--metrics-port", str(metrics_port + n)] for n in range(workers)]
             worker.supervise([[*common, *port] for port in ports], {"MEMSTATE_APP": app, "MEMSTATE_URL": url})
             return
         with ExitStack() as stack:
             interrupted = stack.enter_context(worker.interruption())
-            courier = stack.enter_context(memory.relay(engine, lease_s=lease))
+            courier = stack.enter_context(memory.relay(engine, lease_s=lease, retention=retention))
             if metrics_port is not None:
                 status = partial(memory.status, engine)
-                port = stack.enter_context(worker.metrics_server(courier, status, metrics_host, metrics_port))
+                port = stack.enter_context(worker.metrics_server(courier, engine, status, metrics_host, metrics_port))
                 worker.logger.info("serving /metrics and /readyz on port %d", port)
             worker.logger.info("delivering to %s; interrupt to stop", ", ".join(memory.indexes))
             interrupted.wait()
             worker.logger.info("stopping after the batch in work")
+
+
+def _days(count: int | None) -> timedelta | None:
+    return None if count is None else timedelta(days=count)
 
 
 def _require_shared(memory: Memory) -> None:

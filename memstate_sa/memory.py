@@ -387,7 +387,7 @@ class Memory:
         """
         sync = self.sync_engine(engine)
         self._capture.guard(sync)
-        relay = Relay(sync, self._by_index(), self._vectors, **options)
+        relay = Relay(sync, self._by_index(), self._vectors, sender=self._notifier.name, **options)
         self._relays.add(relay)
         return relay
 
@@ -404,15 +404,16 @@ class Memory:
 
     def _committed(self, engine: Engine) -> None:
         self._wake()
-        with contextlib.suppress(ImportError):  # of a driver that blocks: relays elsewhere find it by polling
-            self._notifier.committed(self._blocking(engine))
+        if engine.dialect.name == "postgresql":
+            with contextlib.suppress(ImportError):  # of a driver that blocks: relays elsewhere find it by polling
+                self._notifier.committed(self._blocking(engine))
 
     def token(self, session: Session | AsyncSession) -> str | None:
         """Names the last transaction with tracked changes that *session* committed, for `wait`, in any process.
 
         It is the ``tx`` of the `Change` entries of that transaction.
         """
-        return self._capture.committed_tx.get(_sync_session(session))
+        return self._capture.committed.get(_sync_session(session), (None,))[0]
 
     def wait(
         self,
@@ -430,8 +431,8 @@ class Memory:
         """
         token = session_or_token
         if token is not None and not isinstance(token, str):
-            session = _sync_session(token)
-            token, engine = self._capture.committed_tx.get(session), engine or session.get_bind().engine
+            token, committed_on = self._capture.committed.get(_sync_session(token), (None, None))
+            engine = engine or committed_on
         if token is None:
             return
         sync = self._only_engine() if engine is None else self._blocking(engine)

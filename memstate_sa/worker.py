@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from pythonjsonlogger.json import JsonFormatter
 from rich.logging import RichHandler
+from sqlalchemy import Engine, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from memstate_sa.errors import MemstateError
@@ -113,7 +114,9 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 @contextmanager
-def metrics_server(relay: Relay, status: Callable[[], Mapping[str, Backlog]], host: str, port: int) -> Iterator[int]:
+def metrics_server(
+    relay: Relay, engine: Engine, status: Callable[[], Mapping[str, Backlog]], host: str, port: int
+) -> Iterator[int]:
     """Serve ``/metrics`` (Prometheus) and ``/readyz`` (200, or 503 and why); the port, which 0 leaves to the system."""
     registry = CollectorRegistry()
     registry.register(_Collector(relay, status))
@@ -122,7 +125,7 @@ def metrics_server(relay: Relay, status: Callable[[], Mapping[str, Backlog]], ho
     def application(environ: Any, start_response: Any) -> Any:
         if environ["PATH_INFO"] != "/readyz":
             return metrics(environ, start_response)
-        problems = _problems(relay, status)
+        problems = _problems(relay, engine)
         code = "503 Service Unavailable" if problems else "200 OK"
         start_response(code, [("Content-Type", "application/json")])
         return [json.dumps({"ready": not problems, "problems": problems}).encode()]
@@ -141,12 +144,14 @@ def metrics_server(relay: Relay, status: Callable[[], Mapping[str, Backlog]], ho
         thread.join()
 
 
-def _problems(relay: Relay, status: Callable[[], object]) -> dict[str, str]:
+def _problems(relay: Relay, engine: Engine) -> dict[str, str]:
+    """Cheap: it is asked all the time."""
     problems = relay.problems()
     try:
-        status()
-    except (MemstateError, SQLAlchemyError) as error:
-        problems["status"] = type(error).__name__
+        with engine.connect() as connection:
+            connection.execute(select(1))
+    except SQLAlchemyError as error:
+        problems["the database"] = type(error).__name__
     return problems
 
 

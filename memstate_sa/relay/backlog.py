@@ -184,10 +184,7 @@ def missing(
     Positions are recorded now and then; the ledger at once. Raises DeliveryError for a key that it refused for good.
     """
     refused = connection.execute(_refused, {**index.parameters(), "tx": tx}).all()
-    for entity, key, state, error in refused:
-        if state == DEAD:
-            raise DeliveryError(f"index {index.name!r} refused {entity} {key}: {error}")
-    dialect, facts = connection.dialect.name, {(row[0], row[1]) for row in refused}
+    dialect, facts = connection.dialect.name, set[FactKey]()
     places = read_positions(connection, index)
     if not claims.is_filled(connection, index, list(tracked)):
         places = {_BEGINNING: list(slots(dialect))}
@@ -195,8 +192,11 @@ def missing(
         given = {"entities": as_array(tracked), "slots": slot_array(group), "tx": tx, "limit": _FEW}
         rows = connection.execute(_of_transaction(dialect), {**after(at), **given}).all()
         facts.update((entity, key) for entity, key in rows)
+    for entity, key, state, error in refused:
+        if state == DEAD and (entity, key) not in facts:  # what is pending is tried again
+            raise DeliveryError(f"index {index.name!r} refused {entity} {key}: {error}")
     if refused or not facts:
-        return facts
+        return facts.union((entity, key) for entity, key, *_ in refused)
     given_last = ledger.read_ledger(connection, index, facts)
     truths = {
         (entity, found.key): found.fingerprint

@@ -135,7 +135,8 @@ def _look(dialect_name: str) -> Select[Any]:
     now = clock(dialect_name)
     live = select(func.count()).where(of_index(holder), holder.c.lease_until > now)
     mine = select(func.count()).where(of_index(cursor), cursor.c.owner == bindparam("me"))
-    free = exists().where(of_index(cursor), cursor.c.owner.is_(None))
+    its_owner = exists().where(of_index(holder), holder.c.owner == cursor.c.owner)
+    free = exists().where(of_index(cursor), not_(its_owner))
     due = exists().where(due_parking(dialect_name))
     paused = select(index_state.c.paused).where(of_index(index_state))
     counts = (query.scalar_subquery() for query in (live, mine))
@@ -201,9 +202,10 @@ def claim(
     dialect, now = connection.dialect.name, database_now(connection)
     _require_registered(connection, index, now, embedder, dimension)
     _touch(connection, index, now)
-    marked = _refill_rows(connection, index, entities)
     # Everybody locks them in this order; whoever acknowledges meanwhile is waited for.
-    rows = connection.execute(_cursors.with_for_update(), index.parameters()).all()
+    connection.execute(_cursors.with_for_update(), index.parameters()).all()
+    marked = _refill_rows(connection, index, entities)
+    rows = connection.execute(_cursors, index.parameters()).all()
     present = read_present(connection)
     if any(_position(row).snapshot.xmax > present.snapshot.xmax for row in rows):
         _rebase(connection, index, present)
@@ -261,14 +263,7 @@ def _live(
 
 def _require_registered(connection: Connection, index: IndexKey, now: datetime, embedder: str, dimension: int) -> None:
     """A new lifetime of an index: its cursors start now, everything older comes by the refill."""
-    filled_by = select(index_state.c.embedder, index_state.c.dimension).where(of_index(index_state))
-    row = connection.execute(filled_by, index.parameters()).one_or_none()
-    if row is not None:
-        if tuple(row) != (embedder, dimension):
-            raise IndexMismatch(
-                f"index {index.name!r} was filled by embedder {row.embedder!r} ({row.dimension} dimensions), not by "
-                f"{embedder!r} ({dimension}): give it another name, or delete it to have it filled anew"
-            )
+    if _is_registered(connection, index, embedder, dimension):
         return
     live = select(holder.c.incarnation).where(holder.c.index == index.name, holder.c.lease_until > now)
     was_paused = exists().where(index_state.c.index == index.name, index_state.c.paused)
@@ -286,6 +281,18 @@ def _require_registered(connection: Connection, index: IndexKey, now: datetime, 
     connection.execute(
         upsert(dialect, cursor).on_conflict_do_nothing(), [{**values, "slot": slot} for slot in slots(dialect)]
     )
+    assert _is_registered(connection, index, embedder, dimension)
+
+
+def _is_registered(connection: Connection, index: IndexKey, embedder: str, dimension: int) -> bool:
+    filled_by = select(index_state.c.embedder, index_state.c.dimension).where(of_index(index_state))
+    row = connection.execute(filled_by, index.parameters()).one_or_none()
+    if row is not None and tuple(row) != (embedder, dimension):
+        raise IndexMismatch(
+            f"index {index.name!r} was filled by embedder {row.embedder!r} ({row.dimension} dimensions), not by "
+            f"{embedder!r} ({dimension}): give it another name, or delete it to have it filled anew"
+        )
+    return row is not None
 
 
 def _columns(at: Position) -> dict[str, Any]:
@@ -315,7 +322,9 @@ def _refill_rows(connection: Connection, index: IndexKey, entities: Sequence[str
         marking = update(index_state).where(of_index(index_state)).values(marked=True)
         again = update(refill).where(of_index(refill), refill.c.entity != SCAN).values(done=False, position=None)
         other = update(ledger).where(of_index(ledger), not_(ledger.c.deleted)).values(fingerprint=None)
-        for statement in (marking, again, other):
+        # What is under way without the mark is not acknowledged any more.
+        anew = update(cursor).where(of_index(cursor)).values(epoch=cursor.c.epoch + 1)
+        for statement in (marking, again, other, anew):
             connection.execute(statement, index.parameters())
     return marked or several
 

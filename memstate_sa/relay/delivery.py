@@ -6,6 +6,7 @@ No database transaction is open during an embedding or index call.
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -87,6 +88,7 @@ class Delivery:
         self._vectors = vectors
         self._lease_s = lease_s
         self._owner = claims.owner_id()
+        self._pid = os.getpid()
         self._key: IndexKey | None = None
         self._reader: Connection | None = None
         dialect = engine.dialect.name
@@ -114,6 +116,9 @@ class Delivery:
         Raises DeliveryRetryable when the index or the embedder is unavailable: nothing is lost, call again later.
         """
         key = self.open()
+        if self._pid != os.getpid():  # a child of the process that made it has to be another owner
+            self._pid, self._owner = os.getpid(), claims.owner_id()
+            self.holder.forget()
         if key != self._key:
             self.holder.forget()
             self._key = key
@@ -217,12 +222,12 @@ class Delivery:
     @_do.register
     def _(self, request: Release) -> None:
         with self._writing() as connection:
+            if request.leave:
+                claims.leave(connection, self._at, self._owner)  # before the slots, as whoever claims
             held = claims.still_held(connection, self._at, self._owner, request.epochs)
             claims.move(connection, self._at, {slot: at for slot, at in request.positions.items() if slot in held})
             ledger.redirty(connection, self._at, request.unsure)
             claims.let_go(connection, self._at, held.difference(request.unsettled))
-            if request.leave:
-                claims.leave(connection, self._at, self._owner)
 
     # -- sources of dirty keys -----------------------------------------------------------------------------------------
 

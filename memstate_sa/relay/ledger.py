@@ -169,6 +169,6 @@ def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, 
                 "error": given.error,
                 "mark": mark,
             }
-            for (entity, key), given in parking.items()
+            for (entity, key), given in sorted(parking.items())  # in this order: two may park the same keys
         ],
     )

@@ -7,7 +7,9 @@ import random
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -34,7 +36,6 @@ logger = logging.getLogger("memstate_sa.relay")
 
 _FORGET_EVERY_S = 60.0
 _LONGEST_PAUSE_S = 0.5
-_NO_PAUSE_S = 0.005
 
 
 class Relay:
@@ -55,6 +56,7 @@ class Relay:
         poll_s: tuple[float, float] | None = None,
         policy: RetryPolicy | None = None,
         retention: Retention | None = None,
+        sender: str = "",
     ) -> None:
         """See the options below; all times are in seconds.
 
@@ -63,7 +65,11 @@ class Relay:
         *poll_s*: the shortest and the longest wait between two looks at an idle database (default: 2 to 50 ms on
         SQLite, where a look is a PRAGMA; 50 ms to 5 s on PostgreSQL); a commit in this process is seen at once.
         *policy*: when to try again, and how often. *retention*: how long log and ledger are kept (default: for ever).
+        *sender* names the `Notifier` of which nothing is news, because it calls `wake`.
         """
+        if engine.dialect.name == "postgresql":
+            # Each statement has to see what is committed; and locks have to last until the end of a transaction.
+            engine = engine.execution_options(isolation_level="READ COMMITTED")
         self._engine = engine
         self._indexes = indexes
         poll_s = poll_s or ((0.002, 0.05) if engine.dialect.name == "sqlite" else (0.05, 5.0))
@@ -77,6 +83,7 @@ class Relay:
             )
             for name, (index, tracked) in indexes.items()
         ]
+        self._sender = sender
         self._listener: Listener | None = None
         self._lock = threading.RLock()
         self._retention = retention or Retention()
@@ -139,26 +146,35 @@ class Relay:
         return total, failure
 
     def _forget(self) -> None:
-        """Delete what every index has, and what need not be kept; now and then."""
-        with self._forget_lock:
-            if time.monotonic() < self._forget_at:
-                return
-            self._forget_at = time.monotonic() + _FORGET_EVERY_S
-            if self._retention.index is not None:
-                keep_index = self._retention.index
-                self._repeat(lambda connection: retention.forget_idle_indexes(connection, keep_index))
-            self._repeat(retention.forget_delivered)
-            keep_ledger, keep_log = self._retention.ledger, self._retention.log
-            if keep_ledger is not None:
-                self._repeat(lambda connection: retention.forget_ledger(connection, keep_ledger))
-            if keep_log is not None:
-                self._repeat(lambda connection: self._fold_log(connection, keep_log))
+        """Delete some of what every index has, and of what need not be kept: now and then, and while there is more.
 
-    def _repeat(self, delete_some: Callable[[Connection], int]) -> None:
-        while True:
+        Never for long, and never waited for: it is delivery's thread.
+        """
+        if time.monotonic() < self._forget_at or not self._forget_lock.acquire(blocking=False):
+            return
+        try:
+            self._forget_at = time.monotonic() + _FORGET_EVERY_S
+            if self._forget_some():
+                self._forget_at = 0.0
+        except SQLAlchemyError as error:
+            logger.warning("nothing was forgotten (the database: %s)", type(error).__name__)
+        finally:
+            self._forget_lock.release()
+
+    def _forget_some(self) -> int:
+        keep, jobs = self._retention, list[Callable[[Connection], int]]()
+        if keep.index is not None:
+            jobs.append(partial(retention.forget_idle_indexes, keep=keep.index))
+        jobs.append(retention.forget_delivered)
+        if keep.ledger is not None:
+            jobs.append(partial(retention.forget_ledger, keep=keep.ledger))
+        if keep.log is not None:
+            jobs.append(partial(self._fold_log, keep=keep.log))
+        count = 0
+        for job in jobs:
             with self._engine.begin() as connection:
-                if delete_some(connection) == 0:
-                    return
+                count += job(connection)
+        return count
 
     def _fold_log(self, connection: Connection, keep: timedelta) -> int:
         before = self._folded
@@ -258,7 +274,7 @@ class Relay:
             if not self._running:
                 for courier in self._couriers:
                     courier.open()
-                self._listener = Listener(self._engine, self.wake)
+                self._listener = Listener(self._engine, self.wake, deaf_to=self._sender)
                 for courier in self._couriers:
                     courier.start(self._forget)
         return self
@@ -271,8 +287,9 @@ class Relay:
             if self._listener is not None:
                 self._listener.close()
                 self._listener = None
-            for courier in self._couriers:
-                courier.stop()
+            with ExitStack() as stack:  # all of them, whatever one raises
+                for courier in self._couriers:
+                    stack.callback(courier.stop)
 
     def wake(self) -> None:
         """Look now: something was committed."""
@@ -353,6 +370,7 @@ class _Courier:
 
     def start(self, forget: Callable[[], None]) -> None:
         self._stopping.clear()
+        self.delivery.holder.stopping = False
         self._thread = threading.Thread(
             target=self._run, args=(forget,), name=f"memstate-relay-{self.delivery.name}", daemon=True
         )
@@ -364,6 +382,7 @@ class _Courier:
         self.woken.set()
 
     def stop(self) -> None:
+        self.ask_to_stop()  # again: start() may have come between
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.join()
@@ -380,37 +399,40 @@ class _Courier:
         idle = self._poll_s[0]
         try:
             while not self._stopping.is_set():
-                self.woken.clear()
-                began = time.thread_time()
-                wait = self.breaker.wait_s(time.monotonic())
                 try:
-                    if wait > 0:
-                        self._stopping.wait(min(wait, 1.0))
-                        self._keep()
-                        continue
-                    count = self.step()
-                    forget()
+                    idle = self._once(forget, changes, idle)
                 except Exception as error:  # noqa: BLE001  # whatever it is, the next look may succeed; nothing is lost
                     if error is not self.failure:
                         self._failed(error)
-                    continue
-                if count is not None:
-                    idle = self._poll_s[0]
-                    if self.delivery.holder.more:
-                        continue
-                    # The application commits in this process too, and Chroma holds the interpreter while it writes:
-                    # of what takes longer, leave it four times as much, and find more to do at once, which indexes
-                    # like. An idle relay still answers a commit immediately.
-                    used = time.thread_time() - began - _NO_PAUSE_S
-                    self._stopping.wait(min(4 * max(0.0, used), _LONGEST_PAUSE_S))
-                idle = self._wait_for_work(changes, idle)
         finally:
             changes.close()
+
+    def _once(self, forget: Callable[[], None], changes: Changes, idle: float) -> float:
+        """A step, and the pause after it; how long to wait after the next one that finds nothing."""
+        self.woken.clear()
+        began = time.thread_time()
+        wait = self.breaker.wait_s(time.monotonic())
+        if wait > 0:
+            self._stopping.wait(min(wait, 1.0))
+            self._keep()
+            return idle
+        count = self.step()
+        forget()
+        if count is None:
+            return self._wait_for_work(changes, idle)
+        if self.delivery.holder.more:
+            return self._poll_s[0]
+        if self.woken.is_set():
+            # The application commits faster than this delivers, in the same process: leave it four times the time that
+            # was taken, and find more to do at once. An idle relay answers immediately.
+            self._stopping.wait(min(4 * (time.thread_time() - began), _LONGEST_PAUSE_S))
+        return self._wait_for_work(changes, self._poll_s[0])
 
     def _keep(self) -> None:
         """A lease that cannot be renewed is no failure of the index: it must not keep it closed for longer."""
         try:
-            self.delivery.keep()
+            with self._lock:
+                self.delivery.keep()
         except (MemstateError, SQLAlchemyError) as error:
             logger.debug("%s: the lease was not renewed: %s", self.delivery.name, type(error).__name__)
 

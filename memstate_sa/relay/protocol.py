@@ -361,6 +361,7 @@ class Holder:
             yield from self._share()
         if seen.paused or not self.epochs:
             return None
+        self._merge()  # not before: a slot that is claimed in the middle of a page must not move with it
         counts = []
         if seen.due:
             counts.append((yield from self._deliver_parked()))
@@ -368,7 +369,6 @@ class Holder:
             counts.append((yield from self._deliver_page(lot, present)))  # noqa: PERF401
         if not self._filled:
             counts.append((yield from self._deliver_refill()))
-        self._merge()
         done = [count for count in counts if count is not None]
         if renewed or (not done and self._clock() >= self._save_at and any(lot.passed for lot in self._lots)):
             yield from self.save()
@@ -418,7 +418,6 @@ class Holder:
                 self._lots.append(Lot({slot}, held.at, claimed.present if held.settle else None, held.at))
                 if held.settle:
                     self._unsettled.add(slot)
-        self._merge()
         return claimed
 
     def _merge(self) -> None:

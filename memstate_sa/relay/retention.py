@@ -98,18 +98,21 @@ def forget_idle_indexes(connection: Connection, keep: timedelta) -> int:
         holder.c.incarnation == index_state.c.incarnation,
         holder.c.lease_until > before,
     )
-    idle = select(index_state.c.index, index_state.c.incarnation).where(index_state.c.active_at < before, not_(held))
-    found = connection.execute(idle).all()
+    # This first, as whoever claims it: then it is one or the other.
+    idle = delete(index_state).where(index_state.c.active_at < before, not_(held))
+    found = connection.execute(idle.returning(index_state.c.index, index_state.c.incarnation)).all()
     for name, incarnation in found:
-        for table in (cursor, refill, parked, ledger, holder, index_state):
+        for table in (cursor, refill, parked, ledger, holder):
             connection.execute(delete(table).where(table.c.index == name, table.c.incarnation == incarnation))
     return len(found)
 
 
-def forget_ledger(connection: Connection, keep: timedelta) -> int:
-    """Delete what is known of rows that were deleted more than *keep* ago."""
+def forget_ledger(connection: Connection, keep: timedelta, limit: int = 10_000) -> int:
+    """Delete some of what is known of rows that were deleted more than *keep* ago; returns how many."""
     take_write_lock(connection)
-    return connection.execute(delete(ledger).where(ledger.c.deleted == true(), ledger.c.at < utcnow() - keep)).rowcount
+    key = tuple_(*ledger.primary_key.columns)
+    old = select(*ledger.primary_key.columns).where(ledger.c.deleted == true(), ledger.c.at < utcnow() - keep)
+    return connection.execute(delete(ledger).where(key.in_(old.order_by(ledger.c.at).limit(limit)))).rowcount
 
 
 def fold_log(connection: Connection, keep: timedelta, after: int, limit: int = 2_000) -> int:
@@ -120,14 +123,19 @@ def fold_log(connection: Connection, keep: timedelta, after: int, limit: int = 2
     """
     take_write_lock(connection)
     before = utcnow() - keep
-    page = select(log.c.id, log.c.entity, log.c.key, log.c.tx, log.c.at).where(log.c.id > after)
-    rows = list(takewhile(lambda row: row.at < before, connection.execute(page.order_by(log.c.id).limit(limit)).all()))
-    ends = select(log.c.tx, func.max(log.c.at)).where(log.c.tx.in_(select(each("transactions").c.value)))
-    ended = connection.execute(ends.group_by(log.c.tx), {"transactions": as_array({row.tx for row in rows})}).all()
-    young = {tx for tx, at in ended if at >= before}
-    rows = list(takewhile(lambda row: row.tx not in young, rows))
+    page = select(log.c.id, log.c.entity, log.c.key, log.c.tx).where(log.c.id > after).order_by(log.c.id).limit(limit)
+    rows = connection.execute(page).all()
+    ends = select(log.c.tx, func.max(log.c.id), func.max(log.c.at)).group_by(log.c.tx)
+    ends = ends.where(log.c.tx.in_(select(each("transactions").c.value)))
+    ended = connection.execute(ends, {"transactions": as_array({row.tx for row in rows})}).all()
+    old = {tx: last for tx, last, at in ended if at < before}
+    # The longest beginning of the page in which every transaction is old, and ends.
+    rows = list(takewhile(lambda row: row.tx in old, rows))
+    while rows and (beyond := {row.tx for row in rows if old[row.tx] > rows[-1].id}):
+        rows = list(takewhile(lambda row: row.tx not in beyond, rows))
     if not rows:
-        return after
+        largest = max((last - after for last in old.values()), default=0)
+        return fold_log(connection, keep, after, 4 * limit) if largest > limit else after
     last: int = rows[-1].id
     forgotten: set[str] = set()
     newer = log.alias()
@@ -139,7 +147,7 @@ def fold_log(connection: Connection, keep: timedelta, after: int, limit: int = 2
         given = {"keys": as_array(keys)}
         for gone in (superseded, log.c.op == "delete"):
             forgotten.update(connection.scalars(delete(log).where(mine, gone).returning(log.c.tx), given))
-        folded = update(log).where(mine).values(op="baseline", step=false(), reverts=null())
+        folded = update(log).where(mine, log.c.op != "baseline").values(op="baseline", step=false(), reverts=null())
         connection.execute(folded, given)
     unused = not_(exists().where(log.c.tx == transaction.c.tx))
     named = transaction.c.tx.in_(select(each("transactions").c.value))

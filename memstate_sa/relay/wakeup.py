@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 from sqlalchemy import func, select, text
 from sqlalchemy.engine import Connection, Engine
@@ -43,6 +44,7 @@ class Notifier:
     """Tells relays of other processes that something was committed. Its thread ends when there is nothing to tell."""
 
     def __init__(self) -> None:
+        self.name = uuid4().hex
         self._lock = threading.Lock()
         self._told = threading.Event()
         self._pending: set[Engine] = set()
@@ -83,7 +85,7 @@ class Notifier:
                     try:
                         if engine not in connections:
                             connections[engine] = _own_connection(engine)
-                        connections[engine].execute(select(func.pg_notify(CHANNEL, "")))
+                        connections[engine].execute(select(func.pg_notify(CHANNEL, self.name)))
                     except Exception as error:  # noqa: BLE001  # whatever it is, the relays poll
                         logger.debug("no NOTIFY: %s", type(error).__name__)
                         _close(connections.pop(engine, None))
@@ -102,14 +104,15 @@ def _close(connection: Connection | None) -> None:
 
 
 class Listener:
-    """Calls *wake* for every NOTIFY; PostgreSQL through psycopg, elsewhere it does nothing.
+    """Calls *wake* for every NOTIFY but those of *deaf_to*; PostgreSQL through psycopg, elsewhere it does nothing.
 
     Through a pooler in transaction mode LISTEN hears nothing.
     """
 
-    def __init__(self, engine: Engine, wake: Callable[[], None]) -> None:
+    def __init__(self, engine: Engine, wake: Callable[[], None], *, deaf_to: str = "") -> None:
         self._engine = engine
         self._wake = wake
+        self._deaf_to = deaf_to
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         if (engine.dialect.name, engine.dialect.driver) == ("postgresql", "psycopg"):
@@ -145,7 +148,7 @@ class Listener:
                 selector.select()
                 if self._stopping.is_set():
                     return
-                if list(driver.notifies(timeout=0)):
+                if any(notify.payload != self._deaf_to for notify in list(driver.notifies(timeout=0))):
                     self._wake()
 
 
@@ -166,21 +169,21 @@ class Changes:
     """
 
     def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._connection: Any = None
         self._version: int | None = None
-        if engine.dialect.name == "sqlite":
-            self._connection = engine.connect()
-            self._connection.detach()  # not one of the application's pool
 
     def seen(self) -> bool:
-        if self._connection is None:
+        if self._engine.dialect.name != "sqlite":
             return True
         try:
+            if self._connection is None:
+                self._connection = self._engine.connect()
+                self._connection.detach()  # not one of the application's pool
             version: int = self._connection.execute(_DATA_VERSION).scalar_one()
+            self._connection.rollback()
         except SQLAlchemyError:
             return True
-        finally:
-            self._connection.rollback()
         changed: bool = version != self._version
         self._version = version
         return changed

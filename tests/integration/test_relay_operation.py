@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, create_engine, event, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, OperationalError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, MemstateError
 from memstate_sa.indexes import InMemoryIndex, Point
 from memstate_sa.positions import slot_of
 from memstate_sa.relay import Retention, RetryPolicy
 from memstate_sa.relay.retention import forget_delivered
-from memstate_sa.tables import cursor, holder, index_state, ledger, log, outbox, parked, utcnow
+from memstate_sa.tables import cursor, holder, index_state, ledger, log, metadata, outbox, parked, utcnow
 from memstate_sa.tables import transaction as header
 from tests.integration.test_relay import Spy, eventually, say
 from tests.integration.test_relay_edges import Interrupted, holds
@@ -576,3 +576,174 @@ def test_a_database_that_is_away_is_not_hammered(engine: Engine) -> None:
         assert 2 <= len(asked) <= 15
         away.clear()
         eventually(lambda: holds(world.index, means("a")), 5)
+
+
+# -- what a review found -----------------------------------------------------------------------------------------------
+
+
+def test_a_relay_that_could_not_be_released_can_be_started_again(engine: Engine) -> None:
+    """The database was away when it was stopped."""
+    world = World(engine)
+    relay = world.memory.relay(engine)
+    relay.run_once()
+    delivery = relay._couriers[0].delivery
+    do = delivery._do
+
+    def away(request: Any) -> Any:
+        raise OperationalError("SELECT 1", {}, Exception("gone"))
+
+    delivery._do = away  # type: ignore[method-assign]
+    relay.stop()
+    delivery._do = do  # type: ignore[method-assign]
+    expire_leases(engine)
+    say(world, a="x")
+    with relay:
+        eventually(lambda: holds(world.index, means("a")))
+    world.assert_in_step()
+
+
+def test_leaving_and_claiming_at_once(postgres_engine: Engine) -> None:
+    """They lock the same rows, in the same order."""
+    world = World(postgres_engine)
+    world.relay.drain()
+    stop, errors = time.monotonic() + 3, list[BaseException]()
+
+    def come_and_go() -> None:
+        try:
+            while time.monotonic() < stop:
+                relay = world.memory.relay(postgres_engine)
+                relay.run_once()
+                relay.stop()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    say(world, a="x")
+    world.assert_in_step()
+
+
+def test_a_second_entity_arrives_while_a_page_is_under_way(engine: Engine) -> None:
+    """The page was made without the mark that points carry from then on: it is not acknowledged."""
+    from memstate_sa import Memory
+
+    world, index = World(engine), Interrupted(fenced=False)
+    old, new = (Memory({"shared": index}, embedder=world.embedder) for _ in range(2))
+    for memory in (old, new):
+        memory.track(Tag, text=lambda tag: f"{tag.name} means {tag.meaning}")
+    new.track(Person, text="about")
+    relay = old.relay(engine)
+    relay.drain()
+    say(world, a="x")
+    index.during, index.meddle = "before upsert", lambda: new.relay(engine).run_once()
+    relay.run_once()
+    relay.stop()
+    expire_leases(engine)
+    new.relay(engine).drain()
+    [vector] = world.embedder.embed(["a means x"])
+    assert [m.id for m in index.query(vector, 1, where={"memstate_entity": {"$eq": "tag"}})] == ['tag["a"]']
+
+
+def test_the_child_of_a_process_is_another_owner(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relay made before a fork does not take its brothers' slots for its own."""
+    world = World(engine)
+    relay = world.memory.relay(engine)
+    owner = relay._couriers[0].delivery._owner
+    pid = os.getpid()
+    monkeypatch.setattr("os.getpid", lambda: pid + 1)
+    relay.run_once()
+    assert relay._couriers[0].delivery._owner != owner
+    monkeypatch.undo()
+    relay.stop()
+
+
+def test_an_engine_in_autocommit_or_serializable_will_do(postgres_engine: Engine) -> None:
+    """The relay asks for what it needs."""
+    for level in ("AUTOCOMMIT", "SERIALIZABLE"):
+        world = World(postgres_engine)
+        engine = postgres_engine.execution_options(isolation_level=level)
+        relays = [world.memory.relay(engine) for _ in range(2)]
+        say(world, **{f"{level}{n}": "x" for n in range(20)})
+        eventually(lambda relays=relays: sum(relay.run_once() for relay in relays) == 0)  # type: ignore[misc]
+        slots = [set(relay._couriers[0].delivery.holder.epochs) for relay in relays]
+        assert not slots[0] & slots[1]
+        for relay in relays:
+            relay.stop()
+        world.assert_in_step()
+
+
+def test_a_transaction_longer_than_a_page_is_folded_as_a_whole(engine: Engine) -> None:
+    """A page grows until it holds it."""
+    from memstate_sa.relay.retention import fold_log
+
+    world = World(engine)
+    say(world, **{f"t{n}": "one" for n in range(10)})
+    with world.session() as session:
+        session.execute(update(Tag).values(meaning="two"))
+        session.commit()
+    place, kinds = 0, [10]
+    for _ in range(2):
+        with engine.begin() as connection:
+            place = fold_log(connection, timedelta(), place, limit=3)
+            kinds.append(connection.scalar(select(func.count()).where(log.c.op != "baseline")) or 0)
+    assert kinds == [10, 10, 0]
+    with world.session() as session:
+        assert world.memory.rollback(session) == []
+    world.assert_in_step()
+
+
+def test_wait_for_the_repair_of_a_dead_key(engine: Engine) -> None:
+    """Its row has changed: it is on its way, not refused."""
+    index = Spy()
+    index.refuse = lambda point: DeliveryRejected("no")
+    world = World(engine, index)
+    relay = world.memory.relay(engine, policy=RetryPolicy(max_attempts=1))
+    say(world, a="odd")
+    relay.drain()
+    index.refuse = lambda point: None
+    with world.session() as session:
+        session.get_one(Tag, "a").meaning = "fine"
+        session.commit()
+        with pytest.raises(DeliveryError, match="is a relay running"):
+            world.memory.wait(session, timeout=0.05)
+        with relay:
+            world.memory.wait(session)
+    world.assert_in_step()
+
+
+def test_attaching_a_scoped_session_makes_no_session(engine: Engine) -> None:
+    """It is made when it is first used, as it is configured then."""
+    registry = scoped_session(sessionmaker())
+    World(engine).memory.attach(registry)
+    assert not registry.registry.has()
+    registry.configure(bind=engine)
+    registry.add(Tag(name="a"))
+    registry.commit()
+    registry.remove()
+
+
+async def test_commits_on_an_in_memory_async_sqlite() -> None:
+    """No other connection can see it, and nobody tries."""
+    pytest.importorskip("aiosqlite")
+    from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+
+    from memstate_sa import Memory, sqlite
+    from memstate_sa.testing import HashEmbedder
+    from tests.support import Base
+
+    engine = sqlite.configure(create_async_engine("sqlite+aiosqlite://"))
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(Tag, text="meaning")
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+        await connection.run_sync(metadata.create_all)
+    sessions = async_sessionmaker(engine)
+    memory.attach(sessions)
+    async with sessions() as session:
+        session.add(Tag(name="a"))
+        await session.commit()
+    await engine.dispose()
