@@ -228,12 +228,22 @@ def claim(
         epoch = max(int(now.timestamp() * 1000), *(row.epoch + 1 for row in taken))
         taking = update(cursor).where(of_index(cursor), cursor.c.slot.in_([row.slot for row in taken]))
         connection.execute(taking.values(owner=owner, epoch=epoch), index.parameters())
+        _scan_again(connection, index, [row.slot for row in taken if row.owner is not None])
     fresh = {row.slot: Held(epoch, _position(row), True, settle=row.owner is not None) for row in taken}
     return Claimed({**kept, **fresh}, present, len(live), quota, marked)
 
 
 def _touch(connection: Connection, index: IndexKey, now: datetime) -> None:
     connection.execute(update(index_state).where(of_index(index_state)).values(active_at=now), index.parameters())
+
+
+def _scan_again(connection: Connection, index: IndexKey, taken: Collection[int]) -> None:
+    """Of slots that were being filled: their last holder may have written rows that nobody lists any more."""
+    undone = select(refill.c.slot).where(of_index(refill), not_(refill.c.done), refill.c.slot.in_(taken))
+    slots = set(connection.scalars(undone.distinct(), index.parameters())) if taken else set()
+    if slots:
+        again = update(refill).where(of_index(refill), refill.c.entity == SCAN, refill.c.slot.in_(slots))
+        connection.execute(again.values(done=False, position=None), index.parameters())
 
 
 def _position(row: Row[Any]) -> Position:
@@ -315,6 +325,9 @@ def _refill_rows(connection: Connection, index: IndexKey, entities: Sequence[str
             for slot in slots(dialect)
         ]
         connection.execute(upsert(dialect, refill).on_conflict_do_nothing(), rows)
+        # The scan passed by the points of an entity that nobody knew.
+        scan = update(refill).where(of_index(refill), refill.c.entity == SCAN).values(done=False, position=None)
+        connection.execute(scan, index.parameters())
     is_marked = select(index_state.c.marked).where(of_index(index_state))
     marked: bool = connection.execute(is_marked, index.parameters()).scalar_one()
     several = len({SCAN, *known, *entities}) > 2

@@ -148,14 +148,15 @@ def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, 
         return
     statement = upsert(connection.dialect.name, parked)
     new = statement.excluded
-    both_again = and_(parked.c.state == AGAIN, new.state == AGAIN, parked.c.next_at > new.next_at)
-    later = case((both_again, parked.c.next_at), else_=new.next_at)
+    # A call may land until then, whatever else is the matter with the key.
+    lands = and_(parked.c.state == AGAIN, parked.c.next_at > new.next_at)
+    kept = {name: case((lands, parked.c[name]), else_=new[name]) for name in ("state", "next_at", "error")}
     now: datetime = database_now(connection)
     mark = uuid4().hex
     connection.execute(
         statement.on_conflict_do_update(
             index_elements=list(parked.primary_key.columns),
-            set_={**{name: new[name] for name in ("attempts", "state", "error", "mark")}, "next_at": later},
+            set_={"attempts": new.attempts, "mark": new.mark, **kept},
         ),
         [
             {

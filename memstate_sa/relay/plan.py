@@ -26,12 +26,14 @@ class Delivered(NamedTuple):
 class Write(NamedTuple):
     """One key to be written to an index: its projection, or None to delete it.
 
-    ``same_text``: the index already holds the vector of this text, only metadata changed.
+    ``same_text``: the index already holds the vector of this text, only metadata changed; it is there if the point's
+    fingerprint is ``held``, or the projection's.
     """
 
     fact: FactKey
     projection: Projection | None
     same_text: bool = False
+    held: str | None = None
 
 
 def plan(
@@ -59,7 +61,7 @@ def plan(
             same_text = (
                 known is not None and not known.deleted and (known.text_fingerprint == projection.text_fingerprint)
             )
-            writes.append(Write(fact, projection, same_text))
+            writes.append(Write(fact, projection, same_text, known.fingerprint if known is not None else None))
     return writes
 
 

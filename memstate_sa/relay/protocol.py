@@ -259,6 +259,10 @@ class Lot:
     saved: Position
     passed: bool = False  # entries, since it was saved
 
+    @property
+    def unsaved(self) -> bool:
+        return self.passed and self.at != self.saved
+
 
 @dataclass
 class Counters:
@@ -330,7 +334,6 @@ class Holder:
         self._unsure: dict[FactKey, bool] = {}  # whether the call may yet land
         self._late: dict[FactKey, Parked] = {}
         self._embedded: dict[str, Vector] = {}
-        self._unsettled: set[int] = set()  # slots whose refill was in the work of another
         self._filled = False
         self._marked = False
         self._renew_at = self._clock()
@@ -339,7 +342,7 @@ class Holder:
     @property
     def due_at(self) -> float:
         """When a step is needed though nothing was committed."""
-        return min(self._renew_at, self._save_at) if any(lot.passed for lot in self._lots) else self._renew_at
+        return min(self._renew_at, self._save_at) if any(lot.unsaved for lot in self._lots) else self._renew_at
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -359,9 +362,10 @@ class Holder:
             present = (yield from self._claim()).present
         if len(self.epochs) > self._quota:
             yield from self._share()
-        if seen.paused or not self.epochs:
-            return None
         self._merge()  # not before: a slot that is claimed in the middle of a page must not move with it
+        if seen.paused or not self.epochs:
+            yield from self._save_in_time(renewed)
+            return None
         counts = []
         if seen.due:
             counts.append((yield from self._deliver_parked()))
@@ -370,9 +374,14 @@ class Holder:
         if not self._filled:
             counts.append((yield from self._deliver_refill()))
         done = [count for count in counts if count is not None]
-        if renewed or (not done and self._clock() >= self._save_at and any(lot.passed for lot in self._lots)):
-            yield from self.save()
+        if renewed or not done:
+            yield from self._save_in_time(renewed)
         return sum(done) if done else None
+
+    def _save_in_time(self, renewed: bool) -> Steps[None]:
+        """Whatever moved, with every renewal of the lease; what entries were passed, before long."""
+        if renewed or (self._clock() >= self._save_at and any(lot.unsaved for lot in self._lots)):
+            yield from self.save()
 
     def keep(self) -> Steps[bool]:
         """Renew the lease if half of it is over, or claim what can be had; whether that was needed."""
@@ -416,8 +425,6 @@ class Holder:
             if held.fresh:
                 self.epochs[slot] = held.epoch
                 self._lots.append(Lot({slot}, held.at, claimed.present if held.settle else None, held.at))
-                if held.settle:
-                    self._unsettled.add(slot)
         return claimed
 
     def _merge(self) -> None:
@@ -446,7 +453,7 @@ class Holder:
             del self._unsure[fact]
 
     def _unsettled_slots(self) -> set[int]:
-        return self._unsettled.union(*(lot.slots for lot in self._lots if lot.settle is not None))
+        return {slot for lot in self._lots if lot.settle is not None for slot in lot.slots}
 
     def _lose(self, slots: set[int]) -> Steps[None]:
         """Another has taken *slots*. What we wrote late may have overwritten what it wrote: it writes that again."""
@@ -482,7 +489,6 @@ class Holder:
             lot.slots -= slots
         for slot in slots:
             self.epochs.pop(slot, None)
-        self._unsettled -= slots
 
     def _slot(self, fact: FactKey) -> int:
         return slot_of(*fact) % self._of
@@ -520,19 +526,15 @@ class Holder:
         refill = yield from ask(ReadRefill(tuple(self.epochs)))
         if refill is None:
             self._filled = True
-            self._unsettled.clear()
             return None
         self.more = True
         listed = yield from ask(ListFacts(refill.entity, refill.position, self._page_size))
-        facts = {
-            fact: fingerprint
-            for fact, fingerprint in listed.facts.items()
-            if self._slot(fact) in refill.slots and fact[0] in self._entities
-        }
+        ours = {fact: found for fact, found in listed.facts.items() if self._slot(fact) in refill.slots}
+        facts = {fact: fingerprint for fact, fingerprint in ours.items() if fact[0] in self._entities}
+        foreign = ours.keys() - facts.keys()
         held = {fact: Delivered(fingerprint, None, False) for fact, fingerprint in facts.items() if fingerprint}
         after = refill._replace(position=listed.last, done=listed.last is None)
-        settle = not self._unsettled.isdisjoint(refill.slots)
-        return (yield from self._converge(list(facts), settle=settle, held=held, refill=after))
+        return (yield from self._converge(list(facts), held=held, foreign=foreign, refill=after))
 
     # -- one page ------------------------------------------------------------------------------------------------------
 
@@ -556,7 +558,7 @@ class Holder:
         epochs = dict(self.epochs)
         found = (yield from ask(Read(facts))) if facts else Found()
         # Of what failed before, or is unsure, the index may hold anything, whatever the ledger says.
-        doubted = set(facts) if settle and not held else {*self._unsure, *found.parked, *again}
+        doubted = set(facts) if settle else {*self._unsure, *found.parked, *again}
         page = _Page(epochs, found, doubted, again, dict(found.failed))
         readable = [fact for fact in facts if fact not in found.failed]
         writes = plan(readable, found.truth, held or found.ledger, doubted)
@@ -594,7 +596,9 @@ class Holder:
             for fact, error in page.failed.items()
         }
         self.counters.rejected += len(parking)
-        parking |= {fact: self._again("may land late", later=True) for fact in self._landing(page)}
+        for fact in self._landing(page):
+            attempts = parking[fact].attempts if fact in parking else 0
+            parking[fact] = self._again("may land late", later=True)._replace(attempts=attempts)
         converged = [*page.written, *(fact for fact in agreed if fact not in page.written)]
         positions: Mapping[int, Position] = {}
         if page.complete and self._clock() >= self._save_at:
@@ -694,6 +698,7 @@ class Holder:
             for write in writes
             if write.fact in stored
             and write.projection is not None
+            and stored[write.fact].fingerprint in (write.projection.fingerprint, write.held)
             and (write.same_text or stored[write.fact].fingerprint == write.projection.fingerprint)
         }
         missing = {
