@@ -219,6 +219,7 @@ parked = Table(
         comment="again: to be delivered once more; parked: refused; dead: refused too often",
     ),
     Column("mark", String(32), nullable=False, comment="changes whenever the key is parked again"),
+    Column("repeat", Boolean(create_constraint=False), nullable=False, server_default=false()),
     Index(None, "index", "incarnation", "state", "next_at"),
 )
 

@@ -183,7 +183,6 @@ def missing(
 
     Positions are recorded now and then; the ledger at once. Raises DeliveryError for a key that it refused for good.
     """
-    refused = connection.execute(_refused, {**index.parameters(), "tx": tx}).all()
     dialect, facts = connection.dialect.name, set[FactKey]()
     places = read_positions(connection, index)
     if not claims.is_filled(connection, index, list(tracked)):
@@ -192,6 +191,8 @@ def missing(
         given = {"entities": as_array(tracked), "slots": slot_array(group), "tx": tx, "limit": _FEW}
         rows = connection.execute(_of_transaction(dialect), {**after(at), **given}).all()
         facts.update((entity, key) for entity, key in rows)
+    # After what is pending: a key that is delivered in between is not taken for refused.
+    refused = connection.execute(_refused, {**index.parameters(), "tx": tx}).all()
     for entity, key, state, error in refused:
         if state == DEAD and (entity, key) not in facts:  # what is pending is tried again
             raise DeliveryError(f"index {index.name!r} refused {entity} {key}: {error}")

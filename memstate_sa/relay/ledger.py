@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import BindParameter, and_, bindparam, case, delete, or_, select, true
+from sqlalchemy import BindParameter, and_, bindparam, case, delete, not_, or_, select, true
 from sqlalchemy.engine import Connection
 
 from memstate_sa.arrays import as_array, each, item, payloads
@@ -48,7 +48,7 @@ def _stuck(dialect_name: str) -> Any:
     """What is to be delivered again later is not due to be noticed now."""
     counts = or_(parked.c.state != AGAIN, parked.c.next_at <= claims.clock(dialect_name))
     mine = and_(of_index(parked), parked.c.entity == _entity, parked.c.key.in_(select(_keys.c.value)))
-    return select(parked.c.key, parked.c.attempts, parked.c.mark).where(mine, counts)
+    return select(parked.c.key, parked.c.attempts, parked.c.mark, parked.c.repeat).where(mine, counts)
 
 
 def _of_facts(connection: Connection, statement: Any, index: IndexKey, facts: Collection[FactKey]) -> Any:
@@ -149,8 +149,8 @@ def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, 
     statement = upsert(connection.dialect.name, parked)
     new = statement.excluded
     # A call may land until then, whatever else is the matter with the key.
-    lands = and_(parked.c.state == AGAIN, parked.c.next_at > new.next_at)
-    kept = {name: case((lands, parked.c[name]), else_=new[name]) for name in ("state", "next_at", "error")}
+    lands = and_(parked.c.state == AGAIN, parked.c.next_at > new.next_at, not_(new.repeat))
+    kept = {name: case((lands, parked.c[name]), else_=new[name]) for name in ("state", "next_at", "error", "repeat")}
     now: datetime = database_now(connection)
     mark = uuid4().hex
     connection.execute(
@@ -169,6 +169,7 @@ def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, 
                 "state": given.state,
                 "error": given.error,
                 "mark": mark,
+                "repeat": given.repeat,
             }
             for (entity, key), given in sorted(parking.items())  # in this order: two may park the same keys
         ],

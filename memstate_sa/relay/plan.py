@@ -99,6 +99,7 @@ class Parked(NamedTuple):
     delay_s: float
     state: str
     error: str
+    repeat: bool = False  # it has to be delivered once more after that: a call may yet land
 
 
 def park(error: MemstateError, attempts: int, policy: RetryPolicy, jitter: Callable[[], float]) -> Parked:

@@ -167,10 +167,11 @@ class ListFacts(Request[Listed]):
 
 
 class Stuck(NamedTuple):
-    """A parked key: how often it was rejected, and which parking this is."""
+    """A parked key: how often it was rejected, which parking this is, and whether it has to be repeated."""
 
     attempts: int
     mark: str
+    repeat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,14 +476,10 @@ class Holder:
     def _repeats(self, slots: Collection[int], why: str) -> dict[FactKey, Parked]:
         """What is unsure of *slots*, for whoever has them next."""
         return {
-            fact: self._again(why, later=may_land)
+            fact: Parked(0, 0.0, AGAIN, why, repeat=may_land)
             for fact, may_land in self._unsure.items()
             if self._slot(fact) in slots
         }
-
-    def _again(self, why: str, *, later: bool) -> Parked:
-        """To be delivered once more: now, or when no call that is under way can land any more."""
-        return Parked(0, self._lease_s if later else 0.0, AGAIN, why)
 
     def _drop(self, slots: set[int]) -> None:
         for lot in self._lots:
@@ -598,7 +595,7 @@ class Holder:
         self.counters.rejected += len(parking)
         for fact in self._landing(page):
             attempts = parking[fact].attempts if fact in parking else 0
-            parking[fact] = self._again("may land late", later=True)._replace(attempts=attempts)
+            parking[fact] = Parked(attempts, self._lease_s, AGAIN, "may land late")
         converged = [*page.written, *(fact for fact in agreed if fact not in page.written)]
         positions: Mapping[int, Position] = {}
         if page.complete and self._clock() >= self._save_at:
@@ -625,9 +622,10 @@ class Holder:
         return count
 
     def _landing(self, page: _Page) -> set[FactKey]:
-        """Keys that a call may yet write which we no longer wait for."""
-        written = {fact for fact in page.again if fact in page.written}
-        return written.union(fact for fact, may_land in self._unsure.items() if may_land)
+        """Keys that a call may yet write which nobody waits for: once more, when no such call can land any more."""
+        repeats = {fact for fact, stuck in page.found.parked.items() if stuck.repeat}
+        told = (repeats | set(page.again)) & (page.written.keys() | page.failed.keys())
+        return told.union(fact for fact, may_land in self._unsure.items() if may_land)
 
     def _acknowledge(self, record: Acknowledge) -> Steps[None]:
         lost = yield from ask(record)
