@@ -8,6 +8,8 @@ not a SELECT. Reads before it see each the latest commit.
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from typing import Any
 
 from sqlalchemy import event
@@ -37,7 +39,7 @@ def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
         dbapi_connection.isolation_level = None  # the driver begins nothing by itself
         cursor = dbapi_connection.cursor()
         cursor.execute(f"PRAGMA busy_timeout = {int(busy_timeout_s * 1000)}")
-        cursor.execute("PRAGMA journal_mode = WAL")
+        _use_wal(cursor, time.monotonic() + busy_timeout_s)
         cursor.close()
 
     @event.listens_for(sync, "before_cursor_execute")
@@ -50,6 +52,18 @@ def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
             connection.exec_driver_sql("BEGIN IMMEDIATE")  # not cursor.execute: its errors are SQLAlchemy's
 
     return engine
+
+
+def _use_wal(cursor: Any, deadline: float) -> None:
+    """This pragma does not wait for another connection that opens or closes the file just now, whatever the timeout."""
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
 
 
 def in_transaction(connection: Connection) -> bool:

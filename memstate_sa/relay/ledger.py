@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import BindParameter, and_, bindparam, case, delete, not_, or_, select, true
+from sqlalchemy import BindParameter, and_, bindparam, case, delete, false, not_, or_, select, true
 from sqlalchemy.engine import Connection
 
 from memstate_sa.arrays import as_array, each, item, payloads
@@ -150,13 +150,16 @@ def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, 
     new = statement.excluded
     # A call may land until then, whatever else is the matter with the key.
     lands = and_(parked.c.state == AGAIN, parked.c.next_at > new.next_at, not_(new.repeat))
-    kept = {name: case((lands, parked.c[name]), else_=new[name]) for name in ("state", "next_at", "error", "repeat")}
+    kept = {name: case((lands, parked.c[name]), else_=new[name]) for name in ("state", "next_at", "error")}
     now: datetime = database_now(connection)
     mark = uuid4().hex
+    # What has to be repeated after it is delivered, still has to be when it is marked for delivery once more.
+    due = and_(parked.c.repeat, new.state == AGAIN, new.next_at <= now)
+    repeat = case((or_(due, new.repeat), true()), (lands, parked.c.repeat), else_=false())
     connection.execute(
         statement.on_conflict_do_update(
             index_elements=list(parked.primary_key.columns),
-            set_={"attempts": new.attempts, "mark": new.mark, **kept},
+            set_={"attempts": new.attempts, "mark": new.mark, "repeat": repeat, **kept},
         ),
         [
             {

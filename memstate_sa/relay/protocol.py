@@ -511,7 +511,7 @@ class Holder:
         facts = [fact for fact in dict.fromkeys(page.facts) if fact[0] in self._entities]
         foreign = {fact for fact in page.facts if fact[0] not in self._entities}
         settle = lot.settle is not None
-        again = page.intents - foreign
+        again = page.intents
         return (yield from self._converge(facts, settle=settle, again=again, foreign=foreign, lot=lot, after=after))
 
     def _move(self, lot: Lot, after: Position) -> None:
@@ -625,6 +625,7 @@ class Holder:
         """Keys that a call may yet write which nobody waits for: once more, when no such call can land any more."""
         repeats = {fact for fact, stuck in page.found.parked.items() if stuck.repeat}
         told = (repeats | set(page.again)) & (page.written.keys() | page.failed.keys())
+        told |= {fact for fact in page.again if fact[0] not in self._entities}  # passed by, and to be repeated there
         return told.union(fact for fact, may_land in self._unsure.items() if may_land)
 
     def _acknowledge(self, record: Acknowledge) -> Steps[None]:

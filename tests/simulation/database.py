@@ -497,8 +497,10 @@ class Database:
         self._marks += 1
         for fact, given in parking.items():
             next_at = self._clock() + given.delay_s
-            new = Waiting(given.attempts, next_at, given.state, given.error, str(self._marks), given.repeat)
             old = state.parked.get(fact)
+            again = old is not None and old.repeat and given.state == AGAIN and given.delay_s <= 0
+            repeat = given.repeat or again
+            new = Waiting(given.attempts, next_at, given.state, given.error, str(self._marks), repeat)
             if old is not None and old.state == AGAIN and old.next_at > new.next_at and not new.repeat:
                 # A call may land until then, whatever else is the matter with the key.
                 new = old._replace(attempts=new.attempts, mark=new.mark)
