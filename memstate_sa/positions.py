@@ -73,6 +73,11 @@ class Position:
     xid: int = 0
     id: int = 0
 
+    @classmethod
+    def parse(cls, snapshot: str, xid: int, id_: int) -> Position:
+        """As it is stored."""
+        return cls(Snapshot.parse(snapshot), xid, id_)
+
     def covers(self, other: Position) -> bool:
         """Whether everything that is delivered at *other* is delivered here."""
         within = other.id == 0 or self.snapshot.sees(other.xid) or (self.xid == other.xid and self.id >= other.id)

@@ -28,7 +28,7 @@ from memstate_sa.indexes.base import Filter, Match, Vector, VectorIndex
 from memstate_sa.outbox import after, undelivered
 from memstate_sa.relay.backlog import Standing, read_standing, stuck
 from memstate_sa.relay.claims import IndexKey
-from memstate_sa.relay.plan import classify, halves
+from memstate_sa.relay.plan import guarded, halves
 from memstate_sa.relay.protocol import ENTITY
 from memstate_sa.tables import outbox
 from memstate_sa.truth import raw_key_columns
@@ -154,13 +154,7 @@ class Search:
 
     def _ask(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the index; whatever it raises becomes ours."""
-        try:
-            return self._call(function, *args, **kwargs)
-        except Exception as error:
-            ours = classify(error, f"index {self._name!r}")
-            if ours is error:
-                raise
-            raise ours from error
+        return guarded(lambda: self._call(function, *args, **kwargs), f"index {self._name!r}")
 
     def _run(self, query: str, limit: int, max_distance: float | None, *, fresh: bool) -> Hits[Any]:
         vector = np.asarray(self._call(self._vectors.of_query, query), dtype=np.float32)

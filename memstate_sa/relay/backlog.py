@@ -28,7 +28,7 @@ def read_positions(connection: Connection, index: IndexKey) -> dict[Position, li
     """Which slots of *index* are where; empty when it was never delivered to."""
     places: dict[Position, list[int]] = {}
     for snapshot, xid, id_, slot in connection.execute(_positions, index.parameters()).all():
-        places.setdefault(Position(Snapshot.parse(snapshot), xid, id_), []).append(slot)
+        places.setdefault(Position.parse(snapshot, xid, id_), []).append(slot)
     return places
 
 
@@ -70,7 +70,7 @@ def read_standing(connection: Connection, index: IndexKey, entity: str) -> Stand
     rows = connection.execute(_standing, {**index.parameters(), "entity": entity}).all()
     if not rows:
         return Standing(None, False, False, 0, False)
-    return Standing(meet(Position(Snapshot.parse(row[0]), row[1], row[2]) for row in rows), *rows[0][3:])
+    return Standing(meet(Position.parse(*row[:3]) for row in rows), *rows[0][3:])
 
 
 def stuck(connection: Connection, index: IndexKey, entity: str, limit: int) -> Sequence[str]:

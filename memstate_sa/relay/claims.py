@@ -35,7 +35,7 @@ from sqlalchemy.engine import Connection
 from memstate_sa.arrays import each
 from memstate_sa.errors import IndexMismatch
 from memstate_sa.outbox import as_position, here, in_slots, read_present, slot_array, slots, take_write_lock
-from memstate_sa.positions import Position, Snapshot
+from memstate_sa.positions import Position
 from memstate_sa.relay.plan import AGAIN, PARKED
 from memstate_sa.relay.protocol import Claimed, Held, Refill, Seen
 from memstate_sa.tables import UTCDateTime, cursor, holder, index_state, ledger, parked, refill, utcnow
@@ -247,7 +247,7 @@ def _scan_again(connection: Connection, index: IndexKey, taken: Collection[int])
 
 
 def _position(row: Row[Any]) -> Position:
-    return Position(Snapshot.parse(row.snapshot), row.xid, row.position)
+    return Position.parse(row.snapshot, row.xid, row.position)
 
 
 def _live(

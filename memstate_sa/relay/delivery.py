@@ -25,7 +25,7 @@ from memstate_sa.outbox import read_page, slots
 from memstate_sa.positions import Page
 from memstate_sa.relay import claims, ledger
 from memstate_sa.relay.claims import IndexKey
-from memstate_sa.relay.plan import AGAIN, FactKey, RetryPolicy, classify
+from memstate_sa.relay.plan import AGAIN, FactKey, RetryPolicy, classify, guarded
 from memstate_sa.relay.protocol import (
     Acknowledge,
     Claim,
@@ -321,10 +321,4 @@ class Delivery:
 
     def _guarded(self, call: Callable[[], T]) -> T:
         """*call* on the index or the embedder; whatever it raises becomes ours."""
-        try:
-            return call()
-        except Exception as error:
-            ours = classify(error, f"index {self.name!r}")
-            if ours is error:
-                raise
-            raise ours from error
+        return guarded(call, f"index {self.name!r}")

@@ -61,7 +61,9 @@ def plan(
             same_text = (
                 known is not None and not known.deleted and (known.text_fingerprint == projection.text_fingerprint)
             )
-            writes.append(Write(fact, projection, same_text, known.fingerprint if known is not None else None))
+            writes.append(
+                Write(fact, projection, same_text, known.fingerprint if known is not None and same_text else None)
+            )
     return writes
 
 
@@ -143,6 +145,17 @@ def describe(error: BaseException) -> str:
     cause = error.__cause__
     kinds = type(error).__name__ + (f" from {type(cause).__name__}" if cause is not None else "")
     return f"{kinds}: {ours}" if ours else kinds
+
+
+def guarded(call: Callable[[], T], where: str) -> T:
+    """*call* on an index or embedder; whatever it raises becomes ours, chained."""
+    try:
+        return call()
+    except Exception as error:
+        ours = classify(error, where)
+        if ours is error:
+            raise
+        raise ours from error
 
 
 def classify(error: Exception, where: str) -> MemstateError:

@@ -437,7 +437,7 @@ class Holder:
 
     def _share(self) -> Steps[None]:
         """Others have come: let go what is more than our share, what is furthest first. What is unsettled, stays."""
-        settled = [(lot.at.floor, slot) for lot in self._lots for slot in lot.slots - self._unsettled_slots()]
+        settled = [(lot.at.floor, slot) for lot in self._lots if lot.settle is None for slot in lot.slots]
         surplus = len(self.epochs) - self._quota
         slots = {slot for _, slot in sorted(settled, reverse=True)[:surplus]}
         if slots:
@@ -698,7 +698,6 @@ class Holder:
             if write.fact in stored
             and write.projection is not None
             and stored[write.fact].fingerprint in (write.projection.fingerprint, write.held)
-            and (write.same_text or stored[write.fact].fingerprint == write.projection.fingerprint)
         }
         missing = {
             digests[write.fact]: write.projection.text or ""

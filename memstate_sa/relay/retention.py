@@ -30,7 +30,7 @@ from sqlalchemy.engine import Connection
 
 from memstate_sa.arrays import as_array, each
 from memstate_sa.outbox import take_write_lock
-from memstate_sa.positions import Position, Snapshot
+from memstate_sa.positions import Position
 from memstate_sa.relay.claims import SCAN
 from memstate_sa.relay.ledger import by_entity
 from memstate_sa.tables import (
@@ -72,7 +72,7 @@ def forget_delivered(connection: Connection, limit: int = 10_000) -> int:
     if not places or SCAN in filling:
         return 0
     take_write_lock(connection)
-    floor = min(Position(Snapshot.parse(snapshot), xid, id_).floor for snapshot, xid, id_ in places)
+    floor = min(Position.parse(*place).floor for place in places)
     parameters = {"xid": str(floor[0]), "id": floor[1], "filling": as_array(filling), "limit": limit}
     return connection.execute(_forget(connection.dialect.name), parameters).rowcount
 
