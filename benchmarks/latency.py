@@ -260,20 +260,20 @@ def backlog(server: URL, *, keys: int) -> None:
 
 
 def _drain(url: str, answers: Any) -> None:
-    there = Application.__new__(Application)
-    there.engine, there.model, there.index = create_engine(url), define(), Nowhere()
-    there.index._incarnation = _incarnation(there.engine)
-    memory = remember(there.model, there.index)
+    engine, index = create_engine(url), Nowhere()
+    index._incarnation = _incarnation(engine)
+    memory = remember(define(), index)
     before = _peak_mb()
-    relay = memory.relay(there.engine)
+    relay = memory.relay(engine)
     began = time.perf_counter()
     delivered = relay.drain(timeout=1800)
     seconds = time.perf_counter() - began
-    while relay._forget_at == 0.0 or relay.run_once():
+    relay._forget_at = 0.0
+    while relay._forget_at == 0.0:  # there is more to delete
         relay.run_once()
     relay.stop()
     answers.put((delivered, seconds, before, _peak_mb()))
-    there.engine.dispose()
+    engine.dispose()
 
 
 def _incarnation(engine: Engine) -> str:

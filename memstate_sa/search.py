@@ -89,8 +89,8 @@ def _dirty(dialect_name: str, *, everything: bool) -> Select[Any]:
     """
     own = case((outbox.c.tx == bindparam("own_tx"), 1), else_=0).label("own")
     columns, mine = (outbox.c.id, outbox.c.key, own), outbox.c.entity == bindparam("entity")
-    newest_first = select(*columns).where(mine).order_by(outbox.c.id.desc()).limit(bindparam("limit"))
     if everything:
+        newest_first = select(*columns).where(mine).order_by(outbox.c.id.desc()).limit(bindparam("limit"))
         entries: FromClause = newest_first.subquery()
     else:
         entries = undelivered(dialect_name, *columns, where=mine, newest_first=True)

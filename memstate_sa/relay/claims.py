@@ -130,16 +130,18 @@ def limit_transaction(connection: Connection, seconds: float) -> None:
 # -- looking ----------------------------------------------------------------------------------------------------------
 
 
+_owned = select(func.count()).where(of_index(cursor), cursor.c.owner == bindparam("me"))
+
+
 @cache
 def _look(dialect_name: str) -> Select[Any]:
     now = clock(dialect_name)
     live = select(func.count()).where(of_index(holder), holder.c.lease_until > now)
-    mine = select(func.count()).where(of_index(cursor), cursor.c.owner == bindparam("me"))
     its_owner = exists().where(of_index(holder), holder.c.owner == cursor.c.owner)
     free = exists().where(of_index(cursor), not_(its_owner))
     due = exists().where(due_parking(dialect_name))
     paused = select(index_state.c.paused).where(of_index(index_state))
-    counts = (query.scalar_subquery() for query in (live, mine))
+    counts = (query.scalar_subquery() for query in (live, _owned))
     return select(here(dialect_name), *counts, free, due, paused.scalar_subquery())
 
 
@@ -174,8 +176,7 @@ def renew(connection: Connection, index: IndexKey, owner: str, lease_s: float) -
     take_write_lock(connection)
     until = database_now(connection) + timedelta(seconds=lease_s)
     known = connection.execute(_renew, {**index.parameters(), "me": owner, "until": until}).rowcount
-    mine = select(func.count()).where(of_index(cursor), cursor.c.owner == bindparam("me"))
-    count: int = connection.execute(mine, {**index.parameters(), "me": owner}).scalar_one()
+    count: int = connection.execute(_owned, {**index.parameters(), "me": owner}).scalar_one()
     return count if known == 1 else 0
 
 
