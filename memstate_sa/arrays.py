@@ -100,20 +100,22 @@ def _typed_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
     return str(compiler.process(element.clause, **kw))
 
 
-_rows = _elements(bindparam("rows", type_=Text())).table_valued("value", name="entries")
+def rows(parameter: str) -> FromClause:
+    """A FROM element of the rows in *parameter*, whose columns are `item`; bind it with one of `payloads`."""
+    return _elements(bindparam(parameter, type_=Text())).table_valued("value", name=f"{parameter}_given")
 
 
-def item(n: int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
-    """Item *n* of the current row of the parameter ``rows``, as *type_*; JSON null is NULL."""
+def item(of: FromClause, n: int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
+    """Item *n* of each of `rows`, as *type_*; JSON null is NULL."""
     # Strings as TEXT: one that is too long is refused by the column, not cut by the cast.
-    return _typed(_element(_rows.c.value, n), Text() if isinstance(type_, String) else type_)
+    return _typed(_element(of.c.value, n), Text() if isinstance(type_, String) else type_)
 
 
-def payloads(rows: Iterable[tuple[Any, ...]]) -> Iterator[str]:
-    """*rows* as values of the parameter ``rows``: one, unless they are too large for a statement."""
+def payloads(given: Iterable[tuple[Any, ...]]) -> Iterator[str]:
+    """Rows as values of a parameter of `rows`: one, unless they are too large for a statement."""
     some: list[tuple[Any, ...]] = []
     chars = 0
-    for row in rows:
+    for row in given:
         length = sum(len(value) for value in row if type(value) is str)
         if some and chars + length > _PAYLOAD_CHARS:
             yield as_json(some)

@@ -27,14 +27,14 @@ from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.selectable import AliasedReturnsRows
 
-from memstate_sa import tables
+from memstate_sa import outbox, tables
 from memstate_sa.arrays import as_array
 from memstate_sa.changes import Entry, Op, fold, new_tx
 from memstate_sa.codec import decode_key
 from memstate_sa.columns import RAW, READ_CHUNK, TableColumns, batches
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
 from memstate_sa.facts import Tracked, check_single_table, inheritance_criterion, unique_value
-from memstate_sa.outbox import add_to_log, add_to_outbox, deleted_keys, take_write_lock, unknown_keys
+from memstate_sa.outbox import deleted_keys, take_write_lock, unknown_keys
 from memstate_sa.schemas import failure
 from memstate_sa.tables import utcnow
 
@@ -313,18 +313,17 @@ class Capture:
         tx: str | None = None,
         deliver_baselines: bool = False,
     ) -> None:
-        """Log *entries* and mark their keys dirty: two INSERTs, whatever their number."""
+        """Log *entries* and mark their keys dirty: two INSERTs at most, whatever their number."""
         if not entries:
             return
         _require_supported(connection, unit)
         at, tx = utcnow(), tx or unit.tx
         unit.logged, unit.written_on = True, connection
         with unit.writing():
-            add_to_log(connection, entries, tx, at)
             dirty = dict.fromkeys(
                 (entry.entity, entry.key) for entry in entries if deliver_baselines or entry.op != "baseline"
             )
-            add_to_outbox(connection, dirty, tx, at)
+            outbox.add(connection, entries, dirty, tx, at)
             for tracked in {self._registry.by_entity[entity] for entity, _ in dirty}:
                 if tracked.unique_values is not None:
                     self._write_unique(connection, tracked, entries)
@@ -656,15 +655,16 @@ class Capture:
         units = self._active.get(connection)
         if not units:
             return
-        tracked = self._registry.named(getattr(statement, "table", None), connection.dialect.default_schema_name)
-        if tracked is None:
-            return
         for unit in units:
             if unit.own_writes:
                 return
             if unit.flush is not None and "compiled_cache" in execution_options:
                 return  # the unit of work's own statement: the flush passes its mapper's cache, nobody else does
-        self._refuse(tracked, statement, "use the Session's objects, or session.execute(insert/update/delete(Model))")
+        tracked = self._registry.named(getattr(statement, "table", None), connection.dialect.default_schema_name)
+        if tracked is not None:
+            self._refuse(
+                tracked, statement, "use the Session's objects, or session.execute(insert/update/delete(Model))"
+            )
 
     def _guard_ctes(
         self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool

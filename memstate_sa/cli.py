@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
+from time import monotonic
 from typing import Annotated, Any, NoReturn
 
 from sqlalchemy import Engine, create_engine, inspect
@@ -45,7 +45,8 @@ else:
     ]
     Indexes = Annotated[list[str] | None, typer.Option("--index", help="Its name; may be repeated. Default: all.")]
     Keys = Annotated[
-        list[str] | None, typer.Option("--key", help="As `dead list` shows it; may be repeated. Default: all.")
+        list[str] | None,
+        typer.Option("--key", help="As in `dead list`, or shop_item[7]; may be repeated. Default: all."),
     ]
     Model = Annotated[
         str, typer.Argument(metavar="MODEL", help="A tracked class: its name in the module of --app, or module:Class")
@@ -203,15 +204,20 @@ def drain(
     """Deliver until nothing is pending. Beside running relays, wait until they have."""
     with _opened(app, url) as (memory, engine):
         console = Console()
-        with Progress(console=console, transient=True) as progress, ThreadPoolExecutor(1) as pool:
+        with Progress(console=console, transient=True) as progress:
             update = _progress(progress, "delivering")
             before = sum(backlog.pending for backlog in memory.status(engine).values())
-            done = pool.submit(memory.relay(engine).drain, timeout)
-            while not done.done():
-                pending = sum(backlog.pending for backlog in memory.status(engine).values())
-                update(max(0, before - pending), before)
-                wait([done], timeout=0.5)
-            done.result()
+            show_at = monotonic()
+
+            def show(_: int) -> None:  # what is left is counted: other relays may be delivering, too
+                nonlocal show_at
+                began = monotonic()
+                if began >= show_at:
+                    pending = sum(backlog.pending for backlog in memory.status(engine).values())
+                    update(max(0, before - pending), before)
+                    show_at = monotonic() + max(0.5, 10 * (monotonic() - began))  # a long backlog takes its time
+
+            memory.relay(engine).drain(timeout, progress=show)
         console.print("Nothing is pending.")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -66,9 +66,18 @@ class Projection(NamedTuple):
     text_fingerprint: str | None
 
 
-def _digest(*parts: str) -> str:
-    data = "".join(f"{len(part)}:{part}" for part in parts)
-    return hashlib.blake2b(data.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+def _part(text: str) -> bytes:
+    """Says where it ends, so that no two lists of parts are one text."""
+    return f"{len(text)}:{text}".encode("utf-8", "surrogatepass")
+
+
+@lru_cache(64)
+def _digest_of(text: str) -> hashlib.blake2b:
+    """A digest that has begun; others go on from a copy."""
+    return hashlib.blake2b(_part(text), digest_size=16)
+
+
+_PLAIN = frozenset((str, int, bool, type(None)))
 
 
 def _scalar(value: Any) -> Scalar:
@@ -176,14 +185,14 @@ class Tracked:
         if text is None or not str(text).strip():
             return Projection(key, None, {}, None, None)
         text = str(text)
-        metadata = {name: _scalar(values[name]) for name in self._sorted_metadata}
-        return Projection(
-            key,
-            text,
-            metadata,
-            fingerprint=_digest(embedder, text, as_json(metadata)),
-            text_fingerprint=_digest(embedder, text),
-        )
+        metadata = {
+            name: value if type(value := values[name]) in _PLAIN else _scalar(value) for name in self._sorted_metadata
+        }
+        digest = _digest_of(embedder).copy()
+        digest.update(_part(text))
+        text_fingerprint = digest.hexdigest()
+        digest.update(_part(as_json(metadata)))
+        return Projection(key, text, metadata, digest.hexdigest(), text_fingerprint)
 
     def _detached(self, values: Mapping[str, Any]) -> Any:
         """A detached instance of the row: its own columns are loaded, touching anything else raises."""
@@ -284,7 +293,7 @@ def unique_value(tracked: Tracked, values: Mapping[str, Any]) -> str | None:
         return None
     value = encode_key(found)
     # It is a key of a B-tree, which on PostgreSQL takes about 2,700 bytes.
-    return value if len(value) <= 500 else f"[{_digest(value)}]"
+    return value if len(value) <= 500 else f"[{_digest_of(value).hexdigest()}]"
 
 
 def inheritance_criterion(mapper: Mapper[Any]) -> ColumnElement[bool] | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 from sqlalchemy import Select, func, inspect, select
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import URL, Engine
 from sqlalchemy.orm import Session
 
 from memstate_sa import history, tables, truth
@@ -24,7 +24,7 @@ from memstate_sa.errors import DeliveryError, MemstateError, require_count
 from memstate_sa.facts import Tracked, describe
 from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.relay import Relay
-from memstate_sa.relay.backlog import Backlog, backlog, missing
+from memstate_sa.relay.backlog import Backlog, backlog, keys_of, lacks
 from memstate_sa.relay.claims import IndexKey
 from memstate_sa.relay.wakeup import Notifier
 from memstate_sa.search import Call, Hits, Search, call_directly
@@ -71,7 +71,7 @@ class Memory:
         self._capture = Capture(self._registry, self._committed)
         self._rollback = history.Rollback(self._registry, self._capture)
         self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[URL, Engine] = {}
         self._opened: set[str] = set()  # indexes that a search has opened
 
     # -- adoption --------------------------------------------------------------------------------------------------
@@ -438,18 +438,24 @@ class Memory:
         sync = self._only_engine() if engine is None else self._blocking(engine)
         require_no_transaction(sync)
         deadline, pause = time.monotonic() + timeout, 0.001
-        waiting = self._by_index()
+        with sync.connect() as connection:
+            facts = keys_of(connection, token)
+        waiting = [
+            (IndexKey(name, self._incarnation(index)), tracked) for name, (index, tracked) in self._by_index().items()
+        ]
         while waiting:
-            for name, (index, tracked) in list(waiting.items()):
-                with sync.connect() as connection:
-                    key = IndexKey(name, self._incarnation(index))
-                    left = missing(connection, key, tracked, self.embedder.fingerprint, token)
-                if not left:
-                    del waiting[name]
-            if waiting and time.monotonic() > deadline:
-                raise DeliveryError(f"not in index {next(iter(waiting))!r} within {timeout:g} s; is a relay running?")
+            began = time.monotonic()
+            with sync.connect() as connection:
+                waiting = [
+                    (key, tracked)
+                    for key, tracked in waiting
+                    if lacks(connection, key, tracked, self.embedder.fingerprint, token, facts)
+                ]
+            now = time.monotonic()
+            if waiting and now > deadline:
+                raise DeliveryError(f"not in index {waiting[0][0].name!r} within {timeout:g} s; is a relay running?")
             if waiting:
-                time.sleep(pause)
+                time.sleep(max(pause, now - began))  # behind a long backlog a look takes its time
                 pause = min(pause * 1.5, 0.05)
 
     def _only_engine(self) -> Engine:
@@ -557,14 +563,14 @@ class Memory:
             raise MemstateError(f"{engine!r} is not an Engine; sqlalchemy.create_engine(url) makes one")
         from sqlalchemy import create_engine
 
-        url = engine.url.render_as_string(hide_password=False)
+        url: URL = engine.url
         found = self._engines.get(url)
         if found is None:
             if is_in_memory(engine.sync_engine):
                 raise MemstateError("an in-memory SQLite exists in the AsyncEngine's connection only; use a file")
-            backend = engine.url.get_backend_name()
+            backend = url.get_backend_name()
             driver = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}.get(backend, backend)
-            found = self._engines[url] = create_engine(engine.url.set(drivername=driver))
+            found = self._engines[url] = create_engine(url.set(drivername=driver))
             if backend == "sqlite":
                 configure(found)
         return found

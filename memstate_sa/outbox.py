@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 from sqlalchemy import (
@@ -40,7 +41,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Connection
 
-from memstate_sa.arrays import as_array, as_json, each, item, payloads
+from memstate_sa.arrays import as_array, as_json, each, item, payloads, rows
 from memstate_sa.changes import Entry
 from memstate_sa.positions import SLOTS, Page, Position, Snapshot, slot_of
 from memstate_sa.tables import Xid8, current_xid, log, outbox
@@ -79,33 +80,41 @@ deleted_keys: Select[Any] = select(_keys.c.value).where(_last_op == "delete")
 
 # -- adding -----------------------------------------------------------------------------------------------------------
 
-_QUEUED = ("slot", "entity", "key")
 _LOGGED = ("entity", "key", "op", "image", "reverts", "step")
+_MARKED = ("slot", "entity", "key")
 _tx, _at = bindparam("tx", type_=log.c.tx.type), bindparam("at", type_=log.c.at.type)
+_logged, _marked = rows("logged"), rows("marked")
 _add_to_log: Insert = insert(log).from_select(
     ["tx", "at", "version", *_LOGGED],
-    select(_tx, _at, literal_column("1"), *(item(n, log.c[name].type) for n, name in enumerate(_LOGGED))),
+    select(_tx, _at, literal_column("1"), *(item(_logged, n, log.c[name].type) for n, name in enumerate(_LOGGED))),
 )
 _add_to_outbox: Insert = insert(outbox).from_select(
-    ["tx", "created_at", "xid", *_QUEUED],
-    select(_tx, _at, current_xid(), *(item(n, outbox.c[name].type) for n, name in enumerate(_QUEUED))),
+    ["tx", "created_at", "xid", *_MARKED],
+    select(_tx, _at, current_xid(), *(item(_marked, n, outbox.c[name].type) for n, name in enumerate(_MARKED))),
     include_defaults=False,
 )
+_add_to_both: Insert = _add_to_outbox.add_cte(_add_to_log.cte("logging"))
 
 
-def add_to_log(connection: Connection, entries: Iterable[Entry], tx: str, at: datetime) -> None:
-    rows = (
+def add(
+    connection: Connection, entries: Iterable[Entry], dirty: Iterable[tuple[str, str]], tx: str, at: datetime
+) -> None:
+    """Log *entries*, and mark the keys *dirty*: on PostgreSQL one round trip, as long as it is not megabytes."""
+    logged = payloads(
         # The image as text: as JSON within JSON, SQLite would parse and print it twice.
         (entity, key, op, None if image is None else as_json(image), reverts, op != "baseline" and reverts is None)
         for entity, key, op, image, reverts in entries
     )
-    for payload in payloads(rows):
-        connection.execute(_add_to_log, {"tx": tx, "at": at, "rows": payload})
-
-
-def add_to_outbox(connection: Connection, facts: Iterable[tuple[str, str]], tx: str, at: datetime) -> None:
-    for payload in payloads((slot_of(entity, key), entity, key) for entity, key in facts):
-        connection.execute(_add_to_outbox, {"tx": tx, "at": at, "rows": payload})
+    marked = payloads((slot_of(entity, key), entity, key) for entity, key in dirty)
+    given = {"tx": tx, "at": at}
+    if connection.dialect.name == "postgresql":
+        for some, marks in zip_longest(logged, marked, fillvalue="[]"):
+            connection.execute(_add_to_both, {**given, "logged": some, "marked": marks})
+        return
+    for some in logged:
+        connection.execute(_add_to_log, {**given, "logged": some})
+    for marks in marked:
+        connection.execute(_add_to_outbox, {**given, "marked": marks})
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -217,6 +226,6 @@ def read_page(connection: Connection, at: Position, present: Position, slots: It
         parameters |= {"newest": str(now.xmax), "running": running, "slots": slot_array(slots)}
     else:
         parameters = {"after": at.id, "newest": present.id}
-    rows = connection.execute(_page(dialect), {**parameters, "limit": limit}).all()
-    last = (int(rows[-1][0]), rows[-1][1]) if len(rows) == limit else None
-    return Page([(row[2], row[3]) for row in rows], last, frozenset((row[2], row[3]) for row in rows if row[4]))
+    found = connection.execute(_page(dialect), {**parameters, "limit": limit}).all()
+    last = (int(found[-1][0]), found[-1][1]) if len(found) == limit else None
+    return Page([(row[2], row[3]) for row in found], last, frozenset((row[2], row[3]) for row in found if row[4]))

@@ -163,6 +163,7 @@ index_state = Table(
     Column("paused", Boolean(create_constraint=False), nullable=False),
     Column("created_at", UTCDateTime, nullable=False),
     Column("active_at", UTCDateTime, nullable=False, comment="when a relay last claimed or left it"),
+    Column("cluster", Text, comment="PostgreSQL's, and its timeline: of which the positions are"),
     comment="every lifetime of every index that has been delivered to",
 )
 

@@ -155,20 +155,16 @@ def has(connection: Connection, index: IndexKey, entities: Sequence[str], presen
 # -- for one transaction ----------------------------------------------------------------------------------------------
 
 _FEW = 1000
-"""Of so many keys it is asked, one by one, whether the index has them."""
+"""Of so many keys the ledger is asked whether the index has them; it is written at once, which positions are not."""
 
 
 @cache
-def _of_transaction(dialect_name: str) -> Any:
-    mine = and_(
-        outbox.c.tx == bindparam("tx"),
-        outbox.c.entity.in_(select(each("entities").c.value)),
-        in_slots(dialect_name, outbox.c.slot),
-    )
-    entries = undelivered(dialect_name, outbox.c.entity, outbox.c.key, where=mine).c
-    return select(entries.entity, entries.key)
+def _undelivered(dialect_name: str) -> Any:
+    mine = and_(outbox.c.tx == bindparam("tx"), in_slots(dialect_name, outbox.c.slot))
+    return select(undelivered(dialect_name, literal(1), where=mine))
 
 
+_logged = select(log.c.entity, log.c.key).where(log.c.tx == bindparam("tx")).limit(_FEW + 1)
 _refused = (
     select(parked.c.entity, parked.c.key, parked.c.state, parked.c.error)
     .where(of_index(parked), parked.c.state != AGAIN)
@@ -176,38 +172,49 @@ _refused = (
 )
 
 
-def missing(
-    connection: Connection, index: IndexKey, tracked: Mapping[str, Tracked], embedder: str, tx: str
-) -> Collection[FactKey]:
-    """Keys of transaction *tx* that *index* does not have as they are now; not all, if they are many.
+def keys_of(connection: Connection, tx: str) -> Collection[FactKey] | None:
+    """What transaction *tx* changed; None when that is much."""
+    rows = connection.execute(_logged, {"tx": tx}).all()
+    return {(entity, key) for entity, key in rows} if len(rows) <= _FEW else None
 
-    Positions are recorded now and then; the ledger at once. Raises DeliveryError for a key that it refused for good.
+
+def lacks(
+    connection: Connection,
+    index: IndexKey,
+    tracked: Mapping[str, Tracked],
+    embedder: str,
+    tx: str,
+    facts: Collection[FactKey] | None,
+) -> bool:
+    """Whether *index* does not have, as they are now, all of the *facts* that *tx* changed, as `keys_of` tells them.
+
+    Raises DeliveryError for a key that it refused for good.
     """
-    dialect, facts = connection.dialect.name, set[FactKey]()
-    places = read_positions(connection, index)
-    if not claims.is_filled(connection, index, list(tracked)):
-        places = {_BEGINNING: list(slots(dialect))}
-    for at, group in places.items():
-        given = {"entities": as_array(tracked), "slots": slot_array(group), "tx": tx, "limit": _FEW}
-        rows = connection.execute(_of_transaction(dialect), {**after(at), **given}).all()
-        facts.update((entity, key) for entity, key in rows)
+    pending = facts is None and _is_pending(connection, index, tx)
     # After what is pending: a key that is delivered in between is not taken for refused.
     refused = connection.execute(_refused, {**index.parameters(), "tx": tx}).all()
-    for entity, key, state, error in refused:
-        if state == DEAD and (entity, key) not in facts:  # what is pending is tried again
-            raise DeliveryError(f"index {index.name!r} refused {entity} {key}: {error}")
-    if refused or not facts:
-        return facts.union((entity, key) for entity, key, *_ in refused)
-    given_last = ledger.read_ledger(connection, index, facts)
+    dead = [row for row in refused if row.state == DEAD]
+    if dead and not _is_pending(connection, index, tx):  # what is pending is tried again
+        raise DeliveryError(f"index {index.name!r} refused {dead[0].entity} {dead[0].key}: {dead[0].error}")
+    if refused or facts is None:
+        return bool(refused) or pending or not claims.is_filled(connection, index, list(tracked))
+    ours = [fact for fact in facts if fact[0] in tracked]
+    given = ledger.read_ledger(connection, index, ours)
+    held = {fact: delivered.fingerprint for fact, delivered in given.items()}
     truths = {
         (entity, found.key): found.fingerprint
-        for entity, keys in ledger.by_entity(facts).items()
+        for entity, keys in ledger.by_entity(ours).items()
         for found in project(connection, tracked[entity], keys, embedder)
         if isinstance(found, Projection)
     }
-    return {
-        fact
-        for fact in facts
-        if (fact in given_last or truths.get(fact) is not None)
-        and (fact not in given_last or given_last[fact].fingerprint != truths.get(fact))
-    }
+    return any(held.get(fact) != truths.get(fact) for fact in ours)
+
+
+def _is_pending(connection: Connection, index: IndexKey, tx: str) -> bool:
+    """Whether there are entries of *tx* after the recorded positions. It may have to walk the whole backlog."""
+    statement = _undelivered(connection.dialect.name)
+    places = read_positions(connection, index) or {_BEGINNING: list(slots(connection.dialect.name))}
+    return any(
+        connection.execute(statement, {**after(at), "slots": slot_array(group), "tx": tx, "limit": 1}).first()
+        for at, group in places.items()
+    )

@@ -27,6 +27,7 @@ from sqlalchemy import (
     func,
     not_,
     select,
+    text,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -208,7 +209,8 @@ def claim(
     marked = _refill_rows(connection, index, entities)
     rows = connection.execute(_cursors, index.parameters()).all()
     present = read_present(connection)
-    if any(_position(row).snapshot.xmax > present.snapshot.xmax for row in rows):
+    in_future = any(_position(row).snapshot.xmax > present.snapshot.xmax for row in rows)
+    if _is_elsewhere(connection, index) or in_future:
         _rebase(connection, index, present)
         rows = connection.execute(_cursors, index.parameters()).all()
     live = _live(connection, index, owner, now, now + timedelta(seconds=lease_s), look_for_gone=in_process)
@@ -286,7 +288,7 @@ def _require_registered(connection: Connection, index: IndexKey, now: datetime, 
     dialect = connection.dialect.name
     # Two may find it new: what one has inserted, the other leaves as it is.
     state = {"embedder": embedder, "dimension": dimension, "marked": False, "paused": paused}
-    state |= {"created_at": now, "active_at": now}
+    state |= {"created_at": now, "active_at": now, "cluster": _read_cluster(connection)}
     connection.execute(upsert(dialect, index_state).on_conflict_do_nothing(), {**index.values(), **state})
     values = {**index.values(), **_columns(read_present(connection)), "owner": None, "epoch": 0}
     connection.execute(
@@ -343,8 +345,38 @@ def _refill_rows(connection: Connection, index: IndexKey, entities: Sequence[str
     return marked or several
 
 
+_may_ask = select(func.has_function_privilege("pg_control_system()", "execute"))
+# The insertion point's timeline: it changes at once when a standby is promoted or a backup recovered.
+_cluster = text(
+    "SELECT concat(system_identifier, '/', left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)) "
+    "FROM pg_control_system()"
+)
+
+
+def _read_cluster(connection: Connection) -> str | None:
+    """Of which cluster transaction ids are, and of which of its pasts; None where that is not told."""
+    if connection.dialect.name != "postgresql" or not connection.execute(_may_ask).scalar_one():
+        return None
+    cluster: str = connection.execute(_cluster).scalar_one()
+    return cluster
+
+
+def _is_elsewhere(connection: Connection, index: IndexKey) -> bool:
+    """Whether the database has moved since the positions were recorded; it is noted where to."""
+    known = connection.execute(select(index_state.c.cluster).where(of_index(index_state)), index.parameters()).scalar()
+    cluster = _read_cluster(connection)
+    if cluster != known:
+        here = update(index_state).where(of_index(index_state)).values(cluster=cluster)
+        connection.execute(here, index.parameters())
+    return None not in (known, cluster) and known != cluster
+
+
 def _rebase(connection: Connection, index: IndexKey, present: Position) -> None:
-    """A dump was restored into a younger cluster: its snapshots are in the future, and would hide every entry."""
+    """The database was restored, or a standby promoted: have the index compared in full.
+
+    Another cluster's snapshots mean nothing here, those of the future would hide every entry, and what was delivered
+    last may never have been committed.
+    """
     statements = (
         update(cursor).where(of_index(cursor)).values(**_columns(present), owner=None, epoch=cursor.c.epoch + 1),
         update(refill).where(of_index(refill)).values(done=False, position=None),

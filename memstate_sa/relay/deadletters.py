@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, delete, select, update
+from sqlalchemy import ColumnElement, and_, delete, or_, select, update
 from sqlalchemy.engine import Connection
 
 from memstate_sa.arrays import as_array, each
@@ -30,9 +30,14 @@ class DeadLetter:
     error: str
 
 
+_named = parked.c.entity + parked.c.key
+
+
 def _dead(keys: Collection[str] | None) -> ColumnElement[bool]:
+    """Those of *keys*, which may have their entity before them, as logs name them."""
     chosen = and_(of_index(parked), parked.c.state == DEAD)
-    return chosen if keys is None else and_(chosen, parked.c.key.in_(select(each("keys").c.value)))
+    given = select(each("keys").c.value)
+    return chosen if keys is None else and_(chosen, or_(parked.c.key.in_(given), _named.in_(given)))
 
 
 def read_dead(connection: Connection, index: IndexKey, limit: int) -> list[DeadLetter]:

@@ -11,7 +11,8 @@ from uuid import uuid4
 from sqlalchemy import BindParameter, and_, bindparam, case, delete, false, not_, or_, select, true
 from sqlalchemy.engine import Connection
 
-from memstate_sa.arrays import as_array, each, item, payloads
+from memstate_sa.arrays import as_array, as_json, each, item, rows
+from memstate_sa.columns import batches
 from memstate_sa.outbox import slot_array, slots, take_write_lock
 from memstate_sa.positions import slot_of
 from memstate_sa.relay import claims
@@ -89,13 +90,13 @@ def acknowledge(connection: Connection, index: IndexKey, owner: str, record: Ack
 
     statement = _record(connection.dialect.name)
     now = {**index.parameters(), "now": utcnow()}
-    rows = (
-        (*fact, record.epochs[slot_of(*fact) % of], *delivered)
+    written = [
+        (*fact, record.epochs[slot], *delivered)
         for fact, delivered in record.written.items()
-        if ours(fact)
-    )
-    for payload in payloads(rows):
-        connection.execute(statement, {**now, "rows": payload})
+        if (slot := slot_of(*fact) % of) in held
+    ]
+    for some in batches(written, _ROWS):
+        connection.execute(statement, {**now, "rows": as_json(some)})
     _resolve(connection, index, {fact: mark for fact, mark in record.resolved.items() if ours(fact)})
     park_all(connection, index, {fact: parking for fact, parking in record.parking.items() if ours(fact)})
     if record.foreign:
@@ -109,6 +110,9 @@ def acknowledge(connection: Connection, index: IndexKey, owner: str, record: Ack
     return frozenset(record.epochs.keys() - held)
 
 
+_ROWS = 10_000
+"""So many are recorded by one statement: of a ledger they take a few MB at most."""
+
 _RECORDED = ("entity", "key", "epoch", "fingerprint", "text_fingerprint", "deleted")
 
 
@@ -120,9 +124,10 @@ def _record(dialect_name: str) -> Any:
         "incarnation": bindparam("the_incarnation", type_=ledger.c.incarnation.type),
         "at": bindparam("now", type_=ledger.c.at.type),
     }
-    rows = select(*common.values(), *(item(n, ledger.c[name].type) for n, name in enumerate(_RECORDED)))
+    given = rows("rows")
+    recorded = select(*common.values(), *(item(given, n, ledger.c[name].type) for n, name in enumerate(_RECORDED)))
     # Without a WHERE, SQLite takes ON CONFLICT for a join's ON.
-    statement = upsert(dialect_name, ledger).from_select([*common, *_RECORDED], rows.where(true()))
+    statement = upsert(dialect_name, ledger).from_select([*common, *_RECORDED], recorded.where(true()))
     return statement.on_conflict_do_update(
         index_elements=list(ledger.primary_key.columns),
         set_={name: statement.excluded[name] for name in ("at", *_RECORDED[2:])},

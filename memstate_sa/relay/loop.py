@@ -103,19 +103,20 @@ class Relay:
             raise failure
         return count
 
-    def drain(self, timeout: float = 30.0) -> int:
+    def drain(self, timeout: float = 30.0, *, progress: Callable[[int], None] | None = None) -> int:
         """Deliver until every index holds what is committed now, waiting out failures; returns the keys converged.
 
-        Parked keys (refused by an index) are not waited for. Raises DeliveryError after *timeout* seconds, with the
-        last failure as its cause.
+        Parked keys (refused by an index) are not waited for. *progress* is called after every page, and every wait,
+        with the keys converged so far. Raises DeliveryError after *timeout* seconds, with the last failure as its
+        cause.
         """
         try:
-            return self._drain(time.monotonic() + timeout, timeout)
+            return self._drain(time.monotonic() + timeout, timeout, progress)
         finally:
             if not self._running:
                 self.stop()  # whoever comes next need not wait for the lease to run out
 
-    def _drain(self, deadline: float, timeout: float) -> int:
+    def _drain(self, deadline: float, timeout: float, progress: Callable[[int], None] | None) -> int:
         require_no_transaction(self._engine)
         with self._engine.connect() as connection:
             present = read_present(connection)
@@ -123,6 +124,8 @@ class Relay:
         while True:
             count, failure = self._step()
             total += count
+            if progress is not None:
+                progress(total)
             if failure is None and not self._has_more() and not self._behind(present):
                 return total
             wait = 0.0 if count else 0.02
@@ -217,7 +220,10 @@ class Relay:
         ]
 
     def retry_dead(self, *indexes: str, keys: Collection[str] | None = None) -> int:
-        """Try dead keys again, those in *keys* (as in `DeadLetter.key`) or all; returns how many."""
+        """Try dead keys again, those in *keys* or all; returns how many.
+
+        A key is given as in `DeadLetter.key`, or with its entity before it, as logs name it: ``preference[7]``.
+        """
         count = sum(deadletters.retry_dead(connection, index, keys) for index, connection in self._each(indexes))
         self.wake()
         return count

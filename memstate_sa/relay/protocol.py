@@ -617,7 +617,7 @@ class Holder:
             if lot is not None and after is not None:
                 lot.passed = not positions
                 self._move(lot, after)
-        count = sum(self._is_ours(fact, page) for fact in converged)
+        count = sum(map(self._still_ours(page), converged))
         self.counters.converged += count
         return count
 
@@ -642,9 +642,12 @@ class Holder:
         places = ((lot, after if lot is moving and after is not None else lot.at) for lot in self._lots)
         return {slot: at for lot, at in places if at != lot.saved for slot in lot.slots}
 
-    def _is_ours(self, fact: FactKey, page: _Page) -> bool:
-        slot = self._slot(fact)
-        return slot in self.epochs and self.epochs[slot] == page.epochs.get(slot)
+    def _still_ours(self, page: _Page) -> Callable[[FactKey], bool]:
+        """Tells of a fact whether its slot is held as it was when *page* was begun."""
+        if self.epochs == page.epochs:
+            return lambda _: True
+        kept = {slot for slot, epoch in page.epochs.items() if self.epochs.get(slot) == epoch}
+        return lambda fact: self._slot(fact) in kept
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -663,7 +666,8 @@ class Holder:
                     if not (yield from self._go_on(page)):
                         return
                     if removing:
-                        puts = [self._put(write, page) for write in batch if self._is_ours(write.fact, page)]
+                        ours = self._still_ours(page)
+                        puts = [self._put(write, page) for write in batch if ours(write.fact)]
                     else:
                         puts = yield from self._embedded_puts(page, batch)
                     yield from self._send(page, puts)
@@ -715,13 +719,13 @@ class Holder:
 
             refused.update((yield from _isolate(list(texts), embed)))
         yield from self.keep()
-        puts = []
+        puts, ours = [], self._still_ours(page)
         for write in writes:
             digest = digests[write.fact]
             vector = fetched.get(write.fact, self._embedded.get(digest))
             if digest in refused:
                 page.failed[write.fact] = refused[digest]
-            elif vector is not None and self._is_ours(write.fact, page):
+            elif vector is not None and ours(write.fact):
                 puts.append(self._put(write, page, vector))
                 self.counters.reused += write.fact in fetched
         return puts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 
@@ -56,14 +57,15 @@ def test_fact_log_and_outbox_are_one_transaction(world: World) -> None:
 
 
 def test_at_most_two_inserts_a_flush(world: World) -> None:
-    """The price of a flush, whatever its size and however many models: one INSERT into the log, one into the outbox."""
+    """The price of a flush, whatever its size and however many models: on PostgreSQL log and outbox are one trip."""
     with world.session() as session:
         seen = statements(world.engine)
         session.add_all([Person(name=f"p{n}", about=f"person {n}") for n in range(50)])
         session.add_all([Tag(name=f"t{n}") for n in range(50)])
         session.flush()
-        ours = [s for s in seen if s.startswith("INSERT INTO memstate_")]
-        assert [s.split()[2] for s in ours] == ["memstate_log", "memstate_outbox"]
+        into = [re.findall(r"INSERT INTO memstate_(\w+)", statement) for statement in seen]
+        together = world.engine.dialect.name == "postgresql"
+        assert [found for found in into if found] == ([["log", "outbox"]] if together else [["log"], ["outbox"]])
         session.commit()
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import Engine, create_engine, event, func, insert, select, text, update
@@ -317,6 +318,46 @@ def test_a_dump_restored_into_a_younger_cluster_is_noticed(postgres_engine: Engi
     say(world, c="x")
     world.relay.drain()
     assert_index_holds(world.index, world.embedder, {**means("a", "c"), **means("b", meaning="y")})
+
+
+def test_a_dump_restored_into_another_cluster_is_noticed(postgres_engine: Engine) -> None:
+    """Also one that is older than the dump's snapshots, which see what was committed here later."""
+    world = World(postgres_engine)
+    say(world, a="x", b="x")
+    world.relay.drain()
+    say(world, c="x")
+    with postgres_engine.begin() as connection:
+        connection.execute(text("DELETE FROM tag WHERE name = 'b'"))  # as the dump has it
+        connection.execute(text("UPDATE memstate_cursor SET snapshot = pg_current_snapshot()::text"))
+        connection.execute(text("UPDATE memstate_index SET cluster = '7/00000001'"))
+    world.relay.drain()
+    assert_index_holds(world.index, world.embedder, means("a", "c"))
+    world.relay.drain()
+    with postgres_engine.connect() as connection:
+        assert connection.scalar(text("SELECT cluster FROM memstate_index")) != "7/00000001"
+
+
+def test_who_may_not_ask_for_the_cluster_is_served_all_the_same(postgres_engine: Engine) -> None:
+    """A provider may keep that function to itself."""
+    world = World(postgres_engine)
+    role = f"role_{uuid4().hex}"
+    with postgres_engine.begin() as connection:
+        connection.execute(text("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC"))
+        connection.execute(text(f"CREATE ROLE {role}"))
+        connection.execute(text(f"GRANT USAGE ON SCHEMA public TO {role}"))
+        connection.execute(text(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}"))
+        connection.execute(text(f"GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {role}"))
+    say(world, a="x")
+    plain = create_engine(postgres_engine.url)
+    event.listen(plain, "begin", lambda connection: connection.exec_driver_sql(f"SET LOCAL ROLE {role}"))
+    world.memory.relay(plain).drain()
+    assert_index_holds(world.index, world.embedder, means("a"))
+    with postgres_engine.begin() as connection:
+        assert connection.scalar(text("SELECT cluster FROM memstate_index")) is None
+        connection.execute(text("GRANT EXECUTE ON FUNCTION pg_control_system() TO PUBLIC"))
+        connection.execute(text(f"DROP OWNED BY {role}"))
+        connection.execute(text(f"DROP ROLE {role}"))
+    plain.dispose()
 
 
 # -- what wakes it -----------------------------------------------------------------------------------------------------
