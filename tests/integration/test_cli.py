@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from sqlalchemy import create_engine, delete, insert, select, update
 from sqlalchemy.orm import sessionmaker
 
 from memstate_sa import __version__
-from memstate_sa.tables import cursor, parked, utcnow
+from memstate_sa.tables import cursor, holder, parked, utcnow
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -234,6 +235,28 @@ def test_drain_delivers_everything(app: Application) -> None:
     assert row(app.run("status"), "memory")[1] == "0"
 
 
+def test_drain_can_be_interrupted(app: Application) -> None:
+    """At once, not when its time is over; and others need not wait for its lease."""
+    app.run("drain")
+    app.add("Likes tea")
+    app.run("pause")
+    command = [sys.executable, "-m", "memstate_sa.cli", "drain", "--app", f"{app.name}:memory", "--url", app.url]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 20
+        with app.engine.connect() as connection:
+            while connection.execute(select(holder.c.owner)).first() is None:
+                assert time.monotonic() < deadline
+                connection.rollback()
+                time.sleep(0.02)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+        assert time.monotonic() - began < 30 and process.returncode != 0
+    with app.engine.connect() as connection:
+        assert connection.execute(select(holder.c.owner)).all() == []
+
+
 def test_relay_once_is_for_one_worker(app: Application) -> None:
     """And several workers are for an index that several processes can share."""
     assert "--once is for one worker" in flat(app.run("relay", "--once", "--workers", "2", exit_code=2))
@@ -303,6 +326,10 @@ def test_dead_keys_are_listed_retried_and_dropped(app: Application) -> None:
     listed = app.run("dead", "list")
     assert f"[{key}]" in listed and "ValueError" in listed and "8" in listed and "secret" not in listed
     assert "0 keys are tried again" in app.run("dead", "retry", "--key", "[77]")
+    assert "0 keys are tried again" in app.run("dead", "retry", "--key", f"other[{key}]")
+    assert "1 keys are tried again" in app.run("dead", "retry", "--key", f"note[{key}]")  # as logs name it
+    with app.engine.begin() as connection:
+        connection.execute(update(parked).values(state="dead"))
     assert "1 keys are tried again" in app.run("dead", "retry", "--key", f"[{key}]")
     assert "No key is dead" in app.run("dead", "list")
     with app.engine.begin() as connection:

@@ -83,6 +83,27 @@ def test_wait_says_what_an_index_refused(engine: Engine) -> None:
             world.memory.wait(session)
 
 
+def test_wait_for_a_transaction_of_many_keys(engine: Engine) -> None:
+    """Of a few it asks the ledger, key by key, and leaves the backlog alone; of many, whether any is still ahead."""
+    world = World(engine)
+    world.relay.drain()
+    seen: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda c, d, statement, *rest: seen.append(statement))
+    for count in (3, 1001):
+        with world.session() as session:
+            session.add_all(Tag(name=f"{count}-{n}", meaning="x") for n in range(count))
+            session.commit()
+            seen.clear()
+            with pytest.raises(DeliveryError, match="is a relay running"):
+                world.memory.wait(session, timeout=0.0)
+            assert any("memstate_outbox" in statement for statement in seen) == (count > 3)
+            with world.memory.relay(engine):
+                world.memory.wait(session)
+            hits = world.memory.search(session, f"{count}-{count - 1} means x", Tag, limit=1, consistency="eventual")
+            assert [hit.fact.name for hit in hits] == [f"{count}-{count - 1}"]
+    world.assert_in_step()
+
+
 def test_waiting_for_nothing(world: World) -> None:
     """A Session that committed nothing of ours; a token where nobody knows which database is meant."""
     with world.session() as session:
