@@ -35,7 +35,7 @@ from memstate_sa.vectors import Vectors
 logger = logging.getLogger("memstate_sa.relay")
 
 _FORGET_EVERY_S = 60.0
-_LONGEST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 0.1
 
 
 class Relay:
