@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import secrets
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -295,8 +295,8 @@ class ByHand(Tracked):
             connection.execute(
                 insert(self.outbox),
                 [
-                    {"slot": zlib.crc32(f"{entity}\0{key}".encode()) % 64, "entity": entity, "key": key, "tx": tx,
-                     "created_at": at}
+                    {"slot": hashlib.sha256((entity + key).encode()).digest()[0] % 64, "entity": entity, "key": key,
+                     "tx": tx, "created_at": at}
                     for key in images
                 ],
             )  # fmt: skip

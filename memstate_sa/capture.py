@@ -27,7 +27,7 @@ from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.selectable import AliasedReturnsRows
 
-from memstate_sa import outbox, tables
+from memstate_sa import outbox, tables, triggers
 from memstate_sa.arrays import as_array
 from memstate_sa.changes import Entry, Op, fold, new_tx
 from memstate_sa.codec import decode_key
@@ -52,6 +52,7 @@ class Registry:
         self.by_table: dict[Table, Tracked] = {}
         self.by_table_name: dict[tuple[str | None, str], Tracked] = {}
         self.validates = False
+        self.by_trigger = False  # whether any class is
 
     def add(self, tracked: Tracked) -> None:
         other = self.by_entity.get(tracked.entity)
@@ -65,6 +66,7 @@ class Registry:
         self.by_entity[tracked.entity] = tracked
         self.by_table[tracked.table] = self.by_table_name[tracked.table.schema, tracked.table.name] = tracked
         self.validates |= tracked.validate is not None
+        self.by_trigger |= tracked.by_trigger
         self._by_mapper = {**{m: t for m, t in self._by_mapper.items() if t is not None}, tracked.mapper: tracked}
 
     def find(self, mapper: Mapper[Any]) -> Tracked | None:
@@ -116,6 +118,8 @@ class Unit:
     logged: bool = False
     sealed: bool = False
     armed: bool = False
+    told: bool = False  # whether triggers know of it
+    told_on: Connection | None = None  # or knew
     connections: list[Connection] = field(default_factory=list)
     written_on: Connection | None = None
 
@@ -180,7 +184,7 @@ class Capture:
 
     def track(self, tracked: Tracked) -> None:
         self._registry.add(tracked)
-        for name, listener in self.mapper_listeners.items():
+        for name, listener in () if tracked.by_trigger else self.mapper_listeners.items():
             event.listen(tracked.model, name, listener, raw=True, propagate=True)
 
     def attach(self, target: Any) -> None:
@@ -228,6 +232,10 @@ class Capture:
         target.configure(sync_session_class=own)
         return own
 
+    @property
+    def is_any_attached(self) -> bool:
+        return bool(self._attached)
+
     def is_attached(self, session: Session) -> bool:
         return session in self._attached or any(base in self._attached for base in type(session).__mro__)
 
@@ -261,13 +269,22 @@ class Capture:
             self._guarded.add(engine)
             event.listen(engine, "before_execute", self._guard)
             event.listen(engine, "before_cursor_execute", self._guard_ctes)
+            event.listen(engine, "before_cursor_execute", self._tell)
+            event.listen(engine, "rollback_savepoint", self._untold)
+            if engine.dialect.name == "sqlite":
+                event.listen(engine, "after_cursor_execute", self._untell)
 
     def _before_commit(self, session: Session) -> None:
         if session.in_nested_transaction():  # fires at every SAVEPOINT release too
             return
         session.flush()  # the commit's own flush comes after this event
         unit = self._units.get(session)
-        if unit is None or not unit.logged:
+        if unit is None:
+            return
+        if unit.told_on is not None and not unit.logged:
+            unit.logged = triggers.have_logged(unit.told_on, unit.tx)
+            unit.written_on = unit.told_on
+        if not unit.logged:
             return
         if not unit.sealed and any(unit.labels.values()):
             assert unit.written_on is not None
@@ -298,6 +315,47 @@ class Capture:
         if unit is not None:
             for connection in unit.connections:
                 self._active[connection].remove(unit)
+
+    # -- triggers ----------------------------------------------------------------------------------------------------
+
+    def _tell(
+        self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+    ) -> None:
+        """Before a statement that may write: triggers learn of which transaction of ours it is."""
+        if not self._registry.by_trigger or triggers.only_reads(statement):
+            return
+        units = self._active.get(connection)
+        if not units:
+            return
+        unit = next((unit for unit in units if unit.flush is not None), units[-1])
+        if not unit.told and not unit.own_writes:
+            with unit.writing():
+                triggers.tell(connection, unit.tx)
+            unit.told, unit.told_on = True, connection
+
+    def _untell(
+        self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+    ) -> None:
+        """After it, on SQLite: what triggers are told is in a table, where nobody else may find it."""
+        for unit in self._active.get(connection, ()) if self._registry.by_trigger else ():
+            if unit.told and unit.flush is None and not unit.own_writes:
+                with unit.writing():
+                    triggers.untell(connection)
+                unit.told = False
+
+    def _untold(self, connection: Connection, name: str, context: None) -> None:
+        """A SAVEPOINT that rolls back takes with it what was told since."""
+        for unit in self._active.get(connection, ()):
+            unit.told = False
+
+    @contextmanager
+    def quiet(self, connection: Connection) -> Iterator[None]:
+        """Triggers log nothing of what is written in here, because the writer does. A SAVEPOINT ends it otherwise."""
+        if self._registry.by_trigger:
+            triggers.silence(connection)
+        yield
+        if self._registry.by_trigger:
+            triggers.untell(connection)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -516,7 +574,11 @@ class Capture:
 
     def _after_flush(self, session: Session, context: Any) -> None:
         flush = self._end_flush(session)
-        if flush is None or not flush.touched:
+        if flush is None:
+            return
+        if flush.unit.told_on is not None and flush.unit.told_on.dialect.name == "sqlite":
+            self._untell(flush.unit.told_on, None, "", None, None, False)
+        if not flush.touched:
             return
         _require_one_database(session, {state.mapper for state, _, _ in flush.touched})
         connection = session.connection(bind_arguments={"mapper": flush.touched[0][0].mapper})
@@ -553,6 +615,8 @@ class Capture:
         if mapper is None or tracked is None:
             return None
         _require_no_translation(state.execution_options)
+        if tracked.by_trigger:
+            return None
         if state.session.autoflush:
             state.session.flush()
         connection = state.session.connection(bind_arguments=dict(state.bind_arguments))
@@ -676,7 +740,7 @@ class Capture:
         for cte in ctes:
             if isinstance(cte.element, UpdateBase):
                 tracked = self._registry.named(cte.element.table, connection.dialect.default_schema_name)
-                if tracked is not None:
+                if tracked is not None and not tracked.by_trigger:
                     self._refuse(tracked, cte.element, "a CTE that writes cannot be captured; execute it by itself")
 
     def _refuse(self, tracked: Tracked, statement: Any, way_out: str) -> None:

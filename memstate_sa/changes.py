@@ -40,13 +40,14 @@ class Change:
 
 
 class Entry(NamedTuple):
-    """A log entry about to be written; ``image`` is encoded."""
+    """A log entry about to be written; ``image`` is encoded. ``step``: rollback counts its transaction."""
 
     entity: str
     key: str
     op: Op
     image: Image | None
     reverts: str | None = None
+    step: bool = True
 
 
 def new_tx() -> str:

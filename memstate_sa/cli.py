@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -70,7 +70,7 @@ def application() -> typer.Typer:
         pretty_exceptions_show_locals=False,  # they hold database URLs
     )
     app.callback()(options)
-    for command in (demo, init, relay, drain, status, pause, resume, verify, backfill, log, rollback):
+    for command in (demo, init, relay, drain, status, pause, resume, verify, doctor, backfill, log, rollback):
         app.command()(command)
     dead = typer.Typer(help="Keys that an index refused too often.", no_args_is_help=True)
     dead.command("list")(dead_list)
@@ -305,11 +305,7 @@ def verify(
         table = Table("rows checked", *kinds)
         table.add_row(str(report.checked), *(str(len(facts)) for facts in found.values()))
         console.print(table)
-        for kind, facts in found.items():
-            for entity, key in facts[:_EXAMPLES]:
-                console.print(f"{kind}: {escape(entity)} {escape(repr(key))}", highlight=False)
-            if len(facts) > _EXAMPLES:
-                console.print(f"{kind}: {len(facts) - _EXAMPLES} more")
+        _print_facts(found)
         if report.clean:
             console.print("[green]Nothing has drifted.[/]")
         elif repair:
@@ -317,6 +313,36 @@ def verify(
             console.print(f"{waiting} facts wait for the relay that is running." if waiting else "[green]Repaired.[/]")
         else:
             console.print("[red]There is drift;[/] --repair delivers these facts again.")
+            raise typer.Exit(1)
+
+
+def doctor(
+    app: App,
+    url: Url,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Log what was changed past the log, and deliver it.")
+    ] = False,
+) -> None:
+    """Compare the log with the tables, and look for what makes them differ. Exits with 1 when something is wrong."""
+    with _opened(app, url, initialised=False) as (memory, engine):
+        console = Console()
+        with Progress(console=console, transient=True) as progress:
+            found = memory.doctor(engine, repair=repair, progress=_progress(progress, "comparing"))
+        table = Table("rows checked", "changed", "gone", "not in the log")
+        table.add_row(str(found.checked), str(len(found.changed)), str(len(found.gone)), str(found.unlogged))
+        console.print(table)
+        _print_facts({"changed": found.changed, "gone": found.gone})
+        for problem in found.problems:
+            console.print(f"[red]{escape(problem.subject)}[/] {escape(problem.message)}", highlight=False)
+        if found.unlogged:
+            console.print(f"{found.unlogged} rows came before tracking, or past it; `backfill` logs and delivers them.")
+        if found.healthy:
+            console.print("[green]The log tells what is in the tables.[/]")
+        elif repair and not found.problems:
+            console.print("[green]Reconciled;[/] the relay delivers it.")
+        else:
+            if found.changed or found.gone:
+                console.print("[red]The tables were changed past the log;[/] --repair logs that.")
             raise typer.Exit(1)
 
 
@@ -469,6 +495,15 @@ def _progress(progress: Progress, title: str) -> Callable[[int, int | None], Non
         progress.update(task, completed=done, total=total)
 
     return update
+
+
+def _print_facts(by_kind: Mapping[str, Sequence[tuple[str, object]]]) -> None:
+    console = Console()
+    for kind, facts in by_kind.items():
+        for entity, key in facts[:_EXAMPLES]:
+            console.print(f"{kind}: {escape(entity)} {escape(repr(key))}", highlight=False)
+        if len(facts) > _EXAMPLES:
+            console.print(f"{kind}: {len(facts) - _EXAMPLES} more")
 
 
 def _print_changes(changes: Iterable[Change]) -> None:

@@ -6,7 +6,6 @@ does not know NaN, and rewrites floats; what plain JSON on either database canno
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +30,7 @@ def _float(value: float) -> float | dict[str, str]:
 def _str(value: str) -> str | dict[str, str]:
     if value.isprintable() or is_text(value):
         return value
-    return {"$text": base64.b64encode(value.encode("utf-8", "surrogatepass")).decode()}
+    return {"$text": value.encode("utf-8", "surrogatepass").hex()}
 
 
 def is_text(value: Any) -> TypeGuard[str]:
@@ -47,8 +46,8 @@ _TAGGERS: dict[type, Callable[[Any], Any]] = {
     int: lambda value: value,
     str: _str,
     float: _float,
-    bytes: lambda value: {"$bytes": base64.b64encode(value).decode()},
-    memoryview: lambda value: {"$bytes": base64.b64encode(value).decode()},
+    bytes: lambda value: {"$bytes": value.hex()},  # which triggers can write, on both databases
+    memoryview: lambda value: {"$bytes": value.hex()},
     Decimal: lambda value: {"$decimal": str(value)},
     UUID: lambda value: {"$uuid": value.hex},
     datetime: _datetime,
@@ -61,9 +60,9 @@ _TAGGERS: dict[type, Callable[[Any], Any]] = {
 }
 
 _READERS: dict[str, Callable[[Any], Any]] = {
-    "$text": lambda data: base64.b64decode(data).decode("utf-8", "surrogatepass"),
+    "$text": lambda data: bytes.fromhex(data).decode("utf-8", "surrogatepass"),
     "$float": float,
-    "$bytes": base64.b64decode,
+    "$bytes": bytes.fromhex,
     "$decimal": Decimal,
     "$uuid": UUID,
     "$datetime": datetime.fromisoformat,

@@ -112,9 +112,14 @@ class TableColumns:
         ]
         self._key_is_raw = not any(self._key_binds)
 
+    def implementation(self, column: Column[Any]) -> TypeEngine[Any]:
+        """The dialect's type of *column*, below any TypeDecorator."""
+        return self._impl[column.name]
+
     # -- expressions ---------------------------------------------------------------------------------------------
 
-    def _travels_as_text(self, column: Column[Any]) -> bool:
+    def travels_as_text(self, column: Column[Any]) -> bool:
+        """Whether *column* is read in the server's own text form."""
         if self.dialect.name != "postgresql":
             return False
         impl = self._impl[column.name]
@@ -124,7 +129,7 @@ class TableColumns:
 
     def raw(self, column: Column[Any]) -> ColumnElement[Any]:
         """*column* as the driver reads it, for a SELECT."""
-        if self._travels_as_text(column):
+        if self.travels_as_text(column):
             return type_coerce(cast(column, Text), RAW).label(column.name)
         expression = column.type.column_expression(column)
         return type_coerce(column if expression is None else expression, RAW).label(column.name)
@@ -221,7 +226,7 @@ class TableColumns:
         # psycopg's numeric processors choose by the OID of the column: numeric (1700) or float8 (701).
         oid = 701 if isinstance(impl, Float) else 1700
         process = column.type.dialect_impl(self.dialect).result_processor(self.dialect, oid)
-        if isinstance(impl, JSON) and self._travels_as_text(column):
+        if isinstance(impl, JSON) and self.travels_as_text(column):
             # The driver would have parsed it, so the type's own processor expects it parsed.
             loads = getattr(self.dialect, "_json_deserializer", None) or json.loads
 
@@ -230,6 +235,6 @@ class TableColumns:
                 return parsed if process is None else process(parsed)
 
             return parse
-        if self._travels_as_text(column):
+        if self.travels_as_text(column):
             return None
         return process

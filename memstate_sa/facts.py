@@ -111,6 +111,7 @@ class Tracked:
     unique_values: UniqueValues | None = None
     immutable: Callable[[Mapping[str, Any]], bool] | None = None
     on_untracked: str = "raise"
+    by_trigger: bool = False
     hydrations: dict[str, Select[Any]] = field(default_factory=dict, repr=False)
     _columns: dict[str, TableColumns] = field(default_factory=dict, repr=False)
 
@@ -233,6 +234,7 @@ def describe(
     unique_by: Sequence[str] | UniqueValues = (),
     immutable: bool | Callable[[Mapping[str, Any]], bool] = False,
     on_untracked: str = "raise",
+    capture: str = "session",
 ) -> Tracked:
     """Check what `Memory.track` was asked for against the mapping. Raises MemstateError saying what does not fit."""
     try:
@@ -256,6 +258,13 @@ def describe(
         raise MemstateError(f"metadata={reserved[0]!r}: names that begin with memstate_ are ours in an index")
     if on_untracked not in ("raise", "warn"):
         raise MemstateError(f"on_untracked={on_untracked!r}: choose 'raise' or 'warn'")
+    if capture not in ("session", "trigger"):
+        raise MemstateError(f"capture={capture!r}: choose 'session' or 'trigger'")
+    if capture == "trigger" and (unique_by or immutable):
+        raise MemstateError(
+            f"capture='trigger' sees {model.__name__} only once it is written: what must be unique or immutable there, "
+            "a constraint of its table has to say"
+        )
     if entity is not None and not isinstance(entity, str):
         raise MemstateError(f"entity={entity!r}: give a name, or leave it to be the table's")
     entity = str(entity if entity is not None else table.fullname)  # not a quoted_name
@@ -272,6 +281,7 @@ def describe(
         unique_values=unique_by if callable(unique_by) else _unique_values(unique_names),
         immutable=immutable if callable(immutable) else always,
         on_untracked=on_untracked,
+        by_trigger=capture == "trigger",
     )
 
 

@@ -183,7 +183,8 @@ class Rollback:
         entries, final = invert(steps)
         tx = new_tx()
         with connection.begin_nested(), unit.writing():
-            now = self._apply(connection, final)
+            with self._capture.quiet(connection):
+                now = self._apply(connection, final)
             self._capture.write(connection, unit, list(_with_last_images(entries, now)), tx=tx)
             labels = unit.labels
             self._capture.write_header(connection, tx, {**labels, "reason": labels["reason"] or "rollback"})

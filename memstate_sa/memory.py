@@ -14,11 +14,12 @@ from sqlalchemy import Select, func, inspect, select
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.orm import Session
 
-from memstate_sa import history, tables, truth
+from memstate_sa import history, tables, triggers, truth
 from memstate_sa.capture import Capture, Registry, Unit
 from memstate_sa.changes import Change
 from memstate_sa.codec import is_text
 from memstate_sa.columns import TableColumns
+from memstate_sa.doctor import Diagnosis, Doctor
 from memstate_sa.embedders import Embedder, WordLlamaEmbedder
 from memstate_sa.errors import DeliveryError, MemstateError, require_count
 from memstate_sa.facts import Tracked, describe
@@ -89,6 +90,7 @@ class Memory:
         unique_by: Any = (),
         immutable: Any = False,
         on_untracked: Literal["raise", "warn"] = "raise",
+        capture: Literal["session", "trigger"] = "session",
     ) -> type[M]: ...
 
     @overload
@@ -104,6 +106,7 @@ class Memory:
         unique_by: Any = (),
         immutable: Any = False,
         on_untracked: Literal["raise", "warn"] = "raise",
+        capture: Literal["session", "trigger"] = "session",
     ) -> Callable[[type[M]], type[M]]: ...
 
     def track(
@@ -118,6 +121,7 @@ class Memory:
         unique_by: Any = (),
         immutable: Any = False,
         on_untracked: Literal["raise", "warn"] = "raise",
+        capture: Literal["session", "trigger"] = "session",
     ) -> Any:
         """Make every row of *model* a fact; a call, or a class decorator. The table needs no change.
 
@@ -126,7 +130,8 @@ class Memory:
         an index can filter. *schema* is a Pydantic model that every write must satisfy. *index* names which of the
         Memory's indexes get it (default: all). *unique_by* are column attributes of which no two rows may share all
         values. Subclasses (single-table inheritance) are tracked along. *on_untracked* says what happens to writes
-        that cannot be captured.
+        that cannot be captured. With ``capture="trigger"`` triggers capture them all, those of other programs too;
+        `create_tables` installs them.
 
         Raises MemstateError for a class that is not mapped, unknown column attributes, or an entity tracked already.
         """
@@ -147,6 +152,7 @@ class Memory:
                     unique_by=unique_by,
                     immutable=immutable,
                     on_untracked=on_untracked,
+                    capture=capture,
                 )
             )
             return model
@@ -162,8 +168,16 @@ class Memory:
         self._capture.attach(target)
 
     def create_tables(self, engine: Engine | AsyncEngine) -> None:
-        """Create the tables of memstate_sa that are not there yet. With Alembic, let a migration do it."""
-        tables.metadata.create_all(self.sync_engine(engine))
+        """Create the tables of memstate_sa that are not there yet, and the triggers of classes that are captured so.
+
+        Their own tables have to be there. With Alembic, let a migration do it.
+        """
+        sync = self.sync_engine(engine)
+        tables.metadata.create_all(sync)
+        with sync.begin() as connection:
+            for tracked in self._registry.by_entity.values():
+                if tracked.by_trigger:
+                    triggers.install(connection, tracked)
 
     def annotate(
         self,
@@ -499,6 +513,21 @@ class Memory:
                 raise DeliveryError(f"repairs were not delivered within {timeout:g} s; is a relay stuck?")
             relay.drain(timeout)
             time.sleep(0.02)
+
+    def doctor(
+        self, engine: Engine | AsyncEngine, *, repair: bool = False, progress: Progress | None = None
+    ) -> Diagnosis:
+        """Replay the log against the tables, in pages, and look for what would make them differ.
+
+        *repair* logs rows that were changed past it, as transactions with the reason "reconciled", and has them
+        delivered. `verify` compares the indexes with the tables.
+        """
+        sync = self.sync_engine(engine)
+        require_no_transaction(sync)
+        found = Doctor(sync, self._registry, self._capture).run(repair=repair, progress=progress)
+        if repair:
+            self._wake()
+        return found
 
     def backfill(
         self,

@@ -102,8 +102,8 @@ def add(
     """Log *entries*, and mark the keys *dirty*: on PostgreSQL one round trip, as long as it is not megabytes."""
     logged = payloads(
         # The image as text: as JSON within JSON, SQLite would parse and print it twice.
-        (entity, key, op, None if image is None else as_json(image), reverts, op != "baseline" and reverts is None)
-        for entity, key, op, image, reverts in entries
+        (entity, key, op, None if image is None else as_json(image), reverts, step and op != "baseline" and not reverts)
+        for entity, key, op, image, reverts, step in entries
     )
     marked = payloads((slot_of(entity, key), entity, key) for entity, key in dirty)
     given = {"tx": tx, "at": at}

@@ -6,10 +6,10 @@ number but a snapshot: the difference of two of them is what was committed betwe
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from hashlib import sha256
 from typing import NamedTuple
 
 SLOTS = 64
@@ -18,8 +18,8 @@ SLOTS = 64
 
 @lru_cache(8192)
 def slot_of(entity: str, key: str) -> int:
-    """The slot of a key. Stored, so it must never change."""
-    return zlib.crc32(f"{entity}\0{key}".encode()) % SLOTS
+    """The slot of a key. Stored, and computed by triggers too, so it must never change."""
+    return sha256((entity + key).encode()).digest()[0] % SLOTS
 
 
 @dataclass(frozen=True, slots=True)

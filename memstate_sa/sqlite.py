@@ -12,7 +12,7 @@ import sqlite3
 import time
 from typing import Any
 
-from sqlalchemy import event
+from sqlalchemy import event, text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
@@ -65,6 +65,24 @@ def _use_wal(cursor: Any, deadline: float) -> None:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
             time.sleep(0.005)
+
+
+def leaks_savepoints(engine: Engine) -> bool:
+    """Whether what a SAVEPOINT wrote survives the ROLLBACK around it, because the driver had not begun. Tried out."""
+    probe = text("SELECT count(*) FROM memstate_probe")
+    with engine.connect() as connection:
+        connection.exec_driver_sql("CREATE TEMP TABLE memstate_probe (n INTEGER)")
+        connection.commit()
+        try:
+            with connection.begin_nested():
+                connection.exec_driver_sql("INSERT INTO memstate_probe VALUES (1)")
+            connection.rollback()
+            leaked = bool(connection.execute(probe).scalar_one())
+            connection.rollback()
+        finally:
+            connection.exec_driver_sql("DROP TABLE temp.memstate_probe")
+            connection.commit()
+    return leaked
 
 
 def in_transaction(connection: Connection) -> bool:

@@ -241,6 +241,14 @@ ledger = Table(
 _deleted = ledger.c.deleted == true()
 Index("ix_memstate_ledger_deleted", ledger.c.at, postgresql_where=_deleted, sqlite_where=_deleted)
 
+current = Table(
+    "memstate_current",
+    metadata,
+    Column("tx", String(32)),
+    Column("quiet", Boolean(create_constraint=False), nullable=False),
+    comment="SQLite: what triggers are told of the transaction that writes; empty outside of it",
+)
+
 unique = Table(
     "memstate_unique",
     metadata,

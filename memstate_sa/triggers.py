@@ -8,12 +8,12 @@ write is a transaction of its own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from sqlalchemy import Column, ColumnElement, Table, delete, func, insert, inspect, select, text
+from sqlalchemy import Column, bindparam, delete, func, insert, inspect, select, text, true
 from sqlalchemy import types as sqltypes
+from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.sql.util import ClauseAdapter
 
@@ -22,7 +22,49 @@ from memstate_sa.columns import TableColumns
 from memstate_sa.errors import MemstateError
 from memstate_sa.facts import Tracked
 from memstate_sa.positions import SLOTS
-from memstate_sa.tables import current
+from memstate_sa.tables import current, log
+
+# -- what they are told ------------------------------------------------------------------------------------------------
+
+_READS = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN", "SAVEPOINT", "RELEASE", "ROLLBACK", "SHOW", "SET")
+_set = select(func.set_config(bindparam("name"), bindparam("value"), true()))  # until the transaction ends
+_put = insert(current)
+_clear = delete(current)
+_logged = select(select(log.c.id).where(log.c.tx == bindparam("tx")).exists())
+
+
+def only_reads(statement: str) -> bool:
+    """By its first word; a SELECT of a function that writes is taken for a reader."""
+    return statement.lstrip()[:9].upper().startswith(_READS)
+
+
+def tell(connection: Connection, tx: str) -> None:
+    """What triggers log from now on is of the transaction *tx*."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(_set, {"name": "memstate.tx", "value": tx})
+    else:
+        connection.execute(_put, {"tx": tx, "quiet": False})
+
+
+def silence(connection: Connection) -> None:
+    """Have them log nothing."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(_set, {"name": "memstate.quiet", "value": "on"})
+    else:
+        connection.execute(_put, {"tx": None, "quiet": True})
+
+
+def untell(connection: Connection) -> None:
+    """End what `silence` began; and, on SQLite, what `tell` did."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(_set, {"name": "memstate.quiet", "value": "off"})
+    else:
+        connection.execute(_clear)
+
+
+def have_logged(connection: Connection, tx: str) -> bool:
+    return bool(connection.execute(_logged, {"tx": tx}).scalar_one())
+
 
 # -- a row as JSON, in SQL ---------------------------------------------------------------------------------------------
 
@@ -47,7 +89,8 @@ _DAYS = "extract(year FROM {0}) * 365 + extract(month FROM {0}) * 30 + extract(d
 def _datetime(type_: Any, value: str) -> str:
     if not type_.timezone:
         return _tagged("$datetime", _iso(value, _DATETIME))
-    return _tagged("$datetime", f"{_iso(f'timezone({_quoted("UTC")}, {value})', _DATETIME)} || '+00:00'")
+    utc = _iso(f"timezone('UTC', {value})", _DATETIME)
+    return _tagged("$datetime", f"{utc} || '+00:00'")
 
 
 def _interval(_: Any, value: str) -> str:
@@ -66,8 +109,11 @@ _POSTGRESQL: Mapping[type, Callable[[Any, str], str]] = {
     sqltypes.LargeBinary: lambda _, value: _tagged("$bytes", f"encode({value}, 'hex')"),
     sqltypes.DateTime: _datetime,
     sqltypes.Date: lambda _, value: _tagged("$date", f"to_char({value}, 'YYYY-MM-DD')"),
-    sqltypes.Time: lambda _, value: _tagged("$time", f"{value}::text"),
+    sqltypes.Time: lambda type_, value: _tagged(
+        "$time", f"{value}::text" if type_.timezone else _iso(f"{value}::interval", "HH24:MI:SS")
+    ),
     sqltypes.Interval: _interval,
+    INTERVAL: _interval,
 }
 _ITEMS = (sqltypes.Boolean, sqltypes.Integer, sqltypes.String)
 _KEYS = (
@@ -79,6 +125,7 @@ _KEYS = (
     sqltypes.LargeBinary,
     sqltypes.DateTime,
     sqltypes.Date,
+    sqltypes.Time,
 )
 
 
@@ -87,6 +134,8 @@ def _json_postgresql(columns: TableColumns, column: Column[Any], value: str) -> 
     if columns.travels_as_text(column):
         return f"to_json({value}::text)::text"
     if isinstance(type_, sqltypes.ARRAY):
+        if isinstance(type_.item_type, sqltypes.Enum):
+            return f"to_json({value}::text)::text"  # psycopg does not take an array of them apart
         if isinstance(type_.item_type, _ITEMS):
             return f"to_jsonb({value})::text"
     else:
@@ -96,7 +145,7 @@ def _json_postgresql(columns: TableColumns, column: Column[Any], value: str) -> 
     raise MemstateError(f"a trigger cannot log {column.table.name}.{column.name} ({column.type!r}): track it without")
 
 
-def _json_sqlite(columns: TableColumns, column: Column[Any], value: str) -> str:
+def _json_sqlite(_: TableColumns, __: Column[Any], value: str) -> str:
     """By the class in which the value is stored: the type of a column does not tell."""
     return (
         f"CASE typeof({value}) WHEN 'integer' THEN CAST({value} AS TEXT) "
@@ -123,13 +172,17 @@ def _source(tracked: Tracked, dialect: Dialect, alias: str) -> _Source:
 
     def json(column: Column[Any]) -> str:
         if column.type.column_expression(column) is not None:
-            raise MemstateError(f"a trigger cannot log {column.table.name}.{column.name}: its type reads by an expression")
+            raise MemstateError(
+                f"a trigger cannot log {column.table.name}.{column.name}: its type reads by an expression"
+            )
         return _JSON[dialect.name](columns, column, f"{alias}.{quote(column.name)}")
 
     keys = list(tracked.table.primary_key.columns)
     for column in keys:
         kind = columns.implementation(column)
-        if isinstance(kind, sqltypes.Float) or not isinstance(kind, _KEYS):
+        # SQLite keeps a Numeric as a float; and a float has more than one form in text.
+        is_float = isinstance(kind, (sqltypes.Float, *([sqltypes.Numeric] if dialect.name == "sqlite" else [])))
+        if is_float or not isinstance(kind, _KEYS):
             raise MemstateError(f"a trigger cannot log a primary key of {column.type!r} ({tracked.table.name})")
     key = " || ',' || ".join(json(column) for column in keys)
     fields = " || ',' || ".join(
@@ -146,7 +199,7 @@ def _quoted(value: str) -> str:
     return "'" + value.replace("'", "''") + "'"
 
 
-# -- the triggers of one table ------------------------------------------------------------------------------------------
+# -- the triggers of one table -----------------------------------------------------------------------------------------
 
 
 class Trigger(NamedTuple):
@@ -197,7 +250,8 @@ _CHANGES = """
     SELECT its_tx, its_time, 1, true, {entity}, key, op, image::jsonb FROM changed
   )
   {outbox}
-  SELECT its_tx, its_time, get_byte(sha256(convert_to({entity} || key, 'UTF8')), 0) % {slots}, {entity}, key FROM changed;
+  SELECT its_tx, its_time, mod(get_byte(sha256(convert_to({entity} || key, 'UTF8')), 0), {slots}), {entity}, key
+  FROM changed;
 """
 
 
@@ -215,8 +269,8 @@ def _on_postgresql(tracked: Tracked, dialect: Dialect) -> Iterator[Trigger]:
     deleted = "SELECT key, 'delete' AS op, NULL AS image FROM ({0}) AS o"
     joined = f" LEFT JOIN ({new}) AS n USING (key)"
     updated = (
-        "SELECT key, CASE WHEN n.image IS NULL THEN 'delete' WHEN o.image IS NULL THEN 'insert' ELSE 'update' END AS op, "
-        f"n.image FROM ({old}) AS o FULL JOIN ({new}) AS n USING (key) WHERE o.image IS DISTINCT FROM n.image"
+        "SELECT key, CASE WHEN n.image IS NULL THEN 'delete' WHEN o.image IS NULL THEN 'insert' ELSE 'update' END "
+        f"AS op, n.image FROM ({old}) AS o FULL JOIN ({new}) AS n USING (key) WHERE o.image IS DISTINCT FROM n.image"
     )
     differs = " AND o.image IS DISTINCT FROM n.image"
     every = rows("r", table)
@@ -239,18 +293,16 @@ def _on_postgresql(tracked: Tracked, dialect: Dialect) -> Iterator[Trigger]:
         name = f"memstate_{event}"
         function = quote(f"memstate_{event}_{_digest(tracked)}")
         source = _FUNCTION.format(body=body)
-        yield Trigger(
-            name,
-            source,
-            (
-                # As its owner: who may write the table, need not be allowed to write the log.
-                f"CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER "
-                f"SET search_path FROM CURRENT AS $memstate${source}$memstate$",
-                f"DROP TRIGGER IF EXISTS {name} ON {table}",
-                f"CREATE TRIGGER {name} {'BEFORE' if event == 'truncate' else 'AFTER'} {event.upper()} ON {table} "
-                f"{tables[event]}FOR EACH STATEMENT EXECUTE FUNCTION {function}()",
-            ),
+        # As its owner: who may write the table, need not be allowed to write the log.
+        create_function = (
+            f"CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER "
+            f"SET search_path FROM CURRENT AS $memstate${source}$memstate$"
         )
+        create_trigger = (
+            f"CREATE TRIGGER {name} {'BEFORE' if event == 'truncate' else 'AFTER'} {event.upper()} ON {table} "
+            f"{tables[event]}FOR EACH STATEMENT EXECUTE FUNCTION {function}()"
+        )
+        yield Trigger(name, source, (create_function, f"DROP TRIGGER IF EXISTS {name} ON {table}", create_trigger))
 
 
 # Who writes without a Session has no transaction that a trigger could know: what comes in one millisecond is one.
@@ -306,6 +358,38 @@ def _on_sqlite(tracked: Tracked, dialect: Dialect) -> Iterator[Trigger]:
             f"WHEN NOT EXISTS (SELECT 1 FROM memstate_current WHERE quiet) BEGIN\n{body}END"
         )
         yield Trigger(name, source, (f"DROP TRIGGER IF EXISTS {name}", source))
+
+
+def install(connection: Connection, tracked: Tracked) -> None:
+    """Create the triggers of *tracked*, or replace those that are not as they should be."""
+    there = installed(connection, tracked)
+    for trigger in triggers(tracked, connection.dialect):
+        if there.get(trigger.name) != trigger.source:
+            for statement in trigger.statements:
+                connection.exec_driver_sql(statement, execution_options={"no_parameters": True})  # it may hold a %
+
+
+def installed(connection: Connection, tracked: Tracked) -> dict[str, str]:
+    """The source of each trigger of ours that the table has, by name. Raises MemstateError when there is no table."""
+    table = tracked.table
+    if not inspect(connection).has_table(table.name, schema=table.schema):
+        raise MemstateError(f"table {table.fullname} is not there yet: create it before its triggers")
+    if connection.dialect.name == "postgresql":
+        of = connection.dialect.identifier_preparer.format_table(table)
+        found = connection.execute(_triggers_postgresql, {"table": of}).all()
+    else:
+        found = connection.execute(_triggers_sqlite, {"table": table.name}).all()
+    return {name: source for name, source in found}  # noqa: C416  # rows, not pairs
+
+
+_triggers_postgresql = text(
+    "SELECT t.tgname, p.prosrc FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid "
+    "WHERE t.tgrelid = to_regclass(:table) AND t.tgname LIKE 'memstate\\_%' AND t.tgenabled <> 'D'"
+)
+_triggers_sqlite = text(
+    "SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name = :table AND name LIKE 'memstate\\_%' "
+    "ESCAPE '\\'"
+)
 
 
 def _digest(tracked: Tracked) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from sqlalchemy import JSON, Engine, ForeignKey, String, delete, insert, inspect, select, update
@@ -57,14 +57,18 @@ class Tag(Base):
 class World:
     """An application, its memory, and its database."""
 
-    def __init__(self, engine: Engine, index: VectorIndex | None = None) -> None:
+    def __init__(
+        self, engine: Engine, index: VectorIndex | None = None, *, capture: Literal["session", "trigger"] = "session"
+    ) -> None:
         self.engine = engine
         self.index = index if index is not None else InMemoryIndex()
         self.embedder = HashEmbedder()
         self.memory = Memory(self.index, embedder=self.embedder)
-        self.memory.track(Person, text="about", metadata=("name",))
-        self.memory.track(Note, text="content", metadata=("topic", "number"))
-        self.memory.track(Tag, text=lambda tag: f"{tag.name} means {tag.meaning}", metadata=("name",))
+        self.memory.track(Person, text="about", metadata=("name",), capture=capture)
+        self.memory.track(Note, text="content", metadata=("topic", "number"), capture=capture)
+        self.memory.track(
+            Tag, text=lambda tag: f"{tag.name} means {tag.meaning}", metadata=("name",), capture=capture
+        )
         self.sessions = sessionmaker(engine)
         self.memory.attach(self.sessions)
         Base.metadata.create_all(engine)

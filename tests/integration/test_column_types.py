@@ -12,13 +12,15 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, inspect, select, text
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from sqlalchemy.types import TypeDecorator
 
-from memstate_sa import Memory, UntrackedWrite
+from memstate_sa import Memory, MemstateError, UntrackedWrite
+from memstate_sa.codec import decode_image
 from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.tables import log
 from memstate_sa.testing import HashEmbedder
 
 pytestmark = pytest.mark.sa20
@@ -114,8 +116,20 @@ def model(name: str, columns: dict[str, Any]) -> type[Any]:
     return type(name.title(), (Base,), body)
 
 
-Generic = model("generic", COLUMNS)
-Postgres = model("postgres_only", {**COLUMNS, **POSTGRES})
+BY_NO_TRIGGER = {"array_numeric", "array_uuid"}
+"""What a trigger is refused for."""
+GENERIC = {
+    "session": model("generic", COLUMNS),
+    "trigger": model("generic_triggered", COLUMNS),
+}
+ONLY_POSTGRES = {
+    "session": model("postgres_only", {**COLUMNS, **POSTGRES}),
+    "trigger": model(
+        "postgres_triggered",
+        {name: column for name, column in {**COLUMNS, **POSTGRES}.items() if name not in BY_NO_TRIGGER},
+    ),
+}
+both_ways = pytest.mark.parametrize("capture", ["session", "trigger"])
 
 
 def stored(connection: Any, table: str) -> list[Any]:
@@ -137,10 +151,15 @@ def same(name: str, shown: Any, loaded: Any) -> bool:
     return type(shown) is type(loaded) and (shown == loaded or shown != shown)  # NaN
 
 
-def check(engine: Engine, model: type[Any], values: dict[str, Any]) -> None:
+def check(engine: Engine, models: dict[str, Any], capture: Any, values: dict[str, Any]) -> None:
     """Delete and change a row, undo both, and compare what the server holds, byte for byte."""
+    model = models[capture]
+    values = {name: value for name, value in values.items() if hasattr(model, name)}
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(model, text="label")
+    memory.track(model, text="label", capture=capture)
+    if not inspect(engine).has_table(model.__tablename__):
+        model.__table__.create(engine)
+        memory.create_tables(engine)
     sessions = sessionmaker(engine)
     memory.attach(sessions)
     table = model.__tablename__
@@ -153,6 +172,9 @@ def check(engine: Engine, model: type[Any], values: dict[str, Any]) -> None:
         loaded = dict(session.execute(select(model.__table__)).mappings().one())
         after = memory.history(session, model, 1)[-1].after
         assert list(after or {}) == list(loaded)
+        [image] = session.scalars(select(log.c.image).order_by(log.c.id.desc()).limit(1))
+        [row] = memory._registry.of(model).on(engine.dialect).read(session.connection(), [(1,)]).values()
+        assert capture == "session" or decode_image(image).items() >= decode_image(row).items() or "double" in values
         wrong = {name: (after[name], loaded[name]) for name in loaded if not same(name, after[name], loaded[name])}
         assert wrong == {}
         session.rollback()
@@ -182,45 +204,57 @@ relaxed = settings(
 
 @pytest.fixture
 def prepared(engine: Engine) -> Engine:
-    models = [Generic] if engine.dialect.name == "sqlite" else [Generic, Postgres]
-    Base.metadata.create_all(engine, tables=[model.__table__ for model in models])
     Memory(InMemoryIndex(), embedder=HashEmbedder()).create_tables(engine)
     return engine
 
 
+@both_ways
 @relaxed
 @given(values=rows(COLUMNS))
-def test_generic_types_round_trip(prepared: Engine, values: dict[str, Any]) -> None:
+def test_generic_types_round_trip(prepared: Engine, capture: str, values: dict[str, Any]) -> None:
     """Every generic type of SQLAlchemy, on both databases."""
-    check(prepared, Generic, values)
+    check(prepared, GENERIC, capture, values)
 
 
 @pytest.fixture
 def prepared_postgres(postgres_engine: Engine) -> Engine:
-    Base.metadata.create_all(postgres_engine)
     Memory(InMemoryIndex(), embedder=HashEmbedder()).create_tables(postgres_engine)
     return postgres_engine
 
 
+@both_ways
 @relaxed
 @given(values=rows(POSTGRES))
-def test_postgres_types_round_trip(prepared_postgres: Engine, values: dict[str, Any]) -> None:
+def test_postgres_types_round_trip(prepared_postgres: Engine, capture: str, values: dict[str, Any]) -> None:
     """JSONB, ARRAY, UUID, timestamptz, and types that travel as the server's own text."""
-    check(prepared_postgres, Postgres, values)
+    check(prepared_postgres, ONLY_POSTGRES, capture, values)
 
 
-def test_nul_and_nan_in_the_application_do_not_fail_its_commit(prepared: Engine) -> None:
+@pytest.mark.parametrize("name", sorted(BY_NO_TRIGGER))
+def test_what_a_trigger_cannot_log_is_refused(prepared_postgres: Engine, name: str) -> None:
+    """Before anything is installed, naming the column."""
+    refused = model(f"refused_{name}", {name: POSTGRES[name]})
+    refused.__table__.create(prepared_postgres)
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(refused, text="label", capture="trigger")
+    with pytest.raises(MemstateError, match=rf"a trigger cannot log refused_{name}\.{name} \(ARRAY"):
+        memory.create_tables(prepared_postgres)
+
+
+@both_ways
+def test_nul_and_nan_in_the_application_do_not_fail_its_commit(prepared: Engine, capture: str) -> None:
     """What the application's own columns take, the log takes."""
     values = {"double": float("nan"), "large_binary": b"\x00\xff", "json": {"half": [0.5]}}
     if prepared.dialect.name == "sqlite":
         values |= {"text": "a\x00b", "double": float("inf")}
-    check(prepared, Generic, values)
+    check(prepared, GENERIC, capture, values)
 
 
-def test_null_and_json_null_are_told_apart(prepared: Engine) -> None:
+@both_ways
+def test_null_and_json_null_are_told_apart(prepared: Engine, capture: str) -> None:
     """A JSON column may hold 'null' or nothing; undo restores which."""
-    check(prepared, Generic, {"json": None, "json_null": None})
-    check(prepared, Generic, {"json": sa.null(), "json_null": sa.JSON.NULL})
+    check(prepared, GENERIC, capture, {"json": None, "json_null": None})
+    check(prepared, GENERIC, capture, {"json": sa.null(), "json_null": sa.JSON.NULL})
 
 
 KEYS = {
@@ -235,10 +269,13 @@ KEYS = {
 }
 
 
+@both_ways
 @pytest.mark.parametrize("kind", KEYS)
-def test_keys_of_any_type(engine: Engine, kind: str) -> None:
+def test_keys_of_any_type(engine: Engine, kind: str, capture: Any) -> None:
     """Single keys of every usual type, from insert to search to undo."""
     type_, first, second = KEYS[kind]
+    if (capture, kind, engine.dialect.name) == ("trigger", "numeric", "sqlite"):
+        pytest.skip("refused: see test_a_float_is_no_key_for_a_trigger")
 
     class Local(DeclarativeBase):
         pass
@@ -249,7 +286,7 @@ def test_keys_of_any_type(engine: Engine, kind: str) -> None:
         label: Mapped[str]
 
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Thing, text="label")
+    memory.track(Thing, text="label", capture=capture)
     sessions = sessionmaker(engine)
     memory.attach(sessions)
     Local.metadata.create_all(engine)

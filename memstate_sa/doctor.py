@@ -1,0 +1,235 @@
+"""Is the log still what the tables are? And is there anything about this database that would make it cease to be?"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from sqlalchemy import bindparam, func, inspect, select
+from sqlalchemy.engine import Connection, Engine
+
+from memstate_sa import sqlite, triggers, truth
+from memstate_sa.arrays import as_array, each
+from memstate_sa.capture import Capture, Registry, Unit
+from memstate_sa.changes import Entry, Image, new_tx
+from memstate_sa.codec import decode_image, decode_key
+from memstate_sa.columns import batches
+from memstate_sa.facts import Tracked
+from memstate_sa.outbox import take_write_lock
+from memstate_sa.tables import log, metadata
+from memstate_sa.verify import Progress
+
+RECONCILED = "reconciled"
+"""The reason of transactions that log what others changed."""
+
+
+class Problem(NamedTuple):
+    """Something that makes, or may make, the log untrue: of what, and what to do about it."""
+
+    subject: str
+    message: str
+
+
+@dataclass
+class Diagnosis:
+    """What `Memory.doctor` found; facts as (entity, primary key).
+
+    ``changed``: the row is not what the log says · ``gone``: the log says that there is a row · ``unlogged``: how many
+    rows the log has not seen, because they are older than tracking, or came past it; `Memory.backfill` logs them.
+    """
+
+    checked: int = 0
+    unlogged: int = 0
+    changed: list[tuple[str, object]] = field(default_factory=list)
+    gone: list[tuple[str, object]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def healthy(self) -> bool:
+        """The log agrees with the tables, or did not before ``repair=True``, and nothing stands in its way."""
+        return not (self.changed or self.gone or self.problems)
+
+
+class Doctor:
+    """One examination of one database."""
+
+    def __init__(self, engine: Engine, registry: Registry, capture: Capture, *, page_size: int = 500) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._capture = capture
+        self._page_size = page_size
+
+    def run(self, *, repair: bool, progress: Progress | None = None) -> Diagnosis:
+        found = Diagnosis(problems=list(self._problems()))
+        with self._engine.connect() as connection:
+            if not inspect(connection).has_table(log.name):
+                return found
+        for tracked in self._registry.by_entity.values():
+            for keys, gone in self._differences(tracked, found, progress):
+                (found.gone if gone else found.changed).extend(self._shown(tracked, keys))
+                if repair:
+                    self._reconcile(tracked, keys)
+        return found
+
+    def _shown(self, tracked: Tracked, keys: Collection[str]) -> Iterator[tuple[str, object]]:
+        for key in keys:
+            identity = tracked.on(self._engine.dialect).identity(key)
+            yield tracked.entity, identity[0] if len(identity) == 1 else identity
+
+    # -- log and tables ----------------------------------------------------------------------------------------------
+
+    def _differences(
+        self, tracked: Tracked, found: Diagnosis, progress: Progress | None
+    ) -> Iterator[tuple[list[str], bool]]:
+        """Keys that differ, page by page, and whether that is because the row is gone."""
+        after: str | None = None
+        while True:
+            with self._engine.connect() as connection:
+                keys = truth.page(connection, tracked, after, self._page_size)
+                known = _last_entries(connection, tracked, keys)
+            if not keys:
+                break
+            after = keys[-1]
+            found.checked += len(keys)
+            found.unlogged += len(keys) - len(known)
+            if differing := self._confirmed(tracked, list(known)):
+                yield differing, False
+            if progress is not None:
+                progress(found.checked, None)
+        after = ""
+        while True:
+            with self._engine.connect() as connection:
+                keys = list(connection.scalars(_logged_keys, _page_of(tracked, after, self._page_size)))
+                living = [key for key, last in _last_entries(connection, tracked, keys).items() if last.op != "delete"]
+                there = _rows(connection, tracked, living)
+            if not keys:
+                break
+            after = keys[-1]
+            if lost := self._confirmed(tracked, [key for key in living if key not in there]):
+                yield lost, True
+
+    def _confirmed(self, tracked: Tracked, keys: Sequence[str]) -> list[str]:
+        """Those of *keys* whose row differs from a last entry that stays the same while it is looked at."""
+        if not keys:
+            return []
+        with self._engine.connect() as connection:
+            before = _last_entries(connection, tracked, keys)
+            rows = _rows(connection, tracked, keys)
+            after = _last_entries(connection, tracked, keys)
+        return [key for key, last in before.items() if after[key].id == last.id and _differs(last, rows.get(key))]
+
+    def _reconcile(self, tracked: Tracked, keys: Sequence[str]) -> None:
+        """Log what became of *keys*, and have them delivered. It is no step of anybody's: rollback passes it by."""
+        with self._engine.begin() as connection:
+            take_write_lock(connection)
+            rows = _rows(connection, tracked, keys, for_update=True)
+            entries = []
+            for key, last in _last_entries(connection, tracked, keys).items():
+                row = rows.get(key)
+                if _differs(last, row):
+                    op = "delete" if row is None else "insert" if last.op == "delete" else "update"
+                    entries.append(Entry(tracked.entity, key, op, row, step=False))  # type: ignore[arg-type]
+            if entries:
+                tx = new_tx()
+                self._capture.write(connection, Unit(), entries, tx=tx)
+                self._capture.write_header(connection, tx, {"reason": RECONCILED})
+
+    # -- what would make them differ -----------------------------------------------------------------------------------
+
+    def _problems(self) -> Iterator[Problem]:
+        inspector = inspect(self._engine)
+        dialect = self._engine.dialect.name
+        there = set(inspector.get_table_names())
+        for table in metadata.sorted_tables:
+            if table.name not in there:
+                yield Problem(table.name, "is not there: memory.create_tables(engine), or a migration, creates it")
+                continue
+            lacking = {column.name for column in table.columns} - {c["name"] for c in inspector.get_columns(table.name)}
+            if lacking:
+                yield Problem(table.name, f"is of another version: it lacks {', '.join(sorted(lacking))}; migrate it")
+            indexes = {index["name"] for index in inspector.get_indexes(table.name)}
+            for index in table.indexes:
+                only = getattr(index._ddl_if, "dialect", None)  # noqa: SLF001  # there is no other way to ask
+                if only in (None, dialect) and index.name not in indexes:
+                    yield Problem(table.name, f"has no index {index.name}: what reads it, reads it all; create it")
+        if not self._capture.is_any_attached and not all(t.by_trigger for t in self._registry.by_entity.values()):
+            yield Problem("Sessions", "none is attached: memory.attach(sessionmaker) has what they write captured")
+        if dialect == "sqlite" and sqlite.leaks_savepoints(self._engine):
+            yield Problem(
+                "SAVEPOINTs", "survive the ROLLBACK of their transaction: memstate_sa.sqlite.configure(engine) mends it"
+            )
+        for tracked in self._registry.by_entity.values():
+            if not inspector.has_table(tracked.table.name, schema=tracked.table.schema):
+                yield Problem(tracked.table.fullname, "is not there, but tracked")
+            elif tracked.by_trigger and (wrong := self._wrong_triggers(tracked)):
+                yield Problem(
+                    tracked.table.fullname,
+                    f"has no {', '.join(wrong)} as it should be: memory.create_tables(engine) installs them",
+                )
+
+    def _wrong_triggers(self, tracked: Tracked) -> list[str]:
+        with self._engine.connect() as connection:
+            there = triggers.installed(connection, tracked)
+        expected = triggers.triggers(tracked, self._engine.dialect)
+        return [f"trigger {trigger.name}" for trigger in expected if there.get(trigger.name) != trigger.source]
+
+
+class _Last(NamedTuple):
+    """The last entry of a key."""
+
+    id: int
+    op: str
+    image: dict[str, Any] | None
+
+
+_keys = each("keys")
+_newest = (
+    select(func.max(log.c.id))
+    .where(log.c.entity == bindparam("entity"), log.c.key == _keys.c.value)
+    .correlate(_keys)
+    .scalar_subquery()
+)
+_last = select(log.c.key, log.c.id, log.c.op, log.c.image).where(log.c.id.in_(select(_newest).select_from(_keys)))
+_logged_keys = (
+    select(log.c.key)
+    .where(log.c.entity == bindparam("entity"), log.c.key > bindparam("after"))
+    .distinct()
+    .order_by(log.c.key)
+    .limit(bindparam("limit"))
+)
+
+
+def _page_of(tracked: Tracked, after: str, limit: int) -> Mapping[str, Any]:
+    return {"entity": tracked.entity, "after": after, "limit": limit}
+
+
+def _last_entries(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> dict[str, _Last]:
+    """Of those of *keys* that the log has seen."""
+    return {
+        row.key: _Last(row.id, row.op, row.image)
+        for some in batches(keys)
+        for row in connection.execute(_last, {"entity": tracked.entity, "keys": as_array(some)}).all()
+    }
+
+
+def _rows(
+    connection: Connection, tracked: Tracked, keys: Sequence[str], *, for_update: bool = False
+) -> dict[str, dict[str, Any]]:
+    columns = tracked.on(connection.dialect)
+    return columns.read(connection, [decode_key(key) for key in keys], for_update=for_update)
+
+
+def _differs(last: _Last, row: Image | None) -> bool:
+    """A column that was added or dropped since is no difference: nobody has changed the row."""
+    logged = None if last.op == "delete" else last.image
+    if logged is None or row is None:
+        return (logged is None) is not (row is None)
+    was, is_ = decode_image(logged), decode_image(row)
+    return any(not _same(was[name], is_[name]) for name in was.keys() & is_.keys())
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other) or repr(one) == repr(other)  # NaN
