@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -608,27 +609,36 @@ class Capture:
     # -- bulk DML ----------------------------------------------------------------------------------------------------
 
     def _do_orm_execute(self, state: ORMExecuteState) -> Result[Any] | None:
-        if not (state.is_orm_statement and (state.is_insert or state.is_update or state.is_delete)):
+        """INSERT, UPDATE and DELETE through the Session: of a class, or of its table."""
+        if not (state.is_insert or state.is_update or state.is_delete):
             return None
-        mapper = state.bind_mapper
-        tracked = None if mapper is None else self._registry.find(mapper)
-        if mapper is None or tracked is None:
+        tracked = self._target(state)
+        if tracked is None or tracked.by_trigger:
             return None
         _require_no_translation(state.execution_options)
-        if tracked.by_trigger:
-            return None
+        mapper = state.bind_mapper or tracked.mapper
         if state.session.autoflush:
             state.session.flush()
-        connection = state.session.connection(bind_arguments=dict(state.bind_arguments))
+        connection = state.session.connection(bind_arguments={"mapper": mapper, **state.bind_arguments})
         unit = self.unit(state.session)
         _require_supported(connection, unit)
         with unit.writing():
             take_write_lock(connection)
-        capture = self._bulk_insert if state.is_insert else self._bulk_change
+        statement: Any = state.statement
+        if not state.is_insert:
+            capture: Callable[[], Result[Any] | None] = partial(self._bulk_change, state, mapper, tracked, connection)
+        elif statement._prefixes:
+            self._refuse(tracked, statement, "OR REPLACE and the like change rows unseen; use on_conflict_do_update()")
+            with unit.writing():
+                return state.invoke_statement()
+        elif statement._post_values_clause is not None:
+            capture = partial(self._upsert, state, mapper, tracked, connection, {})
+        else:
+            capture = partial(self._bulk_insert, state, mapper, tracked, connection)
         for _attempt in range(_BULK_ATTEMPTS):
             savepoint = connection.begin_nested()
             try:
-                result = capture(state, mapper, tracked, unit, connection)
+                result = capture()
             except BaseException:
                 savepoint.rollback()
                 for instance in list(state.session.identity_map.values()):  # synchronised with what is undone
@@ -643,32 +653,74 @@ class Capture:
             f"others keep committing rows of {tracked.entity} that match this statement; run the transaction again"
         )
 
-    def _bulk_insert(
-        self, state: ORMExecuteState, mapper: Mapper[Any], tracked: Tracked, unit: Unit, connection: Connection
-    ) -> Result[Any]:
+    def _target(self, state: ORMExecuteState) -> Tracked | None:
+        """What tracks the rows that the statement changes, if they can be told from the statement."""
+        if state.is_orm_statement:
+            return None if state.bind_mapper is None else self._registry.find(state.bind_mapper)
         statement: Any = state.statement
-        if statement._post_values_clause is not None or statement._prefixes:
-            self._refuse(tracked, statement, "an upsert may also change rows; write it as session.merge()")
-            with unit.writing():
-                return state.invoke_statement()
+        tracked = self._registry.by_table.get(statement.table)
+        # Of one class among several in a table, or with a WHERE for each set of parameters: left to the guard.
+        if tracked is None or tracked.criterion is not None:
+            return None
+        many = isinstance(state.parameters, (list, tuple)) and not state.is_insert
+        return None if many else tracked
+
+    def _bulk_insert(
+        self, state: ORMExecuteState, mapper: Mapper[Any], tracked: Tracked, connection: Connection
+    ) -> Result[Any]:
+        unit = self.unit(state.session)
+        result, keys = self._returning_keys(state, mapper, tracked, connection)
+        self._log_touched(connection, unit, {tracked: dict.fromkeys(keys, False)}, ())
+        return result
+
+    def _returning_keys(
+        self, state: ORMExecuteState, mapper: Mapper[Any], tracked: Tracked, connection: Connection
+    ) -> tuple[Result[Any], list[tuple[Any, ...]]]:
+        """Run an INSERT; its result as the caller wants it, and the keys of the rows that it inserted or changed."""
+        statement: Any = state.statement
         columns = tracked.on(connection.dialect)
         keys = [mapper.columns[tracked.attributes[name]] for name in columns.key_names]
-        with unit.writing():
+        with self.unit(state.session).writing():
             result: Any = state.invoke_statement(statement=statement.returning(*keys))
             names = list(result.keys())[: -len(keys)]
             rows = [tuple(row) for row in result.all()]
-        existed = {columns.raw_key(row[-len(keys) :]): False for row in rows}
-        self._log_touched(connection, unit, {tracked: existed}, ())
         returned: Any = _fetched(names, [row[: -len(keys)] for row in rows])
         returned.inserted_primary_key_rows = [row[-len(keys) :] for row in rows]
         if len(rows) == 1:
             returned.inserted_primary_key = rows[0][-len(keys) :]
-        return returned  # type: ignore[no-any-return]
+        return returned, [columns.raw_key(row[-len(keys) :]) for row in rows]
+
+    def _upsert(
+        self,
+        state: ORMExecuteState,
+        mapper: Mapper[Any],
+        tracked: Tracked,
+        connection: Connection,
+        suspects: dict[str, tuple[Any, ...]],
+    ) -> Result[Any] | None:
+        """None to be run once more, when it may have changed rows that the log has not seen: the *suspects*.
+
+        Which rows it changes is known when it has run; what they were, only before.
+        """
+        unit, columns = self.unit(state.session), tracked.on(connection.dialect)
+        baselines = self.baselines(connection, unit, tracked, list(suspects.values())) if suspects else []
+        result, raw_keys = self._returning_keys(state, mapper, tracked, connection)
+        by_key = {columns.encode_key(raw): raw for raw in raw_keys}
+        unknown = self._unknown(connection, tracked, by_key)
+        if unknown and not suspects and _may_update(state.statement):
+            suspects.update((key, by_key[key]) for key in unknown)
+            return None
+        # A key that the first run did not have comes of a default that is another each time: a row that is new.
+        new = {*unknown, *self._deleted_before(connection, tracked, list(by_key))} - {each.key for each in baselines}
+        touched = {raw: key not in new for key, raw in by_key.items()}
+        self._log_touched(connection, unit, {tracked: touched}, baselines)
+        return result
 
     def _bulk_change(
-        self, state: ORMExecuteState, mapper: Mapper[Any], tracked: Tracked, unit: Unit, connection: Connection
+        self, state: ORMExecuteState, mapper: Mapper[Any], tracked: Tracked, connection: Connection
     ) -> Result[Any] | None:
         """None when others committed matching rows between our look and the statement: look again."""
+        unit = self.unit(state.session)
         statement: Any = state.statement
         columns = tracked.on(connection.dialect)
         key_attributes = [mapper.columns[tracked.attributes[name]] for name in columns.key_names]
@@ -725,7 +777,7 @@ class Capture:
             if unit.flush is not None and "compiled_cache" in execution_options:
                 return  # the unit of work's own statement: the flush passes its mapper's cache, nobody else does
         tracked = self._registry.named(getattr(statement, "table", None), connection.dialect.default_schema_name)
-        if tracked is not None:
+        if tracked is not None and not tracked.by_trigger:
             self._refuse(
                 tracked, statement, "use the Session's objects, or session.execute(insert/update/delete(Model))"
             )
@@ -744,7 +796,7 @@ class Capture:
                     self._refuse(tracked, cte.element, "a CTE that writes cannot be captured; execute it by itself")
 
     def _refuse(self, tracked: Tracked, statement: Any, way_out: str) -> None:
-        kind = type(statement).__name__.upper()
+        kind = statement.__visit_name__.upper()  # the class may be an annotated one
         message = f"{kind} on {tracked.table.fullname} would bypass the log of {tracked.model.__name__}: {way_out}"
         if tracked.on_untracked == "raise":
             raise UntrackedWrite(message)
@@ -810,6 +862,11 @@ def _differs(before: Any, after: Any) -> bool:
         return bool(before != after)  # an expression has no truth value: it differs
     except Exception:  # noqa: BLE001  # a user type's own comparison may raise anything
         return True
+
+
+def _may_update(statement: Any) -> bool:
+    """Whether an INSERT with ON CONFLICT does more than nothing. By name: there is a class for each dialect."""
+    return not type(statement._post_values_clause).__name__.endswith("DoNothing")
 
 
 def _sets_any(statement: Any, columns: Sequence[Any]) -> bool:

@@ -27,6 +27,7 @@ from sqlalchemy import (
     true,
 )
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
@@ -48,6 +49,10 @@ class Xid8(UserDefinedType[int]):
 
     def get_col_spec(self, **_: Any) -> str:
         return "xid8"
+
+
+# As SQLAlchemy knows no such type, whoever reflects our tables (Alembic, doctor) would be warned.
+PGDialect.ischema_names.setdefault("xid8", Xid8)
 
 
 class current_xid(FunctionElement[int]):

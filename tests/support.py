@@ -66,9 +66,7 @@ class World:
         self.memory = Memory(self.index, embedder=self.embedder)
         self.memory.track(Person, text="about", metadata=("name",), capture=capture)
         self.memory.track(Note, text="content", metadata=("topic", "number"), capture=capture)
-        self.memory.track(
-            Tag, text=lambda tag: f"{tag.name} means {tag.meaning}", metadata=("name",), capture=capture
-        )
+        self.memory.track(Tag, text=lambda tag: f"{tag.name} means {tag.meaning}", metadata=("name",), capture=capture)
         self.sessions = sessionmaker(engine)
         self.memory.attach(self.sessions)
         Base.metadata.create_all(engine)

@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, delete, event, insert, select, text, update
+from sqlalchemy import Engine, bindparam, create_engine, delete, event, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
@@ -311,22 +311,16 @@ def test_a_failed_bulk_statement_leaves_nothing(world: World) -> None:
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def _upsert(session: Session) -> Any:
-    from memstate_sa.relay.claims import upsert
-
-    return upsert(session.get_bind().dialect.name, Tag.__table__)
-
-
 UNTRACKED = {
     "bulk_save_objects": lambda s: s.bulk_save_objects([Tag(name="x")]),
     "bulk_insert_mappings": lambda s: s.bulk_insert_mappings(Tag, [{"name": "x", "meaning": "m"}]),
     "bulk_update_mappings": lambda s: s.bulk_update_mappings(Tag, [{"name": "a", "meaning": "x"}]),
-    "core insert": lambda s: s.execute(Tag.__table__.insert(), {"name": "x", "meaning": "m"}),
-    "core update": lambda s: s.execute(Tag.__table__.update().values(meaning="m")),
-    "core delete": lambda s: s.execute(Tag.__table__.delete()),
+    "core update of many": lambda s: s.execute(
+        Tag.__table__.update().where(Tag.name == bindparam("which")), [{"which": "a", "meaning": "m"}] * 2
+    ),
     "connection": lambda s: s.connection().execute(Tag.__table__.delete()),
     "key update": lambda s: s.execute(update(Tag).values(name="z")),
-    "upsert": lambda s: s.execute(_upsert(s).values(name="a", meaning="x").on_conflict_do_nothing()),
+    "or replace": lambda s: s.execute(insert(Tag).prefix_with("OR REPLACE").values(name="a", meaning="x")),
 }
 
 

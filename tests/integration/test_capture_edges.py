@@ -575,12 +575,12 @@ def test_two_sessions_on_one_connection(world: World) -> None:
                 session.flush()
                 session.execute(update(Tag).where(Tag.name == f"first of {actor}").values(meaning=actor))
                 with pytest.raises(UntrackedWrite):
-                    session.execute(delete(table))
+                    session.connection().execute(delete(table))
             ada.commit()
             ada.close()
             bob.add(Tag(name="third of bob"))
             bob.flush()
-            for write in (bob.execute, connection.execute):
+            for write in (bob.connection().execute, connection.execute):
                 with pytest.raises(UntrackedWrite):
                     write(update(table).values(meaning="smuggled"))
             bob.commit()

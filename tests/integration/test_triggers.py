@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, bindparam, create_engine, delete, insert, select, text, update
+from sqlalchemy import Engine, create_engine, select, text
 
-from memstate_sa.tables import current, log, outbox, transaction
-from tests.support import Note, Person, Tag, World
+from memstate_sa.tables import current
+from tests.support import Person, Tag, World
 
 pytestmark = pytest.mark.sa20
 
