@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, delete, insert, select, text, update
+from sqlalchemy import Engine, delete, insert, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError, InvalidRequestError, SAWarning
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 
 from memstate_sa import metadata
+from memstate_sa.relay.claims import upsert
 from tests.support import Base, Note, Person, Tag, World
 
 pytestmark = pytest.mark.sa20
@@ -38,6 +39,11 @@ STEPS = {
     "bulk_update_by_key": st.tuples(small, word),
     "bulk_delete": st.tuples(small),
     "query_update": st.tuples(small, word),
+    "upsert_tag": st.tuples(small, small, word),
+    "insert_if_absent": st.tuples(small, word),
+    "core_insert": st.tuples(small, word),
+    "core_update": st.tuples(small, word),
+    "core_delete": st.tuples(small),
     "expression": st.tuples(small),
     "flush": st.tuples(),
     "flush_error": st.tuples(small),
@@ -50,15 +56,28 @@ STEPS = {
     "undo": st.tuples(),
     "relay": st.tuples(),
 }
-step = st.one_of(*(st.tuples(st.just(name), args) for name, args in STEPS.items()))
+UNSEEN_STEPS = {
+    "text": st.tuples(small, word),
+    "bulk_save": st.tuples(small, word),
+    "bulk_mappings": st.tuples(small, word),
+    "on_the_connection": st.tuples(small, word),
+    "rename_tags": st.tuples(small),
+    "another_program": st.tuples(small, word),
+}
+"""What only triggers capture."""
+
+
+def programs(steps: dict[str, Any]) -> Any:
+    one = st.one_of(*(st.tuples(st.just(name), args) for name, args in steps.items()))
+    return st.lists(one, min_size=1, max_size=14)
 
 
 class Play:
     """Plays steps on one Session; a step that finds nothing to act on does nothing."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, session: Session) -> None:
         self.world = world
-        self.session: Session = world.session()
+        self.session = session
         self.savepoints: list[Any] = []
 
     def run(self, steps: list[tuple[str, tuple[Any, ...]]]) -> None:
@@ -74,7 +93,7 @@ class Play:
         self.session.close()
 
     def pick(self, model: Any, n: int) -> Any:
-        found = self.session.scalars(select(model)).all()
+        found = self.session.scalars(select(model).order_by(*inspect(model).primary_key)).all()
         return found[n % len(found)] if found else None
 
     def add_person(self, about: str) -> None:
@@ -150,6 +169,61 @@ class Play:
     def query_update(self, n: int, meaning: str) -> None:
         self.session.query(Tag).filter(Tag.name == f"tag{n}").update({"meaning": meaning})
 
+    def upsert_tag(self, n: int, m: int, meaning: str) -> None:
+        statement = self.upsert(Tag)
+        statement = statement.on_conflict_do_update(
+            index_elements=["name"], set_={"meaning": statement.excluded.meaning}, where=Tag.meaning != "rain"
+        )
+        rows = [{"name": f"tag{i % 4}", "meaning": meaning} for i in range(n, n + m + 1)]
+        self.session.execute(statement.values(rows[:1]) if m == 0 else statement, rows if m else None)
+
+    def insert_if_absent(self, n: int, meaning: str) -> None:
+        rows = [{"name": f"tag{i}", "meaning": meaning} for i in range(n + 1)]
+        self.session.execute(self.upsert(Tag).values(rows).on_conflict_do_nothing())
+
+    def upsert(self, model: Any) -> Any:
+        return upsert(self.session.get_bind().dialect.name, model)
+
+    def core_insert(self, n: int, about: str) -> None:
+        self.session.execute(insert(Person.__table__), [{"name": f"core{i}", "about": about} for i in range(n + 1)])
+
+    def core_update(self, n: int, meaning: str) -> None:
+        self.session.execute(update(Tag.__table__).where(Tag.__table__.c.name > f"tag{n}").values(meaning=meaning))
+
+    def core_delete(self, n: int) -> None:
+        self.session.execute(delete(Tag.__table__).where(Tag.__table__.c.name == f"tag{n}"))
+
+    # What no Session sees; the first statement flushes what is pending, as the others would do by themselves.
+
+    def text(self, n: int, meaning: str) -> None:
+        self.session.flush()
+        self.session.execute(text("UPDATE tag SET meaning = :m WHERE name > :n"), {"m": meaning, "n": f"tag{n}"})
+
+    def bulk_save(self, n: int, about: str) -> None:
+        self.session.bulk_save_objects([Person(name=f"b{i}", about=about) for i in range(n + 1)])
+
+    def bulk_mappings(self, n: int, content: str) -> None:
+        if note := self.pick(Note, n):
+            row = {"topic": note.topic, "number": note.number, "content": content}
+            self.session.bulk_update_mappings(Note, [row])  # type: ignore[arg-type]
+
+    def on_the_connection(self, n: int, about: str) -> None:
+        self.session.flush()
+        self.session.connection().execute(update(Person.__table__).values(about=about))
+
+    def rename_tags(self, n: int) -> None:
+        self.session.execute(
+            update(Tag).where(Tag.name == f"tag{n}").values(name=f"tag{n}x"), execution_options=UNSYNCHRONISED
+        )
+        self.session.expire_all()
+
+    def another_program(self, n: int, about: str) -> None:
+        """Between two transactions of ours."""
+        self.commit()
+        with self.world.engine.connect() as connection, connection.begin():
+            connection.execute(text("INSERT INTO person (name, about) VALUES ('other', :a)"), {"a": about})
+            connection.execute(text("DELETE FROM tag WHERE name = :n"), {"n": f"tag{n}"})
+
     def expression(self, n: int) -> None:
         if person := self.pick(Person, n):
             person.name = Person.name + "!"
@@ -198,6 +272,9 @@ class Play:
         self.world.relay.drain()
 
 
+UNSYNCHRONISED = {"synchronize_session": False}
+
+
 def wipe(engine: Engine) -> None:
     with engine.begin() as connection:
         for table in (*reversed(Base.metadata.sorted_tables), *metadata.sorted_tables):
@@ -212,7 +289,8 @@ def check(world: World, steps: list[tuple[str, tuple[Any, ...]]], untracked: int
         for n in range(untracked):
             connection.execute(insert(Person.__table__), {"name": f"old{n}", "about": f"was here {n}"})
     world.memory.backfill(world.engine, Person) if untracked == 3 else None
-    Play(world).run(steps)
+    with world.session() as session:
+        Play(world, session).run(steps)
     if untracked:
         world.memory.backfill(world.engine, Person)
     world.assert_in_step()
@@ -220,7 +298,7 @@ def check(world: World, steps: list[tuple[str, tuple[Any, ...]]], untracked: int
 
 def histories(examples: int) -> Any:
     def decorate(test: Any) -> Any:
-        test = given(steps=st.lists(step, min_size=1, max_size=14), untracked=small)(test)
+        test = given(steps=programs(STEPS), untracked=small)(test)
         return settings(
             max_examples=examples,
             deadline=None,

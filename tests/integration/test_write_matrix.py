@@ -1,7 +1,7 @@
 """Every way in which SQLAlchemy can write: captured by the Session's events, and by triggers; sync and async.
 
-A cell prepares what it needs, commits it, and writes; then replay(log) must be the tables. Whatever a Session cannot see
-is a cell of `BY_TRIGGER_ONLY`: triggers capture it, and without them it is refused, or `doctor` finds it.
+A cell writes, on rows that are there; then replay(log) must be the tables. Whatever a Session cannot see is a cell of
+`BY_TRIGGER_ONLY`: triggers capture it, and without them it is refused, or `doctor` finds it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
@@ -71,7 +71,7 @@ class Owner(Base):
     parts: Mapped[list[Part]] = relationship(back_populates="owner", cascade="all, delete-orphan")
     leaves: Mapped[list[Leaf]] = relationship(back_populates="owner", passive_deletes="all")
     links: Mapped[list[Link]] = relationship(back_populates="owner", cascade="all, delete-orphan")
-    __mapper_args__ = {"version_id_col": version}
+    __mapper_args__: ClassVar[dict[str, Any]] = {"version_id_col": version}
 
     @hybrid_property
     def title(self) -> str:
@@ -139,12 +139,12 @@ class Animal(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     kind: Mapped[str] = mapped_column(sa.String(10))
     text: Mapped[str] = mapped_column(default="an animal")
-    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "animal"}
+    __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_on": "kind", "polymorphic_identity": "animal"}
 
 
 class Dog(Animal):
     barks: Mapped[bool | None]
-    __mapper_args__ = {"polymorphic_identity": "dog"}
+    __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "dog"}
 
 
 MODELS = (Owner, Part, Leaf, Label, Link, Animal)

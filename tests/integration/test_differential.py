@@ -1,0 +1,168 @@
+"""Random programs, played twice: captured by the Session, and by triggers. Both logs replay to their tables, which are
+the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from sqlalchemy import Engine, create_engine, event, insert, text
+from sqlalchemy.orm import Session
+
+from memstate_sa import sqlite
+from tests.integration.test_histories import STEPS, UNSEEN_STEPS, Play, programs, small, wipe
+from tests.support import Note, Person, Tag, World
+
+SEEN = {name: args for name, args in STEPS.items() if name != "relay"}
+TIMES = int(os.environ.get("MEMSTATE_PROGRAMS", "1"))
+"""So many times as many programs as in CI."""
+
+
+class Stage:
+    """One world, and how a program is played on it."""
+
+    def __init__(self, engine: Engine, capture: Any, kind: str) -> None:
+        self.world = World(engine, capture=capture)
+        self._runner = asyncio.Runner() if kind == "AsyncSession" else None
+        if self._runner is not None:
+            from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+
+            url = engine.url
+            if engine.dialect.name == "sqlite":
+                url = url.set(drivername="sqlite+aiosqlite")
+            self._async_engine = create_async_engine(url, **_arguments(engine, capture))
+            if engine.dialect.name == "sqlite":
+                sqlite.configure(self._async_engine)
+                _relax(self._async_engine.sync_engine)
+            self._sessions = async_sessionmaker(self._async_engine)
+            self.world.memory.attach(self._sessions)
+
+    def play(self, steps: Any, untracked: int) -> None:
+        wipe(self.world.engine)
+        with self.world.engine.begin() as connection:  # rows that were there before they were tracked
+            if self.world.engine.dialect.name == "postgresql":
+                connection.execute(text("SELECT set_config('memstate.quiet', 'on', true)"))
+                connection.execute(text("ALTER SEQUENCE person_id_seq RESTART"))
+            else:
+                connection.execute(text("INSERT INTO memstate_current (quiet) VALUES (1)"))
+            for n in range(untracked):
+                connection.execute(insert(Person.__table__), {"name": f"old{n}", "about": f"was here {n}"})
+            if self.world.engine.dialect.name == "sqlite":
+                connection.execute(text("DELETE FROM memstate_current"))
+
+        def run(session: Session) -> None:
+            Play(self.world, session).run(steps)
+
+        if self._runner is None:
+            with self.world.session() as session:
+                run(session)
+        else:
+            self._runner.run(self._run(run))
+        self.world.memory.backfill(self.world.engine, Person)
+        self.world.assert_log_is_truth()
+
+    async def _run(self, run: Callable[[Session], None]) -> None:
+        async with self._sessions() as session:
+            await session.run_sync(run)
+
+    def content(self) -> list[Any]:
+        with self.world.session() as session:
+            return [self.world.rows(session, model) for model in (Person, Note, Tag)]
+
+    def close(self) -> None:
+        if self._runner is not None:
+            self._runner.run(self._async_engine.dispose())
+            self._runner.close()
+        self.world.memory.close()
+        self.world.engine.dispose()
+
+
+def _relax(engine: Engine) -> None:
+    """Programs are played, not power failures."""
+    event.listen(engine, "connect", lambda dbapi, record: dbapi.cursor().execute("PRAGMA synchronous = OFF"))
+
+
+def _arguments(engine: Engine, capture: str) -> dict[str, Any]:
+    """On PostgreSQL each world has a schema of its own."""
+    if engine.dialect.name == "sqlite":
+        return {}
+    return {"connect_args": {"options": f"-csearch_path={capture}_world"}}
+
+
+@contextmanager
+def stages(engine: Engine, folder: Path, kind: str, captures: tuple[str, ...]) -> Iterator[list[Stage]]:
+    made = []
+    for capture in captures:
+        if engine.dialect.name == "sqlite":
+            own = create_engine(f"sqlite:///{folder / capture}.db")
+            sqlite.configure(own)
+            _relax(own)
+        else:
+            with engine.begin() as connection:
+                connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {capture}_world"))
+            own = create_engine(engine.url, **_arguments(engine, capture))
+        made.append(Stage(own, capture, kind))
+    try:
+        yield made
+    finally:
+        for stage in made:
+            stage.close()
+        if engine.dialect.name == "postgresql":
+            with engine.begin() as connection:
+                for capture in captures:
+                    connection.execute(text(f"DROP SCHEMA {capture}_world CASCADE"))
+
+
+def differ(engine: Engine, folder: Path, kind: str, examples: int) -> None:
+    with stages(engine, folder, kind, ("session", "trigger")) as both:
+
+        @_settings(examples)
+        @given(steps=programs(SEEN), untracked=small)
+        def agree(steps: Any, untracked: int) -> None:
+            for stage in both:
+                stage.play(steps, untracked)
+            assert both[0].content() == both[1].content()
+
+        agree()
+
+
+def _settings(examples: int) -> Any:
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    return settings(max_examples=examples * TIMES, deadline=None, suppress_health_check=checks)
+
+
+@pytest.mark.timeout(120 * TIMES)
+@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("kind", ["Session", "AsyncSession"])
+def test_captures_agree_on_sqlite(sqlite_engine: Engine, tmp_path: Path, kind: str, part: int) -> None:
+    """2,000 programs: 500 in each of these."""
+    differ(sqlite_engine, tmp_path, kind, 500)
+
+
+@pytest.mark.timeout(120 * TIMES)
+@pytest.mark.parametrize("kind", ["Session", "AsyncSession"])
+def test_captures_agree_on_postgres(postgres_engine: Engine, tmp_path: Path, kind: str) -> None:
+    """300 programs: 150 in each of these."""
+    differ(postgres_engine, tmp_path, kind, 150)
+
+
+@pytest.mark.timeout(120 * TIMES)
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+def test_triggers_see_what_no_session_does(request: pytest.FixtureRequest, tmp_path: Path, database: str) -> None:
+    """Text SQL, bulk_*(), statements on the connection, other programs, among all the others."""
+    engine = request.getfixturevalue(f"{database}_engine")
+    with stages(engine, tmp_path, "Session", ("trigger",)) as [stage]:
+
+        @_settings(400 if database == "sqlite" else 100)
+        @given(steps=programs({**SEEN, **UNSEEN_STEPS}), untracked=small)
+        def replays(steps: Any, untracked: int) -> None:
+            stage.play(steps, untracked)
+
+        replays()
