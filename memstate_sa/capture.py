@@ -162,6 +162,7 @@ class Capture:
         self.committed: WeakKeyDictionary[Session, tuple[str, Engine]] = WeakKeyDictionary()
         self._flushes: dict[int, _Flush] = {}  # by Session.hash_key, which every InstanceState knows
         self._guarded: WeakSet[Engine] = WeakSet()
+        self._telling: WeakSet[Engine] = WeakSet()
         self._active: WeakKeyDictionary[Connection, list[Unit]] = WeakKeyDictionary()
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
         self.mapper_listeners: dict[str, Callable[..., None]] = {
@@ -268,12 +269,12 @@ class Capture:
         """Listen to the statements of *engine*; better early: one that another thread runs meanwhile would fail."""
         if engine not in self._guarded:
             self._guarded.add(engine)
-            event.listen(engine, "before_execute", self._guard)
-            event.listen(engine, "before_cursor_execute", self._guard_ctes)
-            event.listen(engine, "before_cursor_execute", self._tell)
+            event.listen(engine, "before_cursor_execute", self._before_statement)
+        if self._registry.by_trigger and engine not in self._telling:
+            self._telling.add(engine)
             event.listen(engine, "rollback_savepoint", self._untold)
             if engine.dialect.name == "sqlite":
-                event.listen(engine, "after_cursor_execute", self._untell)
+                event.listen(engine, "after_cursor_execute", self._after_statement)
 
     def _before_commit(self, session: Session) -> None:
         if session.in_nested_transaction():  # fires at every SAVEPOINT release too
@@ -319,26 +320,19 @@ class Capture:
 
     # -- triggers ----------------------------------------------------------------------------------------------------
 
-    def _tell(
-        self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
-    ) -> None:
+    def _tell(self, connection: Connection, units: Sequence[Unit]) -> None:
         """Before a statement that may write: triggers learn of which transaction of ours it is."""
-        if not self._registry.by_trigger or triggers.only_reads(statement):
-            return
-        units = self._active.get(connection)
-        if not units:
-            return
         unit = next((unit for unit in units if unit.flush is not None), units[-1])
         if not unit.told and not unit.own_writes:
             with unit.writing():
                 triggers.tell(connection, unit.tx)
             unit.told, unit.told_on = True, connection
 
-    def _untell(
+    def _after_statement(
         self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
     ) -> None:
-        """After it, on SQLite: what triggers are told is in a table, where nobody else may find it."""
-        for unit in self._active.get(connection, ()) if self._registry.by_trigger else ():
+        """On SQLite: what triggers are told is in a table, where nobody else may find it."""
+        for unit in self._active.get(connection, ()):
             if unit.told and unit.flush is None and not unit.own_writes:
                 with unit.writing():
                     triggers.untell(connection)
@@ -578,7 +572,7 @@ class Capture:
         if flush is None:
             return
         if flush.unit.told_on is not None and flush.unit.told_on.dialect.name == "sqlite":
-            self._untell(flush.unit.told_on, None, "", None, None, False)
+            self._after_statement(flush.unit.told_on, None, "", None, None, executemany=False)
         if not flush.touched:
             return
         _require_one_database(session, {state.mapper for state, _, _ in flush.touched})
@@ -628,7 +622,9 @@ class Capture:
         if not state.is_insert:
             capture: Callable[[], Result[Any] | None] = partial(self._bulk_change, state, mapper, tracked, connection)
         elif statement._prefixes:
-            self._refuse(tracked, statement, "OR REPLACE and the like change rows unseen; use on_conflict_do_update()")
+            self._refuse(
+                connection, statement, "OR REPLACE and the like change rows unseen; use on_conflict_do_update()"
+            )
             with unit.writing():
                 return state.invoke_statement()
         elif statement._post_values_clause is not None:
@@ -725,11 +721,11 @@ class Capture:
         columns = tracked.on(connection.dialect)
         key_attributes = [mapper.columns[tracked.attributes[name]] for name in columns.key_names]
         if state.is_update and _sets_any(statement, key_attributes):
-            self._refuse(tracked, statement, "it changes primary keys; do that on the objects")
+            self._refuse(connection, statement, "it changes primary keys; do that on the objects")
         keys: list[tuple[Any, ...]]
         if isinstance(state.parameters, (list, tuple)):
             if statement._where_criteria:
-                self._refuse(tracked, statement, "give executemany rows their primary keys instead of a WHERE")
+                self._refuse(connection, statement, "give executemany rows their primary keys instead of a WHERE")
             keys = [
                 columns.raw_key([row[mapper.get_property_by_column(column).key] for column in key_attributes])
                 for row in state.parameters
@@ -757,50 +753,45 @@ class Capture:
 
     # -- what cannot be captured ---------------------------------------------------------------------------------------
 
-    def _guard(
-        self,
-        connection: Connection,
-        statement: ClauseElement,
-        multiparams: Any,
-        params: Any,
-        execution_options: Mapping[str, Any],
+    def _before_statement(
+        self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
     ) -> None:
-        """Sees every Core construct on a Session's connection: bulk_*(), Table.insert(), session.connection()…"""
-        if not isinstance(statement, UpdateBase):
+        """Sees all that is sent on a Session's connection, bulk_*(), Table.insert(), session.connection() among it.
+
+        A SELECT, too, may write: WITH gone AS (DELETE … RETURNING …). Only the compiled statement knows its CTEs. Reads
+        are most of what there is, and are out of here first.
+        """
+        ctes = getattr(context.compiled, "ctes", None)
+        writes = context.isinsert or context.isupdate or context.isdelete
+        if not (writes or ctes or self._registry.by_trigger):
             return
         units = self._active.get(connection)
         if not units:
             return
-        for unit in units:
-            if unit.own_writes:
-                return
-            if unit.flush is not None and "compiled_cache" in execution_options:
-                return  # the unit of work's own statement: the flush passes its mapper's cache, nobody else does
-        tracked = self._registry.named(getattr(statement, "table", None), connection.dialect.default_schema_name)
-        if tracked is not None and not tracked.by_trigger:
-            self._refuse(
-                tracked, statement, "use the Session's objects, or session.execute(insert/update/delete(Model))"
-            )
-
-    def _guard_ctes(
-        self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
-    ) -> None:
-        """A SELECT, too, may write: WITH gone AS (DELETE … RETURNING …). Only the compiled statement knows its CTEs."""
-        ctes = getattr(getattr(context, "compiled", None), "ctes", None)
-        if not ctes or not self._active.get(connection):
-            return
-        for cte in ctes:
+        if writes and not any(_is_known(unit, context) for unit in units):
+            way_out = "use the Session's objects, or session.execute(insert/update/delete(Model))"
+            self._refuse(connection, context.compiled.statement, way_out)
+        for cte in ctes or ():
             if isinstance(cte.element, UpdateBase):
-                tracked = self._registry.named(cte.element.table, connection.dialect.default_schema_name)
-                if tracked is not None and not tracked.by_trigger:
-                    self._refuse(tracked, cte.element, "a CTE that writes cannot be captured; execute it by itself")
+                self._refuse(connection, cte.element, "a CTE that writes cannot be captured; execute it by itself")
+        if self._registry.by_trigger and not triggers.only_reads(statement):
+            self._tell(connection, units)
 
-    def _refuse(self, tracked: Tracked, statement: Any, way_out: str) -> None:
+    def _refuse(self, connection: Connection, statement: Any, way_out: str) -> None:
+        """Raise, or warn, if *statement* is on a tracked table, and no trigger sees it."""
+        tracked = self._registry.named(getattr(statement, "table", None), connection.dialect.default_schema_name)
+        if tracked is None or tracked.by_trigger:
+            return
         kind = statement.__visit_name__.upper()  # the class may be an annotated one
         message = f"{kind} on {tracked.table.fullname} would bypass the log of {tracked.model.__name__}: {way_out}"
         if tracked.on_untracked == "raise":
             raise UntrackedWrite(message)
         warnings.warn(message, UntrackedWriteWarning, stacklevel=2)
+
+
+def _is_known(unit: Unit, context: Any) -> bool:
+    """Whether a statement is our own, or the unit of work's: a flush passes its mapper's cache, nobody else does."""
+    return bool(unit.own_writes) or (unit.flush is not None and "compiled_cache" in context.execution_options)
 
 
 _BULK_ATTEMPTS = 5

@@ -75,7 +75,7 @@ async def test_refusals_reach_the_caller(world: World, sessions: async_sessionma
     """UntrackedWrite from an await, like anywhere."""
     async with sessions() as session:
         with pytest.raises(UntrackedWrite):
-            await session.execute(Tag.__table__.insert(), {"name": "x", "meaning": "m"})
+            await session.run_sync(lambda sync: sync.bulk_save_objects([Tag(name="x")]))
 
 
 async def test_cancellation_leaves_nothing(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
