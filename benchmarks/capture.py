@@ -1,4 +1,4 @@
-"""What tracking costs a commit: 1,000 objects, beside plain SQLAlchemy and SQLAlchemy-Continuum."""
+"""What tracking costs a commit of 1,000 objects, beside plain SQLAlchemy and its history libraries; and a read."""
 
 from __future__ import annotations
 
@@ -6,20 +6,30 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
+from time import perf_counter
+from typing import Any
 
 from rich.progress import track
+from sqlalchemy.orm import Session, sessionmaker
 
 from benchmarks import databases
-from benchmarks.report import Target, console, ratio, spread, table
+from benchmarks.report import Target, console, interleaved, ratio, spread, table
+from benchmarks.writer import memstate_sa, plain
 
 OPERATIONS = ("insert", "update", "delete")
-TARGETS = {"insert": Target(1.8), "update": Target(2.2), "delete": Target(2.7)}
-SLOW = {"continuum": 3}
-"""Contenders that take part in every n-th round only: Continuum's default strategy takes seconds a commit."""
+TARGETS = {
+    "SQLite, file": {"insert": Target(1.6), "update": Target(2.0), "delete": Target(2.4)},
+    "PostgreSQL": {"insert": Target(2.2), "update": Target(2.8), "delete": Target(3.3)},
+}
+SLOW = {"continuum": 3, "history": 3}
+"""Contenders that take part in every n-th round only: they take seconds a commit."""
 
-CONTENDERS = ("plain", "memstate_sa", "continuum-subquery", "continuum")
+PEERS = ("continuum-subquery", "continuum", "history")
+CONTENDERS = ("plain", "memstate_sa", "triggers", *PEERS)
+GET = Target(1.05)
 
 
 def run(*, quick: bool = False, databases_: tuple[str, ...] = ("sqlite", "postgresql")) -> None:
@@ -28,14 +38,16 @@ def run(*, quick: bool = False, databases_: tuple[str, ...] = ("sqlite", "postgr
         with databases.folder() as home:
             urls = {name: databases.sqlite_url(home) for name in CONTENDERS}
             show("SQLite, file", measure(urls, count, rounds), count)
+            gets("SQLite, file", lambda: databases.sqlite_url(home), quick=quick)
     if "postgresql" in databases_:
         with databases.postgres_server() as server, ExitStack() as stack:
             urls = {name: stack.enter_context(databases.postgres_database(server)) for name in CONTENDERS}
             show("PostgreSQL", measure(urls, count, rounds), count)
+            gets("PostgreSQL", lambda: stack.enter_context(databases.postgres_database(server)), quick=quick)
 
 
-Measured = dict[str, dict[str, list[float]]]
-"""Seconds by contender and operation."""
+Measured = dict[str, dict[str, list[tuple[float, int]]]]
+"""Seconds, and bytes of WAL, by contender and operation."""
 
 
 def measure(urls: dict[str, str], count: int, rounds: int) -> Measured:
@@ -54,7 +66,7 @@ def measure(urls: dict[str, str], count: int, rounds: int) -> Measured:
 
 
 @contextmanager
-def writer(contender: str, url: str) -> Iterator[Callable[[str, int], float]]:
+def writer(contender: str, url: str) -> Iterator[Callable[[str, int], tuple[float, int]]]:
     command = [sys.executable, "-m", "benchmarks.writer", contender, url]
     root = Path(__file__).parent.parent
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
@@ -67,10 +79,11 @@ def writer(contender: str, url: str) -> Iterator[Callable[[str, int], float]]:
                 raise RuntimeError(f"the writer {contender} ended with {process.wait()}")
             return line
 
-        def commit(op: str, count: int) -> float:
+        def commit(op: str, count: int) -> tuple[float, int]:
             stdin.write(f"{op} {count}\n")
             stdin.flush()
-            return float(answer())
+            seconds, written = answer().split()
+            return float(seconds), int(written)
 
         answer()
         yield commit
@@ -78,14 +91,16 @@ def writer(contender: str, url: str) -> Iterator[Callable[[str, int], float]]:
 
 
 def show(database: str, measured: Measured, count: int) -> None:
-    plain = measured["plain"]
+    seconds = {name: {op: [took for took, _ in of[op]] for op in OPERATIONS} for name, of in measured.items()}
+    plain = seconds["plain"]
     rounds = len(plain["insert"])
     result = table(
         f"Commit of {count} tracked objects, {database}: median of {rounds} interleaved rounds",
-        "", "plain", "memstate_sa", "ratio", "quartiles", "target", "Continuum subquery", "Continuum default",
+        "", "plain", "memstate_sa", "ratio", "quartiles", "target", "triggers", "Continuum subquery", "Continuum",
+        "sqlalchemy-history",
     )  # fmt: skip
     for op in OPERATIONS:
-        ours = measured["memstate_sa"][op]
+        ours = seconds["memstate_sa"][op]
         low, high = spread([a / b for a, b in zip(ours, plain[op], strict=True)])
         result.add_row(
             op,
@@ -93,10 +108,46 @@ def show(database: str, measured: Measured, count: int) -> None:
             f"{median(ours) * 1000:.0f} ms",
             f"[bold]{ratio(ours, plain[op]):.2f}×[/]",
             f"{low:.2f}-{high:.2f}",
-            TARGETS[op].verdict(ratio(ours, plain[op])) if database.startswith("SQLite") else "",
-            *(
-                f"{ratio(measured[name][op], plain[op][:: SLOW.get(name, 1)]):.1f}×"
-                for name in ("continuum-subquery", "continuum")
-            ),
+            TARGETS[database][op].verdict(ratio(ours, plain[op])),
+            f"{ratio(seconds['triggers'][op], plain[op]):.2f}×",
+            *(f"{ratio(seconds[name][op], plain[op][:: SLOW.get(name, 1)]):.1f}×" for name in PEERS),
         )
     console.print(result)
+    if database == "PostgreSQL":
+        written = table("WAL, bytes an object", "", *CONTENDERS)
+        for op in OPERATIONS:
+            written.add_row(op, *(f"{median(w for _, w in measured[name][op]) / count:.0f}" for name in CONTENDERS))
+        console.print(written)
+
+
+# -- what it costs who only reads --------------------------------------------------------------------------------------
+
+
+def gets(database: str, new_url: Callable[[], str], *, quick: bool) -> None:
+    """``session.get()`` of 1,000 rows by key, with and without attach."""
+    contenders = {}
+    for name in ("plain", "attached"):
+        engine = databases.engine(new_url())
+        model, sessions = CONTENDERS_HERE[name](engine)
+        with sessions() as session:
+            session.add_all(model(user_id="u", role="r", content=f"text {n}", weight=1.0) for n in range(1000))
+            session.commit()
+        contenders[name] = partial(_gets, model, sessions)
+        contenders[name]()
+    measured = interleaved(contenders, 5 if quick else 25)
+    share = ratio(measured["attached"], measured["plain"])
+    result = table(f"session.get() of a row, {database}", "", "plain", "attached", "ratio", "target")
+    row = (f"{median(measured[name]) * 1000:.0f} µs" for name in contenders)
+    result.add_row("by key", *row, f"[bold]{share:.2f}×[/]", GET.verdict(share))
+    console.print(result)
+
+
+def _gets(model: type[Any], sessions: sessionmaker[Session]) -> float:
+    with sessions() as session:
+        start = perf_counter()
+        for n in range(1, 1001):
+            assert session.get(model, n) is not None
+        return perf_counter() - start
+
+
+CONTENDERS_HERE = {"plain": plain, "attached": memstate_sa("session")}

@@ -1,6 +1,7 @@
 """One contender of the capture benchmark, in a process of its own: SQLAlchemy-Continuum patches every mapper.
 
-Run as ``python -m benchmarks.writer CONTENDER URL``; reads "insert|update|delete COUNT" from stdin, answers seconds.
+Run as ``python -m benchmarks.writer CONTENDER URL``; reads "insert|update|delete COUNT" from stdin, answers seconds,
+and of PostgreSQL the bytes of WAL.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ import gc
 import sys
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
-from sqlalchemy import Engine, Text, select
+from sqlalchemy import Engine, Text, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, configure_mappers, mapped_column, sessionmaker
 
 from benchmarks import databases
@@ -19,14 +20,15 @@ from memstate_sa import Memory
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 
-
-class Base(DeclarativeBase):
-    pass
+Adopt = Callable[[Engine], tuple[type[Any], sessionmaker[Session]]]
 
 
 def define(**continuum: Any) -> type[Any]:
     """The model: a key and four plain columns."""
     own = {"__versioned__": continuum} if continuum else {}
+
+    class Base(DeclarativeBase):
+        pass
 
     class Preference(Base):
         __tablename__ = "preference"
@@ -43,28 +45,41 @@ def define(**continuum: Any) -> type[Any]:
 
 def plain(engine: Engine) -> tuple[type[Any], sessionmaker[Session]]:
     model = define()
-    Base.metadata.create_all(engine)
+    model.metadata.create_all(engine)
     return model, sessionmaker(engine)
 
 
-def memstate_sa(engine: Engine) -> tuple[type[Any], sessionmaker[Session]]:
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    model = memory.track(define(), text="content", metadata=("user_id", "role"))
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    return model, sessions
+def memstate_sa(capture: Literal["session", "trigger"]) -> Adopt:
+    def adopt(engine: Engine) -> tuple[type[Any], sessionmaker[Session]]:
+        memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+        model = memory.track(define(), text="content", metadata=("user_id", "role"), capture=capture)
+        sessions = sessionmaker(engine)
+        memory.attach(sessions)
+        model.metadata.create_all(engine)
+        memory.create_tables(engine)
+        return model, sessions
+
+    return adopt
 
 
-def continuum(strategy: str) -> Callable[[Engine], tuple[type[Any], sessionmaker[Session]]]:
+def history(engine: Engine) -> tuple[type[Any], sessionmaker[Session]]:
+    from sqlalchemy_history import make_versioned
+
+    make_versioned(user_cls=None)  # type: ignore[no-untyped-call]
+    model = define(strategy="validity")
+    configure_mappers()
+    model.metadata.create_all(engine)
+    return model, sessionmaker(engine)
+
+
+def continuum(strategy: str) -> Adopt:
     def adopt(engine: Engine) -> tuple[type[Any], sessionmaker[Session]]:
         from sqlalchemy_continuum import make_versioned
 
         make_versioned(user_cls=None, options={"strategy": strategy})
         model = define(strategy=strategy)
         configure_mappers()
-        Base.metadata.create_all(engine)
+        model.metadata.create_all(engine)
         return model, sessionmaker(engine)
 
     return adopt
@@ -72,14 +87,16 @@ def continuum(strategy: str) -> Callable[[Engine], tuple[type[Any], sessionmaker
 
 CONTENDERS = {
     "plain": plain,
-    "memstate_sa": memstate_sa,
+    "memstate_sa": memstate_sa("session"),
+    "triggers": memstate_sa("trigger"),
+    "history": history,
     "continuum": continuum("validity"),  # its default
     "continuum-subquery": continuum("subquery"),
 }
 
 
-def commit(model: type[Any], sessions: sessionmaker[Session], op: str, count: int) -> float:
-    """Seconds that ``session.commit()`` of *count* changed objects takes; changing them is not in it."""
+def commit(model: type[Any], sessions: sessionmaker[Session], op: str, count: int) -> tuple[float, int]:
+    """Seconds and bytes of WAL of ``session.commit()`` of *count* changed objects; changing them is not in it."""
     with sessions() as session:
         if op == "insert":
             session.add_all(
@@ -97,9 +114,18 @@ def commit(model: type[Any], sessions: sessionmaker[Session], op: str, count: in
                 else:
                     session.delete(fact)
         gc.collect()
+        before = wal(session.get_bind())
         start = perf_counter()
         session.commit()
-        return perf_counter() - start
+        return perf_counter() - start, wal(session.get_bind()) - before
+
+
+def wal(engine: Any) -> int:
+    if engine.dialect.name != "postgresql":
+        return 0
+    with engine.connect() as connection:
+        written: int = connection.scalar(text("SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint"))
+    return written
 
 
 def main(contender: str, url: str) -> None:
@@ -108,7 +134,7 @@ def main(contender: str, url: str) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         op, count = line.split()
-        print(commit(model, sessions, op, int(count)), flush=True)
+        print(*commit(model, sessions, op, int(count)), flush=True)
     engine.dispose()
 
 

@@ -28,7 +28,7 @@ from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.selectable import AliasedReturnsRows
 
-from memstate_sa import outbox, tables, triggers
+from memstate_sa import outbox, sqlite, tables, triggers
 from memstate_sa.arrays import as_array
 from memstate_sa.changes import Entry, Op, fold, new_tx
 from memstate_sa.codec import decode_key
@@ -163,6 +163,7 @@ class Capture:
         self._flushes: dict[int, _Flush] = {}  # by Session.hash_key, which every InstanceState knows
         self._guarded: WeakSet[Engine] = WeakSet()
         self._telling: WeakSet[Engine] = WeakSet()
+        self._seen: WeakSet[Engine] = WeakSet()  # with a connection
         self._active: WeakKeyDictionary[Connection, list[Unit]] = WeakKeyDictionary()
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
         self.mapper_listeners: dict[str, Callable[..., None]] = {
@@ -258,7 +259,12 @@ class Capture:
         if connection not in unit.connections:
             unit.connections.append(connection)
             self._active.setdefault(connection, []).append(unit)  # several Sessions may share a connection
-        self.guard(connection.engine)
+        engine = connection.engine
+        self.guard(engine)
+        if engine not in self._seen:
+            self._seen.add(engine)
+            if engine.dialect.name == "sqlite":
+                sqlite.warn_of_savepoints(connection)
 
     @property
     def engines(self) -> Collection[Engine]:
@@ -768,6 +774,8 @@ class Capture:
         units = self._active.get(connection)
         if not units:
             return
+        if writes and _commits_by_itself(connection) and not all(unit.own_writes for unit in units):
+            self._refuse(connection, context.compiled.statement, _AUTOCOMMIT)
         if writes and not any(_is_known(unit, context) for unit in units):
             way_out = "use the Session's objects, or session.execute(insert/update/delete(Model))"
             self._refuse(connection, context.compiled.statement, way_out)
@@ -787,6 +795,19 @@ class Capture:
         if tracked.on_untracked == "raise":
             raise UntrackedWrite(message)
         warnings.warn(message, UntrackedWriteWarning, stacklevel=2)
+
+
+_AUTOCOMMIT = (
+    "in AUTOCOMMIT each statement is a transaction of its own, so the log cannot be in it: use an engine that begins "
+    "one, or capture='trigger'"
+)
+
+
+def _commits_by_itself(connection: Connection) -> bool:
+    level = connection.get_execution_options().get("isolation_level")
+    if level is None:
+        level = connection.dialect._on_connect_isolation_level  # as create_engine(isolation_level=…) was told
+    return bool(level == "AUTOCOMMIT")
 
 
 def _is_known(unit: Unit, context: Any) -> bool:

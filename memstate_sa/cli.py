@@ -19,7 +19,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from memstate_sa import Change, Memory, __version__
+from memstate_sa import Change, Memory, __version__, sqlite
 from memstate_sa.errors import MemstateError, MissingExtra
 from memstate_sa.relay import Retention
 
@@ -439,7 +439,8 @@ def _engine(memory: Memory, url: str) -> Engine:
             from sqlalchemy.ext.asyncio import create_async_engine
 
             return memory.sync_engine(create_async_engine(parsed))
-        return create_engine(parsed)
+        engine = create_engine(parsed)
+        return sqlite.configure(engine) if parsed.get_backend_name() == "sqlite" else engine
     except NoSuchModuleError as error:
         problem = str(error)
     except ArgumentError:  # its message may quote the URL, and that its password

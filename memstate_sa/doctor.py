@@ -62,10 +62,12 @@ class Doctor:
 
     def run(self, *, repair: bool, progress: Progress | None = None) -> Diagnosis:
         found = Diagnosis(problems=list(self._problems()))
-        with self._engine.connect() as connection:
-            if not inspect(connection).has_table(log.name):
-                return found
+        inspector = inspect(self._engine)
+        if not inspector.has_table(log.name):
+            return found
         for tracked in self._registry.by_entity.values():
+            if not inspector.has_table(tracked.table.name, schema=tracked.table.schema):
+                continue
             for keys, gone in self._differences(tracked, found, progress):
                 (found.gone if gone else found.changed).extend(self._shown(tracked, keys))
                 if repair:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+import warnings
 from typing import Any
 
 from sqlalchemy import event, text
@@ -65,6 +66,23 @@ def _use_wal(cursor: Any, deadline: float) -> None:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
             time.sleep(0.005)
+
+
+class SavepointWarning(UserWarning):
+    """What a SAVEPOINT writes on this engine survives the ROLLBACK around it."""
+
+
+def warn_of_savepoints(connection: Connection) -> None:
+    """SavepointWarning, where the driver begins transactions by itself: at the first INSERT, not at a SAVEPOINT."""
+    driver = connection.connection.driver_connection
+    legacy = getattr(driver, "autocommit", -1) == -1  # Python 3.12 has other modes
+    if not getattr(connection.engine, _CONFIGURED, False) and legacy and driver.isolation_level is not None:  # type: ignore[union-attr]
+        warnings.warn(
+            f"{connection.engine!r}: a SAVEPOINT that is rolled back with its transaction may keep its rows, as "
+            "pysqlite begins too late; memstate_sa.sqlite.configure(engine) mends it",
+            SavepointWarning,
+            stacklevel=2,
+        )
 
 
 def leaks_savepoints(engine: Engine) -> bool:

@@ -340,15 +340,18 @@ def _on_sqlite(tracked: Tracked, dialect: Dialect) -> Iterator[Trigger]:
         f"{_LOG} SELECT {tx}, {now}, 1, 0, {entity}, {row.key}, 'baseline', {row.image} FROM {table} WHERE {there} AND "
         f"{row.criterion} AND NOT EXISTS (SELECT 1 FROM memstate_log WHERE entity = {entity} AND key = {row.key});\n"
     )
-    moved = f"{old.key} <> {new.key}"
+    names = {column: quote(column.name) for column in tracked.table.columns}
+    differs = {column: f"OLD.{name} IS NOT NEW.{name}" for column, name in names.items()}
+    moved = f"({' OR '.join(differs[column] for column in tracked.table.primary_key.columns)})"
+    changed = f"({' OR '.join(differs.values())})"
     was, is_ = f"({old.criterion})", f"({new.criterion})"
     bodies = {
         ("BEFORE", "INSERT"): replaced,
         ("AFTER", "INSERT"): change(put, new.key, new.image, is_),
-        ("AFTER", "UPDATE"): baseline(old, f"{was} AND ({old.image} <> {new.image} OR NOT {is_})")
+        ("AFTER", "UPDATE"): baseline(old, f"{was} AND {changed}")
         + change("'delete'", old.key, "NULL", f"{was} AND ({moved} OR NOT {is_})")
         + change("'insert'", new.key, new.image, f"{is_} AND ({moved} OR NOT {was})")
-        + change("'update'", new.key, new.image, f"{was} AND {is_} AND NOT ({moved}) AND {old.image} <> {new.image}"),
+        + change("'update'", new.key, new.image, f"{was} AND {is_} AND NOT {moved} AND {changed}"),
         ("AFTER", "DELETE"): baseline(old, was) + change("'delete'", old.key, "NULL", was),
     }
     for (when, event), body in bodies.items():

@@ -16,10 +16,10 @@ from urllib.request import urlopen
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import create_engine, delete, insert, select, update
+from sqlalchemy import create_engine, delete, insert, select, text, update
 from sqlalchemy.orm import sessionmaker
 
-from memstate_sa import __version__
+from memstate_sa import __version__, sqlite
 from memstate_sa.tables import cursor, holder, parked, utcnow
 
 pytest.importorskip("typer")
@@ -72,7 +72,7 @@ class Application:
         self.name = f"application_{uuid4().hex}"
         (folder / f"{self.name}.py").write_text(APPLICATION)
         self.url = f"sqlite:///{folder / 'app.db'}"
-        self.engine = create_engine(self.url)
+        self.engine = sqlite.configure(create_engine(self.url))
         self.sessions = sessionmaker(self.engine)
 
     @property
@@ -139,7 +139,8 @@ def test_version() -> None:
 def test_help_explains_every_command() -> None:
     """And every command explains its options."""
     output = invoke("--help")
-    commands = ["demo", "init", "relay", "drain", "status", "pause", "resume", "verify", "backfill", "log", "rollback"]
+    commands = ["demo", "init", "relay", "drain", "status", "pause", "resume", "verify", "doctor", "backfill", "log"]
+    commands += ["rollback"]
     for command in commands:
         assert command in output
         assert "--app" in invoke(command, "--help") or command == "demo"
@@ -339,6 +340,30 @@ def test_dead_keys_are_listed_retried_and_dropped(app: Application) -> None:
         assert connection.execute(select(parked)).all() == []
 
 
+def test_doctor_tells_what_came_past_the_log(app: Application) -> None:
+    """By its exit code, too; --repair logs it, and the relay delivers it."""
+    key = app.add("Likes tea")
+    app.run("drain")
+    assert "The log tells what is in the tables" in app.run("doctor")
+    with app.engine.begin() as connection:
+        connection.execute(text("UPDATE note SET text = 'Likes coffee'"))
+    told = flat(app.run("doctor", exit_code=1))
+    assert f"changed: note {key}" in told and "--repair logs that" in told and "coffee" not in told
+    assert "Reconciled" in app.run("doctor", "--repair")
+    assert "The log tells what is in the tables" in app.run("doctor")
+    assert "reconciled" in app.run("log", "Note")
+    app.run("drain")
+    assert "Nothing has drifted" in app.run("verify")
+
+
+def test_doctor_finds_tables_missing(app: Application) -> None:
+    """Where another command could not even begin."""
+    with app.engine.begin() as connection:
+        connection.execute(text("DROP TABLE memstate_parked"))
+    told = flat(app.run("doctor", exit_code=1))
+    assert "memstate_parked is not there: memory.create_tables(engine), or a migration, creates it" in told
+
+
 def test_the_url_of_an_async_application_will_do(app: Application) -> None:
     """The command line is not a coroutine: it takes the same database by a driver that is not one either."""
     pytest.importorskip("aiosqlite")
@@ -413,8 +438,8 @@ def test_log_takes_a_composite_key_as_json(app: Application) -> None:
 
 def test_rollback_undoes_the_last_transactions(app: Application) -> None:
     """And shows what it changed."""
-    for text in ("one", "two", "three"):
-        app.add(text)
+    for words in ("one", "two", "three"):
+        app.add(words)
     output = app.run("rollback", "--steps", "2")
     assert "2 changes undone" in output
     assert "delete (undo)" in output

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, create_engine, insert, select, text
+from sqlalchemy import Engine, create_engine, event, insert, select, text
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
-from memstate_sa import MemstateError, sqlite
-from tests.support import Base, Tag
+from memstate_sa import Memory, MemstateError, sqlite
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.testing import HashEmbedder
+from tests.support import Base, Tag, World
 
 pytestmark = pytest.mark.sa20
 
@@ -29,6 +33,51 @@ def test_a_savepoint_first_does_not_leak(configured: Engine) -> None:
             session.add(Tag(name="t"))
         session.rollback()
         assert session.scalars(select(Tag)).all() == []
+
+
+def test_an_engine_that_would_leak_is_warned_of(tmp_path: Path) -> None:
+    """Once, with the line that mends it; doctor tries it out, and says so too. A recipe of one's own is fine."""
+    leaking, own = (create_engine(f"sqlite:///{tmp_path / name}.db") for name in ("leaking", "own"))
+    event.listen(own, "connect", lambda dbapi, record: setattr(dbapi, "isolation_level", None))
+    event.listen(own, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+    for engine, leaks in ((leaking, True), (own, False)):
+        memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+        memory.track(Tag, text="meaning")
+        Base.metadata.create_all(engine)
+        memory.create_tables(engine)
+        memory.attach(sessions := sessionmaker(engine))
+        for first in (True, False):
+            with sessions() as session, warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                session.execute(select(Tag))
+                assert [each.category for each in caught] == ([sqlite.SavepointWarning] if leaks and first else [])
+        assert sqlite.leaks_savepoints(engine) is leaks
+        problems = [problem.subject for problem in memory.doctor(engine).problems]
+        assert problems == (["SAVEPOINTs"] if leaks else [])
+        engine.dispose()
+
+
+def test_commits_beside_a_writing_relay(tmp_path: Path) -> None:
+    """A thousand transactions that read and then write, in four threads: none fails."""
+    engine = sqlite.configure(create_engine(f"sqlite:///{tmp_path / 'x.db'}"))
+    world = World(engine)
+    with world.session() as session:
+        session.add_all(Tag(name=f"t{n}", meaning="0") for n in range(4))
+        session.commit()
+
+    def write(name: str) -> None:
+        for _ in range(250):
+            with world.session() as session:
+                tag = session.get_one(Tag, name)
+                tag.meaning = str(int(tag.meaning) + 1)
+                session.commit()
+
+    with world.memory.relay(engine), ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, [f"t{n}" for n in range(4)]))
+    with world.session() as session:
+        assert {tag.meaning for tag in session.scalars(select(Tag))} == {"250"}
+    world.assert_in_step()
+    engine.dispose()
 
 
 def test_a_transaction_that_reads_first_can_write_beside_another_writer(configured: Engine) -> None:

@@ -883,6 +883,7 @@ def test_in_memory_with_an_index_that_is_down(monkeypatch: pytest.MonkeyPatch, c
         )
 
 
+@pytest.mark.filterwarnings("ignore::memstate_sa.sqlite.SavepointWarning")
 def test_a_plain_sqlite_engine_of_the_callers(tmp_path: Path) -> None:
     """Not configured by sqlite.configure(): transactions are still all or nothing."""
     engine = create_engine(f"sqlite:///{tmp_path / 'plain.db'}")
