@@ -9,10 +9,11 @@ WORKERS ?= 2
 KILLS ?= 200
 SECONDS ?= 180
 SEEDS ?= 100000
+PROGRAMS ?= 25
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sa20 lint bench torture soak clean
+.PHONY: help demo test test-sa20 lint bench torture soak fuzz clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -43,6 +44,9 @@ soak: $(VENV)/.test  ## Kills, random and simulated histories: more of them, and
 	MEMSTATE_KILLS=$(KILLS) MEMSTATE_SEED=$$(date +%s) MEMSTATE_SIM_SEEDS=$(SEEDS) $(BIN)/pytest -n $(WORKERS) \
 		--hypothesis-seed=random tests/integration/test_kill.py tests/integration/test_histories.py tests/simulation \
 		tests/model $(ARGS)
+
+fuzz: $(VENV)/.test  ## Random programs, captured by Sessions and by triggers: PROGRAMS=25 times as many as CI plays
+	MEMSTATE_PROGRAMS=$(PROGRAMS) $(BIN)/pytest -n $(WORKERS) tests/integration/test_differential.py $(ARGS)
 
 clean:  ## Remove what the targets made
 	rm -rf $(VENV) $(SA20) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

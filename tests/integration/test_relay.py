@@ -452,7 +452,8 @@ def test_the_thread_delivers_within_milliseconds(engine: Engine) -> None:
 def test_a_commit_of_another_process_is_seen(engine: Engine) -> None:
     """By polling; another engine without our listeners stands for the other process."""
     world = World(engine)
-    other = World(create_engine(engine.url))
+    elsewhere = create_engine(engine.url)
+    other = World(sqlite.configure(elsewhere) if engine.dialect.name == "sqlite" else elsewhere)
     with world.memory.relay(engine):
         say(other, a="x")
         eventually(lambda: len(world.index.scan(None, 5)) == 1)
