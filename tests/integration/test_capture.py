@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from memstate_sa import Memory, MemstateError, UntrackedWrite
 from memstate_sa.capture import UntrackedWriteWarning
 from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.relay.claims import upsert
 from memstate_sa.tables import log, outbox, transaction
 from memstate_sa.testing import HashEmbedder
 from tests.support import Base, Note, Person, Tag, World
@@ -293,6 +294,40 @@ def test_a_bulk_delete_of_unknown_rows_can_be_undone(world: World) -> None:
         world.memory.rollback(session)
         session.commit()
         assert {tag.name: tag.meaning for tag in session.scalars(select(Tag))} == {"a": "1", "b": "2"}
+    world.assert_in_step()
+
+
+def test_an_upsert_of_rows_older_than_tracking(world: World) -> None:
+    """Their baselines come first, as they were; a row that it inserts has none, one that it leaves alone neither."""
+    with world.engine.begin() as connection:
+        rows = [{"name": name, "meaning": "old"} for name in ("kept", "changed")]
+        connection.execute(insert(Tag.__table__), rows)
+    with world.session() as session:
+        session.execute(insert(Tag), [{"name": "known", "meaning": "one"}])
+        session.commit()
+        statement = upsert(world.engine.dialect.name, Tag)
+        statement = statement.on_conflict_do_update(
+            index_elements=["name"], set_={"meaning": statement.excluded.meaning}, where=Tag.name != "kept"
+        )
+        names = ("kept", "changed", "known", "new")
+        session.execute(statement, [{"name": name, "meaning": "put"} for name in names])
+        session.commit()
+        changes = world.memory.history(session, Tag)
+        assert sorted((c.op, c.key, c.after and c.after["meaning"]) for c in changes) == [
+            ("baseline", "changed", "old"),
+            ("insert", "known", "one"),
+            ("insert", "new", "put"),
+            ("update", "changed", "put"),
+            ("update", "known", "put"),
+        ]
+        world.memory.rollback(session)
+        session.commit()
+        assert {tag.name: tag.meaning for tag in session.scalars(select(Tag))} == {
+            "kept": "old",
+            "changed": "old",
+            "known": "one",
+        }
+    world.memory.backfill(world.engine, Tag)
     world.assert_in_step()
 
 

@@ -54,6 +54,7 @@ class Stage:
                 connection.execute(text("INSERT INTO memstate_current (quiet) VALUES (1)"))
             for n in range(untracked):
                 connection.execute(insert(Person.__table__), {"name": f"old{n}", "about": f"was here {n}"})
+                connection.execute(insert(Tag.__table__), {"name": f"tag{n}", "meaning": f"was here {n}"})
             if self.world.engine.dialect.name == "sqlite":
                 connection.execute(text("DELETE FROM memstate_current"))
 
@@ -65,7 +66,8 @@ class Stage:
                 run(session)
         else:
             self._runner.run(self._run(run))
-        self.world.memory.backfill(self.world.engine, Person)
+        for model in (Person, Tag):
+            self.world.memory.backfill(self.world.engine, model)
         self.world.assert_log_is_truth()
 
     async def _run(self, run: Callable[[Session], None]) -> None:

@@ -288,11 +288,13 @@ def check(world: World, steps: list[tuple[str, tuple[Any, ...]]], untracked: int
     with world.engine.begin() as connection:  # rows that were there before they were tracked
         for n in range(untracked):
             connection.execute(insert(Person.__table__), {"name": f"old{n}", "about": f"was here {n}"})
-    world.memory.backfill(world.engine, Person) if untracked == 3 else None
+            connection.execute(insert(Tag.__table__), {"name": f"tag{n}", "meaning": f"was here {n}"})
+    for model in (Person, Tag) if untracked == 3 else ():
+        world.memory.backfill(world.engine, model)
     with world.session() as session:
         Play(world, session).run(steps)
-    if untracked:
-        world.memory.backfill(world.engine, Person)
+    for model in (Person, Tag) if untracked else ():
+        world.memory.backfill(world.engine, model)
     world.assert_in_step()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, select, text
+from sqlalchemy.exc import IntegrityError
 
 from memstate_sa.tables import current
 from tests.support import Person, Tag, World
@@ -90,4 +91,41 @@ def test_other_programs(world: World) -> None:
         world.memory.rollback(session, steps=10)
         session.commit()
         assert session.scalars(select(Person)).all() == []
+    world.assert_in_step()
+
+
+def test_a_savepoint_that_rolls_back_takes_what_was_told(world: World) -> None:
+    """What comes after it is of the same transaction, and knows its labels."""
+    with world.session() as session:
+        world.memory.annotate(session, actor="planner")
+        for end in ("rollback", "connection", "close"):
+            savepoint = session.connection().begin_nested() if end == "connection" else session.begin_nested()
+            session.execute(text("INSERT INTO tag (name, meaning) VALUES ('undone', 'x')"))
+            savepoint.close() if end == "close" else savepoint.rollback()
+            session.execute(text("INSERT INTO tag (name, meaning) VALUES (:name, 'x')"), {"name": end})
+        session.commit()
+        changes = world.memory.history(session, Tag)
+    assert [(change.key, change.actor) for change in changes] == [
+        ("rollback", "planner"),
+        ("connection", "planner"),
+        ("close", "planner"),
+    ]
+    world.assert_in_step()
+
+
+def test_a_failed_statement_leaves_nothing_told(world: World) -> None:
+    """On SQLite the transaction goes on; whoever writes next is not taken for it."""
+    with world.session() as session:
+        session.add(Tag(name="a"))
+        session.commit()
+        savepoint = session.begin_nested()
+        with pytest.raises(IntegrityError):
+            session.execute(text("INSERT INTO tag (name, meaning) VALUES ('a', 'twice')"))
+        savepoint.rollback()
+        session.execute(text("INSERT INTO tag (name, meaning) VALUES ('b', 'x')"))
+        session.commit()
+    outside(world, "INSERT INTO tag (name, meaning) VALUES ('c', 'x')")
+    with world.session() as session:
+        changes = world.memory.history(session, Tag)
+    assert len({change.tx for change in changes}) == 3
     world.assert_in_step()
