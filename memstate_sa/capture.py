@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from sqlalchemy import Select, Table, delete, event, insert, inspect, select, type_coerce
 from sqlalchemy.engine import Connection, Engine, IteratorResult, Result
 from sqlalchemy.engine.result import SimpleResultMetaData
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, UnboundExecutionError
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction, scoped_session, sessionmaker
 from sqlalchemy.orm.base import NO_VALUE
 from sqlalchemy.sql import ClauseElement
@@ -119,9 +119,9 @@ class Unit:
     logged: bool = False
     sealed: bool = False
     armed: bool = False
-    told: bool = False  # whether triggers know of it
-    told_on: Connection | None = None  # or knew
+    told_on: Connection | None = None  # where triggers know of it, or knew
     connections: list[Connection] = field(default_factory=list)
+    telling: list[Connection] = field(default_factory=list)  # those of databases with triggers of ours
     written_on: Connection | None = None
 
     @property
@@ -163,6 +163,7 @@ class Capture:
         self._flushes: dict[int, _Flush] = {}  # by Session.hash_key, which every InstanceState knows
         self._guarded: WeakSet[Engine] = WeakSet()
         self._telling: WeakSet[Engine] = WeakSet()
+        self._told: WeakKeyDictionary[Connection, str] = WeakKeyDictionary()  # the transaction that triggers know of
         self._seen: WeakSet[Engine] = WeakSet()  # with a connection
         self._active: WeakKeyDictionary[Connection, list[Unit]] = WeakKeyDictionary()
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -259,12 +260,23 @@ class Capture:
         if connection not in unit.connections:
             unit.connections.append(connection)
             self._active.setdefault(connection, []).append(unit)  # several Sessions may share a connection
+            if self._registry.by_trigger and self._has_triggers(session, connection):
+                unit.telling.append(connection)
         engine = connection.engine
         self.guard(engine)
         if engine not in self._seen:
             self._seen.add(engine)
             if engine.dialect.name == "sqlite":
                 sqlite.warn_of_savepoints(connection)
+
+    def _has_triggers(self, session: Session, connection: Connection) -> bool:
+        """Whether *connection* is where *session* has a class that is captured by triggers."""
+        for tracked in self._registry.by_entity.values():
+            if tracked.by_trigger:
+                with suppress(UnboundExecutionError):
+                    if session.get_bind(tracked.mapper).engine is connection.engine:
+                        return True
+        return False
 
     @property
     def engines(self) -> Collection[Engine]:
@@ -278,9 +290,10 @@ class Capture:
             event.listen(engine, "before_cursor_execute", self._before_statement)
         if self._registry.by_trigger and engine not in self._telling:
             self._telling.add(engine)
-            event.listen(engine, "rollback_savepoint", self._untold)
-            if engine.dialect.name == "sqlite":
-                event.listen(engine, "after_cursor_execute", self._after_statement)
+            event.listen(engine, "commit", self._before_connection_commits)
+            # A SAVEPOINT that rolls back takes with it what was told since.
+            for ending in ("rollback", "rollback_savepoint", "commit_twophase", "rollback_twophase"):
+                event.listen(engine, ending, self._forget_told)
 
     def _before_commit(self, session: Session) -> None:
         if session.in_nested_transaction():  # fires at every SAVEPOINT release too
@@ -328,35 +341,38 @@ class Capture:
 
     def _tell(self, connection: Connection, units: Sequence[Unit]) -> None:
         """Before a statement that may write: triggers learn of which transaction of ours it is."""
+        if not units:
+            return
         unit = next((unit for unit in units if unit.flush is not None), units[-1])
-        if not unit.told and not unit.own_writes:
-            with unit.writing():
-                triggers.tell(connection, unit.tx)
-            unit.told, unit.told_on = True, connection
+        if unit.own_writes or self._told.get(connection) == unit.tx or _commits_by_itself(connection):
+            return
+        with unit.writing():
+            triggers.tell(connection, unit.tx)
+        self._told[connection] = unit.tx
+        unit.told_on = connection
 
-    def _after_statement(
-        self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
-    ) -> None:
-        """On SQLite: what triggers are told is in a table, where nobody else may find it."""
-        for unit in self._active.get(connection, ()):
-            if unit.told and unit.flush is None and not unit.own_writes:
-                with unit.writing():
-                    triggers.untell(connection)
-                unit.told = False
+    def _before_connection_commits(self, connection: Connection) -> None:
+        """Whoever commits it: on SQLite, others would find what triggers were told."""
+        if self._told.pop(connection, None) is not None and connection.dialect.name == "sqlite":
+            triggers.tell_nothing(connection)
 
-    def _untold(self, connection: Connection, name: str, context: None) -> None:
-        """A SAVEPOINT that rolls back takes with it what was told since."""
-        for unit in self._active.get(connection, ()):
-            unit.told = False
+    def _forget_told(self, connection: Connection, *_: Any) -> None:
+        self._told.pop(connection, None)
 
     @contextmanager
-    def quiet(self, connection: Connection) -> Iterator[None]:
-        """Triggers log nothing of what is written in here, because the writer does. A SAVEPOINT ends it otherwise."""
-        if self._registry.by_trigger:
-            triggers.silence(connection)
+    def undoing(self, connection: Connection, tx: str, facts: Collection[tuple[str, str]]) -> Iterator[None]:
+        """Triggers leave *facts* to the undo *tx*, which logs them; what follows from them they log as part of it.
+
+        It is ended by a SAVEPOINT that rolls back.
+        """
+        if not self._registry.by_trigger:
+            yield
+            return
+        self._told[connection] = tx
+        triggers.tell_of_undo(connection, tx, facts)
         yield
-        if self._registry.by_trigger:
-            triggers.untell(connection)
+        triggers.tell_nothing(connection)
+        self._told.pop(connection, None)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -563,7 +579,11 @@ class Capture:
         for state, (_is_delete, listed_only) in flush.context.states.items():
             if state.key is not None and not listed_only:
                 identities.setdefault(state.mapper, []).append(state.key[1])
-        found = {mapper: tracked for mapper in identities if (tracked := self._registry.find(mapper)) is not None}
+        found = {
+            mapper: tracked
+            for mapper in identities
+            if (tracked := self._registry.find(mapper)) is not None and not tracked.by_trigger
+        }
         _require_one_database(flush.context.session, found)
         changing: dict[Tracked, list[tuple[Any, ...]]] = {}
         for mapper, tracked in found.items():
@@ -575,11 +595,7 @@ class Capture:
 
     def _after_flush(self, session: Session, context: Any) -> None:
         flush = self._end_flush(session)
-        if flush is None:
-            return
-        if flush.unit.told_on is not None and flush.unit.told_on.dialect.name == "sqlite":
-            self._after_statement(flush.unit.told_on, None, "", None, None, executemany=False)
-        if not flush.touched:
+        if flush is None or not flush.touched:
             return
         _require_one_database(session, {state.mapper for state, _, _ in flush.touched})
         connection = session.connection(bind_arguments={"mapper": flush.touched[0][0].mapper})
@@ -624,19 +640,7 @@ class Capture:
         _require_supported(connection, unit)
         with unit.writing():
             take_write_lock(connection)
-        statement: Any = state.statement
-        if not state.is_insert:
-            capture: Callable[[], Result[Any] | None] = partial(self._bulk_change, state, mapper, tracked, connection)
-        elif statement._prefixes:
-            self._refuse(
-                connection, statement, "OR REPLACE and the like change rows unseen; use on_conflict_do_update()"
-            )
-            with unit.writing():
-                return state.invoke_statement()
-        elif statement._post_values_clause is not None:
-            capture = partial(self._upsert, state, mapper, tracked, connection, {})
-        else:
-            capture = partial(self._bulk_insert, state, mapper, tracked, connection)
+        capture = self._capture_of(state, mapper, tracked, connection)
         for _attempt in range(_BULK_ATTEMPTS):
             savepoint = connection.begin_nested()
             try:
@@ -654,6 +658,32 @@ class Capture:
         raise ConflictError(
             f"others keep committing rows of {tracked.entity} that match this statement; run the transaction again"
         )
+
+    def _capture_of(
+        self, state: ORMExecuteState, mapper: Mapper[Any], tracked: Tracked, connection: Connection
+    ) -> Callable[[], Result[Any] | None]:
+        """What runs the statement and logs it; refuses what cannot be logged."""
+        statement: Any = state.statement
+        if statement._prefixes:
+            self._refuse(connection, statement, "OR REPLACE and the like change rows unseen; on_conflict_do_update()")
+            return self._invoke_unseen(state)
+        if not state.is_insert:
+            return partial(self._bulk_change, state, mapper, tracked, connection)
+        if statement._post_values_clause is None:
+            return partial(self._bulk_insert, state, mapper, tracked, connection)
+        if _upserts_key(statement, tracked):
+            self._refuse(connection, statement, "it changes primary keys; do that on the objects")
+            return self._invoke_unseen(state)
+        return partial(self._upsert, state, mapper, tracked, connection, {})
+
+    def _invoke_unseen(self, state: ORMExecuteState) -> Callable[[], Result[Any]]:
+        """For who is only warned (``on_untracked="warn"``)."""
+
+        def invoke() -> Result[Any]:
+            with self.unit(state.session).writing():
+                return state.invoke_statement()
+
+        return invoke
 
     def _target(self, state: ORMExecuteState) -> Tracked | None:
         """What tracks the rows that the statement changes, if they can be told from the statement."""
@@ -782,8 +812,8 @@ class Capture:
         for cte in ctes or ():
             if isinstance(cte.element, UpdateBase):
                 self._refuse(connection, cte.element, "a CTE that writes cannot be captured; execute it by itself")
-        if self._registry.by_trigger and not triggers.only_reads(statement):
-            self._tell(connection, units)
+        if self._registry.by_trigger and triggers.may_write(statement):
+            self._tell(connection, [unit for unit in units if connection in unit.telling])
 
     def _refuse(self, connection: Connection, statement: Any, way_out: str) -> None:
         """Raise, or warn, if *statement* is on a tracked table, and no trigger sees it."""
@@ -879,6 +909,15 @@ def _differs(before: Any, after: Any) -> bool:
 def _may_update(statement: Any) -> bool:
     """Whether an INSERT with ON CONFLICT does more than nothing. By name: there is a class for each dialect."""
     return not type(statement._post_values_clause).__name__.endswith("DoNothing")
+
+
+def _upserts_key(statement: Any, tracked: Tracked) -> bool:
+    """Whether ON CONFLICT DO UPDATE sets a primary key."""
+    clause = getattr(statement, "_post_values_clause", None)
+    sets = getattr(clause, "update_values_to_set", None) or ()
+    names = {name for column in tracked.key_columns for name in (column.name, column.key)}
+    given = sets.keys() if isinstance(sets, Mapping) else (column for column, _ in sets)
+    return any(getattr(column, "key", column) in names for column in given)
 
 
 def _sets_any(statement: Any, columns: Sequence[Any]) -> bool:

@@ -164,7 +164,7 @@ class Doctor:
         for tracked in self._registry.by_entity.values():
             if not inspector.has_table(tracked.table.name, schema=tracked.table.schema):
                 yield Problem(tracked.table.fullname, "is not there, but tracked")
-            elif tracked.by_trigger and (wrong := self._wrong_triggers(tracked)):
+            elif tracked.by_trigger and log.name in there and (wrong := self._wrong_triggers(tracked)):
                 yield Problem(
                     tracked.table.fullname,
                     f"has no {', '.join(wrong)} as it should be: memory.create_tables(engine) installs them",
@@ -172,8 +172,8 @@ class Doctor:
 
     def _wrong_triggers(self, tracked: Tracked) -> list[str]:
         with self._engine.connect() as connection:
+            expected = triggers.triggers(connection, tracked)
             there = triggers.installed(connection, tracked)
-        expected = triggers.triggers(tracked, self._engine.dialect)
         return [f"trigger {trigger.name}" for trigger in expected if there.get(trigger.name) != trigger.source]
 
 

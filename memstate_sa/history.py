@@ -183,7 +183,7 @@ class Rollback:
         entries, final = invert(steps)
         tx = new_tx()
         with connection.begin_nested(), unit.writing():
-            with self._capture.quiet(connection):
+            with self._capture.undoing(connection, tx, final):
                 now = self._apply(connection, final)
             self._capture.write(connection, unit, list(_with_last_images(entries, now)), tx=tx)
             labels = unit.labels

@@ -249,8 +249,9 @@ Index("ix_memstate_ledger_deleted", ledger.c.at, postgresql_where=_deleted, sqli
 current = Table(
     "memstate_current",
     metadata,
-    Column("tx", String(32)),
-    Column("quiet", Boolean(create_constraint=False), nullable=False),
+    Column("name", Text, primary_key=True),
+    Column("value", Text),
+    sqlite_with_rowid=False,  # whoever asks for last_insert_rowid() asks for another row
     comment="SQLite: what triggers are told of the transaction that writes; empty outside of it",
 )
 

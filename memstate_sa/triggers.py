@@ -8,7 +8,7 @@ write is a transaction of its own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sqlalchemy import Column, bindparam, delete, func, insert, inspect, select, text, true
@@ -17,6 +17,7 @@ from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.sql.util import ClauseAdapter
 
+from memstate_sa.arrays import as_json
 from memstate_sa.codec import to_json
 from memstate_sa.columns import TableColumns
 from memstate_sa.errors import MemstateError
@@ -27,43 +28,53 @@ from memstate_sa.tables import current, log
 # -- what they are told ------------------------------------------------------------------------------------------------
 
 _READS = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN", "SAVEPOINT", "RELEASE", "ROLLBACK", "SHOW", "SET")
+_DEFINES = ("CREATE", "ALTER", "DROP")
 _set = select(func.set_config(bindparam("name"), bindparam("value"), true()))  # until the transaction ends
-_put = insert(current)
+_put = insert(current).prefix_with("OR REPLACE")
 _clear = delete(current)
 _logged = select(select(log.c.id).where(log.c.tx == bindparam("tx")).exists())
 
 
-def only_reads(statement: str) -> bool:
+def may_write(statement: str) -> bool:
     """By its first word; a SELECT of a function that writes is taken for a reader."""
-    return statement.lstrip()[:9].upper().startswith(_READS)
+    return not statement.lstrip()[:9].upper().startswith((*_READS, *_DEFINES))
 
 
 def tell(connection: Connection, tx: str) -> None:
     """What triggers log from now on is of the transaction *tx*."""
+    _tell(connection, {"tx": tx})
+
+
+def tell_of_undo(connection: Connection, tx: str, facts: Collection[tuple[str, str]]) -> None:
+    """So is the undo *tx*, which is no step; it logs *facts* itself, but not what follows from them."""
+    names = ["".join(fact) for fact in facts]
     if connection.dialect.name == "postgresql":
-        connection.execute(_set, {"name": "memstate.tx", "value": tx})
+        _tell(connection, {"tx": tx, "step": "off", "skip": as_json(dict.fromkeys(names, 1))})
     else:
-        connection.execute(_put, {"tx": tx, "quiet": False})
+        _tell(connection, {"tx": tx, "step": "0", **dict.fromkeys(map(_SKIP.format, names))})
 
 
-def silence(connection: Connection) -> None:
-    """Have them log nothing."""
+def tell_nothing(connection: Connection) -> None:
+    """On SQLite it has to be done before a COMMIT: what they are told is in a table."""
     if connection.dialect.name == "postgresql":
-        connection.execute(_set, {"name": "memstate.quiet", "value": "on"})
-    else:
-        connection.execute(_put, {"tx": None, "quiet": True})
-
-
-def untell(connection: Connection) -> None:
-    """End what `silence` began; and, on SQLite, what `tell` did."""
-    if connection.dialect.name == "postgresql":
-        connection.execute(_set, {"name": "memstate.quiet", "value": "off"})
+        _tell(connection, dict.fromkeys(("tx", "step", "skip"), ""))
     else:
         connection.execute(_clear)
 
 
+def _tell(connection: Connection, settings: Mapping[str, str | None]) -> None:
+    if connection.dialect.name == "postgresql":
+        for name, value in settings.items():
+            connection.execute(_set, {"name": f"memstate.{name}", "value": value})
+    else:
+        connection.execute(_put, [{"name": name, "value": value} for name, value in settings.items()])
+
+
 def have_logged(connection: Connection, tx: str) -> bool:
     return bool(connection.execute(_logged, {"tx": tx}).scalar_one())
+
+
+_SKIP = "skip {}"
 
 
 # -- a row as JSON, in SQL ---------------------------------------------------------------------------------------------
@@ -167,32 +178,61 @@ class _Source(NamedTuple):
     criterion: str
 
 
-def _source(tracked: Tracked, dialect: Dialect, alias: str) -> _Source:
-    columns, quote = tracked.on(dialect), dialect.identifier_preparer.quote
+class _Writer:
+    """Writes the SQL of one table's triggers."""
 
-    def json(column: Column[Any]) -> str:
+    def __init__(self, tracked: Tracked, dialect: Dialect) -> None:
+        self.tracked = tracked
+        self.dialect = dialect
+        self.entity = _quoted(tracked.entity)
+        self.keys = list(tracked.table.primary_key.columns)
+        self._columns = tracked.on(dialect)
+        for column in self.keys:
+            self._require_key(column)
+
+    def quote(self, name: str) -> str:
+        """*name* as an identifier. It is sent without parameters, so a percent sign is one."""
+        return self.dialect.identifier_preparer.quote(name).replace("%%", "%")
+
+    def row(self, alias: str, *, old: bool = False) -> _Source:
+        """What is logged of the row *alias*; *old*: of a transition table, which has no virtual columns."""
+        name = alias if alias in ("NEW", "OLD") else self.quote(alias)
+        key = " || ',' || ".join(f"coalesce({self._json(name, column)}, 'null')" for column in self.keys)
+        fields = " || ',' || ".join(
+            f"{_quoted(to_json(column.name) + ':')} || coalesce({self._json(name, column)}, 'null')"
+            for column in self.tracked.table.columns
+            if not (old and column.computed is not None and not column.computed.persisted)
+        )
+        criterion = "true" if self.dialect.name == "postgresql" else "1"
+        if self.tracked.criterion is not None:
+            adapted = ClauseAdapter(self.tracked.table.alias(alias)).traverse(self.tracked.criterion)
+            compiled = adapted.compile(dialect=self.dialect, compile_kwargs={"literal_binds": True})
+            criterion = str(compiled).replace("%%", "%")
+        return _Source(f"'[' || {key} || ']'", f"'{{' || {fields} || '}}'", criterion)
+
+    def _json(self, alias: str, column: Column[Any]) -> str:
         if column.type.column_expression(column) is not None:
             raise MemstateError(
                 f"a trigger cannot log {column.table.name}.{column.name}: its type reads by an expression"
             )
-        return _JSON[dialect.name](columns, column, f"{alias}.{quote(column.name)}")
+        return _JSON[self.dialect.name](self._columns, column, f"{alias}.{self.quote(column.name)}")
 
-    keys = list(tracked.table.primary_key.columns)
-    for column in keys:
-        kind = columns.implementation(column)
-        # SQLite keeps a Numeric as a float; and a float has more than one form in text.
-        is_float = isinstance(kind, (sqltypes.Float, *([sqltypes.Numeric] if dialect.name == "sqlite" else [])))
-        if is_float or not isinstance(kind, _KEYS):
-            raise MemstateError(f"a trigger cannot log a primary key of {column.type!r} ({tracked.table.name})")
-    key = " || ',' || ".join(json(column) for column in keys)
-    fields = " || ',' || ".join(
-        f"{_quoted(to_json(column.name) + ':')} || coalesce({json(column)}, 'null')" for column in tracked.table.columns
-    )
-    criterion = "true" if dialect.name == "postgresql" else "1"
-    if tracked.criterion is not None:
-        adapted = ClauseAdapter(tracked.table.alias(alias)).traverse(tracked.criterion)
-        criterion = str(adapted.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
-    return _Source(f"'[' || {key} || ']'", f"'{{' || {fields} || '}}'", criterion)
+    def _require_key(self, column: Column[Any]) -> None:
+        """A key has one form as text, the one that Python gives it."""
+        kind = self._columns.implementation(column)
+        good = isinstance(kind, _KEYS)
+        if isinstance(kind, sqltypes.Float):
+            good = False
+        elif isinstance(kind, sqltypes.Numeric):  # SQLite keeps it as a float; Python writes 1E-7
+            good = self.dialect.name == "postgresql" and kind.scale is not None and kind.scale <= 6
+        elif isinstance(kind, sqltypes.Time):
+            good = not kind.timezone
+        elif isinstance(kind, sqltypes.String):  # in SQLite another key may be the same row
+            good = self.dialect.name == "postgresql" or kind.collation in (None, "BINARY")
+        if not good:
+            raise MemstateError(
+                f"a trigger cannot log a primary key of {column.type!r} ({column.table.name}.{column.name})"
+            )
 
 
 def _quoted(value: str) -> str:
@@ -210,13 +250,27 @@ class Trigger(NamedTuple):
     statements: tuple[str, ...]
 
 
-def triggers(tracked: Tracked, dialect: Dialect) -> list[Trigger]:
-    """What captures *tracked*. Raises MemstateError for a column that triggers cannot log."""
-    return list({"postgresql": _on_postgresql, "sqlite": _on_sqlite}[dialect.name](tracked, dialect))
+def triggers(connection: Connection, tracked: Tracked) -> list[Trigger]:
+    """What captures *tracked*. Raises MemstateError for what triggers cannot log, and when there is no table."""
+    writer = _Writer(tracked, connection.dialect)
+    if not inspect(connection).has_table(tracked.table.name, schema=tracked.table.schema):
+        raise MemstateError(f"table {tracked.table.fullname} is not there yet: create it before its triggers")
+    if connection.dialect.name == "sqlite":
+        return list(_on_sqlite(writer))
+    table = connection.dialect.identifier_preparer.format_table(tracked.table).replace("%%", "%")
+    places = [connection.execute(_place, {"name": name}).one_or_none() for name in (table, log.name)]
+    if None in places:
+        raise MemstateError("the tables of memstate_sa are not there yet: create them before the triggers")
+    (schema, kind), (ours, _) = places  # type: ignore[misc]
+    if kind == "p":
+        raise MemstateError(f"{tracked.table.fullname} is partitioned: its triggers would not see writes to partitions")
+    return list(_on_postgresql(writer, f"{schema}.{writer.quote(tracked.table.name)}", ours))
 
 
-_LOG = "INSERT INTO memstate_log (tx, at, version, step, entity, key, op, image)"
-_OUTBOX = "INSERT INTO memstate_outbox (tx, created_at, slot, entity, key)"
+_place = text(
+    "SELECT quote_ident(n.nspname), c.relkind FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace "
+    "WHERE c.oid = to_regclass(:name)"
+)
 
 _FUNCTION = """
 DECLARE
@@ -227,61 +281,90 @@ DECLARE
       || lpad(to_hex(pg_current_xact_id()::text::bigint), 20, '0')
   );
   its_time timestamptz := clock_timestamp();
+  counts boolean := current_setting('memstate.step', true) IS DISTINCT FROM 'off';
+  skipped jsonb := coalesce(nullif(current_setting('memstate.skip', true), ''), '{{}}')::jsonb;
 BEGIN
-  IF current_setting('memstate.quiet', true) = 'on' THEN
-    RETURN NULL;
-  END IF;
 {body}
   RETURN NULL;
 END
 """
 
-# Without a key that both have, FULL JOIN takes a change of keys for what it is: one row less, and one more.
+# One statement may touch a row several times: foreign keys that cascade, triggers of the application. What it was, is its
+# first old row, unless it was made before that; what it is, the table knows. It is logged if the log says otherwise.
 _BASELINES = """
-  {log}
+  INSERT INTO {ours}.memstate_log (tx, at, version, step, entity, key, op, image)
   SELECT its_tx, its_time, 1, false, {entity}, o.key, 'baseline', o.image::jsonb
-  FROM ({old}) AS o{joined}
-  WHERE NOT EXISTS (SELECT FROM memstate_log AS l WHERE l.entity = {entity} AND l.key = o.key){differs};
+  FROM ({old}) AS o LEFT JOIN ({new}) AS n ON n.key = o.key LEFT JOIN ({now}) AS t ON t.key = o.key
+  WHERE (n.n IS NULL OR o.n <= n.n) AND o.image IS DISTINCT FROM t.image
+    AND NOT jsonb_exists(skipped, {entity} || o.key)
+    AND NOT EXISTS (SELECT FROM {ours}.memstate_log AS l WHERE l.entity = {entity} AND l.key = o.key);
 """
 _CHANGES = """
-  WITH changed AS ({changed}),
-  logged AS (
-    {log}
-    SELECT its_tx, its_time, 1, true, {entity}, key, op, image::jsonb FROM changed
+  WITH state AS (
+    SELECT k.key, t.image::jsonb AS image, l.op AS last_op, l.image AS last_image
+    FROM ({touched}) AS k LEFT JOIN ({now}) AS t ON t.key = k.key LEFT JOIN LATERAL (
+      SELECT op, image FROM {ours}.memstate_log WHERE entity = {entity} AND key = k.key ORDER BY id DESC LIMIT 1
+    ) AS l ON true
+    WHERE NOT jsonb_exists(skipped, {entity} || k.key)
+  ), changed AS (
+    SELECT key, image, CASE WHEN image IS NULL THEN 'delete' WHEN last_op IS DISTINCT FROM 'delete'
+      AND last_op IS NOT NULL THEN 'update' ELSE 'insert' END AS op
+    FROM state WHERE CASE WHEN image IS NULL THEN coalesce(last_op, 'delete') <> 'delete'
+      ELSE coalesce(last_op, 'delete') = 'delete' OR image IS DISTINCT FROM last_image END
+  ), logged AS (
+    INSERT INTO {ours}.memstate_log (tx, at, version, step, entity, key, op, image)
+    SELECT its_tx, its_time, 1, counts, {entity}, key, op, image FROM changed
   )
-  {outbox}
+  INSERT INTO {ours}.memstate_outbox (tx, created_at, slot, entity, key)
   SELECT its_tx, its_time, mod(get_byte(sha256(convert_to({entity} || key, 'UTF8')), 0), {slots}), {entity}, key
   FROM changed;
 """
+_ALONE = """
+  IF current_setting('transaction_isolation') <> 'read committed' THEN
+    RAISE EXCEPTION 'TRUNCATE would remove rows that this transaction does not see, past their log'
+      USING HINT = 'Truncate in READ COMMITTED.';
+  END IF;
+"""
+_NO_ROWS = "SELECT NULL::text AS key, NULL::text AS image, 0::bigint AS n WHERE false"
 
 
-def _on_postgresql(tracked: Tracked, dialect: Dialect) -> Iterator[Trigger]:
+def _on_postgresql(writer: _Writer, table: str, ours: str) -> Iterator[Trigger]:
     """Once a statement, of all its rows. On TRUNCATE before it, as there are no rows after."""
-    quote, table = dialect.identifier_preparer.quote, dialect.identifier_preparer.format_table(tracked.table)
-    given = {"entity": _quoted(tracked.entity), "log": _LOG, "outbox": _OUTBOX, "slots": SLOTS}
-
-    def rows(alias: str, of: str) -> str:
-        source = _source(tracked, dialect, alias)
-        return f"SELECT {source.key} AS key, {source.image} AS image FROM {of} AS {alias} WHERE {source.criterion}"
-
-    old, new = rows("r", "old_rows"), rows("r", "new_rows")
-    inserted = f"SELECT key, 'insert' AS op, image FROM ({new}) AS n"
-    deleted = "SELECT key, 'delete' AS op, NULL AS image FROM ({0}) AS o"
-    joined = f" LEFT JOIN ({new}) AS n USING (key)"
-    updated = (
-        "SELECT key, CASE WHEN n.image IS NULL THEN 'delete' WHEN o.image IS NULL THEN 'insert' ELSE 'update' END "
-        f"AS op, n.image FROM ({old}) AS o FULL JOIN ({new}) AS n USING (key) WHERE o.image IS DISTINCT FROM n.image"
+    old, new, now = writer.row("r", old=True), writer.row("r", old=True), writer.row("t")
+    names = [writer.quote(column.name) for column in writer.keys]
+    numbered = "SELECT {0} AS key, {1} AS image, {2} AS ours, row_number() OVER () AS n FROM {3} AS r"
+    first_old = (
+        f"SELECT DISTINCT ON (key) key, image, n FROM ({numbered.format(*old, 'old_rows')}) AS x WHERE ours "
+        "ORDER BY key, n"
     )
-    differs = " AND o.image IS DISTINCT FROM n.image"
-    every = rows("r", table)
+    first_new = (
+        f"SELECT key, min(n) AS n FROM ({numbered.format(new.key, 'NULL', new.criterion, 'new_rows')}) AS x WHERE ours "
+        "GROUP BY key"
+    )
+
+    def current_rows(*transitions: str) -> str:
+        """Row by row: a plan that is kept must not read the table as a whole."""
+        touched = " UNION ".join(f"SELECT {', '.join(names)} FROM {rows}" for rows in transitions)
+        same = " AND ".join(f"i.{name} = k.{name}" for name in names)
+        return (
+            f"SELECT {now.key} AS key, {now.image} AS image FROM ({touched}) AS k CROSS JOIN LATERAL "
+            f"(SELECT * FROM {table} AS i WHERE {same} LIMIT 1) AS t WHERE {now.criterion}"
+        )
+
+    def body(touched: str, *, old: str = _NO_ROWS, new: str = _NO_ROWS, now: str = _NO_ROWS) -> str:
+        given = {"ours": ours, "entity": writer.entity, "now": now, "slots": SLOTS}
+        baselines = "" if old is _NO_ROWS else _BASELINES.format(old=old, new=new, **given)
+        return baselines + _CHANGES.format(touched=touched, **given)
+
+    keys_old, keys_new = f"SELECT key FROM ({first_old}) AS y", f"SELECT key FROM ({first_new}) AS y"
+    every = f"SELECT {now.key} AS key, {now.image} AS image, 0::bigint AS n FROM {table} AS t WHERE {now.criterion}"
     bodies = {
-        "insert": _CHANGES.format(changed=inserted, **given),
-        "update": _BASELINES.format(old=old, joined=joined, differs=differs, **given)
-        + _CHANGES.format(changed=updated, **given),
-        "delete": _BASELINES.format(old=old, joined="", differs="", **given)
-        + _CHANGES.format(changed=deleted.format(old), **given),
-        "truncate": _BASELINES.format(old=every, joined="", differs="", **given)
-        + _CHANGES.format(changed=deleted.format(every), **given),
+        "insert": body(keys_new, new=first_new, now=current_rows("new_rows")),
+        "update": body(
+            f"{keys_old} UNION {keys_new}", old=first_old, new=first_new, now=current_rows("old_rows", "new_rows")
+        ),
+        "delete": body(keys_old, old=first_old, now=current_rows("old_rows")),
+        "truncate": _ALONE + body(f"SELECT key FROM ({every}) AS y", old=every),
     }
     tables = {
         "insert": "REFERENCING NEW TABLE AS new_rows ",
@@ -289,96 +372,110 @@ def _on_postgresql(tracked: Tracked, dialect: Dialect) -> Iterator[Trigger]:
         "delete": "REFERENCING OLD TABLE AS old_rows ",
         "truncate": "",
     }
-    for event, body in bodies.items():
-        name = f"memstate_{event}"
-        function = quote(f"memstate_{event}_{_digest(tracked)}")
-        source = _FUNCTION.format(body=body)
-        # As its owner: who may write the table, need not be allowed to write the log.
+    for event, lines in bodies.items():
+        name = f"memstate_{event}_{_digest(writer.tracked)}"
+        source = _FUNCTION.format(body=lines)
+        # As its owner: who may write the table, need not be allowed to write the log. So it looks for nothing in a
+        # schema where somebody else may have put something.
         create_function = (
-            f"CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER "
-            f"SET search_path FROM CURRENT AS $memstate${source}$memstate$"
+            f"CREATE OR REPLACE FUNCTION {ours}.{name}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER "
+            f"SET search_path = pg_catalog, pg_temp AS $memstate${source}$memstate$"
         )
         create_trigger = (
             f"CREATE TRIGGER {name} {'BEFORE' if event == 'truncate' else 'AFTER'} {event.upper()} ON {table} "
-            f"{tables[event]}FOR EACH STATEMENT EXECUTE FUNCTION {function}()"
+            f"{tables[event]}FOR EACH STATEMENT EXECUTE FUNCTION {ours}.{name}()"
         )
         yield Trigger(name, source, (create_function, f"DROP TRIGGER IF EXISTS {name} ON {table}", create_trigger))
 
 
 # Who writes without a Session has no transaction that a trigger could know: what comes in one millisecond is one.
-_TX = (
-    "coalesce((SELECT tx FROM memstate_current), (SELECT tx FROM memstate_log WHERE id = (SELECT max(id) FROM "
-    "memstate_log) AND at = {now} AND tx LIKE 'outside-%'), 'outside-' || lower(hex(randomblob(12))))"
-)
 _NOW = "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
-_LAST = "(SELECT max(id) FROM memstate_log)"
+_TOLD = "(SELECT value FROM memstate_current WHERE name = '{}')"
+_TX = (
+    f"coalesce({_TOLD.format('tx')}, (SELECT tx FROM memstate_log WHERE id = (SELECT max(id) FROM memstate_log) "
+    f"AND at = {_NOW} AND tx LIKE 'outside-%'), 'outside-' || lower(hex(randomblob(12))))"
+)
+_STEP = f"coalesce({_TOLD.format('step')}, 1)"
+_INSERT = "INSERT INTO memstate_log (tx, at, version, step, entity, key, op, image)"
 
 
-def _on_sqlite(tracked: Tracked, dialect: Dialect) -> Iterator[Trigger]:
-    """Once a row."""
-    quote, table = dialect.identifier_preparer.quote, dialect.identifier_preparer.format_table(tracked.table)
-    entity, now, tx = _quoted(tracked.entity), _NOW, _TX.format(now=_NOW)
-    old, new = _source(tracked, dialect, "OLD"), _source(tracked, dialect, "NEW")
+def _on_sqlite(writer: _Writer) -> Iterator[Trigger]:
+    """Once a row. What it has become is read from the table: triggers of the application may have changed it."""
+    tracked, quote, entity = writer.tracked, writer.quote, writer.entity
+    table = writer.dialect.identifier_preparer.format_table(tracked.table)
+    row = writer.row("r")
 
-    def log(op: str, key: str, image: str, step: int, where: str) -> str:
-        return f"{_LOG} SELECT {tx}, {now}, 1, {step}, {entity}, {key}, {op}, {image} WHERE {where};\n"
+    def same(alias: str) -> str:
+        return " AND ".join(f"r.{quote(column.name)} IS {alias}.{quote(column.name)}" for column in writer.keys)
 
-    def change(op: str, key: str, image: str, where: str) -> str:
-        marked = f"{_OUTBOX} SELECT tx, {now}, 0, entity, key FROM memstate_log WHERE id = {_LAST} AND {where};\n"
-        return log(op, key, image, 1, where) + marked
-
-    def baseline(row: _Source, where: str) -> str:
-        unknown = f"NOT EXISTS (SELECT 1 FROM memstate_log WHERE entity = {entity} AND key = {row.key})"
-        return log("'baseline'", row.key, row.image, 0, f"{where} AND {unknown}")
-
-    last = f"(SELECT op FROM memstate_log WHERE entity = {entity} AND key = {new.key} ORDER BY id DESC LIMIT 1)"
-    # REPLACE deletes rows without a word, unless recursive_triggers is on.
-    put = f"CASE WHEN coalesce({last}, 'delete') = 'delete' THEN 'insert' ELSE 'update' END"
-    there = " AND ".join(f"{quote(c.name)} IS NEW.{quote(c.name)}" for c in tracked.table.primary_key.columns)
-    row = _source(tracked, dialect, quote(tracked.table.name))
-    replaced = (
-        f"{_LOG} SELECT {tx}, {now}, 1, 0, {entity}, {row.key}, 'baseline', {row.image} FROM {table} WHERE {there} AND "
-        f"{row.criterion} AND NOT EXISTS (SELECT 1 FROM memstate_log WHERE entity = {entity} AND key = {row.key});\n"
-    )
-    names = {column: quote(column.name) for column in tracked.table.columns}
-    differs = {column: f"OLD.{name} IS NOT NEW.{name}" for column, name in names.items()}
-    moved = f"({' OR '.join(differs[column] for column in tracked.table.primary_key.columns)})"
-    changed = f"({' OR '.join(differs.values())})"
-    was, is_ = f"({old.criterion})", f"({new.criterion})"
-    bodies = {
-        ("BEFORE", "INSERT"): replaced,
-        ("AFTER", "INSERT"): change(put, new.key, new.image, is_),
-        ("AFTER", "UPDATE"): baseline(old, f"{was} AND {changed}")
-        + change("'delete'", old.key, "NULL", f"{was} AND ({moved} OR NOT {is_})")
-        + change("'insert'", new.key, new.image, f"{is_} AND ({moved} OR NOT {was})")
-        + change("'update'", new.key, new.image, f"{was} AND {is_} AND NOT {moved} AND {changed}"),
-        ("AFTER", "DELETE"): baseline(old, was) + change("'delete'", old.key, "NULL", was),
-    }
-    for (when, event), body in bodies.items():
-        name = f"memstate_{when.lower()}_{event.lower()}_{_digest(tracked)}"
-        source = (
-            f"CREATE TRIGGER {name} {when} {event} ON {table} FOR EACH ROW "
-            f"WHEN NOT EXISTS (SELECT 1 FROM memstate_current WHERE quiet) BEGIN\n{body}END"
+    def logs(key: str) -> str:
+        return (
+            f"NOT EXISTS (SELECT 1 FROM memstate_current WHERE name = {_quoted(_SKIP.format(''))} || {entity} || {key})"
         )
+
+    def last(column: str, key: str) -> str:
+        return f"(SELECT {column} FROM memstate_log WHERE entity = {entity} AND key = {key} ORDER BY id DESC LIMIT 1)"
+
+    def baseline(of: _Source, source: str) -> str:
+        """What a row was, if the log has not seen it."""
+        unknown = f"NOT EXISTS (SELECT 1 FROM memstate_log WHERE entity = {entity} AND key = {of.key})"
+        return (
+            f"{_INSERT} SELECT {_TX}, {_NOW}, 1, 0, {entity}, {of.key}, 'baseline', {of.image} {source} "
+            f"{of.criterion} AND {unknown} AND {logs(of.key)};\n"
+        )
+
+    def settle(alias: str, when: str = "1") -> str:
+        """What has become of the key of *alias*, if the log does not say so already."""
+        key = writer.row(alias).key
+        there = f"FROM {table} AS r WHERE {same(alias)} AND {row.key} = {key} AND {row.criterion}"
+        op = f"CASE WHEN coalesce({last('op', key)}, 'delete') = 'delete' THEN 'insert' ELSE 'update' END"
+        differs = f"({op} = 'insert' OR {last('image', key)} IS NOT {row.image})"
+        entry = f"{_INSERT} SELECT {_TX}, {_NOW}, 1, {_STEP}, {entity}, {key}"
+        return (
+            f"{entry}, {op}, {row.image} {there} AND {differs} AND {logs(key)} AND {when};\n"
+            f"{entry}, 'delete', NULL WHERE {last('op', key)} <> 'delete' AND NOT EXISTS (SELECT 1 {there}) "
+            f"AND {logs(key)} AND {when};\n"
+            # Once too often does no harm.
+            f"INSERT INTO memstate_outbox (tx, created_at, slot, entity, key) SELECT tx, at, 0, entity, key "
+            f"FROM memstate_log WHERE id = (SELECT max(id) FROM memstate_log) AND entity = {entity} AND key = {key} "
+            f"AND op <> 'baseline' AND {when};\n"
+        )
+
+    old = writer.row("OLD")
+    # As it is stored: the collation of a column may take different values for the same.
+    differs = [f"OLD.{quote(c.name)} IS NOT NEW.{quote(c.name)} COLLATE BINARY" for c in tracked.table.columns]
+    moved = " OR ".join(f"OLD.{quote(c.name)} IS NOT NEW.{quote(c.name)} COLLATE BINARY" for c in writer.keys)
+    bodies = {
+        # REPLACE deletes rows without a word, unless recursive_triggers is on.
+        ("BEFORE", "INSERT"): ("", baseline(row, f"FROM {table} AS r WHERE {same('NEW')} AND")),
+        ("AFTER", "INSERT"): ("", settle("NEW")),
+        ("AFTER", "UPDATE"): (
+            f"WHEN {' OR '.join(differs)} ",
+            baseline(old, "WHERE") + settle("OLD", f"({moved})") + settle("NEW"),
+        ),
+        ("AFTER", "DELETE"): ("", baseline(old, "WHERE") + settle("OLD")),
+    }
+    for (when, event), (condition, body) in bodies.items():
+        name = f"memstate_{when.lower()}_{event.lower()}_{_digest(tracked)}"
+        source = f"CREATE TRIGGER {name} {when} {event} ON {table} FOR EACH ROW {condition}BEGIN\n{body}END"
         yield Trigger(name, source, (f"DROP TRIGGER IF EXISTS {name}", source))
 
 
 def install(connection: Connection, tracked: Tracked) -> None:
     """Create the triggers of *tracked*, or replace those that are not as they should be."""
+    wanted = triggers(connection, tracked)
     there = installed(connection, tracked)
-    for trigger in triggers(tracked, connection.dialect):
+    for trigger in wanted:
         if there.get(trigger.name) != trigger.source:
             for statement in trigger.statements:
                 connection.exec_driver_sql(statement, execution_options={"no_parameters": True})  # it may hold a %
 
 
 def installed(connection: Connection, tracked: Tracked) -> dict[str, str]:
-    """The source of each trigger of ours that the table has, by name. Raises MemstateError when there is no table."""
+    """The source of each trigger of ours that the table has, by name."""
     table = tracked.table
-    if not inspect(connection).has_table(table.name, schema=table.schema):
-        raise MemstateError(f"table {table.fullname} is not there yet: create it before its triggers")
     if connection.dialect.name == "postgresql":
-        of = connection.dialect.identifier_preparer.format_table(table)
+        of = connection.dialect.identifier_preparer.format_table(table).replace("%%", "%")
         found = connection.execute(_triggers_postgresql, {"table": of}).all()
     else:
         found = connection.execute(_triggers_sqlite, {"table": table.name}).all()
@@ -396,4 +493,4 @@ _triggers_sqlite = text(
 
 
 def _digest(tracked: Tracked) -> str:
-    return hashlib.sha256(tracked.table.fullname.encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{tracked.table.fullname} {tracked.entity}".encode()).hexdigest()[:16]

@@ -365,7 +365,7 @@ def _is_elsewhere(connection: Connection, index: IndexKey) -> bool:
     """Whether the database has moved since the positions were recorded; it is noted where to."""
     known = connection.execute(select(index_state.c.cluster).where(of_index(index_state)), index.parameters()).scalar()
     cluster = _read_cluster(connection)
-    if cluster != known:
+    if cluster is not None and cluster != known:
         here = update(index_state).where(of_index(index_state)).values(cluster=cluster)
         connection.execute(here, index.parameters())
     return None not in (known, cluster) and known != cluster

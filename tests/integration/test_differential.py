@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from sqlalchemy import Engine, create_engine, event, insert, text
+from sqlalchemy import Engine, create_engine, delete, event, insert, text
 from sqlalchemy.orm import Session
 
 from memstate_sa import sqlite
+from memstate_sa.tables import log, outbox
 from tests.integration.test_histories import STEPS, UNSEEN_STEPS, Play, programs, small, wipe
 from tests.support import Note, Person, Tag, World
 
@@ -48,15 +49,13 @@ class Stage:
         wipe(self.world.engine)
         with self.world.engine.begin() as connection:  # rows that were there before they were tracked
             if self.world.engine.dialect.name == "postgresql":
-                connection.execute(text("SELECT set_config('memstate.quiet', 'on', true)"))
+                connection.execute(text("SET LOCAL session_replication_role = replica"))
                 connection.execute(text("ALTER SEQUENCE person_id_seq RESTART"))
-            else:
-                connection.execute(text("INSERT INTO memstate_current (quiet) VALUES (1)"))
             for n in range(untracked):
                 connection.execute(insert(Person.__table__), {"name": f"old{n}", "about": f"was here {n}"})
                 connection.execute(insert(Tag.__table__), {"name": f"tag{n}", "meaning": f"was here {n}"})
-            if self.world.engine.dialect.name == "sqlite":
-                connection.execute(text("DELETE FROM memstate_current"))
+            for table in (log, outbox) if self.world.engine.dialect.name == "sqlite" else ():
+                connection.execute(delete(table))  # as if there had been no triggers
 
         def run(session: Session) -> None:
             Play(self.world, session).run(steps)

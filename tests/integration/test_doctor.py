@@ -112,7 +112,11 @@ def test_triggers_that_are_missing_or_of_another_version(engine: Engine) -> None
     world = World(engine, capture="trigger")
     assert world.memory.doctor(engine).healthy
     if engine.dialect.name == "postgresql":
-        run(world, "DROP TRIGGER memstate_delete ON tag", "ALTER TABLE note DISABLE TRIGGER memstate_insert")
+        with engine.connect() as connection:
+            named = "SELECT tgname FROM pg_trigger WHERE tgrelid = '{}'::regclass AND tgname LIKE 'memstate_{}%'"
+            gone = connection.scalar(text(named.format("tag", "delete")))
+            off = connection.scalar(text(named.format("note", "insert")))
+        run(world, f"DROP TRIGGER {gone} ON tag", f"ALTER TABLE note DISABLE TRIGGER {off}")
     else:
         with engine.connect() as connection:
             names = connection.scalars(
