@@ -291,8 +291,8 @@ class Capture:
         if self._registry.by_trigger and engine not in self._telling:
             self._telling.add(engine)
             event.listen(engine, "commit", self._before_connection_commits)
-            # A SAVEPOINT that rolls back takes with it what was told since.
-            for ending in ("rollback", "rollback_savepoint", "commit_twophase", "rollback_twophase"):
+            event.listen(engine, "rollback_savepoint", self._doubt_told)
+            for ending in ("rollback", "commit_twophase", "rollback_twophase"):
                 event.listen(engine, ending, self._forget_told)
 
     def _before_commit(self, session: Session) -> None:
@@ -356,6 +356,11 @@ class Capture:
         if self._told.pop(connection, None) is not None and connection.dialect.name == "sqlite":
             triggers.tell_nothing(connection)
 
+    def _doubt_told(self, connection: Connection, *_: Any) -> None:
+        """A SAVEPOINT that rolls back takes with it what was told since."""
+        if connection in self._told:
+            self._told[connection] = ""
+
     def _forget_told(self, connection: Connection, *_: Any) -> None:
         self._told.pop(connection, None)
 
@@ -372,7 +377,7 @@ class Capture:
         triggers.tell_of_undo(connection, tx, facts)
         yield
         triggers.tell_nothing(connection)
-        self._told.pop(connection, None)
+        self._told[connection] = ""
 
     # -- writing -----------------------------------------------------------------------------------------------------
 

@@ -289,7 +289,7 @@ BEGIN
 END
 """
 
-# One statement may touch a row several times: foreign keys that cascade, triggers of the application. What it was, is its
+# One statement may touch a row several times: by foreign keys that cascade, by other triggers. What it was is its
 # first old row, unless it was made before that; what it is, the table knows. It is logged if the log says otherwise.
 _BASELINES = """
   INSERT INTO {ours}.memstate_log (tx, at, version, step, entity, key, op, image)
