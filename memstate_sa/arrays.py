@@ -6,7 +6,7 @@ caches whatever the number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pydantic_core
@@ -15,9 +15,6 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.elements import Cast
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
-
-_PAYLOAD_CHARS = 16_000_000
-"""About one statement's worth of text: PostgreSQL takes a JSONB value of 256 MB, SQLite a text of 1 GB."""
 
 
 class _elements(FunctionElement[Any]):
@@ -101,7 +98,7 @@ def _typed_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
 
 
 def rows(parameter: str) -> FromClause:
-    """A FROM element of the rows in *parameter*, whose columns are `item`; bind it with one of `payloads`."""
+    """A FROM element of the rows in *parameter*, whose columns are `item`; bind it with a JSON array of arrays."""
     return _elements(bindparam(parameter, type_=Text())).table_valued("value", name=f"{parameter}_given")
 
 
@@ -109,18 +106,3 @@ def item(of: FromClause, n: int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
     """Item *n* of each of `rows`, as *type_*; JSON null is NULL."""
     # Strings as TEXT: one that is too long is refused by the column, not cut by the cast.
     return _typed(_element(of.c.value, n), Text() if isinstance(type_, String) else type_)
-
-
-def payloads(given: Iterable[tuple[Any, ...]]) -> Iterator[str]:
-    """Rows as values of a parameter of `rows`: one, unless they are too large for a statement."""
-    some: list[tuple[Any, ...]] = []
-    chars = 0
-    for row in given:
-        length = sum(len(value) for value in row if type(value) is str)
-        if some and chars + length > _PAYLOAD_CHARS:
-            yield as_json(some)
-            some, chars = [], 0
-        some.append(row)
-        chars += length
-    if some:
-        yield as_json(some)

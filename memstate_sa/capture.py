@@ -804,8 +804,9 @@ class Capture:
         """
         ctes = getattr(context.compiled, "ctes", None)
         writes = context.isinsert or context.isupdate or context.isdelete
-        if not (writes or ctes or self._registry.by_trigger):
+        if not (writes or ctes or self._registry.by_trigger) or getattr(context, _SEEN, None) is self:
             return
+        setattr(context, _SEEN, self)  # an INSERT of many rows may be sent in many batches
         units = self._active.get(connection)
         if not units:
             return
@@ -843,6 +844,9 @@ def _commits_by_itself(connection: Connection) -> bool:
     if level is None:
         level = connection.dialect._on_connect_isolation_level  # as create_engine(isolation_level=…) was told
     return bool(level == "AUTOCOMMIT")
+
+
+_SEEN = "memstate_seen"
 
 
 def _is_known(unit: Unit, context: Any) -> bool:

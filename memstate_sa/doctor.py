@@ -17,7 +17,7 @@ from memstate_sa.codec import decode_image, decode_key
 from memstate_sa.columns import batches
 from memstate_sa.facts import Tracked
 from memstate_sa.outbox import take_write_lock
-from memstate_sa.tables import log, metadata
+from memstate_sa.tables import current, log, metadata
 from memstate_sa.verify import Progress
 
 RECONCILED = "reconciled"
@@ -161,6 +161,8 @@ class Doctor:
             yield Problem(
                 "SAVEPOINTs", "survive the ROLLBACK of their transaction: memstate_sa.sqlite.configure(engine) mends it"
             )
+        if current.name in there and self._left_told():
+            yield Problem(current.name, "holds what a transaction has left there, so others are taken for it: empty it")
         for tracked in self._registry.by_entity.values():
             if not inspector.has_table(tracked.table.name, schema=tracked.table.schema):
                 yield Problem(tracked.table.fullname, "is not there, but tracked")
@@ -169,6 +171,10 @@ class Doctor:
                     tracked.table.fullname,
                     f"has no {', '.join(wrong)} as it should be: memory.create_tables(engine) installs them",
                 )
+
+    def _left_told(self) -> bool:
+        with self._engine.connect() as connection:
+            return connection.execute(select(current.c.name).limit(1)).first() is not None
 
     def _wrong_triggers(self, tracked: Tracked) -> list[str]:
         with self._engine.connect() as connection:

@@ -6,7 +6,7 @@ looks, so entries need no order among themselves, and repeating one does no harm
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from functools import cache
 from itertools import zip_longest
@@ -41,8 +41,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Connection
 
-from memstate_sa.arrays import as_array, as_json, each, item, payloads, rows
+from memstate_sa.arrays import as_array, as_json, each, item, rows
 from memstate_sa.changes import Entry
+from memstate_sa.columns import batches
 from memstate_sa.positions import SLOTS, Page, Position, Snapshot, slot_of
 from memstate_sa.tables import Xid8, current_xid, log, outbox
 
@@ -96,16 +97,34 @@ _add_to_outbox: Insert = insert(outbox).from_select(
 _add_to_both: Insert = _add_to_outbox.add_cte(_add_to_log.cte("logging"))
 
 
+_CHARS = 16_000_000
+"""About one statement's worth of text: PostgreSQL takes a JSONB value of 256 MB, SQLite a text of 1 GB."""
+_MARKS = 8_000
+"""And of keys, which are short."""
+
+
+def _payloads(entries: Iterable[Entry]) -> Iterator[str]:
+    """*entries* as values of the parameter ``logged``: one, unless they are too large for a statement."""
+    some: list[tuple[Any, ...]] = []
+    chars = 0
+    for entity, key, op, image, reverts, step in entries:
+        # The image as text: as JSON within JSON, SQLite would parse and print it twice.
+        shown = None if image is None else as_json(image)
+        chars += len(shown or key)
+        if some and chars > _CHARS:
+            yield as_json(some)
+            some, chars = [], 0
+        some.append((entity, key, op, shown, reverts, step and op != "baseline" and not reverts))
+    if some:
+        yield as_json(some)
+
+
 def add(
     connection: Connection, entries: Iterable[Entry], dirty: Iterable[tuple[str, str]], tx: str, at: datetime
 ) -> None:
     """Log *entries*, and mark the keys *dirty*: on PostgreSQL one round trip, as long as it is not megabytes."""
-    logged = payloads(
-        # The image as text: as JSON within JSON, SQLite would parse and print it twice.
-        (entity, key, op, None if image is None else as_json(image), reverts, step and op != "baseline" and not reverts)
-        for entity, key, op, image, reverts, step in entries
-    )
-    marked = payloads((slot_of(entity, key), entity, key) for entity, key in dirty)
+    logged = _payloads(entries)
+    marked = (as_json(some) for some in batches([(slot_of(*fact), *fact) for fact in dirty], _MARKS))
     given = {"tx": tx, "at": at}
     if connection.dialect.name == "postgresql":
         for some, marks in zip_longest(logged, marked, fillvalue="[]"):

