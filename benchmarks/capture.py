@@ -27,21 +27,26 @@ TARGETS = {
 SLOW = {"continuum": 3, "history": 3}
 """Contenders that take part in every n-th round only: they take seconds a commit."""
 
-PEERS = ("continuum-subquery", "continuum", "history")
+PEERS = {
+    "continuum-subquery": "Continuum subquery",
+    "continuum": "Continuum",
+    "history": "sqlalchemy-history",
+}
 CONTENDERS = ("plain", "memstate_sa", "triggers", *PEERS)
 GET = Target(1.05)
 
 
 def run(*, quick: bool = False, databases_: tuple[str, ...] = ("sqlite", "postgresql")) -> None:
     count, rounds = (200, 5) if quick else (1000, 18)
+    contenders = [name for name in CONTENDERS if not (quick and name in SLOW)]
     if "sqlite" in databases_:
         with databases.folder() as home:
-            urls = {name: databases.sqlite_url(home) for name in CONTENDERS}
+            urls = {name: databases.sqlite_url(home) for name in contenders}
             show("SQLite, file", measure(urls, count, rounds), count)
             gets("SQLite, file", lambda: databases.sqlite_url(home), quick=quick)
     if "postgresql" in databases_:
         with databases.postgres_server() as server, ExitStack() as stack:
-            urls = {name: stack.enter_context(databases.postgres_database(server)) for name in CONTENDERS}
+            urls = {name: stack.enter_context(databases.postgres_database(server)) for name in contenders}
             show("PostgreSQL", measure(urls, count, rounds), count)
             gets("PostgreSQL", lambda: stack.enter_context(databases.postgres_database(server)), quick=quick)
 
@@ -96,8 +101,8 @@ def show(database: str, measured: Measured, count: int) -> None:
     rounds = len(plain["insert"])
     result = table(
         f"Commit of {count} tracked objects, {database}: median of {rounds} interleaved rounds",
-        "", "plain", "memstate_sa", "ratio", "quartiles", "target", "triggers", "Continuum subquery", "Continuum",
-        "sqlalchemy-history",
+        "", "plain", "memstate_sa", "ratio", "quartiles", "target", "triggers",
+        *(shown for name, shown in PEERS.items() if name in seconds),
     )  # fmt: skip
     for op in OPERATIONS:
         ours = seconds["memstate_sa"][op]
@@ -110,13 +115,13 @@ def show(database: str, measured: Measured, count: int) -> None:
             f"{low:.2f}-{high:.2f}",
             TARGETS[database][op].verdict(ratio(ours, plain[op])),
             f"{ratio(seconds['triggers'][op], plain[op]):.2f}×",
-            *(f"{ratio(seconds[name][op], plain[op][:: SLOW.get(name, 1)]):.1f}×" for name in PEERS),
+            *(f"{ratio(seconds[name][op], plain[op][:: SLOW.get(name, 1)]):.1f}×" for name in PEERS if name in seconds),
         )
     console.print(result)
     if database == "PostgreSQL":
-        written = table("WAL, bytes an object", "", *CONTENDERS)
+        written = table("WAL, bytes an object", "", *measured)
         for op in OPERATIONS:
-            written.add_row(op, *(f"{median(w for _, w in measured[name][op]) / count:.0f}" for name in CONTENDERS))
+            written.add_row(op, *(f"{median(w for _, w in of[op]) / count:.0f}" for of in measured.values()))
         console.print(written)
 
 

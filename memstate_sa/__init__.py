@@ -7,6 +7,7 @@ when it rolls back, none of them ever existed.
 from memstate_sa import sqlite
 from memstate_sa.capture import UntrackedWriteWarning
 from memstate_sa.changes import Change
+from memstate_sa.doctor import Diagnosis
 from memstate_sa.errors import (
     ConflictError,
     DeliveryError,
@@ -35,6 +36,7 @@ __all__ = [
     "DeliveryError",
     "DeliveryRejected",
     "DeliveryRetryable",
+    "Diagnosis",
     "DriftReport",
     "Fact",
     "HistoryMissing",

@@ -18,7 +18,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from pydantic import ValidationError
-from sqlalchemy import Select, Table, delete, event, insert, inspect, select, type_coerce
+from sqlalchemy import Select, delete, event, insert, inspect, select, type_coerce
 from sqlalchemy.engine import Connection, Engine, IteratorResult, Result
 from sqlalchemy.engine.result import SimpleResultMetaData
 from sqlalchemy.exc import IntegrityError, UnboundExecutionError
@@ -26,7 +26,6 @@ from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction,
 from sqlalchemy.orm.base import NO_VALUE
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.dml import UpdateBase
-from sqlalchemy.sql.selectable import AliasedReturnsRows
 
 from memstate_sa import outbox, sqlite, tables, triggers
 from memstate_sa.arrays import as_array
@@ -34,76 +33,15 @@ from memstate_sa.changes import Entry, Op, fold, new_tx
 from memstate_sa.codec import decode_key
 from memstate_sa.columns import RAW, READ_CHUNK, TableColumns, batches
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
-from memstate_sa.facts import Tracked, check_single_table, inheritance_criterion, unique_value
+from memstate_sa.facts import Tracked, inheritance_criterion, unique_value
 from memstate_sa.outbox import deleted_keys, take_write_lock, unknown_keys
+from memstate_sa.registry import Registry
 from memstate_sa.schemas import failure
 from memstate_sa.tables import utcnow
 
 
 class UntrackedWriteWarning(UserWarning):
     """A write to a tracked table bypassed the log (``on_untracked="warn"``)."""
-
-
-class Registry:
-    """The tracked classes of one Memory."""
-
-    def __init__(self) -> None:
-        self._by_mapper: dict[Mapper[Any], Tracked | None] = {}
-        self.by_entity: dict[str, Tracked] = {}
-        self.by_table: dict[Table, Tracked] = {}
-        self.by_table_name: dict[tuple[str | None, str], Tracked] = {}
-        self.validates = False
-        self.by_trigger = False  # whether any class is
-
-    def add(self, tracked: Tracked) -> None:
-        other = self.by_entity.get(tracked.entity)
-        if other is not None:
-            raise MemstateError(f"entity {tracked.entity!r} is already tracked, by {other.model.__name__}")
-        if tracked.table in self.by_table:
-            raise MemstateError(
-                f"table {tracked.table.fullname} is already tracked, by {self.by_table[tracked.table].model.__name__}; "
-                "tracking a base class tracks its subclasses"
-            )
-        self.by_entity[tracked.entity] = tracked
-        self.by_table[tracked.table] = self.by_table_name[tracked.table.schema, tracked.table.name] = tracked
-        self.validates |= tracked.validate is not None
-        self.by_trigger |= tracked.by_trigger
-        self._by_mapper = {**{m: t for m, t in self._by_mapper.items() if t is not None}, tracked.mapper: tracked}
-
-    def find(self, mapper: Mapper[Any]) -> Tracked | None:
-        """What tracks *mapper*, itself or through a base class."""
-        if mapper not in self._by_mapper:
-            bases = mapper.iterate_to_root()
-            found = next((self._by_mapper[base] for base in bases if self._by_mapper.get(base) is not None), None)
-            if found is not None and mapper.persist_selectable is not found.table:
-                check_single_table(mapper, found.table)
-                raise UntrackedWrite(f"{mapper.class_.__name__} has a table of its own, which is not tracked")
-            self._by_mapper[mapper] = found
-        return self._by_mapper[mapper]
-
-    def named(self, table: Any, default_schema: str | None) -> Tracked | None:
-        """What tracks the table of this name: another Table object of it, a reflected one, an alias is the same table.
-
-        The default schema may be named or not.
-        """
-        while isinstance(table, AliasedReturnsRows):
-            table = table.element
-        name, schema = getattr(table, "name", None), getattr(table, "schema", None)
-        if not isinstance(name, str):
-            return None
-        found = self.by_table_name.get((schema, name))
-        if found is None and schema in (None, default_schema):
-            found = self.by_table_name.get((default_schema if schema is None else None, name))
-        return found
-
-    def of(self, model: type[Any]) -> Tracked:
-        """What tracks the class *model*. Raises MemstateError when nothing does."""
-        mapper = inspect(model, raiseerr=False)
-        found = self.find(mapper) if isinstance(mapper, Mapper) else None
-        if found is None:
-            name = getattr(model, "__name__", repr(model))
-            raise MemstateError(f"{name} is not tracked by this Memory; memory.track({name}, text=…) does that")
-        return found
 
 
 @dataclass
@@ -648,18 +586,18 @@ class Capture:
         capture = self._capture_of(state, mapper, tracked, connection)
         for _attempt in range(_BULK_ATTEMPTS):
             savepoint = connection.begin_nested()
+            result = None
             try:
                 result = capture()
-            except BaseException:
-                savepoint.rollback()
-                for instance in list(state.session.identity_map.values()):  # synchronised with what is undone
-                    if isinstance(instance, mapper.class_):
-                        state.session.expire(instance)
-                raise
+            finally:
+                if result is None:
+                    savepoint.rollback()
+                    for instance in list(state.session.identity_map.values()):  # synchronised with what is undone
+                        if isinstance(instance, mapper.class_):
+                            state.session.expire(instance)
             if result is not None:
                 savepoint.commit()
                 return result
-            savepoint.rollback()
         raise ConflictError(
             f"others keep committing rows of {tracked.entity} that match this statement; run the transaction again"
         )

@@ -11,12 +11,13 @@ from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa import sqlite, triggers, truth
 from memstate_sa.arrays import as_array, each
-from memstate_sa.capture import Capture, Registry, Unit
+from memstate_sa.capture import Capture, Unit
 from memstate_sa.changes import Entry, Image, new_tx
 from memstate_sa.codec import decode_image, decode_key
 from memstate_sa.columns import batches
 from memstate_sa.facts import Tracked
 from memstate_sa.outbox import take_write_lock
+from memstate_sa.registry import Registry
 from memstate_sa.tables import current, log, metadata
 from memstate_sa.verify import Progress
 

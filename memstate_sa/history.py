@@ -14,12 +14,13 @@ from sqlalchemy.orm import Session
 from sqlalchemy.schema import sort_tables
 
 from memstate_sa.arrays import as_array, each
-from memstate_sa.capture import Capture, Registry, Unit
+from memstate_sa.capture import Capture, Unit
 from memstate_sa.changes import Change, Entry, Image, Step, invert, new_tx
 from memstate_sa.codec import decode_image, decode_key
 from memstate_sa.errors import ConflictError, HistoryMissing, MemstateError, NotFound, require_count
 from memstate_sa.facts import Tracked
 from memstate_sa.outbox import take_write_lock
+from memstate_sa.registry import Registry
 from memstate_sa.tables import log, transaction
 
 _PAGE = 200

@@ -15,7 +15,7 @@ from sqlalchemy.engine import URL, Engine
 from sqlalchemy.orm import Session
 
 from memstate_sa import history, tables, triggers, truth
-from memstate_sa.capture import Capture, Registry, Unit
+from memstate_sa.capture import Capture, Unit
 from memstate_sa.changes import Change
 from memstate_sa.codec import is_text
 from memstate_sa.columns import TableColumns
@@ -24,6 +24,7 @@ from memstate_sa.embedders import Embedder, WordLlamaEmbedder
 from memstate_sa.errors import DeliveryError, MemstateError, require_count
 from memstate_sa.facts import Tracked, describe
 from memstate_sa.indexes.base import VectorIndex
+from memstate_sa.registry import Registry
 from memstate_sa.relay import Relay
 from memstate_sa.relay.backlog import Backlog, backlog, keys_of, lacks
 from memstate_sa.relay.claims import IndexKey

@@ -18,7 +18,7 @@ from sqlalchemy import FromClause, Select, bindparam, case, func, select, union
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
-from memstate_sa.capture import Capture, Registry
+from memstate_sa.capture import Capture
 from memstate_sa.codec import decode_key, encode_key
 from memstate_sa.columns import TableColumns, batches
 from memstate_sa.errors import DeliveryError, DeliveryRejected, MemstateError
@@ -26,6 +26,7 @@ from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.filters import push_down
 from memstate_sa.indexes.base import Filter, Match, Vector, VectorIndex
 from memstate_sa.outbox import after, undelivered
+from memstate_sa.registry import Registry
 from memstate_sa.relay.backlog import Standing, read_standing, stuck
 from memstate_sa.relay.claims import IndexKey
 from memstate_sa.relay.plan import guarded, halves

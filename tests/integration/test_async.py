@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event, insert, select, update
+from sqlalchemy import Engine, event, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -134,3 +134,19 @@ async def test_engine_arguments_take_an_async_engine(world: World, async_engine:
     assert memory.verify(async_engine).clean
     assert memory.status(async_engine)["memory"].pending == 0
     memory.sync_engine(async_engine).dispose()
+
+
+async def test_triggers_know_the_labels_of_an_async_session(engine: Engine, async_engine: AsyncEngine) -> None:
+    """They are told on the connection that the AsyncSession writes on."""
+    world = World(engine, capture="trigger")
+    maker = async_sessionmaker(async_engine)
+    world.memory.attach(maker)
+    async with maker() as session:
+        world.memory.annotate(session, actor="ada")
+        await session.execute(text("INSERT INTO tag (name, meaning) VALUES ('a', 'x')"))
+        session.add(Tag(name="b"))
+        await session.commit()
+        changes = await session.run_sync(lambda sync: world.memory.history(sync, Tag))
+        assert [(change.key, change.actor) for change in changes] == [("a", "ada"), ("b", "ada")]
+        assert world.memory.token(session) == changes[0].tx == changes[1].tx
+    await asyncio.to_thread(world.assert_in_step)

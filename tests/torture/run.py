@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from chromadb.errors import InternalError
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy import text
@@ -25,11 +26,12 @@ from memstate_sa import MemstateError
 from memstate_sa.relay.backlog import Backlog, backlog
 from memstate_sa.relay.claims import IndexKey
 from tests.torture import worker, writer
-from tests.torture.app import WORKERS, WRITERS, App, Base, Setting
+from tests.torture.app import COLLECTION, WORKERS, WRITERS, App, Base, Setting
 from tests.torture.audit import Audit, audit
 from tests.torture.servers import Chroma, Postgres
 
 _DRAINED_WITHIN_S = 90.0
+_BROKEN_AFTER_S = 15.0
 _ENDED_WITHIN_S = 20.0
 _EXPOSED_S = 3.0
 _SHOWN = 20
@@ -69,6 +71,8 @@ class Report:
     oldest_s: dict[str, float] = field(default_factory=dict)
     """The longest that a key was seen to wait, by index."""
     drained_after_s: float | None = None
+    chroma_replaced: int = 0
+    """Its files were broken, by Chroma's own measure."""
     problems: list[str] = field(default_factory=list)
     audit: Audit = field(default_factory=Audit)
 
@@ -165,11 +169,29 @@ class Torture:
                 self._report.drained_after_s = quiet_since - began
             elif time.monotonic() - quiet_since > 2 * self._setting.lease_s:  # whoever was late has said so
                 break
+            if time.monotonic() - began > _BROKEN_AFTER_S and self._replace_broken_chroma(app):
+                began, quiet_since = time.monotonic(), None
             self._say(f"draining: {status}")
             time.sleep(0.1)
         else:
             self._report.problems.append(f"not drained within {_DRAINED_WITHIN_S:g} s: {self._status(app)}")
         self._stop("worker")
+
+    def _replace_broken_chroma(self, app: App) -> bool:
+        """Do as its operator would: a kill may leave Chroma's own files such that it answers with 500 from then on.
+
+        What it held is then delivered anew.
+        """
+        try:
+            app.chroma._client.get_collection(COLLECTION, embedding_function=None).get(limit=1)
+        except InternalError:
+            self._chroma.replace()
+            self._report.chroma_replaced += 1
+            self._note(replaced="Chroma")
+            return True
+        except Exception:  # it is asked again
+            return False
+        return False
 
     def _status(self, app: App) -> dict[str, Backlog] | None:
         try:
@@ -456,6 +478,7 @@ def show(report: Report, console: Console) -> None:
     for name, seconds in report.oldest_s.items():
         done.add_row(f"{name}: longest wait that was seen", f"{seconds:.1f} s")
     drained = report.drained_after_s
+    done.add_row("Chroma's own files broken, and replaced", str(report.chroma_replaced))
     done.add_row("all delivered after the last fault", "never" if drained is None else f"{drained:.1f} s")
     console.print(done)
     found = Table("audit", "found")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -84,6 +85,12 @@ class Chroma:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def replace(self) -> None:
+        """Start it on an empty folder."""
+        self.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self.start()
 
 
 def _free_port() -> int:
