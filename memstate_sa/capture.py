@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -860,17 +860,18 @@ def _may_update(statement: Any) -> bool:
 
 def _upserts_key(statement: Any, tracked: Tracked) -> bool:
     """Whether ON CONFLICT DO UPDATE sets a primary key."""
-    clause = getattr(statement, "_post_values_clause", None)
-    sets = getattr(clause, "update_values_to_set", None) or ()
-    names = {name for column in tracked.key_columns for name in (column.name, column.key)}
-    given = sets.keys() if isinstance(sets, Mapping) else (column for column, _ in sets)
-    return any(getattr(column, "key", column) in names for column in given)
+    sets = getattr(statement._post_values_clause, "update_values_to_set", None) or ()
+    return _names_any(sets.keys() if isinstance(sets, Mapping) else [column for column, _ in sets], tracked.key_columns)
 
 
 def _sets_any(statement: Any, columns: Sequence[Any]) -> bool:
-    names = {column.name for column in columns} | {column.key for column in columns}
     ordered = getattr(statement, "_ordered_values", None) or ()  # SQLAlchemy 2.0; in 2.1 they are among the others
-    given = [*(statement._values or ()), *(column for column, _ in ordered)]
+    return _names_any([*(statement._values or ()), *(column for column, _ in ordered)], columns)
+
+
+def _names_any(given: Iterable[Any], columns: Sequence[Any]) -> bool:
+    """Whether any of *given*, columns or names, is one of *columns*."""
+    names = {column.name for column in columns} | {column.key for column in columns}
     return any(getattr(column, "key", column) in names for column in given)
 
 

@@ -96,31 +96,34 @@ class Doctor:
             after = keys[-1]
             found.checked += len(keys)
             found.unlogged += len(keys) - len(known)
-            if differing := self._confirmed(tracked, list(known)):
+            if differing := self._confirmed(tracked, known):
                 yield differing, False
             if progress is not None:
                 progress(found.checked, None)
         after = ""
         while True:
             with self._engine.connect() as connection:
-                keys = list(connection.scalars(_logged_keys, _page_of(tracked, after, self._page_size)))
-                living = [key for key, last in _last_entries(connection, tracked, keys).items() if last.op != "delete"]
-                there = _rows(connection, tracked, living)
+                page = {"entity": tracked.entity, "after": after, "limit": self._page_size}
+                keys = list(connection.scalars(_logged_keys, page))
+                entries = _last_entries(connection, tracked, keys)
+                living = {key: last for key, last in entries.items() if last.op != "delete"}
+                there = _rows(connection, tracked, list(living))
             if not keys:
                 break
             after = keys[-1]
-            if lost := self._confirmed(tracked, [key for key in living if key not in there]):
+            if lost := self._confirmed(tracked, {key: last for key, last in living.items() if key not in there}):
                 yield lost, True
 
-    def _confirmed(self, tracked: Tracked, keys: Sequence[str]) -> list[str]:
-        """Those of *keys* whose row differs from a last entry that stays the same while it is looked at."""
-        if not keys:
+    def _confirmed(self, tracked: Tracked, before: Mapping[str, _Last]) -> list[str]:
+        """The keys whose row differs from the last entry, *before*, that is still the last after it was read."""
+        if not before:
             return []
+        keys = list(before)
         with self._engine.connect() as connection:
-            before = _last_entries(connection, tracked, keys)
             rows = _rows(connection, tracked, keys)
             after = _last_entries(connection, tracked, keys)
-        return [key for key, last in before.items() if after[key].id == last.id and _differs(last, rows.get(key))]
+        same = [key for key, last in before.items() if key in after and after[key].id == last.id]
+        return [key for key in same if _differs(before[key], rows.get(key))]
 
     def _reconcile(self, tracked: Tracked, keys: Sequence[str]) -> None:
         """Log what became of *keys*, and have them delivered. It is no step of anybody's: rollback passes it by."""
@@ -207,10 +210,6 @@ _logged_keys = (
     .order_by(log.c.key)
     .limit(bindparam("limit"))
 )
-
-
-def _page_of(tracked: Tracked, after: str, limit: int) -> Mapping[str, Any]:
-    return {"entity": tracked.entity, "after": after, "limit": limit}
 
 
 def _last_entries(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> dict[str, _Last]:

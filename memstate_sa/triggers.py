@@ -330,16 +330,16 @@ _NO_ROWS = "SELECT NULL::text AS key, NULL::text AS image, 0::bigint AS n WHERE 
 
 def _on_postgresql(writer: _Writer, table: str, ours: str) -> Iterator[Trigger]:
     """Once a statement, of all its rows. On TRUNCATE before it, as there are no rows after."""
-    old, new, now = writer.row("r", old=True), writer.row("r", old=True), writer.row("t")
+    shown, now = writer.row("r", old=True), writer.row("t")
     names = [writer.quote(column.name) for column in writer.keys]
     numbered = "SELECT {0} AS key, {1} AS image, {2} AS ours, row_number() OVER () AS n FROM {3} AS r"
     first_old = (
-        f"SELECT DISTINCT ON (key) key, image, n FROM ({numbered.format(*old, 'old_rows')}) AS x WHERE ours "
+        f"SELECT DISTINCT ON (key) key, image, n FROM ({numbered.format(*shown, 'old_rows')}) AS x WHERE ours "
         "ORDER BY key, n"
     )
     first_new = (
-        f"SELECT key, min(n) AS n FROM ({numbered.format(new.key, 'NULL', new.criterion, 'new_rows')}) AS x WHERE ours "
-        "GROUP BY key"
+        f"SELECT key, min(n) AS n FROM ({numbered.format(shown.key, 'NULL', shown.criterion, 'new_rows')}) AS x "
+        "WHERE ours GROUP BY key"
     )
 
     def current_rows(*transitions: str) -> str:
