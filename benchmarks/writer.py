@@ -65,7 +65,7 @@ def memstate_sa(capture: Literal["session", "trigger"]) -> Adopt:
 def history(engine: Engine) -> tuple[type[Any], sessionmaker[Session]]:
     from sqlalchemy_history import make_versioned
 
-    make_versioned(user_cls=None)  # type: ignore[no-untyped-call]
+    make_versioned(user_cls=None)
     model = define(strategy="validity")
     configure_mappers()
     model.metadata.create_all(engine)
