@@ -35,7 +35,7 @@ from memstate_sa.columns import RAW, READ_CHUNK, TableColumns, batches
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
 from memstate_sa.facts import Tracked, inheritance_criterion, unique_value
 from memstate_sa.outbox import deleted_keys, take_write_lock, unknown_keys
-from memstate_sa.registry import Registry
+from memstate_sa.registry import Registry, unaliased
 from memstate_sa.schemas import failure
 from memstate_sa.tables import utcnow
 
@@ -128,6 +128,11 @@ class Capture:
         self._registry.add(tracked)
         for name, listener in () if tracked.by_trigger else self.mapper_listeners.items():
             event.listen(tracked.model, name, listener, raw=True, propagate=True)
+        event.listen(tracked.model, "after_mapper_constructed", self._after_mapper_constructed, propagate=True)
+
+    def _after_mapper_constructed(self, mapper: Mapper[Any], model: type[Any]) -> None:
+        """A subclass of a tracked class."""
+        self._registry.extend(mapper)
 
     def attach(self, target: Any) -> None:
         """Listen to the Sessions of *target*. Idempotent."""
@@ -384,6 +389,8 @@ class Capture:
         columns = tracked.on(connection.dialect)
         with unit.writing():
             take_write_lock(connection)
+            if len(tracked.tables) > 1:
+                columns.lock(connection, raw_keys)
         by_key = {columns.encode_key(raw): raw for raw in raw_keys}
         if canonical is not None:
             canonical.update((raw, key) for key, raw in by_key.items())
@@ -634,11 +641,13 @@ class Capture:
             return None if state.bind_mapper is None else self._registry.find(state.bind_mapper)
         statement: Any = state.statement
         tracked = self._registry.by_table.get(statement.table)
-        # Of one class among several in a table, or with a WHERE for each set of parameters: left to the guard.
-        if tracked is None or tracked.criterion is not None:
+        # Of one class among several in a table, or with a WHERE for each set of parameters: left to the guard. So is
+        # an INSERT of a part of a row.
+        if tracked is None or tracked.criterion is not None or statement.table in tracked.tables[: tracked.inherited]:
             return None
-        many = isinstance(state.parameters, (list, tuple)) and not state.is_insert
-        return None if many else tracked
+        if state.is_insert:
+            return tracked if len(tracked.tables) == 1 or statement.table is tracked.table else None
+        return None if isinstance(state.parameters, (list, tuple)) else tracked
 
     def _bulk_insert(
         self, state: ORMExecuteState, mapper: Mapper[Any], tracked: Tracked, connection: Connection
@@ -654,7 +663,7 @@ class Capture:
         """Run an INSERT; its result as the caller wants it, and the keys of the rows that it inserted or changed."""
         statement: Any = state.statement
         columns = tracked.on(connection.dialect)
-        keys = [mapper.columns[tracked.attributes[name]] for name in columns.key_names]
+        keys = [getattr(mapper.class_, name) for name in tracked.key_attributes]
         with self.unit(state.session).writing():
             result: Any = state.invoke_statement(statement=statement.returning(*keys))
             names = list(result.keys())[: -len(keys)]
@@ -698,22 +707,25 @@ class Capture:
         unit = self.unit(state.session)
         statement: Any = state.statement
         columns = tracked.on(connection.dialect)
-        key_attributes = [mapper.columns[tracked.attributes[name]] for name in columns.key_names]
-        if state.is_update and _sets_any(statement, key_attributes):
+        table: Any = mapper.local_table if state.is_orm_statement else statement.table
+        key_columns = list(table.primary_key.columns)
+        if state.is_update and _sets_any(statement, key_columns):
             self._refuse(connection, statement, "it changes primary keys; do that on the objects")
         keys: list[tuple[Any, ...]]
         if isinstance(state.parameters, (list, tuple)):
             if statement._where_criteria:
                 self._refuse(connection, statement, "give executemany rows their primary keys instead of a WHERE")
             keys = [
-                columns.raw_key([row[mapper.get_property_by_column(column).key] for column in key_attributes])
+                columns.raw_key([row[mapper.get_property_by_column(column).key] for column in key_columns])
                 for row in state.parameters
             ]
         else:
-            matching: Select[Any] = select(*(type_coerce(column, RAW) for column in key_attributes))
+            matching: Select[Any] = select(*(type_coerce(column, RAW) for column in key_columns))
             criterion = inheritance_criterion(mapper)
+            if criterion is not None and table is not tracked.table:
+                self._refuse(connection, statement, "it is one of several classes in this table; give it their keys")
             criteria = statement._where_criteria if criterion is None else (*statement._where_criteria, criterion)
-            matching = matching.where(*criteria).with_for_update(of=tracked.table)
+            matching = matching.where(*criteria).with_for_update(of=table)
             keys = [tuple(row) for row in connection.execute(matching, state.parameters or {}).all()]
         keys = list(dict.fromkeys(keys))
         baselines = self.baselines(connection, unit, tracked, keys)
@@ -761,11 +773,12 @@ class Capture:
 
     def _refuse(self, connection: Connection, statement: Any, way_out: str) -> None:
         """Raise, or warn, if *statement* is on a tracked table, and no trigger sees it."""
-        tracked = self._registry.named(getattr(statement, "table", None), connection.dialect.default_schema_name)
+        table = unaliased(getattr(statement, "table", None))
+        tracked = self._registry.named(table, connection.dialect.default_schema_name)
         if tracked is None or tracked.by_trigger:
             return
         kind = statement.__visit_name__.upper()  # the class may be an annotated one
-        message = f"{kind} on {tracked.table.fullname} would bypass the log of {tracked.model.__name__}: {way_out}"
+        message = f"{kind} on {table.name} would bypass the log of {tracked.model.__name__}: {way_out}"
         if tracked.on_untracked == "raise":
             raise UntrackedWrite(message)
         warnings.warn(message, UntrackedWriteWarning, stacklevel=2)

@@ -8,7 +8,7 @@ JSON, whose SQL NULL and 'null' the driver cannot tell apart, travel as the serv
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from sqlalchemy import (
     any_,
     bindparam,
     cast,
+    literal_column,
     select,
     tuple_,
     type_coerce,
@@ -112,6 +113,15 @@ class TableColumns:
         ]
         self._key_is_raw = not any(self._key_binds)
 
+    @property
+    def of_table(self) -> Mapping[Table, TableColumns]:
+        """Those of each of the tables that make up a row."""
+        return {self.table: self}
+
+    def parts(self, image: Mapping[str, Any] | None) -> dict[Table, Mapping[str, Any] | None]:
+        """What *image* says of each of the tables: None where there is no row."""
+        return {self.table: image}
+
     def implementation(self, column: Column[Any]) -> TypeEngine[Any]:
         """The dialect's type of *column*, below any TypeDecorator."""
         return self._impl[column.name]
@@ -184,6 +194,15 @@ class TableColumns:
                 raise MemstateError(f"{self.table.fullname}: {error}") from error
         return images
 
+    def lock(self, connection: Connection, keys: Sequence[Sequence[Any]]) -> None:
+        """Hold the rows of *keys* until the transaction ends: whoever changes another part of them waits."""
+        if connection.dialect.name == "sqlite":  # there is one writer
+            return
+        columns = self.table.primary_key.columns
+        statement: Select[Any] = select(literal_column("1")).where(self.key_in).order_by(*columns).with_for_update()
+        for some in batches(keys):
+            connection.execute(statement, self.key_parameters(some))
+
     def key_of(self, row: Sequence[Any]) -> str:
         """The canonical key of a row selected with `raw` for every column."""
         return self.encode_key([row[position] for position in self._key_positions])
@@ -238,3 +257,54 @@ class TableColumns:
         if self.travels_as_text(column):
             return None
         return process
+
+
+class JoinedColumns(TableColumns):
+    """Statements and conversions for a class with joined inheritance: rows in several tables, by one primary key.
+
+    An image holds the columns of the first table by their names, those of another as ``table.column``, and of those
+    tables only in which the row is. *required*: without a row in the so many tables after the first, there is none.
+    """
+
+    def __init__(self, tables: Sequence[Table], dialect: Dialect, *, required: int = 0) -> None:
+        super().__init__(tables[0], dialect)
+        self._of_table = {table: TableColumns(table, dialect) for table in tables}
+        self._prefixes = {f"{table.fullname}.": table for table in tables[1:]}
+        self._required = tables[1 : 1 + required]
+
+    @property
+    def of_table(self) -> Mapping[Table, TableColumns]:
+        return self._of_table
+
+    def read(
+        self, connection: Connection, keys: Sequence[Sequence[Any]], *, for_update: bool = False
+    ) -> dict[str, dict[str, Any]]:
+        images = super().read(connection, keys, for_update=for_update)
+        keys = [decode_key(key) for key in images]
+        for prefix, table in self._prefixes.items():
+            parts = self._of_table[table].read(connection, keys) if keys else {}
+            for key, part in parts.items():
+                images[key].update({prefix + name: value for name, value in part.items()})
+            if table in self._required:
+                images = {key: image for key, image in images.items() if key in parts}
+        return images
+
+    def parts(self, image: Mapping[str, Any] | None) -> dict[Table, Mapping[str, Any] | None]:
+        found: dict[Table, Mapping[str, Any] | None] = dict.fromkeys(self._of_table)
+        found.update({self._prefixes.get(prefix, self.table): part for prefix, part in self._divide(image or {})})
+        return found
+
+    def values(self, image: dict[str, Any]) -> dict[str, Any]:
+        return {
+            prefix + name: value
+            for prefix, part in self._divide(image)
+            for name, value in self._of_table[self._prefixes.get(prefix, self.table)].values(part).items()
+        }
+
+    def _divide(self, image: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+        """What of *image* is of each table, by the prefix of its names: none for the first."""
+        parts: dict[str, dict[str, Any]] = {}
+        for name, value in image.items():
+            prefix = next((prefix for prefix in self._prefixes if name.startswith(prefix)), "")
+            parts.setdefault(prefix, {})[name.removeprefix(prefix)] = value
+        return parts.items()

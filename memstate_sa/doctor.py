@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sqlalchemy import bindparam, func, inspect, select
+from sqlalchemy import Inspector, bindparam, func, inspect, select
 from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa import sqlite, triggers, truth
@@ -14,7 +14,7 @@ from memstate_sa.arrays import as_array, each
 from memstate_sa.capture import Capture, Unit
 from memstate_sa.changes import Entry, Image, new_tx
 from memstate_sa.codec import decode_image, decode_key
-from memstate_sa.columns import batches
+from memstate_sa.columns import TableColumns, batches
 from memstate_sa.facts import Tracked
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.registry import Registry
@@ -67,7 +67,7 @@ class Doctor:
         if not inspector.has_table(log.name):
             return found
         for tracked in self._registry.by_entity.values():
-            if not inspector.has_table(tracked.table.name, schema=tracked.table.schema):
+            if not _has_tables(inspector, tracked):
                 continue
             for keys, gone in self._differences(tracked, found, progress):
                 (found.gone if gone else found.changed).extend(self._shown(tracked, keys))
@@ -123,7 +123,8 @@ class Doctor:
             rows = _rows(connection, tracked, keys)
             after = _last_entries(connection, tracked, keys)
         same = [key for key, last in before.items() if key in after and after[key].id == last.id]
-        return [key for key in same if _differs(before[key], rows.get(key))]
+        columns = tracked.on(self._engine.dialect)
+        return [key for key in same if _differs(before[key], rows.get(key), columns)]
 
     def _reconcile(self, tracked: Tracked, keys: Sequence[str]) -> None:
         """Log what became of *keys*, and have them delivered. It is no step of anybody's: rollback passes it by."""
@@ -133,7 +134,7 @@ class Doctor:
             entries = []
             for key, last in _last_entries(connection, tracked, keys).items():
                 row = rows.get(key)
-                if _differs(last, row):
+                if _differs(last, row, tracked.on(connection.dialect)):
                     op = "delete" if row is None else "insert" if last.op == "delete" else "update"
                     entries.append(Entry(tracked.entity, key, op, row, step=False))  # type: ignore[arg-type]
             if entries:
@@ -168,8 +169,9 @@ class Doctor:
         if current.name in there and self._left_told():
             yield Problem(current.name, "holds what a transaction has left there, so others are taken for it: empty it")
         for tracked in self._registry.by_entity.values():
-            if not inspector.has_table(tracked.table.name, schema=tracked.table.schema):
-                yield Problem(tracked.table.fullname, "is not there, but tracked")
+            if not _has_tables(inspector, tracked):
+                names = ", ".join(table.fullname for table in tracked.tables)
+                yield Problem(tracked.entity, f"is tracked, but not all of its tables are there ({names})")
             elif tracked.by_trigger and log.name in there and (wrong := self._wrong_triggers(tracked)):
                 yield Problem(
                     tracked.table.fullname,
@@ -228,13 +230,21 @@ def _rows(
     return columns.read(connection, [decode_key(key) for key in keys], for_update=for_update)
 
 
-def _differs(last: _Last, row: Image | None) -> bool:
+def _differs(last: _Last, row: Image | None, columns: TableColumns) -> bool:
     """A column that was added or dropped since is no difference: nobody has changed the row."""
-    logged = None if last.op == "delete" else last.image
+    logged = columns.parts(None if last.op == "delete" else last.image)
+    return any(_part_differs(logged[table], part) for table, part in columns.parts(row).items())
+
+
+def _part_differs(logged: Image | None, row: Image | None) -> bool:
     if logged is None or row is None:
         return (logged is None) is not (row is None)
     was, is_ = decode_image(logged), decode_image(row)
     return any(not _same(was[name], is_[name]) for name in was.keys() & is_.keys())
+
+
+def _has_tables(inspector: Inspector, tracked: Tracked) -> bool:
+    return all(inspector.has_table(table.name, schema=table.schema) for table in tracked.tables)
 
 
 def _same(one: Any, other: Any) -> bool:

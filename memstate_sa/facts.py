@@ -5,17 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, time
 from enum import Enum
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from sqlalchemy import Boolean, Column, ColumnElement, Select, String, Table, Text, inspect, select
+from sqlalchemy import (
+    BinaryExpression,
+    Boolean,
+    Column,
+    ColumnElement,
+    FromClause,
+    Select,
+    String,
+    Table,
+    Text,
+    and_,
+    func,
+    inspect,
+    select,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import NoInspectionAvailable
+from sqlalchemy.ext.declarative import ConcreteBase
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -25,10 +41,11 @@ from sqlalchemy.orm import (
     mapped_column,
 )
 from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.sql import operators, visitors
 
 from memstate_sa.arrays import as_json
 from memstate_sa.codec import encode, encode_key
-from memstate_sa.columns import TableColumns
+from memstate_sa.columns import JoinedColumns, TableColumns
 from memstate_sa.errors import MemstateError
 from memstate_sa.indexes.base import Scalar
 from memstate_sa.schemas import Validate, validator
@@ -112,6 +129,7 @@ class Tracked:
     immutable: Callable[[Mapping[str, Any]], bool] | None = None
     on_untracked: str = "raise"
     by_trigger: bool = False
+    derived: bool = False  # of a base class that was tracked
     hydrations: dict[str, Select[Any]] = field(default_factory=dict, repr=False)
     _columns: dict[str, TableColumns] = field(default_factory=dict, repr=False)
 
@@ -125,23 +143,64 @@ class Tracked:
         return mapper
 
     @cached_property
+    def tables(self) -> tuple[Table, ...]:
+        """Where rows of the class are: the table that gives them their key, and what joined inheritance adds to it."""
+        mappers = [each for each in self.mapper.self_and_descendants if not _is_concrete_below(each, self.mapper)]
+        return tuple(dict.fromkeys(table for mapper in mappers for table in tables_of(mapper)))
+
+    @cached_property
+    def inherited(self) -> int:
+        """How many of the tables are of base classes: without a row in the next one, there is no fact."""
+        return len(tables_of(self.mapper)) - 1
+
+    @property
     def table(self) -> Table:
-        table = self.mapper.local_table
-        assert isinstance(table, Table)
-        return table
+        return self.tables[0]
+
+    def check(self, mapper: Mapper[Any]) -> None:
+        """Raise MemstateError when rows of *mapper*, a subclass, cannot be tracked along."""
+        check_tables(mapper)
+        if self.by_trigger:
+            check_trigger_table(mapper, self.table)
+
+    def forget(self) -> None:
+        """Another subclass was mapped: work out anew what depends on the tables."""
+        for name in ("tables", "attributes", "_names", "_attribute_columns", "_projected", "projected_columns", "rows"):
+            self.__dict__.pop(name, None)
+        self._columns.clear()
+        self.hydrations.clear()
 
     def on(self, dialect: Dialect) -> TableColumns:
-        """This table's statements and conversions for *dialect*."""
+        """This class's statements and conversions for *dialect*."""
         # Keyed by name: dialect instances of one database differ only in what they learnt from their server.
         columns = self._columns.get(dialect.name)
         if columns is None:
-            columns = self._columns[dialect.name] = TableColumns(self.table, dialect)
+            if len(self.tables) > 1:
+                columns = JoinedColumns(self.tables, dialect, required=self.inherited)
+            else:
+                columns = TableColumns(self.table, dialect)
+            self._columns[dialect.name] = columns
         return columns
 
     @cached_property
     def attributes(self) -> dict[str, str]:
-        """Attribute name by column name."""
-        return {column.name: key for key, column in self.mapper.columns.items() if column.table is self.table}
+        """Attribute name by the name of a column in an image."""
+        return {self._names[column]: name for name, columns in self._attribute_columns.items() for column in columns}
+
+    @cached_property
+    def _names(self) -> dict[Column[Any], str]:
+        """Each column's name in an image."""
+        return {column: image_name(column, self.table) for table in self.tables for column in table.columns}
+
+    @cached_property
+    def _attribute_columns(self) -> dict[str, list[Column[Any]]]:
+        """The columns behind each attribute of the class, and of the subclasses in its tables."""
+        found: dict[str, list[Column[Any]]] = {}
+        for mapper in self.mapper.self_and_descendants:
+            for name, column in mapper.columns.items():
+                if column in self._names and column not in (columns := found.setdefault(name, [])):
+                    columns.append(column)
+        return found
 
     def by_attribute(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Column values by attribute name."""
@@ -153,7 +212,7 @@ class Tracked:
     def _projected(self) -> tuple[str, ...]:
         if callable(self.text):
             configure_mappers()  # a process that only relays has loaded no instance yet
-            return tuple(self.attributes.values())
+            return tuple(self._attribute_columns)
         return (self.text, *self.metadata)
 
     @cached_property
@@ -174,10 +233,31 @@ class Tracked:
         return inheritance_criterion(self.mapper)
 
     @cached_property
-    def projected_columns(self) -> tuple[Column[Any], ...]:
-        """The columns that `project` needs, in its order."""
-        columns = self.mapper.columns
-        return tuple(columns[name] for name in self._projected)
+    def projected_columns(self) -> tuple[ColumnElement[Any], ...]:
+        """What `project` needs, in its order, of a row of `rows`."""
+        return tuple(self._projected_column(self._attribute_columns[name]) for name in self._projected)
+
+    def _projected_column(self, columns: Sequence[Column[Any]]) -> ColumnElement[Any]:
+        # Of the same name in several subclasses: a row is of one of them.
+        only = len(columns) == 1 or columns[0].table in self.tables[: self.inherited + 1]
+        return columns[0] if only else func.coalesce(*columns)
+
+    @cached_property
+    def rows(self) -> FromClause:
+        """The tables that tell whether there is a row, and what an index should hold for it."""
+        if not self.is_projected_of_many:
+            return self.table
+        rows: FromClause = self.table
+        for position, table in enumerate(self.tables[1:], start=1):
+            same = and_(*(a == b for a, b in zip(self.key_columns, table.primary_key.columns, strict=True)))
+            if position <= self.inherited or callable(self.text):
+                rows = rows.join(table, same, isouter=position > self.inherited)
+        return rows
+
+    @property
+    def is_projected_of_many(self) -> bool:
+        """Whether `rows` are of more than one table."""
+        return self.inherited > 0 or (len(self.tables) > 1 and callable(self.text))
 
     def project(self, key: str, row: Sequence[Any], embedder: str) -> Projection:
         """What an index should hold for a row of `projected_columns`; *embedder* is the embedder's fingerprint."""
@@ -199,7 +279,7 @@ class Tracked:
         """A detached instance of the row: its own columns are loaded, touching anything else raises."""
         mapper = self.mapper
         if mapper.polymorphic_on is not None:
-            discriminator = values.get(self.attributes[mapper.polymorphic_on.name])
+            discriminator = values.get(mapper.get_property_by_column(mapper.polymorphic_on).key)
             mapper = mapper.polymorphic_map.get(discriminator, mapper)
         instance = mapper.class_manager.new_instance()
         for name, value in values.items():
@@ -243,17 +323,12 @@ def describe(
         raise MemstateError(f"{model!r} is not a mapped class; track() takes SQLAlchemy ORM models") from error
     if not isinstance(mapper, Mapper):
         raise MemstateError(f"{model!r} is not a mapped class; track() takes SQLAlchemy ORM models")
-    table = check_single_table(mapper, mapper.local_table)
+    _check_all_tables(mapper, by_trigger=capture == "trigger")
     for option, given in (("metadata", metadata), ("unique_by", unique_by)):
         if isinstance(given, str):
             raise MemstateError(f"{option}={given!r}: give a tuple of column attributes, for example ({given!r},)")
     unique_names = () if callable(unique_by) else tuple(unique_by)
-    columns = set(mapper.columns.keys())
-    for name in (*(() if callable(text) else (text,)), *metadata, *unique_names):
-        if name not in columns:
-            raise MemstateError(
-                f"{model.__name__} has no column attribute {name!r}; it has {', '.join(sorted(columns))}"
-            )
+    _require_attributes(mapper, *(() if callable(text) else (text,)), *metadata, *unique_names)
     if reserved := [name for name in metadata if name.startswith("memstate_")]:
         raise MemstateError(f"metadata={reserved[0]!r}: names that begin with memstate_ are ours in an index")
     if on_untracked not in ("raise", "warn"):
@@ -267,7 +342,7 @@ def describe(
         )
     if entity is not None and not isinstance(entity, str):
         raise MemstateError(f"entity={entity!r}: give a name, or leave it to be the table's")
-    entity = str(entity if entity is not None else table.fullname)  # not a quoted_name
+    entity = str(entity if entity is not None else tables_of(mapper)[-1].fullname)  # not a quoted_name
     if not entity or "[" in entity or len(entity) > 128:
         raise MemstateError(f"entity={entity!r}: a name of 1 to 128 characters without '['")
     always = (lambda _values: True) if immutable is True else None
@@ -283,6 +358,25 @@ def describe(
         on_untracked=on_untracked,
         by_trigger=capture == "trigger",
     )
+
+
+def derive(base: Tracked, mapper: Mapper[Any]) -> Tracked:
+    """As *base* is tracked, *mapper*, a concrete subclass: its rows are elsewhere, and keyed by themselves."""
+    table = _check_all_tables(mapper, by_trigger=base.by_trigger)
+    try:
+        _require_attributes(mapper, *(() if callable(base.text) else (base.text,)), *base.metadata)
+    except MemstateError as error:
+        raise MemstateError(f"{error}: what {base.model.__name__} is tracked by") from error
+    return replace(base, model=mapper.class_, entity=str(table.fullname), derived=True, hydrations={}, _columns={})
+
+
+def _require_attributes(mapper: Mapper[Any], *names: str) -> None:
+    columns = set(mapper.columns.keys())
+    for name in names:
+        if name not in columns:
+            raise MemstateError(
+                f"{mapper.class_.__name__} has no column attribute {name!r}; it has {', '.join(sorted(columns))}"
+            )
 
 
 def _unique_values(names: tuple[str, ...]) -> UniqueValues | None:
@@ -308,18 +402,76 @@ def unique_value(tracked: Tracked, values: Mapping[str, Any]) -> str | None:
 
 def inheritance_criterion(mapper: Mapper[Any]) -> ColumnElement[bool] | None:
     """Which rows of a table shared by single-table inheritance are of this class; None for all of them."""
-    if mapper.polymorphic_on is None or mapper.inherits is None:
+    if mapper.polymorphic_on is None or not mapper.single:
         return None
     return mapper.polymorphic_on.in_([each.polymorphic_identity for each in mapper.self_and_descendants])
 
 
-def check_single_table(mapper: Mapper[Any], table: Any) -> Table:
-    """*table*, when all of the class is in it. Raises MemstateError otherwise."""
-    if not isinstance(table, Table) or not table.primary_key.columns:
-        raise MemstateError(f"{mapper.class_.__name__} is not mapped to a table with a primary key")
-    if mapper.persist_selectable is not table:
-        raise MemstateError(
-            f"{mapper.class_.__name__} is mapped to several tables (joined or concrete inheritance), which cannot be "
-            "tracked; single-table inheritance can"
-        )
+def tables_of(mapper: Mapper[Any]) -> tuple[Table, ...]:
+    """The tables of which a row of exactly this class is made, that of the base class first."""
+    above = tables_of(mapper.inherits) if mapper.inherits is not None and not mapper.concrete else ()
+    table: Any = mapper.local_table  # check_tables() sees to it that it is one
+    return above if table in above else (*above, table)
+
+
+def image_name(column: Column[Any], root: Table) -> str:
+    """What an image calls *column* of a class whose keys are those of *root*."""
+    table = column.table
+    return str(column.name if table is root else f"{table.fullname}.{column.name}")  # not a quoted_name
+
+
+def _is_concrete_below(mapper: Mapper[Any], base: Mapper[Any]) -> bool:
+    """Whether *mapper* has its rows elsewhere than *base*, from which it inherits."""
+    while mapper is not base and mapper.inherits is not None:
+        if mapper.concrete:
+            return True
+        mapper = mapper.inherits
+    return False
+
+
+def check_tables(mapper: Mapper[Any]) -> Table:
+    """The table that the class has its keys from. Raises MemstateError when its rows cannot be told by them."""
+    name = mapper.class_.__name__
+    tables = tables_of(mapper)
+    if not all(isinstance(table, Table) and table.primary_key.columns for table in tables):
+        raise MemstateError(f"{name} is not mapped to a table with a primary key")
+    if issubclass(mapper.class_, ConcreteBase) and not mapper.concrete:
+        raise MemstateError(f"{name} is a union of tables (ConcreteBase): track its subclasses, or do without it")
+    if mapper.single or len(tables) == 1:
+        return tables[0]
+    keys = [tuple(table.primary_key.columns) for table in tables]
+    same = {frozenset((left, right)) for each in mapper.iterate_to_root() for left, right in _equated(each)}
+    for above, below in pairwise(keys):
+        if len(above) != len(below) or any(frozenset(pair) not in same for pair in zip(above, below, strict=True)):
+            raise MemstateError(
+                f"the tables of {name} are not joined by their primary keys, in the same order: it cannot be tracked"
+            )
+    return tables[0]
+
+
+def _equated(mapper: Mapper[Any]) -> Iterator[tuple[Any, Any]]:
+    """The pairs of columns by which a joined subclass' table is joined to that of its base class."""
+    if mapper.inherit_condition is not None:
+        for part in visitors.iterate(mapper.inherit_condition):
+            if isinstance(part, BinaryExpression) and part.operator is operators.eq:
+                yield part.left, part.right
+
+
+def _check_all_tables(mapper: Mapper[Any], *, by_trigger: bool) -> Table:
+    """The table of the keys of *mapper*, whose subclasses can be tracked along. Raises MemstateError otherwise."""
+    table = check_tables(mapper)
+    for each in mapper.self_and_descendants:
+        if not _is_concrete_below(each, mapper):
+            check_tables(each)
+            if by_trigger:
+                check_trigger_table(each, table)
     return table
+
+
+def check_trigger_table(mapper: Mapper[Any], table: Table) -> None:
+    """Raise MemstateError when a trigger on *table* would not see all of a row."""
+    if tables_of(mapper) != (table,):
+        raise MemstateError(
+            f"{mapper.class_.__name__} is in several tables (joined inheritance), of which a trigger sees one: track "
+            "it with capture='session'"
+        )

@@ -17,6 +17,7 @@ from memstate_sa.arrays import as_array, each
 from memstate_sa.capture import Capture, Unit
 from memstate_sa.changes import Change, Entry, Image, Step, invert, new_tx
 from memstate_sa.codec import decode_image, decode_key
+from memstate_sa.columns import TableColumns
 from memstate_sa.errors import ConflictError, HistoryMissing, MemstateError, NotFound, require_count
 from memstate_sa.facts import Tracked
 from memstate_sa.outbox import take_write_lock
@@ -228,11 +229,9 @@ class Rollback:
         self, connection: Connection, final: Mapping[tuple[str, str], Image | None]
     ) -> dict[tuple[str, str], Image | None]:
         """Write the rows that *final* demands; returns them as the database has them."""
-        wanted: dict[Table, dict[str, Image | None]] = {}
-        for (entity, key), image in final.items():
-            wanted.setdefault(self._registry.by_entity[entity].table, {})[key] = image
+        wanted = self._by_table(connection, final)
         tables = sort_tables(wanted)
-        there = {table: self._read(connection, table, wanted[table], for_update=True) for table in tables}
+        there = {table: self._read(connection, table, wanted[table]) for table in tables}
 
         def bring_back() -> None:
             for table in tables:
@@ -254,23 +253,35 @@ class Rollback:
 
         # Foreign keys want new rows first; a unique value that moves on wants old rows gone first.
         _first_that_holds(connection, (bring_back, restore, remove), (remove, restore, bring_back))
-        now: dict[tuple[str, str], Image | None] = {}
-        for table in tables:
-            images = self._read(connection, table, wanted[table])
-            now.update({(self._tracked(table).entity, key): images.get(key) for key in wanted[table]})
-        return now
+        return self._present(connection, final)
 
-    def _read(
-        self, connection: Connection, table: Table, keys: Iterable[str], *, for_update: bool = False
-    ) -> dict[str, dict[str, Any]]:
-        columns = self._tracked(table).on(connection.dialect)
-        return columns.read(connection, [decode_key(key) for key in keys], for_update=for_update)
+    def _by_table(
+        self, connection: Connection, final: Mapping[tuple[str, str], Image | None]
+    ) -> dict[Table, dict[str, Image | None]]:
+        wanted: dict[Table, dict[str, Image | None]] = {}
+        for (entity, key), image in final.items():
+            for table, part in self._registry.by_entity[entity].on(connection.dialect).parts(image).items():
+                wanted.setdefault(table, {})[key] = part
+        return wanted
 
-    def _tracked(self, table: Table) -> Tracked:
-        return self._registry.by_table[table]
+    def _present(self, connection: Connection, facts: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Image | None]:
+        present: dict[tuple[str, str], Image | None] = dict.fromkeys(facts)
+        keys: dict[str, list[tuple[Any, ...]]] = {}
+        for entity, key in present:
+            keys.setdefault(entity, []).append(decode_key(key))
+        for entity, raw in keys.items():
+            images = self._registry.by_entity[entity].on(connection.dialect).read(connection, raw)
+            present.update({(entity, key): image for key, image in images.items()})
+        return present
+
+    def _read(self, connection: Connection, table: Table, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+        return self._columns(connection, table).read(connection, [decode_key(key) for key in keys], for_update=True)
+
+    def _columns(self, connection: Connection, table: Table) -> TableColumns:
+        return self._registry.by_table[table].on(connection.dialect).of_table[table]
 
     def _is(self, connection: Connection, table: Table, key: str) -> ColumnElement[bool]:
-        columns = self._tracked(table).on(connection.dialect)
+        columns = self._columns(connection, table)
         return and_(
             *(
                 column == columns.raw_bind(column, value)
@@ -280,7 +291,7 @@ class Rollback:
 
     def _values(self, connection: Connection, table: Table, image: Mapping[str, Any]) -> dict[str, Any]:
         """What of *image* can be written: columns that are still there and that the database does not compute."""
-        columns = self._tracked(table).on(connection.dialect)
+        columns = self._columns(connection, table)
         writable = {name: column for name, column in columns.by_name.items() if column.computed is None}
         return {
             writable[name].key: columns.raw_bind(writable[name], value)
@@ -299,8 +310,8 @@ class Rollback:
         values = self._values(connection, table, image)
         for column in (*table.primary_key.columns, *_generated_always(connection, table)):
             values.pop(column.key, None)
-        version = self._tracked(table).mapper.version_id_col
-        if version is not None and version.key in values:
+        version = self._registry.by_table[table].mapper.version_id_col
+        if version is not None and version.table is table and version.key in values:
             newest = decode_image(current).get(version.name)
             # A stale copy somewhere must still notice that the row moved on.
             values.pop(version.key)

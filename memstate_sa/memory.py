@@ -130,9 +130,9 @@ class Memory:
         columns; None or blank text has no vector. *metadata* are column attributes stored beside the vector, by which
         an index can filter. *schema* is a Pydantic model that every write must satisfy. *index* names which of the
         Memory's indexes get it (default: all). *unique_by* are column attributes of which no two rows may share all
-        values. Subclasses (single-table inheritance) are tracked along. *on_untracked* says what happens to writes
-        that cannot be captured. With ``capture="trigger"`` triggers capture them all, those of other programs too;
-        `create_tables` installs them.
+        values. Subclasses are tracked along: single-table and joined ones as rows of this class, a concrete one as an
+        entity of its own. *on_untracked* says what happens to writes that cannot be captured. With
+        ``capture="trigger"`` triggers capture them all, those of other programs too; `create_tables` installs them.
 
         Raises MemstateError for a class that is not mapped, unknown column attributes, or an entity tracked already.
         """

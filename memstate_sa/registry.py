@@ -8,8 +8,8 @@ from sqlalchemy import Table, inspect
 from sqlalchemy.orm import Mapper
 from sqlalchemy.sql.selectable import AliasedReturnsRows
 
-from memstate_sa.errors import MemstateError, UntrackedWrite
-from memstate_sa.facts import Tracked, check_single_table
+from memstate_sa.errors import MemstateError
+from memstate_sa.facts import Tracked, derive, tables_of
 
 
 class Registry:
@@ -24,29 +24,55 @@ class Registry:
         self.by_trigger = False  # whether any class is
 
     def add(self, tracked: Tracked) -> None:
+        self._drop_derived(tracked.mapper)
         other = self.by_entity.get(tracked.entity)
         if other is not None:
             raise MemstateError(f"entity {tracked.entity!r} is already tracked, by {other.model.__name__}")
-        if tracked.table in self.by_table:
-            raise MemstateError(
-                f"table {tracked.table.fullname} is already tracked, by {self.by_table[tracked.table].model.__name__}; "
-                "tracking a base class tracks its subclasses"
-            )
+        self._claim_tables(tracked)
         self.by_entity[tracked.entity] = tracked
-        self.by_table[tracked.table] = self.by_table_name[tracked.table.schema, tracked.table.name] = tracked
         self.validates |= tracked.validate is not None
         self.by_trigger |= tracked.by_trigger
         self._by_mapper = {**{m: t for m, t in self._by_mapper.items() if t is not None}, tracked.mapper: tracked}
+        for mapper in list(tracked.mapper.self_and_descendants):
+            if mapper.concrete and mapper is not tracked.mapper and mapper not in self._by_mapper:
+                self.extend(mapper)
+
+    def extend(self, mapper: Mapper[Any]) -> None:
+        """A subclass of a tracked class was mapped: it is tracked along, a concrete one as an entity of its own."""
+        if mapper in self._by_mapper or mapper.inherits is None:
+            return
+        base = self.find(mapper.inherits)
+        if base is None:
+            return
+        if mapper.concrete:
+            self.add(derive(base, mapper))
+        elif not set(tables_of(mapper)) <= set(base.tables):
+            base.forget()
+            base.check(mapper)
+            self._claim_tables(base)
+
+    def _claim_tables(self, tracked: Tracked) -> None:
+        for table in tracked.tables:
+            other = self.by_table.get(table)
+            if other not in (None, tracked):
+                raise MemstateError(
+                    f"table {table.fullname} is already tracked, by {other.model.__name__}; tracking a base class "
+                    "tracks its subclasses"
+                )
+        for table in tracked.tables:
+            self.by_table[table] = self.by_table_name[table.schema, table.name] = tracked
+
+    def _drop_derived(self, mapper: Mapper[Any]) -> None:
+        """Who tracks a concrete subclass by itself does not want it as its base class is tracked."""
+        found = self._by_mapper.get(mapper)
+        if found is not None and found.derived:
+            del self._by_mapper[mapper], self.by_entity[found.entity], self.by_table[found.table]
 
     def find(self, mapper: Mapper[Any]) -> Tracked | None:
         """What tracks *mapper*, itself or through a base class."""
         if mapper not in self._by_mapper:
             bases = mapper.iterate_to_root()
-            found = next((self._by_mapper[base] for base in bases if self._by_mapper.get(base) is not None), None)
-            if found is not None and mapper.persist_selectable is not found.table:
-                check_single_table(mapper, found.table)
-                raise UntrackedWrite(f"{mapper.class_.__name__} has a table of its own, which is not tracked")
-            self._by_mapper[mapper] = found
+            self._by_mapper[mapper] = next((t for base in bases if (t := self._by_mapper.get(base)) is not None), None)
         return self._by_mapper[mapper]
 
     def named(self, table: Any, default_schema: str | None) -> Tracked | None:
@@ -54,8 +80,7 @@ class Registry:
 
         The default schema may be named or not.
         """
-        while isinstance(table, AliasedReturnsRows):
-            table = table.element
+        table = unaliased(table)
         name, schema = getattr(table, "name", None), getattr(table, "schema", None)
         if not isinstance(name, str):
             return None
@@ -72,3 +97,10 @@ class Registry:
             name = getattr(model, "__name__", repr(model))
             raise MemstateError(f"{name} is not tracked by this Memory; memory.track({name}, text=…) does that")
         return found
+
+
+def unaliased(table: Any) -> Any:
+    """The table of which *table* is an alias, or itself."""
+    while isinstance(table, AliasedReturnsRows):
+        table = table.element
+    return table

@@ -18,6 +18,7 @@ from sqlalchemy import FromClause, Select, bindparam, case, func, select, union
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
+from memstate_sa import truth
 from memstate_sa.capture import Capture
 from memstate_sa.codec import decode_key, encode_key
 from memstate_sa.columns import TableColumns, batches
@@ -256,7 +257,8 @@ class Search:
 
     def _few_ids(self) -> list[str] | None:
         """The point ids of all rows that the statement selects; None when there are too many to name."""
-        keys = self._statement.with_only_columns(*raw_key_columns(self._tracked)).order_by(None).distinct()
+        keys = self._statement.with_only_columns(*raw_key_columns(self._tracked), maintain_column_froms=True)
+        keys = keys.order_by(None).distinct()
         keys._for_update_arg = None  # PostgreSQL locks no DISTINCT rows; hydrating locks what is returned
         rows = self._connection().execute(keys.limit(_IDS_LIMIT + 1)).all()
         if len(rows) > _IDS_LIMIT:
@@ -285,14 +287,19 @@ class Search:
             # Columns beside the entity: the identity map may hold older or edited values. The filter makes joined eager
             # loading of collections possible, which repeats rows.
             rows = self._session.execute(statement, parameters).unique(lambda row: tuple(row[1 : 1 + width]))
+            projected = self._projected_of_many(some)
             for row in rows:
                 key = encode_key(row[1 : 1 + width])
                 try:
-                    projection = self._tracked.project(key, row[1 + width :], embedder)
+                    projection = self._tracked.project(key, projected.get(key, row[1 + width :]), embedder)
                 except Exception:  # noqa: BLE001  # the application's own callable: the relay parks such a row, too
                     self._complete = False
                 else:
                     self._rows[key] = _Row(row[0], projection)
+
+    def _projected_of_many(self, keys: Sequence[str]) -> dict[str, Sequence[Any]]:
+        """What tells the content of *keys* whose rows are in several tables, of which a select() may have but one."""
+        return truth.read(self._connection(), self._tracked, keys) if self._tracked.is_projected_of_many else {}
 
     def _measure(self, query: Vector, matches: Mapping[str, Match], pending: Sequence[str], *, fresh: bool) -> None:
         """The distance of every row whose current content is known: from the index, or embedded now."""
@@ -344,7 +351,8 @@ def _hydration(statement: Select[Any], tracked: Tracked, columns: TableColumns) 
     cached: Select[Any] | None = tracked.hydrations.get(columns.dialect.name) if plain else None
     if cached is not None:
         return cached
-    projected = [column.label(f"memstate_{n}") for n, column in enumerate(tracked.projected_columns)]
+    beside = () if tracked.is_projected_of_many else tracked.projected_columns
+    projected = [column.label(f"memstate_{n}") for n, column in enumerate(beside)]
     full = statement.order_by(None).add_columns(*raw_key_columns(tracked), *projected).where(columns.key_in)
     if plain:
         tracked.hydrations[columns.dialect.name] = full

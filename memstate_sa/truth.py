@@ -18,7 +18,7 @@ def raw_key_columns(tracked: Tracked) -> list[ColumnElement[Any]]:
 
 
 def _rows(tracked: Tracked) -> Select[Any]:
-    statement = select(*raw_key_columns(tracked), *tracked.projected_columns)
+    statement = select(*raw_key_columns(tracked), *tracked.projected_columns).select_from(tracked.rows)
     criterion = tracked.criterion
     return statement if criterion is None else statement.where(criterion)
 
@@ -55,7 +55,7 @@ def page(connection: Connection, tracked: Tracked, after: str | None, limit: int
     """Up to *limit* keys in primary-key order, after the key *after*."""
     columns = tracked.on(connection.dialect)
     key_columns = tracked.key_columns
-    statement = select(*raw_key_columns(tracked)).order_by(*key_columns).limit(limit)
+    statement = select(*raw_key_columns(tracked)).select_from(tracked.rows).order_by(*key_columns).limit(limit)
     if tracked.criterion is not None:
         statement = statement.where(tracked.criterion)
     if after is not None:
