@@ -37,7 +37,9 @@ def postgres_url(worker_id: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="memstate-pg-", ignore_cleanup_errors=True) as folder:
         server = pgserver.get_server(folder)
         yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+        crashes = [line for line in Path(server.log).read_text(errors="replace").splitlines() if "by signal" in line]
         server.cleanup()
+        assert crashes == [], "PostgreSQL itself crashed"
 
 
 @pytest.fixture

@@ -268,7 +268,8 @@ def _live(
     )
     connection.execute(statement, {**index.values(), "owner": owner, "lease_until": until})
     known = connection.execute(_holders, index.parameters()).all()
-    gone = [name for name, lease_until in known if lease_until <= now or (look_for_gone and is_gone(name))]
+    others = [(name, lease_until) for name, lease_until in known if name != owner]
+    gone = [name for name, lease_until in others if lease_until <= now or (look_for_gone and is_gone(name))]
     if gone:
         connection.execute(delete(holder).where(of_index(holder), holder.c.owner.in_(gone)), index.parameters())
     return {name for name, _ in known}.difference(gone)
