@@ -32,7 +32,7 @@ PEERS = {
     "continuum": "Continuum",
     "history": "sqlalchemy-history",
 }
-CONTENDERS = ("plain", "memstate_sa", "triggers", *PEERS)
+CONTENDERS = ("plain", "by hand", "memstate_sa", "triggers", *PEERS)
 GET = Target(1.05)
 
 
@@ -101,7 +101,7 @@ def show(database: str, measured: Measured, count: int) -> None:
     rounds = len(plain["insert"])
     result = table(
         f"Commit of {count} tracked objects, {database}: median of {rounds} interleaved rounds",
-        "", "plain", "memstate_sa", "ratio", "quartiles", "target", "triggers",
+        "", "plain", "memstate_sa", "ratio", "quartiles", "target", "by hand", "triggers",
         *(shown for name, shown in PEERS.items() if name in seconds),
     )  # fmt: skip
     for op in OPERATIONS:
@@ -114,7 +114,7 @@ def show(database: str, measured: Measured, count: int) -> None:
             f"[bold]{ratio(ours, plain[op]):.2f}×[/]",
             f"{low:.2f}-{high:.2f}",
             TARGETS[database][op].verdict(ratio(ours, plain[op])),
-            f"{ratio(seconds['triggers'][op], plain[op]):.2f}×",
+            *(f"{ratio(seconds[name][op], plain[op]):.2f}×" for name in ("by hand", "triggers")),
             *(f"{ratio(seconds[name][op], plain[op][:: SLOW.get(name, 1)]):.1f}×" for name in PEERS if name in seconds),
         )
     console.print(result)

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any, Literal
 
-from sqlalchemy import Engine, Text, select, text
+from sqlalchemy import Engine, Text, event, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, configure_mappers, mapped_column, sessionmaker
 
 from benchmarks import databases
-from memstate_sa import Memory
+from memstate_sa import Memory, outbox, tables
+from memstate_sa.changes import Entry, new_tx
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 
@@ -47,6 +48,27 @@ def plain(engine: Engine) -> tuple[type[Any], sessionmaker[Session]]:
     model = define()
     model.metadata.create_all(engine)
     return model, sessionmaker(engine)
+
+
+def by_hand(engine: Engine) -> tuple[type[Any], sessionmaker[Session]]:
+    """The floor: the same rows of log and outbox, from what the objects hold. Nothing is read back, or looked for."""
+    model, sessions = plain(engine)
+    tables.metadata.create_all(engine)
+
+    def write(session: Session, context: Any) -> None:
+        touched = [*((it, "insert") for it in session.new), *((it, "update") for it in session.dirty)]
+        entries, dirty = [], []
+        for it, op in [*touched, *((it, "delete") for it in session.deleted)]:
+            image = {name: getattr(it, name) for name in COLUMNS} if op != "delete" else None
+            entries.append(Entry("preference", f"[{it.id}]", op, image))  # type: ignore[arg-type]
+            dirty.append(("preference", f"[{it.id}]"))
+        outbox.add(session.connection(), entries, dirty, new_tx(), tables.utcnow())
+
+    event.listen(sessions, "after_flush", write)
+    return model, sessions
+
+
+COLUMNS = ("id", "user_id", "role", "content", "weight")
 
 
 def memstate_sa(capture: Literal["session", "trigger"]) -> Adopt:
@@ -87,6 +109,7 @@ def continuum(strategy: str) -> Adopt:
 
 CONTENDERS = {
     "plain": plain,
+    "by hand": by_hand,
     "memstate_sa": memstate_sa("session"),
     "triggers": memstate_sa("trigger"),
     "history": history,
