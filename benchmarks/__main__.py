@@ -1,11 +1,11 @@
-"""``python -m benchmarks [--quick] [capture commits relay drain latency search]``"""
+"""``python -m benchmarks [--quick] [capture commits relay drain latency search strict undo]``"""
 
 from __future__ import annotations
 
 import argparse
 import os
 
-from benchmarks import capture, commits, drain, latency, relay, search
+from benchmarks import capture, commits, drain, latency, relay, search, strict, undo
 from benchmarks.report import console
 
 BENCHMARKS = {
@@ -15,6 +15,8 @@ BENCHMARKS = {
     "drain": drain.run,
     "latency": latency.run,
     "search": search.run,
+    "strict": strict.run,
+    "undo": undo.run,
 }
 
 

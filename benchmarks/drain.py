@@ -97,7 +97,7 @@ class Nowhere(InMemoryIndex):
 
 
 def remember(model: type[Any], index: Nowhere) -> Memory:
-    memory = Memory(index, embedder=Constant())
+    memory = Memory(index, embedder=Constant(), embedding_cache=0)  # of all but the vectors
     memory.track(model, text="content", metadata=("user_id", "role", "number"))
     return memory
 

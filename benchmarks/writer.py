@@ -62,7 +62,7 @@ def by_hand(engine: Engine) -> tuple[type[Any], sessionmaker[Session]]:
             image = {name: getattr(it, name) for name in COLUMNS} if op != "delete" else None
             entries.append(Entry("preference", f"[{it.id}]", op, image))  # type: ignore[arg-type]
             dirty.append(("preference", f"[{it.id}]"))
-        outbox.add(session.connection(), entries, dirty, new_tx(), tables.utcnow())
+        outbox.add(session.connection(), entries, dirty, new_tx(), tables.utcnow(), {"preference": 1})
 
     event.listen(sessions, "after_flush", write)
     return model, sessions

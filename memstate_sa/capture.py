@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 from pydantic import ValidationError
@@ -34,6 +34,7 @@ from memstate_sa.codec import decode_key
 from memstate_sa.columns import RAW, READ_CHUNK, TableColumns, batches
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
 from memstate_sa.facts import Tracked, inheritance_criterion, unique_value
+from memstate_sa.history import last_entries
 from memstate_sa.outbox import deleted_keys, take_write_lock, unknown_keys
 from memstate_sa.registry import Registry, unaliased
 from memstate_sa.schemas import failure
@@ -52,11 +53,14 @@ class Unit:
     actor: str | None = None
     reason: str | None = None
     session_id: str | None = None
+    step: bool = True  # whether rollback counts this transaction
     flush: _Flush | None = None
     own_writes: int = 0
     logged: bool = False
     sealed: bool = False
     armed: bool = False
+    txs: dict[str, None] = field(default_factory=dict)  # what it logged under, an undo's own among them, in order
+    intended: bool = False  # an index may hold what is not committed yet
     told_on: Connection | None = None  # where triggers know of it, or knew
     connections: list[Connection] = field(default_factory=list)
     telling: list[Connection] = field(default_factory=list)  # those of databases with triggers of ours
@@ -65,6 +69,11 @@ class Unit:
     @property
     def labels(self) -> dict[str, str | None]:
         return {"actor": self.actor, "reason": self.reason, "session_id": self.session_id}
+
+    @property
+    def logged_under(self) -> list[str]:
+        """The transactions that its entries are of, the last one last."""
+        return list(self.txs if self.told_on is None else {self.tx: None, **self.txs})
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -82,22 +91,34 @@ class _Flush:
 
     unit: Unit
     context: Any
-    touched: list[tuple[Any, Op, bool]] = field(default_factory=list)
+    touched: list[tuple[Any, Op, bool | None]] = field(default_factory=list)
     baselines: list[Entry] = field(default_factory=list)
     canonical: dict[Tracked, dict[tuple[Any, ...], str]] = field(default_factory=dict)
     written: dict[Tracked, list[tuple[Any, ...]]] = field(default_factory=dict)
+    certain: dict[Tracked, set[tuple[Any, ...]]] = field(default_factory=dict)
     checked: bool = False
+
+
+class Veto(Protocol):
+    """What brings the indexes up to date before a commit, which it vetoes by raising."""
+
+    def write(self, session: Session, unit: Unit) -> None: ...
+
+    def committed(self, unit: Unit) -> None: ...
+
+    def ended(self, unit: Unit) -> None: ...
 
 
 class Capture:
     """The listeners of one Memory. It holds no Session alive, and touches none it was not attached to."""
 
-    def __init__(self, registry: Registry, committed: Callable[[Engine], None]) -> None:
+    def __init__(self, registry: Registry, committed: Callable[[Engine], None], veto: Veto | None = None) -> None:
         self._registry = registry
         self._committed = committed
+        self._veto = veto
         self._units: WeakKeyDictionary[Session, Unit] = WeakKeyDictionary()
-        # Of each Session's last commit: its transaction, and where.
-        self.committed: WeakKeyDictionary[Session, tuple[str, Engine]] = WeakKeyDictionary()
+        # Of each Session's last commit: its transactions (an undo is one of its own), and where.
+        self.committed: WeakKeyDictionary[Session, tuple[Sequence[str], Engine]] = WeakKeyDictionary()
         self._flushes: dict[int, _Flush] = {}  # by Session.hash_key, which every InstanceState knows
         self._guarded: WeakSet[Engine] = WeakSet()
         self._telling: WeakSet[Engine] = WeakSet()
@@ -250,17 +271,21 @@ class Capture:
             unit.written_on = unit.told_on
         if not unit.logged:
             return
-        if not unit.sealed and any(unit.labels.values()):
+        if not unit.sealed and any(unit.labels.values()) and unit.tx in unit.logged_under:
             assert unit.written_on is not None
             self.write_header(unit.written_on, unit.tx, unit.labels)
             unit.sealed = True
+        if self._veto is not None:
+            self._veto.write(session, unit)
         unit.armed = True
 
     def _after_commit(self, session: Session) -> None:
         unit = self._units.get(session)
         if unit is not None and unit.armed and not session.in_nested_transaction():
             assert unit.written_on is not None
-            self.committed[session] = (unit.tx, unit.written_on.engine)
+            self.committed[session] = (unit.logged_under, unit.written_on.engine)
+            if self._veto is not None:
+                self._veto.committed(unit)
             self._committed(unit.written_on.engine)
 
     def _after_rollback(self, session: Session) -> None:
@@ -279,6 +304,8 @@ class Capture:
         if unit is not None:
             for connection in unit.connections:
                 self._active[connection].remove(unit)
+            if self._veto is not None:
+                self._veto.ended(unit)
 
     # -- triggers ----------------------------------------------------------------------------------------------------
 
@@ -290,7 +317,7 @@ class Capture:
         if unit.own_writes or self._told.get(connection) == unit.tx or _commits_by_itself(connection):
             return
         with unit.writing():
-            triggers.tell(connection, unit.tx)
+            triggers.tell(connection, unit.tx, counts=unit.step)
         self._told[connection] = unit.tx
         unit.told_on = connection
 
@@ -341,12 +368,15 @@ class Capture:
             return
         _require_supported(connection, unit)
         at, tx = utcnow(), tx or unit.tx
+        if not unit.step:
+            entries = [entry._replace(step=False) for entry in entries]
         unit.logged, unit.written_on = True, connection
+        unit.txs[tx] = None
         with unit.writing():
             dirty = dict.fromkeys(
                 (entry.entity, entry.key) for entry in entries if deliver_baselines or entry.op != "baseline"
             )
-            outbox.add(connection, entries, dirty, tx, at)
+            outbox.add(connection, entries, dirty, tx, at, self._registry.versions)
             for tracked in {self._registry.by_entity[entity] for entity, _ in dirty}:
                 if tracked.unique_values is not None:
                     self._write_unique(connection, tracked, entries)
@@ -445,11 +475,28 @@ class Capture:
             for key in self._deleted_before(connection, tracked, gone):
                 del keys[key]  # the DELETE found nothing: somebody else's came first
             changes = [Entry(tracked.entity, key, op, image) for key, op, image in fold(keys, images)]
+            certain = set() if flush is None else {canonical[raw] for raw in flush.certain.get(tracked, ())}
+            doubtful = [change for change in changes if change.op == "update" and change.key not in certain]
+            if same := self._unchanged(connection, tracked, doubtful, baselines):
+                changes = [change for change in changes if change.key not in same]
+                entries = [entry for entry in entries if entry.entity != tracked.entity or entry.key not in same]
             if tracked.validate is not None or tracked.immutable is not None:
                 for change in changes:
                     self._check(tracked, columns, change)
             entries += changes
         self.write(connection, unit, entries)
+
+    @staticmethod
+    def _unchanged(
+        connection: Connection, tracked: Tracked, updates: Sequence[Entry], baselines: Sequence[Entry]
+    ) -> set[str]:
+        """The keys of those *updates* that left the row as it was: no step of anybody's, and nothing to deliver."""
+        if not updates:
+            return set()
+        before = {entry.key: entry.image for entry in baselines if entry.entity == tracked.entity}
+        keys = [entry.key for entry in updates if entry.key not in before]
+        before.update({key: last.image for key, last in last_entries(connection, tracked, keys).items()})
+        return {entry.key for entry in updates if before.get(entry.key) == entry.image}
 
     def _deleted_before(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> Sequence[str]:
         if not keys:
@@ -510,7 +557,7 @@ class Capture:
             if flush is not None:
                 if not flush.checked:
                     self._before_first_change(connection, flush)
-                flush.touched.append((state, "update", True))
+                flush.touched.append((state, "update", None))
 
     def _before_delete(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
         flush = self._flushes.get(state.session_id)
@@ -561,11 +608,14 @@ class Capture:
                 tracked = self._registry.of(mapper.class_)
                 raw_key = tracked.on(connection.dialect).raw_key
                 existed, written = touched.setdefault(tracked, {}), flush.written.setdefault(tracked, [])
+                certain = flush.certain.setdefault(tracked, set())
             if op == "delete":
                 existed[raw_key(state.key[1])] = True
             # before_update also fires when no UPDATE is sent. Asked again, because post_update comes after the events.
-            elif changed or _has_changes(state):
+            elif changed is not False or _has_changes(state) is not False:
                 now = raw_key(_primary_key(tracked, state))
+                if changed:
+                    certain.add(now)
                 if op == "update":
                     existed[raw_key(state.key[1]) if state.key else now] = True
                 existed.setdefault(now, False)
@@ -617,6 +667,8 @@ class Capture:
         if statement._prefixes:
             self._refuse(connection, statement, "OR REPLACE and the like change rows unseen; on_conflict_do_update()")
             return self._invoke_unseen(state)
+        if state.is_delete and tracked.inherited:
+            self._refuse(connection, statement, "it leaves the base class' row; delete the objects")
         if not state.is_insert:
             return partial(self._bulk_change, state, mapper, tracked, connection)
         if statement._post_values_clause is None:
@@ -725,7 +777,7 @@ class Capture:
             if criterion is not None and table is not tracked.table:
                 self._refuse(connection, statement, "it is one of several classes in this table; give it their keys")
             criteria = statement._where_criteria if criterion is None else (*statement._where_criteria, criterion)
-            matching = matching.where(*criteria).with_for_update(of=table)
+            matching = matching.where(*criteria).with_for_update(of=table, key_share=True)
             keys = [tuple(row) for row in connection.execute(matching, state.parameters or {}).all()]
         keys = list(dict.fromkeys(keys))
         baselines = self.baselines(connection, unit, tracked, keys)
@@ -848,18 +900,23 @@ def _primary_key(tracked: Tracked, state: Any) -> Sequence[Any]:
         return key
 
 
-def _has_changes(state: Any) -> bool:
-    """Whether a column attribute of *state* differs from what was loaded."""
+def _has_changes(state: Any) -> bool | None:
+    """Whether a column attribute of *state* differs from what was loaded; None when what was loaded is not known."""
     columns, values = state.mapper.columns, state.dict
+    found: bool | None = False
     for name, before in state.committed_state.items():
-        if name in columns and (before is NO_VALUE or name not in values or _differs(before, values[name])):
+        if name not in columns:
+            continue
+        if before is NO_VALUE or name not in values or before is values[name]:
+            # Expired, set by an expression, or edited in place: the old value is gone.
+            if before is not values.get(name, NO_VALUE) or isinstance(before, (dict, list, set)):
+                found = None
+        elif _differs(before, values[name]):
             return True
-    return False
+    return found
 
 
 def _differs(before: Any, after: Any) -> bool:
-    if before is after:
-        return isinstance(after, (dict, list, set))  # edited in place: the old value is gone
     try:
         return bool(before != after)  # an expression has no truth value: it differs
     except Exception:  # noqa: BLE001  # a user type's own comparison may raise anything

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 Op: TypeAlias = Literal["baseline", "insert", "update", "delete"]
 Image: TypeAlias = Mapping[str, Any]
+FactKey: TypeAlias = tuple[str, str]
+"""(entity, canonical key)"""
+
+REDACTED = 0
+"""The version of an entry whose image was erased: that something happened stays in the log, what it was does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +83,52 @@ class Step(NamedTuple):
     before: Image | None
     after: Image | None
 
+    @property
+    def fact(self) -> FactKey:
+        return self.entity, self.key
 
-def invert(steps: Sequence[Step]) -> tuple[list[Entry], dict[tuple[str, str], Image | None]]:
-    """The compensating log entries for *steps* (newest first), and the row each key must end up with.
+
+def invert(steps: Sequence[Step]) -> tuple[list[Entry], dict[FactKey, Image | None]]:
+    """The compensating log entries for *steps* (newest first), and the row each fact must end up with.
 
     Every step is undone by an entry of its own, so that the log says which transaction each entry reverts; the table
     only needs the last of them.
     """
     entries = []
-    final: dict[tuple[str, str], Image | None] = {}
+    final: dict[FactKey, Image | None] = {}
     for step in steps:
         if step.before is None and step.after is None:
             continue
         op: Op = "insert" if step.after is None else "delete" if step.before is None else "update"
         entries.append(Entry(step.entity, step.key, op, step.before, reverts=step.tx))
-        final[step.entity, step.key] = step.before
+        final[step.fact] = step.before
     return entries, final
+
+
+class Later(NamedTuple):
+    """An entry of a fact, later than the first of its steps that are to be undone."""
+
+    id: int
+    tx: str
+    fact: FactKey
+    reverts: str | None
+
+
+def in_the_way(
+    later: Sequence[Later], targets: Collection[str], undone: Collection[tuple[str, FactKey]]
+) -> dict[FactKey, list[int]]:
+    """The ids of those *later* entries, by fact, that undoing the transactions *targets* would lose.
+
+    *undone* are (transaction, fact) whose change was undone, and not redone. An undo of what came later too leaves
+    nothing behind, and neither does what it undid; an undo of something older is a change like any other.
+    """
+    since = {(entry.tx, entry.fact) for entry in later}
+    found: dict[FactKey, list[int]] = {}
+    for entry in later:
+        reverts_since = entry.reverts is not None and (entry.reverts in targets or (entry.reverts, entry.fact) in since)
+        if entry.tx not in targets and (entry.tx, entry.fact) not in undone and not reverts_since:
+            found.setdefault(entry.fact, []).append(entry.id)
+    return found
 
 
 def replay(changes: Iterable[Change]) -> dict[tuple[str, Any], Image]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib import import_module
 from operator import attrgetter
@@ -14,14 +14,16 @@ from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any, NoReturn
 
+import pydantic_core
 from sqlalchemy import Engine, create_engine, inspect
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from memstate_sa import Change, Memory, __version__, sqlite
-from memstate_sa.errors import MemstateError, MissingExtra
+from memstate_sa.errors import ConflictError, MemstateError, MissingExtra
 from memstate_sa.relay import Retention
+from memstate_sa.undo import OnConflict, Revocation
 
 try:
     import typer
@@ -51,8 +53,15 @@ else:
     Model = Annotated[
         str, typer.Argument(metavar="MODEL", help="A tracked class: its name in the module of --app, or module:Class")
     ]
+    OfModel = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="Only facts of this class.")]
+    OfSession = Annotated[str | None, typer.Option("--session-id", help="Only what this agent session did.")]
+    OfActor = Annotated[str | None, typer.Option("--actor", help="Only what this actor did.")]
+    Tries = Annotated[bool, typer.Option("--dry-run", help="Show what would be undone, and undo nothing.")]
+    Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do it without asking.")]
+    AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 
 _EXAMPLES = 20  # facts of each kind that verify names
+_SHOWN = 120  # characters of a value
 
 
 def main() -> None:
@@ -70,8 +79,11 @@ def application() -> typer.Typer:
         pretty_exceptions_show_locals=False,  # they hold database URLs
     )
     app.callback()(options)
-    for command in (demo, init, relay, drain, status, pause, resume, verify, doctor, backfill, log, rollback):
+    commands = (demo, init, relay, drain, status, pause, resume, verify, doctor, backfill, log, diff, rollback, revoke)
+    for command in commands:
         app.command()(command)
+    app.command("export")(export_facts)
+    app.command("import")(import_facts)
     dead = typer.Typer(help="Keys that an index refused too often.", no_args_is_help=True)
     dead.command("list")(dead_list)
     dead.command("retry")(dead_retry)
@@ -364,36 +376,203 @@ def backfill(
 def log(
     app: App,
     url: Url,
-    model: Model,
-    key: Annotated[str | None, typer.Argument(help="Primary key; a JSON array when it is composite.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Only facts of this class.")] = None,
+    key: Annotated[
+        str | None, typer.Argument(metavar="KEY", help="Only this one: its primary key; composite, as a JSON array.")
+    ] = None,
+    of_model: OfModel = None,
+    of_key: Annotated[str | None, typer.Option("--key", metavar="KEY", help="With --model: only this one.")] = None,
+    session_id: OfSession = None,
+    actor: OfActor = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Show the last N changes.")] = 20,
+    as_json: AsJson = False,
 ) -> None:
-    """Show the history of one fact, or of all facts of a class."""
+    r"""Show what happened: to all facts, to those of a class, or to one.
+
+    \b
+    memstate-sa log                       the last changes of all
+    memstate-sa log Preference 7          the history of one fact
+    memstate-sa log --actor ana --json    what ana did, for a program
+    """
     with _opened(app, url) as (memory, engine), _session(memory, engine) as session:
-        mapped = _model(model, app)
-        changes = memory.history(session, mapped, None if key is None else _key(mapped, key))
-        _print_changes(changes[-limit:])
-        if len(changes) > limit:
-            Console().print(f"The last {limit} of {len(changes)} changes; --limit shows more.")
+        model, key = model or of_model, key or of_key
+        if model is None and key is not None:
+            raise typer.BadParameter("of which --model?", param_hint="--key")
+        mapped = None if model is None else _model(model, app)
+        fact = None if key is None else _key(mapped, key)
+        changes = memory.history(session, mapped, fact, actor=actor, session_id=session_id, limit=limit + 1)
+        _show_changes(changes[-limit:], as_json=as_json)
+        if len(changes) > limit and not as_json:
+            Console().print(f"The last {limit} changes; --limit shows more.")
+
+
+def diff(
+    app: App,
+    url: Url,
+    a: Annotated[str, typer.Argument(metavar="A", help="A time (UTC, if it does not say), or a transaction.")],
+    b: Annotated[str | None, typer.Argument(metavar="B", help="Another. Default: now.")] = None,
+    model: OfModel = None,
+    as_json: AsJson = False,
+) -> None:
+    r"""Show what became of each fact between two moments.
+
+    \b
+    memstate-sa diff 2026-03-01                     since the first of March
+    memstate-sa diff 2026-03-01 2026-03-01T12:00    on its morning
+    """
+    with _opened(app, url) as (memory, engine), _session(memory, engine) as session:
+        mapped = None if model is None else _model(model, app)
+        changes = memory.diff(session, _moment(a), None if b is None else _moment(b), mapped)
+        _show_changes(changes, as_json=as_json)
 
 
 def rollback(
     app: App,
     url: Url,
     steps: Annotated[int, typer.Option(min=1, help="How many transactions to undo, newest first.")] = 1,
-    session_id: Annotated[str | None, typer.Option(help="Only those of this agent session.")] = None,
-    actor: Annotated[str | None, typer.Option(help="Only those of this actor.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be undone, and undo nothing.")] = False,
+    session_id: OfSession = None,
+    actor: OfActor = None,
+    model: OfModel = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="TIME|TX", help="Instead: all since a time (UTC), or since a transaction.")
+    ] = None,
+    tx: Annotated[str | None, typer.Option(help="Instead: this transaction; of a rollback, to redo.")] = None,
+    on_conflict: Annotated[
+        OnConflict, typer.Option(help="What to do with facts that others have changed since.")
+    ] = "raise",
+    dry_run: Tries = False,
+    yes: Yes = False,
 ) -> None:
-    """Undo the last transactions, as new ones. The vectors follow through the relay."""
+    r"""Undo the last transactions, as new ones, after showing what that means. The vectors follow through the relay.
+
+    \b
+    memstate-sa rollback --steps 3                   the last three
+    memstate-sa rollback --actor ana --dry-run       ana's last one; only show it
+    memstate-sa rollback --to 2026-03-01T12:00       all since noon
+    """
+
+    def undo(memory: Memory, session: Session, *, dry_run: bool) -> Revocation:
+        changes = memory.rollback(
+            session,
+            steps,
+            session_id=session_id,
+            actor=actor,
+            model=None if model is None else _model(model, app),
+            to=None if to is None else _moment(to),
+            tx=tx,
+            on_conflict=on_conflict,
+            dry_run=dry_run,
+        )
+        return Revocation(changes)
+
+    _undo(app, url, undo, dry_run=dry_run, yes=yes)
+
+
+def revoke(
+    app: App,
+    url: Url,
+    session_id: OfSession = None,
+    actor: OfActor = None,
+    tx: Annotated[list[str] | None, typer.Option(help="This transaction; may be repeated.")] = None,
+    model: OfModel = None,
+    on_conflict: Annotated[
+        OnConflict, typer.Option(help="What to do with facts that others have changed since.")
+    ] = "skip",
+    dry_run: Tries = False,
+    yes: Yes = False,
+) -> None:
+    r"""Take out all that one actor, session or transaction did, from among what others did, after showing it.
+
+    What others have built upon stays, and is told, with the changes that are in the way.
+
+    \b
+    memstate-sa revoke --session-id run-17
+    memstate-sa revoke --actor importer --on-conflict force --yes
+    """
+
+    def undo(memory: Memory, session: Session, *, dry_run: bool) -> Revocation:
+        return memory.revoke(
+            session,
+            session_id=session_id,
+            actor=actor,
+            tx=tx or (),
+            model=None if model is None else _model(model, app),
+            on_conflict=on_conflict,
+            dry_run=dry_run,
+        )
+
+    _undo(app, url, undo, dry_run=dry_run, yes=yes)
+
+
+def _undo(app: str, url: str, undo: Callable[..., Revocation], *, dry_run: bool, yes: bool) -> None:
+    """Plan, ask, do: nothing is locked while somebody makes up his mind."""
     with _opened(app, url) as (memory, engine), _session(memory, engine) as session:
-        changes = memory.rollback(session, steps, session_id=session_id, actor=actor)
-        if dry_run:
+        plan = None if yes and not dry_run else undo(memory, session, dry_run=True)
+        session.rollback()
+        if plan is not None:
+            _print_revocation(plan)
+            if dry_run or not plan.reverted:
+                Console().print("Nothing was changed (--dry-run)." if dry_run else "There is nothing to undo.")
+                return
+            typer.confirm(f"Undo {len(plan.reverted)} changes?", abort=True)
+        done = undo(memory, session, dry_run=False)
+        if plan is not None and _facts(plan.reverted) != _facts(done.reverted):
             session.rollback()
-        else:
-            session.commit()
-        _print_changes(changes)
-        Console().print("Nothing was changed (--dry-run)." if dry_run else f"{len(changes)} changes undone.")
+            _fail("others have changed these facts meanwhile, so nothing was undone: look again")
+        session.commit()
+        if plan is None:
+            _print_revocation(done)
+        Console().print(f"{len(done.reverted)} changes undone.")
+
+
+def _facts(changes: Iterable[Change]) -> list[Any]:
+    return [(c.entity, c.key, c.op, c.before, c.after, c.reverts) for c in changes]
+
+
+def export_facts(
+    app: App,
+    url: Url,
+    file: Annotated[
+        typer.FileTextWrite, typer.Argument(metavar="FILE|-", encoding="utf-8", help="To be written; - is stdout.")
+    ],
+    model: Annotated[
+        list[str] | None, typer.Option("--model", metavar="MODEL", help="Only facts of this class; may be repeated.")
+    ] = None,
+) -> None:
+    r"""Write facts with their history to a file of JSON lines, all of it as at one moment.
+
+    \b
+    memstate-sa export facts.jsonl
+    memstate-sa export - --model Preference | gzip > preferences.jsonl.gz
+    """
+    with _opened(app, url) as (memory, engine):
+        console = Console(stderr=True)
+        with Progress(console=console) as progress:
+            models = [_model(name, app) for name in model or ()]
+            count = memory.export_facts(engine, file, models, progress=_progress(progress, "exporting"))
+        console.print(f"{count} changes exported.")
+
+
+def import_facts(
+    app: App,
+    url: Url,
+    file: Annotated[
+        typer.FileText, typer.Argument(metavar="FILE|-", encoding="utf-8", help="Of `export`; - is stdin.")
+    ],
+) -> None:
+    r"""Take in facts with their history, from a file of `export`: all of them, or nothing when anything is wrong.
+
+    The database may be another one, or of another kind. The relay delivers what comes in.
+
+    \b
+    memstate-sa import facts.jsonl
+    zcat facts.jsonl.gz | memstate-sa import -
+    """
+    with _opened(app, url) as (memory, engine):
+        console = Console(stderr=True)
+        with Progress(console=console) as progress:
+            count = memory.import_facts(engine, file, progress=_progress(progress, "importing"))
+        console.print(f"{count} changes imported; the relay delivers what they end with.")
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------
@@ -404,6 +583,8 @@ def _explained() -> Iterator[None]:
     """Errors that a user can act on, as a message and exit code 1."""
     try:
         yield
+    except ConflictError as error:
+        _fail(str(error), error.changes)
     except MemstateError as error:
         _fail(str(error))
     except DBAPIError as error:
@@ -412,8 +593,11 @@ def _explained() -> Iterator[None]:
         _fail(str(error))
 
 
-def _fail(message: str) -> NoReturn:
-    Console(stderr=True).print(f"[bold red]Error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+def _fail(message: str, in_the_way: Sequence[Change] = ()) -> NoReturn:
+    console = Console(stderr=True)
+    console.print(f"[bold red]Error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    if in_the_way:
+        console.print(_changes_table(in_the_way, "in the way"))
     raise typer.Exit(1)
 
 
@@ -470,6 +654,15 @@ def _model(name: str, app: str) -> Any:
     return _load(name if ":" in name else f"{app.partition(':')[0]}:{name}", "MODEL")
 
 
+def _moment(text: str) -> datetime | str:
+    """A time; what is none is taken for a transaction. UTC, as `log` shows it."""
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    return at.replace(tzinfo=UTC) if at.tzinfo is None else at
+
+
 def _key(model: Any, text: str) -> Any:
     columns = inspect(model).primary_key
     try:
@@ -507,19 +700,53 @@ def _print_facts(by_kind: Mapping[str, Sequence[tuple[str, object]]]) -> None:
             console.print(f"{kind}: {len(facts) - _EXAMPLES} more")
 
 
-def _print_changes(changes: Iterable[Change]) -> None:
-    table = Table("at", "transaction", "fact", "what", "after", "by", "why")
+def _show_changes(changes: Collection[Change], *, as_json: bool) -> None:
+    if as_json:
+        for change in changes:
+            typer.echo(pydantic_core.to_json(change, bytes_mode="hex", inf_nan_mode="strings", fallback=str))
+    else:
+        Console().print(_changes_table(changes))
+
+
+def _print_revocation(done: Revocation) -> None:
+    console = Console()
+    for title, changes in (("", done.reverted), ("kept", done.kept), ("in the way", done.conflicts)):
+        if changes or not title:
+            console.print(_changes_table(changes, title))
+
+
+def _changes_table(changes: Iterable[Change], title: str = "") -> Table:
+    columns = ("at (UTC)", "transaction", "fact", "what", "changed", "by", "why")
+    table = Table(*columns, title=title or None, title_justify="left")
     for change in changes:
+        session = change.session_id and f"in {change.session_id}"
         table.add_row(
             f"{change.at:%Y-%m-%d %H:%M:%S}",
             change.tx,
             escape(f"{change.entity} {change.key}"),
             change.op + (" (undo)" if change.reverts else ""),
-            escape(", ".join(f"{name}={value!r}" for name, value in (change.after or {}).items())),
-            escape(change.actor or ""),
+            escape(_changed(change)),
+            escape(" ".join(filter(None, (change.actor, session)))),
             escape(change.reason or ""),
         )
-    Console().print(table)
+    return table
+
+
+def _changed(change: Change) -> str:
+    """What a change made of a row: of an update, the columns that differ."""
+    before, after = change.before or {}, change.after or {}
+    if not (before and after):
+        return ", ".join(f"{name}={_shortened(value)}" for name, value in (after or before).items())
+    return ", ".join(
+        f"{name}={_shortened(before.get(name))} → {_shortened(value)}"
+        for name, value in after.items()
+        if name not in before or before[name] != value
+    )
+
+
+def _shortened(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
 
 
 if __name__ == "__main__":

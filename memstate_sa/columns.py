@@ -141,13 +141,34 @@ class TableColumns:
         """*column* as the driver reads it, for a SELECT."""
         if self.travels_as_text(column):
             return type_coerce(cast(column, Text), RAW).label(column.name)
-        expression = column.type.column_expression(column)
-        return type_coerce(column if expression is None else expression, RAW).label(column.name)
+        return type_coerce(column, RAW).label(column.name)  # as it is stored, whatever expression reads it
 
     def raw_bind(self, column: Column[Any], value: Any) -> ColumnElement[Any]:
         """A driver value for an INSERT or UPDATE of *column*."""
-        bind: BindParameter[Any] = bindparam(None, value, type_=RAW, unique=True)
-        return cast(bind, column.type) if self.dialect.name == "postgresql" else bind
+        return self._as_stored(column, bindparam(None, value, type_=RAW, unique=True))
+
+    def raw_parameter(self, column: Column[Any], name: str) -> ColumnElement[Any]:
+        """The same, as the parameter *name* of many executions."""
+        return self._as_stored(column, bindparam(name, type_=RAW))
+
+    def _as_stored(self, column: Column[Any], value: BindParameter[Any]) -> ColumnElement[Any]:
+        return cast(value, column.type) if self.dialect.name == "postgresql" else value
+
+    def find(
+        self, connection: Connection, columns: Sequence[Column[Any]], values: Sequence[tuple[Any, ...]]
+    ) -> list[tuple[str, tuple[Any, ...]]]:
+        """The keys of the rows that have one of *values* (driver-level) in *columns*, and which."""
+        given: BindParameter[Any] = bindparam("values", expanding=True)
+        there = tuple_(*(type_coerce(column, RAW) for column in columns)).in_(given)
+        names = [column.name for column in columns]
+        wanted = [*self.key_names, *names]
+        statement: Select[Any] = select(*(self.raw(self.by_name[name]).label(f"n{n}") for n, name in enumerate(wanted)))
+        found = []
+        for some in batches(list(dict.fromkeys(values))):
+            rows = connection.execute(statement.where(there), {"values": some}).all()
+            width = len(self.key_names)
+            found += [(self.encode_key(row[:width]), tuple(row[width:])) for row in rows]
+        return found
 
     @cached_property
     def key_in(self) -> ColumnElement[bool]:
@@ -184,7 +205,7 @@ class TableColumns:
         """The images of the rows with these (driver-level) *keys*, by canonical key; absent rows are left out."""
         statement = self._rows_by_key
         if for_update:  # in key order, so that two sessions cannot wait for each other
-            statement = statement.order_by(*self.table.primary_key.columns).with_for_update()
+            statement = statement.order_by(*self.table.primary_key.columns).with_for_update(key_share=True)
         images: dict[str, dict[str, Any]] = {}
         for some in batches(keys):
             rows = connection.execute(statement, self.key_parameters(some)).all()  # iterated, it is a fetch a row
@@ -199,7 +220,8 @@ class TableColumns:
         if connection.dialect.name == "sqlite":  # there is one writer
             return
         columns = self.table.primary_key.columns
-        statement: Select[Any] = select(literal_column("1")).where(self.key_in).order_by(*columns).with_for_update()
+        statement: Select[Any] = select(literal_column("1")).where(self.key_in).order_by(*columns)
+        statement = statement.with_for_update(key_share=True)
         for some in batches(keys):
             connection.execute(statement, self.key_parameters(some))
 
@@ -226,6 +248,13 @@ class TableColumns:
             value if bind is None else bind(value) for bind, value in zip(self._key_binds, identity, strict=True)
         )
 
+    def canonical(self, key: Any) -> str:
+        """The canonical key of a primary key as the ORM has it: one value, or a tuple."""
+        identity = key if isinstance(key, tuple) else (key,)
+        if len(identity) != len(self.key_names):
+            raise MemstateError(f"key={key!r}: {self.table.fullname} is keyed by {', '.join(self.key_names)}")
+        return self.encode_key(self.raw_key(identity))
+
     def identity(self, key: str) -> tuple[Any, ...]:
         """The ORM identity of a canonical *key*."""
         return tuple(self.to_python(name, value) for name, value in zip(self.key_names, decode_key(key), strict=True))
@@ -233,6 +262,21 @@ class TableColumns:
     def to_python(self, name: str, value: Any) -> Any:
         process = self._to_python.get(name)
         return value if process is None else process(value)
+
+    def to_raw(self, name: str, value: Any) -> Any:
+        """What the driver is given for a value as the ORM takes it; one that is the driver's already stays as it is."""
+        column = self.by_name.get(name)
+        bind = None if column is None else column.type.dialect_impl(self.dialect).bind_processor(self.dialect)
+        if bind is None:
+            return value
+        try:
+            raw = bind(value)
+        except (TypeError, ValueError, AttributeError, LookupError):
+            return value
+        inner = getattr(raw, "obj", raw)  # psycopg wraps what it is given of some types, and reads it bare
+        if inner is not raw and isinstance(self._impl[name], JSON):
+            return (getattr(self.dialect, "_json_serializer", None) or json.dumps)(inner)
+        return inner
 
     def values(self, image: dict[str, Any]) -> dict[str, Any]:
         """An image's values as the ORM would load them; columns that are no longer there keep their stored form."""
@@ -300,6 +344,11 @@ class JoinedColumns(TableColumns):
             for prefix, part in self._divide(image)
             for name, value in self._of_table[self._prefixes.get(prefix, self.table)].values(part).items()
         }
+
+    def to_raw(self, name: str, value: Any) -> Any:
+        prefix = next((prefix for prefix in self._prefixes if name.startswith(prefix)), "")
+        table = self._prefixes.get(prefix, self.table)
+        return TableColumns.to_raw(self._of_table[table], name.removeprefix(prefix), value)
 
     def _divide(self, image: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
         """What of *image* is of each table, by the prefix of its names: none for the first."""

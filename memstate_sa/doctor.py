@@ -6,16 +6,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sqlalchemy import Inspector, bindparam, func, inspect, select
+from sqlalchemy import Inspector, bindparam, inspect, select
 from sqlalchemy.engine import Connection, Engine
 
-from memstate_sa import sqlite, triggers, truth
-from memstate_sa.arrays import as_array, each
+from memstate_sa import appendonly, sqlite, triggers, truth
 from memstate_sa.capture import Capture, Unit
 from memstate_sa.changes import Entry, Image, new_tx
 from memstate_sa.codec import decode_image, decode_key
-from memstate_sa.columns import TableColumns, batches
+from memstate_sa.columns import TableColumns
 from memstate_sa.facts import Tracked
+from memstate_sa.history import LastEntry, last_entries
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.registry import Registry
 from memstate_sa.tables import current, log, metadata
@@ -90,7 +90,7 @@ class Doctor:
         while True:
             with self._engine.connect() as connection:
                 keys = truth.page(connection, tracked, after, self._page_size)
-                known = _last_entries(connection, tracked, keys)
+                known = last_entries(connection, tracked, keys)
             if not keys:
                 break
             after = keys[-1]
@@ -105,7 +105,7 @@ class Doctor:
             with self._engine.connect() as connection:
                 page = {"entity": tracked.entity, "after": after, "limit": self._page_size}
                 keys = list(connection.scalars(_logged_keys, page))
-                entries = _last_entries(connection, tracked, keys)
+                entries = last_entries(connection, tracked, keys)
                 living = {key: last for key, last in entries.items() if last.op != "delete"}
                 there = _rows(connection, tracked, list(living))
             if not keys:
@@ -114,14 +114,14 @@ class Doctor:
             if lost := self._confirmed(tracked, {key: last for key, last in living.items() if key not in there}):
                 yield lost, True
 
-    def _confirmed(self, tracked: Tracked, before: Mapping[str, _Last]) -> list[str]:
+    def _confirmed(self, tracked: Tracked, before: Mapping[str, LastEntry]) -> list[str]:
         """The keys whose row differs from the last entry, *before*, that is still the last after it was read."""
         if not before:
             return []
         keys = list(before)
         with self._engine.connect() as connection:
             rows = _rows(connection, tracked, keys)
-            after = _last_entries(connection, tracked, keys)
+            after = last_entries(connection, tracked, keys)
         same = [key for key, last in before.items() if key in after and after[key].id == last.id]
         columns = tracked.on(self._engine.dialect)
         return [key for key in same if _differs(before[key], rows.get(key), columns)]
@@ -132,7 +132,7 @@ class Doctor:
             take_write_lock(connection)
             rows = _rows(connection, tracked, keys, for_update=True)
             entries = []
-            for key, last in _last_entries(connection, tracked, keys).items():
+            for key, last in last_entries(connection, tracked, keys).items():
                 row = rows.get(key)
                 if _differs(last, row, tracked.on(connection.dialect)):
                     op = "delete" if row is None else "insert" if last.op == "delete" else "update"
@@ -160,6 +160,12 @@ class Doctor:
                 only = getattr(index._ddl_if, "dialect", None)  # noqa: SLF001  # there is no other way to ask
                 if only in (None, dialect) and index.name not in indexes:
                     yield Problem(table.name, f"has no index {index.name}: what reads it, reads it all; create it")
+        if log.name in there and (lost := self._lost_protection()):
+            yield Problem(
+                log.name,
+                f"may be rewritten by anybody, as it has no trigger {', '.join(lost)}: memory.create_tables(engine) "
+                "installs what is missing",
+            )
         if not self._capture.is_any_attached and not all(t.by_trigger for t in self._registry.by_entity.values()):
             yield Problem("Sessions", "none is attached: memory.attach(sessionmaker) has what they write captured")
         if dialect == "sqlite" and sqlite.leaks_savepoints(self._engine):
@@ -178,6 +184,10 @@ class Doctor:
                     f"has no {', '.join(wrong)} as it should be: memory.create_tables(engine) installs them",
                 )
 
+    def _lost_protection(self) -> list[str]:
+        with self._engine.connect() as connection:
+            return appendonly.missing(connection)
+
     def _left_told(self) -> bool:
         with self._engine.connect() as connection:
             return connection.execute(select(current.c.name).limit(1)).first() is not None
@@ -185,26 +195,10 @@ class Doctor:
     def _wrong_triggers(self, tracked: Tracked) -> list[str]:
         with self._engine.connect() as connection:
             expected = triggers.triggers(connection, tracked)
-            there = triggers.installed(connection, tracked)
+            there = triggers.installed(connection, tracked.table)
         return [f"trigger {trigger.name}" for trigger in expected if there.get(trigger.name) != trigger.source]
 
 
-class _Last(NamedTuple):
-    """The last entry of a key."""
-
-    id: int
-    op: str
-    image: dict[str, Any] | None
-
-
-_keys = each("keys")
-_newest = (
-    select(func.max(log.c.id))
-    .where(log.c.entity == bindparam("entity"), log.c.key == _keys.c.value)
-    .correlate(_keys)
-    .scalar_subquery()
-)
-_last = select(log.c.key, log.c.id, log.c.op, log.c.image).where(log.c.id.in_(select(_newest).select_from(_keys)))
 _logged_keys = (
     select(log.c.key)
     .where(log.c.entity == bindparam("entity"), log.c.key > bindparam("after"))
@@ -214,15 +208,6 @@ _logged_keys = (
 )
 
 
-def _last_entries(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> dict[str, _Last]:
-    """Of those of *keys* that the log has seen."""
-    return {
-        row.key: _Last(row.id, row.op, row.image)
-        for some in batches(keys)
-        for row in connection.execute(_last, {"entity": tracked.entity, "keys": as_array(some)}).all()
-    }
-
-
 def _rows(
     connection: Connection, tracked: Tracked, keys: Sequence[str], *, for_update: bool = False
 ) -> dict[str, dict[str, Any]]:
@@ -230,7 +215,7 @@ def _rows(
     return columns.read(connection, [decode_key(key) for key in keys], for_update=for_update)
 
 
-def _differs(last: _Last, row: Image | None, columns: TableColumns) -> bool:
+def _differs(last: LastEntry, row: Image | None, columns: TableColumns) -> bool:
     """A column that was added or dropped since is no difference: nobody has changed the row."""
     logged = columns.parts(None if last.op == "delete" else last.image)
     return any(_part_differs(logged[table], part) for table, part in columns.parts(row).items())

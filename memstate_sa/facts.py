@@ -19,6 +19,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     ColumnElement,
+    DateTime,
     FromClause,
     Select,
     String,
@@ -44,7 +45,8 @@ from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.sql import operators, visitors
 
 from memstate_sa.arrays import as_json
-from memstate_sa.codec import encode, encode_key
+from memstate_sa.changes import Image
+from memstate_sa.codec import decode_image, encode, encode_key
 from memstate_sa.columns import JoinedColumns, TableColumns
 from memstate_sa.errors import MemstateError
 from memstate_sa.indexes.base import Scalar
@@ -68,6 +70,7 @@ class Fact(_Base):
     ephemeral: Mapped[bool] = mapped_column(Boolean(create_constraint=False), default=False)
     created_at: Mapped[datetime] = mapped_column(UTCDateTime, default=utcnow)
     updated_at: Mapped[datetime] = mapped_column(UTCDateTime, default=utcnow, onupdate=utcnow)
+    expires_at: Mapped[datetime | None] = mapped_column(UTCDateTime, index=True)
 
     def __repr__(self) -> str:
         return f"Fact(id={self.id!r}, type={self.type!r}, payload={self.payload!r})"
@@ -112,6 +115,7 @@ def _scalar(value: Any) -> Scalar:
     return str(value)
 
 
+Upgrade = Callable[[dict[str, Any]], Mapping[str, Any]]
 UniqueValues = Callable[[Mapping[str, Any]], Sequence[Any] | None]
 
 
@@ -130,6 +134,10 @@ class Tracked:
     on_untracked: str = "raise"
     by_trigger: bool = False
     derived: bool = False  # of a base class that was tracked
+    unique_names: tuple[str, ...] = ()
+    expires: str | None = None
+    version: int = 1
+    upgrade: Mapping[int, Upgrade] = field(default_factory=dict, repr=False)
     hydrations: dict[str, Select[Any]] = field(default_factory=dict, repr=False)
     _columns: dict[str, TableColumns] = field(default_factory=dict, repr=False)
 
@@ -163,9 +171,22 @@ class Tracked:
         if self.by_trigger:
             check_trigger_table(mapper, self.table)
 
+    @property
+    def expiry(self) -> tuple[str, ...]:
+        return () if self.expires is None else (self.expires,)
+
     def forget(self) -> None:
         """Another subclass was mapped: work out anew what depends on the tables."""
-        for name in ("tables", "attributes", "_names", "_attribute_columns", "_projected", "projected_columns", "rows"):
+        for name in (
+            "tables",
+            "attributes",
+            "_names",
+            "_attribute_columns",
+            "_projected",
+            "projected_columns",
+            "rows",
+            "criterion",
+        ):
             self.__dict__.pop(name, None)
         self._columns.clear()
         self.hydrations.clear()
@@ -205,6 +226,25 @@ class Tracked:
     def by_attribute(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Column values by attribute name."""
         return {self.attributes.get(name, name): value for name, value in values.items()}
+
+    def upcast(self, image: Image, version: int, dialect: Dialect) -> Image:
+        """An image of an older shape, of which *version* says which, in today's."""
+        if version >= self.version or not self.upgrade:
+            return image
+        stored = decode_image(image)
+        values: Mapping[str, Any] = stored
+        for shape in range(version, self.version):
+            if shape in self.upgrade:
+                values = self.upgrade[shape](dict(values))
+                if not isinstance(values, Mapping):
+                    raise MemstateError(
+                        f"upgrade[{shape}] of {self.entity} returned {values!r}: give a dict of columns"
+                    )
+        columns, known = self.on(dialect), {id(value) for value in stored.values()}
+        return {
+            name: encode(value if id(value) in known else columns.to_raw(name, value))  # under another name, too
+            for name, value in values.items()
+        }
 
     # -- what an index sees ----------------------------------------------------------------------------------------
 
@@ -315,6 +355,9 @@ def describe(
     immutable: bool | Callable[[Mapping[str, Any]], bool] = False,
     on_untracked: str = "raise",
     capture: str = "session",
+    expires: str | None = None,
+    version: int = 1,
+    upgrade: Mapping[int, Upgrade] | None = None,
 ) -> Tracked:
     """Check what `Memory.track` was asked for against the mapping. Raises MemstateError saying what does not fit."""
     try:
@@ -345,6 +388,8 @@ def describe(
     entity = str(entity if entity is not None else tables_of(mapper)[-1].fullname)  # not a quoted_name
     if not entity or "[" in entity or len(entity) > 128:
         raise MemstateError(f"entity={entity!r}: a name of 1 to 128 characters without '['")
+    _check_expiry(mapper, expires)
+    _check_shapes(version, upgrade or {})
     always = (lambda _values: True) if immutable is True else None
     return Tracked(
         model=model,
@@ -357,14 +402,39 @@ def describe(
         immutable=immutable if callable(immutable) else always,
         on_untracked=on_untracked,
         by_trigger=capture == "trigger",
+        unique_names=unique_names,
+        expires=expires,
+        version=version,
+        upgrade=dict(upgrade or {}),
     )
+
+
+def _check_expiry(mapper: Mapper[Any], expires: str | None) -> None:
+    if expires is None:
+        return
+    _require_attributes(mapper, expires)
+    type_ = mapper.columns[expires].type
+    if not isinstance(type_, (DateTime, UTCDateTime)):
+        raise MemstateError(f"expires={expires!r}: its column holds no times, but {type_!r}")
+
+
+def _check_shapes(version: int, upgrade: Mapping[int, Upgrade]) -> None:
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version < 2**15:
+        raise MemstateError(f"version={version!r}: a whole number from 1, one more for each change of shape")
+    for shape, step in upgrade.items():
+        if shape not in range(1, version) or not callable(step):
+            raise MemstateError(
+                f"upgrade={shape!r}: give {{n: function from the columns of version n to those of n + 1}}"
+            )
 
 
 def derive(base: Tracked, mapper: Mapper[Any]) -> Tracked:
     """As *base* is tracked, *mapper*, a concrete subclass: its rows are elsewhere, and keyed by themselves."""
     table = _check_all_tables(mapper, by_trigger=base.by_trigger)
     try:
-        _require_attributes(mapper, *(() if callable(base.text) else (base.text,)), *base.metadata)
+        _require_attributes(
+            mapper, *(() if callable(base.text) else (base.text,)), *base.metadata, *base.unique_names, *base.expiry
+        )
     except MemstateError as error:
         raise MemstateError(f"{error}: what {base.model.__name__} is tracked by") from error
     return replace(base, model=mapper.class_, entity=str(table.fullname), derived=True, hydrations={}, _columns={})

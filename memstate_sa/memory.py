@@ -7,30 +7,38 @@ import contextlib
 import math
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TextIO, TypeVar, overload
 
-from sqlalchemy import Select, func, inspect, select
-from sqlalchemy.engine import URL, Engine
+from sqlalchemy import Select, Table, func, inspect, select
+from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session
+from sqlalchemy.sql import visitors
 
-from memstate_sa import history, tables, triggers, truth
+from memstate_sa import appendonly, history, tables, transfer, triggers, truth
 from memstate_sa.capture import Capture, Unit
-from memstate_sa.changes import Change
+from memstate_sa.changes import Change, Image
 from memstate_sa.codec import is_text
-from memstate_sa.columns import TableColumns
 from memstate_sa.doctor import Diagnosis, Doctor
 from memstate_sa.embedders import Embedder, WordLlamaEmbedder
+from memstate_sa.erase import Eraser
 from memstate_sa.errors import DeliveryError, MemstateError, require_count
-from memstate_sa.facts import Tracked, describe
-from memstate_sa.indexes.base import VectorIndex
+from memstate_sa.expiry import Sweeper
+from memstate_sa.facts import Tracked, Upgrade, describe
+from memstate_sa.indexes.base import PurgeableIndex, VectorIndex
 from memstate_sa.registry import Registry
 from memstate_sa.relay import Relay
 from memstate_sa.relay.backlog import Backlog, backlog, keys_of, lacks
 from memstate_sa.relay.claims import IndexKey
 from memstate_sa.relay.wakeup import Notifier
-from memstate_sa.search import Call, Hits, Search, call_directly
+from memstate_sa.search import Call, Hits, Search, call_directly, resolve_target
 from memstate_sa.sqlite import configure, is_in_memory, require_no_transaction
+from memstate_sa.strict import Strict
+from memstate_sa.tables import utcnow
+from memstate_sa.timetravel import PastSession, as_of_session, search_past
+from memstate_sa.undo import OnConflict, Revocation, Scope, Undo
 from memstate_sa.vectors import Vectors
 from memstate_sa.verify import DriftReport, Progress, Verify
 
@@ -47,6 +55,13 @@ class Memory:
 
     *index* is a `VectorIndex`, or several by name; *embedder* defaults to `WordLlamaEmbedder`. Holds no module-level
     state: two Memory objects do not see each other. Nothing is opened before it is first needed.
+
+    *delivery*: with "relay" a commit writes the database alone, and a relay brings the indexes up to date. With
+    "strict" they are written before it commits, which raises DeliveryError and rolls back when that fails; a relay is
+    needed all the same, for what a crash or a rollback leaves in them.
+
+    *embedding_cache*: about how many vectors relays keep in the application's database, by a digest of the text, so
+    that a rollback, a text that is said again and an index that is new cost no embedding. 0 keeps none.
     """
 
     def __init__(
@@ -54,10 +69,11 @@ class Memory:
         index: VectorIndex | Mapping[str, VectorIndex],
         *,
         embedder: Embedder | None = None,
-        delivery: Literal["relay"] = "relay",
+        delivery: Literal["relay", "strict"] = "relay",
+        embedding_cache: int = 100_000,
     ) -> None:
-        if delivery != "relay":
-            raise MemstateError(f"delivery={delivery!r}: only 'relay' is available")
+        if delivery not in ("relay", "strict"):
+            raise MemstateError(f"delivery={delivery!r}: 'relay' or 'strict'")
         self.indexes: dict[str, VectorIndex] = dict(index) if isinstance(index, Mapping) else {"memory": index}
         if not self.indexes:
             raise MemstateError("give at least one index")
@@ -67,11 +83,19 @@ class Memory:
         if embedder is not None and not callable(getattr(embedder, "embed", None)):
             raise MemstateError(f"embedder={embedder!r}: give an Embedder; without one it is WordLlamaEmbedder()")
         self.embedder = embedder if embedder is not None else WordLlamaEmbedder()
-        self._vectors = Vectors(self.embedder)
+        if embedding_cache != 0:
+            require_count("embedding_cache", embedding_cache, "how many vectors to keep, 0 for none")
+        self._vectors = Vectors(self.embedder, stored=embedding_cache)
         self._registry = Registry()
         self._notifier = Notifier()
-        self._capture = Capture(self._registry, self._committed)
-        self._rollback = history.Rollback(self._registry, self._capture)
+        self._strict = Strict(
+            self._registry, self.indexes, self._vectors, blocking=self._blocking, wake=self._committed
+        )
+        veto = self._strict if delivery == "strict" else None
+        self._capture = Capture(self._registry, self._committed, veto)
+        self._undo = Undo(self._registry, self._capture)
+        self._sweeper = Sweeper(self._capture)
+        self._eraser = Eraser(self._registry, self._capture, self.embedder)
         self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
         self._engines: dict[URL, Engine] = {}
         self._opened: set[str] = set()  # indexes that a search has opened
@@ -92,6 +116,9 @@ class Memory:
         immutable: Any = False,
         on_untracked: Literal["raise", "warn"] = "raise",
         capture: Literal["session", "trigger"] = "session",
+        expires: str | None = None,
+        version: int = 1,
+        upgrade: Mapping[int, Upgrade] | None = None,
     ) -> type[M]: ...
 
     @overload
@@ -108,6 +135,9 @@ class Memory:
         immutable: Any = False,
         on_untracked: Literal["raise", "warn"] = "raise",
         capture: Literal["session", "trigger"] = "session",
+        expires: str | None = None,
+        version: int = 1,
+        upgrade: Mapping[int, Upgrade] | None = None,
     ) -> Callable[[type[M]], type[M]]: ...
 
     def track(
@@ -123,6 +153,9 @@ class Memory:
         immutable: Any = False,
         on_untracked: Literal["raise", "warn"] = "raise",
         capture: Literal["session", "trigger"] = "session",
+        expires: str | None = None,
+        version: int = 1,
+        upgrade: Mapping[int, Upgrade] | None = None,
     ) -> Any:
         """Make every row of *model* a fact; a call, or a class decorator. The table needs no change.
 
@@ -133,6 +166,12 @@ class Memory:
         values. Subclasses are tracked along: single-table and joined ones as rows of this class, a concrete one as an
         entity of its own. *on_untracked* says what happens to writes that cannot be captured. With
         ``capture="trigger"`` triggers capture them all, those of other programs too; `create_tables` installs them.
+
+        *expires* is a column attribute of times: what is past its own is deleted by `sweep`, which relays call.
+
+        *version* counts the shapes that the class has had, and *upgrade* maps each older one to a function from its
+        columns (a dict by column name, of values as the driver reads them) to those of the next: history of before a
+        migration is shown, and undone, through these.
 
         Raises MemstateError for a class that is not mapped, unknown column attributes, or an entity tracked already.
         """
@@ -154,6 +193,9 @@ class Memory:
                     immutable=immutable,
                     on_untracked=on_untracked,
                     capture=capture,
+                    expires=expires,
+                    version=version,
+                    upgrade=upgrade,
                 )
             )
             return model
@@ -169,13 +211,14 @@ class Memory:
         self._capture.attach(target)
 
     def create_tables(self, engine: Engine | AsyncEngine) -> None:
-        """Create the tables of memstate_sa that are not there yet, and the triggers of classes that are captured so.
+        """Create the tables of memstate_sa that are not there yet, and triggers: of the log, of classes captured so.
 
         Their own tables have to be there. With Alembic, let a migration do it.
         """
         sync = self.sync_engine(engine)
         tables.metadata.create_all(sync)
         with sync.begin() as connection:
+            appendonly.install(connection)
             for tracked in self._registry.by_entity.values():
                 if tracked.by_trigger:
                     triggers.install(connection, tracked)
@@ -216,6 +259,7 @@ class Memory:
         max_distance: float | None = None,
         consistency: Literal["fresh", "eventual"] = "fresh",
         index: str | None = None,
+        as_of: datetime | str | None = None,
     ) -> Hits[M]: ...
 
     @overload
@@ -229,6 +273,7 @@ class Memory:
         max_distance: float | None = None,
         consistency: Literal["fresh", "eventual"] = "fresh",
         index: str | None = None,
+        as_of: datetime | str | None = None,
     ) -> Hits[Any]: ...
 
     def search(
@@ -241,6 +286,7 @@ class Memory:
         max_distance: float | None = None,
         consistency: Literal["fresh", "eventual"] = "fresh",
         index: str | None = None,
+        as_of: datetime | str | None = None,
     ) -> Hits[Any]:
         """The facts nearest in meaning to *query*, best first, among the rows that *target* selects.
 
@@ -249,9 +295,11 @@ class Memory:
         for it. ``.complete`` of the result is False when something could not be considered.
 
         *target* is a tracked class or a ``select()`` of one, whose criteria may be anything; its order is ignored.
+        With *as_of*, a time or a transaction (``Change.tx``), it searches the facts as they were then: exactly, so it
+        embeds what is not known any more; the hits' facts are detached.
         Raises MemstateError for other targets, DeliveryError when the index or the embedder is unavailable.
         """
-        return self._search(call_directly, session, query, target, limit, max_distance, consistency, index)
+        return self._search(call_directly, session, query, target, limit, max_distance, consistency, index, as_of)
 
     @overload
     async def asearch(
@@ -264,6 +312,7 @@ class Memory:
         max_distance: float | None = None,
         consistency: Literal["fresh", "eventual"] = "fresh",
         index: str | None = None,
+        as_of: datetime | str | None = None,
     ) -> Hits[M]: ...
 
     @overload
@@ -277,6 +326,7 @@ class Memory:
         max_distance: float | None = None,
         consistency: Literal["fresh", "eventual"] = "fresh",
         index: str | None = None,
+        as_of: datetime | str | None = None,
     ) -> Hits[Any]: ...
 
     async def asearch(
@@ -289,6 +339,7 @@ class Memory:
         max_distance: float | None = None,
         consistency: Literal["fresh", "eventual"] = "fresh",
         index: str | None = None,
+        as_of: datetime | str | None = None,
     ) -> Hits[Any]:
         """`search` for an AsyncSession; the index and the embedder are called in threads."""
         from sqlalchemy.util import await_only
@@ -297,7 +348,7 @@ class Memory:
             return await_only(asyncio.to_thread(function, *args, **kwargs))
 
         def run(sync: Session) -> Hits[Any]:
-            return self._search(in_thread, sync, query, target, limit, max_distance, consistency, index)
+            return self._search(in_thread, sync, query, target, limit, max_distance, consistency, index, as_of)
 
         return await session.run_sync(run)
 
@@ -311,6 +362,7 @@ class Memory:
         max_distance: float | None,
         consistency: str,
         index: str | None,
+        as_of: datetime | str | None,
     ) -> Hits[Any]:
         _sync_session(session)
         if not isinstance(query, str):
@@ -322,6 +374,17 @@ class Memory:
             raise MemstateError(f"max_distance={max_distance!r}: a cosine distance, from 0 (identical) to 2 (opposite)")
         if consistency not in ("fresh", "eventual"):
             raise MemstateError(f"consistency={consistency!r}: 'fresh' or 'eventual'")
+        if as_of is not None:
+            statement, tracked = resolve_target(self._registry, target)
+            engine = session.get_bind(tracked.mapper).engine
+            read = {
+                self._registry.named(table, None) for table in visitors.iterate(statement) if isinstance(table, Table)
+            }
+            models = [each.model for each in {tracked, *read} if each is not None]
+            with self.as_of_session(engine, as_of, models) as past:
+                hits = search_past(past, tracked, statement, self._vectors, query, limit, max_distance, call)
+                past.expunge_all()
+            return hits
         search = Search(
             session,
             self._registry,
@@ -338,32 +401,39 @@ class Memory:
     # -- history ---------------------------------------------------------------------------------------------------
 
     def history(
-        self, session: Session, model_or_instance: Any, key: Any = None, *, limit: int | None = None
+        self,
+        session: Session,
+        model_or_instance: Any = None,
+        key: Any = None,
+        *,
+        actor: str | None = None,
+        session_id: str | None = None,
+        limit: int | None = None,
     ) -> list[Change]:
         """What happened to a fact, oldest first: ``history(session, instance)`` or ``history(session, Model, key)``.
 
-        A class without a key gives the changes of all its facts. A composite key is a tuple. *limit* keeps the last
-        so many changes.
+        A class without a key gives the changes of all its facts, no class those of all. A composite key is a tuple.
+        *actor* and *session_id* keep what is so labelled, *limit* the last so many changes.
         """
-        if isinstance(model_or_instance, type):
-            tracked = self._registry.of(model_or_instance)
-        else:
-            tracked = self._registry.of(type(model_or_instance))
-            state = inspect(model_or_instance)
-            key = state.identity
+        model = model_or_instance
+        if model is not None and not isinstance(model, type):
+            model = type(model_or_instance)
+            self._registry.of(model)
+            key = inspect(model_or_instance).identity
             if key is None:
                 raise MemstateError(f"{model_or_instance!r} was never flushed, so it has no history")
-        _sync_session(session).flush()
-        connection = session.connection(bind_arguments={"mapper": tracked.mapper})
-        canonical = None if key is None else self._canonical(tracked.on(connection.dialect), key)
-        return history.of_entity(connection, self._registry, tracked, canonical, limit)
-
-    @staticmethod
-    def _canonical(columns: TableColumns, key: Any) -> str:
-        identity = key if isinstance(key, tuple) else (key,)
-        if len(identity) != len(columns.key_names):
-            raise MemstateError(f"key={key!r}: {columns.table.fullname} is keyed by {', '.join(columns.key_names)}")
-        return columns.encode_key(columns.raw_key(identity))
+        if model is None and key is not None:
+            raise MemstateError(f"key={key!r}: of which class?")
+        tracked, connection = self._reading(session, model)
+        return history.find_changes(
+            connection,
+            self._registry,
+            entity=None if model is None else tracked.entity,
+            key=None if key is None else tracked.on(connection.dialect).canonical(key),
+            actor=actor,
+            session_id=session_id,
+            limit=limit,
+        )
 
     def rollback(
         self,
@@ -372,26 +442,175 @@ class Memory:
         *,
         session_id: str | None = None,
         actor: str | None = None,
+        model: type[Any] | None = None,
+        to: datetime | str | None = None,
         tx: str | None = None,
+        on_conflict: OnConflict = "raise",
+        dry_run: bool = False,
     ) -> list[Change]:
         """Undo the last *steps* transactions as new log entries, newest first, in the caller's transaction.
 
         Nothing is committed on your behalf, the log only grows, and the vectors follow as for any write. With
-        *session_id* or *actor* (by default what the session is annotated with) only transactions so labelled count. A
-        transaction that is undone does not count again, so two calls walk back two steps; *tx* names one transaction
-        instead, and undoing a rollback that way redoes what it undid. Instances in the session are expired.
+        *session_id* or *actor* (by default what the session is annotated with) only transactions so labelled count,
+        with *model* only changes of that class. What is undone does not count again, so two calls walk back two steps.
+        Instead of a number, *to* undoes everything since a time or a transaction (``Change.tx``), and *tx* names one
+        transaction; undoing a rollback that way redoes what it undid. Instances in the session are expired.
 
         Returns the new entries; fewer transactions than *steps* may have been there. Raises ConflictError, with the
-        changes in the way, when someone outside of what is undone has since changed a fact; nothing is written then.
+        changes in the way, when someone outside of what is undone has since changed a fact, refers to one that would
+        go, or holds a value that must be unique; nothing is written then. ``on_conflict="skip"`` leaves such facts as
+        they are, "force" overwrites later changes of the same facts. *dry_run* writes nothing, and returns the entries
+        that would have been written.
         """
+        scope = self._scope(session, session_id, actor, model, on_conflict)
+        _check_label("tx", tx)
+        if tx is not None and to is not None:
+            raise MemstateError("give tx= or to=, not both")
+        if tx is not None:
+            return self._undo.transaction(session, tx, scope, on_conflict, dry_run=dry_run)
+        if to is not None:
+            return self._undo.back_to(session, to, scope, on_conflict, dry_run=dry_run)
+        return self._undo.steps(session, steps, scope, on_conflict, dry_run=dry_run)
+
+    def revoke(
+        self,
+        session: Session,
+        *,
+        session_id: str | None = None,
+        actor: str | None = None,
+        tx: Sequence[str] = (),
+        model: type[Any] | None = None,
+        on_conflict: OnConflict = "skip",
+        dry_run: bool = False,
+    ) -> Revocation:
+        """Take one run's changes out from among those of others: of an actor, a session_id, or the transactions *tx*.
+
+        As `rollback` undoes them, but all of them, and by default leaving alone what others have built upon: the
+        result says what was reverted, which changes of the run are kept, and whose are in their way. Where nothing is
+        kept, tables and vectors are what the others alone would have made.
+        """
+        scope = self._scope(session, session_id, actor, model, on_conflict)
+        txs = [tx] if isinstance(tx, str) else list(tx)
+        for each in txs:
+            _check_label("tx", each)
+        if bool(txs) == bool(scope.labels):
+            raise MemstateError("revoke whose changes? Give actor= or session_id=, or transactions as tx=")
+        return self._undo.revoke(session, scope, txs, on_conflict, dry_run=dry_run)
+
+    def _scope(
+        self, session: Session, session_id: str | None, actor: str | None, model: type[Any] | None, on_conflict: str
+    ) -> Scope:
         self._unit(_sync_session(session))
-        for name, value in (("session_id", session_id), ("actor", actor), ("tx", tx)):
+        for name, value in (("session_id", session_id), ("actor", actor)):
             _check_label(name, value)
+        self._require_tracked()
+        if on_conflict not in ("raise", "skip", "force"):
+            raise MemstateError(f"on_conflict={on_conflict!r}: 'raise', 'skip' or 'force'")
+        return Scope(session_id, actor, None if model is None else self._whole(model).entity)
+
+    def _whole(self, model: type[Any]) -> Tracked:
+        """What tracks *model*, unless that has other classes' facts, too."""
+        tracked = self._registry.of(model)
+        if tracked.model is not model:
+            raise MemstateError(
+                f"{model.__name__} is tracked along with {tracked.model.__name__}, whose changes are not told apart: "
+                f"model={tracked.model.__name__}"
+            )
+        return tracked
+
+    def _require_tracked(self) -> None:
         if not self._registry.by_entity:
             raise MemstateError("no class is tracked")
-        if tx is not None:
-            return self._rollback.transaction(session, tx)
-        return self._rollback.steps(session, steps, session_id, actor)
+
+    # -- time travel -------------------------------------------------------------------------------------------------
+
+    def as_of(self, session: Session, model: type[Any], key: Any, at: datetime | str) -> Image | None:
+        """What the fact's row was at a time, or after a transaction (``Change.tx``), by column name; None: no row.
+
+        A row that is older than its history was as its first entry says. Raises HistoryMissing for an erased fact.
+        """
+        tracked, connection = self._reading(session, model)
+        columns = tracked.on(connection.dialect)
+        image = history.image_at(connection, tracked, columns.canonical(key), at)
+        return None if image is None else columns.values(dict(image))
+
+    @contextlib.contextmanager
+    def as_of_session(
+        self, engine: Engine | AsyncEngine, at: datetime | str, models: Sequence[type[Any]] = ()
+    ) -> Iterator[PastSession]:
+        """A read-only Session in which tracked classes (or *models*) have the rows that they had at a moment.
+
+        Any ``select()`` works, relationships too, and gives ordinary instances; tables that are not tracked are as they
+        are now. The rows of that moment are written to temporary tables first, so it takes time in proportion to them.
+        """
+        sync = engine if isinstance(engine, Engine) else self.sync_engine(engine)
+        require_no_transaction(sync)
+        tracked = [self._registry.of(model) for model in models] or list(self._registry.by_entity.values())
+        with as_of_session(sync, dict.fromkeys(tracked), at) as session:
+            yield session
+
+    def diff(
+        self, session: Session, a: datetime | str, b: datetime | str | None = None, model: type[Any] | None = None
+    ) -> list[Change]:
+        """What became of each fact (of *model*) from moment *a* to *b* (default: now), as one change a fact.
+
+        Facts that are the same at both are left out; labels and ids are those of the last change between.
+        """
+        models = (
+            [self._whole(model).model]
+            if model is not None
+            else [tracked.model for tracked in self._registry.by_entity.values()]
+        )
+        found: list[Change] = []
+        for each in models:
+            tracked, connection = self._reading(session, each)
+            found += history.differences(connection, self._registry, [tracked.entity], a, utcnow() if b is None else b)
+        return sorted(found, key=lambda change: change.id)
+
+    # -- erasure -----------------------------------------------------------------------------------------------------
+
+    def erase(self, session: Session | AsyncSession, model: type[Any], key: Any, reason: str | None = None) -> int:
+        """Forget a fact for good: its row, what the log says it was, its vectors; in the caller's transaction.
+
+        That there was such a key, and when it changed and was erased, stays in the history, as does the key itself,
+        and who did it with what *reason*. It cannot be undone; a fact that is added later under the same key is
+        another. Nothing is committed on your behalf. The files hold the bytes until they are rewritten: see `purge`.
+
+        Returns how many entries of the log were redacted. Raises NotFound for a key that neither the table nor the log
+        has, and ConflictError when other rows refer to the row.
+        """
+        _check_label("reason", reason)
+        tracked = self._registry.of(model)
+        self._unit(_sync_session(session))
+        return self._eraser.erase(_sync_session(session), tracked, key, reason)
+
+    def purge(self, engine: Engine | AsyncEngine, timeout: float = 30.0) -> None:
+        """After erasures that are committed: have them delivered, and rewrite the files that may still hold the bytes.
+
+        The tables concerned are locked meanwhile (PostgreSQL: VACUUM FULL; SQLite: VACUUM), and an index that is
+        replaced by a copy of itself is compared with them again; nothing is embedded anew. What lies elsewhere is not
+        reached: backups, replicas, archived WAL, other programs' logs.
+
+        Raises DeliveryError when the deletions are not delivered within *timeout* seconds, and MemstateError when a
+        transaction is open for so long that may still read what was erased, or the files of an index are out of reach.
+        """
+        sync = self.sync_engine(engine)
+        require_no_transaction(sync)
+        self._deliver(sync, timeout)
+        try:
+            for index in self.indexes.values():
+                if isinstance(index, PurgeableIndex):
+                    index.purge()
+            self._deliver(sync, timeout)
+        finally:
+            self._eraser.overwrite(sync, timeout)
+
+    def _reading(self, session: Session, model: type[Any] | None) -> tuple[Tracked, Connection]:
+        if model is None:
+            self._require_tracked()
+        tracked = next(iter(self._registry.by_entity.values())) if model is None else self._registry.of(model)
+        _sync_session(session).flush()
+        return tracked, session.connection(bind_arguments={"mapper": tracked.mapper})
 
     # -- operation -------------------------------------------------------------------------------------------------
 
@@ -402,6 +621,9 @@ class Memory:
         """
         sync = self.sync_engine(engine)
         self._capture.guard(sync)
+        self._strict.watch(sync)
+        if any(tracked.expires is not None for tracked in self._registry.by_entity.values()):
+            options = {"sweep": partial(self.sweep, sync), **options}
         relay = Relay(sync, self._by_index(), self._vectors, sender=self._notifier.name, **options)
         self._relays.add(relay)
         return relay
@@ -428,7 +650,8 @@ class Memory:
 
         It is the ``tx`` of the `Change` entries of that transaction.
         """
-        return self._capture.committed.get(_sync_session(session), (None,))[0]
+        txs, _ = self._capture.committed.get(_sync_session(session), ((), None))
+        return txs[-1] if txs else None
 
     def wait(
         self,
@@ -444,27 +667,29 @@ class Memory:
 
         Raises DeliveryError after *timeout* seconds (is a relay running?), or when an index refused a key for good.
         """
-        token = session_or_token
-        if token is not None and not isinstance(token, str):
-            token, committed_on = self._capture.committed.get(_sync_session(token), (None, None))
+        txs: Sequence[str] = [session_or_token] if isinstance(session_or_token, str) else []
+        if session_or_token is not None and not isinstance(session_or_token, str):
+            txs, committed_on = self._capture.committed.get(_sync_session(session_or_token), ((), None))
             engine = engine or committed_on
-        if token is None:
-            return
-        sync = self._only_engine() if engine is None else self._blocking(engine)
-        require_no_transaction(sync)
-        deadline, pause = time.monotonic() + timeout, 0.001
-        with sync.connect() as connection:
-            facts = keys_of(connection, token)
+        deadline = time.monotonic() + timeout
+        for tx in txs:
+            self._wait_for(tx, deadline, timeout, self._only_engine() if engine is None else self._blocking(engine))
+
+    def _wait_for(self, tx: str, deadline: float, timeout: float, engine: Engine) -> None:
+        require_no_transaction(engine)
+        pause = 0.001
+        with engine.connect() as connection:
+            facts = keys_of(connection, tx)
         waiting = [
             (IndexKey(name, self._incarnation(index)), tracked) for name, (index, tracked) in self._by_index().items()
         ]
         while waiting:
             began = time.monotonic()
-            with sync.connect() as connection:
+            with engine.connect() as connection:
                 waiting = [
                     (key, tracked)
                     for key, tracked in waiting
-                    if lacks(connection, key, tracked, self.embedder.fingerprint, token, facts)
+                    if lacks(connection, key, tracked, self.embedder.fingerprint, tx, facts)
                 ]
             now = time.monotonic()
             if waiting and now > deadline:
@@ -500,18 +725,18 @@ class Memory:
             index.open(embedder=self.embedder.fingerprint, dimension=self.embedder.dimension)
             Verify(sync, name, index, tracked, self.embedder.fingerprint).run(report, repair=repair, progress=progress)
         if repair and not report.clean:
-            self._repair(sync)
+            self._deliver(sync)
         return report
 
-    def _repair(self, engine: Engine, timeout: float = 30.0) -> None:
-        """Deliver what was marked: here, or by whoever holds the lease."""
+    def _deliver(self, engine: Engine, timeout: float = 30.0) -> None:
+        """Deliver what is due: here, or by whoever holds the lease."""
         relay = self.relay(engine)
         deadline = time.monotonic() + timeout
         self._wake()
         relay.drain(timeout)
         while any(backlog.due for backlog in self.status(engine).values()):
             if time.monotonic() > deadline:
-                raise DeliveryError(f"repairs were not delivered within {timeout:g} s; is a relay stuck?")
+                raise DeliveryError(f"what is due was not delivered within {timeout:g} s; is a relay stuck?")
             relay.drain(timeout)
             time.sleep(0.02)
 
@@ -563,6 +788,53 @@ class Memory:
             if progress is not None:
                 progress(seen, total)
 
+    def sweep(self, engine: Engine | AsyncEngine) -> int:
+        """Delete the facts that have expired, as ordinary transactions with the reason "expired"; returns how many.
+
+        History keeps them, and rollback counts no sweep as a step; ``rollback(tx=…)`` brings them back. A fact that
+        others refer to is left, with a warning in the log.
+        """
+        sync = self.sync_engine(engine)
+        require_no_transaction(sync)
+        return self._sweeper.sweep(sync, list(self._registry.by_entity.values()))
+
+    def export_facts(
+        self,
+        engine: Engine | AsyncEngine,
+        file: TextIO,
+        models: Sequence[type[Any]] = (),
+        *,
+        progress: Progress | None = None,
+    ) -> int:
+        """Write the tracked classes' history (or that of *models*) as JSON lines, all of it as at one moment.
+
+        *file* is a text stream in UTF-8. Rows that the log has not seen are written as baselines, what is tracked no
+        more is left out. Returns how many entries of history there were.
+        """
+        sync = self.sync_engine(engine)
+        require_no_transaction(sync)
+        tracked = [self._registry.of(model) for model in models] or list(self._registry.by_entity.values())
+        return transfer.export_facts(sync, list(dict.fromkeys(tracked)), file, progress)
+
+    def import_facts(
+        self, engine: Engine | AsyncEngine, file: Iterable[str], *, progress: Progress | None = None
+    ) -> int:
+        """Take in what `export_facts` wrote, of this database or another: history, labels and rows, in one transaction.
+
+        The rows are those that the history ends with, in the shape of today, and relays deliver them. Memory is taken
+        for a page of them at a time, or for all of a class whose rows refer to each other. Returns how many entries of
+        history there were.
+
+        Raises MemstateError, with the number of the line, for a file that is broken or cut off, of another format, or
+        of classes that are not tracked; ConflictError when a fact or a transaction of it is there already, or was, or
+        when the tables refuse a row. Nothing is written then.
+        """
+        sync = self.sync_engine(engine)
+        require_no_transaction(sync)
+        count = transfer.import_facts(sync, self._registry, self._capture, file, progress)
+        self._committed(sync)
+        return count
+
     def status(self, engine: Engine | AsyncEngine) -> dict[str, Backlog]:
         """What each index has not been given yet."""
         sync = self.sync_engine(engine)
@@ -582,6 +854,7 @@ class Memory:
         for relay in list(self._relays):
             relay.stop()
         self._notifier.close()
+        self._strict.close()
         for index in self.indexes.values():
             index.close()
 

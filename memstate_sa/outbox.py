@@ -6,7 +6,7 @@ looks, so entries need no order among themselves, and repeating one does no harm
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from functools import cache
 from itertools import zip_longest
@@ -81,13 +81,13 @@ deleted_keys: Select[Any] = select(_keys.c.value).where(_last_op == "delete")
 
 # -- adding -----------------------------------------------------------------------------------------------------------
 
-_LOGGED = ("entity", "key", "op", "image", "reverts", "step")
+_LOGGED = ("entity", "key", "op", "image", "version", "reverts", "step")
 _MARKED = ("slot", "entity", "key")
 _tx, _at = bindparam("tx", type_=log.c.tx.type), bindparam("at", type_=log.c.at.type)
 _logged, _marked = rows("logged"), rows("marked")
 _add_to_log: Insert = insert(log).from_select(
-    ["tx", "at", "version", *_LOGGED],
-    select(_tx, _at, literal_column("1"), *(item(_logged, n, log.c[name].type) for n, name in enumerate(_LOGGED))),
+    ["tx", "at", *_LOGGED],
+    select(_tx, _at, *(item(_logged, n, log.c[name].type) for n, name in enumerate(_LOGGED))),
 )
 _add_to_outbox: Insert = insert(outbox).from_select(
     ["tx", "created_at", "xid", *_MARKED],
@@ -103,7 +103,7 @@ _MARKS = 8_000
 """And of keys, which are short."""
 
 
-def _payloads(entries: Iterable[Entry]) -> Iterator[str]:
+def _payloads(entries: Iterable[Entry], versions: Mapping[str, int]) -> Iterator[str]:
     """*entries* as values of the parameter ``logged``: one, unless they are too large for a statement."""
     some: list[tuple[Any, ...]] = []
     chars = 0
@@ -114,16 +114,24 @@ def _payloads(entries: Iterable[Entry]) -> Iterator[str]:
         if some and chars > _CHARS:
             yield as_json(some)
             some, chars = [], 0
-        some.append((entity, key, op, shown, reverts, step and op != "baseline" and not reverts))
+        some.append((entity, key, op, shown, versions[entity], reverts, step and op != "baseline" and not reverts))
     if some:
         yield as_json(some)
 
 
 def add(
-    connection: Connection, entries: Iterable[Entry], dirty: Iterable[tuple[str, str]], tx: str, at: datetime
+    connection: Connection,
+    entries: Iterable[Entry],
+    dirty: Iterable[tuple[str, str]],
+    tx: str,
+    at: datetime,
+    versions: Mapping[str, int],
 ) -> None:
-    """Log *entries*, and mark the keys *dirty*: on PostgreSQL one round trip, as long as it is not megabytes."""
-    logged = _payloads(entries)
+    """Log *entries*, and mark the keys *dirty*: on PostgreSQL one round trip, as long as it is not megabytes.
+
+    *versions*: of which shape the images of each entity are.
+    """
+    logged = _payloads(entries, versions)
     marked = (as_json(some) for some in batches([(slot_of(*fact), *fact) for fact in dirty], _MARKS))
     given = {"tx": tx, "at": at}
     if connection.dialect.name == "postgresql":

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.sql.selectable import AliasedReturnsRows
 
 from memstate_sa.errors import MemstateError
-from memstate_sa.facts import Tracked, derive, tables_of
+from memstate_sa.facts import Tracked, derive
 
 
 class Registry:
@@ -18,6 +18,7 @@ class Registry:
     def __init__(self) -> None:
         self._by_mapper: dict[Mapper[Any], Tracked | None] = {}
         self.by_entity: dict[str, Tracked] = {}
+        self.versions: dict[str, int] = {}  # of the shape of each entity's images
         self.by_table: dict[Table, Tracked] = {}
         self.by_table_name: dict[tuple[str | None, str], Tracked] = {}
         self.validates = False
@@ -30,6 +31,7 @@ class Registry:
             raise MemstateError(f"entity {tracked.entity!r} is already tracked, by {other.model.__name__}")
         self._claim_tables(tracked)
         self.by_entity[tracked.entity] = tracked
+        self.versions[tracked.entity] = tracked.version
         self.validates |= tracked.validate is not None
         self.by_trigger |= tracked.by_trigger
         self._by_mapper = {**{m: t for m, t in self._by_mapper.items() if t is not None}, tracked.mapper: tracked}
@@ -46,7 +48,7 @@ class Registry:
             return
         if mapper.concrete:
             self.add(derive(base, mapper))
-        elif not set(tables_of(mapper)) <= set(base.tables):
+        else:
             base.forget()
             base.check(mapper)
             self._claim_tables(base)

@@ -28,6 +28,7 @@ from memstate_sa.filters import push_down
 from memstate_sa.indexes.base import Filter, Match, Vector, VectorIndex
 from memstate_sa.outbox import after, undelivered
 from memstate_sa.registry import Registry
+from memstate_sa.relay import embeddings
 from memstate_sa.relay.backlog import Standing, read_standing, stuck
 from memstate_sa.relay.claims import IndexKey
 from memstate_sa.relay.plan import guarded, halves
@@ -129,7 +130,7 @@ class Search:
         self._session = session
         self._vectors = vectors
         self._call = call
-        self._statement, self._tracked = _target(registry, target)
+        self._statement, self._tracked = resolve_target(registry, target)
         self._name = index or self._tracked.indexes[0]
         if self._name not in self._tracked.indexes:
             raise MemstateError(f"{self._tracked.model.__name__} does not go to an index {self._name!r}")
@@ -319,16 +320,33 @@ class Search:
         self._budget -= len(stale)
         if not stale:
             return
-        vectors = self._embed({p.text_fingerprint: p.text for p in stale.values() if p.text_fingerprint and p.text})
+        texts = {p.text_fingerprint: p.text for p in stale.values() if p.text_fingerprint and p.text}
+        vectors = self._known(texts)
+        vectors |= self._embed({digest: text for digest, text in texts.items() if digest not in vectors})
         for key, projection in stale.items():
             vector = vectors.get(projection.text_fingerprint or "")
             if vector is not None:
                 self._distances[key] = cosine_distance(query, vector)
 
+    def _known(self, digests: Collection[str]) -> dict[str, Vector]:
+        """The vectors of texts that were embedded before."""
+        vectors = self._vectors.recent(digests)
+        missing = [digest for digest in digests if digest not in vectors]
+        if missing and self._vectors.stored:
+            kept = embeddings.read(self._connection(), missing, self._vectors.embedder.dimension)
+            self._vectors.remember(kept)
+            vectors |= kept
+        return vectors
+
     def _embed(self, texts: Mapping[str, str]) -> dict[str, Vector]:
-        """The vectors of *texts*, without those that the embedder refuses; none when it is unavailable."""
+        """The vectors of *texts*, without those that the embedder refuses; none when it is unavailable.
+
+        They are remembered in this process, where a relay finds them: a search writes nothing to the database.
+        """
+        if not texts:
+            return {}
         try:
-            return self._call(self._vectors.of, texts, keep=True)
+            return self._call(self._vectors.embed, texts, remember=True)
         except DeliveryRejected:
             self._complete = False
             if len(texts) == 1:
@@ -366,7 +384,8 @@ def cosine_distance(a: Vector, b: Vector) -> float:
     return 1.0 - float(a @ b) / norm if norm else 1.0
 
 
-def _target(registry: Registry, target: Any) -> tuple[Select[Any], Tracked]:
+def resolve_target(registry: Registry, target: Any) -> tuple[Select[Any], Tracked]:
+    """The select() that *target* is, or stands for. Raises MemstateError for what cannot be searched."""
     if isinstance(target, type):
         tracked = registry.of(target)
         return (tracked.everything if target is tracked.model else select(target)), tracked

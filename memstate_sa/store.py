@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from decimal import Decimal
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -34,7 +35,8 @@ from memstate_sa.outbox import take_write_lock
 from memstate_sa.relay import Relay
 from memstate_sa.schemas import failure
 from memstate_sa.search import Hits
-from memstate_sa.tables import unique
+from memstate_sa.tables import unique, utcnow
+from memstate_sa.undo import Revocation
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -70,11 +72,12 @@ class MemoryStore:
         index: VectorIndex | Mapping[str, VectorIndex],
         *,
         embedder: Embedder | None = None,
-        delivery: Literal["relay"] = "relay",
+        delivery: Literal["relay", "strict"] = "relay",
         background: bool = True,
         strict_types: bool = False,
+        embedding_cache: int = 100_000,
     ) -> None:
-        self.memory = Memory(index, embedder=embedder, delivery=delivery)
+        self.memory = Memory(index, embedder=embedder, delivery=delivery, embedding_cache=embedding_cache)
         self.memory.track(
             Fact,
             text=_text,
@@ -82,6 +85,7 @@ class MemoryStore:
             schema=self._check,
             unique_by=self._unique_values,
             immutable=self._is_immutable,
+            expires="expires_at",
         )
         self._types: dict[str, _FactType] = {}
         self._strict_types = strict_types
@@ -229,8 +233,11 @@ class MemoryStore:
         actor: str | None = None,
         reason: str | None = None,
         ephemeral: bool = False,
+        ttl: timedelta | None = None,
     ) -> str:
         """Remember *fact* and return its id. An *ephemeral* fact waits to be promoted or discarded with its session.
+
+        After *ttl*, or at the fact's own ``expires_at``, it is deleted, within a minute while a relay runs.
 
         Raises ValidationFailed, with Pydantic's errors, when its schema does not allow it; nothing is written then.
         """
@@ -241,6 +248,7 @@ class MemoryStore:
             "payload": fact.payload,
             "session_id": session_id if session_id is not None else fact.session_id,
             "ephemeral": ephemeral or bool(fact.ephemeral),
+            "expires_at": fact.expires_at if ttl is None else _expiry(ttl),
         }
         if fact.id is not None:
             values["id"] = fact.id
@@ -265,7 +273,7 @@ class MemoryStore:
         for _ in range(_UNIQUE_ATTEMPTS):
             existing = None if unique_values is None else self._holder(session, unique_values)
             if existing is not None:
-                existing.payload = values["payload"]
+                existing.payload, existing.expires_at = values["payload"], values["expires_at"]
                 session.flush()
                 if not values["ephemeral"]:
                     self._promote(session, [existing])
@@ -453,10 +461,21 @@ class MemoryStore:
         with self._reading() as session:
             return self.memory.history(session, Fact, id)
 
-    def rollback(self, steps: int = 1, session_id: str | None = None) -> list[Change]:
-        """Undo the last *steps* transactions (of a session); see `Memory.rollback`."""
+    def rollback(self, steps: int = 1, session_id: str | None = None, **options: Any) -> list[Change]:
+        """Undo the last *steps* transactions (of a session); see `Memory.rollback`, also for the *options*."""
         with self.transaction() as session:
-            return self.memory.rollback(session, steps, session_id=session_id)
+            return self.memory.rollback(session, steps, session_id=session_id, **options)
+
+    def revoke(self, **whose: Any) -> Revocation:
+        """Take one run's changes out from among those of others; see `Memory.revoke` for who it can be."""
+        with self.transaction() as session:
+            return self.memory.revoke(session, **whose)
+
+    def erase(self, id: str, *, reason: str | None = None) -> None:
+        """Forget fact *id*, its history and its vectors; see `Memory.erase`, and `Memory.purge` for what files keep."""
+        _check_id(id)
+        with self.transaction() as session:
+            self.memory.erase(session, Fact, id, reason=reason)
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -527,6 +546,12 @@ def _check_texts(**given: Any) -> None:
     for name, value in given.items():
         if value is not None and not is_text(value):
             raise MemstateError(f"{name}={value!r}: give a string, without NUL or lone surrogates")
+
+
+def _expiry(ttl: Any) -> datetime:
+    if not isinstance(ttl, timedelta) or ttl <= timedelta():
+        raise MemstateError(f"ttl={ttl!r}: a timedelta, of more than nothing")
+    return utcnow() + ttl
 
 
 def _check_id(id: Any) -> None:

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     SmallInteger,
     String,
@@ -128,8 +129,8 @@ transaction = Table(
     Column("reason", Text),
     Column("session_id", Text),
     Column("at", UTCDateTime, nullable=False),
-    Index(None, "session_id"),
-    Index(None, "actor"),
+    Index(None, "session_id", "at"),
+    Index(None, "actor", "at"),
     comment="labels of a transaction, written when it commits; a transaction may lack one",
 )
 
@@ -245,6 +246,16 @@ ledger = Table(
 )
 _deleted = ledger.c.deleted == true()
 Index("ix_memstate_ledger_deleted", ledger.c.at, postgresql_where=_deleted, sqlite_where=_deleted)
+
+embedding = Table(
+    "memstate_embedding",
+    metadata,
+    Column("id", _Id, Identity(), primary_key=True, comment="the oldest are the first to go"),
+    Column("text_fingerprint", _Digest, nullable=False, unique=True, comment="of the embedder and the text"),
+    Column("embedder", Text, nullable=False),
+    Column("vector", LargeBinary, nullable=False, comment="float32, little-endian"),
+    comment="vectors that were paid for once, to be used again; may be emptied at any time",
+)
 
 current = Table(
     "memstate_current",

@@ -8,10 +8,10 @@ write is a transaction of its own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Column, bindparam, delete, func, insert, inspect, select, text, true
+from sqlalchemy import Column, Table, bindparam, delete, func, insert, inspect, select, text, true
 from sqlalchemy import types as sqltypes
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.engine import Connection, Dialect
@@ -40,9 +40,10 @@ def may_write(statement: str) -> bool:
     return not statement.lstrip()[:9].upper().startswith((*_READS, *_DEFINES))
 
 
-def tell(connection: Connection, tx: str) -> None:
-    """What triggers log from now on is of the transaction *tx*."""
-    _tell(connection, {"tx": tx})
+def tell(connection: Connection, tx: str, *, counts: bool = True) -> None:
+    """What triggers log from now on is of the transaction *tx*, which *counts* for rollback, or not."""
+    off = "off" if connection.dialect.name == "postgresql" else "0"
+    _tell(connection, {"tx": tx} if counts else {"tx": tx, "step": off})
 
 
 def tell_of_undo(connection: Connection, tx: str, facts: Collection[tuple[str, str]]) -> None:
@@ -293,7 +294,7 @@ END
 # first old row, unless it was made before that; what it is, the table knows. It is logged if the log says otherwise.
 _BASELINES = """
   INSERT INTO {ours}.memstate_log (tx, at, version, step, entity, key, op, image)
-  SELECT its_tx, its_time, 1, false, {entity}, o.key, 'baseline', o.image::jsonb
+  SELECT its_tx, its_time, {version}, false, {entity}, o.key, 'baseline', o.image::jsonb
   FROM ({old}) AS o LEFT JOIN ({new}) AS n ON n.key = o.key LEFT JOIN ({now}) AS t ON t.key = o.key
   WHERE (n.n IS NULL OR o.n <= n.n) AND o.image IS DISTINCT FROM t.image
     AND NOT jsonb_exists(skipped, {entity} || o.key)
@@ -313,7 +314,7 @@ _CHANGES = """
       ELSE coalesce(last_op, 'delete') = 'delete' OR image IS DISTINCT FROM last_image END
   ), logged AS (
     INSERT INTO {ours}.memstate_log (tx, at, version, step, entity, key, op, image)
-    SELECT its_tx, its_time, 1, counts, {entity}, key, op, image FROM changed
+    SELECT its_tx, its_time, {version}, counts, {entity}, key, op, image FROM changed
   )
   INSERT INTO {ours}.memstate_outbox (tx, created_at, slot, entity, key)
   SELECT its_tx, its_time, mod(get_byte(sha256(convert_to({entity} || key, 'UTF8')), 0), {slots}), {entity}, key
@@ -352,7 +353,7 @@ def _on_postgresql(writer: _Writer, table: str, ours: str) -> Iterator[Trigger]:
         )
 
     def body(touched: str, *, old: str = _NO_ROWS, new: str = _NO_ROWS, now: str = _NO_ROWS) -> str:
-        given = {"ours": ours, "entity": writer.entity, "now": now, "slots": SLOTS}
+        given = {"ours": ours, "entity": writer.entity, "now": now, "slots": SLOTS, "version": writer.tracked.version}
         baselines = "" if old is _NO_ROWS else _BASELINES.format(old=old, new=new, **given)
         return baselines + _CHANGES.format(touched=touched, **given)
 
@@ -420,8 +421,8 @@ def _on_sqlite(writer: _Writer) -> Iterator[Trigger]:
         """What a row was, if the log has not seen it."""
         unknown = f"NOT EXISTS (SELECT 1 FROM memstate_log WHERE entity = {entity} AND key = {of.key})"
         return (
-            f"{_INSERT} SELECT {_TX}, {_NOW}, 1, 0, {entity}, {of.key}, 'baseline', {of.image} {source} "
-            f"{of.criterion} AND {unknown} AND {logs(of.key)};\n"
+            f"{_INSERT} SELECT {_TX}, {_NOW}, {tracked.version}, 0, {entity}, {of.key}, 'baseline', {of.image} "
+            f"{source} {of.criterion} AND {unknown} AND {logs(of.key)};\n"
         )
 
     def settle(alias: str, when: str = "1") -> str:
@@ -430,7 +431,7 @@ def _on_sqlite(writer: _Writer) -> Iterator[Trigger]:
         there = f"FROM {table} AS r WHERE {same(alias)} AND {row.key} = {key} AND {row.criterion}"
         op = f"CASE WHEN coalesce({last('op', key)}, 'delete') = 'delete' THEN 'insert' ELSE 'update' END"
         differs = f"({op} = 'insert' OR {last('image', key)} IS NOT {row.image})"
-        entry = f"{_INSERT} SELECT {_TX}, {_NOW}, 1, {_STEP}, {entity}, {key}"
+        entry = f"{_INSERT} SELECT {_TX}, {_NOW}, {tracked.version}, {_STEP}, {entity}, {key}"
         return (
             f"{entry}, {op}, {row.image} {there} AND {differs} AND {logs(key)} AND {when};\n"
             f"{entry}, 'delete', NULL WHERE {last('op', key)} <> 'delete' AND NOT EXISTS (SELECT 1 {there}) "
@@ -463,17 +464,20 @@ def _on_sqlite(writer: _Writer) -> Iterator[Trigger]:
 
 def install(connection: Connection, tracked: Tracked) -> None:
     """Create the triggers of *tracked*, or replace those that are not as they should be."""
-    wanted = triggers(connection, tracked)
-    there = installed(connection, tracked)
+    replace(connection, tracked.table, triggers(connection, tracked))
+
+
+def replace(connection: Connection, table: Table, wanted: Sequence[Trigger]) -> None:
+    """Make *table* have the triggers that are *wanted*."""
+    there = installed(connection, table)
     for trigger in wanted:
         if there.get(trigger.name) != trigger.source:
             for statement in trigger.statements:
                 connection.exec_driver_sql(statement, execution_options={"no_parameters": True})  # it may hold a %
 
 
-def installed(connection: Connection, tracked: Tracked) -> dict[str, str]:
-    """The source of each trigger of ours that the table has, by name."""
-    table = tracked.table
+def installed(connection: Connection, table: Table) -> dict[str, str]:
+    """The source of each trigger of ours that *table* has, by name."""
     if connection.dialect.name == "postgresql":
         of = connection.dialect.identifier_preparer.format_table(table).replace("%%", "%")
         found = connection.execute(_triggers_postgresql, {"table": of}).all()
@@ -484,7 +488,7 @@ def installed(connection: Connection, tracked: Tracked) -> dict[str, str]:
 
 _triggers_postgresql = text(
     "SELECT t.tgname, p.prosrc FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid "
-    "WHERE t.tgrelid = to_regclass(:table) AND t.tgname LIKE 'memstate\\_%' AND t.tgenabled <> 'D'"
+    "WHERE t.tgrelid = to_regclass(:table) AND t.tgname LIKE 'memstate\\_%' AND t.tgenabled IN ('O', 'A')"
 )
 _triggers_sqlite = text(
     "SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name = :table AND name LIKE 'memstate\\_%' "

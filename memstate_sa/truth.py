@@ -1,16 +1,38 @@
-"""The rows as they are committed, projected to what an index should hold."""
+"""The rows as they are committed, by themselves or projected to what an index should hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, select, tuple_, type_coerce
-from sqlalchemy.engine import Connection, Row
+from sqlalchemy.engine import Connection, Engine, Row
 
+from memstate_sa.arrays import as_array
+from memstate_sa.changes import Image
 from memstate_sa.codec import decode_key, encode_key
-from memstate_sa.columns import RAW, batches
+from memstate_sa.columns import RAW, READ_CHUNK, batches
 from memstate_sa.facts import Projection, Tracked
+from memstate_sa.outbox import unknown_keys
+
+
+@contextmanager
+def snapshot(engine: Engine) -> Iterator[Connection]:
+    """A connection that sees one state of the database for as long as it reads, and holds up no writer."""
+    is_sqlite = engine.dialect.name == "sqlite"
+    # On SQLite a BEGIN of our own, which takes no lock that a writer would wait for.
+    level = "AUTOCOMMIT" if is_sqlite else "REPEATABLE READ"
+    with engine.connect().execution_options(isolation_level=level) as connection:
+        if is_sqlite:
+            connection.exec_driver_sql("BEGIN")
+        try:
+            yield connection
+        finally:
+            if is_sqlite:
+                connection.exec_driver_sql("ROLLBACK")
+            else:
+                connection.rollback()
 
 
 def raw_key_columns(tracked: Tracked) -> list[ColumnElement[Any]]:
@@ -65,3 +87,13 @@ def page(connection: Connection, tracked: Tracked, after: str | None, limit: int
         else:
             statement = statement.where(tuple_(*(type_coerce(c, RAW) for c in key_columns)) > tuple_(*binds))
     return [columns.encode_key(row) for row in connection.execute(statement).all()]
+
+
+def unlogged(connection: Connection, tracked: Tracked) -> Iterator[Mapping[str, Image]]:
+    """The rows that no entry of the log tells of, by key, in pages: they are older than tracking, or came past it."""
+    after: str | None = None
+    columns = tracked.on(connection.dialect)
+    while keys := page(connection, tracked, after, READ_CHUNK):
+        after = keys[-1]
+        unknown = connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array(keys)}).all()
+        yield columns.read(connection, [decode_key(key) for key in unknown])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from memstate_sa.embedders import Embedder, checked, embed_query
 from memstate_sa.indexes.base import Vector
@@ -14,10 +14,14 @@ MAX_CHARS = 1_000_000
 
 
 class Vectors:
-    """The vectors of texts, by text fingerprint. Thread-safe; a text that is embedded twice at once is no error."""
+    """The vectors of texts, by text fingerprint. Thread-safe; a text that is embedded twice at once is no error.
 
-    def __init__(self, embedder: Embedder, *, capacity: int = 4096) -> None:
+    *stored*: how many the application's database keeps, see `relay.embeddings`.
+    """
+
+    def __init__(self, embedder: Embedder, *, capacity: int = 4096, stored: int = 0) -> None:
         self.embedder = embedder
+        self.stored = stored
         self._capacity = capacity
         self._recent: OrderedDict[str, Vector] = OrderedDict()
         self._lock = threading.Lock()
@@ -25,22 +29,28 @@ class Vectors:
     def of_query(self, query: str) -> Vector:
         return embed_query(self.embedder, query)
 
-    def of(self, texts: Mapping[str, str], *, keep: bool = False) -> dict[str, Vector]:
-        """The vector of each text (by text fingerprint). *keep* remembers those that had to be embedded.
+    def recent(self, digests: Iterable[str]) -> dict[str, Vector]:
+        """Those of *digests* that are remembered."""
+        with self._lock:
+            return {digest: self._recent[digest] for digest in digests if digest in self._recent}
+
+    def remember(self, vectors: Mapping[str, Vector]) -> None:
+        with self._lock:
+            self._recent.update(vectors)
+            while len(self._recent) > self._capacity:
+                self._recent.popitem(last=False)
+
+    def embed(self, texts: Mapping[str, str], *, remember: bool = False) -> dict[str, Vector]:
+        """The vector of each text (by text fingerprint).
 
         Raises DeliveryError when the embedder does.
         """
-        with self._lock:
-            found = {digest: self._recent[digest] for digest in texts if digest in self._recent}
-        missing = {digest: text for digest, text in texts.items() if digest not in found}
-        for batch in text_batches(missing):
+        found: dict[str, Vector] = {}
+        for batch in text_batches(texts):
             vectors = checked(self.embedder, list(batch.values()))
             found.update(zip(batch, vectors, strict=True))
-        if keep and missing:
-            with self._lock:
-                self._recent.update((digest, found[digest]) for digest in missing)
-                while len(self._recent) > self._capacity:
-                    self._recent.popitem(last=False)
+        if remember:
+            self.remember(found)
         return found
 
 

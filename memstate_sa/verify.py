@@ -10,6 +10,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa import truth
 from memstate_sa.arrays import as_array, each
+from memstate_sa.changes import FactKey
 from memstate_sa.columns import batches
 from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.indexes.base import VectorIndex
@@ -18,7 +19,7 @@ from memstate_sa.positions import Position, meet
 from memstate_sa.relay import ledger
 from memstate_sa.relay.backlog import read_positions
 from memstate_sa.relay.claims import IndexKey
-from memstate_sa.relay.plan import AGAIN, FactKey, Parked
+from memstate_sa.relay.plan import AGAIN, Parked
 from memstate_sa.tables import outbox
 
 Progress = Callable[[int, int | None], None]

@@ -75,7 +75,7 @@ _GAUGES: Mapping[str, tuple[str, Callable[[Backlog], float]]] = {
 _COUNTERS: Mapping[str, tuple[str, str]] = {
     "converged_keys": ("Keys brought up to date by this worker", "converged"),
     "embedded_texts": ("Texts given to the embedder", "embedded"),
-    "reused_vectors": ("Embeddings saved: only metadata had changed, or the index had the vector", "reused"),
+    "reused_vectors": ("Embeddings saved: only metadata changed, or the index or the cache had it", "reused"),
     "unchanged_keys": ("Embeddings saved: the index had it all", "unchanged"),
     "rejected_keys": ("Refusals by index or embedder", "rejected"),
     "lost_slots": ("Slots that another worker took over while this one was late", "lost"),

@@ -1,6 +1,6 @@
 """Vector indexes: the port, and one file per adapter. Importing this needs no extra; constructing an adapter may."""
 
-from memstate_sa.indexes.base import Entry, FencedIndex, Filter, Match, Point, Stored, VectorIndex
+from memstate_sa.indexes.base import Entry, FencedIndex, Filter, Match, Point, PurgeableIndex, Stored, VectorIndex
 from memstate_sa.indexes.chroma import ChromaIndex
 from memstate_sa.indexes.memory import InMemoryIndex
 
@@ -12,6 +12,7 @@ __all__ = [
     "InMemoryIndex",
     "Match",
     "Point",
+    "PurgeableIndex",
     "Stored",
     "VectorIndex",
 ]

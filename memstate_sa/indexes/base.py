@@ -145,6 +145,18 @@ class FencedIndex(VectorIndex, Protocol):
         ...
 
 
+@runtime_checkable
+class PurgeableIndex(VectorIndex, Protocol):
+    """An index whose files go on holding what was deleted from it, until they are rewritten."""
+
+    def purge(self) -> None:
+        """Rewrite the files without what is deleted; the index may have another incarnation afterwards.
+
+        Raises MemstateError, saying what to do, where the files are out of reach.
+        """
+        ...
+
+
 def matrix(vectors: Sequence[Vector], dimension: int, names: Sequence[str]) -> NDArray[np.float32]:
     """*vectors* as one matrix of shape ``(n, dimension)``.
 

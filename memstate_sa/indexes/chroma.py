@@ -10,7 +10,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ _FINGERPRINT = "memstate_sa"
 _PAUSES_S = (0.01, 0.05, 0.25)
 """While a collection is first written to, its metadata is there before its vectors, and a query in between fails with
 InternalError ("Nothing found on disk"): ask again a little later."""
+_COPIED = 1000
+"""So many points are copied at a time: a few MB."""
 # In the collection's metadata.
 _EMBEDDER = "memstate_embedder"
 _DIMENSION = "memstate_dimension"
@@ -197,6 +199,29 @@ class ChromaIndex:
             self._listing = None
             return []
 
+    def purge(self) -> None:
+        """Replace the collection by a copy, and rewrite the folder: what was deleted is not in its files any more.
+
+        The copy is another incarnation, so the relay compares it with the tables, and embeds nothing anew. Of a server
+        the files are out of reach: raises MemstateError.
+        """
+        settings = self._client.get_settings()
+        if settings.chroma_server_host:
+            raise MemstateError(
+                f"collection {self._name!r} is in the files of a Chroma server: stop the server, and purge with a "
+                "PersistentClient on its folder"
+            )
+        if not settings.is_persistent:
+            return
+        with self._using("copy") as collection:
+            copy = self._copied(collection)
+        with self._mutex, self._translated("replace"):  # who looks for the collection meanwhile waits
+            self._client.delete_collection(self._name)
+            copy.modify(name=self._name)
+            self._collection, self._listing = copy, None
+            assert self._folder is not None
+            self._folder.vacuum()
+
     def close(self) -> None:
         """Release the folder; the client stays open."""
         with self._mutex:
@@ -278,6 +303,29 @@ class ChromaIndex:
             kept = {key: value for key, value in metadata.items() if key != "hnsw:space"}
             collection.modify(metadata={**kept, _EMBEDDER: embedder, _DIMENSION: dimension})
         return collection
+
+    def _copied(self, collection: Collection) -> Collection:
+        """A new collection of the same points, those of others among them."""
+        name = f"{self._name}.copy"
+        with suppress(self._errors.NotFoundError):  # of a purge that was killed
+            self._client.delete_collection(name)
+        configuration: Any = {"hnsw": collection.configuration_json["hnsw"]}
+        metadata = {key: value for key, value in collection.metadata.items() if not key.startswith("hnsw:")}
+        copy = self._client.create_collection(
+            name, configuration=configuration, metadata=metadata, embedding_function=None
+        )
+        ids = collection.get(include=[])["ids"]
+        for start in range(0, len(ids), _COPIED):
+            some = ids[start : start + _COPIED]
+            found: Any = collection.get(ids=some, include=["embeddings", "metadatas", "documents"])
+            if found["ids"]:  # unless all of them were deleted meanwhile
+                copy.add(
+                    ids=found["ids"],
+                    embeddings=found["embeddings"],
+                    metadatas=found["metadatas"],
+                    documents=found["documents"] if any(found["documents"]) else None,
+                )
+        return copy
 
     # -- points -----------------------------------------------------------------------------------------------------
 

@@ -11,13 +11,14 @@ from sqlalchemy import and_, bindparam, exists, func, literal, not_, select
 from sqlalchemy.engine import Connection
 
 from memstate_sa.arrays import as_array, each
+from memstate_sa.changes import FactKey
 from memstate_sa.errors import DeliveryError
 from memstate_sa.facts import Projection, Tracked
 from memstate_sa.outbox import ALL, after, in_slots, slot_array, slots, undelivered
 from memstate_sa.positions import Position, Snapshot, meet
 from memstate_sa.relay import claims, ledger
 from memstate_sa.relay.claims import SCAN, IndexKey, of_index
-from memstate_sa.relay.plan import AGAIN, DEAD, PARKED, FactKey
+from memstate_sa.relay.plan import AGAIN, DEAD, PARKED
 from memstate_sa.tables import cursor, index_state, log, outbox, parked, refill, utcnow
 from memstate_sa.truth import project
 

@@ -18,19 +18,21 @@ from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa import truth
 from memstate_sa.arrays import as_array
+from memstate_sa.changes import FactKey
 from memstate_sa.errors import MemstateError
 from memstate_sa.facts import Projection, Tracked, point_id, split_point_id
 from memstate_sa.indexes.base import FencedIndex, Stored, Vector, VectorIndex
 from memstate_sa.outbox import read_page, slots
 from memstate_sa.positions import Page
-from memstate_sa.relay import claims, ledger
+from memstate_sa.relay import claims, embeddings, ledger
 from memstate_sa.relay.claims import IndexKey
-from memstate_sa.relay.plan import AGAIN, FactKey, RetryPolicy, classify, guarded
+from memstate_sa.relay.plan import AGAIN, RetryPolicy, classify, guarded
 from memstate_sa.relay.protocol import (
     Acknowledge,
     Claim,
     Claimed,
     Embed,
+    Embedded,
     Fetch,
     Found,
     Holder,
@@ -61,6 +63,8 @@ T = TypeVar("T")
 SAVE_EVERY_S = 0.5
 """PostgreSQL: positions are recorded at most this often. Each time is a new version of their rows."""
 
+_EVICTED = 1_000
+"""So many embeddings go in one transaction: on SQLite, which has one writer, it takes ten ms."""
 
 _READS = (Look, ReadPage, ReadDue, ReadRefill, Read)
 
@@ -91,6 +95,8 @@ class Delivery:
         self._pid = os.getpid()
         self._key: IndexKey | None = None
         self._reader: Connection | None = None
+        self._unkept: dict[str, Vector] = {}  # what was embedded and is not in the database yet
+        self._room = 0  # how many may be kept until it is looked whether they are too many
         dialect = engine.dialect.name
         self.holder = Holder(
             tracked,
@@ -276,8 +282,42 @@ class Delivery:
         return Found(projections, failed, given, parked)
 
     @_do.register
-    def _(self, request: Embed) -> Mapping[str, Vector]:
-        return self._guarded(lambda: self._vectors.of(request.texts))
+    def _(self, request: Embed) -> Embedded:
+        texts, vectors = request.texts, self._vectors
+        known: dict[str, Vector] = {}
+        if vectors.stored:
+            with self._reading() as connection:
+                known = embeddings.read(connection, texts, vectors.embedder.dimension)
+            self._end_reading()
+        new = vectors.recent(digest for digest in texts if digest not in known)
+        missing = {digest: text for digest, text in texts.items() if digest not in known and digest not in new}
+        new |= self._guarded(lambda: vectors.embed(missing))
+        if vectors.stored:
+            self._unkept |= new
+        return Embedded(known | new, len(missing))
+
+    def _keep(self) -> None:
+        """Keep what was embedded, before the index is called: whatever happens there, it was paid for once."""
+        if not self._unkept:
+            return
+        with self._writing() as connection:
+            embeddings.store(connection, self._unkept, self._vectors.embedder.fingerprint)
+        self._room -= len(self._unkept)
+        self._unkept = {}
+        if self._room < 0:
+            self._evict()
+
+    def _evict(self) -> None:
+        """Some of what is too much; now and then, as counting takes a while."""
+        capacity = self._vectors.stored
+        with self._reading() as connection:
+            excess = embeddings.count(connection) - capacity
+        self._end_reading()
+        some = min(excess, 10 * _EVICTED)
+        for start in range(0, some, _EVICTED):
+            with self._writing() as connection:
+                embeddings.evict(connection, min(_EVICTED, some - start))
+        self._room = capacity // 10 if excess <= some else 0
 
     @_do.register
     def _(self, request: Fetch) -> Mapping[FactKey, Stored]:
@@ -286,6 +326,7 @@ class Delivery:
 
     @_do.register
     def _(self, request: Upsert) -> None:
+        self._keep()
         points = [put.point for put in request.puts if put.point is not None]
         self._guarded(lambda: self._index.upsert(points))
 

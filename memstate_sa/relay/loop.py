@@ -56,6 +56,7 @@ class Relay:
         poll_s: tuple[float, float] | None = None,
         policy: RetryPolicy | None = None,
         retention: Retention | None = None,
+        sweep: Callable[[], int] | None = None,
         sender: str = "",
     ) -> None:
         """See the options below; all times are in seconds.
@@ -65,6 +66,7 @@ class Relay:
         *poll_s*: the shortest and the longest wait between two looks at an idle database (default: 2 to 50 ms on
         SQLite, where a look is a PRAGMA; 50 ms to 5 s on PostgreSQL); a commit in this process is seen at once.
         *policy*: when to try again, and how often. *retention*: how long log and ledger are kept (default: for ever).
+        *sweep* deletes what has expired, now and then, and says how much that was.
         *sender* names the `Notifier` of which nothing is news, because it calls `wake`.
         """
         if engine.dialect.name == "postgresql":
@@ -84,6 +86,7 @@ class Relay:
             for name, (index, tracked) in indexes.items()
         ]
         self._sender = sender
+        self._sweep = sweep
         self._listener: Listener | None = None
         self._lock = threading.RLock()
         self._retention = retention or Retention()
@@ -149,7 +152,7 @@ class Relay:
         return total, failure
 
     def _forget(self) -> None:
-        """Delete some of what every index has, and of what need not be kept: now and then, and while there is more.
+        """Delete what has expired, what every index has, what need not be kept: now and then, and while there is more.
 
         Never for long, and never waited for: it is delivery's thread.
         """
@@ -159,8 +162,8 @@ class Relay:
             self._forget_at = time.monotonic() + _FORGET_EVERY_S
             if self._forget_some():
                 self._forget_at = 0.0
-        except SQLAlchemyError as error:
-            logger.warning("nothing was forgotten (the database: %s)", type(error).__name__)
+        except Exception as error:  # noqa: BLE001  # a sweep runs the application's code; delivery goes on
+            logger.warning("nothing was forgotten (%s)", type(error).__name__)
         finally:
             self._forget_lock.release()
 
@@ -173,7 +176,7 @@ class Relay:
             jobs.append(partial(retention.forget_ledger, keep=keep.ledger))
         if keep.log is not None:
             jobs.append(partial(self._fold_log, keep=keep.log))
-        count = 0
+        count = 0 if self._sweep is None else self._sweep()
         for job in jobs:
             with self._engine.begin() as connection:
                 count += job(connection)

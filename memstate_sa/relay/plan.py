@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeVar
 
 from memstate_sa._failures import delivery_error
+from memstate_sa.changes import FactKey
 from memstate_sa.errors import DeliveryRejected, MemstateError
 from memstate_sa.facts import Projection
 
 T = TypeVar("T")
-FactKey: TypeAlias = tuple[str, str]
-"""(entity, key)"""
 
 
 class Delivered(NamedTuple):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
+from memstate_sa.changes import FactKey
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, MemstateError
 from memstate_sa.facts import Projection, point_id
 from memstate_sa.indexes.base import Point, Stored, Vector
@@ -16,7 +17,6 @@ from memstate_sa.positions import Page, Position, slot_of
 from memstate_sa.relay.plan import (
     AGAIN,
     Delivered,
-    FactKey,
     Parked,
     RetryPolicy,
     Write,
@@ -189,8 +189,15 @@ class Read(Request[Found]):
     facts: Collection[FactKey]
 
 
+class Embedded(NamedTuple):
+    """Vectors by text fingerprint, and for how many of them the embedder was asked; the others were known."""
+
+    vectors: Mapping[str, Vector]
+    asked: int
+
+
 @dataclass(frozen=True, slots=True)
-class Embed(Request[Mapping[str, Vector]]):
+class Embed(Request[Embedded]):
     """Vectors of texts, by text fingerprint."""
 
     texts: Mapping[str, str]
@@ -714,8 +721,10 @@ class Holder:
                 break
 
             def embed(some: Sequence[str]) -> Steps[None]:
-                self._embedded.update((yield from ask(Embed({digest: missing[digest] for digest in some}))))
-                self.counters.embedded += len(some)
+                embedded = yield from ask(Embed({digest: missing[digest] for digest in some}))
+                self._embedded.update(embedded.vectors)
+                self.counters.embedded += embedded.asked
+                self.counters.reused += len(embedded.vectors) - embedded.asked
 
             refused.update((yield from _isolate(list(texts), embed)))
         yield from self.keep()

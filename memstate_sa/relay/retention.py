@@ -21,6 +21,7 @@ from sqlalchemy import (
     func,
     not_,
     null,
+    or_,
     select,
     true,
     tuple_,
@@ -28,7 +29,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Connection
 
+from memstate_sa.appendonly import rewriting
 from memstate_sa.arrays import as_array, each
+from memstate_sa.changes import REDACTED
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.positions import Position
 from memstate_sa.relay.claims import SCAN
@@ -139,16 +142,17 @@ def fold_log(connection: Connection, keep: timedelta, after: int, limit: int = 2
     last: int = rows[-1].id
     forgotten: set[str] = set()
     newer = log.alias()
-    for entity, keys in by_entity({(row.entity, row.key) for row in rows}).items():
-        mine = and_(log.c.entity == entity, log.c.key.in_(select(each("keys").c.value)), log.c.id <= last)
-        superseded = exists().where(
-            newer.c.entity == log.c.entity, newer.c.key == log.c.key, newer.c.id > log.c.id, newer.c.id <= last
-        )
-        given = {"keys": as_array(keys)}
-        for gone in (superseded, log.c.op == "delete"):
-            forgotten.update(connection.scalars(delete(log).where(mine, gone).returning(log.c.tx), given))
-        folded = update(log).where(mine, log.c.op != "baseline").values(op="baseline", step=false(), reverts=null())
-        connection.execute(folded, given)
+    with rewriting(connection):
+        for entity, keys in by_entity({(row.entity, row.key) for row in rows}).items():
+            mine = and_(log.c.entity == entity, log.c.key.in_(select(each("keys").c.value)), log.c.id <= last)
+            superseded = exists().where(
+                newer.c.entity == log.c.entity, newer.c.key == log.c.key, newer.c.id > log.c.id, newer.c.id <= last
+            )
+            given = {"keys": as_array(keys)}
+            for gone in (superseded, or_(log.c.op == "delete", log.c.version == REDACTED)):
+                forgotten.update(connection.scalars(delete(log).where(mine, gone).returning(log.c.tx), given))
+            folded = update(log).where(mine, log.c.op != "baseline").values(op="baseline", step=false(), reverts=null())
+            connection.execute(folded, given)
     unused = not_(exists().where(log.c.tx == transaction.c.tx))
     named = transaction.c.tx.in_(select(each("transactions").c.value))
     connection.execute(delete(transaction).where(named, unused), {"transactions": as_array(forgotten)})

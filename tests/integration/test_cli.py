@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from urllib.request import urlopen
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import create_engine, delete, insert, select, text, update
+from sqlalchemy import create_engine, insert, select, text, update
 from sqlalchemy.orm import sessionmaker
 
 from memstate_sa import __version__, sqlite
@@ -79,10 +80,10 @@ class Application:
     def module(self) -> Any:
         return import_module(self.name)
 
-    def run(self, command: str, *arguments: str, exit_code: int = 0) -> str:
+    def run(self, command: str, *arguments: str, **options: Any) -> str:
         at = ["--app", f"{self.name}:memory", "--url", self.url]
         name = [command, arguments[0]] if command == "dead" else [command]
-        return invoke(*name, *at, *arguments[len(name) - 1 :], exit_code=exit_code)
+        return invoke(*name, *at, *arguments[len(name) - 1 :], **options)
 
     def adopt(self) -> None:
         self.module.memory.attach(self.sessions)
@@ -101,12 +102,14 @@ class Application:
             return list(session.scalars(select(self.module.Note.text).order_by(self.module.Note.id)))
 
 
-def invoke(*arguments: str, exit_code: int = 0) -> str:
-    result = CliRunner().invoke(cli.application(), list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+def invoke(*arguments: str, exit_code: int = 0, input: str | None = None, stdout: bool = False) -> str:
+    """What it says on the terminal, or on *stdout* alone."""
+    environment = {"COLUMNS": "200", "TERM": "dumb"}
+    result = CliRunner().invoke(cli.application(), list(arguments), input=input, env=environment)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == exit_code, result.output
-    return str(result.output)
+    return str(result.stdout if stdout else result.output)
 
 
 @pytest.fixture
@@ -140,7 +143,7 @@ def test_help_explains_every_command() -> None:
     """And every command explains its options."""
     output = invoke("--help")
     commands = ["demo", "init", "relay", "drain", "status", "pause", "resume", "verify", "doctor", "backfill", "log"]
-    commands += ["rollback"]
+    commands += ["diff", "rollback", "revoke", "export", "import"]
     for command in commands:
         assert command in output
         assert "--app" in invoke(command, "--help") or command == "demo"
@@ -419,7 +422,8 @@ def test_log_shows_the_history_of_one_fact(app: Application) -> None:
     assert "first chat" in output
     assert "wine" not in output
     assert "Likes [red] wine" in app.run("log", "Note")
-    assert "Likes tea" not in app.run("log", "Note", "--limit", "1")
+    last = app.run("log", "Note", "--limit", "1")
+    assert "text='Likes tea' → 'Likes coffee'" in last and "first chat" not in last
 
 
 def test_log_takes_a_composite_key_as_json(app: Application) -> None:
@@ -440,7 +444,7 @@ def test_rollback_undoes_the_last_transactions(app: Application) -> None:
     """And shows what it changed."""
     for words in ("one", "two", "three"):
         app.add(words)
-    output = app.run("rollback", "--steps", "2")
+    output = app.run("rollback", "--steps", "2", "--yes")
     assert "2 changes undone" in output
     assert "delete (undo)" in output
     assert app.texts() == ["one"]
@@ -458,8 +462,8 @@ def test_rollback_keeps_to_its_scope(app: Application) -> None:
     app.add("by ana", actor="ana")
     app.add("in s1", session_id="s1")
     app.add("by ben", actor="ben")
-    app.run("rollback", "--actor", "ana")
-    app.run("rollback", "--session-id", "s1")
+    app.run("rollback", "--actor", "ana", "--yes")
+    app.run("rollback", "--session-id", "s1", "--yes")
     assert app.texts() == ["by ben"]
 
 
@@ -467,11 +471,204 @@ def test_a_rollback_in_conflict_is_a_message(app: Application) -> None:
     """Nothing is changed, and no traceback is shown."""
     key = app.add("one", actor="ana")
     with app.sessions() as session:
-        session.execute(delete(app.module.Note).where(app.module.Note.id == key))
+        session.execute(update(app.module.Note).where(app.module.Note.id == key).values(text="two"))
         session.commit()
     output = app.run("rollback", "--actor", "ana", exit_code=1)
     assert output.startswith("Error: ")
-    assert app.texts() == []
+    assert app.texts() == ["two"]
+
+
+# -- history, on both databases --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def served(app: Application, request: pytest.FixtureRequest) -> Iterator[Application]:
+    """An application that has adopted memstate_sa, on either database."""
+    if request.param == "postgres":
+        engine = request.getfixturevalue("postgres_engine")
+        app.engine.dispose()
+        app.engine, app.url = engine, engine.url.render_as_string(hide_password=False)
+        app.sessions = sessionmaker(engine)
+        app.module.Base.metadata.create_all(engine)
+        app.run("init")
+        app.adopt()
+    yield app
+    app.module.memory.close()
+
+
+def edit(app: Application, key: int, text: str | None, **labels: str) -> str:
+    """One transaction on a note; None deletes it. Its id."""
+    with app.sessions() as session:
+        app.module.memory.annotate(session, **labels)
+        note = session.get_one(app.module.Note, key)
+        if text is None:
+            session.delete(note)
+        else:
+            note.text = text
+        session.commit()
+        return str(app.module.memory.token(session))
+
+
+def test_log_tells_of_all_facts_and_filters(served: Application) -> None:
+    """By class, by key and by who did it; as a table, or for a program."""
+    key = served.add("Likes tea", actor="ana", session_id="s1", reason="said so")
+    other = served.add("Likes rain")
+    with served.sessions() as session:
+        session.add(served.module.Pair(left=1, right="[b]", text="ale"))
+        session.commit()
+    tx = edit(served, key, "Likes coffee", actor="ben", session_id="s2")
+    edit(served, other, None)
+
+    everything = served.run("log")
+    expected = ("Likes tea", "Likes rain", "ale", "ana in s1", "said so", "pair (1, '[b]')")
+    assert all(words in everything for words in expected)
+    by_ben = served.run("log", "--actor", "ben")
+    assert "text='Likes tea' → 'Likes coffee'" in by_ben and "id=" not in by_ben and "rain" not in by_ben
+    assert "Likes tea" in served.run("log", "--session-id", "s1")
+    last = served.run("log", "--limit", "1")
+    assert "The last 1 changes" in last and "delete" in last and "Likes rain" in last and "tea" not in last
+    assert "ale" in served.run("log", "--model", "Pair", "--key", '[1, "[b]"]')
+    assert "of which --model?" in flat(served.run("log", "--key", "1", exit_code=2))
+
+    [first, then] = map(json.loads, served.run("log", "Note", str(key), "--json").splitlines())
+    assert first["after"] == {"id": key, "text": "Likes tea"} and first["before"] is None and first["actor"] == "ana"
+    assert (then["tx"], then["op"], then["key"], then["session_id"]) == (tx, "update", key, "s2")
+    assert served.run("log", "--actor", "nobody", "--json") == ""
+
+
+def test_diff_tells_what_became_of_each_fact(served: Application) -> None:
+    """Since a transaction or a time, or between two."""
+    key = served.add("one")
+    tx = json.loads(served.run("log", "--json"))["tx"]
+    edit(served, key, "two")
+    at = datetime.now(UTC).replace(tzinfo=None).isoformat()
+    edit(served, key, "three")
+    assert "text='one' → 'three'" in served.run("diff", tx)
+    assert "text='one' → 'two'" in served.run("diff", tx, at)
+    assert "text='two' → 'three'" in served.run("diff", at, "--model", "Note")
+    assert json.loads(served.run("diff", tx, "--json"))["after"]["text"] == "three"
+    assert "the log has no transaction 'nope'" in served.run("diff", "nope", exit_code=1)
+
+
+def test_rollback_asks_before_it_changes_anything(served: Application) -> None:
+    """It shows the plan first; without an answer nothing is done."""
+    served.add("one")
+    served.add("two")
+    for answer in ("n\n", ""):
+        refused = served.run("rollback", exit_code=1, input=answer)
+        assert "delete (undo)" in refused and "Undo 1 changes?" in refused and "Aborted" in refused
+    assert served.texts() == ["one", "two"]
+    assert "1 changes undone" in served.run("rollback", input="y\n")
+    assert served.texts() == ["one"]
+    served.run("rollback", "--yes")
+    assert "There is nothing to undo" in served.run("rollback")
+
+
+def test_rollback_does_what_was_shown_or_nothing(served: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may go on while somebody makes up his mind."""
+    key = served.add("one")
+    edit(served, key, "two")
+
+    def hesitate(*args: Any, **options: Any) -> bool:
+        edit(served, key, "three")
+        return True
+
+    monkeypatch.setattr(cli.typer, "confirm", hesitate)
+    assert "look again" in served.run("rollback", exit_code=1)
+    assert served.texts() == ["three"]
+
+
+def test_rollback_to_a_moment_of_a_transaction_or_of_a_class(served: Application) -> None:
+    """A transaction that was a rollback is redone."""
+    key = served.add("one")
+    first = json.loads(served.run("log", "--json"))["tx"]
+    at = datetime.now(UTC).isoformat()
+    tx = edit(served, key, "two")
+    with served.sessions() as session:
+        session.add(served.module.Pair(left=1, right="b", text="ale"))
+        session.commit()
+    served.run("rollback", "--to", first, "--model", "Note", "--yes")
+    assert served.texts() == ["one"]
+    assert "ale" in served.run("rollback", "--to", at, "--yes")
+    undone = json.loads(served.run("log", "Note", "--json").splitlines()[-1])
+    assert undone["reverts"] == tx
+    served.run("rollback", "--tx", undone["tx"], "--yes")
+    assert served.texts() == ["two"]
+    assert "give tx= or to=" in served.run("rollback", "--tx", tx, "--to", at, exit_code=1)
+    assert "no transaction 'nope'" in served.run("rollback", "--tx", "nope", "--yes", exit_code=1)
+    assert "'sometimes' is not one of" in flat(served.run("rollback", "--on-conflict", "sometimes", exit_code=2))
+
+
+def test_a_conflict_names_whose_changes_are_in_the_way(served: Application) -> None:
+    """One line of error, and those changes; what to do about them can be said."""
+    key = served.add("by ana", actor="ana")
+    edit(served, key, "by ben", actor="ben", reason="knew better")
+    output = served.run("rollback", "--actor", "ana", exit_code=1)
+    assert output.startswith("Error: changed later") and "update by ben" in output.splitlines()[0]
+    assert "in the way" in output and "knew better" in output and "text='by ana' → 'by ben'" in output
+    assert "There is nothing to undo" in served.run("rollback", "--actor", "ana", "--on-conflict", "skip")
+    assert "1 changes undone" in served.run("rollback", "--actor", "ana", "--on-conflict", "force", "--yes")
+    assert served.texts() == []
+
+
+def test_revoke_takes_out_what_one_did(served: Application) -> None:
+    """And reports what is kept, because of whom."""
+    kept = served.add("built upon", actor="bot", session_id="run")
+    served.add("alone", actor="bot", session_id="run")
+    edit(served, kept, "by ana", actor="ana")
+    shown = served.run("revoke", "--actor", "bot", "--dry-run")
+    assert "Nothing was changed" in shown and served.texts() == ["by ana", "alone"]
+    assert "Aborted" in served.run("revoke", "--session-id", "run", input="n\n", exit_code=1)
+    done = served.run("revoke", "--session-id", "run", input="y\n")
+    assert "1 changes undone" in done and served.texts() == ["by ana"]
+    for output in (shown, done):
+        assert all(words in output for words in ("delete (undo)", "kept", "built upon", "in the way", "ana"))
+    tx = json.loads(served.run("log", "--json").splitlines()[0])["tx"]
+    assert "changed later" in served.run("revoke", "--tx", tx, "--on-conflict", "raise", "--yes", exit_code=1)
+    assert "1 changes undone" in served.run("revoke", "--tx", tx, "--on-conflict", "force", "--yes")
+    assert served.texts() == []
+    assert "revoke whose changes?" in served.run("revoke", "--yes", exit_code=1)
+
+
+def test_export_and_import(served: Application, tmp_path: Path) -> None:
+    """Through a file or a pipe, into another database."""
+    key = served.add("Likes tea", actor="ana")
+    edit(served, key, "Likes coffee ☕")
+    with served.sessions() as session:
+        session.add(served.module.Pair(left=1, right="b", text="ale"))
+        session.commit()
+    file = tmp_path / "facts.jsonl"
+    assert "3 changes exported" in served.run("export", str(file))
+    piped = served.run("export", "-", "--model", "Note", stdout=True)
+    whole = file.read_text("utf-8").splitlines()
+    assert piped.splitlines()[1:-1] == [line for line in whole[1:-1] if "pair" not in line]
+
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    at = ["--app", f"{served.name}:memory", "--url", other]
+    engine = create_engine(other)
+    served.module.Base.metadata.create_all(engine)
+    invoke("init", *at)
+    assert "2 changes imported" in invoke("import", *at, "-", input=piped)
+    assert "Likes coffee ☕" in invoke("log", *at, "Note", str(key))
+    assert "was this imported before?" in invoke("import", *at, str(file), exit_code=1)
+    with engine.connect() as connection:
+        assert connection.scalars(select(served.module.Note.text)).all() == ["Likes coffee ☕"]
+    engine.dispose()
+
+
+def test_a_file_that_cannot_be_imported_is_explained(app: Application, tmp_path: Path) -> None:
+    """With the line, or as the operating system has it; an export to nowhere, too."""
+    app.add("Likes tea")
+    file = tmp_path / "facts.jsonl"
+    app.run("export", str(file))
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(file.read_text("utf-8")[:-40], "utf-8")
+    assert app.run("import", str(broken), exit_code=1).splitlines()[-1].startswith("Error: line ")
+    assert "No such file" in flat(app.run("import", str(tmp_path / "nothing.jsonl"), exit_code=2))
+    assert "No such file" in flat(app.run("export", str(tmp_path / "nowhere" / "facts.jsonl"), exit_code=1))
+    before = file.read_text("utf-8")
+    app.run("export", str(file), "--model", "Nope", exit_code=2)
+    assert file.read_text("utf-8") == before, "an error must not cost the file that was there"
 
 
 def row(output: str, first: str) -> list[str]:

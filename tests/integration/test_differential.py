@@ -17,6 +17,7 @@ from sqlalchemy import Engine, create_engine, delete, event, insert, text
 from sqlalchemy.orm import Session
 
 from memstate_sa import sqlite
+from memstate_sa.appendonly import rewriting
 from memstate_sa.tables import log, outbox
 from tests.integration.test_histories import STEPS, UNSEEN_STEPS, Play, programs, small, wipe
 from tests.support import Note, Person, Tag, World
@@ -54,8 +55,10 @@ class Stage:
             for n in range(untracked):
                 connection.execute(insert(Person.__table__), {"name": f"old{n}", "about": f"was here {n}"})
                 connection.execute(insert(Tag.__table__), {"name": f"tag{n}", "meaning": f"was here {n}"})
-            for table in (log, outbox) if self.world.engine.dialect.name == "sqlite" else ():
-                connection.execute(delete(table))  # as if there had been no triggers
+            if self.world.engine.dialect.name == "sqlite":  # as if there had been no triggers
+                with rewriting(connection):
+                    connection.execute(delete(log))
+                connection.execute(delete(outbox))
 
         def run(session: Session) -> None:
             Play(self.world, session).run(steps)

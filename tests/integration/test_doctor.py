@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, select, text, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from memstate_sa import ConflictError, Memory
+from memstate_sa.appendonly import rewriting
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.tables import log
 from memstate_sa.testing import HashEmbedder
@@ -73,7 +74,8 @@ def test_a_page_is_not_all(world: World) -> None:
 def test_columns_that_came_and_went_are_no_difference(world: World) -> None:
     """Nobody has changed the row."""
     say(world, a="x")
-    run(world, 'UPDATE memstate_log SET image = \'{"name":"a","meaning":"x","dropped":1}\'')
+    with world.engine.begin() as connection, rewriting(connection):
+        connection.execute(update(log).values(image={"name": "a", "meaning": "x", "dropped": 1}))
     assert world.memory.doctor(world.engine).healthy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from datetime import timedelta
 from typing import Any
@@ -11,9 +12,10 @@ from sqlalchemy import Engine, event, insert, select, text
 
 from memstate_sa import DeliveryError
 from memstate_sa.positions import slot_of
-from memstate_sa.relay import retention
+from memstate_sa.relay import embeddings, retention
 from memstate_sa.relay.retention import forget_delivered
-from memstate_sa.tables import log, outbox, parked, transaction, utcnow
+from memstate_sa.tables import embedding, log, outbox, parked, transaction, utcnow
+from tests.integration.test_histories import wipe
 from tests.support import Person, Tag, World
 
 
@@ -58,7 +60,9 @@ def plans(engine: Engine, action: Any) -> dict[str, str]:
         }
 
 
-def assert_served(engine: Engine, found: dict[str, str], tables: str = "log|outbox|ledger|parked|transaction") -> None:
+def assert_served(
+    engine: Engine, found: dict[str, str], tables: str = "log|outbox|ledger|parked|transaction|embedding"
+) -> None:
     assert found
     scan = (
         rf"SCAN (memstate_({tables})|earlier)(?! USING)"
@@ -109,6 +113,27 @@ def test_relaying(large: World) -> None:
         assert by_key and all("entity=? AND key=?" in plan for plan in by_key)
 
 
+def test_keeping_embeddings(large: World) -> None:
+    """What is kept is found by text, forgotten by text, and evicted in the order of age."""
+    with large.engine.connect() as connection:
+        digests = connection.scalars(select(embedding.c.text_fingerprint).limit(20)).all()
+    assert len(digests) == 20
+
+    def keep() -> None:
+        with large.engine.begin() as connection:
+            assert len(embeddings.read(connection, digests, large.embedder.dimension)) == 20
+            assert embeddings.forget(connection, digests) == 20
+            assert embeddings.count(connection) == 2980
+            embeddings.evict(connection, 1000)
+            assert embeddings.count(connection) == 1980
+
+    found = plans(large.engine, keep)
+    # SQLite walks the table itself, which is in that order, no further than the limit.
+    eviction = found.pop(next(s for s in found if s.startswith("DELETE") and "ORDER BY" in s))
+    assert "TEMP B-TREE" not in eviction and "Sort" not in eviction and "Seq Scan" not in eviction
+    assert_served(large.engine, found)
+
+
 def test_undoing_and_history(large: World) -> None:
     """One step at the end of a long log; the history of one fact."""
     with large.session() as session:
@@ -119,6 +144,7 @@ def test_undoing_and_history(large: World) -> None:
     def undo() -> None:
         with large.session() as session:
             large.memory.history(session, Person, 17)
+            large.memory.history(session, actor="ada", session_id="s1", limit=20)
             large.memory.rollback(session)
             session.rollback()
             large.memory.rollback(session, session_id="s1", actor="ada")
@@ -128,6 +154,52 @@ def test_undoing_and_history(large: World) -> None:
     assert_served(large.engine, found)
     if large.engine.dialect.name == "sqlite":  # PostgreSQL walks the primary key backwards where that is as short
         assert any("ix_memstate_log_step" in plan for plan in found.values())
+
+
+def test_transfer(large: World) -> None:
+    """Each page of an export and of an import begins where the one before it ended."""
+    file = io.StringIO()
+    exporting = plans(large.engine, lambda: large.memory.export_facts(large.engine, file))
+    assert_served(large.engine, exporting)
+    wipe(large.engine)
+    importing = plans(large.engine, lambda: large.memory.import_facts(large.engine, io.StringIO(file.getvalue())))
+    assert_served(large.engine, importing)
+
+
+def test_undoing_many_steps_and_looking_back(large: World) -> None:
+    """Steps of all, of a run, of an actor, of one class, since a moment; as they were, by key; nobody is sorted."""
+    with large.session() as session:
+        first = large.memory.history(session, Person, 17)[0]
+    for n in range(40):
+        with large.session() as session:
+            large.memory.annotate(session, session_id="s1", actor="ada")
+            session.get_one(Person, n + 1).about = f"changed {n}"
+            session.commit()
+
+    def undo() -> None:
+        with large.session() as session:
+            assert large.memory.as_of(session, Person, 17, first.tx) is not None
+            assert large.memory.as_of(session, Person, 17, first.at) is not None
+            assert len(large.memory.rollback(session, 30)) == 30
+            session.rollback()
+            assert len(large.memory.rollback(session, 30, session_id="s1")) == 30
+            session.rollback()
+            assert len(large.memory.rollback(session, 30, actor="ada", model=Person)) == 30
+            session.rollback()
+            assert len(large.memory.rollback(session, to=first.at)) > 40
+            session.rollback()
+            assert len(large.memory.revoke(session, session_id="s1").reverted) == 40
+            session.rollback()
+
+    found = plans(large.engine, undo)
+    assert_served(large.engine, found)
+    earlier = [plan for statement, plan in found.items() if "AS earlier" in statement]
+    assert earlier
+    if large.engine.dialect.name == "sqlite":
+        assert all("ix_memstate_log_key (entity=? AND key=? AND id<?)" in plan for plan in earlier)
+        of_some = [plan for statement, plan in found.items() if "memstate_log.tx IN" in statement]
+        assert len(of_some) >= 2 and all("ix_memstate_log_tx (tx=?)" in plan for plan in of_some)
+        assert not any("TEMP B-TREE" in plan for statement, plan in found.items() if "LIMIT" in statement)
 
 
 def test_the_walk_over_what_can_be_undone_is_short(large: World) -> None:
@@ -181,7 +253,8 @@ def million(postgres_engine: Engine) -> World:
     with postgres_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM ANALYZE"))  # the visibility map is part of an index-only scan's cost
         tables = (
-            "'memstate_log', 'memstate_outbox', 'memstate_ledger', 'memstate_parked', 'memstate_transaction', 'person'"
+            "'memstate_log', 'memstate_outbox', 'memstate_ledger', 'memstate_parked', 'memstate_transaction', "
+            "'memstate_embedding', 'person'"
         )
         scale = "UPDATE pg_class SET reltuples = 1000000, relpages = relpages"
         connection.execute(text(f"{scale} WHERE relname IN ({tables})"))
@@ -211,7 +284,7 @@ def planned(engine: Engine, action: Any) -> dict[str, str]:
 
 
 def assert_no_large_scan(found: dict[str, str]) -> None:
-    scan = r"Seq Scan on (memstate_(log|outbox|ledger|parked|transaction)|person)\b"
+    scan = r"Seq Scan on (memstate_(log|outbox|ledger|parked|transaction|embedding)|person)\b"
     bad = {statement: plan for statement, plan in found.items() if re.search(scan, plan)}
     assert not bad, "\n\n".join(f"{s}\n{p}" for s, p in bad.items())
 
@@ -241,6 +314,36 @@ def test_operation_reads_no_large_table_as_a_whole(million: World) -> None:
     assert_no_large_scan(planned(million.engine, operate))
 
 
+def test_undo_reads_no_large_table_as_a_whole(million: World) -> None:
+    """A step, many steps, a run, an actor, a transaction, a moment; and what a fact was."""
+    for n in range(60):
+        with million.session() as session:
+            million.memory.annotate(session, session_id=f"s{n % 2}", actor="ada")
+            session.get_one(Person, n + 1).about = f"changed {n}"
+            session.commit()
+    with million.session() as session:
+        last = million.memory.history(session, Person, 60)[-1]
+
+    def undo() -> None:
+        with million.session() as session:
+            assert million.memory.as_of(session, Person, 17, last.tx) is not None
+            assert million.memory.as_of(session, Person, 17, last.at) is not None
+            for options in (
+                {},
+                {"steps": 50},
+                {"session_id": "s1"},
+                {"actor": "ada"},
+                {"tx": last.tx},
+                {"to": last.tx},
+            ):
+                million.memory.rollback(session, **options)
+                session.rollback()
+            assert len(million.memory.revoke(session, session_id="s0").reverted) == 30
+            session.rollback()
+
+    assert_no_large_scan(planned(million.engine, undo))
+
+
 def test_a_fresh_search_reads_no_large_table_as_a_whole(million: World) -> None:
     """Undelivered keys, own and others', and refused ones."""
 
@@ -262,6 +365,8 @@ def test_cleaning_up_reads_no_large_table_as_a_whole(million: World) -> None:
             retention.forget_delivered(connection)
             retention.forget_ledger(connection, timedelta(days=1))
             retention.fold_log(connection, timedelta(), 0, limit=50)
+            assert embeddings.forget(connection, ["0" * 32]) == 0
+            embeddings.evict(connection, 10)
 
     assert_no_large_scan(planned(million.engine, clean))
 

@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, MemstateError
+from memstate_sa.appendonly import rewriting
 from memstate_sa.indexes import InMemoryIndex, Point
 from memstate_sa.positions import slot_of
 from memstate_sa.relay import Retention, RetryPolicy
@@ -488,8 +489,9 @@ def test_old_changes_become_one_baseline(engine: Engine) -> None:
     with engine.begin() as connection:
         everything = connection.scalar(select(func.count()).select_from(log))
         assert everything == 7
-        for table in (log, header):
-            connection.execute(update(table).values(at=utcnow() - timedelta(days=31)))
+        with rewriting(connection):
+            connection.execute(update(log).values(at=utcnow() - timedelta(days=31)))
+        connection.execute(update(header).values(at=utcnow() - timedelta(days=31)))
     say(world, a="four", c="new")
     relay = world.memory.relay(engine, page_size=2, retention=Retention(log=timedelta(days=30)))
     relay.drain()
@@ -508,7 +510,7 @@ def test_a_transaction_is_folded_as_a_whole(engine: Engine) -> None:
     """Half of it could not be undone."""
     world = World(engine)
     say(world, a="one", b="one")
-    with engine.begin() as connection:
+    with engine.begin() as connection, rewriting(connection):
         connection.execute(update(log).where(log.c.key == '["a"]').values(at=utcnow() - timedelta(days=31)))
     world.memory.relay(engine, retention=Retention(log=timedelta(days=30))).drain()
     with world.session() as session:

@@ -137,8 +137,8 @@ def test_a_row_older_than_tracking_that_one_statement_touches_several_times(engi
         assert (first.op, first.after) == ("baseline", {"id": 1, "text": "x", "one": 1, "two": 1, "three": 1})
 
 
-def test_what_follows_from_an_undo_is_part_of_it(engine: Engine) -> None:
-    """An undone insert whose row has children by now: the database deletes them, and redoing brings them back."""
+def test_an_undo_does_not_delete_what_others_have_built_upon(engine: Engine) -> None:
+    """An undone insert whose row has children by now: the database would delete them along."""
     app = App(engine, Top, Owned)
     with app.sessions() as session:
         session.add(Top(id=1))
@@ -146,16 +146,54 @@ def test_what_follows_from_an_undo_is_part_of_it(engine: Engine) -> None:
         made = app.memory.token(session)
         session.add(Owned(id=1, top_id=1))
         session.commit()
+        with pytest.raises(ConflictError) as refused:
+            app.memory.rollback(session, tx=made)
+        assert [(change.entity, change.key, change.op) for change in refused.value.changes] == [("owned", 1, "insert")]
+        app.memory.rollback(session, steps=2)
+        session.commit()
+        assert session.scalars(select(Top.id)).all() == []
+    app.check()
+
+
+class Kept(Base):
+    """No foreign key: a trigger of the application deletes it."""
+
+    __tablename__ = "kept"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    text: Mapped[str] = mapped_column(default="kept")
+    top_id: Mapped[int]
+
+
+def test_what_follows_from_an_undo_is_part_of_it(engine: Engine) -> None:
+    """What a trigger of the application deletes with the undone row, redoing brings back."""
+    app = App(engine, Top, Kept)
+    with engine.begin() as connection:
+        for statement in KEEPS[engine.dialect.name]:
+            connection.exec_driver_sql(statement)
+    with app.sessions() as session:
+        session.add(Top(id=1))
+        session.commit()
+        made = app.memory.token(session)
+        session.add(Kept(id=1, top_id=1))
+        session.commit()
         undone = app.memory.rollback(session, tx=made)
         session.commit()
-        assert {(change.entity, change.op) for change in undone} == {("top", "delete"), ("owned", "delete")}
+        assert {(change.entity, change.op) for change in undone} == {("top", "delete"), ("kept", "delete")}
         app.check()
-        with pytest.raises(ConflictError):  # the child's insert is the last step, and it is gone …
-            app.memory.rollback(session)
-        app.memory.rollback(session, tx=undone[0].tx)  # … until the undo is undone
+        app.memory.rollback(session, tx=undone[0].tx)
         session.commit()
-        assert session.scalars(select(Owned.id)).all() == [1]
+        assert session.scalars(select(Kept.id)).all() == [1]
     app.check()
+
+
+KEEPS = {
+    "sqlite": ["CREATE TRIGGER keep AFTER DELETE ON top BEGIN DELETE FROM kept WHERE top_id = OLD.id; END"],
+    "postgresql": [
+        """CREATE OR REPLACE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        DELETE FROM kept WHERE top_id = OLD.id; RETURN OLD; END $$""",
+        "CREATE TRIGGER keep AFTER DELETE ON top FOR EACH ROW EXECUTE FUNCTION keep()",
+    ],
+}
 
 
 class Shouted(Base):

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
+from memstate_sa.changes import FactKey
 from memstate_sa.errors import DeliveryRejected, MemstateError
 from memstate_sa.facts import Projection
 from memstate_sa.positions import Page, Position, Snapshot, slot_of
-from memstate_sa.relay.plan import AGAIN, DEAD, PARKED, Delivered, FactKey, Parked
+from memstate_sa.relay.plan import AGAIN, DEAD, PARKED, Delivered, Parked
 from memstate_sa.relay.protocol import (
     Acknowledge,
     Claim,

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from memstate_sa.changes import FactKey
 from memstate_sa.positions import Page, Position, Snapshot
-from memstate_sa.relay.plan import FactKey, Parked
+from memstate_sa.relay.plan import Parked
 from memstate_sa.relay.protocol import (
     Acknowledge,
     Claim,

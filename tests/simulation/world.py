@@ -12,14 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, cast
 
+from memstate_sa.changes import FactKey
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable
-from memstate_sa.indexes.base import Point, Stored, Vector
-from memstate_sa.relay.plan import DEAD, Breaker, Delivered, FactKey, RetryPolicy
+from memstate_sa.indexes.base import Point, Stored
+from memstate_sa.relay.plan import DEAD, Breaker, Delivered, RetryPolicy
 from memstate_sa.relay.protocol import (
     ENTITY,
     Acknowledge,
     Claim,
     Embed,
+    Embedded,
     Fetch,
     Holder,
     Listed,
@@ -694,12 +696,12 @@ class World:
         if self.happens("is told when to retry"):
             raise DeliveryRetryable("too many requests", retry_after_s=self.rng.random() * LEASE_S, may_land=False)
 
-    def _embed(self, request: Embed) -> Mapping[str, Vector]:
+    def _embed(self, request: Embed) -> Embedded:
         if self.happens("fails"):
             raise DeliveryRetryable("the embedder is down", may_land=False)
         if REFUSED_BY_EMBEDDER in request.texts.values():
             raise DeliveryRejected("the embedder refuses a text")
-        return cast("Any", dict(request.texts))
+        return Embedded(cast("Any", dict(request.texts)), len(request.texts))
 
     def _fetch(self, worker: Worker, request: Fetch) -> Mapping[FactKey, Stored]:
         self._reach(worker)

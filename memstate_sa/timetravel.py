@@ -1,0 +1,150 @@
+"""The tables as they were: a read-only Session in which tracked classes have the rows of a moment.
+
+Each tracked table is hidden by a temporary one of its name, on a connection of the Session's own, filled from the log.
+So any select() works, in the database's own dialect, and gives ordinary instances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Column, MetaData, Select, Table, event, func, insert, select, text, true
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.orm import ORMExecuteState, Session
+from sqlalchemy.schema import CreateTable
+
+from memstate_sa import truth
+from memstate_sa.changes import Image
+from memstate_sa.codec import decode, decode_key, encode_key
+from memstate_sa.columns import batches
+from memstate_sa.errors import MemstateError
+from memstate_sa.facts import Tracked
+from memstate_sa.history import Moment, images_at, until
+from memstate_sa.relay import embeddings
+from memstate_sa.search import Call, Hit, Hits, cosine_distance
+from memstate_sa.sqlite import is_in_memory
+from memstate_sa.truth import raw_key_columns
+from memstate_sa.vectors import Vectors
+
+_BATCH = 1000
+
+
+_READ_ONLY = "the past is read-only: write with a Session of the present"
+
+
+class PastSession(Session):
+    """A Session on the tables as they were. Whatever would write raises."""
+
+    def flush(self, objects: Sequence[Any] | None = None) -> None:  # noqa: ARG002  # as Session has it
+        if not self._is_clean():
+            raise MemstateError(_READ_ONLY)
+
+
+@event.listens_for(PastSession, "do_orm_execute")
+def _refuse_to_write(state: ORMExecuteState) -> None:
+    if state.is_insert or state.is_update or state.is_delete:
+        raise MemstateError(_READ_ONLY)
+
+
+@contextmanager
+def as_of_session(engine: Engine, tracked: Iterable[Tracked], at: Moment) -> Iterator[PastSession]:
+    """A Session in which the classes of *tracked* have the rows of the moment *at*; other tables are as they are now.
+
+    It holds one connection, in one snapshot, and takes the time and space of writing those rows once.
+    """
+    is_sqlite = engine.dialect.name == "sqlite"
+    if is_in_memory(engine):
+        raise MemstateError(
+            "an in-memory SQLite has one connection, on which the past would hide the present: use a file"
+        )
+    with truth.snapshot(engine) as connection:
+        try:
+            # Asked before any table is hidden.
+            until(connection, at)
+            filled = [(each, list(_rows_at(connection, each, at))) for each in tracked]
+            if not is_sqlite:  # whatever the path says of temporary tables
+                path = connection.execute(select(func.current_setting("search_path"))).scalar_one()
+                connection.execute(select(func.set_config("search_path", f"pg_temp, {path}", true())))
+            for each, images in filled:
+                _hide(connection, each, images)
+            if is_sqlite:
+                connection.exec_driver_sql("PRAGMA query_only = ON")
+            else:
+                connection.execute(text("SET TRANSACTION READ ONLY"))
+            # Its rollback() ends a SAVEPOINT, not the snapshot.
+            with PastSession(connection, autoflush=False, join_transaction_mode="create_savepoint") as session:
+                yield session
+        finally:
+            if is_sqlite:
+                connection.exec_driver_sql("PRAGMA query_only = OFF")
+
+
+def _rows_at(connection: Connection, tracked: Tracked, at: Moment) -> Iterator[Image]:
+    for _, image in images_at(connection, tracked, at):
+        yield image
+    for images in truth.unlogged(connection, tracked):  # which were always as they are
+        yield from images.values()
+
+
+def _hide(connection: Connection, tracked: Tracked, images: Sequence[Image]) -> None:
+    columns = tracked.on(connection.dialect)
+    for table, own in columns.of_table.items():
+        if table.schema is not None:
+            raise MemstateError(
+                f"{table.fullname} names its schema, so no temporary table can stand for it: use as_of()"
+            )
+        past = Table(
+            table.name,
+            MetaData(),
+            *(Column(c.name, c.type, primary_key=c.primary_key, autoincrement=False) for c in table.columns),
+            prefixes=["TEMPORARY"],
+        )
+        connection.execute(CreateTable(past))
+        parameters = {name: f"memstate_{n}" for n, name in enumerate(own.names)}
+        put = insert(past).values({name: own.raw_parameter(own.by_name[name], parameters[name]) for name in own.names})
+        parts = [part for image in images if (part := columns.parts(image)[table]) is not None]
+        for some in batches(parts, _BATCH):
+            rows = [{parameters[name]: decode(part.get(name)) for name in own.names} for part in some]
+            connection.execute(put, rows)
+
+
+def search_past(
+    session: PastSession,
+    tracked: Tracked,
+    statement: Select[Any],
+    vectors: Vectors,
+    query: str,
+    limit: int,
+    max_distance: float | None,
+    call: Call,
+) -> Hits[Any]:
+    """The facts nearest to *query* among the rows that *statement* selects in *session*: all of them are measured."""
+    connection = session.connection()
+    keys = statement.with_only_columns(*raw_key_columns(tracked), maintain_column_froms=True).order_by(None).distinct()
+    keys._for_update_arg = None  # noqa: SLF001  # nobody changes the past
+    found = [encode_key(row) for row in connection.execute(keys)]
+    embedder = vectors.embedder.fingerprint
+    projections = [tracked.project(key, row, embedder) for key, row in truth.read(connection, tracked, found).items()]
+    texts = {p.text_fingerprint: p.text for p in projections if p.text_fingerprint and p.text}
+    wanted = np.asarray(call(vectors.of_query, query), dtype=np.float32)
+    known = vectors.recent(texts)
+    if vectors.stored:
+        known |= embeddings.read(connection, [d for d in texts if d not in known], vectors.embedder.dimension)
+    unknown = {digest: words for digest, words in texts.items() if digest not in known}
+    known |= call(vectors.embed, unknown, remember=True)
+    distances = sorted(
+        (cosine_distance(wanted, known[p.text_fingerprint]), p.key) for p in projections if p.text_fingerprint
+    )
+    near = [pair for pair in distances if max_distance is None or pair[0] <= max_distance][:limit]
+    columns = tracked.on(connection.dialect)
+    hydration = statement.order_by(None).add_columns(*raw_key_columns(tracked)).where(columns.key_in)
+    hydration._for_update_arg = None  # noqa: SLF001
+    facts = {}
+    for some in batches([key for _, key in near]):
+        given = columns.key_parameters([decode_key(key) for key in some])
+        for row in session.execute(hydration, given).unique(lambda row: tuple(row[1:])):
+            facts[encode_key(row[1:])] = row[0]
+    return Hits(Hit(facts[key], distance) for distance, key in near)

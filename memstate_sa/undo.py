@@ -1,0 +1,471 @@
+"""Undoing what the log says: new entries that compensate, in the caller's transaction.
+
+Which transactions is one question (steps, scopes, moments), what of them can be undone another (conflicts, obstacles).
+Nothing is written before both are answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal, TypeAlias
+
+from sqlalchemy import BigInteger, Column, ColumnElement, Select, bindparam, cast, func, inspect, select
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Session
+
+from memstate_sa.arrays import as_array, each
+from memstate_sa.capture import Capture, Unit
+from memstate_sa.changes import REDACTED, Change, Entry, FactKey, Image, Later, Step, in_the_way, invert, new_tx
+from memstate_sa.codec import decode_key
+from memstate_sa.errors import ConflictError, HistoryMissing, MemstateError, NotFound, require_count
+from memstate_sa.facts import Tracked
+from memstate_sa.history import Moment, read_changes, until
+from memstate_sa.obstacles import find_obstacles
+from memstate_sa.outbox import take_write_lock
+from memstate_sa.registry import Registry
+from memstate_sa.restore import read_facts, restore
+from memstate_sa.tables import log, transaction
+
+OnConflict: TypeAlias = Literal["raise", "skip", "force"]
+Undone: TypeAlias = set[tuple[str, FactKey]]
+"""(transaction, fact) whose change was undone, and not redone."""
+
+_PAGES = (100, 1000)
+"""Entries or headers a SELECT: a walk begins with what it probably needs, and goes on with the most."""
+_SHOWN = 100
+"""The most changes that an error names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Whose transactions count, and what of them: all, or those with these labels; all facts, or those of one class."""
+
+    session_id: str | None = None
+    actor: str | None = None
+    entity: str | None = None
+
+    @property
+    def labels(self) -> list[ColumnElement[bool]]:
+        found = [transaction.c.session_id == self.session_id] if self.session_id is not None else []
+        return found + ([transaction.c.actor == self.actor] if self.actor is not None else [])
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """What `Memory.revoke` did: its new entries, the changes of the run that stay, and those that are in their way."""
+
+    reverted: list[Change] = field(default_factory=list)
+    kept: list[Change] = field(default_factory=list)
+    conflicts: list[Change] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """What of some transactions is to be undone: *steps*, newest first; and what stays, because of which entries.
+
+    *entries* undo them, and leave facts as *final* says. Of facts that *moved_on*, steps may not be the last entries.
+    """
+
+    steps: list[Step]
+    entries: list[Entry]
+    final: dict[FactKey, Image | None]
+    moved_on: Collection[FactKey]
+    kept: list[Step] = field(default_factory=list)
+    conflicts: set[int] = field(default_factory=set)
+
+
+# -- which transactions ------------------------------------------------------------------------------------------------
+
+_keys = each("keys")
+
+
+def undone(connection: Connection, txs: Collection[str]) -> Undone:
+    """What of *txs* a rollback has undone, and no rollback of that rollback has redone."""
+    if not txs:
+        return set()
+    reverting = select(log.c.reverts, log.c.tx, log.c.entity, log.c.key).where(
+        log.c.reverts.in_(select(_keys.c.value)), log.c.reverts.is_not(None)
+    )
+    rows = connection.execute(reverting, {"keys": as_array(txs)}).all()
+    redone = undone(connection, {row.tx for row in rows})
+    return {(row.reverts, fact) for row in rows if (row.tx, (fact := (row.entity, row.key))) not in redone}
+
+
+def effective(connection: Connection, own: Collection[str], scope: Scope, wanted: int = _PAGES[1]) -> Iterator[str]:
+    """Transactions of *scope* with something to undo, the last one first, about *wanted*; *own* are passed by."""
+    seen = set(own)
+    walk = _labelled if scope.labels else _all
+    least, most = _PAGES
+    for rows in walk(connection, scope, min(max(wanted + len(own), least), most)):
+        gone = undone(connection, {row.tx for row in rows} - seen)
+        for row in rows:
+            if row.tx not in seen and (row.tx, (row.entity, row.key)) not in gone:
+                seen.add(row.tx)
+                yield row.tx
+
+
+_changed = select(log.c.id, log.c.tx, log.c.entity, log.c.key, log.c.step)
+_changed_by = _changed.where(log.c.tx.in_(select(_keys.c.value)))
+
+
+def _all(connection: Connection, scope: Scope, page: int) -> Iterator[Sequence[Any]]:
+    """Steps of the log, backwards, page by page."""
+    steps = _changed.where(log.c.step)
+    if scope.entity is not None:
+        steps = steps.where(log.c.entity == scope.entity)
+    yield from _backwards(connection, steps.order_by(log.c.id.desc()), log.c.id, page)
+
+
+def _labelled(connection: Connection, scope: Scope, page: int) -> Iterator[Sequence[Any]]:
+    """The same of those with the labels, found by their headers: there may be few of them in a long log."""
+    headers = select(transaction.c.at, transaction.c.tx).where(*scope.labels).order_by(transaction.c.at.desc())
+    for some in _backwards(connection, headers, transaction.c.at, page):
+        # Chosen and sorted here: for either, SQLite would walk all steps, or all of an entity, to find these.
+        rows = connection.execute(_changed_by, {"keys": as_array({row.tx for row in some})}).all()
+        steps = [row for row in rows if row.step and scope.entity in (None, row.entity)]
+        yield sorted(steps, key=lambda row: row.id, reverse=True)
+
+
+def _backwards(connection: Connection, statement: Select[Any], by: Column[Any], page: int) -> Iterator[Sequence[Any]]:
+    """Pages of *statement*, whose first column is *by*, from the greatest; rows of one value are on one page.
+
+    The first page has *page* rows.
+    """
+    rows = connection.execute(statement.limit(page)).all()
+    while len(rows) == page:
+        last = rows[-1][0]
+        if not by.primary_key:
+            same = connection.execute(statement.where(by == last)).all()
+            rows = [*(row for row in rows if row[0] != last), *same]
+        yield rows
+        page = _PAGES[1]
+        rows = connection.execute(statement.where(by < last).limit(page)).all()
+    yield rows
+
+
+_earlier = log.alias("earlier")
+_previous = (
+    select(func.max(_earlier.c.id))
+    .where(_earlier.c.entity == log.c.entity, _earlier.c.key == log.c.key, _earlier.c.id < log.c.id)
+    .scalar_subquery()
+)
+# The entry before each is looked up by another statement: joined, PostgreSQL reads all of a log of few large
+# transactions, as it expects as many rows of these.
+_entries = (
+    select(
+        log.c.id, log.c.tx, log.c.entity, log.c.key, log.c.op, log.c.image, log.c.version, _previous.label("previous")
+    )
+    .where(log.c.tx.in_(select(_keys.c.value)), log.c.op != "baseline")
+    .order_by(log.c.id.desc())
+)
+_images = select(log.c.id, log.c.op, log.c.image, log.c.version).where(
+    log.c.id.in_(select(cast(_keys.c.value, BigInteger)))
+)
+
+
+# -- undo --------------------------------------------------------------------------------------------------------------
+
+
+class Undo:
+    """Undo for one Memory."""
+
+    def __init__(self, registry: Registry, capture: Capture) -> None:
+        self._registry = registry
+        self._capture = capture
+
+    def steps(
+        self, session: Session, steps: int, scope: Scope, on_conflict: OnConflict, *, dry_run: bool
+    ) -> list[Change]:
+        require_count("steps", steps, "how many transactions to undo, at least 1")
+        unit, connection = self._prepare(session)
+        scope = self._default(scope, unit)
+        targets = list(islice(effective(connection, {unit.tx}, scope, steps), steps))
+        return self._run(session, connection, unit, targets, scope, on_conflict, dry_run=dry_run).reverted
+
+    def back_to(
+        self, session: Session, to: Moment, scope: Scope, on_conflict: OnConflict, *, dry_run: bool
+    ) -> list[Change]:
+        """Everything of *scope* since a moment."""
+        unit, connection = self._prepare(session)
+        scope = self._default(scope, unit)
+        targets = self._since(connection, unit, scope, to)
+        return self._run(session, connection, unit, targets, scope, on_conflict, dry_run=dry_run).reverted
+
+    def transaction(
+        self, session: Session, tx: str, scope: Scope, on_conflict: OnConflict, *, dry_run: bool
+    ) -> list[Change]:
+        unit, connection = self._prepare(session)
+        self._require_closed(connection, unit, tx)
+        result = self._run(session, connection, unit, [tx], scope, on_conflict, dry_run=dry_run)
+        if not result.reverted and not result.kept:
+            raise ConflictError(f"transaction {tx} is already undone")
+        return result.reverted
+
+    def revoke(
+        self, session: Session, scope: Scope, txs: Sequence[str], on_conflict: OnConflict, *, dry_run: bool
+    ) -> Revocation:
+        unit, connection = self._prepare(session)
+        for tx in txs:
+            self._require_closed(connection, unit, tx)
+        targets = list(dict.fromkeys(txs)) if txs else list(effective(connection, {unit.tx}, scope))
+        return self._run(session, connection, unit, targets, scope, on_conflict, dry_run=dry_run, reason="revoke")
+
+    # -- what is asked for ---------------------------------------------------------------------------------------------
+
+    def _prepare(self, session: Session) -> tuple[Unit, Connection]:
+        session.flush()
+        any_tracked = next(iter(self._registry.by_entity.values()))
+        connection = session.connection(bind_arguments={"mapper": any_tracked.mapper})
+        unit = self._capture.unit(session)
+        with unit.writing():
+            take_write_lock(connection)
+        return unit, connection
+
+    @staticmethod
+    def _default(scope: Scope, unit: Unit) -> Scope:
+        """What the session is annotated with, where nothing else is said."""
+        return scope if scope.labels else Scope(unit.session_id, unit.actor, scope.entity)
+
+    @staticmethod
+    def _require_closed(connection: Connection, unit: Unit, tx: str) -> None:
+        if tx == unit.tx:
+            raise MemstateError("this transaction is still open; session.rollback() undoes it")
+        if connection.execute(select(log.c.id).where(log.c.tx == tx).limit(1)).first() is None:
+            raise NotFound(f"the log has no transaction {tx!r}")
+
+    @staticmethod
+    def _since(connection: Connection, unit: Unit, scope: Scope, to: Moment) -> list[str]:
+        reached = until(connection, to)
+        found: list[str] = []
+        candidates = effective(connection, {unit.tx}, scope)
+        # Ids and times of transactions that ran at once are not in one order: so it ends with a page that has none.
+        while some := list(islice(candidates, _PAGES[1])):
+            beyond = select(log.c.tx).distinct().where(log.c.tx.in_(select(_keys.c.value)), ~reached)
+            since = set(connection.scalars(beyond, {"keys": as_array(some)}))
+            found += [tx for tx in some if tx in since]
+            if not since:
+                break
+        return found
+
+    # -- what can be undone --------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        session: Session,
+        connection: Connection,
+        unit: Unit,
+        targets: Sequence[str],
+        scope: Scope,
+        on_conflict: OnConflict,
+        *,
+        dry_run: bool,
+        reason: str = "rollback",
+    ) -> Revocation:
+        plan = self._plan(connection, targets, scope, on_conflict)
+        reverted: list[Change] = []
+        if plan.steps:
+            attempt = connection.begin_nested()
+            try:
+                reverted = self._carry_out(connection, unit, plan, reason)
+            finally:
+                if dry_run or not reverted:
+                    attempt.rollback()
+                else:
+                    attempt.commit()
+            if not dry_run:
+                self._expire(session, connection, {step.fact for step in plan.steps})
+        return Revocation(
+            reverted,
+            kept=self._changes(connection, {step.id for step in plan.kept}),
+            conflicts=self._changes(connection, plan.conflicts),
+        )
+
+    def _plan(self, connection: Connection, targets: Sequence[str], scope: Scope, on_conflict: OnConflict) -> Plan:
+        steps = self._steps(connection, targets, scope)
+        conflicts: dict[FactKey, set[int]] = {}
+        moved_on: Collection[FactKey] = {step.fact for step in steps}
+        if on_conflict != "force":
+            later = self._later_entries(connection, steps)
+            own = {step.id for step in steps}
+            moved_on = {entry.fact for entry in later if entry.id not in own}
+            if moved_on:
+                gone = undone(connection, {entry.tx for entry in later}.difference(targets))
+                conflicts = {fact: set(ids) for fact, ids in in_the_way(later, set(targets), gone).items()}
+        if conflicts:
+            _, wanted = invert([step for step in steps if step.fact in conflicts])
+            present = read_facts(connection, self._registry, wanted)
+            # Where others have left a fact as it should be, nobody's change is lost.
+            last = {step.fact: step.id for step in reversed(steps)}
+            conflicts = {
+                fact: ids
+                for fact, ids in conflicts.items()
+                if wanted.get(fact) != present.get(fact) or max(ids) < last[fact]
+            }
+        if conflicts and on_conflict == "raise":
+            self._raise(connection, set().union(*conflicts.values()))
+        while True:
+            going = [step for step in steps if step.fact not in conflicts]
+            inverse, final = invert(going)
+            obstacles = find_obstacles(connection, self._registry, final)
+            if not obstacles:
+                kept = [step for step in steps if step.fact in conflicts]
+                because_of = set().union(*conflicts.values()) if conflicts else set()
+                return Plan(going, inverse, final, moved_on, kept, because_of)
+            entries = self._last_entries(connection, [by for by in obstacles.values() if by is not None])
+            if on_conflict != "skip":
+                self._raise(connection, set(entries.values()))
+            # What is left out may be what others need, so the rest is looked at again.
+            blocking = {fact: None if by is None else entries.get(by) for fact, by in obstacles.items()}
+            conflicts.update({fact: set() if id_ is None else {id_} for fact, id_ in blocking.items()})
+
+    def _steps(self, connection: Connection, targets: Sequence[str], scope: Scope) -> list[Step]:
+        """The changes of *targets* that are neither undone nor redacted, newest first."""
+        rows = connection.execute(_entries, {"keys": as_array(targets)}).all()
+        images: dict[int | None, Any] = {row.id: row for row in rows}
+        earlier = as_array(
+            {str(row.previous) for row in rows if row.previous is not None} - {str(id_) for id_ in images}
+        )
+        images.update({row.id: row for row in connection.execute(_images, {"keys": earlier})})
+        untracked = {row.entity for row in rows} - set(self._registry.by_entity)
+        if untracked:
+            raise HistoryMissing(f"{', '.join(sorted(untracked))}: no longer tracked, so it cannot be written back")
+        self._lock(connection, {(row.entity, row.key) for row in rows})
+        gone = undone(connection, targets)
+        steps = []
+        for row in rows:
+            previous = images.get(row.previous)
+            erased = previous is not None and previous.version == REDACTED and previous.op != "delete"
+            redacted = row.version == REDACTED or erased
+            outside = scope.entity is not None and row.entity != scope.entity
+            if redacted or outside or (row.tx, (row.entity, row.key)) in gone:
+                continue
+            upcast = self._registry.by_entity[row.entity].upcast
+            before, after = (
+                None if it is None or it.image is None else upcast(it.image, it.version, connection.dialect)
+                for it in (previous, row)
+            )
+            steps.append(Step(row.id, row.tx, row.entity, row.key, before, after))
+        return steps
+
+    def _lock(self, connection: Connection, facts: Collection[FactKey]) -> None:
+        """From here on nobody else changes their rows: what the log says of them now is true until the end."""
+        keys: dict[str, list[tuple[Any, ...]]] = {}
+        for entity, key in facts:
+            keys.setdefault(entity, []).append(decode_key(key))
+        for entity in sorted(keys):  # in one order, so that two undos cannot wait for each other
+            self._registry.by_entity[entity].on(connection.dialect).lock(connection, keys[entity])
+
+    @staticmethod
+    def _later_entries(connection: Connection, steps: Sequence[Step]) -> list[Later]:
+        """Entries of the same facts that came after the first of their *steps*, further steps among them."""
+        first: dict[FactKey, int] = {}
+        for step in steps:
+            first[step.fact] = min(step.id, first.get(step.fact, step.id))
+        later: list[Later] = []
+        for entity in {entity for entity, _ in first}:
+            group = [key for other, key in first if other == entity]
+            rows = connection.execute(
+                select(log.c.id, log.c.tx, log.c.key, log.c.reverts).where(
+                    log.c.entity == entity,
+                    log.c.key.in_(select(_keys.c.value)),
+                    log.c.id > min(first[entity, key] for key in group),
+                    log.c.op != "baseline",
+                ),
+                {"keys": as_array(group)},
+            )
+            later += [
+                Later(id_, tx, (entity, key), reverts) for id_, tx, key, reverts in rows if id_ > first[entity, key]
+            ]
+        return later
+
+    @staticmethod
+    def _last_entries(connection: Connection, facts: Collection[FactKey]) -> dict[FactKey, int]:
+        found: dict[FactKey, int] = {}
+        for entity in {entity for entity, _ in facts}:
+            newest = select(log.c.key, func.max(log.c.id)).where(
+                log.c.entity == entity, log.c.key.in_(select(_keys.c.value))
+            )
+            keys = as_array({key for other, key in facts if other == entity})
+            rows = connection.execute(newest.group_by(log.c.key), {"keys": keys})
+            found.update({(entity, key): id_ for key, id_ in rows})
+        return found
+
+    def _raise(self, connection: Connection, ids: Collection[int]) -> None:
+        changes = self._changes(connection, sorted(ids)[:_SHOWN])
+        what = "; ".join(f"{c.entity} {c.key!r} ({c.op} by {c.actor or 'unknown'} in {c.tx})" for c in changes[:5])
+        raise ConflictError(
+            f"changed later, outside of what is to be undone: {what or 'a row that the log does not know'}",
+            changes=changes,
+        )
+
+    def _changes(self, connection: Connection, ids: Collection[int]) -> list[Change]:
+        found: list[Change] = []
+        for start in range(0, len(ids), 500):
+            some = sorted(ids)[start : start + 500]
+            found += read_changes(connection, self._registry, log.c.id.in_(some))
+        return found
+
+    # -- doing it ------------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, connection: Connection, unit: Unit, plan: Plan, reason: str) -> list[Change]:
+        tx = new_tx()
+        labels = {**unit.labels, "reason": unit.reason or reason}
+        with unit.writing():
+            with self._capture.undoing(connection, tx, plan.final):
+                now = restore(connection, self._registry, plan.final)
+            entries = list(_with_last_images(plan.entries, now))
+            self._capture.write(connection, unit, entries, tx=tx)
+            self._capture.write_header(connection, tx, labels)
+        if plan.final.keys().isdisjoint(plan.moved_on):
+            written = connection.execute(_written, {"tx": tx}).all()
+            if [row[1:3] for row in written] == [entry[:2] for entry in entries]:  # and triggers logged nothing more
+                return self._as_changes(connection, plan.steps, entries, written, labels)
+        return read_changes(connection, self._registry, log.c.tx == tx)
+
+    def _as_changes(
+        self,
+        connection: Connection,
+        steps: Sequence[Step],
+        entries: Sequence[Entry],
+        written: Sequence[Any],
+        labels: Mapping[str, str | None],
+    ) -> list[Change]:
+        """What `read_changes` would find, of which everything but ids and times is known already."""
+        last: dict[FactKey, Image | None] = {}
+        for step in steps:  # newest first
+            last.setdefault(step.fact, step.after)
+        changes = []
+        for (entity, key, op, image, reverts, _), (id_, _, _, tx, at) in zip(entries, written, strict=True):
+            columns = self._registry.by_entity[entity].on(connection.dialect)
+            before, last[entity, key] = last[entity, key], image
+            was, is_ = (None if it is None else columns.values(dict(it)) for it in (before, image))
+            identity = columns.identity(key)
+            found = identity[0] if len(identity) == 1 else identity
+            changes.append(Change(id_, tx, entity, found, op, was, is_, at, reverts=reverts, **labels))
+        return changes
+
+    def _expire(self, session: Session, connection: Connection, facts: Collection[FactKey]) -> None:
+        """Loaded copies of what was written are read anew."""
+        keys: dict[Tracked, set[tuple[Any, ...]]] = {}
+        for entity, key in facts:
+            keys.setdefault(self._registry.by_entity[entity], set()).add(decode_key(key))
+        for instance in list(session.identity_map.values()):
+            state: Any = inspect(instance)
+            found = self._registry.find(state.mapper)
+            if found in keys and found.on(connection.dialect).raw_key(state.key[1]) in keys[found]:
+                session.expire(instance)
+
+
+_written = (
+    select(log.c.id, log.c.entity, log.c.key, log.c.tx, log.c.at).where(log.c.tx == bindparam("tx")).order_by(log.c.id)
+)
+
+
+def _with_last_images(entries: Sequence[Entry], now: Mapping[FactKey, Image | None]) -> Iterator[Entry]:
+    """*entries*, the last one of each key showing the row as it is: version counters and generated columns moved."""
+    last = {(entry.entity, entry.key): position for position, entry in enumerate(entries)}
+    for position, entry in enumerate(entries):
+        fact = (entry.entity, entry.key)
+        yield entry._replace(image=now[fact]) if last[fact] == position else entry

@@ -1,0 +1,168 @@
+"""Sessions and searches of a moment, compared with what was there at that moment."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import func, insert, select, update
+from sqlalchemy.orm import Session
+
+from memstate_sa import MemstateError, NotFound
+from memstate_sa.search import cosine_distance
+from tests.support import Note, Person, Tag, World
+
+pytestmark = pytest.mark.sa20
+
+
+def commit(world: World, session: Session) -> str:
+    session.commit()
+    return world.memory.token(session) or ""
+
+
+def everything(session: Session) -> dict[str, Any]:
+    """Through the mapper, relationships included."""
+    people = session.scalars(select(Person).order_by(Person.id)).all()
+    tags = session.scalars(select(Tag).order_by(Tag.name)).all()
+    return {
+        "people": [
+            (p.id, p.name, p.about, [(n.number, n.content, dict(n.data or {})) for n in p.notes]) for p in people
+        ],
+        "tags": [(t.name, t.meaning, t.person.name if t.person else None) for t in tags],
+        "count": session.scalar(select(func.count()).select_from(Note)),
+    }
+
+
+def test_every_moment_is_as_it_was(world: World) -> None:
+    moments: list[tuple[str, datetime, dict[str, Any]]] = []
+    with world.session() as session:
+
+        def remember() -> None:
+            tx = commit(world, session)
+            moments.append((tx, datetime.now(UTC), everything(session)))
+
+        session.add(
+            Person(id=1, name="ann", about="tea", notes=[Note(topic="t", number=1, content="x", data={"a": 1})])
+        )
+        session.add(Tag(name="red", person_id=None))
+        remember()
+        person = session.get_one(Person, 1)
+        person.notes[0].data = {"a": [1, None]}
+        person.tags.append(session.get_one(Tag, "red"))
+        session.add(Person(id=2, name="ben\x00" if world.engine.dialect.name == "sqlite" else "ben", about=None))
+        remember()
+        session.execute(update(Person).values(about="bulk"))
+        remember()
+        session.delete(person)
+        remember()
+    for tx, at, content in moments:
+        for moment in (tx, at):
+            with world.memory.as_of_session(world.engine, moment) as past:
+                assert everything(past) == content
+    with world.session() as session:
+        assert everything(session) == moments[-1][2]
+    world.assert_in_step()
+
+
+def test_rows_older_than_their_history_are_there(world: World) -> None:
+    with world.engine.begin() as connection:
+        connection.execute(insert(Tag.__table__), [{"name": n, "meaning": "old"} for n in ("changed", "never")])
+    before = datetime.now(UTC)
+    with world.session() as session:
+        session.get_one(Tag, "changed").meaning = "new"
+        session.commit()
+    with world.memory.as_of_session(world.engine, before) as past:
+        assert dict(past.execute(select(Tag.name, Tag.meaning)).all()) == {"changed": "old", "never": "old"}
+
+
+def test_the_past_is_read_only(world: World) -> None:
+    with world.session() as session:
+        session.add(Tag(name="red"))
+        tx = commit(world, session)
+    with world.memory.as_of_session(world.engine, tx) as past:
+        past.get_one(Tag, "red").meaning = "changed"
+        with pytest.raises(MemstateError, match="the past is read-only"):
+            past.commit()
+        past.expire_all()
+        with pytest.raises(MemstateError, match="the past is read-only"):
+            past.execute(update(Tag).values(meaning="x"), execution_options={"synchronize_session": False})
+    world.assert_in_step()
+
+
+def test_writers_are_not_waited_for(world: World) -> None:
+    with world.session() as session:
+        session.add(Tag(name="red", meaning="first"))
+        tx = commit(world, session)
+        with world.memory.as_of_session(world.engine, tx) as past:
+            assert past.get_one(Tag, "red").meaning == "first"
+            session.get_one(Tag, "red").meaning = "second"
+            session.commit()
+            past.expire_all()
+            assert past.get_one(Tag, "red").meaning == "first"
+        assert session.get_one(Tag, "red").meaning == "second"
+    world.assert_in_step()
+
+
+def test_only_what_is_asked_for(world: World) -> None:
+    with world.session() as session:
+        session.add_all([Tag(name="red"), Person(id=1, name="ann")])
+        tx = commit(world, session)
+        session.add_all([Tag(name="blue"), Person(id=2, name="ben")])
+        session.commit()
+    with world.memory.as_of_session(world.engine, tx, [Tag]) as past:
+        assert past.scalars(select(Tag.name)).all() == ["red"]
+        assert sorted(past.scalars(select(Person.id))) == [1, 2]
+
+
+def test_moments_that_are_none(world: World) -> None:
+    with pytest.raises(NotFound), world.memory.as_of_session(world.engine, "nothing"):
+        pass
+    with pytest.raises(MemstateError, match="aware"), world.memory.as_of_session(world.engine, datetime.now()):  # noqa: DTZ005
+        pass
+    with (
+        pytest.raises(MemstateError, match="not tracked"),
+        world.memory.as_of_session(world.engine, datetime.now(UTC), [World]),
+    ):
+        pass
+
+
+words = st.sampled_from(["tea in the morning", "rain at night", "a blue bicycle", "sushi at noon", "", "  "])
+_settings = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.timeout(240)
+def test_search_as_of_is_brute_force_over_the_replayed_rows(world: World) -> None:
+    @_settings
+    @given(steps=st.lists(st.tuples(st.integers(1, 5), words | st.none()), min_size=1, max_size=8), query=words)
+    def holds(steps: Any, query: str) -> None:
+        with world.session() as session:
+            for person in session.scalars(select(Person)).all():
+                session.delete(person)
+            session.commit()
+            moments = []
+            for key, about in steps:
+                found = session.get(Person, key)
+                if found is None:
+                    session.add(Person(id=key, name="p", about=about))
+                elif about is None:
+                    session.delete(found)
+                else:
+                    found.about = about
+                tx = commit(world, session)
+                rows = session.execute(select(Person.id, Person.about)).all()
+                moments.append((tx, {id_: about for id_, about in rows if about and about.strip()}))
+            vector = world.embedder.embed([query])[0]
+            for tx, texts in moments:
+                expected = {
+                    key: cosine_distance(vector, world.embedder.embed([words])[0]) for key, words in texts.items()
+                }
+                hits = world.memory.search(session, query, Person, limit=3, as_of=tx)
+                assert [hit.fact.about for hit in hits] == [texts[hit.fact.id] for hit in hits]
+                assert [round(hit.distance, 6) for hit in hits] == [round(d, 6) for d in sorted(expected.values())[:3]]
+                some = world.memory.search(session, query, select(Person).where(Person.id > 2), as_of=tx)
+                assert {hit.fact.id for hit in some} == {key for key in texts if key > 2}
+
+    holds()
