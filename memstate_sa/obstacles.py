@@ -89,7 +89,10 @@ class _Search:
             provided |= {value for key, value in there if key not in after}
             is_key = [column.name for column in remote] == [c.name for c in parent.primary_key.columns]
             for value, keys in needed.items():
-                if value not in provided:
+                # Asked by itself: a collation may find it in another form.
+                if value not in provided and all(
+                    key in after for key, _ in self._columns(parent).find(self._connection, remote, [value])
+                ):
                     by = self._fact(parent, encode_key(value)) if is_key else None
                     self.found.update({self._fact(table, key): by for key in keys})
 

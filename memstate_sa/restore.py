@@ -13,8 +13,10 @@ from typing import Any, TypeAlias
 from sqlalchemy import (
     Column,
     ColumnElement,
+    Enum,
     ForeignKeyConstraint,
     Integer,
+    SmallInteger,
     String,
     Table,
     UniqueConstraint,
@@ -24,7 +26,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.schema import sort_tables_and_constraints
 
 from memstate_sa.changes import FactKey, Image
@@ -100,7 +102,9 @@ class _Restoration:
                 with self._connection.begin_nested():
                     for act in order:
                         act()
-            except IntegrityError as error:
+            except DBAPIError as error:  # a value that stood in for another may be refused as one of its type
+                if error.connection_invalidated or not isinstance(error, (IntegrityError, DataError)):
+                    raise
                 refused = error
             else:
                 return
@@ -134,15 +138,32 @@ class _Restoration:
             self._update(table, [(key, self._values(table, image, only=loose)) for key, image in gone.items()])
 
     def _change(self) -> None:
+        differing = {table: self._differing(table) for table in self._tables}
         for table in self._tables:
-            there = self._there[table]
             rows = []
-            for key, image in self._wanted[table].items():
-                if image is not None and key in there:
-                    parked = self._parked.get((table, key), {})
-                    differs = [n for n, value in image.items() if n in parked or there[key].get(n, image) != value]
-                    rows.append((key, self._with_version(table, self._values(table, image, only=differs), there[key])))
+            for key, names in differing[table].items():
+                image = self._wanted[table][key]
+                assert image is not None
+                entity = self._registry.by_table[table]
+                changes = any(
+                    of.get(key) for other, of in differing.items() if self._registry.by_table[other] is entity
+                )
+                values = self._values(table, image, only=names)
+                rows.append((key, self._with_version(table, values, self._there[table][key]) if changes else values))
             self._update(table, rows)
+
+    def _differing(self, table: Table) -> dict[str, list[str]]:
+        """The columns that are to change, of each row that is there and is to stay."""
+        found: dict[str, list[str]] = {}
+        version = self._registry.by_table[table].mapper.version_id_col
+        counted = version.name if version is not None and version.table is table else None
+        for key, image in self._wanted[table].items():
+            now = self._there[table].get(key)
+            if image is not None and now is not None:
+                parked = self._parked.get((table, key), {})
+                differs = (name for name, value in image.items() if name in parked or now.get(name, image) != value)
+                found[key] = [name for name in differs if name != counted]
+        return found
 
     def _remove(self) -> None:
         for table in self._tables:
@@ -251,13 +272,14 @@ class _Restoration:
         }
 
     def _with_version(self, table: Table, values: dict[str, Any], current: Image) -> dict[str, Any]:
-        """A stale copy somewhere must still notice that the row moved on."""
-        version = self._registry.by_table[table].mapper.version_id_col
-        if version is None or version.table is not table:
+        """A stale copy somewhere must still notice that the row, or another part of the fact, moved on."""
+        mapper = self._registry.by_table[table].mapper
+        version, generate = mapper.version_id_col, mapper.version_id_generator
+        if version is None or version.table is not table or not callable(generate):
             return values
-        newest = decode(current.get(version.name))
-        values.pop(version.name, None)
-        return values | {version.name: newest + 1} if values and isinstance(newest, int) else values
+        columns = self._columns(table)
+        newest = columns.to_python(version.name, decode(current.get(version.name)))
+        return values | {version.name: columns.to_raw(version.name, generate(newest))}
 
     def _loose(self, table: Table) -> list[str]:
         """The columns of circular foreign keys that can be set later."""
@@ -304,10 +326,10 @@ def _placeholder(columns: Sequence[Column[Any]]) -> tuple[str, Any]:
     for column in columns:
         if column.primary_key or column.foreign_keys:
             continue
-        if isinstance(column.type, String):
+        if isinstance(column.type, String) and not isinstance(column.type, Enum):
             return column.name, secrets.token_hex(16)[: column.type.length]
         if isinstance(column.type, Integer):
-            return column.name, -1 - secrets.randbelow(2**30)
+            return column.name, -1 - secrets.randbelow(2**15 if isinstance(column.type, SmallInteger) else 2**30)
     return "", None
 
 

@@ -60,6 +60,9 @@ def as_of_session(engine: Engine, tracked: Iterable[Tracked], at: Moment) -> Ite
         raise MemstateError(
             "an in-memory SQLite has one connection, on which the past would hide the present: use a file"
         )
+    tracked = list(tracked)
+    for table in (table for each in tracked for table in each.tables if table.schema is not None):
+        raise MemstateError(f"{table.fullname} names its schema, so no temporary table can stand for it: use as_of()")
     with truth.snapshot(engine) as connection:
         try:
             # Asked before any table is hidden.
@@ -92,10 +95,6 @@ def _rows_at(connection: Connection, tracked: Tracked, at: Moment) -> Iterator[I
 def _hide(connection: Connection, tracked: Tracked, images: Sequence[Image]) -> None:
     columns = tracked.on(connection.dialect)
     for table, own in columns.of_table.items():
-        if table.schema is not None:
-            raise MemstateError(
-                f"{table.fullname} names its schema, so no temporary table can stand for it: use as_of()"
-            )
         past = Table(
             table.name,
             MetaData(),

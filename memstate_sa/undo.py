@@ -7,12 +7,14 @@ Nothing is written before both are answered.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 from sqlalchemy import BigInteger, Column, ColumnElement, Select, bindparam, cast, func, inspect, select
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session
 
 from memstate_sa.arrays import as_array, each
@@ -34,6 +36,7 @@ Undone: TypeAlias = set[tuple[str, FactKey]]
 
 _PAGES = (100, 1000)
 """Entries or headers a SELECT: a walk begins with what it probably needs, and goes on with the most."""
+_ATTEMPTS = 5
 _SHOWN = 100
 """The most changes that an error names."""
 
@@ -81,16 +84,22 @@ class Plan:
 _keys = each("keys")
 
 
+_reverting = select(log.c.reverts, log.c.tx, log.c.entity, log.c.key).where(
+    log.c.reverts.in_(select(_keys.c.value)), log.c.reverts.is_not(None)
+)
+
+
 def undone(connection: Connection, txs: Collection[str]) -> Undone:
     """What of *txs* a rollback has undone, and no rollback of that rollback has redone."""
-    if not txs:
-        return set()
-    reverting = select(log.c.reverts, log.c.tx, log.c.entity, log.c.key).where(
-        log.c.reverts.in_(select(_keys.c.value)), log.c.reverts.is_not(None)
-    )
-    rows = connection.execute(reverting, {"keys": as_array(txs)}).all()
-    redone = undone(connection, {row.tx for row in rows})
-    return {(row.reverts, fact) for row in rows if (row.tx, (fact := (row.entity, row.key))) not in redone}
+    levels: list[Sequence[Any]] = []
+    asked: Collection[str] = txs
+    while asked:  # undone, redone, undone again: each level says what the one before it has reverted
+        levels.append(connection.execute(_reverting, {"keys": as_array(asked)}).all())
+        asked = {row.tx for row in levels[-1]}
+    found: Undone = set()
+    for rows in reversed(levels):
+        found = {(row.reverts, fact) for row in rows if (row.tx, (fact := (row.entity, row.key))) not in found}
+    return found
 
 
 def effective(connection: Connection, own: Collection[str], scope: Scope, wanted: int = _PAGES[1]) -> Iterator[str]:
@@ -181,8 +190,13 @@ class Undo:
         require_count("steps", steps, "how many transactions to undo, at least 1")
         unit, connection = self._prepare(session)
         scope = self._default(scope, unit)
-        targets = list(islice(effective(connection, {unit.tx}, scope, steps), steps))
-        return self._run(session, connection, unit, targets, scope, on_conflict, dry_run=dry_run).reverted
+        for _ in range(_ATTEMPTS):
+            targets = list(islice(effective(connection, {unit.tx}, scope, steps), steps))
+            result = self._run(session, connection, unit, targets, scope, on_conflict, dry_run=dry_run)
+            # Nothing, although there was something: another undo came first, and ended while we waited for it.
+            if result.reverted or result.kept or not targets:
+                break
+        return result.reverted
 
     def back_to(
         self, session: Session, to: Moment, scope: Scope, on_conflict: OnConflict, *, dry_run: bool
@@ -216,12 +230,18 @@ class Undo:
 
     def _prepare(self, session: Session) -> tuple[Unit, Connection]:
         session.flush()
-        any_tracked = next(iter(self._registry.by_entity.values()))
-        connection = session.connection(bind_arguments={"mapper": any_tracked.mapper})
+        connection = self._connection(session)
         unit = self._capture.unit(session)
         with unit.writing():
             take_write_lock(connection)
         return unit, connection
+
+    def _connection(self, session: Session) -> Connection:
+        """Where the tracked classes of *session* are; it may know an engine for some of them only."""
+        for tracked in self._registry.by_entity.values():
+            with suppress(UnboundExecutionError):
+                return session.connection(bind_arguments={"mapper": tracked.mapper})
+        raise MemstateError("this Session is bound to no engine on which a tracked class is")
 
     @staticmethod
     def _default(scope: Scope, unit: Unit) -> Scope:
@@ -266,12 +286,13 @@ class Undo:
         plan = self._plan(connection, targets, scope, on_conflict)
         reverted: list[Change] = []
         if plan.steps:
-            attempt = connection.begin_nested()
+            attempt, before = connection.begin_nested(), (unit.logged, unit.written_on, dict(unit.txs))
             try:
                 reverted = self._carry_out(connection, unit, plan, reason)
             finally:
                 if dry_run or not reverted:
                     attempt.rollback()
+                    unit.logged, unit.written_on, unit.txs = before
                 else:
                     attempt.commit()
             if not dry_run:
