@@ -321,22 +321,12 @@ class Search:
         if not stale:
             return
         texts = {p.text_fingerprint: p.text for p in stale.values() if p.text_fingerprint and p.text}
-        vectors = self._known(texts)
+        vectors = embeddings.known(self._connection(), self._vectors, texts)
         vectors |= self._embed({digest: text for digest, text in texts.items() if digest not in vectors})
         for key, projection in stale.items():
             vector = vectors.get(projection.text_fingerprint or "")
             if vector is not None:
                 self._distances[key] = cosine_distance(query, vector)
-
-    def _known(self, digests: Collection[str]) -> dict[str, Vector]:
-        """The vectors of texts that were embedded before."""
-        vectors = self._vectors.recent(digests)
-        missing = [digest for digest in digests if digest not in vectors]
-        if missing and self._vectors.stored:
-            kept = embeddings.read(self._connection(), missing, self._vectors.embedder.dimension)
-            self._vectors.remember(kept)
-            vectors |= kept
-        return vectors
 
     def _embed(self, texts: Mapping[str, str]) -> dict[str, Vector]:
         """The vectors of *texts*, without those that the embedder refuses; none when it is unavailable.

@@ -192,10 +192,7 @@ class Strict:
         Two transactions that store the same one would wait for each other.
         """
         texts = {p.text_fingerprint: p.text for p in projections if p.text_fingerprint and p.text}
-        known = self._vectors.recent(texts)
-        if self._vectors.stored and len(known) < len(texts):
-            missing = [digest for digest in texts if digest not in known]
-            known |= embeddings.read(connection, missing, self._vectors.embedder.dimension)
+        known = embeddings.known(connection, self._vectors, texts)
         new = {digest: text for digest, text in texts.items() if digest not in known}
         return known | call(self._vectors.embed, new, remember=True)
 

@@ -129,9 +129,7 @@ def search_past(
     projections = [tracked.project(key, row, embedder) for key, row in truth.read(connection, tracked, found).items()]
     texts = {p.text_fingerprint: p.text for p in projections if p.text_fingerprint and p.text}
     wanted = np.asarray(call(vectors.of_query, query), dtype=np.float32)
-    known = vectors.recent(texts)
-    if vectors.stored:
-        known |= embeddings.read(connection, [d for d in texts if d not in known], vectors.embedder.dimension)
+    known = embeddings.known(connection, vectors, texts)
     unknown = {digest: words for digest, words in texts.items() if digest not in known}
     known |= call(vectors.embed, unknown, remember=True)
     distances = sorted(

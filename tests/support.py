@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -105,6 +106,25 @@ class World:
                 ),
             }
         assert_index_holds(self.index, self.embedder, expected)
+
+
+def in_threads(count: int, work: Callable[[int], None]) -> list[BaseException]:
+    """Run *work* in *count* threads that start together; what they raised."""
+    barrier, errors = threading.Barrier(count), []
+
+    def run(number: int) -> None:
+        try:
+            barrier.wait(30)
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
 
 
 def overtake(engine: Engine) -> None:

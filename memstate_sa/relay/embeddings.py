@@ -6,7 +6,7 @@ embedder that is no longer in use go before any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from memstate_sa.arrays import as_array, as_json, each, item, rows
 from memstate_sa.indexes.base import Vector
 from memstate_sa.relay.claims import upsert
 from memstate_sa.tables import embedding
+from memstate_sa.vectors import Vectors
 
 _FLOAT32 = np.dtype("<f4")
 
@@ -34,6 +35,17 @@ def read(connection: Connection, digests: Iterable[str], dimension: int) -> dict
     """The vectors that are kept of *digests*, without those that cannot be right."""
     kept = connection.execute(_read, {"digests": as_array(digests)}).all()
     return {digest: vector for digest, stored in kept if (vector := _vector(stored, dimension)) is not None}
+
+
+def known(connection: Connection, vectors: Vectors, digests: Collection[str]) -> dict[str, Vector]:
+    """The vectors of those of *digests* that were embedded before: remembered in this process, or kept."""
+    found = vectors.recent(digests)
+    missing = [digest for digest in digests if digest not in found]
+    if missing and vectors.stored:
+        kept = read(connection, missing, vectors.embedder.dimension)
+        vectors.remember(kept)
+        found |= kept
+    return found
 
 
 def _vector(stored: bytes, dimension: int) -> Vector | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -11,7 +9,6 @@ import pytest
 import sqlalchemy as sa
 from pydantic import BaseModel
 from sqlalchemy import Engine, ForeignKey, event, insert, select
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from memstate_sa import ConflictError, Fact, Memory, MemoryStore, MemstateError
@@ -19,7 +16,7 @@ from memstate_sa.changes import replay
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.tables import UTCDateTime, unique, utcnow
 from memstate_sa.testing import HashEmbedder
-from tests.support import assert_index_holds
+from tests.support import assert_index_holds, in_threads
 
 pytestmark = pytest.mark.sa20
 
@@ -79,25 +76,6 @@ class App:
         assert held == {f"[{id_}]": f'[{row},"{letter}"]' for id_, row, letter in seats}
 
 
-def at_once(count: int, work: Callable[[int], None]) -> list[BaseException]:
-    """Run *work* in threads that begin together; what they raised."""
-    barrier, errors = threading.Barrier(count), list[BaseException]()
-
-    def run(number: int) -> None:
-        barrier.wait(30)
-        try:
-            work(number)
-        except (MemstateError, SQLAlchemyError) as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return errors
-
-
 def test_sixteen_writers_of_one_unique_value(engine: Engine) -> None:
     app = App(engine)
 
@@ -106,7 +84,7 @@ def test_sixteen_writers_of_one_unique_value(engine: Engine) -> None:
             session.add(Seat(row=7, letter="A", text=f"taken by {number}"))
             session.commit()
 
-    errors = at_once(WRITERS, take)
+    errors = in_threads(WRITERS, take)
     assert [type(error) for error in errors] == [ConflictError] * (WRITERS - 1)
     app.check()
     with app.sessions() as session:
@@ -128,7 +106,7 @@ def test_sixteen_writers_who_move_to_one_unique_value(engine: Engine) -> None:
                 session.execute(sa.update(Seat).where(Seat.id == number + 1).values(row=7))
             session.commit()
 
-    errors = at_once(WRITERS, move)
+    errors = in_threads(WRITERS, move)
     assert [type(error) for error in errors] == [ConflictError] * (WRITERS - 1)
     app.check()
     with app.sessions() as session:
@@ -153,7 +131,7 @@ def test_sixteen_writers_of_what_must_not_change(engine: Engine) -> None:
                 session.execute(sa.update(Seat).values(text=f"changed by {number}"))
             session.commit()
 
-    errors = at_once(WRITERS, change)
+    errors = in_threads(WRITERS, change)
     assert [type(error) for error in errors] == [ConflictError] * WRITERS
     with app.sessions() as session:
         assert session.get_one(Seat, 1).text == "first"
@@ -175,7 +153,7 @@ def test_sixteen_writers_of_one_unique_fact(engine: Engine) -> None:
         def put(number: int) -> None:
             ids.append(store.commit(Fact(type="setting", payload={"name": "theme", "value": number})))
 
-        assert at_once(WRITERS, put) == []
+        assert in_threads(WRITERS, put) == []
         assert len(set(ids)) == 1
         assert len(store.query("setting")) == 1
         assert [change.op for change in store.history(ids[0])] == ["insert"] + ["update"] * (WRITERS - 1)
@@ -183,7 +161,7 @@ def test_sixteen_writers_of_one_unique_fact(engine: Engine) -> None:
         def swear(number: int) -> None:
             store.commit(Fact(type="oath", payload={"name": "o", "value": number}))
 
-        errors = at_once(WRITERS, swear)
+        errors = in_threads(WRITERS, swear)
         assert [type(error) for error in errors] == [ConflictError] * (WRITERS - 1)
         assert len(store.query("oath")) == 1
 
@@ -245,13 +223,13 @@ def test_a_relay_sweeps(engine: Engine) -> None:
     app.check()
 
 
-def test_many_sweepers_at_once(engine: Engine) -> None:
+def test_many_sweepers_in_threads(engine: Engine) -> None:
     app = App(engine)
     with engine.begin() as connection:
         rows = [{"text": "old", "expires_at": utcnow() - timedelta(1)} for _ in range(1200)]
         connection.execute(insert(Note), rows)
     counts: list[int] = []
-    assert at_once(4, lambda _: counts.append(app.memory.sweep(engine))) == []
+    assert in_threads(4, lambda _: counts.append(app.memory.sweep(engine))) == []
     assert sum(counts) == 1200
     app.check()
 

@@ -23,7 +23,7 @@ from memstate_sa.indexes import InMemoryIndex, VectorIndex
 from memstate_sa.tables import log, outbox, unique
 from memstate_sa.testing import FlakyIndex, HashEmbedder
 from tests.integration.test_relay import eventually
-from tests.support import assert_index_holds
+from tests.support import assert_index_holds, in_threads
 
 pytestmark = pytest.mark.sa20
 
@@ -80,25 +80,6 @@ def assert_holds(store: MemoryStore, expected: dict[str, str]) -> None:
         rows = session.execute(select(Fact.__table__)).mappings()
         assert replayed == {row["id"]: dict(row) for row in rows}
         assert set(replayed) == set(expected)
-
-
-def in_threads(count: int, work: Callable[[int], None]) -> list[BaseException]:
-    """Run *work* in *count* threads that start together; what they raised."""
-    barrier, errors = threading.Barrier(count), []
-
-    def run(number: int) -> None:
-        try:
-            barrier.wait(30)
-            work(number)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return errors
 
 
 # -- facts -----------------------------------------------------------------------------------------------------------
