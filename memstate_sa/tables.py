@@ -263,7 +263,7 @@ current = Table(
     Column("name", Text, primary_key=True),
     Column("value", Text),
     sqlite_with_rowid=False,  # whoever asks for last_insert_rowid() asks for another row
-    comment="SQLite: what triggers are told of the transaction that writes; empty outside of it",
+    comment="what triggers are told of the transaction that writes; empty outside of it",
 )
 
 unique = Table(

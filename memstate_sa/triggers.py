@@ -17,7 +17,7 @@ from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.sql.util import ClauseAdapter
 
-from memstate_sa.arrays import as_json
+from memstate_sa.arrays import as_array, each
 from memstate_sa.codec import to_json
 from memstate_sa.columns import TableColumns
 from memstate_sa.errors import MemstateError
@@ -32,6 +32,7 @@ _DEFINES = ("CREATE", "ALTER", "DROP")
 _set = select(func.set_config(bindparam("name"), bindparam("value"), true()))  # until the transaction ends
 _put = insert(current).prefix_with("OR REPLACE")
 _clear = delete(current)
+_names = select(each("names").c.value)
 _logged = select(select(log.c.id).where(log.c.tx == bindparam("tx")).exists())
 
 
@@ -48,19 +49,20 @@ def tell(connection: Connection, tx: str, *, counts: bool = True) -> None:
 
 def tell_of_undo(connection: Connection, tx: str, facts: Collection[tuple[str, str]]) -> None:
     """So is the undo *tx*, which is no step; it logs *facts* itself, but not what follows from them."""
-    names = ["".join(fact) for fact in facts]
+    names = [_SKIP.format("".join(fact)) for fact in facts]
     if connection.dialect.name == "postgresql":
-        _tell(connection, {"tx": tx, "step": "off", "skip": as_json(dict.fromkeys(names, 1))})
+        # In rows, which are looked up: a list in a setting would be read anew for every row that is restored.
+        connection.execute(insert(current).from_select(["name"], _names), {"names": as_array(names)})
+        _tell(connection, {"tx": tx, "step": "off", "skip": "on"})
     else:
-        _tell(connection, {"tx": tx, "step": "0", **dict.fromkeys(map(_SKIP.format, names))})
+        _tell(connection, {"tx": tx, "step": "0", **dict.fromkeys(names)})
 
 
 def tell_nothing(connection: Connection) -> None:
-    """On SQLite it has to be done before a COMMIT: what they are told is in a table."""
+    """What they are told in a table has to be gone before a COMMIT."""
     if connection.dialect.name == "postgresql":
         _tell(connection, dict.fromkeys(("tx", "step", "skip"), ""))
-    else:
-        connection.execute(_clear)
+    connection.execute(_clear)
 
 
 def _tell(connection: Connection, settings: Mapping[str, str | None]) -> None:
@@ -283,7 +285,7 @@ DECLARE
   );
   its_time timestamptz := clock_timestamp();
   counts boolean := current_setting('memstate.step', true) IS DISTINCT FROM 'off';
-  skipped jsonb := coalesce(nullif(current_setting('memstate.skip', true), ''), '{{}}')::jsonb;
+  undoes boolean := current_setting('memstate.skip', true) IS NOT DISTINCT FROM 'on';
 BEGIN
 {body}
   RETURN NULL;
@@ -297,7 +299,7 @@ _BASELINES = """
   SELECT its_tx, its_time, {version}, false, {entity}, o.key, 'baseline', o.image::jsonb
   FROM ({old}) AS o LEFT JOIN ({new}) AS n ON n.key = o.key LEFT JOIN ({now}) AS t ON t.key = o.key
   WHERE (n.n IS NULL OR o.n <= n.n) AND o.image IS DISTINCT FROM t.image
-    AND NOT jsonb_exists(skipped, {entity} || o.key)
+    AND NOT (undoes AND EXISTS (SELECT FROM {ours}.memstate_current AS c WHERE c.name = 'skip ' || {entity} || o.key))
     AND NOT EXISTS (SELECT FROM {ours}.memstate_log AS l WHERE l.entity = {entity} AND l.key = o.key);
 """
 _CHANGES = """
@@ -306,7 +308,7 @@ _CHANGES = """
     FROM ({touched}) AS k LEFT JOIN ({now}) AS t ON t.key = k.key LEFT JOIN LATERAL (
       SELECT op, image FROM {ours}.memstate_log WHERE entity = {entity} AND key = k.key ORDER BY id DESC LIMIT 1
     ) AS l ON true
-    WHERE NOT jsonb_exists(skipped, {entity} || k.key)
+    WHERE NOT (undoes AND EXISTS (SELECT FROM {ours}.memstate_current AS c WHERE c.name = 'skip ' || {entity} || k.key))
   ), changed AS (
     SELECT key, image, CASE WHEN image IS NULL THEN 'delete' WHEN last_op IS DISTINCT FROM 'delete'
       AND last_op IS NOT NULL THEN 'update' ELSE 'insert' END AS op
