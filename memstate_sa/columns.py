@@ -93,7 +93,8 @@ def _implementation(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]
         if inner is type_ or isinstance(inner, type(type_)):
             inner = type_.load_dialect_impl(dialect)
         type_ = inner
-    return type_.dialect_impl(dialect)
+    # In SQLAlchemy 2.0 PostgreSQL's own type of a float is a Numeric, as Float is.
+    return type_ if isinstance(type_, Float) else type_.dialect_impl(dialect)
 
 
 class TableColumns:

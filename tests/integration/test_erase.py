@@ -8,7 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
-import chromadb
 import pytest
 from sqlalchemy import (
     CHAR,
@@ -569,6 +568,7 @@ def test_the_bytes_are_gone_from_sqlite_and_chroma(
     sqlite_engine: Engine, tmp_path: Path, marker: str, store_text: bool
 ) -> None:
     """They are there before, also after the row is erased: that is what purging is for."""
+    chromadb = pytest.importorskip("chromadb")
     folder = tmp_path / "chroma"
     accounts = Accounts(sqlite_engine, ChromaIndex(chromadb.PersistentClient(folder), store_text=store_text))
     with accounts.sessions() as session:  # some pages' worth, so that Chroma has written its vectors out
@@ -604,6 +604,7 @@ def test_the_bytes_are_gone_from_sqlite_and_chroma(
 
 def test_purging_beside_a_relay(sqlite_engine: Engine, tmp_path: Path) -> None:
     """In the background, it goes on with what has replaced the index."""
+    chromadb = pytest.importorskip("chromadb")
     folder = tmp_path / "chroma"
     accounts = Accounts(sqlite_engine, ChromaIndex(chromadb.PersistentClient(folder), store_text=True))
     accounts.tell("secret")
@@ -621,6 +622,7 @@ def test_purging_beside_a_relay(sqlite_engine: Engine, tmp_path: Path) -> None:
 
 def test_what_others_keep_in_the_folder_stays(tmp_path: Path, sqlite_engine: Engine) -> None:
     """Points of theirs in our collection, with their documents, and collections of their own."""
+    chromadb = pytest.importorskip("chromadb")
     client = chromadb.PersistentClient(tmp_path / "chroma")
     index = ChromaIndex(client)
     accounts = Accounts(sqlite_engine, index)

@@ -214,7 +214,7 @@ def test_a_call_that_timed_out_may_land_after_the_retry(engine: Engine) -> None:
     """Under the same claim no fence holds it back: the key is delivered once more when it cannot land any more."""
     index = Interrupted()
     world = World(engine, index)
-    relay = world.memory.relay(engine, lease_s=0.6, policy=RetryPolicy(delay_s=0.01))
+    relay = world.memory.relay(engine, lease_s=2.0, policy=RetryPolicy(delay_s=0.01))
     say(world, a="first")
     relay.drain()
     late: list[Sequence[Point]] = []
@@ -234,7 +234,7 @@ def test_a_call_that_timed_out_may_land_after_the_retry(engine: Engine) -> None:
     assert_index_holds(index, world.embedder, means("a", meaning="third"))
     index.upsert(late[0])
     assert_index_holds(index, world.embedder, means("a", meaning="second"))
-    eventually(lambda: relay.run_once() == 1, 5)
+    eventually(lambda: relay.run_once() == 1, 15)
     assert_index_holds(index, world.embedder, means("a", meaning="third"))
     relay.stop()
     world.assert_in_step()
