@@ -343,8 +343,8 @@ class ChromaIndex:
                 return ask(ids)
             except self._errors.InternalError:
                 if ids is not None:
-                    # One absent id among *ids* fails the whole query, and so does one that is being written meanwhile.
-                    # Reading those that are there does not fail for long, and among few ids exact distances cost no more.
+                    # One absent id among *ids* fails the whole query, and so does one that is being written
+                    # meanwhile. Reading those that are there costs no more among few.
                     with suppress(self._errors.InternalError):
                         return self._exactly(collection, query[0], limit, where, ids)
                 time.sleep(pause)
