@@ -10,6 +10,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, lazyload
 
 from memstate_sa.capture import Capture
+from memstate_sa.codec import decode_key
 from memstate_sa.facts import Tracked
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.tables import utcnow
@@ -36,40 +37,27 @@ class Sweeper:
         return sum(self._sweep(engine, each) for each in tracked if each.expires is not None)
 
     def _sweep(self, engine: Engine, tracked: Tracked) -> int:
-        count, held = 0, set[str]()
+        count, held, size = 0, set[str](), _PAGE
         while True:
-            try:
-                deleted = self._page(engine, tracked, held, [], _PAGE)
-            except Exception:  # noqa: BLE001  # the application's own cascades and constraints
-                deleted = self._one_by_one(engine, tracked, held)
-            count += deleted
-            if deleted < _PAGE:
-                return count
-
-    def _one_by_one(self, engine: Engine, tracked: Tracked, held: set[str]) -> int:
-        """A page of which some are refused: they are *held*."""
-        count, before = 0, len(held)
-        while count + len(held) - before < _PAGE:
             chosen: list[str] = []
             try:
-                if not self._page(engine, tracked, held, chosen, 1):
-                    return count
-                count += 1
-            except Exception as error:
-                if chosen:
+                self._page(engine, tracked, held, chosen, size)
+            except Exception as error:  # the application's own cascades and constraints
+                if not chosen:
+                    raise
+                if len(chosen) == 1:
                     held.update(chosen)
                     logger.warning(
-                        "%s %s has expired, but cannot be deleted (%s)",
-                        tracked.entity,
-                        *chosen,
-                        type(error).__name__,
+                        "%s %s has expired, but cannot be deleted (%s)", tracked.entity, *chosen, type(error).__name__
                     )
-                    continue
-                raise
-        return _PAGE
+                size = 1  # one by one, to find those that are refused
+                continue
+            count += len(chosen)
+            if len(chosen) < size:
+                return count
 
-    def _page(self, engine: Engine, tracked: Tracked, held: set[str], chosen: list[str], limit: int) -> int:
-        """Delete up to *limit* expired facts that are not *held*; how many. Puts their keys in *chosen*, first."""
+    def _page(self, engine: Engine, tracked: Tracked, held: set[str], chosen: list[str], limit: int) -> None:
+        """Delete up to *limit* expired facts that are not *held*. Puts their keys in *chosen*, first."""
         columns = tracked.on(engine.dialect)
         expires = tracked.mapper.columns[tracked.expires or ""]
         now = utcnow() if getattr(expires.type, "timezone", True) else utcnow().replace(tzinfo=None)
@@ -85,9 +73,9 @@ class Sweeper:
                 take_write_lock(connection)
             found = [columns.encode_key(row) for row in connection.execute(keys.limit(limit + len(held)))]
             chosen += [key for key in found if key not in held][:limit]
-            for key in chosen:
-                fact = session.get(tracked.model, columns.identity(key), options=[lazyload("*")])
-                if fact is not None:
+            if chosen:
+                facts = select(tracked.model).where(columns.key_in).options(lazyload("*"))
+                given = columns.key_parameters([decode_key(key) for key in chosen])
+                for fact in session.scalars(facts, given).all():
                     session.delete(fact)
             session.commit()
-        return len(chosen)

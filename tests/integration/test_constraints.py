@@ -208,6 +208,21 @@ def test_what_others_refer_to_is_left(engine: Engine, caplog: pytest.LogCaptureF
     app.check()
 
 
+def test_what_is_left_is_not_counted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one of a page is refused, and pages are full."""
+    monkeypatch.setattr("memstate_sa.expiry._PAGE", 5)
+    app = App(engine)
+    with app.sessions() as session:
+        session.add_all([Note(id=n, text=f"note {n}", expires_at=utcnow() - timedelta(1)) for n in range(1, 13)])
+        session.flush()
+        session.add(Reply(note_id=2))
+        session.commit()
+    assert app.memory.sweep(engine) == 11
+    with app.sessions() as session:
+        assert session.scalars(select(Note.id)).all() == [2]
+    app.check()
+
+
 def test_a_relay_sweeps(engine: Engine) -> None:
     app = App(engine)
     with app.sessions() as session:
