@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -86,7 +87,8 @@ def run(*, quick: bool = False) -> None:
     show(contenders, rounds)
 
 
-def theirs(home: Any, count: int, stack: ExitStack) -> Contender:
+def memstate_store(home: Path, stack: ExitStack) -> Any:
+    """The peer, with the same Chroma and embedder."""
     import memstate
     from memstate.backends.sqlite import SQLiteStorage
     from memstate.integrations.chroma import ChromaSyncHook
@@ -100,7 +102,13 @@ def theirs(home: Any, count: int, stack: ExitStack) -> Contender:
     )
     storage = SQLiteStorage(str(home / "theirs.sqlite3"))
     stack.callback(storage.close)
-    store = memstate.MemoryStore(storage, hooks=[hook])
+    return memstate.MemoryStore(storage, hooks=[hook])
+
+
+def theirs(home: Path, count: int, stack: ExitStack) -> Contender:
+    import memstate
+
+    store = memstate_store(home, stack)
 
     def commit(content: str) -> None:
         store.commit(memstate.Fact(type="preference", payload=payload(content)))

@@ -21,7 +21,7 @@ from sqlalchemy import Engine, Text, bindparam, select, text, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from benchmarks import databases
-from benchmarks.commits import ForChroma, payload
+from benchmarks.commits import memstate_store, payload
 from benchmarks.facts import texts
 from benchmarks.report import Target, console, interleaved, ratio, spread, table
 from memstate_sa import Fact, Memory, MemoryStore, outbox
@@ -331,19 +331,8 @@ Round = Callable[[], tuple[float, float]]
 
 def theirs(home: Path, steps: int, contents: Iterator[str], stack: ExitStack) -> Round:
     import memstate
-    from memstate.backends.sqlite import SQLiteStorage
-    from memstate.integrations.chroma import ChromaSyncHook
 
-    hook = ChromaSyncHook(
-        stack.enter_context(databases.chroma(home)),
-        "memory",
-        embedding_fn=ForChroma(),
-        text_field="content",
-        metadata_fields=["role", "user_id"],
-    )
-    storage = SQLiteStorage(str(home / "theirs.sqlite3"))
-    stack.callback(storage.close)
-    store = memstate.MemoryStore(storage, hooks=[hook])
+    store = memstate_store(home, stack)
 
     def once() -> tuple[float, float]:
         for _ in range(steps):

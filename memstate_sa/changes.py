@@ -17,6 +17,15 @@ Image: TypeAlias = Mapping[str, Any]
 FactKey: TypeAlias = tuple[str, str]
 """(entity, canonical key)"""
 
+
+def by_entity(facts: Iterable[FactKey]) -> dict[str, list[str]]:
+    """The keys of *facts*, by entity."""
+    groups: dict[str, list[str]] = {}
+    for entity, key in facts:
+        groups.setdefault(entity, []).append(key)
+    return groups
+
+
 REDACTED = 0
 """The version of an entry whose image was erased: that something happened stays in the log, what it was does not."""
 

@@ -29,7 +29,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.schema import sort_tables_and_constraints
 
-from memstate_sa.changes import FactKey, Image
+from memstate_sa.changes import FactKey, Image, by_entity
 from memstate_sa.codec import decode, decode_key
 from memstate_sa.columns import TableColumns
 from memstate_sa.errors import ConflictError
@@ -63,11 +63,9 @@ def wanted_rows(connection: Connection, registry: Registry, final: Mapping[FactK
 def read_facts(connection: Connection, registry: Registry, facts: Iterable[FactKey]) -> dict[FactKey, Image | None]:
     """The facts as they are; None for those that are not."""
     present: dict[FactKey, Image | None] = dict.fromkeys(facts)
-    keys: dict[str, list[tuple[Any, ...]]] = {}
-    for entity, key in present:
-        keys.setdefault(entity, []).append(decode_key(key))
-    for entity, raw in keys.items():
-        images = registry.by_entity[entity].on(connection.dialect).read(connection, raw)
+    for entity, keys in by_entity(present).items():
+        columns = registry.by_entity[entity].on(connection.dialect)
+        images = columns.read(connection, [decode_key(key) for key in keys])
         present.update({(entity, key): image for key, image in images.items()})
     return present
 

@@ -258,10 +258,8 @@ class Search:
 
     def _few_ids(self) -> list[str] | None:
         """The point ids of all rows that the statement selects; None when there are too many to name."""
-        keys = self._statement.with_only_columns(*raw_key_columns(self._tracked), maintain_column_froms=True)
-        keys = keys.order_by(None).distinct()
-        keys._for_update_arg = None  # PostgreSQL locks no DISTINCT rows; hydrating locks what is returned
-        rows = self._connection().execute(keys.limit(_IDS_LIMIT + 1)).all()
+        keys = keys_of(self._statement, self._tracked).limit(_IDS_LIMIT + 1)
+        rows = self._connection().execute(keys).all()
         if len(rows) > _IDS_LIMIT:
             self._too_many = True
             return None
@@ -365,6 +363,13 @@ def _hydration(statement: Select[Any], tracked: Tracked, columns: TableColumns) 
     if plain:
         tracked.hydrations[columns.dialect.name] = full
     return full
+
+
+def keys_of(statement: Select[Any], tracked: Tracked) -> Select[Any]:
+    """The keys of all facts that *statement* selects."""
+    keys = statement.with_only_columns(*raw_key_columns(tracked), maintain_column_froms=True).order_by(None).distinct()
+    keys._for_update_arg = None  # PostgreSQL locks no DISTINCT rows; hydrating locks what is returned
+    return keys
 
 
 def cosine_distance(a: Vector, b: Vector) -> float:

@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 from memstate_sa import sqlite, truth
 from memstate_sa.arrays import as_array, as_json, each, item, rows
 from memstate_sa.capture import Unit
-from memstate_sa.changes import FactKey
+from memstate_sa.changes import FactKey, by_entity
 from memstate_sa.columns import batches
 from memstate_sa.errors import DeliveryRetryable
 from memstate_sa.facts import Projection, point_id
@@ -175,10 +175,7 @@ class Strict:
     def _project(self, connection: Connection, facts: Sequence[FactKey]) -> dict[FactKey, Projection]:
         """What an index should hold for *facts*, as their transaction sees them; nothing for a blank text."""
         embedder, found = self._vectors.embedder.fingerprint, dict[FactKey, Projection]()
-        by_entity: dict[str, list[str]] = {}
-        for entity, key in facts:
-            by_entity.setdefault(entity, []).append(key)
-        for entity, keys in by_entity.items():
+        for entity, keys in by_entity(facts).items():
             for row in truth.project(connection, self._registry.by_entity[entity], keys, embedder):
                 if not isinstance(row, Projection):
                     raise classify(row[1], "the text callable") from row[1]

@@ -24,13 +24,10 @@ from memstate_sa.errors import MemstateError
 from memstate_sa.facts import Tracked
 from memstate_sa.history import Moment, images_at, until
 from memstate_sa.relay import embeddings
-from memstate_sa.search import Call, Hit, Hits, cosine_distance
+from memstate_sa.search import Call, Hit, Hits, cosine_distance, keys_of
 from memstate_sa.sqlite import is_in_memory
 from memstate_sa.truth import raw_key_columns
 from memstate_sa.vectors import Vectors
-
-_BATCH = 1000
-
 
 _READ_ONLY = "the past is read-only: write with a Session of the present"
 
@@ -105,7 +102,7 @@ def _hide(connection: Connection, tracked: Tracked, images: Sequence[Image]) -> 
         parameters = {name: f"memstate_{n}" for n, name in enumerate(own.names)}
         put = insert(past).values({name: own.raw_parameter(own.by_name[name], parameters[name]) for name in own.names})
         parts = [part for image in images if (part := columns.parts(image)[table]) is not None]
-        for some in batches(parts, _BATCH):
+        for some in batches(parts):
             rows = [{parameters[name]: decode(part.get(name)) for name in own.names} for part in some]
             connection.execute(put, rows)
 
@@ -122,9 +119,7 @@ def search_past(
 ) -> Hits[Any]:
     """The facts nearest to *query* among the rows that *statement* selects in *session*: all of them are measured."""
     connection = session.connection()
-    keys = statement.with_only_columns(*raw_key_columns(tracked), maintain_column_froms=True).order_by(None).distinct()
-    keys._for_update_arg = None  # noqa: SLF001  # nobody changes the past
-    found = [encode_key(row) for row in connection.execute(keys)]
+    found = [encode_key(row) for row in connection.execute(keys_of(statement, tracked))]
     embedder = vectors.embedder.fingerprint
     projections = [tracked.project(key, row, embedder) for key, row in truth.read(connection, tracked, found).items()]
     texts = {p.text_fingerprint: p.text for p in projections if p.text_fingerprint and p.text}
@@ -138,7 +133,7 @@ def search_past(
     near = [pair for pair in distances if max_distance is None or pair[0] <= max_distance][:limit]
     columns = tracked.on(connection.dialect)
     hydration = statement.order_by(None).add_columns(*raw_key_columns(tracked)).where(columns.key_in)
-    hydration._for_update_arg = None  # noqa: SLF001
+    hydration._for_update_arg = None  # noqa: SLF001  # nobody changes the past
     facts = {}
     for some in batches([key for _, key in near]):
         given = columns.key_parameters([decode_key(key) for key in some])

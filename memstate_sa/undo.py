@@ -19,8 +19,21 @@ from sqlalchemy.orm import Session
 
 from memstate_sa.arrays import as_array, each
 from memstate_sa.capture import Capture, Unit
-from memstate_sa.changes import REDACTED, Change, Entry, FactKey, Image, Later, Step, in_the_way, invert, new_tx
+from memstate_sa.changes import (
+    REDACTED,
+    Change,
+    Entry,
+    FactKey,
+    Image,
+    Later,
+    Step,
+    by_entity,
+    in_the_way,
+    invert,
+    new_tx,
+)
 from memstate_sa.codec import decode_key
+from memstate_sa.columns import batches
 from memstate_sa.errors import ConflictError, HistoryMissing, MemstateError, NotFound, require_count
 from memstate_sa.facts import Tracked
 from memstate_sa.history import Moment, read_changes, until
@@ -169,9 +182,7 @@ _entries = (
     .where(log.c.tx.in_(select(_keys.c.value)), log.c.op != "baseline")
     .order_by(log.c.id.desc())
 )
-_images = select(log.c.id, log.c.op, log.c.image, log.c.version).where(
-    log.c.id.in_(select(cast(_keys.c.value, BigInteger)))
-)
+_images = select(log.c.id, log.c.image, log.c.version).where(log.c.id.in_(select(cast(_keys.c.value, BigInteger))))
 
 
 # -- undo --------------------------------------------------------------------------------------------------------------
@@ -357,10 +368,9 @@ class Undo:
         steps = []
         for row in rows:
             previous = images.get(row.previous)
-            erased = previous is not None and previous.version == REDACTED and previous.op != "delete"
-            redacted = row.version == REDACTED or erased
             outside = scope.entity is not None and row.entity != scope.entity
-            if redacted or outside or (row.tx, (row.entity, row.key)) in gone:
+            # After a redacted entry comes a tombstone: it is never what a living one goes back to.
+            if row.version == REDACTED or outside or (row.tx, (row.entity, row.key)) in gone:
                 continue
             upcast = self._registry.by_entity[row.entity].upcast
             before, after = (
@@ -372,11 +382,9 @@ class Undo:
 
     def _lock(self, connection: Connection, facts: Collection[FactKey]) -> None:
         """From here on nobody else changes their rows: what the log says of them now is true until the end."""
-        keys: dict[str, list[tuple[Any, ...]]] = {}
-        for entity, key in facts:
-            keys.setdefault(entity, []).append(decode_key(key))
-        for entity in sorted(keys):  # in one order, so that two undos cannot wait for each other
-            self._registry.by_entity[entity].on(connection.dialect).lock(connection, keys[entity])
+        for entity, keys in sorted(by_entity(facts).items()):  # in one order: no two undos wait for each other
+            columns = self._registry.by_entity[entity].on(connection.dialect)
+            columns.lock(connection, [decode_key(key) for key in keys])
 
     @staticmethod
     def _later_entries(connection: Connection, steps: Sequence[Step]) -> list[Later]:
@@ -385,8 +393,7 @@ class Undo:
         for step in steps:
             first[step.fact] = min(step.id, first.get(step.fact, step.id))
         later: list[Later] = []
-        for entity in {entity for entity, _ in first}:
-            group = [key for other, key in first if other == entity]
+        for entity, group in by_entity(first).items():
             rows = connection.execute(
                 select(log.c.id, log.c.tx, log.c.key, log.c.reverts).where(
                     log.c.entity == entity,
@@ -404,12 +411,11 @@ class Undo:
     @staticmethod
     def _last_entries(connection: Connection, facts: Collection[FactKey]) -> dict[FactKey, int]:
         found: dict[FactKey, int] = {}
-        for entity in {entity for entity, _ in facts}:
+        for entity, keys in by_entity(facts).items():
             newest = select(log.c.key, func.max(log.c.id)).where(
                 log.c.entity == entity, log.c.key.in_(select(_keys.c.value))
             )
-            keys = as_array({key for other, key in facts if other == entity})
-            rows = connection.execute(newest.group_by(log.c.key), {"keys": keys})
+            rows = connection.execute(newest.group_by(log.c.key), {"keys": as_array(set(keys))})
             found.update({(entity, key): id_ for key, id_ in rows})
         return found
 
@@ -423,8 +429,7 @@ class Undo:
 
     def _changes(self, connection: Connection, ids: Collection[int]) -> list[Change]:
         found: list[Change] = []
-        for start in range(0, len(ids), 500):
-            some = sorted(ids)[start : start + 500]
+        for some in batches(sorted(ids), 500):
             found += read_changes(connection, self._registry, log.c.id.in_(some))
         return found
 

@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa import truth
 from memstate_sa.arrays import as_array, each
-from memstate_sa.changes import FactKey
+from memstate_sa.changes import FactKey, by_entity
 from memstate_sa.columns import batches
 from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.indexes.base import VectorIndex
@@ -124,7 +124,7 @@ class Verify:
         """The fingerprints that the index should hold for *facts*."""
         held = {}
         with self._engine.connect() as connection:
-            for entity, keys in ledger.by_entity(facts).items():
+            for entity, keys in by_entity(facts).items():
                 for found in truth.project(connection, self._tracked[entity], keys, self._embedder):
                     if isinstance(found, Projection) and found.fingerprint is not None:
                         held[entity, found.key] = found.fingerprint
@@ -141,7 +141,7 @@ class Verify:
             at = meet(places)
             return {
                 (entity, key)
-                for entity, group in ledger.by_entity(facts).items()
+                for entity, group in by_entity(facts).items()
                 for page in batches(group, self._page_size)
                 for key in self._dirty(connection, at, entity, page)
             }

@@ -11,7 +11,7 @@ from sqlalchemy import and_, bindparam, exists, func, literal, not_, select
 from sqlalchemy.engine import Connection
 
 from memstate_sa.arrays import as_array, each
-from memstate_sa.changes import FactKey
+from memstate_sa.changes import FactKey, by_entity
 from memstate_sa.errors import DeliveryError
 from memstate_sa.facts import Projection, Tracked
 from memstate_sa.outbox import ALL, after, in_slots, slot_array, slots, undelivered
@@ -204,7 +204,7 @@ def lacks(
     held = {fact: delivered.fingerprint for fact, delivered in given.items()}
     truths = {
         (entity, found.key): found.fingerprint
-        for entity, keys in ledger.by_entity(ours).items()
+        for entity, keys in by_entity(ours).items()
         for found in project(connection, tracked[entity], keys, embedder)
         if isinstance(found, Projection)
     }

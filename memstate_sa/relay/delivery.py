@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa import truth
 from memstate_sa.arrays import as_array
-from memstate_sa.changes import FactKey
+from memstate_sa.changes import FactKey, by_entity
 from memstate_sa.errors import MemstateError
 from memstate_sa.facts import Projection, Tracked, point_id, split_point_id
 from memstate_sa.indexes.base import FencedIndex, Stored, Vector, VectorIndex
@@ -271,7 +271,7 @@ class Delivery:
         failed: dict[FactKey, MemstateError] = {}
         embedder = self._vectors.embedder.fingerprint
         with self._reading() as connection:
-            for entity, keys in ledger.by_entity(request.facts).items():
+            for entity, keys in by_entity(request.facts).items():
                 for found in truth.project(connection, self._tracked[entity], keys, embedder):
                     if isinstance(found, Projection):
                         projections[entity, found.key] = found

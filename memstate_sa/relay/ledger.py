@@ -12,7 +12,7 @@ from sqlalchemy import BindParameter, and_, bindparam, case, delete, false, not_
 from sqlalchemy.engine import Connection
 
 from memstate_sa.arrays import as_array, as_json, each, item, rows
-from memstate_sa.changes import FactKey
+from memstate_sa.changes import FactKey, by_entity
 from memstate_sa.columns import batches
 from memstate_sa.outbox import slot_array, slots, take_write_lock
 from memstate_sa.positions import slot_of
@@ -36,13 +36,6 @@ _unpark = delete(parked).where(
     parked.c.key.in_(select(_keys.c.value)),
     parked.c.mark.in_(select(_marks.c.value)),
 )
-
-
-def by_entity(facts: Iterable[FactKey]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for entity, key in facts:
-        groups.setdefault(entity, []).append(key)
-    return groups
 
 
 @cache

@@ -31,11 +31,10 @@ from sqlalchemy.engine import Connection
 
 from memstate_sa.appendonly import rewriting
 from memstate_sa.arrays import as_array, each
-from memstate_sa.changes import REDACTED
+from memstate_sa.changes import REDACTED, by_entity
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.positions import Position
 from memstate_sa.relay.claims import SCAN
-from memstate_sa.relay.ledger import by_entity
 from memstate_sa.tables import (
     Xid8,
     cursor,
