@@ -335,21 +335,21 @@ def test_a_slow_embedder_keeps_its_lease(engine: Engine) -> None:
 
     def slowly(texts: Sequence[str]) -> Any:
         embedded.extend(texts)
-        time.sleep(0.5)
+        time.sleep(0.6)
         return embed(texts)
 
     world.embedder.embed = slowly  # type: ignore[method-assign]
     with world.session() as session:
-        session.execute(insert(Tag), [{"name": f"t{n}", "meaning": "m"} for n in range(1000)])
+        session.execute(insert(Tag), [{"name": f"t{n}", "meaning": "m"} for n in range(2000)])
         session.commit()
-    relays = [world.memory.relay(engine, lease_s=1.4) for _ in range(2)]
+    relays = [world.memory.relay(engine, lease_s=4) for _ in range(2)]
     threads = [threading.Thread(target=relay.drain) for relay in relays]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     world.embedder.embed = embed  # type: ignore[method-assign]
-    assert sorted(embedded) == sorted(f"t{n} means m" for n in range(1000))
+    assert sorted(embedded) == sorted(f"t{n} means m" for n in range(2000))
     world.assert_in_step()
 
 
