@@ -1,6 +1,8 @@
 """The tables of memstate_sa: the log, the outbox, and what the relay knows of each index.
 
-They live in a MetaData of their own (`memstate_sa.metadata`), so that an application's tables need no change.
+They live in a MetaData of their own (`memstate_sa.metadata`), so that an application's tables need no change. Alembic
+renders them into migrations that need no import of ours and run on both databases, whichever they were made on: so no
+type, default or condition here is of ours, or compiled for one database.
 """
 
 from __future__ import annotations
@@ -23,16 +25,13 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    false,
     text,
-    true,
 )
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
-from sqlalchemy.types import TypeDecorator, UserDefinedType
+from sqlalchemy.types import TypeDecorator
 
 metadata = MetaData(
     naming_convention={
@@ -43,22 +42,12 @@ metadata = MetaData(
 )
 
 
-class Xid8(UserDefinedType[int]):
-    """PostgreSQL's 64-bit transaction id, which does not wrap around."""
-
-    cache_ok = True
-
-    def get_col_spec(self, **_: Any) -> str:
-        return "xid8"
-
-
-# As SQLAlchemy knows no such type, whoever reflects our tables (Alembic, doctor) would be warned.
-PGDialect.ischema_names.setdefault("xid8", Xid8)
-
-
 class current_xid(FunctionElement[int]):
-    """The writing transaction's xid; 0 where the single writer makes id order commit order (SQLite)."""
+    """The writing transaction's 64-bit xid, which does not wrap around; 0 on SQLite, whose single writer makes id order
+    commit order.
+    """
 
+    type = BigInteger()
     inherit_cache = True
 
 
@@ -69,14 +58,19 @@ def _current_xid(element: Any, compiler: Any, **kw: Any) -> str:
 
 @compiles(current_xid, "postgresql")
 def _current_xid_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
-    return "pg_current_xact_id()"
+    return "CAST(CAST(pg_current_xact_id() AS TEXT) AS BIGINT)"
 
 
 class UTCDateTime(TypeDecorator[datetime]):
     """An aware datetime, in UTC on both databases (SQLite stores no offset)."""
 
+    # Alembic renders a type by its module and its repr: in the database this one is SQLAlchemy's own.
+    __module__ = "sqlalchemy.types"
     impl = DateTime(timezone=True)
     cache_ok = True
+
+    def __repr__(self) -> str:
+        return repr(self.impl)
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         return None if value is None else value.astimezone(UTC)
@@ -138,7 +132,7 @@ outbox = Table(
     "memstate_outbox",
     metadata,
     Column("id", _Id, Identity(), primary_key=True),
-    Column("xid", BigInteger().with_variant(Xid8(), "postgresql"), nullable=False, server_default=current_xid()),
+    Column("xid", BigInteger, nullable=False, default=current_xid()),
     Column("slot", SmallInteger, nullable=False),
     Column("entity", _Name, nullable=False),
     Column("key", Text, nullable=False),
@@ -148,12 +142,12 @@ outbox = Table(
         "intent",
         Boolean(create_constraint=False),
         nullable=False,
-        server_default=false(),
+        default=False,
         comment="of a strict transaction, whose xid it carries: what the index holds is not known",
     ),
     # The order of delivery, of every slot: one that leads with the slot would be read in as many places as a holder has
-    # slots, and sorted. SQLite pages by id alone, and pays for every index at every commit.
-    Index("ix_memstate_outbox_xid", "xid", "id", "slot").ddl_if(dialect="postgresql"),
+    # slots, and sorted. SQLite pages by id alone, and would pay for the index at every commit: there it stays empty.
+    Index("ix_memstate_outbox_xid", "xid", "id", "slot", sqlite_where=text("xid <> 0")),
     sqlite_autoincrement=True,
     comment="dirty keys, insert-only: 'this key may have changed'",
 )
@@ -208,6 +202,20 @@ refill = Table(
     comment="progress of delivering in full to an index that is new",
 )
 
+backfill = Table(
+    "memstate_backfill",
+    metadata,
+    Column("entity", _Name, primary_key=True),
+    Column("start", Text, primary_key=True, comment="a range of its rows: those after this key; '' is before the first"),
+    Column("until", Text, comment="up to this key; null: to the end"),
+    Column("position", Text, nullable=False, comment="the last key that was looked at"),
+    Column("total", BigInteger, nullable=False, comment="how many rows there were, of the first range; 0 of others"),
+    Column("seen", BigInteger, nullable=False, comment="how many were looked at"),
+    Column("added", BigInteger, nullable=False, comment="how many of them were new to the log"),
+    Column("done", Boolean(create_constraint=False), nullable=False),
+    comment="how far rows that are older than tracking have been taken in",
+)
+
 parked = Table(
     "memstate_parked",
     metadata,
@@ -226,7 +234,7 @@ parked = Table(
         comment="again: to be delivered once more; parked: refused; dead: refused too often",
     ),
     Column("mark", String(32), nullable=False, comment="changes whenever the key is parked again"),
-    Column("repeat", Boolean(create_constraint=False), nullable=False, server_default=false()),
+    Column("repeat", Boolean(create_constraint=False), nullable=False, default=False),
     Index(None, "index", "incarnation", "state", "next_at"),
 )
 
@@ -244,8 +252,18 @@ ledger = Table(
     Column("at", UTCDateTime, nullable=False),
     comment="what each index was last given for each key",
 )
-_deleted = ledger.c.deleted == true()
-Index("ix_memstate_ledger_deleted", ledger.c.at, postgresql_where=_deleted, sqlite_where=_deleted)
+# Queries have to say it in the same words, for SQLite to see that the index is of use.
+is_deleted = text("deleted")
+Index("ix_memstate_ledger_deleted", ledger.c.at, postgresql_where=is_deleted, sqlite_where=is_deleted)
+
+successor = Table(
+    "memstate_successor",
+    metadata,
+    Column("index", _Name, primary_key=True),
+    Column("successor", _Name, nullable=False),
+    Column("switched_at", UTCDateTime, nullable=False),
+    comment="indexes whose searches ask another one",
+)
 
 embedding = Table(
     "memstate_embedding",
