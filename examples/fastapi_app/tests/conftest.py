@@ -1,0 +1,62 @@
+"""The service, over HTTP without a socket, on the database CRM_DATABASE_URL, or an SQLite of its own."""
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic import command
+from alembic.config import Config
+from httpx import ASGITransport, AsyncClient
+
+_folder = tempfile.TemporaryDirectory(prefix="crm-")
+os.environ.setdefault("CRM_DATABASE_URL", f"sqlite+aiosqlite:///{_folder.name}/crm.db")
+
+from crm.main import app, lifespan  # noqa: E402  # the service reads its environment
+
+Join = Callable[..., Awaitable[AsyncClient]]
+
+_people = count(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def database() -> Iterator[Config]:
+    """Made by the whole history of migrations."""
+    config = Config(Path(__file__).parents[1] / "alembic.ini")
+    command.upgrade(config, "head")
+    yield config
+    _folder.cleanup()
+
+
+@pytest.fixture
+async def join() -> AsyncIterator[Join]:
+    """``await join()`` is the client of a user of a new account, ``await join(user)`` that of a colleague."""
+    clients: list[AsyncClient] = []
+
+    async def client(key: str | None = None) -> AsyncClient:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        clients.append(AsyncClient(transport=ASGITransport(app), base_url="http://crm", headers=headers))
+        return clients[-1]
+
+    async def join(colleague: AsyncClient | None = None) -> AsyncClient:
+        number = next(_people)
+        given: dict[str, Any] = {"name": f"User {number}", "email": f"user{number}@example.org"}
+        if colleague is None:
+            made = await (await client()).post("/accounts", json={"account": f"Account {number}", **given})
+        else:
+            made = await colleague.post("/users", json=given)
+        assert made.status_code == 201, made.text
+        return await client(made.json()["key"])
+
+    async with lifespan(app):
+        yield join
+        await asyncio.gather(*(each.aclose() for each in clients))
+
+
+@pytest.fixture
+async def ada(join: Join) -> AsyncClient:
+    return await join()
