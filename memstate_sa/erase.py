@@ -32,10 +32,10 @@ ERASED = "erased"
 class Eraser:
     """Erasure for one Memory."""
 
-    def __init__(self, registry: Registry, capture: Capture, embedder: Embedder) -> None:
+    def __init__(self, registry: Registry, capture: Capture, embedders: Collection[Embedder]) -> None:
         self._registry = registry
         self._capture = capture
-        self._embedder = embedder
+        self._embedders = embedders
 
     # -- in the caller's transaction -----------------------------------------------------------------------------------
 
@@ -66,7 +66,8 @@ class Eraser:
                 connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key == fact))
                 known = (parked.c.entity == tracked.entity, parked.c.key == fact)
                 connection.execute(update(parked).where(*known, parked.c.error.is_not(None)).values(error=ERASED))
-                embedders = {self._embedder.fingerprint, *connection.scalars(select(index_state.c.embedder).distinct())}
+                embedders = {embedder.fingerprint for embedder in self._embedders}
+                embedders.update(connection.scalars(select(index_state.c.embedder).distinct()))
                 embeddings.forget(connection, set(_texts(connection, tracked, fact, images, embedders)))
                 self._capture.write(connection, unit, [Entry(tracked.entity, fact, "delete", None, step=False)], tx=tx)
                 labels = {**unit.labels, "reason": reason or unit.reason or ERASED}

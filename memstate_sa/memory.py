@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TextIO, TypeVar, overload
@@ -17,7 +17,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import visitors
 
-from memstate_sa import appendonly, history, tables, transfer, triggers, truth
+from memstate_sa import appendonly, history, reindex, tables, transfer, triggers, truth
 from memstate_sa.capture import Capture, Unit
 from memstate_sa.changes import Change, Image
 from memstate_sa.codec import is_text
@@ -39,7 +39,7 @@ from memstate_sa.strict import Strict
 from memstate_sa.tables import utcnow
 from memstate_sa.timetravel import PastSession, as_of_session, search_past
 from memstate_sa.undo import OnConflict, Revocation, Scope, Undo
-from memstate_sa.vectors import Vectors
+from memstate_sa.vectors import Destination, Vectors
 from memstate_sa.verify import DriftReport, Progress, Verify
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ R = TypeVar("R")
 class Memory:
     """Facts in SQL, their meaning in one or more vector indexes, kept in step by the application's own transactions.
 
-    *index* is a `VectorIndex`, or several by name; *embedder* defaults to `WordLlamaEmbedder`. Holds no module-level
-    state: two Memory objects do not see each other. Nothing is opened before it is first needed.
+    *index* is a `VectorIndex`, which is named "memory", or several by name; *embedder* is what embeds for all of them
+    (default: `WordLlamaEmbedder`), or one for each by its name. Holds no module-level state: two Memory objects do not
+    see each other. Nothing is opened before it is first needed.
 
     *delivery*: with "relay" a commit writes the database alone, and a relay brings the indexes up to date. With
     "strict" they are written before it commits, which raises DeliveryError and rolls back when that fails; a relay is
@@ -62,15 +63,19 @@ class Memory:
 
     *embedding_cache*: about how many vectors relays keep in the application's database, by a digest of the text, so
     that a rollback, a text that is said again and an index that is new cost no embedding. 0 keeps none.
+
+    *successors*: ``{"memory": "memory_v2"}`` says that the second index is to take the place of the first, see
+    `reindex`. All that goes to the first then goes to both.
     """
 
     def __init__(
         self,
         index: VectorIndex | Mapping[str, VectorIndex],
         *,
-        embedder: Embedder | None = None,
+        embedder: Embedder | Mapping[str, Embedder] | None = None,
         delivery: Literal["relay", "strict"] = "relay",
         embedding_cache: int = 100_000,
+        successors: Mapping[str, str] | None = None,
     ) -> None:
         if delivery not in ("relay", "strict"):
             raise MemstateError(f"delivery={delivery!r}: 'relay' or 'strict'")
@@ -80,22 +85,24 @@ class Memory:
         for name, each in self.indexes.items():
             if not isinstance(name, str) or not callable(getattr(type(each), "upsert", None)):
                 raise MemstateError(f"index={each!r}: give a VectorIndex, or a dict of them by name")
-        if embedder is not None and not callable(getattr(embedder, "embed", None)):
-            raise MemstateError(f"embedder={embedder!r}: give an Embedder; without one it is WordLlamaEmbedder()")
-        self.embedder = embedder if embedder is not None else WordLlamaEmbedder()
         if embedding_cache != 0:
             require_count("embedding_cache", embedding_cache, "how many vectors to keep, 0 for none")
-        self._vectors = Vectors(self.embedder, stored=embedding_cache)
+        self.successors = dict(successors or {})
+        reindex.check(self.successors, self.indexes)
+        embedders = _embedders(embedder, self.indexes)
+        self.embedder = next(iter(embedders.values()))
+        vectors = {id(each): Vectors(each, stored=embedding_cache) for each in embedders.values()}
+        self._destinations = {
+            name: Destination(each, vectors[id(embedders[name])]) for name, each in self.indexes.items()
+        }
         self._registry = Registry()
         self._notifier = Notifier()
-        self._strict = Strict(
-            self._registry, self.indexes, self._vectors, blocking=self._blocking, wake=self._committed
-        )
+        self._strict = Strict(self._registry, self._destinations, blocking=self._blocking, wake=self._committed)
         veto = self._strict if delivery == "strict" else None
         self._capture = Capture(self._registry, self._committed, veto)
         self._undo = Undo(self._registry, self._capture)
         self._sweeper = Sweeper(self._capture)
-        self._eraser = Eraser(self._registry, self._capture, self.embedder)
+        self._eraser = Eraser(self._registry, self._capture, list(embedders.values()))
         self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
         self._engines: dict[URL, Engine] = {}
         self._opened: set[str] = set()  # indexes that a search has opened
@@ -175,10 +182,10 @@ class Memory:
 
         Raises MemstateError for a class that is not mapped, unknown column attributes, or an entity tracked already.
         """
-        names = tuple(self.indexes) if index is None else (index,) if isinstance(index, str) else tuple(index)
-        unknown = [name for name in names if name not in self.indexes]
-        if unknown or not names:
+        names = [*self.indexes] if index is None else [index] if isinstance(index, str) else [*index]
+        if not names or not self.indexes.keys() >= set(names):
             raise MemstateError(f"index={index!r}: this Memory has {', '.join(self.indexes)}")
+        names += [other for name in names if (other := self.successors.get(name)) and other not in names]
 
         def tracked(model: type[M]) -> type[M]:
             self._capture.track(
@@ -188,7 +195,7 @@ class Memory:
                     metadata=metadata,
                     schema=schema,
                     entity=entity,
-                    indexes=names,
+                    indexes=tuple(names),
                     unique_by=unique_by,
                     immutable=immutable,
                     on_untracked=on_untracked,
@@ -374,29 +381,42 @@ class Memory:
             raise MemstateError(f"max_distance={max_distance!r}: a cosine distance, from 0 (identical) to 2 (opposite)")
         if consistency not in ("fresh", "eventual"):
             raise MemstateError(f"consistency={consistency!r}: 'fresh' or 'eventual'")
+        statement, tracked = resolve_target(self._registry, target)
+        name = self._searched(session, tracked, index)
         if as_of is not None:
-            statement, tracked = resolve_target(self._registry, target)
             engine = session.get_bind(tracked.mapper).engine
             read = {
                 self._registry.named(table, None) for table in visitors.iterate(statement) if isinstance(table, Table)
             }
             models = [each.model for each in {tracked, *read} if each is not None]
             with self.as_of_session(engine, as_of, models) as past:
-                hits = search_past(past, tracked, statement, self._vectors, query, limit, max_distance, call)
+                vectors = self._destinations[name].vectors
+                hits = search_past(past, tracked, statement, vectors, query, limit, max_distance, call)
                 past.expunge_all()
             return hits
         search = Search(
             session,
-            self._registry,
             self._capture,
-            self.indexes,
+            name,
+            self._destinations[name],
             self._opened,
-            self._vectors,
-            target,
-            index=index,
+            statement,
+            tracked,
             call=call,
         )
         return search.run(query, limit, max_distance, fresh=consistency == "fresh")
+
+    def _searched(self, session: Session, tracked: Tracked, index: str | None) -> str:
+        """The index that a search asks."""
+        if index is None:
+            following = {*self.successors.values()}
+            index = next((name for name in tracked.indexes if name not in following), tracked.indexes[0])
+        elif index not in tracked.indexes:
+            raise MemstateError(f"{tracked.model.__name__} does not go to an index {index!r}")
+        if index not in self.successors:
+            return index
+        connection = session.connection(bind_arguments={"mapper": tracked.mapper})
+        return reindex.searched(connection, index, self.successors)
 
     # -- history ---------------------------------------------------------------------------------------------------
 
@@ -624,15 +644,15 @@ class Memory:
         self._strict.watch(sync)
         if any(tracked.expires is not None for tracked in self._registry.by_entity.values()):
             options = {"sweep": partial(self.sweep, sync), **options}
-        relay = Relay(sync, self._by_index(), self._vectors, sender=self._notifier.name, **options)
+        relay = Relay(sync, self._by_index(), sender=self._notifier.name, **options)
         self._relays.add(relay)
         return relay
 
-    def _by_index(self) -> dict[str, tuple[VectorIndex, dict[str, Tracked]]]:
+    def _by_index(self) -> dict[str, tuple[Destination, dict[str, Tracked]]]:
         everything = self._registry.by_entity
         return {
-            name: (index, {entity: t for entity, t in everything.items() if name in t.indexes})
-            for name, index in self.indexes.items()
+            name: (destination, {entity: t for entity, t in everything.items() if name in t.indexes})
+            for name, destination in self._destinations.items()
         }
 
     def _wake(self) -> None:
@@ -681,15 +701,16 @@ class Memory:
         with engine.connect() as connection:
             facts = keys_of(connection, tx)
         waiting = [
-            (IndexKey(name, self._incarnation(index)), tracked) for name, (index, tracked) in self._by_index().items()
+            (IndexKey(name, destination.open()), destination.vectors.embedder.fingerprint, tracked)
+            for name, (destination, tracked) in self._by_index().items()
         ]
         while waiting:
             began = time.monotonic()
             with engine.connect() as connection:
                 waiting = [
-                    (key, tracked)
-                    for key, tracked in waiting
-                    if lacks(connection, key, tracked, self.embedder.fingerprint, tx, facts)
+                    (key, embedder, tracked)
+                    for key, embedder, tracked in waiting
+                    if lacks(connection, key, tracked, embedder, tx, facts)
                 ]
             now = time.monotonic()
             if waiting and now > deadline:
@@ -721,9 +742,8 @@ class Memory:
         """
         sync, report = self.sync_engine(engine), DriftReport()
         require_no_transaction(sync)
-        for name, (index, tracked) in self._by_index().items():
-            index.open(embedder=self.embedder.fingerprint, dimension=self.embedder.dimension)
-            Verify(sync, name, index, tracked, self.embedder.fingerprint).run(report, repair=repair, progress=progress)
+        for name, (destination, tracked) in self._by_index().items():
+            Verify(sync, name, destination, tracked).run(report, repair=repair, progress=progress)
         if repair and not report.clean:
             self._deliver(sync)
         return report
@@ -841,13 +861,74 @@ class Memory:
         require_no_transaction(sync)
         with sync.connect() as connection:
             return {
-                name: backlog(connection, IndexKey(name, self._incarnation(index)), list(tracked))
-                for name, (index, tracked) in self._by_index().items()
+                name: backlog(connection, IndexKey(name, destination.open()), list(tracked))
+                for name, (destination, tracked) in self._by_index().items()
             }
 
-    def _incarnation(self, index: VectorIndex) -> str:
-        index.open(embedder=self.embedder.fingerprint, dimension=self.embedder.dimension)
-        return index.incarnation
+    # -- another index or embedder -------------------------------------------------------------------------------------
+
+    def reindex(
+        self,
+        engine: Engine | AsyncEngine,
+        index: str | None = None,
+        *,
+        timeout: float = math.inf,
+        progress: Progress | None = None,
+    ) -> str:
+        """Fill the successor of *index*, beside it, then have searches ask it, in every process at once.
+
+        *index* may be left out when this Memory's `successors` name one only. Writes and searches go on meanwhile;
+        when it is interrupted, run it again: it goes on where it was. The old index is delivered to until a Memory no
+        longer has it, so that `reindex_back` is possible. Returns the successor's name.
+
+        Every process that searches has to have a Memory with these *successors* before; one that has not goes on with
+        the old index. Raises DeliveryError when the successor is not filled within *timeout* seconds, or refuses facts
+        that the old index has; nothing has changed then.
+        """
+        sync, (name, other) = self.sync_engine(engine), self._succession(index)
+        destination, tracked = self._by_index()[other]
+        require_no_transaction(sync)
+        self._capture.guard(sync)
+        with sync.connect() as connection:
+            total = sum(truth.count(connection, each) for each in tracked.values()) if progress is not None else None
+        relay = Relay(sync, {other: (destination, tracked)}, sender=self._notifier.name)
+        relay.drain(timeout, progress=None if progress is None else lambda done: progress(min(done, total or 0), total))
+        old, new = (IndexKey(each, self._destinations[each].open()) for each in (name, other))
+        with sync.begin() as connection:
+            reindex.switch(connection, old, new)
+        if progress is not None:
+            progress(total or 0, total)
+        return other
+
+    def reindex_back(self, engine: Engine | AsyncEngine, index: str | None = None) -> str:
+        """Have searches ask *index* again, which its successor had replaced. Returns its name."""
+        sync, (name, _) = self.sync_engine(engine), self._succession(index)
+        with sync.begin() as connection:
+            reindex.switch_back(connection, name)
+        return name
+
+    def forget_index(self, engine: Engine | AsyncEngine, name: str) -> None:
+        """Forget what relays know of an index that no application has any more; the outbox no longer waits for it.
+
+        What it holds, its own tools delete; given again, under that name, it is compared with the tables in full. (An
+        index that no relay has delivered to for a week is forgotten in any case, see `Retention`.)
+        """
+        if name in self.indexes:
+            raise MemstateError(f"this Memory has the index {name!r}: take it out first")
+        with self.sync_engine(engine).begin() as connection:
+            reindex.forget(connection, name)
+
+    def _succession(self, index: str | None) -> tuple[str, str]:
+        if index is None and len(self.successors) == 1:
+            [index] = self.successors
+        if index not in self.successors:
+            raise MemstateError(
+                f"index={index!r}: which index is to be replaced, and by what? Memory(..., successors={{'memory': "
+                "'memory_v2'}) says that, for indexes that it has"
+            )
+        return index, self.successors[index]
+
+    # -- the end -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Stop this Memory's relays and close its indexes."""
@@ -877,6 +958,17 @@ class Memory:
             if backend == "sqlite":
                 configure(found)
         return found
+
+
+def _embedders(given: Any, indexes: Collection[str]) -> dict[str, Embedder]:
+    """The embedder of each index, in their order."""
+    found = dict(given) if isinstance(given, Mapping) else dict.fromkeys(indexes, given or WordLlamaEmbedder())
+    for embedder in found.values():
+        if not callable(getattr(embedder, "embed", None)):
+            raise MemstateError(f"embedder={embedder!r}: give an Embedder; without one it is WordLlamaEmbedder()")
+    if found.keys() != set(indexes):
+        raise MemstateError(f"embedder={given!r}: give one for each index: {', '.join(indexes)}")
+    return {name: found[name] for name in indexes}
 
 
 def _check_label(name: str, value: Any) -> None:

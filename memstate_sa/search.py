@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import numpy as np
-from sqlalchemy import FromClause, Select, bindparam, case, func, select, union
+from sqlalchemy import BigInteger, FromClause, Select, Text, bindparam, case, cast, func, select, union
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
@@ -25,7 +25,7 @@ from memstate_sa.columns import TableColumns, batches
 from memstate_sa.errors import DeliveryError, DeliveryRejected, MemstateError
 from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.filters import push_down
-from memstate_sa.indexes.base import Filter, Match, Vector, VectorIndex
+from memstate_sa.indexes.base import Filter, Match, Vector
 from memstate_sa.outbox import after, undelivered
 from memstate_sa.registry import Registry
 from memstate_sa.relay import embeddings
@@ -35,7 +35,7 @@ from memstate_sa.relay.plan import guarded, halves
 from memstate_sa.relay.protocol import ENTITY
 from memstate_sa.tables import outbox
 from memstate_sa.truth import raw_key_columns
-from memstate_sa.vectors import Vectors
+from memstate_sa.vectors import Destination
 
 F = TypeVar("F")
 P = ParamSpec("P")
@@ -84,6 +84,9 @@ _RECENT = 10 * OVERLAY_LIMIT
 """The most outbox entries that one search looks at, newest first: a backlog may be long."""
 
 
+_own_xid = cast(cast(func.pg_current_xact_id_if_assigned(), Text), BigInteger)
+
+
 @cache
 def _dirty(dialect_name: str, *, everything: bool) -> Select[Any]:
     """The keys of recent entries, the caller's own first, and how many entries each has.
@@ -99,7 +102,7 @@ def _dirty(dialect_name: str, *, everything: bool) -> Select[Any]:
         entries = undelivered(dialect_name, *columns, where=mine, newest_first=True)
         if dialect_name == "postgresql":
             # The entries of a long transaction are older than what was committed meanwhile.
-            of_own = select(*columns).where(outbox.c.xid == func.pg_current_xact_id_if_assigned(), mine)
+            of_own = select(*columns).where(outbox.c.xid == _own_xid, mine)
             entries = union(select(entries), of_own).subquery()
     order = (func.max(entries.c.own).desc(), func.max(entries.c.id).desc())
     return select(entries.c.key, func.count()).group_by(entries.c.key).order_by(*order).limit(OVERLAY_LIMIT + 1)
@@ -117,24 +120,21 @@ class Search:
     def __init__(
         self,
         session: Session,
-        registry: Registry,
         capture: Capture,
-        indexes: Mapping[str, VectorIndex],
+        name: str,
+        destination: Destination,
         opened: set[str],
-        vectors: Vectors,
-        target: Any,
+        statement: Select[Any],
+        tracked: Tracked,
         *,
-        index: str | None = None,
         call: Call = call_directly,
     ) -> None:
+        """*statement* and *tracked* are what `resolve_target` returns, *name* an index to which they go."""
         self._session = session
-        self._vectors = vectors
         self._call = call
-        self._statement, self._tracked = resolve_target(registry, target)
-        self._name = index or self._tracked.indexes[0]
-        if self._name not in self._tracked.indexes:
-            raise MemstateError(f"{self._tracked.model.__name__} does not go to an index {self._name!r}")
-        self._index = indexes[self._name]
+        self._statement, self._tracked = statement, tracked
+        self._name, self._destination = name, destination
+        self._index, self._vectors = destination.index, destination.vectors
         self._opened = opened
         self._capture = capture
         self._complete = True
@@ -146,8 +146,7 @@ class Search:
 
     def run(self, query: str, limit: int, max_distance: float | None, *, fresh: bool) -> Hits[Any]:
         if self._name not in self._opened:
-            embedder = self._vectors.embedder
-            self._ask(self._index.open, embedder=embedder.fingerprint, dimension=embedder.dimension)
+            self._ask(self._destination.open)
             self._opened.add(self._name)
         try:
             return self._run(query, limit, max_distance, fresh=fresh)

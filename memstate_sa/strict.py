@@ -11,13 +11,13 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import Insert, Text, bindparam, cast, event, func, insert, literal_column, select, true
+from sqlalchemy import BigInteger, Insert, Text, bindparam, cast, event, func, insert, literal_column, select, true
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -29,7 +29,7 @@ from memstate_sa.changes import FactKey, by_entity
 from memstate_sa.columns import batches
 from memstate_sa.errors import DeliveryRetryable
 from memstate_sa.facts import Projection, point_id
-from memstate_sa.indexes.base import FencedIndex, Point, Vector, VectorIndex
+from memstate_sa.indexes.base import FencedIndex, Point, Vector
 from memstate_sa.outbox import slots, take_write_lock
 from memstate_sa.positions import slot_of
 from memstate_sa.registry import Registry
@@ -37,8 +37,8 @@ from memstate_sa.relay import embeddings
 from memstate_sa.relay.claims import IndexKey, limit_transaction, of_index
 from memstate_sa.relay.plan import classify, guarded
 from memstate_sa.relay.protocol import ENTITY
-from memstate_sa.tables import Xid8, cursor, index_state, log, outbox, utcnow
-from memstate_sa.vectors import Vectors
+from memstate_sa.tables import cursor, index_state, log, outbox, utcnow
+from memstate_sa.vectors import Destination, Vectors
 
 logger = logging.getLogger("memstate_sa.strict")
 P = ParamSpec("P")
@@ -79,7 +79,7 @@ def _intending(xid: Any) -> Insert:
 
 _intend = {
     "sqlite": _intending(literal_column("0")),
-    "postgresql": _intending(cast(bindparam("the_xid", type_=Text()), Xid8())),
+    "postgresql": _intending(cast(bindparam("the_xid", type_=Text()), BigInteger())),
 }
 
 
@@ -108,16 +108,14 @@ class Strict:
     def __init__(
         self,
         registry: Registry,
-        indexes: Mapping[str, VectorIndex],
-        vectors: Vectors,
+        destinations: Mapping[str, Destination],
         *,
         blocking: Callable[[Engine], Engine],
         wake: Callable[[Engine], None],
     ) -> None:
         """*blocking* makes of an asynchronous engine one that a thread can use; *wake* is told of due intents."""
         self._registry = registry
-        self._indexes = indexes
-        self._vectors = vectors
+        self._destinations = destinations
         self._blocking = blocking
         self._wake = wake
         self._others: WeakKeyDictionary[Engine, tuple[int, Engine]] = WeakKeyDictionary()
@@ -151,63 +149,57 @@ class Strict:
             facts = [(entity, key) for entity, key in changed if entity in ours]
             if not facts:
                 return
-            projections = self._project(connection, facts)
             # All that can fail without a trace comes before the intent, which costs the relay some work.
-            vectors = self._embed(connection, projections.values(), call)
-            keys = call(self._open, {name for entity, _ in facts for name in ours[entity].indexes})
+            going = {name: [fact for fact in facts if name in ours[fact[0]].indexes] for name in self._destinations}
+            of_vectors: dict[Vectors, dict[FactKey, None]] = {}
+            for name, some in going.items():
+                of_vectors.setdefault(self._destinations[name].vectors, {}).update(dict.fromkeys(some))
+            wanted = {
+                vectors: self._embedded(connection, list(some), vectors, call) for vectors, some in of_vectors.items()
+            }
+            keys = call(self._open, [name for name, some in going.items() if some])
             standings = self._announce(connection, unit, facts, keys, call)
         of = len(slots(connection.dialect.name))
         for name, standing in standings.items():
             deletes: dict[int, list[str]] = {}
             points: list[Point] = []
-            for fact in facts:
-                if name not in ours[fact[0]].indexes:
-                    continue
+            projections, embedded = wanted[self._destinations[name].vectors]
+            for fact in going[name]:
                 # Of the claim that stands: a relay that has claimed since is not overwritten, and delivers the key.
                 epoch = standing.epochs.get(slot_of(*fact) % of, 0)
                 projection = projections.get(fact)
                 if projection is None:
                     deletes.setdefault(epoch, []).append(point_id(*fact))
                 else:
-                    points.append(_point(fact, projection, vectors, epoch, marked=standing.marked))
+                    points.append(_point(fact, projection, embedded, epoch, marked=standing.marked))
             call(self._put, name, deletes, points)
 
-    def _project(self, connection: Connection, facts: Sequence[FactKey]) -> dict[FactKey, Projection]:
-        """What an index should hold for *facts*, as their transaction sees them; nothing for a blank text."""
-        embedder, found = self._vectors.embedder.fingerprint, dict[FactKey, Projection]()
+    def _embedded(
+        self, connection: Connection, facts: Sequence[FactKey], vectors: Vectors, call: Call
+    ) -> tuple[dict[FactKey, Projection], dict[str, Vector]]:
+        """What an index should hold for *facts*, as their transaction sees them, and the vectors by text fingerprint.
+
+        Nothing for a blank text. New vectors are remembered in this process, not stored: two transactions that store
+        the same one would wait for each other.
+        """
+        found: dict[FactKey, Projection] = {}
         for entity, keys in by_entity(facts).items():
-            for row in truth.project(connection, self._registry.by_entity[entity], keys, embedder):
+            tracked = self._registry.by_entity[entity]
+            for row in truth.project(connection, tracked, keys, vectors.embedder.fingerprint):
                 if not isinstance(row, Projection):
                     raise classify(row[1], "the text callable") from row[1]
                 if row.fingerprint is not None:
                     found[entity, row.key] = row
-        return found
-
-    def _embed(self, connection: Connection, projections: Iterable[Projection], call: Call) -> dict[str, Vector]:
-        """Vectors by text fingerprint. Those that are new are remembered in this process, not stored.
-
-        Two transactions that store the same one would wait for each other.
-        """
-        texts = {p.text_fingerprint: p.text for p in projections if p.text_fingerprint and p.text}
-        known = embeddings.known(connection, self._vectors, texts)
+        texts = {p.text_fingerprint: p.text for p in found.values() if p.text_fingerprint and p.text}
+        known = embeddings.known(connection, vectors, texts)
         new = {digest: text for digest, text in texts.items() if digest not in known}
-        return known | call(self._vectors.embed, new, remember=True)
+        return found, known | call(vectors.embed, new, remember=True)
 
     def _open(self, names: Collection[str]) -> dict[str, IndexKey]:
-        embedder = self._vectors.embedder
-
-        def open_(index: VectorIndex) -> str:
-            index.open(embedder=embedder.fingerprint, dimension=embedder.dimension)
-            return index.incarnation
-
-        return {
-            name: IndexKey(name, guarded(lambda index=index: open_(index), f"index {name!r}"))  # type: ignore[misc]
-            for name, index in self._indexes.items()
-            if name in names
-        }
+        return {name: IndexKey(name, guarded(self._destinations[name].open, f"index {name!r}")) for name in names}
 
     def _put(self, name: str, deletes: Mapping[int, list[str]], points: Sequence[Point]) -> None:
-        index = self._indexes[name]
+        index = self._destinations[name].index
 
         def put() -> None:
             size = index.max_batch

@@ -43,9 +43,7 @@ metadata = MetaData(
 
 
 class current_xid(FunctionElement[int]):
-    """The writing transaction's 64-bit xid, which does not wrap around; 0 on SQLite, whose single writer makes id order
-    commit order.
-    """
+    """The writing transaction's xid, of 64 bits; 0 where the single writer makes id order commit order (SQLite)."""
 
     type = BigInteger()
     inherit_cache = True
@@ -206,7 +204,7 @@ backfill = Table(
     "memstate_backfill",
     metadata,
     Column("entity", _Name, primary_key=True),
-    Column("start", Text, primary_key=True, comment="a range of its rows: those after this key; '' is before the first"),
+    Column("start", Text, primary_key=True, comment="a range of rows: those after this key; '': from the first"),
     Column("until", Text, comment="up to this key; null: to the end"),
     Column("position", Text, nullable=False, comment="the last key that was looked at"),
     Column("total", BigInteger, nullable=False, comment="how many rows there were, of the first range; 0 of others"),

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, select, tuple_, type_coerce
+from sqlalchemy import ColumnElement, Select, func, select, tuple_, type_coerce
 from sqlalchemy.engine import Connection, Engine, Row
+from sqlalchemy.sql import operators
 
 from memstate_sa.arrays import as_array
 from memstate_sa.changes import Image
@@ -73,20 +74,46 @@ def project(
             yield key, error
 
 
-def page(connection: Connection, tracked: Tracked, after: str | None, limit: int) -> list[str]:
-    """Up to *limit* keys in primary-key order, after the key *after*."""
-    columns = tracked.on(connection.dialect)
-    key_columns = tracked.key_columns
-    statement = select(*raw_key_columns(tracked)).select_from(tracked.rows).order_by(*key_columns).limit(limit)
+def count(connection: Connection, tracked: Tracked) -> int:
+    """How many rows the class has."""
+    rows = select(func.count()).select_from(tracked.rows)
+    found: int = connection.scalars(rows if tracked.criterion is None else rows.where(tracked.criterion)).one()
+    return found
+
+
+def page(
+    connection: Connection,
+    tracked: Tracked,
+    after: str | None,
+    limit: int,
+    *,
+    until: str | None = None,
+    skip: int = 0,
+) -> list[str]:
+    """Up to *limit* keys in primary-key order, after the key *after* and *skip* more, up to the key *until*."""
+    statement = select(*raw_key_columns(tracked)).select_from(tracked.rows)
+    statement = statement.order_by(*tracked.key_columns).limit(limit)
     if tracked.criterion is not None:
         statement = statement.where(tracked.criterion)
     if after is not None:
-        binds = [columns.raw_bind(column, value) for column, value in zip(key_columns, decode_key(after), strict=True)]
-        if len(binds) == 1:
-            statement = statement.where(type_coerce(key_columns[0], RAW) > binds[0])
-        else:
-            statement = statement.where(tuple_(*(type_coerce(c, RAW) for c in key_columns)) > tuple_(*binds))
-    return [columns.encode_key(row) for row in connection.execute(statement).all()]
+        statement = statement.where(operators.gt(*_compared(connection, tracked, after)))
+    if until is not None:
+        statement = statement.where(operators.le(*_compared(connection, tracked, until)))
+    if skip:
+        statement = statement.offset(skip)
+    return list(map(tracked.on(connection.dialect).encode_key, connection.execute(statement).all()))
+
+
+def _compared(connection: Connection, tracked: Tracked, key: str) -> tuple[Any, Any]:
+    """The primary key's columns and the value of *key*, to be compared by the database, in its collations."""
+    columns = tracked.on(connection.dialect)
+    sides = [
+        (type_coerce(column, RAW), columns.raw_bind(column, value))
+        for column, value in zip(tracked.key_columns, decode_key(key), strict=True)
+    ]
+    if len(sides) == 1:
+        return sides[0]
+    return tuple_(*(column for column, _ in sides)), tuple_(*(value for _, value in sides))
 
 
 def unlogged(connection: Connection, tracked: Tracked) -> Iterator[Mapping[str, Image]]:

@@ -1,13 +1,14 @@
-"""Embedding in bounded batches, with a memory of what was embedded lately."""
+"""Embedding in bounded batches, with a memory of what was embedded lately; and the indexes that get the vectors."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from memstate_sa.embedders import Embedder, checked, embed_query
-from memstate_sa.indexes.base import Vector
+from memstate_sa.indexes.base import Vector, VectorIndex
 
 MAX_TEXTS = 256
 MAX_CHARS = 1_000_000
@@ -52,6 +53,20 @@ class Vectors:
         if remember:
             self.remember(found)
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """An index, and where its vectors come from."""
+
+    index: VectorIndex
+    vectors: Vectors
+
+    def open(self) -> str:
+        """Open the index, and return its incarnation. Raises IndexMismatch when another embedder filled it."""
+        embedder = self.vectors.embedder
+        self.index.open(embedder=embedder.fingerprint, dimension=embedder.dimension)
+        return self.index.incarnation
 
 
 def text_batches(texts: Mapping[str, str]) -> Iterator[dict[str, str]]:

@@ -13,7 +13,6 @@ from memstate_sa.arrays import as_array, each
 from memstate_sa.changes import FactKey, by_entity
 from memstate_sa.columns import batches
 from memstate_sa.facts import Projection, Tracked, split_point_id
-from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.outbox import ALL, after, undelivered
 from memstate_sa.positions import Position, meet
 from memstate_sa.relay import ledger
@@ -21,6 +20,7 @@ from memstate_sa.relay.backlog import read_positions
 from memstate_sa.relay.claims import IndexKey
 from memstate_sa.relay.plan import AGAIN, Parked
 from memstate_sa.tables import outbox
+from memstate_sa.vectors import Destination
 
 Progress = Callable[[int, int | None], None]
 """Called with what is done and, where it is known, the total."""
@@ -53,18 +53,17 @@ class Verify:
         self,
         engine: Engine,
         name: str,
-        index: VectorIndex,
+        destination: Destination,
         tracked: Mapping[str, Tracked],
-        embedder: str,
         *,
         page_size: int = 500,
     ) -> None:
         self._engine = engine
-        self._index = index
+        self._index = destination.index
         self._tracked = tracked
-        self._embedder = embedder
-        self._key = IndexKey(name, index.incarnation)
-        self._page_size = min(page_size, index.max_batch)
+        self._embedder = destination.vectors.embedder.fingerprint
+        self._key = IndexKey(name, destination.open())
+        self._page_size = min(page_size, self._index.max_batch)
 
     def run(self, report: DriftReport, *, repair: bool, progress: Progress | None = None) -> None:
         for kind, facts in self._differences(report, progress):

@@ -309,6 +309,12 @@ def _is_registered(connection: Connection, index: IndexKey, embedder: str, dimen
     return row is not None
 
 
+def forget(connection: Connection, index: IndexKey) -> None:
+    """Delete what is known of *index*: as if nothing had ever been delivered to it."""
+    for table in (index_state, refill, parked, cursor, ledger, holder):
+        connection.execute(delete(table).where(of_index(table)), index.parameters())
+
+
 def _columns(at: Position) -> dict[str, Any]:
     return {"snapshot": str(at.snapshot), "xid": at.xid, "position": at.id}
 

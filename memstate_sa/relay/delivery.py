@@ -21,7 +21,7 @@ from memstate_sa.arrays import as_array
 from memstate_sa.changes import FactKey, by_entity
 from memstate_sa.errors import MemstateError
 from memstate_sa.facts import Projection, Tracked, point_id, split_point_id
-from memstate_sa.indexes.base import FencedIndex, Stored, Vector, VectorIndex
+from memstate_sa.indexes.base import FencedIndex, Stored, Vector
 from memstate_sa.outbox import read_page, slots
 from memstate_sa.positions import Page
 from memstate_sa.relay import claims, embeddings, ledger
@@ -54,7 +54,7 @@ from memstate_sa.relay.protocol import (
     Upsert,
 )
 from memstate_sa.sqlite import is_in_memory, open_transaction
-from memstate_sa.vectors import Vectors
+from memstate_sa.vectors import Destination
 
 logger = logging.getLogger("memstate_sa.relay")
 R = TypeVar("R")
@@ -76,9 +76,8 @@ class Delivery:
         self,
         engine: Engine,
         name: str,
-        index: VectorIndex,
+        destination: Destination,
         tracked: Mapping[str, Tracked],
-        vectors: Vectors,
         *,
         page_size: int,
         lease_s: float,
@@ -86,10 +85,10 @@ class Delivery:
     ) -> None:
         self.name = name
         self._engine = engine
-        self._index = index
+        self._destination = destination
+        self._index, self._vectors = destination.index, destination.vectors
         self._tracked = tracked
         self._entities = as_array(tracked)
-        self._vectors = vectors
         self._lease_s = lease_s
         self._owner = claims.owner_id()
         self._pid = os.getpid()
@@ -111,10 +110,9 @@ class Delivery:
 
     def open(self) -> IndexKey:
         """Raises IndexMismatch when the index was built by another embedder."""
-        embedder = self._vectors.embedder
-        self._guarded(lambda: self._index.open(embedder=embedder.fingerprint, dimension=embedder.dimension))
+        incarnation = self._guarded(self._destination.open)
         self.holder.max_batch = self._guarded(lambda: self._index.max_batch)
-        return IndexKey(self.name, self._guarded(lambda: self._index.incarnation))
+        return IndexKey(self.name, incarnation)
 
     def step(self) -> int | None:
         """Deliver a page from each source that has one; the keys converged, or None when there was nothing to do.

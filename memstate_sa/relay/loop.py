@@ -18,7 +18,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from memstate_sa.errors import DeliveryError, DeliveryRetryable, MemstateError
 from memstate_sa.facts import Tracked
-from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.outbox import read_present
 from memstate_sa.positions import Position
 from memstate_sa.relay import backlog, deadletters, retention
@@ -30,7 +29,7 @@ from memstate_sa.relay.protocol import Counters
 from memstate_sa.relay.retention import Retention
 from memstate_sa.relay.wakeup import Changes, Listener
 from memstate_sa.sqlite import is_in_memory, require_no_transaction
-from memstate_sa.vectors import Vectors
+from memstate_sa.vectors import Destination
 
 logger = logging.getLogger("memstate_sa.relay")
 
@@ -48,8 +47,7 @@ class Relay:
     def __init__(
         self,
         engine: Engine,
-        indexes: Mapping[str, tuple[VectorIndex, Mapping[str, Tracked]]],
-        vectors: Vectors,
+        destinations: Mapping[str, tuple[Destination, Mapping[str, Tracked]]],
         *,
         page_size: int = 2000,
         lease_s: float = 30.0,
@@ -73,17 +71,17 @@ class Relay:
             # Each statement has to see what is committed; and locks have to last until the end of a transaction.
             engine = engine.execution_options(isolation_level="READ COMMITTED")
         self._engine = engine
-        self._indexes = indexes
+        self._destinations = destinations
         poll_s = poll_s or ((0.002, 0.05) if engine.dialect.name == "sqlite" else (0.05, 5.0))
         policy = policy or RetryPolicy()
         self._couriers = [
             _Courier(
                 engine,
-                Delivery(engine, name, index, tracked, vectors, page_size=page_size, lease_s=lease_s, policy=policy),
+                Delivery(engine, name, *destination, page_size=page_size, lease_s=lease_s, policy=policy),
                 Breaker(policy, random.random),
                 poll_s,
             )
-            for name, (index, tracked) in indexes.items()
+            for name, destination in destinations.items()
         ]
         self._sender = sender
         self._sweep = sweep
@@ -236,9 +234,9 @@ class Relay:
         return sum(deadletters.drop_dead(connection, index, keys) for index, connection in self._each(indexes))
 
     def _each(self, names: Collection[str]) -> Iterator[tuple[IndexKey, Connection]]:
-        unknown = [name for name in names if name not in self._indexes]
+        unknown = [name for name in names if name not in self._destinations]
         if unknown:
-            raise MemstateError(f"no index {unknown[0]!r}; there are: {', '.join(self._indexes)}")
+            raise MemstateError(f"no index {unknown[0]!r}; there are: {', '.join(self._destinations)}")
         require_no_transaction(self._engine)
         for courier in self._couriers:
             if not names or courier.delivery.name in names:
@@ -253,16 +251,16 @@ class Relay:
         with self._engine.connect() as connection:
             return [
                 name
-                for name, (index, tracked) in self._indexes.items()
-                if not backlog.has(connection, IndexKey(name, index.incarnation), list(tracked), present)
+                for name, (destination, tracked) in self._destinations.items()
+                if not backlog.has(connection, IndexKey(name, destination.index.incarnation), list(tracked), present)
             ]
 
     def _why_behind(self, present: Position) -> str:
         behind = []
         for name in self._behind(present):
-            index, tracked = self._indexes[name]
+            destination, tracked = self._destinations[name]
             with self._engine.connect() as connection:
-                left = backlog.backlog(connection, IndexKey(name, index.incarnation), list(tracked))
+                left = backlog.backlog(connection, IndexKey(name, destination.index.incarnation), list(tracked))
             why = "it is paused" if left.paused else "is another relay holding its lease?"
             behind.append(f"{left.pending} keys pending for {name!r} ({why})")
         return ", ".join(behind)

@@ -11,10 +11,8 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
-    Text,
     and_,
     bindparam,
-    cast,
     delete,
     exists,
     false,
@@ -23,7 +21,6 @@ from sqlalchemy import (
     null,
     or_,
     select,
-    true,
     tuple_,
     update,
 )
@@ -34,16 +31,15 @@ from memstate_sa.arrays import as_array, each
 from memstate_sa.changes import REDACTED, by_entity
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.positions import Position
-from memstate_sa.relay.claims import SCAN
+from memstate_sa.relay.claims import SCAN, IndexKey, forget
 from memstate_sa.tables import (
-    Xid8,
     cursor,
     holder,
     index_state,
+    is_deleted,
     ledger,
     log,
     outbox,
-    parked,
     refill,
     transaction,
     utcnow,
@@ -75,7 +71,7 @@ def forget_delivered(connection: Connection, limit: int = 10_000) -> int:
         return 0
     take_write_lock(connection)
     floor = min(Position.parse(*place).floor for place in places)
-    parameters = {"xid": str(floor[0]), "id": floor[1], "filling": as_array(filling), "limit": limit}
+    parameters = {"xid": floor[0], "id": floor[1], "filling": as_array(filling), "limit": limit}
     return connection.execute(_forget(connection.dialect.name), parameters).rowcount
 
 
@@ -84,7 +80,7 @@ def _forget(dialect_name: str) -> Any:
     up_to: ColumnElement[bool] = outbox.c.id <= bindparam("id", type_=BigInteger())
     order: tuple[ColumnElement[Any], ...] = (outbox.c.id,)
     if dialect_name == "postgresql":
-        end = tuple_(cast(bindparam("xid", type_=Text()), Xid8()), bindparam("id", type_=BigInteger()))
+        end = tuple_(bindparam("xid", type_=BigInteger()), bindparam("id", type_=BigInteger()))
         up_to, order = tuple_(outbox.c.xid, outbox.c.id) <= end, (outbox.c.xid, outbox.c.id)
     kept = outbox.c.entity.in_(select(each("filling").c.value))
     some = select(outbox.c.id).where(up_to, not_(kept)).order_by(*order).limit(bindparam("limit"))
@@ -103,9 +99,8 @@ def forget_idle_indexes(connection: Connection, keep: timedelta) -> int:
     # This first, as whoever claims it: then it is one or the other.
     idle = delete(index_state).where(index_state.c.active_at < before, not_(held))
     found = connection.execute(idle.returning(index_state.c.index, index_state.c.incarnation)).all()
-    for name, incarnation in found:
-        for table in (cursor, refill, parked, ledger, holder):
-            connection.execute(delete(table).where(table.c.index == name, table.c.incarnation == incarnation))
+    for key in found:
+        forget(connection, IndexKey(*key))
     return len(found)
 
 
@@ -113,7 +108,7 @@ def forget_ledger(connection: Connection, keep: timedelta, limit: int = 10_000) 
     """Delete some of what is known of rows that were deleted more than *keep* ago; returns how many."""
     take_write_lock(connection)
     key = tuple_(*ledger.primary_key.columns)
-    old = select(*ledger.primary_key.columns).where(ledger.c.deleted == true(), ledger.c.at < utcnow() - keep)
+    old = select(*ledger.primary_key.columns).where(is_deleted, ledger.c.at < utcnow() - keep)
     return connection.execute(delete(ledger).where(key.in_(old.order_by(ledger.c.at).limit(limit)))).rowcount
 
 

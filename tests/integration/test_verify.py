@@ -69,7 +69,7 @@ def test_verify_works_in_pages(drifted: World) -> None:
     report = DriftReport()
     tracked = drifted.memory._registry.by_entity
     seen: list[int] = []
-    verify = Verify(drifted.engine, "memory", drifted.index, tracked, drifted.embedder.fingerprint, page_size=3)
+    verify = Verify(drifted.engine, "memory", drifted.memory._destinations["memory"], tracked, page_size=3)
     verify.run(report, repair=False, progress=lambda done, total: seen.append(done))
     assert (report.missing, report.ghost, report.stale) == ([("person", 3)], [("person", 99)], [("tag", "t")])
     assert seen == [3, 6, 9, 12, 13]
