@@ -91,6 +91,7 @@ _SQLITE = {
     "object": "json_object",
     "at": "strftime('%Y-%m-%d %H:%M:%f000', :base, '+' || (n / 100.0) || ' seconds')",
     "true": "1",
+    "false": "0",
 }
 _POSTGRESQL = {
     "series": "(SELECT n FROM generate_series(CAST(:first AS bigint), CAST(:last AS bigint)) n) s",
@@ -98,6 +99,7 @@ _POSTGRESQL = {
     "object": "jsonb_build_object",
     "at": "CAST(:base AS timestamp) AT TIME ZONE 'UTC' + n * interval '10 milliseconds'",
     "true": "true",
+    "false": "false",
 }
 
 
@@ -145,11 +147,11 @@ class World:
         source = f"FROM {sql['series']} ORDER BY n"
         logged = f"{sql['tx']}, 'preference', '[' || {key} || ']', '{op}', {image}, 1, {sql['true']}, {sql['at']}"
         labelled = f"{sql['tx']}, :session_id, {sql['at']}"
-        marked = f"0, 'preference', '[' || {key} || ']', {sql['tx']}, {sql['at']}"
+        marked = f"0, {sql['false']}, 0, 'preference', '[' || {key} || ']', {sql['tx']}, {sql['at']}"
         written = [
             f"INSERT INTO memstate_log (tx, entity, key, op, image, version, step, at) SELECT {logged} {source}",
             f"INSERT INTO memstate_transaction (tx, session_id, at) SELECT {labelled} {source}",
-            f"INSERT INTO memstate_outbox (slot, entity, key, tx, created_at) SELECT {marked} {source}",
+            f"INSERT INTO memstate_outbox (xid, intent, slot, entity, key, tx, created_at) SELECT {marked} {source}",
         ]
         if op == "insert":
             written.append(

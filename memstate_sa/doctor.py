@@ -157,8 +157,7 @@ class Doctor:
                 yield Problem(table.name, f"is of another version: it lacks {', '.join(sorted(lacking))}; migrate it")
             indexes = {index["name"] for index in inspector.get_indexes(table.name)}
             for index in table.indexes:
-                only = getattr(index._ddl_if, "dialect", None)  # noqa: SLF001  # there is no other way to ask
-                if only in (None, dialect) and index.name not in indexes:
+                if index.name not in indexes:
                     yield Problem(table.name, f"has no index {index.name}: what reads it, reads it all; create it")
         if log.name in there and (lost := self._lost_protection()):
             yield Problem(

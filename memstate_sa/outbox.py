@@ -45,7 +45,7 @@ from memstate_sa.arrays import as_array, as_json, each, item, rows
 from memstate_sa.changes import Entry
 from memstate_sa.columns import batches
 from memstate_sa.positions import SLOTS, Page, Position, Snapshot, slot_of
-from memstate_sa.tables import Xid8, current_xid, log, outbox
+from memstate_sa.tables import log, outbox
 
 
 def take_write_lock(connection: Connection) -> None:
@@ -90,9 +90,8 @@ _add_to_log: Insert = insert(log).from_select(
     select(_tx, _at, *(item(_logged, n, log.c[name].type) for n, name in enumerate(_LOGGED))),
 )
 _add_to_outbox: Insert = insert(outbox).from_select(
-    ["tx", "created_at", "xid", *_MARKED],
-    select(_tx, _at, current_xid(), *(item(_marked, n, outbox.c[name].type) for n, name in enumerate(_MARKED))),
-    include_defaults=False,
+    ["tx", "created_at", *_MARKED],
+    select(_tx, _at, *(item(_marked, n, outbox.c[name].type) for n, name in enumerate(_MARKED))),
 )
 _add_to_both: Insert = _add_to_outbox.add_cte(_add_to_log.cte("logging"))
 
@@ -175,7 +174,7 @@ def read_present(connection: Connection) -> Position:
 
 
 def _xid(value: ColumnElement[Any]) -> ColumnElement[Any]:
-    return cast(value, Xid8())
+    return cast(value, BigInteger())
 
 
 _limit: BindParameter[int] = bindparam("limit", type_=BigInteger())
@@ -239,7 +238,7 @@ def _page(dialect_name: str) -> Select[Any]:
         limits = and_(ended, in_slots(dialect_name, outbox.c.slot))
     read = (xid, outbox.c.id, outbox.c.entity, outbox.c.key, outbox.c.intent)
     entries = undelivered(dialect_name, *read, where=limits).c
-    columns = (cast(entries.xid, Text), entries.id, entries.entity, entries.key, entries.intent)
+    columns = (entries.xid, entries.id, entries.entity, entries.key, entries.intent)
     return select(*columns).order_by(entries.xid, entries.id).limit(_limit)
 
 
@@ -254,5 +253,5 @@ def read_page(connection: Connection, at: Position, present: Position, slots: It
     else:
         parameters = {"after": at.id, "newest": present.id}
     found = connection.execute(_page(dialect), {**parameters, "limit": limit}).all()
-    last = (int(found[-1][0]), found[-1][1]) if len(found) == limit else None
+    last = (found[-1][0], found[-1][1]) if len(found) == limit else None
     return Page([(row[2], row[3]) for row in found], last, frozenset((row[2], row[3]) for row in found if row[4]))

@@ -83,7 +83,6 @@ def call_directly(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs
 _RECENT = 10 * OVERLAY_LIMIT
 """The most outbox entries that one search looks at, newest first: a backlog may be long."""
 
-
 _own_xid = cast(cast(func.pg_current_xact_id_if_assigned(), Text), BigInteger)
 
 

@@ -25,6 +25,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -140,7 +141,7 @@ outbox = Table(
         "intent",
         Boolean(create_constraint=False),
         nullable=False,
-        default=False,
+        default=false(),
         comment="of a strict transaction, whose xid it carries: what the index holds is not known",
     ),
     # The order of delivery, of every slot: one that leads with the slot would be read in as many places as a holder has
@@ -232,7 +233,7 @@ parked = Table(
         comment="again: to be delivered once more; parked: refused; dead: refused too often",
     ),
     Column("mark", String(32), nullable=False, comment="changes whenever the key is parked again"),
-    Column("repeat", Boolean(create_constraint=False), nullable=False, default=False),
+    Column("repeat", Boolean(create_constraint=False), nullable=False, default=false()),
     Index(None, "index", "incarnation", "state", "next_at"),
 )
 

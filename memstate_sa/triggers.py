@@ -318,8 +318,9 @@ _CHANGES = """
     INSERT INTO {ours}.memstate_log (tx, at, version, step, entity, key, op, image)
     SELECT its_tx, its_time, {version}, counts, {entity}, key, op, image FROM changed
   )
-  INSERT INTO {ours}.memstate_outbox (tx, created_at, slot, entity, key)
-  SELECT its_tx, its_time, mod(get_byte(sha256(convert_to({entity} || key, 'UTF8')), 0), {slots}), {entity}, key
+  INSERT INTO {ours}.memstate_outbox (tx, created_at, xid, intent, slot, entity, key)
+  SELECT its_tx, its_time, pg_current_xact_id()::text::bigint, false,
+    mod(get_byte(sha256(convert_to({entity} || key, 'UTF8')), 0), {slots}), {entity}, key
   FROM changed;
 """
 _ALONE = """
@@ -439,9 +440,9 @@ def _on_sqlite(writer: _Writer) -> Iterator[Trigger]:
             f"{entry}, 'delete', NULL WHERE {last('op', key)} <> 'delete' AND NOT EXISTS (SELECT 1 {there}) "
             f"AND {logs(key)} AND {when};\n"
             # Once too often does no harm.
-            f"INSERT INTO memstate_outbox (tx, created_at, slot, entity, key) SELECT tx, at, 0, entity, key "
-            f"FROM memstate_log WHERE id = (SELECT max(id) FROM memstate_log) AND entity = {entity} AND key = {key} "
-            f"AND op <> 'baseline' AND {when};\n"
+            "INSERT INTO memstate_outbox (tx, created_at, xid, intent, slot, entity, key) "
+            "SELECT tx, at, 0, 0, 0, entity, key FROM memstate_log WHERE id = (SELECT max(id) FROM memstate_log) "
+            f"AND entity = {entity} AND key = {key} AND op <> 'baseline' AND {when};\n"
         )
 
     old = writer.row("OLD")

@@ -382,5 +382,5 @@ def test_a_page_costs_no_more_behind_a_transaction_that_runs_for_ever(million: W
     found = planned(million.engine, million.relay.drain)
     pinned.close()
     page = next(plan for statement, plan in found.items() if "lateral" in statement.lower() and "SMALLINT" in statement)
-    [begin] = re.findall(r"Index Cond: \(\(ROW\(xid, id\) > ROW\('(\d+)'::xid8", page)
+    [begin] = re.findall(r"Index Cond: \(\(ROW\(xid, id\) > ROW\('(\d+)'::bigint", page)
     assert int(begin) > xid

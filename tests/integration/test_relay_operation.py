@@ -286,7 +286,7 @@ def add_intent(session: Session, engine: Engine, key: str) -> None:
     with engine.begin() as connection:
         connection.execute(
             insert(outbox).values(
-                xid=text(f"'{xid}'::xid8"),
+                xid=int(xid),
                 slot=slot_of("tag", key),
                 entity="tag",
                 key=key,
