@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,16 +15,16 @@ from functools import partial
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Annotated, Any, NoReturn
 
 import pydantic_core
-from sqlalchemy import Engine, create_engine, inspect
+from sqlalchemy import Engine, create_engine, func, inspect, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from memstate_sa import Change, Memory, __version__, sqlite
+from memstate_sa import Change, Memory, __version__, sqlite, tables
 from memstate_sa.errors import ConflictError, MemstateError, MissingExtra
 from memstate_sa.relay import Retention
 from memstate_sa.undo import OnConflict, Revocation
@@ -30,8 +34,17 @@ try:
     from rich.console import Console
     from rich.live import Live
     from rich.markup import escape
-    from rich.progress import Progress
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
     from rich.table import Table
+    from rich.text import Text
 except ImportError as error:  # main() tells: raised here, the hint would be buried in the console script's traceback
     _missing: str | None = str(MissingExtra(error.name or "typer", "cli"))
 else:
@@ -82,6 +95,8 @@ def application() -> typer.Typer:
     commands = (demo, init, relay, drain, status, pause, resume, verify, doctor, backfill, log, diff, rollback, revoke)
     for command in commands:
         app.command()(command)
+    app.command()(reindex)
+    app.command("forget-index")(forget_index)
     app.command("export")(export_facts)
     app.command("import")(import_facts)
     dead = typer.Typer(help="Keys that an index refused too often.", no_args_is_help=True)
@@ -361,16 +376,136 @@ def doctor(
 def backfill(
     app: App,
     url: Url,
-    model: Model,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per transaction.")] = 500,
+    model: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="As in `log`. Default: all that are not done with.")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", "-w", min=1, help="How many processes.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per transaction.")] = 1000,
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Rows a second, at most, of all workers.")] = None,
+    restart: Annotated[
+        bool | None,
+        typer.Option("--restart/--no-restart", help="Go through all rows again; or not even those of a class named."),
+    ] = None,
 ) -> None:
-    """Take in the rows that were there before their class was tracked. Can be interrupted and run again."""
+    r"""Take in the rows that were there before their class was tracked: they get a history, and vectors.
+
+    The application may go on meanwhile. Interrupted or killed, it goes on where it was when it is run again; several
+    of these share the work, on any number of machines. A class that is done with is gone through again when it is
+    named, for rows that came past the log.
+
+    \b
+    memstate-sa backfill                                    all classes
+    memstate-sa backfill Preference --workers 4             one, by four processes
+    memstate-sa backfill Preference --rate 2000             gently
+    """
     with _opened(app, url) as (memory, engine):
         console = Console()
-        with Progress(console=console) as progress:
-            update = _progress(progress, model)
-            added = memory.backfill(engine, _model(model, app), batch_size=batch_size, progress=update)
+        models = [_model(name, app) for name in model] if model else None
+        anew = False if models is None and restart is None else restart
+        run = partial(memory.backfill, engine, models, batch_size=batch_size)
+        with _interruptible("Run it again to go on where it was."), _rows_progress(console) as progress:
+            update = _progress(progress, ", ".join(model or ["rows"]))
+            if workers == 1:
+                added = run(rate=rate, restart=anew, progress=update)
+            else:
+                run(limit=0, restart=anew, progress=update)
+                before = _backfilled(engine)
+                options = ["--no-restart", "--batch-size", str(batch_size)]
+                options += [] if rate is None else ["--rate", str(max(0.001, rate / workers))]
+                environment = {"MEMSTATE_APP": app, "MEMSTATE_URL": url}
+                with _processes(["backfill", *options, "--", *(model or ())], environment, workers) as working:
+                    while working():
+                        sleep(0.3)
+                        run(limit=0, restart=False, progress=update)
+                run(restart=False, progress=update)  # what is left, if one has failed, or why
+                added = _backfilled(engine) - before
         console.print(f"{added} rows were new to the log; the relay delivers them.")
+
+
+def _backfilled(engine: Engine) -> int:
+    with engine.connect() as connection:
+        return int(connection.scalar(select(func.coalesce(func.sum(tables.backfill.c.added), 0))) or 0)
+
+
+@contextmanager
+def _interruptible(message: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the command at once, with *message*."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"Interrupted. {message}")
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _processes(arguments: Sequence[str], environment: Mapping[str, str], count: int) -> Iterator[Callable[[], bool]]:
+    """*count* processes of this command line, told to end with the context; whether any of them is running."""
+    command = [sys.executable, "-m", "memstate_sa.cli", *arguments]
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(count):
+            started.append(
+                subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)  # noqa: S603
+            )
+        yield lambda: any(process.poll() is None for process in started)
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait()
+
+
+def _rows_progress(console: Console) -> Progress:
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:,.0f} rows/s")
+
+    described = TextColumn("{task.description}")
+    return Progress(described, BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(), console=console)
+
+
+def reindex(
+    app: App,
+    url: Url,
+    index: Annotated[
+        str | None, typer.Argument(help="The index to be replaced. Default: the only one that has a successor.")
+    ] = None,
+    back: Annotated[bool, typer.Option("--back", help="Have searches ask the old index again.")] = False,
+    timeout: Annotated[float | None, typer.Option(help="Seconds that it may take. Default: as long as it does.")] = None,
+) -> None:
+    r"""Fill another index beside the old one, with another embedder or not, then have searches ask it, all at once.
+
+    Writes and searches go on meanwhile. Can be interrupted and run again. What replaces what, the Memory says:
+
+    \b
+    memory = Memory({"memory": old, "memory_v2": new},
+                    embedder={"memory": old_embedder, "memory_v2": new_embedder},
+                    successors={"memory": "memory_v2"})
+
+    1. Deploy that, everywhere. 2. memstate-sa reindex. 3. Deploy a Memory with the new index alone.
+    4. memstate-sa forget-index memory, and delete the old index by its own tools.
+    """
+    with _opened(app, url) as (memory, engine):
+        console = Console()
+        if back:
+            console.print(f"Searches ask {escape(memory.reindex_back(engine, index))} again.")
+            return
+        with Progress(console=console) as progress:
+            update = _progress(progress, "delivering")
+            other = memory.reindex(engine, index, timeout=timeout or math.inf, progress=update)
+        console.print(f"Searches ask {escape(other)} now.")
+
+
+def forget_index(
+    app: App, url: Url, name: Annotated[str, typer.Argument(help="Of an index that --app no longer has.")]
+) -> None:
+    """Forget what relays know of an index that is no longer in use. What it holds, its own tools delete."""
+    with _opened(app, url) as (memory, engine):
+        memory.forget_index(engine, name)
+        Console().print(f"Index {escape(name)} is forgotten.")
 
 
 def log(

@@ -12,12 +12,13 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TextIO, TypeVar, overload
 
-from sqlalchemy import Select, Table, func, inspect, select
+from sqlalchemy import Select, Table, inspect
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import visitors
 
 from memstate_sa import appendonly, history, reindex, tables, transfer, triggers, truth
+from memstate_sa.backfill import Backfill
 from memstate_sa.capture import Capture, Unit
 from memstate_sa.changes import Change, Image
 from memstate_sa.codec import is_text
@@ -185,7 +186,9 @@ class Memory:
         names = [*self.indexes] if index is None else [index] if isinstance(index, str) else [*index]
         if not names or not self.indexes.keys() >= set(names):
             raise MemstateError(f"index={index!r}: this Memory has {', '.join(self.indexes)}")
-        names += [other for name in names if (other := self.successors.get(name)) and other not in names]
+        for name in names:
+            if (other := self.successors.get(name, name)) not in names:
+                names.append(other)  # which is looked at in its turn
 
         def tracked(model: type[M]) -> type[M]:
             self._capture.track(
@@ -778,35 +781,38 @@ class Memory:
     def backfill(
         self,
         engine: Engine | AsyncEngine,
-        model: type[Any],
+        model: type[Any] | Collection[type[Any]] | None = None,
         *,
-        batch_size: int = 500,
+        batch_size: int = 1000,
+        rate: float | None = None,
+        limit: int | None = None,
+        restart: bool | None = None,
         progress: Progress | None = None,
     ) -> int:
         """Log a baseline for the rows of *model* that the log has not seen, and mark them for delivery.
 
-        One transaction a batch, safe beside live writes; run again after an interruption, it goes on with what is
-        left. Returns how many rows were new to the log.
+        *model* is a tracked class, several, or None for all. Each batch is one transaction, safe beside live writes,
+        in which it is noted how far that is: after an interruption the next call goes on there, and calls in other
+        threads and processes share what is left. *rate* is how many rows a second this call looks at, at most; *limit*
+        how many at all (0: only note that there is something to do). On SQLite it rests after each batch for as long
+        as that took, so that others get to write.
+
+        A class that is done with is gone through again; *restart* says so of others, too, or (False) not even of that.
+        *progress* is told of all callers' rows. Returns how many rows this one found that were new to the log.
         """
         require_count("batch_size", batch_size, "at least 1")
-        sync, tracked, added, seen = self.sync_engine(engine), self._registry.of(model), 0, 0
+        if rate is not None and not rate > 0:
+            raise MemstateError(f"rate={rate!r}: rows a second")
+        sync = self.sync_engine(engine)
+        models = [model] if isinstance(model, type) else model
+        registered = self._registry.by_entity.values()
+        tracked = list(registered) if models is None else [self._registry.of(each) for each in models]
         require_no_transaction(sync)
-        after: str | None = None
-        total: int | None = None
-        if progress is not None:
-            with sync.connect() as connection:
-                total = connection.execute(select(func.count()).select_from(tracked.table)).scalar_one()
-        while True:
-            with sync.begin() as connection:
-                keys = truth.page(connection, tracked, after, batch_size)
-                if keys:
-                    added += self._capture.log_baselines(connection, tracked, keys)
-            if not keys:
-                self._wake()
-                return added
-            after, seen = keys[-1], seen + len(keys)
-            if progress is not None:
-                progress(seen, total)
+        worker = Backfill(sync, self._capture, tracked, batch_size=batch_size, rate=rate)
+        worker.begin(restart=restart)
+        added = worker.run(limit=limit, progress=progress)
+        self._committed(sync)
+        return added
 
     def sweep(self, engine: Engine | AsyncEngine) -> int:
         """Delete the facts that have expired, as ordinary transactions with the reason "expired"; returns how many.

@@ -1,0 +1,441 @@
+"""Moving to another index and embedder while the application runs: beside the old one, then in one step."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, delete, func, insert, select
+from sqlalchemy.orm import Session, sessionmaker
+
+from memstate_sa import DeliveryError, DeliveryRejected, Hits, Memory, MemstateError, NotFound
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.relay import RetryPolicy
+from memstate_sa.search import cosine_distance
+from memstate_sa.tables import cursor, embedding, holder, index_state, ledger, parked, refill, successor
+from memstate_sa.testing import HashEmbedder
+from tests.support import Base, Tag, assert_index_holds, texts
+
+pytestmark = pytest.mark.sa20
+
+EMBEDDERS = {"memory": HashEmbedder(64), "memory_v2": HashEmbedder(48)}
+
+
+class Shop:
+    """An application that moves from one index to another, as one process after the other is deployed anew."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.indexes = {"memory": InMemoryIndex(), "memory_v2": InMemoryIndex()}
+        Base.metadata.create_all(engine)
+
+    def process(self, *names: str, successors: Mapping[str, str] | None = None, **options: Any) -> Process:
+        return Process(self, names, successors, options)
+
+    def before(self) -> Process:
+        return self.process("memory")
+
+    def moving(self, **options: Any) -> Process:
+        return self.process("memory", "memory_v2", successors={"memory": "memory_v2"}, **options)
+
+    def after(self) -> Process:
+        return self.process("memory_v2")
+
+
+class Process:
+    def __init__(
+        self, shop: Shop, names: tuple[str, ...], successors: Mapping[str, str] | None, options: Mapping[str, Any]
+    ) -> None:
+        self.engine = shop.engine
+        self.indexes = {name: shop.indexes[name] for name in names}
+        embedders = {name: EMBEDDERS[name] for name in names}
+        self.memory = Memory(self.indexes, embedder=embedders, successors=successors, **options)
+        self.memory.track(Tag, text="meaning", metadata=("name",), index=names[0])
+        self.sessions = sessionmaker(shop.engine)
+        self.memory.attach(self.sessions)
+        self.memory.create_tables(shop.engine)
+
+    def say(self, **tags: str) -> None:
+        with self.sessions() as session:
+            for name, meaning in tags.items():
+                session.merge(Tag(name=name, meaning=meaning))
+            session.commit()
+
+    def search(self, query: str, **options: Any) -> Hits[Tag]:
+        with self.sessions() as session:
+            return self.memory.search(session, query, Tag, **options)
+
+    def asks(self, query: str = "something to drink") -> str:
+        """The index that a search asks, told by the distances of its hits: no two embedders give the same."""
+        [name] = embedded_by(self.search(query), query)
+        return name
+
+    def assert_in_step(self, *names: str) -> None:
+        self.memory.relay(self.engine).drain()
+        assert self.memory.verify(self.engine).clean
+        with self.sessions() as session:
+            expected = texts("tag", session.scalars(select(Tag)), lambda t: [t.name], lambda t: t.meaning)
+        for name in names:
+            assert_index_holds(self.indexes[name], EMBEDDERS[name], expected)
+
+
+def embedded_by(hits: Hits[Tag], query: str) -> set[str]:
+    """The embedders by which every distance is what it is."""
+    found = set()
+    for name, embedder in EMBEDDERS.items():
+        vectors = embedder.embed([query, *(hit.fact.meaning for hit in hits)])
+        distances = [cosine_distance(vectors[0], vector) for vector in vectors[1:]]
+        if all(abs(hit.distance - distance) < 1e-4 for hit, distance in zip(hits, distances, strict=True)):
+            found.add(name)
+    return found
+
+
+@pytest.fixture
+def shop(engine: Engine) -> Shop:
+    return Shop(engine)
+
+
+DRINKS = {"a": "green tea to drink", "b": "black coffee to drink", "c": "a chair to sit on", "d": "something warm"}
+
+
+# -- the move ----------------------------------------------------------------------------------------------------------
+
+
+def test_from_one_embedder_to_another(shop: Shop) -> None:
+    """Old, both, switched, back, switched again, new alone: each step finds everything, by one embedder."""
+    before = shop.before()
+    before.say(**DRINKS)
+    before.assert_in_step("memory")
+    assert before.asks() == "memory"
+
+    moving = shop.moving()
+    assert moving.asks() == "memory"
+    moving.say(e="water")
+    seen: list[tuple[int, int | None]] = []
+    assert moving.memory.reindex(shop.engine, progress=lambda done, total: seen.append((done, total))) == "memory_v2"
+    assert seen[-1] == (5, 5)
+    assert moving.asks() == "memory_v2"
+    assert {hit.fact.name for hit in moving.search("drink", limit=9)} == {*DRINKS, "e"}
+    moving.say(a="green tea, iced", f="juice")
+    moving.assert_in_step("memory", "memory_v2")
+    assert before.asks() == "memory", "who does not know of the successor goes on as before"
+
+    assert moving.memory.reindex_back(shop.engine, "memory") == "memory"
+    assert moving.asks() == "memory"
+    moving.memory.reindex(shop.engine, "memory")
+    assert moving.asks() == "memory_v2"
+
+    moving.memory.close()
+    after = shop.after()
+    assert after.asks() == "memory_v2"
+    after.say(g="milk")
+    after.assert_in_step("memory_v2")
+
+
+def test_the_switch_is_one_for_all_processes(shop: Shop) -> None:
+    """Another Memory, of another process, asks the successor from the same moment on."""
+    one, other = shop.moving(), shop.moving()
+    one.say(**DRINKS)
+    assert (one.asks(), other.asks()) == ("memory", "memory")
+    one.memory.reindex(shop.engine)
+    assert (one.asks(), other.asks()) == ("memory_v2", "memory_v2")
+
+
+def test_a_transaction_that_began_before_is_answered_by_the_old_index(shop: Shop) -> None:
+    """What it sees is of one moment, the switch included."""
+    if shop.engine.dialect.name != "postgresql":
+        pytest.skip("SQLite: an open reader would make the switch wait")
+    moving = shop.moving()
+    moving.say(**DRINKS)
+    with Session(shop.engine.execution_options(isolation_level="REPEATABLE READ")) as session:
+        session.scalars(select(Tag)).all()
+        moving.memory.reindex(shop.engine)
+        hits = moving.memory.search(session, "drink", Tag)
+        assert embedded_by(hits, "drink") == {"memory"}
+        assert {hit.fact.name for hit in hits} == set(DRINKS)
+    assert moving.asks() == "memory_v2"
+
+
+def test_no_search_mixes_embedders_while_rows_change(shop: Shop) -> None:
+    """A writer, a relay and searches at once, through the whole move: every answer is of one embedder, and current."""
+    moving = shop.moving()
+    moving.say(**{f"t{n}": f"item {n}" for n in range(200)})
+    stop, errors, asked = threading.Event(), list[BaseException](), set[str]()
+    turn = threading.Lock()
+
+    def guarded(work: Callable[[random.Random], None]) -> Callable[[], None]:
+        def run() -> None:
+            chance = random.Random(work.__name__)
+            try:
+                while not stop.is_set():
+                    work(chance)
+            except BaseException as error:
+                errors.append(error)
+
+        return run
+
+    def write(chance: random.Random) -> None:
+        with turn, moving.sessions() as session:
+            name = f"t{chance.randrange(250)}"
+            if chance.random() < 0.3:
+                session.execute(delete(Tag).where(Tag.name == name))
+            else:
+                session.merge(Tag(name=name, meaning=f"item {chance.randrange(1000)}"))
+            session.commit()
+        stop.wait(0.002)
+
+    def look(chance: random.Random) -> None:
+        query = f"item {chance.randrange(1000)}"
+        with turn, moving.sessions() as session:  # nobody writes between the search and what it is compared with
+            hits = moving.memory.search(session, query, Tag, limit=10)
+            by = embedded_by(hits, query)
+            assert by, "no embedder gives these distances"
+            asked.update(by if len(by) == 1 else ())
+            if hits.complete:
+                rows = session.scalars(select(Tag)).all()
+                assert any(nearest(rows, query, EMBEDDERS[name], 10) == distances(hits) for name in by)
+        stop.wait(0.001)
+
+    threads = [threading.Thread(target=guarded(work)) for work in (write, look)]
+    with moving.memory.relay(shop.engine):
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(3):
+                moving.memory.reindex(shop.engine, timeout=60)
+                wait_for(lambda: "memory_v2" in asked or bool(errors))
+                asked.clear()
+                moving.memory.reindex_back(shop.engine)
+                wait_for(lambda: "memory" in asked or bool(errors))
+                asked.clear()
+            moving.memory.reindex(shop.engine, timeout=60)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert not errors
+    moving.assert_in_step("memory", "memory_v2")
+    assert moving.asks("item 1") == "memory_v2"
+
+
+def nearest(rows: Any, query: str, embedder: HashEmbedder, limit: int) -> list[float]:
+    vectors = embedder.embed([query, *(row.meaning for row in rows)])
+    return sorted(round(cosine_distance(vectors[0], vector), 4) for vector in vectors[1:])[:limit]
+
+
+def distances(hits: Hits[Tag]) -> list[float]:
+    return [round(hit.distance, 4) for hit in hits]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    done = threading.Event()
+    for _ in range(6000):
+        if condition():
+            return
+        done.wait(0.01)
+    pytest.fail("did not happen within a minute")
+
+
+def test_it_goes_on_where_it_was_interrupted(shop: Shop) -> None:
+    """Stopped in the second page: searches go on with the old index, and the first page is not embedded again."""
+    moving = shop.moving()
+    with moving.sessions() as session:
+        session.execute(insert(Tag), [{"name": f"t{n}", "meaning": f"item {n}"} for n in range(2300)])
+        session.commit()
+    embedded: list[str] = []
+    embedder = HashEmbedder(48)
+
+    def embed(given: Any) -> Any:
+        if len(embedded) >= 2000 and not healed:
+            raise KeyboardInterrupt
+        embedded.extend(given)
+        return embedder.embed(given)
+
+    healed = False
+    broken = Memory(
+        moving.indexes,
+        embedder={"memory": EMBEDDERS["memory"], "memory_v2": Spied(embed)},
+        successors={"memory": "memory_v2"},
+    )
+    broken.track(Tag, text="meaning", metadata=("name",), index="memory")
+    with pytest.raises(KeyboardInterrupt):
+        broken.reindex(shop.engine)
+    assert moving.asks("item 1") == "memory"
+    healed = True
+    broken.reindex(shop.engine)
+    assert sorted(embedded) == sorted(f"item {n}" for n in range(2300))
+    assert moving.asks("item 1") == "memory_v2"
+    moving.assert_in_step("memory", "memory_v2")
+
+
+class Spied:
+    dimension = 48
+    fingerprint = "hash:48"
+
+    def __init__(self, embed: Callable[[Any], Any]) -> None:
+        self.embed = embed
+
+
+def test_strict_delivery_writes_both_each_with_its_embedder(shop: Shop) -> None:
+    """A commit brings both indexes to where it leaves its rows, before it is one."""
+    moving = shop.moving(delivery="strict")
+    moving.say(**DRINKS)
+    moving.memory.reindex(shop.engine)
+    moving.say(a="hot chocolate")
+    with moving.sessions() as session:
+        session.execute(delete(Tag).where(Tag.name == "b"))
+        session.commit()
+        expected = texts("tag", session.scalars(select(Tag)), lambda t: [t.name], lambda t: t.meaning)
+    for name, index in moving.indexes.items():
+        assert_index_holds(index, EMBEDDERS[name], expected)
+
+
+def test_wait_waits_for_both(shop: Shop) -> None:
+    """What is waited for is found whichever index is asked."""
+    moving = shop.moving()
+    with moving.memory.relay(shop.engine), moving.sessions() as session:
+        session.add(Tag(name="a", meaning="tea"))
+        session.commit()
+        moving.memory.wait(session, 60)
+    for index in moving.indexes.values():
+        assert [entry.id for entry in index.scan(None, 10)] == ['tag["a"]']
+
+
+def test_erase_forgets_the_vectors_of_both_embedders(shop: Shop) -> None:
+    """Also those that are kept for the day on which the text is said again."""
+    moving = shop.moving()
+    moving.say(a="my secret", b="tea")
+    moving.memory.relay(shop.engine).drain()
+    moving.memory.reindex(shop.engine)
+
+    def kept() -> int:
+        with shop.engine.connect() as connection:
+            return connection.scalar(select(func.count()).select_from(embedding)) or 0
+
+    assert kept() == 4
+    with moving.sessions() as session:
+        moving.memory.erase(session, Tag, "a", "asked for")
+        session.commit()
+    assert kept() == 2
+    moving.assert_in_step("memory", "memory_v2")
+
+
+# -- what stands in its way --------------------------------------------------------------------------------------------
+
+
+class Picky(InMemoryIndex):
+    """Refuses what mentions tea."""
+
+    def upsert(self, points: Any) -> None:
+        for point in points:
+            if point.id == 'tag["a"]':
+                raise DeliveryRejected("no tea")
+        super().upsert(points)
+
+
+def test_a_successor_that_refuses_facts_takes_no_place(shop: Shop) -> None:
+    """Nobody would find them any more; who gives them up, may switch."""
+    shop.indexes["memory_v2"] = Picky()
+    moving = shop.moving()
+    moving.say(**DRINKS)
+    with pytest.raises(DeliveryError, match="'memory_v2' refused 1 facts that 'memory' has"):
+        moving.memory.reindex(shop.engine)
+    assert moving.asks() == "memory"
+    policy = RetryPolicy(max_attempts=1)
+    moving.say(a="tea, again")
+    relay = moving.memory.relay(shop.engine, policy=policy)
+    relay.drain()
+    assert [(letter.index, letter.key) for letter in relay.dead()] == [("memory_v2", '["a"]')]
+    with pytest.raises(DeliveryError, match="refused 1 facts"):
+        moving.memory.reindex(shop.engine)
+    relay.drop_dead("memory_v2")
+    moving.memory.reindex(shop.engine)
+    assert moving.asks() == "memory_v2"
+
+
+def test_a_successor_that_is_not_filled_in_time_takes_no_place(shop: Shop) -> None:
+    moving = shop.moving()
+    moving.say(**DRINKS)
+    moving.memory.relay(shop.engine).drain()
+    moving.memory.relay(shop.engine).pause("memory_v2")
+    moving.say(e="milk")
+    with pytest.raises(DeliveryError, match="not drained within"):
+        moving.memory.reindex(shop.engine, timeout=0.2)
+    assert moving.asks() == "memory"
+    assert {hit.fact.name for hit in moving.search("drink", limit=9)} == {*DRINKS, "e"}
+
+
+def test_what_it_asks_for(shop: Shop) -> None:
+    """Clear errors for what cannot be."""
+    indexes = {"a": InMemoryIndex(), "b": InMemoryIndex(), "c": InMemoryIndex()}
+    one = HashEmbedder()
+    with pytest.raises(MemstateError, match=r"give one for each index: a, b, c"):
+        Memory(indexes, embedder={"a": one})
+    with pytest.raises(MemstateError, match=r"embedder='a': give an Embedder"):
+        Memory(indexes, embedder="a")  # type: ignore[arg-type]
+    with pytest.raises(MemstateError, match=r"embedder=3: give an Embedder"):
+        Memory(indexes, embedder={"a": one, "b": 3, "c": one})  # type: ignore[dict-item]
+    with pytest.raises(MemstateError, match=r"has no index 'x'"):
+        Memory(indexes, embedder=one, successors={"a": "x"})
+    for circle in ({"a": "a"}, {"a": "b", "b": "a"}, {"a": "b", "b": "c", "c": "a"}, {"a": "b", "b": "c", "c": "b"}):
+        with pytest.raises(MemstateError, match="would be its own successor"):
+            Memory(indexes, embedder=one, successors=circle)
+    two = Memory(indexes, embedder=one, successors={"a": "b", "b": "c"})
+    two.track(Tag, text="meaning", index="a")
+    with pytest.raises(MemstateError, match="which index is to be replaced"):
+        two.reindex(shop.engine)
+    with pytest.raises(MemstateError, match="index='c': which index is to be replaced"):
+        two.reindex(shop.engine, "c")
+    assert two._registry.of(Tag).indexes == ("a", "b", "c")
+
+
+def test_one_successor_after_another(shop: Shop) -> None:
+    """A chain: each switch moves the searches of the first one further."""
+    indexes = {name: InMemoryIndex() for name in "abc"}
+    memory = Memory(indexes, embedder=HashEmbedder(), successors={"a": "b", "b": "c"})
+    memory.track(Tag, text="meaning")
+    memory.create_tables(shop.engine)
+    sessions = sessionmaker(shop.engine)
+    memory.attach(sessions)
+    tracked = memory._registry.of(Tag)
+    with sessions() as session:
+        assert memory._searched(session, tracked, None) == "a"
+        session.rollback()
+        memory.reindex(shop.engine, "b")
+        assert memory._searched(session, tracked, None) == "a"
+        session.rollback()
+        memory.reindex(shop.engine, "a")
+        assert [memory._searched(session, tracked, name) for name in (None, *"abc")] == ["c"] * 4
+
+
+# -- the old one -------------------------------------------------------------------------------------------------------
+
+
+def test_forgetting_the_old_index(shop: Shop) -> None:
+    """Not while a Memory has it, or a relay delivers to it; then nothing is left, and the outbox waits no longer."""
+    before, moving = shop.before(), shop.moving()
+    moving.say(**DRINKS)
+    moving.memory.reindex(shop.engine)
+    moving.memory.relay(shop.engine).drain()
+    after = shop.after()
+    after.say(e="milk")
+    after.memory.relay(shop.engine).drain()
+    with pytest.raises(MemstateError, match="this Memory has the index 'memory'"):
+        moving.memory.forget_index(shop.engine, "memory")
+    with pytest.raises(NotFound, match="'memori'"):
+        after.memory.forget_index(shop.engine, "memori")
+    relay = before.memory.relay(shop.engine)
+    relay.run_once()
+    with pytest.raises(MemstateError, match="a relay delivers to index 'memory'"):
+        after.memory.forget_index(shop.engine, "memory")
+    relay.stop()
+    after.memory.forget_index(shop.engine, "memory")
+    with shop.engine.connect() as connection:
+        for table in (index_state, cursor, refill, parked, ledger, holder):
+            assert "memory" not in set(connection.scalars(select(table.c.index)))
+        assert connection.execute(select(successor)).all() == []
+    assert after.asks() == "memory_v2"
+    after.assert_in_step("memory_v2")
