@@ -446,10 +446,10 @@ def _processes(arguments: Sequence[str], environment: Mapping[str, str], count: 
     command = [sys.executable, "-m", "memstate_sa.cli", *arguments]
     started: list[subprocess.Popen[bytes]] = []
     try:
-        for _ in range(count):
-            started.append(
-                subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)  # noqa: S603
-            )
+        started.extend(
+            subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)  # noqa: S603
+            for _ in range(count)
+        )
         yield lambda: any(process.poll() is None for process in started)
     finally:
         for process in started:
@@ -474,7 +474,7 @@ def reindex(
         str | None, typer.Argument(help="The index to be replaced. Default: the only one that has a successor.")
     ] = None,
     back: Annotated[bool, typer.Option("--back", help="Have searches ask the old index again.")] = False,
-    timeout: Annotated[float | None, typer.Option(help="Seconds that it may take. Default: as long as it does.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds that it may take. Default: no limit.")] = None,
 ) -> None:
     r"""Fill another index beside the old one, with another embedder or not, then have searches ask it, all at once.
 

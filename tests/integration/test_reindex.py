@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +26,7 @@ from tests.support import Base, Tag, assert_index_holds, texts
 
 pytestmark = pytest.mark.sa20
 
+KILLS = int(os.environ.get("MEMSTATE_KILLS", "5"))
 EMBEDDERS = {"memory": HashEmbedder(64), "memory_v2": HashEmbedder(48)}
 
 
@@ -163,6 +169,7 @@ def test_no_search_mixes_embedders_while_rows_change(shop: Shop) -> None:
     """A writer, a relay and searches at once, through the whole move: every answer is of one embedder, and current."""
     moving = shop.moving()
     moving.say(**{f"t{n}": f"item {n}" for n in range(200)})
+    shop.before().assert_in_step("memory")
     stop, errors, asked = threading.Event(), list[BaseException](), set[str]()
     turn = threading.Lock()
 
@@ -190,13 +197,8 @@ def test_no_search_mixes_embedders_while_rows_change(shop: Shop) -> None:
     def look(chance: random.Random) -> None:
         query = f"item {chance.randrange(1000)}"
         with turn, moving.sessions() as session:  # nobody writes between the search and what it is compared with
-            hits = moving.memory.search(session, query, Tag, limit=10)
-            by = embedded_by(hits, query)
-            assert by, "no embedder gives these distances"
+            by = assert_is_of_one_embedder(moving.memory, session, query)
             asked.update(by if len(by) == 1 else ())
-            if hits.complete:
-                rows = session.scalars(select(Tag)).all()
-                assert any(nearest(rows, query, EMBEDDERS[name], 10) == distances(hits) for name in by)
         stop.wait(0.001)
 
     threads = [threading.Thread(target=guarded(work)) for work in (write, look)]
@@ -221,6 +223,17 @@ def test_no_search_mixes_embedders_while_rows_change(shop: Shop) -> None:
     assert moving.asks("item 1") == "memory_v2"
 
 
+def assert_is_of_one_embedder(memory: Memory, session: Session, query: str) -> set[str]:
+    """A search says what brute force does, by one embedder; which (several, where they agree)."""
+    hits = memory.search(session, query, Tag, limit=10)
+    by = embedded_by(hits, query)
+    assert by, "no embedder gives these distances"
+    rows = session.scalars(select(Tag)).all()
+    assert any(nearest(rows, query, EMBEDDERS[name], 10) == distances(hits) for name in by)
+    assert hits.complete
+    return by
+
+
 def nearest(rows: Any, query: str, embedder: HashEmbedder, limit: int) -> list[float]:
     vectors = embedder.embed([query, *(row.meaning for row in rows)])
     return sorted(round(cosine_distance(vectors[0], vector), 4) for vector in vectors[1:])[:limit]
@@ -228,6 +241,36 @@ def nearest(rows: Any, query: str, embedder: HashEmbedder, limit: int) -> list[f
 
 def distances(hits: Hits[Tag]) -> list[float]:
     return [round(hit.distance, 4) for hit in hits]
+
+
+@pytest.mark.timeout(300)
+def test_killed_again_and_again(tmp_path: Path, engine: Engine) -> None:
+    """SIGKILL while it is filled, switched and switched back, under writes: no answer is mixed, and it ends clean."""
+    pytest.importorskip("chromadb")
+    from tests.integration import reindex_child
+
+    url = engine.url.render_as_string(hide_password=False)
+    Shop(engine).before().say(**{f"t{n}": f"item {n}" for n in range(2500)})
+    chance = random.Random(7)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([reindex_child.__name__])
+    for kill in range(KILLS):
+        receiver, sender = processes.Pipe(duplex=False)
+        child = processes.Process(target=reindex_child.run, args=(tmp_path, url, kill, sender))
+        child.start()
+        sender.close()
+        try:
+            assert receiver.recv() == "ready"
+        except EOFError:
+            pytest.fail(f"run {kill} found something wrong, or did not start")
+        time.sleep(chance.uniform(0.2, 2.0))
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL, "it ended by itself"
+    last = processes.Process(target=reindex_child.check, args=(tmp_path, url))
+    last.start()
+    last.join()
+    assert last.exitcode == 0
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
