@@ -29,7 +29,7 @@ from sqlalchemy.sql.dml import UpdateBase
 
 from memstate_sa import outbox, sqlite, tables, triggers
 from memstate_sa.arrays import as_array
-from memstate_sa.changes import Entry, Op, fold, new_tx
+from memstate_sa.changes import Entry, Image, Op, fold, new_tx
 from memstate_sa.codec import decode_key
 from memstate_sa.columns import RAW, READ_CHUNK, TableColumns, batches
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
@@ -433,16 +433,31 @@ class Capture:
             for key in unknown:
                 if key not in images and _form(by_key[key]) in forms:
                     canonical[by_key[key]] = forms[_form(by_key[key])]
-        # Whoever held these rows while we waited for the lock may have logged them meanwhile.
-        unknown = self._unknown(connection, tracked, images)
-        return [Entry(tracked.entity, key, "baseline", images[key]) for key in unknown]
+        return self._of_unknown(connection, tracked, images)
 
-    def log_baselines(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> int:
-        """Log, and mark dirty, those rows of *keys* that the log has not seen, outside of any Session; how many."""
-        unit = Unit()
-        entries = self.baselines(connection, unit, tracked, [decode_key(key) for key in keys])
+    def _of_unknown(self, connection: Connection, tracked: Tracked, images: Mapping[str, Image]) -> list[Entry]:
+        """Whoever held these rows while we waited for the lock may have logged them meanwhile."""
+        return [
+            Entry(tracked.entity, key, "baseline", images[key]) for key in self._unknown(connection, tracked, images)
+        ]
+
+    def log_baselines(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> tuple[int, int]:
+        """Log, and mark dirty, those rows of *keys* that the log has not seen, outside of any Session.
+
+        Returns how many they were, and how many of *keys*, in their order, are done with: at least one. It waits for
+        the first row alone, and passes by others that are locked: who has locked one may wait for another that is
+        locked here.
+        """
+        unit, columns = Unit(), tracked.on(connection.dialect)
+        take_write_lock(connection)
+        unknown = set(self._unknown(connection, tracked, keys))
+        first, others = ([decode_key(key) for key in some if key in unknown] for some in (keys[:1], keys[1:]))
+        images = columns.read(connection, first, for_update=True)
+        images |= columns.read(connection, others, for_update=True, skip_locked=True)
+        entries = self._of_unknown(connection, tracked, images)
         self.write(connection, unit, entries, deliver_baselines=True)
-        return len(entries)
+        left = (n for n, key in enumerate(keys) if n and key in unknown and key not in images)
+        return len(entries), next(left, len(keys))
 
     def _unknown(self, connection: Connection, tracked: Tracked, keys: Collection[str]) -> Sequence[str]:
         return connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array(keys)}).all()

@@ -201,12 +201,21 @@ class TableColumns:
     # -- rows ------------------------------------------------------------------------------------------------------
 
     def read(
-        self, connection: Connection, keys: Sequence[Sequence[Any]], *, for_update: bool = False
+        self,
+        connection: Connection,
+        keys: Sequence[Sequence[Any]],
+        *,
+        for_update: bool = False,
+        skip_locked: bool = False,
     ) -> dict[str, dict[str, Any]]:
-        """The images of the rows with these (driver-level) *keys*, by canonical key; absent rows are left out."""
+        """The images of the rows with these (driver-level) *keys*, by canonical key; absent rows are left out.
+
+        *skip_locked*: so are, with *for_update*, those that another transaction holds.
+        """
         statement = self._rows_by_key
         if for_update:  # in key order, so that two sessions cannot wait for each other
-            statement = statement.order_by(*self.table.primary_key.columns).with_for_update(key_share=True)
+            statement = statement.order_by(*self.table.primary_key.columns)
+            statement = statement.with_for_update(key_share=True, skip_locked=skip_locked)
         images: dict[str, dict[str, Any]] = {}
         for some in batches(keys):
             rows = connection.execute(statement, self.key_parameters(some)).all()  # iterated, it is a fetch a row
@@ -322,9 +331,14 @@ class JoinedColumns(TableColumns):
         return self._of_table
 
     def read(
-        self, connection: Connection, keys: Sequence[Sequence[Any]], *, for_update: bool = False
+        self,
+        connection: Connection,
+        keys: Sequence[Sequence[Any]],
+        *,
+        for_update: bool = False,
+        skip_locked: bool = False,
     ) -> dict[str, dict[str, Any]]:
-        images = super().read(connection, keys, for_update=for_update)
+        images = super().read(connection, keys, for_update=for_update, skip_locked=skip_locked)
         keys = [decode_key(key) for key in images]
         for prefix, table in self._prefixes.items():
             parts = self._of_table[table].read(connection, keys) if keys else {}
