@@ -115,6 +115,9 @@ def _scalar(value: Any) -> Scalar:
     return str(value)
 
 
+TRACKED = "memstate_sa"
+"""The key of a Table's ``info``: a mapped class and its version, by entity."""
+
 Upgrade = Callable[[dict[str, Any]], Mapping[str, Any]]
 UniqueValues = Callable[[Mapping[str, Any]], Sequence[Any] | None]
 
@@ -170,6 +173,11 @@ class Tracked:
         check_tables(mapper)
         if self.by_trigger:
             check_trigger_table(mapper, self.table)
+
+    def tell_alembic(self) -> None:
+        """Leave in the table's ``info`` what autogenerate makes triggers from. See `triggers.captured_in`."""
+        if self.by_trigger:
+            self.table.info.setdefault(TRACKED, {})[self.entity] = (self.model, self.version)
 
     @property
     def expiry(self) -> tuple[str, ...]:

@@ -80,10 +80,18 @@ class UTCDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+class _Jsonb(JSONB):
+    # On SQLite, Alembic prints PostgreSQL's variant as its repr has it, in which Text() is of no module.
+    __module__ = JSONB.__module__
+
+    def __repr__(self) -> str:
+        return f"JSONB(none_as_null={self.none_as_null})"
+
+
 # SQLite has AUTOINCREMENT for INTEGER alone. Without it the id of a deleted last row is given out again, below the
 # relay's cursor, and that change is never delivered.
 _Id = BigInteger().with_variant(Integer(), "sqlite")
-_Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+_Json = JSON(none_as_null=True).with_variant(_Jsonb(none_as_null=True), "postgresql")
 _Name = String(128)
 _Digest = String(32)
 

@@ -8,10 +8,11 @@ write is a transaction of its own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
-from sqlalchemy import Column, Table, bindparam, delete, func, insert, inspect, select, text, true
+from sqlalchemy import Column, ColumnElement, Table, bindparam, delete, func, insert, inspect, select, text, true
 from sqlalchemy import types as sqltypes
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.engine import Connection, Dialect
@@ -21,7 +22,7 @@ from memstate_sa.arrays import as_array, each
 from memstate_sa.codec import to_json
 from memstate_sa.columns import TableColumns
 from memstate_sa.errors import MemstateError
-from memstate_sa.facts import Tracked
+from memstate_sa.facts import TRACKED, inheritance_criterion
 from memstate_sa.positions import SLOTS
 from memstate_sa.tables import current, log
 
@@ -78,6 +79,62 @@ def have_logged(connection: Connection, tx: str) -> bool:
 
 
 _SKIP = "skip {}"
+
+
+# -- what is captured --------------------------------------------------------------------------------------------------
+
+
+class Captured(Protocol):
+    """What the triggers of a table are made from: a tracked class has it, and a migration says it."""
+
+    @property
+    def table(self) -> Table: ...
+    @property
+    def entity(self) -> str: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def criterion(self) -> ColumnElement[bool] | None: ...
+
+
+Only = tuple[str, Sequence[Any]]
+"""A column, and the values of it (as the driver gives them) that rows of single-table inheritance have."""
+
+
+class Capture(NamedTuple):
+    """`Captured`, by its parts."""
+
+    table: Table
+    entity: str
+    version: int = 1
+    criterion: ColumnElement[bool] | None = None
+
+    @classmethod
+    def restricted(cls, table: Table, entity: str, version: int, only: Only | None) -> Capture:
+        criterion = None if only is None else table.columns[only[0]].in_(only[1])
+        return cls(table, entity, version, criterion)
+
+
+def captured_in(table: Table) -> dict[str, Capture]:
+    """What `Memory.track` has asked to be captured of *table*, by entity."""
+    return {
+        entity: Capture(table, entity, version, inheritance_criterion(inspect(model)))
+        for entity, (model, version) in table.info.get(TRACKED, {}).items()
+    }
+
+
+def only(captured: Captured, dialect: Dialect) -> Only | None:
+    """The criterion as data."""
+    if captured.criterion is None:
+        return None
+    column, values = captured.criterion.left, captured.criterion.right.value
+    if not isinstance(column, Column):
+        raise MemstateError(
+            f"the rows of {captured.entity} in {captured.table.fullname} are told by an expression, which a trigger "
+            "cannot have: map polymorphic_on to a column"
+        )
+    bind = column.type.dialect_impl(dialect).bind_processor(dialect)
+    return str(column.name), list(values if bind is None else map(bind, values))
 
 
 # -- a row as JSON, in SQL ---------------------------------------------------------------------------------------------
@@ -184,18 +241,30 @@ class _Source(NamedTuple):
 class _Writer:
     """Writes the SQL of one table's triggers."""
 
-    def __init__(self, tracked: Tracked, dialect: Dialect) -> None:
-        self.tracked = tracked
+    def __init__(self, captured: Captured, dialect: Dialect) -> None:
+        self.captured = captured
         self.dialect = dialect
-        self.entity = _quoted(tracked.entity)
-        self.keys = list(tracked.table.primary_key.columns)
-        self._columns = tracked.on(dialect)
+        self.entity = _quoted(captured.entity)
+        self.keys = list(captured.table.primary_key.columns)
+        self._columns = TableColumns(captured.table, dialect)
+        said = {"entity": captured.entity, "version": captured.version, "only": only(captured, dialect)}
+        # For whoever replaces the triggers by others, and wants to be able to have these again.
+        self.header = f"{_HEADER}{json.dumps(said)}\n"
         for column in self.keys:
             self._require_key(column)
 
+    @property
+    def table(self) -> str:
+        return _as_sent(self.dialect.identifier_preparer.format_table(self.captured.table), self.dialect)
+
+    def name(self, *moment: str) -> str:
+        """Of the trigger of this *moment*."""
+        digest = hashlib.sha256(f"{self.captured.table.fullname} {self.captured.entity}".encode()).hexdigest()
+        return f"memstate_{'_'.join(moment)}_{digest[:16]}"
+
     def quote(self, name: str) -> str:
-        """*name* as an identifier. It is sent without parameters, so a percent sign is one."""
-        return self.dialect.identifier_preparer.quote(name).replace("%%", "%")
+        """*name* as an identifier."""
+        return _as_sent(self.dialect.identifier_preparer.quote(name), self.dialect)
 
     def row(self, alias: str, *, old: bool = False) -> _Source:
         """What is logged of the row *alias*; *old*: of a transition table, which has no virtual columns."""
@@ -203,14 +272,14 @@ class _Writer:
         key = " || ',' || ".join(f"coalesce({self._json(name, column)}, 'null')" for column in self.keys)
         fields = " || ',' || ".join(
             f"{_quoted(to_json(column.name) + ':')} || coalesce({self._json(name, column)}, 'null')"
-            for column in self.tracked.table.columns
+            for column in self.captured.table.columns
             if not (old and column.computed is not None and not column.computed.persisted)
         )
         criterion = "true" if self.dialect.name == "postgresql" else "1"
-        if self.tracked.criterion is not None:
-            adapted = ClauseAdapter(self.tracked.table.alias(alias)).traverse(self.tracked.criterion)
+        if self.captured.criterion is not None:
+            adapted = ClauseAdapter(self.captured.table.alias(alias)).traverse(self.captured.criterion)
             compiled = adapted.compile(dialect=self.dialect, compile_kwargs={"literal_binds": True})
-            criterion = str(compiled).replace("%%", "%")
+            criterion = _as_sent(str(compiled), self.dialect)
         return _Source(f"'[' || {key} || ']'", f"'{{' || {fields} || '}}'", criterion)
 
     def _json(self, alias: str, column: Column[Any]) -> str:
@@ -238,6 +307,11 @@ class _Writer:
             )
 
 
+def _as_sent(compiled: str, dialect: Dialect) -> str:
+    """SQL that goes without parameters, so that a percent sign is one."""
+    return compiled.replace("%%", "%") if dialect.name == "postgresql" else compiled
+
+
 def _quoted(value: str) -> str:
     return "'" + value.replace("'", "''") + "'"
 
@@ -253,30 +327,73 @@ class Trigger(NamedTuple):
     statements: tuple[str, ...]
 
 
-def triggers(connection: Connection, tracked: Tracked) -> list[Trigger]:
-    """What captures *tracked*. Raises MemstateError for what triggers cannot log, and when there is no table."""
-    writer = _Writer(tracked, connection.dialect)
-    if not inspect(connection).has_table(tracked.table.name, schema=tracked.table.schema):
-        raise MemstateError(f"table {tracked.table.fullname} is not there yet: create it before its triggers")
+def triggers(connection: Connection, captured: Captured) -> list[Trigger]:
+    """What captures *captured*. Raises MemstateError for what triggers cannot log, and when there is no table."""
+    writer, table = _Writer(captured, connection.dialect), captured.table
+    if not inspect(connection).has_table(table.name, schema=table.schema):
+        raise MemstateError(f"table {table.fullname} is not there yet: create it before its triggers")
     if connection.dialect.name == "sqlite":
         return list(_on_sqlite(writer))
-    table = connection.dialect.identifier_preparer.format_table(tracked.table).replace("%%", "%")
-    places = [connection.execute(_place, {"name": name}).one_or_none() for name in (table, log.name)]
+    places = [connection.execute(_place, {"name": name}).one_or_none() for name in (writer.table, log.name)]
     if None in places:
         raise MemstateError("the tables of memstate_sa are not there yet: create them before the triggers")
     (schema, kind), (ours, _) = places  # type: ignore[misc]
     if kind == "p":
-        raise MemstateError(f"{tracked.table.fullname} is partitioned: its triggers would not see writes to partitions")
-    return list(_on_postgresql(writer, f"{schema}.{writer.quote(tracked.table.name)}", ours))
+        raise MemstateError(f"{table.fullname} is partitioned: its triggers would not see writes to partitions")
+    return list(_on_postgresql(writer, schema, ours))
 
 
-_place = text(
-    "SELECT quote_ident(n.nspname), c.relkind FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace "
-    "WHERE c.oid = to_regclass(:name)"
-)
-
-_FUNCTION = """
+_PLACE = "FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = to_regclass({})"
+_place = text(f"SELECT quote_ident(n.nspname), c.relkind {_PLACE.format(':name')}")
+_ITS_SCHEMA, _OUR_SCHEMA = "@its schema@", "@our schema@"
+_OFFLINE = """DO $memstate_do$
 DECLARE
+  its text;
+  ours text;
+  kind "char";
+BEGIN
+  SELECT quote_ident(n.nspname), c.relkind INTO its, kind {its_place};
+  SELECT quote_ident(n.nspname) INTO ours {our_place};
+  IF its IS NULL OR ours IS NULL OR kind = 'p' THEN
+    RAISE EXCEPTION USING MESSAGE = 'is it there, and not partitioned, and are the tables of memstate_sa? ' || {table};
+  END IF;
+{statements}
+END
+$memstate_do$"""
+
+
+def creating(captured: Captured, dialect: Dialect) -> list[str]:
+    """Statements that create the triggers of *captured* where nobody can be asked for the schemas of the tables."""
+    writer = _Writer(captured, dialect)
+    if dialect.name == "sqlite":
+        return [statement for trigger in _on_sqlite(writer) for statement in trigger.statements]
+    made = _on_postgresql(writer, _ITS_SCHEMA, _OUR_SCHEMA)
+    statements = "\n".join(
+        f"  EXECUTE replace(replace($memstate_sql${statement}$memstate_sql$, '{_ITS_SCHEMA}', its), "
+        f"'{_OUR_SCHEMA}', ours);"
+        for trigger in made
+        for statement in trigger.statements
+    )
+    table = _quoted(writer.table)
+    places = {"its_place": _PLACE.format(table), "our_place": _PLACE.format(_quoted(log.name)), "table": table}
+    return [_OFFLINE.format(statements=statements, **places)]
+
+
+def dropping(captured: Captured, dialect: Dialect) -> list[str]:
+    """Statements that drop the triggers of *captured*, and their functions, as far as they are there."""
+    writer = _Writer(captured, dialect)
+    if dialect.name == "sqlite":
+        return [f"DROP TRIGGER IF EXISTS {writer.name(*moment)}" for moment in _ON_SQLITE]
+    names = [writer.name(event) for event in _ON_POSTGRESQL]
+    triggers = [f"DROP TRIGGER IF EXISTS {name} ON {writer.table}" for name in names]
+    return triggers + [f"DROP FUNCTION IF EXISTS {name}()" for name in names]
+
+
+_HEADER = "-- memstate_sa "
+_ON_POSTGRESQL = ("insert", "update", "delete", "truncate")
+_ON_SQLITE = (("before", "insert"), ("after", "insert"), ("after", "update"), ("after", "delete"))
+_FUNCTION = """
+{header}DECLARE
   its_tx text := coalesce(
     nullif(current_setting('memstate.tx', true), ''),
     -- Of another program: one for each of its transactions, in the form of ours.
@@ -332,8 +449,12 @@ _ALONE = """
 _NO_ROWS = "SELECT NULL::text AS key, NULL::text AS image, 0::bigint AS n WHERE false"
 
 
-def _on_postgresql(writer: _Writer, table: str, ours: str) -> Iterator[Trigger]:
-    """Once a statement, of all its rows. On TRUNCATE before it, as there are no rows after."""
+def _on_postgresql(writer: _Writer, its: str, ours: str) -> Iterator[Trigger]:
+    """Once a statement, of all its rows. On TRUNCATE before it, as there are no rows after.
+
+    *its* and *ours* are schemas: of the table, and of memstate_sa's.
+    """
+    table = f"{its}.{writer.quote(writer.captured.table.name)}"
     shown, now = writer.row("r", old=True), writer.row("t")
     names = [writer.quote(column.name) for column in writer.keys]
     numbered = "SELECT {0} AS key, {1} AS image, {2} AS ours, row_number() OVER () AS n FROM {3} AS r"
@@ -356,7 +477,7 @@ def _on_postgresql(writer: _Writer, table: str, ours: str) -> Iterator[Trigger]:
         )
 
     def body(touched: str, *, old: str = _NO_ROWS, new: str = _NO_ROWS, now: str = _NO_ROWS) -> str:
-        given = {"ours": ours, "entity": writer.entity, "now": now, "slots": SLOTS, "version": writer.tracked.version}
+        given = {"ours": ours, "entity": writer.entity, "now": now, "slots": SLOTS, "version": writer.captured.version}
         baselines = "" if old is _NO_ROWS else _BASELINES.format(old=old, new=new, **given)
         return baselines + _CHANGES.format(touched=touched, **given)
 
@@ -376,9 +497,9 @@ def _on_postgresql(writer: _Writer, table: str, ours: str) -> Iterator[Trigger]:
         "delete": "REFERENCING OLD TABLE AS old_rows ",
         "truncate": "",
     }
-    for event, lines in bodies.items():
-        name = f"memstate_{event}_{_digest(writer.tracked)}"
-        source = _FUNCTION.format(body=lines)
+    for event in _ON_POSTGRESQL:
+        name = writer.name(event)
+        source = _FUNCTION.format(header=writer.header, body=bodies[event])
         # As its owner: who may write the table, need not be allowed to write the log. So it looks for nothing in a
         # schema where somebody else may have put something.
         create_function = (
@@ -405,8 +526,7 @@ _INSERT = "INSERT INTO memstate_log (tx, at, version, step, entity, key, op, ima
 
 def _on_sqlite(writer: _Writer) -> Iterator[Trigger]:
     """Once a row. What it has become is read from the table: triggers of the application may have changed it."""
-    tracked, quote, entity = writer.tracked, writer.quote, writer.entity
-    table = writer.dialect.identifier_preparer.format_table(tracked.table)
+    captured, quote, entity, table = writer.captured, writer.quote, writer.entity, writer.table
     row = writer.row("r")
 
     def same(alias: str) -> str:
@@ -424,7 +544,7 @@ def _on_sqlite(writer: _Writer) -> Iterator[Trigger]:
         """What a row was, if the log has not seen it."""
         unknown = f"NOT EXISTS (SELECT 1 FROM memstate_log WHERE entity = {entity} AND key = {of.key})"
         return (
-            f"{_INSERT} SELECT {_TX}, {_NOW}, {tracked.version}, 0, {entity}, {of.key}, 'baseline', {of.image} "
+            f"{_INSERT} SELECT {_TX}, {_NOW}, {captured.version}, 0, {entity}, {of.key}, 'baseline', {of.image} "
             f"{source} {of.criterion} AND {unknown} AND {logs(of.key)};\n"
         )
 
@@ -434,7 +554,7 @@ def _on_sqlite(writer: _Writer) -> Iterator[Trigger]:
         there = f"FROM {table} AS r WHERE {same(alias)} AND {row.key} = {key} AND {row.criterion}"
         op = f"CASE WHEN coalesce({last('op', key)}, 'delete') = 'delete' THEN 'insert' ELSE 'update' END"
         differs = f"({op} = 'insert' OR {last('image', key)} IS NOT {row.image})"
-        entry = f"{_INSERT} SELECT {_TX}, {_NOW}, {tracked.version}, {_STEP}, {entity}, {key}"
+        entry = f"{_INSERT} SELECT {_TX}, {_NOW}, {captured.version}, {_STEP}, {entity}, {key}"
         return (
             f"{entry}, {op}, {row.image} {there} AND {differs} AND {logs(key)} AND {when};\n"
             f"{entry}, 'delete', NULL WHERE {last('op', key)} <> 'delete' AND NOT EXISTS (SELECT 1 {there}) "
@@ -447,27 +567,27 @@ def _on_sqlite(writer: _Writer) -> Iterator[Trigger]:
 
     old = writer.row("OLD")
     # As it is stored: the collation of a column may take different values for the same.
-    differs = [f"OLD.{quote(c.name)} IS NOT NEW.{quote(c.name)} COLLATE BINARY" for c in tracked.table.columns]
+    differs = [f"OLD.{quote(c.name)} IS NOT NEW.{quote(c.name)} COLLATE BINARY" for c in captured.table.columns]
     moved = " OR ".join(f"OLD.{quote(c.name)} IS NOT NEW.{quote(c.name)} COLLATE BINARY" for c in writer.keys)
     bodies = {
         # REPLACE deletes rows without a word, unless recursive_triggers is on.
-        ("BEFORE", "INSERT"): ("", baseline(row, f"FROM {table} AS r WHERE {same('NEW')} AND")),
-        ("AFTER", "INSERT"): ("", settle("NEW")),
-        ("AFTER", "UPDATE"): (
+        ("before", "insert"): ("", baseline(row, f"FROM {table} AS r WHERE {same('NEW')} AND")),
+        ("after", "insert"): ("", settle("NEW")),
+        ("after", "update"): (
             f"WHEN {' OR '.join(differs)} ",
             baseline(old, "WHERE") + settle("OLD", f"({moved})") + settle("NEW"),
         ),
-        ("AFTER", "DELETE"): ("", baseline(old, "WHERE") + settle("OLD")),
+        ("after", "delete"): ("", baseline(old, "WHERE") + settle("OLD")),
     }
-    for (when, event), (condition, body) in bodies.items():
-        name = f"memstate_{when.lower()}_{event.lower()}_{_digest(tracked)}"
-        source = f"CREATE TRIGGER {name} {when} {event} ON {table} FOR EACH ROW {condition}BEGIN\n{body}END"
+    for moment in _ON_SQLITE:
+        name, when, (condition, body) = writer.name(*moment), " ".join(moment).upper(), bodies[moment]
+        source = f"CREATE TRIGGER {name} {when} ON {table} FOR EACH ROW {condition}BEGIN\n{writer.header}{body}END"
         yield Trigger(name, source, (f"DROP TRIGGER IF EXISTS {name}", source))
 
 
-def install(connection: Connection, tracked: Tracked) -> None:
-    """Create the triggers of *tracked*, or replace those that are not as they should be."""
-    replace(connection, tracked.table, triggers(connection, tracked))
+def install(connection: Connection, captured: Captured) -> None:
+    """Create the triggers of *captured*, or replace those that are not as they should be."""
+    replace(connection, captured.table, triggers(connection, captured))
 
 
 def replace(connection: Connection, table: Table, wanted: Sequence[Trigger]) -> None:
@@ -475,14 +595,24 @@ def replace(connection: Connection, table: Table, wanted: Sequence[Trigger]) -> 
     there = installed(connection, table)
     for trigger in wanted:
         if there.get(trigger.name) != trigger.source:
-            for statement in trigger.statements:
-                connection.exec_driver_sql(statement, execution_options={"no_parameters": True})  # it may hold a %
+            run(connection, trigger.statements)
+
+
+def run(connection: Connection, statements: Iterable[str]) -> None:
+    for statement in statements:
+        connection.exec_driver_sql(statement, execution_options={"no_parameters": True})  # it may hold a %
+
+
+def header(source: str) -> Mapping[str, Any] | None:
+    """``entity``, ``version`` and ``only`` of the trigger with this *source*; None where it is not ours, or older."""
+    line = next((line for line in source.splitlines() if line.startswith(_HEADER)), None)
+    return None if line is None else json.loads(line.removeprefix(_HEADER))
 
 
 def installed(connection: Connection, table: Table) -> dict[str, str]:
     """The source of each trigger of ours that *table* has, by name."""
     if connection.dialect.name == "postgresql":
-        of = connection.dialect.identifier_preparer.format_table(table).replace("%%", "%")
+        of = _as_sent(connection.dialect.identifier_preparer.format_table(table), connection.dialect)
         found = connection.execute(_triggers_postgresql, {"table": of}).all()
     else:
         found = connection.execute(_triggers_sqlite, {"table": table.name}).all()
@@ -497,7 +627,3 @@ _triggers_sqlite = text(
     "SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name = :table AND name LIKE 'memstate\\_%' "
     "ESCAPE '\\'"
 )
-
-
-def _digest(tracked: Tracked) -> str:
-    return hashlib.sha256(f"{tracked.table.fullname} {tracked.entity}".encode()).hexdigest()[:16]
