@@ -8,6 +8,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TextIO, TypeVar, overload
@@ -867,7 +868,10 @@ class Memory:
         require_no_transaction(sync)
         with sync.connect() as connection:
             return {
-                name: backlog(connection, IndexKey(name, destination.open()), list(tracked))
+                name: replace(
+                    backlog(connection, IndexKey(name, destination.open()), list(tracked)),
+                    replaced_by=reindex.replacement(connection, name, self.successors),
+                )
                 for name, (destination, tracked) in self._by_index().items()
             }
 

@@ -46,6 +46,12 @@ def searched(connection: Connection, name: str, successors: Mapping[str, str]) -
     return name
 
 
+def replacement(connection: Connection, name: str, successors: Mapping[str, str]) -> str | None:
+    """The index that searches of *name* ask instead of it."""
+    asked = searched(connection, name, successors)
+    return None if asked == name else asked
+
+
 def switch(connection: Connection, old: IndexKey, new: IndexKey) -> None:
     """Have searches of *old* ask *new*, from this transaction's COMMIT on.
 

@@ -71,13 +71,16 @@ class MemoryStore:
         url_or_engine: str | Engine | AsyncEngine,
         index: VectorIndex | Mapping[str, VectorIndex],
         *,
-        embedder: Embedder | None = None,
+        embedder: Embedder | Mapping[str, Embedder] | None = None,
         delivery: Literal["relay", "strict"] = "relay",
         background: bool = True,
         strict_types: bool = False,
         embedding_cache: int = 100_000,
+        successors: Mapping[str, str] | None = None,
     ) -> None:
-        self.memory = Memory(index, embedder=embedder, delivery=delivery, embedding_cache=embedding_cache)
+        self.memory = Memory(
+            index, embedder=embedder, delivery=delivery, embedding_cache=embedding_cache, successors=successors
+        )
         self.memory.track(
             Fact,
             text=_text,

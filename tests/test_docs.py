@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("document", ["README.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/reindex.md"])
 def test_python_blocks_run(document: str, tmp_path: Path) -> None:
     """All blocks of a document, one after the other as one script in an empty folder; no warning either."""
     pytest.importorskip("chromadb")

@@ -88,6 +88,7 @@ class Backlog:
 
     ``parked`` keys were refused and wait for another attempt; ``dead`` ones wait for their next change. ``due`` are
     those to be tried again now, for whatever reason. ``refilling``: the index is new, and is being delivered in full.
+    ``replaced_by``: the index that searches ask instead, see `Memory.reindex`.
     """
 
     pending: int
@@ -97,6 +98,7 @@ class Backlog:
     dead: int
     refilling: bool
     paused: bool = False
+    replaced_by: str | None = None
 
 
 @cache

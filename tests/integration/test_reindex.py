@@ -124,6 +124,8 @@ def test_from_one_embedder_to_another(shop: Shop) -> None:
     assert moving.memory.reindex(shop.engine, progress=lambda done, total: seen.append((done, total))) == "memory_v2"
     assert seen[-1] == (5, 5)
     assert moving.asks() == "memory_v2"
+    status = moving.memory.status(shop.engine)
+    assert {name: backlog.replaced_by for name, backlog in status.items()} == {"memory": "memory_v2", "memory_v2": None}
     assert {hit.fact.name for hit in moving.search("drink", limit=9)} == {*DRINKS, "e"}
     moving.say(a="green tea, iced", f="juice")
     moving.assert_in_step("memory", "memory_v2")
