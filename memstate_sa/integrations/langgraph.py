@@ -1,0 +1,658 @@
+"""LangGraph's checkpoints beside the facts: one database, and where it is asked for, one transaction.
+
+``pip install 'memstate-sa[langgraph]'``. The tables are made by `setup`, or by Alembic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
+from datetime import datetime
+from functools import cached_property
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from memstate_sa import sqlite, tables
+from memstate_sa.errors import MemstateError, MissingExtra
+from memstate_sa.history import Moment
+from memstate_sa.integrations import checkpoints, runs
+from memstate_sa.integrations.checkpoint_tables import lease
+from memstate_sa.integrations.checkpoints import Cursor, Outline, Place, Stored, Value, Write
+from memstate_sa.integrations.steps import Steps, Task
+from memstate_sa.memory import Memory
+from memstate_sa.relay.claims import owner_id
+from memstate_sa.store import MemoryStore, _engine
+
+try:
+    from langchain_core.runnables import RunnableConfig
+    from langgraph.checkpoint.base import (
+        WRITES_IDX_MAP,
+        BaseCheckpointSaver,
+        ChannelVersions,
+        Checkpoint,
+        CheckpointMetadata,
+        CheckpointTuple,
+        DeltaChannelHistory,
+        PendingWrite,
+        get_checkpoint_id,
+        get_serializable_checkpoint_metadata,
+    )
+    from langgraph.checkpoint.serde.base import SerializerProtocol
+    from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+    from langgraph.checkpoint.serde.types import ERROR, INTERRUPT
+except ImportError as error:
+    raise MissingExtra("langgraph", "langgraph") from error
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+T = TypeVar("T")
+
+POSITION = "memstate_position"
+"""The name, in a checkpoint's metadata, of where the log of facts was."""
+_AS_OF = "memstate_as_of"
+# Not shown in metadata, as it begins with underscores.
+_RUN, _LEASE = "__memstate_run", "__memstate_lease"
+_PAGE = 50
+_STEP_THREADS = 32
+_SMALL = 64
+_TX = 32
+"""The length of a transaction's name; a time is written otherwise."""
+
+
+class MemStateCheckpointer(BaseCheckpointSaver[str]):
+    """Saves a graph's checkpoints in the database of the facts: PostgreSQL, or SQLite in a file.
+
+    *where* is a `MemoryStore`, an Engine (or AsyncEngine) or a URL. With a MemoryStore, or *memory* (a `Memory` whose
+    facts are in that database), every checkpoint also records how far the log of facts was, and `step` commits facts
+    with the state. Checkpoints themselves are no facts: they have no history and are in no index.
+
+    Values are stored as msgpack; what is read back is built from plain types, LangChain's messages and LangGraph's own,
+    and the classes in *allow*: whoever can write to the database cannot have this process build anything else.
+    No pickle. *serde* replaces the serializer, to encrypt for example.
+
+    All methods may be called from any thread; those of asyncio run the same code in threads.
+
+    ::
+
+        checkpointer = MemStateCheckpointer("postgresql://app@db/shop")
+        checkpointer.setup()
+        graph = builder.compile(checkpointer=checkpointer)
+    """
+
+    def __init__(
+        self,
+        where: MemoryStore | Engine | AsyncEngine | URL | str,
+        *,
+        memory: Memory | None = None,
+        serde: SerializerProtocol | None = None,
+        allow: Iterable[type[Any]] = (),
+        step_timeout_s: float = 60.0,
+    ) -> None:
+        strict = JsonPlusSerializer(allowed_msgpack_modules=None)
+        super().__init__(serde=serde or strict.with_msgpack_allowlist([(t.__module__, t.__name__) for t in allow]))
+        self._store = where if isinstance(where, MemoryStore) else None
+        self.memory = where.memory if isinstance(where, MemoryStore) else memory
+        self.engine = _sync_engine(where, self.memory)
+        if sqlite.is_in_memory(self.engine):
+            raise MemstateError(
+                "an in-memory SQLite has one connection, which a graph's threads cannot share: use a file"
+            )
+        self._autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._is_sqlite = self.engine.dialect.name == "sqlite"
+        sessions = sessionmaker(self.engine, expire_on_commit=False)
+        if self.memory is not None:
+            self.memory.attach(sessions)
+        self._steps = Steps(sessions, step_timeout_s)
+
+    def setup(self) -> None:
+        """Create the tables that are not there yet. With Alembic, a migration does it."""
+        if self.memory is not None:
+            self.memory.create_tables(self.engine)
+        else:
+            tables.metadata.create_all(self.engine, tables=[*checkpoints.TABLES, lease])
+
+    async def asetup(self) -> None:
+        await asyncio.to_thread(self.setup)
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def put(
+        self,
+        config: RunnableConfig,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+    ) -> RunnableConfig:
+        """Save a checkpoint, whose parent is the one that *config* names.
+
+        Where tasks of its step have something to commit with their writes, when they have. Raises StaleRun when another
+        run has taken over the thread.
+        """
+        conf = config["configurable"]
+        place = Place(str(conf["thread_id"]), conf.get("checkpoint_ns", ""), checkpoint["id"])
+        parent_id = conf.get("checkpoint_id")
+        try:
+            self._steps.wait_for_tasks(place.thread_id, place.ns, parent_id)
+            self._put(config, place, parent_id, checkpoint, metadata, new_versions)
+        except BaseException as error:
+            self._steps.save_failed(place.thread_id, place.ns, error)
+            raise
+        self._steps.checkpoint_saved(place)
+        return _config(place)
+
+    def _put(
+        self,
+        config: RunnableConfig,
+        place: Place,
+        parent_id: str | None,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+    ) -> None:
+        # What is small is kept with the checkpoint, the rest once for each version.
+        small: dict[str, Any] = {}
+        channels: dict[str, str | None] = {}
+        blobs: dict[tuple[str, str], Value] = {}
+        versions = checkpoint["channel_versions"]
+        for channel, value in checkpoint["channel_values"].items():
+            if _is_small(value) or channel not in versions:
+                small[channel], channels[channel] = value, None
+                continue
+            channels[channel] = version = str(versions[channel])
+            if channel in new_versions:
+                blobs[channel, version] = Value(*self.serde.dumps_typed(value))
+        payload = Value(*self.serde.dumps_typed({**checkpoint, "channel_values": small}))
+        recorded = {**get_serializable_checkpoint_metadata(config, metadata)}
+        recorded.pop(POSITION, None)  # of the checkpoint that this one is made from
+        position: str | bool | None = config["configurable"].get(_AS_OF) or self.memory is not None
+        with self._writing(config, one=not (self._is_sqlite and blobs)) as connection:
+            checkpoints.put(connection, place, parent_id, payload, channels, blobs, _storable(recorded), position)
+
+    def put_writes(
+        self,
+        config: RunnableConfig,
+        writes: Sequence[tuple[str, Any]],
+        task_id: str,
+        task_path: str = "",
+    ) -> None:
+        """Save what a task wrote, and commit what it has open of its `step` in the same transaction.
+
+        A task that failed, or waits for an answer, will run again: what it has open is rolled back.
+        """
+        conf = config["configurable"]
+        place = Place(str(conf["thread_id"]), conf.get("checkpoint_ns", ""), str(conf["checkpoint_id"]))
+        rows = [
+            Write(task_path, task_id, WRITES_IDX_MAP.get(channel, n), channel, Value(*self.serde.dumps_typed(value)))
+            for n, (channel, value) in enumerate(writes)
+        ]
+        replace = all(channel in WRITES_IDX_MAP for channel, _ in writes)
+        runs_again = any(channel in (ERROR, INTERRUPT) for channel, _ in writes)
+        with self._steps.settle(place.thread_id, task_id, commits=not runs_again) as step:
+            if step is not None:
+                self._check_run(step, config)
+                checkpoints.put_writes(step, place, rows, replace=replace)
+                return
+            with self._writing(config) as connection:
+                checkpoints.put_writes(connection, place, rows, replace=replace)
+
+    @contextmanager
+    def _writing(self, config: RunnableConfig, *, one: bool = True) -> Iterator[Connection]:
+        """A transaction, unless it would be of *one* statement."""
+        if one and _RUN not in config["configurable"]:
+            with self._autocommit.connect() as connection:
+                yield connection
+            return
+        with self.engine.begin() as connection:
+            self._check_run(connection, config)
+            yield connection
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        # One statement, which sees one state; on SQLite one that begins with WITH would be taken for a writer.
+        with self._autocommit.connect() as connection:
+            yield connection
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
+        """The checkpoint that *config* names, or the latest of its thread and graph, by one statement."""
+        conf = config["configurable"]
+        thread_id, ns = str(conf["thread_id"]), conf.get("checkpoint_ns", "")
+        self._steps.run_begins(thread_id, ns)
+        with self._reading() as connection:
+            stored = checkpoints.get(connection, thread_id, ns, get_checkpoint_id(config))
+        return None if stored is None else self._tuple(stored)
+
+    def list(
+        self,
+        config: RunnableConfig | None,
+        *,
+        filter: dict[str, Any] | None = None,  # noqa: A002  # as LangGraph calls it
+        before: RunnableConfig | None = None,
+        limit: int | None = None,
+    ) -> Iterator[CheckpointTuple]:
+        """Checkpoints, newest first, read in pages: of the thread, graph and id in *config*, as far as it names them.
+
+        *filter* is by metadata: values are compared as JSON, and None is null or no such name.
+        """
+        for page in self._pages(config, filter, before, limit):
+            yield from page
+
+    def _pages(
+        self,
+        config: RunnableConfig | None,
+        filter_: dict[str, Any] | None,
+        before: RunnableConfig | None,
+        limit: int | None,
+    ) -> Iterator[Sequence[CheckpointTuple]]:
+        conf = {} if config is None else config["configurable"]
+        thread_id = conf.get("thread_id")
+        cursor = Cursor(
+            None if thread_id is None else str(thread_id),
+            conf.get("checkpoint_ns"),
+            conf.get("checkpoint_id") or None,
+            None if before is None else get_checkpoint_id(before),
+        )
+        left = limit
+        while left is None or left > 0:
+            size = _PAGE if left is None else min(_PAGE, left)
+            with self._reading() as connection:
+                found = checkpoints.page(connection, cursor, filter_ or {}, size)
+            yield [self._tuple(stored) for stored in found]
+            if len(found) < size:
+                return
+            cursor = cursor._replace(after=found[-1].place)
+            left = None if left is None else left - size
+
+    def _tuple(self, stored: Stored) -> CheckpointTuple:
+        checkpoint = self.serde.loads_typed(stored.payload)
+        values = {channel: self.serde.loads_typed(value) for channel, value in stored.blobs.items()}
+        checkpoint["channel_values"] = {**checkpoint["channel_values"], **values}
+        metadata = stored.metadata
+        if self.memory is not None or stored.position is not None:
+            metadata[POSITION] = stored.position or checkpoint["ts"]
+        parent = None if stored.parent_id is None else _config(stored.place._replace(id=stored.parent_id))
+        pending = [(w.task_id, w.channel, self.serde.loads_typed(w.value)) for w in stored.writes]
+        return CheckpointTuple(
+            _config(stored.place), cast("Checkpoint", checkpoint), cast("CheckpointMetadata", metadata), parent, pending
+        )
+
+    def get_delta_channel_history(
+        self, *, config: RunnableConfig, channels: Sequence[str]
+    ) -> Mapping[str, DeltaChannelHistory]:
+        """What was written to each of *channels* on the way to a checkpoint, since its last value was stored."""
+        if not channels:
+            return {}
+        conf = config["configurable"]
+        thread_id, ns, id_ = str(conf["thread_id"]), conf.get("checkpoint_ns", ""), get_checkpoint_id(config)
+        seeds: dict[str, str] = {}
+        paths: dict[str, Sequence[str]] = {}
+        # Several statements of one state, in which nothing is pruned half-way.
+        with self._snapshot() as connection:
+            if id_ is None:
+                latest = checkpoints.get(connection, thread_id, ns, None)
+                if latest is None:
+                    return {channel: {"writes": []} for channel in channels}
+                id_ = latest.place.id
+            place = Place(thread_id, ns, id_)
+            walked: list[str] = []
+            missing = set(channels)
+            for link in islice(checkpoints.ancestry(connection, place), 1, None):
+                walked.append(link.id)
+                for channel in missing.intersection(link.channels):
+                    seeds[channel], paths[channel] = link.id, walked[:]
+                missing.difference_update(link.channels)
+                if not missing:
+                    break
+            found: dict[str, DeltaChannelHistory] = {}
+            for channel in channels:
+                path = paths.get(channel, walked)
+                written = checkpoints.writes_to(connection, place, channel, path)
+                found[channel] = {"writes": [self._pending(w) for id_ in reversed(path) for w in written.get(id_, ())]}
+            seeding = {id_: checkpoints.get(connection, thread_id, ns, id_) for id_ in set(seeds.values())}
+        for channel, id_ in seeds.items():
+            stored = seeding[id_]
+            assert stored is not None
+            found[channel]["seed"] = self._tuple(stored).checkpoint["channel_values"][channel]
+        return found
+
+    def _pending(self, write: Write) -> PendingWrite:
+        return write.task_id, write.channel, self.serde.loads_typed(write.value)
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[Connection]:
+        from memstate_sa.truth import snapshot
+
+        with snapshot(self.engine) as connection:
+            yield connection
+
+    # -- threads and runs ------------------------------------------------------------------------------------------
+
+    def delete_thread(self, thread_id: str, *, facts: bool = False) -> None:
+        """Delete a thread's checkpoints; with *facts*, take back what its steps have changed, too, in one transaction.
+
+        Facts that others have changed since stay: see `Memory.revoke`.
+        """
+        if not facts:
+            with self.engine.begin() as connection:
+                checkpoints.delete_threads(connection, [str(thread_id)])
+            return
+        memory = self._need_memory()
+        with self._steps.session() as session, session.begin():
+            memory.revoke(session, session_id=str(thread_id))
+            checkpoints.delete_threads(session.connection(), [str(thread_id)])
+
+    def delete_for_runs(self, run_ids: Sequence[str]) -> None:
+        """Delete the checkpoints of runs, by the ``run_id`` in their metadata; later ones become those of earlier ones.
+
+        A DeltaChannel whose writes go with them reads back without these.
+        """
+        if not run_ids:
+            return
+        wanted = {str(id_) for id_ in run_ids}
+        with self.engine.begin() as connection:
+            for thread_id in checkpoints.threads_of_runs(connection, wanted):
+                for ns, all_ in checkpoints.outlines(connection, thread_id).items():
+                    gone = {outline.id for outline in all_.values() if outline.run_id in wanted}
+                    checkpoints.delete_checkpoints(connection, thread_id, ns, all_, gone)
+
+    def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
+        """Copy all of a thread, ancestors and blobs included, in the database."""
+        with self.engine.begin() as connection:
+            checkpoints.copy_thread(connection, str(source_thread_id), str(target_thread_id))
+
+    def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
+        """Delete all checkpoints of threads ("delete"), or all but the latest of each graph ("keep_latest").
+
+        Of a thread with DeltaChannels, the ancestors that the latest one is rebuilt from stay, too. A call of a
+        subgraph goes with the checkpoint that it began at.
+        """
+        if isinstance(thread_ids, str):
+            raise TypeError("thread_ids: a sequence of thread ids, not a string")
+        if strategy not in ("keep_latest", "delete"):
+            raise ValueError(f"strategy={strategy!r}: 'keep_latest' or 'delete'")
+        if strategy == "delete":
+            with self.engine.begin() as connection:
+                checkpoints.delete_threads(connection, map(str, thread_ids))
+            return
+        for thread_id in map(str, thread_ids):
+            with self.engine.begin() as connection:
+                graphs = checkpoints.outlines(connection, thread_id)
+                kept = {ns: _kept(all_) for ns, all_ in graphs.items()}
+                for ns, all_ in graphs.items():
+                    if ns and _ended(ns, all_, graphs.get("", {}), kept.get("", set())):
+                        checkpoints.delete_graph(connection, thread_id, ns)
+                    else:
+                        checkpoints.delete_checkpoints(connection, thread_id, ns, all_, set(all_) - kept[ns])
+
+    def get_next_version(self, current: str | None, channel: None) -> str:  # noqa: ARG002
+        """Greater than *current*, and no fork's next version: blobs are stored by it."""
+        number = 0 if current is None else int(str(current).split(".")[0])
+        return f"{number + 1:08}.{random.getrandbits(48):012x}"
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def step(self, config: RunnableConfig | None = None) -> Iterator[Session]:
+        """In a node, a Session whose changes commit in the transaction that saves what the node writes to the state.
+
+        Whatever kills the process, both are there afterwards, or neither; a node that fails, is retried, or waits for
+        an answer leaves none. All blocks of one node share the Session; it is closed when the node's writes are saved,
+        and is not to be committed by hand. Calls of the MemoryStore inside the block join it. What it changes is
+        labelled with the thread as session_id (``memory.rollback(session, session_id=thread_id)``), and the node as
+        reason.
+
+        Write late: rows stay locked until the node returns, on SQLite the database. Not with ``durability="exit"``,
+        which saves nothing until the run is over.
+
+        Raises MemstateError outside of a node, and in a coroutine, where `astep` is to be used.
+        """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            pass
+        else:
+            raise MemstateError("a coroutine must not wait for the database: await checkpointer.astep(function)")
+        config = config or _node_config()
+        task = _task(config)
+        with self._steps.step(task, self._is_saved) as (session, first):
+            if first and self.memory is not None:
+                node = config.get("metadata", {}).get("langgraph_node")
+                self.memory.annotate(session, session_id=task.at.thread_id, reason=node and f"node {node}")
+            with self._joined(session):
+                yield session
+
+    async def astep(self, work: Callable[[Session], T], config: RunnableConfig | None = None) -> T:
+        """`step` for a coroutine: calls *work* with the Session, in a thread, and returns what it does."""
+        config = config or _node_config()
+
+        def run() -> T:
+            with self.step(config) as session:
+                return work(session)
+
+        # Not in asyncio's own threads, where the saves that a step waits for must not wait for it.
+        context = copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self._step_threads, lambda: context.run(run))
+
+    @cached_property
+    def _step_threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_STEP_THREADS, "memstate-step")
+
+    def _is_saved(self, place: Place) -> bool:
+        with self._reading() as connection:
+            return checkpoints.is_there(connection, place)
+
+    @contextmanager
+    def _joined(self, session: Session) -> Iterator[None]:
+        if self._store is None:
+            yield
+            return
+        local = self._store._local  # noqa: SLF001
+        before, local.session = getattr(local, "session", None), session
+        try:
+            yield
+        finally:
+            local.session = before
+
+    # -- the past --------------------------------------------------------------------------------------------------
+
+    def position(self, checkpoint: Any) -> Moment:
+        """Where the log of facts was when a checkpoint was saved, as `Memory` takes it (``to=``, ``as_of=``, …).
+
+        *checkpoint* is a config, a StateSnapshot or a CheckpointTuple. ``memory.rollback(session, to=…)`` takes the
+        facts back to where the state was; with ``session_id=thread_id``, those that this thread's steps have changed.
+        """
+        metadata: Any = getattr(checkpoint, "metadata", None)
+        if metadata is None:
+            found = self.get_tuple(checkpoint)
+            if found is None:
+                raise MemstateError("no such checkpoint")
+            metadata = found.metadata
+        if POSITION not in metadata:
+            raise MemstateError("this checkpoint was saved by a checkpointer without memory=")
+        return _moment(metadata[POSITION])
+
+    def at(self, checkpoint: Any) -> RunnableConfig:
+        """A config to run the graph from *checkpoint* with the facts as they were then: nodes ask `as_of` for it.
+
+        Without it, a replay works with the facts of today.
+        """
+        config = checkpoint if isinstance(checkpoint, dict) else checkpoint.config
+        position = self.position(checkpoint)
+        as_of = position.isoformat() if isinstance(position, datetime) else position
+        return cast("RunnableConfig", {**config, "configurable": {**config["configurable"], _AS_OF: as_of}})
+
+    def as_of(self, config: RunnableConfig | None = None) -> Moment | None:
+        """In a node: the moment that its run reads facts of, as ``memory.search`` takes it; None is the present."""
+        found = (config or _node_config())["configurable"].get(_AS_OF)
+        return None if found is None else _moment(found)
+
+    def _need_memory(self) -> Memory:
+        if self.memory is None:
+            raise MemstateError("this checkpointer knows no facts: give it a MemoryStore, or memory=")
+        return self.memory
+
+    # -- runs ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def run(
+        self, config: RunnableConfig, *, lease_s: float = 300.0, take_over: bool = False
+    ) -> Iterator[RunnableConfig]:
+        """Have a thread alone: ``with checkpointer.run(config) as config: graph.invoke(input, config)``.
+
+        Raises StaleRun while another run has it, unless that run's process (on this machine) has ended or *take_over*
+        is given; who was taken over is refused from then on, whatever it writes. The lease lasts *lease_s* seconds
+        from each save on: longer than the longest node takes. Runs without a lease are not held up, and hold up none.
+        """
+        thread_id, owner = str(config["configurable"]["thread_id"]), owner_id()
+        with self.engine.begin() as connection:
+            runs.acquire(connection, thread_id, owner, lease_s, take_over=take_over)
+        try:
+            leased = {**config["configurable"], _RUN: owner, _LEASE: lease_s}
+            yield cast("RunnableConfig", {**config, "configurable": leased})
+        finally:
+            with self.engine.begin() as connection:
+                runs.release(connection, thread_id, owner)
+
+    @staticmethod
+    def _check_run(connection: Connection, config: RunnableConfig) -> None:
+        conf = config["configurable"]
+        if _RUN in conf:
+            runs.renew(connection, str(conf["thread_id"]), conf[_RUN], conf[_LEASE])
+
+    # -- asyncio: the same, in threads -----------------------------------------------------------------------------
+
+    async def aput(
+        self,
+        config: RunnableConfig,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+    ) -> RunnableConfig:
+        return await asyncio.to_thread(self.put, config, checkpoint, metadata, new_versions)
+
+    async def aput_writes(
+        self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
+    ) -> None:
+        await asyncio.to_thread(self.put_writes, config, writes, task_id, task_path)
+
+    async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
+        return await asyncio.to_thread(self.get_tuple, config)
+
+    async def alist(
+        self,
+        config: RunnableConfig | None,
+        *,
+        filter: dict[str, Any] | None = None,  # noqa: A002  # as LangGraph calls it
+        before: RunnableConfig | None = None,
+        limit: int | None = None,
+    ) -> AsyncIterator[CheckpointTuple]:
+        pages = self._pages(config, filter, before, limit)
+        while (page := await asyncio.to_thread(next, pages, None)) is not None:
+            for found in page:
+                yield found
+
+    async def adelete_thread(self, thread_id: str, *, facts: bool = False) -> None:
+        await asyncio.to_thread(self.delete_thread, thread_id, facts=facts)
+
+    async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
+        await asyncio.to_thread(self.delete_for_runs, run_ids)
+
+    async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
+        await asyncio.to_thread(self.copy_thread, source_thread_id, target_thread_id)
+
+    async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
+        await asyncio.to_thread(self.prune, thread_ids, strategy=strategy)
+
+    async def aget_delta_channel_history(
+        self, *, config: RunnableConfig, channels: Sequence[str]
+    ) -> Mapping[str, DeltaChannelHistory]:
+        return await asyncio.to_thread(self.get_delta_channel_history, config=config, channels=channels)
+
+
+def _sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: Memory | None) -> Engine:
+    if isinstance(where, (MemoryStore, Engine)):
+        return where if isinstance(where, Engine) else where.engine
+    if isinstance(where, (str, URL)):
+        engine = _engine(where if isinstance(where, str) else where.render_as_string(hide_password=False))
+    elif memory is not None:
+        return memory.sync_engine(where)
+    else:
+        raise MemstateError(f"{where!r}: give a MemoryStore, an Engine, a URL, or an AsyncEngine with memory=")
+    return cast("Engine", sqlite.configure(engine)) if engine.dialect.name == "sqlite" else engine
+
+
+def _config(place: Place) -> RunnableConfig:
+    return {"configurable": {"thread_id": place.thread_id, "checkpoint_ns": place.ns, "checkpoint_id": place.id}}
+
+
+def _is_small(value: Any) -> bool:
+    """Whether to keep a value with every checkpoint rather than once a version. Decided the same way at each."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return True
+    if isinstance(value, (str, bytes)):
+        return len(value) <= _SMALL
+    return type(value) in (list, tuple, dict, set) and not value
+
+
+def _storable(metadata: Any) -> Any:
+    """Without NUL, which JSONB does not hold; LangGraph takes it from the outermost strings alone."""
+    if isinstance(metadata, str):
+        return metadata.replace("\x00", "")
+    if isinstance(metadata, dict):
+        return {_storable(name): _storable(value) for name, value in metadata.items()}
+    return [_storable(value) for value in metadata] if isinstance(metadata, (list, tuple)) else metadata
+
+
+def _kept(all_: Mapping[str, Outline]) -> set[str]:
+    """The latest checkpoint of a graph, and those that its DeltaChannels are rebuilt from."""
+    latest = all_[max(all_)]
+    kept = {latest.id}
+    # A DeltaChannel that is not stored in full has counted what came since.
+    missing = set(latest.metadata.get("counters_since_delta_snapshot") or ()) - set(latest.channels)
+    parent = latest.parent_id
+    while missing and parent in all_ and parent is not None:
+        kept.add(parent)
+        missing.difference_update(all_[parent].channels)
+        parent = all_[parent].parent_id
+    return kept
+
+
+def _ended(ns: str, all_: Mapping[str, Outline], root: Mapping[str, Outline], kept: set[str]) -> bool:
+    """Whether a subgraph's checkpoints are of a call (there is a task's id in *ns*) that began at one that goes."""
+    began_at = (all_[max(all_)].metadata.get("parents") or {}).get("")
+    return ":" in ns and began_at in root and began_at not in kept
+
+
+def _moment(position: str) -> Moment:
+    return position if len(position) == _TX else datetime.fromisoformat(position)
+
+
+def _node_config() -> RunnableConfig:
+    from langgraph.config import get_config
+
+    try:
+        return get_config()
+    except RuntimeError as error:
+        raise MemstateError("not in a node of a graph: give the config that it was called with") from error
+
+
+def _task(config: RunnableConfig) -> Task:
+    """The task that *config* was made for, as LangGraph tells the graphs in it."""
+    conf: Mapping[str, Any] = config.get("configurable", {})
+    task_id, path, at = (conf.get(name) for name in ("__pregel_task_id", "checkpoint_ns", "checkpoint_map"))
+    if not task_id or not path or at is None or conf.get("__pregel_checkpointer") is None:
+        raise MemstateError("not in a node of a graph that has a checkpointer")
+    if conf.get("__pregel_durability") == "exit":
+        raise MemstateError("durability='exit' saves nothing before the run is over: run it with 'async' or 'sync'")
+    ns = path.rpartition("|")[0]
+    # The scratchpad is made anew for every attempt.
+    return Task(Place(str(conf["thread_id"]), ns, at[ns]), task_id, conf.get("__pregel_scratchpad"))

@@ -1,0 +1,212 @@
+"""What tasks of a graph write to the application's tables, kept open until what they write to its state is saved.
+
+Committed together, neither a crash nor a failed save leaves one without the other. Three rules make the order one that
+a crash cannot turn into a lost or a doubled effect:
+
+- a task's Session begins when the checkpoint that it runs at is saved (else a crash would have it run again, as
+  another task, at another checkpoint);
+- it commits in the transaction of the task's writes, or rolls back when the task will run again;
+- the next checkpoint is saved when all of them have (else it would say of a task that it is done).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Session
+
+from memstate_sa.errors import MemstateError
+from memstate_sa.integrations.checkpoints import Place
+
+_REMEMBERED = 4096
+"""How many saved checkpoints are known without asking the database."""
+
+
+class Task(NamedTuple):
+    """A task, the checkpoint that it runs at, and an object of the attempt: another one, another attempt."""
+
+    at: Place
+    id: str
+    attempt: object
+
+
+class _Step:
+    def __init__(self, task: Task, session: Session) -> None:
+        self.task, self.session = task, session
+        self.lock = threading.RLock()  # tools of one node run in threads: one at a time has the Session
+        self.blocks = 0
+        self.abandoned = False
+
+    @contextmanager
+    def block(self) -> Iterator[Session]:
+        with self.lock:
+            self.blocks += 1
+            try:
+                if self.blocks == 1:
+                    yield self.session
+                else:  # what came before stays when this fails
+                    with self.session.begin_nested():
+                        yield self.session
+                self.session.flush()  # what is wrong with it is the task's own error
+            except BaseException:
+                if self.blocks == 1 or self.abandoned:
+                    self.session.rollback()
+                self.blocks -= 1
+                raise
+            if self.abandoned:
+                self.session.close()
+                raise MemstateError("this task was given up, and runs again: what it wrote is rolled back")
+
+    def abandon(self) -> None:
+        """Roll back now, or when the thread that is in it leaves."""
+        self.abandoned = True
+        if self.lock.acquire(blocking=False):
+            try:
+                self.session.close()
+            finally:
+                self.lock.release()
+
+
+class Steps:
+    """The open steps of one checkpointer. Thread-safe."""
+
+    def __init__(self, sessions: Callable[[], Session], timeout_s: float) -> None:
+        self._sessions, self._timeout_s = sessions, timeout_s
+        self._changed = threading.Condition()
+        self._open: dict[tuple[str, str], _Step] = {}  # by thread and task
+        self._committing: list[_Step] = []
+        self._saved: OrderedDict[Place, None] = OrderedDict()
+        self._broken: dict[tuple[str, str], BaseException] = {}  # by thread and graph
+
+    def session(self) -> Session:
+        return self._sessions()
+
+    # -- what the checkpointer tells -------------------------------------------------------------------------------
+
+    def run_begins(self, thread_id: str, ns: str) -> None:
+        """What failed before is over."""
+        if self._broken:
+            with self._changed:
+                self._broken.pop((thread_id, ns), None)
+
+    def checkpoint_saved(self, place: Place) -> None:
+        with self._changed:
+            self._saved[place] = None
+            while len(self._saved) > _REMEMBERED:
+                self._saved.popitem(last=False)
+            self._changed.notify_all()
+
+    def save_failed(self, thread_id: str, ns: str, error: BaseException) -> None:
+        """No later checkpoint of the run may be saved: one that waits for what is lost need not wait any longer."""
+        with self._changed:
+            self._broken[thread_id, ns] = error
+            self._changed.notify_all()
+
+    def wait_for_tasks(self, thread_id: str, ns: str, checkpoint_id: str | None) -> None:
+        """Return when no task that ran at a checkpoint has its writes still uncommitted."""
+        if not (self._open or self._committing or self._broken):
+            return
+
+        def settled() -> bool:
+            steps = [*self._open.values(), *self._committing]
+            return not any(step.task.at == (thread_id, ns, checkpoint_id) for step in steps)
+
+        with self._changed:
+            self._wait(settled, thread_id, ns, "a task of the step before has not saved its writes")
+
+    def _wait(self, done: Callable[[], bool], thread_id: str, ns: str, why: str) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            if (error := self._broken.get((thread_id, ns))) is not None:
+                raise MemstateError(f"an earlier save of this run failed: {type(error).__name__}") from error
+            if done():
+                return
+            if not self._changed.wait(deadline - time.monotonic()) and time.monotonic() > deadline:
+                raise MemstateError(f"{why}, for {self._timeout_s:g} s")
+
+    # -- tasks -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def step(self, task: Task, is_saved: Callable[[Place], bool]) -> Iterator[tuple[Session, bool]]:
+        """The Session of *task*, and whether this is its first use of it."""
+        key = (task.at.thread_id, task.id)
+        with self._changed:
+            found = self._open.get(key)
+            if found is not None and found.task.attempt is not task.attempt:
+                del self._open[key]
+                found.abandon()
+                found = None
+        if found is None:
+            self._wait_for_checkpoint(task.at, is_saved)
+            with self._changed:
+                found = self._open.setdefault(key, _Step(task, self._sessions()))
+        with found.block() as session:
+            yield session, found.blocks == 1
+
+    def _wait_for_checkpoint(self, place: Place, is_saved: Callable[[Place], bool]) -> None:
+        if place in self._saved or is_saved(place):
+            return
+        why = (
+            "the checkpoint at which this task runs was not saved (a subgraph that is compiled with "
+            "checkpointer=False has none: leave that out)"
+        )
+        with self._changed:
+            self._wait(lambda: place in self._saved, place.thread_id, place.ns, why)
+
+    @contextmanager
+    def settle(self, thread_id: str, task_id: str, *, commits: bool) -> Iterator[Connection | None]:
+        """What is open of the task, to save its writes on: committed at the end, or rolled back first.
+
+        None: there is nothing. A task that a graph inside of it has left without saving (a Command to the parent) ends
+        with it.
+        """
+        step = self._take(thread_id, task_id)
+        if step is None:
+            yield None
+            return
+        try:
+            with step.lock:
+                if not commits:
+                    step.session.close()
+                    yield None
+                    return
+                try:
+                    yield step.session.connection()
+                    step.session.commit()
+                finally:
+                    step.session.close()
+        except BaseException as error:
+            self.save_failed(thread_id, step.task.at.ns, error)
+            raise
+        finally:
+            with self._changed:
+                self._committing.remove(step)
+                self._changed.notify_all()
+
+    def _take(self, thread_id: str, task_id: str) -> _Step | None:
+        if not self._open:
+            return None
+        with self._changed:
+            step = self._open.pop((thread_id, task_id), None)
+            inside = [
+                key for key, each in self._open.items() if key[0] == thread_id and f":{task_id}" in each.task.at.ns
+            ]
+            if len(inside) + (step is not None) > 1:
+                for key in inside:
+                    self._open.pop(key).abandon()
+                error = MemstateError("several tasks ended by one Command to the parent graph had something to commit")
+                self._broken[thread_id, "" if step is None else step.task.at.ns] = error
+                if step is not None:
+                    step.abandon()
+                raise error
+            if inside:
+                step = self._open.pop(inside[0])
+            if step is not None:
+                self._committing.append(step)
+            return step
