@@ -271,7 +271,8 @@ def _status(memory: Memory, engine: Engine) -> Table:
         oldest = "" if backlog.oldest_s is None else f"{backlog.oldest_s:.1f} s"
         numbers = (str(backlog.pending), oldest, str(backlog.parked), str(backlog.dead))
         notes = ["paused"] * backlog.paused + ["being filled"] * backlog.refilling
-        notes += [f"searches ask {escape(backlog.replaced_by)}"] * (backlog.replaced_by is not None)
+        if backlog.replaced_by is not None:
+            notes.append(f"searches ask {escape(backlog.replaced_by)}")
         table.add_row(escape(name), *numbers, ", ".join(notes))
     return table
 
