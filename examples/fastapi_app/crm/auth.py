@@ -4,11 +4,12 @@ import hashlib
 import secrets
 from typing import Annotated
 
-from fastapi import Depends, HTTPException, status
+from fastapi import Depends, Header, HTTPException, status
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import select
 
 from crm.database import DatabaseSession
+from crm.memory import memory
 from crm.models import User
 
 _bearer = HTTPBearer(auto_error=False)
@@ -23,12 +24,19 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
+def actor_of(user: User) -> str:
+    return f"user:{user.id}"
+
+
 async def get_user(
-    session: DatabaseSession, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+    session: DatabaseSession,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    x_session_id: Annotated[str | None, Header(max_length=100)] = None,
 ) -> User:
     user = credentials and await session.scalar(select(User).where(User.key_digest == digest(credentials.credentials)))
     if not user:
         raise HTTPException(status.HTTP_401_UNAUTHORIZED, "unknown key", {"WWW-Authenticate": "Bearer"})
+    memory.annotate(session, actor=actor_of(user), session_id=x_session_id)
     return user
 
 

@@ -1,17 +1,19 @@
 """The service: ``uvicorn crm.main:app``."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 from fastapi import FastAPI
 
 from crm.database import engine
-from crm.routers import contacts, notes, users
+from crm.memory import memory
+from crm.routers import contacts, notes, recall, users
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    yield
+    with closing(memory), memory.relay(engine):
+        yield
     await engine.dispose()
 
 
@@ -19,3 +21,4 @@ app = FastAPI(title="CRM", lifespan=lifespan)
 app.include_router(users.router)
 app.include_router(contacts.router)
 app.include_router(notes.router)
+app.include_router(recall.router)

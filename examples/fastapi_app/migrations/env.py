@@ -6,10 +6,11 @@ from alembic import context
 from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 
+import memstate_sa
 from crm.database import DATABASE_URL
 from crm.models import Base
 
-target_metadata = Base.metadata
+target_metadata = [Base.metadata, memstate_sa.metadata]
 
 
 def migrate(connection: Connection | None = None) -> None:

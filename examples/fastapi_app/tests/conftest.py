@@ -4,8 +4,8 @@ import asyncio
 import os
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from itertools import count
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import pytest
@@ -15,12 +15,11 @@ from httpx import ASGITransport, AsyncClient
 
 _folder = tempfile.TemporaryDirectory(prefix="crm-")
 os.environ.setdefault("CRM_DATABASE_URL", f"sqlite+aiosqlite:///{_folder.name}/crm.db")
+os.environ.setdefault("CRM_CHROMA", f"{_folder.name}/chroma")
 
 from crm.main import app, lifespan  # noqa: E402  # the service reads its environment
 
 Join = Callable[..., Awaitable[AsyncClient]]
-
-_people = count(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,7 +32,13 @@ def database() -> Iterator[Config]:
 
 
 @pytest.fixture
-async def join() -> AsyncIterator[Join]:
+async def running() -> AsyncIterator[None]:
+    async with lifespan(app):
+        yield
+
+
+@pytest.fixture
+async def join(running: None) -> AsyncIterator[Join]:
     """``await join()`` is the client of a user of a new account, ``await join(user)`` that of a colleague."""
     clients: list[AsyncClient] = []
 
@@ -43,18 +48,17 @@ async def join() -> AsyncIterator[Join]:
         return clients[-1]
 
     async def join(colleague: AsyncClient | None = None) -> AsyncClient:
-        number = next(_people)
-        given: dict[str, Any] = {"name": f"User {number}", "email": f"user{number}@example.org"}
+        name = token_hex(4)
+        given: dict[str, Any] = {"name": name, "email": f"{name}@example.org"}
         if colleague is None:
-            made = await (await client()).post("/accounts", json={"account": f"Account {number}", **given})
+            made = await (await client()).post("/accounts", json={"account": f"Account of {name}", **given})
         else:
             made = await colleague.post("/users", json=given)
         assert made.status_code == 201, made.text
         return await client(made.json()["key"])
 
-    async with lifespan(app):
-        yield join
-        await asyncio.gather(*(each.aclose() for each in clients))
+    yield join
+    await asyncio.gather(*(each.aclose() for each in clients))
 
 
 @pytest.fixture

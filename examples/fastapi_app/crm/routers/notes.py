@@ -47,7 +47,7 @@ async def list_notes(session: DatabaseSession, mine: MyNotes) -> Any:
 async def create_note(given: NoteIn, session: DatabaseSession, user: CurrentUser, ours: OurContacts) -> Any:
     contact = await get_contact(given.contact_id, session, ours)
     note = Note(owner_id=user.id, contact_id=contact.id, body=given.body)
-    note.tags = await _tags(session, user, given.tags)
+    note.links = [NoteTag(tag=tag) for tag in await _tags(session, user, given.tags)]
     session.add(note)
     await session.commit()
     return note

@@ -1,0 +1,23 @@
+"""What the service remembers: where, of which models, and whose writes."""
+
+import os
+
+import chromadb
+
+from crm.database import Sessions, engine
+from crm.models import Contact, Note, NoteTag
+from memstate_sa import Memory, sqlite
+from memstate_sa.indexes import ChromaIndex
+
+# A folder is for one process; several workers, or a relay elsewhere, share a server: CRM_CHROMA=http://host:8000
+CHROMA = os.environ.get("CRM_CHROMA", "chroma")
+_host, _, _port = CHROMA.removeprefix("http://").partition(":")
+client = chromadb.HttpClient(_host, int(_port)) if "://" in CHROMA else chromadb.PersistentClient(CHROMA)
+
+memory = Memory(ChromaIndex(client, "crm"))
+memory.track(Note, text="body", metadata=("owner_id", "contact_id"))
+memory.track(Contact, text=lambda contact: ", ".join(filter(None, (contact.name, contact.company, contact.about))))
+memory.track(NoteTag, text=lambda _: None)  # has no meaning of its own, but an undone note has its tags again
+memory.attach(Sessions)
+if engine.dialect.name == "sqlite":
+    sqlite.configure(engine)

@@ -1,0 +1,87 @@
+"""What the memory is for: notes and contacts by their meaning, undo, and the history of a note."""
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, HTTPException, Query, status
+from pydantic import BaseModel
+
+from crm.auth import CurrentUser, actor_of
+from crm.database import DatabaseSession
+from crm.memory import memory
+from crm.models import Note
+from crm.routers.contacts import OurContacts
+from crm.routers.notes import MyNotes
+from crm.schemas import ContactOut, FromRow, NoteOut
+from memstate_sa import ConflictError
+
+router = APIRouter(tags=["memory"])
+
+Question = Annotated[str, Query(alias="q", min_length=1, max_length=1000)]
+Limit = Annotated[int, Query(ge=1, le=50)]
+
+
+class NoteHit(FromRow):
+    fact: NoteOut
+    distance: float
+
+
+class ContactHit(FromRow):
+    fact: ContactOut
+    distance: float
+
+
+class ChangeOut(FromRow):
+    entity: str
+    key: Any
+    op: str
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+    at: datetime
+    session_id: str | None
+
+
+class Conflict(BaseModel):
+    message: str = "changed by somebody else since, or in use"
+    facts: list[str]
+
+
+@router.get("/search/notes", response_model=list[NoteHit])
+async def search_notes(question: Question, session: DatabaseSession, mine: MyNotes, limit: Limit = 5) -> Any:
+    """The same select() as everywhere says whose notes these are: a hit is a row of it, or none."""
+    return await memory.asearch(session, question, mine, limit=limit)
+
+
+@router.get("/search/contacts", response_model=list[ContactHit])
+async def search_contacts(question: Question, session: DatabaseSession, ours: OurContacts, limit: Limit = 5) -> Any:
+    return await memory.asearch(session, question, ours, limit=limit)
+
+
+@router.post("/undo", response_model=list[ChangeOut], responses={status.HTTP_409_CONFLICT: {"model": Conflict}})
+async def undo(
+    session: DatabaseSession,
+    user: CurrentUser,
+    steps: Annotated[int, Query(ge=1, le=20)] = 1,
+    session_id: str | None = None,
+) -> Any:
+    """Undo what the caller's last request changed (or *steps* requests; or of those with one X-Session-ID)."""
+    try:
+        changes = await session.run_sync(memory.rollback, steps, actor=actor_of(user), session_id=session_id)
+    except ConflictError as error:
+        facts = sorted({f"{change.entity} {change.key}" for change in error.changes})
+        raise HTTPException(status.HTTP_409_CONFLICT, Conflict(facts=facts).model_dump()) from error
+    await session.commit()
+    return changes
+
+
+@router.get("/notes/{note_id}/history", response_model=list[ChangeOut])
+async def read_history(note_id: int, session: DatabaseSession, user: CurrentUser) -> Any:
+    """What happened to a note of the caller, deleted ones too.
+
+    Each change is looked at: SQLite gives the id of a deleted note to the next one, which may be somebody else's.
+    """
+    changes = await session.run_sync(memory.history, Note, note_id)
+    mine = [change for change in changes if ((change.after or change.before) or {}).get("owner_id") == user.id]
+    if not mine:
+        raise HTTPException(status.HTTP_404_NOT_FOUND, "no such note")
+    return mine
