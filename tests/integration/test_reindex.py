@@ -484,3 +484,54 @@ def test_forgetting_the_old_index(shop: Shop) -> None:
         assert connection.execute(select(successor)).all() == []
     assert after.asks() == "memory_v2"
     after.assert_in_step("memory_v2")
+
+
+# -- on the command line -----------------------------------------------------------------------------------------------
+
+APPLICATION = """
+from memstate_sa import Memory
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.testing import HashEmbedder
+from tests.support import Tag
+
+indexes = {"memory": InMemoryIndex(), "memory_v2": InMemoryIndex()}
+memory = Memory(
+    indexes,
+    embedder={"memory": HashEmbedder(64), "memory_v2": HashEmbedder(48)},
+    successors={"memory": "memory_v2"},
+)
+memory.track(Tag, text="meaning")
+after = Memory({"memory_v2": indexes["memory_v2"]}, embedder=HashEmbedder(48))
+after.track(Tag, text="meaning")
+"""
+
+
+def test_the_commands(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """reindex, its way back, what status says, forget-index; and what they say when they cannot."""
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from memstate_sa import cli
+
+    (tmp_path / f"moving_{engine.dialect.name}.py").write_text(APPLICATION)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Shop(engine).before().say(**DRINKS)
+    url = engine.url.render_as_string(hide_password=False)
+
+    def run(command: str, *arguments: str, app: str = "memory", exit_code: int = 0) -> str:
+        at = ["--app", f"moving_{engine.dialect.name}:{app}", "--url", url]
+        result = CliRunner().invoke(cli.application(), [command, *at, *arguments], env={"COLUMNS": "200"})
+        assert result.exit_code == exit_code, result.output
+        return result.output
+
+    assert "Searches ask memory_v2 now." in run("reindex")
+    assert "searches ask memory_v2" in run("status")
+    assert "Searches ask memory again." in run("reindex", "memory", "--back")
+    assert "searches ask" not in run("status")
+    assert "Searches ask memory_v2 now." in run("reindex", "memory", "--timeout", "60")
+    assert "which index is to be replaced" in run("reindex", "memory_v2", exit_code=1)
+    assert "has the index 'memory'" in run("forget-index", "memory", exit_code=1)
+    run("drain")
+    assert "Index memory is forgotten." in run("forget-index", "memory", app="after")
+    assert "nothing was ever delivered" in run("forget-index", "memory", app="after", exit_code=1)
