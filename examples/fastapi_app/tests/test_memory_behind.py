@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator
 import pytest
 from conftest import Join
 from httpx import AsyncClient
-from test_memory import contact, found, note, sent
+from sqlalchemy import update
+from test_memory import contact, found, in_index, note, sent
 
-from crm.database import engine
+from crm.database import Sessions, engine
 from crm.memory import memory
+from crm.models import Note
 
 
 @pytest.fixture
@@ -21,19 +23,6 @@ async def running() -> AsyncIterator[None]:
 
 async def deliver() -> None:
     await asyncio.to_thread(memory.relay(engine).drain)
-
-
-async def in_index() -> set[str]:
-    """The ids of the points, compared with what was deleted since."""
-
-    def scan() -> set[str]:
-        (index,) = memory.indexes.values()
-        ids: list[str] = []
-        while entries := index.scan(ids[-1] if ids else None, 100):
-            ids += [entry.id for entry in entries]
-        return set(ids)
-
-    return await asyncio.to_thread(scan)
 
 
 async def test_a_deleted_note_is_not_found_by_its_vector(join: Join, ada: AsyncClient) -> None:
@@ -72,11 +61,6 @@ async def test_a_note_is_found_by_what_it_says_now(ada: AsyncClient) -> None:
 
 async def test_what_was_moved_to_another_owner_is_its(join: Join, ada: AsyncClient) -> None:
     """The index still says that it is the former owner's: the select() decides."""
-    from sqlalchemy import update
-
-    from crm.database import Sessions
-    from crm.models import Note
-
     colleague = await join(ada)
     mine = await note(ada, await contact(ada), "Flies to Lisbon")
     await deliver()

@@ -1,0 +1,113 @@
+"""Bookmarks with a memory: Flask, and the scoped_session that its applications usually have.
+
+``flask --app examples/flask_app.py run`` (needs Flask and the extras "chroma" and "wordllama"), then::
+
+    curl -H 'X-User: ada' --json '{"url": "https://example.org/bread", "note": "how to bake rye bread"}' \\
+        localhost:5000/bookmarks
+    curl -H 'X-User: ada' 'localhost:5000/search?q=baking'
+    curl -H 'X-User: ada' -X POST localhost:5000/undo
+
+BOOKMARKS_URL is the database (default: sqlite:///bookmarks.db), BOOKMARKS_CHROMA the folder of the vectors. One process
+may use that folder: with ``gunicorn --workers 4`` take a Chroma server, and ``chromadb.HttpClient()``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+
+from flask import Flask, Response, abort, g, jsonify, request
+from sqlalchemy import String, create_engine, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, scoped_session, sessionmaker
+
+from memstate_sa import ConflictError, Memory, sqlite
+from memstate_sa.indexes import ChromaIndex, VectorIndex
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Bookmark(Base):
+    __tablename__ = "bookmark"
+    __table_args__ = {"sqlite_autoincrement": True}  # the id of a deleted one is never another's
+    id: Mapped[int] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(String(50), index=True)
+    url: Mapped[str]
+    note: Mapped[str]
+
+    @property
+    def as_json(self) -> dict[str, str | int]:
+        return {"id": self.id, "url": self.url, "note": self.note}
+
+
+def create_app(url: str | None = None, index: VectorIndex | None = None) -> Flask:
+    app = Flask(__name__)
+    engine = create_engine(url or os.environ.get("BOOKMARKS_URL", "sqlite:///bookmarks.db"))
+    db = scoped_session(sessionmaker(engine))
+
+    memory = Memory(index or chroma())
+    memory.track(Bookmark, text="note", metadata=("owner",))
+    memory.attach(db)
+    if engine.dialect.name == "sqlite":
+        sqlite.configure(engine)
+    Base.metadata.create_all(engine)
+    memory.create_tables(engine)
+    memory.relay(engine).start()
+    atexit.register(engine.dispose)
+    atexit.register(memory.close)  # the last is called first
+
+    @app.before_request
+    def authenticate() -> None:
+        """A proxy in front is trusted to say who it is."""
+        g.user = request.headers.get("X-User") or abort(401)
+        memory.annotate(db(), actor=g.user)  # db() is the Session of this request
+
+    @app.teardown_appcontext
+    def end_session(error: BaseException | None) -> None:
+        db.remove()
+
+    def mine() -> list[Bookmark]:
+        return list(db.scalars(select(Bookmark).where(Bookmark.owner == g.user).order_by(Bookmark.id)))
+
+    @app.get("/bookmarks")
+    def list_bookmarks() -> Response:
+        return jsonify([bookmark.as_json for bookmark in mine()])
+
+    @app.post("/bookmarks")
+    def add_bookmark() -> tuple[Response, int]:
+        given = request.get_json()
+        bookmark = Bookmark(owner=g.user, url=given["url"], note=given["note"])
+        db.add(bookmark)
+        db.commit()
+        return jsonify(bookmark.as_json), 201
+
+    @app.delete("/bookmarks/<int:number>")
+    def delete_bookmark(number: int) -> tuple[str, int]:
+        found = [bookmark for bookmark in mine() if bookmark.id == number] or abort(404)
+        db.delete(found[0])
+        db.commit()
+        return "", 204
+
+    @app.get("/search")
+    def search() -> Response:
+        query = select(Bookmark).where(Bookmark.owner == g.user)
+        hits = memory.search(db(), request.args["q"], query, limit=3)
+        return jsonify([{**hit.fact.as_json, "score": round(hit.score, 3)} for hit in hits])
+
+    @app.post("/undo")
+    def undo() -> Response | tuple[Response, int]:
+        try:
+            changes = memory.rollback(db())  # the last request of this actor that changed something
+        except ConflictError as error:
+            return jsonify(in_the_way=[change.key for change in error.changes]), 409
+        db.commit()
+        return jsonify([{"op": change.op, "id": change.key} for change in changes])
+
+    return app
+
+
+def chroma() -> VectorIndex:
+    import chromadb
+
+    return ChromaIndex(chromadb.PersistentClient(os.environ.get("BOOKMARKS_CHROMA", "chroma")), "bookmarks")
