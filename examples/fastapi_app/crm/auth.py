@@ -33,8 +33,9 @@ async def get_user(
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
     x_session_id: Annotated[str | None, Header(max_length=100)] = None,
 ) -> User:
-    user = credentials and await session.scalar(select(User).where(User.key_digest == digest(credentials.credentials)))
-    if not user:
+    key = credentials.credentials if credentials else ""
+    user: User | None = await session.scalar(select(User).where(User.key_digest == digest(key)))
+    if user is None:
         raise HTTPException(status.HTTP_401_UNAUTHORIZED, "unknown key", {"WWW-Authenticate": "Bearer"})
     memory.annotate(session, actor=actor_of(user), session_id=x_session_id)
     return user
