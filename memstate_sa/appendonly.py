@@ -32,6 +32,7 @@ BEGIN
   RETURN NULL;
 END
 """
+_DROP_FUNCTION = "DROP FUNCTION IF EXISTS memstate_append_only()"
 
 
 def _on_postgresql() -> Trigger:
@@ -68,22 +69,33 @@ _TRIGGERS: Mapping[str, Sequence[Trigger]] = {
 }
 
 
+def creating(dialect_name: str) -> list[str]:
+    """Statements that create the log's triggers, or replace them."""
+    return [statement for trigger in _TRIGGERS.get(dialect_name, ()) for statement in trigger.statements]
+
+
+def dropping(dialect_name: str) -> list[str]:
+    """Statements that drop them, as far as they are there."""
+    if dialect_name == "postgresql":
+        return ["DROP TRIGGER IF EXISTS memstate_append_only ON memstate_log", _DROP_FUNCTION]
+    return [f"DROP TRIGGER IF EXISTS {trigger.name}" for trigger in _TRIGGERS.get(dialect_name, ())]
+
+
 def _listen(when: str, statement: str, dialect: str) -> None:
     ddl: Any = DDL(statement)  # type: ignore[no-untyped-call]  # SQLAlchemy has not typed it
     event.listen(log, when, ddl.execute_if(dialect=dialect))
 
 
-for _dialect, _wanted in _TRIGGERS.items():
-    for _trigger in _wanted:
-        for _statement in _trigger.statements:
-            _listen("after_create", _statement, _dialect)
-_listen("after_drop", "DROP FUNCTION IF EXISTS memstate_append_only()", "postgresql")
+for _dialect in _TRIGGERS:
+    for _statement in creating(_dialect):
+        _listen("after_create", _statement, _dialect)
+_listen("after_drop", _DROP_FUNCTION, "postgresql")
 
 
 def install(connection: Connection) -> None:
     """Create the log's triggers where they are not as they should be, on tables of before there were any.
 
-    ``metadata.create_all`` installs them with the table. In an Alembic migration: ``install(op.get_bind())``.
+    ``metadata.create_all`` installs them with the table, in an Alembic migration ``op.memstate_protect_log()`` does.
     """
     triggers.replace(connection, log, _TRIGGERS.get(connection.dialect.name, ()))
 

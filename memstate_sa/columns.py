@@ -86,13 +86,19 @@ class Raw(UserDefinedType[Any]):
 RAW = Raw()
 
 
-def _implementation(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
-    """The dialect's type below any TypeDecorator."""
+def undecorated(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
+    """The type below any TypeDecorator."""
     while isinstance(type_, TypeDecorator):
         inner = type_.type_engine(dialect)
         if inner is type_ or isinstance(inner, type(type_)):
             inner = type_.load_dialect_impl(dialect)
         type_ = inner
+    return type_
+
+
+def _implementation(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
+    """The dialect's type below any TypeDecorator."""
+    type_ = undecorated(type_, dialect)
     # In SQLAlchemy 2.0 PostgreSQL's own type of a float is a Numeric, as Float is.
     return type_ if isinstance(type_, Float) else type_.dialect_impl(dialect)
 

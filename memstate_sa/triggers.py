@@ -611,19 +611,29 @@ def header(source: str) -> Mapping[str, Any] | None:
 
 def installed(connection: Connection, table: Table) -> dict[str, str]:
     """The source of each trigger of ours that *table* has, by name."""
-    if connection.dialect.name == "postgresql":
-        of = _as_sent(connection.dialect.identifier_preparer.format_table(table), connection.dialect)
-        found = connection.execute(_triggers_postgresql, {"table": of}).all()
-    else:
-        found = connection.execute(_triggers_sqlite, {"table": table.name}).all()
-    return {name: source for name, source in found}  # noqa: C416  # rows, not pairs
+    of_postgresql = _as_sent(connection.dialect.identifier_preparer.format_table(table), connection.dialect)
+    of = of_postgresql if connection.dialect.name == "postgresql" else table.name
+    return {name: source for found in everywhere(connection, of).values() for name, source in found.items()}
 
 
-_triggers_postgresql = text(
-    "SELECT t.tgname, p.prosrc FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid "
-    "WHERE t.tgrelid = to_regclass(:table) AND t.tgname LIKE 'memstate\\_%' AND t.tgenabled IN ('O', 'A')"
-)
-_triggers_sqlite = text(
-    "SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name = :table AND name LIKE 'memstate\\_%' "
-    "ESCAPE '\\'"
-)
+def everywhere(connection: Connection, table: str | None = None) -> dict[tuple[str | None, str], dict[str, str]]:
+    """The same of every table, or of one; by its schema, None for the default one, and its name."""
+    found: dict[tuple[str | None, str], dict[str, str]] = {}
+    for schema, of, name, source in connection.execute(_triggers[connection.dialect.name], {"table": table}):
+        found.setdefault((schema, of), {})[name] = source
+    return found
+
+
+_triggers = {
+    "postgresql": text(
+        "SELECT nullif(n.nspname, current_schema()), c.relname, t.tgname, p.prosrc "
+        "FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid JOIN pg_class AS c ON c.oid = t.tgrelid "
+        "JOIN pg_namespace AS n ON n.oid = c.relnamespace "
+        "WHERE t.tgname LIKE 'memstate\\_%' AND t.tgenabled IN ('O', 'A') "
+        "AND (CAST(:table AS text) IS NULL OR c.oid = to_regclass(CAST(:table AS text)))"
+    ),
+    "sqlite": text(
+        "SELECT NULL, tbl_name, name, sql FROM sqlite_master WHERE type = 'trigger' AND name LIKE 'memstate\\_%' "
+        "ESCAPE '\\' AND (:table IS NULL OR tbl_name = :table)"
+    ),
+}

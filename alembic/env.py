@@ -1,0 +1,41 @@
+"""Runs the migrations of memstate_sa by themselves: `python -m memstate_sa.migrations -x url=… upgrade head`.
+
+An application that has them in its version_locations runs them by its own env.py, and never this one.
+"""
+
+import os
+
+from alembic import context
+from alembic.util import CommandError
+from sqlalchemy import create_engine, make_url, pool
+
+import memstate_sa
+from memstate_sa.migrations import VERSION_TABLE, is_ours, register
+
+register()
+
+
+def include_name(name, type_, _):
+    return type_ != "table" or is_ours(name)
+
+
+options = {
+    "target_metadata": memstate_sa.metadata,
+    "version_table": VERSION_TABLE,
+    "include_name": include_name,
+}
+url = context.get_x_argument(as_dictionary=True).get("url") or os.environ.get("MEMSTATE_URL")
+if not url:
+    raise CommandError("which database? -x url=postgresql+psycopg://user@host/app, or MEMSTATE_URL")
+
+if context.is_offline_mode():
+    # By the kind of the database alone: nothing is connected to.
+    context.configure(dialect_name=make_url(url).get_backend_name(), literal_binds=True, **options)
+    with context.begin_transaction():
+        context.run_migrations()
+else:
+    engine = create_engine(url, poolclass=pool.NullPool)
+    with engine.connect() as connection:
+        context.configure(connection=connection, **options)
+        with context.begin_transaction():
+            context.run_migrations()

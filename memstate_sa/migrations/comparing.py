@@ -1,0 +1,152 @@
+"""Autogenerate's part of ours: what of triggers a revision has to change, and what it is to leave alone.
+
+It goes by what `Memory.track` has left in each Table's ``info``, and by what each trigger says of itself in the
+database. Where a captured table changes, its triggers go before and come again after: none may name a column that is
+gone, SQLite's batch mode drops them without a word, and what they log has to be the row as it is now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from alembic.operations import ops
+from sqlalchemy import MetaData, Table, inspect
+from sqlalchemy.engine import Connection
+
+from memstate_sa import appendonly, triggers
+from memstate_sa.migrations import is_ours
+from memstate_sa.migrations.operations import Ours, ProtectLogOp, TrackOp, UnprotectLogOp, UntrackOp
+from memstate_sa.migrations.rendering import frozen
+from memstate_sa.tables import log
+from memstate_sa.triggers import Capture
+
+if TYPE_CHECKING:  # Alembic may be in the middle of importing it: its plugins are loaded then
+    from alembic.autogenerate.api import AutogenContext
+
+Name = tuple[str | None, str]
+"""Schema and name of a table; no schema for the default one."""
+
+
+class _Changes(NamedTuple):
+    """What Alembic has found of each table: how it changes, and whether it goes."""
+
+    of: Mapping[Name, list[ops.MigrateOperation]]
+    dropped: frozenset[Name]
+
+    @classmethod
+    def read(cls, found: list[ops.MigrateOperation]) -> _Changes:
+        of: dict[Name, list[ops.MigrateOperation]] = {}
+        for each in found:
+            if isinstance(each, ops.ModifyTableOps):
+                altering = [op for op in each.ops if not isinstance(op, (ops.CreateIndexOp, ops.DropIndexOp))]
+                if altering:
+                    of[each.schema, each.table_name] = altering
+        return cls(of, frozenset((op.schema, op.table_name) for op in found if isinstance(op, ops.DropTableOp)))
+
+
+def compare(context: AutogenContext, upgrade_ops: ops.UpgradeOps, schemas: set[str | None]) -> None:
+    """A comparator of the whole schema, to come after Alembic's own."""
+    found = upgrade_ops.ops
+    if any(isinstance(op, Ours) for op in found):  # `register` was called, and env.py names the plugin, too
+        return
+    connection = context.connection
+    assert connection is not None
+    comparison = _Comparison(context, connection)
+    found[:] = [op for op in found if comparison.is_wanted(op)]
+    before: list[ops.MigrateOperation] = []
+    after: list[ops.MigrateOperation] = []
+    for undo, redo in comparison.run(_Changes.read(found), schemas):
+        before += [] if undo is None else [undo]
+        after += [] if redo is None else [redo]
+    found[:] = [*before, *found, *after]
+
+
+class _Comparison:
+    """One comparison of one database with the metadata of an application."""
+
+    def __init__(self, context: AutogenContext, connection: Connection) -> None:
+        self._context = context
+        self._connection = connection
+        self._default_schema = connection.dialect.default_schema_name
+        self._tables = {self._name(table): table for table in context.sorted_tables}
+
+    def _name(self, table: Table) -> Name:
+        return (None if table.schema == self._default_schema else table.schema, table.name)
+
+    def is_wanted(self, op: ops.MigrateOperation) -> bool:
+        """Tables of ours are nobody's to drop: who leaves them out of his metadata has our migrations make them."""
+        if not isinstance(op, (ops.DropTableOp, ops.ModifyTableOps)):
+            return True
+        name = (op.schema, op.table_name)
+        return name in self._tables or op.schema is not None or not is_ours(op.table_name)
+
+    def run(self, changes: _Changes, schemas: set[str | None]) -> Iterator[tuple[Ours | None, Ours | None]]:
+        """What has to be undone before these changes, and what is to be done after them."""
+        yield self._log(changes)
+        there = {
+            name: triggers_
+            for name, triggers_ in triggers.everywhere(self._connection).items()
+            if name[0] in schemas and name != self._name(log) and self._is_included(name)
+        }
+        wanted = {
+            name: captured
+            for name, table in self._tables.items()
+            if (captured := triggers.captured_in(table)) and self._is_included(name)
+        }
+        for name in sorted({*there, *wanted}, key=lambda name: (name[0] or "", name[1])):
+            if name in self._tables or name in changes.dropped:
+                yield from self._table(name, there.get(name, {}), wanted.get(name, {}), changes)
+
+    def _is_included(self, name: Name) -> bool:
+        """As env.py wants it."""
+        table = self._tables.get(name)
+        in_database = self._context.run_name_filters(name[1], "table", {"schema_name": name[0]})
+        return in_database and (
+            table is None or self._context.run_object_filters(table, table.name, "table", False, None)
+        )
+
+    def _log(self, changes: _Changes) -> tuple[Ours | None, Ours | None]:
+        name = self._name(log)
+        if not inspect(self._connection).has_table(log.name):
+            return None, ProtectLogOp() if name in self._tables else None
+        missing = appendonly.missing(self._connection)
+        if name in changes.of:
+            return None if missing else UnprotectLogOp(), ProtectLogOp()
+        return None, ProtectLogOp() if missing else None
+
+    def _table(
+        self, name: Name, there: Mapping[str, str], wanted: Mapping[str, Capture], changes: _Changes
+    ) -> Iterator[tuple[Ours | None, Ours | None]]:
+        old = {said["entity"]: said for source in there.values() if (said := triggers.header(source)) is not None}
+        for entity in sorted({*old, *wanted}):
+            new = wanted.get(entity)
+            if new is not None:
+                only = triggers.only(new, self._connection.dialect)
+                columns = frozen(new.table, new.table.columns)
+                new = Capture.restricted(columns, new.entity, new.version, only)
+                is_same = bool(there) and _is_as_wanted(self._connection, there, new)
+                if is_same and name not in changes.of:
+                    continue
+            undo = UntrackOp(*self._old(name, old[entity], changes)) if entity in old else None
+            yield undo, None if new is None else TrackOp(new, only)
+
+    def _old(self, name: Name, said: Mapping[str, Any], changes: _Changes) -> tuple[Capture, Any]:
+        """What the triggers that are there were made from.
+
+        The type of a column is the mapping's, unless it changes now: a database tells less of it.
+        """
+        reflected = Table(name[1], MetaData(), schema=name[0], autoload_with=self._connection, resolve_fks=False)
+        altered = {
+            op.column_name
+            for op in changes.of.get(name, ())
+            if isinstance(op, ops.AlterColumnOp) and op.modify_type is not None
+        }
+        mapped = {} if name not in self._tables else {c.name: c for c in self._tables[name].columns}
+        columns = [c if c.name in altered else mapped.get(c.name, c) for c in reflected.columns]
+        only = None if said["only"] is None else (said["only"][0], said["only"][1])
+        return Capture.restricted(frozen(reflected, columns), said["entity"], said["version"], only), only
+
+
+def _is_as_wanted(connection: Connection, there: Mapping[str, str], captured: Capture) -> bool:
+    return all(there.get(each.name) == each.source for each in triggers.triggers(connection, captured))
