@@ -97,7 +97,7 @@ class Backfill:
             now = time.monotonic()
             pause = 0.0 if self._rate is None else turn[0] / self._rate - (now - since)
             if self._engine.dialect.name == "sqlite":
-                # It has one writer, and who waits to be it asks again after about as long as it has waited.
+                # It has one writer, and who waits to be it asks again after as long as it has waited, about.
                 pause = max(pause, now - since)
             if pause > 0:
                 time.sleep(pause)
@@ -162,10 +162,13 @@ class Backfill:
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
         """On PostgreSQL in READ COMMITTED: what is read after a lock has to be what is there then."""
-        engine = self._engine
-        if engine.dialect.name == "postgresql":
-            engine = engine.execution_options(isolation_level="READ COMMITTED")
-        with engine.begin() as connection:
+        if self._engine.dialect.name != "postgresql":
+            with self._engine.begin() as connection:
+                yield connection
+            return
+        connected = self._engine.connect().execution_options(isolation_level="READ COMMITTED")
+        with connected as connection, connection.begin():
+            connection.execute(_limit_idle)
             yield connection
 
 
@@ -174,6 +177,8 @@ def _range(entity: str, start: str, *, total: int = 0) -> dict[str, Any]:
     return {"entity": entity, "start": start, "until": None, "position": start, "done": False, **counts}
 
 
+# A process that is stopped in the middle of a batch must not hold the rows for ever.
+_limit_idle = select(func.set_config("idle_in_transaction_session_timeout", "60s", True))
 _of_entities = backfill.c.entity.in_(bindparam("entities", expanding=True))
 # The undivided rest last, so that others can divide it meanwhile.
 _ranges: Select[Any] = (
