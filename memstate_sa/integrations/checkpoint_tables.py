@@ -6,7 +6,6 @@ from sqlalchemy import Column, Index, Integer, LargeBinary, String, Table, Text,
 
 from memstate_sa.tables import UTCDateTime, _Json, metadata
 
-# Keys are long, and rows many: without a rowid SQLite stores them once.
 checkpoint = Table(
     "memstate_checkpoint",
     metadata,
@@ -20,7 +19,6 @@ checkpoint = Table(
     Column("channels", Text, nullable=False, comment="JSON: the version of each channel's blob, null: it is in here"),
     Column("type", Text, nullable=False),
     Column("payload", LargeBinary, nullable=False),
-    sqlite_with_rowid=False,
     comment="what a graph was between two steps",
 )
 _of_run = text("run_id IS NOT NULL")
@@ -35,7 +33,6 @@ blob = Table(
     Column("version", Text, primary_key=True),
     Column("type", Text, nullable=False),
     Column("value", LargeBinary, nullable=False),
-    sqlite_with_rowid=False,
     comment="a channel's value, once for each of its versions",
 )
 
@@ -52,7 +49,6 @@ write = Table(
     Column("channel", Text, nullable=False),
     Column("type", Text, nullable=False),
     Column("value", LargeBinary, nullable=False),
-    sqlite_with_rowid=False,
     comment="what a task that ran at a checkpoint wrote, for the next one",
 )
 

@@ -9,12 +9,12 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
-    CTE,
     ColumnElement,
     CompoundSelect,
     FromClause,
     Integer,
     LargeBinary,
+    Select,
     Table,
     Text,
     and_,
@@ -251,8 +251,12 @@ _head = (
 )
 
 
-def _with_all(heads: CTE) -> CompoundSelect[Any]:
-    """The checkpoints of *heads*, their blobs and their writes, by one statement: all of one snapshot."""
+def _with_all(checkpoints: Select[Any]) -> CompoundSelect[Any]:
+    """*checkpoints*, their blobs and their writes, by one statement: all of one state.
+
+    Not by a CTE: a statement that begins with WITH is taken for one that writes, on SQLite.
+    """
+    heads = checkpoints.subquery("heads")
     h, nothing = heads.c, cast(null(), Text)
     shared = select(h.thread_id, h.ns, (pair := _pairs(h.channels).table_valued("key", "value", name="pair")).c.key)
     shared = shared.add_columns(pair.c.value).select_from(heads.join(pair, true())).distinct()
@@ -277,8 +281,8 @@ def _with_all(heads: CTE) -> CompoundSelect[Any]:
 
 
 _of_graph = select(*_head).where(_in_graph(checkpoint))
-_exact = _with_all(_of_graph.where(checkpoint.c.id == _id).cte("heads"))
-_latest = _with_all(_of_graph.order_by(checkpoint.c.id.desc()).limit(1).cte("heads"))
+_exact = _with_all(_of_graph.where(checkpoint.c.id == _id))
+_latest = _with_all(_of_graph.order_by(checkpoint.c.id.desc()).limit(1))
 
 
 def get(connection: Connection, thread_id: str, ns: str, checkpoint_id: str | None) -> Stored | None:
@@ -342,7 +346,7 @@ def page(connection: Connection, cursor: Cursor, filters: Mapping[str, Any], lim
         criteria.append(tuple_(c.id, c.thread_id, c.ns) < tuple_(*map(literal, after)))
     newest = (c.id.desc(), c.thread_id.desc(), c.ns.desc())
     heads = select(*_head).where(*criteria).order_by(*newest).limit(limit)
-    return _assembled(connection, _with_all(heads.cte("heads")), {})
+    return _assembled(connection, _with_all(heads), {})
 
 
 def _metadata_is(dialect_name: str, name: str, value: Any) -> ColumnElement[bool]:

@@ -105,8 +105,12 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             raise MemstateError(
                 "an in-memory SQLite has one connection, which a graph's threads cannot share: use a file"
             )
-        self._autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._is_sqlite = self.engine.dialect.name == "sqlite"
+        # Of one statement, BEGIN and COMMIT would be most of the time. Not on SQLite, where they cost less than to say so.
+        self._autocommit = (
+            self.engine
+            if self.engine.dialect.name == "sqlite"
+            else self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        )
         sessions = sessionmaker(self.engine, expire_on_commit=False)
         if self.memory is not None:
             self.memory.attach(sessions)
@@ -173,7 +177,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         recorded = {**get_serializable_checkpoint_metadata(config, metadata)}
         recorded.pop(POSITION, None)  # of the checkpoint that this one is made from
         position: str | bool | None = config["configurable"].get(_AS_OF) or self.memory is not None
-        with self._writing(config, one=not (self._is_sqlite and blobs)) as connection:
+        with self._writing(config) as connection:
             checkpoints.put(connection, place, parent_id, payload, channels, blobs, _storable(recorded), position)
 
     def put_writes(
@@ -204,20 +208,11 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
                 checkpoints.put_writes(connection, place, rows, replace=replace)
 
     @contextmanager
-    def _writing(self, config: RunnableConfig, *, one: bool = True) -> Iterator[Connection]:
-        """A transaction, unless it would be of *one* statement."""
-        if one and _RUN not in config["configurable"]:
-            with self._autocommit.connect() as connection:
-                yield connection
-            return
-        with self.engine.begin() as connection:
+    def _writing(self, config: RunnableConfig) -> Iterator[Connection]:
+        """A transaction; PostgreSQL gets but one statement in it, unless a lease is to be looked at."""
+        engine = self.engine if _RUN in config["configurable"] else self._autocommit
+        with engine.begin() as connection:
             self._check_run(connection, config)
-            yield connection
-
-    @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        # One statement, which sees one state; on SQLite one that begins with WITH would be taken for a writer.
-        with self._autocommit.connect() as connection:
             yield connection
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -227,7 +222,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         conf = config["configurable"]
         thread_id, ns = str(conf["thread_id"]), conf.get("checkpoint_ns", "")
         self._steps.run_begins(thread_id, ns)
-        with self._reading() as connection:
+        with self._autocommit.connect() as connection:
             stored = checkpoints.get(connection, thread_id, ns, get_checkpoint_id(config))
         return None if stored is None else self._tuple(stored)
 
@@ -264,7 +259,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         left = limit
         while left is None or left > 0:
             size = _PAGE if left is None else min(_PAGE, left)
-            with self._reading() as connection:
+            with self._autocommit.connect() as connection:
                 found = checkpoints.page(connection, cursor, filter_ or {}, size)
             yield [self._tuple(stored) for stored in found]
             if len(found) < size:
@@ -447,7 +442,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         return ThreadPoolExecutor(_STEP_THREADS, "memstate-step")
 
     def _is_saved(self, place: Place) -> bool:
-        with self._reading() as connection:
+        with self._autocommit.connect() as connection:
             return checkpoints.is_there(connection, place)
 
     @contextmanager
