@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,18 +21,10 @@ from filelock import FileLock
 
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, MissingExtra
 from memstate_sa.indexes import ChromaIndex, InMemoryIndex, Point, VectorIndex
-from memstate_sa.testing import FlakyIndex
-from tests.conformance.index_suite import (
-    EMBEDDER,
-    ClosedSuite,
-    IndexSuite,
-    X,
-    Y,
-    contents,
-    fingerprints,
-    point,
-    vector,
-)
+from memstate_sa.testing import FlakyIndex, IndexConformance
+from memstate_sa.testing.churn import EMBEDDER
+from memstate_sa.testing.points import X, Y, contents, fingerprints, point, vector
+from tests.torture.servers import Chroma
 
 SECRET = "XYZZY-the-user-is-allergic-to-peanuts"
 
@@ -60,15 +50,12 @@ def add_foreign(client: ClientAPI, name: str, count: int = 1) -> Any:
 # -- in memory -----------------------------------------------------------------------------------------------------
 
 
-class TestInMemory(IndexSuite, ClosedSuite):
-    @pytest.fixture
-    def closed(self) -> VectorIndex:
-        return InMemoryIndex()
+class TestInMemory(IndexConformance):
+    fenced = True
 
     @pytest.fixture
-    def index(self, closed: VectorIndex) -> VectorIndex:
-        closed.open(embedder=EMBEDDER, dimension=3)
-        return closed
+    def make(self) -> Callable[[], VectorIndex]:
+        return InMemoryIndex
 
     def test_incarnation_is_the_object(self) -> None:
         """Two objects share nothing, so the relay fills each."""
@@ -86,13 +73,11 @@ class TestInMemory(IndexSuite, ClosedSuite):
         assert {m.id: m.distance for m in index.query(vector(1e-38, 0, 0), 2)} == pytest.approx({"long": 0, "short": 2})
 
 
-class TestFlaky(IndexSuite):
+class TestFlaky(IndexConformance):
     @pytest.fixture
-    def index(self) -> VectorIndex:
+    def make(self) -> Callable[[], VectorIndex]:
         """A flaky index whose rate is 0 must be no different."""
-        index = FlakyIndex(InMemoryIndex(), rate=0)
-        index.open(embedder=EMBEDDER, dimension=3)
-        return index
+        return lambda: FlakyIndex(InMemoryIndex(), rate=0)
 
     def test_every_kind_of_failure_happens(self) -> None:
         """A failed upsert left nothing, half or all of its batch behind; a failed delete likewise."""
@@ -118,7 +103,11 @@ class TestFlaky(IndexSuite):
 # -- Chroma, in each of its three modes ------------------------------------------------------------------------------
 
 
-class ChromaSuite(IndexSuite, ClosedSuite):
+class ChromaSuite(IndexConformance):
+    recall = 0.95
+    shared = True
+    atomic = False  # a vector and its metadata are in two places, written one after the other
+
     @pytest.fixture
     def client(self) -> ClientAPI:
         raise NotImplementedError
@@ -128,15 +117,8 @@ class ChromaSuite(IndexSuite, ClosedSuite):
         return unique()
 
     @pytest.fixture
-    def closed(self, client: ClientAPI, name: str) -> Iterator[VectorIndex]:
-        index = ChromaIndex(client, name)
-        yield index
-        index.close()
-
-    @pytest.fixture
-    def index(self, closed: VectorIndex) -> VectorIndex:
-        closed.open(embedder=EMBEDDER, dimension=3)
-        return closed
+    def make(self, client: ClientAPI, name: str) -> Callable[[], VectorIndex]:
+        return lambda: ChromaIndex(client, name)
 
     def test_incarnation_is_the_collection(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
         """It survives reopening; another collection has another."""
@@ -293,6 +275,8 @@ def ephemeral_client() -> Iterator[ClientAPI]:
 
 
 class TestChromaEphemeral(ChromaSuite):
+    purgeable = True
+
     @pytest.fixture
     def client(self, ephemeral_client: ClientAPI) -> ClientAPI:
         return ephemeral_client
@@ -314,6 +298,14 @@ def persistent_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clie
 
 
 class TestChromaPersistent(ChromaSuite):
+    persistent = True
+    purgeable = True
+
+    @pytest.fixture
+    def program(self, tmp_path: Path) -> str:
+        client = f"chromadb.PersistentClient({str(tmp_path)!r})"
+        return f"import chromadb\nfrom memstate_sa.indexes import ChromaIndex\nindex = ChromaIndex({client}, 'memory')"
+
     @pytest.fixture
     def client(self, persistent_client: ClientAPI) -> ClientAPI:
         return persistent_client
@@ -427,29 +419,16 @@ for _ in range(3):
 # -- a real server ---------------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextmanager
-def server(path: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+def server(path: Path, port: int | None = None) -> Iterator[Chroma]:
     """`chroma run`, answering."""
-    chroma = str(Path(sys.executable).with_name("chroma"))
-    command = [chroma, "run", "--path", str(path), "--host", "127.0.0.1", "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            for _ in range(400):
-                try:
-                    httpx.get(f"http://127.0.0.1:{port}/api/v2/heartbeat").raise_for_status()
-                    break
-                except httpx.HTTPError:
-                    time.sleep(0.05)
-            yield process
-        finally:
-            process.kill()
+    made = Chroma(path, path / "server.log", port)
+    made.start()
+    try:
+        made.wait()
+        yield made
+    finally:
+        made.kill()
 
 
 @contextmanager
@@ -462,40 +441,57 @@ def http(port: int) -> Iterator[ClientAPI]:
 
 
 @pytest.fixture(scope="session")
-def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    number = free_port()
-    with server(tmp_path_factory.mktemp("server"), number):
-        yield number
+def chroma_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chroma]:
+    with server(tmp_path_factory.mktemp("server")) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
-def http_client(port: int) -> Iterator[ClientAPI]:
-    with http(port) as client:
+def http_client(chroma_server: Chroma) -> Iterator[ClientAPI]:
+    with http(chroma_server.port) as client:
         yield client
 
 
 class TestChromaServer(ChromaSuite):
+    persistent = True
+    remote = True
+
     @pytest.fixture
-    def client(self, http_client: ClientAPI) -> ClientAPI:
+    def client(self, http_client: ClientAPI, chroma_server: Chroma) -> ClientAPI:
+        self.server = chroma_server
         return http_client
+
+    @pytest.fixture
+    def program(self, chroma_server: Chroma, name: str) -> str:
+        client = f"chromadb.HttpClient(host='127.0.0.1', port={chroma_server.port})"
+        return f"import chromadb\nfrom memstate_sa.indexes import ChromaIndex\nindex = ChromaIndex({client}, {name!r})"
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """The server is killed, and started again on what it left."""
+        self.server.kill()
+        try:
+            yield
+        finally:
+            self.server.start()
+            self.server.wait()
 
     def test_a_killed_server_is_retryable(self, tmp_path: Path) -> None:
         """Killed during an upsert: try again later; once restarted, the same index goes on."""
-        number = free_port()
         points = [point(f"p{n}", np.random.default_rng(n).standard_normal(3).tolist()) for n in range(100)]
-        with server(tmp_path, number) as process, http(number) as client:
+        with server(tmp_path) as first, http(first.port) as client:
             index = opened(client, "memory")
             before = index.incarnation
-            killer = threading.Timer(0.3, process.kill)
+            killer = threading.Timer(0.3, first.kill)
             killer.start()
             with pytest.raises(DeliveryRetryable) as caught:  # whichever upsert it is
                 while True:
                     index.upsert(points)
             assert isinstance(caught.value.__cause__, httpx.TransportError)
-            process.wait()
+            killer.join()
             with pytest.raises(DeliveryRetryable):
                 index.query(vector(*X), 1)
-            with server(tmp_path, number):
+            with server(tmp_path, first.port):
                 index.upsert(points)
                 assert (index.incarnation, set(fingerprints(index))) == (before, {p.id for p in points})
 

@@ -59,8 +59,8 @@ class Postgres:
 class Chroma:
     """`chroma run` on a folder."""
 
-    def __init__(self, folder: Path, log: Path) -> None:
-        self.port = _free_port()
+    def __init__(self, folder: Path, log: Path, port: int | None = None) -> None:
+        self.port = port or free_port()
         self._folder = folder
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -80,6 +80,12 @@ class Chroma:
         except httpx.HTTPError:
             return False
 
+    def wait(self, seconds: float = 60.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.answers():
+            assert time.monotonic() < deadline, "the Chroma server does not answer"
+            time.sleep(0.05)
+
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
@@ -93,7 +99,7 @@ class Chroma:
         self.start()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

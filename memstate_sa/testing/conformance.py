@@ -1,0 +1,856 @@
+"""What every vector index must do: a pytest suite to inherit. Needs pytest."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from memstate_sa.errors import DeliveryError, DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError
+from memstate_sa.indexes._filters import canonical, matches
+from memstate_sa.indexes.base import (
+    Entry,
+    FencedIndex,
+    Filter,
+    Match,
+    PurgeableIndex,
+    Stored,
+    VectorIndex,
+)
+from memstate_sa.indexes.memory import InMemoryIndex
+from memstate_sa.testing import churn
+from memstate_sa.testing.points import X, Y, Z, contents, fingerprints, ids_where, point, vector
+
+EMBEDDER = churn.EMBEDDER
+_MOST = 20_000
+"""So many points at once are always taken, or refused as a whole."""
+_ERASED = "XYZZY-what-was-erased"
+
+Make = Callable[[], VectorIndex]
+
+
+class IndexConformance:
+    """Inherit it, override the fixture `make`, and say by class attributes what your index claims.
+
+    A claim that is not made is tested, too: an index that is not ``fenced`` is no `FencedIndex`, one that is not
+    ``persistent`` begins anew as another incarnation. No test is skipped.
+
+    Example::
+
+        class TestMyIndex(IndexConformance):
+            persistent = True
+
+            @pytest.fixture
+            def make(self, tmp_path):
+                return lambda: MyIndex(tmp_path / "index")
+
+            @pytest.fixture
+            def program(self, tmp_path):
+                return f"from my_index import MyIndex; index = MyIndex({str(tmp_path / 'index')!r})"
+    """
+
+    recall: float = 1.0
+    """The share of the true nearest that a query finds, with a filter and without; 1.0 says that it is exact.
+
+    Of an index that is exact, fewer matches than were asked for mean that there are no more.
+    """
+    tolerance: float = 1e-4
+    """How far a distance may be from the one that NumPy computes in double precision."""
+    persistent: bool = False
+    """What is written outlives the process, a ``kill -9`` too. Override the fixture `program`."""
+    shared: bool = False
+    """Several objects on one storage may be open at once, and see each other's writes."""
+    remote: bool = False
+    """It is reached over a connection, which `outage` breaks. Otherwise it says ``in_process = True``."""
+    fenced: bool = False
+    """It is a `FencedIndex`."""
+    purgeable: bool = False
+    """``purge()`` does what `PurgeableIndex` says. Override the fixture `files`, where it has any."""
+    atomic: bool = True
+    """What a query says of a point is of one write, even while another is under way."""
+
+    # -- to override ---------------------------------------------------------------------------------------------------
+
+    @pytest.fixture
+    def make(self) -> Make:
+        """Returns a new index object that is not open, on a storage of this test's own: the same for each call."""
+        raise NotImplementedError("override the fixture `make`")
+
+    @pytest.fixture
+    def program(self) -> str | None:
+        """Python source that defines ``index``, on a storage of this test's own, in another process."""
+        return None
+
+    @pytest.fixture
+    def files(self) -> Path | None:
+        """The folder that holds everything that `make`'s index writes."""
+        return None
+
+    def outage(self) -> AbstractContextManager[object]:
+        """While it lasts, the index cannot be reached; afterwards it can."""
+        raise NotImplementedError("a remote index: override `outage`")
+
+    # -- fixtures ------------------------------------------------------------------------------------------------------
+
+    @pytest.fixture
+    def another(self, make: Make) -> Iterator[Make]:
+        """`make`, and everything that it made is closed at the end."""
+        made: list[VectorIndex] = []
+
+        def remember() -> VectorIndex:
+            made.append(make())
+            return made[-1]
+
+        yield remember
+        for each in made:
+            each.close()
+
+    @pytest.fixture
+    def closed(self, another: Make) -> VectorIndex:
+        """A new index object that was never opened."""
+        return another()
+
+    @pytest.fixture
+    def index(self, closed: VectorIndex) -> VectorIndex:
+        """A new, empty index, open for EMBEDDER and 3 dimensions."""
+        closed.open(embedder=EMBEDDER, dimension=3)
+        return closed
+
+    # -- what it is ----------------------------------------------------------------------------------------------------
+
+    def test_it_is_what_it_says(self, index: VectorIndex) -> None:
+        """The port's names are there, and optional parts exactly as claimed."""
+        assert isinstance(index, VectorIndex)
+        assert isinstance(index.incarnation, str)
+        assert index.incarnation
+        assert index.max_batch >= 1
+        assert isinstance(index, FencedIndex) is self.fenced
+        assert getattr(index, "fences", False) is self.fenced
+        assert getattr(index, "in_process", False) is not self.remote
+        assert isinstance(index, PurgeableIndex) or not self.purgeable
+
+    def test_open_comes_first(self, closed: VectorIndex) -> None:
+        """Before it, every call says so."""
+        calls: list[Callable[[], object]] = [
+            lambda: closed.upsert([point("a")]),
+            lambda: closed.query(vector(*X), 1),
+        ]
+        for call in calls:
+            with pytest.raises(MemstateError, match=r"open\(\) first"):
+                call()
+
+    def test_open_is_idempotent(self, index: VectorIndex) -> None:
+        """Opening an open index again keeps its content and its incarnation."""
+        index.upsert([point("a")])
+        before = index.incarnation
+        index.open(embedder=EMBEDDER, dimension=3)
+        assert (index.incarnation, fingerprints(index)) == (before, {"a": "f"})
+
+    def test_a_closed_index_can_be_closed_and_opened(self, index: VectorIndex) -> None:
+        """To close is idempotent; opened again, the same object has the same content."""
+        index.upsert([point("a", Y)])
+        before = index.incarnation
+        index.close()
+        index.close()
+        index.open(embedder=EMBEDDER, dimension=3)
+        assert (index.incarnation, contents(index, ["a"])) == (before, {"a": ("f", [0, 1, 0])})
+
+    # -- lifetimes -----------------------------------------------------------------------------------------------------
+
+    def test_another_object_after_the_first(self, index: VectorIndex, another: Make) -> None:
+        """It finds content and incarnation where they outlive an object; elsewhere it is empty, and another one."""
+        index.upsert([point("a", Y, fingerprint="fa", metadata={"role": "tip"})])
+        before = index.incarnation
+        index.close()
+        second = another()
+        second.open(embedder=EMBEDDER, dimension=3)
+        kept = self.persistent or self.shared
+        assert (second.incarnation == before) is kept
+        assert contents(second, ["a"]) == ({"a": ("fa", [0, 1, 0])} if kept else {})
+        assert fingerprints(second) == ({"a": "fa"} if kept else {})
+        assert ids_where(second, {"role": {"$eq": "tip"}}) == ({"a"} if kept else set())
+
+    def test_another_object_beside_the_first(self, index: VectorIndex, another: Make) -> None:
+        """Shared: each sees what the other writes. Else it is another index, or it is refused."""
+        index.upsert([point("a")])
+        second = another()
+        if self.persistent and not self.shared:
+            with pytest.raises(MemstateError):
+                second.open(embedder=EMBEDDER, dimension=3)
+            assert fingerprints(index) == {"a": "f"}
+            return
+        second.open(embedder=EMBEDDER, dimension=3)
+        second.upsert([point("b", Y)])
+        assert fingerprints(index) == ({"a": "f", "b": "f"} if self.shared else {"a": "f"})
+        assert fingerprints(second) == ({"a": "f", "b": "f"} if self.shared else {"b": "f"})
+        index.delete(["b"])
+        assert set(contents(second, ["a", "b"])) == ({"a"} if self.shared else {"b"})
+
+    def test_what_was_acknowledged_outlives_a_kill(self, program: str | None) -> None:
+        """Each point is as the last call that returned left it, or as the one that was under way would have."""
+        assert (program is not None) is self.persistent, "a persistent index: override the fixture `program`"
+        if program is None:
+            return
+        chance, done = random.Random(5), 0
+        incarnation, content = _killed(program, done, lines=chance.randint(3, 12))
+        assert content.held == {}
+        for lines in (chance.randint(3, 12), None):
+            done = content.done
+            before = incarnation
+            incarnation, content = _killed(program, done, lines=lines)
+            assert incarnation == before
+            sure, under_way = churn.state(done), churn.state(done + 1)
+            for id_ in {*sure, *under_way, *content.held}:
+                assert content.held.get(id_) in (sure.get(id_), under_way.get(id_)), id_
+
+    # -- writes --------------------------------------------------------------------------------------------------------
+
+    def test_stored_points_come_back(self, index: VectorIndex) -> None:
+        """They come unnormalised: get leaves absent ids out, and minds no duplicates."""
+        index.upsert([point("a", (3, 4, 0), fingerprint="fa"), point("b", Y, fingerprint="fb")])
+        assert contents(index, ["b", "a", "nope", "a"]) == {"a": ("fa", [3, 4, 0]), "b": ("fb", [0, 1, 0])}
+        assert all(isinstance(s, Stored) and s.vector.dtype == np.float32 for s in index.get(["a", "b"]))
+        assert index.get([]) == []
+
+    def test_upsert_replaces_everything(self, index: VectorIndex) -> None:
+        """Vector, fingerprint and all metadata are the last write's: a key it does not name is gone."""
+        index.upsert([point("a", X, fingerprint="f1", metadata={"role": "tip", "old": 1})])
+        index.upsert([point("a", Y, fingerprint="f2", metadata={"role": None, "new": 2})])
+        assert contents(index, ["a"]) == {"a": ("f2", [0, 1, 0])}
+        assert ids_where(index, {"new": {"$eq": 2}}) == {"a"}
+        assert ids_where(index, {"old": {"$eq": 1}}) == set()
+        assert ids_where(index, {"role": {"$eq": "tip"}}) == set()
+        [match] = index.query(vector(*Y), 1)
+        assert (match.id, match.fingerprint) == ("a", "f2")
+        assert match.distance == pytest.approx(0, abs=1e-6)
+
+    def test_the_last_of_a_batch_wins(self, index: VectorIndex) -> None:
+        """The same id twice in one upsert is stored once, as given last."""
+        index.upsert([point("a", X, fingerprint="f1"), point("a", Y, fingerprint="f2")])
+        assert contents(index, ["a"]) == {"a": ("f2", [0, 1, 0])}
+
+    def test_empty_writes_do_nothing(self, index: VectorIndex) -> None:
+        """An empty upsert, an empty delete and the delete of an absent id are no errors."""
+        index.upsert([])
+        index.delete([])
+        index.delete(["absent", "absent"])
+        assert fingerprints(index) == {}
+
+    def test_deleted_points_are_gone(self, index: VectorIndex) -> None:
+        """From get, scan and query alike; the others stay."""
+        index.upsert([point(id_, fingerprint=id_) for id_ in "abcd"])
+        index.delete(["a", "c", "absent"])
+        assert fingerprints(index) == {"b": "b", "d": "d"}
+        assert {match.id for match in index.query(vector(*X), 10)} == {"b", "d"}
+        assert set(contents(index, list("abcd"))) == {"b", "d"}
+
+    def test_a_deleted_point_can_come_back(self, index: VectorIndex) -> None:
+        """As what it is given now: nothing of what it was before."""
+        index.upsert([point("a", X, fingerprint="f1", metadata={"old": 1})])
+        index.delete(["a"])
+        index.upsert([point("a", Y, fingerprint="f2")])
+        assert contents(index, ["a"]) == {"a": ("f2", [0, 1, 0])}
+        assert ids_where(index, {"old": {"$eq": 1}}) == set()
+
+    def test_replays_change_nothing(self, index: VectorIndex) -> None:
+        """Each call once or several times, as a relay that got no answer makes it: the same content."""
+        chance = random.Random(3)
+        for number in range(12):
+            upserted, deleted = churn.step(number)
+            for _ in range(chance.randint(1, 3)):
+                index.upsert([point(id_, values, fingerprint=mark) for id_, (mark, values) in upserted.items()])
+            for _ in range(chance.randint(1, 3)):
+                index.delete(deleted)
+        expected = churn.state(12)
+        assert contents(index, list(expected)) == expected
+        assert fingerprints(index) == {id_: mark for id_, (mark, _) in expected.items()}
+
+    def test_a_large_batch(self, index: VectorIndex) -> None:
+        """Hundreds of points go in, come back and go out in one call each."""
+        ids = [f"p{n}" for n in range(min(index.max_batch, 300))]
+        index.upsert([point(id_) for id_ in ids])
+        assert set(contents(index, ids)) == set(ids)
+        index.delete(ids)
+        assert fingerprints(index) == {}
+
+    def test_a_batch_over_the_maximum(self, index: VectorIndex) -> None:
+        """It is taken, or refused as a whole; never taken in part."""
+        size = min(index.max_batch, _MOST)
+        points = [point(f"p{n:05}") for n in range(size + 1)]
+        ids = [each.id for each in points]
+        try:
+            index.upsert(points)
+            expected = dict.fromkeys(ids, "f")
+        except DeliveryError:
+            expected = {}
+        assert fingerprints(index, page=size) == expected
+        if not expected:
+            index.upsert(points[:size])
+        for some in (ids[:size], ids[size:]):
+            assert {stored.id for stored in index.get(some)} == set(some) & (set(expected) or set(ids[:size]))
+            index.delete(some)
+        assert fingerprints(index) == {}
+
+    def test_random_histories_agree_with_a_dict(self, index: VectorIndex) -> None:
+        """After random upserts and deletes the content is what a dict would hold."""
+        rng = random.Random(2)
+        held: dict[str, tuple[str, list[float]]] = {}
+        names = [f"n{n}" for n in range(12)]
+        for step in range(20):
+            some = rng.sample(names, 4)
+            if rng.random() < 0.6:
+                batch = [point(n, [rng.randint(-3, 3) for _ in range(3)], fingerprint=f"{step}") for n in some]
+                index.upsert(batch)
+                held.update({p.id: (p.fingerprint, p.vector.tolist()) for p in batch})
+            else:
+                index.delete(some)
+                held = {id_: value for id_, value in held.items() if id_ not in some}
+        assert contents(index, names) == held
+        assert fingerprints(index) == {id_: fingerprint for id_, (fingerprint, _) in held.items()}
+        assert {match.id for match in index.query(vector(*X), 100)} == set(held)
+
+    def test_text_of_every_kind(self, index: VectorIndex) -> None:
+        """Ids, metadata names and values of any script, with quotes and control characters, and of 64 KB."""
+        odd = ["é", "e\u0301", "🙂", "ﬀ", "السلام", "a'b\"c\\d", "%s {x} $1 :p", "tab\tline\n", "\x7f", "[1]", " "]
+        odd.append("long" * 16384)
+        ids = [f"note[{json.dumps(text, ensure_ascii=False)}]" for text in odd]
+        points = [
+            point(id_, fingerprint=f"f{n}", metadata={"value": text, text[:40].strip() or "blank": n})
+            for n, (id_, text) in enumerate(zip(ids, odd, strict=True))
+        ]
+        index.upsert(points)
+        assert fingerprints(index, page=5) == {each.id: each.fingerprint for each in points}
+        assert set(contents(index, ids)) == set(ids)
+        for n, (id_, text) in enumerate(zip(ids, odd, strict=True)):
+            assert ids_where(index, {"value": {"$eq": text}}) == {id_}
+            assert ids_where(index, {text[:40].strip() or "blank": {"$eq": n}}) == {id_}
+            assert [match.id for match in index.query(vector(*X), 3, ids=[id_])] == [id_]
+        assert ids_where(index, {"value": {"$in": odd}}) == set(ids)
+        index.delete(ids[1:])
+        assert fingerprints(index) == {ids[0]: "f0"}
+
+    @pytest.mark.parametrize("bad", [(1, float("nan"), 0), (1, float("inf"), 0), (1, 0)], ids=str)
+    def test_a_bad_vector_is_rejected(self, index: VectorIndex, bad: tuple[float, ...]) -> None:
+        """NaN, infinity or the wrong dimension: refused by name, and nothing of the batch is stored."""
+        with pytest.raises(DeliveryRejected, match="bad-one"):
+            index.upsert([point("good"), point("bad-one", bad)])
+        assert fingerprints(index) == {}
+        with pytest.raises(DeliveryRejected, match="query"):
+            index.query(vector(*bad), 1)
+
+    # -- the fence -----------------------------------------------------------------------------------------------------
+
+    def test_an_overtaken_write(self, index: VectorIndex) -> None:
+        """Fenced: what was written under a higher epoch stays. Else there is one of the two, as a whole."""
+        index.upsert([point("a", X, fingerprint="five", epoch=5), point("b", X, fingerprint="five", epoch=5)])
+        index.upsert([point("a", Y, fingerprint="four", epoch=4), point("c", Y, fingerprint="four", epoch=4)])
+        stored = contents(index, ["a", "b", "c"])
+        assert stored["a"] in [("five", [1, 0, 0]), ("four", [0, 1, 0])][: 1 if self.fenced else 2]
+        assert (stored["b"], stored["c"]) == (("five", [1, 0, 0]), ("four", [0, 1, 0]))
+        index.upsert([point("a", Z, fingerprint="five again", epoch=5), point("b", Z, fingerprint="six", epoch=6)])
+        assert fingerprints(index) == {"a": "five again", "b": "six", "c": "four"}
+        index.upsert([point("b", X, fingerprint="any")])  # 0 stands for no epoch
+        assert fingerprints(index)["b"] == "any"
+
+    def test_an_overtaken_delete(self, index: VectorIndex, another: Make) -> None:
+        """Fenced: it leaves alone what is newer, and is itself remembered, by another object too."""
+        if not isinstance(index, FencedIndex):
+            assert not self.fenced
+            return
+        index.upsert([point("a", epoch=5), point("b", epoch=5)])
+        index.delete(["a"], epoch=4)
+        index.delete(["b", "absent"], epoch=6)
+        assert fingerprints(index) == {"a": "f"}
+        index.upsert([point("b", epoch=5), point("absent", epoch=5)])
+        assert fingerprints(index) == {"a": "f"}
+        if self.shared:
+            second = another()
+            second.open(embedder=EMBEDDER, dimension=3)
+            second.upsert([point("b", epoch=5)])
+            assert fingerprints(second) == {"a": "f"}
+        index.upsert([point("b", Y, epoch=6), point("absent", epoch=7)])
+        assert contents(index, ["b"]) == {"b": ("f", [0, 1, 0])}
+        index.delete(["absent", "a"])  # 0 stands for no epoch
+        assert fingerprints(index) == {"b": "f"}
+
+    def test_reordered_writes(self, index: VectorIndex) -> None:
+        """Fenced: in whatever order they land, and however often, the highest epoch's is what is there."""
+        if not isinstance(index, FencedIndex):
+            assert not self.fenced
+            return
+        chance = random.Random(4)
+        for round_ in range(5):
+            names = [f"r{round_}-{n}" for n in range(5)]
+            last = {id_: chance.randint(1, 6) for id_ in names}
+            writes = [(id_, epoch) for id_ in names for epoch in range(1, last[id_] + 1)] * 2
+            chance.shuffle(writes)
+            for id_, epoch in writes:
+                if epoch % 3:
+                    index.upsert([point(id_, (epoch, 1, 0), fingerprint=f"{epoch}", epoch=epoch)])
+                else:
+                    index.delete([id_], epoch=epoch)
+            expected = {id_: (f"{epoch}", [epoch, 1, 0]) for id_, epoch in last.items() if epoch % 3}
+            assert contents(index, names) == expected
+
+    # -- queries -------------------------------------------------------------------------------------------------------
+
+    def test_nearest_first(self, index: VectorIndex) -> None:
+        """Distances are cosine: 0 in the same direction whatever the length, 1 at a right angle, 2 opposite."""
+        index.upsert(
+            [point("opposite", (-2, 0, 0)), point("right", Z), point("same", (5, 0, 0)), point("near", (1, 1, 0))]
+        )
+        matches = index.query(vector(9, 0, 0), 10)
+        assert [match.id for match in matches] == ["same", "near", "right", "opposite"]
+        assert [match.distance for match in matches] == pytest.approx([0, 1 - 2**-0.5, 1, 2], abs=1e-6)
+        assert all(0 <= match.distance <= 2 for match in matches)
+        assert [match.id for match in index.query(vector(9, 0, 0), 2)] == ["same", "near"]
+        assert index.query(vector(9, 0, 0), 0) == []
+
+    def test_a_zero_vector_is_far_from_everything(self, index: VectorIndex) -> None:
+        """Its distance is 1, on either side."""
+        index.upsert([point("zero", (0, 0, 0)), point("x", X)])
+        assert {m.id: m.distance for m in index.query(vector(*X), 5)} == pytest.approx({"x": 0, "zero": 1}, abs=1e-6)
+        assert {m.id: m.distance for m in index.query(vector(0, 0, 0), 5)} == pytest.approx({"x": 1, "zero": 1})
+
+    def test_an_empty_index_answers(self, index: VectorIndex) -> None:
+        """Nothing stored, nothing found, with any restriction."""
+        assert index.query(vector(*X), 5) == []
+        assert index.query(vector(*X), 5, where={"a": {"$eq": 1}}) == []
+        assert index.query(vector(*X), 5, ids=["a"]) == []
+        assert index.scan(None, 10) == []
+        assert index.get(["a"]) == []
+
+    def test_nearest_are_those_of_numpy(self, closed: VectorIndex) -> None:
+        """Distances within the tolerance, and as many of the true nearest as claimed: also under restrictions.
+
+        Of points that were added, replaced and deleted, so that a graph has its scars.
+        """
+        rng = np.random.default_rng(7)
+        vectors = (rng.standard_normal((500, 32)) * rng.uniform(0.1, 10, (500, 1))).astype(np.float32)
+        closed.open(embedder=EMBEDDER, dimension=32)
+        ids = [f"p{n}" for n in range(500)]
+        metadata: list[dict[str, Any]] = [{"group": n % 7, "name": f"n{n % 5}"} for n in range(500)]
+        for turn in (vectors[::-1], vectors):
+            for start in range(0, 500, min(closed.max_batch, 250)):
+                some = range(start, min(start + min(closed.max_batch, 250), 500))
+                closed.upsert([point(ids[n], turn[n].tolist(), metadata=metadata[n]) for n in some])
+            if turn is not vectors:
+                closed.delete(ids[100:200][: closed.max_batch])
+        restrictions: list[tuple[Filter | None, list[str] | None]] = [
+            (None, None),
+            ({"group": {"$eq": 3}}, None),
+            ({"$or": [{"group": {"$gt": 5}}, {"name": {"$in": ["n1", "n2"]}}]}, None),
+            (None, ids[40:80]),
+            ({"name": {"$eq": "n0"}}, ids[::3]),
+        ]
+        found = wanted = 0
+        for query in rng.standard_normal((6, 32)).astype(np.float32):
+            exact = _distances(vectors, query)
+            for where, among in restrictions:
+                condition = canonical(where or {})
+                assert condition is not None
+                named = [n for n in range(500) if among is None or ids[n] in among]
+                allowed = [n for n in named if matches(condition, metadata[n])]
+                nearest = sorted(exact[allowed])[:10]
+                answer = closed.query(query, 10, where=where, ids=among)
+                self._assert_true(answer, {ids[n]: exact[n] for n in allowed})
+                found += sum(match.distance <= nearest[-1] + self.tolerance for match in answer)
+                wanted += len(nearest)
+            everything = closed.query(query, 600)
+            self._assert_true(everything, dict(zip(ids, exact, strict=True)))
+            found += len(everything)
+            wanted += len(vectors)
+        assert self.recall <= found / wanted <= 1
+
+    def _assert_true(self, answer: list[Match], exact: dict[str, Any]) -> None:
+        distances = [match.distance for match in answer]
+        assert len({match.id for match in answer}) == len(answer)
+        assert {match.id for match in answer} <= exact.keys()
+        assert distances == pytest.approx([exact[match.id] for match in answer], abs=self.tolerance)
+        assert distances == sorted(distances)
+
+    def test_ids_restrict_the_query(self, index: VectorIndex) -> None:
+        """Absent ids and repeated ones among them do no harm; no ids, no matches."""
+        index.upsert([point(f"p{n}", (1, n, 0), metadata={"n": n}) for n in range(6)])
+        assert [m.id for m in index.query(vector(*X), 2, ids=["p5", "p3", "absent", "p3", "p4"])] == ["p3", "p4"]
+        assert [m.id for m in index.query(vector(*X), 9, ids=["absent", "p1"])] == ["p1"]
+        assert index.query(vector(*X), 2, ids=["absent"]) == []
+        assert index.query(vector(*X), 2, ids=[]) == []
+        found = index.query(vector(*X), 9, ids=["p1", "p2", "p3"], where={"n": {"$gt": 1}})
+        assert [m.id for m in found] == ["p2", "p3"]
+
+    def test_a_thousand_ids_restrict_the_query(self, index: VectorIndex) -> None:
+        """So many does a search name, where its criteria are no filter."""
+        size = min(index.max_batch, 1100)
+        ids = [f"p{n}" for n in range(size)]
+        index.upsert([point(id_, (1, 1 + n, 0)) for n, id_ in enumerate(ids)])
+        assert [match.id for match in index.query(vector(*X), 3, ids=ids[5:][::-1])] == ["p5", "p6", "p7"]
+
+    def test_filters(self, index: VectorIndex) -> None:
+        """Each operator matches exactly the values it should: no None, no other type, no rounded fraction."""
+        index.upsert([point(id_, metadata={"v": value}) for id_, value in _VALUES.items()] + [point("missing")])
+        found = {str(where): ids_where(index, where) for where, _ in _FILTERS}
+        assert found == {str(where): set(expected.split()) for where, expected in _FILTERS}
+
+    def test_random_filters_agree_with_python(self, index: VectorIndex) -> None:
+        """On random metadata and nested filters every index answers as the in-memory one."""
+        rng = random.Random(1)
+        points = [point(f"p{n}", metadata={key: rng.choice(_OPERANDS) for key in "ab"}) for n in range(40)]
+        exact = InMemoryIndex()
+        exact.open(embedder=EMBEDDER, dimension=3)
+        for target in (index, exact):
+            target.upsert(points)
+        filters = [_random_filter(rng, 2) for _ in range(30)]
+        assert [ids_where(index, where) for where in filters] == [ids_where(exact, where) for where in filters]
+
+    def test_what_is_no_filter_is_rejected(self, index: VectorIndex) -> None:
+        """An unknown operator or operand is an error, not an empty answer."""
+        for condition in (1, {}, {"$ne": 1}, {"$gt": "a"}, {"$gt": True}, {"$lt": float("inf")}, {"$eq": b"x"}):
+            with pytest.raises(DeliveryRejected):
+                index.query(vector(*X), 1, where={"v": condition})
+        no_filters: list[Filter] = [{"$not": []}, {"$and": {}}, {"$or": [1]}]
+        for where in no_filters:
+            with pytest.raises(DeliveryRejected):
+                index.query(vector(*X), 1, where=where)
+
+    # -- listing -------------------------------------------------------------------------------------------------------
+
+    def test_scan_lists_in_id_order(self, index: VectorIndex) -> None:
+        """By code point, page by page, each entry with its fingerprint; after an id that is not stored, too."""
+        ids = ["b", "a", "Z", "é", "z", "aa", "10", "9", "🙂", "ﬀ"]
+        index.upsert([point(id_, fingerprint=f"f{id_}") for id_ in ids])
+        everything = [Entry(id_, f"f{id_}") for id_ in sorted(ids)]
+        assert list(fingerprints(index, page=3).items()) == [tuple(entry) for entry in everything]
+        assert index.scan("ab", 2) == [Entry("b", "fb"), Entry("z", "fz")]
+        assert index.scan("🙂", 5) == []
+
+    def test_long_ids_are_listed_in_order(self, index: VectorIndex) -> None:
+        """Those too that differ only after thousands of characters."""
+        ids = [f"{'a' * 3000}{n}" for n in range(5)] + ["a" * 2999, "b"]
+        index.upsert([point(id_, fingerprint=f"f{n}") for n, id_ in enumerate(ids)])
+        assert list(fingerprints(index, page=2)) == sorted(ids)
+
+    def test_scan_goes_on_while_points_change(self, index: VectorIndex) -> None:
+        """What is there throughout the pass is listed once, with the fingerprint it has when its page is read."""
+        index.upsert([point(f"p{n}", fingerprint="old") for n in range(8)])
+        first = index.scan(None, 3)
+        index.delete(["p0", "p4", "p5"])
+        index.upsert([point("p6", fingerprint="new"), point("p1", fingerprint="new")])
+        second = index.scan(first[-1].id, 10)
+        assert [entry.id for entry in first] == ["p0", "p1", "p2"]
+        assert second == [Entry("p3", "old"), Entry("p6", "new"), Entry("p7", "old")]
+        assert index.scan("p7", 10) == []
+        assert fingerprints(index) == {"p1": "new", "p2": "old", "p3": "old", "p6": "new", "p7": "old"}
+
+    def test_a_new_pass_sees_what_is_new(self, index: VectorIndex) -> None:
+        """A pass that was given up does not leave its listing to the next."""
+        index.upsert([point("b"), point("d")])
+        assert index.scan(None, 1) == [Entry("b", "f")]
+        index.upsert([point("a"), point("c")])
+        assert list(fingerprints(index)) == ["a", "b", "c", "d"]
+
+    # -- several callers -----------------------------------------------------------------------------------------------
+
+    def test_many_threads(self, index: VectorIndex) -> None:
+        """Concurrent writers of different ids lose nothing, and readers meanwhile do not fail."""
+
+        def work(worker: int) -> None:
+            mine = [f"w{worker}-{n}" for n in range(6)]
+            for step in range(2):
+                index.upsert([point(id_, fingerprint=f"{step}") for id_ in mine])
+                index.delete(mine[:2])
+                index.query(vector(*X), 5)
+                index.get(mine)
+                index.scan(None, 5)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+        assert fingerprints(index) == {f"w{worker}-{n}": "1" for worker in range(4) for n in range(2, 6)}
+
+    def test_many_writers_of_the_same_points(self, index: VectorIndex) -> None:
+        """In different orders, in overlapping batches: no call fails, and each point is as one of them wrote it."""
+        names = [f"n{n}" for n in range(8)]
+
+        def work(worker: int) -> None:
+            chance = random.Random(worker)
+            for step in range(6):
+                some = chance.sample(names, 5)
+                index.upsert([point(id_, (worker + 1, step, 1), fingerprint=f"{worker}-{step}") for id_ in some])
+                index.delete(chance.sample(names, 1))
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+        index.upsert([point(names[0], (9, 9, 9), fingerprint="last")])
+        stored = contents(index, names)
+        assert stored[names[0]] == ("last", [9, 9, 9])
+        assert fingerprints(index) == {id_: mark for id_, (mark, _) in stored.items()}
+        for mark, values in stored.values():
+            if mark != "last":
+                worker, step = map(int, mark.split("-"))
+                assert values == [worker + 1, step, 1]
+
+    def test_scan_beside_a_writer(self, index: VectorIndex) -> None:
+        """Every point that is there throughout is listed exactly once, in order, however others come and go."""
+        stable = [f"p{n:03}" for n in range(0, 60, 2)]
+        moving = [f"p{n:03}" for n in range(1, 60, 2)]
+        index.upsert([point(id_, fingerprint="stable") for id_ in stable])
+
+        def passes() -> None:
+            for _ in range(4):
+                listed = fingerprints(index, page=7)
+                assert [id_ for id_, mark in listed.items() if mark == "stable"] == stable
+                assert set(listed) <= {*stable, *moving}
+
+        self._beside(passes, lambda: self._move(index, moving))
+
+    @staticmethod
+    def _move(index: VectorIndex, moving: list[str]) -> None:
+        index.upsert([point(id_, fingerprint="moving") for id_ in moving])
+        index.delete(moving)
+
+    def test_a_query_beside_a_writer(self, index: VectorIndex) -> None:
+        """A match's fingerprint and its distance are of one write (``atomic``), or each is of some write."""
+        versions = {"x": X, "y": Y}
+        answers = [("x", 0), ("y", 1)] if self.atomic else [("x", 0), ("x", 1), ("y", 0), ("y", 1)]
+        index.upsert([point("a", X, fingerprint="x"), point("b", Z, fingerprint="b")])
+
+        def ask() -> None:
+            for n in range(60):
+                among = ["a", "b"] if n % 2 else None
+                answer = {match.id: match for match in index.query(vector(*X), 5, ids=among)}
+                assert set(answer) == {"a", "b"}
+                mark, distance = answer["a"].fingerprint, round(answer["a"].distance, 3)
+                assert (mark, distance) in answers
+
+        def write() -> None:
+            for mark in ("y", "x"):
+                index.upsert([point("a", versions[mark], fingerprint=mark)])
+
+        self._beside(ask, write)
+
+    @staticmethod
+    def _beside(work: Callable[[], None], again: Callable[[], None]) -> None:
+        """*work*, while another thread does *again* again and again."""
+        stop, failures = threading.Event(), []
+
+        def repeat() -> None:
+            try:
+                while not stop.is_set():
+                    again()
+            except Exception as error:  # noqa: BLE001  # raised below, in the thread of the test
+                failures.append(error)
+
+        thread = threading.Thread(target=repeat)
+        thread.start()
+        try:
+            work()
+        finally:
+            stop.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    # -- what does not fit, and what fails -----------------------------------------------------------------------------
+
+    def test_another_embedder_is_refused(self, index: VectorIndex) -> None:
+        """The error names both embedders, and the index stays usable."""
+        with pytest.raises(IndexMismatch, match=r"'suite:3'.*'other:3'"):
+            index.open(embedder="other:3", dimension=3)
+        index.upsert([point("a")])
+        assert fingerprints(index) == {"a": "f"}
+
+    def test_another_dimension_is_refused(self, index: VectorIndex) -> None:
+        """The error names both dimensions."""
+        with pytest.raises(IndexMismatch, match=r"\b3 dimensions.*\b4 dimensions"):
+            index.open(embedder=EMBEDDER, dimension=4)
+
+    def test_another_object_is_refused_another_embedder(self, index: VectorIndex, another: Make) -> None:
+        """What the storage was built with outlives the object, where content does; the content stays."""
+        index.upsert([point("a")])
+        index.close()
+        second = another()
+        if self.persistent or self.shared:
+            for embedder, dimension, named in (("other:3", 3, "'suite:3'.*'other:3'"), (EMBEDDER, 4, "3 dim.*4 dim")):
+                with pytest.raises(IndexMismatch, match=named):
+                    second.open(embedder=embedder, dimension=dimension)
+            second.open(embedder=EMBEDDER, dimension=3)
+            assert fingerprints(second) == {"a": "f"}
+        else:
+            second.open(embedder="other:3", dimension=4)
+            assert fingerprints(second) == {}
+
+    def test_an_outage_is_retryable(self, index: VectorIndex) -> None:
+        """Every call says so, chained from the vendor's error; afterwards the same object goes on.
+
+        What does not outlive an outage is gone as another incarnation.
+        """
+        if not self.remote:
+            return  # and says so: see test_it_is_what_it_says
+        index.upsert([point("a")])
+        before = index.incarnation
+        calls: list[Callable[[], object]] = [
+            lambda: index.upsert([point("b")]),
+            lambda: index.delete(["a"]),
+            lambda: index.query(vector(*X), 1),
+            lambda: index.get(["a"]),
+            lambda: index.scan(None, 1),
+            lambda: index.open(embedder=EMBEDDER, dimension=3),
+        ]
+        with self.outage():
+            for call in calls:
+                with pytest.raises(DeliveryRetryable) as caught:
+                    call()
+                assert caught.value.__cause__ is not None
+        for attempt in range(20):
+            try:
+                index.open(embedder=EMBEDDER, dimension=3)
+                index.upsert([point("b")])
+                break
+            except DeliveryRetryable:  # of a connection that was made before
+                assert attempt < 19
+        kept = index.incarnation == before
+        assert kept or not self.persistent
+        assert fingerprints(index) == ({"a": "f", "b": "f"} if kept else {"b": "f"})
+
+    # -- erasure -------------------------------------------------------------------------------------------------------
+
+    def test_purge(self, index: VectorIndex, files: Path | None) -> None:
+        """What was deleted or replaced is in no file any more, and all else is as before; or it is refused."""
+        kept = [point(f"k{n}", (1, n, 0), fingerprint=f"f{n}", metadata={"n": n}) for n in range(20)]
+        index.upsert(kept)
+        index.upsert([point("gone", Y, metadata={"secret": _ERASED}), point("k3", Y, metadata={"secret": _ERASED})])
+        index.upsert([kept[3]])
+        index.delete(["gone"])
+        if not isinstance(index, PurgeableIndex):
+            return
+        if self.purgeable:
+            index.purge()
+        else:
+            with pytest.raises(MemstateError):
+                index.purge()
+        assert contents(index, ["gone", *(each.id for each in kept)]) == {
+            f"k{n}": (f"f{n}", [1, n, 0]) for n in range(20)
+        }
+        assert fingerprints(index) == {each.id: each.fingerprint for each in kept}
+        assert ids_where(index, {"n": {"$gte": 18}}) == {"k18", "k19"}
+        index.upsert([point("new", Z)])
+        assert [match.id for match in index.query(vector(*Z), 1)] == ["new"]
+        if self.purgeable and files is not None:
+            index.close()
+            found = [path for path in files.rglob("*") if path.is_file() and _ERASED.encode() in path.read_bytes()]
+            assert found == []
+
+
+class _Content:
+    """What a killed program reported: what it found, and how many steps are done."""
+
+    def __init__(self, first: str, numbers: list[str], done: int) -> None:
+        self.incarnation, listed, stored, found = json.loads(first)
+        self.held = {id_: (mark, values) for id_, (mark, values) in stored.items()}
+        assert listed == found == {id_: mark for id_, (mark, _) in self.held.items()}
+        self.done = int(numbers[-1]) + 1 if numbers else done
+
+
+def _killed(program: str, done: int, *, lines: int | None) -> tuple[str, _Content]:
+    """Run *program*, which goes on after *done* steps, and kill it after so many more; None: it only looks."""
+    last = done if lines is None else None
+    code = f"{program}\nfrom memstate_sa.testing import churn\nchurn.main(index, {done}, {last})"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        numbers = [process.stdout.readline() for _ in range(lines or 0)]
+        process.kill()
+        numbers += process.stdout.read().splitlines(keepends=True)
+    assert first.endswith("\n"), "the program failed: its error is above"
+    content = _Content(first, [line for line in numbers if line.endswith("\n")], done)
+    return content.incarnation, content
+
+
+def _distances(vectors: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float64]:
+    wide, wanted = vectors.astype(np.float64), query.astype(np.float64)
+    distances: NDArray[np.float64] = 1.0 - wide @ wanted / np.linalg.norm(wide, axis=1) / np.linalg.norm(wanted)
+    return distances
+
+
+_DATE = "2026-03-01T12:00:00+00:00"
+_VALUES: dict[str, Any] = {
+    "zero": 0,
+    "one": 1,
+    "one-float": 1.0,
+    "half": 0.5,
+    "minus-half": -0.5,
+    "minus-one": -1,
+    "true": True,
+    "false": False,
+    "text-one": "1",
+    "tip": "tip",
+    "upper-tip": "TIP",
+    "empty": "",
+    "nul": "ti\0p",
+    "date": _DATE,  # as the relay hands a datetime over
+    "none": None,
+    "nan": float("nan"),
+    "infinity": float("inf"),
+    "snowflake": 2**60 + 1,
+    "huge": 2**70,
+}
+_FILTERS: list[tuple[Filter, str]] = [
+    ({}, " ".join([*_VALUES, "missing"])),
+    ({"v": {"$eq": 1}}, "one one-float"),
+    ({"v": {"$eq": 1.0}}, "one one-float"),
+    ({"v": {"$eq": True}}, "true"),
+    ({"v": {"$eq": False}}, "false"),
+    ({"v": {"$eq": "1"}}, "text-one"),
+    ({"v": {"$eq": "tip"}}, "tip"),
+    ({"v": {"$eq": ""}}, "empty"),
+    ({"v": {"$eq": "ti\0p"}}, "nul"),
+    ({"v": {"$in": [_DATE, "2026-03-01T12:00:00Z"]}}, "date"),
+    ({"v": {"$eq": None}}, ""),
+    ({"v": {"$eq": float("nan")}}, ""),
+    ({"v": {"$eq": 0.5}}, "half"),
+    ({"v": {"$eq": 0.25}}, ""),
+    ({"v": {"$eq": 2**60}}, ""),
+    ({"v": {"$eq": 2**60 + 1}}, "snowflake"),
+    ({"v": {"$in": []}}, ""),
+    ({"v": {"$in": [None]}}, ""),
+    ({"v": {"$in": ["tip", None, "", 1, True]}}, "tip empty one one-float true"),
+    ({"v": {"$in": [1, 0.5, 0.25]}}, "one one-float half"),
+    ({"v": {"$in": [1.0, 0]}}, "one one-float zero"),
+    ({"v": {"$gt": 0}}, "one one-float half snowflake huge"),
+    ({"v": {"$gt": 0.5}}, "one one-float snowflake huge"),
+    ({"v": {"$gte": 0.5}}, "one one-float half snowflake huge"),
+    ({"v": {"$gte": -0.5}}, "zero one one-float half minus-half snowflake huge"),
+    ({"v": {"$gt": -0.5}}, "zero one one-float half snowflake huge"),
+    ({"v": {"$lt": 0.5}}, "zero minus-half minus-one"),
+    ({"v": {"$lt": -0.5}}, "minus-one"),
+    ({"v": {"$lte": -0.5}}, "minus-half minus-one"),
+    ({"v": {"$lte": 0.5}}, "zero half minus-half minus-one"),
+    ({"v": {"$lt": 2**70}}, "zero one one-float half minus-half minus-one snowflake"),
+    ({"v": {"$gte": 0, "$lt": 1}}, "zero half"),
+    ({"$and": [{"v": {"$gte": 0}}]}, "zero one one-float half snowflake huge"),
+    ({"$and": [{"v": {"$gte": 0}}, {"v": {"$lte": 1}}]}, "zero one one-float half"),
+    ({"$or": [{"v": {"$eq": "tip"}}, {"v": {"$eq": None}}, {"v": {"$eq": True}}]}, "tip true"),
+    ({"$or": []}, ""),
+    ({"$and": [{"v": {"$eq": "tip"}}, {"w": {"$eq": "tip"}}]}, ""),
+]
+_OPERANDS: list[Any] = [None, 0, 1, -1, 0.5, -0.5, 1.5, 2, True, False, "a", "b", ""]
+
+
+def _random_filter(rng: random.Random, depth: int) -> dict[str, Any]:
+    if depth and rng.random() < 0.5:
+        return {rng.choice(["$and", "$or"]): [_random_filter(rng, depth - 1) for _ in range(rng.randint(1, 3))]}
+    operator = rng.choice(["$eq", "$in", "$gt", "$gte", "$lt", "$lte"])
+    numbers = [value for value in _OPERANDS if isinstance(value, int | float) and not isinstance(value, bool)]
+    operand: Any = rng.choice(_OPERANDS if operator == "$eq" else numbers)
+    return {rng.choice("ab"): {operator: rng.sample(_OPERANDS, 3) if operator == "$in" else operand}}
