@@ -9,7 +9,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
 from datetime import datetime
 from functools import cached_property
@@ -193,25 +193,22 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         """
         conf = config["configurable"]
         place = Place(str(conf["thread_id"]), conf.get("checkpoint_ns", ""), str(conf["checkpoint_id"]))
-        rows = [
-            Write(task_path, task_id, WRITES_IDX_MAP.get(channel, n), channel, Value(*self.serde.dumps_typed(value)))
-            for n, (channel, value) in enumerate(writes)
-        ]
-        replace = all(channel in WRITES_IDX_MAP for channel, _ in writes)
         runs_again = any(channel in (ERROR, INTERRUPT) for channel, _ in writes)
         with self._steps.settle(place.thread_id, task_id, commits=not runs_again) as step:
-            if step is not None:
-                self._check_run(step, config)
-                checkpoints.put_writes(step, place, rows, replace=replace)
-                return
-            with self._writing(config) as connection:
+            rows = [
+                Write(task_path, task_id, WRITES_IDX_MAP.get(name, n), name, Value(*self.serde.dumps_typed(value)))
+                for n, (name, value) in enumerate(writes)
+            ]
+            # What is written again replaces what was there only of errors, interrupts and answers.
+            replace = all(channel in WRITES_IDX_MAP for channel, _ in writes)
+            with self._writing(config, step) as connection:
                 checkpoints.put_writes(connection, place, rows, replace=replace)
 
     @contextmanager
-    def _writing(self, config: RunnableConfig) -> Iterator[Connection]:
-        """A transaction; PostgreSQL gets but one statement in it, unless a lease is to be looked at."""
+    def _writing(self, config: RunnableConfig, step: Connection | None = None) -> Iterator[Connection]:
+        """A transaction, or that of a *step*; of one statement on PostgreSQL, unless a lease is to be looked at."""
         engine = self.engine if _RUN in config["configurable"] else self._autocommit
-        with engine.begin() as connection:
+        with engine.begin() if step is None else nullcontext(step) as connection:
             self._check_run(connection, config)
             yield connection
 

@@ -110,7 +110,7 @@ class Chain:
         conf = {"thread_id": self.thread_id, "checkpoint_ns": ""}
         if self.configs:
             conf["checkpoint_id"] = self.configs[parent]["configurable"]["checkpoint_id"]
-        versions = {channel: step + 1 for channel in values}
+        versions = dict.fromkeys(values, step + 1)
         checkpoint: Any = {
             "v": 4,
             "id": str(uuid6(clock_seq=step)),
@@ -122,7 +122,7 @@ class Chain:
         }
         metadata: Any = {"source": "loop", "step": step, "parents": {}}
         if counted:
-            metadata["counters_since_delta_snapshot"] = {channel: (1, 1) for channel in counted}
+            metadata["counters_since_delta_snapshot"] = dict.fromkeys(counted, (1, 1))
         self.configs.append(self.saver.put({"configurable": conf}, checkpoint, metadata, versions))
         if writes:
             self.saver.put_writes(self.head, writes, str(uuid4()))
