@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alembic.operations import ops
-from sqlalchemy import MetaData, Table, inspect
+from sqlalchemy import Identity, MetaData, Table, inspect
 from sqlalchemy.engine import Connection
 
 from memstate_sa import appendonly, triggers
@@ -53,7 +53,7 @@ def compare(context: AutogenContext, upgrade_ops: ops.UpgradeOps, schemas: set[s
     connection = context.connection
     assert connection is not None
     comparison = _Comparison(context, connection)
-    found[:] = [op for op in found if comparison.is_wanted(op)]
+    found[:] = [op for op in map(comparison.sifted, found) if op is not None]
     before: list[ops.MigrateOperation] = []
     after: list[ops.MigrateOperation] = []
     for undo, redo in comparison.run(_Changes.read(found), schemas):
@@ -74,12 +74,20 @@ class _Comparison:
     def _name(self, table: Table) -> Name:
         return (None if table.schema == self._default_schema else table.schema, table.name)
 
-    def is_wanted(self, op: ops.MigrateOperation) -> bool:
-        """Tables of ours are nobody's to drop: who leaves them out of his metadata has our migrations make them."""
-        if not isinstance(op, (ops.DropTableOp, ops.ModifyTableOps)):
-            return True
-        name = (op.schema, op.table_name)
-        return name in self._tables or op.schema is not None or not is_ours(op.table_name)
+    def sifted(self, op: ops.MigrateOperation) -> ops.MigrateOperation | None:
+        """*op* without what is not to be done to tables of ours.
+
+        They are nobody's to drop: who leaves them out of his metadata has our migrations make them. And SQLite knows no
+        IDENTITY, so that ``compare_server_default`` would never find one there.
+        """
+        if not isinstance(op, (ops.DropTableOp, ops.ModifyTableOps)) or op.schema or not is_ours(op.table_name):
+            return op
+        if (op.schema, op.table_name) not in self._tables:
+            return None
+        if isinstance(op, ops.ModifyTableOps) and self._connection.dialect.name == "sqlite":
+            op.ops = [part for part in op.ops if not _is_identity(part)]
+            return op if op.ops else None
+        return op
 
     def run(self, changes: _Changes, schemas: set[str | None]) -> Iterator[tuple[Ours | None, Ours | None]]:
         """What has to be undone before these changes, and what is to be done after them."""
@@ -146,6 +154,10 @@ class _Comparison:
         columns = [c if c.name in altered else mapped.get(c.name, c) for c in reflected.columns]
         only = None if said["only"] is None else (said["only"][0], said["only"][1])
         return Capture.restricted(frozen(reflected, columns), said["entity"], said["version"], only), only
+
+
+def _is_identity(op: ops.MigrateOperation) -> bool:
+    return isinstance(op, ops.AlterColumnOp) and isinstance(op.modify_server_default, Identity)
 
 
 def _is_as_wanted(connection: Connection, there: Mapping[str, str], captured: Capture) -> bool:
