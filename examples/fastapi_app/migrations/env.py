@@ -18,6 +18,7 @@ def migrate(connection: Connection | None = None) -> None:
         connection=connection,
         url=DATABASE_URL,
         target_metadata=target_metadata,
+        autogenerate_plugins=["alembic.autogenerate.*", "memstate_sa"],
         render_as_batch=True,  # SQLite alters tables by copying them
         literal_binds=connection is None,
     )
