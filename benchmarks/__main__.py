@@ -1,14 +1,15 @@
-"""``python -m benchmarks [--quick] [capture commits relay drain latency search strict undo]``"""
+"""``python -m benchmarks [--quick] [backfill capture commits relay drain latency search strict undo]``"""
 
 from __future__ import annotations
 
 import argparse
 import os
 
-from benchmarks import capture, commits, drain, latency, relay, search, strict, undo
+from benchmarks import backfill, capture, commits, drain, latency, relay, search, strict, undo
 from benchmarks.report import console
 
 BENCHMARKS = {
+    "backfill": backfill.run,
     "capture": capture.run,
     "commits": commits.run,
     "relay": relay.run,
