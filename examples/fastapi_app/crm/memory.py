@@ -16,7 +16,11 @@ client = chromadb.HttpClient(_host, int(_port)) if "://" in CHROMA else chromadb
 
 memory = Memory(ChromaIndex(client, "crm"))
 memory.track(Note, text="body", metadata=("owner_id", "contact_id"))
-memory.track(Contact, text=lambda contact: ", ".join(filter(None, (contact.name, contact.company, contact.about))))
+memory.track(
+    Contact,
+    text=lambda contact: ", ".join(filter(None, (contact.name, contact.company, contact.about))),
+    metadata=("account_id",),
+)
 memory.track(NoteTag, text=lambda _: None)  # has no meaning of its own, but an undone note has its tags again
 memory.attach(Sessions)
 if engine.dialect.name == "sqlite":
