@@ -3,6 +3,7 @@
 from memstate_sa.indexes.base import Entry, FencedIndex, Filter, Match, Point, PurgeableIndex, Stored, VectorIndex
 from memstate_sa.indexes.chroma import ChromaIndex
 from memstate_sa.indexes.memory import InMemoryIndex
+from memstate_sa.indexes.redis import RedisIndex
 
 __all__ = [
     "ChromaIndex",
@@ -13,6 +14,7 @@ __all__ = [
     "Match",
     "Point",
     "PurgeableIndex",
+    "RedisIndex",
     "Stored",
     "VectorIndex",
 ]

@@ -1,0 +1,394 @@
+"""Redis 8 vector sets as a vector index.
+
+What this file works around was measured on Redis 8.2.3 with redis-py 8.1; each workaround says what it is for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from hashlib import sha1
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from memstate_sa._failures import delivery_error
+from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, MissingExtra
+from memstate_sa.indexes._filters import canonical, matches
+from memstate_sa.indexes._tags import has_number, number_name, numbers, stored, tag, tags
+from memstate_sa.indexes._units import at_length, unit_rows
+from memstate_sa.indexes.base import Entry, Filter, Match, Point, Scalar, Stored, Vector, matrix
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+EXACT_UP_TO = 10_000
+"""So many points are compared one by one, unless `RedisIndex` is told otherwise: 4 ms at 256 dimensions."""
+_EXPLORED = 200
+"""How far an approximate search looks (EF); Redis's own default is 100."""
+_PER_SCRIPT = 32
+"""So many points are changed by one script, which nothing interrupts: about 20 ms at 256 dimensions."""
+_REMEMBERED_S = 86_400
+"""How long the epoch of a deleted id is remembered: far longer than an overtaken relay's request can be under way."""
+
+# Keys: 1 what the index is (a hash), 2 points (a vector set), 3 their ids (a sorted set of one score, so by bytes: in
+# UTF-8 that is by code point), 4 epochs of deleted ids (a hash whose fields expire).
+_RESOLVE = """#!lua flags=allow-oom
+local was = redis.call('HMGET', KEYS[1], 'embedder', 'dimension', 'incarnation', 'count')
+if was[1] and (was[1] ~= ARGV[1] or was[2] ~= ARGV[2]) then
+  return {was[1], was[2], '', '', '0'}
+end
+local held = redis.call('VCARD', KEYS[2])
+if not was[3] or tonumber(was[4]) ~= held or redis.call('ZCARD', KEYS[3]) ~= held then
+  redis.call('UNLINK', KEYS[2], KEYS[3], KEYS[4])
+  redis.call('HSET', KEYS[1], 'embedder', ARGV[1], 'dimension', ARGV[2], 'incarnation', ARGV[3], 'count', 0)
+  was[3], held = ARGV[3], 0
+end
+local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+return {ARGV[1], ARGV[2], was[3], run, tostring(held)}
+"""
+_FENCE = """
+if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
+local function passes(id, epoch)
+  local attributes = redis.call('VGETATTR', KEYS[2], id)
+  local highest = attributes and string.match(attributes, '^{"e":(%d+)') or redis.call('HGET', KEYS[4], id)
+  highest = tonumber(highest or 0)
+  if epoch ~= 0 and epoch < highest then return nil end
+  return string.format('%.0f', math.max(epoch, highest))
+end
+local function counted()
+  redis.call('HSET', KEYS[1], 'count', redis.call('VCARD', KEYS[2]))
+  return 1
+end
+"""
+# Removed first: of a VADD that replaces, neither the append-only file nor a replica hears.
+_UPSERT = f"""#!lua
+{_FENCE}
+for i = 2, #ARGV, 4 do
+  local id = ARGV[i]
+  local epoch = passes(id, tonumber(ARGV[i + 1]))
+  if epoch then
+    redis.call('VREM', KEYS[2], id)
+    redis.call('VADD', KEYS[2], 'FP32', ARGV[i + 2], id, 'NOQUANT', 'SETATTR', '{{"e":' .. epoch .. ARGV[i + 3])
+    redis.call('ZADD', KEYS[3], 0, id)
+    redis.call('HDEL', KEYS[4], id)
+  end
+end
+return counted()
+"""
+_DELETE = f"""#!lua flags=allow-oom
+{_FENCE}
+for i = 3, #ARGV do
+  local id = ARGV[i]
+  local epoch = passes(id, tonumber(ARGV[2]))
+  if epoch then
+    redis.call('VREM', KEYS[2], id)
+    redis.call('ZREM', KEYS[3], id)
+    if epoch ~= '0' then
+      redis.call('HSET', KEYS[4], id, epoch)
+      redis.call('HEXPIRE', KEYS[4], {_REMEMBERED_S}, 'FIELDS', 1, id)
+    end
+  end
+end
+return counted()
+"""
+# Vector and attributes of one moment.
+_GET = """#!lua flags=no-writes
+if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
+local found = {}
+for i = 2, #ARGV do
+  local attributes = redis.call('VGETATTR', KEYS[2], ARGV[i])
+  if attributes then
+    found[#found + 1] = {ARGV[i], attributes, redis.call('VEMB', KEYS[2], ARGV[i], 'RAW')[2]}
+  end
+end
+return found
+"""
+_SCAN = """#!lua flags=no-writes
+if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
+local found = {}
+for _, id in ipairs(redis.call('ZRANGEBYLEX', KEYS[3], ARGV[2], '+', 'LIMIT', 0, ARGV[3])) do
+  found[#found + 1] = {id, redis.call('VGETATTR', KEYS[2], id)}
+end
+return found
+"""
+
+
+class _Opened(NamedTuple):
+    embedder: str
+    dimension: int
+    incarnation: str
+    """What the index's own key says; the one that is reported tells the server's runs apart, too."""
+    size: int
+    """As last seen."""
+
+
+class _Found(NamedTuple):
+    match: Match
+    metadata: Mapping[str, Scalar]
+
+
+class RedisIndex:
+    """A vector set on a Redis server of version 8 or later, by a redis-py client or a URL.
+
+    Its keys begin with ``memstate:{name}:``. A client stays the caller's; one that was made from a URL is closed with
+    the index. Vectors are kept as they are (NOQUANT), without the fact's text. Writes are fenced by their epochs
+    (`FencedIndex`); that of a deleted id is remembered for a day.
+
+    *exact* compares every point; False searches the HNSW graph, in which a near point may be missed. None is exact up
+    to 10,000 points.
+
+    ``incarnation`` changes with every start of the server and with every failover: how much of what it had
+    acknowledged a server has lost (without a file everything, with ``appendfsync everysec`` a second), nothing tells.
+    So the relay compares the index with the tables again, and embeds nothing anew that is still there. It changes,
+    too, when a key of the index was deleted or evicted: set ``maxmemory-policy noeviction``.
+    """
+
+    fences = True
+
+    def __init__(self, client: Redis | str, name: str = "memory", *, exact: bool | None = None) -> None:
+        self._redis = _redis()
+        self._owned = isinstance(client, str)
+        self._client: Redis = self._redis.Redis.from_url(client) if isinstance(client, str) else client
+        if not isinstance(self._client, self._redis.Redis):
+            raise MemstateError(f"RedisIndex takes a redis.Redis or a URL, not {type(client).__name__}")
+        self._name = name
+        self._keys = [f"memstate:{{{name}}}:{part}" for part in ("index", "points", "ids", "deleted")]
+        self._exact = exact
+        self._opened: _Opened | None = None
+
+    @property
+    def incarnation(self) -> str:
+        opened = self._now
+        return self._resolve(opened.embedder, opened.dimension)
+
+    @property
+    def max_batch(self) -> int:
+        return 1000
+
+    def open(self, *, embedder: str, dimension: int) -> None:
+        if self._opened is None:
+            self._require_vector_sets()
+        self._resolve(embedder, dimension)
+
+    def upsert(self, points: Sequence[Point]) -> None:
+        vectors = matrix([point.vector for point in points], self._now.dimension, [point.id for point in points])
+        rows = [
+            (_utf8(point.id), point.epoch, unit.tobytes(), _attributes(point, float(norm)))
+            for point, unit, norm in zip(points, *unit_rows(vectors), strict=True)
+        ]
+        for start in range(0, len(rows), _PER_SCRIPT):
+            self._run(_UPSERT, "write to", *itertools.chain.from_iterable(rows[start : start + _PER_SCRIPT]))
+
+    def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
+        names = [_utf8(id_) for id_ in ids]
+        for start in range(0, len(names), _PER_SCRIPT):
+            self._run(_DELETE, "delete from", epoch, *names[start : start + _PER_SCRIPT])
+
+    def query(
+        self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
+    ) -> list[Match]:
+        opened = self._now
+        [query], _ = unit_rows(matrix([vector], opened.dimension, ["the query"]))
+        condition = canonical(where or {})
+        if condition is None or limit < 1:
+            return []
+        if ids is not None:
+            return [found.match for found in self._among(query, ids) if matches(condition, found.metadata)][:limit]
+        exact = self._exact if self._exact is not None else opened.size <= EXACT_UP_TO
+        wanted = limit
+        while True:
+            nearest = self._nearest(query, wanted, condition, exact=exact)
+            hits = [found.match for found in nearest if matches(condition, found.metadata)]
+            short = len(nearest) < wanted
+            if len(hits) >= limit or (exact and short):
+                return hits[:limit]
+            # Fewer than asked for: a graph may not lead to every point, least of all past those that are filtered out.
+            exact, wanted = exact or short, wanted * 4
+
+    def get(self, ids: Sequence[str]) -> list[Stored]:
+        return [
+            Stored(id_, attributes["f"], at_length(unit, attributes["l"]))
+            for id_, attributes, unit in self._read(ids, "read from")
+        ]
+
+    def scan(self, after: str | None, limit: int) -> list[Entry]:
+        start = b"-" if after is None else b"(" + _utf8(after)
+        page = self._run(_SCAN, "scan", start, limit)
+        return [Entry(id_.decode(), json.loads(attributes)["f"]) for id_, attributes in page]
+
+    def close(self) -> None:
+        self._opened = None
+        if self._owned:
+            self._client.close()
+
+    # -- the server ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _now(self) -> _Opened:
+        if self._opened is None:
+            raise MemstateError("this index is not open; call open() first")
+        return self._opened
+
+    def _resolve(self, embedder: str, dimension: int) -> str:
+        """Create the index or find it, drop what is left of one that lost a part, and name its content's lifetime."""
+        arguments = [embedder, dimension, uuid.uuid4().hex]
+        answer: list[bytes] = self._evaluate(_RESOLVE, "open", arguments)
+        theirs, size, incarnation, run, count = [part.decode() for part in answer]
+        if (theirs, size) != (embedder, str(dimension)):
+            raise IndexMismatch(
+                f"Redis index {self._name!r} was built with embedder {theirs!r}, {size} dimensions; asked for: "
+                f"{embedder!r}, {dimension} dimensions. Use another name, or delete the keys {self._keys} to have it "
+                "rebuilt"
+            )
+        self._opened = _Opened(embedder, dimension, incarnation, int(count))
+        return f"{incarnation}:{run}"
+
+    def _require_vector_sets(self) -> None:
+        with self._translated("look at"):
+            version = str(self._client.info("server")["redis_version"])
+        if int(version.partition(".")[0]) < 8:
+            raise MemstateError(f"vector sets come with Redis 8; this server is of version {version}")
+
+    def _run(self, script: str, action: str, *arguments: Any) -> Any:
+        """What *script* answers, if the index on the server is the one that was opened."""
+        opened = self._now
+        answer = self._evaluate(script, action, [opened.incarnation, *arguments])
+        if answer == 0:
+            raise self._gone(opened)
+        return answer
+
+    def _gone(self, opened: _Opened) -> DeliveryRetryable:
+        self._resolve(opened.embedder, opened.dimension)
+        return DeliveryRetryable(f"Redis index {self._name!r} was lost; it was opened anew")
+
+    def _evaluate(self, script: str, action: str, arguments: Sequence[Any]) -> Any:
+        with self._translated(action):
+            # Not decoded even by a client that decodes everything: a vector is no text.
+            call: Any = partial(self._client.execute_command, NEVER_DECODE=True)
+            rest = (len(self._keys), *self._keys, *arguments)
+            try:
+                return call("EVALSHA", _sha(script), *rest)
+            except self._redis.exceptions.NoScriptError:
+                return call("EVAL", script, *rest)
+
+    @contextmanager
+    def _translated(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except MemstateError:
+            raise
+        except Exception as error:
+            # What a point can be refused for was looked for before: what is left is the server's or the network's.
+            message = f"Redis could not {action} index {self._name!r}"
+            raise delivery_error(error, message, unknown=DeliveryRetryable) from error
+
+    # -- points -------------------------------------------------------------------------------------------------------
+
+    def _nearest(self, query: Vector, limit: int, condition: Mapping[str, Any], *, exact: bool) -> list[_Found]:
+        opened = self._now
+        search: list[Any] = ["VSIM", self._keys[1], "FP32", query.tobytes(), "WITHSCORES", "WITHATTRIBS"]
+        search += ["COUNT", limit, *(["TRUTH"] if exact else ["EF", _EXPLORED, "FILTER-EF", 1_000_000])]
+        if condition:
+            search += ["FILTER", _expression(condition)]
+        with self._translated("query"):
+            pipeline: Any = self._client.pipeline(transaction=False)
+            pipeline.hget(self._keys[0], "incarnation")
+            pipeline.execute_command(*search)
+            incarnation, answer = pipeline.execute()
+        if incarnation is None or _text(incarnation) != opened.incarnation:
+            raise self._gone(opened)
+        found = []
+        for id_, score, attributes in _rows(answer):
+            told = json.loads(attributes) if attributes else {}
+            if "f" in told:  # ours
+                distance = min(max(2.0 - 2.0 * float(score), 0.0), 2.0)
+                found.append(_Found(Match(_text(id_), distance, told["f"]), told["m"]))
+        return found
+
+    def _among(self, query: Vector, ids: Sequence[str]) -> list[_Found]:
+        """All of *ids*, nearest first."""
+        rows = list(self._read(ids, "query"))
+        if not rows:
+            return []
+        distances = np.clip(1.0 - np.stack([unit for _, _, unit in rows]) @ query, 0.0, 2.0)
+        return [
+            _Found(Match(rows[place][0], float(distances[place]), rows[place][1]["f"]), rows[place][1]["m"])
+            for place in np.argsort(distances, kind="stable")
+        ]
+
+    def _read(self, ids: Sequence[str], action: str) -> Iterator[tuple[str, dict[str, Any], Vector]]:
+        names = [_utf8(id_) for id_ in dict.fromkeys(ids)]
+        for start in range(0, len(names), self.max_batch):
+            for id_, attributes, unit in self._run(_GET, action, *names[start : start + self.max_batch]):
+                yield id_.decode(), json.loads(attributes), np.frombuffer(unit, dtype=np.float32)
+
+
+def _attributes(point: Point, norm: float) -> str:
+    """JSON without its beginning, ``{"e":<epoch>``, which the script knows.
+
+    The metadata comes last: Redis looks for a field from the front.
+    """
+    metadata = stored(point.metadata, point.id)
+    named = {number_name(key): value for key, value in numbers(metadata).items()}
+    told = {"f": point.fingerprint, "l": norm, "t": tags(metadata), **named, "m": metadata}
+    return "," + json.dumps(told, separators=(",", ":"))[1:]
+
+
+def _expression(condition: Mapping[str, Any], *, sure: bool = True) -> str:
+    """The canonical filter as a FILTER that lets through what matches, and perhaps more.
+
+    A field that a point does not have makes the whole expression false, whatever stands beside an ``or``: so within
+    one, where not *sure*, a comparison only asks for a number to be there.
+    """
+    [(key, value)] = condition.items()
+    if key in ("$and", "$or"):
+        word = key[1:]
+        return f" {word} ".join(f"({_expression(part, sure=sure and key == '$and')})" for part in value)
+    [(name, operand)] = value.items()
+    if name in ("$eq", "$in"):
+        operands = [operand] if name == "$eq" else operand
+        return " or ".join(f'"{wanted}" in .t' for wanted in dict.fromkeys(tag(key, each) for each in operands))
+    if not sure:
+        return f'"{has_number(key)}" in .t'
+    # With the bound: its double may be that of an int beside it. Quoted: a number in an expression has no exponent.
+    comparison = ">=" if name in ("$gt", "$gte") else "<="
+    return f'.{number_name(key)} {comparison} "{float(operand)!r}"'
+
+
+def _rows(answer: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Of VSIM: a flat list, or in RESP3 a map."""
+    if isinstance(answer, Mapping):
+        for id_, (score, attributes) in answer.items():
+            yield id_, score, attributes
+    else:
+        flat = iter(answer)
+        yield from zip(flat, flat, flat, strict=True)
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _utf8(id_: str) -> bytes:
+    try:
+        return id_.encode()
+    except UnicodeEncodeError as error:
+        raise DeliveryRejected(f"the id {id_!r} is not Unicode text") from error
+
+
+@cache
+def _sha(script: str) -> str:
+    return sha1(script.encode(), usedforsecurity=False).hexdigest()
+
+
+def _redis() -> Any:
+    try:
+        return import_module("redis")
+    except ImportError as error:
+        raise MissingExtra("redis", "redis") from error
