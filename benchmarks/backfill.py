@@ -142,8 +142,7 @@ def deliveries(*, quick: bool) -> None:
     }
     measured = interleaved(contenders, rounds)
     result = table(
-        f"{count} old rows in persistent Chroma, batches of {best or 'the largest size'}: median of {rounds} interleaved "
-        "rounds",
+        f"{count} old rows in persistent Chroma (batches of {best or 'the largest size'}): median of {rounds} rounds",
         "", "rows/s", "of Chroma alone", "quartiles", "target", "of WordLlama, then Chroma",
     )  # fmt: skip
     for name, rates in measured.items():
