@@ -405,7 +405,10 @@ def backfill(
         models = [_model(name, app) for name in model] if model else None
         anew = False if models is None and restart is None else restart
         run = partial(memory.backfill, engine, models, batch_size=batch_size)
-        with _interruptible("Run it again to go on where it was."), _rows_progress(console) as progress:
+        with (
+            _interruptible(f"Run it again{', without --restart,' * bool(restart)} to go on where it was."),
+            _rows_progress(console) as progress,
+        ):
             update = _progress(progress, ", ".join(model or ["rows"]))
             if workers == 1:
                 added = run(rate=rate, restart=anew, progress=update)
@@ -419,9 +422,11 @@ def backfill(
                     while working():
                         sleep(0.3)
                         run(limit=0, restart=False, progress=update)
-                run(restart=False, progress=update)  # what is left, if one has failed, or why
+                run(rate=rate, restart=False, progress=update)  # what is left, if one has failed, or why
                 added = _backfilled(engine) - before
         console.print(f"{added} rows were new to the log; the relay delivers them.")
+        if anew is False and not added:
+            console.print("Classes that are done with are gone through again with --restart.")
 
 
 def _backfilled(engine: Engine) -> int:

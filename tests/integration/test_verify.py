@@ -1,15 +1,10 @@
-"""verify compares contents, repair puts right what differs, backfill brings what was there before."""
+"""verify compares contents, repair puts right what differs."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from sqlalchemy import Engine, insert, select
 
-from memstate_sa import MemstateError
 from memstate_sa.indexes import Point
-from memstate_sa.tables import log
 from memstate_sa.verify import Verify
 from tests.support import Person, Tag, World
 
@@ -75,52 +70,6 @@ def test_verify_works_in_pages(drifted: World) -> None:
     assert seen == [3, 6, 9, 12, 13]
 
 
-def test_backfill_logs_what_was_there_before(engine: Engine) -> None:
-    """A baseline and a vector for every row; running it again adds nothing; an interrupted run goes on."""
-    world = World(engine)
-    world.relay.drain()
-    with engine.begin() as connection:
-        connection.execute(insert(Tag.__table__), [{"name": f"t{n:02}", "meaning": str(n)} for n in range(25)])
-
-    class Interrupted(Exception):
-        pass
-
-    def interrupt(done: int, total: int | None) -> None:
-        if done >= 10:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        world.memory.backfill(engine, Tag, batch_size=5, progress=interrupt)
-    progress: list[tuple[int, int | None]] = []
-    added = world.memory.backfill(engine, Tag, batch_size=10, progress=lambda d, t: progress.append((d, t)))
-    assert added == 15
-    assert progress == [(10, 25), (20, 25), (25, 25)]
-    assert world.memory.backfill(engine, Tag) == 0
-    with engine.connect() as connection:
-        logged = connection.execute(select(log.c.op, log.c.key).order_by(log.c.key)).all()
-    assert [tuple(row) for row in logged] == [("baseline", f'["t{n:02}"]') for n in range(25)]
-    world.assert_in_step()
-
-
-def test_backfill_beside_a_live_write(engine: Engine) -> None:
-    """A row that changed between the look and the lock is not logged as it was."""
-    world = World(engine)
-    with engine.begin() as connection:
-        connection.execute(insert(Tag.__table__), [{"name": "a", "meaning": "old"}, {"name": "b", "meaning": "old"}])
-    baselines: Any = world.memory._capture.log_baselines
-
-    def meddle(connection: Any, tracked: Any, keys: Any) -> int:
-        if engine.dialect.name == "postgresql":  # SQLite: this transaction has begun, others wait
-            with world.session() as session:
-                session.get_one(Tag, "a").meaning = "new"
-                session.commit()
-        return int(baselines(connection, tracked, keys))
-
-    world.memory._capture.log_baselines = meddle  # type: ignore[method-assign]
-    world.memory.backfill(engine, Tag)
-    world.assert_in_step()
-
-
 def test_status(world: World) -> None:
     """What an operator wants to know, per index."""
     world.relay.drain()
@@ -134,9 +83,3 @@ def test_status(world: World) -> None:
     assert status.oldest_s is not None and status.oldest_s >= 0
     world.relay.drain()
     assert world.memory.status(world.engine)["memory"].pending == 0
-
-
-def test_backfill_of_an_untracked_class(world: World) -> None:
-    """A clear error."""
-    with pytest.raises(MemstateError, match="int is not tracked"):
-        world.memory.backfill(world.engine, int)
