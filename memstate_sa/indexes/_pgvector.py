@@ -1,0 +1,227 @@
+"""What is said to the table of a pgvector index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from hashlib import sha256
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ColumnElement,
+    DateTime,
+    Double,
+    Index,
+    LargeBinary,
+    MetaData,
+    Select,
+    Table,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    delete,
+    func,
+    literal,
+    null,
+    or_,
+    select,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB, insert
+from sqlalchemy.types import UserDefinedType
+
+from memstate_sa.codec import encode
+from memstate_sa.indexes.base import Scalar
+
+_PREFIX = 500
+"""So many characters of an id are in the index that lists ids: the entries of a B-tree have at most 2,700 bytes."""
+_MOST_OF_VECTOR, _MOST_OF_HALFVEC = 2_000, 4_000
+"""The dimensions that HNSW takes; what is longer is compared one by one."""
+_STATE = b""
+"""The key of the row that says what the table is. It goes when the content goes, however that is done."""
+_OPERATORS = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
+_KEYS: Any = bindparam("keys", type_=ARRAY(LargeBinary))
+
+ONE_AT_A_TIME = select(func.pg_advisory_xact_lock(func.hashtextextended(bindparam("name", type_=Text), 0)))
+EXPLORE = select(
+    func.set_config("hnsw.ef_search", bindparam("explored", type_=Text), True),
+    func.set_config("hnsw.iterative_scan", "relaxed_order", True),
+)
+
+
+class _Vector(UserDefinedType[Any]):
+    """pgvector's ``vector`` or ``halfvec``, as text: ``[1,0.5]``."""
+
+    cache_ok = True
+
+    def __init__(self, dimension: int, name: str = "vector") -> None:
+        self.dimension = dimension
+        self.name = name
+
+    def get_col_spec(self, **_: Any) -> str:
+        return f"{self.name}({self.dimension})"
+
+
+class Statements:
+    """Everything that is said to one table."""
+
+    def __init__(self, name: str, schema: str | None, dimension: int) -> None:
+        self.dimension = dimension
+        self.points = points = Table(
+            name,
+            MetaData(),
+            Column("key", LargeBinary, primary_key=True),  # a digest of the id, which may be too long for a B-tree
+            Column("id", Text(collation="C")),  # None: deleted, and remembered for its epoch; or the state
+            Column("epoch", BigInteger, nullable=False),
+            Column("fingerprint", Text),
+            Column("unit", _Vector(dimension)),
+            Column("norm", Double),
+            Column("metadata", JSONB),
+            Column("deleted_at", DateTime(timezone=True)),
+            schema=schema,
+        )
+        stem = f"{name[:40]}_{sha256(name.encode()).hexdigest()[:8]}"
+        self.prefix = func.substr(points.c.id, 1, literal(_PREFIX, literal_execute=True))
+        self.there = points.c.id.is_not(None)
+        self.named = points.c.key == func.any(_KEYS)
+        self.indexes = [
+            Index(f"{stem}_ids", self.prefix, postgresql_where=self.there),
+            Index(
+                f"{stem}_metadata",
+                points.c.metadata,
+                postgresql_using="gin",
+                postgresql_ops={"metadata": "jsonb_path_ops"},
+                postgresql_where=self.there,
+            ),
+            Index(f"{stem}_deleted", points.c.deleted_at, postgresql_where=points.c.deleted_at.is_not(None)),
+        ]
+        self._kind = "vector" if dimension <= _MOST_OF_VECTOR else "halfvec"
+        self.graph: Index | None = None
+        if dimension <= _MOST_OF_HALFVEC:
+            self.graph = Index(
+                f"{stem}_graph",
+                self._drawn(points.c.unit).label("drawn"),
+                postgresql_using="hnsw",
+                postgresql_ops={"drawn": f"{self._kind}_ip_ops"},
+            )
+
+    def _drawn(self, vector: ColumnElement[Any]) -> ColumnElement[Any]:
+        return vector if self._kind == "vector" else cast(vector, _Vector(self.dimension, self._kind))
+
+    @property
+    def _query(self) -> ColumnElement[Any]:
+        return cast(bindparam("query", type_=Text), _Vector(self.dimension))
+
+    @property
+    def _distance(self) -> ColumnElement[Any]:
+        """Of the full vectors. In this form no index sorts by it."""
+        return (1 + self.points.c.unit.op("<#>", return_type=Double())(self._query)).label("distance")
+
+    def _among(self, columns: Sequence[ColumnElement[Any]], conditions: Sequence[ColumnElement[bool]]) -> Select[Any]:
+        return select(*columns).where(self.there, *conditions)
+
+    def nearest(self, conditions: Sequence[ColumnElement[bool]]) -> Select[Any]:
+        """By the graph, which may hold them in half precision, and in nearly the right order."""
+        c = self.points.c
+        nearness = self._drawn(c.unit).op("<#>")(self._drawn(self._query))
+        found = self._among([c.id, self._distance, c.fingerprint], conditions).order_by(nearness)
+        some = found.limit(bindparam("limit")).subquery()
+        return select(some).order_by(some.c.distance, some.c.id)
+
+    def compared(self, conditions: Sequence[ColumnElement[bool]]) -> Select[Any]:
+        c, distance = self.points.c, self._distance
+        found = self._among([c.id, distance, c.fingerprint], conditions)
+        return found.order_by(distance, c.id).limit(bindparam("limit"))
+
+    def matches(self, where: Mapping[str, Any]) -> ColumnElement[bool]:
+        """A canonical filter. jsonb compares numbers as numbers, whatever they are written like, and types apart."""
+        [(key, condition)] = where.items()
+        if key in ("$and", "$or"):
+            parts = [self.matches(part) for part in condition]
+            return and_(*parts) if key == "$and" else or_(*parts)
+        [(name, operand)] = condition.items()
+        if name in ("$eq", "$in"):
+            equal = operand if name == "$in" else [operand]
+            return or_(*(self.points.c.metadata.contains({key: value_of(value)}) for value in equal))
+        value = self.points.c.metadata[key]
+        compared = value.op(_OPERATORS[name], return_type=Boolean())(literal(value_of(operand), JSONB))
+        return and_(func.jsonb_typeof(value) == "number", compared)
+
+    @cached_property
+    def state(self) -> Select[Any]:
+        return select(self.points.c.metadata).where(self.points.c.key == _STATE)
+
+    @cached_property
+    def stamp(self) -> Any:
+        row = {"key": _STATE, "epoch": 0, "metadata": bindparam("state", type_=JSONB)}
+        return insert(self.points).values(row).on_conflict_do_nothing()
+
+    @cached_property
+    def upsert(self) -> Any:
+        """Rows given as one array for each column."""
+        given = {
+            "key": LargeBinary, "id": Text, "epoch": BigInteger, "fingerprint": Text, "unit": Text, "norm": Double,
+            "metadata": Text,
+        }  # fmt: skip
+        arrays: list[Any] = [bindparam(name, type_=ARRAY(kind)) for name, kind in given.items()]
+        rows = func.unnest(*arrays).table_valued(*given, name="rows").render_derived()
+        to = {"unit": _Vector(self.dimension), "metadata": JSONB()}
+        columns = [cast(rows.c[name], to[name]) if name in to else rows.c[name] for name in given]
+        put = insert(self.points).from_select([*given, "deleted_at"], select(*columns, null()))
+        return self._fenced(put, [*given, "deleted_at"])
+
+    @cached_property
+    def bury(self) -> Any:
+        """Delete, and remember the epoch, also of what is not there."""
+        keys = func.unnest(_KEYS).table_valued("key", name="rows").render_derived()
+        epoch = bindparam("epoch", type_=BigInteger)
+        put = insert(self.points).from_select(["key", "epoch", "deleted_at"], select(keys.c.key, epoch, func.now()))
+        return self._fenced(put, [column.name for column in self.points.c if not column.primary_key])
+
+    def _fenced(self, put: Any, columns: Sequence[str]) -> Any:
+        """Nothing happens to a row of a higher epoch; 0 stands for no epoch."""
+        new, old = put.excluded, self.points.c
+        values = {name: new[name] for name in columns if name != "key"}
+        values["epoch"] = func.greatest(old.epoch, new.epoch)
+        passes = or_(new.epoch == 0, new.epoch >= old.epoch)
+        return put.on_conflict_do_update(index_elements=[old.key], set_=values, where=passes)
+
+    @cached_property
+    def delete(self) -> Any:
+        c = self.points.c
+        in_order = select(c.key).where(self.named).order_by(c.key).with_for_update()
+        return delete(self.points).where(c.key.in_(in_order))
+
+    @cached_property
+    def forget(self) -> Any:
+        """Some of the epochs that nobody can fall short of any more."""
+        c = self.points.c
+        old = c.deleted_at < func.now() - bindparam("remembered", type_=INTERVAL)
+        some = select(c.key).where(old).order_by(c.deleted_at).limit(bindparam("most"))
+        return delete(self.points).where(c.key.in_(some.with_for_update(skip_locked=True)))
+
+    @cached_property
+    def get(self) -> Select[Any]:
+        c = self.points.c
+        return self._among([c.id, c.fingerprint, c.unit, c.norm], [self.named])
+
+    @cached_property
+    def scan(self) -> Select[Any]:
+        """By the index on beginnings of ids; those that begin alike are sorted."""
+        c, after = self.points.c, bindparam("after", type_=Text)
+        later = [self.prefix >= func.substr(after, 1, _PREFIX), c.id > after]
+        return self._among([c.id, c.fingerprint], later).order_by(self.prefix, c.id).limit(bindparam("limit"))
+
+
+def key_of(id_: str) -> bytes:
+    return sha256(id_.encode("utf-8", "surrogatepass")).digest()
+
+
+def value_of(value: Scalar) -> Any:
+    """*value* as jsonb holds it: no text with NUL, and a float that is a whole number exactly that."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return encode(value) if isinstance(value, str) else value

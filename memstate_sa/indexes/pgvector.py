@@ -1,0 +1,309 @@
+"""PostgreSQL with pgvector as a vector index: a table of its own, in the facts' database or in another.
+
+Vectors are stored at length 1, beside their length: so the inner product is the cosine, no square overflows, and a zero
+vector is at distance 1 (pgvector's own cosine makes that NaN, and leaves it out of its graph).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Connection, Engine, create_engine, func, make_url, select, text
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DataError, DBAPIError
+from sqlalchemy.schema import CreateIndex, CreateTable, DropIndex
+
+from memstate_sa._failures import delivery_error
+from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, MissingExtra
+from memstate_sa.indexes._filters import canonical
+from memstate_sa.indexes._pgvector import EXPLORE, ONE_AT_A_TIME, Statements, key_of, value_of
+from memstate_sa.indexes._tags import stored
+from memstate_sa.indexes._units import at_length, unit_rows
+from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
+
+_REMEMBERED = timedelta(days=1)
+"""How long a deleted id's epoch is remembered: far longer than an overtaken relay's request can be under way."""
+_SINCE = (0, 8)
+"""pgvector's version: earlier ones do not look on where a filter leaves too little."""
+# Of the values, by SQLSTATE: data exceptions, integrity, program limits. Anything else is not the points' fault.
+_OF_VALUES = ("22", "23", "54")
+_UNDEFINED_TABLE = "42P01"
+
+
+class PgVectorIndex:
+    """The table *name* of a PostgreSQL database with pgvector 0.8 or later; made by `open`, with the extension.
+
+    *engine* is an Engine or a URL (of which it makes an Engine of its own, with psycopg). A batch is a transaction, and
+    writes are fenced by their epochs (`FencedIndex`) in the same statement that writes them. The facts' own engine will
+    do; these transactions are apart from the application's.
+
+    A query goes by an HNSW graph of *ef_search* candidates, and looks on where a filter leaves too little; *exact*
+    compares every point instead (10 ms for 10,000 points of 256 dimensions). Over 2,000 dimensions the graph is of half
+    precision, over 4,000 there is none; distances are always those of the full vectors. Filters run in the database.
+    The text of a fact is not stored.
+    """
+
+    fences = True
+
+    def __init__(
+        self,
+        engine: Engine | URL | str,
+        name: str = "memstate_vectors",
+        *,
+        schema: str | None = None,
+        exact: bool = False,
+        ef_search: int = 100,
+        max_batch: int = 1000,
+    ) -> None:
+        self._owned = not isinstance(engine, Engine)
+        given = engine if isinstance(engine, Engine) else _engine(engine)
+        if given.dialect.name != "postgresql":
+            raise MemstateError(f"pgvector is an extension of PostgreSQL, and {given.dialect.name} has none")
+        # What a fence compares is what is committed: a snapshot of before would not do.
+        self._engine = given.execution_options(isolation_level="READ COMMITTED")
+        if len(name.encode()) > 63:
+            raise MemstateError(f"{name!r} is too long for the name of a table: PostgreSQL would cut it after 63 bytes")
+        self._name, self._schema = name, schema
+        self._exact = exact
+        self._ef_search = ef_search
+        self._max_batch = max_batch
+        self._mutex = threading.Lock()
+        self._opened: tuple[str, int] | None = None
+        self._made: Statements | None = None
+
+    @property
+    def max_batch(self) -> int:
+        return self._max_batch
+
+    @property
+    def incarnation(self) -> str:
+        with self._translated("identify"):
+            state = self._state(self._statements(self._dimension))
+        if state is None:
+            raise DeliveryRetryable(f"table {self._name!r}, or its content, is gone; open() begins anew")
+        return str(state["incarnation"])
+
+    def open(self, *, embedder: str, dimension: int) -> None:
+        with self._translated("open"):
+            state = self._resolve(embedder, dimension)
+        if (state["embedder"], state["dimension"]) != (embedder, dimension):
+            raise IndexMismatch(
+                f"table {self._name!r} was built with embedder {state['embedder']!r}, {state['dimension']} dimensions; "
+                f"asked for: {embedder!r}, {dimension} dimensions. Use another table name, or drop this table to have "
+                "it rebuilt"
+            )
+        self._opened = (embedder, dimension)
+
+    def upsert(self, points: Sequence[Point]) -> None:
+        # In the order of their keys, as every writer: then none waits for another in a circle.
+        latest = {key_of(point.id): point for point in points}
+        given = [latest[key] for key in sorted(latest)]
+        vectors = matrix([point.vector for point in given], self._dimension, [point.id for point in given])
+        if not given:
+            return
+        units, norms = unit_rows(vectors)
+        with self._using("upsert into") as (connection, statements):
+            rows = {
+                "key": sorted(latest),
+                "id": [point.id for point in given],
+                "epoch": [point.epoch for point in given],
+                "fingerprint": [point.fingerprint for point in given],
+                "unit": list(map(str, units.tolist())),
+                "norm": norms.tolist(),
+                "metadata": [
+                    json.dumps({key: value_of(value) for key, value in stored(point.metadata, point.id).items()})
+                    for point in given
+                ],
+            }
+            connection.execute(statements.upsert, rows)
+
+    def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
+        keys = sorted(set(map(key_of, ids)))
+        if not keys:
+            return
+        with self._using("delete from") as (connection, statements):
+            if epoch == 0:
+                connection.execute(statements.delete, {"keys": keys})
+                return
+            connection.execute(statements.bury, {"keys": keys, "epoch": epoch})
+            connection.execute(statements.forget, {"remembered": _REMEMBERED, "most": 2 * len(keys)})
+
+    def query(
+        self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
+    ) -> list[Match]:
+        units, _ = unit_rows(matrix([vector], self._dimension, ["the query"]))
+        condition = canonical(where or {})
+        if condition is None or limit < 1 or (ids is not None and not ids):
+            return []
+        given: dict[str, Any] = {"query": str(units[0].tolist()), "limit": limit}
+        with self._using("query") as (connection, statements):
+            among = [statements.matches(condition)] if condition else []
+            if ids is not None:
+                among.append(statements.named)
+                given["keys"] = [key_of(id_) for id_ in ids]
+            elif statements.graph is not None and not self._exact:
+                connection.execute(EXPLORE, {"explored": str(max(self._ef_search, min(2 * limit, 1000)))})
+                found = connection.execute(statements.nearest(among), given).all()
+                if len(found) == limit:
+                    return _found(found)
+            # Compared one by one; also where the graph ran out: fewer than asked for must mean that there are no more.
+            return _found(connection.execute(statements.compared(among), given).all())
+
+    def get(self, ids: Sequence[str]) -> list[Stored]:
+        keys = sorted(set(map(key_of, ids)))
+        if not keys:
+            return []
+        with self._using("read") as (connection, statements):
+            rows = connection.execute(statements.get, {"keys": keys}).all()
+        return [
+            Stored(id_, mark, at_length(np.array(json.loads(unit), dtype=np.float32), norm))
+            for id_, mark, unit, norm in rows
+        ]
+
+    def scan(self, after: str | None, limit: int) -> list[Entry]:
+        with self._using("scan") as (connection, statements):
+            rows = connection.execute(statements.scan, {"after": after or "", "limit": limit}).all()
+        return [Entry(*row) for row in rows]
+
+    def purge(self) -> None:
+        """Write the table anew, without what was deleted; writers and readers wait meanwhile.
+
+        What lies elsewhere is not reached: write-ahead logs, replicas, backups.
+        """
+        with self._using("purge") as (connection, statements):
+            table = connection.dialect.identifier_preparer.format_table(statements.points).replace("%%", "%")
+            # Not VACUUM FULL, which copies what an older transaction might still see.
+            _run(connection, "SET LOCAL lock_timeout = '30s'")
+            _run(connection, f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
+            _run(connection, f"CREATE TEMPORARY TABLE memstate_kept ON COMMIT DROP AS TABLE {table}")
+            if statements.graph is not None:  # it is drawn faster than it grows
+                connection.execute(DropIndex(statements.graph, if_exists=True))
+            _run(connection, f"TRUNCATE {table}")
+            _run(connection, f"INSERT INTO {table} TABLE memstate_kept")
+            self._draw(connection, statements)
+
+    def close(self) -> None:
+        """Close the connections, if the index made its own engine."""
+        self._opened = None
+        if self._owned:
+            self._engine.dispose()
+
+    # -- the table -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _dimension(self) -> int:
+        if self._opened is None:
+            raise MemstateError("this index is not open; call open() first")
+        return self._opened[1]
+
+    @contextmanager
+    def _using(self, action: str) -> Iterator[tuple[Connection, Statements]]:
+        """A transaction; what it raises becomes a DeliveryError."""
+        statements = self._statements(self._dimension)
+        with self._translated(action), self._engine.begin() as connection:
+            yield connection, statements
+
+    @contextmanager
+    def _translated(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except MemstateError:
+            raise
+        except Exception as error:
+            state = _sqlstate(error)
+            if state == _UNDEFINED_TABLE:
+                raise DeliveryRetryable(f"table {self._name!r} is gone; open() makes it anew") from error
+            refused = state[:2] in _OF_VALUES if state else isinstance(error, DataError | ValueError | TypeError)
+            unknown = DeliveryRejected if refused else DeliveryRetryable
+            raise delivery_error(error, f"pgvector could not {action} table {self._name!r}", unknown=unknown) from error
+
+    def _statements(self, dimension: int) -> Statements:
+        with self._mutex:
+            if self._made is None or self._made.dimension != dimension:
+                self._made = Statements(self._name, self._schema, dimension)
+            return self._made
+
+    def _state(self, statements: Statements) -> dict[str, Any] | None:
+        """What the table says that it is; None when it is not there, or its content is gone."""
+        try:
+            with self._engine.begin() as connection:
+                found: dict[str, Any] | None = connection.scalar(statements.state)
+        except DBAPIError as error:
+            if _sqlstate(error) != _UNDEFINED_TABLE:
+                raise
+            return None
+        return found
+
+    def _resolve(self, embedder: str, dimension: int) -> dict[str, Any]:
+        statements = self._statements(dimension)
+        state = self._state(statements)
+        if state is not None and self._opened is not None:
+            return state
+        with self._engine.begin() as connection:
+            if state is None or self._lacks_graph(connection, statements):
+                connection.execute(ONE_AT_A_TIME, {"name": f"{self._schema}.{self._name}"})
+                self._make(connection, statements)
+            if state is None:
+                given = {"incarnation": uuid.uuid4().hex, "embedder": embedder, "dimension": dimension}
+                connection.execute(statements.stamp, {"state": given})
+                state = connection.scalar(statements.state)
+                assert state is not None
+        return state
+
+    def _make(self, connection: Connection, statements: Statements) -> None:
+        _extend(connection)
+        connection.execute(CreateTable(statements.points, if_not_exists=True))
+        for index in statements.indexes:
+            connection.execute(CreateIndex(index, if_not_exists=True))
+        self._draw(connection, statements)
+
+    def _draw(self, connection: Connection, statements: Statements) -> None:
+        if statements.graph is not None and not self._exact:
+            connection.execute(CreateIndex(statements.graph, if_not_exists=True))
+
+    def _lacks_graph(self, connection: Connection, statements: Statements) -> bool:
+        """As of a table that was made to be searched exactly."""
+        if statements.graph is None or self._exact:
+            return False
+        quoted = connection.dialect.identifier_preparer.format_index(statements.graph)
+        return connection.scalar(select(func.to_regclass(quoted))) is None
+
+
+def _extend(connection: Connection) -> None:
+    version = text("SELECT extversion FROM pg_extension WHERE extname = 'vector'")
+    if connection.scalar(version) is None:
+        connection.execute(text("CREATE EXTENSION vector"))
+    found = str(connection.scalar(version))
+    if tuple(map(int, found.split(".")[:2])) < _SINCE:
+        raise MemstateError(f"pgvector is at version {found}; 0.8 or later is needed (ALTER EXTENSION vector UPDATE)")
+
+
+def _engine(given: Any) -> Engine:
+    url: URL = make_url(getattr(given, "url", given))
+    if url.get_backend_name() == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    try:
+        return create_engine(url)
+    except ModuleNotFoundError as error:
+        raise MissingExtra("psycopg", "pgvector") from error
+
+
+def _sqlstate(error: Exception) -> str | None:
+    state: str | None = getattr(getattr(error, "orig", None), "sqlstate", None)
+    return state
+
+
+def _found(rows: Sequence[Any]) -> list[Match]:
+    return [Match(id_, min(max(distance, 0.0), 2.0), fingerprint) for id_, distance, fingerprint in rows]
+
+
+def _run(connection: Connection, statement: str) -> None:
+    """As it is: a name may hold what would be a parameter."""
+    connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
