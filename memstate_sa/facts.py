@@ -116,7 +116,7 @@ def _scalar(value: Any) -> Scalar:
 
 
 TRACKED = "memstate_sa"
-"""The key of a Table's ``info``: a mapped class and its version, by entity."""
+"""The key in a MetaData's ``info``: of each table that triggers capture, the class and its version, by entity."""
 
 Upgrade = Callable[[dict[str, Any]], Mapping[str, Any]]
 UniqueValues = Callable[[Mapping[str, Any]], Sequence[Any] | None]
@@ -175,9 +175,13 @@ class Tracked:
             check_trigger_table(mapper, self.table)
 
     def tell_alembic(self) -> None:
-        """Leave in the table's ``info`` what autogenerate makes triggers from. See `triggers.captured_in`."""
+        """Leave in the MetaData what autogenerate makes triggers from: `triggers.captured_in` finds it.
+
+        Not in the Table's own ``info``, which Alembic prints into the migration that creates it.
+        """
         if self.by_trigger:
-            self.table.info.setdefault(TRACKED, {})[self.entity] = (self.model, self.version)
+            of_tables = self.table.metadata.info.setdefault(TRACKED, {})
+            of_tables.setdefault(self.table.fullname, {})[self.entity] = (self.model, self.version)
 
     @property
     def expiry(self) -> tuple[str, ...]:

@@ -119,7 +119,7 @@ def captured_in(table: Table) -> dict[str, Capture]:
     """What `Memory.track` has asked to be captured of *table*, by entity."""
     return {
         entity: Capture(table, entity, version, inheritance_criterion(inspect(model)))
-        for entity, (model, version) in table.info.get(TRACKED, {}).items()
+        for entity, (model, version) in table.metadata.info.get(TRACKED, {}).get(table.fullname, {}).items()
     }
 
 

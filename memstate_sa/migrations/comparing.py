@@ -1,6 +1,6 @@
 """Autogenerate's part of ours: what of triggers a revision has to change, and what it is to leave alone.
 
-It goes by what `Memory.track` has left in each Table's ``info``, and by what each trigger says of itself in the
+It goes by what `Memory.track` has left in the ``info`` of the MetaData, and by what each trigger says of itself in the
 database. Where a captured table changes, its triggers go before and come again after: none may name a column that is
 gone, SQLite's batch mode drops them without a word, and what they log has to be the row as it is now.
 """

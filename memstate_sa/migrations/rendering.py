@@ -36,7 +36,15 @@ def stored(type_: TypeEngine[Any]) -> TypeEngine[Any]:
         on_sqlite, on_postgresql = (stored(undecorated(type_, dialect)) for dialect in _DIALECTS)
         same = repr(on_sqlite) == repr(on_postgresql)
         return on_sqlite if same else on_sqlite.with_variant(on_postgresql, "postgresql")
+    public = next(each for each in type(type_).__mro__ if _is_public(each))
+    if public is not type(type_) and type(type_).__module__.startswith("sqlalchemy.dialects."):
+        return type_.adapt(public)
     return type_.copy() if isinstance(type_, SchemaType) else type_  # it listens to the table that it is in
+
+
+def _is_public(kind: type) -> bool:
+    """What ``load_dialect_impl`` returns may be a class that only the dialect knows."""
+    return any(getattr(module, kind.__name__, None) is kind for module in (postgresql, sqlite, sqltypes))
 
 
 def frozen(table: Table, columns: Iterable[Column[Any]]) -> Table:

@@ -48,16 +48,7 @@ def test_the_wheel_carries_our_migrations(tmp_path: Path) -> None:
     engine.dispose()
 
 
-ALEMBIC_IMPORTS = [
-    "alembic",
-    "alembic.command",
-    "alembic.autogenerate",
-    "alembic.autogenerate.render",
-    "alembic.operations",
-]
-
-
-@pytest.mark.parametrize("first", [*ALEMBIC_IMPORTS, "memstate_sa.migrations", "memstate_sa"])
+@pytest.mark.parametrize("first", ["alembic", "alembic.autogenerate.render", "memstate_sa.migrations"])
 def test_whatever_is_imported_first_the_operations_are_there(first: str) -> None:
     """Alembic loads plugins in the middle of its own imports."""
     python(f"import {first}; from alembic import op; op.memstate_track, op.memstate_untrack, op.memstate_protect_log")
