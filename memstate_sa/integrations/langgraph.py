@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
 from datetime import datetime
-from functools import cached_property
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session, sessionmaker
@@ -53,6 +53,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 POSITION = "memstate_position"
@@ -61,7 +62,7 @@ _AS_OF = "memstate_as_of"
 # Not shown in metadata, as it begins with underscores.
 _RUN, _LEASE = "__memstate_run", "__memstate_lease"
 _PAGE = 50
-_STEP_THREADS = 32
+_STEP_THREADS, _SETTLING_THREADS = 32, 8
 _SMALL = 64
 _TX = 32
 """The length of a transaction's name; a time is written otherwise."""
@@ -105,7 +106,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             raise MemstateError(
                 "an in-memory SQLite has one connection, which a graph's threads cannot share: use a file"
             )
-        # Of one statement, BEGIN and COMMIT would be most of the time. Not on SQLite, where they cost less than to say so.
+        # For one statement, BEGIN and COMMIT are most of the time; on SQLite it would take longer to say so.
         self._autocommit = (
             self.engine
             if self.engine.dialect.name == "sqlite"
@@ -115,6 +116,8 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         if self.memory is not None:
             self.memory.attach(sessions)
         self._steps = Steps(sessions, step_timeout_s)
+        self._step_threads = ThreadPoolExecutor(_STEP_THREADS, "memstate-step")
+        self._settling_threads = ThreadPoolExecutor(_SETTLING_THREADS, "memstate-settle")
 
     def setup(self) -> None:
         """Create the tables that are not there yet. With Alembic, a migration does it."""
@@ -194,7 +197,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         conf = config["configurable"]
         place = Place(str(conf["thread_id"]), conf.get("checkpoint_ns", ""), str(conf["checkpoint_id"]))
         runs_again = any(channel in (ERROR, INTERRUPT) for channel, _ in writes)
-        with self._steps.settle(place.thread_id, task_id, commits=not runs_again) as step:
+        with self._steps.settle(place, task_id, commits=not runs_again) as step:
             rows = [
                 Write(task_path, task_id, WRITES_IDX_MAP.get(name, n), name, Value(*self.serde.dumps_typed(value)))
                 for n, (name, value) in enumerate(writes)
@@ -431,12 +434,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
                 return work(session)
 
         # Not in asyncio's own threads, where the saves that a step waits for must not wait for it.
-        context = copy_context()
-        return await asyncio.get_running_loop().run_in_executor(self._step_threads, lambda: context.run(run))
-
-    @cached_property
-    def _step_threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(_STEP_THREADS, "memstate-step")
+        return await _in_thread(self._step_threads, run)
 
     def _is_saved(self, place: Place) -> bool:
         with self._autocommit.connect() as connection:
@@ -534,7 +532,10 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
     async def aput_writes(
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
     ) -> None:
-        await asyncio.to_thread(self.put_writes, config, writes, task_id, task_path)
+        if not self._steps.is_open(str(config["configurable"]["thread_id"]), task_id):
+            await asyncio.to_thread(self.put_writes, config, writes, task_id, task_path)
+        else:  # which others may be waiting for, in all of asyncio's threads
+            await _in_thread(self._settling_threads, self.put_writes, config, writes, task_id, task_path)
 
     async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         return await asyncio.to_thread(self.get_tuple, config)
@@ -580,6 +581,11 @@ def _sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: 
     else:
         raise MemstateError(f"{where!r}: give a MemoryStore, an Engine, a URL, or an AsyncEngine with memory=")
     return cast("Engine", sqlite.configure(engine)) if engine.dialect.name == "sqlite" else engine
+
+
+async def _in_thread(threads: ThreadPoolExecutor, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    call = partial(copy_context().run, function, *args, **kwargs)
+    return await asyncio.get_running_loop().run_in_executor(threads, call)
 
 
 def _config(place: Place) -> RunnableConfig:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -71,6 +71,15 @@ class _Step:
                 self.session.close()
             finally:
                 self.lock.release()
+
+
+def _only(steps: Sequence[_Step]) -> _Step:
+    if len(steps) > 1:
+        raise MemstateError(
+            f"{len(steps)} steps would have to commit together: those of a node, and of graphs that ended in it by a "
+            "Command to the parent"
+        )
+    return steps[0]
 
 
 class Steps:
@@ -159,54 +168,54 @@ class Steps:
         with self._changed:
             self._wait(lambda: place in self._saved, place.thread_id, place.ns, why)
 
+    def is_open(self, thread_id: str, task_id: str) -> bool:
+        """Whether the task may have something to commit."""
+        with self._changed:
+            return bool(self._of_task(thread_id, task_id))
+
     @contextmanager
-    def settle(self, thread_id: str, task_id: str, *, commits: bool) -> Iterator[Connection | None]:
+    def settle(self, at: Place, task_id: str, *, commits: bool) -> Iterator[Connection | None]:
         """What is open of the task, to save its writes on: committed at the end, or rolled back first.
 
         None: there is nothing. A task that a graph inside of it has left without saving (a Command to the parent) ends
         with it.
         """
-        step = self._take(thread_id, task_id)
-        if step is None:
+        steps = self._take(at.thread_id, task_id)
+        if not steps:
             yield None
             return
         try:
+            step = _only(steps)
             with step.lock:
+                session = step.session
                 if not commits:
-                    step.session.close()
+                    session.close()
                     yield None
                     return
-                try:
-                    yield step.session.connection()
-                    step.session.commit()
-                finally:
-                    step.session.close()
+                yield session.connection()
+                session.commit()
         except BaseException as error:
-            self.save_failed(thread_id, step.task.at.ns, error)
+            self.save_failed(at.thread_id, at.ns, error)
             raise
         finally:
+            for step in steps:
+                step.session.close()
             with self._changed:
-                self._committing.remove(step)
+                self._committing = [step for step in self._committing if step not in steps]
                 self._changed.notify_all()
 
-    def _take(self, thread_id: str, task_id: str) -> _Step | None:
+    def _of_task(self, thread_id: str, task_id: str) -> list[tuple[str, str]]:
+        """The open steps of the task, and of graphs inside of it."""
+        return [
+            key
+            for key, step in self._open.items()
+            if key[0] == thread_id and (key[1] == task_id or f":{task_id}" in step.task.at.ns)
+        ]
+
+    def _take(self, thread_id: str, task_id: str) -> list[_Step]:
         if not self._open:
-            return None
+            return []
         with self._changed:
-            step = self._open.pop((thread_id, task_id), None)
-            inside = [
-                key for key, each in self._open.items() if key[0] == thread_id and f":{task_id}" in each.task.at.ns
-            ]
-            if len(inside) + (step is not None) > 1:
-                for key in inside:
-                    self._open.pop(key).abandon()
-                error = MemstateError("several tasks ended by one Command to the parent graph had something to commit")
-                self._broken[thread_id, "" if step is None else step.task.at.ns] = error
-                if step is not None:
-                    step.abandon()
-                raise error
-            if inside:
-                step = self._open.pop(inside[0])
-            if step is not None:
-                self._committing.append(step)
-            return step
+            steps = [self._open.pop(key) for key in self._of_task(thread_id, task_id)]
+            self._committing += steps
+            return steps

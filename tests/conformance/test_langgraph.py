@@ -87,11 +87,11 @@ async def test_the_whole_suite(saver: MemStateCheckpointer, through: Any) -> Non
     assert sum(TESTS.values()) == 81
 
 
-# -- what the suite's next version adds: channels that store what came, and rarely what it came to -----------------------
+# -- what the suite's next version adds: channels that store what came, and rarely what it came to ---------------------
 
 
 class Chain:
-    """Checkpoints one after the other; each has the channels' values that are given, and then what is written to them."""
+    """Checkpoints one after the other, each with the given values of channels, and then what is written to them."""
 
     def __init__(self, saver: MemStateCheckpointer) -> None:
         self.saver, self.thread_id, self.configs = saver, str(uuid4()), []

@@ -1,0 +1,23 @@
+"""SIGKILL at random moments of a graph whose nodes write facts: after the resume, each is there, once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+
+pytest.importorskip("langgraph.graph")
+
+from benchmarks.langgraph_crashes import kill_again_and_again
+
+KILLS = int(os.environ.get("MEMSTATE_GRAPH_KILLS", "12"))
+
+
+@pytest.mark.timeout(60 + 10 * KILLS)
+def test_sigkill_and_resume(engine: Engine, tmp_path: Path) -> None:
+    """The next process resumes the thread that was killed; in the end all are compared with what they should do."""
+    url = engine.url.render_as_string(hide_password=False)
+    verdict = kill_again_and_again(url, tmp_path, "step", KILLS, int(os.environ.get("MEMSTATE_SEED", "7")))
+    assert verdict.doubled == [] and verdict.lost == [] and verdict.threads >= KILLS

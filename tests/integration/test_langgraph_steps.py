@@ -1,0 +1,413 @@
+"""What a node writes to the application's tables commits with what it writes to the state, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import pytest
+from sqlalchemy import Engine, select
+
+pytest.importorskip("langgraph.graph")
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.graph import START, StateGraph
+from langgraph.types import Command, RetryPolicy, interrupt
+
+from memstate_sa import ConflictError, Fact, MemoryStore, MemstateError
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.integrations import checkpoints
+from memstate_sa.integrations.langgraph import MemStateCheckpointer
+from memstate_sa.testing import HashEmbedder
+from tests.support import Tag, World
+
+
+class State(TypedDict, total=False):
+    trail: Annotated[list[str], operator.add]
+
+
+CONFIG: Any = {"configurable": {"thread_id": "t"}}
+
+
+class Agent:
+    """A graph whose nodes write facts, and what became of them."""
+
+    def __init__(self, world: World, **options: Any) -> None:
+        self.world = world
+        self.saver = MemStateCheckpointer(world.engine, memory=world.memory, **options)
+        self.saver.setup()
+        self.ran: list[str] = []
+
+    def graph(self, *nodes: Any, parallel: bool = False, retry: bool = False) -> Any:
+        builder = StateGraph(State)
+        before = START
+        for node in nodes:
+            policy = RetryPolicy(initial_interval=0.001, jitter=False, retry_on=ConnectionError) if retry else None
+            builder.add_node(node.__name__, node, retry_policy=policy)
+            builder.add_edge(before, node.__name__)
+            before = START if parallel else node.__name__
+        return builder.compile(checkpointer=self.saver)
+
+    def tags(self) -> list[str]:
+        with self.world.session() as session:
+            return sorted(session.scalars(select(Tag.name)))
+
+    def saved_writes(self, graph: Any) -> list[str]:
+        """What tasks have written at the latest checkpoint, as it is stored."""
+        found = self.saver.get_tuple(CONFIG)
+        assert found is not None
+        return [value for _, channel, values in found.pending_writes or () if channel == "trail" for value in values]
+
+    def writer(self, name: str, then: Any = None) -> Any:
+        def node(state: State) -> State:
+            self.ran.append(name)
+            with self.saver.step() as session:
+                session.add(Tag(name=f"{name} {len(self.ran)}"))
+            if then is not None:
+                then()
+            return {"trail": [name]}
+
+        node.__name__ = name
+        return node
+
+
+@pytest.fixture
+def agent(world: World) -> Agent:
+    return Agent(world)
+
+
+def fail_once(error: type[Exception] = ValueError) -> Any:
+    failures = [error("once")]
+
+    def fail() -> None:
+        if failures:
+            raise failures.pop()
+
+    return fail
+
+
+def test_facts_commit_with_the_writes(agent: Agent) -> None:
+    """Not when the block ends: when the node's writes are saved; and others see nothing of it before."""
+    seen: list[Any] = []
+    graph = agent.graph(agent.writer("a", lambda: seen.append(agent.tags())), agent.writer("b"))
+    assert graph.invoke({"trail": []}, CONFIG)["trail"] == ["a", "b"]
+    assert seen == [[]] and agent.tags() == ["a 1", "b 2"]
+    agent.world.assert_in_step()
+
+
+def test_they_are_labelled(agent: Agent) -> None:
+    """With the thread and the node, so that a thread can be undone alone."""
+    with agent.world.session() as session:
+        session.add(Tag(name="somebody else's"))
+        session.commit()
+    agent.graph(agent.writer("a"), agent.writer("b")).invoke({"trail": []}, CONFIG)
+    with agent.world.session() as session:
+        changes = agent.world.memory.history(session, Tag, session_id="t")
+        assert [(c.key, c.reason) for c in changes] == [("a 1", "node a"), ("b 2", "node b")]
+        agent.world.memory.rollback(session, session_id="t")
+        session.commit()
+    assert agent.tags() == ["a 1", "somebody else's"]
+
+
+def test_a_node_that_fails_leaves_no_fact(agent: Agent) -> None:
+    """It will run again, and what it wrote would be there twice."""
+    graph = agent.graph(agent.writer("a"), agent.writer("b", fail_once()))
+    with pytest.raises(ValueError, match="once"):
+        graph.invoke({"trail": []}, CONFIG)
+    assert agent.tags() == ["a 1"]
+    graph.invoke(None, CONFIG)
+    assert agent.tags() == ["a 1", "b 3"]
+
+
+def test_an_attempt_that_is_retried_leaves_no_fact(agent: Agent) -> None:
+    graph = agent.graph(agent.writer("a", fail_once(ConnectionError)), retry=True)
+    assert graph.invoke({"trail": []}, CONFIG)["trail"] == ["a"]
+    assert agent.ran == ["a", "a"] and agent.tags() == ["a 2"]
+
+
+def test_a_node_that_waits_for_an_answer_leaves_no_fact(agent: Agent) -> None:
+    """It begins anew when the answer is there."""
+    graph = agent.graph(agent.writer("a", lambda: interrupt("sure?")))
+    graph.invoke({"trail": []}, CONFIG)
+    assert agent.tags() == []
+    assert graph.invoke(Command(resume="yes"), CONFIG)["trail"] == ["a"]
+    assert agent.tags() == ["a 2"]
+
+
+def test_facts_that_cannot_be_committed_take_the_step_along(agent: Agent) -> None:
+    """Neither the node's writes nor the next checkpoint are saved; the next run has the node run again."""
+    refused = [True]
+
+    def refuse(session: Any) -> None:
+        if refused:
+            raise ConflictError("not now")
+
+    from sqlalchemy import event
+
+    def a(state: State) -> State:
+        with agent.saver.step() as session:
+            session.add(Tag(name="a"))
+            event.listen(session, "before_commit", refuse)
+        return {"trail": ["a"]}
+
+    def b(state: State) -> State:
+        agent.ran.append("b")
+        return {"trail": ["b"]}
+
+    graph = agent.graph(a, b)
+    with pytest.raises(ConflictError, match="not now"):
+        graph.invoke({"trail": []}, CONFIG)
+    assert agent.tags() == [] and graph.get_state(CONFIG).next == ("a",)
+    refused.clear()
+    assert graph.invoke(None, CONFIG)["trail"] == ["a", "b"]
+    assert agent.tags() == ["a"]
+
+
+def test_writes_that_cannot_be_saved_take_the_facts_along(agent: Agent) -> None:
+    """A value that has no msgpack, say."""
+
+    def bad(state: State) -> State:
+        with agent.saver.step() as session:
+            session.add(Tag(name="bad"))
+        return {"trail": [fail_once]}
+
+    graph = agent.graph(bad)
+    with pytest.raises(TypeError, match="serializable"):
+        graph.invoke({"trail": []}, CONFIG)
+    assert agent.tags() == [] and graph.get_state(CONFIG).next == ("bad",)
+
+
+def test_an_error_in_the_block_is_the_nodes_own(agent: Agent) -> None:
+    """It can catch it, and go on; what other blocks wrote before stays."""
+
+    def a(state: State) -> State:
+        with agent.saver.step() as session:
+            session.add(Tag(name="kept"))
+        with pytest.raises(ValueError, match="inside"), agent.saver.step() as session:
+            session.add(Tag(name="dropped"))
+            raise ValueError("inside")
+        with pytest.raises(Exception, match="name"), agent.saver.step() as session:
+            session.add(Tag(name=None))
+        with agent.saver.step() as session:
+            assert sorted(session.scalars(select(Tag.name))) == ["kept"]
+            session.add(Tag(name="also kept"))
+        return {"trail": ["a"]}
+
+    agent.graph(a).invoke({"trail": []}, CONFIG)
+    assert agent.tags() == ["also kept", "kept"]
+
+
+def test_nodes_at_the_same_time(agent: Agent) -> None:
+    """Each commits by itself; when one fails, the others' facts stay with their writes, and do not come twice."""
+    names = [f"n{n}" for n in range(4)]
+    nodes = [agent.writer(name) for name in names] + [agent.writer("bad", fail_once())]
+    graph = agent.graph(*nodes, parallel=True)
+    with pytest.raises(ValueError, match="once"):
+        graph.invoke({"trail": []}, CONFIG)
+    done = [tag.split()[0] for tag in agent.tags()]
+    assert sorted(agent.saved_writes(graph)) == sorted(done) and "bad" not in done
+    assert sorted(graph.invoke(None, CONFIG)["trail"]) == sorted([*names, "bad"])
+    assert sorted(tag.split()[0] for tag in agent.tags()) == sorted([*names, "bad"])
+    agent.world.assert_in_step()
+
+
+def test_tools_of_one_node_share_its_step(agent: Agent) -> None:
+    """They run in threads, and take turns."""
+
+    def a(state: State) -> State:
+        def tool(n: int) -> None:
+            with agent.saver.step() as session:
+                session.add(Tag(name=f"tool {n}"))
+                session.flush()
+
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(copy_context().run, tool, n) for n in range(8)]:
+                done.result()
+        return {"trail": ["a"]}
+
+    agent.graph(a).invoke({"trail": []}, CONFIG)
+    assert agent.tags() == [f"tool {n}" for n in range(8)]
+
+
+@pytest.mark.parametrize("durability", ["sync", "async"])
+async def test_in_coroutines(agent: Agent, durability: Any) -> None:
+    """The work is done in a thread; nodes that are no coroutines use `step` as ever."""
+
+    async def a(state: State) -> State:
+        with pytest.raises(MemstateError, match="astep"), agent.saver.step():
+            pass
+        name = await agent.saver.astep(lambda session: session.add(Tag(name="a")) or "a")
+        return {"trail": [name]}
+
+    graph = agent.graph(a, agent.writer("b"), agent.writer("c"))
+    assert (await graph.ainvoke({"trail": []}, CONFIG, durability=durability))["trail"] == ["a", "b", "c"]
+    assert agent.tags() == ["a", "b 1", "c 2"]
+
+
+async def test_many_graphs_in_one_loop(agent: Agent) -> None:
+    """More steps wait for their checkpoints than asyncio has threads: the saves they wait for go on all the same."""
+
+    async def a(state: State, config: RunnableConfig) -> State:
+        name = config["configurable"]["thread_id"]
+        await agent.saver.astep(lambda session: session.add(Tag(name=f"{name} {len(state['trail'])}")))
+        return {"trail": [name]}
+
+    async def b(state: State, config: RunnableConfig) -> State:
+        return await a(state, config)
+
+    graph = agent.graph(a, b)
+    threads = [str(n) for n in range(20)]
+    await asyncio.gather(*(graph.ainvoke({"trail": []}, {"configurable": {"thread_id": t}}) for t in threads))
+    assert agent.tags() == sorted(f"{thread} {n}" for thread in threads for n in (0, 1))
+
+
+def test_subgraphs(agent: Agent) -> None:
+    """Their steps are saved at checkpoints of their own; that of a Command to the parent, at the parent's."""
+
+    def leave(state: State) -> Any:
+        with agent.saver.step() as session:
+            session.add(Tag(name="leaving"))
+        return Command(graph=Command.PARENT, update={"trail": ["left"]})
+
+    inner = StateGraph(State).add_node("first", agent.writer("first")).add_node("leave", leave)
+    inner.add_edge(START, "first").add_edge("first", "leave")
+    outer = StateGraph(State).add_node("inner", inner.compile()).add_node("after", agent.writer("after"))
+    graph = outer.add_edge(START, "inner").add_edge("inner", "after").compile(checkpointer=agent.saver)
+    graph.invoke({"trail": []}, CONFIG)
+    assert agent.tags() == ["after 2", "first 1", "leaving"]
+
+
+def test_several_that_would_have_to_commit_together(agent: Agent) -> None:
+    """Are refused, and nothing of the step is saved."""
+
+    def leave(state: State) -> Any:
+        with agent.saver.step() as session:
+            session.add(Tag(name="leaving"))
+        return Command(graph=Command.PARENT, update={"trail": ["left"]})
+
+    inner = StateGraph(State).add_node("leave", leave).add_edge(START, "leave").compile()
+
+    def outer(state: State) -> Any:
+        with agent.saver.step() as session:
+            session.add(Tag(name="outer"))
+            if agent.world.engine.dialect.name == "sqlite":  # whose one writer this is, until the node returns
+                session.rollback()
+        return inner.invoke(state)
+
+    graph = agent.graph(outer)
+    with pytest.raises(MemstateError, match="together"):
+        graph.invoke({"trail": []}, CONFIG)
+    assert agent.tags() == [] and graph.get_state(CONFIG).next == ("outer",)
+
+
+def test_where_nothing_is_saved_there_is_no_step(world: World) -> None:
+    """Rather than losing facts, or committing them apart from the state."""
+    agent = Agent(world, step_timeout_s=0.05)
+    graph = agent.graph(agent.writer("a"))
+    with pytest.raises(MemstateError, match="durability='exit'"):
+        graph.invoke({"trail": []}, CONFIG, durability="exit")
+    with pytest.raises(MemstateError, match="not in a node"), agent.saver.step():
+        pass
+    inner = StateGraph(State).add_node("a", agent.writer("a")).add_edge(START, "a").compile(checkpointer=False)
+    outer = StateGraph(State).add_node("inner", inner).add_edge(START, "inner").compile(checkpointer=agent.saver)
+    with pytest.raises(MemstateError, match="checkpointer=False"):
+        outer.invoke({"trail": []}, CONFIG)
+    assert agent.tags() == []
+
+
+def test_a_step_waits_for_its_checkpoint(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a crash would have the node run again, at another checkpoint, beside what it has committed."""
+    graph = agent.graph(agent.writer("a"), agent.writer("b"))
+    order: list[str] = []
+    put, go_on = checkpoints.put, threading.Event()
+
+    def slow(*given: Any) -> None:
+        go_on.wait(0.2)  # a save that takes its time; nothing is asserted about how long
+        put(*given)
+        order.append("checkpoint")
+
+    monkeypatch.setattr(checkpoints, "put", slow)
+    session = agent.saver._steps._sessions
+    monkeypatch.setattr(agent.saver._steps, "_sessions", lambda: (order.append("step"), session())[1])
+    graph.invoke({"trail": []}, CONFIG)
+    # The input's, the one that a runs at, a, the one that b runs at, b, the last.
+    assert order == ["checkpoint", "checkpoint", "step", "checkpoint", "step", "checkpoint"]
+
+
+def test_a_checkpoint_waits_for_its_tasks(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a crash would leave a state that says of a node that it is done, without its facts."""
+    graph = agent.graph(agent.writer("a"))
+    order: list[str] = []
+    put, put_writes, go_on = checkpoints.put, checkpoints.put_writes, threading.Event()
+
+    def slow(*given: Any, **options: Any) -> None:
+        is_a = given[2][0].task_path.endswith(", a")
+        if is_a:
+            go_on.wait(0.2)
+        put_writes(*given, **options)
+        order.extend(["writes"] * is_a)
+
+    monkeypatch.setattr(checkpoints, "put_writes", slow)
+    monkeypatch.setattr(checkpoints, "put", lambda *given: (put(*given), order.append("checkpoint")))
+    graph.invoke({"trail": []}, CONFIG)
+    assert order == ["checkpoint", "checkpoint", "writes", "checkpoint"]
+
+
+# -- a MemoryStore -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(engine: Engine, tmp_path: Path) -> Iterator[MemoryStore]:
+    with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as made:
+        yield made
+
+
+def test_calls_of_a_store_join_the_step(store: MemoryStore) -> None:
+    """In the block; outside of it they commit by themselves, as ever."""
+    saver = MemStateCheckpointer(store)
+    saver.setup()
+    failures = fail_once()
+
+    def a(state: State) -> State:
+        with saver.step():
+            store.commit(Fact(type="note", payload={"text": "joined"}), reason="because")
+            assert [fact.payload["text"] for fact in store.query("note")] == ["joined"]
+        failures()
+        return {"trail": ["a"]}
+
+    graph = StateGraph(State).add_node("a", a).add_edge(START, "a").compile(checkpointer=saver)
+    with pytest.raises(ValueError, match="once"):
+        graph.invoke({"trail": []}, CONFIG)
+    assert store.query("note") == []
+    graph.invoke(None, CONFIG)
+    store.commit(Fact(type="note", payload={"text": "alone"}))
+    assert [fact.payload["text"] for fact in store.query("note")] == ["joined", "alone"]
+    store.rollback(session_id="t")
+    assert [fact.payload["text"] for fact in store.query("note")] == ["alone"]
+
+
+def test_deleting_a_thread(store: MemoryStore) -> None:
+    """Leaves the facts, unless they are to go, too; others' facts stay in any case."""
+    saver = MemStateCheckpointer(store)
+    saver.setup()
+
+    def a(state: State) -> State:
+        with saver.step():
+            store.commit(Fact(type="note", payload={"text": "the thread's"}))
+        return {"trail": ["a"]}
+
+    graph = StateGraph(State).add_node("a", a).add_edge(START, "a").compile(checkpointer=saver)
+    store.commit(Fact(type="note", payload={"text": "somebody's"}))
+    graph.invoke({"trail": []}, CONFIG)
+    saver.delete_thread("t")
+    assert graph.get_state(CONFIG).values == {} and len(store.query("note")) == 2
+    graph.invoke({"trail": []}, CONFIG)
+    saver.delete_thread("t", facts=True)
+    assert graph.get_state(CONFIG).values == {}
+    assert [fact.payload["text"] for fact in store.query("note")] == ["somebody's"]
