@@ -830,7 +830,10 @@ class Capture:
         if writes and _commits_by_itself(connection) and not all(unit.own_writes for unit in units):
             self._refuse(connection, context.compiled.statement, _AUTOCOMMIT)
         if writes and not any(_is_known(unit, context) for unit in units):
-            way_out = "use the Session's objects, or session.execute(insert/update/delete(Model))"
+            way_out = (
+                "use the Session's objects, or session.execute(insert/update/delete(Model)); what a relationship "
+                "writes into its secondary table takes capture='trigger', or an association object in its place"
+            )
             self._refuse(connection, context.compiled.statement, way_out)
         for cte in ctes or ():
             if isinstance(cte.element, UpdateBase):

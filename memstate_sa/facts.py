@@ -128,7 +128,7 @@ class Tracked:
 
     model: type[Any]
     entity: str
-    text: str | Callable[[Any], str | None]
+    text: str | Callable[[Any], str | None] | None
     metadata: tuple[str, ...] = ()
     validate: Validate | None = None
     indexes: tuple[str, ...] = ()
@@ -265,7 +265,7 @@ class Tracked:
         if callable(self.text):
             configure_mappers()  # a process that only relays has loaded no instance yet
             return tuple(self._attribute_columns)
-        return (self.text, *self.metadata)
+        return (*_attributes_of(self.text), *self.metadata)
 
     @cached_property
     def key_attributes(self) -> tuple[str, ...]:
@@ -314,7 +314,9 @@ class Tracked:
     def project(self, key: str, row: Sequence[Any], embedder: str) -> Projection:
         """What an index should hold for a row of `projected_columns`; *embedder* is the embedder's fingerprint."""
         values = dict(zip(self._projected, row, strict=True))
-        text = self.text(self._detached(values)) if callable(self.text) else values[self.text]
+        text = self.text
+        if text is not None:
+            text = text(self._detached(values)) if callable(text) else values[text]
         if text is None or not str(text).strip():
             return Projection(key, None, {}, None, None)
         text = str(text)
@@ -358,7 +360,7 @@ def split_point_id(point_id: str) -> tuple[str, str] | None:
 def describe(
     model: type[Any],
     *,
-    text: str | Callable[[Any], str | None],
+    text: str | Callable[[Any], str | None] | None,
     metadata: Sequence[str] = (),
     schema: Any = None,
     entity: str | None = None,
@@ -383,7 +385,7 @@ def describe(
         if isinstance(given, str):
             raise MemstateError(f"{option}={given!r}: give a tuple of column attributes, for example ({given!r},)")
     unique_names = () if callable(unique_by) else tuple(unique_by)
-    _require_attributes(mapper, *(() if callable(text) else (text,)), *metadata, *unique_names)
+    _require_attributes(mapper, *_attributes_of(text), *metadata, *unique_names)
     if reserved := [name for name in metadata if name.startswith("memstate_")]:
         raise MemstateError(f"metadata={reserved[0]!r}: names that begin with memstate_ are ours in an index")
     if on_untracked not in ("raise", "warn"):
@@ -445,11 +447,16 @@ def derive(base: Tracked, mapper: Mapper[Any]) -> Tracked:
     table = _check_all_tables(mapper, by_trigger=base.by_trigger)
     try:
         _require_attributes(
-            mapper, *(() if callable(base.text) else (base.text,)), *base.metadata, *base.unique_names, *base.expiry
+            mapper, *_attributes_of(base.text), *base.metadata, *base.unique_names, *base.expiry
         )
     except MemstateError as error:
         raise MemstateError(f"{error}: what {base.model.__name__} is tracked by") from error
     return replace(base, model=mapper.class_, entity=str(table.fullname), derived=True, hydrations={}, _columns={})
+
+
+def _attributes_of(text: Any) -> tuple[str, ...]:
+    """The attribute that is embedded, where it is one."""
+    return () if text is None or callable(text) else (text,)
 
 
 def _require_attributes(mapper: Mapper[Any], *names: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TextIO, TypeVar, over
 
 from sqlalchemy import Select, Table, inspect
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.sql import visitors
 
 from memstate_sa import appendonly, history, reindex, tables, transfer, triggers, truth
@@ -106,7 +106,8 @@ class Memory:
         self._sweeper = Sweeper(self._capture)
         self._eraser = Eraser(self._registry, self._capture, list(embedders.values()))
         self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
-        self._engines: dict[URL, Engine] = {}
+        self._engines: dict[URL, Engine] = {}  # for threads, by the URL of an AsyncEngine
+        self._derived: list[Engine] = []
         self._opened: set[str] = set()  # indexes that a search has opened
 
     # -- adoption --------------------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ class Memory:
         self,
         model: type[M],
         *,
-        text: str | Callable[[M], str | None],
+        text: str | Callable[[M], str | None] | None,
         metadata: Sequence[str] = (),
         schema: Any = None,
         entity: str | None = None,
@@ -135,7 +136,7 @@ class Memory:
         self,
         model: None = None,
         *,
-        text: str | Callable[[Any], str | None],
+        text: str | Callable[[Any], str | None] | None,
         metadata: Sequence[str] = (),
         schema: Any = None,
         entity: str | None = None,
@@ -153,7 +154,7 @@ class Memory:
         self,
         model: Any = None,
         *,
-        text: str | Callable[[Any], str | None],
+        text: str | Callable[[Any], str | None] | None,
         metadata: Sequence[str] = (),
         schema: Any = None,
         entity: str | None = None,
@@ -169,7 +170,8 @@ class Memory:
         """Make every row of *model* a fact; a call, or a class decorator. The table needs no change.
 
         *text* is the column attribute to be embedded, or a callable that gets a detached instance with the row's own
-        columns; None or blank text has no vector. *metadata* are column attributes stored beside the vector, by which
+        columns; None or blank text has no vector, and with None no row has: history and undo are all that is wanted.
+        *metadata* are column attributes stored beside the vector, by which
         an index can filter. *schema* is a Pydantic model that every write must satisfy. *index* names which of the
         Memory's indexes get it (default: all). *unique_by* are column attributes of which no two rows may share all
         values. Subclasses are tracked along: single-table and joined ones as rows of this class, a concrete one as an
@@ -375,7 +377,7 @@ class Memory:
         index: str | None,
         as_of: datetime | str | None,
     ) -> Hits[Any]:
-        _sync_session(session)
+        session = _blocking_session(session)
         if not isinstance(query, str):
             raise MemstateError(f"query={query!r}: a string to search for")
         require_count("limit", limit, "how many hits, at least 1")
@@ -486,6 +488,7 @@ class Memory:
         they are, "force" overwrites later changes of the same facts. *dry_run* writes nothing, and returns the entries
         that would have been written.
         """
+        session = _blocking_session(session)
         scope = self._scope(session, session_id, actor, model, on_conflict)
         _check_label("tx", tx)
         if tx is not None and to is not None:
@@ -513,6 +516,7 @@ class Memory:
         result says what was reverted, which changes of the run are kept, and whose are in their way. Where nothing is
         kept, tables and vectors are what the others alone would have made.
         """
+        session = _blocking_session(session)
         scope = self._scope(session, session_id, actor, model, on_conflict)
         txs = [tx] if isinstance(tx, str) else list(tx)
         for each in txs:
@@ -524,7 +528,7 @@ class Memory:
     def _scope(
         self, session: Session, session_id: str | None, actor: str | None, model: type[Any] | None, on_conflict: str
     ) -> Scope:
-        self._unit(_sync_session(session))
+        self._unit(session)
         for name, value in (("session_id", session_id), ("actor", actor)):
             _check_label(name, value)
         self._require_tracked()
@@ -593,7 +597,7 @@ class Memory:
 
     # -- erasure -----------------------------------------------------------------------------------------------------
 
-    def erase(self, session: Session | AsyncSession, model: type[Any], key: Any, reason: str | None = None) -> int:
+    def erase(self, session: Session, model: type[Any], key: Any, reason: str | None = None) -> int:
         """Forget a fact for good: its row, what the log says it was, its vectors; in the caller's transaction.
 
         That there was such a key, and when it changed and was erased, stays in the history, as does the key itself,
@@ -605,8 +609,9 @@ class Memory:
         """
         _check_label("reason", reason)
         tracked = self._registry.of(model)
-        self._unit(_sync_session(session))
-        return self._eraser.erase(_sync_session(session), tracked, key, reason)
+        session = _blocking_session(session)
+        self._unit(session)
+        return self._eraser.erase(session, tracked, key, reason)
 
     def purge(self, engine: Engine | AsyncEngine, timeout: float = 30.0) -> None:
         """After erasures that are committed: have them delivered, and rewrite the files that may still hold the bytes.
@@ -630,10 +635,11 @@ class Memory:
             self._eraser.overwrite(sync, timeout)
 
     def _reading(self, session: Session, model: type[Any] | None) -> tuple[Tracked, Connection]:
+        session = _blocking_session(session)
         if model is None:
             self._require_tracked()
         tracked = next(iter(self._registry.by_entity.values())) if model is None else self._registry.of(model)
-        _sync_session(session).flush()
+        session.flush()
         return tracked, session.connection(bind_arguments={"mapper": tracked.mapper})
 
     # -- operation -------------------------------------------------------------------------------------------------
@@ -948,9 +954,15 @@ class Memory:
         self._strict.close()
         for index in self.indexes.values():
             index.close()
+        for engine in self._derived:
+            engine.dispose()
 
-    def sync_engine(self, engine: Engine | AsyncEngine) -> Engine:
-        """*engine*, or a sync engine on the URL of an AsyncEngine: the relay is a thread, not a coroutine."""
+    def sync_engine(self, engine: Engine | AsyncEngine, *, use: Engine | None = None) -> Engine:
+        """*engine*, or a sync engine on the URL of an AsyncEngine: the relay is a thread, not a coroutine.
+
+        Of an AsyncEngine the URL alone is known: where ``connect_args``, a ``creator`` or listeners say more, give one
+        that has them too, before anything else: ``memory.sync_engine(async_engine, use=engine)``.
+        """
         if isinstance(engine, Engine):
             return engine
         if not hasattr(engine, "sync_engine"):
@@ -958,15 +970,14 @@ class Memory:
         from sqlalchemy import create_engine
 
         url: URL = engine.url
-        found = self._engines.get(url)
+        found = self._engines.get(url) if use is None else self._engines.setdefault(url, use)
         if found is None:
             if is_in_memory(engine.sync_engine):
                 raise MemstateError("an in-memory SQLite exists in the AsyncEngine's connection only; use a file")
             backend = url.get_backend_name()
             driver = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}.get(backend, backend)
-            found = self._engines[url] = create_engine(url.set(drivername=driver))
-            if backend == "sqlite":
-                configure(found)
+            found = self._engines[url] = configure(create_engine(url.set(drivername=driver)))
+            self._derived.append(found)
         return found
 
 
@@ -987,10 +998,21 @@ def _check_label(name: str, value: Any) -> None:
         raise MemstateError(f"{name}={value!r}: give a string without NUL or lone surrogates")
 
 
-def _sync_session(session: Session | AsyncSession) -> Session:
+def _sync_session(session: Any) -> Session:
+    """The Session that *session* is, stands for (scoped_session), or has (AsyncSession)."""
     if isinstance(session, Session):
         return session
-    sync = getattr(session, "sync_session", None)
-    if not isinstance(sync, Session):
+    found = session() if isinstance(session, scoped_session) else getattr(session, "sync_session", None)
+    if not isinstance(found, Session):
         raise MemstateError(f"{session!r} is not a Session")
-    return sync
+    return found
+
+
+def _blocking_session(session: Any) -> Session:
+    """The same, for what waits for the database."""
+    if hasattr(session, "sync_session"):
+        raise MemstateError(
+            "this waits for the database, which an AsyncSession cannot: await session.run_sync(memory.history, Model, "
+            "key), for example, gives it the Session; search has `await memory.asearch(session, …)`"
+        )
+    return _sync_session(session)

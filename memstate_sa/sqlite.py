@@ -26,12 +26,11 @@ _CONFIGURED = "memstate_configured"
 def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
     """Give *engine* (or an AsyncEngine) explicit transactions and WAL; returns it. Idempotent.
 
-    Call it before the engine's first connection. Writers wait up to *busy_timeout_s* seconds for each other.
+    Call it before the engine's first connection. Writers wait up to *busy_timeout_s* seconds for each other. An engine
+    of another database is left as it is: which one it is may be configuration.
     """
     sync: Engine = getattr(engine, "sync_engine", engine)
-    if sync.dialect.name != "sqlite":
-        raise MemstateError(f"sqlite.configure() is for SQLite engines, not {sync.dialect.name}")
-    if getattr(sync, _CONFIGURED, False):
+    if sync.dialect.name != "sqlite" or getattr(sync, _CONFIGURED, False):
         return engine
     setattr(sync, _CONFIGURED, True)
 

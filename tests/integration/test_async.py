@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event, insert, select, text, update
+from sqlalchemy import Engine, create_engine, event, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 
-from memstate_sa import UntrackedWrite, sqlite
+from memstate_sa import MemstateError, UntrackedWrite, sqlite
 from tests.support import Note, Person, Tag, World
 
 pytestmark = pytest.mark.sa20
@@ -33,6 +33,45 @@ def sessions(world: World, async_engine: AsyncEngine) -> async_sessionmaker[Asyn
     world.memory.attach(maker)
     world.memory.attach(maker)
     return maker
+
+
+async def test_what_waits_for_the_database_says_how_to_wait(
+    world: World, sessions: async_sessionmaker[AsyncSession]
+) -> None:
+    """An AsyncSession where a Session is needed: an error that names run_sync, and no coroutine left behind."""
+    memory = world.memory
+    async with sessions() as session:
+        session.add(Person(id=1, name="p", about="green tea"))
+        await session.commit()
+        calls: list[tuple[Any, ...]] = [
+            (memory.history, Person, 1),
+            (memory.rollback,),
+            (memory.as_of, Person, 1, "x"),
+            (memory.diff, "x"),
+            (memory.erase, Person, 1),
+            (memory.search, "tea", Person),
+        ]
+        for method, *arguments in calls:
+            with pytest.raises(MemstateError, match=r"await session.run_sync\(memory.history, Model, key\)"):
+                method(session, *arguments)
+        with pytest.raises(MemstateError, match="run_sync"):
+            memory.revoke(session, actor="a")
+        assert [change.op for change in await session.run_sync(memory.history, Person, 1)] == ["insert"]
+
+
+async def test_a_sync_engine_of_ones_own(world: World, async_engine: AsyncEngine) -> None:
+    """What a URL does not say, the application's own engine has; one that was derived is closed with the memory."""
+    own = create_engine(world.engine.url)
+    assert world.memory.sync_engine(async_engine, use=own) is own
+    assert world.memory.sync_engine(async_engine) is own
+    other = World(world.engine)
+    derived = other.memory.sync_engine(async_engine)
+    with derived.connect():
+        pass
+    pool = derived.pool
+    other.memory.close()
+    assert derived.pool is not pool, "dispose() makes another"
+    own.dispose()
 
 
 async def test_captured_searched_and_undone(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import Engine, create_engine, event, insert, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from memstate_sa import Memory, MemstateError, sqlite
+from memstate_sa import Memory, sqlite
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from tests.support import Base, Tag, World
@@ -101,13 +101,13 @@ def test_readers_do_not_hold_the_write_lock(configured: Engine) -> None:
 
 
 def test_wal_and_idempotence(configured: Engine) -> None:
-    """Configured once, however often it is called; only for SQLite."""
+    """Configured once, however often it is called; an engine of another database is left alone."""
     assert sqlite.configure(configured) is configured
     with configured.connect() as connection:
         assert connection.scalar(text("PRAGMA journal_mode")) == "wal"
         assert connection.scalar(text("PRAGMA busy_timeout")) == 200
-    with pytest.raises(MemstateError, match="for SQLite engines, not postgresql"):
-        sqlite.configure(create_engine("postgresql+psycopg://nowhere/x"))
+    other = create_engine("postgresql+psycopg://nowhere/x")
+    assert sqlite.configure(other) is other and not other.dispatch.before_cursor_execute
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,110 @@
+"""What `track` and the methods of a Memory take, beyond the ordinary."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import Column, Engine, ForeignKey, Table, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, scoped_session, sessionmaker
+
+from memstate_sa import Memory, UntrackedWrite
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.testing import HashEmbedder
+from tests.support import Tag, World
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Label(Base):
+    __tablename__ = "label"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+
+
+link = Table(
+    "link",
+    Base.metadata,
+    Column("page_id", ForeignKey("page.id"), primary_key=True),
+    Column("label_id", ForeignKey("label.id"), primary_key=True),
+)
+
+
+class Page(Base):
+    __tablename__ = "page"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    body: Mapped[str]
+    labels: Mapped[list[Label]] = relationship(secondary=link)
+
+
+class Link(Base):
+    """The relationship's table, mapped to be tracked."""
+
+    __table__ = link
+
+
+def test_facts_without_text_have_history_and_undo(engine: Engine) -> None:
+    """`text=None`: nothing of them is in any index, or pending for one."""
+    Base.metadata.create_all(engine)
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(Page, text=None, metadata=("body",))
+    memory.create_tables(engine)
+    sessions = sessionmaker(engine)
+    memory.attach(sessions)
+    with sessions() as session:
+        session.add(Page(id=1, body="one"))
+        session.commit()
+        session.get_one(Page, 1).body = "two"
+        session.commit()
+        assert memory.search(session, "two", Page) == []
+        memory.relay(engine).drain()
+        assert memory.verify(engine).clean and memory.status(engine)["memory"].pending == 0
+        assert memory.indexes["memory"].scan(None, 10) == []
+        memory.rollback(session)
+        session.commit()
+        assert session.scalars(select(Page.body)).all() == ["one"]
+        assert [change.op for change in memory.history(session, Page, 1)] == ["insert", "update", "update"]
+
+
+def test_a_secondary_table_by_triggers(engine: Engine) -> None:
+    """What a relationship writes by itself is refused with the way out; captured by triggers, undo brings it back."""
+    Base.metadata.create_all(engine)
+    for capture in ("session", "trigger"):
+        memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+        memory.track(Page, text="body")
+        memory.track(Link, text=None, capture=capture)
+        memory.create_tables(engine)
+        sessions = sessionmaker(engine)
+        memory.attach(sessions)
+        with sessions() as session:
+            session.add(page := Page(id=1, body="b", labels=[Label(id=1, name="l")]))
+            if capture == "session":
+                with pytest.raises(UntrackedWrite, match=r"capture='trigger', or an association object"):
+                    session.commit()
+                continue
+            session.commit()
+            session.delete(page)
+            session.commit()
+            memory.rollback(session)
+            session.commit()
+            assert [label.name for label in session.get_one(Page, 1).labels] == ["l"]
+
+
+def test_a_scoped_session_is_the_session_of_its_thread(world: World) -> None:
+    """All methods take it, as `attach` does."""
+    memory, db = world.memory, scoped_session(world.sessions)
+    memory.annotate(db, actor="ada")
+    db.add(Tag(name="a", meaning="tea"))
+    db.commit()
+    tx = memory.token(db)
+    assert tx is not None
+    assert [hit.fact.name for hit in memory.search(db, "tea", Tag)] == ["a"]
+    assert [change.actor for change in memory.history(db, Tag, "a")] == ["ada"]
+    assert memory.as_of(db, Tag, "a", tx) is not None
+    memory.rollback(db)
+    db.commit()
+    memory.revoke(db, tx=[tx], dry_run=True)
+    memory.erase(db, Tag, "a")
+    db.commit()
+    assert [change.op for change in memory.history(db, Tag, "a")][-1] == "delete"
+    db.remove()
