@@ -55,7 +55,8 @@ def images(app: Application) -> list[tuple[str, str, Any]]:
 def problems(app: Application) -> list[str]:
     """What the doctor says of the application as it is written now."""
     memory = app.models.memory
-    memory.attach(sessionmaker(app.engine))
+    sessions = sessionmaker(app.engine)
+    memory.attach(sessions)
     return [f"{subject} {message}" for subject, message in memory.doctor(app.engine).problems]
 
 
