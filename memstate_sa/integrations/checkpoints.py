@@ -126,7 +126,8 @@ def _at(place: Place) -> dict[str, Any]:
 
 def _packed(values: Iterable[tuple[Sequence[Any], Value]]) -> dict[str, Any]:
     """Rows and their values as the parameters `given` and `data`."""
-    places, data, start = [], [], 1
+    # With a byte before them: no bytes at all are NULL to SQLite's driver.
+    places, data, start = [], [b"-"], 2
     for row, value in values:
         places.append([*row, value.type, start, len(value.data)])
         data.append(value.data)

@@ -64,8 +64,6 @@ _RUN, _LEASE = "__memstate_run", "__memstate_lease"
 _PAGE = 50
 _STEP_THREADS, _SETTLING_THREADS = 32, 8
 _SMALL = 64
-_TX = 32
-"""The length of a transaction's name; a time is written otherwise."""
 
 
 class MemStateCheckpointer(BaseCheckpointSaver[str]):
@@ -405,8 +403,9 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         labelled with the thread as session_id (``memory.rollback(session, session_id=thread_id)``), and the node as
         reason.
 
-        Write late: rows stay locked until the node returns, on SQLite the database. Not with ``durability="exit"``,
-        which saves nothing until the run is over.
+        Write late: rows stay locked until the node returns, on SQLite the database. A node that begins a step sees what
+        the steps before it wrote; others may run before that is committed, unless the graph runs with
+        ``durability="sync"``. With "exit" nothing is saved until the run is over, so there are no steps.
 
         Raises MemstateError outside of a node, and in a coroutine, where `astep` is to be used.
         """
@@ -631,7 +630,7 @@ def _ended(ns: str, all_: Mapping[str, Outline], root: Mapping[str, Outline], ke
 
 
 def _moment(position: str) -> Moment:
-    return position if len(position) == _TX else datetime.fromisoformat(position)
+    return position if position.isalnum() else datetime.fromisoformat(position)  # a transaction, or a time
 
 
 def _node_config() -> RunnableConfig:

@@ -33,10 +33,12 @@ def acquire(connection: Connection, thread_id: str, owner: str, lease_s: float, 
     until = now + timedelta(seconds=lease_s)
     new = upsert(connection.dialect.name, lease).on_conflict_do_nothing()
     row = {"thread_id": thread_id, "owner": owner, "lease_until": until}
-    if connection.execute(new, row).rowcount == 1:
-        return
+    connection.execute(new, row)
     held = connection.execute(_held, {"of": thread_id}).one_or_none()
-    if held is not None and held.lease_until > now and not take_over and not is_gone(held.owner):
+    if held is None:  # released in between
+        connection.execute(new, row)
+        return
+    if held.owner != owner and held.lease_until > now and not take_over and not is_gone(held.owner):
         raise StaleRun(f"thread {thread_id!r} has a run elsewhere, whose lease ends at {held.lease_until:%H:%M:%S} UTC")
     connection.execute(_take, {"of": thread_id, "me": owner, "until": until})
 

@@ -133,6 +133,8 @@ class Steps:
         deadline = time.monotonic() + self._timeout_s
         while True:
             if (error := self._broken.get((thread_id, ns))) is not None:
+                if isinstance(error, MemstateError):
+                    raise error
                 raise MemstateError(f"an earlier save of this run failed: {type(error).__name__}") from error
             if done():
                 return

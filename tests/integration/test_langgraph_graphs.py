@@ -357,6 +357,24 @@ def test_what_was_not_allowed_is_not_built(engine: Engine) -> None:
         saver.put_writes(config(checkpoint_ns="", checkpoint_id="1"), [("a", lambda: None)], "task")
 
 
+def test_nothing_is_a_value_too(saver: MemStateCheckpointer) -> None:
+    """None, and no bytes, alone in what a task wrote."""
+    for n, value in enumerate((None, b"", "", [])):
+        conf = config(checkpoint_ns="", checkpoint_id=f"{n}")
+        checkpoint: Any = {
+            "v": 4,
+            "id": f"{n}",
+            "ts": "",
+            "channel_values": {},
+            "channel_versions": {},
+            "versions_seen": {},
+        }
+        saver.put(config(checkpoint_ns=""), checkpoint, {}, {})
+        saver.put_writes(conf, [("value", value)], "task")
+        found = saver.get_tuple(conf)
+        assert found is not None and found.pending_writes == [("task", "value", value)]
+
+
 def test_forked_versions_do_not_collide(saver: MemStateCheckpointer) -> None:
     """Two next versions of one version differ, both are later, also than those of LangGraph's own savers."""
     for current in (None, saver.get_next_version(None, None), f"{41:032}.{0.5:016}", "00000009.ffffffffffff"):
