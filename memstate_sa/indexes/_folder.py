@@ -1,4 +1,4 @@
-"""The folder of a Chroma PersistentClient, locked for one process."""
+"""The folder of an index, locked for one process: that of a Chroma PersistentClient, or of FAISS."""
 
 from __future__ import annotations
 
@@ -28,40 +28,59 @@ def lock(client: ClientAPI) -> LockedFolder | None:
     if not settings.is_persistent:
         return None
     path = Path(settings.persist_directory).resolve()
-    folder = LockedFolder(
-        path / "chroma.sqlite3", FileLock(path / "memstate.lock", thread_local=False, is_singleton=True)
+    advice = (
+        f"run a server (chroma run --path {path}) and give every process a chromadb.HttpClient; a process that was "
+        "forked opens it anew"
     )
+    folder = LockedFolder(path / "chroma.sqlite3", _file_lock(path, is_singleton=True), "Chroma", advice)
     folder.check()
     folder.acquire()
     return folder
 
 
+def lock_alone(file: Path, kind: str, advice: str) -> LockedFolder:
+    """Lock the folder of *file* for one holder, also among those of this process."""
+    folder = LockedFolder(file, _file_lock(file.parent, is_singleton=False), kind, advice)
+    folder.acquire()
+    return folder
+
+
+def _file_lock(path: Path, *, is_singleton: bool) -> BaseFileLock:
+    return FileLock(path / "memstate.lock", thread_local=False, is_singleton=is_singleton)
+
+
 class LockedFolder:
-    def __init__(self, database: Path, file_lock: BaseFileLock) -> None:
-        self._database = database
+    """*file* is what the index keeps there; *advice* says what to do where several want it."""
+
+    def __init__(self, file: Path, file_lock: BaseFileLock, kind: str, advice: str) -> None:
+        self._file = file
         self._lock = file_lock
-        self._identity = _identity(database)
+        self._kind, self._advice = kind, advice
         self._pid = os.getpid()
+        self.watch()
+
+    def watch(self) -> None:
+        """The file as it is now is the one that must stay."""
+        self._identity = _identity(self._file)
 
     def acquire(self) -> None:
         try:
             with _counting:
                 self._lock.acquire(blocking=False)
         except Timeout as error:
-            path = self._database.parent
             raise MemstateError(
-                f"another process has the Chroma folder {str(path)!r} open, and two would corrupt it. Run a server "
-                f"(chroma run --path {path}) and give every process a chromadb.HttpClient"
+                f"the {self._kind} folder {str(self._file.parent)!r} is open already, and two would corrupt it: "
+                f"{self._advice}"
             ) from error
 
     def vacuum(self) -> None:
         """Remove from the files what was deleted. Chroma's own connections wait meanwhile."""
         script = Path(__file__).with_name("_vacuum.py")
-        command = [sys.executable, str(script), str(self._database.parent)]
+        command = [sys.executable, str(script), str(self._file.parent)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # no shell reads it
         if done.returncode:
             reason = done.stderr.strip().rpartition("\n")[2]
-            raise DeliveryRetryable(f"the Chroma folder {str(self._database.parent)!r} was not vacuumed: {reason}")
+            raise DeliveryRetryable(f"the Chroma folder {str(self._file.parent)!r} was not vacuumed: {reason}")
 
     def release(self) -> None:
         if os.getpid() == self._pid:  # after a fork it is the parent's
@@ -69,15 +88,14 @@ class LockedFolder:
                 self._lock.release()
 
     def check(self) -> None:
-        """Raise for what Chroma does not notice: a fork, and files deleted under it, which it goes on reading."""
+        """Raise for what goes unnoticed: a fork, and files deleted under an index, which it goes on reading."""
         if os.getpid() != self._pid:
             raise MemstateError(
-                "this ChromaIndex was opened before a fork, and its folder is the parent's. Open it after the fork, in "
-                "one process, or run a server (chroma run) and give every process a chromadb.HttpClient"
+                f"this index was opened before a fork, and its {self._kind} folder is the parent's: {self._advice}"
             )
-        if self._identity is None or _identity(self._database) != self._identity:
+        if self._identity is None or _identity(self._file) != self._identity:
             raise DeliveryRetryable(
-                f"the Chroma folder {str(self._database.parent)!r} was deleted or replaced under its client; close "
+                f"the {self._kind} folder {str(self._file.parent)!r} was deleted or replaced under its client; close "
                 "every client on it and open it anew"
             )
 

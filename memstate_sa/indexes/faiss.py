@@ -1,0 +1,266 @@
+"""FAISS as a vector index: exact, in this process, and kept in a folder."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memstate_sa._failures import delivery_error
+from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, MissingExtra
+from memstate_sa.indexes._filters import canonical
+from memstate_sa.indexes._flat import Flat
+from memstate_sa.indexes._journal import Journal, Record
+from memstate_sa.indexes._tags import stored
+from memstate_sa.indexes._units import at_length, unit_rows
+from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
+
+if TYPE_CHECKING:
+    from memstate_sa.indexes._folder import LockedFolder
+
+_ADVICE = "open it once, and share the object; several processes need an index with a server, such as PgVectorIndex"
+_SPARE = 10_000
+"""The journal is rewritten when it says twice as much as there is, and so much more."""
+_IN_A_RECORD = 5_000
+_REMEMBERED = 100_000
+"""So many deleted ids are remembered for their epochs: only a thread of this process can fall short of one."""
+
+
+class FaissIndex:
+    """A flat index of inner products over unit vectors, so exact: 12 ms for 100,000 points of 256 dimensions.
+
+    Everything is in memory, and in *folder* as a journal of changes with checksums: what a call has returned from is on
+    the disk, and a ``kill -9`` at any moment loses nothing of it. The journal is replaced, as a whole, by one without
+    what is gone when that has become the larger part, and by `purge`. One that a disk has damaged is as good as lost:
+    ``incarnation`` changes, and the relay compares what is left with the tables.
+
+    One object at a time may have a folder open, which is locked (``memstate.lock``); several processes need an index
+    with a server. Writes are fenced by their epochs (`FencedIndex`). The text of a fact is not stored.
+    """
+
+    fences = True
+    in_process = True
+
+    def __init__(self, folder: str | Path, *, max_batch: int = 10_000) -> None:
+        self._faiss = _required("faiss")
+        _required("filelock")
+        self._folders: Any = import_module("memstate_sa.indexes._folder")
+        self._max_batch = max_batch
+        self._mutex = threading.RLock()
+        self._journal = Journal(Path(folder).resolve() / "points.journal")
+        self._written = 0  # points and deletions that the journal has
+        self._folder: LockedFolder | None = None
+        self._state: dict[str, Any] = {}
+        self._points: Flat | None = None
+        self._buried: dict[str, int] = {}  # epochs of what is deleted; they outlive close(), as threads do
+
+    @property
+    def incarnation(self) -> str:
+        with self._using("identify"):
+            return str(self._state["incarnation"])
+
+    @property
+    def max_batch(self) -> int:
+        return self._max_batch
+
+    def open(self, *, embedder: str, dimension: int) -> None:
+        with self._mutex, self._translated("open"):
+            first = self._points is None
+            try:
+                if first:
+                    self._load(embedder, dimension)
+                self._fits(embedder, dimension)
+            except BaseException:
+                if first:
+                    self.close()
+                raise
+
+    def upsert(self, points: Sequence[Point]) -> None:
+        vectors = matrix([point.vector for point in points], self._dimension, [point.id for point in points])
+        units, norms = unit_rows(vectors)
+        with self._using("write to") as held:
+            rows = {point.id: row for row, point in enumerate(points) if self._passes(point.id, point.epoch)}
+            if not rows:
+                return
+            given = [
+                (id_, points[row].fingerprint, float(norms[row]), stored(points[row].metadata, id_))
+                for id_, row in rows.items()
+            ]
+            kept = units[list(rows.values())]
+            epochs = [max(points[row].epoch, self._epoch(id_)) for id_, row in rows.items()]
+            self._journal.append({"put": given}, kept.tobytes())
+            held.remove([id_ for id_, _ in held.those(rows)])
+            held.add(given, kept, epochs)
+            for id_ in rows:
+                self._buried.pop(id_, None)
+            self._wrote(len(rows))
+
+    def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
+        with self._using("delete from") as held:
+            epochs = {id_: max(epoch, self._epoch(id_)) for id_ in ids if self._passes(id_, epoch)}
+            there = [id_ for id_, _ in held.those(epochs)]
+            if there:
+                self._journal.append({"delete": there})
+                held.remove(there)
+            for id_, highest in epochs.items():
+                if highest:
+                    self._buried.pop(id_, None)  # the newest last
+                    self._buried[id_] = highest
+            while len(self._buried) > _REMEMBERED:
+                del self._buried[next(iter(self._buried))]
+            self._wrote(len(there))
+
+    def query(
+        self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
+    ) -> list[Match]:
+        query, _ = unit_rows(matrix([vector], self._dimension, ["the query"]))
+        condition = canonical(where or {})
+        with self._using("search") as held:
+            if condition is None or limit < 1:
+                return []
+            return held.nearest(query, limit, condition) if ids is None else held.among(query, limit, ids, condition)
+
+    def get(self, ids: Sequence[str]) -> list[Stored]:
+        with self._using("read") as held:
+            present = held.those(ids)
+            units = held.units([id_ for id_, _ in present])
+        return [
+            Stored(id_, point.fingerprint, at_length(unit, point.norm))
+            for (id_, point), unit in zip(present, units, strict=True)
+        ]
+
+    def scan(self, after: str | None, limit: int) -> list[Entry]:
+        with self._using("scan") as held:
+            ids = held.in_order()
+            start = 0 if after is None else bisect_right(ids, after)
+            return [Entry(id_, held.held[id_].fingerprint) for id_ in ids[start : start + limit]]
+
+    def purge(self) -> None:
+        """Replace the journal by one without what was deleted or replaced; the incarnation stays."""
+        with self._using("purge") as held:
+            self._compact(held)
+
+    def close(self) -> None:
+        """Release the folder, and the memory."""
+        with self._mutex:
+            self._journal.close()
+            self._points = None
+            if self._folder is not None:
+                self._folder.release()
+                self._folder = None
+
+    # -- the folder ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _using(self, action: str) -> Iterator[Flat]:
+        """What is there, for this thread alone; what goes wrong with it becomes a DeliveryError."""
+        with self._mutex, self._translated(action):
+            assert self._dimension
+            assert self._points is not None
+            self._check()
+            yield self._points
+
+    @contextmanager
+    def _translated(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except MemstateError:
+            raise
+        except Exception as error:
+            refused = isinstance(error, ValueError | TypeError)
+            unknown = DeliveryRejected if refused else DeliveryRetryable
+            raise delivery_error(error, f"FAISS could not {action} {self._name}", unknown=unknown) from error
+
+    @property
+    def _name(self) -> str:
+        return f"the folder {str(self._journal.path.parent)!r}"
+
+    @property
+    def _dimension(self) -> int:
+        if self._points is None:
+            raise MemstateError("this index is not open; call open() first")
+        return int(self._state["dimension"])
+
+    def _check(self) -> None:
+        assert self._folder is not None
+        self._folder.check()
+
+    def _fits(self, embedder: str, dimension: int) -> None:
+        self._check()
+        theirs, size = self._state["embedder"], self._state["dimension"]
+        if (theirs, size) != (embedder, dimension):
+            raise IndexMismatch(
+                f"{self._name} was built with embedder {theirs!r}, {size} dimensions; asked for: {embedder!r}, "
+                f"{dimension} dimensions. Use another folder, or delete this one to have it rebuilt"
+            )
+
+    def _load(self, embedder: str, dimension: int) -> None:
+        path = self._journal.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = self._folders.lock_alone(path, "FAISS", _ADVICE)
+        self._state, self._written = {}, 0
+        latest: dict[str, tuple[Any, bytes]] = {}
+        for value, data in self._journal.read():
+            self._state = value.get("state", self._state)
+            given, deleted = value.get("put", ()), value.get("delete", ())
+            width = len(data) // max(1, len(given))
+            for row, point in enumerate(given):
+                latest[point[0]] = (point, data[row * width : (row + 1) * width])
+            for id_ in deleted:
+                latest.pop(id_, None)
+            self._written += len(given) + len(deleted)
+        self._folder.watch()
+        begun = bool(self._state)
+        if not begun or self._journal.damaged:
+            self._state = {"embedder": embedder, "dimension": dimension, **self._state, "incarnation": uuid.uuid4().hex}
+        points = self._points = Flat(self._faiss, self._state["dimension"])
+        units = np.frombuffer(b"".join(unit for _, unit in latest.values()), dtype=np.float32)
+        given = [point for point, _ in latest.values()]
+        points.add(given, units.reshape(-1, self._state["dimension"]), [0] * len(given))
+        if self._journal.damaged:
+            self._compact(points)
+        elif not begun:
+            self._journal.append({"state": self._state})
+
+    def _wrote(self, count: int) -> None:
+        self._written += count
+        if self._points is not None and self._written > 2 * len(self._points.held) + _SPARE:
+            self._compact(self._points)
+
+    def _compact(self, points: Flat) -> None:
+        self._journal.replace(self._records(points))
+        self._written = len(points.held)
+        if self._folder is not None:
+            self._folder.watch()
+
+    def _records(self, points: Flat) -> Iterator[Record]:
+        yield {"state": self._state}, b""
+        ids = list(points.held)
+        for start in range(0, len(ids), _IN_A_RECORD):
+            some = points.those(ids[start : start + _IN_A_RECORD])
+            given = [(id_, held.fingerprint, held.norm, held.metadata) for id_, held in some]
+            yield {"put": given}, points.units([id_ for id_, _ in some]).tobytes()
+
+    # -- the fence -----------------------------------------------------------------------------------------------------
+
+    def _epoch(self, id_: str) -> int:
+        held = self._points.held.get(id_) if self._points is not None else None
+        return held.epoch if held is not None else self._buried.get(id_, 0)
+
+    def _passes(self, id_: str, epoch: int) -> bool:
+        """Whether a write under *epoch* may change *id_*; 0 always may."""
+        return epoch == 0 or epoch >= self._epoch(id_)
+
+
+def _required(package: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise MissingExtra("faiss-cpu" if package == "faiss" else package, "faiss") from error
