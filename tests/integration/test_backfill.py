@@ -255,7 +255,7 @@ def test_it_waits_for_a_locked_row_without_holding_others(postgres_engine: Engin
         worker.start()
         others = {("tag", key): ["baseline"] for key in tag_keys(0, 1, 2, 3, 5, 6, 7, 8)}
         _poll(lambda: logged(engine) == others)
-        _poll(lambda: _waits(engine))
+        _poll(lambda: _waits(engine, "tag"))
         session.execute(text("SET LOCAL lock_timeout = '20s'"))
         for name in ("t0000", "t0003", "t0005", "t0008"):
             session.get_one(Tag, name).meaning = "changed, too"
@@ -266,11 +266,11 @@ def test_it_waits_for_a_locked_row_without_holding_others(postgres_engine: Engin
     world.assert_in_step()
 
 
-def _waits(engine: Engine) -> bool:
-    """Whether a backfill waits for a lock."""
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%FROM tag%'"
+def _waits(engine: Engine, table: str) -> bool:
+    """Whether somebody waits for a lock of a row of *table*."""
+    waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE :query")
     with engine.connect() as connection:
-        return connection.scalar(text(waiting)) == 1
+        return connection.scalar(waiting, {"query": f"%FROM {table}%"}) == 1
 
 
 def _poll(is_true: Callable[[], bool]) -> None:
@@ -316,6 +316,32 @@ def test_workers_share_the_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch)
     assert Counter(spy.keys) == dict.fromkeys(tag_keys(*range(300)), 1)
     assert logged(engine) == {("tag", key): ["baseline"] for key in tag_keys(*range(300))}
     world.assert_in_step()
+
+
+def test_a_worker_waits_for_ranges_of_others(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other: who works on them may be killed, and then there is nobody else."""
+    world, engine = World(postgres_engine), postgres_engine
+    old_tags(engine, 30)
+    world.memory.backfill(engine, Tag, batch_size=1, limit=1)  # divides twenty off
+    spy, added = Spy(world, monkeypatch), list[int]()
+    worker = threading.Thread(target=lambda: added.append(world.memory.backfill(engine, Tag)))
+    with engine.connect() as one, engine.connect() as other:
+        for connection, is_rest in ((one, False), (other, True)):
+            its = ranges.c.until.is_(None) if is_rest else ranges.c.until.is_not(None)
+            assert len(connection.execute(select(ranges).where(its).with_for_update()).all()) == 1
+        worker.start()
+        _poll(lambda: _waits(engine, "memstate_backfill"))
+        one.execute(sa.update(ranges).where(ranges.c.until.is_not(None)).values(done=True))
+        one.commit()
+        _poll(lambda: _waits(engine, "memstate_backfill") and not spy.batches)
+        # As somebody who divides it, and is done with the part before this one gets the lock.
+        there = tag_keys(24)[0]
+        other.execute(sa.update(ranges).where(ranges.c.until.is_(None)).values(until=there, done=True))
+        other.execute(insert(ranges), backfill._range("tag", there))
+        other.commit()
+    worker.join(60)
+    assert spy.batches == [tag_keys(*range(25, 30))]
+    assert added == [5]
 
 
 def test_workers_that_begin_together(engine: Engine) -> None:
