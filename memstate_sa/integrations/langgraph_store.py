@@ -5,11 +5,455 @@
 
 from __future__ import annotations
 
-from memstate_sa.errors import MemstateError, MissingExtra
+import asyncio
+import copy
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from sqlalchemy import ColumnElement, Row, Select, inspect, select
+from sqlalchemy.engine import URL, Engine
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm.attributes import flag_modified
+
+from memstate_sa import sqlite
+from memstate_sa.arrays import as_array
+from memstate_sa.changes import Change
+from memstate_sa.codec import is_text
+from memstate_sa.errors import ConflictError, MemstateError, MissingExtra
+from memstate_sa.expiry import EXPIRED
+from memstate_sa.history import Moment
+from memstate_sa.integrations import items, json_criteria
+from memstate_sa.integrations.items import ItemRow
+from memstate_sa.memory import Memory
+from memstate_sa.outbox import take_write_lock
+from memstate_sa.store import MemoryStore
+from memstate_sa.tables import utcnow
 
 try:
-    from langgraph.store.base import BaseStore
+    from langgraph.store.base import (
+        BaseStore,
+        GetOp,
+        IndexConfig,
+        Item,
+        ListNamespacesOp,
+        MatchCondition,
+        Op,
+        PutOp,
+        Result,
+        SearchItem,
+        SearchOp,
+        TTLConfig,
+        validate_op_namespace,
+    )
+
+    from memstate_sa.integrations.puts import InvalidItem, Put, end_of, fields_of, plain, scope_of
 except ImportError as error:
     raise MissingExtra("langgraph", "langgraph") from error
 
-__all__ = ["BaseStore", "MemstateError"]
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+logger = logging.getLogger("memstate_sa.langgraph")
+
+_ATTEMPTS = 20
+_FEW = 50
+_SWEEP_PAGE = 500
+_SWEEP_INTERVAL_MINUTES = 5
+
+
+class MemStateStore(BaseStore):
+    """LangGraph's store in the database of the facts: PostgreSQL or SQLite.
+
+    *where* is a `MemoryStore`, or, with *memory*, an Engine (or AsyncEngine) or a URL. Items are facts: what is put and
+    deleted is in the log, `Memory.rollback` undoes it, relays deliver it, and a search never shows what SQL does not
+    hold. In a node of a graph, changes are labelled with the thread as session_id and the node as reason. Inside
+    ``with memory_store.transaction():``, or a checkpointer's `step`, calls of the same thread join that transaction.
+
+    *index* says what of a value is embedded, each path by itself: ``{"fields": ["title", "notes[*].text"]}``; by
+    default the whole of it, as JSON. False: nothing, and a *query* is ignored. The embedder is the Memory's.
+    *ttl* is LangGraph's TTLConfig; what has expired is never returned, and deleted by `sweep_ttl`.
+
+    A batch is one transaction for what it writes; its reads see what was before. The methods of asyncio run the same
+    code in threads.
+
+    ::
+
+        store = MemStateStore(memory_store)
+        store.setup()
+        graph = builder.compile(store=store)
+    """
+
+    supports_ttl = True
+
+    def __init__(
+        self,
+        where: MemoryStore | Engine | AsyncEngine | URL | str,
+        *,
+        memory: Memory | None = None,
+        index: IndexConfig | Literal[False] | None = None,
+        ttl: TTLConfig | None = None,
+    ) -> None:
+        from memstate_sa.integrations.langgraph import sync_engine
+
+        found = where.memory if isinstance(where, MemoryStore) else memory
+        if found is None:
+            raise MemstateError("items are facts: give a MemoryStore, or memory=")
+        self.memory = found
+        self.engine = sync_engine(where, self.memory)
+        self.ttl_config = ttl
+        self._fields = fields_of(index)
+        self._now: Callable[[], datetime] = utcnow
+        self._moment: Moment | None = None
+        self._sweeper: threading.Thread | None = None
+        self._stop = threading.Event()
+        if self.memory._registry.find(inspect(ItemRow)) is None:  # noqa: SLF001
+            self.memory.track(ItemRow, text="text", metadata=("scope",))
+        self._reading: Callable[[], AbstractContextManager[Session]]
+        self._writing: Callable[[], AbstractContextManager[Session]]
+        if isinstance(where, MemoryStore):
+            self._reading, self._writing = where._reading, where.transaction  # noqa: SLF001
+            return
+        if sqlite.is_in_memory(self.engine):
+            raise MemstateError("an in-memory SQLite has one connection: give the MemoryStore, or use a file")
+        sessions = sessionmaker(self.engine, expire_on_commit=False)
+        self.memory.attach(sessions)
+        self._reading, self._writing = sessions, sessions.begin
+
+    def setup(self) -> None:
+        """Create the tables that are not there yet. With Alembic, a migration does it."""
+        self.memory.create_tables(self.engine)
+
+    async def asetup(self) -> None:
+        await asyncio.to_thread(self.setup)
+
+    # -- batches ---------------------------------------------------------------------------------------------------
+
+    def batch(self, ops: Iterable[Op]) -> list[Result]:
+        """The results of *ops* in their order. Of puts to one key, the last one counts.
+
+        Raises InvalidItem (a ValueError) for values that are no JSON objects, and InvalidNamespaceError.
+        """
+        ops = list(ops)
+        for op in ops:
+            validate_op_namespace(op)
+        puts = {put.id: put for put in (Put(op, self._fields) for op in ops if isinstance(op, PutOp))}
+        if not puts:
+            with self._session() as session:
+                results, read = self._read(session, ops)
+            if read:
+                with self._writing() as session:
+                    items.keep(session.connection(), read)
+            return results
+        if self._moment is not None:
+            raise MemstateError("the past is read-only: put into the store itself")
+        for _attempt in range(_ATTEMPTS):
+            try:
+                with self._labelled() as session:
+                    results, read = self._read(session, ops)
+                    if read:
+                        items.keep(session.connection(), read)
+                    self._write(session, puts)
+                return results
+            except IntegrityError:  # another writer was first to put one of these
+                continue
+        raise ConflictError("others keep putting and deleting these items; try again")
+
+    async def abatch(self, ops: Iterable[Op]) -> list[Result]:
+        return await asyncio.to_thread(self.batch, ops)
+
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        if self._moment is None:
+            with self._reading() as session:
+                yield session
+        else:
+            with self.memory.as_of_session(self.engine, self._moment, [ItemRow]) as past:
+                yield past
+
+    @contextmanager
+    def _labelled(self) -> Iterator[Session]:
+        with self._writing() as session:
+            if not session.in_nested_transaction():  # who began the transaction has labelled it
+                self.memory.annotate(session, **_labels())
+            yield session
+            session.flush()
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def _read(self, session: Session, ops: Sequence[Op]) -> tuple[list[Result], dict[str, datetime]]:
+        """The results, and until when what was read is to be kept."""
+        now = self._now()
+        gets = {items.item_id(op.namespace, str(op.key)) for op in ops if isinstance(op, GetOp)}
+        got = self._of_ids(session, gets, now) if gets else {}
+        results: list[Result] = []
+        kept: dict[str, datetime] = {}
+        for op in ops:
+            found: list[Row[Any]] = []
+            if isinstance(op, GetOp):
+                row = got.get(items.item_id(op.namespace, str(op.key)))
+                found = [] if row is None else [row]
+                results.append(None if row is None else _item(row))
+            elif isinstance(op, SearchOp):
+                scored = self._search(session, op, now)
+                found = [row for row, _ in scored]
+                results.append([_item(row, SearchItem, score=score) for row, score in scored])
+            elif isinstance(op, ListNamespacesOp):
+                results.append(self._list_namespaces(session, op, now))
+            elif isinstance(op, PutOp):
+                results.append(None)
+            else:
+                raise InvalidItem(f"not an operation of a store: {type(op).__name__}")
+            if self._moment is None and getattr(op, "refresh_ttl", False):
+                ends = {row.id: now + (row.expires_at - row.updated_at) for row in found if row.expires_at is not None}
+                kept.update(ends)
+        return results, kept
+
+    def _alive(self, now: datetime) -> list[ColumnElement[bool]]:
+        return [items.alive(now)] if self._moment is None else []  # of the past: what the table held
+
+    def _search(self, session: Session, op: SearchOp, now: datetime) -> list[tuple[Row[Any], float | None]]:
+        if not _check_window(op):
+            return []
+        scope, alive = scope_of(op.namespace_prefix), self._alive(now)
+        criteria = [] if not op.filter else [self._filter(op.filter)]
+        scored: list[tuple[Row[Any], float | None]] = []
+        if op.query and self._fields is not None:
+            few = [] if not scope else list(islice(items.scopes(session, scope), _FEW + 1))
+            # By name, an index can tell them by itself; by their range, only SQL can.
+            within = items.below(scope) if not 0 < len(few) <= _FEW else ItemRow.scope.in_(few)
+            target = select(ItemRow).where(within, *map(items.of_heads, criteria))
+            scored += self._ranked(session, op.query, target, op.offset + op.limit, now)
+        page, missing = scored[op.offset : op.offset + op.limit], op.offset + op.limit - len(scored)
+        if missing > 0:
+            # What no vector ranks comes after all that is ranked.
+            others = items.heads.where(items.below(scope), *alive, *(each(ItemRow) for each in criteria))
+            ids = {"ids": as_array(row.id for row, _ in scored)}
+            if scored:
+                others = others.where(~items.with_ids)
+            others = others.order_by(ItemRow.updated_at.desc(), ItemRow.id)
+            others = others.limit(min(missing, op.limit)).offset(max(op.offset - len(scored), 0))
+            page += [(row, None) for row in session.execute(others, ids)]
+        return page
+
+    def _ranked(
+        self, session: Session, query: str, target: Select[Any], wanted: int, now: datetime
+    ) -> list[tuple[Row[Any], float]]:
+        """The *wanted* items nearest to *query*, best first: of an item's texts, the nearest counts."""
+        ask = wanted
+        while True:
+            hits = self.memory.search(session, query, target, limit=ask, as_of=self._moment)
+            best: dict[str, float] = {}
+            for hit in hits:
+                best.setdefault(hit.fact.id, hit.score)
+            rows = self._of_ids(session, best, now)
+            if len(rows) >= wanted or len(hits) < ask:
+                return [(rows[id_], score) for id_, score in best.items() if id_ in rows][:wanted]
+            ask *= 4
+
+    def _of_ids(self, session: Session, ids: Iterable[str], now: datetime) -> dict[str, Row[Any]]:
+        statement = items.living_of_ids if self._moment is None else items.of_ids
+        return {row.id: row for row in session.execute(statement, {"ids": as_array(ids), "now": now})}
+
+    def _filter(self, wanted: Any) -> Callable[[Any], ColumnElement[bool]]:
+        if not isinstance(wanted, Mapping):
+            raise InvalidItem("a filter is an object: names and what they have to be")
+        given = plain(wanted, "filter")
+        dialect = self.engine.dialect.name
+        try:
+            json_criteria.matches(dialect, ItemRow.value, given)
+        except (ValueError, OverflowError) as error:
+            raise InvalidItem(f"filter: {error}") from error
+        return lambda row: json_criteria.matches(dialect, row.value, given)
+
+    def _list_namespaces(self, session: Session, op: ListNamespacesOp, now: datetime) -> list[tuple[str, ...]]:
+        if not _check_window(op):
+            return []
+        if op.max_depth is not None and op.max_depth < 1:
+            raise InvalidItem(f"max_depth={op.max_depth!r}: at least 1")
+        conditions = op.match_conditions or ()
+        for condition in conditions:
+            if condition.match_type not in ("prefix", "suffix"):
+                raise InvalidItem(f"match_type={condition.match_type!r}: 'prefix' or 'suffix'")
+        within = max(map(_plain_prefix, conditions), key=len, default=())
+        # Where the range says all, what is deeper than what is returned need not be looked at.
+        is_range = all(_plain_prefix(each) == each.path == within[: len(each.path)] for each in conditions)
+        deep = op.max_depth if is_range and op.max_depth is not None and len(within) <= op.max_depth else None
+        found: dict[tuple[str, ...], None] = {}
+        for scope in items.scopes(session, scope_of(within), now if self._moment is None else None, deep):
+            namespace = items.namespace_of(scope)
+            if all(_fits(namespace, condition) for condition in conditions):
+                found[namespace[: op.max_depth]] = None
+                if len(found) == op.offset + op.limit:
+                    break
+        return list(found)[op.offset :]
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def _write(self, session: Session, puts: Mapping[str, Put]) -> None:
+        connection = session.connection(bind_arguments={"mapper": inspect(ItemRow)})
+        take_write_lock(connection)
+        now = self._now()
+        there: dict[str, list[ItemRow]] = {}
+        for row in session.scalars(items.all_rows, {"ids": as_array(puts)}):
+            there.setdefault(row.id, []).append(row)
+        mortal = [id_ for id_, rows in there.items() if rows[0].expires_at is not None]
+        living = items.kept_until(connection, mortal)
+        kept: dict[str, datetime] = {}
+        for id_, put in sorted(puts.items()):
+            rows = there.get(id_, [])
+            ends = [end for end in (rows[0].expires_at, living.get(id_)) if end is not None] if rows else []
+            is_new = not rows or (bool(ends) and max(ends) <= now)
+            expires_at = None if put.ttl is None else end_of(now, put.ttl)
+            if put.value is not None and not is_new and put.is_same(rows):
+                if expires_at is not None:
+                    kept[id_] = expires_at
+                continue
+            created_at = now if is_new else rows[0].created_at
+            for n, words in enumerate(put.texts):
+                if n == len(rows):
+                    rows.append(ItemRow(id=id_, n=n, scope=put.scope, key=put.key, created_at=now))
+                    session.add(rows[n])
+                row = rows[n]
+                row.text, row.created_at, row.updated_at, row.expires_at = words, created_at, now, expires_at
+                if n == 0:
+                    row.value = put.value
+                    flag_modified(row, "value")  # True and 1 are equal in Python, not in JSON
+            for row in rows[len(put.texts) :]:
+                session.delete(row)
+        items.forget_kept(connection, [id_ for id_ in mortal if id_ not in kept])
+        if kept:
+            items.keep(connection, kept)
+        session.flush()
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    def sweep_ttl(self) -> int:
+        """Delete the items that have expired, as transactions with the reason "expired"; returns how many.
+
+        History keeps them, and rollback counts no sweep as a step.
+        """
+        count = 0
+        while True:
+            with self._writing() as session:
+                if session.in_nested_transaction():
+                    raise MemstateError("a sweep is a transaction of its own, and this is in another one")
+                unit = self.memory._unit(session)  # noqa: SLF001
+                unit.reason, unit.step = EXPIRED, False
+                connection = session.connection(bind_arguments={"mapper": inspect(ItemRow)})
+                take_write_lock(connection)
+                ids = items.expired(connection, self._now(), _SWEEP_PAGE)
+                for row in session.scalars(items.all_rows, {"ids": as_array(ids)}) if ids else ():
+                    session.delete(row)
+                session.flush()
+                items.forget_kept(connection, ids, before=self._now())
+            count += len(ids)
+            if len(ids) < _SWEEP_PAGE:
+                return count
+
+    def start_ttl_sweeper(self, sweep_interval_minutes: float | None = None) -> Future[None]:
+        """Sweep in a thread, every so many minutes (those of *ttl*, else 5), until the result is cancelled.
+
+        Without *ttl* there is nothing to sweep, and no thread.
+        """
+        future: Future[None] = Future()
+        if not self.ttl_config:
+            future.set_result(None)
+            return future
+        stop = self._stop
+        future.add_done_callback(lambda done: stop.set() if done.cancelled() else None)
+        if self._sweeper is not None and self._sweeper.is_alive():
+            return future
+        interval = sweep_interval_minutes or self.ttl_config.get("sweep_interval_minutes") or _SWEEP_INTERVAL_MINUTES
+        stop.clear()
+        self._sweeper = threading.Thread(
+            target=self._sweep_until, args=(stop, interval * 60, future), name="memstate-ttl-sweeper", daemon=True
+        )
+        self._sweeper.start()
+        return future
+
+    def _sweep_until(self, stop: threading.Event, interval_s: float, future: Future[None]) -> None:
+        while not stop.wait(interval_s):
+            try:
+                self.sweep_ttl()
+            except Exception as error:  # noqa: BLE001  # the database may be back by the next time
+                logger.warning("sweep failed: %s", type(error).__name__)
+        if not future.cancelled():
+            future.set_result(None)
+
+    def stop_ttl_sweeper(self, timeout: float | None = None) -> bool:
+        """Returns whether it has stopped within *timeout* seconds."""
+        self._stop.set()
+        if self._sweeper is not None:
+            self._sweeper.join(timeout)
+        return self._sweeper is None or not self._sweeper.is_alive()
+
+    def as_of(self, moment: Moment | None) -> Self:
+        """This store as it was: its items are those of a time, or after a transaction; it is read-only.
+
+        None is the present, so that a node may ask ``store.as_of(checkpointer.as_of())``. What had expired and was not
+        swept is there.
+        """
+        if moment is None:
+            return self
+        past = copy.copy(self)
+        past._moment = moment  # noqa: SLF001
+        return past
+
+    def history(self, namespace: tuple[str, ...], key: str) -> list[Change]:
+        """What happened to an item, oldest first."""
+        with self._reading() as session:
+            return self.memory.history(session, ItemRow, (items.item_id(namespace, key), 0))
+
+
+def _item(row: Row[Any], kind: type[Item] = Item, **more: Any) -> Any:
+    return kind(
+        value=row.value,
+        key=row.key,
+        namespace=items.namespace_of(row.scope),
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        **more,
+    )
+
+
+def _check_window(op: SearchOp | ListNamespacesOp) -> bool:
+    """Whether *op* wants any results."""
+    if op.limit < 0 or op.offset < 0:
+        raise InvalidItem(f"limit={op.limit!r}, offset={op.offset!r}: at least 0")
+    return op.limit > 0
+
+
+def _plain_prefix(condition: MatchCondition) -> tuple[str, ...]:
+    """The labels with which all namespaces begin that fit."""
+    if condition.match_type != "prefix":
+        return ()
+    path = tuple(condition.path)
+    return path[: path.index("*")] if "*" in path else path
+
+
+def _fits(namespace: tuple[str, ...], condition: MatchCondition) -> bool:
+    path = condition.path
+    if len(path) > len(namespace):
+        return False
+    part = namespace[: len(path)] if condition.match_type == "prefix" else namespace[len(namespace) - len(path) :]
+    return all(wanted in ("*", label) for label, wanted in zip(part, path, strict=True))
+
+
+def _labels() -> dict[str, str]:
+    """In a node of a graph: its thread and its name."""
+    from langgraph.config import get_config
+
+    try:
+        config = get_config()
+    except RuntimeError:
+        return {}
+    thread_id, node = config.get("configurable", {}).get("thread_id"), config.get("metadata", {}).get("langgraph_node")
+    found = {"session_id": None if thread_id is None else str(thread_id), "reason": node and f"node {node}"}
+    return {name: label for name, label in found.items() if is_text(label)}
