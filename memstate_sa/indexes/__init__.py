@@ -3,6 +3,7 @@
 from memstate_sa.indexes.base import Entry, FencedIndex, Filter, Match, Point, PurgeableIndex, Stored, VectorIndex
 from memstate_sa.indexes.chroma import ChromaIndex
 from memstate_sa.indexes.memory import InMemoryIndex
+from memstate_sa.indexes.qdrant import QdrantIndex
 from memstate_sa.indexes.redis import RedisIndex
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Match",
     "Point",
     "PurgeableIndex",
+    "QdrantIndex",
     "RedisIndex",
     "Stored",
     "VectorIndex",

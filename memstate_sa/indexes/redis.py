@@ -19,10 +19,11 @@ import numpy as np
 
 from memstate_sa._failures import delivery_error
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, MissingExtra
+from memstate_sa.indexes._asking import Answer, Found, nearest
 from memstate_sa.indexes._filters import canonical, matches
 from memstate_sa.indexes._tags import has_number, number_name, numbers, stored, tag, tags
 from memstate_sa.indexes._units import at_length, unit_rows
-from memstate_sa.indexes.base import Entry, Filter, Match, Point, Scalar, Stored, Vector, matrix
+from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -128,11 +129,6 @@ class _Opened(NamedTuple):
     """As last seen."""
 
 
-class _Found(NamedTuple):
-    match: Match
-    metadata: Mapping[str, Scalar]
-
-
 class RedisIndex:
     """A vector set on a Redis server of version 8 or later, by a redis-py client or a URL.
 
@@ -201,15 +197,7 @@ class RedisIndex:
         if ids is not None:
             return [found.match for found in self._among(query, ids) if matches(condition, found.metadata)][:limit]
         exact = self._exact if self._exact is not None else opened.size <= EXACT_UP_TO
-        wanted = limit
-        while True:
-            nearest = self._nearest(query, wanted, condition, exact=exact)
-            hits = [found.match for found in nearest if matches(condition, found.metadata)]
-            short = len(nearest) < wanted
-            if len(hits) >= limit or (exact and short):
-                return hits[:limit]
-            # Fewer than asked for: a graph may not lead to every point, least of all past those that are filtered out.
-            exact, wanted = exact or short, wanted * 4
+        return nearest(partial(self._nearest, query, condition), limit, condition, exact=exact)
 
     def get(self, ids: Sequence[str]) -> list[Stored]:
         return [
@@ -290,7 +278,7 @@ class RedisIndex:
 
     # -- points -------------------------------------------------------------------------------------------------------
 
-    def _nearest(self, query: Vector, limit: int, condition: Mapping[str, Any], *, exact: bool) -> list[_Found]:
+    def _nearest(self, query: Vector, condition: Mapping[str, Any], limit: int, exact: bool) -> Answer:
         opened = self._now
         search: list[Any] = ["VSIM", self._keys[1], "FP32", query.tobytes(), "WITHSCORES", "WITHATTRIBS"]
         search += ["COUNT", limit, *(["TRUTH"] if exact else ["EF", _EXPLORED, "FILTER-EF", 1_000_000])]
@@ -303,22 +291,22 @@ class RedisIndex:
             incarnation, answer = pipeline.execute()
         if incarnation is None or _text(incarnation) != opened.incarnation:
             raise self._gone(opened)
-        found = []
-        for id_, score, attributes in _rows(answer):
+        rows, found = list(_rows(answer)), []
+        for id_, score, attributes in rows:
             told = json.loads(attributes) if attributes else {}
             if "f" in told:  # ours
                 distance = min(max(2.0 - 2.0 * float(score), 0.0), 2.0)
-                found.append(_Found(Match(_text(id_), distance, told["f"]), told["m"]))
-        return found
+                found.append(Found(Match(_text(id_), distance, told["f"]), told["m"]))
+        return Answer(found, short=len(rows) < limit)
 
-    def _among(self, query: Vector, ids: Sequence[str]) -> list[_Found]:
+    def _among(self, query: Vector, ids: Sequence[str]) -> list[Found]:
         """All of *ids*, nearest first."""
         rows = list(self._read(ids, "query"))
         if not rows:
             return []
         distances = np.clip(1.0 - np.stack([unit for _, _, unit in rows]) @ query, 0.0, 2.0)
         return [
-            _Found(Match(rows[place][0], float(distances[place]), rows[place][1]["f"]), rows[place][1]["m"])
+            Found(Match(rows[place][0], float(distances[place]), rows[place][1]["f"]), rows[place][1]["m"])
             for place in np.argsort(distances, kind="stable")
         ]
 

@@ -1,0 +1,449 @@
+"""Qdrant as a vector index: a server, a folder, or in memory, through qdrant-client.
+
+What this file relies on was read in the source of Qdrant 1.19, and measured on the local mode of qdrant-client 1.20.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+import uuid
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from hashlib import blake2b
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from memstate_sa._failures import delivery_error
+from memstate_sa.errors import (
+    DeliveryError,
+    DeliveryRejected,
+    DeliveryRetryable,
+    IndexMismatch,
+    MemstateError,
+    MissingExtra,
+)
+from memstate_sa.indexes._asking import Answer, Found, nearest
+from memstate_sa.indexes._filters import canonical
+from memstate_sa.indexes._tags import number_name, numbers, stored, tag, tags
+from memstate_sa.indexes._units import at_length, unit_rows
+from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
+
+if TYPE_CHECKING:
+    from qdrant_client import QdrantClient
+
+_OURS = "memstate"
+"""The key in a point's payload, and in the collection's metadata, under which all is that only memstate_sa needs."""
+_LARGEST_REQUEST = 500_000
+"""So many numbers are written at once: in JSON 10 MB, of the 32 MB that a server takes."""
+_LISTED = 10_000
+_REMEMBERED_S = 86_400
+"""How long the epoch of a deleted id is remembered: far longer than an overtaken relay's request can be under way."""
+
+# Local mode has no locks of its own, and a client may be shared by several indexes.
+_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+class _Opened(NamedTuple):
+    embedder: str
+    dimension: int
+    incarnation: str
+
+
+class QdrantIndex:
+    """The collection *name* of any qdrant-client: a server (1.16 or later), ``path=`` or ``:memory:``.
+
+    Distance is cosine; the text of a fact is stored only with *store_text*. The client stays the caller's. Metadata is
+    in each point's payload as it is, and once more as tags of which one payload index serves every filter by equality.
+
+    Writes are fenced by their epochs (`FencedIndex`): an upsert carries its epoch as a precondition
+    (``update_filter``), and a deleted point leaves its epoch behind, for a day, in a point without content.
+
+    *exact* compares every point; otherwise a server searches its HNSW graph, in which a near point may be missed. Local
+    mode is always exact. It holds its folder for one process: another gets qdrant-client's RuntimeError when it makes
+    its client, and should use a server.
+
+    ``incarnation`` is in the collection's metadata. A collection that was deleted is noticed by the next call, which
+    raises DeliveryRetryable; the one after it works on a new, empty collection. Points of others are left alone.
+    """
+
+    fences = True
+
+    def __init__(
+        self, client: QdrantClient, name: str = "memory", *, exact: bool = False, store_text: bool = False
+    ) -> None:
+        self._models: Any = _required("qdrant_client.models")
+        self._client: Any = client
+        self._name = name
+        self._exact = exact
+        self._store_text = store_text
+        options = client.init_options
+        self._path: str | None = options.get("path")
+        self._local = self._path is not None or options.get("location") == ":memory:"
+        self._folder: _Folder | None = None
+        with _making:
+            self._mutex = _locks.setdefault(client, threading.RLock()) if self._local else threading.RLock()
+        self._opened: _Opened | None = None
+        self._listing: tuple[str, list[str]] | None = None
+        self._forgot_at = 0.0
+
+    @property
+    def in_process(self) -> bool:
+        return self._local
+
+    @property
+    def incarnation(self) -> str:
+        with self._using("look at"):
+            opened = self._resolve(self._now.embedder, self._now.dimension)
+            return opened.incarnation
+
+    @property
+    def max_batch(self) -> int:
+        return max(1, min(1000, _LARGEST_REQUEST // self._now.dimension))
+
+    def open(self, *, embedder: str, dimension: int) -> None:
+        with self._translated("open"):
+            if self._folder is not None:
+                self._folder.check()
+            self._opened = self._resolve(embedder, dimension)
+            if self._path is not None and self._folder is None:
+                self._folder = _Folder(Path(self._path))
+
+    def upsert(self, points: Sequence[Point]) -> None:
+        latest: dict[str, Point] = {}
+        for point in points:
+            if not point.epoch or point.id not in latest or point.epoch >= latest[point.id].epoch:
+                latest[point.id] = point
+        given = list(latest.values())
+        vectors = matrix([point.vector for point in given], self._now.dimension, list(latest))
+        by_epoch: dict[int, list[Any]] = {}
+        for point, unit, norm in zip(given, *unit_rows(vectors), strict=True):
+            made = self._models.PointStruct(
+                id=_uuid(point.id), vector=unit.tolist(), payload=self._payload(point, float(norm))
+            )
+            by_epoch.setdefault(point.epoch, []).append(made)
+        with self._using("write to"):
+            if 0 in by_epoch:
+                self._keep_epochs(by_epoch[0])
+            for epoch, some in by_epoch.items():
+                self._put(some, epoch)
+
+    def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
+        named = [_uuid(id_) for id_ in dict.fromkeys(ids)]
+        if not named:
+            return
+        with self._using("delete from"):
+            if not epoch:
+                self._client.delete(self._name, points_selector=self._models.PointIdsList(points=named))
+                return
+            # What is left has no id of ours, and a vector of no direction: no search is led to it.
+            left = {_OURS: {"epoch": epoch, "deleted_at": int(time.time())}}
+            nowhere = [0.0] * self._now.dimension
+            self._put([self._models.PointStruct(id=id_, vector=nowhere, payload=left) for id_ in named], epoch)
+            self._forget()
+
+    def query(
+        self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
+    ) -> list[Match]:
+        [query], _ = unit_rows(matrix([vector], self._now.dimension, ["the query"]))
+        condition = canonical(where or {})
+        if condition is None or limit < 1 or (ids is not None and not ids):
+            return []
+        must = [self._condition(condition)] if condition else []
+        if ids is not None:
+            must.append(self._models.HasIdCondition(has_id=[_uuid(id_) for id_ in dict.fromkeys(ids)]))
+        ask = partial(self._nearest, query, self._models.Filter(must=must) if must else None)
+        with self._using("query"):
+            return nearest(ask, limit, condition, exact=self._local or self._exact or ids is not None)
+
+    def get(self, ids: Sequence[str]) -> list[Stored]:
+        with self._using("read from"):
+            return [
+                Stored(ours["id"], ours["fingerprint"], at_length(np.asarray(unit, dtype=np.float32), ours["length"]))
+                for ours, unit in self._read(ids, with_vectors=True)
+            ]
+
+    def scan(self, after: str | None, limit: int) -> list[Entry]:
+        """Up to *limit* entries with an id greater than *after*, ordered by id.
+
+        Qdrant lists in the order of its own ids, which are hashes of ours. So a pass begins by listing the ids alone
+        (10,000 a request), which is kept until its end; fingerprints are read page by page. A point first written
+        during a pass may be missing from it: ask `get` before believing so.
+        """
+        with self._using("scan"):
+            ids = self._ids(after)
+            size = min(limit, self.max_batch)
+            for start in range(0 if after is None else bisect_right(ids, after), len(ids), size):
+                found = self._read(ids[start : start + size])
+                if entries := sorted(Entry(ours["id"], ours["fingerprint"]) for ours, _ in found):
+                    return entries
+            self._listing = None
+            return []
+
+    def purge(self) -> None:
+        """Rewrite the folder's file, without what was deleted. Of a server the files are out of reach."""
+        if not self._local:
+            raise MemstateError(
+                f"collection {self._name!r} is in the files of a Qdrant server, which drops what was deleted as it "
+                "optimises its segments: recreate the collection to have it gone at once"
+            )
+        with self._using("purge"):
+            if self._folder is not None:
+                self._folder.vacuum(self._name)
+
+    def close(self) -> None:
+        """The client stays open."""
+        self._opened = self._listing = self._folder = None
+
+    # -- the collection -----------------------------------------------------------------------------------------------
+
+    @property
+    def _now(self) -> _Opened:
+        if self._opened is None:
+            raise MemstateError("this index is not open; call open() first")
+        return self._opened
+
+    @contextmanager
+    def _using(self, action: str) -> Iterator[None]:
+        """What the client raises meanwhile becomes a DeliveryError; local mode is used by one thread at a time."""
+        opened = self._now
+        with self._translated(action):
+            if self._folder is not None:
+                self._folder.check()
+            if not opened.incarnation:
+                self._opened = self._resolve(opened.embedder, opened.dimension)
+            yield
+
+    @contextmanager
+    def _translated(self, action: str) -> Iterator[None]:
+        try:
+            if self._local:
+                with self._mutex:
+                    yield
+            else:
+                yield
+        except MemstateError:
+            raise
+        except Exception as error:
+            raise self._failure(error, f"Qdrant could not {action} collection {self._name!r}") from error
+
+    def _failure(self, error: Exception, message: str) -> DeliveryError:
+        with suppress(Exception):
+            if not self._client.collection_exists(self._name):
+                if self._opened is not None:
+                    self._opened = self._opened._replace(incarnation="")
+                return DeliveryRetryable(f"Qdrant collection {self._name!r} is gone; the next call opens it anew")
+        retry_after_s = getattr(error, "retry_after_s", None)  # of qdrant-client's ResourceExhaustedResponse
+        if retry_after_s is not None:
+            return DeliveryRetryable(f"{message}: {type(error).__name__}", retry_after_s=retry_after_s, may_land=False)
+        # What is not a server's answer: pydantic refuses with ValueError, and a closed client is nobody's fault.
+        refused = isinstance(error, ValueError | TypeError)
+        return delivery_error(error, message, unknown=DeliveryRejected if refused else DeliveryRetryable)
+
+    def _resolve(self, embedder: str, dimension: int) -> _Opened:
+        if not self._client.collection_exists(self._name):
+            self._create(embedder, dimension)
+        config = self._client.get_collection(self._name).config
+        vectors = config.params.vectors
+        single = isinstance(vectors, self._models.VectorParams)
+        size, distance = (vectors.size, vectors.distance.value) if single else (None, "named vectors")
+        ours = (config.metadata or {}).get(_OURS) or {}
+        theirs = ours.get("embedder", embedder)
+        if (theirs, size, distance) != (embedder, dimension, self._models.Distance.COSINE.value):
+            raise IndexMismatch(
+                f"Qdrant collection {self._name!r} was built with embedder {theirs!r}, {size} dimensions and "
+                f"{distance} distance; asked for: {embedder!r}, {dimension} dimensions, Cosine distance. Use another "
+                "collection name, or delete this collection to have it rebuilt"
+            )
+        if not ours:
+            self._client.update_collection(self._name, metadata=_stamp(embedder))
+            self._index_payload()
+            ours = (self._client.get_collection(self._name).config.metadata or {}).get(_OURS)
+            if not ours:
+                raise MemstateError("this Qdrant server keeps no metadata of a collection: it takes 1.16 or later")
+        return _Opened(embedder, dimension, ours["incarnation"])
+
+    def _create(self, embedder: str, dimension: int) -> None:
+        try:
+            self._client.create_collection(
+                self._name,
+                vectors_config=self._models.VectorParams(size=dimension, distance=self._models.Distance.COSINE),
+                metadata=_stamp(embedder),
+            )
+        except Exception:
+            if not self._client.collection_exists(self._name):
+                raise
+        else:
+            self._index_payload()
+
+    def _index_payload(self) -> None:
+        if not self._local:  # which has none, and warns
+            kinds = self._models.PayloadSchemaType
+            for field, kind in (("tags", kinds.KEYWORD), ("epoch", kinds.INTEGER), ("deleted_at", kinds.INTEGER)):
+                self._client.create_payload_index(self._name, f"{_OURS}.{field}", kind)
+
+    # -- points -------------------------------------------------------------------------------------------------------
+
+    def _payload(self, point: Point, norm: float) -> dict[str, Any]:
+        metadata = stored(point.metadata, point.id)
+        ours = {
+            "id": point.id,
+            "fingerprint": point.fingerprint,
+            "epoch": point.epoch,
+            "length": norm,
+            "tags": tags(metadata),
+            "numbers": {number_name(key): value for key, value in numbers(metadata).items()},
+        }
+        text = {"text": point.text} if self._store_text and point.text is not None else {}
+        return {_OURS: ours, "metadata": metadata, **text}
+
+    def _put(self, points: list[Any], epoch: int) -> None:
+        """Insert *points*, and replace those that are there under no higher *epoch*; 0 replaces any."""
+        self._client.upsert(
+            self._name, points=points, update_filter=self._up_to("epoch", epoch) if epoch else None, wait=True
+        )
+
+    def _keep_epochs(self, points: list[Any]) -> None:
+        """A write that claims no epoch passes, and lowers none."""
+        held = self._client.retrieve(self._name, [point.id for point in points], with_payload=[f"{_OURS}.epoch"])
+        epochs = {record.id: (record.payload or {}).get(_OURS, {}).get("epoch", 0) for record in held}
+        for point in points:
+            point.payload[_OURS]["epoch"] = epochs.get(point.id, 0)
+
+    def _forget(self) -> None:
+        """Now and then, the epochs of what was deleted long ago."""
+        now = time.time()
+        if now - self._forgot_at > _REMEMBERED_S / 24:
+            self._forgot_at = now
+            old = self._up_to("deleted_at", int(now) - _REMEMBERED_S)
+            self._client.delete(self._name, points_selector=self._models.FilterSelector(filter=old))
+
+    def _nearest(self, query: Vector, restriction: Any, limit: int, exact: bool) -> Answer:
+        points = self._client.query_points(
+            self._name,
+            query=query.tolist(),
+            query_filter=restriction,
+            # Of local mode, which is exact and warns that it is, nothing is asked.
+            search_params=self._models.SearchParams(exact=True) if exact and not self._local else None,
+            limit=limit,
+            with_payload=[_OURS, "metadata"],
+        ).points
+        found = []
+        for point in points:
+            ours = _ours(point)
+            if ours is not None:
+                distance = min(max(1.0 - point.score, 0.0), 2.0)
+                found.append(Found(Match(ours["id"], distance, ours["fingerprint"]), point.payload["metadata"]))
+        return Answer(found, short=len(points) < limit)
+
+    def _read(self, ids: Sequence[str], *, with_vectors: bool = False) -> Iterator[tuple[dict[str, Any], Any]]:
+        named = [_uuid(id_) for id_ in dict.fromkeys(ids)]
+        for start in range(0, len(named), self.max_batch):
+            some = named[start : start + self.max_batch]
+            for record in self._client.retrieve(self._name, some, with_payload=[_OURS], with_vectors=with_vectors):
+                ours = _ours(record)
+                if ours is not None:
+                    yield ours, record.vector
+
+    def _ids(self, after: str | None) -> list[str]:
+        """The sorted ids of the running pass; a new pass begins with *after* None, or where none is running."""
+        incarnation = self._resolve(self._now.embedder, self._now.dimension).incarnation
+        if after is None or self._listing is None or self._listing[0] != incarnation:
+            ids: list[str] = []
+            offset: Any = None
+            while True:
+                page, offset = self._client.scroll(
+                    self._name, limit=_LISTED, offset=offset, with_payload=[f"{_OURS}.id"]
+                )
+                ids += [ours["id"] for record in page if (ours := _ours(record)) is not None]
+                if offset is None:
+                    break
+            self._listing = (incarnation, sorted(ids))
+        return self._listing[1]
+
+    def _condition(self, condition: Mapping[str, Any]) -> Any:
+        """The canonical filter as one that lets through what matches, and perhaps more."""
+        [(key, value)] = condition.items()
+        if key in ("$and", "$or"):
+            parts = [self._condition(part) for part in value]
+            return self._models.Filter(must=parts) if key == "$and" else self._models.Filter(should=parts)
+        [(name, operand)] = value.items()
+        if name in ("$eq", "$in"):
+            wanted = [tag(key, each) for each in ([operand] if name == "$eq" else operand)]
+            return self._models.FieldCondition(key=f"{_OURS}.tags", match=self._models.MatchAny(any=wanted))
+        # With the bound: its double may be that of an int beside it.
+        side = "gte" if name in ("$gt", "$gte") else "lte"
+        bound = self._models.Range(**{side: float(operand)})
+        return self._models.FieldCondition(key=f"{_OURS}.numbers.{number_name(key)}", range=bound)
+
+    def _up_to(self, field: str, bound: int) -> Any:
+        condition = self._models.FieldCondition(key=f"{_OURS}.{field}", range=self._models.Range(lte=bound))
+        return self._models.Filter(must=[condition])
+
+
+class _Folder:
+    """What qdrant-client does not notice of its folder: that it is gone, or another process's."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._identity = _identity(path / ".lock")
+        self._pid = os.getpid()
+
+    def check(self) -> None:
+        if os.getpid() != self._pid:
+            raise MemstateError(
+                "this QdrantIndex was opened before a fork, and its folder is the parent's. Open it after the fork, in "
+                "one process, or use a server"
+            )
+        if self._identity is None or _identity(self._path / ".lock") != self._identity:
+            raise DeliveryRetryable(
+                f"the Qdrant folder {str(self._path)!r} was deleted or replaced under its client; close the client and "
+                "make it anew"
+            )
+
+    def vacuum(self, name: str) -> None:
+        connection = sqlite3.connect(self._path / "collection" / name / "storage.sqlite")
+        connection.execute("VACUUM")
+        connection.close()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _stamp(embedder: str) -> dict[str, Any]:
+    return {_OURS: {"embedder": embedder, "incarnation": uuid.uuid4().hex}}
+
+
+def _ours(record: Any) -> dict[str, Any] | None:
+    """What memstate_sa keeps of a point; None for a point of others, and for what a deleted one left behind."""
+    ours = (record.payload or {}).get(_OURS)
+    return ours if isinstance(ours, dict) and "id" in ours else None
+
+
+def _uuid(id_: str) -> str:
+    """Qdrant's ids are numbers or UUIDs: ours are hashed."""
+    try:
+        return str(uuid.UUID(bytes=blake2b(id_.encode(), digest_size=16).digest()))
+    except UnicodeEncodeError as error:
+        raise DeliveryRejected(f"the id {id_!r} is not Unicode text") from error
+
+
+def _required(package: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise MissingExtra("qdrant-client", "qdrant") from error
