@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("faiss")
 
-from memstate_sa.indexes import VectorIndex
-from memstate_sa.indexes.faiss import FaissIndex
+from memstate_sa.errors import DeliveryRetryable, MemstateError, MissingExtra
+from memstate_sa.indexes import FaissIndex, VectorIndex
 from memstate_sa.testing import IndexConformance
+from memstate_sa.testing.churn import EMBEDDER
+from memstate_sa.testing.points import X, Y, contents, fingerprints, point, vector
 
 
 class TestFaiss(IndexConformance):
@@ -29,4 +39,211 @@ class TestFaiss(IndexConformance):
 
     @pytest.fixture
     def program(self, files: Path) -> str:
-        return f"from memstate_sa.indexes.faiss import FaissIndex\nindex = FaissIndex({str(files)!r})"
+        return f"from memstate_sa.indexes import FaissIndex\nindex = FaissIndex({str(files)!r})"
+
+
+# -- what its folder goes through ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "index"
+
+
+@pytest.fixture
+def journal(folder: Path) -> Path:
+    return folder / "points.journal"
+
+
+@contextmanager
+def opened(folder: Path, **options: Any) -> Iterator[FaissIndex]:
+    index = FaissIndex(folder, **options)
+    index.open(embedder=EMBEDDER, dimension=3)
+    try:
+        yield index
+    finally:
+        index.close()
+
+
+def written(folder: Path) -> str:
+    """Five calls; the incarnation."""
+    with opened(folder) as index:
+        for n in range(4):
+            index.upsert([point(f"p{n}", (1, n, 0), fingerprint=f"f{n}", metadata={"n": n})])
+        index.delete(["p1"])
+        return index.incarnation
+
+
+def states(steps: int) -> dict[str, str]:
+    """The fingerprints after so many of those calls."""
+    held = {f"p{n}": f"f{n}" for n in range(min(steps, 4))}
+    return {id_: mark for id_, mark in held.items() if steps < 5 or id_ != "p1"}
+
+
+def test_a_kill_in_the_middle_of_a_call_cuts_off_that_call(folder: Path, journal: Path, tmp_path: Path) -> None:
+    """At every byte: what is whole is there, under the same incarnation, and more can be written."""
+    before = written(folder)
+    whole = journal.read_bytes()
+    ends = [*record_ends(whole)]
+    assert len(ends) == 6  # what it is, and five calls
+    for cut in range(ends[0], len(whole)):
+        torn = tmp_path / f"cut{cut}"
+        torn.mkdir()
+        (torn / journal.name).write_bytes(whole[:cut])
+        with opened(torn) as index:
+            done = sum(end <= cut for end in ends) - 1
+            assert (index.incarnation, fingerprints(index)) == (before, states(done)), cut
+            index.upsert([point("new", Y)])
+        with opened(torn) as index:
+            assert fingerprints(index) == {**states(done), "new": "f"}
+        shutil.rmtree(torn)
+
+
+def test_damage_is_another_incarnation(folder: Path, journal: Path, tmp_path: Path) -> None:
+    """A byte that is not as it was written, wherever: what follows may be lost, so the relay has to compare."""
+    before = written(folder)
+    whole = journal.read_bytes()
+    ends = [0, *record_ends(whole)]
+    for place in range(0, len(whole), 7):
+        rotten = tmp_path / f"rot{place}"
+        rotten.mkdir()
+        (rotten / journal.name).write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        with opened(rotten) as index:
+            assert index.incarnation != before
+            assert fingerprints(index) == states(max(0, sum(end <= place for end in ends) - 2)), place
+            again = index.incarnation
+        with opened(rotten) as index:
+            assert index.incarnation == again
+        shutil.rmtree(rotten)
+
+
+def record_ends(whole: bytes) -> Iterator[int]:
+    end = 0
+    while end < len(whole):
+        data, text = struct.unpack_from("<QI", whole, end)
+        end += 20 + text + data
+        yield end
+
+
+def test_a_replacement_that_was_killed_never_was(folder: Path, journal: Path) -> None:
+    """What it had written is removed with the next opening: it may hold what is erased afterwards."""
+    before = written(folder)
+    left = journal.with_suffix(".new")
+    left.write_bytes(b"half of a journal")
+    with opened(folder) as index:
+        assert (index.incarnation, fingerprints(index)) == (before, states(5))
+    assert not left.exists()
+
+
+def test_a_journal_does_not_grow_for_ever(folder: Path, journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often the same points are written; the content and the incarnation stay."""
+    monkeypatch.setattr("memstate_sa.indexes.faiss._SPARE", 100)
+    sizes = []
+    with opened(folder) as index:
+        before = index.incarnation
+        for n in range(100):
+            index.upsert([point(f"p{m}", (1, m, n), fingerprint=f"f{n}") for m in range(20)])
+            index.delete(["p7"])
+            sizes.append(journal.stat().st_size)
+    assert max(sizes[50:]) <= max(sizes[:50])
+    with opened(folder) as index:
+        assert index.incarnation == before
+        assert contents(index, ["p3", "p7"]) == {"p3": ("f99", [1, 3, 99])}
+        assert fingerprints(index) == {f"p{m}": "f99" for m in range(20) if m != 7}
+
+
+def test_vectors_do_not_change_however_often_they_are_copied(folder: Path) -> None:
+    """Bit by bit."""
+    rng = np.random.default_rng(1)
+    vectors = rng.standard_normal((50, 3)).astype(np.float32) * 1e5
+    ids = [f"p{n}" for n in range(50)]
+    with opened(folder) as index:
+        index.upsert([point(id_, vector_.tolist()) for id_, vector_ in zip(ids, vectors, strict=True)])
+        first = {each.id: each.vector.tobytes() for each in index.get(ids)}
+    for _ in range(5):
+        with opened(folder) as index:
+            index.purge()
+            assert {each.id: each.vector.tobytes() for each in index.get(ids)} == first
+
+
+def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retryable; what was written of the call is taken back, and the next one is whole."""
+    with opened(folder) as index:
+        index.upsert([point("a")])
+        with monkeypatch.context() as full:
+
+            def half(file: Any, value: Any, data: bytes) -> None:
+                file.write(b"half of a record")
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            full.setattr("memstate_sa.indexes._journal._write", half)
+            with pytest.raises(DeliveryRetryable) as caught:
+                index.upsert([point("b")])
+            assert isinstance(caught.value.__cause__, OSError)
+            with pytest.raises(DeliveryRetryable):
+                index.purge()
+        assert fingerprints(index) == {"a": "f"}
+        before = index.incarnation
+        index.upsert([point("c")])
+    with opened(folder) as index:
+        assert (index.incarnation, fingerprints(index)) == (before, {"a": "f", "c": "f"})
+
+
+def test_a_deleted_folder_is_noticed(folder: Path) -> None:
+    """By every call; opened anew, it is empty, and another incarnation."""
+    index = FaissIndex(folder)
+    index.open(embedder=EMBEDDER, dimension=3)
+    index.upsert([point("a")])
+    before = index.incarnation
+    shutil.rmtree(folder)
+    for call in (lambda: index.query(vector(*X), 1), lambda: index.upsert([point("b")]), lambda: index.incarnation):
+        with pytest.raises(DeliveryRetryable, match="deleted or replaced"):
+            call()
+    index.close()
+    with opened(folder) as anew:
+        assert anew.incarnation != before
+        assert fingerprints(anew) == {}
+
+
+def test_a_second_process_is_refused(folder: Path) -> None:
+    """While one has it open; the error says what to use instead."""
+    code = f"""
+from memstate_sa.errors import MemstateError
+from memstate_sa.indexes import FaissIndex
+try:
+    FaissIndex({str(folder)!r}).open(embedder={EMBEDDER!r}, dimension=3)
+    print("opened")
+except MemstateError as error:
+    print(error)
+"""
+    with opened(folder):
+        refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    accepted = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "PgVectorIndex" in refused.stdout
+    assert accepted.stdout == "opened\n"
+
+
+def test_a_forked_child_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It inherits an open index, and would write beside its parent."""
+    with opened(folder) as index:
+        with monkeypatch.context() as child:
+            child.setattr("memstate_sa.indexes._folder.os.getpid", lambda: -1)
+            with pytest.raises(MemstateError, match="fork"):
+                index.upsert([point("a")])
+        assert fingerprints(index) == {}
+
+
+def test_a_selective_filter_is_exact(folder: Path) -> None:
+    """Where none of the nearest satisfies it, all that do are found, nearest first."""
+    with opened(folder) as index:
+        index.upsert([point(f"p{n}", (1, n / 1000, 0), metadata={"rare": n >= 2990}) for n in range(3000)])
+        found = index.query(vector(*X), 4, where={"rare": {"$eq": True}})
+        assert [match.id for match in found] == ["p2990", "p2991", "p2992", "p2993"]
+
+
+@pytest.mark.parametrize("absent", ["faiss", "filelock"])
+def test_a_missing_package_names_its_extra(absent: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is constructed, not when it is imported."""
+    monkeypatch.setitem(sys.modules, absent, None)
+    with pytest.raises(MissingExtra, match=r"memstate-sa\[faiss\]"):
+        FaissIndex(folder)
