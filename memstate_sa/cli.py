@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
+from difflib import unified_diff
 from functools import partial
 from importlib import import_module
 from operator import attrgetter
@@ -24,7 +25,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from memstate_sa import Change, Memory, __version__, sqlite, tables
+from memstate_sa import Change, Memory, __version__, adoption, sqlite, tables
 from memstate_sa.errors import ConflictError, MemstateError, MissingExtra
 from memstate_sa.relay import Retention
 from memstate_sa.undo import OnConflict, Revocation
@@ -146,11 +147,69 @@ def demo(
         run(input_path, directory=keep, console=Console(), seed=seed)
 
 
-def init(app: App, url: Url) -> None:
-    """Create the tables of memstate_sa. (With Alembic, use its migrations instead.)"""
-    with _opened(app, url, initialised=False) as (memory, engine):
-        memory.create_tables(engine)
-        Console().print("The tables are there.")
+def init(
+    url: Url,
+    app: Annotated[
+        str,
+        typer.Option(
+            "--app",
+            envvar="MEMSTATE_APP",
+            metavar="MODULE:ATTRIBUTE",
+            help="Your Memory: shop.memory:memory. Default: the one that is found in the modules of this folder.",
+        ),
+    ] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what is to be done, and do nothing.")] = False,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Add to Alembic's env.py what it lacks, after showing it.")
+    ] = False,
+    create: Annotated[
+        bool, typer.Option("--create-tables", help="Create tables and triggers even where there is Alembic.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do it without asking.")] = False,
+) -> None:
+    r"""Show what this application still needs, and do what can be done.
+
+    Without Alembic, tables and triggers are created. With Alembic, a migration of yours is to create them.
+
+    \b
+    memstate-sa init --dry-run                 the checklist
+    memstate-sa init                           and create tables and triggers, where there is no Alembic
+    memstate-sa init --apply                   and edit env.py, where there is
+    """
+    project = adoption.find_alembic(Path.cwd())
+    with _opened(app or _the_memory(), url, initialised=False) as (memory, engine):
+        if project is not None and apply:
+            _edit(project, dry_run=dry_run, yes=yes)
+        if not dry_run and (project is None or create):
+            memory.create_tables(engine)
+        console = Console()
+        steps = list(adoption.steps(memory, engine, project))
+        for step in steps:
+            console.print(f"[red]✗[/] {escape(step.title)}" if step.to_do else f"[green]✓[/] {escape(step.title)}")
+            for line in step.to_do.splitlines():
+                console.print(f"    {escape(line)}", highlight=False, soft_wrap=True)
+        missing = sum(bool(step.to_do) for step in steps)
+        console.print(f"{missing} of {len(steps)} steps are left." if missing else "There is nothing left to do.")
+
+
+def _the_memory() -> str:
+    with _explained():
+        found = adoption.find_memories(Path.cwd())
+    if len(found) != 1:
+        problem = f"there are several: {', '.join(found)}" if found else "no module of this folder has a Memory"
+        raise typer.BadParameter(f"{problem}; say which, as shop.memory:memory", param_hint="--app")
+    Console(stderr=True).print(f"--app {escape(found[0])}")
+    return found[0]
+
+
+def _edit(project: adoption.AlembicProject, *, dry_run: bool, yes: bool) -> None:
+    new = adoption.edited(project.source, has_plugins=adoption.has_plugins())
+    if new == project.source:
+        return
+    old, name = project.source.splitlines(keepends=True), str(project.env)
+    typer.echo("".join(unified_diff(old, new.splitlines(keepends=True), name, name)))
+    if not dry_run and (yes or typer.confirm(f"Edit {project.env}?")):
+        project.env.write_text(new, encoding="utf-8")
 
 
 def relay(

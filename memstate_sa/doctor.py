@@ -61,10 +61,10 @@ class Doctor:
         self._capture = capture
         self._page_size = page_size
 
-    def run(self, *, repair: bool, progress: Progress | None = None) -> Diagnosis:
+    def run(self, *, repair: bool, rows: bool = True, progress: Progress | None = None) -> Diagnosis:
         found = Diagnosis(problems=list(self._problems()))
         inspector = inspect(self._engine)
-        if not inspector.has_table(log.name):
+        if not rows or not inspector.has_table(log.name):
             return found
         for tracked in self._registry.by_entity.values():
             if not _has_tables(inspector, tracked):

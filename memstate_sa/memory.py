@@ -771,16 +771,22 @@ class Memory:
             time.sleep(0.02)
 
     def doctor(
-        self, engine: Engine | AsyncEngine, *, repair: bool = False, progress: Progress | None = None
+        self,
+        engine: Engine | AsyncEngine,
+        *,
+        repair: bool = False,
+        rows: bool = True,
+        progress: Progress | None = None,
     ) -> Diagnosis:
         """Replay the log against the tables, in pages, and look for what would make them differ.
 
-        *repair* logs rows that were changed past it, as transactions with the reason "reconciled", and has them
-        delivered. `verify` compares the indexes with the tables.
+        Without *rows*, only the latter: what is not there, or not as it should be. *repair* logs rows that were changed
+        past it, as transactions with the reason "reconciled", and has them delivered. `verify` compares the indexes
+        with the tables.
         """
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
-        found = Doctor(sync, self._registry, self._capture).run(repair=repair, progress=progress)
+        found = Doctor(sync, self._registry, self._capture).run(repair=repair, rows=rows, progress=progress)
         if repair:
             self._wake()
         return found
