@@ -99,7 +99,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         super().__init__(serde=serde or strict.with_msgpack_allowlist([(t.__module__, t.__name__) for t in allow]))
         self._store = where if isinstance(where, MemoryStore) else None
         self.memory = where.memory if isinstance(where, MemoryStore) else memory
-        self.engine = _sync_engine(where, self.memory)
+        self.engine = sync_engine(where, self.memory)
         if sqlite.is_in_memory(self.engine):
             raise MemstateError(
                 "an in-memory SQLite has one connection, which a graph's threads cannot share: use a file"
@@ -168,7 +168,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         blobs: dict[tuple[str, str], Value] = {}
         versions = checkpoint["channel_versions"]
         for channel, value in checkpoint["channel_values"].items():
-            if _is_small(value) or channel not in versions:
+            if is_small(value) or channel not in versions:
                 small[channel], channels[channel] = value, None
                 continue
             channels[channel] = version = str(versions[channel])
@@ -179,7 +179,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         recorded.pop(POSITION, None)  # of the checkpoint that this one is made from
         position: str | bool | None = config["configurable"].get(_AS_OF) or self.memory is not None
         with self._writing(config) as connection:
-            checkpoints.put(connection, place, parent_id, payload, channels, blobs, _storable(recorded), position)
+            checkpoints.put(connection, place, parent_id, payload, channels, blobs, storable(recorded), position)
 
     def put_writes(
         self,
@@ -570,7 +570,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         return await asyncio.to_thread(self.get_delta_channel_history, config=config, channels=channels)
 
 
-def _sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: Memory | None) -> Engine:
+def sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: Memory | None) -> Engine:
     if isinstance(where, (MemoryStore, Engine)):
         return where if isinstance(where, Engine) else where.engine
     if isinstance(where, (str, URL)):
@@ -591,7 +591,7 @@ def _config(place: Place) -> RunnableConfig:
     return {"configurable": {"thread_id": place.thread_id, "checkpoint_ns": place.ns, "checkpoint_id": place.id}}
 
 
-def _is_small(value: Any) -> bool:
+def is_small(value: Any) -> bool:
     """Whether to keep a value with every checkpoint rather than once a version. Decided the same way at each."""
     if value is None or isinstance(value, (bool, int, float)):
         return True
@@ -600,13 +600,13 @@ def _is_small(value: Any) -> bool:
     return type(value) in (list, tuple, dict, set) and not value
 
 
-def _storable(metadata: Any) -> Any:
+def storable(metadata: Any) -> Any:
     """Without NUL, which JSONB does not hold; LangGraph takes it from the outermost strings alone."""
     if isinstance(metadata, str):
         return metadata.replace("\x00", "")
     if isinstance(metadata, dict):
-        return {_storable(name): _storable(value) for name, value in metadata.items()}
-    return [_storable(value) for value in metadata] if isinstance(metadata, (list, tuple)) else metadata
+        return {storable(name): storable(value) for name, value in metadata.items()}
+    return [storable(value) for value in metadata] if isinstance(metadata, (list, tuple)) else metadata
 
 
 def _kept(all_: Mapping[str, Outline]) -> set[str]:
