@@ -33,6 +33,8 @@ from memstate_sa import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("MEMSTATE_KILLS", "2"))
+ROWS = int(os.environ.get("MEMSTATE_ROWS", str(1000 * (KILLS + 2))))
+PATIENCE_S = 100 + ROWS // 500
 
 APPLICATION = """
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -132,7 +134,7 @@ class Application:
                         for row in session.scalars(select(model))}  # fmt: skip
                 replayed = replay(self.memory.history(session, model))
                 assert {key: dict(row) for (_, key), row in replayed.items()} == rows
-        self.memory.relay(self.engine).drain(timeout=60)
+        self.memory.relay(self.engine).drain(timeout=PATIENCE_S)
         assert self.memory.verify(self.engine).clean
 
 
@@ -159,11 +161,10 @@ def poll(is_true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.timeout(120 + 20 * KILLS)
+@pytest.mark.timeout(5 * PATIENCE_S + 20 * KILLS)
 def test_sigkill_of_all_processes(make: Callable[[int], Application]) -> None:
     """Each run goes on where the last one was killed, while the application changes, deletes and adds rows."""
-    rows = 1000 * (KILLS + 2)
-    app = make(rows)
+    app = make(ROWS)
     chance = random.Random(int(os.environ.get("MEMSTATE_SEED", "11")))
     finished = threading.Event()
     failed: list[BaseException] = []
@@ -175,7 +176,7 @@ def test_sigkill_of_all_processes(make: Callable[[int], Application]) -> None:
             while not finished.wait(0.01):
                 step += 1
                 with app.sessions() as session:
-                    for n in sorted(chance.sample(range(rows + 100), 3)):
+                    for n in sorted(chance.sample(range(ROWS + 100), 3)):
                         note = session.get(app.module.Note, n)
                         if note is None:
                             session.add(app.module.Note(id=n, text=f"new in step {step}"))
@@ -191,12 +192,12 @@ def test_sigkill_of_all_processes(make: Callable[[int], Application]) -> None:
     writer.start()
     try:
         for _ in range(KILLS):
-            before, more = app.seen(), chance.randrange(300)
-            with app.running("--workers", "2", "--batch-size", "40", "--rate", "1000") as process:
+            before, more = app.seen(), chance.randrange(ROWS // (KILLS + 2))
+            with app.running("--workers", "2", "--batch-size", "40", "--rate", str(ROWS // 4)) as process:
                 poll(lambda b=before, m=more, p=process: app.seen() > b + m or p.poll() is not None)
                 midway += process.poll() is None
         with app.running("--workers", "2", "--batch-size", "40") as process:
-            output, _ = process.communicate(timeout=100)
+            output, _ = process.communicate(timeout=PATIENCE_S)
             assert process.returncode == 0, output
     finally:
         finished.set()
