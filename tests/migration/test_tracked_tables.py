@@ -171,14 +171,12 @@ def test_a_column_that_is_added(notes: Application) -> None:
 
 def test_a_column_that_is_altered_or_dropped(notes: Application) -> None:
     """Whether the database rewrites the table for it or not; SQLite cannot drop a column that a trigger names."""
-    notes.write_models(TITLED.replace("text: Mapped[Optional[str]]", "text: Mapped[str]") + TRACKED)
-    notes.revise("r2")
-    notes.upgrade()
-    assert notes.differences() == "" and problems(notes) == []
-    notes.write_models(NOTE + TRACKED)
-    notes.revise("r3")
-    notes.upgrade()
-    assert notes.differences() == "" and problems(notes) == []
+    required = (model.replace("text: Mapped[Optional[str]]", "text: Mapped[str]") for model in (NOTE, TITLED))
+    for number, model in enumerate([*required, NOTE], start=2):
+        notes.write_models(model + TRACKED)
+        notes.revise(f"r{number}")
+        notes.upgrade()
+        assert notes.differences() == "" and problems(notes) == []
     notes.execute("INSERT INTO note (id, text) VALUES (1, 'a')")
     notes.downgrade("r1")
     assert notes.differences() == "" and problems(notes) == []
@@ -268,6 +266,45 @@ def test_a_table_that_is_renamed(notes: Application) -> None:
     assert notes.differences() == "" and problems(notes) == []
     notes.execute("DELETE FROM note")
     assert [op for _, op, _ in images(notes)] == ["insert", "update", "delete"]
+
+
+def test_a_renamed_table_and_column_of_a_model_captured_by_sessions(app: Application) -> None:
+    """No triggers: history goes on by ``entity=`` and ``upgrade=``, and what was done before can be undone."""
+    app.write_models(NOTE + 'memory.track(Note, text="text")\n')
+    app.revise("r1")
+    app.upgrade()
+
+    def in_session(work: Any) -> list[Any]:
+        models = app.models
+        sessions = sessionmaker(app.engine)
+        models.memory.attach(sessions)
+        with sessions() as session:
+            work(session, models)
+            session.commit()
+            return [(change.op, change.after) for change in models.memory.history(session, models.Note)]
+
+    in_session(lambda session, models: session.add(models.Note(id=1, text="a")))
+    app.write_models(
+        NOTE.replace('"note"', '"memo"').replace("text: ", "body: ") + 'memory.track(Note, text="body", entity="note", '
+        'version=2, upgrade={1: lambda row: {"id": row["id"], "body": row["text"]}})\n'
+    )
+    app.write_revision(
+        "r2",
+        "r1",
+        "op.rename_table('note', 'memo'); op.alter_column('memo', 'text', new_column_name='body')",
+        "op.alter_column('memo', 'body', new_column_name='text'); op.rename_table('memo', 'note')",
+    )
+    app.upgrade()
+    assert app.differences() == "" and problems(app) == []
+
+    def change(session: Session, models: Any) -> None:
+        session.get_one(models.Note, 1).body = "b"
+
+    before = [("insert", {"id": 1, "body": "a"}), ("update", {"id": 1, "body": "b"})]
+    assert in_session(change) == before
+    undone = [("update", {"id": 1, "body": "a"}), ("delete", None)]
+    assert in_session(lambda session, models: models.memory.rollback(session, steps=2)) == before + undone
+    assert problems(app) == [] and contents(app.engine)["memo"]["rows"] == []
 
 
 # -- what is noticed ---------------------------------------------------------------------------------------------------
