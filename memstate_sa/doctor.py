@@ -162,8 +162,8 @@ class Doctor:
         if log.name in there and (lost := self._lost_protection()):
             yield Problem(
                 log.name,
-                f"may be rewritten by anybody, as it has no trigger {', '.join(lost)}: memory.create_tables(engine) "
-                "installs what is missing",
+                f"may be rewritten by anybody, as it has no trigger {', '.join(lost)}: memory.create_tables(engine), "
+                "or a migration, installs what is missing",
             )
         if not self._capture.is_any_attached and not all(t.by_trigger for t in self._registry.by_entity.values()):
             yield Problem("Sessions", "none is attached: memory.attach(sessionmaker) has what they write captured")
@@ -180,7 +180,8 @@ class Doctor:
             elif tracked.by_trigger and log.name in there and (wrong := self._wrong_triggers(tracked)):
                 yield Problem(
                     tracked.table.fullname,
-                    f"has no {', '.join(wrong)} as it should be: memory.create_tables(engine) installs them",
+                    f"has no {', '.join(wrong)} as it should be: memory.create_tables(engine), or a migration, installs "
+                    "them",
                 )
 
     def _lost_protection(self) -> list[str]:

@@ -479,6 +479,30 @@ def test_tables_of_ours_are_nobody_s_to_drop(notes: Application) -> None:
     assert inspect(notes.engine).has_table("memstate_log")
 
 
+def test_a_table_in_a_schema_of_its_own(tmp_path: Path, postgres_engine: Engine) -> None:
+    """Where env.py includes schemas; our tables are in the default one."""
+    app = Application(tmp_path / "app", postgres_engine)
+    app.execute("CREATE SCHEMA IF NOT EXISTS crm")
+    app.write_env(OURS_TOO)
+    env = (app.folder / "env.py").read_text()
+    only = 'include_schemas=True, include_name=lambda name, type_, _: type_ != "schema" or name in (None, "crm"), '
+    (app.folder / "env.py").write_text(env.replace("render_as_batch", only + "render_as_batch"))
+    try:
+        for number, model in enumerate((NOTE, TITLED)):
+            app.write_models(model.replace('"note"', '"note"\n    __table_args__ = {"schema": "crm"}') + TRACKED)
+            app.revise(f"r{number}")
+            app.upgrade()
+            assert app.differences() == "" and problems(app) == []
+        app.execute("INSERT INTO crm.note (id, text, title) VALUES (1, 'a', 'A')")
+        assert images(app) == [("crm.note", "insert", {"id": 1, "text": "a", "title": "A"})]
+        app.downgrade("r0")
+        app.execute("DELETE FROM crm.note")
+        app.downgrade("base")
+        assert [name for name, _ in routines(app.engine) if name.startswith("memstate")] == []
+    finally:
+        app.execute("DROP SCHEMA crm CASCADE")
+
+
 def test_what_env_py_leaves_out_is_left_out(app: Application) -> None:
     """include_object and include_name are of the application's making."""
     app.write_models(NOTE + TRACKED)
