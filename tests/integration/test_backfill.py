@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ from tests.support import Note, Person, Tag, World, in_threads
 
 pytestmark = pytest.mark.sa20
 
+TIMES = int(os.environ.get("MEMSTATE_PROGRAMS", "1"))
 both_ways = pytest.mark.parametrize("capture", ["session", "trigger"])
 
 
@@ -598,7 +600,7 @@ def test_random_interleavings(engine: Engine, beside: Engine, capture: Literal["
     """Batches, live writes, kills at any statement, workers within: one first entry a row, replay(log) == table."""
     world = World(engine, capture=capture)
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=20 * TIMES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(steps=steps)
     def play(steps: Any) -> None:
         world.relay.stop()

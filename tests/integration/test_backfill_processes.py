@@ -22,7 +22,7 @@ from sqlalchemy import Engine, func, insert, select
 from sqlalchemy.orm import sessionmaker
 
 from memstate_sa.changes import replay
-from memstate_sa.tables import backfill, log
+from memstate_sa.tables import backfill, log, outbox
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -120,14 +120,16 @@ class Application:
             return int(connection.scalar(select(func.sum(backfill.c.seen))) or 0)
 
     def assert_taken_in(self) -> None:
-        """One first entry for every row, replay(log) == tables, and the index is given all that is new to it."""
+        """One first entry for every row, all of them marked for delivery, replay(log) == tables == index."""
         with self.engine.connect() as connection:
             entries = connection.execute(select(log.c.entity, log.c.key, log.c.op).order_by(log.c.id)).all()
             assert not connection.execute(select(backfill.c.start).where(~backfill.c.done)).all()
+            marked = {tuple(row) for row in connection.execute(select(outbox.c.entity, outbox.c.key))}
         first: dict[Any, str] = {}
         for entity, key, op in entries:
             assert op in ("baseline", "insert") if (entity, key) not in first else op != "baseline"
             first.setdefault((entity, key), op)
+        assert first.keys() == marked
         with self.sessions() as session:
             for model, names in ((self.module.Note, ("id", "text")), (self.module.Word, ("word",))):
                 rows = {getattr(row, names[0]): {name: getattr(row, name) for name in names}
@@ -146,7 +148,6 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: Engine) -> Ite
 
     def new(rows: int) -> Application:
         made.append(Application(tmp_path, engine, rows))
-        made[-1].memory.relay(engine).drain()  # of what comes now, the index is given what is marked, and no more
         return made[-1]
 
     yield new
