@@ -2,17 +2,21 @@
 
 from memstate_sa.indexes.base import Entry, FencedIndex, Filter, Match, Point, PurgeableIndex, Stored, VectorIndex
 from memstate_sa.indexes.chroma import ChromaIndex
+from memstate_sa.indexes.faiss import FaissIndex
 from memstate_sa.indexes.memory import InMemoryIndex
+from memstate_sa.indexes.pgvector import PgVectorIndex
 from memstate_sa.indexes.qdrant import QdrantIndex
 from memstate_sa.indexes.redis import RedisIndex
 
 __all__ = [
     "ChromaIndex",
     "Entry",
+    "FaissIndex",
     "FencedIndex",
     "Filter",
     "InMemoryIndex",
     "Match",
+    "PgVectorIndex",
     "Point",
     "PurgeableIndex",
     "QdrantIndex",

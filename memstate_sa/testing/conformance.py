@@ -360,8 +360,10 @@ class IndexConformance:
         assert (stored["b"], stored["c"]) == (("five", [1, 0, 0]), ("four", [0, 1, 0]))
         index.upsert([point("a", Z, fingerprint="five again", epoch=5), point("b", Z, fingerprint="six", epoch=6)])
         assert fingerprints(index) == {"a": "five again", "b": "six", "c": "four"}
-        index.upsert([point("b", X, fingerprint="any")])  # 0 stands for no epoch
+        index.upsert([point("b", X, fingerprint="any")])  # 0 stands for no epoch, and is not remembered as one
         assert fingerprints(index)["b"] == "any"
+        index.upsert([point("b", Y, fingerprint="five", epoch=5)])
+        assert fingerprints(index)["b"] in ["any", "five"][: 1 if self.fenced else 2]
 
     def test_an_overtaken_delete(self, index: VectorIndex, another: Make) -> None:
         """Fenced: it leaves alone what is newer, and is itself remembered, by another object too."""

@@ -356,20 +356,20 @@ def test_every_statement_has_an_index(large: tuple[Engine, PgVectorIndex, str]) 
 
 
 def test_where_the_graph_runs_out_all_are_compared(
-    large: tuple[Engine, PgVectorIndex, str], monkeypatch: pytest.MonkeyPatch
+    vector_url: str, large: tuple[Engine, PgVectorIndex, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fewer than were asked for mean that there are no more, though the graph is left early."""
-    _, index, _ = large
-    monkeypatch.setattr(
-        "memstate_sa.indexes.pgvector.EXPLORE", text("SELECT set_config('hnsw.ef_search', '5', true), :explored")
-    )
-    rare = {f"p{n:04}" for n in range(2000) if n % 700 == 699}
-    for where, expected in (
-        ({"rare": {"$eq": True}}, rare),
-        ({"group": {"$gte": 0}}, {f"p{n:04}" for n in range(2000)}),
-    ):
-        found = index.query(-np.ones(8, dtype=np.float32), len(expected) + 1, where=where)
-        assert {match.id for match in found} == expected
+    options = {"options": "-c enable_seqscan=off -c enable_bitmapscan=off -c enable_sort=off"}
+    engine = create_engine(vector_url, connect_args=options)
+    index = PgVectorIndex(engine, large[2])
+    index.open(embedder="e", dimension=8)
+    early = text("SELECT set_config('hnsw.ef_search', '5', true), :explored")
+    monkeypatch.setattr("memstate_sa.indexes.pgvector.EXPLORE", early)
+    far = -np.ones(8, dtype=np.float32)
+    assert len(index.query(far, 3)) == 3
+    found = index.query(far, 3, where={"rare": {"$eq": True}})
+    assert {match.id for match in found} == {f"p{n:04}" for n in range(2000) if n % 700 == 699}
+    engine.dispose()
 
 
 @pytest.mark.parametrize(("dimension", "graph"), [(8, "vector_ip_ops"), (2500, "halfvec_ip_ops"), (4100, None)])
@@ -393,6 +393,26 @@ def test_the_graph_is_of_half_precision_where_it_must(
         table = {"table": name}
         drawn = connection.scalars(text("SELECT indexdef FROM pg_indexes WHERE tablename = :table"), table).all()
     assert [graph for _ in drawn if _.find("hnsw") > 0] == [graph for _ in drawn if graph is not None and graph in _]
+
+
+def test_half_precision_does_not_order(vector_engine: Engine, name: str) -> None:
+    """What the graph cannot tell apart is in the order of the full vectors."""
+    index = PgVectorIndex(vector_engine, name)
+    index.open(embedder="e", dimension=2500)
+    vectors = np.zeros((40, 2500), dtype=np.float32)
+    vectors[:, 0], vectors[:, 1] = 1, 0.3 + np.arange(40) * 1e-5
+    shuffled = np.random.default_rng(1).permutation(40)
+    index.upsert([Point(f"p{n}", vectors[n], "f") for n in shuffled])
+    query = np.zeros(2500, dtype=np.float32)
+    query[0] = 1
+    assert [match.id for match in index.query(query, 40)] == [f"p{n}" for n in range(40)]
+
+
+def test_whole_floats_are_numbers_like_others(index: PgVectorIndex) -> None:
+    """JSON would write 2.0**60 with fewer digits than 2**60 has."""
+    index.upsert([point("float", metadata={"v": 2.0**60}), point("int", metadata={"v": 2**60})])
+    for where in ({"$eq": 2**60}, {"$eq": 2.0**60}, {"$gte": 2**60}, {"$lte": 2.0**60}):
+        assert {match.id for match in index.query(vector(*X), 9, where={"v": where})} == {"float", "int"}
 
 
 def test_an_exact_index_gets_a_graph_when_it_is_asked_for(vector_engine: Engine, name: str) -> None:
