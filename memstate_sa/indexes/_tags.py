@@ -7,6 +7,7 @@ bits), never less; the caller keeps what `memstate_sa.indexes._filters.matches`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from hashlib import blake2b
 
 from memstate_sa.errors import DeliveryRejected
@@ -56,6 +57,7 @@ def number_name(key: str) -> str:
     return f"n{_digest(key, 'name')}"
 
 
+@lru_cache(10_000)
 def _digest(*parts: str) -> str:
     text = "".join(f"{len(part)}:{part}" for part in parts)
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=5).hexdigest()

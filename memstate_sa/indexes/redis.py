@@ -178,13 +178,10 @@ class RedisIndex:
             (_utf8(point.id), point.epoch, unit.tobytes(), _attributes(point, float(norm)))
             for point, unit, norm in zip(points, *unit_rows(vectors), strict=True)
         ]
-        for start in range(0, len(rows), _PER_SCRIPT):
-            self._run(_UPSERT, "write to", *itertools.chain.from_iterable(rows[start : start + _PER_SCRIPT]))
+        self._change(_UPSERT, "write to", [], rows)
 
     def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
-        names = [_utf8(id_) for id_ in ids]
-        for start in range(0, len(names), _PER_SCRIPT):
-            self._run(_DELETE, "delete from", epoch, *names[start : start + _PER_SCRIPT])
+        self._change(_DELETE, "delete from", [epoch], [(_utf8(id_),) for id_ in ids])
 
     def query(
         self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
@@ -250,6 +247,27 @@ class RedisIndex:
         if answer == 0:
             raise self._gone(opened)
         return answer
+
+    def _change(self, script: str, action: str, given: Sequence[Any], rows: Sequence[tuple[Any, ...]]) -> None:
+        """Run *script* on some rows at a time; others' commands come in between, and no answer is waited for."""
+        opened = self._now
+
+        def sent() -> list[Any]:
+            pipeline: Any = self._client.pipeline(transaction=False)
+            for start in range(0, len(rows), _PER_SCRIPT):
+                some = itertools.chain.from_iterable(rows[start : start + _PER_SCRIPT])
+                pipeline.evalsha(_sha(script), len(self._keys), *self._keys, opened.incarnation, *given, *some)
+            answers: list[Any] = pipeline.execute()
+            return answers
+
+        with self._translated(action):
+            try:
+                answers = sent()
+            except self._redis.exceptions.NoScriptError:
+                self._client.script_load(script)
+                answers = sent()
+        if 0 in answers:
+            raise self._gone(opened)
 
     def _gone(self, opened: _Opened) -> DeliveryRetryable:
         self._resolve(opened.embedder, opened.dimension)
