@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ _PER_SCRIPT = 32
 """So many points are changed by one script, which nothing interrupts: about 20 ms at 256 dimensions."""
 _REMEMBERED_S = 86_400
 """How long the epoch of a deleted id is remembered: far longer than an overtaken relay's request can be under way."""
+_REWRITING = ("aof_rewrite_scheduled", "aof_rewrite_in_progress", "rdb_bgsave_in_progress")
 
 # Keys: 1 what the index is (a hash), 2 points (a vector set), 3 their ids (a sorted set of one score, so by bytes: in
 # UTF-8 that is by code point), 4 epochs of deleted ids (a hash whose fields expire).
@@ -207,6 +209,20 @@ class RedisIndex:
         page = self._run(_SCAN, "scan", start, limit)
         return [Entry(id_.decode(), json.loads(attributes)["f"]) for id_, attributes in page]
 
+    def purge(self) -> None:
+        """Have the server rewrite its files without what was deleted, and wait for that. Backups are not reached.
+
+        For a day the server still knows the ids, and no more, of what was deleted.
+        """
+        with self._translated("purge"):
+            self._rewritten(None)
+            if self._client.info("persistence")["aof_enabled"]:
+                self._client.bgrewriteaof()
+                self._rewritten("aof_last_bgrewrite_status")
+            if self._client.config_get("save")["save"]:
+                self._client.bgsave()
+                self._rewritten("rdb_last_bgsave_status")
+
     def close(self) -> None:
         self._opened = None
         if self._owned:
@@ -239,6 +255,16 @@ class RedisIndex:
             version = str(self._client.info("server")["redis_version"])
         if int(version.partition(".")[0]) < 8:
             raise MemstateError(f"vector sets come with Redis 8; this server is of version {version}")
+
+    def _rewritten(self, outcome: str | None) -> None:
+        """Wait until no file is being rewritten, and look how it went."""
+        while True:
+            state = self._client.info("persistence")
+            if not any(state[doing] for doing in _REWRITING):
+                break
+            time.sleep(0.02)
+        if outcome is not None and state[outcome] != "ok":
+            raise DeliveryRetryable(f"Redis could not rewrite its files: {outcome} is {state[outcome]!r}")
 
     def _run(self, script: str, action: str, *arguments: Any) -> Any:
         """What *script* answers, if the index on the server is the one that was opened."""

@@ -30,7 +30,7 @@ from memstate_sa.testing.points import X, Y, contents, fingerprints, ids_where, 
 from tests.support import Person, World
 from tests.torture.servers import free_port
 
-AT_ONCE = ["--appendonly", "yes", "--appendfsync", "always"]
+AT_ONCE = ["--save", "3600 1", "--appendonly", "yes", "--appendfsync", "always"]
 NOTHING = ["--appendonly", "no", "--save", ""]
 
 
@@ -114,12 +114,17 @@ class TestRedis(IndexConformance):
     shared = True
     remote = True
     fenced = True
+    purgeable = True
     exact: bool | None = None
 
     @pytest.fixture
     def make(self, shared_server: Server, name: str) -> Callable[[], VectorIndex]:
         self.server = shared_server
         return lambda: RedisIndex(shared_server.client, name, exact=self.exact)
+
+    @pytest.fixture
+    def files(self, shared_server: Server) -> Path:
+        return shared_server.folder
 
     @pytest.fixture
     def program(self, shared_server: Server, name: str) -> str:
