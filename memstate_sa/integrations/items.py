@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import (
     Column,
     ColumnElement,
+    Delete,
     Index,
     Integer,
     Select,
@@ -207,9 +208,15 @@ def kept_until(connection: Connection, ids: Collection[str]) -> dict[str, dateti
 def forget_kept(connection: Connection, ids: Collection[str], before: datetime | None = None) -> None:
     """Of items that are changed or gone, and of those that are over *before* then."""
     if ids:
-        connection.execute(delete(kept).where(_kept_with_ids), {"ids": as_array(ids)})
+        connection.execute(_forget(_kept_with_ids), {"ids": as_array(ids)})
     if before is not None:
-        connection.execute(delete(kept).where(kept.c.until <= before))
+        connection.execute(_forget(kept.c.until <= before))
+
+
+def _forget(criterion: ColumnElement[bool]) -> Delete:
+    # In the order in which `keep` locks them.
+    gone = select(kept.c.id).where(criterion).order_by(kept.c.id).with_for_update()
+    return delete(kept).where(kept.c.id.in_(gone))
 
 
 def keep(connection: Connection, until: Mapping[str, datetime]) -> None:
