@@ -14,7 +14,7 @@ from contextvars import copy_context
 from datetime import datetime
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, cast
 
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session, sessionmaker
@@ -81,9 +81,9 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
 
     ::
 
-        checkpointer = MemStateCheckpointer("postgresql://app@db/shop")
-        checkpointer.setup()
-        graph = builder.compile(checkpointer=checkpointer)
+        with MemStateCheckpointer("postgresql://app@db/shop") as checkpointer:
+            checkpointer.setup()
+            graph = builder.compile(checkpointer=checkpointer)
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         self._store = where if isinstance(where, MemoryStore) else None
         self.memory = where.memory if isinstance(where, MemoryStore) else memory
         self.engine = sync_engine(where, self.memory)
+        self._owns_engine = isinstance(where, (str, URL))
         if sqlite.is_in_memory(self.engine):
             raise MemstateError(
                 "an in-memory SQLite has one connection, which a graph's threads cannot share: use a file"
@@ -126,6 +127,19 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
 
     async def asetup(self) -> None:
         await asyncio.to_thread(self.setup)
+
+    def close(self) -> None:
+        """End its threads, and an engine that it has made of a URL itself; nothing is lost that was saved."""
+        self._step_threads.shutdown()
+        self._settling_threads.shutdown()
+        if self._owns_engine:
+            self.engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # -- saving ----------------------------------------------------------------------------------------------------
 

@@ -434,11 +434,10 @@ def test_where_it_cannot_be(engine: Engine) -> None:
 
 
 def test_a_url_is_enough(tmp_path: Any) -> None:
-    saver = MemStateCheckpointer(f"sqlite:///{tmp_path / 'graph.db'}")
-    saver.setup()
-    saver.setup()
-    assert line(saver, "a").invoke({"trail": ["in"]}, config())["trail"] == ["in", "a"]
-    saver.engine.dispose()
+    with MemStateCheckpointer(f"sqlite:///{tmp_path / 'graph.db'}") as saver:
+        saver.setup()
+        saver.setup()
+        assert line(saver, "a").invoke({"trail": ["in"]}, config())["trail"] == ["in", "a"]
     plain = create_engine(f"sqlite:///{tmp_path / 'graph.db'}")  # one that nobody has configured
     assert line(MemStateCheckpointer(plain), "a").invoke({"trail": ["x"]}, config())["trail"] == ["in", "a", "x", "a"]
     plain.dispose()
