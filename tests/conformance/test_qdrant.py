@@ -30,11 +30,15 @@ SECRET = "XYZZY-the-user-is-allergic-to-peanuts"
 
 @pytest.fixture(autouse=True)
 def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder commits each point by itself. Tests kill processes, not machines: the disk need not be waited for."""
+    """A folder commits each point by itself. Tests kill processes, not machines: the disk need not be waited for.
+
+    And what is deleted stays in the file, as with most builds of SQLite.
+    """
     prepare = CollectionPersistence._ensure_table
 
     def unsynced(self: CollectionPersistence) -> None:
         self.storage.execute("PRAGMA synchronous = OFF")
+        self.storage.execute("PRAGMA secure_delete = OFF")
         prepare(self)
 
     monkeypatch.setattr(CollectionPersistence, "_ensure_table", unsynced)
