@@ -6,12 +6,12 @@
 from typing import TYPE_CHECKING, Any
 
 from memstate_sa.testing.embedder import HashEmbedder
-from memstate_sa.testing.flaky import FlakyIndex
+from memstate_sa.testing.flaky import FlakyFencedIndex, FlakyIndex
 
 if TYPE_CHECKING:
     from memstate_sa.testing.conformance import IndexConformance
 
-__all__ = ["FlakyIndex", "HashEmbedder", "IndexConformance"]
+__all__ = ["FlakyFencedIndex", "FlakyIndex", "HashEmbedder", "IndexConformance"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
 
 from memstate_sa.errors import DeliveryRetryable
-from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, VectorIndex
+from memstate_sa.indexes.base import Entry, FencedIndex, Filter, Match, Point, Stored, Vector, VectorIndex
+
+T = TypeVar("T")
 
 
 class FlakyIndex:
@@ -44,18 +46,10 @@ class FlakyIndex:
         self.inner.close()
 
     def upsert(self, points: Sequence[Point]) -> None:
-        moment = self._moment()
-        if moment != "before":
-            self.inner.upsert(points[: len(points) // 2] if moment == "half" else points)
-        if moment:
-            _fail(moment, "upsert")
+        self._write(points, self.inner.upsert, "upsert")
 
     def delete(self, ids: Sequence[str]) -> None:
-        moment = self._moment()
-        if moment != "before":
-            self.inner.delete(ids[: len(ids) // 2] if moment == "half" else ids)
-        if moment:
-            _fail(moment, "delete")
+        self._write(ids, self.inner.delete, "delete")
 
     def query(
         self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
@@ -74,9 +68,26 @@ class FlakyIndex:
             _fail("before", "scan")
         return self.inner.scan(after, limit)
 
+    def _write(self, items: Sequence[T], write: Callable[[Sequence[T]], None], call: str) -> None:
+        moment = self._moment()
+        if moment != "before":
+            write(items[: len(items) // 2] if moment == "half" else items)
+        if moment:
+            _fail(moment, call)
+
     def _moment(self) -> str | None:
         with self._lock:
             return self._random.choice(self._moments) if self._random.random() < self.rate else None
+
+
+class FlakyFencedIndex(FlakyIndex):
+    """The same around a `FencedIndex`."""
+
+    inner: FencedIndex
+    fences = True
+
+    def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
+        self._write(ids, lambda some: self.inner.delete(some, epoch=epoch), "delete")
 
 
 def _fail(moment: str, call: str) -> NoReturn:

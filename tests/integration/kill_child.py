@@ -1,37 +1,55 @@
-"""An agent that remembers, forgets and relays to a Chroma folder until it is killed.
+"""An agent that remembers, forgets and relays to an index that outlives it, until it is killed.
 
-Each run begins by comparing what the last one left: no other process may open the Chroma folder meanwhile.
+Each run begins by comparing what the last one left: no other process may open the index's folder meanwhile.
 """
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-import chromadb
 from sqlalchemy import create_engine, select
 
 from memstate_sa import sqlite
-from memstate_sa.indexes import ChromaIndex
+from memstate_sa.indexes import ChromaIndex, FaissIndex, PgVectorIndex
 from memstate_sa.relay import RetryPolicy
-from memstate_sa.testing import FlakyIndex
-from tests.support import Note, Person, Tag, World
+from memstate_sa.testing import FlakyFencedIndex, FlakyIndex
+from tests.support import Note, Person, Tag, World, expire_leases
 
 
-def world_in(folder: Path, *, rate: float = 0.0, seed: int = 0) -> World:
-    engine = create_engine(f"sqlite:///{folder / 'facts.db'}")
-    sqlite.configure(engine)
-    index = ChromaIndex(chromadb.PersistentClient(str(folder / "chroma")), "memory")
-    return World(engine, FlakyIndex(index, rate=rate, seed=seed))
+@dataclass(frozen=True)
+class Place:
+    """Where the facts are, and what index they go to."""
+
+    kind: str
+    folder: Path
+    url: str
+
+    def index(self) -> Any:
+        if self.kind == "chroma":
+            import chromadb
+
+            return ChromaIndex(chromadb.PersistentClient(str(self.folder / "chroma")), "memory")
+        return FaissIndex(self.folder / "faiss") if self.kind == "faiss" else PgVectorIndex(self.url)
+
+    def world(self, *, rate: float = 0.0, seed: int = 0) -> World:
+        engine = create_engine(self.url)
+        if engine.dialect.name == "sqlite":
+            sqlite.configure(engine)
+        flaky = FlakyIndex if self.kind == "chroma" else FlakyFencedIndex
+        return World(engine, flaky(self.index(), rate=rate, seed=seed))
 
 
-def check(folder: Path) -> None:
+def check(place: Place) -> None:
     """replay(log) == tables, index == f(tables), and no commit that was reported is gone."""
-    world = world_in(folder)
+    world = place.world()
+    expire_leases(world.engine)  # of whom was killed; nobody else is there
     world.assert_in_step()
     assert world.memory.verify(world.engine).clean
-    lines = (folder / "committed.log").read_text().splitlines()
+    lines = (place.folder / "committed.log").read_text().splitlines()
     undone = {line.removeprefix("undone ") for line in lines if line.startswith("undone ")}
     committed = {line for line in lines if not line.startswith("undone ")}
     with world.session() as session:
@@ -42,15 +60,15 @@ def check(folder: Path) -> None:
     world.engine.dispose()
 
 
-def run(folder: Path, seed: int, started: Connection) -> None:
+def run(place: Place, seed: int, started: Connection) -> None:
     """Compare, say so, and go on until the process is killed."""
-    (folder / "committed.log").touch()
-    check(folder)
+    (place.folder / "committed.log").touch()
+    check(place)
     chance = random.Random(seed)
-    world = world_in(folder, rate=0.1, seed=seed)
+    world = place.world(rate=0.1, seed=seed)
     with (
         world.memory.relay(world.engine, page_size=20, policy=RetryPolicy(delay_s=0.01)),
-        (folder / "committed.log").open("a") as committed,
+        (place.folder / "committed.log").open("a") as committed,
     ):
         started.send("ready")
         for step in range(100_000):

@@ -11,22 +11,29 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("chromadb")
-
 from tests.integration import kill_child
 
 KILLS = int(os.environ.get("MEMSTATE_KILLS", "25"))
 
 
 @pytest.mark.timeout(60 + 10 * KILLS)
-def test_sigkill_at_random_moments(tmp_path: Path) -> None:
-    """Killed again and again on one database and one Chroma folder; the next run compares, by content."""
+@pytest.mark.parametrize(("kind", "kills"), [("chroma", KILLS), ("faiss", KILLS // 4), ("pgvector", KILLS // 4)])
+def test_sigkill_at_random_moments(tmp_path: Path, request: pytest.FixtureRequest, kind: str, kills: int) -> None:
+    """Killed again and again on one database and one index; the next run compares, by content.
+
+    With pgvector, facts and index are in the same database.
+    """
+    pytest.importorskip({"chroma": "chromadb", "faiss": "faiss", "pgvector": "psycopg"}[kind])
+    url = f"sqlite:///{tmp_path / 'facts.db'}"
+    if kind == "pgvector":
+        url = request.getfixturevalue("postgres_engine").url.render_as_string(hide_password=False)
+    place = kill_child.Place(kind, tmp_path, url)
     chance = random.Random(int(os.environ.get("MEMSTATE_SEED", "11")))
     processes = multiprocessing.get_context("forkserver")  # imports once what every run needs
-    processes.set_forkserver_preload([kill_child.__name__])
-    for kill in range(KILLS):
+    processes.set_forkserver_preload([kill_child.__name__, "chromadb"])
+    for kill in range(kills):
         receiver, sender = processes.Pipe(duplex=False)
-        child = processes.Process(target=kill_child.run, args=(tmp_path, kill, sender))
+        child = processes.Process(target=kill_child.run, args=(place, kill, sender))
         child.start()
         sender.close()
         try:
@@ -37,7 +44,7 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
         child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL
-    last = processes.Process(target=kill_child.check, args=(tmp_path,))
+    last = processes.Process(target=kill_child.check, args=(place,))
     last.start()
     last.join()
     assert last.exitcode == 0

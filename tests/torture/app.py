@@ -1,4 +1,4 @@
-"""The application under torture: two tracked classes, two indexes that fail, and a receipt for every transaction."""
+"""The application under torture: two tracked classes, three indexes that fail, and a receipt for every transaction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sqlalchemy import Engine, String, create_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from memstate_sa import Memory
-from memstate_sa.indexes import ChromaIndex
+from memstate_sa.indexes import ChromaIndex, PgVectorIndex
 from memstate_sa.testing import HashEmbedder
 from tests.torture.faults import FaultyFencedIndex, FaultyIndex, Injector
 from tests.torture.fileindex import FileIndex
@@ -20,6 +20,7 @@ from tests.torture.fileindex import FileIndex
 WRITERS = 3
 WORKERS = 3
 COLLECTION = "memory"
+VECTORS = "memory_vectors"
 
 
 class Base(DeclarativeBase):
@@ -82,10 +83,12 @@ class App:
         self.injector = Injector(setting.folder, f"{name}.{life}", f"{setting.seed} {name} {life}", setting.rate)
         self.chroma = ChromaIndex(chroma_client(setting.chroma_port), COLLECTION)
         self.file = FileIndex(setting.folder / "index.db")
+        self.pgvector = PgVectorIndex(self.engine, VECTORS)  # beside the facts, and stopped with them
         self.memory = Memory(
             {
                 "chroma": FaultyIndex(self.chroma, "chroma", self.injector, setting.lease_s),
                 "file": FaultyFencedIndex(self.file, "file", self.injector, setting.lease_s),
+                "pgvector": FaultyFencedIndex(self.pgvector, "pgvector", self.injector, setting.lease_s),
             },
             embedder=self.embedder,
         )

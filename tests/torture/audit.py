@@ -15,7 +15,7 @@ from memstate_sa.changes import replay
 from memstate_sa.codec import encode_key
 from memstate_sa.facts import split_point_id
 from memstate_sa.positions import slot_of
-from tests.torture.app import App, Habit, Receipt, Recollection, habit_text
+from tests.torture.app import VECTORS, App, Habit, Receipt, Recollection, habit_text
 
 
 class Held(NamedTuple):
@@ -45,7 +45,7 @@ def audit(app: App) -> Audit:
     expected = _expected(app)
     result.counts["points that each index must hold"] = len(expected)
     differing = []
-    for name, held in (("chroma", _of_chroma(app)), ("file", _of_file(app))):
+    for name, held in (("chroma", _of_chroma(app)), ("file", _of_file(app)), ("pgvector", _of_pgvector(app))):
         missing, ghosts = expected.keys() - held.keys(), held.keys() - expected.keys()
         stale = {id_ for id_ in expected.keys() & held.keys() if not _equal(expected[id_], held[id_])}
         result.count(f"{name}: missing", missing)
@@ -107,6 +107,15 @@ def _of_file(app: App) -> dict[str, Held]:
     return {
         stored.id: Held(stored.fingerprint, _ours(metadata[stored.id]), stored.vector)
         for stored in app.file.get(list(metadata))
+    }
+
+
+def _of_pgvector(app: App) -> dict[str, Held]:
+    with app.engine.connect() as connection:
+        metadata = dict(connection.execute(text(f"SELECT id, metadata FROM {VECTORS} WHERE id IS NOT NULL")).all())
+    return {
+        stored.id: Held(stored.fingerprint, _ours(metadata[stored.id]), stored.vector)
+        for stored in app.pgvector.get(list(metadata))
     }
 
 

@@ -469,7 +469,7 @@ def show(report: Report, console: Console) -> None:
     done.add_row("commits", str(journal["committed"]))
     done.add_row("rolled back, on purpose or by a fault", str(journal["rolled_back"]))
     done.add_row("commits without an answer", str(journal["committing"] - journal["committed"]))
-    for name in ("chroma", "file"):
+    for name in report.oldest_s:
         done.add_row(f"{name}: keys delivered", str(counters[f"{name} converged"]))
         done.add_row(f"{name}: keys refused, set aside", str(counters[f"{name} rejected"]))
         done.add_row(f"{name}: slots lost to another worker", str(counters[f"{name} lost"]))

@@ -19,7 +19,7 @@ SECONDS = float(os.environ.get("MEMSTATE_TORTURE_S", "60"))
 
 @pytest.mark.timeout(SECONDS + 240)
 def test_nothing_is_lost_and_nothing_is_invented(tmp_path: Path) -> None:
-    """Kills, stops, restarts and failing calls; then both indexes hold the committed rows, and never held others."""
+    """Kills, stops, restarts and failing calls; then all indexes hold the committed rows, and never held others."""
     seed = int(os.environ.get("MEMSTATE_SEED", str(int(time.time()))))
     report = Torture(tmp_path, seed, Console()).run(seconds=SECONDS)
     show(report, Console())
