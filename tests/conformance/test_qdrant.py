@@ -267,6 +267,22 @@ def test_a_folder_is_one_process_s(tmp_path: Path) -> None:
         assert (index.incarnation, contents(index, ["a"])) == (before, {"a": ("f", [0, 1, 0])})
 
 
+def test_purge_rewrites_the_folder(tmp_path: Path) -> None:
+    """What was deleted is in its file until then."""
+    with folder(tmp_path) as client:
+        index = opened(client)
+        index.upsert([point("a", Y), point("gone", metadata={"secret": SECRET * 1000})])
+        index.delete(["gone"])
+        assert [path.name for path in tmp_path.rglob("*") if holds_secret(path)] == ["storage.sqlite"]
+        index.purge()
+        assert [path for path in tmp_path.rglob("*") if holds_secret(path)] == []
+        assert contents(index, ["a", "gone"]) == {"a": ("f", [0, 1, 0])}
+
+
+def holds_secret(path: Path) -> bool:
+    return path.is_file() and SECRET.encode() in path.read_bytes()
+
+
 def test_a_deleted_folder_is_noticed(tmp_path: Path) -> None:
     """Under a live client every call says so; a new client begins anew."""
     with folder(tmp_path / "qdrant") as client:
