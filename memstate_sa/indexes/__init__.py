@@ -1,6 +1,17 @@
 """Vector indexes: the port, and one file per adapter. Importing this needs no extra; constructing an adapter may."""
 
-from memstate_sa.indexes.base import Entry, FencedIndex, Filter, Match, Point, PurgeableIndex, Stored, VectorIndex
+from memstate_sa.indexes._filters import canonical, matches, storable
+from memstate_sa.indexes.base import (
+    Entry,
+    FencedIndex,
+    Filter,
+    Match,
+    Point,
+    PurgeableIndex,
+    Stored,
+    VectorIndex,
+    matrix,
+)
 from memstate_sa.indexes.chroma import ChromaIndex
 from memstate_sa.indexes.faiss import FaissIndex
 from memstate_sa.indexes.memory import InMemoryIndex
@@ -23,4 +34,8 @@ __all__ = [
     "RedisIndex",
     "Stored",
     "VectorIndex",
+    "canonical",
+    "matches",
+    "matrix",
+    "storable",
 ]
