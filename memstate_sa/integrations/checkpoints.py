@@ -21,25 +21,22 @@ from sqlalchemy import (
     bindparam,
     cast,
     delete,
-    exists,
     func,
     literal,
     literal_column,
-    not_,
     null,
-    or_,
     select,
     true,
     tuple_,
     union_all,
     update,
 )
-from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Connection
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from memstate_sa.arrays import as_array, as_json, each, item, rows
+from memstate_sa.integrations import json_criteria
 from memstate_sa.integrations.checkpoint_tables import blob, checkpoint, write
 from memstate_sa.relay.claims import upsert
 from memstate_sa.tables import log
@@ -334,11 +331,11 @@ class Cursor(NamedTuple):
 
 
 def page(connection: Connection, cursor: Cursor, filters: Mapping[str, Any], limit: int) -> list[Stored]:
-    """Up to *limit* checkpoints, newest first, whose metadata have the values of *filters*."""
+    """Up to *limit* checkpoints, newest first, whose metadata are as *filters* say (`json_criteria`)."""
     c = checkpoint.c
     wanted = ((c.thread_id, cursor.thread_id), (c.ns, cursor.ns), (c.id, cursor.id))
     criteria = [column == value for column, value in wanted if value is not None]
-    criteria += [_metadata_is(connection.dialect.name, name, value) for name, value in filters.items()]
+    criteria.append(json_criteria.matches(connection.dialect.name, c.metadata, filters))
     if cursor.before is not None:
         criteria.append(c.id < cursor.before)
     if cursor.after is not None:
@@ -348,29 +345,6 @@ def page(connection: Connection, cursor: Cursor, filters: Mapping[str, Any], lim
     newest = (c.id.desc(), c.thread_id.desc(), c.ns.desc())
     heads = select(*_head).where(*criteria).order_by(*newest).limit(limit)
     return _assembled(connection, _with_all(heads), {})
-
-
-def _metadata_is(dialect_name: str, name: str, value: Any) -> ColumnElement[bool]:
-    """Whether the metadata have this JSON value under *name*, both bound; None: null, or no such name."""
-    column = checkpoint.c.metadata
-    if dialect_name == "postgresql":
-        same: ColumnElement[bool] = column.op("->", return_type=JSONB())(literal(name, Text)) == cast(
-            literal(as_json(value), Text), JSONB
-        )
-        return same if value is not None else or_(same, not_(column.op("?", is_comparison=True)(literal(name, Text))))
-    # A row for each member, and no path in which the name would have to be quoted.
-    member = func.json_each(column).table_valued("key", "value", "type", "atom")
-    mine: Any = select(literal_column("1")).select_from(member).where(member.c.key == literal(name, Text))
-    if value is None:
-        return not_(exists(mine.where(member.c.type != "null")))
-    if isinstance(value, bool):
-        return exists(mine.where(member.c.type == ("true" if value else "false")))
-    if isinstance(value, str):
-        return exists(mine.where(member.c.type == "text", member.c.atom == literal(value, Text)))
-    if isinstance(value, (int, float)):
-        return exists(mine.where(member.c.type.in_(("integer", "real")), member.c.atom == literal(value)))
-    kind = "object" if isinstance(value, Mapping) else "array"
-    return exists(mine.where(member.c.type == kind, member.c.value == func.json(literal(as_json(value), Text))))
 
 
 _is_there: Any = select(literal_column("1")).where(_in_graph(checkpoint), checkpoint.c.id == _id)

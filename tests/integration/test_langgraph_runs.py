@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import time
 from datetime import timedelta
 from typing import Annotated, Any, TypedDict
 
@@ -55,6 +56,14 @@ def say(name: str, then: Any = None) -> Any:
     return node
 
 
+def wait_for_a_checkpoint(saver: MemStateCheckpointer) -> None:
+    """They are saved in the background."""
+    deadline = time.monotonic() + 60
+    while saver.get_tuple(CONFIG) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def test_the_second_run_is_refused(engine: Engine) -> None:
     """While the first has the thread, and not afterwards; other threads are nobody's business."""
     a, b = another(engine), another(engine)
@@ -77,6 +86,7 @@ def test_who_was_taken_over_writes_nothing(engine: Engine, durability: Any) -> N
     taken: list[Any] = []
 
     def take_over() -> None:
+        wait_for_a_checkpoint(new)
         with new.run(CONFIG, take_over=True) as config:
             taken.append(graph(new, one=say("one"), two=say("new")).invoke(None, config))
 
@@ -95,6 +105,7 @@ def test_its_facts_are_not_committed_either(world: World) -> None:
     late.setup()
 
     def write() -> None:
+        wait_for_a_checkpoint(new)
         with new.run(CONFIG, take_over=True) as config:
             graph(new, one=say("new")).invoke(None, config)
         with late.step() as session:
