@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     Column,
     ColumnElement,
-    Delete,
     Index,
     Integer,
     Select,
@@ -44,7 +43,8 @@ _has_end = text("expires_at IS NOT NULL")
 class ItemRow(_Base):
     """Row 0 of an item holds its value; each row one text by which the item is found, as a fact has one vector.
 
-    All rows change together, so that whoever undoes one of them undoes, or leaves, all.
+    All rows change together, so that whoever undoes one of them undoes, or leaves, all. The key is one column, by which
+    rows are found fastest.
     """
 
     __tablename__ = "memstate_item"
@@ -53,8 +53,9 @@ class ItemRow(_Base):
         {"comment": "items of a LangGraph store"},
     )
 
-    id: Mapped[str] = mapped_column(String(32), primary_key=True, comment="a digest of namespace and key")
-    n: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    id: Mapped[str] = mapped_column(String(40), primary_key=True, comment="the item's, and n in hex if it is not 0")
+    item: Mapped[str] = mapped_column(String(32), index=True, comment="a digest of namespace and key")
+    n: Mapped[int] = mapped_column(Integer)
     scope: Mapped[str] = mapped_column(
         Text, index=True, comment="the namespace's labels in UTF-8, each ended by NUL, in hex: sorts as they do"
     )
@@ -77,6 +78,7 @@ kept = Table(
     "memstate_item_kept",
     metadata,
     Column("id", String(32), primary_key=True),
+    Column("of", UTCDateTime, primary_key=True, comment="updated_at of what was read: another put, another life"),
     Column("until", UTCDateTime, nullable=False, index=True),
     comment="items that live longer because they were read: no history, and no writer in the way of an undo",
 )
@@ -106,6 +108,10 @@ def below(scope: str, row: Any = ItemRow) -> ColumnElement[bool]:
     return and_(row.scope >= scope, row.scope < _past(scope)) if scope else true()
 
 
+def row_id(item: str, n: int) -> str:
+    return f"{item}{n:08x}" if n else item
+
+
 def item_id(namespace: Iterable[str], key: str) -> str:
     """Of a fixed length, whatever the key's: it is in every table of ours, and in the index."""
     # No label is empty, so the first two ends are where the namespace ends, whatever a key has in it.
@@ -118,14 +124,14 @@ def item_id(namespace: Iterable[str], key: str) -> str:
 
 def alive(now: Any, row: Any = ItemRow) -> ColumnElement[bool]:
     """Whether a row has not expired: *now* is a time, or the parameter for it."""
-    read_since = exists(select(literal_column("1")).where(kept.c.id == row.id, kept.c.until > now))
+    of_this = (kept.c.id == row.item, kept.c.of == row.updated_at)
+    read_since = exists(select(literal_column("1")).where(*of_this, kept.c.until > now))
     return or_(row.expires_at.is_(None), row.expires_at > now, read_since)
 
 
 _ids = each("ids")
 with_ids = ItemRow.id.in_(select(_ids.c.value))
-"""Rows of the items in the parameter ``ids``, made by `as_array`."""
-_kept_with_ids = kept.c.id.in_(select(_ids.c.value))
+"""Rows 0 of the items in the parameter ``ids``, made by `as_array`."""
 
 heads: Select[Any] = select(
     ItemRow.id,
@@ -144,7 +150,7 @@ living_of_ids = of_ids.where(alive(bindparam("now", type_=UTCDateTime())))
 def of_heads(criterion: Any) -> ColumnElement[bool]:
     """What is true of an item's row 0, asked of any of its rows."""
     head = aliased(ItemRow)
-    return exists(select(literal_column("1")).where(head.id == ItemRow.id, head.n == 0, criterion(head)))
+    return exists(select(literal_column("1")).where(head.id == ItemRow.item, criterion(head)))
 
 
 _PAGE = 100
@@ -184,8 +190,8 @@ def scopes(session: Session, within: str, now: datetime | None = None, depth: in
 
 all_rows: Select[Any] = (
     select(ItemRow)
-    .where(with_ids)
-    .order_by(ItemRow.id, ItemRow.n)  # so that two writers cannot wait for each other
+    .where(ItemRow.item.in_(select(_ids.c.value)))
+    .order_by(ItemRow.id)  # so that two writers cannot wait for each other
     .with_for_update(of=ItemRow)
     .execution_options(populate_existing=True)
 )
@@ -198,30 +204,35 @@ def expired(connection: Connection, now: datetime, limit: int) -> Sequence[str]:
     return connection.scalars(over).all()
 
 
-def kept_until(connection: Connection, ids: Collection[str]) -> dict[str, datetime]:
-    if not ids:
-        return {}
-    rows = connection.execute(select(kept.c.id, kept.c.until).where(_kept_with_ids), {"ids": as_array(ids)})
-    return {row.id: row.until for row in rows}
+def living(connection: Connection, ids: Iterable[str], now: datetime) -> set[str]:
+    """Those that have not expired."""
+    return {row.id for row in connection.execute(living_of_ids, {"ids": as_array(ids), "now": now})}
 
 
-def forget_kept(connection: Connection, ids: Collection[str], before: datetime | None = None) -> None:
-    """Of items that are changed or gone, and of those that are over *before* then."""
-    if ids:
-        connection.execute(_forget(_kept_with_ids), {"ids": as_array(ids)})
-    if before is not None:
-        connection.execute(_forget(kept.c.until <= before))
+class Kept(NamedTuple):
+    """An item as it was put at a time, which lives until another time at least."""
+
+    id: str
+    of: datetime
+    until: datetime
 
 
-def _forget(criterion: ColumnElement[bool]) -> Delete:
-    # In the order in which `keep` locks them.
-    gone = select(kept.c.id).where(criterion).order_by(kept.c.id).with_for_update()
-    return delete(kept).where(kept.c.id.in_(gone))
-
-
-def keep(connection: Connection, until: Mapping[str, datetime]) -> None:
-    """Items, by id, live until then at least."""
+def keep(connection: Connection, items: Iterable[Kept]) -> None:
+    if not items:
+        return
     new = upsert(connection.dialect.name, kept)
     later = new.excluded.until
-    new = new.on_conflict_do_update(index_elements=["id"], set_={"until": later}, where=later > kept.c.until)
-    connection.execute(new, [{"id": id_, "until": end} for id_, end in sorted(until.items())])
+    new = new.on_conflict_do_update(index_elements=["id", "of"], set_={"until": later}, where=later > kept.c.until)
+    # In an order, so that two readers cannot wait for each other.
+    connection.execute(new, [item._asdict() for item in sorted(items)])
+
+
+def forget_kept(connection: Connection, until: datetime) -> None:
+    """Of those that lived until then."""
+    over = select(kept.c.id, kept.c.of).where(kept.c.until <= until).with_for_update(skip_locked=True)
+    found = [{"the_id": id_, "the_of": of} for id_, of in connection.execute(over)]
+    if found:
+        connection.execute(_forget, found)
+
+
+_forget = delete(kept).where(kept.c.id == bindparam("the_id"), kept.c.of == bindparam("the_of"))

@@ -30,7 +30,7 @@ from memstate_sa.errors import ConflictError, MemstateError, MissingExtra
 from memstate_sa.expiry import EXPIRED
 from memstate_sa.history import Moment
 from memstate_sa.integrations import items, json_criteria
-from memstate_sa.integrations.items import ItemRow
+from memstate_sa.integrations.items import ItemRow, Kept
 from memstate_sa.memory import Memory
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.store import MemoryStore
@@ -157,9 +157,7 @@ class MemStateStore(BaseStore):
             try:
                 with self._labelled() as session:
                     results, read = self._read(session, ops)
-                    if read:
-                        items.keep(session.connection(), read)
-                    self._write(session, puts)
+                    self._write(session, puts, read)
                 return results
             except IntegrityError:  # another writer was first to put one of these
                 continue
@@ -187,13 +185,13 @@ class MemStateStore(BaseStore):
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def _read(self, session: Session, ops: Sequence[Op]) -> tuple[list[Result], dict[str, datetime]]:
+    def _read(self, session: Session, ops: Sequence[Op]) -> tuple[list[Result], set[Kept]]:
         """The results, and until when what was read is to be kept."""
         now = self._now()
         gets = {items.item_id(op.namespace, str(op.key)) for op in ops if isinstance(op, GetOp)}
         got = self._of_ids(session, gets, now) if gets else {}
         results: list[Result] = []
-        kept: dict[str, datetime] = {}
+        kept: set[Kept] = set()
         for op in ops:
             found: list[Row[Any]] = []
             if isinstance(op, GetOp):
@@ -211,8 +209,8 @@ class MemStateStore(BaseStore):
             else:
                 raise InvalidItem(f"not an operation of a store: {type(op).__name__}")
             if self._moment is None and getattr(op, "refresh_ttl", False):
-                ends = {row.id: now + (row.expires_at - row.updated_at) for row in found if row.expires_at is not None}
-                kept.update(ends)
+                mortal = (row for row in found if row.expires_at is not None)
+                kept.update(Kept(row.id, row.updated_at, now + (row.expires_at - row.updated_at)) for row in mortal)
         return results, kept
 
     def _alive(self, now: datetime) -> list[ColumnElement[bool]]:
@@ -251,7 +249,7 @@ class MemStateStore(BaseStore):
             hits = self.memory.search(session, query, target, limit=ask, as_of=self._moment)
             best: dict[str, float] = {}
             for hit in hits:
-                best.setdefault(hit.fact.id, hit.score)
+                best.setdefault(hit.fact.item, hit.score)
             rows = self._of_ids(session, best, now)
             if len(rows) >= wanted or len(hits) < ask:
                 return [(rows[id_], score) for id_, score in best.items() if id_ in rows][:wanted]
@@ -296,29 +294,27 @@ class MemStateStore(BaseStore):
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def _write(self, session: Session, puts: Mapping[str, Put]) -> None:
+    def _write(self, session: Session, puts: Mapping[str, Put], kept: set[Kept]) -> None:
         connection = session.connection(bind_arguments={"mapper": inspect(ItemRow)})
         take_write_lock(connection)
         now = self._now()
         there: dict[str, list[ItemRow]] = {}
         for row in session.scalars(items.all_rows, {"ids": as_array(puts)}):
-            there.setdefault(row.id, []).append(row)
-        mortal = [id_ for id_, rows in there.items() if rows[0].expires_at is not None]
-        living = items.kept_until(connection, mortal)
-        kept: dict[str, datetime] = {}
+            there.setdefault(row.item, []).append(row)
+        old = {id_ for id_, rows in there.items() if rows[0].expires_at is not None and rows[0].expires_at <= now}
+        gone = old - items.living(connection, old, now) if old else old
         for id_, put in sorted(puts.items()):
             rows = there.get(id_, [])
-            ends = [end for end in (rows[0].expires_at, living.get(id_)) if end is not None] if rows else []
-            is_new = not rows or (bool(ends) and max(ends) <= now)
+            is_new = not rows or id_ in gone
             expires_at = None if put.ttl is None else end_of(now, put.ttl)
             if put.value is not None and not is_new and put.is_same(rows):
                 if expires_at is not None:
-                    kept[id_] = expires_at
+                    kept.add(Kept(id_, rows[0].updated_at, expires_at))
                 continue
             created_at = now if is_new else rows[0].created_at
             for n, words in enumerate(put.texts):
                 if n == len(rows):
-                    rows.append(ItemRow(id=id_, n=n, scope=put.scope, key=put.key, created_at=now))
+                    rows.append(ItemRow(id=items.row_id(id_, n), item=id_, n=n, scope=put.scope, key=put.key))
                     session.add(rows[n])
                 row = rows[n]
                 row.text, row.created_at, row.updated_at, row.expires_at = words, created_at, now, expires_at
@@ -327,10 +323,8 @@ class MemStateStore(BaseStore):
                     flag_modified(row, "value")  # True and 1 are equal in Python, not in JSON
             for row in rows[len(put.texts) :]:
                 session.delete(row)
-        items.forget_kept(connection, [id_ for id_ in mortal if id_ not in kept])
-        if kept:
-            items.keep(connection, kept)
         session.flush()
+        items.keep(connection, kept)  # last, by everyone
 
     # -- time ------------------------------------------------------------------------------------------------------
 
@@ -352,7 +346,7 @@ class MemStateStore(BaseStore):
                 for row in session.scalars(items.all_rows, {"ids": as_array(ids)}) if ids else ():
                     session.delete(row)
                 session.flush()
-                items.forget_kept(connection, ids, before=self._now())
+                items.forget_kept(connection, self._now())
             count += len(ids)
             if len(ids) < _SWEEP_PAGE:
                 return count
@@ -409,7 +403,7 @@ class MemStateStore(BaseStore):
     def history(self, namespace: tuple[str, ...], key: str) -> list[Change]:
         """What happened to an item, oldest first."""
         with self._reading() as session:
-            return self.memory.history(session, ItemRow, (items.item_id(namespace, key), 0))
+            return self.memory.history(session, ItemRow, items.item_id(namespace, key))
 
 
 def _item(row: Row[Any], kind: type[Item] = Item, **more: Any) -> Any:
