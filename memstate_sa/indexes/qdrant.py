@@ -5,8 +5,10 @@ What this file relies on was read in the source of Qdrant 1.19, and measured on 
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
+import sys
 import threading
 import time
 import uuid
@@ -302,6 +304,8 @@ class QdrantIndex:
             "length": norm,
             "tags": tags(metadata),
             "numbers": {number_name(key): value for key, value in numbers(metadata).items()},
+            # Qdrant reads JSON with the last bit of a float left to chance.
+            "floats": {key: value.hex() for key, value in metadata.items() if isinstance(value, float)},
         }
         text = {"text": point.text} if self._store_text and point.text is not None else {}
         return {_OURS: ours, "metadata": metadata, **text}
@@ -342,7 +346,9 @@ class QdrantIndex:
             ours = _ours(point)
             if ours is not None:
                 distance = min(max(1.0 - point.score, 0.0), 2.0)
-                found.append(Found(Match(ours["id"], distance, ours["fingerprint"]), point.payload["metadata"]))
+                floats = {key: float.fromhex(value) for key, value in ours["floats"].items()}
+                metadata = {**point.payload["metadata"], **floats}
+                found.append(Found(Match(ours["id"], distance, ours["fingerprint"]), metadata))
         return Answer(found, short=len(points) < limit)
 
     def _read(self, ids: Sequence[str], *, with_vectors: bool = False) -> Iterator[tuple[dict[str, Any], Any]]:
@@ -380,10 +386,13 @@ class QdrantIndex:
         if name in ("$eq", "$in"):
             wanted = [tag(key, each) for each in ([operand] if name == "$eq" else operand)]
             return self._models.FieldCondition(key=f"{_OURS}.tags", match=self._models.MatchAny(any=wanted))
-        # With the bound: its double may be that of an int beside it.
-        side = "gte" if name in ("$gt", "$gte") else "lte"
-        bound = self._models.Range(**{side: float(operand)})
-        return self._models.FieldCondition(key=f"{_OURS}.numbers.{number_name(key)}", range=bound)
+        side, outwards = ("gte", -1e-15) if name in ("$gt", "$gte") else ("lte", 1e-15)
+        # A few doubles beyond the bound: its own may be that of an int beside it, and either side may be off by one.
+        bound = math.nextafter(float(operand) + abs(float(operand)) * outwards, outwards * math.inf)
+        finite = min(max(bound, -sys.float_info.max), sys.float_info.max)
+        return self._models.FieldCondition(
+            key=f"{_OURS}.numbers.{number_name(key)}", range=self._models.Range(**{side: finite})
+        )
 
     def _up_to(self, field: str, bound: int) -> Any:
         condition = self._models.FieldCondition(key=f"{_OURS}.{field}", range=self._models.Range(lte=bound))

@@ -1,4 +1,4 @@
-"""QdrantIndex against qdrant-client's local mode, in memory and in a folder; what a server answers in errors."""
+"""QdrantIndex against qdrant-client's local mode, in memory and in a folder, and against the engine of a server."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from memstate_sa.indexes import QdrantIndex, VectorIndex
 from memstate_sa.testing import IndexConformance
 from memstate_sa.testing.churn import EMBEDDER
 from memstate_sa.testing.points import X, Y, contents, fingerprints, ids_where, point, vector
+from tests.conformance.qdrant_engine import EngineClient
 from tests.support import Person, World
 
 SECRET = "XYZZY-the-user-is-allergic-to-peanuts"
@@ -108,16 +109,42 @@ index = QdrantIndex(QdrantClient(path={str(tmp_path / "killed")!r}))
 """
 
 
+class TestQdrantEngine(IndexConformance):
+    shared = True
+    remote = True
+    fenced = True
+    optimise = False
+
+    @pytest.fixture
+    def make(self, tmp_path: Path) -> Iterator[Callable[[], VectorIndex]]:
+        client: Any = EngineClient(tmp_path, optimise=self.optimise)
+        self.outage = client.unreachable
+        yield lambda: QdrantIndex(client)
+        client.close()
+
+
+class TestQdrantGraph(TestQdrantEngine):
+    """The same by the engine's HNSW graph."""
+
+    recall = 0.95
+    optimise = True
+
+
 # -- collections ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["in memory", "in a folder"])
+@pytest.fixture(params=["in memory", "in a folder", "engine"])
 def client(request: pytest.FixtureRequest, in_memory: QdrantClient, tmp_path: Path) -> Iterator[QdrantClient]:
     if request.param == "in memory":
         yield in_memory
         return
-    with folder(tmp_path / "qdrant") as made:
-        yield made
+    if request.param == "in a folder":
+        with folder(tmp_path / "qdrant") as made:
+            yield made
+        return
+    engine: Any = EngineClient(tmp_path)
+    yield engine
+    engine.close()
 
 
 def test_a_deleted_collection_is_another(client: QdrantClient, name: str) -> None:
