@@ -23,6 +23,7 @@ options = {
     "target_metadata": memstate_sa.metadata,
     "version_table": VERSION_TABLE,
     "include_name": include_name,
+    "autogenerate_plugins": ["alembic.autogenerate.*", "memstate_sa"],
 }
 url = context.get_x_argument(as_dictionary=True).get("url") or os.environ.get("MEMSTATE_URL")
 if not url:

@@ -8,7 +8,6 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,11 +70,6 @@ def find_alembic(folder: Path) -> AlembicProject | None:
         location = location and location.replace("%(here)s", str(folder))
     env = folder / (location or "") / "env.py"
     return AlembicProject(ini, env) if location and env.is_file() else None
-
-
-def has_plugins() -> bool:
-    """Whether the Alembic that is installed has them."""
-    return find_spec("alembic") is None or find_spec("alembic.runtime.plugins") is not None
 
 
 def edited(source: str, *, has_plugins: bool) -> str:

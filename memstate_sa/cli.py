@@ -25,7 +25,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from memstate_sa import Change, Memory, __version__, adoption, sqlite, tables
+from memstate_sa import Change, Memory, __version__, adoption, migrations, sqlite, tables
 from memstate_sa.errors import ConflictError, MemstateError, MissingExtra
 from memstate_sa.relay import Retention
 from memstate_sa.undo import OnConflict, Revocation
@@ -203,7 +203,7 @@ def _the_memory() -> str:
 
 
 def _edit(project: adoption.AlembicProject, *, dry_run: bool, yes: bool) -> None:
-    new = adoption.edited(project.source, has_plugins=adoption.has_plugins())
+    new = adoption.edited(project.source, has_plugins=migrations.has_plugins())
     if new == project.source:
         return
     old, name = project.source.splitlines(keepends=True), str(project.env)

@@ -180,8 +180,8 @@ class Doctor:
             elif tracked.by_trigger and log.name in there and (wrong := self._wrong_triggers(tracked)):
                 yield Problem(
                     tracked.table.fullname,
-                    f"has no {', '.join(wrong)} as it should be: memory.create_tables(engine), or a migration, installs "
-                    "them",
+                    f"has no {', '.join(wrong)} as it should be: memory.create_tables(engine), or a migration, "
+                    "installs them",
                 )
 
     def _lost_protection(self) -> list[str]:

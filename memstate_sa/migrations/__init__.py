@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,21 @@ def is_ours(name: str) -> bool:
 def register() -> None:
     """Make ``op.memstate_track`` and its like known to Alembic, and what is ours to autogenerate. Idempotent.
 
-    For an env.py of Alembic before 1.18; a later one names the plugin instead, but may call this as well.
+    For an env.py of Alembic before 1.18. With a later one it does nothing: there, env.py names the plugin.
     """
+    if has_plugins():
+        return
     from alembic.autogenerate import comparators
 
     from memstate_sa.migrations import comparing
 
     _know_operations()
     _know_comparator(comparators, comparing.compare)
+
+
+def has_plugins() -> bool:
+    """Whether the Alembic that is installed loads them."""
+    return find_spec("alembic") is None or find_spec("alembic.runtime.plugins") is not None
 
 
 def setup(plugin: Any) -> None:

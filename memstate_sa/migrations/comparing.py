@@ -48,8 +48,6 @@ class _Changes(NamedTuple):
 def compare(context: AutogenContext, upgrade_ops: ops.UpgradeOps, schemas: set[str | None]) -> None:
     """A comparator of the whole schema, to come after Alembic's own."""
     found = upgrade_ops.ops
-    if any(isinstance(op, Ours) for op in found):  # `register` was called, and env.py names the plugin, too
-        return
     connection = context.connection
     assert connection is not None
     comparison = _Comparison(context, connection)
