@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -431,7 +432,9 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             raise MemstateError("a coroutine must not wait for the database: await checkpointer.astep(function)")
         config = config or _node_config()
         task = _task(config)
-        with self._steps.step(task, self._is_saved) as (session, first):
+        # The task's writes, which live as long as it does.
+        lives = getattr(config["configurable"].get("__pregel_send"), "__self__", task.attempt)
+        with self._steps.step(task, self._is_saved, lives) as (session, first):
             if first and self.memory is not None:
                 node = config.get("metadata", {}).get("langgraph_node")
                 self.memory.annotate(session, session_id=task.at.thread_id, reason=node and f"node {node}")
@@ -441,11 +444,23 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
     async def astep(self, work: Callable[[Session], T], config: RunnableConfig | None = None) -> T:
         """`step` for a coroutine: calls *work* with the Session, in a thread, and returns what it does."""
         config = config or _node_config()
+        task, cancelled = _task(config), threading.Event()
 
         def run() -> T:
             with self.step(config) as session:
-                return work(session)
+                result = work(session)
+            if cancelled.is_set():  # before there was a step
+                self._steps.give_up(task)
+            return result
 
+        def done(node: asyncio.Task[Any]) -> None:
+            if node.cancelled():
+                cancelled.set()
+                self._steps.give_up(task)
+
+        node = asyncio.current_task()
+        assert node is not None
+        node.add_done_callback(done)
         # Not in asyncio's own threads, where the saves that a step waits for must not wait for it.
         return await _in_thread(self._step_threads, run)
 

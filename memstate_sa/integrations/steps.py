@@ -11,8 +11,10 @@ a crash cannot turn into a lost or a doubled effect:
 
 from __future__ import annotations
 
+import _thread
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +36,10 @@ class Task(NamedTuple):
     at: Place
     id: str
     attempt: object
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.at.thread_id, self.id
 
 
 class _Step:
@@ -144,21 +150,36 @@ class Steps:
     # -- tasks -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def step(self, task: Task, is_saved: Callable[[Place], bool]) -> Iterator[tuple[Session, bool]]:
-        """The Session of *task*, and whether this is its first use of it."""
-        key = (task.at.thread_id, task.id)
+    def step(self, task: Task, is_saved: Callable[[Place], bool], lives: object) -> Iterator[tuple[Session, bool]]:
+        """The Session of *task*, and whether this is its first use of it.
+
+        *lives* as long as somebody may settle it: a run that is cancelled, or times out, tells nobody.
+        """
         with self._changed:
-            found = self._open.get(key)
+            found = self._open.get(task.key)
             if found is not None and found.task.attempt is not task.attempt:
-                del self._open[key]
+                del self._open[task.key]
                 found.abandon()
                 found = None
         if found is None:
             self._wait_for_checkpoint(task.at, is_saved)
             with self._changed:
-                found = self._open.setdefault(key, _Step(task, self._sessions()))
+                found = self._open.setdefault(task.key, _Step(task, self._sessions()))
+            # In a thread, as a finalizer may run anywhere, and must not wait; by the call that takes no lock.
+            weakref.finalize(lives, _thread.start_new_thread, self.give_up, (task,)).atexit = False
         with found.block() as session:
             yield session, found.blocks == 1
+
+    def give_up(self, task: Task) -> None:
+        """Roll back what is open of an attempt that nobody will settle. Its run saves nothing more."""
+        with self._changed:
+            step = self._open.get(task.key)
+            if step is None or step.task.attempt is not task.attempt:
+                return
+            del self._open[task.key]
+            self._broken[task.at.thread_id, task.at.ns] = MemstateError("a task was cancelled while its step was open")
+            self._changed.notify_all()
+        step.abandon()
 
     def _wait_for_checkpoint(self, place: Place, is_saved: Callable[[Place], bool]) -> None:
         if place in self._saved or is_saved(place):

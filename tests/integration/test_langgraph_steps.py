@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import operator
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -411,3 +413,73 @@ def test_deleting_a_thread(store: MemoryStore) -> None:
     saver.delete_thread("t", facts=True)
     assert graph.get_state(CONFIG).values == {}
     assert [fact.payload["text"] for fact in store.query("note")] == ["somebody's"]
+
+
+# -- nodes that are given up -------------------------------------------------------------------------------------------
+
+
+def assert_nothing_is_left_open(agent: Agent) -> None:
+    """No step, and no lock: somebody else can write. Soon: who gave it up is not who ends it."""
+    deadline = time.monotonic() + 60
+    while agent.saver._steps._open or agent.saver._steps._committing:
+        assert time.monotonic() < deadline, "a step is left open"
+        gc.collect()
+        time.sleep(0.01)
+    with agent.world.session() as session:
+        session.add(Tag(name="x"))
+        session.commit()
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_node_that_takes_too_long(agent: Agent, parallel: bool) -> None:
+    """The run has failed when its thread ends; its facts are there with its writes, or else it runs again."""
+    other = agent.writer("b") if parallel else agent.writer("later")
+    graph = agent.graph(agent.writer("a", lambda: time.sleep(0.3)), other, parallel=parallel)
+    graph.step_timeout = 0.1
+    with pytest.raises(TimeoutError):
+        graph.invoke({"trail": []}, CONFIG)
+    assert_nothing_is_left_open(agent)
+    graph.step_timeout = None
+    trail = graph.invoke(None, CONFIG)["trail"]
+    assert sorted(trail) == sorted(tag.split()[0] for tag in agent.tags() if tag != "x")
+
+
+async def test_a_run_that_is_timed_out_after_a_step(agent: Agent) -> None:
+    """No asyncio.Task ends as cancelled, so that only the end of the node's life tells."""
+
+    async def a(state: State) -> State:
+        await agent.saver.astep(lambda session: session.add(Tag(name="a")))
+        limit.reschedule(asyncio.get_running_loop().time())
+        await asyncio.sleep(60)
+        return {"trail": ["a"]}
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(None) as limit:
+            await agent.graph(a).ainvoke({"trail": []}, CONFIG)
+    await asyncio.to_thread(assert_nothing_is_left_open, agent)
+    assert agent.tags() == ["x"]
+
+
+async def test_a_coroutine_that_is_cancelled(agent: Agent) -> None:
+    """While its step is being written, in a thread that nobody can stop."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work(session: Any) -> None:
+        session.add(Tag(name="a"))
+        session.flush()
+        begun.set()
+        go_on.wait(60)
+
+    async def a(state: State) -> State:
+        await agent.saver.astep(work)
+        return {"trail": ["a"]}
+
+    run = asyncio.create_task(agent.graph(a).ainvoke({"trail": []}, CONFIG))
+    await asyncio.to_thread(begun.wait, 60)
+    run.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    await asyncio.to_thread(assert_nothing_is_left_open, agent)
+    assert agent.tags() == ["x"]
