@@ -6,6 +6,7 @@ import http.server
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -66,6 +67,16 @@ def folder(path: Path) -> Iterator[QdrantClient]:
         client.close()
 
 
+@contextmanager
+def engine_client(*, optimise: bool = False) -> Iterator[Any]:
+    # In memory, where there is such a folder: a new shard waits for the disk again and again.
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as root:
+        client = EngineClient(Path(root), optimise=optimise)
+        yield client
+        client.close()
+
+
 def opened(client: QdrantClient, name: str = "memory", **options: Any) -> QdrantIndex:
     index = QdrantIndex(client, name, **options)
     index.open(embedder=EMBEDDER, dimension=3)
@@ -116,11 +127,10 @@ class TestQdrantEngine(IndexConformance):
     optimise = False
 
     @pytest.fixture
-    def make(self, tmp_path: Path) -> Iterator[Callable[[], VectorIndex]]:
-        client: Any = EngineClient(tmp_path, optimise=self.optimise)
-        self.outage = client.unreachable
-        yield lambda: QdrantIndex(client)
-        client.close()
+    def make(self) -> Iterator[Callable[[], VectorIndex]]:
+        with engine_client(optimise=self.optimise) as client:
+            self.outage = client.unreachable
+            yield lambda: QdrantIndex(client)
 
 
 class TestQdrantGraph(TestQdrantEngine):
@@ -142,9 +152,8 @@ def client(request: pytest.FixtureRequest, in_memory: QdrantClient, tmp_path: Pa
         with folder(tmp_path / "qdrant") as made:
             yield made
         return
-    engine: Any = EngineClient(tmp_path)
-    yield engine
-    engine.close()
+    with engine_client() as engine:
+        yield engine
 
 
 def test_a_deleted_collection_is_another(client: QdrantClient, name: str) -> None:
