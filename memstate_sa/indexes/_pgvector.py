@@ -29,6 +29,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    true,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB, insert
 from sqlalchemy.types import UserDefinedType
@@ -46,10 +47,6 @@ _OPERATORS = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 _KEYS: Any = bindparam("keys", type_=ARRAY(LargeBinary))
 
 ONE_AT_A_TIME = select(func.pg_advisory_xact_lock(func.hashtextextended(bindparam("name", type_=Text), 0)))
-EXPLORE = select(
-    func.set_config("hnsw.ef_search", bindparam("explored", type_=Text), True),
-    func.set_config("hnsw.iterative_scan", "relaxed_order", True),
-)
 
 
 class _Vector(UserDefinedType[Any]):
@@ -124,12 +121,19 @@ class Statements:
         return select(*columns).where(self.there, *conditions)
 
     def nearest(self, conditions: Sequence[ColumnElement[bool]]) -> Select[Any]:
-        """By the graph, which may hold them in half precision, and in nearly the right order."""
+        """By the graph, which may hold them in half precision, and in nearly the right order.
+
+        One statement, so one round trip: how the graph is searched is set first, for the time of the statement.
+        """
         c = self.points.c
+        how = [func.set_config("hnsw.ef_search", bindparam("explored", type_=Text), True).label("explored")]
+        how.append(func.set_config("hnsw.iterative_scan", "relaxed_order", True).label("iterative"))
+        asked = select(*how).cte("asked")
         nearness = self._drawn(c.unit).op("<#>")(self._drawn(self._query))
-        found = self._among([c.id, self._distance, c.fingerprint], conditions).order_by(nearness)
-        some = found.limit(bindparam("limit")).subquery()
-        return select(some).order_by(some.c.distance, some.c.id)
+        # What refers to the other side of a lateral join is executed after it.
+        found = self._among([c.id, self._distance, c.fingerprint], [*conditions, asked.c.iterative.is_not(None)])
+        some = found.order_by(nearness).limit(bindparam("limit")).lateral("some")
+        return select(some).select_from(asked.join(some, true())).order_by(some.c.distance, some.c.id)
 
     def compared(self, conditions: Sequence[ColumnElement[bool]]) -> Select[Any]:
         c, distance = self.points.c, self._distance

@@ -96,8 +96,7 @@ class FaissIndex:
             kept = units[list(rows.values())]
             epochs = [max(points[row].epoch, self._epoch(id_)) for id_, row in rows.items()]
             self._journal.append({"put": given}, kept.tobytes())
-            held.remove([id_ for id_, _ in held.those(rows)])
-            held.add(given, kept, epochs)
+            held.put(given, kept, epochs)
             for id_ in rows:
                 self._buried.pop(id_, None)
             self._wrote(len(rows))
@@ -223,7 +222,7 @@ class FaissIndex:
         points = self._points = Flat(self._faiss, self._state["dimension"])
         units = np.frombuffer(b"".join(unit for _, unit in latest.values()), dtype=np.float32)
         given = [point for point, _ in latest.values()]
-        points.add(given, units.reshape(-1, self._state["dimension"]), [0] * len(given))
+        points.put(given, units.reshape(-1, self._state["dimension"]), [0] * len(given))
         if self._journal.damaged:
             self._compact(points)
         elif not begun:

@@ -23,7 +23,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable, DropIndex
 from memstate_sa._failures import delivery_error
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, MissingExtra
 from memstate_sa.indexes._filters import canonical
-from memstate_sa.indexes._pgvector import EXPLORE, ONE_AT_A_TIME, Statements, key_of, value_of
+from memstate_sa.indexes._pgvector import ONE_AT_A_TIME, Statements, key_of, value_of
 from memstate_sa.indexes._tags import stored
 from memstate_sa.indexes._units import at_length, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
@@ -68,6 +68,8 @@ class PgVectorIndex:
             raise MemstateError(f"pgvector is an extension of PostgreSQL, and {given.dialect.name} has none")
         # What a fence compares is what is committed: a snapshot of before would not do.
         self._engine = given.execution_options(isolation_level="READ COMMITTED")
+        # Each read is one statement, and one round trip.
+        self._reader = given.execution_options(isolation_level="AUTOCOMMIT")
         if len(name.encode()) > 63:
             raise MemstateError(f"{name!r} is too long for the name of a table: PostgreSQL would cut it after 63 bytes")
         self._name, self._schema = name, schema
@@ -143,13 +145,13 @@ class PgVectorIndex:
         if condition is None or limit < 1 or (ids is not None and not ids):
             return []
         given: dict[str, Any] = {"query": str(units[0].tolist()), "limit": limit}
-        with self._using("query") as (connection, statements):
+        with self._reading("query") as (connection, statements):
             among = [statements.matches(condition)] if condition else []
             if ids is not None:
                 among.append(statements.named)
                 given["keys"] = [key_of(id_) for id_ in ids]
             elif statements.graph is not None and not self._exact:
-                connection.execute(EXPLORE, {"explored": str(max(self._ef_search, min(2 * limit, 1000)))})
+                given["explored"] = str(max(self._ef_search, min(2 * limit, 1000)))
                 found = connection.execute(statements.nearest(among), given).all()
                 if len(found) == limit:
                     return _found(found)
@@ -160,7 +162,7 @@ class PgVectorIndex:
         keys = sorted(set(map(key_of, ids)))
         if not keys:
             return []
-        with self._using("read") as (connection, statements):
+        with self._reading("read") as (connection, statements):
             rows = connection.execute(statements.get, {"keys": keys}).all()
         return [
             Stored(id_, mark, at_length(np.array(json.loads(unit), dtype=np.float32), norm))
@@ -168,7 +170,7 @@ class PgVectorIndex:
         ]
 
     def scan(self, after: str | None, limit: int) -> list[Entry]:
-        with self._using("scan") as (connection, statements):
+        with self._reading("scan") as (connection, statements):
             rows = connection.execute(statements.scan, {"after": after or "", "limit": limit}).all()
         return [Entry(*row) for row in rows]
 
@@ -211,6 +213,12 @@ class PgVectorIndex:
             yield connection, statements
 
     @contextmanager
+    def _reading(self, action: str) -> Iterator[tuple[Connection, Statements]]:
+        statements = self._statements(self._dimension)
+        with self._translated(action), self._reader.connect() as connection:
+            yield connection, statements
+
+    @contextmanager
     def _translated(self, action: str) -> Iterator[None]:
         try:
             yield
@@ -233,7 +241,7 @@ class PgVectorIndex:
     def _state(self, statements: Statements) -> dict[str, Any] | None:
         """What the table says that it is; None when it is not there, or its content is gone."""
         try:
-            with self._engine.begin() as connection:
+            with self._reader.connect() as connection:
                 found: dict[str, Any] | None = connection.scalar(statements.state)
         except DBAPIError as error:
             if _sqlstate(error) != _UNDEFINED_TABLE:
