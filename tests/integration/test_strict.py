@@ -242,7 +242,7 @@ def test_what_one_index_got_before_another_failed_is_taken_back(engine: Engine) 
 
 def test_a_transaction_without_tracked_changes_calls_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     app = App(engine)
-    for name in ("_embed", "_open", "_announce"):
+    for name in ("_embedded", "_open", "_announce"):
         monkeypatch.setattr(app.memory._strict, name, lambda *args: pytest.fail("called"))
     with app.sessions() as session:
         session.add(Plain())
