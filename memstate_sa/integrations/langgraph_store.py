@@ -80,6 +80,8 @@ class MemStateStore(BaseStore):
     default the whole of it, as JSON. False: nothing, and a *query* is ignored. The embedder is the Memory's.
     *ttl* is LangGraph's TTLConfig; what has expired is never returned, and deleted by `sweep_ttl`.
 
+    Make the store before the relays that are to deliver its items, also where a process does nothing but that.
+
     A batch is one transaction for what it writes; its reads see what was before. The methods of asyncio run the same
     code in threads.
 
@@ -115,16 +117,22 @@ class MemStateStore(BaseStore):
         self._stop = threading.Event()
         if self.memory._registry.find(inspect(ItemRow)) is None:  # noqa: SLF001
             self.memory.track(ItemRow, text="text", metadata=("scope",))
-        self._reading: Callable[[], AbstractContextManager[Session]]
-        self._writing: Callable[[], AbstractContextManager[Session]]
-        if isinstance(where, MemoryStore):
-            self._reading, self._writing = where._reading, where.transaction  # noqa: SLF001
-            return
-        if sqlite.is_in_memory(self.engine):
+            if isinstance(where, MemoryStore):
+                _restart_relay(where)
+        in_memory = sqlite.is_in_memory(self.engine)
+        # For one statement, BEGIN and ROLLBACK are most of the time; on SQLite it would take longer to say so.
+        autocommit = {} if self.engine.dialect.name == "sqlite" else {"isolation_level": "AUTOCOMMIT"}
+        self._readers = sessionmaker(self.engine.execution_options(**autocommit))
+        self._facts = where if isinstance(where, MemoryStore) else None
+        if self._facts is not None:
+            self._writing: Callable[[], AbstractContextManager[Session]] = self._facts.transaction
+        elif in_memory:
             raise MemstateError("an in-memory SQLite has one connection: give the MemoryStore, or use a file")
-        sessions = sessionmaker(self.engine, expire_on_commit=False)
-        self.memory.attach(sessions)
-        self._reading, self._writing = sessions, sessions.begin
+        else:
+            sessions = sessionmaker(self.engine, expire_on_commit=False)
+            self.memory.attach(sessions)
+            self._writing = sessions.begin
+        self._is_shared = in_memory
 
     def setup(self) -> None:
         """Create the tables that are not there yet. With Alembic, a migration does it."""
@@ -145,7 +153,7 @@ class MemStateStore(BaseStore):
             validate_op_namespace(op)
         puts = {put.id: put for put in (Put(op, self._fields) for op in ops if isinstance(op, PutOp))}
         if not puts:
-            with self._session() as session:
+            with self._reading() as session:
                 results, read = self._read(session, ops)
             if read:
                 with self._writing() as session:
@@ -166,14 +174,15 @@ class MemStateStore(BaseStore):
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:
         return await asyncio.to_thread(self.batch, ops)
 
-    @contextmanager
-    def _session(self) -> Iterator[Session]:
-        if self._moment is None:
-            with self._reading() as session:
-                yield session
-        else:
-            with self.memory.as_of_session(self.engine, self._moment, [ItemRow]) as past:
-                yield past
+    def _reading(self) -> AbstractContextManager[Session]:
+        if self._moment is not None:
+            return self.memory.as_of_session(self.engine, self._moment, [ItemRow])
+        facts = self._facts
+        if facts is not None:
+            facts._check_open()  # noqa: SLF001
+        if facts is not None and (self._is_shared or getattr(facts._local, "session", None) is not None):  # noqa: SLF001
+            return facts._reading()  # noqa: SLF001  # in the transaction that this thread has open
+        return self._readers()
 
     @contextmanager
     def _labelled(self) -> Iterator[Session]:
@@ -404,6 +413,16 @@ class MemStateStore(BaseStore):
         """What happened to an item, oldest first."""
         with self._reading() as session:
             return self.memory.history(session, ItemRow, items.item_id(namespace, key))
+
+
+def _restart_relay(facts: MemoryStore) -> None:
+    """The one that runs knows the classes of when it was made."""
+    old = facts._relay  # noqa: SLF001
+    is_running = old._running  # noqa: SLF001
+    old.stop()
+    facts._relay = facts.memory.relay(facts.engine)  # noqa: SLF001
+    if is_running:
+        facts._relay.start()  # noqa: SLF001
 
 
 def _item(row: Row[Any], kind: type[Item] = Item, **more: Any) -> Any:

@@ -18,7 +18,7 @@ pytest.importorskip("langgraph.store.base")
 
 from langgraph.store.base import GetOp, InvalidNamespaceError, PutOp, SearchOp
 
-from memstate_sa import ConflictError, Memory, MemoryStore, MemstateError
+from memstate_sa import ConflictError, Fact, Memory, MemoryStore, MemstateError
 from memstate_sa.changes import replay
 from memstate_sa.codec import encode_key
 from memstate_sa.indexes import InMemoryIndex
@@ -302,6 +302,17 @@ def test_a_later_put_may_shorten_it(shelf: Shelf) -> None:
     assert shelf.values() == {}
 
 
+def test_a_reader_that_comes_late_shortens_nothing(shelf: Shelf) -> None:
+    """Its clock was read before that of another."""
+    shelf.store.put(NOTES, "a", {"n": 1}, ttl=10)
+    shelf.later(5)
+    assert shelf.store.get(NOTES, "a") is not None
+    shelf.later(-1)
+    assert shelf.store.get(NOTES, "a") is not None
+    shelf.later(10.5)
+    assert shelf.values() == {"a": {"n": 1}}
+
+
 def test_a_put_over_what_has_expired_is_a_creation(shelf: Shelf) -> None:
     shelf.store.put(NOTES, "a", {"n": 1}, ttl=1)
     shelf.later(1)
@@ -516,6 +527,24 @@ def test_in_memory() -> None:
         assert all(item.score is not None for item in store.search(NOTES, query="apple"))
         facts.rollback(steps=1)
         assert len(store.search(NOTES)) == 3
+        assert not facts.memory.status(facts.engine)["memory"].pending
+
+
+def test_a_relay_that_ran_before_delivers_items(engine: Engine) -> None:
+    index, embedder = InMemoryIndex(), HashEmbedder()
+    with MemoryStore(engine, index, embedder=embedder) as facts:
+        facts.commit(Fact(id="f", type="note", payload={"text": "green pear"}))
+        store = MemStateStore(facts, index={"fields": ["text"]})
+        store.setup()
+        with facts.transaction() as session:
+            store.put(NOTES, "a", {"text": "sweet red apple"})
+        facts.memory.wait(session)
+        [change] = store.history(NOTES, "a")
+        expected = {"memstate_item" + encode_key([change.key]): "sweet red apple"}
+        assert_index_holds(index, embedder, {'memstate_fact["f"]': "text: green pear", **expected})
+        assert MemStateStore(facts).get(NOTES, "a") is not None
+    with pytest.raises(MemstateError, match="closed"):
+        store.get(NOTES, "a")
 
 
 # -- concurrency -------------------------------------------------------------------------------------------------------

@@ -116,6 +116,17 @@ def test_what_a_thread_has_put_can_be_taken_back(agent: Agent) -> None:
     assert agent.store.search((), query="green pears", limit=1)[0].key != "i like g"
 
 
+def test_who_began_a_transaction_has_labelled_it(agent: Agent) -> None:
+    def work(state: State, *, store: BaseStore) -> State:
+        with agent.facts.transaction(actor="me", reason="mine", session_id="s"):
+            store.put(("memories",), "item", {"text": "green pears"})
+        return {"trail": ["done"]}
+
+    agent.graph(work).invoke({"trail": []}, config("t"))
+    [change] = agent.store.history(("memories",), "item")
+    assert (change.actor, change.reason, change.session_id) == ("me", "mine", "s")
+
+
 def test_a_step_is_one_transaction_with_what_its_node_puts(agent: Agent) -> None:
     """A fact, an item and the state: all of them, or none."""
     fails = True
