@@ -190,11 +190,10 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             if channel in new_versions:
                 blobs[channel, version] = Value(*self.serde.dumps_typed(value))
         payload = Value(*self.serde.dumps_typed({**checkpoint, "channel_values": small}))
-        recorded = {**get_serializable_checkpoint_metadata(config, metadata)}
-        recorded.pop(POSITION, None)  # of the checkpoint that this one is made from
+        recorded = storable(get_serializable_checkpoint_metadata(config, metadata))
         position: str | bool | None = config["configurable"].get(_AS_OF) or self.memory is not None
         with self._writing(config) as connection:
-            checkpoints.put(connection, place, parent_id, payload, channels, blobs, storable(recorded), position)
+            checkpoints.put(connection, place, parent_id, payload, channels, blobs, recorded, position)
 
     def put_writes(
         self,

@@ -19,13 +19,16 @@ from sqlalchemy import Engine, select
 pytest.importorskip("langgraph.graph")
 
 from langchain_core.runnables import RunnableConfig
+from langgraph.config import get_config
 from langgraph.graph import START, StateGraph
 from langgraph.types import Command, RetryPolicy, interrupt
 
 from memstate_sa import ConflictError, Fact, MemoryStore, MemstateError
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.integrations import checkpoints
+from memstate_sa.integrations.checkpoints import Place
 from memstate_sa.integrations.langgraph import MemStateCheckpointer
+from memstate_sa.integrations.steps import Task
 from memstate_sa.testing import HashEmbedder
 from tests.support import Tag, World
 
@@ -461,8 +464,8 @@ async def test_a_run_that_is_timed_out_after_a_step(agent: Agent) -> None:
 
 
 async def test_a_coroutine_that_is_cancelled(agent: Agent) -> None:
-    """While its step is being written, in a thread that nobody can stop."""
-    begun, go_on = threading.Event(), threading.Event()
+    """While its step is being written, in a thread that nobody can stop. Nothing waits for the collector of garbage."""
+    begun, go_on, kept = threading.Event(), threading.Event(), []
 
     def work(session: Any) -> None:
         session.add(Tag(name="a"))
@@ -471,6 +474,7 @@ async def test_a_coroutine_that_is_cancelled(agent: Agent) -> None:
         go_on.wait(60)
 
     async def a(state: State) -> State:
+        kept.append(get_config())
         await agent.saver.astep(work)
         return {"trail": ["a"]}
 
@@ -482,4 +486,19 @@ async def test_a_coroutine_that_is_cancelled(agent: Agent) -> None:
     with pytest.raises(asyncio.CancelledError):
         await run
     await asyncio.to_thread(assert_nothing_is_left_open, agent)
+    assert agent.tags() == ["x"]
+
+
+def test_a_task_that_is_gone(agent: Agent) -> None:
+    """Whoever might have settled its step: the end of what holds its writes is the end of the step."""
+
+    class Writes: ...
+
+    writes = Writes()
+    task = Task(Place("t", "", "1"), "task", object())
+    with agent.saver._steps.step(task, lambda place: True, writes) as (session, _):
+        session.add(Tag(name="a"))
+    assert agent.saver._steps.is_open("t", "task")
+    del writes
+    assert_nothing_is_left_open(agent)
     assert agent.tags() == ["x"]
