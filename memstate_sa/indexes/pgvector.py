@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sqlalchemy import Connection, Engine, create_engine, func, make_url, select, text
@@ -28,6 +28,9 @@ from memstate_sa.indexes._tags import stored
 from memstate_sa.indexes._units import at_length, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
 
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
 _REMEMBERED = timedelta(days=1)
 """How long a deleted id's epoch is remembered: far longer than an overtaken relay's request can be under way."""
 _SINCE = (0, 8)
@@ -40,21 +43,20 @@ _UNDEFINED_TABLE = "42P01"
 class PgVectorIndex:
     """The table *name* of a PostgreSQL database with pgvector 0.8 or later; made by `open`, with the extension.
 
-    *engine* is an Engine or a URL (of which it makes an Engine of its own, with psycopg). A batch is a transaction, and
-    writes are fenced by their epochs (`FencedIndex`) in the same statement that writes them. The facts' own engine will
-    do; these transactions are apart from the application's.
+    *engine* is an Engine, or an AsyncEngine or a URL, of which it makes an Engine of its own, with psycopg. The facts'
+    own will do; these transactions are apart from the application's. A batch is a transaction, and writes are fenced by
+    their epochs (`FencedIndex`) in the same statement that writes them.
 
     A query goes by an HNSW graph of *ef_search* candidates, and looks on where a filter leaves too little; *exact*
-    compares every point instead (10 ms for 10,000 points of 256 dimensions). Over 2,000 dimensions the graph is of half
-    precision, over 4,000 there is none; distances are always those of the full vectors. Filters run in the database.
-    The text of a fact is not stored.
+    compares every point instead. Over 2,000 dimensions the graph is of half precision, over 4,000 there is none;
+    distances are always those of the full vectors. Filters run in the database. The text of a fact is not stored.
     """
 
     fences = True
 
     def __init__(
         self,
-        engine: Engine | URL | str,
+        engine: Engine | AsyncEngine | URL | str,
         name: str = "memstate_vectors",
         *,
         schema: str | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import struct
 import subprocess
@@ -21,7 +22,7 @@ from memstate_sa.errors import DeliveryRetryable, MemstateError, MissingExtra
 from memstate_sa.indexes import FaissIndex, VectorIndex
 from memstate_sa.testing import IndexConformance
 from memstate_sa.testing.churn import EMBEDDER
-from memstate_sa.testing.points import X, Y, contents, fingerprints, point, vector
+from memstate_sa.testing.points import X, contents, fingerprints, point, vector
 
 
 class TestFaiss(IndexConformance):
@@ -93,9 +94,10 @@ def test_a_kill_in_the_middle_of_a_call_cuts_off_that_call(folder: Path, journal
         with opened(torn) as index:
             done = sum(end <= cut for end in ends) - 1
             assert (index.incarnation, fingerprints(index)) == (before, states(done)), cut
-            index.upsert([point("new", Y)])
+            index.delete(["p0"])  # which is shorter than what was cut off
         with opened(torn) as index:
-            assert fingerprints(index) == {**states(done), "new": "f"}
+            assert index.incarnation == before
+            assert fingerprints(index) == {id_: mark for id_, mark in states(done).items() if id_ != "p0"}
         shutil.rmtree(torn)
 
 
@@ -187,6 +189,23 @@ def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         index.upsert([point("c")])
     with opened(folder) as index:
         assert (index.incarnation, fingerprints(index)) == (before, {"a": "f", "c": "f"})
+
+
+def test_what_a_call_returned_from_is_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal is synchronised by every write, and by a replacement before it takes the old one's place."""
+    said: list[str] = []
+    data, whole, rename = os.fdatasync, os.fsync, Path.replace
+    monkeypatch.setattr(os, "fdatasync", lambda file: (said.append("data"), data(file)))
+    monkeypatch.setattr(os, "fsync", lambda file: (said.append("whole"), whole(file)))
+    monkeypatch.setattr(Path, "replace", lambda path, to: (said.append("rename"), rename(path, to)))
+    with opened(folder) as index:
+        for call in (lambda: index.upsert([point("a")]), lambda: index.delete(["a"])):
+            said.clear()
+            call()
+            assert said == ["data"]
+        said.clear()
+        index.purge()
+        assert said == ["whole", "rename", "whole"]  # the file, and then the folder that names it
 
 
 def test_a_deleted_folder_is_noticed(folder: Path) -> None:

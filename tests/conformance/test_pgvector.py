@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 pytest.importorskip("psycopg")
 
@@ -255,17 +256,18 @@ def test_what_is_no_place_for_it(sqlite_engine: Engine) -> None:
         PgVectorIndex("postgresql://nowhere/none", "é" * 32)
 
 
-def test_a_url_will_do(vector_url: str, name: str) -> None:
+def test_a_url_or_an_async_engine_will_do(vector_url: str, name: str) -> None:
     """With any driver named in it, or none; its connections are closed with it."""
     plain = vector_url.replace("+psycopg", "")
     index = PgVectorIndex(plain, name)
     index.open(embedder=EMBEDDER, dimension=3)
     index.upsert([point("a")])
     index.close()
-    again = PgVectorIndex(make_url(plain), name)
-    again.open(embedder=EMBEDDER, dimension=3)
-    assert fingerprints(again) == {"a": "f"}
-    again.close()
+    for given in (make_url(plain), create_async_engine(vector_url)):
+        again = PgVectorIndex(given, name)
+        again.open(embedder=EMBEDDER, dimension=3)
+        assert fingerprints(again) == {"a": "f"}
+        again.close()
 
 
 @pytest.mark.parametrize("bad", [point("nul\0"), point("\ud800"), point("a", metadata={"v": object()})], ids=repr)
