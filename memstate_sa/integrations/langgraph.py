@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, cast
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from memstate_sa import sqlite, tables
+from memstate_sa import sqlite, tables, truth
 from memstate_sa.errors import MemstateError, MissingExtra
 from memstate_sa.history import Moment
 from memstate_sa.integrations import checkpoints, runs
@@ -303,7 +303,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         seeds: dict[str, str] = {}
         paths: dict[str, Sequence[str]] = {}
         # Several statements of one state, in which nothing is pruned half-way.
-        with self._snapshot() as connection:
+        with truth.snapshot(self.engine) as connection:
             if id_ is None:
                 latest = checkpoints.get(connection, thread_id, ns, None)
                 if latest is None:
@@ -333,13 +333,6 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
 
     def _pending(self, write: Write) -> PendingWrite:
         return write.task_id, write.channel, self.serde.loads_typed(write.value)
-
-    @contextmanager
-    def _snapshot(self) -> Iterator[Connection]:
-        from memstate_sa.truth import snapshot
-
-        with snapshot(self.engine) as connection:
-            yield connection
 
     # -- threads and runs ------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ def saver(world: World) -> MemStateCheckpointer:
 @pytest.fixture
 def large(saver: MemStateCheckpointer) -> MemStateCheckpointer:
     """Enough checkpoints that a planner prefers an index, and fresh statistics."""
-    fill(saver, 300)
+    fill(saver, 60)
     if saver.engine.dialect.name == "postgresql":
         with saver.engine.begin() as connection:
             connection.execute(text("ANALYZE"))
