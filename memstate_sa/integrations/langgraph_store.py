@@ -11,9 +11,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
-from itertools import islice
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from sqlalchemy import ColumnElement, Row, Select, inspect, select
@@ -26,7 +26,7 @@ from memstate_sa import sqlite
 from memstate_sa.arrays import as_array
 from memstate_sa.changes import Change
 from memstate_sa.codec import is_text
-from memstate_sa.errors import ConflictError, MemstateError, MissingExtra
+from memstate_sa.errors import ConflictError, MemstateError, MissingExtra, NotFound
 from memstate_sa.expiry import EXPIRED
 from memstate_sa.history import Moment
 from memstate_sa.integrations import items, json_criteria
@@ -342,7 +342,7 @@ class MemStateStore(BaseStore):
 
         History keeps them, and rollback counts no sweep as a step.
         """
-        count = 0
+        deleted = 0
         while True:
             with self._writing() as session:
                 if session.in_nested_transaction():
@@ -356,9 +356,9 @@ class MemStateStore(BaseStore):
                     session.delete(row)
                 session.flush()
                 items.forget_kept(connection, self._now())
-            count += len(ids)
+            deleted += len(ids)
             if len(ids) < _SWEEP_PAGE:
-                return count
+                return deleted
 
     def start_ttl_sweeper(self, sweep_interval_minutes: float | None = None) -> Future[None]:
         """Sweep in a thread, every so many minutes (those of *ttl*, else 5), until the result is cancelled.
@@ -413,6 +413,18 @@ class MemStateStore(BaseStore):
         """What happened to an item, oldest first."""
         with self._reading() as session:
             return self.memory.history(session, ItemRow, items.item_id(namespace, key))
+
+    def erase(self, namespace: tuple[str, ...], key: str, *, reason: str | None = None) -> None:
+        """Forget an item, its history and its vectors; see `Memory.erase`, and `Memory.purge` for what files keep.
+
+        Of its key a digest stays. Raises NotFound for an item that neither the table nor the log has.
+        """
+        item = items.item_id(namespace, key)
+        with self._labelled() as session:
+            self.memory.erase(session, ItemRow, item, reason)
+            with suppress(NotFound):  # past the last row that it ever had
+                for n in count(1):
+                    self.memory.erase(session, ItemRow, items.row_id(item, n), reason)
 
 
 def _restart_relay(facts: MemoryStore) -> None:

@@ -553,6 +553,7 @@ def test_many_texts_of_one_item_leave_room_for_others(make: Make) -> None:
         store.put(("n",), f"quiet {n}", {"notes": [f"green pear number {n}"]})
     pages = [store.search(("n",), query="sweet red apple", limit=3, offset=offset) for offset in (0, 3, 6, 9)]
     assert pages[0][0].key == "loud"
+    assert [item.score is None for page in pages for item in page] == [False] * 7
     assert sorted(item.key for page in pages for item in page) == ["loud", *(f"quiet {n}" for n in range(6))]
 
 

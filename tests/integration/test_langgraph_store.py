@@ -18,7 +18,7 @@ pytest.importorskip("langgraph.store.base")
 
 from langgraph.store.base import GetOp, InvalidNamespaceError, PutOp, SearchOp
 
-from memstate_sa import ConflictError, Fact, Memory, MemoryStore, MemstateError
+from memstate_sa import ConflictError, Fact, Memory, MemoryStore, MemstateError, NotFound
 from memstate_sa.changes import replay
 from memstate_sa.codec import encode_key
 from memstate_sa.indexes import InMemoryIndex
@@ -26,7 +26,7 @@ from memstate_sa.integrations import items
 from memstate_sa.integrations.items import ItemRow
 from memstate_sa.integrations.langgraph_store import MemStateStore
 from memstate_sa.integrations.puts import InvalidItem
-from memstate_sa.tables import utcnow
+from memstate_sa.tables import log, utcnow
 from memstate_sa.testing import HashEmbedder
 from tests.integration.test_query_plans import assert_served, plans
 from tests.support import assert_index_holds, in_threads
@@ -195,6 +195,26 @@ def test_a_put_that_fails_leaves_the_transaction_it_joined(shelf: Shelf) -> None
         assert (first.tx, first.reason) == (second.tx, "mine")
 
 
+def test_an_erased_item_is_in_no_history(shelf: Shelf) -> None:
+    """Nor are texts that it had once."""
+    shelf.store.put(NOTES, "a", {"text": "secret", "more": ["secret two", "secret three"]})
+    shelf.store.put(NOTES, "a", {"text": "secret", "more": ["secret two"]})
+    shelf.store.put(NOTES, "b", {"text": "other"})
+    shelf.store.erase(NOTES, "a", reason="asked to")
+    with shelf.engine.connect() as connection:
+        images = [str(image) for image in connection.scalars(select(log.c.image)) if image is not None]
+    assert sum("other" in image for image in images) == 1
+    assert not any("secret" in image for image in images)
+    assert shelf.values() == {"b": {"text": "other"}}
+    assert shelf.store.history(NOTES, "a")[-1].reason == "asked to"
+    with pytest.raises(NotFound):
+        shelf.store.erase(NOTES, "nobody")
+    shelf.memory.relay(shelf.engine).drain()
+    assert [entry.id for entry in shelf.index.scan(None, 10)] == [
+        "memstate_item" + encode_key([items.item_id(NOTES, "b")])
+    ]
+
+
 # -- time travel -------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +231,9 @@ def test_the_store_as_it_was(shelf: Shelf) -> None:
     assert [item.key for item in past.search((), filter={"text": "ann lives in berlin"})] == []
     [best] = past.search(("people",), query="ann lives in paris", limit=1)
     assert (best.namespace, best.score) == (("people", "ann"), pytest.approx(1.0, abs=1e-5))
+    shelf.memory.relay(shelf.engine).drain()  # the index has forgotten him
+    [best] = past.search(("people",), query="bob lives in rome", limit=1)
+    assert (best.namespace, best.score) == (("people", "bob"), pytest.approx(1.0, abs=1e-5))
     assert past.list_namespaces() == [("people", "ann"), ("people", "bob")]
     with pytest.raises(MemstateError, match="read-only"):
         past.put(NOTES, "a", {"n": 1})
