@@ -22,6 +22,7 @@ from memstate_sa.errors import (
     ValidationFailed,
 )
 from memstate_sa.facts import Fact
+from memstate_sa.integrations import checkpoint_tables, items  # noqa: F401  # metadata is the same for everybody
 from memstate_sa.memory import Memory
 from memstate_sa.search import Hit, Hits
 from memstate_sa.store import MemoryStore
