@@ -425,7 +425,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         config = config or _node_config()
         task = _task(config)
         # The task's writes, which live as long as it does.
-        lives = getattr(config["configurable"].get("__pregel_send"), "__self__", task.attempt)
+        lives = getattr(config["configurable"].get("__pregel_send"), "__self__", task.run)
         with self._steps.step(task, self._is_saved, lives) as (session, first):
             if first and self.memory is not None:
                 node = config.get("metadata", {}).get("langgraph_node")
@@ -672,5 +672,7 @@ def _task(config: RunnableConfig) -> Task:
     if conf.get("__pregel_durability") == "exit":
         raise MemstateError("durability='exit' saves nothing before the run is over: run it with 'async' or 'sync'")
     ns = path.rpartition("|")[0]
-    # The scratchpad is made anew for every attempt.
-    return Task(Place(str(conf["thread_id"]), ns, at[ns]), task_id, conf.get("__pregel_scratchpad"))
+    info = getattr(conf.get("__pregel_runtime"), "execution_info", None)
+    # The scratchpad is made anew whenever a task is.
+    run, number = conf.get("__pregel_scratchpad"), getattr(info, "node_attempt", 1)
+    return Task(Place(str(conf["thread_id"]), ns, at[ns]), task_id, run, number)

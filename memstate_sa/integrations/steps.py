@@ -31,15 +31,20 @@ _REMEMBERED = 4096
 
 
 class Task(NamedTuple):
-    """A task, the checkpoint that it runs at, and an object of the attempt: another one, another attempt."""
+    """A task, the checkpoint that it runs at, and which attempt at it this is: the *number*th of a *run*, an object."""
 
     at: Place
     id: str
-    attempt: object
+    run: object
+    number: int
 
     @property
     def key(self) -> tuple[str, str]:
         return self.at.thread_id, self.id
+
+    def is_attempt(self, other: Task) -> bool:
+        """Whether the two are of the same attempt."""
+        return self.run is other.run and self.number == other.number
 
 
 class _Step:
@@ -157,7 +162,7 @@ class Steps:
         """
         with self._changed:
             found = self._open.get(task.key)
-            if found is not None and found.task.attempt is not task.attempt:
+            if found is not None and not found.task.is_attempt(task):
                 del self._open[task.key]
                 found.abandon()
                 found = None
@@ -174,7 +179,7 @@ class Steps:
         """Roll back what is open of an attempt that nobody will settle. Its run saves nothing more."""
         with self._changed:
             step = self._open.get(task.key)
-            if step is None or step.task.attempt is not task.attempt:
+            if step is None or not step.task.is_attempt(task):
                 return
             del self._open[task.key]
             self._broken[task.at.thread_id, task.at.ns] = MemstateError("a task was cancelled while its step was open")

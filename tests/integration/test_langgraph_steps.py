@@ -495,7 +495,7 @@ def test_a_task_that_is_gone(agent: Agent) -> None:
     class Writes: ...
 
     writes = Writes()
-    task = Task(Place("t", "", "1"), "task", object())
+    task = Task(Place("t", "", "1"), "task", object(), 1)
     with agent.saver._steps.step(task, lambda place: True, writes) as (session, _):
         session.add(Tag(name="a"))
     assert agent.saver._steps.is_open("t", "task")
