@@ -256,9 +256,10 @@ def _with_all(checkpoints: Select[Any]) -> CompoundSelect[Any]:
     """
     heads = checkpoints.subquery("heads")
     h, nothing = heads.c, cast(null(), Text)
-    shared = select(h.thread_id, h.ns, (pair := _pairs(h.channels).table_valued("key", "value", name="pair")).c.key)
-    shared = shared.add_columns(pair.c.value).select_from(heads.join(pair, true())).distinct()
-    wanted = shared.where(pair.c.value.is_not(None)).subquery("wanted")
+    pair = _pairs(h.channels).table_valued("key", "value", name="pair")
+    used = select(h.thread_id, h.ns, pair.c.key, pair.c.value).select_from(heads.join(pair, true()))
+    # Of one checkpoint they are distinct anyway; but only so does SQLite look for these, instead of through all blobs.
+    wanted = used.distinct().where(pair.c.value.is_not(None)).subquery("wanted")
     columns = {"thread_id": "thread_id", "ns": "ns", "channel": "key", "version": "value"}
     its_blob = and_(*(blob.c[name] == wanted.c[given] for name, given in columns.items()))
     its_write = and_(write.c.thread_id == h.thread_id, write.c.ns == h.ns, write.c.checkpoint_id == h.id)
@@ -280,7 +281,8 @@ def _with_all(checkpoints: Select[Any]) -> CompoundSelect[Any]:
 
 _of_graph = select(*_head).where(_in_graph(checkpoint))
 _exact = _with_all(_of_graph.where(checkpoint.c.id == _id))
-_latest = _with_all(_of_graph.order_by(checkpoint.c.id.desc()).limit(1))
+# Not a bound 1: PostgreSQL would take it for any number, and plan anew each time.
+_latest = _with_all(_of_graph.order_by(checkpoint.c.id.desc()).limit(literal_column("1")))
 
 
 def get(connection: Connection, thread_id: str, ns: str, checkpoint_id: str | None) -> Stored | None:
