@@ -101,7 +101,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         self._store = where if isinstance(where, MemoryStore) else None
         self.memory = where.memory if isinstance(where, MemoryStore) else memory
         self.engine = sync_engine(where, self.memory)
-        self._owns_engine = isinstance(where, (str, URL))
+        self._owns_engine = isinstance(where, (str, URL)) or (self.memory is None and self.engine is not where)
         if sqlite.is_in_memory(self.engine):
             raise MemstateError(
                 "an in-memory SQLite has one connection, which a graph's threads cannot share: use a file"
@@ -592,14 +592,18 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
 
 
 def sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: Memory | None) -> Engine:
+    """The engine of *where*, or one for threads on its URL."""
     if isinstance(where, (MemoryStore, Engine)):
         return where if isinstance(where, Engine) else where.engine
     if isinstance(where, (str, URL)):
-        engine = _engine(where if isinstance(where, str) else where.render_as_string(hide_password=False))
+        url: str | URL = where
     elif memory is not None:
         return memory.sync_engine(where)
+    elif isinstance(getattr(where, "url", None), URL):
+        url = where.url.set(drivername=where.url.get_backend_name())
     else:
-        raise MemstateError(f"{where!r}: give a MemoryStore, an Engine, a URL, or an AsyncEngine with memory=")
+        raise MemstateError(f"{where!r}: give a MemoryStore, an Engine or a URL")
+    engine = _engine(url if isinstance(url, str) else url.render_as_string(hide_password=False))
     return cast("Engine", sqlite.configure(engine)) if engine.dialect.name == "sqlite" else engine
 
 

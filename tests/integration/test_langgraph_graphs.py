@@ -433,6 +433,20 @@ def test_where_it_cannot_be(engine: Engine) -> None:
         MemStateCheckpointer(engine).delete_thread("t", facts=True)
 
 
+async def test_an_async_engine_is_as_good(engine: Engine) -> None:
+    """Its URL is: the saver has threads, and an engine for these."""
+    from sqlalchemy.ext.asyncio import create_async_engine
+
+    driver = "sqlite+aiosqlite" if engine.dialect.name == "sqlite" else "postgresql+psycopg"
+    made = create_async_engine(engine.url.set(drivername=driver))
+    with MemStateCheckpointer(made) as saver:
+        await saver.asetup()
+        assert (await line(saver, "a").ainvoke({"trail": ["in"]}, config()))["trail"] == ["in", "a"]
+    await made.dispose()
+    with pytest.raises(MemstateError, match="give a MemoryStore"):
+        MemStateCheckpointer(42)  # type: ignore
+
+
 def test_a_url_is_enough(tmp_path: Any) -> None:
     with MemStateCheckpointer(f"sqlite:///{tmp_path / 'graph.db'}") as saver:
         saver.setup()
