@@ -163,13 +163,13 @@ def matrix(vectors: Sequence[Vector], dimension: int, names: Sequence[str]) -> N
     Raises DeliveryRejected, with its name, for a vector of another shape or with NaN or infinity: one of those in an
     index makes every distance to it meaningless.
     """
-    rows = np.empty((len(vectors), dimension), dtype=np.float32)
-    for row, vector, name in zip(rows, vectors, names, strict=True):
+    for vector, name in zip(vectors, names, strict=True):
         shape = np.shape(vector)
         if shape != (dimension,):
             raise DeliveryRejected(f"the vector of {name} has shape {shape}; this index holds ({dimension},)")
-        with np.errstate(over="ignore"):  # a float64 too large for float32 becomes infinity, refused below
-            row[:] = vector
-        if not np.isfinite(row).all():
-            raise DeliveryRejected(f"the vector of {name} holds NaN or infinity")
+    with np.errstate(over="ignore"):  # a float64 too large for float32 becomes infinity, refused below
+        rows = np.array(vectors, dtype=np.float32).reshape(len(vectors), dimension)
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        raise DeliveryRejected(f"the vector of {names[int(np.argmin(finite))]} holds NaN or infinity")
     return rows
