@@ -62,6 +62,8 @@ POSITION = "memstate_position"
 _AS_OF = "memstate_as_of"
 # Not shown in metadata, as it begins with underscores.
 _RUN, _LEASE = "__memstate_run", "__memstate_lease"
+_RUNTIME = "__pregel_runtime"
+"""Where LangGraph keeps an object that is the same for all saves of one run."""
 _PAGE = 50
 _STEP_THREADS, _SETTLING_THREADS = 32, 8
 _SMALL = 64
@@ -158,12 +160,12 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         """
         conf = config["configurable"]
         place = Place(str(conf["thread_id"]), conf.get("checkpoint_ns", ""), checkpoint["id"])
-        parent_id = conf.get("checkpoint_id")
+        parent_id, run = conf.get("checkpoint_id"), conf.get(_RUNTIME)
         try:
-            self._steps.wait_for_tasks(place.thread_id, place.ns, parent_id)
+            self._steps.wait_for_tasks(place.thread_id, place.ns, parent_id, run)
             self._put(config, place, parent_id, checkpoint, metadata, new_versions)
         except BaseException as error:
-            self._steps.save_failed(place.thread_id, place.ns, error)
+            self._steps.save_failed(place.thread_id, place.ns, error, run)
             raise
         self._steps.checkpoint_saved(place)
         return _config(place)
@@ -209,7 +211,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         conf = config["configurable"]
         place = Place(str(conf["thread_id"]), conf.get("checkpoint_ns", ""), str(conf["checkpoint_id"]))
         runs_again = any(channel in (ERROR, INTERRUPT) for channel, _ in writes)
-        with self._steps.settle(place, task_id, commits=not runs_again) as step:
+        with self._steps.settle(place, task_id, conf.get(_RUNTIME), commits=not runs_again) as step:
             rows = [
                 Write(task_path, task_id, WRITES_IDX_MAP.get(name, n), name, Value(*self.serde.dumps_typed(value)))
                 for n, (name, value) in enumerate(writes)
@@ -676,7 +678,7 @@ def _task(config: RunnableConfig) -> Task:
     if conf.get("__pregel_durability") == "exit":
         raise MemstateError("durability='exit' saves nothing before the run is over: run it with 'async' or 'sync'")
     ns = path.rpartition("|")[0]
-    info = getattr(conf.get("__pregel_runtime"), "execution_info", None)
+    info = getattr(conf.get(_RUNTIME), "execution_info", None)
     # The scratchpad is made anew whenever a task is.
     run, number = conf.get("__pregel_scratchpad"), getattr(info, "node_attempt", 1)
     return Task(Place(str(conf["thread_id"]), ns, at[ns]), task_id, run, number)

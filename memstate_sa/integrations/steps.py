@@ -102,7 +102,9 @@ class Steps:
         self._open: dict[tuple[str, str], _Step] = {}  # by thread and task
         self._committing: list[_Step] = []
         self._saved: OrderedDict[Place, None] = OrderedDict()
-        self._broken: dict[tuple[str, str], BaseException] = {}  # by thread and graph
+        self._broken: dict[tuple[str, str], BaseException] = {}  # by thread and graph, for who waits
+        # The same, and of which run: no checkpoint of that may be saved, whoever looks at the thread meanwhile.
+        self._lost: OrderedDict[tuple[str, str], tuple[BaseException, object]] = OrderedDict()
 
     def session(self) -> Session:
         return self._sessions()
@@ -122,28 +124,35 @@ class Steps:
                 self._saved.popitem(last=False)
             self._changed.notify_all()
 
-    def save_failed(self, thread_id: str, ns: str, error: BaseException) -> None:
-        """No later checkpoint of the run may be saved: one that waits for what is lost need not wait any longer."""
+    def save_failed(self, thread_id: str, ns: str, error: BaseException, run: object) -> None:
+        """No later checkpoint of the *run* may be saved, and what waits for one need not wait any longer."""
         with self._changed:
             self._broken[thread_id, ns] = error
+            self._lost[thread_id, ns] = error, run
+            while len(self._lost) > _REMEMBERED:
+                self._lost.popitem(last=False)
             self._changed.notify_all()
 
-    def wait_for_tasks(self, thread_id: str, ns: str, checkpoint_id: str | None) -> None:
-        """Return when no task that ran at a checkpoint has its writes still uncommitted."""
-        if not (self._open or self._committing or self._broken):
+    def wait_for_tasks(self, thread_id: str, ns: str, checkpoint_id: str | None, run: object) -> None:
+        """Return when no task that ran at a checkpoint has its writes still uncommitted; raise if some are lost."""
+        if not (self._open or self._committing or self._lost):
             return
 
         def settled() -> bool:
             steps = [*self._open.values(), *self._committing]
             return not any(step.task.at == (thread_id, ns, checkpoint_id) for step in steps)
 
-        with self._changed:
-            self._wait(settled, thread_id, ns, "a task of the step before has not saved its writes")
+        def failure() -> BaseException | None:
+            error, of = self._lost.get((thread_id, ns), (None, None))
+            return error if of is run and run is not None else None
 
-    def _wait(self, done: Callable[[], bool], thread_id: str, ns: str, why: str) -> None:
+        with self._changed:
+            self._wait(settled, failure, "a task of the step before has not saved its writes")
+
+    def _wait(self, done: Callable[[], bool], failure: Callable[[], BaseException | None], why: str) -> None:
         deadline = time.monotonic() + self._timeout_s
         while True:
-            if (error := self._broken.get((thread_id, ns))) is not None:
+            if (error := failure()) is not None:
                 if isinstance(error, MemstateError):
                     raise error
                 raise MemstateError(f"an earlier save of this run failed: {type(error).__name__}") from error
@@ -194,7 +203,7 @@ class Steps:
             "checkpointer=False has none: leave that out)"
         )
         with self._changed:
-            self._wait(lambda: place in self._saved, place.thread_id, place.ns, why)
+            self._wait(lambda: place in self._saved, lambda: self._broken.get((place.thread_id, place.ns)), why)
 
     def is_open(self, thread_id: str, task_id: str) -> bool:
         """Whether the task may have something to commit."""
@@ -202,7 +211,7 @@ class Steps:
             return bool(self._of_task(thread_id, task_id))
 
     @contextmanager
-    def settle(self, at: Place, task_id: str, *, commits: bool) -> Iterator[Connection | None]:
+    def settle(self, at: Place, task_id: str, run: object, *, commits: bool) -> Iterator[Connection | None]:
         """What is open of the task, to save its writes on: committed at the end, or rolled back first.
 
         None: there is nothing. A task that a graph inside of it has left without saving (a Command to the parent) ends
@@ -223,7 +232,7 @@ class Steps:
                 yield session.connection()
                 session.commit()
         except BaseException as error:
-            self.save_failed(at.thread_id, at.ns, error)
+            self.save_failed(at.thread_id, at.ns, error, run)
             raise
         finally:
             for step in steps:

@@ -145,9 +145,19 @@ def test_a_node_that_waits_for_an_answer_leaves_no_fact(agent: Agent) -> None:
     assert agent.tags() == ["a 2"]
 
 
-def test_facts_that_cannot_be_committed_take_the_step_along(agent: Agent) -> None:
-    """Neither the node's writes nor the next checkpoint are saved; the next run has the node run again."""
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_facts_that_cannot_be_committed_take_the_step_along(
+    agent: Agent, looked_at: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the node's writes nor the next checkpoint are saved; the next run has the node run again.
+
+    It does not matter who looks at the thread in between.
+    """
     refused = [True]
+    if looked_at:
+        failed = agent.saver._steps.save_failed
+        look = lambda *given: (failed(*given), agent.saver.get_tuple(CONFIG))  # noqa: E731
+        monkeypatch.setattr(agent.saver._steps, "save_failed", look)
 
     def refuse(session: Any) -> None:
         if refused:
