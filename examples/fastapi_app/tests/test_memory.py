@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from conftest import Join
 from httpx import AsyncClient
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from crm.database import Sessions, engine
 from crm.memory import memory
@@ -183,6 +183,28 @@ async def test_undo_does_not_overwrite_what_a_colleague_wrote(join: Join, ada: A
     assert await found(colleague, "when can I come?") == ["Opens at five"]
 
 
+async def test_undo_does_not_tell_what_a_colleague_wrote(join: Join, ada: AsyncClient) -> None:
+    """A note that went with its contact is still its owner's alone, whoever brings it back."""
+    colleague = await join(ada)
+    tomas = await contact(ada)
+    theirs = await note(colleague, tomas, "Asked for a discount", "private", headers={"X-Session-ID": "haggling"})
+    await sent(ada, "DELETE", f"/contacts/{tomas}", headers={"X-Session-ID": "cleaning"})
+
+    undone = await sent(ada, "POST", "/undo")
+    assert {(change["entity"], change["op"]) for change in undone} == {
+        ("contact", "insert"),
+        ("note", "insert"),
+        ("note_tag", "insert"),
+    }
+    assert {"entity": "note", "key": theirs, "op": "insert"} in undone
+    changes = await sent(colleague, "GET", f"/notes/{theirs}/history")
+    assert [(change["op"], change["session_id"]) for change in changes] == [
+        ("insert", "haggling"),
+        ("delete", None),
+        ("insert", None),
+    ]
+
+
 async def test_undo_does_not_take_the_place_of_another_note(join: Join, ada: AsyncClient) -> None:
     """SQLite gives the id of a deleted note to the next one, where the table does not say AUTOINCREMENT."""
     colleague = await join(ada)
@@ -214,6 +236,23 @@ async def test_the_history_of_a_note_is_its_owners(join: Join, ada: AsyncClient)
     ]
     changes = await sent(colleague, "GET", f"/notes/{theirs}/history")
     assert [(change["op"], change["after"]["body"]) for change in changes] == [("insert", "Prefers trains")]
+
+
+async def test_who_owned_a_note_sees_his_part_of_its_history(join: Join, ada: AsyncClient) -> None:
+    """What it said before it was handed over stays the former owner's, what it says since is the new one's."""
+    colleague = await join(ada)
+    mine = await note(ada, await contact(ada), "Flies to Lisbon")
+    new_owner = (await sent(colleague, "GET", "/users/me"))["id"]
+    async with Sessions() as session:
+        await session.execute(update(Note).where(Note.id == mine).values(owner_id=new_owner, body="Flies to Porto"))
+        await session.commit()
+    for user, seen in (
+        (ada, [("insert", None, "Flies to Lisbon"), ("update", "Flies to Lisbon", None)]),
+        (colleague, [("update", None, "Flies to Porto")]),
+    ):
+        changes = await sent(user, "GET", f"/notes/{mine}/history")
+        told = [(each["op"], *((each[end] or {}).get("body") for end in ("before", "after"))) for each in changes]
+        assert told == seen
 
 
 async def test_who_wrote_is_in_the_log(ada: AsyncClient) -> None:

@@ -1,5 +1,7 @@
 """What the memory is for: notes and contacts by their meaning, undo, and the history of a note."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -13,7 +15,7 @@ from crm.models import Note
 from crm.routers.contacts import OurContacts
 from crm.routers.notes import MyNotes
 from crm.schemas import ContactOut, FromRow, NoteOut
-from memstate_sa import ConflictError
+from memstate_sa import Change, ConflictError
 
 router = APIRouter(tags=["memory"])
 
@@ -31,10 +33,15 @@ class ContactHit(FromRow):
     distance: float
 
 
-class ChangeOut(FromRow):
+class Changed(FromRow):
+    """What was changed, and not to what: a contact that is undone brings back everybody's notes about it."""
+
     entity: str
     key: Any
     op: str
+
+
+class NoteChange(Changed):
     before: dict[str, Any] | None
     after: dict[str, Any] | None
     at: datetime
@@ -57,7 +64,7 @@ async def search_contacts(question: Question, session: DatabaseSession, ours: Ou
     return await memory.asearch(session, question, ours, limit=limit)
 
 
-@router.post("/undo", response_model=list[ChangeOut], responses={status.HTTP_409_CONFLICT: {"model": Conflict}})
+@router.post("/undo", response_model=list[Changed], responses={status.HTTP_409_CONFLICT: {"model": Conflict}})
 async def undo(
     session: DatabaseSession,
     user: CurrentUser,
@@ -74,14 +81,23 @@ async def undo(
     return changes
 
 
-@router.get("/notes/{note_id}/history", response_model=list[ChangeOut])
+@router.get("/notes/{note_id}/history", response_model=list[NoteChange])
 async def read_history(note_id: int, session: DatabaseSession, user: CurrentUser) -> Any:
-    """What happened to a note of the caller, deleted ones too.
+    """What happened to a note while it was the caller's, deleted ones too.
 
-    Each change is looked at: SQLite gives the id of a deleted note to the next one, which may be somebody else's.
+    Both ends of each change are looked at: SQLite gives the id of a deleted note to the next one, which may be somebody
+    else's, and an owner may change.
     """
-    changes = await session.run_sync(memory.history, Note, note_id)
-    mine = [change for change in changes if ((change.after or change.before) or {}).get("owner_id") == user.id]
-    if not mine:
+
+    def mine(image: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        return image if image and image.get("owner_id") == user.id else None
+
+    def seen(change: Change) -> Change:
+        session_id = change.session_id if change.actor == actor_of(user) else None
+        return replace(change, before=mine(change.before), after=mine(change.after), session_id=session_id)
+
+    changes = map(seen, await session.run_sync(memory.history, Note, note_id))
+    found = [change for change in changes if change.before or change.after]
+    if not found:
         raise HTTPException(status.HTTP_404_NOT_FOUND, "no such note")
-    return mine
+    return found
