@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from sqlalchemy import Row, Select, and_, bindparam, delete, false, func, insert, select, update
+from sqlalchemy import Row, Select, and_, bindparam, delete, false, func, insert, select, text, update
 from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa import truth
@@ -73,8 +73,8 @@ class Backfill:
                 total = truth.count(connection, tracked)
             with self._transaction() as connection:
                 take_write_lock(connection)
-                locked = select(backfill.c.start).where(of_entity).order_by(backfill.c.start).with_for_update()
-                connection.execute(locked).all()
+                if connection.dialect.name == "postgresql":
+                    connection.execute(_alone)
                 if not restart and connection.execute(enough).first():
                     continue  # somebody else was first
                 connection.execute(delete(backfill).where(of_entity))
@@ -179,6 +179,8 @@ def _range(entity: str, start: str, *, total: int = 0) -> dict[str, Any]:
 
 # A process that is stopped in the middle of a batch must not hold the rows for ever.
 _limit_idle = select(func.set_config("idle_in_transaction_session_timeout", "60s", True))
+# Not the ranges: a worker that divides one meanwhile would leave a range that is not of these.
+_alone = text(f"LOCK TABLE {backfill.name} IN EXCLUSIVE MODE")
 _of_entities = backfill.c.entity.in_(bindparam("entities", expanding=True))
 # The undivided rest last, so that others can divide it meanwhile.
 _ranges: Select[Any] = (

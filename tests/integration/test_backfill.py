@@ -356,6 +356,65 @@ def test_workers_that_begin_together(engine: Engine) -> None:
     world.assert_in_step()
 
 
+def test_a_restart_beside_workers_that_divide(postgres_engine: Engine) -> None:
+    """One between its look at the ranges and its lock of them, one before it deletes them: no range of theirs is left.
+
+    It would be there already when somebody divides there again, and every run after that would fail.
+    """
+    world, engine = World(postgres_engine), postgres_engine
+    old_tags(engine, 90)
+    tracked = world.memory._registry.of(Tag)
+    engines = [create_engine(engine.url) for _ in range(3)]
+    first, second, restarting = (
+        backfill.Backfill(each, world.memory._capture, [tracked], batch_size=1) for each in engines
+    )
+    world.memory.backfill(engine, Tag, batch_size=1, limit=1)  # divides twenty off
+    divided, restarted = threading.Event(), threading.Event()
+    threads = [threading.Thread(target=worker._turn, args=(1,)) for worker in (first, second)]
+
+    def restart() -> None:
+        restarting.begin(restart=True)
+        restarted.set()
+
+    def divide(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if statement.startswith("DELETE"):
+            waiting = _waiting(engine)
+            threads[1].start()
+            _poll(lambda: divided.is_set() or _waiting(engine) > waiting)
+
+    def let_it_delete(_: Any) -> None:
+        divided.set()
+        _poll(lambda: restarted.is_set() or _waiting(engine, "DELETE") > 0)
+
+    event.listen(engines[1], "commit", let_it_delete)
+    event.listen(engines[2], "before_cursor_execute", divide)
+    threads.append(threading.Thread(target=restart))
+    with engine.connect() as busy:
+        in_hand = select(ranges).where(ranges.c.until.is_not(None)).with_for_update()
+        assert len(busy.execute(in_hand).all()) == 1
+        threads[2].start()
+        _poll(lambda: _waiting(engine) == 1)
+        threads[0].start()
+        _poll(lambda: not threads[0].is_alive() or _waiting(engine) == 2)
+    for thread in reversed(threads):
+        thread.join(60)
+        assert not thread.is_alive()
+    world.memory.backfill(engine, Tag, batch_size=1, restart=False)
+    assert logged(engine) == {("tag", key): ["baseline"] for key in tag_keys(*range(90))}
+    with engine.connect() as connection:
+        starts = connection.scalars(select(ranges.c.start).order_by(ranges.c.start)).all()
+    assert starts == ["", *tag_keys(19, 39, 59, 79)]
+    for each in engines:
+        each.dispose()
+
+
+def _waiting(engine: Engine, verb: str = "") -> int:
+    """How many wait for a lock of ranges."""
+    waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE :query")
+    with engine.connect() as connection:
+        return int(connection.scalar(waiting, {"query": f"{verb}%memstate_backfill%"}) or 0)
+
+
 @both_ways
 def test_beside_busy_writers(engine: Engine, capture: Literal["session", "trigger"]) -> None:
     """They change, delete and add rows, some many in one transaction, while two workers run; nobody fails."""
