@@ -561,7 +561,7 @@ def reindex(
             return
         with Progress(console=console) as progress:
             update = _progress(progress, "delivering")
-            other = memory.reindex(engine, index, timeout=timeout or math.inf, progress=update)
+            other = memory.reindex(engine, index, timeout=math.inf if timeout is None else timeout, progress=update)
         console.print(f"Searches ask {escape(other)} now.")
 
 

@@ -34,6 +34,7 @@ from memstate_sa.registry import Registry
 from memstate_sa.relay import Relay
 from memstate_sa.relay.backlog import Backlog, backlog, keys_of, lacks
 from memstate_sa.relay.claims import IndexKey
+from memstate_sa.relay.plan import guarded
 from memstate_sa.relay.wakeup import Notifier
 from memstate_sa.search import Call, Hits, Search, call_directly, resolve_target
 from memstate_sa.sqlite import configure, is_in_memory, require_no_transaction
@@ -109,6 +110,7 @@ class Memory:
         self._engines: dict[URL, Engine] = {}  # for threads, by the URL of an AsyncEngine
         self._derived: list[Engine] = []
         self._opened: set[str] = set()  # indexes that a search has opened
+        self._asked: dict[str, str] = {}  # which one the last search of each has asked
 
     # -- adoption --------------------------------------------------------------------------------------------------
 
@@ -388,7 +390,7 @@ class Memory:
         if consistency not in ("fresh", "eventual"):
             raise MemstateError(f"consistency={consistency!r}: 'fresh' or 'eventual'")
         statement, tracked = resolve_target(self._registry, target)
-        name = self._searched(session, tracked, index)
+        name = self._searched(tracked, index)
         if as_of is not None:
             engine = session.get_bind(tracked.mapper).engine
             read = {
@@ -396,33 +398,38 @@ class Memory:
             }
             models = [each.model for each in {tracked, *read} if each is not None]
             with self.as_of_session(engine, as_of, models) as past:
-                vectors = self._destinations[name].vectors
+                vectors = self._destinations[self._asked.get(name, name)].vectors
                 hits = search_past(past, tracked, statement, vectors, query, limit, max_distance, call)
                 past.expunge_all()
             return hits
         search = Search(
             session,
             self._capture,
-            name,
-            self._destinations[name],
+            self._destinations,
+            self._asked.get(name, name),
             self._opened,
             statement,
             tracked,
+            resolve=partial(self._replacement, name) if name in self.successors else None,
             call=call,
         )
-        return search.run(query, limit, max_distance, fresh=consistency == "fresh")
+        hits = search.run(query, limit, max_distance, fresh=consistency == "fresh")
+        self._asked[name] = search.name
+        return hits
 
-    def _searched(self, session: Session, tracked: Tracked, index: str | None) -> str:
-        """The index that a search asks."""
+    def _searched(self, tracked: Tracked, index: str | None) -> str:
+        """The index that a search is meant for; see `_replacement` for the one that is asked."""
         if index is None:
             following = {*self.successors.values()}
             index = next((name for name in tracked.indexes if name not in following), tracked.indexes[0])
         elif index not in tracked.indexes:
             raise MemstateError(f"{tracked.model.__name__} does not go to an index {index!r}")
-        if index not in self.successors:
-            return index
-        connection = session.connection(bind_arguments={"mapper": tracked.mapper})
-        return reindex.searched(connection, index, self.successors)
+        return index
+
+    def _replacement(self, name: str, connection: Connection) -> str:
+        return reindex.searched(
+            connection, name, self.successors, lambda other: guarded(self._destinations[other].open, f"index {other!r}")
+        )
 
     # -- history ---------------------------------------------------------------------------------------------------
 
@@ -882,7 +889,7 @@ class Memory:
             return {
                 name: replace(
                     backlog(connection, IndexKey(name, destination.open()), list(tracked)),
-                    replaced_by=reindex.replacement(connection, name, self.successors),
+                    replaced_by=None if (asked := self._replacement(name, connection)) == name else asked,
                 )
                 for name, (destination, tracked) in self._by_index().items()
             }

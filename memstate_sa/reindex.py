@@ -6,9 +6,9 @@ process, which of the two searches ask: a search asks one index, with the embedd
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from sqlalchemy import bindparam, delete, insert, or_, select
+from sqlalchemy import bindparam, delete, not_, or_, select
 from sqlalchemy.engine import Connection
 
 from memstate_sa.changes import FactKey
@@ -17,9 +17,9 @@ from memstate_sa.outbox import take_write_lock
 from memstate_sa.relay import claims
 from memstate_sa.relay.claims import IndexKey, of_index
 from memstate_sa.relay.plan import AGAIN
-from memstate_sa.tables import holder, index_state, parked, successor, utcnow
+from memstate_sa.tables import holder, index_state, ledger, parked, refill, successor, utcnow
 
-_switched = select(successor.c.successor).where(successor.c.index == bindparam("index"))
+_switched = select(successor.c.successor, successor.c.incarnation).where(successor.c.index == bindparam("index"))
 _refused = select(parked.c.entity, parked.c.key).where(of_index(parked), parked.c.state != AGAIN)
 
 
@@ -37,25 +37,26 @@ def check(successors: Mapping[str, str], indexes: Mapping[str, object]) -> None:
             raise MemstateError(f"successors={dict(successors)!r}: {other!r} would be its own successor")
 
 
-def searched(connection: Connection, name: str, successors: Mapping[str, str]) -> str:
-    """The index that searches of *name* ask: itself, or the one that has taken its place."""
+def searched(
+    connection: Connection, name: str, successors: Mapping[str, str], incarnation_of: Callable[[str], str]
+) -> str:
+    """The index that searches of *name* ask: itself, or the one that has taken its place.
+
+    One that was lost or made anew since has not: the old one is asked until it is filled, and takes its place again.
+    """
     while name in successors:
-        if connection.scalar(_switched, {"index": name}) != successors[name]:
+        found = connection.execute(_switched, {"index": name}).one_or_none()
+        if found is None or tuple(found) != (successors[name], incarnation_of(successors[name])):
             return name
         name = successors[name]
     return name
 
 
-def replacement(connection: Connection, name: str, successors: Mapping[str, str]) -> str | None:
-    """The index that searches of *name* ask instead of it."""
-    asked = searched(connection, name, successors)
-    return None if asked == name else asked
-
-
 def switch(connection: Connection, old: IndexKey, new: IndexKey) -> None:
     """Have searches of *old* ask *new*, from this transaction's COMMIT on.
 
-    Raises DeliveryError when *new* refused facts that *old* holds: nobody would find them any more.
+    Raises DeliveryError when *new* lacks facts that *old* has, because it refused them, or because they are of classes
+    that another Memory delivers: nobody would find them any more.
     """
     take_write_lock(connection)
     lost = _refusals(connection, new) - _refusals(connection, old)
@@ -64,8 +65,28 @@ def switch(connection: Connection, old: IndexKey, new: IndexKey) -> None:
             f"index {new.name!r} refused {len(lost)} facts that {old.name!r} has, so searches still ask {old.name!r}: "
             f"`memstate-sa dead list --index {new.name}` says why, `dead drop` gives them up"
         )
-    switch_back(connection, old.name)
-    connection.execute(insert(successor).values(index=old.name, successor=new.name, switched_at=utcnow()))
+    of_others = [
+        entity
+        for entity in connection.scalars(_entities, old.parameters()).all()
+        if connection.scalar(_held, {**old.parameters(), "entity": entity})
+        and not claims.is_filled(connection, new, [entity])
+    ]
+    if of_others:
+        raise DeliveryError(
+            f"index {new.name!r} is not filled with {', '.join(of_others)}, which {old.name!r} has, so searches still "
+            f"ask {old.name!r}: a Memory that tracks it has to deliver to {new.name!r}, too"
+        )
+    values = {"successor": new.name, "incarnation": new.incarnation, "switched_at": utcnow()}
+    statement = claims.upsert(connection.dialect.name, successor).values(index=old.name, **values)
+    connection.execute(statement.on_conflict_do_update(index_elements=[successor.c.index], set_=values))
+
+
+_entities = select(refill.c.entity).where(of_index(refill), refill.c.entity != claims.SCAN).distinct()
+_held = select(
+    select(ledger.c.key)
+    .where(of_index(ledger), ledger.c.entity == bindparam("entity"), not_(ledger.c.deleted))
+    .exists()
+)
 
 
 def _refusals(connection: Connection, index: IndexKey) -> set[FactKey]:
@@ -88,8 +109,8 @@ def forget(connection: Connection, name: str) -> None:
     if not keys:
         raise NotFound(f"nothing was ever delivered from this database to an index {name!r}")
     now = claims.database_now(connection)
-    live = select(holder.c.owner).where(holder.c.index == name, holder.c.lease_until > now).limit(1)
-    if connection.scalar(live) is not None:
+    live = select(holder.c.owner).where(holder.c.index == name, holder.c.lease_until > now)
+    if not all(claims.is_gone(owner) for owner in connection.scalars(live)):
         raise MemstateError(f"a relay delivers to index {name!r}: take the index out of that application first")
     for key in keys:
         claims.forget(connection, key)

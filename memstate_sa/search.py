@@ -120,21 +120,26 @@ class Search:
         self,
         session: Session,
         capture: Capture,
+        destinations: Mapping[str, Destination],
         name: str,
-        destination: Destination,
         opened: set[str],
         statement: Select[Any],
         tracked: Tracked,
         *,
+        resolve: Callable[[Connection], str] | None = None,
         call: Call = call_directly,
     ) -> None:
-        """*statement* and *tracked* are what `resolve_target` returns, *name* an index to which they go."""
+        """*statement* and *tracked* are what `resolve_target` returns.
+
+        *name* is the index that is asked, or was, the last time, if *resolve* tells which it is now.
+        """
         self._session = session
         self._call = call
         self._statement, self._tracked = statement, tracked
-        self._name, self._destination = name, destination
-        self._index, self._vectors = destination.index, destination.vectors
+        self._destinations = destinations
         self._opened = opened
+        self._resolve = resolve
+        self._aim(name)
         self._capture = capture
         self._complete = True
         self._rows: dict[str, _Row | None] = {}
@@ -143,24 +148,35 @@ class Search:
         self._standing: Standing | None = None
         self._too_many = False
 
+    def _aim(self, name: str) -> None:
+        self.name = name
+        self._index, self._vectors = self._destinations[name].index, self._destinations[name].vectors
+
     def run(self, query: str, limit: int, max_distance: float | None, *, fresh: bool) -> Hits[Any]:
-        if self._name not in self._opened:
-            self._ask(self._destination.open)
-            self._opened.add(self._name)
         try:
             return self._run(query, limit, max_distance, fresh=fresh)
         except DeliveryError:
-            self._opened.discard(self._name)  # it may have been deleted, or be another by the next search
+            self._opened.discard(self.name)  # it may have been deleted, or be another by the next search
             raise
+
+    def _open(self) -> None:
+        if self.name not in self._opened:
+            self._ask(self._destinations[self.name].open)
+            self._opened.add(self.name)
 
     def _ask(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the index; whatever it raises becomes ours."""
-        return guarded(lambda: self._call(function, *args, **kwargs), f"index {self._name!r}")
+        return guarded(lambda: self._call(function, *args, **kwargs), f"index {self.name!r}")
 
     def _run(self, query: str, limit: int, max_distance: float | None, *, fresh: bool) -> Hits[Any]:
-        vector = np.asarray(self._call(self._vectors.of_query, query), dtype=np.float32)
+        self._open()
+        vector = self._embedded(query)
         if self._session.autoflush:
             self._session.flush()
+        if self._resolve is not None and (name := self._resolve(self._connection())) != self.name:
+            self._aim(name)
+            self._open()
+            vector = self._embedded(query)
         pending = self._pending() if fresh else []
         where, ids = self._restriction()
         # What is undelivered may be in the index as it was before: so many may not count.
@@ -192,13 +208,16 @@ class Search:
         result.complete = self._complete
         return result
 
+    def _embedded(self, query: str) -> Vector:
+        return np.asarray(self._call(self._vectors.of_query, query), dtype=np.float32)
+
     # -- what the index may not know -----------------------------------------------------------------------------------
 
     def _connection(self) -> Connection:
         return self._session.connection(bind_arguments={"mapper": self._tracked.mapper})
 
     def _index_key(self) -> IndexKey:
-        return IndexKey(self._name, self._ask(lambda: self._index.incarnation))
+        return IndexKey(self.name, self._ask(lambda: self._index.incarnation))
 
     def _pending(self) -> list[str]:
         """Keys that are committed or flushed but not delivered, the caller's own first."""

@@ -268,6 +268,7 @@ successor = Table(
     metadata,
     Column("index", _Name, primary_key=True),
     Column("successor", _Name, nullable=False),
+    Column("incarnation", _Name, nullable=False, comment="of the successor, as it was then"),
     Column("switched_at", UTCDateTime, nullable=False),
     comment="indexes whose searches ask another one",
 )

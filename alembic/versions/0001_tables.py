@@ -280,6 +280,7 @@ def upgrade():
         "memstate_successor",
         sa.Column("index", sa.String(length=128), nullable=False),
         sa.Column("successor", sa.String(length=128), nullable=False),
+        sa.Column("incarnation", sa.String(length=128), nullable=False, comment="of the successor, as it was then"),
         sa.Column("switched_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("index", name=op.f("pk_memstate_successor")),
         comment="indexes whose searches ask another one",

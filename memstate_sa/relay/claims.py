@@ -203,7 +203,8 @@ def claim(
     take_write_lock(connection)
     dialect, now = connection.dialect.name, database_now(connection)
     _require_registered(connection, index, now, embedder, dimension)
-    _touch(connection, index, now)
+    while not _touch(connection, index, now):  # somebody else was just forgetting it
+        _require_registered(connection, index, now, embedder, dimension)
     # Everybody locks them in this order; whoever acknowledges meanwhile is waited for.
     connection.execute(_cursors.with_for_update(), index.parameters()).all()
     marked = _refill_rows(connection, index, entities)
@@ -236,8 +237,9 @@ def claim(
     return Claimed({**kept, **fresh}, present, len(live), quota, marked)
 
 
-def _touch(connection: Connection, index: IndexKey, now: datetime) -> None:
-    connection.execute(update(index_state).where(of_index(index_state)).values(active_at=now), index.parameters())
+def _touch(connection: Connection, index: IndexKey, now: datetime) -> bool:
+    touching = update(index_state).where(of_index(index_state)).values(active_at=now)
+    return connection.execute(touching, index.parameters()).rowcount > 0
 
 
 def _scan_again(connection: Connection, index: IndexKey, taken: Collection[int]) -> None:

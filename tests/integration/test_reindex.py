@@ -18,11 +18,11 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from memstate_sa import DeliveryError, DeliveryRejected, Hits, Memory, MemstateError, NotFound
 from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.relay import RetryPolicy
+from memstate_sa.relay import RetryPolicy, claims
 from memstate_sa.search import cosine_distance
 from memstate_sa.tables import cursor, embedding, holder, index_state, ledger, parked, refill, successor
 from memstate_sa.testing import HashEmbedder
-from tests.support import Base, Tag, assert_index_holds, texts
+from tests.support import Base, Person, Tag, assert_index_holds, in_threads, texts
 
 pytestmark = pytest.mark.sa20
 
@@ -401,6 +401,102 @@ def test_a_successor_that_refuses_facts_takes_no_place(shop: Shop) -> None:
     assert moving.asks() == "memory_v2"
 
 
+def test_a_successor_that_another_application_does_not_fill_takes_no_place(shop: Shop) -> None:
+    """Two Memories, one pair of indexes: the classes of both have to be there before anybody's searches ask it."""
+
+    class Of(Process):
+        def __init__(self, model: type, text: str) -> None:
+            names = {"memory": "memory_v2"}
+            self.engine, self.indexes = shop.engine, shop.indexes
+            self.memory = Memory(shop.indexes, embedder=EMBEDDERS, successors=names)
+            self.memory.track(model, text=text)
+            self.sessions = sessionmaker(shop.engine)
+            self.memory.attach(self.sessions)
+            self.memory.create_tables(shop.engine)
+
+    people, tags = Of(Person, "about"), Of(Tag, "meaning")
+    with people.sessions() as session:
+        session.add(Person(name="ana", about="drinks tea"))
+        session.commit()
+    people.memory.relay(shop.engine).drain()
+    tags.say(**DRINKS)
+    tags.memory.relay(shop.engine, lease_s=1).drain()
+    with shop.engine.begin() as connection:  # as if nobody had delivered people to the successor
+        connection.execute(delete(refill).where(refill.c.index == "memory_v2", refill.c.entity == "person"))
+    with pytest.raises(DeliveryError, match="'memory_v2' is not filled with person"):
+        tags.memory.reindex(shop.engine)
+    assert tags.asks() == "memory"
+    people.memory.relay(shop.engine).drain()
+    tags.memory.reindex(shop.engine)
+    assert tags.asks() == "memory_v2"
+
+
+def test_a_successor_that_is_made_anew_is_asked_once_it_is_filled(shop: Shop) -> None:
+    """Lost, or of another attempt under the same name: the old one, which has everything, is asked meanwhile."""
+    moving = shop.moving()
+    moving.say(**DRINKS)
+    moving.memory.relay(shop.engine).drain()
+    moving.memory.reindex(shop.engine)
+    assert moving.asks() == "memory_v2"
+    shop.indexes["memory_v2"] = InMemoryIndex()
+    again = shop.moving()
+    assert again.asks() == "memory" and again.search("drink").complete
+    again.memory.reindex(shop.engine)
+    assert again.asks() == "memory_v2"
+
+
+def test_two_at_once(shop: Shop) -> None:
+    """Whoever is second has nothing to add, and no error."""
+    moving = shop.moving()
+    moving.say(**DRINKS)
+    assert not in_threads(2, lambda _: moving.memory.reindex(shop.engine) and None)
+    assert moving.asks() == "memory_v2"
+
+
+def test_no_transaction_is_open_while_the_query_is_embedded(shop: Shop) -> None:
+    """Also where it has to be looked up which index is asked."""
+    moving = shop.moving()
+    moving.say(**DRINKS)
+    moving.memory.reindex(shop.engine)
+    seen: list[bool] = []
+    with moving.sessions() as session:
+        for vectors in {id(d.vectors): d.vectors for d in moving.memory._destinations.values()}.values():
+            embed = vectors.of_query
+
+            def spied(query: str, embed: Any = embed) -> Any:
+                seen.append(session.in_transaction())
+                return embed(query)
+
+            vectors.of_query = spied  # type: ignore[method-assign]
+        moving.memory.search(session, "drink", Tag)
+        session.rollback()
+        seen.clear()
+        moving.memory.search(session, "drink", Tag)
+    assert seen == [False]
+
+
+def test_a_relay_that_claims_an_index_while_it_is_forgotten(shop: Shop) -> None:
+    """It registers it again, and goes on."""
+    after = shop.after()
+    after.say(**DRINKS)
+    relay = after.memory.relay(shop.engine)
+    relay.drain()
+    touch = claims._touch
+    forgotten: list[bool] = []
+
+    def forget_first(connection: Any, index: Any, now: Any) -> bool:
+        if not forgotten:
+            forgotten.append(True)
+            claims.forget(connection, index)
+        return touch(connection, index, now)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "_touch", forget_first)
+        relay.drain()
+    assert forgotten
+    after.assert_in_step("memory_v2")
+
+
 def test_a_successor_that_is_not_filled_in_time_takes_no_place(shop: Shop) -> None:
     moving = shop.moving()
     moving.say(**DRINKS)
@@ -445,15 +541,15 @@ def test_one_successor_after_another(shop: Shop) -> None:
     memory.create_tables(shop.engine)
     sessions = sessionmaker(shop.engine)
     memory.attach(sessions)
-    tracked = memory._registry.of(Tag)
-    with sessions() as session:
-        assert memory._searched(session, tracked, None) == "a"
-        session.rollback()
-        memory.reindex(shop.engine, "b")
-        assert memory._searched(session, tracked, None) == "a"
-        session.rollback()
-        memory.reindex(shop.engine, "a")
-        assert [memory._searched(session, tracked, name) for name in (None, *"abc")] == ["c"] * 4
+
+    def asked() -> list[str | None]:
+        return [backlog.replaced_by for backlog in memory.status(shop.engine).values()]
+
+    assert asked() == [None, None, None]
+    memory.reindex(shop.engine, "b")
+    assert asked() == [None, "c", None]
+    memory.reindex(shop.engine, "a")
+    assert asked() == ["c", "c", None]
 
 
 # -- the old one -------------------------------------------------------------------------------------------------------
