@@ -177,7 +177,7 @@ class Search:
             self._aim(name)
             self._open()
             vector = self._embedded(query)
-        pending = self._pending() if fresh else []
+        pending = self._pending() if fresh else self._passed_over()
         where, ids = self._restriction()
         # What is undelivered may be in the index as it was before: so many may not count.
         ask, asked_for = limit + min(len(pending), 20), -1
@@ -248,6 +248,12 @@ class Search:
         if connection.dialect.name == "postgresql" and self._old_snapshot(connection):
             self._complete = False
         return keys
+
+    def _passed_over(self) -> list[str]:
+        """Nothing is looked for beside the index; but whether it was ever delivered in full."""
+        standing = self._standing = read_standing(self._connection(), self._index_key(), self._tracked.entity)
+        self._complete = standing.filled
+        return []
 
     @staticmethod
     def _old_snapshot(connection: Connection) -> bool:

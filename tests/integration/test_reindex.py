@@ -423,6 +423,9 @@ def test_a_successor_that_another_application_does_not_fill_takes_no_place(shop:
     tags.memory.relay(shop.engine, lease_s=1).drain()
     with shop.engine.begin() as connection:  # as if nobody had delivered people to the successor
         connection.execute(delete(refill).where(refill.c.index == "memory_v2", refill.c.entity == "person"))
+    with people.sessions() as session:
+        hits = people.memory.search(session, "tea", Person, index="memory_v2", consistency="eventual")
+        assert not hits.complete, "it is being filled"
     with pytest.raises(DeliveryError, match="'memory_v2' is not filled with person"):
         tags.memory.reindex(shop.engine)
     assert tags.asks() == "memory"
