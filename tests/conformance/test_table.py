@@ -8,8 +8,13 @@ import pytest
 
 from tests.conformance import table
 
-ALIKE = {"test_indexes.TestFlaky", "test_pgvector.TestPgVectorByItsGraph"}
-"""Suites of an index that is in the table, under other conditions."""
+ALIKE = {
+    "test_indexes.TestFlaky",
+    "test_pgvector.TestPgVectorByItsGraph",
+    "test_qdrant.TestQdrantEngine",
+    "test_qdrant.TestQdrantGraph",
+}
+"""Suites of an index that is in the table, under other conditions. Qdrant's server is in no wheel, its engine is."""
 
 
 @pytest.fixture(autouse=True)
