@@ -28,6 +28,7 @@ from memstate_sa.integrations.checkpoints import Place
 
 _REMEMBERED = 4096
 """How many saved checkpoints are known without asking the database."""
+_ANY_RUN = object()
 
 
 class Task(NamedTuple):
@@ -116,6 +117,8 @@ class Steps:
         if self._broken:
             with self._changed:
                 self._broken.pop((thread_id, ns), None)
+                if self._lost.get((thread_id, ns), (None, None))[1] is _ANY_RUN:
+                    del self._lost[thread_id, ns]
 
     def checkpoint_saved(self, place: Place) -> None:
         with self._changed:
@@ -144,7 +147,7 @@ class Steps:
 
         def failure() -> BaseException | None:
             error, of = self._lost.get((thread_id, ns), (None, None))
-            return error if of is run and run is not None else None
+            return error if of is _ANY_RUN or (of is run and run is not None) else None
 
         with self._changed:
             self._wait(settled, failure, "a task of the step before has not saved its writes")
@@ -191,8 +194,9 @@ class Steps:
             if step is None or not step.task.is_attempt(task):
                 return
             del self._open[task.key]
-            self._broken[task.at.thread_id, task.at.ns] = MemstateError("a task was cancelled while its step was open")
-            self._changed.notify_all()
+        # Whoever has caught the cancellation, and goes on, must not get away with what was written before it.
+        error = MemstateError("a task was cancelled while its step was open")
+        self.save_failed(task.at.thread_id, task.at.ns, error, _ANY_RUN)
         step.abandon()
 
     def _wait_for_checkpoint(self, place: Place, is_saved: Callable[[Place], bool]) -> None:
@@ -219,6 +223,9 @@ class Steps:
         """
         steps = self._take(at.thread_id, task_id)
         if not steps:
+            error, of = self._lost.get((at.thread_id, at.ns), (None, None))
+            if commits and error is not None and of is _ANY_RUN:
+                raise error
             yield None
             return
         try:

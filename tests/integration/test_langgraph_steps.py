@@ -499,6 +499,32 @@ async def test_a_coroutine_that_is_cancelled(agent: Agent) -> None:
     assert agent.tags() == ["x"]
 
 
+async def test_a_cancellation_that_is_caught(agent: Agent) -> None:
+    """The node's earlier writes went with it: it is not done, however it goes on."""
+    catches = [True]
+
+    async def a(state: State) -> State:
+        await agent.saver.astep(lambda session: session.add(Tag(name="before")))
+        if catches:
+            begun, go_on = threading.Event(), threading.Event()
+            inner = asyncio.create_task(agent.saver.astep(lambda session: (begun.set(), go_on.wait(60))))
+            await asyncio.to_thread(begun.wait, 60)
+            inner.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await inner
+            go_on.set()
+        return {"trail": ["a"]}
+
+    graph = agent.graph(a)
+    with pytest.raises(MemstateError, match="cancelled"):
+        await graph.ainvoke({"trail": []}, CONFIG)
+    assert agent.tags() == []
+    catches.clear()
+    assert (await graph.ainvoke(None, CONFIG))["trail"] == ["a"]
+    await asyncio.to_thread(assert_nothing_is_left_open, agent)
+    assert agent.tags() == ["before", "x"]
+
+
 def test_a_task_that_is_gone(agent: Agent) -> None:
     """Whoever might have settled its step: the end of what holds its writes is the end of the step."""
 
