@@ -19,8 +19,7 @@ from sqlalchemy.engine import Connection, Engine
 from memstate_sa import truth
 from memstate_sa.capture import Capture
 from memstate_sa.facts import Tracked
-from memstate_sa.outbox import take_write_lock
-from memstate_sa.relay.claims import upsert
+from memstate_sa.outbox import take_write_lock, upsert
 from memstate_sa.tables import backfill
 from memstate_sa.verify import Progress
 

@@ -8,6 +8,7 @@ in most random histories.)
 
 from __future__ import annotations
 
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -35,10 +36,12 @@ from memstate_sa.columns import RAW, READ_CHUNK, TableColumns, batches
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
 from memstate_sa.facts import Tracked, inheritance_criterion, unique_value
 from memstate_sa.history import last_entries
-from memstate_sa.outbox import deleted_keys, take_write_lock, unknown_keys
+from memstate_sa.outbox import deleted_keys, take_write_lock, unknown_keys, upsert
 from memstate_sa.registry import Registry, unaliased
 from memstate_sa.schemas import failure
 from memstate_sa.tables import utcnow
+
+logger = logging.getLogger("memstate_sa.capture")
 
 
 class UntrackedWriteWarning(UserWarning):
@@ -379,10 +382,15 @@ class Capture:
             outbox.add(connection, entries, dirty, tx, at, self._registry.versions)
             for tracked in {self._registry.by_entity[entity] for entity, _ in dirty}:
                 if tracked.unique_values is not None:
-                    self._write_unique(connection, tracked, entries)
+                    self._write_unique(connection, tracked, entries, refuse=not deliver_baselines)
 
-    def _write_unique(self, connection: Connection, tracked: Tracked, entries: Sequence[Entry]) -> None:
-        """Keep the table of unique values in step. Its primary key is what decides between concurrent writers."""
+    def _write_unique(
+        self, connection: Connection, tracked: Tracked, entries: Sequence[Entry], *, refuse: bool
+    ) -> None:
+        """Keep the table of unique values in step. Its primary key is what decides between concurrent writers.
+
+        Rows that are older than tracking are not *refused*: the first has the value, and others have none.
+        """
         unique, columns = tables.unique, tracked.on(connection.dialect)
         ours = [entry for entry in entries if entry.entity == tracked.entity]
         images = {entry.key: entry.image for entry in ours}
@@ -394,13 +402,18 @@ class Capture:
             value = None if image is None else unique_value(tracked, columns.values(dict(image)))
             if value is not None:
                 rows.append({"entity": tracked.entity, "value": value, "key": key})
-        if rows:
+        if rows and refuse:
             try:
                 connection.execute(insert(unique), rows)
             except IntegrityError as error:
                 raise ConflictError(
                     f"{tracked.entity}: another fact has the same value of what must be unique"
                 ) from error
+        elif rows:
+            new = upsert(connection.dialect.name, unique).on_conflict_do_nothing().returning(unique.c.key)
+            having = set(connection.scalars(new, rows))
+            if without := [row["key"] for row in rows if row["key"] not in having]:
+                logger.warning(_NOT_UNIQUE, tracked.entity, len(without), ", ".join(without[:_SHOWN]))
 
     def baselines(
         self,
@@ -854,6 +867,11 @@ class Capture:
         warnings.warn(message, UntrackedWriteWarning, stacklevel=2)
 
 
+_SHOWN = 20
+_NOT_UNIQUE = (
+    "%s: %d rows that are older than tracking have the same value of what must be unique as another, and can be "
+    "changed only so that they have it no longer, or deleted. The first of them by key: %s"
+)
 _AUTOCOMMIT = (
     "in AUTOCOMMIT each statement is a transaction of its own, so the log cannot be in it: use an engine that begins "
     "one, or capture='trigger'"

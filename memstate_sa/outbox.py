@@ -22,6 +22,7 @@ from sqlalchemy import (
     Insert,
     Select,
     SmallInteger,
+    Table,
     Text,
     and_,
     any_,
@@ -38,6 +39,7 @@ from sqlalchemy import (
     tuple_,
     union_all,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from memstate_sa.arrays import as_array, as_json, each, item, rows
@@ -58,6 +60,12 @@ def take_write_lock(connection: Connection) -> None:
 
 
 _nothing: Delete = delete(outbox).where(false())
+
+
+def upsert(dialect_name: str, table: Table) -> Any:
+    """An INSERT that can say ON CONFLICT."""
+    return {"sqlite": sqlite, "postgresql": postgresql}[dialect_name].insert(table)
+
 
 _keys = each("keys")
 _entry = (

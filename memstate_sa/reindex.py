@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 
 from memstate_sa.changes import FactKey
 from memstate_sa.errors import DeliveryError, MemstateError, NotFound
-from memstate_sa.outbox import take_write_lock
+from memstate_sa.outbox import take_write_lock, upsert
 from memstate_sa.relay import claims
 from memstate_sa.relay.claims import IndexKey, of_index
 from memstate_sa.relay.plan import AGAIN
@@ -77,7 +77,7 @@ def switch(connection: Connection, old: IndexKey, new: IndexKey) -> None:
             f"ask {old.name!r}: a Memory that tracks it has to deliver to {new.name!r}, too"
         )
     values = {"successor": new.name, "incarnation": new.incarnation, "switched_at": utcnow()}
-    statement = claims.upsert(connection.dialect.name, successor).values(index=old.name, **values)
+    statement = upsert(connection.dialect.name, successor).values(index=old.name, **values)
     connection.execute(statement.on_conflict_do_update(index_elements=[successor.c.index], set_=values))
 
 

@@ -38,7 +38,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from memstate_sa.arrays import as_array, as_json, each, item, rows
 from memstate_sa.integrations import json_criteria
 from memstate_sa.integrations.checkpoint_tables import blob, checkpoint, write
-from memstate_sa.relay.claims import upsert
+from memstate_sa.outbox import upsert
 from memstate_sa.tables import log
 
 TABLES: tuple[Table, ...] = (checkpoint, blob, write)

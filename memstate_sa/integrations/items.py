@@ -33,7 +33,7 @@ from sqlalchemy.orm import Mapped, Session, aliased, mapped_column
 
 from memstate_sa.arrays import as_array, each
 from memstate_sa.facts import _Base
-from memstate_sa.relay.claims import upsert
+from memstate_sa.outbox import upsert
 from memstate_sa.tables import UTCDateTime, _Json, metadata
 
 _END = "\x00"  # which no label has

@@ -9,7 +9,8 @@ from sqlalchemy.engine import Connection
 
 from memstate_sa.errors import ConflictError
 from memstate_sa.integrations.checkpoint_tables import lease
-from memstate_sa.relay.claims import database_now, is_gone, upsert
+from memstate_sa.outbox import upsert
+from memstate_sa.relay.claims import database_now, is_gone
 
 
 class StaleRun(ConflictError):

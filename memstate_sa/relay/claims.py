@@ -30,12 +30,11 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from memstate_sa.arrays import each
 from memstate_sa.errors import IndexMismatch
-from memstate_sa.outbox import as_position, here, in_slots, read_present, slot_array, slots, take_write_lock
+from memstate_sa.outbox import as_position, here, in_slots, read_present, slot_array, slots, take_write_lock, upsert
 from memstate_sa.positions import Position
 from memstate_sa.relay.plan import AGAIN, PARKED
 from memstate_sa.relay.protocol import Claimed, Held, Refill, Seen
@@ -62,10 +61,6 @@ class IndexKey(NamedTuple):
 
 def of_index(table: Table) -> ColumnElement[bool]:
     return and_(table.c.index == bindparam("the_index"), table.c.incarnation == bindparam("the_incarnation"))
-
-
-def upsert(dialect_name: str, table: Table) -> Any:
-    return {"sqlite": sqlite, "postgresql": postgresql}[dialect_name].insert(table)
 
 
 # -- owners -----------------------------------------------------------------------------------------------------------

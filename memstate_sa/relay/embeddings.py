@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection
 
 from memstate_sa.arrays import as_array, as_json, each, item, rows
 from memstate_sa.indexes.base import Vector
-from memstate_sa.relay.claims import upsert
+from memstate_sa.outbox import upsert
 from memstate_sa.tables import embedding
 from memstate_sa.vectors import Vectors
 

@@ -14,10 +14,10 @@ from sqlalchemy.engine import Connection
 from memstate_sa.arrays import as_array, as_json, each, item, rows
 from memstate_sa.changes import FactKey, by_entity
 from memstate_sa.columns import batches
-from memstate_sa.outbox import slot_array, slots, take_write_lock
+from memstate_sa.outbox import slot_array, slots, take_write_lock, upsert
 from memstate_sa.positions import slot_of
 from memstate_sa.relay import claims
-from memstate_sa.relay.claims import IndexKey, database_now, of_index, upsert
+from memstate_sa.relay.claims import IndexKey, database_now, of_index
 from memstate_sa.relay.plan import AGAIN, Delivered, Parked
 from memstate_sa.relay.protocol import Acknowledge, Stuck
 from memstate_sa.tables import ledger, parked, refill, utcnow

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from memstate_sa import Memory, MemstateError, UntrackedWrite
 from memstate_sa.capture import UntrackedWriteWarning
 from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.relay.claims import upsert
+from memstate_sa.outbox import upsert
 from memstate_sa.tables import log, outbox, transaction
 from memstate_sa.testing import HashEmbedder
 from tests.support import Base, Note, Person, Tag, World

@@ -15,7 +15,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from memstate_sa import metadata
 from memstate_sa.appendonly import rewriting
-from memstate_sa.relay.claims import upsert
+from memstate_sa.outbox import upsert
 from memstate_sa.tables import current
 from tests.support import Base, Note, Person, Tag, World
 

@@ -14,7 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship,
 from memstate_sa import ConflictError, Memory, MemstateError, UntrackedWrite, sqlite
 from memstate_sa.changes import replay
 from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.relay.claims import upsert
+from memstate_sa.outbox import upsert
 from memstate_sa.tables import current, log
 from memstate_sa.testing import HashEmbedder
 

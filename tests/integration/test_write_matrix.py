@@ -32,7 +32,7 @@ from sqlalchemy.orm import (
 from memstate_sa import Memory, UntrackedWrite
 from memstate_sa.changes import replay
 from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.relay.claims import upsert
+from memstate_sa.outbox import upsert
 from memstate_sa.testing import HashEmbedder
 
 pytestmark = pytest.mark.sa20
