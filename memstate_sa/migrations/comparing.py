@@ -18,7 +18,7 @@ from memstate_sa import appendonly, triggers
 from memstate_sa.migrations import is_ours
 from memstate_sa.migrations.operations import Ours, ProtectLogOp, TrackOp, UnprotectLogOp, UntrackOp
 from memstate_sa.migrations.rendering import frozen
-from memstate_sa.tables import log
+from memstate_sa.tables import current, log, outbox
 from memstate_sa.triggers import Capture
 
 if TYPE_CHECKING:  # Alembic may be in the middle of importing it: its plugins are loaded then
@@ -27,11 +27,15 @@ if TYPE_CHECKING:  # Alembic may be in the middle of importing it: its plugins a
 Name = tuple[str | None, str]
 """Schema and name of a table; no schema for the default one."""
 
+_NAMED = (log, outbox, current)
+"""What triggers name: while they do, SQLite's batch mode cannot make it anew."""
+
 
 class _Changes(NamedTuple):
     """What Alembic has found of each table: how it changes, and whether it goes."""
 
     of: Mapping[Name, list[ops.MigrateOperation]]
+    made: frozenset[Name]
     dropped: frozenset[Name]
 
     @classmethod
@@ -42,7 +46,13 @@ class _Changes(NamedTuple):
                 altering = [op for op in each.ops if not isinstance(op, (ops.CreateIndexOp, ops.DropIndexOp))]
                 if altering:
                     of[each.schema, each.table_name] = altering
-        return cls(of, frozenset((op.schema, op.table_name) for op in found if isinstance(op, ops.DropTableOp)))
+        made = frozenset((op.schema, op.table_name) for op in found if isinstance(op, ops.CreateTableOp))
+        dropped = frozenset((op.schema, op.table_name) for op in found if isinstance(op, ops.DropTableOp))
+        return cls(of, made, dropped)
+
+    def are_of(self, *tables: Table) -> bool:
+        """Whether one of these *tables* of ours changes."""
+        return any((table.schema, table.name) in self.of for table in tables)
 
 
 def compare(context: AutogenContext, upgrade_ops: ops.UpgradeOps, schemas: set[str | None]) -> None:
@@ -90,10 +100,12 @@ class _Comparison:
     def run(self, changes: _Changes, schemas: set[str | None]) -> Iterator[tuple[Ours | None, Ours | None]]:
         """What has to be undone before these changes, and what is to be done after them."""
         yield self._log(changes)
+        everywhere = triggers.everywhere(self._connection)
+        everywhere.pop(self._name(log), None)
         there = {
             name: triggers_
-            for name, triggers_ in triggers.everywhere(self._connection).items()
-            if name[0] in schemas and name != self._name(log) and self._is_included(name)
+            for name, triggers_ in everywhere.items()
+            if name[0] in schemas and (name in self._tables or name in changes.dropped) and self._is_included(name)
         }
         wanted = {
             name: captured
@@ -101,8 +113,12 @@ class _Comparison:
             if (captured := triggers.captured_in(table)) and self._is_included(name)
         }
         for name in sorted({*there, *wanted}, key=lambda name: (name[0] or "", name[1])):
-            if name in self._tables or name in changes.dropped:
-                yield from self._table(name, there.get(name, {}), wanted.get(name, {}), changes)
+            yield from self._table(name, there.get(name, {}), wanted.get(name, {}), changes)
+        if self._connection.dialect.name == "sqlite" and changes.are_of(*_NAMED):
+            for name in sorted(everywhere.keys() - there.keys() - wanted.keys()):  # env.py leaves them out
+                for said in _said(everywhere[name]).values():
+                    again = UntrackOp(*self._old(name, said, changes))
+                    yield again, again.reverse()
 
     def _is_included(self, name: Name) -> bool:
         """As env.py wants it."""
@@ -113,18 +129,17 @@ class _Comparison:
         )
 
     def _log(self, changes: _Changes) -> tuple[Ours | None, Ours | None]:
+        if changes.are_of(log, current):
+            return UnprotectLogOp() if triggers.installed(self._connection, log) else None, ProtectLogOp()
         name = self._name(log)
-        if not inspect(self._connection).has_table(log.name):
-            return None, ProtectLogOp() if name in self._tables else None
-        missing = appendonly.missing(self._connection)
-        if name in changes.of:
-            return None if missing else UnprotectLogOp(), ProtectLogOp()
-        return None, ProtectLogOp() if missing else None
+        is_there = inspect(self._connection).has_table(log.name) and self._is_included(name)
+        is_missed = (is_there or name in changes.made) and appendonly.missing(self._connection)
+        return None, ProtectLogOp() if is_missed else None
 
     def _table(
         self, name: Name, there: Mapping[str, str], wanted: Mapping[str, Capture], changes: _Changes
     ) -> Iterator[tuple[Ours | None, Ours | None]]:
-        old = {said["entity"]: said for source in there.values() if (said := triggers.header(source)) is not None}
+        old = _said(there)
         for entity in sorted({*old, *wanted}):
             new = wanted.get(entity)
             if new is not None:
@@ -132,7 +147,7 @@ class _Comparison:
                 columns = frozen(new.table, new.table.columns)
                 new = Capture.restricted(columns, new.entity, new.version, only)
                 is_same = bool(there) and _is_as_wanted(self._connection, there, new)
-                if is_same and name not in changes.of:
+                if is_same and name not in changes.of and not changes.are_of(*_NAMED):
                     continue
             undo = UntrackOp(*self._old(name, old[entity], changes)) if entity in old else None
             yield undo, None if new is None else TrackOp(new, only)
@@ -152,6 +167,11 @@ class _Comparison:
         columns = [c if c.name in altered else mapped.get(c.name, c) for c in reflected.columns]
         only = None if said["only"] is None else (said["only"][0], said["only"][1])
         return Capture.restricted(frozen(reflected, columns), said["entity"], said["version"], only), only
+
+
+def _said(there: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+    """What the triggers of a table say of themselves, by entity."""
+    return {said["entity"]: said for source in there.values() if (said := triggers.header(source)) is not None}
 
 
 def _is_identity(op: ops.MigrateOperation) -> bool:

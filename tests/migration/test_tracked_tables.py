@@ -479,6 +479,56 @@ def test_tables_of_ours_are_nobody_s_to_drop(notes: Application) -> None:
     assert inspect(notes.engine).has_table("memstate_log")
 
 
+OLDER = {
+    "memstate_log": ("'tx', sa.String(length=32)", "'tx', sa.String(length=64)"),
+    "memstate_outbox": ("'tx', sa.String(length=32)", "'tx', sa.String(length=64)"),
+    "memstate_current": ("'value', sa.Text()", "'value', sa.String(length=64)"),
+}
+
+
+def made_older(source: str, name: str) -> str:
+    """*source*, which makes the tables, as a version of ours would have had it when *name* was another one."""
+    head, tail = source.split(f"op.create_table('{name}'")
+    old, new = OLDER[name]
+    assert old in tail.split("create_table", maxsplit=1)[0]
+    return f"{head}op.create_table('{name}'{tail.replace(old, new, 1)}"
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_a_later_version_of_ours_that_changes_a_table(app: Application, name: str) -> None:
+    """Triggers name these tables: SQLite's batch mode cannot make them anew while there is one, on whatever table."""
+    hidden = NOTE.replace("Note", "Hidden").replace('"note"', '"hidden"')
+    tracked = TRACKED + TRACKED.replace("Note", "Hidden")
+    app.write_models(NOTE + hidden + tracked)
+    app.revise("r1", lambda source: made_older(source, name))
+    app.upgrade()
+    app.execute("INSERT INTO note (id, text) VALUES (1, 'a')", "INSERT INTO hidden (id, text) VALUES (1, 'a')")
+    env = (app.folder / "env.py").read_text()
+    hides = "include_object=lambda o, name, type_, *_: name != 'hidden', "
+    (app.folder / "env.py").write_text(env.replace("render_as_batch", hides + "render_as_batch"))
+
+    def made() -> tuple[Any, Any]:
+        return contents(app.engine, ours=True), routines(app.engine)
+
+    source, old = app.revise("r2"), made()
+    app.upgrade()
+    new = made()
+    assert {name: old[0][name]["rows"] for name in old[0]} == {name: new[0][name]["rows"] for name in new[0]}
+    assert app.differences() == "" and problems(app) == []
+    assert old[1] == new[1], "every trigger is there again"
+    app.downgrade("r1")
+    assert made() == old
+    app.upgrade()
+    assert made() == new
+    app.execute("UPDATE note SET text = 'b'", "UPDATE hidden SET text = 'b'")
+    assert sorted(images(app)[2:]) == [
+        ("hidden", "update", {"id": 1, "text": "b"}),
+        ("note", "update", {"id": 1, "text": "b"}),
+    ]
+    with pytest.raises(Exception, match="append-only"):
+        app.execute("DELETE FROM memstate_log")
+
+
 def test_a_table_in_a_schema_of_its_own(tmp_path: Path, postgres_engine: Engine) -> None:
     """Where env.py includes schemas; our tables are in the default one."""
     app = Application(tmp_path / "app", postgres_engine)
@@ -511,3 +561,20 @@ def test_what_env_py_leaves_out_is_left_out(app: Application) -> None:
     (app.folder / "env.py").write_text(env.replace("render_as_batch", hides + "render_as_batch"))
     source = app.revise("r1")
     assert "memstate_protect_log" in operations(source) and "memstate_track" not in operations(source)
+
+
+def test_a_log_that_env_py_leaves_out_is_left_out(app: Application) -> None:
+    """Where it is not made, nothing protects it; where it is, that is another's business."""
+    app.write_models(NOTE)
+    env = (app.folder / "env.py").read_text()
+    hides = "include_object=lambda o, name, type_, *_: not name.startswith('memstate_'), "
+    (app.folder / "env.py").write_text(env.replace("render_as_batch", hides + "render_as_batch"))
+    assert operations(app.revise("r1")) == ["create_table"]
+    app.upgrade()
+    assert app.differences() == ""
+    app.models.memory.create_tables(app.engine)
+    app.write_revision("r2", "r1", "op.memstate_unprotect_log()", "pass")
+    app.upgrade()
+    assert app.differences() == ""
+    (app.folder / "env.py").write_text(env)
+    assert "memstate_protect_log" in app.differences()
