@@ -38,7 +38,7 @@ def location() -> Path:
 
 
 def is_ours(name: str) -> bool:
-    """Whether the table *name* of the default schema is one of memstate_sa's."""
+    """Whether a table *name* is one of memstate_sa's."""
     return name in metadata.tables or name == VERSION_TABLE
 
 

@@ -85,10 +85,11 @@ class _Comparison:
     def sifted(self, op: ops.MigrateOperation) -> ops.MigrateOperation | None:
         """*op* without what is not to be done to tables of ours.
 
-        They are nobody's to drop: who leaves them out of his metadata has our migrations make them. And SQLite knows no
-        IDENTITY, so that ``compare_server_default`` would never find one there.
+        They are nobody's to drop, in whichever schema a search_path has put them: who leaves them out of his metadata
+        has our migrations make them. And SQLite knows no IDENTITY, so that ``compare_server_default`` would never find
+        one there.
         """
-        if not isinstance(op, (ops.DropTableOp, ops.ModifyTableOps)) or op.schema or not is_ours(op.table_name):
+        if not isinstance(op, (ops.DropTableOp, ops.ModifyTableOps)) or not is_ours(op.table_name):
             return op
         if (op.schema, op.table_name) not in self._tables:
             return None
