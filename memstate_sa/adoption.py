@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from sqlalchemy.engine import Engine
+from sqlalchemy import inspect
+from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.exc import ArgumentError
 
 from memstate_sa.errors import MemstateError
 from memstate_sa.memory import Memory
 
-_PLUGIN = 'autogenerate_plugins=["alembic.autogenerate.*", "memstate_sa"],'
+_METADATA = "memstate_sa.metadata"
+_PLUGINS = 'autogenerate_plugins=["alembic.autogenerate.*", "memstate_sa"]'
 _REGISTER = "memstate_sa.migrations.register()"
+_REGISTERS = (_REGISTER, "migrations.register()")
 _LOCATIONS = re.compile(r"^version_locations\s*=.*(?:\n[ \t]+\S.*)*", re.MULTILINE)
-_METADATA = re.compile(r"^target_metadata\s*=\s*(?!None\b)([^\s#][^\n#]*?)[ \t]*$", re.MULTILINE)
-_CONFIGURE = re.compile(r"\bcontext\.configure\((\s*\n\s*)?")
 _NOT_SOURCES = {"node_modules", "site-packages", "tests", "test", "versions", "build", "dist"}
 
 
@@ -44,20 +48,36 @@ class AlembicProject(NamedTuple):
     @property
     def has_branch(self) -> bool:
         """Whether our own migrations are among its versions."""
-        found = _LOCATIONS.search(self.config.read_text(encoding="utf-8"))
+        found = _LOCATIONS.search(self.config.read_text(encoding="utf-8")) if self.config.is_file() else None
         return found is not None and "memstate_sa" in found[0]
 
     @property
     def knows_tables(self) -> bool:
-        return "memstate_sa.metadata" in self.source or self.has_branch
+        return self.has_branch or _names_tables(_parsed(self.source))
 
     @property
     def knows_plugin(self) -> bool:
-        return bool(re.search(r"autogenerate_plugins[^\n]*memstate_sa", self.source)) or _REGISTER in self.source
+        return _names_plugin(_parsed(self.source))
+
+    def edited(self, *, has_plugins: bool) -> str:
+        """Its env.py as it should be; see `edited`."""
+        return edited(self.source, has_plugins=has_plugins, has_branch=self.has_branch)
+
+    @property
+    def upgrading(self) -> str:
+        """The commands that make what is missing."""
+        if self.has_branch:
+            return "alembic upgrade heads"
+        if "flask" in self.source:  # Flask-Migrate's env.py runs in the application alone
+            return 'flask db migrate -m "memstate_sa", then flask db upgrade'
+        return 'alembic revision --autogenerate -m "memstate_sa", then alembic upgrade head'
 
 
 def find_alembic(folder: Path) -> AlembicProject | None:
-    """The Alembic of the application in *folder*, by its alembic.ini or its pyproject.toml."""
+    """The Alembic of the application in *folder*, by its alembic.ini or pyproject.toml, or else by its env.py.
+
+    Flask-Migrate has no other sign, nor has an alembic.ini of another name.
+    """
     ini, toml = folder / "alembic.ini", folder / "pyproject.toml"
     location = None
     if ini.is_file():
@@ -68,44 +88,188 @@ def find_alembic(folder: Path) -> AlembicProject | None:
         table = tomllib.loads(toml.read_text(encoding="utf-8")).get("tool", {}).get("alembic", {})
         location, ini = table.get("script_location"), toml
         location = location and location.replace("%(here)s", str(folder))
-    env = folder / (location or "") / "env.py"
-    return AlembicProject(ini, env) if location and env.is_file() else None
+    env = location and _resolved(folder, location) / "env.py"
+    if env and env.is_file():
+        return AlembicProject(ini, env)
+    for env in _files(folder, "env.py"):
+        if re.search(r"^\s*(?:import|from) alembic\b", env.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
+            beside, above = env.with_name("alembic.ini"), env.parent.with_name("alembic.ini")
+            return AlembicProject(above if above.is_file() and not beside.is_file() else beside, env)
+    return None
 
 
-def edited(source: str, *, has_plugins: bool) -> str:
+def _resolved(folder: Path, location: str) -> Path:
+    """A path, or ``package:path``, as Alembic takes it; but no package is imported."""
+    package, colon, path = location.partition(":")
+    if not colon or Path(location).is_absolute():
+        return folder / location
+    _roots(folder)
+    top, *inner = package.split(".")
+    spec = find_spec(top)
+    roots = list(spec.submodule_search_locations or []) if spec is not None else []
+    return Path(*roots[:1] or [str(folder / top)], *inner, *path.split(":"))
+
+
+def is_migrated(engine: Engine) -> bool:
+    """Whether Alembic has been at this database, wherever it is configured."""
+    return inspect(engine).has_table("alembic_version")
+
+
+def unmade(url: str) -> bool:
+    """Whether *url* is that of an SQLite file which connecting would create."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:  # it is said where the URL is used
+        return False
+    path = parsed.database or ":memory:"
+    return (
+        parsed.get_backend_name() == "sqlite" and not path.startswith((":memory:", "file:")) and not Path(path).exists()
+    )
+
+
+# -- env.py ----------------------------------------------------------------------------------------------------------
+
+
+def edited(source: str, *, has_plugins: bool, has_branch: bool = False) -> str:
     """*source*, an env.py, with our tables in its metadata and our plugin named, as far as they are not.
 
-    *has_plugins*: of Alembic 1.18 and later; before, `register` is called. What is not found is left to the reader.
+    *has_plugins*: of Alembic 1.18 and later; before, `register` is called. *has_branch*: our own migrations make the
+    tables. What is written in a way of its own is left to the reader.
     """
-    new = source
-    if "memstate_sa.metadata" not in new:
-        new = _METADATA.sub(lambda found: f"target_metadata = {_with_ours(found[1])}", new, count=1)
-    if _PLUGIN not in new and _REGISTER not in new:
-        if has_plugins:
-            new = _CONFIGURE.sub(lambda found: f"context.configure({found[1] or ''}{_PLUGIN}{found[1] or ' '}", new)
-        else:
-            new = _after_imports(new, f"import memstate_sa.migrations\n\n{_REGISTER}")
-    if "memstate_sa.metadata" in new and not re.search(r"^import memstate_sa\b", new, re.MULTILINE):
-        new = _after_imports(new, "import memstate_sa")
-    try:
-        compile(new, "env.py", "exec")
-    except SyntaxError:  # it is written in a way of its own
-        return source
-    return new
-
-
-def _with_ours(metadata: str) -> str:
-    listed = metadata.removeprefix("[").removesuffix("]").rstrip(", ") if metadata.startswith("[") else metadata
-    return f"[{listed}, memstate_sa.metadata]"
-
-
-def _after_imports(source: str, line: str) -> str:
-    """*line* after the last import at the top level."""
-    ends = [
-        found.end() for found in re.finditer(r"^(?:import|from) [^\n(]*(?:\([^)]*\))?[^\n]*\n", source, re.MULTILINE)
+    tree = _parsed(source)
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "context.configure"
     ]
-    at = ends[-1] if ends else 0
-    return f"{source[:at]}{line}\n{source[at:]}"
+    edits: list[tuple[int, str]] = []  # what is inserted, and where
+    text = _Text(source)
+    imports = []
+    if not (has_branch or _names_tables(tree)):
+        for value in _metadata(tree, calls):
+            edits += _listed(text, value, _METADATA)
+        if edits and not any(
+            isinstance(node, ast.Import) and any(name.name.startswith("memstate_sa") for name in node.names)
+            for node in tree.body
+        ):
+            imports.append("import memstate_sa\n")
+    if not _names_plugin(tree):
+        if has_plugins:
+            for call in calls:
+                edits += _with_plugin(text, call)
+        else:
+            imports = [f"import memstate_sa.migrations\n\n{_REGISTER}\n"]
+    if imports:
+        edits.append((_after_imports(text, tree), imports[0]))
+    new = source.encode()
+    for at, inserted in sorted(edits, reverse=True):
+        new = new[:at] + inserted.encode() + new[at:]
+    return new.decode() if _parsed(new.decode()).body else source
+
+
+class _Text:
+    """A source as the positions of `ast` mean it: lines from 1, and bytes of UTF-8 in them."""
+
+    def __init__(self, source: str) -> None:
+        self.content = source.encode()
+        self._lines = [0]
+        for line in self.content.splitlines(keepends=True):
+            self._lines.append(self._lines[-1] + len(line))
+
+    def start(self, node: ast.expr | ast.keyword) -> int:
+        return self._lines[node.lineno - 1] + node.col_offset
+
+    def end(self, node: ast.expr) -> int:
+        return self._lines[(node.end_lineno or node.lineno) - 1] + (node.end_col_offset or 0)
+
+    def after(self, statement: ast.stmt) -> int:
+        """The next line's start."""
+        return self._lines[min(statement.end_lineno or statement.lineno, len(self._lines) - 1)]
+
+
+def _parsed(source: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except SyntaxError:
+        return ast.Module([], [])
+
+
+def _names_tables(tree: ast.Module) -> bool:
+    return _imports(tree, "memstate_sa", "metadata") or any(
+        isinstance(node, ast.Attribute) and ast.unparse(node) == _METADATA for node in ast.walk(tree)
+    )
+
+
+def _names_plugin(tree: ast.Module) -> bool:
+    """Wherever the list is written: in a call, in a variable, in a dictionary of options."""
+    if _imports(tree, "memstate_sa.migrations", "register"):
+        return True
+    lists = "autogenerate_plugins" in ast.unparse(tree)
+    return any(
+        (lists and isinstance(node, ast.List | ast.Tuple) and any(_is_plugin(item) for item in node.elts))
+        or (isinstance(node, ast.Call) and f"{ast.unparse(node.func)}()" in _REGISTERS)
+        for node in ast.walk(tree)
+    )
+
+
+def _imports(tree: ast.Module, module: str, name: str) -> bool:
+    return any(
+        isinstance(node, ast.ImportFrom) and node.module == module and any(each.name == name for each in node.names)
+        for node in ast.walk(tree)
+    )
+
+
+def _is_plugin(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value == "memstate_sa"
+
+
+def _metadata(tree: ast.Module, calls: Sequence[ast.Call]) -> list[ast.expr]:
+    """What the application's metadata are: of ``target_metadata = …``, or else as they are given to `configure`."""
+    assigned = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and any(isinstance(target, ast.Name) and target.id == "target_metadata" for target in node.targets)
+    ]
+    given = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "target_metadata"]
+    return assigned[-1:] or [value for value in given if not isinstance(value, ast.Name)]
+
+
+def _listed(text: _Text, value: ast.expr, added: str) -> Iterator[tuple[int, str]]:
+    """Insertions that make *value*, a list or what may be the one item of it, a list with *added*."""
+    if isinstance(value, ast.List | ast.Tuple) and value.elts:
+        end = text.end(value.elts[-1])
+        comma = re.match(rb"\s*,", text.content[end : text.end(value)])
+        yield end + (comma.end() if comma else 0), f" {added}" if comma else f", {added}"
+    elif isinstance(value, ast.Name | ast.Attribute | ast.Subscript) or (
+        isinstance(value, ast.Call) and not (value.args or value.keywords)
+    ):
+        yield text.start(value), "["
+        yield text.end(value), f", {added}]"
+
+
+def _with_plugin(text: _Text, call: ast.Call) -> Iterator[tuple[int, str]]:
+    for keyword in call.keywords:
+        if keyword.arg == "autogenerate_plugins":
+            if isinstance(keyword.value, ast.List | ast.Tuple):
+                yield from _listed(text, keyword.value, '"memstate_sa"')
+            return
+    if call.keywords:
+        at = text.start(call.keywords[0])
+        indent = re.search(rb"\n[ \t]*$", text.content[:at])
+        yield at, f"{_PLUGINS},{indent[0].decode() if indent else ' '}"
+
+
+def _after_imports(text: _Text, tree: ast.Module) -> int:
+    """After the imports at the top, which what is edited may need: not after one that comes later."""
+    at = 0
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            at = text.after(node)
+        elif isinstance(node, ast.Assign) and any(ast.unparse(target) == "target_metadata" for target in node.targets):
+            break
+    return at
+
+
+# -- what is left to do ----------------------------------------------------------------------------------------------
 
 
 def steps(memory: Memory, engine: Engine, project: AlembicProject | None) -> Iterator[Step]:
@@ -124,43 +288,82 @@ def steps(memory: Memory, engine: Engine, project: AlembicProject | None) -> Ite
     if project is not None:
         yield Step(
             f"our tables in {project.env.name}",
-            "" if project.knows_tables else "target_metadata = [..., memstate_sa.metadata]",
+            "" if project.knows_tables else f"target_metadata = [..., {_METADATA}]",
         )
         yield Step(
             f"our plugin in {project.env.name}",
-            "" if project.knows_plugin else f"context.configure(..., {_PLUGIN[:-1]}); before Alembic 1.18: {_REGISTER}",
+            "" if project.knows_plugin else f"context.configure(..., {_PLUGINS}); before Alembic 1.18: {_REGISTER}",
         )
     missing = [f"{subject} {message}" for subject, message in problems if subject != "Sessions"]
-    if project is not None and missing:
-        revise = "" if project.has_branch else 'alembic revision --autogenerate -m "memstate_sa", then '
-        missing.append(f"{revise}alembic upgrade {'heads' if project.has_branch else 'head'}")
+    if missing and project is not None:
+        missing.append(project.upgrading)
+    elif missing and is_migrated(engine):
+        missing.append(
+            "Alembic has been here, and is not in this folder: run this where it is, or with --create-tables"
+        )
     yield Step("tables and triggers in the database", "\n".join(missing))
 
 
 def find_memories(folder: Path) -> list[str]:
     """Each Memory at the top of a module below *folder*, as ``module:attribute``.
 
-    Only modules that name memstate_sa and make a Memory are imported.
+    Only modules that say ``name = Memory(…)`` at their top level are imported.
     """
     found: dict[int, str] = {}
-    for root in (folder, folder / "src"):
-        if not root.is_dir():
-            continue
-        if str(root) not in sys.path:
-            sys.path.insert(0, str(root))
-        for path in sorted(root.rglob("*.py"), key=lambda path: (len(path.parts), path)):
+    for root in _roots(folder):
+        for path in _files(root, "*.py"):
             parts = path.relative_to(root).with_suffix("").parts
-            if not all(part.isidentifier() for part in parts) or _NOT_SOURCES & set(parts) or parts[0] == "src":
+            if not all(part.isidentifier() for part in parts) or parts[0] == "src":
                 continue
-            source = path.read_text(encoding="utf-8", errors="replace")
-            if "memstate_sa" not in source or not re.search(r"\bMemory\(", source):
+            attributes = _memories(path.read_text(encoding="utf-8", errors="replace"))
+            if not attributes:
                 continue
             name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             try:
                 module = import_module(name)
             except Exception as error:
                 raise MemstateError(f"looking for a Memory, {name} cannot be imported: {error!r}") from error
-            for attribute, value in vars(module).items():
+            for attribute in attributes:
+                value = getattr(module, attribute, None)
                 if isinstance(value, Memory):
                     found.setdefault(id(value), f"{name}:{attribute}")
     return list(found.values())
+
+
+def _memories(source: str) -> list[str]:
+    """The names that a module gives to what it makes by ``Memory(…)``, by that or another name, at its top level."""
+    if "memstate_sa" not in source:
+        return []
+    tree = _parsed(source)
+    ours = {"Memory"} | {
+        name.asname
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("memstate_sa")
+        for name in node.names
+        if name.name == "Memory" and name.asname
+    }
+    return [
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Call)
+        if ast.unparse(node.value.func).rpartition(".")[2] in ours
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    ]
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Where the application's modules are, which can be imported now."""
+    roots = [root for root in (folder, folder / "src") if root.is_dir()]
+    for root in roots:
+        if str(root) not in sys.path:
+            sys.path.insert(0, str(root))
+    return roots
+
+
+def _files(root: Path, pattern: str) -> Iterator[Path]:
+    """The application's own files of a name, those nearest to *root* first."""
+    for path in sorted(root.rglob(pattern), key=lambda path: (len(path.parts), path)):
+        folders = path.relative_to(root).parts[:-1]
+        if not (_NOT_SOURCES & set(folders) or any(name.startswith(".") for name in folders)):
+            yield path

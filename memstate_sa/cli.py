@@ -158,29 +158,35 @@ def init(
             help="Your Memory: shop.memory:memory. Default: the one that is found in the modules of this folder.",
         ),
     ] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what is to be done, and do nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what is to be done, and change no file and no table.")
+    ] = False,
     apply: Annotated[
         bool, typer.Option("--apply", help="Add to Alembic's env.py what it lacks, after showing it.")
     ] = False,
     create: Annotated[
         bool, typer.Option("--create-tables", help="Create tables and triggers even where there is Alembic.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do it without asking.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Edit env.py without asking.")] = False,
 ) -> None:
-    r"""Show what this application still needs, and do what can be done.
+    """Show what this application still needs, and do what can be done.
 
-    Without Alembic, tables and triggers are created. With Alembic, a migration of yours is to create them.
+    Without Alembic, tables and triggers are created at once. With Alembic, a migration of yours is to create them.
 
-    \b
-    memstate-sa init --dry-run                 the checklist
-    memstate-sa init                           and create tables and triggers, where there is no Alembic
-    memstate-sa init --apply                   and edit env.py, where there is
+    Alembic is told by alembic.ini or pyproject.toml, an env.py below this folder, or alembic_version in the database.
+
+    memstate-sa init --dry-run     the checklist, and nothing else
+    memstate-sa init               and create tables and triggers, without Alembic
+    memstate-sa init --apply       and edit env.py, with it
     """
     project = adoption.find_alembic(Path.cwd())
-    with _opened(app or _the_memory(), url, initialised=False) as (memory, engine):
+    app = app or _the_memory()
+    if (dry_run or (project is not None and not create)) and adoption.unmade(url):
+        url = "sqlite://"  # as empty, and not made by being looked at
+    with _opened(app, url, initialised=False) as (memory, engine):
         if project is not None and apply:
             _edit(project, dry_run=dry_run, yes=yes)
-        if not dry_run and (project is None or create):
+        if not dry_run and (create or not (project is not None or adoption.is_migrated(engine))):
             memory.create_tables(engine)
         console = Console()
         steps = list(adoption.steps(memory, engine, project))
@@ -203,8 +209,10 @@ def _the_memory() -> str:
 
 
 def _edit(project: adoption.AlembicProject, *, dry_run: bool, yes: bool) -> None:
-    new = adoption.edited(project.source, has_plugins=migrations.has_plugins())
+    new = project.edited(has_plugins=migrations.has_plugins())
     if new == project.source:
+        if not (project.knows_tables and project.knows_plugin):
+            typer.echo(f"{project.env} is written in a way of its own: nothing can be added to it, but by you")
         return
     old, name = project.source.splitlines(keepends=True), str(project.env)
     typer.echo("".join(unified_diff(old, new.splitlines(keepends=True), name, name)))

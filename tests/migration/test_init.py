@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import create_engine
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine, create_engine, inspect
 
-from memstate_sa.adoption import edited, find_alembic, find_memories
+from memstate_sa.adoption import AlembicProject, edited, find_alembic, find_memories
 from tests.integration.test_cli import invoke
 from tests.migration.application import HEAD, contents
 
@@ -79,7 +80,14 @@ def test_without_alembic_tables_and_triggers_are_created(url: str) -> None:
     assert "There is nothing left to do" in invoke("init", "--url", url, "--dry-run")
 
 
-def test_with_alembic_a_migration_creates_them(folder: Path, url: str) -> None:
+@pytest.mark.parametrize(
+    ("metadata", "with_ours"),
+    [
+        ("Base.metadata", "[Base.metadata, memstate_sa.metadata]"),
+        ("(Base.metadata,)", "(Base.metadata, memstate_sa.metadata)"),
+    ],
+)
+def test_with_alembic_a_migration_creates_them(folder: Path, url: str, metadata: str, with_ours: str) -> None:
     """On a project as `alembic init` makes it: init adds two lines to env.py, and the revision does the rest."""
     run_alembic(folder, command.init, directory=str(folder / "migrations"))
     ini, env = folder / "alembic.ini", folder / "migrations" / "env.py"
@@ -87,16 +95,14 @@ def test_with_alembic_a_migration_creates_them(folder: Path, url: str) -> None:
     ini.write_text(config.replace(str(folder), "%(here)s"))
     written = env.read_text()
     env.write_text(
-        written.replace("target_metadata = None", "from shop.facts import Base\n\ntarget_metadata = Base.metadata")
+        written.replace("target_metadata = None", f"from shop.facts import Base\n\ntarget_metadata = {metadata}")
     )
     before = env.read_text()
 
     shown = invoke("init", "--url", url)
     assert "3 of 5 steps are left" in shown
     assert "memstate_sa.metadata" in shown and "alembic revision --autogenerate" in shown
-    assert "+target_metadata = [Base.metadata, memstate_sa.metadata]" in invoke(
-        "init", "--url", url, "--apply", "--dry-run"
-    )
+    assert f"+target_metadata = {with_ours}" in invoke("init", "--url", url, "--apply", "--dry-run")
     assert "Edit" in invoke("init", "--url", url, "--apply", input="n\n", exit_code=0)
     assert (env.read_text(), tables(url)) == (before, {"note"})
 
@@ -121,6 +127,123 @@ def test_create_tables_goes_past_alembic_when_it_is_told_to(folder: Path, url: s
     assert tables(url) == {"note"}
     invoke("init", "--url", url, "--create-tables")
     assert tables(url) > {"note", "memstate_log"}
+
+
+LOCATIONS = {
+    "a path": ("alembic.ini", "[alembic]\nscript_location = %(here)s/shop/migrations\n"),
+    "a package": ("alembic.ini", "[alembic]\nscript_location = shop:migrations\n"),
+    "inside of a package": ("alembic.ini", "[alembic]\nscript_location = shop.migrations:\n"),
+    "pyproject.toml": ("pyproject.toml", '[tool.alembic]\nscript_location = "shop:migrations"\n'),
+}
+
+
+@pytest.mark.parametrize("src", ["", "src"])
+@pytest.mark.parametrize("location", LOCATIONS)
+def test_alembic_is_found_where_it_finds_itself(folder: Path, url: str, location: str, src: str) -> None:
+    """And then no table is created; a package that it is in is not imported for that."""
+    name, content = LOCATIONS[location]
+    if src:
+        (folder / src).mkdir()
+        (folder / "shop").rename(folder / src / "shop")
+        content = content.replace("%(here)s/", "%(here)s/src/")
+    env = folder / src / "shop" / "migrations" / "env.py"
+    env.parent.mkdir()
+    env.write_text("")
+    (folder / name).write_text(content)
+    found = find_alembic(folder)
+    assert found is not None and "shop" not in sys.modules
+    assert found.env.resolve() == env.resolve()
+    if name == "alembic.ini":
+        assert Path(ScriptDirectory.from_config(Config(folder / name)).dir).resolve() == env.parent.resolve()
+    invoke("init", "--url", url)
+    assert tables(url) == {"note"}
+
+
+FLASK_MIGRATE = """from flask import current_app
+
+from alembic import context
+
+target_db = current_app.extensions['migrate'].db
+
+def get_metadata():
+    return target_db.metadata
+
+def run_migrations_online():
+    conf_args = current_app.extensions['migrate'].configure_args
+    with get_engine().connect() as connection:
+        context.configure(
+            connection=connection,
+            target_metadata=get_metadata(),
+            **conf_args
+        )
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "config", "to_do"),
+    [
+        ("migrations", "migrations/alembic.ini", "flask db migrate"),
+        ("db/versioned", "db/alembic.ini", "flask db migrate"),
+        ("migrations", None, "flask db migrate"),
+    ],
+)
+def test_an_env_py_is_a_sign_of_alembic(folder: Path, url: str, place: str, config: str | None, to_do: str) -> None:
+    """Flask-Migrate has no alembic.ini that says where; others have it elsewhere."""
+    env = folder / place / "env.py"
+    env.parent.mkdir(parents=True)
+    env.write_text(FLASK_MIGRATE)
+    if config is not None:
+        (folder / config).write_text("[alembic]\n# file_template = %%(rev)s_%%(slug)s\n")
+    for elsewhere in ("tests", ".venv/lib", "node_modules/x"):
+        (folder / elsewhere).mkdir(parents=True)
+        (folder / elsewhere / "env.py").write_text("from alembic import context\n")
+    assert to_do in invoke("init", "--url", url, "--apply", "--yes")
+    assert tables(url) == {"note"}
+    assert "target_metadata=[get_metadata(), memstate_sa.metadata],\n" in env.read_text()
+    assert find_alembic(folder) is not None
+    if config is not None:  # our own migrations, in place of the metadata
+        env.write_text(FLASK_MIGRATE)
+        (folder / config).write_text("[alembic]\nversion_locations = v memstate_sa:_migrations/versions\n")
+        assert "alembic upgrade heads" in invoke("init", "--url", url, "--apply", "--yes")
+        assert "memstate_sa.metadata" not in env.read_text()
+
+
+def test_an_env_py_of_something_else_is_no_sign(folder: Path, url: str) -> None:
+    (folder / "shop" / "env.py").write_text("import os\n\nDEBUG = 'alembic' in os.environ\n")
+    assert find_alembic(folder) is None
+    assert "There is nothing left to do" in invoke("init", "--url", url)
+
+
+def test_a_database_that_alembic_made_is_left_to_it(folder: Path, engine: Engine) -> None:
+    """Whoever runs its migrations may have them elsewhere."""
+    url = engine.url.render_as_string(hide_password=False)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE note (id INTEGER NOT NULL, text VARCHAR, PRIMARY KEY (id))")
+        connection.exec_driver_sql("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
+    assert "Alembic has been here" in invoke("init", "--url", url)
+    assert set(inspect(engine).get_table_names()) == {"note", "alembic_version"}
+    assert "There is nothing left to do" in invoke("init", "--url", url, "--create-tables")
+    assert set(inspect(engine).get_table_names()) > {"note", "alembic_version", "memstate_log"}
+
+
+@pytest.mark.parametrize("migrated", [True, False])
+def test_an_sqlite_file_is_not_made_by_being_looked_at(folder: Path, migrated: bool) -> None:
+    """Where Alembic makes it, not by `init` either."""
+    options = [] if migrated else ["--dry-run"]
+    if migrated:
+        (folder / "env.py").write_text("from alembic import context\n")
+    shown = invoke("init", "--url", f"sqlite:///{folder / 'new.db'}", *options)
+    assert "✗ tables and triggers in the database" in shown and "memstate_log is not there" in shown
+    assert not (folder / "new.db").exists()
+
+
+def test_an_env_py_that_nothing_can_be_added_to_is_named(folder: Path, url: str) -> None:
+    env = folder / "migrations" / "env.py"
+    env.parent.mkdir()
+    env.write_text("from alembic import context\n\ncontext.configure(*everything())\n")
+    shown = invoke("init", "--url", url, "--apply", "--yes")
+    assert f"{env} is written in a way of its own" in shown
+    assert "✗ our tables in env.py" in shown and "✗ our plugin in env.py" in shown
 
 
 def test_what_cannot_be_found_is_said(folder: Path, url: str) -> None:
@@ -156,6 +279,34 @@ def test_our_branch_needs_no_metadata(folder: Path, url: str, locations: str, to
     config = f"[alembic]\nscript_location = migrations\nversion_locations = {locations}\nsqlalchemy.url = memstate_sa\n"
     (folder / "alembic.ini").write_text(config)
     assert to_do in invoke("init", "--url", url)
+
+
+def test_only_modules_that_make_a_memory_are_imported(folder: Path) -> None:
+    """A script runs when it is imported, and one that only uses a Memory, or makes one when it is run, need not be."""
+    for name, content in {
+        "seed": "from memstate_sa import Memory\nfrom shop.facts import memory\nhow = 'by Memory(…)'\n",
+        "demo": "from memstate_sa import Memory\ndef main():\n    memory = Memory(1)\n",
+        "main": "from memstate_sa import Memory\nif __name__ == '__main__':\n    memory = Memory(1)\n",
+        "broken": "from memstate_sa import Memory\nmemory = Memory(\n",
+    }.items():
+        (folder / "shop" / f"{name}.py").write_text(
+            f"{content}raise RuntimeError('nobody has a reason to import this')\n"
+        )
+    assert find_memories(folder) == ["shop.facts:memory"]
+
+
+@pytest.mark.parametrize(
+    ("imported", "made"),
+    [
+        ("from memstate_sa import Memory as Remembering", "memory: Remembering = Remembering"),
+        ("import memstate_sa", "memory = memstate_sa.Memory"),
+        ("from memstate_sa.memory import Memory", "memory = same = Memory"),
+    ],
+)
+def test_a_memory_has_many_ways_to_be_made(folder: Path, imported: str, made: str) -> None:
+    facts = folder / "shop" / "facts.py"
+    facts.write_text(facts.read_text().replace("memory = Memory", f"{imported}\n{made}"))
+    assert find_memories(folder) == ["shop.facts:memory"]
 
 
 def test_modules_in_src_are_found(folder: Path) -> None:
@@ -195,6 +346,10 @@ def offline():
         ("Base.metadata", "[Base.metadata, memstate_sa.metadata]"),
         ("[Base.metadata, more]", "[Base.metadata, more, memstate_sa.metadata]"),
         ("[Base.metadata,]", "[Base.metadata, memstate_sa.metadata]"),
+        ("(Base.metadata,)", "(Base.metadata, memstate_sa.metadata)"),
+        ("Base.metadata, more", "Base.metadata, more, memstate_sa.metadata"),
+        ("[\n    Base.metadata,  # ours\n]", "[\n    Base.metadata, memstate_sa.metadata  # ours\n]"),
+        ("{'é': Base.metadata}['é']", "[{'é': Base.metadata}['é'], memstate_sa.metadata]"),
     ],
 )
 @pytest.mark.parametrize("has_plugins", [True, False])
@@ -204,7 +359,9 @@ def test_what_becomes_of_an_env_py(before: str, after: str, has_plugins: bool) -
     new = edited(source, has_plugins=has_plugins)
     assert f"target_metadata = {after}\n" in new
     kept = [
-        line for line in source.splitlines() if "target_metadata = " not in line and "configure(connection" not in line
+        line
+        for line in source.replace(before, "").splitlines()
+        if line and not line.startswith("target_metadata = ") and "configure(connection" not in line
     ]
     remaining = iter(new.splitlines())
     assert all(line in remaining for line in kept)
@@ -216,6 +373,33 @@ def test_what_becomes_of_an_env_py(before: str, after: str, has_plugins: bool) -
     else:
         assert "memstate_sa.migrations.register()\n" in new
     assert edited(new, has_plugins=has_plugins) == new
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("['alembic.autogenerate.*', 'audit']", "['alembic.autogenerate.*', 'audit', \"memstate_sa\"]"),
+        ('[\n        "audit",\n    ]', '[\n        "audit", "memstate_sa"\n    ]'),
+        ('[\n        "audit",\n        "memstate_sa",\n    ]', '[\n        "audit",\n        "memstate_sa",\n    ]'),
+        ("PLUGINS", "PLUGINS"),
+    ],
+)
+def test_other_plugins_stay(tmp_path: Path, before: str, after: str) -> None:
+    """In the form that formatters write, too; what is made elsewhere is left to the reader, unless we are in it."""
+    source = f"target_metadata = memstate_sa.metadata\ncontext.configure(autogenerate_plugins={before})\n"
+    new = edited(source, has_plugins=True)
+    assert new == source.replace(before, after)
+    (tmp_path / "env.py").write_text(new)
+    assert AlembicProject(tmp_path, tmp_path / "env.py").knows_plugin == ("memstate_sa" in after)
+    (tmp_path / "env.py").write_text(f"{new}\nPLUGINS = ['memstate_sa']\n")
+    assert AlembicProject(tmp_path, tmp_path / "env.py").knows_plugin
+
+
+def test_what_is_commented_out_is_not_there(tmp_path: Path) -> None:
+    env = tmp_path / "env.py"
+    env.write_text("# target_metadata = memstate_sa.metadata\n# autogenerate_plugins=['memstate_sa']\n")
+    project = AlembicProject(tmp_path / "alembic.ini", env)
+    assert not (project.knows_tables or project.knows_plugin)
 
 
 @pytest.mark.parametrize(
