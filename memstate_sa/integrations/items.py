@@ -36,7 +36,7 @@ from memstate_sa.facts import _Base
 from memstate_sa.outbox import upsert
 from memstate_sa.tables import UTCDateTime, _Json, metadata
 
-_END = "\x00"  # which no label has
+_END = "\x00"  # which no label has: `puts` sees to that
 _has_end = text("expires_at IS NOT NULL")
 
 

@@ -53,7 +53,7 @@ try:
         validate_op_namespace,
     )
 
-    from memstate_sa.integrations.puts import InvalidItem, Put, end_of, fields_of, plain, scope_of
+    from memstate_sa.integrations.puts import InvalidItem, Put, end_of, fields_of, item_id, plain, scope_of
 except ImportError as error:
     raise MissingExtra("langgraph", "langgraph") from error
 
@@ -197,14 +197,14 @@ class MemStateStore(BaseStore):
     def _read(self, session: Session, ops: Sequence[Op]) -> tuple[list[Result], set[Kept]]:
         """The results, and until when what was read is to be kept."""
         now = self._now()
-        gets = {items.item_id(op.namespace, str(op.key)) for op in ops if isinstance(op, GetOp)}
+        gets = {item_id(op.namespace, str(op.key)) for op in ops if isinstance(op, GetOp)}
         got = self._of_ids(session, gets, now) if gets else {}
         results: list[Result] = []
         kept: set[Kept] = set()
         for op in ops:
             found: list[Row[Any]] = []
             if isinstance(op, GetOp):
-                row = got.get(items.item_id(op.namespace, str(op.key)))
+                row = got.get(item_id(op.namespace, str(op.key)))
                 found = [] if row is None else [row]
                 results.append(None if row is None else _item(row))
             elif isinstance(op, SearchOp):
@@ -412,14 +412,14 @@ class MemStateStore(BaseStore):
     def history(self, namespace: tuple[str, ...], key: str) -> list[Change]:
         """What happened to an item, oldest first."""
         with self._reading() as session:
-            return self.memory.history(session, ItemRow, items.item_id(namespace, key))
+            return self.memory.history(session, ItemRow, item_id(namespace, key))
 
     def erase(self, namespace: tuple[str, ...], key: str, *, reason: str | None = None) -> None:
         """Forget an item, its history and its vectors; see `Memory.erase`, and `Memory.purge` for what files keep.
 
         Of its key a digest stays. Raises NotFound for an item that neither the table nor the log has.
         """
-        item = items.item_id(namespace, key)
+        item = item_id(namespace, key)
         with self._labelled() as session:
             self.memory.erase(session, ItemRow, item, reason)
             with suppress(NotFound):  # past the last row that it ever had

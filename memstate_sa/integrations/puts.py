@@ -31,7 +31,7 @@ class Put:
     """A PutOp that has been looked at: its value is JSON that both databases hold."""
 
     def __init__(self, op: PutOp, fields: Sequence[str] | None) -> None:
-        self.id = items.item_id(op.namespace, str(op.key))
+        self.id = item_id(op.namespace, str(op.key))
         self.key, self.ttl = op.key, op.ttl
         self.texts: list[str | None] = []
         self.value: dict[str, Any] | None = None
@@ -126,7 +126,13 @@ def _canonical(value: Any) -> str:
     return json.dumps(json.loads(json.dumps(value), parse_float=_number), sort_keys=True)
 
 
+def item_id(namespace: tuple[str, ...], key: str) -> str:
+    _check_labels(namespace)
+    return items.item_id(namespace, key)
+
+
 def scope_of(namespace: tuple[str, ...]) -> str:
+    _check_labels(namespace)
     try:
         scope = items.scope_of(namespace)
     except UnicodeEncodeError as error:
@@ -134,3 +140,9 @@ def scope_of(namespace: tuple[str, ...]) -> str:
     if len(scope) > _MAX_SCOPE:
         raise InvalidNamespaceError(f"A namespace takes at most {_MAX_SCOPE // 2} bytes, one a label included.")
     return scope
+
+
+def _check_labels(namespace: tuple[str, ...]) -> None:
+    # By ourselves, as not every LangGraph does: it ends a label, so another namespace would be read, and written.
+    if any("\x00" in label for label in namespace):
+        raise InvalidNamespaceError("Namespace labels cannot contain NUL.")

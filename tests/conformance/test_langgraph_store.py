@@ -29,6 +29,7 @@ from langgraph.store.memory import InMemoryStore
 
 from memstate_sa import Memory
 from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.integrations import langgraph_store
 from memstate_sa.integrations.langgraph_store import MemStateStore
 from memstate_sa.testing import HashEmbedder
 
@@ -236,6 +237,21 @@ def test_a_bad_namespace_in_a_batch_is_refused(our_store: BaseStore) -> None:
     with pytest.raises(InvalidNamespaceError):
         our_store.batch([PutOp((), "k", {"n": 1})])
     assert our_store.search(()) == []
+
+
+def test_nul_in_a_label_is_no_other_namespace(our_store: BaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused by ourselves: langgraph-checkpoint 4.3.0 lets it pass, and history() asks nobody."""
+    assert isinstance(our_store, MemStateStore)
+    our_store.put(("mem", "ann", "private"), "k", {"n": 1})
+    monkeypatch.setattr(langgraph_store, "validate_op_namespace", lambda op: None)
+    other = ("mem", "ann\x00private")
+    for op in (PutOp(other, "k", {"n": 2}), PutOp(other, "k", None), GetOp(other, "k"), SearchOp(other)):
+        with pytest.raises(InvalidNamespaceError):
+            our_store.batch([op])
+    for ask in (our_store.history, our_store.erase):
+        with pytest.raises(InvalidNamespaceError):
+            ask(other, "k")
+    assert [item.value for item in our_store.search(())] == [{"n": 1}]
 
 
 NAMESPACES: list[tuple[str, ...]] = [
