@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, func, insert, select, text
+from sqlalchemy import Engine, func, insert, or_, select, text
 from sqlalchemy.orm import joinedload, sessionmaker
 
 from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Memory, MemstateError
@@ -339,6 +339,9 @@ def test_facts_of_another_user_are_never_returned(world: World) -> None:
         (Note.topic == Note.content, None),
         (Tag.name == "a", None),
         (Note.topic.in_([]), None),
+        (Note.number.in_([*range(100)]), {"number": {"$in": [*range(100)]}}),
+        (Note.number.in_([*range(101)]), None),
+        (Note.number.in_([*range(60)]) & or_(*(Note.topic == str(n) for n in range(60))), None),
         (text("1 = 1"), None),
     ],
 )
@@ -358,6 +361,17 @@ def test_pushed_down_where_possible_else_by_ids(meddled: World, index: Meddling)
         assert index.queries[-1]["ids"] == ["person[1]"]
         meddled.memory.search(session, "tea", Person)
         assert (index.queries[-1]["where"], index.queries[-1]["ids"]) == (None, None)
+
+
+def test_criteria_with_thousands_of_values(meddled: World, index: Meddling) -> None:
+    """No index is asked for so many: SQL says which rows they select, as it does where nothing can be pushed down."""
+    people(meddled, *WORDS)
+    meddled.relay.drain()
+    names = [f"p{n}" for n in range(1, 3000)]
+    with meddled.session() as session:
+        hits = meddled.memory.search(session, "tea", select(Person).where(Person.name.in_(names)), limit=20)
+        assert index.queries[-1]["where"] is None
+        assert sorted(hit.fact.id for hit in hits) == [2, 3, 5, 6, 8, 9]
 
 
 def test_one_select_hydrates(meddled: World) -> None:
