@@ -127,8 +127,6 @@ class _Opened(NamedTuple):
     dimension: int
     incarnation: str
     """What the index's own key says; the one that is reported tells the server's runs apart, too."""
-    size: int
-    """As last seen."""
 
 
 class RedisIndex:
@@ -159,6 +157,7 @@ class RedisIndex:
         self._keys = [f"memstate:{{{name}}}:{part}" for part in ("index", "points", "ids", "deleted")]
         self._exact = exact
         self._opened: _Opened | None = None
+        self._size = 0  # as last seen
 
     @property
     def incarnation(self) -> str:
@@ -195,8 +194,7 @@ class RedisIndex:
             return []
         if ids is not None:
             return [found.match for found in self._among(query, ids) if matches(condition, found.metadata)][:limit]
-        exact = self._exact if self._exact is not None else opened.size <= EXACT_UP_TO
-        return nearest(partial(self._nearest, query, condition), limit, condition, exact=exact)
+        return nearest(partial(self._nearest, query, condition), limit, condition, exact=self._compares)
 
     def get(self, ids: Sequence[str]) -> list[Stored]:
         return [
@@ -231,6 +229,11 @@ class RedisIndex:
     # -- the server ---------------------------------------------------------------------------------------------------
 
     @property
+    def _compares(self) -> bool:
+        """Whether so many points are compared one by one."""
+        return self._exact if self._exact is not None else self._size <= EXACT_UP_TO
+
+    @property
     def _now(self) -> _Opened:
         if self._opened is None:
             raise MemstateError("this index is not open; call open() first")
@@ -247,7 +250,7 @@ class RedisIndex:
                 f"{embedder!r}, {dimension} dimensions. Use another name, or delete the keys {self._keys} to have it "
                 "rebuilt"
             )
-        self._opened = _Opened(embedder, dimension, incarnation, int(count))
+        self._opened, self._size = _Opened(embedder, dimension, incarnation), int(count)
         return f"{incarnation}:{run}"
 
     def _require_vector_sets(self) -> None:
@@ -330,11 +333,14 @@ class RedisIndex:
             search += ["FILTER", _expression(condition)]
         with self._translated("query"):
             pipeline: Any = self._client.pipeline(transaction=False)
-            pipeline.hget(self._keys[0], "incarnation")
+            pipeline.hmget(self._keys[0], "incarnation", "count")
             pipeline.execute_command(*search)
-            incarnation, answer = pipeline.execute()
+            (incarnation, count), answer = pipeline.execute()
         if incarnation is None or _text(incarnation) != opened.incarnation:
             raise self._gone(opened)
+        self._size = int(count)
+        if self._compares and not exact:  # others have deleted so much since it was last seen
+            return self._nearest(query, condition, limit, True)
         rows, found = list(_rows(answer)), []
         for id_, score, attributes in rows:
             told = json.loads(attributes) if attributes else {}

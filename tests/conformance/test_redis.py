@@ -182,6 +182,29 @@ def test_a_filter_past_what_is_nearer(shared_server: Server, name: str) -> None:
     assert {match.id for match in found} == {"far0", "far1", "far2"}
 
 
+def test_others_decide_how_many_there_are(
+    shared_server: Server, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A searcher goes by what is there, not by what was there when it opened the index."""
+    monkeypatch.setattr("memstate_sa.indexes.redis.EXACT_UP_TO", 20)
+    shared_server.admin.config_set("slowlog-log-slower-than", 0)  # every command, as it came
+    searcher, writer = opened(shared_server.client, name), opened(shared_server.client, name)
+
+    def compared() -> list[bool]:
+        """Of each search that is done for two queries."""
+        shared_server.admin.slowlog_reset()
+        for _ in range(2):
+            assert {match.id for match in searcher.query(vector(*X), 3)} == {"p0", "p1", "p2"}
+        said = [entry["command"] for entry in reversed(shared_server.admin.slowlog_get(100))]
+        return [b" TRUTH" in command for command in said if command.startswith(b"VSIM ")]
+
+    writer.upsert([point(f"p{n}", (1, n / 100, 0)) for n in range(30)])
+    assert compared() == [True, False]
+    writer.delete([f"p{n}" for n in range(5, 30)])
+    assert compared() == [False, True, True]  # what a graph of so few told is not believed
+    shared_server.admin.config_set("slowlog-log-slower-than", 10_000)
+
+
 @pytest.mark.parametrize("bad", [point("a", metadata={"v": object()}), point("\ud800")], ids=["object", "surrogate"])
 def test_what_cannot_be_stored_is_rejected(shared_server: Server, name: str, bad: Any) -> None:
     """By the point's name, before anything is written."""
