@@ -139,7 +139,7 @@ class Backfill:
                 update(backfill)
                 .where(this)
                 .values(
-                    position=keys[passed - 1] if keys else claimed.position,
+                    position=keys[passed - 1] if passed else claimed.position,
                     seen=backfill.c.seen + passed,
                     added=backfill.c.added + added,
                     done=len(keys) < size and passed == len(keys),

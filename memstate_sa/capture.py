@@ -19,10 +19,10 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 from pydantic import ValidationError
-from sqlalchemy import Select, delete, event, insert, inspect, select, type_coerce
+from sqlalchemy import Select, delete, event, func, insert, inspect, select, type_coerce
 from sqlalchemy.engine import Connection, Engine, IteratorResult, Result
 from sqlalchemy.engine.result import SimpleResultMetaData
-from sqlalchemy.exc import IntegrityError, UnboundExecutionError
+from sqlalchemy.exc import DBAPIError, IntegrityError, UnboundExecutionError
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction, scoped_session, sessionmaker
 from sqlalchemy.orm.base import NO_VALUE
 from sqlalchemy.sql import ClauseElement
@@ -457,10 +457,25 @@ class Capture:
     def log_baselines(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> tuple[int, int]:
         """Log, and mark dirty, those rows of *keys* that the log has not seen, outside of any Session.
 
-        Returns how many they were, and how many of *keys*, in their order, are done with: at least one. It waits for
-        the first row alone, and passes by others that are locked: who has locked one may wait for another that is
-        locked here.
+        Returns how many they were, and how many of *keys*, in their order, are done with. It waits for the first row
+        alone, and passes by others that are locked: who has locked one may wait for another that is locked here. Nor
+        does it hold them for long while it waits for a value that must be unique: then fewer are done with, or none.
         """
+        if tracked.unique_values is None or connection.dialect.name != "postgresql":
+            return self._log_baselines(connection, tracked, keys)
+        while keys:
+            try:
+                with connection.begin_nested():  # rolled back, it lets go of the rows
+                    return self._log_baselines(connection, tracked, keys, hurry=True)
+            except DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                    raise
+            keys = keys[: len(keys) // 2]
+        return 0, 0
+
+    def _log_baselines(
+        self, connection: Connection, tracked: Tracked, keys: Sequence[str], *, hurry: bool = False
+    ) -> tuple[int, int]:
         unit, columns = Unit(), tracked.on(connection.dialect)
         take_write_lock(connection)
         unknown = set(self._unknown(connection, tracked, keys))
@@ -468,6 +483,8 @@ class Capture:
         images = columns.read(connection, first, for_update=True)
         images |= columns.read(connection, others, for_update=True, skip_locked=True)
         entries = self._of_unknown(connection, tracked, images)
+        if hurry:
+            connection.execute(_hurry)
         self.write(connection, unit, entries, deliver_baselines=True)
         left = (n for n, key in enumerate(keys) if n and key in unknown and key not in images)
         return len(entries), next(left, len(keys))
@@ -867,6 +884,9 @@ class Capture:
         warnings.warn(message, UntrackedWriteWarning, stacklevel=2)
 
 
+# Shorter than it takes PostgreSQL to look for a deadlock, and to choose a victim: a second, as it comes.
+_hurry = select(func.set_config("lock_timeout", "100ms", True))
+_LOCK_NOT_AVAILABLE = "55P03"
 _SHOWN = 20
 _NOT_UNIQUE = (
     "%s: %d rows that are older than tracking have the same value of what must be unique as another, and can be "

@@ -408,6 +408,27 @@ def test_a_restart_beside_workers_that_divide(postgres_engine: Engine) -> None:
         each.dispose()
 
 
+def test_a_restart_waits_for_a_batch(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose worker notes how far it is, past the one who waits: it does not wait for it in turn."""
+    world, engine = World(postgres_engine), postgres_engine
+    old_tags(engine, 5)
+    spy = Spy(world, monkeypatch)
+    restart = threading.Thread(target=lambda: world.memory.backfill(engine, Tag, restart=True, limit=0))
+
+    def meet(_: Any) -> None:
+        if restart.ident is None:
+            restart.start()
+            _poll(lambda: _waiting(engine, "LOCK TABLE") == 1)
+
+    spy.inside = meet
+    assert world.memory.backfill(engine, Tag, batch_size=2, limit=2) == 2
+    restart.join(60)
+    assert not restart.is_alive()
+    assert world.memory.backfill(engine, Tag, restart=False) == 3
+    assert spy.batches == [tag_keys(0, 1), tag_keys(*range(5))]
+    assert_begins_once(engine)
+
+
 def _waiting(engine: Engine, verb: str = "") -> int:
     """How many wait for a lock of ranges."""
     waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE :query")

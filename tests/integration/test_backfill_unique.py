@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 
 import pytest
 from sqlalchemy import Engine, insert, select, text
@@ -117,3 +116,54 @@ def test_what_becomes_of_them(hall: Hall) -> None:
         session.get_one(Seat, 4).meal = "fish"
         session.commit()
     assert hall.holders() == {'["Bob"]': "[2]", '["Cid"]': "[1]", '["Ann"]': "[4]"}
+
+
+@pytest.mark.parametrize("commits", [True, False])
+@pytest.mark.parametrize("wanted", [1, 5, 9], ids=["the first row", "the row with that guest", "the last row"])
+@pytest.mark.parametrize("batch_size", [1, 100])
+def test_beside_a_transaction_that_has_the_value(
+    postgres_hall: Hall, wanted: int, batch_size: int, commits: bool
+) -> None:
+    """It is waited for without rows of the batch in hand, which it may come to wait for: no deadlock, no victim."""
+    hall, engine = postgres_hall, postgres_hall.engine
+    hall.fill(*(f"guest {n}" for n in range(1, 10)))
+    added: list[int] = []
+    worker = threading.Thread(target=lambda: added.append(hall.memory.backfill(engine, batch_size=batch_size)))
+    with hall.sessions() as session:
+        session.add(Seat(id=100, guest="guest 5", meal="fish"))
+        session.flush()
+        worker.start()
+        poll(lambda: waits_for_value(engine))
+        session.get_one(Seat, wanted).meal = "fish"
+        if wanted == 5:
+            session.get_one(Seat, 5).guest = "somebody else"
+        session.flush()
+        if commits:
+            session.commit()
+        else:
+            session.rollback()
+    worker.join(60)
+    assert not worker.is_alive()
+    assert added  # it ended without an error
+    ops: dict[str, list[str]] = {}
+    for key, op in hall.logged():
+        ops.setdefault(key, []).append(op)
+    expected = {f"[{n}]": ["baseline"] for n in range(1, 10)}
+    holders = {f'["guest {n}"]': f"[{n}]" for n in range(1, 10)}
+    if commits:
+        expected |= {f"[{wanted}]": ["baseline", "update"], "[100]": ["insert"]}
+        holders['["guest 5"]'] = "[100]"
+        if wanted == 5:
+            holders['["somebody else"]'] = "[5]"
+    assert ops == expected
+    assert hall.holders() == holders
+    assert hall.marked() == expected.keys()
+
+
+def waits_for_value(engine: Engine) -> bool:
+    waiting = text(
+        "SELECT count(*) FROM pg_stat_activity "
+        "WHERE wait_event_type = 'Lock' AND query LIKE 'INSERT INTO memstate_unique%'"
+    )
+    with engine.connect() as connection:
+        return connection.scalar(waiting) == 1
