@@ -182,9 +182,7 @@ def test_a_filter_past_what_is_nearer(shared_server: Server, name: str) -> None:
     assert {match.id for match in found} == {"far0", "far1", "far2"}
 
 
-def test_others_decide_how_many_there_are(
-    shared_server: Server, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_others_decide_how_many_there_are(shared_server: Server, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A searcher goes by what is there, not by what was there when it opened the index."""
     monkeypatch.setattr("memstate_sa.indexes.redis.EXACT_UP_TO", 20)
     shared_server.admin.config_set("slowlog-log-slower-than", 0)  # every command, as it came
