@@ -26,7 +26,7 @@ from memstate_sa.history import Moment
 from memstate_sa.integrations import checkpoints, runs
 from memstate_sa.integrations.checkpoint_tables import lease
 from memstate_sa.integrations.checkpoints import Cursor, Outline, Place, Stored, Value, Write
-from memstate_sa.integrations.steps import Steps, Task
+from memstate_sa.integrations.steps import Steps, Task, joining
 from memstate_sa.memory import Memory
 from memstate_sa.relay.claims import owner_id
 from memstate_sa.store import MemoryStore, _engine
@@ -408,9 +408,9 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
 
         Whatever kills the process, both are there afterwards, or neither; a node that fails, is retried, or waits for
         an answer leaves none. All blocks of one node share the Session; it is closed when the node's writes are saved,
-        and is not to be committed by hand. Calls of the MemoryStore inside the block join it. What it changes is
-        labelled with the thread as session_id (``memory.rollback(session, session_id=thread_id)``), and the node as
-        reason.
+        and is not to be committed by hand. Calls of the MemoryStore, and of a MemStateStore of this memory, join it
+        inside the block. What it changes is labelled with the thread as session_id
+        (``memory.rollback(session, session_id=thread_id)``), and the node as reason.
 
         Write late: rows stay locked until the node returns, on SQLite the database. A node that begins a step sees what
         the steps before it wrote; others may run before that is committed, unless the graph runs with
@@ -432,7 +432,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             if first and self.memory is not None:
                 node = config.get("metadata", {}).get("langgraph_node")
                 self.memory.annotate(session, session_id=task.at.thread_id, reason=node and f"node {node}")
-            with self._joined(session):
+            with self._joined(session), joining(self.memory, self.engine, session):
                 yield session
 
     async def astep(self, work: Callable[[Session], T], config: RunnableConfig | None = None) -> T:

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -31,6 +31,7 @@ from memstate_sa.expiry import EXPIRED
 from memstate_sa.history import Moment
 from memstate_sa.integrations import items, json_criteria
 from memstate_sa.integrations.items import ItemRow, Kept
+from memstate_sa.integrations.steps import joined
 from memstate_sa.memory import Memory
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.store import MemoryStore
@@ -125,13 +126,13 @@ class MemStateStore(BaseStore):
         self._readers = sessionmaker(self.engine.execution_options(**autocommit))
         self._facts = where if isinstance(where, MemoryStore) else None
         if self._facts is not None:
-            self._writing: Callable[[], AbstractContextManager[Session]] = self._facts.transaction
+            self._begin: Callable[[], AbstractContextManager[Session]] = self._facts.transaction
         elif in_memory:
             raise MemstateError("an in-memory SQLite has one connection: give the MemoryStore, or use a file")
         else:
             sessions = sessionmaker(self.engine, expire_on_commit=False)
             self.memory.attach(sessions)
-            self._writing = sessions.begin
+            self._begin = sessions.begin
         self._is_shared = in_memory
 
     def setup(self) -> None:
@@ -177,12 +178,25 @@ class MemStateStore(BaseStore):
     def _reading(self) -> AbstractContextManager[Session]:
         if self._moment is not None:
             return self.memory.as_of_session(self.engine, self._moment, [ItemRow])
+        step = joined(self.memory, self.engine)
+        if step is not None:
+            return nullcontext(step)
         facts = self._facts
         if facts is not None:
             facts._check_open()  # noqa: SLF001
         if facts is not None and (self._is_shared or getattr(facts._local, "session", None) is not None):  # noqa: SLF001
             return facts._reading()  # noqa: SLF001  # in the transaction that this thread has open
         return self._readers()
+
+    @contextmanager
+    def _writing(self) -> Iterator[Session]:
+        step = joined(self.memory, self.engine)
+        if step is None:
+            with self._begin() as session:
+                yield session
+        else:
+            with step.begin_nested():
+                yield step
 
     @contextmanager
     def _labelled(self) -> Iterator[Session]:

@@ -15,7 +15,7 @@ from langgraph.graph import START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.store.base import BaseStore
 
-from memstate_sa import Fact, MemoryStore
+from memstate_sa import Fact, Memory, MemoryStore
 from memstate_sa.embedders import WordLlamaEmbedder
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.integrations.langgraph import MemStateCheckpointer
@@ -151,6 +151,42 @@ def test_a_step_is_one_transaction_with_what_its_node_puts(agent: Agent) -> None
     assert agent.values() == {"item": {"text": "green pears"}}
     [item], [fact] = agent.store.history(("memories",), "item"), agent.facts.history("fact")
     assert (item.tx, item.session_id, item.reason) == (fact.tx, "t", "node work")
+
+
+@pytest.mark.parametrize("where", ["engine", "url"])
+def test_a_store_without_a_memory_store_joins_the_step(engine: Engine, where: str) -> None:
+    """Made of an Engine and a Memory, as the checkpointer is: on SQLite it would wait for the step that it is in."""
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    url = engine.url.render_as_string(hide_password=False)
+    store = MemStateStore(engine if where == "engine" else url, memory=memory)
+    saver = MemStateCheckpointer(engine, memory=memory)
+    saver.setup()
+    store.setup()
+    fails = True
+
+    def work(state: State) -> State:
+        with saver.step() as session:
+            session.add(Fact(id="fact", type="note", payload={}))
+            session.flush()
+            store.put(("a",), "item", {"text": "green pears"})
+            assert [item.key for item in store.search((), query="green pears")] == ["item"]
+        if fails:
+            raise ZeroDivisionError
+        return {"trail": ["done"]}
+
+    graph = StateGraph(State).add_node("work", work).add_edge(START, "work").compile(checkpointer=saver)
+    with pytest.raises(ZeroDivisionError):
+        graph.invoke({"trail": []}, config("t"))
+    assert store.search(()) == []
+    fails = False
+    graph.invoke(None, config("t"))
+    [change] = store.history(("a",), "item")
+    assert (change.session_id, change.reason) == ("t", "node work")
+    store.put(("a",), "by hand", {})
+    assert [each.session_id for each in store.history(("a",), "by hand")] == [None]
+    store.engine.dispose()
+    saver.close()
+    memory.close()
 
 
 def test_a_replay_may_read_the_store_as_it_was(agent: Agent) -> None:
