@@ -30,6 +30,7 @@ class Journal:
         self.damaged = False
         self._end = 0
         self._file: BinaryIO | None = None
+        self._named = False
 
     @property
     def size(self) -> int:
@@ -39,10 +40,9 @@ class Journal:
         """Every record, oldest first; to its end, before anything is appended. A file that is missing is begun."""
         self.damaged = False
         self._new.unlink(missing_ok=True)  # of a replacement that was killed
-        existed = self.path.exists()
-        file = self._file = self.path.open("r+b" if existed else "w+b", buffering=0)
-        if not existed:
-            _sync_folder(self.path.parent)
+        file = self._file = self.path.open("r+b" if self.path.exists() else "w+b", buffering=0)
+        self._named = False  # for all that is known: whoever named it may have been killed before it was on the disk
+        self._settle_name()
         with self.path.open("rb") as reader:
             self._end, whole = 0, os.fstat(reader.fileno()).st_size
             while self._end < whole:
@@ -59,6 +59,7 @@ class Journal:
         file = self._file
         if file is None:
             raise OSError(f"{self.path.name} is not open")
+        self._settle_name()
         try:
             _write(file, value, data)
             os.fdatasync(file.fileno())
@@ -68,7 +69,10 @@ class Journal:
             raise
 
     def replace(self, records: Iterable[Record]) -> None:
-        """Have these records instead of all that there are: as a whole or, if it fails or is killed, not at all."""
+        """Have these records instead of all that there are: as a whole or, if it fails or is killed, not at all.
+
+        If only the folder could not be synchronised, they are there, and `append` does that before anything else.
+        """
         file = self._new.open("w+b", buffering=0)
         try:
             for value, data in records:
@@ -80,13 +84,24 @@ class Journal:
             self._new.unlink(missing_ok=True)
             raise
         self.close()
-        self._file, self._end = file, file.tell()
-        _sync_folder(self.path.parent)
+        self._file, self._end, self._named = file, file.tell(), False
+        self._settle_name()
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _settle_name(self) -> None:
+        """A file's name is on the disk when its folder is; before that, nothing that is appended would be."""
+        if self._named:
+            return
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self._named = True
 
     def _back(self, file: BinaryIO) -> None:
         """To where it was; if that is not to be had, nothing more is appended until it was read anew."""
@@ -122,12 +137,3 @@ def _write(file: BinaryIO, value: Any, data: bytes) -> None:
     whole = memoryview(b"".join((header, _CHECKSUM.pack(crc32(header)), text, data)))
     while whole:  # a raw file may take a part
         whole = whole[file.write(whole) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    """A file's name is on the disk when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

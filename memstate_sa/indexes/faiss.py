@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import uuid
 from bisect import bisect_right
@@ -24,6 +25,8 @@ from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector
 
 if TYPE_CHECKING:
     from memstate_sa.indexes._folder import LockedFolder
+
+logger = logging.getLogger("memstate_sa.indexes")
 
 _ADVICE = "open it once, and share the object; several processes need an index with a server, such as PgVectorIndex"
 _SPARE = 10_000
@@ -231,13 +234,18 @@ class FaissIndex:
     def _wrote(self, count: int) -> None:
         self._written += count
         if self._points is not None and self._written > 2 * len(self._points.held) + _SPARE:
-            self._compact(self._points)
+            try:
+                self._compact(self._points)
+            except OSError as error:  # what was written is on the disk all the same, and must not be delivered again
+                logger.warning("the journal in %s could not be made shorter: %s", self._name, error.strerror)
 
     def _compact(self, points: Flat) -> None:
-        self._journal.replace(self._records(points))
-        self._written = len(points.held)
-        if self._folder is not None:
-            self._folder.watch()
+        self._written = len(points.held)  # if it fails, it is tried again after as many writes
+        try:
+            self._journal.replace(self._records(points))
+        finally:
+            if self._folder is not None:
+                self._folder.watch()
 
     def _records(self, points: Flat) -> Iterator[Record]:
         yield {"state": self._state}, b""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import struct
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 pytest.importorskip("faiss")
 
 from memstate_sa.errors import DeliveryRetryable, MemstateError, MissingExtra
-from memstate_sa.indexes import FaissIndex, VectorIndex
+from memstate_sa.indexes import FaissIndex, VectorIndex, _journal
 from memstate_sa.testing import IndexConformance
 from memstate_sa.testing.churn import EMBEDDER
 from memstate_sa.testing.points import X, contents, fingerprints, point, vector
@@ -189,6 +190,70 @@ def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         index.upsert([point("c")])
     with opened(folder) as index:
         assert (index.incarnation, fingerprints(index)) == (before, {"a": "f", "c": "f"})
+
+
+def test_no_room_for_a_second_journal(
+    folder: Path, journal: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Writes go on, in the long one; it is made shorter later, and not tried with every write meanwhile."""
+    monkeypatch.setattr("memstate_sa.indexes.faiss._SPARE", 20)
+    write, tried = _journal._write, []
+
+    def full(file: Any, value: Any, data: bytes) -> None:
+        if file.name.endswith(".new"):
+            tried.append(file.name)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, value, data)
+
+    with opened(folder) as index:
+        before = index.incarnation
+        with monkeypatch.context() as disk:
+            disk.setattr(_journal, "_write", full)
+            for n in range(60):
+                index.upsert([point("a", (1, n, 0), fingerprint=f"f{n}")])
+        assert len(tried) == 2
+        assert [record.args[-1] for record in caplog.records] == ["No space left on device"] * 2  # type: ignore[index]
+        long = journal.stat().st_size
+        for n in range(60, 70):
+            index.upsert([point("a", (1, n, 0), fingerprint=f"f{n}")])
+        assert journal.stat().st_size < long / 5
+    with opened(folder) as index:
+        assert index.incarnation == before
+        assert contents(index, ["a"]) == {"a": ("f69", [1, 69, 0])}
+
+
+def test_a_folder_that_is_not_synchronised(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is acknowledged while the name of a new journal may not be on the disk; then all goes on."""
+    said: list[str] = []
+    data, whole, failing = os.fdatasync, os.fsync, False
+
+    def synchronise(file: int) -> None:
+        kind = "folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file"
+        if kind == "folder" and failing:
+            raise OSError(errno.EIO, "Input/output error")
+        said.append(kind)
+        whole(file)
+
+    monkeypatch.setattr(os, "fdatasync", lambda file: (said.append("data"), data(file)))
+    monkeypatch.setattr(os, "fsync", synchronise)
+    with opened(folder) as index:
+        index.upsert([point("a"), point("gone")])
+        index.delete(["gone"])
+        before, failing = index.incarnation, True
+        for call in (index.purge, lambda: index.upsert([point("b")]), lambda: index.delete(["a"])):
+            with pytest.raises(DeliveryRetryable) as caught:
+                call()
+            assert isinstance(caught.value.__cause__, OSError)
+        failing = False
+        said.clear()
+        index.upsert([point("c")])
+        index.upsert([point("d")])
+        assert said == ["folder", "data", "data"]
+        index.purge()
+        said.clear()
+    with opened(folder) as index:  # and where who replaced it was killed before its name was on the disk
+        assert said == ["folder"]
+        assert (index.incarnation, fingerprints(index)) == (before, {"a": "f", "c": "f", "d": "f"})
 
 
 def test_what_a_call_returned_from_is_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
