@@ -437,6 +437,45 @@ def _waiting(engine: Engine, verb: str = "") -> int:
 
 
 @both_ways
+@pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_a_transaction_that_does_not_see_the_baseline(
+    postgres_engine: Engine, capture: Literal["session", "trigger"], isolation: str
+) -> None:
+    """It logs one more, by its older snapshot; which says the same, and is no change to anybody."""
+    world, engine = World(postgres_engine, capture=capture), postgres_engine
+    with before_tracking(world):
+        old_tags(engine, 3)
+    sessions = sessionmaker(engine.execution_options(isolation_level=isolation))
+    world.memory.attach(sessions)
+    with sessions() as session:
+        assert session.scalar(select(sa.func.count()).select_from(Tag)) == 3  # the snapshot is taken
+        world.memory.backfill(engine, Tag)
+        session.get_one(Tag, "t0000").meaning = "new"
+        session.delete(session.get_one(Tag, "t0001"))
+        session.commit()
+    with world.session() as session:
+        changes = {
+            name: [
+                (change.op, *(image and image["meaning"] for image in (change.before, change.after)))
+                for change in world.memory.history(session, Tag, name)
+            ]
+            for name in ("t0000", "t0001", "t0002")
+        }
+        assert changes == {
+            "t0000": [("baseline", None, "old 0"), ("update", "old 0", "new")],
+            "t0001": [("baseline", None, "old 1"), ("delete", "old 1", None)],
+            "t0002": [("baseline", None, "old 2")],
+        }
+    world.assert_in_step()
+    with world.session() as session:
+        assert {change.op for change in world.memory.rollback(session)} == {"insert", "update"}
+        session.commit()
+    with engine.connect() as connection:
+        assert set(connection.scalars(select(Tag.meaning))) == {"old 0", "old 1", "old 2"}
+    world.assert_in_step()
+
+
+@both_ways
 def test_beside_busy_writers(engine: Engine, capture: Literal["session", "trigger"]) -> None:
     """They change, delete and add rows, some many in one transaction, while two workers run; nobody fails."""
     world = World(engine, capture=capture)
