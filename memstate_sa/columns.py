@@ -37,7 +37,9 @@ from sqlalchemy import (
 from sqlalchemy import types as sqltypes
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.elements import BindParameter
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
 from memstate_sa.codec import decode, decode_key, encode_image, encode_key
@@ -101,6 +103,29 @@ def _implementation(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]
     type_ = undecorated(type_, dialect)
     # In SQLAlchemy 2.0 PostgreSQL's own type of a float is a Numeric, as Float is.
     return type_ if isinstance(type_, Float) else type_.dialect_impl(dialect)
+
+
+class _rows_in(FunctionElement[bool]):
+    """``(a, b) IN (:keys)``, served by the index on (a, b)."""
+
+    inherit_cache = True
+    type = sqltypes.Boolean()
+
+    def self_group(self, against: Any = None) -> _rows_in:
+        return self  # a condition as it is: "= 1", which SQLite is given for a boolean, would hide it from the index
+
+
+@compiles(_rows_in)
+def _rows_in_any(element: Any, compiler: Any, **kw: Any) -> str:
+    row, keys = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"{row} IN {keys}"
+
+
+@compiles(_rows_in, "sqlite")
+def _rows_in_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    """Of a bare list of VALUES, SQLite makes a scan of the table."""
+    row, keys = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"{row} IN (SELECT * FROM {keys})"  # noqa: S608  # of parameters
 
 
 class TableColumns:
@@ -193,7 +218,7 @@ class TableColumns:
                 return type_coerce(columns[0], kind) == any_(bindparam("keys", type_=sqltypes.ARRAY(kind)))
             return type_coerce(columns[0], RAW).in_(keys)
         keys = bindparam("keys", expanding=True)
-        return tuple_(*(type_coerce(column, RAW) for column in columns)).in_(keys)
+        return _rows_in(tuple_(*(type_coerce(column, RAW) for column in columns)), keys)
 
     def key_parameters(self, keys: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
         if len(self.key_names) == 1:

@@ -16,7 +16,7 @@ from memstate_sa.relay import embeddings, retention
 from memstate_sa.relay.retention import forget_delivered
 from memstate_sa.tables import embedding, log, outbox, parked, transaction, utcnow
 from tests.integration.test_histories import wipe
-from tests.support import Person, Tag, World
+from tests.support import Note, Person, Tag, World
 
 
 @pytest.fixture
@@ -36,13 +36,13 @@ def large(engine: Engine) -> World:
     return world
 
 
-def plans(engine: Engine, action: Any) -> dict[str, str]:
-    """The plan of each statement that *action* runs on a table of ours."""
+def plans(engine: Engine, action: Any, tables: str = "memstate_") -> dict[str, str]:
+    """The plan of each statement that *action* runs on a table of ours, or that *tables* matches."""
     seen: dict[str, Any] = {}
 
     def note(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
         # "WHERE 0 = 1" takes SQLite's write lock; a constant condition is tested before the table is looked at.
-        if "memstate_" in statement and "0 = 1" not in statement and re.match(r"\s*(SELECT|UPDATE|DELETE)", statement):
+        if re.search(tables, statement) and "0 = 1" not in statement and re.match(r"\s*(SELECT|UPDATE|DELETE)", statement):
             seen[statement] = parameters[0] if many else parameters
 
     event.listen(engine, "before_cursor_execute", note)
@@ -83,6 +83,32 @@ def test_writing(large: World) -> None:
             session.commit()
 
     assert_served(large.engine, plans(large.engine, write))
+
+
+def test_rows_by_composite_keys(large: World) -> None:
+    """Of the application's own table: read for their images, locked, shown by a search."""
+    with large.session() as session:
+        person = session.get_one(Person, 7)
+        notes = [{"topic": f"t{n}", "number": n, "person_id": person.id, "content": f"note {n}"} for n in range(500)]
+        session.execute(insert(Note), notes)
+        session.commit()
+    if large.engine.dialect.name == "postgresql":
+        with large.engine.begin() as connection:
+            connection.execute(text("ANALYZE"))
+
+    def write_and_search() -> None:
+        with large.session() as session:
+            for n in (3, 4):
+                session.get_one(Note, (f"t{n}", n)).content = "changed"
+            session.delete(session.get_one(Note, ("t5", 5)))
+            session.commit()
+            large.memory.search(session, "changed", Note)
+
+    found = plans(large.engine, write_and_search, r"\bnote\b")
+    scan = r"SCAN note" if large.engine.dialect.name == "sqlite" else r"Seq Scan on note"
+    assert found
+    bad = {statement: plan for statement, plan in found.items() if re.search(scan, plan)}
+    assert not bad, bad
 
 
 def test_searching(large: World) -> None:
