@@ -16,7 +16,16 @@ from sqlalchemy.engine import Connection
 
 from memstate_sa import appendonly, triggers
 from memstate_sa.migrations import is_ours
-from memstate_sa.migrations.operations import Ours, ProtectLogOp, TrackOp, UnprotectLogOp, UntrackOp
+from memstate_sa.migrations.operations import (
+    CountingTableOps,
+    KeepIdsOp,
+    Ours,
+    ProtectLogOp,
+    RestoreIdsOp,
+    TrackOp,
+    UnprotectLogOp,
+    UntrackOp,
+)
 from memstate_sa.migrations.rendering import frozen
 from memstate_sa.tables import current, log, outbox
 from memstate_sa.triggers import Capture
@@ -42,10 +51,8 @@ class _Changes(NamedTuple):
     def read(cls, found: list[ops.MigrateOperation]) -> _Changes:
         of: dict[Name, list[ops.MigrateOperation]] = {}
         for each in found:
-            if isinstance(each, ops.ModifyTableOps):
-                altering = [op for op in each.ops if not isinstance(op, (ops.CreateIndexOp, ops.DropIndexOp))]
-                if altering:
-                    of[each.schema, each.table_name] = altering
+            if isinstance(each, ops.ModifyTableOps) and (altering := _altering(each)):
+                of[each.schema, each.table_name] = altering
         made = frozenset((op.schema, op.table_name) for op in found if isinstance(op, ops.CreateTableOp))
         dropped = frozenset((op.schema, op.table_name) for op in found if isinstance(op, ops.DropTableOp))
         return cls(of, made, dropped)
@@ -91,15 +98,21 @@ class _Comparison:
         """
         if not isinstance(op, (ops.DropTableOp, ops.ModifyTableOps)) or not is_ours(op.table_name):
             return op
-        if (op.schema, op.table_name) not in self._tables:
+        table = self._tables.get((op.schema, op.table_name))
+        if table is None:
             return None
-        if isinstance(op, ops.ModifyTableOps) and self._connection.dialect.name == "sqlite":
-            op.ops = [part for part in op.ops if not _is_identity(part)]
+        if isinstance(op, ops.ModifyTableOps):
+            if self._connection.dialect.name == "sqlite":
+                op.ops = [part for part in op.ops if not _is_identity(part)]
+            if table.dialect_options["sqlite"]["autoincrement"] and _altering(op):
+                return CountingTableOps(op.table_name, op.ops, schema=op.schema)
             return op if op.ops else None
         return op
 
     def run(self, changes: _Changes, schemas: set[str | None]) -> Iterator[tuple[Ours | None, Ours | None]]:
         """What has to be undone before these changes, and what is to be done after them."""
+        if changes.are_of(log, outbox):
+            yield KeepIdsOp(), RestoreIdsOp()
         yield self._log(changes)
         everywhere = triggers.everywhere(self._connection)
         everywhere.pop(self._name(log), None)
@@ -168,6 +181,11 @@ class _Comparison:
         columns = [c if c.name in altered else mapped.get(c.name, c) for c in reflected.columns]
         only = None if said["only"] is None else (said["only"][0], said["only"][1])
         return Capture.restricted(frozen(reflected, columns), said["entity"], said["version"], only), only
+
+
+def _altering(changes: ops.ModifyTableOps) -> list[ops.MigrateOperation]:
+    """Those for which a table may have to be made anew."""
+    return [op for op in changes.ops if not isinstance(op, (ops.CreateIndexOp, ops.DropIndexOp))]
 
 
 def _said(there: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:

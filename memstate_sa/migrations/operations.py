@@ -1,4 +1,4 @@
-"""What a migration can do of ours: capture a table by triggers, or no longer; protect the log, or no longer.
+"""What a migration can do of ours: capture a table by triggers, protect the log, keep ids; or no longer.
 
 Each is frozen: it says all that its SQL is made from, and neither a model nor a database is asked.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from alembic.operations import MigrateOperation, Operations
+from alembic.operations.ops import ModifyTableOps
 from sqlalchemy import Column, MetaData, PrimaryKeyConstraint, Table
 
 from memstate_sa import appendonly, triggers
@@ -105,6 +106,55 @@ class UnprotectLogOp(_OfLog):
         return ProtectLogOp()
 
 
+class KeepIdsOp(_OfLog):
+    """``op.memstate_keep_ids``: notes the highest ids that our tables have given out, of rows that are gone, too.
+
+    SQLite's batch mode makes a table anew, which counts from the rows that are there: the next entries of an outbox
+    whose entries are all delivered would come below the positions of relays, and never be seen.
+    """
+
+    directive = "memstate_keep_ids"
+
+    def reverse(self) -> RestoreIdsOp:
+        return RestoreIdsOp()
+
+
+class RestoreIdsOp(_OfLog):
+    """``op.memstate_restore_ids``: they count on from there."""
+
+    directive = "memstate_restore_ids"
+
+    def reverse(self) -> KeepIdsOp:
+        return KeepIdsOp()
+
+
+class CountingTableOps(ModifyTableOps):
+    """Changes of a table of ours that SQLite is to give AUTOINCREMENT again, which is not reflected."""
+
+    def reverse(self) -> CountingTableOps:
+        return CountingTableOps(self.table_name, super().reverse().ops, schema=self.schema)
+
+
+_SEQUENCES = "SELECT name, seq FROM sqlite_sequence WHERE name LIKE 'memstate\\_%' ESCAPE '\\'"
+_KEEP = ("DROP TABLE IF EXISTS temp.memstate_ids", f"CREATE TEMP TABLE memstate_ids AS {_SEQUENCES}")
+_RESTORE = (
+    f"INSERT INTO temp.memstate_ids {_SEQUENCES}",
+    "DELETE FROM sqlite_sequence WHERE name IN (SELECT name FROM temp.memstate_ids)",
+    "INSERT INTO sqlite_sequence (name, seq) SELECT name, max(seq) FROM temp.memstate_ids GROUP BY name",
+    "DROP TABLE temp.memstate_ids",
+)
+
+
+def _keep(operations: Operations, _: KeepIdsOp) -> None:
+    if operations.get_context().dialect.name == "sqlite":
+        _run(operations, _KEEP)
+
+
+def _restore(operations: Operations, _: RestoreIdsOp) -> None:
+    if operations.get_context().dialect.name == "sqlite":
+        _run(operations, _RESTORE)
+
+
 def _track(operations: Operations, operation: TrackOp) -> None:
     context = operations.get_context()
     if context.as_sql:
@@ -142,6 +192,8 @@ def register() -> None:
         UntrackOp: _untrack,
         ProtectLogOp: _protect,
         UnprotectLogOp: _unprotect,
+        KeepIdsOp: _keep,
+        RestoreIdsOp: _restore,
     }
     for kind, implementation in implementations.items():
         Operations.register_operation(kind.directive, "invoke")(kind)

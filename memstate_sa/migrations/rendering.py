@@ -18,7 +18,16 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.types import SchemaType, TypeDecorator, TypeEngine
 
 from memstate_sa.columns import undecorated
-from memstate_sa.migrations.operations import Ours, ProtectLogOp, TrackOp, UnprotectLogOp, UntrackOp
+from memstate_sa.migrations.operations import (
+    CountingTableOps,
+    KeepIdsOp,
+    Ours,
+    ProtectLogOp,
+    RestoreIdsOp,
+    TrackOp,
+    UnprotectLogOp,
+    UntrackOp,
+)
 
 if TYPE_CHECKING:  # Alembic may be in the middle of importing it: its plugins are loaded then
     from alembic.autogenerate.api import AutogenContext
@@ -83,9 +92,16 @@ def _render(context: AutogenContext, operation: Ours, arguments: str = "") -> st
     return f"{context.opts['alembic_module_prefix'] or ''}{operation.directive}({arguments})"
 
 
+def _render_changes(context: AutogenContext, operation: CountingTableOps) -> list[str]:
+    first, *others = render._render_modify_table(context, operation)  # noqa: SLF001  # as its own
+    given = "table_kwargs={'sqlite_autoincrement': True}"
+    return [first.replace(") as batch_op:", f", {given}) as batch_op:"), *others]
+
+
 def register() -> None:
     """Have autogenerate write them."""
     for captures in (TrackOp, UntrackOp):
         render.renderers.dispatch_for(captures)(_render_columns)
-    for protects in (ProtectLogOp, UnprotectLogOp):
-        render.renderers.dispatch_for(protects)(_render)
+    for of_log in (ProtectLogOp, UnprotectLogOp, KeepIdsOp, RestoreIdsOp):
+        render.renderers.dispatch_for(of_log)(_render)
+    render.renderers.dispatch_for(CountingTableOps)(_render_changes)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, inspect, select
+from sqlalchemy import Engine, create_engine, inspect, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
-from memstate_sa.tables import log
+from memstate_sa.tables import log, outbox
 from tests.migration.application import HAS_PLUGINS, OURS_TOO, Application, contents, routines
 
 pytestmark = pytest.mark.sa20
@@ -510,7 +510,9 @@ def test_a_later_version_of_ours_that_changes_a_table(app: Application, name: st
     def made() -> tuple[Any, Any]:
         return contents(app.engine, ours=True), routines(app.engine)
 
-    source, old = app.revise("r2"), made()
+    app.revise("r2")
+    app.execute("DELETE FROM memstate_outbox")  # a relay has delivered them
+    old = made()
     app.upgrade()
     new = made()
     assert {name: old[0][name]["rows"] for name in old[0]} == {name: new[0][name]["rows"] for name in new[0]}
@@ -525,8 +527,34 @@ def test_a_later_version_of_ours_that_changes_a_table(app: Application, name: st
         ("hidden", "update", {"id": 1, "text": "b"}),
         ("note", "update", {"id": 1, "text": "b"}),
     ]
+    with app.engine.connect() as connection:
+        assert connection.scalars(select(outbox.c.id)).all() > [2], "no id comes again"
+    app.execute("DELETE FROM memstate_outbox", "UPDATE note SET text = 'c'")
+    with app.engine.connect() as connection:
+        assert connection.scalars(select(outbox.c.id)).all() > [4], "nor does any later"
     with pytest.raises(Exception, match="append-only"):
         app.execute("DELETE FROM memstate_log")
+
+
+def test_tables_of_ours_in_a_schema_of_their_own(tmp_path: Path, postgres_engine: Engine) -> None:
+    """By a search_path that env.py does not know of, which includes all schemas: they are nobody's to drop, too."""
+    app = Application(tmp_path / "app", postgres_engine)
+    app.write_models(NOTE + TRACKED.replace(', capture="trigger"', ""))
+    app.write_env()
+    env = (app.folder / "env.py").read_text()
+    (app.folder / "env.py").write_text(env.replace("render_as_batch", "include_schemas=True, render_as_batch"))
+    app.execute("CREATE SCHEMA ai")
+    elsewhere = create_engine(postgres_engine.url, connect_args={"options": "-csearch_path=ai,public"})
+    try:
+        app.revise("r1")
+        app.upgrade()
+        app.models.memory.create_tables(elsewhere)
+        assert app.differences() == ""
+        assert operations(app.revise("r2")) == []
+        assert inspect(elsewhere).has_table("memstate_log", schema="ai")
+    finally:
+        elsewhere.dispose()
+        app.execute("DROP SCHEMA ai CASCADE")
 
 
 def test_a_table_in_a_schema_of_its_own(tmp_path: Path, postgres_engine: Engine) -> None:
