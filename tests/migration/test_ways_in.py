@@ -15,7 +15,7 @@ from sqlalchemy import Engine, create_engine, insert, text
 from sqlalchemy.orm import sessionmaker
 
 from memstate_sa.migrations import location
-from tests.migration.application import OURS_TOO, Application, contents, routines
+from tests.migration.application import KNOW_US, OURS_TOO, Application, contents, routines
 from tests.migration.test_tracked_tables import images, operations, problems
 
 pytestmark = pytest.mark.sa20
@@ -174,6 +174,9 @@ def test_a_revision_made_on_one_database_runs_on_the_other(
 
 def test_our_own_migrations_as_a_branch(app: Application, unharmed: Any) -> None:
     """For those who prefer them: ``version_locations``, ``upgrade heads``, and metadata that need not know us."""
+    docs = (Path(__file__).parents[2] / "docs" / "migrations.md").read_text()
+    way = docs.split("**Our migrations, as a branch of yours**")[1].split("\nWithout any Alembic")[0]
+    assert KNOW_US in way and "register()" in way, "as it is done here"
     app.versions.append(location() / "versions")
     app.write_models(models() + TRACKED)
     app.write_env()
