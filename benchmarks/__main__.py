@@ -1,11 +1,11 @@
-"""``python -m benchmarks [--quick] [backfill capture commits relay drain indexes latency search strict undo]``"""
+"""``python -m benchmarks [--quick] [backfill capture commits relay drain indexes langgraph latency search strict undo]``"""
 
 from __future__ import annotations
 
 import argparse
 import os
 
-from benchmarks import backfill, capture, commits, drain, indexes, latency, relay, search, strict, undo
+from benchmarks import backfill, capture, commits, drain, indexes, langgraph, latency, relay, search, strict, undo
 from benchmarks.report import console
 
 BENCHMARKS = {
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "relay": relay.run,
     "drain": drain.run,
     "indexes": indexes.run,
+    "langgraph": langgraph.run,
     "latency": latency.run,
     "search": search.run,
     "strict": strict.run,
