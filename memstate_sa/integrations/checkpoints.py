@@ -422,13 +422,21 @@ def delete_threads(connection: Connection, thread_ids: Iterable[str]) -> None:
 
 
 def copy_thread(connection: Connection, source: str, target: str) -> None:
-    """All checkpoints, hence all ancestors; then the blobs, of which there may be more by now, but none less."""
-    for table in TABLES:
-        values: dict[str, ColumnElement[Any]] = {column.name: column for column in table.columns}
-        values["thread_id"] = bindparam("target", type_=Text())
-        copied = select(*values.values()).where(table.c.thread_id == bindparam("source", type_=Text()))
-        statement = upsert(connection.dialect.name, table).from_select(list(values), copied).on_conflict_do_nothing()
+    """All of a thread as it is at one moment, in which nothing is pruned half-way."""
+    dialect = connection.dialect.name
+    statements = [_copy(dialect, table) for table in TABLES]
+    if dialect == "postgresql":  # where each statement sees another moment; on SQLite the first one keeps writers out
+        first, *others = statements
+        statements = [first.add_cte(*(other.cte(f"copying_{n}") for n, other in enumerate(others)))]
+    for statement in statements:
         connection.execute(statement, {"source": source, "target": target})
+
+
+def _copy(dialect_name: str, table: Table) -> Any:
+    values: dict[str, ColumnElement[Any]] = {column.name: column for column in table.columns}
+    values["thread_id"] = bindparam("target", type_=Text())
+    copied = select(*values.values()).where(table.c.thread_id == bindparam("source", type_=Text()))
+    return upsert(dialect_name, table).from_select(list(values), copied).on_conflict_do_nothing()
 
 
 class Outline(NamedTuple):

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import Engine, create_engine, func, select
+from sqlalchemy import Engine, create_engine, event, func, select
 
 pytest.importorskip("langgraph.graph")
 
@@ -275,6 +275,30 @@ def test_pruning_keeps_what_a_thread_needs_and_no_more(saver: MemStateCheckpoint
         "memstate_checkpoint_write": 0,
     }
     assert graph.invoke({"trail": ["more"]}, config())["trail"][: len(before.values["trail"])] == before.values["trail"]
+
+
+def test_a_copy_is_of_one_moment(engine: Engine) -> None:
+    """Whatever is deleted while it is made: on SQLite that waits, on PostgreSQL nothing does."""
+    saver, other = MemStateCheckpointer(engine), MemStateCheckpointer(create_engine(engine.url))
+    saver.setup()
+    graph = line(saver, "a", "b")
+    graph.invoke({"trail": ["in"], "value": "v" * 100}, config())
+    before = {
+        state.config["configurable"]["checkpoint_id"]: state.values for state in graph.get_state_history(config())
+    }
+    deleted: list[str] = []
+
+    def delete_it(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if statement.lstrip().startswith(("INSERT", "WITH")) and engine.dialect.name == "postgresql" and not deleted:
+            deleted.append("t")
+            other.delete_thread("t")
+
+    event.listen(engine, "after_cursor_execute", delete_it)
+    saver.copy_thread("t", "copy")
+    copied = graph.get_state_history(config("copy"))
+    assert {state.config["configurable"]["checkpoint_id"]: state.values for state in copied} == before
+    assert deleted == (["t"] if engine.dialect.name == "postgresql" else [])
+    other.engine.dispose()
 
 
 def test_deleting_a_run_leaves_the_others_whole(saver: MemStateCheckpointer) -> None:
