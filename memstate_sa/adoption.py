@@ -43,7 +43,7 @@ class AlembicProject(NamedTuple):
 
     @property
     def source(self) -> str:
-        return self.env.read_text(encoding="utf-8")
+        return self.env.read_text(encoding="utf-8") if self.env.is_file() else ""
 
     @property
     def has_branch(self) -> bool:
@@ -88,14 +88,14 @@ def find_alembic(folder: Path) -> AlembicProject | None:
         table = tomllib.loads(toml.read_text(encoding="utf-8")).get("tool", {}).get("alembic", {})
         location, ini = table.get("script_location"), toml
         location = location and location.replace("%(here)s", str(folder))
-    env = location and _resolved(folder, location) / "env.py"
-    if env and env.is_file():
-        return AlembicProject(ini, env)
+    configured = AlembicProject(ini, _resolved(folder, location) / "env.py") if location else None
+    if configured and configured.env.is_file():
+        return configured
     for env in _files(folder, "env.py"):
         if re.search(r"^\s*(?:import|from) alembic\b", env.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
             beside, above = env.with_name("alembic.ini"), env.parent.with_name("alembic.ini")
             return AlembicProject(above if above.is_file() and not beside.is_file() else beside, env)
-    return None
+    return configured  # it has an env.py nowhere: there is Alembic all the same
 
 
 def _resolved(folder: Path, location: str) -> Path:
@@ -155,7 +155,7 @@ def edited(source: str, *, has_plugins: bool, has_branch: bool = False) -> str:
         if has_plugins:
             for call in calls:
                 edits += _with_plugin(text, call)
-        else:
+        elif calls:
             imports = [f"import memstate_sa.migrations\n\n{_REGISTER}\n"]
     if imports:
         edits.append((_after_imports(text, tree), imports[0]))

@@ -208,6 +208,13 @@ def test_an_env_py_is_a_sign_of_alembic(folder: Path, url: str, place: str, conf
         assert "memstate_sa.metadata" not in env.read_text()
 
 
+def test_an_env_py_that_is_missed_is_no_sign_against_it(folder: Path, url: str) -> None:
+    """It may be in a package that is installed elsewhere."""
+    (folder / "alembic.ini").write_text("[alembic]\nscript_location = elsewhere:migrations\n")
+    assert "✗ our tables in env.py" in invoke("init", "--url", url, "--apply", "--yes")
+    assert tables(url) == {"note"}
+
+
 def test_an_env_py_of_something_else_is_no_sign(folder: Path, url: str) -> None:
     (folder / "shop" / "env.py").write_text("import os\n\nDEBUG = 'alembic' in os.environ\n")
     assert find_alembic(folder) is None
