@@ -1,4 +1,4 @@
-"""``python -m benchmarks [--quick] [backfill capture commits relay drain indexes langgraph latency search strict undo]``"""
+"""``python -m benchmarks [--quick] [NAME ...]``"""
 
 from __future__ import annotations
 

@@ -42,7 +42,11 @@ def plans(engine: Engine, action: Any, tables: str = "memstate_") -> dict[str, s
 
     def note(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
         # "WHERE 0 = 1" takes SQLite's write lock; a constant condition is tested before the table is looked at.
-        if re.search(tables, statement) and "0 = 1" not in statement and re.match(r"\s*(SELECT|UPDATE|DELETE)", statement):
+        if (
+            re.search(tables, statement)
+            and "0 = 1" not in statement
+            and re.match(r"\s*(SELECT|UPDATE|DELETE)", statement)
+        ):
             seen[statement] = parameters[0] if many else parameters
 
     event.listen(engine, "before_cursor_execute", note)
