@@ -619,12 +619,15 @@ def _config(place: Place) -> RunnableConfig:
 
 
 def is_small(value: Any) -> bool:
-    """Whether to keep a value with every checkpoint rather than once a version. Decided the same way at each."""
+    """Whether to keep a value with every checkpoint rather than once a version. Decided the same way at each.
+
+    So nothing is that can be changed in place: it would be small at one checkpoint of its version, and not at the next.
+    """
     if value is None or isinstance(value, (bool, int, float)):
         return True
     if isinstance(value, (str, bytes)):
         return len(value) <= _SMALL
-    return type(value) in (list, tuple, dict, set) and not value
+    return type(value) is tuple and not value
 
 
 def storable(metadata: Any) -> Any:
