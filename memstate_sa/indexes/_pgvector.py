@@ -80,7 +80,8 @@ class Statements:
             Column("deleted_at", DateTime(timezone=True)),
             schema=schema,
         )
-        stem = f"{name[:40]}_{sha256(name.encode()).hexdigest()[:8]}"
+        # By bytes: after 63 of them PostgreSQL cuts a name, whatever it ends with.
+        stem = f"{name.encode()[:40].decode(errors='ignore')}_{sha256(name.encode()).hexdigest()[:8]}"
         self.prefix = func.substr(points.c.id, 1, literal(_PREFIX, literal_execute=True))
         self.there = points.c.id.is_not(None)
         self.named = points.c.key == func.any(_KEYS)
@@ -134,6 +135,15 @@ class Statements:
         found = self._among([c.id, self._distance, c.fingerprint], [*conditions, asked.c.iterative.is_not(None)])
         some = found.order_by(nearness).limit(bindparam("limit")).lateral("some")
         return select(some).select_from(asked.join(some, true())).order_by(some.c.distance, some.c.id)
+
+    @cached_property
+    def nearest_of_all(self) -> Select[Any]:
+        """Built once: to build it takes longer than to execute it."""
+        return self.nearest([])
+
+    @cached_property
+    def compared_by_name(self) -> Select[Any]:
+        return self.compared([self.named])
 
     def compared(self, conditions: Sequence[ColumnElement[bool]]) -> Select[Any]:
         c, distance = self.points.c, self._distance

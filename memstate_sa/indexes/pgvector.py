@@ -154,11 +154,14 @@ class PgVectorIndex:
                 given["keys"] = [key_of(id_) for id_ in ids]
             elif statements.graph is not None and not self._exact:
                 given["explored"] = str(max(self._ef_search, min(2 * limit, 1000)))
-                found = connection.execute(statements.nearest(among), given).all()
+                asked = statements.nearest(among) if among else statements.nearest_of_all
+                found = connection.execute(asked, given).all()
                 if len(found) == limit:
                     return _found(found)
             # Compared one by one; also where the graph ran out: fewer than asked for must mean that there are no more.
-            return _found(connection.execute(statements.compared(among), given).all())
+            by_name = ids is not None and not condition
+            asked = statements.compared_by_name if by_name else statements.compared(among)
+            return _found(connection.execute(asked, given).all())
 
     def get(self, ids: Sequence[str]) -> list[Stored]:
         keys = sorted(set(map(key_of, ids)))
