@@ -456,7 +456,7 @@ def backfill(
         typer.Option("--restart/--no-restart", help="Go through all rows again; or not even those of a class named."),
     ] = None,
 ) -> None:
-    r"""Take in the rows that were there before their class was tracked: they get a history, and vectors.
+    """Take in the rows that were there before their class was tracked: they get a history, and vectors.
 
     The application may go on meanwhile. Interrupted or killed, it goes on where it was when it is run again; several
     of these share the work, on any number of machines. A class that is done with is gone through again when it is
@@ -550,7 +550,7 @@ def reindex(
     back: Annotated[bool, typer.Option("--back", help="Have searches ask the old index again.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Seconds that it may take. Default: no limit.")] = None,
 ) -> None:
-    r"""Fill another index beside the old one, with another embedder or not, then have searches ask it, all at once.
+    """Fill another index beside the old one, with another embedder or not, then have searches ask it, all at once.
 
     Writes and searches go on meanwhile. Can be interrupted and run again. What replaces what, the Memory says:
 
@@ -596,7 +596,7 @@ def log(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Show the last N changes.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    r"""Show what happened: to all facts, to those of a class, or to one.
+    """Show what happened: to all facts, to those of a class, or to one.
 
     \b
     memstate-sa log                       the last changes of all
@@ -623,7 +623,7 @@ def diff(
     model: OfModel = None,
     as_json: AsJson = False,
 ) -> None:
-    r"""Show what became of each fact between two moments.
+    """Show what became of each fact between two moments.
 
     \b
     memstate-sa diff 2026-03-01                     since the first of March
@@ -652,7 +652,7 @@ def rollback(
     dry_run: Tries = False,
     yes: Yes = False,
 ) -> None:
-    r"""Undo the last transactions, as new ones, after showing what that means. The vectors follow through the relay.
+    """Undo the last transactions, as new ones, after showing what that means. The vectors follow through the relay.
 
     \b
     memstate-sa rollback --steps 3                   the last three
@@ -690,7 +690,7 @@ def revoke(
     dry_run: Tries = False,
     yes: Yes = False,
 ) -> None:
-    r"""Take out all that one actor, session or transaction did, from among what others did, after showing it.
+    """Take out all that one actor, session or transaction did, from among what others did, after showing it.
 
     What others have built upon stays, and is told, with the changes that are in the way.
 
@@ -748,7 +748,7 @@ def export_facts(
         list[str] | None, typer.Option("--model", metavar="MODEL", help="Only facts of this class; may be repeated.")
     ] = None,
 ) -> None:
-    r"""Write facts with their history to a file of JSON lines, all of it as at one moment.
+    """Write facts with their history to a file of JSON lines, all of it as at one moment.
 
     \b
     memstate-sa export facts.jsonl
@@ -769,7 +769,7 @@ def import_facts(
         typer.FileText, typer.Argument(metavar="FILE|-", encoding="utf-8", help="Of `export`; - is stdin.")
     ],
 ) -> None:
-    r"""Take in facts with their history, from a file of `export`: all of them, or nothing when anything is wrong.
+    """Take in facts with their history, from a file of `export`: all of them, or nothing when anything is wrong.
 
     The database may be another one, or of another kind. The relay delivers what comes in.
 
