@@ -5,6 +5,7 @@ developer would edit it, and `alembic check` is clean after it.
 from __future__ import annotations
 
 import re
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -534,6 +535,28 @@ def test_a_later_version_of_ours_that_changes_a_table(app: Application, name: st
         assert connection.scalars(select(outbox.c.id)).all() > [4], "nor does any later"
     with pytest.raises(Exception, match="append-only"):
         app.execute("DELETE FROM memstate_log")
+
+
+def test_a_change_of_ours_that_was_written_on_the_other_database(
+    tmp_path: Path, sqlite_engine: Engine, postgres_engine: Engine
+) -> None:
+    """What one of them needs is in the revision, whichever it was written on."""
+    for number, (here, there) in enumerate([(postgres_engine, sqlite_engine), (sqlite_engine, postgres_engine)]):
+        app = Application(tmp_path / f"app{number}", here)
+        app.write_env(OURS_TOO)
+        app.write_models(NOTE + TRACKED)
+        app.revise("r1", lambda source: reduce(made_older, OLDER, source))
+        app.upgrade()
+        app.revise("r2")
+        app.engine = there
+        app.upgrade("r1")
+        app.execute("INSERT INTO note (id, text) VALUES (1, 'a')")
+        app.upgrade()
+        assert app.differences() == "" and problems(app) == []
+        app.execute("UPDATE note SET text = 'b'")
+        assert [(op, image["text"]) for _, op, image in images(app)] == [("insert", "a"), ("update", "b")]
+        for app.engine in (here, there):
+            app.downgrade("base")
 
 
 def test_tables_of_ours_in_a_schema_of_their_own(tmp_path: Path, postgres_engine: Engine) -> None:
