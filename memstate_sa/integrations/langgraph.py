@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from memstate_sa import sqlite, tables, truth
+from memstate_sa.codec import is_text
 from memstate_sa.errors import MemstateError, MissingExtra
 from memstate_sa.history import Moment
 from memstate_sa.integrations import checkpoints, runs
@@ -631,9 +633,11 @@ def is_small(value: Any) -> bool:
 
 
 def storable(metadata: Any) -> Any:
-    """Without NUL, which JSONB does not hold; LangGraph takes it from the outermost strings alone."""
+    """Without what JSONB does not hold: NUL, which LangGraph takes from the outermost strings alone, and worse."""
     if isinstance(metadata, str):
-        return metadata.replace("\x00", "")
+        return metadata if is_text(metadata) else metadata.replace("\x00", "").encode(errors="replace").decode()
+    if isinstance(metadata, float):
+        return metadata if math.isfinite(metadata) else None
     if isinstance(metadata, dict):
         return {storable(name): storable(value) for name, value in metadata.items()}
     return [storable(value) for value in metadata] if isinstance(metadata, (list, tuple)) else metadata

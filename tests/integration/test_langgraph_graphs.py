@@ -25,7 +25,7 @@ from langgraph.types import Command, RetryPolicy, Send, interrupt
 
 from memstate_sa import MemstateError
 from memstate_sa.integrations import checkpoint_tables, checkpoints
-from memstate_sa.integrations.langgraph import MemStateCheckpointer
+from memstate_sa.integrations.langgraph import MemStateCheckpointer, storable
 from memstate_sa.tables import log, outbox
 from tests.support import World
 
@@ -397,6 +397,29 @@ def test_nothing_is_a_value_too(saver: MemStateCheckpointer) -> None:
         saver.put_writes(conf, [("value", value)], "task")
         found = saver.get_tuple(conf)
         assert found is not None and found.pending_writes == [("task", "value", value)]
+
+
+def test_a_value_that_is_changed_in_place_leaves_the_others(saver: MemStateCheckpointer) -> None:
+    """Nobody tells that it is another one now; it stays what it was when it was saved, as with LangGraph's savers."""
+
+    def change(state: State) -> State:
+        state["value"].append("x")
+        return {"trail": ["a"]}
+
+    graph = line(saver, "a", "b", a=change)
+    assert graph.invoke({"trail": [], "value": []}, config(), durability="sync")["value"] == ["x"]
+    assert graph.get_state(config()).values == {"trail": ["a", "b"], "value": []}
+    assert graph.invoke({"trail": ["again"]}, config(), durability="sync")["trail"] == ["a", "b", "again", "a", "b"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf"), "\ud800x"])
+def test_metadata_that_is_no_json(saver: MemStateCheckpointer, bad: Any) -> None:
+    """Is kept as far as it can be: what it is for is somebody's own, and no reason for a run to fail."""
+    line(saver, "a").invoke({"trail": []}, {**config(), "metadata": {"score": bad, "label": "x"}})
+    found = list(saver.list(None, filter={"label": "x"}))
+    expected = "?x" if isinstance(bad, str) else None
+    assert len(found) == 3 and [each.metadata["score"] for each in found] == [expected] * 3  # type: ignore[typeddict-item]
+    assert storable({"a\udfff": [(bad,), 1.5, "\U0001f9e0"]}) == {"a?": [[expected], 1.5, "\U0001f9e0"]}
 
 
 def test_forked_versions_do_not_collide(saver: MemStateCheckpointer) -> None:
