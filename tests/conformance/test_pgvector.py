@@ -234,6 +234,21 @@ def test_any_name_is_quoted(vector_engine: Engine, odd: str) -> None:
     assert [match.id for match in index.query(vector(*X), 3, where={"n": {"$lt": 2}})] == ["b"]
 
 
+@pytest.mark.parametrize("letter", ["x", "é", "日", "🐘"])
+def test_the_longest_name_has_all_its_indexes(vector_engine: Engine, letter: str) -> None:
+    """63 bytes of any script; PostgreSQL would cut longer names of indexes, and find that one is there already."""
+    unique = uuid.uuid4().hex[:8]
+    long = unique + letter * ((63 - len(unique)) // len(letter.encode()))
+    index = PgVectorIndex(vector_engine, long)
+    index.open(embedder=EMBEDDER, dimension=3)
+    index.purge()
+    with vector_engine.connect() as connection:
+        found = connection.scalars(text("SELECT indexdef FROM pg_indexes WHERE tablename = :name"), {"name": long})
+        definitions = sorted(definition.partition(" USING ")[2] for definition in found)
+    kinds = ["btree (deleted_at)", "btree (key)", "btree (substr(id", "gin (metadata", "hnsw (unit"]
+    assert [definition[: len(kind)] for definition, kind in zip(definitions, kinds, strict=True)] == kinds
+
+
 def test_a_schema_of_its_own(vector_engine: Engine, name: str) -> None:
     """Two tables of one name are two indexes."""
     schema = f"other {uuid.uuid4().hex[:8]}"
