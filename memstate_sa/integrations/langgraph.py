@@ -164,6 +164,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         place = Place(str(conf["thread_id"]), conf.get("checkpoint_ns", ""), checkpoint["id"])
         parent_id, run = conf.get("checkpoint_id"), conf.get(_RUNTIME)
         try:
+            self._steps.check_around(place.thread_id, place.ns)
             self._steps.wait_for_tasks(place.thread_id, place.ns, parent_id, run)
             self._put(config, place, parent_id, checkpoint, metadata, new_versions)
         except BaseException as error:
@@ -414,7 +415,8 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         inside the block. What it changes is labelled with the thread as session_id
         (``memory.rollback(session, session_id=thread_id)``), and the node as reason.
 
-        Write late: rows stay locked until the node returns, on SQLite the database. A node that begins a step sees what
+        Write late: rows stay locked until the node returns, on SQLite the database, so that a subgraph called after it
+        raises MemstateError, as its checkpoints could not be saved. A node that begins a step sees what
         the steps before it wrote; others may run before that is committed, unless the graph runs with
         ``durability="sync"``. With "exit" nothing is saved until the run is over, so there are no steps.
 

@@ -18,7 +18,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session
@@ -82,12 +82,19 @@ class _Step:
         self.lock = threading.RLock()  # tools of one node run in threads: one at a time has the Session
         self.blocks = 0
         self.abandoned = False
+        self._driver: Any = None  # SQLite's connection, whose state may be read in any thread
+
+    @property
+    def has_the_only_writer(self) -> bool:
+        return bool(getattr(self._driver, "in_transaction", False))
 
     @contextmanager
     def block(self) -> Iterator[Session]:
         with self.lock:
             self.blocks += 1
             try:
+                if self.session.get_bind().dialect.name == "sqlite":
+                    self._driver = self.session.connection().connection.driver_connection
                 if self.blocks == 1:
                     yield self.session
                 else:  # what came before stays when this fails
@@ -96,6 +103,7 @@ class _Step:
                 self.session.flush()  # what is wrong with it is the task's own error
             except BaseException:
                 if self.blocks == 1 or self.abandoned:
+                    self._driver = None
                     self.session.rollback()
                 self.blocks -= 1
                 raise
@@ -164,6 +172,18 @@ class Steps:
                 self._lost.popitem(last=False)
             self._changed.notify_all()
 
+    def check_around(self, thread_id: str, ns: str) -> None:
+        """Raise where the graph *ns* could save nothing before the node returns that has called it."""
+        if not self._open:
+            return
+        with self._changed:
+            around = [s for s in self._open.values() if s.task.at.thread_id == thread_id and f":{s.task.id}" in ns]
+        if any(step.has_the_only_writer for step in around):
+            raise MemstateError(
+                "the node that called this subgraph has written in a step, and SQLite has one writer: let it call "
+                "that first, and write then, or compile the subgraph with checkpointer=False"
+            )
+
     def wait_for_tasks(self, thread_id: str, ns: str, checkpoint_id: str | None, run: object) -> None:
         """Return when no task that ran at a checkpoint has its writes still uncommitted; raise if some are lost."""
         if not (self._open or self._committing or self._lost):
@@ -200,6 +220,7 @@ class Steps:
 
         *lives* as long as somebody may settle it: a run that is cancelled, or times out, tells nobody.
         """
+        self.check_around(task.at.thread_id, task.at.ns)
         with self._changed:
             found = self._open.get(task.key)
             if found is not None and not found.task.is_attempt(task):
@@ -249,6 +270,7 @@ class Steps:
         None: there is nothing. A task that a graph inside of it has left without saving (a Command to the parent) ends
         with it.
         """
+        self.check_around(at.thread_id, at.ns)
         steps = self._take(at.thread_id, task_id)
         if not steps:
             error, of = self._lost.get((at.thread_id, at.ns), (None, None))

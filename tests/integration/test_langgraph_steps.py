@@ -298,6 +298,39 @@ def test_subgraphs(agent: Agent) -> None:
     assert agent.tags() == ["after 2", "first 1", "leaving"]
 
 
+@pytest.mark.parametrize("durability", ["sync", "async"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_subgraph_that_is_called_while_a_step_is_open(agent: Agent, durability: Any, inside: bool) -> None:
+    """SQLite has one writer, which the caller is: what it calls could only wait for it, in vain, and is told so."""
+    inner = StateGraph(State).add_node("inner", agent.writer("inner")).add_edge(START, "inner").compile()
+    writes = False
+
+    def outer(state: State) -> State:
+        with agent.saver.step() as session:
+            if writes:
+                session.add(Tag(name="outer"))
+                session.flush()
+            else:
+                assert session.scalars(select(Tag.name)).all() == []
+            if inside:
+                inner.invoke({"trail": []}, durability=durability)
+        if not inside:
+            inner.invoke({"trail": []}, durability=durability)
+        return {"trail": ["outer"]}
+
+    graph = agent.graph(outer)
+    assert graph.invoke({"trail": []}, CONFIG)["trail"] == ["outer"]  # who only reads is in nobody's way
+    assert agent.tags() == ["inner 1"]
+    writes = True
+    if agent.world.engine.dialect.name == "sqlite":
+        with pytest.raises(MemstateError, match="one writer"):
+            graph.invoke({"trail": []}, CONFIG)
+        assert agent.tags() == ["inner 1"]
+    else:
+        graph.invoke({"trail": []}, CONFIG)
+        assert agent.tags() == ["inner 1", "inner 2", "outer"]
+
+
 def test_several_that_would_have_to_commit_together(agent: Agent) -> None:
     """Are refused, and nothing of the step is saved."""
 
