@@ -35,7 +35,7 @@ class Shop:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.indexes = {"memory": InMemoryIndex(), "memory_v2": InMemoryIndex()}
+        self.indexes: dict[str, Any] = {"memory": InMemoryIndex(), "memory_v2": InMemoryIndex()}
         Base.metadata.create_all(engine)
 
     def process(self, *names: str, successors: Mapping[str, str] | None = None, **options: Any) -> Process:
@@ -169,6 +169,36 @@ def test_a_transaction_that_began_before_is_answered_by_the_old_index(shop: Shop
 
 def test_no_search_mixes_embedders_while_rows_change(shop: Shop) -> None:
     """A writer, a relay and searches at once, through the whole move: every answer is of one embedder, and current."""
+    move_forth_and_back(shop, rounds=3)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["QdrantIndex", "PgVectorIndex", "FaissIndex"])
+def test_from_chroma_to_another_kind_of_index(
+    kind: str, sqlite_engine: Engine, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The same, where the indexes are of different makers."""
+    chromadb = pytest.importorskip("chromadb")
+    from memstate_sa import indexes
+
+    made: dict[str, Callable[[], Any]] = {
+        "QdrantIndex": lambda: indexes.QdrantIndex(
+            pytest.importorskip("qdrant_client").QdrantClient(path=str(tmp_path / "qdrant")), "memory_v2"
+        ),
+        "PgVectorIndex": lambda: indexes.PgVectorIndex(
+            request.getfixturevalue("postgres_url"), "memory_v2", exact=True
+        ),
+        "FaissIndex": lambda: indexes.FaissIndex(tmp_path / "faiss"),
+    }
+    shop = Shop(sqlite_engine)
+    client = chromadb.PersistentClient(str(tmp_path / "chroma"))
+    shop.indexes = {"memory": indexes.ChromaIndex(client, "memory"), "memory_v2": made[kind]()}
+    move_forth_and_back(shop, rounds=1)
+    for index in shop.indexes.values():
+        index.close()
+
+
+def move_forth_and_back(shop: Shop, rounds: int) -> None:
     moving = shop.moving()
     moving.say(**{f"t{n}": f"item {n}" for n in range(200)})
     shop.before().assert_in_step("memory")
@@ -208,7 +238,7 @@ def test_no_search_mixes_embedders_while_rows_change(shop: Shop) -> None:
         for thread in threads:
             thread.start()
         try:
-            for _ in range(3):
+            for _ in range(rounds):
                 moving.memory.reindex(shop.engine, timeout=60)
                 wait_for(lambda: "memory_v2" in asked or bool(errors))
                 asked.clear()
