@@ -543,7 +543,8 @@ def test_importing_needs_no_extra() -> None:
     """Indexes, embedders and testing import with NumPy alone, and import nothing heavy."""
     code = """
 import sys
-for name in ("chromadb", "filelock", "wordllama", "tokenizers", "safetensors", "httpx"):
+heavy = ("wordllama", "tokenizers", "safetensors", "httpx", "pytest")
+for name in ("chromadb", "faiss", "filelock", "psycopg", "qdrant_client", "redis", *heavy):
     sys.modules[name] = None
 import memstate_sa.indexes, memstate_sa.embedders, memstate_sa.testing
 """
