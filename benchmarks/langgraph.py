@@ -182,7 +182,7 @@ def crashes(name: str, url: str, home: Path, way: Way, kills: int) -> None:
     )
 
 
-def run(*, quick: bool) -> None:
+def run(*, quick: bool = False) -> None:
     sizes, kills = (QUICK_SIZES, QUICK_KILLS) if quick else (SIZES, KILLS)
     with databases.folder() as home:
         asyncio.run(_compare("SQLite, AsyncSqliteSaver", databases.sqlite_url(home), sizes))

@@ -446,9 +446,7 @@ def derive(base: Tracked, mapper: Mapper[Any]) -> Tracked:
     """As *base* is tracked, *mapper*, a concrete subclass: its rows are elsewhere, and keyed by themselves."""
     table = _check_all_tables(mapper, by_trigger=base.by_trigger)
     try:
-        _require_attributes(
-            mapper, *_attributes_of(base.text), *base.metadata, *base.unique_names, *base.expiry
-        )
+        _require_attributes(mapper, *_attributes_of(base.text), *base.metadata, *base.unique_names, *base.expiry)
     except MemstateError as error:
         raise MemstateError(f"{error}: what {base.model.__name__} is tracked by") from error
     return replace(base, model=mapper.class_, entity=str(table.fullname), derived=True, hydrations={}, _columns={})
