@@ -110,12 +110,12 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             raise MemstateError(
                 "an in-memory SQLite has one connection, which a graph's threads cannot share: use a file"
             )
-        # For one statement, BEGIN and COMMIT are most of the time; on SQLite it would take longer to say so.
-        self._autocommit = (
-            self.engine
-            if self.engine.dialect.name == "sqlite"
-            else self.engine.execution_options(isolation_level="AUTOCOMMIT")
-        )
+        self._autocommit = self._read_committed = self.engine
+        if self.engine.dialect.name != "sqlite":
+            # For one statement, BEGIN and COMMIT are most of the time; on SQLite it would take longer to say so.
+            self._autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+            # Whatever the application's own: who comes too late is to see that, and not to fail for having come.
+            self._read_committed = self.engine.execution_options(isolation_level="READ COMMITTED")
         sessions = sessionmaker(self.engine, expire_on_commit=False)
         if self.memory is not None:
             self.memory.attach(sessions)
@@ -227,7 +227,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
     @contextmanager
     def _writing(self, config: RunnableConfig, step: Connection | None = None) -> Iterator[Connection]:
         """A transaction, or that of a *step*; of one statement on PostgreSQL, unless a lease is to be looked at."""
-        engine = self.engine if _RUN in config["configurable"] else self._autocommit
+        engine = self._read_committed if _RUN in config["configurable"] else self._autocommit
         with engine.begin() if step is None else nullcontext(step) as connection:
             self._check_run(connection, config)
             yield connection
@@ -347,7 +347,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         Facts that others have changed since stay: see `Memory.revoke`.
         """
         if not facts:
-            with self.engine.begin() as connection:
+            with self._read_committed.begin() as connection:
                 checkpoints.delete_threads(connection, [str(thread_id)])
             return
         memory = self._need_memory()
@@ -363,7 +363,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         if not run_ids:
             return
         wanted = {str(id_) for id_ in run_ids}
-        with self.engine.begin() as connection:
+        with self._read_committed.begin() as connection:
             for thread_id in checkpoints.threads_of_runs(connection, wanted):
                 for ns, all_ in checkpoints.outlines(connection, thread_id).items():
                     gone = {outline.id for outline in all_.values() if outline.run_id in wanted}
@@ -371,7 +371,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """Copy all of a thread, ancestors and blobs included, in the database."""
-        with self.engine.begin() as connection:
+        with self._read_committed.begin() as connection:
             checkpoints.copy_thread(connection, str(source_thread_id), str(target_thread_id))
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
@@ -385,11 +385,11 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         if strategy not in ("keep_latest", "delete"):
             raise ValueError(f"strategy={strategy!r}: 'keep_latest' or 'delete'")
         if strategy == "delete":
-            with self.engine.begin() as connection:
+            with self._read_committed.begin() as connection:
                 checkpoints.delete_threads(connection, map(str, thread_ids))
             return
         for thread_id in map(str, thread_ids):
-            with self.engine.begin() as connection:
+            with self._read_committed.begin() as connection:
                 graphs = checkpoints.outlines(connection, thread_id)
                 kept = {ns: _kept(all_) for ns, all_ in graphs.items()}
                 for ns, all_ in graphs.items():
@@ -529,13 +529,13 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         from each save on: longer than the longest node takes. Runs without a lease are not held up, and hold up none.
         """
         thread_id, owner = str(config["configurable"]["thread_id"]), owner_id()
-        with self.engine.begin() as connection:
+        with self._read_committed.begin() as connection:
             runs.acquire(connection, thread_id, owner, lease_s, take_over=take_over)
         try:
             leased = {**config["configurable"], _RUN: owner, _LEASE: lease_s}
             yield cast("RunnableConfig", {**config, "configurable": leased})
         finally:
-            with self.engine.begin() as connection:
+            with self._read_committed.begin() as connection:
                 runs.release(connection, thread_id, owner)
 
     @staticmethod

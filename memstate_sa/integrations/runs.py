@@ -34,11 +34,10 @@ def acquire(connection: Connection, thread_id: str, owner: str, lease_s: float, 
     until = now + timedelta(seconds=lease_s)
     new = upsert(connection.dialect.name, lease).on_conflict_do_nothing()
     row = {"thread_id": thread_id, "owner": owner, "lease_until": until}
-    connection.execute(new, row)
-    held = connection.execute(_held, {"of": thread_id}).one_or_none()
-    if held is None:  # released in between
+    held = None
+    while held is None:  # released in between, and by now perhaps somebody else's
         connection.execute(new, row)
-        return
+        held = connection.execute(_held, {"of": thread_id}).one_or_none()
     if held.owner != owner and held.lease_until > now and not take_over and not is_gone(held.owner):
         raise StaleRun(f"thread {thread_id!r} has a run elsewhere, whose lease ends at {held.lease_until:%H:%M:%S} UTC")
     connection.execute(_take, {"of": thread_id, "me": owner, "until": until})

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Annotated, Any, TypedDict
 
 import pytest
-from sqlalchemy import Engine, select, update
+from sqlalchemy import Engine, create_engine, event, select, update
 
 pytest.importorskip("langgraph.graph")
 
@@ -145,6 +145,52 @@ def test_a_process_that_has_ended_is_not_waited_for(engine: Engine, monkeypatch:
         monkeypatch.setattr(runs, "is_gone", lambda owner: True)
         with b.run(CONFIG):
             pass
+
+
+def test_who_has_a_thread_has_its_lease(postgres_engine: Engine) -> None:
+    """It was released, and taken by another, between two statements of a third that wanted it."""
+    another(postgres_engine)
+    others = create_engine(postgres_engine.url)
+    with others.begin() as connection:
+        runs.acquire(connection, "t", "a", 300, take_over=False)
+    left: list[Any] = [
+        ("INSERT", lambda connection: runs.release(connection, "t", "a")),
+        ("SELECT", lambda connection: runs.acquire(connection, "t", "b", 300, take_over=False)),
+    ]
+
+    def meanwhile(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if left and statement.lstrip().startswith(left[0][0]) and lease.name in statement:
+            _, do = left.pop(0)
+            with others.begin() as other:
+                do(other)
+
+    event.listen(postgres_engine, "after_cursor_execute", meanwhile)
+    with pytest.raises(StaleRun), postgres_engine.begin() as connection:
+        runs.acquire(connection, "t", "c", 300, take_over=False)
+    with postgres_engine.connect() as connection:
+        assert (left, connection.scalars(select(lease.c.owner)).all()) == ([], ["b"])
+    others.dispose()
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_who_comes_too_late_is_told_so_on_every_isolation_level(postgres_engine: Engine, level: Any) -> None:
+    """And not that its transaction could not be serialized."""
+    strict = create_engine(postgres_engine.url, isolation_level=level)
+    late, new = another(strict), another(postgres_engine)
+    left = ["take over"]
+
+    def meanwhile(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        """The first statement of a save has begun its transaction."""
+        if left and "clock_timestamp" in statement:
+            left.clear()
+            with new.run(CONFIG, take_over=True):
+                pass
+
+    with pytest.raises(StaleRun, match="taken over"), late.run(CONFIG) as config:
+        event.listen(strict, "after_cursor_execute", meanwhile)
+        graph(late, one=say("one")).invoke({"trail": []}, config)
+    assert left == []
+    strict.dispose()
 
 
 def test_a_late_writer_and_a_fork_look_alike(engine: Engine) -> None:
