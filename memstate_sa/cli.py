@@ -100,6 +100,7 @@ def application() -> typer.Typer:
     app.command("forget-index")(forget_index)
     app.command("export")(export_facts)
     app.command("import")(import_facts)
+    app.command("import-checkpoints")(import_langgraph)
     dead = typer.Typer(help="Keys that an index refused too often.", no_args_is_help=True)
     dead.command("list")(dead_list)
     dead.command("retry")(dead_retry)
@@ -782,6 +783,35 @@ def import_facts(
         with Progress(console=console) as progress:
             count = memory.import_facts(engine, file, progress=_progress(progress, "importing"))
         console.print(f"{count} changes imported; the relay delivers what they end with.")
+
+
+def import_langgraph(
+    app: App,
+    url: Url,
+    source: Annotated[str, typer.Argument(metavar="URL", help="Of the database that LangGraph's own saver has used.")],
+    threads: Annotated[
+        list[str] | None, typer.Option("--thread", help="Only this thread; may be repeated. Default: all.")
+    ] = None,
+) -> None:
+    r"""Copy the checkpoints that LangGraph's PostgresSaver or SqliteSaver has stored; what is there stays as it is.
+
+    It may be run again, for what has come since. Nothing is unpickled: where a saver pickled, or encrypted, use
+    memstate_sa.integrations.import_checkpoints with the serializer.
+
+    \b
+    memstate-sa import-checkpoints postgresql://app@db/shop
+    memstate-sa import-checkpoints sqlite:///checkpoints.db --thread 17 --thread 18
+    """
+    with _opened(app, url) as (memory, engine):
+        from memstate_sa.integrations.import_checkpoints import import_checkpoints
+        from memstate_sa.integrations.langgraph import MemStateCheckpointer
+
+        console = Console(stderr=True)
+        with MemStateCheckpointer(engine, memory=memory) as checkpointer, Progress(console=console) as progress:
+            count = import_checkpoints(
+                source, checkpointer, threads=threads or (), progress=_progress(progress, "importing")
+            )
+        console.print(f"{count} checkpoints imported.")
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------

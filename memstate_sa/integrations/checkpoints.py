@@ -154,14 +154,17 @@ _last_tx = select(log.c.tx).order_by(log.c.id.desc()).limit(1).scalar_subquery()
 
 
 @cache
-def _put_checkpoint(dialect_name: str, *, positioned: bool, with_blobs: bool) -> Any:
+def _put_checkpoint(dialect_name: str, *, positioned: bool, with_blobs: bool, replace: bool) -> Any:
     statement = upsert(dialect_name, checkpoint).values(
         thread_id=_thread, ns=_ns, id=_id, **({"position": _last_tx} if positioned else {})
     )
-    names = ("parent_id", "run_id", "position", "metadata", "channels", "type", "payload")
-    statement = statement.on_conflict_do_update(
-        index_elements=list(checkpoint.primary_key), set_={name: statement.excluded[name] for name in names}
-    )
+    if replace:
+        names = ("parent_id", "run_id", "position", "metadata", "channels", "type", "payload")
+        statement = statement.on_conflict_do_update(
+            index_elements=list(checkpoint.primary_key), set_={name: statement.excluded[name] for name in names}
+        )
+    else:
+        statement = statement.on_conflict_do_nothing()
     return statement.add_cte(_put_blobs(dialect_name).cte("putting_blobs")) if with_blobs else statement
 
 
@@ -174,10 +177,12 @@ def put(
     blobs: Mapping[tuple[str, str], Value],
     metadata: Mapping[str, Any],
     position: str | bool | None = None,
+    *,
+    replace: bool = True,
 ) -> None:
     """Store a checkpoint, and *blobs* by channel and version: on PostgreSQL one statement.
 
-    *position* True is where the log is now.
+    *position* True is where the log is now. Without *replace*, a checkpoint that is there stays as it is.
     """
     run_id = metadata.get("run_id")
     given = {
@@ -196,7 +201,7 @@ def put(
     packed = _packed(((channel, version), value) for (channel, version), value in blobs.items())
     if blobs and not together:
         connection.execute(_put_blobs(dialect), {**_graph(place.thread_id, place.ns), **packed})
-    statement = _put_checkpoint(dialect, positioned=position is True, with_blobs=together)
+    statement = _put_checkpoint(dialect, positioned=position is True, with_blobs=together, replace=replace)
     connection.execute(statement, {**given, **packed} if together else given)
 
 

@@ -73,7 +73,7 @@ def _put(target: Connection, checkpointer: MemStateCheckpointer, place: Place, f
     channels: dict[str, str | None] = {**small, **{name: str(versions[name]) for name in found.values}}
     blobs = {(name, str(versions[name])): value for name, value in found.values.items()}
     payload = Value(*checkpointer.serde.dumps_typed(found.checkpoint))
-    checkpoints.put(target, place, found.parent_id, payload, channels, blobs, storable(found.metadata))
+    checkpoints.put(target, place, found.parent_id, payload, channels, blobs, storable(found.metadata), replace=False)
     checkpoints.put_writes(target, place, found.writes, replace=False)
 
 

@@ -24,14 +24,19 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.graph import START, StateGraph
 from langgraph.types import Command, Send, interrupt
 
-from memstate_sa import MemstateError
+from memstate_sa import Memory, MemstateError
+from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.integrations.import_checkpoints import import_checkpoints
 from memstate_sa.integrations.langgraph import MemStateCheckpointer
+from memstate_sa.testing import HashEmbedder
 
 
 @dataclass
 class Plan:
     goal: str
+
+
+MEMORY = Memory(InMemoryIndex(), embedder=HashEmbedder())
 
 
 def append(have: list[str], writes: list[list[str]]) -> list[str]:
@@ -43,6 +48,10 @@ class State(TypedDict, total=False):
     words: Annotated[list[str], DeltaChannel(append)]
     messages: Annotated[list[Any], operator.add]
     plan: Any
+
+
+class Plain(TypedDict, total=False):
+    trail: Annotated[list[str], operator.add]
 
 
 @contextmanager
@@ -135,6 +144,49 @@ def test_it_may_be_run_again(engine: Engine, saver: MemStateCheckpointer) -> Non
         import_checkpoints(engine, saver)
     assert build(saver).get_state(config("1")).values["trail"][-1] == "here"
     assert build(saver).get_state(config("2")).next == ("ask",)
+
+
+def test_what_is_there_stays_as_it_is(engine: Engine, saver: MemStateCheckpointer) -> None:
+    """A pruned thread's checkpoint has another parent now, or none."""
+    plain = StateGraph(Plain).add_node("a", lambda state: {"trail": ["a"]}).add_edge(START, "a")
+    with own_saver(engine) as old:
+        plain.compile(checkpointer=old).invoke({"trail": ["in"]}, config("1"))
+        import_checkpoints(engine, saver)
+        saver.prune(["1"])
+        pruned = shown(saver, "1")
+        assert [parent for _, _, _, parent, _ in pruned] == [None]
+        import_checkpoints(engine, saver)
+    again = {str(found[0]): found for found in shown(saver, "1")}
+    assert [again[str(found[0])] for found in pruned] == pruned
+
+
+def test_the_command_line(engine: Engine, saver: MemStateCheckpointer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many threads as it is told of; the password of a URL that is none is not shown."""
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from memstate_sa import cli
+
+    url = engine.url.render_as_string(hide_password=False)
+    monkeypatch.setenv("MEMSTATE_URL", url)
+    monkeypatch.setenv("MEMSTATE_APP", f"{__name__}:MEMORY")
+    MEMORY.create_tables(engine)
+
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(cli.application(), ["import-checkpoints", *arguments])
+        return f"{result.exit_code} {result.output}"
+
+    with own_saver(engine) as old:
+        for thread in ("1", "2"):
+            build(old).invoke({"trail": ["in"]}, config(thread))
+        before = {thread: shown(old, thread) for thread in ("1", "2")}
+        assert run(url, "--thread", "2").startswith("0 ")
+        assert (shown(saver, "1"), shown(saver, "2")) == ([], before["2"])
+        shown_count = f"{len(before['1']) + len(before['2'])} checkpoints"
+        assert shown_count in run(url)
+        assert {thread: shown(saver, thread) for thread in ("1", "2")} == before
+    wrong = run("nothing at all:secret")
+    assert wrong.startswith("1 ") and "not a database URL" in wrong and "secret" not in wrong
 
 
 def test_what_was_sent_before_version_4(engine: Engine, saver: MemStateCheckpointer) -> None:
