@@ -14,11 +14,12 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/reindex.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/reindex.md", "docs/langgraph.md"])
 def test_python_blocks_run(document: str, tmp_path: Path) -> None:
     """All blocks of a document, one after the other as one script in an empty folder; no warning either."""
     pytest.importorskip("chromadb")
     pytest.importorskip("wordllama")
+    pytest.importorskip("langgraph.graph")
     script = tmp_path / "document.py"
     script.write_text("\n".join(match.group(1) for match in BLOCK.finditer((ROOT / document).read_text())))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
