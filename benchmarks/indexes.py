@@ -109,6 +109,7 @@ def pgvector(_: Path, server: URL) -> Iterator[Place]:
         index = PgVectorIndex(engine, "memory")
         connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         cursor = connection.connection.cursor()
+        cursor.execute("SET hnsw.ef_search = 100")  # as ours
 
         def bare(query: Vectors) -> object:
             wanted = str(query.tolist())
