@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections import deque
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -85,6 +86,15 @@ def test_finished_siblings_do_not_run_again(saver: MemStateCheckpointer) -> None
     """Of two nodes at once, one fails: only that one is run by the next invoke."""
     ran: list[str] = []
     broken = [True]
+    saved = threading.Event()
+    put_writes = saver.put_writes
+
+    def put_and_tell(config: Any, writes: Any, *rest: Any) -> None:
+        put_writes(config, writes, *rest)
+        if ("trail", ["good"]) in list(writes):
+            saved.set()
+
+    saver.put_writes = put_and_tell  # type: ignore[method-assign]
 
     def good(state: State) -> State:
         ran.append("good")
@@ -92,6 +102,8 @@ def test_finished_siblings_do_not_run_again(saver: MemStateCheckpointer) -> None
 
     def bad(state: State) -> State:
         ran.append("bad")
+        # Not before: LangGraph itself may drop what a sibling wrote that ends as it gives up.
+        assert saved.wait(60)
         if broken:
             raise ValueError("once")
         return {"trail": ["bad"]}
