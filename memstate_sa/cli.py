@@ -863,7 +863,8 @@ def _engine(memory: Memory, url: str) -> Engine:
 
             return memory.sync_engine(create_async_engine(parsed))
         engine = create_engine(parsed)
-        return sqlite.configure(engine) if parsed.get_backend_name() == "sqlite" else engine
+        sqlite.configure(engine)
+        return engine
     except NoSuchModuleError as error:
         problem = str(error)
     except ArgumentError:  # its message may quote the URL, and that its password

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 
@@ -80,6 +81,14 @@ class MissingExtra(MemstateError, ImportError):
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; run: pip install 'memstate-sa[{extra}]'")
         self.extra = extra
+
+
+def require_module(module: str, extra: str, package: str | None = None) -> Any:
+    """*module*, imported. Raises MissingExtra, naming *package* (default: the module's own), where it is not there."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingExtra(package or module.partition(".")[0], extra) from error
 
 
 def require_count(name: str, value: Any, meaning: str) -> None:

@@ -98,7 +98,7 @@ class MemoryStore:
             _engine(url_or_engine) if isinstance(url_or_engine, str) else self.memory.sync_engine(url_or_engine)
         )
         self._owns_engine = self.engine is not url_or_engine
-        if self._owns_engine and self.engine.dialect.name == "sqlite":
+        if self._owns_engine:
             sqlite.configure(self.engine)
         in_memory = sqlite.is_in_memory(self.engine)
         # Its threads share one connection, and would commit each other's transactions.

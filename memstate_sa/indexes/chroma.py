@@ -23,7 +23,7 @@ from memstate_sa.errors import (
     DeliveryRetryable,
     IndexMismatch,
     MemstateError,
-    MissingExtra,
+    require_module,
 )
 from memstate_sa.indexes._filters import canonical, storable
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
@@ -63,8 +63,8 @@ class ChromaIndex:
     """
 
     def __init__(self, client: ClientAPI, name: str = "memory", *, store_text: bool = False) -> None:
-        self._errors: Any = _required("chromadb.errors")
-        _required("filelock")
+        self._errors: Any = require_module("chromadb.errors", "chroma")
+        require_module("filelock", "chroma")
         self._folders: Any = import_module("memstate_sa.indexes._folder")
         self._client = client
         self._name = name
@@ -381,13 +381,6 @@ class ChromaIndex:
         if after is None or listing is None or listing[0] != str(collection.id):
             listing = self._listing = (str(collection.id), sorted(collection.get(include=[])["ids"]))
         return listing[1]
-
-
-def _required(package: str) -> Any:
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise MissingExtra(package.partition(".")[0], "chroma") from error
 
 
 def _rows(found: Any, *columns: str) -> Iterator[tuple[Any, ...]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memstate_sa._failures import delivery_error
-from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, MissingExtra
+from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, require_module
 from memstate_sa.indexes._filters import canonical
 from memstate_sa.indexes._flat import Flat
 from memstate_sa.indexes._journal import Journal, Record
@@ -52,8 +52,8 @@ class FaissIndex:
     in_process = True
 
     def __init__(self, folder: str | Path, *, max_batch: int = 10_000) -> None:
-        self._faiss = _required("faiss")
-        _required("filelock")
+        self._faiss = require_module("faiss", "faiss", "faiss-cpu")
+        require_module("filelock", "faiss")
         self._folders: Any = import_module("memstate_sa.indexes._folder")
         self._max_batch = max_batch
         self._mutex = threading.RLock()
@@ -264,10 +264,3 @@ class FaissIndex:
     def _passes(self, id_: str, epoch: int) -> bool:
         """Whether a write under *epoch* may change *id_*; 0 always may."""
         return epoch == 0 or epoch >= self._epoch(id_)
-
-
-def _required(package: str) -> Any:
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise MissingExtra("faiss-cpu" if package == "faiss" else package, "faiss") from error

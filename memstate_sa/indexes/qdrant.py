@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import blake2b
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -31,7 +30,7 @@ from memstate_sa.errors import (
     DeliveryRetryable,
     IndexMismatch,
     MemstateError,
-    MissingExtra,
+    require_module,
 )
 from memstate_sa.indexes._asking import Answer, Found, nearest
 from memstate_sa.indexes._filters import canonical
@@ -83,7 +82,7 @@ class QdrantIndex:
     def __init__(
         self, client: QdrantClient, name: str = "memory", *, exact: bool = False, store_text: bool = False
     ) -> None:
-        self._models: Any = _required("qdrant_client.models")
+        self._models: Any = require_module("qdrant_client.models", "qdrant", "qdrant-client")
         self._client: Any = client
         self._name = name
         self._exact = exact
@@ -449,10 +448,3 @@ def _uuid(id_: str) -> str:
         return str(uuid.UUID(bytes=blake2b(id_.encode(), digest_size=16).digest()))
     except UnicodeEncodeError as error:
         raise DeliveryRejected(f"the id {id_!r} is not Unicode text") from error
-
-
-def _required(package: str) -> Any:
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise MissingExtra("qdrant-client", "qdrant") from error

@@ -13,13 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from hashlib import sha1
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from memstate_sa._failures import delivery_error
-from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, MissingExtra
+from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, require_module
 from memstate_sa.indexes._asking import Answer, Found, nearest
 from memstate_sa.indexes._filters import canonical, matches
 from memstate_sa.indexes._tags import has_number, number_name, numbers, stored, tag, tags
@@ -148,7 +147,7 @@ class RedisIndex:
     fences = True
 
     def __init__(self, client: Redis | str, name: str = "memory", *, exact: bool | None = None) -> None:
-        self._redis = _redis()
+        self._redis = require_module("redis", "redis")
         self._owned = isinstance(client, str)
         self._client: Redis = self._redis.Redis.from_url(client) if isinstance(client, str) else client
         if not isinstance(self._client, self._redis.Redis):
@@ -423,10 +422,3 @@ def _utf8(id_: str) -> bytes:
 @cache
 def _sha(script: str) -> str:
     return sha1(script.encode(), usedforsecurity=False).hexdigest()
-
-
-def _redis() -> Any:
-    try:
-        return import_module("redis")
-    except ImportError as error:
-        raise MissingExtra("redis", "redis") from error

@@ -610,7 +610,8 @@ def sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: M
     else:
         raise MemstateError(f"{where!r}: give a MemoryStore, an Engine or a URL")
     engine = _engine(url if isinstance(url, str) else url.render_as_string(hide_password=False))
-    return cast("Engine", sqlite.configure(engine)) if engine.dialect.name == "sqlite" else engine
+    sqlite.configure(engine)
+    return engine
 
 
 async def _in_thread(threads: ThreadPoolExecutor, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:

@@ -21,8 +21,7 @@ from tests.support import Tag
 
 def moving_in(folder: Path, url: str) -> Process:
     engine = create_engine(url)
-    if engine.dialect.name == "sqlite":
-        sqlite.configure(engine)
+    sqlite.configure(engine)
     shop = Shop(engine)
     client = chromadb.PersistentClient(str(folder / "chroma"))
     shop.indexes = {name: ChromaIndex(client, name) for name in shop.indexes}
