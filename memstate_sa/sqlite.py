@@ -15,11 +15,13 @@ from typing import Any
 
 from sqlalchemy import event, text
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from memstate_sa.errors import MemstateError
 
 _NO_TRANSACTION = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN")
+_BEGIN = "BEGIN IMMEDIATE"
 _CONFIGURED = "memstate_configured"
 
 
@@ -49,9 +51,21 @@ def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
         if statement.lstrip()[:8].upper().startswith(_NO_TRANSACTION) or in_transaction(connection):
             return
         if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
-            connection.exec_driver_sql("BEGIN IMMEDIATE")  # not cursor.execute: its errors are SQLAlchemy's
+            _begin_immediate(connection)
 
     return engine
+
+
+def _begin_immediate(connection: Connection) -> None:
+    """By the driver, as `exec_driver_sql` takes longer for it than for a small INSERT; its errors are SQLAlchemy's."""
+    dbapi: Any = connection.dialect.loaded_dbapi
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute(_BEGIN)
+    except dbapi.Error as error:
+        raise DBAPIError.instance(_BEGIN, (), error, dbapi.Error, dialect=connection.dialect) from error
+    finally:
+        cursor.close()
 
 
 def _use_wal(cursor: Any, deadline: float) -> None:

@@ -101,6 +101,8 @@ class _Step:
                     with self.session.begin_nested():
                         yield self.session
                 self.session.flush()  # what is wrong with it is the task's own error
+                if not self.session.in_transaction():  # rolled back by hand: the connection is another's now
+                    self._driver = None
             except BaseException:
                 if self.blocks == 1 or self.abandoned:
                     self._driver = None

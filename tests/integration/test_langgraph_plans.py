@@ -105,10 +105,8 @@ def test_how_many_statements(saver: MemStateCheckpointer) -> None:
         assert saved == ["WITH putting_blobs AS", "INSERT INTO memstate_checkpoint_write"]
     else:
         assert saved == [
-            "BEGIN IMMEDIATE",
             "INSERT INTO memstate_checkpoint_blob",
             "INSERT INTO memstate_checkpoint",
-            "BEGIN IMMEDIATE",
             "INSERT INTO memstate_checkpoint_write",
         ]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pytest
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, insert, select
 
 pytest.importorskip("langgraph.graph")
 
@@ -28,7 +28,7 @@ from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.integrations import checkpoints
 from memstate_sa.integrations.checkpoints import Place
 from memstate_sa.integrations.langgraph import MemStateCheckpointer
-from memstate_sa.integrations.steps import Task
+from memstate_sa.integrations.steps import Steps, Task
 from memstate_sa.testing import HashEmbedder
 from tests.support import Tag, World
 
@@ -329,6 +329,22 @@ def test_a_subgraph_that_is_called_while_a_step_is_open(agent: Agent, durability
     else:
         graph.invoke({"trail": []}, CONFIG)
         assert agent.tags() == ["inner 1", "inner 2", "outer"]
+
+
+def test_who_rolled_back_is_in_nobodys_way(world: World) -> None:
+    """Its connection is another's now, whatever that writes by it."""
+    steps, run = Steps(world.session, 1.0), threading.Event()  # an object
+    task = Task(Place("t", "", "1"), "task", run, 1)
+    with steps.step(task, lambda _: True, lives=run) as (session, _):
+        session.add(Tag(name="writing"))
+        session.flush()
+        if world.engine.dialect.name == "sqlite":
+            with pytest.raises(MemstateError, match="one writer"):
+                steps.check_around("t", "node:task")
+        session.rollback()
+    with world.engine.begin() as connection:
+        connection.execute(insert(Tag), {"name": "another's"})
+        steps.check_around("t", "node:task")
 
 
 def test_several_that_would_have_to_commit_together(agent: Agent) -> None:
