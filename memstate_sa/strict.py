@@ -29,7 +29,7 @@ from memstate_sa.changes import FactKey, by_entity
 from memstate_sa.columns import batches
 from memstate_sa.errors import DeliveryRetryable
 from memstate_sa.facts import Projection, point_id
-from memstate_sa.indexes.base import FencedIndex, Point, Vector
+from memstate_sa.indexes.base import Point, Vector, is_fenced
 from memstate_sa.outbox import slots, take_write_lock
 from memstate_sa.positions import slot_of
 from memstate_sa.registry import Registry
@@ -205,7 +205,7 @@ class Strict:
             size = index.max_batch
             for epoch, ids in deletes.items():
                 for some in batches(ids, size):
-                    if isinstance(index, FencedIndex):
+                    if is_fenced(index):
                         index.delete(some, epoch=epoch)
                     else:
                         index.delete(some)

@@ -18,7 +18,14 @@ from redis.retry import Retry
 from tests.torture.servers import free_port
 
 AT_ONCE = ["--save", "3600 1", "--appendonly", "yes", "--appendfsync", "always"]
+WRITTEN = ["--save", "", "--appendonly", "yes", "--appendfsync", "everysec"]
+"""Enough where the machine lives on: what is acknowledged is in its cache."""
 NOTHING = ["--appendonly", "no", "--save", ""]
+
+
+def redis_client(port: int, **options: Any) -> redis.Redis:
+    """Without redis-py's own retries, which take seconds where nobody listens."""
+    return redis.Redis(port=port, retry=Retry(NoBackoff(), 1), **options)
 
 
 class Server:
@@ -29,11 +36,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         # By a socket it stays reachable for the test while the port is closed.
         self.admin = redis.Redis(unix_socket_path=str(folder / "s"))
-        self.client = self.connection()
-
-    def connection(self, **options: Any) -> redis.Redis:
-        # redis-py's own retries take seconds, where nobody listens.
-        return redis.Redis(port=self.port, retry=Retry(NoBackoff(), 1), **options)
+        self.client = redis_client(self.port)
 
     def start(self) -> Server:
         command = [get_redis_server(), "--port", str(self.port), "--unixsocket", "s", "--dir", str(self.folder)]

@@ -7,6 +7,9 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from pydantic_core import to_json
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -43,6 +46,7 @@ _MOST_OF_VECTOR, _MOST_OF_HALFVEC = 2_000, 4_000
 """The dimensions that HNSW takes; what is longer is compared one by one."""
 _STATE = b""
 """The key of the row that says what the table is. It goes when the content goes, however that is done."""
+_BETWEEN = ";"
 _OPERATORS = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 _KEYS: Any = bindparam("keys", type_=ARRAY(LargeBinary))
 
@@ -175,13 +179,14 @@ class Statements:
 
     @cached_property
     def upsert(self) -> Any:
-        """Rows given as one array for each column."""
+        """Rows given as one array for each column; the vectors as one text, see `vectors_text`."""
         given = {
             "key": LargeBinary, "id": Text, "epoch": BigInteger, "fingerprint": Text, "unit": Text, "norm": Double,
             "metadata": Text,
         }  # fmt: skip
-        arrays: list[Any] = [bindparam(name, type_=ARRAY(kind)) for name, kind in given.items()]
-        rows = func.unnest(*arrays).table_valued(*given, name="rows").render_derived()
+        arrays: dict[str, Any] = {name: bindparam(name, type_=ARRAY(kind)) for name, kind in given.items()}
+        arrays["unit"] = func.string_to_array(bindparam("unit", type_=Text), _BETWEEN)
+        rows = func.unnest(*arrays.values()).table_valued(*given, name="rows").render_derived()
         to = {"unit": _Vector(self.dimension), "metadata": JSONB()}
         columns = [cast(rows.c[name], to[name]) if name in to else rows.c[name] for name in given]
         put = insert(self.points).from_select([*given, "deleted_at"], select(*columns, null()))
@@ -228,6 +233,11 @@ class Statements:
         c, after = self.points.c, bindparam("after", type_=Text)
         later = [self.prefix >= func.substr(after, 1, _PREFIX), c.id > after]
         return self._among([c.id, c.fingerprint], later).order_by(self.prefix, c.id).limit(bindparam("limit"))
+
+
+def vectors_text(vectors: NDArray[np.float32]) -> str:
+    """For `Statements.upsert`: a list of texts would be quoted by the driver, number by number."""
+    return _BETWEEN.join(to_json(vector).decode() for vector in vectors.tolist())
 
 
 def key_of(id_: str) -> bytes:

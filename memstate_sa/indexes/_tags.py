@@ -19,13 +19,16 @@ _NUMERIC = "number under this key"
 
 def stored(metadata: Mapping[str, Scalar], name: str) -> dict[str, Scalar]:
     """What an index keeps of *metadata*: None is as good as missing. Raises DeliveryRejected for another type."""
+    kept: dict[str, Scalar] = {}
     for key, value in metadata.items():
-        if value is not None and not isinstance(value, str | bool | int | float):
+        if not isinstance(value, str | bool | int | float | None):
             raise DeliveryRejected(
                 f"metadata {key!r} of {name} is {type(value).__name__}: neither text, bool nor number"
             )
-    kept = {key: storable(value) for key, value in metadata.items()}
-    return {key: value for key, value in kept.items() if value is not None}
+        held = value if isinstance(value, str) else storable(value)
+        if held is not None:
+            kept[key] = held
+    return kept
 
 
 def tags(metadata: Mapping[str, Scalar]) -> list[str]:

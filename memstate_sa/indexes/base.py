@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,6 +143,11 @@ class FencedIndex(VectorIndex, Protocol):
     def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
         """Remembers *epoch* for each id."""
         ...
+
+
+def is_fenced(index: VectorIndex) -> TypeGuard[FencedIndex]:
+    """Not by isinstance, which before Python 3.12 asks for every property, and so the server for its incarnation."""
+    return bool(getattr(index, "fences", False))
 
 
 @runtime_checkable

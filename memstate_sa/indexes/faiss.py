@@ -89,24 +89,26 @@ class FaissIndex:
         vectors = matrix([point.vector for point in points], self._dimension, [point.id for point in points])
         units, norms = unit_rows(vectors)
         with self._using("write to") as held:
-            rows = {point.id: row for row, point in enumerate(points) if self._passes(point.id, point.epoch)}
+            rows, lengths = {}, norms.tolist()
+            for row, point in enumerate(points):
+                highest = self._epoch(point.id)
+                if _passes(point.epoch, highest):
+                    given = (point.id, point.fingerprint, lengths[row], stored(point.metadata, point.id))
+                    rows[point.id] = (row, given, max(point.epoch, highest))
             if not rows:
                 return
-            given = [
-                (id_, points[row].fingerprint, float(norms[row]), stored(points[row].metadata, id_))
-                for id_, row in rows.items()
-            ]
-            kept = units[list(rows.values())]
-            epochs = [max(points[row].epoch, self._epoch(id_)) for id_, row in rows.items()]
-            self._journal.append({"put": given}, kept.tobytes())
-            held.put(given, kept, epochs)
+            places, puts, epochs = zip(*rows.values(), strict=True)
+            kept = units[list(places)]
+            self._journal.append({"put": puts}, kept.tobytes())
+            held.put(puts, kept, epochs)
             for id_ in rows:
                 self._buried.pop(id_, None)
             self._wrote(len(rows))
 
     def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
         with self._using("delete from") as held:
-            epochs = {id_: max(epoch, self._epoch(id_)) for id_ in ids if self._passes(id_, epoch)}
+            known = {id_: self._epoch(id_) for id_ in ids}
+            epochs = {id_: max(epoch, highest) for id_, highest in known.items() if _passes(epoch, highest)}
             there = [id_ for id_, _ in held.those(epochs)]
             if there:
                 self._journal.append({"delete": there})
@@ -261,6 +263,7 @@ class FaissIndex:
         held = self._points.held.get(id_) if self._points is not None else None
         return held.epoch if held is not None else self._buried.get(id_, 0)
 
-    def _passes(self, id_: str, epoch: int) -> bool:
-        """Whether a write under *epoch* may change *id_*; 0 always may."""
-        return epoch == 0 or epoch >= self._epoch(id_)
+
+def _passes(epoch: int, highest: int) -> bool:
+    """Whether a write under *epoch* may change what was written under *highest*; 0 always may."""
+    return epoch == 0 or epoch >= highest

@@ -23,7 +23,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable, DropIndex
 from memstate_sa._failures import delivery_error
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, MissingExtra
 from memstate_sa.indexes._filters import canonical
-from memstate_sa.indexes._pgvector import ONE_AT_A_TIME, Statements, key_of, value_of
+from memstate_sa.indexes._pgvector import ONE_AT_A_TIME, Statements, key_of, value_of, vectors_text
 from memstate_sa.indexes._tags import stored
 from memstate_sa.indexes._units import at_length, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
@@ -119,7 +119,7 @@ class PgVectorIndex:
                 "id": [point.id for point in given],
                 "epoch": [point.epoch for point in given],
                 "fingerprint": [point.fingerprint for point in given],
-                "unit": list(map(str, units.tolist())),
+                "unit": vectors_text(units),
                 "norm": norms.tolist(),
                 "metadata": [
                     json.dumps({key: value_of(value) for key, value in stored(point.metadata, point.id).items()})

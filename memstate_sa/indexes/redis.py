@@ -28,8 +28,8 @@ from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector
 if TYPE_CHECKING:
     from redis import Redis
 
-EXACT_UP_TO = 10_000
-"""So many points are compared one by one, unless `RedisIndex` is told otherwise: 4 ms at 256 dimensions."""
+EXACT_UP_TO = 5_000
+"""So many points are compared one by one, unless `RedisIndex` is told otherwise: 2 ms at 256 dimensions."""
 _EXPLORED = 200
 """How far an approximate search looks (EF); Redis's own default is 100."""
 _PER_SCRIPT = 32
@@ -136,7 +136,7 @@ class RedisIndex:
     (`FencedIndex`); that of a deleted id is remembered for a day.
 
     *exact* compares every point; False searches the HNSW graph, in which a near point may be missed. None is exact up
-    to 10,000 points.
+    to 5,000 points.
 
     ``incarnation`` changes with every start of the server and with every failover: how much of what it had
     acknowledged a server has lost (without a file everything, with ``appendfsync everysec`` a second), nothing tells.

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import singledispatchmethod
+from functools import partial, singledispatchmethod
 from typing import Any, TypeVar
 
 from sqlalchemy.engine import Connection, Engine
@@ -21,7 +21,7 @@ from memstate_sa.arrays import as_array
 from memstate_sa.changes import FactKey, by_entity
 from memstate_sa.errors import MemstateError
 from memstate_sa.facts import Projection, Tracked, point_id, split_point_id
-from memstate_sa.indexes.base import FencedIndex, Stored, Vector
+from memstate_sa.indexes.base import Stored, Vector, is_fenced
 from memstate_sa.outbox import read_page, slots
 from memstate_sa.positions import Page
 from memstate_sa.relay import claims, embeddings, ledger
@@ -331,15 +331,14 @@ class Delivery:
     @_do.register
     def _(self, request: Remove) -> None:
         index = self._index
-        if not isinstance(index, FencedIndex):
+        if not is_fenced(index):
             self._guarded(lambda: index.delete([point_id(*put.fact) for put in request.puts]))
             return
-        fenced: FencedIndex = index
         by_epoch: dict[int, list[str]] = {}
         for put in request.puts:
             by_epoch.setdefault(put.epoch, []).append(point_id(*put.fact))
         for epoch, ids in by_epoch.items():
-            self._guarded(lambda ids=ids, epoch=epoch: fenced.delete(ids, epoch=epoch))  # type: ignore[misc]
+            self._guarded(partial(index.delete, ids, epoch=epoch))
 
     @_do.register
     def _(self, request: Acknowledge) -> frozenset[int]:

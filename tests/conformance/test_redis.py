@@ -22,7 +22,7 @@ from memstate_sa.tables import embedding
 from memstate_sa.testing import IndexConformance
 from memstate_sa.testing.churn import EMBEDDER
 from memstate_sa.testing.points import X, Y, contents, fingerprints, ids_where, point, vector
-from tests.redis_server import AT_ONCE, NOTHING, Server, server
+from tests.redis_server import AT_ONCE, NOTHING, Server, redis_client, server
 from tests.support import Person, World
 
 
@@ -83,7 +83,7 @@ class TestRedisGraph(TestRedis):
 
 @pytest.fixture(params=[{}, {"decode_responses": True}, {"protocol": 3}, {"protocol": 3, "decode_responses": True}])
 def any_client(request: pytest.FixtureRequest, shared_server: Server) -> Iterator[redis.Redis]:
-    with shared_server.connection(**request.param) as client:
+    with redis_client(shared_server.port, **request.param) as client:
         yield client
 
 

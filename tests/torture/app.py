@@ -1,4 +1,4 @@
-"""The application under torture: two tracked classes, three indexes that fail, and a receipt for every transaction."""
+"""The application under torture: two tracked classes, four indexes that fail, and a receipt for every transaction."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from sqlalchemy import Engine, String, create_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from memstate_sa import Memory
-from memstate_sa.indexes import ChromaIndex, PgVectorIndex
+from memstate_sa.indexes import ChromaIndex, PgVectorIndex, RedisIndex
 from memstate_sa.testing import HashEmbedder
+from tests.redis_server import redis_client
 from tests.torture.faults import FaultyFencedIndex, FaultyIndex, Injector
 from tests.torture.fileindex import FileIndex
 
@@ -65,6 +66,7 @@ class Setting:
     folder: Path
     url: str
     chroma_port: int
+    redis_port: int
     seed: int
     lease_s: float = 2.5
     rate: float = 0.1
@@ -84,11 +86,13 @@ class App:
         self.chroma = ChromaIndex(chroma_client(setting.chroma_port), COLLECTION)
         self.file = FileIndex(setting.folder / "index.db")
         self.pgvector = PgVectorIndex(self.engine, VECTORS)  # beside the facts, and stopped with them
+        self.redis = RedisIndex(redis_client(setting.redis_port))
         self.memory = Memory(
             {
                 "chroma": FaultyIndex(self.chroma, "chroma", self.injector, setting.lease_s),
                 "file": FaultyFencedIndex(self.file, "file", self.injector, setting.lease_s),
                 "pgvector": FaultyFencedIndex(self.pgvector, "pgvector", self.injector, setting.lease_s),
+                "redis": FaultyFencedIndex(self.redis, "redis", self.injector, setting.lease_s),
             },
             embedder=self.embedder,
         )

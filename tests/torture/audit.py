@@ -45,7 +45,8 @@ def audit(app: App) -> Audit:
     expected = _expected(app)
     result.counts["points that each index must hold"] = len(expected)
     differing = []
-    for name, held in (("chroma", _of_chroma(app)), ("file", _of_file(app)), ("pgvector", _of_pgvector(app))):
+    for name, read in INDEXES.items():
+        held = read(app)
         missing, ghosts = expected.keys() - held.keys(), held.keys() - expected.keys()
         stale = {id_ for id_ in expected.keys() & held.keys() if not _equal(expected[id_], held[id_])}
         result.count(f"{name}: missing", missing)
@@ -119,12 +120,27 @@ def _of_pgvector(app: App) -> dict[str, Held]:
     }
 
 
+def _of_redis(app: App) -> dict[str, Held]:
+    """The ids of its list of them, which has as many as its vector set."""
+    client, (_, points, ids, _) = app.redis._client, app.redis._keys
+    named = [id_.decode() for id_ in client.zrange(ids, 0, -1)]
+    assert client.execute_command("VCARD", points) == len(named)
+    metadata = {id_: json.loads(client.execute_command("VGETATTR", points, id_))["m"] for id_ in named}
+    return {
+        stored.id: Held(stored.fingerprint, _ours(metadata[stored.id]), stored.vector)
+        for stored in app.redis.get(named)
+    }
+
+
 def _ours(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metadata.items() if not name.startswith("memstate_")}
 
 
 def _equal(a: Held, b: Held) -> bool:
     return a.fingerprint == b.fingerprint and a.metadata == b.metadata and np.allclose(a.vector, b.vector, atol=1e-5)
+
+
+INDEXES = {"chroma": _of_chroma, "file": _of_file, "pgvector": _of_pgvector, "redis": _of_redis}
 
 
 # -- commits ----------------------------------------------------------------------------------------------------------

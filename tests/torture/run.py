@@ -7,7 +7,9 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,8 +25,11 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from memstate_sa import MemstateError
+from memstate_sa.errors import DeliveryError
 from memstate_sa.relay.backlog import Backlog, backlog
 from memstate_sa.relay.claims import IndexKey
+from tests.redis_server import WRITTEN
+from tests.redis_server import Server as Redis
 from tests.torture import worker, writer
 from tests.torture.app import COLLECTION, WORKERS, WRITERS, App, Base, Setting
 from tests.torture.audit import Audit, audit
@@ -93,29 +98,32 @@ class Torture:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         self._postgres = Postgres()
         self._chroma = Chroma(folder / "chroma", folder / "logs" / "chroma.log")
-        self._setting = Setting(folder, self._postgres.url, self._chroma.port, seed)
+        self._redis_folder = tempfile.TemporaryDirectory(prefix="redis-")  # a socket's path is at most 107 characters
+        self._redis = Redis(Path(self._redis_folder.name), *WRITTEN)
+        self._setting = Setting(folder, self._postgres.url, self._chroma.port, self._redis.port, seed)
         self._children: dict[str, Child] = {}
         self._agenda: list[tuple[float, Callable[[], None]]] = []
         self._postgres_down_at = 0.0
         self._postgres_up_at: float | None = 0.0
-        self._chroma_is_up = True
+        self._chroma_is_up = self._redis_is_up = True
         self._began = time.monotonic()
         self._said_at = self._looked_at = 0.0
         self._report = Report(seed)
         self._app: App | None = None
-        self._keys: list[IndexKey] = []
+        self._keys: dict[str, IndexKey] = {}
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
     def run(self, *, seconds: float = float("inf"), faults: float = float("inf")) -> Report:
         try:
             self._chroma.start()
+            self._redis.start()
             app = App(self._setting, "run")
             Base.metadata.create_all(app.engine)
             app.memory.create_tables(app.engine)
             app.memory.status(app.engine)  # opens the indexes
-            self._keys = [IndexKey(name, index.incarnation) for name, index in app.memory.indexes.items()]
             self._app = app
+            self._identify()
             for number in range(WRITERS):
                 self._start("writer", number)
             for number in range(WORKERS):
@@ -131,6 +139,13 @@ class Torture:
         finally:
             self._end()
         return self._report
+
+    def _identify(self) -> None:
+        """Who the indexes are now, as far as they answer."""
+        assert self._app is not None
+        for name, index in self._app.memory.indexes.items():
+            with contextlib.suppress(DeliveryError):
+                self._keys[name] = IndexKey(name, index.incarnation)
 
     def _rage(self, seconds: float, faults: float) -> None:
         next_at = time.monotonic() + 2.0
@@ -240,6 +255,8 @@ class Torture:
         for child in self._children.values():
             child.process.join()
         self._chroma.kill()
+        self._redis.stop()
+        self._redis_folder.cleanup()
         self._postgres.close()
 
     # -- faults --------------------------------------------------------------------------------------------------------
@@ -252,6 +269,7 @@ class Torture:
             self._terminate_connection: 3.0,
             self._stop_postgres: 0.9,
             self._kill_chroma: 0.9,
+            self._kill_redis: 0.9,
         }
         while not self._chance.choices(list(faults), list(faults.values()))[0]():
             pass
@@ -371,6 +389,26 @@ class Torture:
         self._later(self._chance.uniform(0.0, 3.0), start)
         return True
 
+    def _kill_redis(self) -> bool:
+        """It comes again with what it had acknowledged, or with nothing."""
+        if not self._redis_is_up:
+            return False
+        self._redis_is_up = False
+        self._redis.kill()
+        forgets = self._chance.random() < 0.5
+        self._count("kill -9 of Redis" + (", which forgets all" if forgets else ""))
+
+        def start() -> None:
+            if forgets:
+                shutil.rmtree(self._redis.folder / "appendonlydir")
+            self._redis.start()
+            self._redis_is_up = True
+            self._identify()
+            self._note(up="Redis")
+
+        self._later(self._chance.uniform(0.0, 3.0), start)
+        return True
+
     # -- what is shown -------------------------------------------------------------------------------------------------
 
     def _note(self, **values: Any) -> None:
@@ -407,13 +445,13 @@ class Torture:
 
     def _waiting(self) -> dict[str, float]:
         """Since when the oldest undelivered key is there; without asking the indexes, which may be away."""
-        found = dict.fromkeys((key.name for key in self._keys), 0.0) | self._report.oldest_s
+        found = dict.fromkeys(self._keys, 0.0) | self._report.oldest_s
         if self._app is None:
             return found
         try:
             with self._app.engine.connect() as connection:
-                for key in self._keys:
-                    found[key.name] = backlog(connection, key, ["recollection", "habit"]).oldest_s or 0.0
+                for name, key in self._keys.items():
+                    found[name] = backlog(connection, key, ["recollection", "habit"]).oldest_s or 0.0
         except SQLAlchemyError:
             pass
         return found

