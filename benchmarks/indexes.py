@@ -122,9 +122,7 @@ def pgvector(_: Path, server: URL) -> Iterator[Place]:
                 text(f"CREATE TABLE own (id text PRIMARY KEY, embedding vector({vectors.shape[1]}), metadata jsonb)")
             )
             connection.execute(text("CREATE INDEX ON own USING hnsw (embedding vector_cosine_ops)"))
-            connection.execute(
-                text("CREATE INDEX ON own USING gin (metadata jsonb_path_ops)")
-            )  # as ours
+            connection.execute(text("CREATE INDEX ON own USING gin (metadata jsonb_path_ops)"))  # as ours
             for some, part in batches(facts, vectors):
                 with cursor.copy("COPY own FROM STDIN") as copy:
                     for fact, vector in zip(some, part, strict=True):
