@@ -33,8 +33,11 @@ class Sweeper:
 
     def sweep(self, engine: Engine, tracked: Iterable[Tracked]) -> int:
         """Returns how many facts it deleted. One that cannot be deleted is left, and a warning logged."""
+        expiring = [each for each in tracked if each.expires is not None]
+        if not expiring:
+            return 0
         self._capture.attach(self._session_class)
-        return sum(self._sweep(engine, each) for each in tracked if each.expires is not None)
+        return sum(self._sweep(engine, each) for each in expiring)
 
     def _sweep(self, engine: Engine, tracked: Tracked) -> int:
         count, held, size = 0, set[str](), _PAGE

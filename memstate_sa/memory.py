@@ -659,18 +659,15 @@ class Memory:
         sync = self.sync_engine(engine)
         self._capture.guard(sync)
         self._strict.watch(sync)
-        if any(tracked.expires is not None for tracked in self._registry.by_entity.values()):
-            options = {"sweep": partial(self.sweep, sync), **options}
-        relay = Relay(sync, self._by_index(), sender=self._notifier.name, **options)
+        destinations = {
+            name: (each, partial(self._registry.of_index, name)) for name, each in self._destinations.items()
+        }
+        relay = Relay(sync, destinations, sender=self._notifier.name, **{"sweep": partial(self.sweep, sync), **options})
         self._relays.add(relay)
         return relay
 
     def _by_index(self) -> dict[str, tuple[Destination, dict[str, Tracked]]]:
-        everything = self._registry.by_entity
-        return {
-            name: (destination, {entity: t for entity, t in everything.items() if name in t.indexes})
-            for name, destination in self._destinations.items()
-        }
+        return {name: (destination, self._registry.of_index(name)) for name, destination in self._destinations.items()}
 
     def _wake(self) -> None:
         for relay in list(self._relays):
@@ -920,7 +917,7 @@ class Memory:
         self._capture.guard(sync)
         with sync.connect() as connection:
             total = sum(truth.count(connection, each) for each in tracked.values()) if progress is not None else None
-        relay = Relay(sync, {other: (destination, tracked)}, sender=self._notifier.name)
+        relay = Relay(sync, {other: (destination, lambda: tracked)}, sender=self._notifier.name)
         relay.drain(timeout, progress=None if progress is None else lambda done: progress(min(done, total or 0), total))
         old, new = (IndexKey(each, self._destinations[each].open()) for each in (name, other))
         with sync.begin() as connection:

@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import StaticPool
 
 from memstate_sa import sqlite
+from memstate_sa.ambient import joined, joining
 from memstate_sa.changes import Change
 from memstate_sa.codec import decode_key, encode_key, is_text
 from memstate_sa.embedders import Embedder
@@ -209,7 +210,7 @@ class MemoryStore:
         A call that raises leaves nothing of its own; whoever catches that goes on with the others.
         """
         _check_texts(session_id=session_id, actor=actor, reason=reason)
-        open_session: Session | None = getattr(self._local, "session", None)
+        open_session = joined(self.memory, self.engine)
         if open_session is not None:
             with open_session.begin_nested():
                 yield open_session
@@ -217,14 +218,10 @@ class MemoryStore:
             return
         self._check_open()
         with self._alone:
-            with self._sessions() as session:
-                self._local.session = session
-                try:
-                    self.memory.annotate(session, actor, reason, session_id)
-                    with session.begin():
-                        yield session
-                finally:
-                    self._local.session = None
+            with self._sessions() as session, joining(self.memory, self.engine, session):
+                self.memory.annotate(session, actor, reason, session_id)
+                with session.begin():
+                    yield session
             if self._drains:
                 self._deliver()
 
@@ -406,7 +403,7 @@ class MemoryStore:
 
     @contextmanager
     def _reading(self) -> Iterator[Session]:
-        open_session: Session | None = getattr(self._local, "session", None)
+        open_session = joined(self.memory, self.engine)
         if open_session is not None:
             yield open_session
         else:

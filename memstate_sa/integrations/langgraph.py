@@ -22,13 +22,14 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from memstate_sa import sqlite, tables, truth
+from memstate_sa.ambient import joining
 from memstate_sa.codec import is_text
 from memstate_sa.errors import MemstateError, MissingExtra
 from memstate_sa.history import Moment
 from memstate_sa.integrations import checkpoints, runs
 from memstate_sa.integrations.checkpoint_tables import lease
 from memstate_sa.integrations.checkpoints import Cursor, Outline, Place, Stored, Value, Write
-from memstate_sa.integrations.steps import Steps, Task, joining
+from memstate_sa.integrations.steps import Steps, Task
 from memstate_sa.memory import Memory
 from memstate_sa.relay.claims import owner_id
 from memstate_sa.store import MemoryStore, _engine
@@ -102,7 +103,6 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
     ) -> None:
         strict = JsonPlusSerializer(allowed_msgpack_modules=None)
         super().__init__(serde=serde or strict.with_msgpack_allowlist([(t.__module__, t.__name__) for t in allow]))
-        self._store = where if isinstance(where, MemoryStore) else None
         self.memory = where.memory if isinstance(where, MemoryStore) else memory
         self.engine = sync_engine(where, self.memory)
         self._owns_engine = isinstance(where, (str, URL)) or (self.memory is None and self.engine is not where)
@@ -436,7 +436,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             if first and self.memory is not None:
                 node = config.get("metadata", {}).get("langgraph_node")
                 self.memory.annotate(session, session_id=task.at.thread_id, reason=node and f"node {node}")
-            with self._joined(session), joining(self.memory, self.engine, session):
+            with joining(self.memory, self.engine, session):
                 yield session
 
     async def astep(self, work: Callable[[Session], T], config: RunnableConfig | None = None) -> T:
@@ -465,18 +465,6 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
     def _is_saved(self, place: Place) -> bool:
         with self._autocommit.connect() as connection:
             return checkpoints.is_there(connection, place)
-
-    @contextmanager
-    def _joined(self, session: Session) -> Iterator[None]:
-        if self._store is None:
-            yield
-            return
-        local = self._store._local  # noqa: SLF001
-        before, local.session = getattr(local, "session", None), session
-        try:
-            yield
-        finally:
-            local.session = before
 
     # -- the past --------------------------------------------------------------------------------------------------
 

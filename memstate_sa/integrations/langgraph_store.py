@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.orm.attributes import flag_modified
 
 from memstate_sa import sqlite
+from memstate_sa.ambient import joined
 from memstate_sa.arrays import as_array
 from memstate_sa.changes import Change
 from memstate_sa.codec import is_text
@@ -31,7 +32,6 @@ from memstate_sa.expiry import EXPIRED
 from memstate_sa.history import Moment
 from memstate_sa.integrations import items, json_criteria
 from memstate_sa.integrations.items import ItemRow, Kept
-from memstate_sa.integrations.steps import joined
 from memstate_sa.memory import Memory
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.store import MemoryStore
@@ -81,7 +81,7 @@ class MemStateStore(BaseStore):
     default the whole of it, as JSON. False: nothing, and a *query* is ignored. The embedder is the Memory's.
     *ttl* is LangGraph's TTLConfig; what has expired is never returned, and deleted by `sweep_ttl`.
 
-    Make the store before the relays that are to deliver its items, also where a process does nothing but that.
+    A process that does nothing but relay makes one, too: so its Memory knows items.
 
     A batch is one transaction for what it writes; its reads see what was before. The methods of asyncio run the same
     code in threads.
@@ -118,8 +118,6 @@ class MemStateStore(BaseStore):
         self._stop = threading.Event()
         if self.memory._registry.find(inspect(ItemRow)) is None:  # noqa: SLF001
             self.memory.track(ItemRow, text="text", metadata=("scope",))
-            if isinstance(where, MemoryStore):
-                _restart_relay(where)
         in_memory = sqlite.is_in_memory(self.engine)
         # For one statement, BEGIN and ROLLBACK are most of the time; on SQLite it would take longer to say so.
         autocommit = {} if self.engine.dialect.name == "sqlite" else {"isolation_level": "AUTOCOMMIT"}
@@ -178,25 +176,24 @@ class MemStateStore(BaseStore):
     def _reading(self) -> AbstractContextManager[Session]:
         if self._moment is not None:
             return self.memory.as_of_session(self.engine, self._moment, [ItemRow])
-        step = joined(self.memory, self.engine)
-        if step is not None:
-            return nullcontext(step)
-        facts = self._facts
-        if facts is not None:
-            facts._check_open()  # noqa: SLF001
-        if facts is not None and (self._is_shared or getattr(facts._local, "session", None) is not None):  # noqa: SLF001
-            return facts._reading()  # noqa: SLF001  # in the transaction that this thread has open
+        around = joined(self.memory, self.engine)
+        if around is not None:
+            return nullcontext(around)
+        if self._facts is not None:
+            self._facts._check_open()  # noqa: SLF001  # of the same package
+            if self._is_shared:
+                return self._facts._reading()  # noqa: SLF001
         return self._readers()
 
     @contextmanager
     def _writing(self) -> Iterator[Session]:
-        step = joined(self.memory, self.engine)
-        if step is None:
+        around = joined(self.memory, self.engine)
+        if around is None:
             with self._begin() as session:
                 yield session
         else:
-            with step.begin_nested():
-                yield step
+            with around.begin_nested():
+                yield around
 
     @contextmanager
     def _labelled(self) -> Iterator[Session]:
@@ -439,16 +436,6 @@ class MemStateStore(BaseStore):
             with suppress(NotFound):  # past the last row that it ever had
                 for n in count(1):
                     self.memory.erase(session, ItemRow, items.row_id(item, n), reason)
-
-
-def _restart_relay(facts: MemoryStore) -> None:
-    """The one that runs knows the classes of when it was made."""
-    old = facts._relay  # noqa: SLF001
-    is_running = old._running  # noqa: SLF001
-    old.stop()
-    facts._relay = facts.memory.relay(facts.engine)  # noqa: SLF001
-    if is_running:
-        facts._relay.start()  # noqa: SLF001
 
 
 def _item(row: Row[Any], kind: type[Item] = Item, **more: Any) -> Any:

@@ -20,43 +20,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 from memstate_sa.errors import MemstateError
 from memstate_sa.integrations.checkpoints import Place
-from memstate_sa.memory import Memory
 
-_Joined = tuple[Memory | None, URL, Session]
 _REMEMBERED = 4096
 """How many saved checkpoints are known without asking the database."""
 _ANY_RUN = object()
-_here = threading.local()
-
-
-@contextmanager
-def joining(memory: Memory | None, engine: Engine, session: Session) -> Iterator[None]:
-    """What this thread does with *memory* in *engine*'s database is to join *session*: see `joined`."""
-    before: tuple[_Joined, ...] = getattr(_here, "steps", ())
-    _here.steps = ((memory, _database(engine), session), *before)
-    try:
-        yield
-    finally:
-        _here.steps = before
-
-
-def joined(memory: Memory, engine: Engine) -> Session | None:
-    """The Session of the step that this thread is in."""
-    steps: tuple[_Joined, ...] = getattr(_here, "steps", ())
-    if not steps:
-        return None
-    wanted = _database(engine)
-    return next((session for of, database, session in steps if of is memory and database == wanted), None)
-
-
-def _database(engine: Engine) -> URL:
-    """Of whatever driver, and whichever engine: on SQLite a second one would wait for the first."""
-    return engine.url.set(drivername=engine.url.get_backend_name())
 
 
 class Task(NamedTuple):

@@ -77,7 +77,7 @@ class Delivery:
         engine: Engine,
         name: str,
         destination: Destination,
-        tracked: Mapping[str, Tracked],
+        classes: Callable[[], Mapping[str, Tracked]],
         *,
         page_size: int,
         lease_s: float,
@@ -87,8 +87,9 @@ class Delivery:
         self._engine = engine
         self._destination = destination
         self._index, self._vectors = destination.index, destination.vectors
-        self._tracked = tracked
-        self._entities = as_array(tracked)
+        self._classes = classes
+        self._tracked = classes()
+        self._entities = as_array(self._tracked)
         self._lease_s = lease_s
         self._owner = claims.owner_id()
         self._pid = os.getpid()
@@ -98,7 +99,7 @@ class Delivery:
         self._room = 0  # how many may be kept until it is looked whether they are too many
         dialect = engine.dialect.name
         self.holder = Holder(
-            tracked,
+            self._tracked,
             slots=len(slots(dialect)),
             page_size=page_size,
             lease_s=lease_s,
@@ -126,7 +127,16 @@ class Delivery:
         if key != self._key:
             self.holder.forget()
             self._key = key
+        self._learn()
         return self._run(self.holder.step())
+
+    def _learn(self) -> None:
+        """A class that is tracked by now is news to a claim, which has its rows delivered."""
+        classes = self._classes()
+        if classes != self._tracked:
+            self._run(self.holder.release())
+            self._tracked = self.holder.entities = classes
+            self._entities = as_array(classes)
 
     def save(self) -> None:
         """Record how far each slot is, now."""

@@ -47,7 +47,7 @@ class Relay:
     def __init__(
         self,
         engine: Engine,
-        destinations: Mapping[str, tuple[Destination, Mapping[str, Tracked]]],
+        destinations: Mapping[str, tuple[Destination, Callable[[], Mapping[str, Tracked]]]],
         *,
         page_size: int = 2000,
         lease_s: float = 30.0,
@@ -252,7 +252,7 @@ class Relay:
             return [
                 name
                 for name, (destination, tracked) in self._destinations.items()
-                if not backlog.has(connection, IndexKey(name, destination.index.incarnation), list(tracked), present)
+                if not backlog.has(connection, IndexKey(name, destination.index.incarnation), list(tracked()), present)
             ]
 
     def _why_behind(self, present: Position) -> str:
@@ -260,7 +260,7 @@ class Relay:
         for name in self._behind(present):
             destination, tracked = self._destinations[name]
             with self._engine.connect() as connection:
-                left = backlog.backlog(connection, IndexKey(name, destination.index.incarnation), list(tracked))
+                left = backlog.backlog(connection, IndexKey(name, destination.index.incarnation), list(tracked()))
             why = "it is paused" if left.paused else "is another relay holding its lease?"
             behind.append(f"{left.pending} keys pending for {name!r} ({why})")
         return ", ".join(behind)

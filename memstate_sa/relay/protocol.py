@@ -324,7 +324,7 @@ class Holder:
         self.max_batch = page_size
         self.stopping = False  # set from outside: end after the batch in work
         self.more = False  # whether the last step left something that it knows of
-        self._entities = entities
+        self.entities = entities
         self._of = slots
         self._page_size = page_size
         self._lease_s = lease_s
@@ -515,8 +515,8 @@ class Holder:
         if not page.facts:
             self._move(lot, after)
             return None
-        facts = [fact for fact in dict.fromkeys(page.facts) if fact[0] in self._entities]
-        foreign = {fact for fact in page.facts if fact[0] not in self._entities}
+        facts = [fact for fact in dict.fromkeys(page.facts) if fact[0] in self.entities]
+        foreign = {fact for fact in page.facts if fact[0] not in self.entities}
         settle = lot.settle is not None
         again = page.intents
         return (yield from self._converge(facts, settle=settle, again=again, foreign=foreign, lot=lot, after=after))
@@ -534,7 +534,7 @@ class Holder:
         self.more = True
         listed = yield from ask(ListFacts(refill.entity, refill.position, self._page_size))
         ours = {fact: found for fact, found in listed.facts.items() if self._slot(fact) in refill.slots}
-        facts = {fact: fingerprint for fact, fingerprint in ours.items() if fact[0] in self._entities}
+        facts = {fact: fingerprint for fact, fingerprint in ours.items() if fact[0] in self.entities}
         foreign = ours.keys() - facts.keys()
         held = {fact: Delivered(fingerprint, None, False) for fact, fingerprint in facts.items() if fingerprint}
         after = refill._replace(position=listed.last, done=listed.last is None)
@@ -632,7 +632,7 @@ class Holder:
         """Keys that a call may yet write which nobody waits for: once more, when no such call can land any more."""
         repeats = {fact for fact, stuck in page.found.parked.items() if stuck.repeat}
         told = (repeats | set(page.again)) & (page.written.keys() | page.failed.keys())
-        told |= {fact for fact in page.again if fact[0] not in self._entities}  # passed by, and to be repeated there
+        told |= {fact for fact in page.again if fact[0] not in self.entities}  # passed by, and to be repeated there
         return told.union(fact for fact, may_land in self._unsure.items() if may_land)
 
     def _acknowledge(self, record: Acknowledge) -> Steps[None]:

@@ -432,9 +432,10 @@ def store(engine: Engine, tmp_path: Path) -> Iterator[MemoryStore]:
         yield made
 
 
-def test_calls_of_a_store_join_the_step(store: MemoryStore) -> None:
+@pytest.mark.parametrize("by_engine", [False, True])
+def test_calls_of_a_store_join_the_step(store: MemoryStore, by_engine: bool) -> None:
     """In the block; outside of it they commit by themselves, as ever."""
-    saver = MemStateCheckpointer(store)
+    saver = MemStateCheckpointer(store.engine, memory=store.memory) if by_engine else MemStateCheckpointer(store)
     saver.setup()
     failures = fail_once()
 

@@ -18,7 +18,7 @@ from memstate_sa.relay import RetryPolicy
 from memstate_sa.relay.protocol import Upsert
 from memstate_sa.tables import cursor, ledger, outbox, parked
 from memstate_sa.testing import FlakyIndex, HashEmbedder
-from tests.support import Base, Person, Tag, World, expire_leases, overtake
+from tests.support import Base, Person, Tag, World, assert_index_holds, expire_leases, overtake
 
 pytestmark = pytest.mark.sa20
 
@@ -69,6 +69,32 @@ def eventually(condition: Callable[[], bool], timeout: float = 15.0) -> None:
 
 
 # -- convergence -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_what_is_tracked_later(engine: Engine, in_background: bool) -> None:
+    """A relay that there is learns of it: of its rows of before, and of what is committed from then on."""
+    embedder, index = HashEmbedder(), InMemoryIndex()
+    memory = Memory(index, embedder=embedder)
+    memory.track(Tag, text="meaning")
+    Base.metadata.create_all(engine)
+    memory.create_tables(engine)
+    memory.attach(sessions := sessionmaker(engine))
+    relay = memory.relay(engine)
+    if in_background:
+        relay.start()
+    with sessions() as session:
+        session.add_all([Tag(name="a", meaning="known"), Person(id=1, name="b", about="there before")])
+        session.commit()
+        memory.wait(session) if in_background else relay.drain()
+        memory.track(Person, text="about")
+        session.add(Person(id=2, name="c", about="from then on"))
+        session.commit()
+        memory.wait(session) if in_background else relay.drain()
+    relay.drain()
+    expected = {'tag["a"]': "known", "person[1]": "there before", "person[2]": "from then on"}
+    assert_index_holds(index, embedder, expected)
+    relay.stop()
 
 
 def test_many_changes_of_one_key_are_one_delivery(spied: World, spy: Spy) -> None:
