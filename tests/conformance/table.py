@@ -20,7 +20,7 @@ ROWS = {
     "`FaissIndex`": "test_faiss.TestFaiss",
     "`PgVectorIndex`": "test_pgvector.TestPgVector",
     "`PgVectorIndex`, `exact=True`": "test_pgvector.TestPgVectorExact",
-    "`RedisIndex`": "test_redis.TestRedis",
+    "`RedisIndex`, up to 5,000 points": "test_redis.TestRedis",
     "`RedisIndex`, by its graph": "test_redis.TestRedisGraph",
 }
 HEAD = ("", "search", "a kill", "used by", "late writes refused", "erasure", "a query beside a write")
