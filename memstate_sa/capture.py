@@ -153,10 +153,12 @@ class Capture:
         for name, listener in () if tracked.by_trigger else self.mapper_listeners.items():
             event.listen(tracked.model, name, listener, raw=True, propagate=True)
         event.listen(tracked.model, "after_mapper_constructed", self._after_mapper_constructed, propagate=True)
+        self._registry.publish()
 
     def _after_mapper_constructed(self, mapper: Mapper[Any], model: type[Any]) -> None:
         """A subclass of a tracked class."""
         self._registry.extend(mapper)
+        self._registry.publish()
 
     def attach(self, target: Any) -> None:
         """Listen to the Sessions of *target*. Idempotent."""

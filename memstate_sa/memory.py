@@ -659,15 +659,14 @@ class Memory:
         sync = self.sync_engine(engine)
         self._capture.guard(sync)
         self._strict.watch(sync)
-        destinations = {
-            name: (each, partial(self._registry.of_index, name)) for name, each in self._destinations.items()
-        }
+        published = self._registry.published
+        destinations = {name: (each, partial(published, name)) for name, each in self._destinations.items()}
         relay = Relay(sync, destinations, sender=self._notifier.name, **{"sweep": partial(self.sweep, sync), **options})
         self._relays.add(relay)
         return relay
 
     def _by_index(self) -> dict[str, tuple[Destination, dict[str, Tracked]]]:
-        return {name: (destination, self._registry.of_index(name)) for name, destination in self._destinations.items()}
+        return {name: (destination, self._registry.published(name)) for name, destination in self._destinations.items()}
 
     def _wake(self) -> None:
         for relay in list(self._relays):
@@ -839,7 +838,7 @@ class Memory:
         """
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
-        return self._sweeper.sweep(sync, list(self._registry.by_entity.values()))
+        return self._sweeper.sweep(sync, self._registry.published().values())
 
     def export_facts(
         self,
@@ -917,7 +916,9 @@ class Memory:
         self._capture.guard(sync)
         with sync.connect() as connection:
             total = sum(truth.count(connection, each) for each in tracked.values()) if progress is not None else None
-        relay = Relay(sync, {other: (destination, lambda: tracked)}, sender=self._notifier.name)
+        relay = Relay(
+            sync, {other: (destination, partial(self._registry.published, other))}, sender=self._notifier.name
+        )
         relay.drain(timeout, progress=None if progress is None else lambda done: progress(min(done, total or 0), total))
         old, new = (IndexKey(each, self._destinations[each].open()) for each in (name, other))
         with sync.begin() as connection:

@@ -17,7 +17,8 @@ class Registry:
 
     def __init__(self) -> None:
         self._by_mapper: dict[Mapper[Any], Tracked | None] = {}
-        self.by_entity: dict[str, Tracked] = {}  # replaced, not changed: relays read it in threads of their own
+        self.by_entity: dict[str, Tracked] = {}
+        self._published: dict[str, Tracked] = {}  # replaced, not changed
         self.versions: dict[str, int] = {}  # of the shape of each entity's images
         self.by_table: dict[Table, Tracked] = {}
         self.by_table_name: dict[tuple[str | None, str], Tracked] = {}
@@ -30,7 +31,7 @@ class Registry:
         if other is not None:
             raise MemstateError(f"entity {tracked.entity!r} is already tracked, by {other.model.__name__}")
         self._claim_tables(tracked)
-        self.by_entity = {**self.by_entity, tracked.entity: tracked}
+        self.by_entity[tracked.entity] = tracked
         tracked.tell_alembic()
         self.versions[tracked.entity] = tracked.version
         self.validates |= tracked.validate is not None
@@ -69,12 +70,15 @@ class Registry:
         """Who tracks a concrete subclass by itself does not want it as its base class is tracked."""
         found = self._by_mapper.get(mapper)
         if found is not None and found.derived:
-            del self._by_mapper[mapper], self.by_table[found.table]
-            self.by_entity = {name: tracked for name, tracked in self.by_entity.items() if tracked is not found}
+            del self._by_mapper[mapper], self.by_entity[found.entity], self.by_table[found.table]
 
-    def of_index(self, name: str) -> dict[str, Tracked]:
-        """The entities that go to the index *name*."""
-        return {entity: tracked for entity, tracked in self.by_entity.items() if name in tracked.indexes}
+    def publish(self) -> None:
+        """Let relays, in their threads, see what was added: not before its changes are captured."""
+        self._published = dict(self.by_entity)
+
+    def published(self, index: str | None = None) -> dict[str, Tracked]:
+        """By entity, all or those that go to an *index*."""
+        return {name: each for name, each in self._published.items() if index is None or index in each.indexes}
 
     def find(self, mapper: Mapper[Any]) -> Tracked | None:
         """What tracks *mapper*, itself or through a base class."""

@@ -57,7 +57,10 @@ def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
 
 
 def _begin_immediate(connection: Connection) -> None:
-    """By the driver, as `exec_driver_sql` takes longer for it than for a small INSERT; its errors are SQLAlchemy's."""
+    """By the driver, as `exec_driver_sql` takes longer for it than a small INSERT; so no event and no echo tells of it.
+
+    What it raises is what SQLAlchemy would raise.
+    """
     dbapi: Any = connection.dialect.loaded_dbapi
     cursor = connection.connection.cursor()
     try:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy import ColumnElement, Select, create_engine, exists, func, literal, not_, or_, select, type_coerce
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import StaticPool
 
@@ -130,8 +130,8 @@ class MemoryStore:
     def _deliver(self) -> None:
         try:
             self._relay.drain(_DRAIN_TIMEOUT_S)
-        except DeliveryError as error:  # what is committed stays committed, and pending
-            logger.warning("not delivered yet: %s", error)
+        except (DeliveryError, SQLAlchemyError) as error:  # what is committed stays committed, and pending
+            logger.warning("not delivered yet: %s", error if isinstance(error, DeliveryError) else type(error).__name__)
 
     # -- what may be remembered ------------------------------------------------------------------------------------
 

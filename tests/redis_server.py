@@ -18,8 +18,6 @@ from redis.retry import Retry
 from tests.torture.servers import free_port
 
 AT_ONCE = ["--save", "3600 1", "--appendonly", "yes", "--appendfsync", "always"]
-WRITTEN = ["--save", "", "--appendonly", "yes", "--appendfsync", "everysec"]
-"""Enough where the machine lives on: what is acknowledged is in its cache."""
 NOTHING = ["--appendonly", "no", "--save", ""]
 
 

@@ -89,18 +89,21 @@ class FaissIndex:
         vectors = matrix([point.vector for point in points], self._dimension, [point.id for point in points])
         units, norms = unit_rows(vectors)
         with self._using("write to") as held:
-            rows, lengths = {}, norms.tolist()
+            rows: dict[str, int] = {}
+            epochs: dict[str, int] = {}
             for row, point in enumerate(points):
                 highest = self._epoch(point.id)
                 if _passes(point.epoch, highest):
-                    given = (point.id, point.fingerprint, lengths[row], stored(point.metadata, point.id))
-                    rows[point.id] = (row, given, max(point.epoch, highest))
+                    rows[point.id], epochs[point.id] = row, max(point.epoch, highest)
             if not rows:
                 return
-            places, puts, epochs = zip(*rows.values(), strict=True)
-            kept = units[list(places)]
-            self._journal.append({"put": puts}, kept.tobytes())
-            held.put(puts, kept, epochs)
+            given = [
+                (id_, points[row].fingerprint, float(norms[row]), stored(points[row].metadata, id_))
+                for id_, row in rows.items()
+            ]
+            kept = units[list(rows.values())]
+            self._journal.append({"put": given}, kept.tobytes())
+            held.put(given, kept, list(epochs.values()))
             for id_ in rows:
                 self._buried.pop(id_, None)
             self._wrote(len(rows))

@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from sqlalchemy import event
 from sqlalchemy.engine import Connection
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 
 from memstate_sa.errors import MemstateError
 from memstate_sa.integrations.checkpoints import Place
@@ -56,6 +57,16 @@ class _Step:
         self.abandoned = False
         self._driver: Any = None  # SQLite's connection, whose state may be read in any thread
 
+        @event.listens_for(session, "after_begin")
+        def _begun(_: Session, __: SessionTransaction, connection: Connection) -> None:
+            if connection.dialect.name == "sqlite":
+                self._driver = connection.connection.driver_connection
+
+        @event.listens_for(session, "after_transaction_end")
+        def _ended(_: Session, transaction: SessionTransaction) -> None:
+            if transaction.parent is None:  # by hand, too: the connection may be another's now
+                self._driver = None
+
     @property
     def has_the_only_writer(self) -> bool:
         return bool(getattr(self._driver, "in_transaction", False))
@@ -65,19 +76,14 @@ class _Step:
         with self.lock:
             self.blocks += 1
             try:
-                if self.session.get_bind().dialect.name == "sqlite":
-                    self._driver = self.session.connection().connection.driver_connection
                 if self.blocks == 1:
                     yield self.session
                 else:  # what came before stays when this fails
                     with self.session.begin_nested():
                         yield self.session
                 self.session.flush()  # what is wrong with it is the task's own error
-                if not self.session.in_transaction():  # rolled back by hand: the connection is another's now
-                    self._driver = None
             except BaseException:
                 if self.blocks == 1 or self.abandoned:
-                    self._driver = None
                     self.session.rollback()
                 self.blocks -= 1
                 raise

@@ -88,8 +88,7 @@ class Delivery:
         self._destination = destination
         self._index, self._vectors = destination.index, destination.vectors
         self._classes = classes
-        self._tracked = classes()
-        self._entities = as_array(self._tracked)
+        self._know(classes())
         self._lease_s = lease_s
         self._owner = claims.owner_id()
         self._pid = os.getpid()
@@ -127,16 +126,17 @@ class Delivery:
         if key != self._key:
             self.holder.forget()
             self._key = key
-        self._learn()
+        classes = self._classes()
+        if classes != self._tracked:  # the next claim has the rows of what is new delivered
+            if self.holder.epochs:
+                self._run(self.holder.release())
+            self._know(classes)
+            self.holder.entities = classes
         return self._run(self.holder.step())
 
-    def _learn(self) -> None:
-        """A class that is tracked by now is news to a claim, which has its rows delivered."""
-        classes = self._classes()
-        if classes != self._tracked:
-            self._run(self.holder.release())
-            self._tracked = self.holder.entities = classes
-            self._entities = as_array(classes)
+    def _know(self, classes: Mapping[str, Tracked]) -> None:
+        self._tracked = classes
+        self._entities = as_array(classes)
 
     def save(self) -> None:
         """Record how far each slot is, now."""

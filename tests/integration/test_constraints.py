@@ -238,6 +238,25 @@ def test_a_relay_sweeps(engine: Engine) -> None:
     app.check()
 
 
+def test_a_relay_that_was_there_before_the_class_sweeps(engine: Engine) -> None:
+    index = InMemoryIndex()
+    memory = Memory(index, embedder=HashEmbedder())
+    relay = memory.relay(engine)
+    memory.track(Note, text="text", expires="expires_at")
+    Base.metadata.create_all(engine)
+    memory.create_tables(engine)
+    memory.attach(sessions := sessionmaker(engine))
+    with sessions() as session:
+        session.add_all([Note(id=1, text="old", expires_at=utcnow() - timedelta(1)), Note(id=2, text="young")])
+        session.commit()
+    relay.drain()
+    with sessions() as session:
+        assert session.scalars(select(Note.id)).all() == [2]
+        assert [change.op for change in memory.history(session, Note, 1)] == ["insert", "delete"]
+    relay.drain()
+    assert_index_holds(index, HashEmbedder(), {"note[2]": "young"})
+
+
 def test_many_sweepers_in_threads(engine: Engine) -> None:
     app = App(engine)
     with engine.begin() as connection:

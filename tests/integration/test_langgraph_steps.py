@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypedDict
 
 import pytest
 from sqlalchemy import Engine, insert, select
+from sqlalchemy.orm import Session
 
 pytest.importorskip("langgraph.graph")
 
@@ -332,19 +333,39 @@ def test_a_subgraph_that_is_called_while_a_step_is_open(agent: Agent, durability
 
 
 def test_who_rolled_back_is_in_nobodys_way(world: World) -> None:
-    """Its connection is another's now, whatever that writes by it."""
+    """Its connection is another's now, whatever that writes by it; until it writes again, by another one."""
     steps, run = Steps(world.session, 1.0), threading.Event()  # an object
     task = Task(Place("t", "", "1"), "task", run, 1)
-    with steps.step(task, lambda _: True, lives=run) as (session, _):
-        session.add(Tag(name="writing"))
+
+    def is_in_the_way() -> bool:
+        try:
+            steps.check_around("t", "node:task")
+        except MemstateError:
+            return True
+        return False
+
+    def write(session: Session, name: str) -> None:
+        session.add(Tag(name=name))
         session.flush()
-        if world.engine.dialect.name == "sqlite":
-            with pytest.raises(MemstateError, match="one writer"):
-                steps.check_around("t", "node:task")
+
+    only = world.engine.dialect.name == "sqlite"
+    with steps.step(task, lambda _: True, lives=run) as (session, _):
+        write(session, "rolled back")
+        assert is_in_the_way() == only
         session.rollback()
-    with world.engine.begin() as connection:
-        connection.execute(insert(Tag), {"name": "another's"})
-        steps.check_around("t", "node:task")
+        with world.engine.begin() as connection:
+            connection.execute(insert(Tag), {"name": "another's"})
+            assert not is_in_the_way()
+    assert not is_in_the_way()
+    with world.engine.connect() as connection:
+        connection.execute(select(Tag)).all()
+        with steps.step(task, lambda _: True, lives=run) as (session, _):
+            write(session, "again")
+            session.begin_nested().rollback()
+            assert is_in_the_way() == only
+        assert is_in_the_way() == only
+    steps.give_up(task)
+    assert not is_in_the_way()
 
 
 def test_several_that_would_have_to_commit_together(agent: Agent) -> None:
@@ -455,6 +476,19 @@ def test_calls_of_a_store_join_the_step(store: MemoryStore, by_engine: bool) -> 
     assert [fact.payload["text"] for fact in store.query("note")] == ["joined", "alone"]
     store.rollback(session_id="t")
     assert [fact.payload["text"] for fact in store.query("note")] == ["alone"]
+
+
+def test_items_by_engine_join_a_transaction_of_the_store(store: MemoryStore) -> None:
+    """Whichever way the two were made."""
+    from memstate_sa.integrations.langgraph_store import MemStateStore
+
+    items = MemStateStore(store.engine, memory=store.memory)
+    items.setup()
+    with pytest.raises(ValueError, match="once"), store.transaction():
+        items.put(("a",), "b", {"text": "rolled back with it"})
+        assert items.get(("a",), "b") is not None
+        raise ValueError("once")
+    assert items.get(("a",), "b") is None
 
 
 def test_deleting_a_thread(store: MemoryStore) -> None:

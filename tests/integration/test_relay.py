@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,20 +82,16 @@ def test_what_is_tracked_later(engine: Engine, in_background: bool) -> None:
     memory.create_tables(engine)
     memory.attach(sessions := sessionmaker(engine))
     relay = memory.relay(engine)
-    if in_background:
-        relay.start()
-    with sessions() as session:
+    with relay if in_background else nullcontext(), sessions() as session:
         session.add_all([Tag(name="a", meaning="known"), Person(id=1, name="b", about="there before")])
         session.commit()
         memory.wait(session) if in_background else relay.drain()
         memory.track(Person, text="about")
         session.add(Person(id=2, name="c", about="from then on"))
         session.commit()
-        memory.wait(session) if in_background else relay.drain()
-    relay.drain()
+        relay.drain()
     expected = {'tag["a"]': "known", "person[1]": "there before", "person[2]": "from then on"}
     assert_index_holds(index, embedder, expected)
-    relay.stop()
 
 
 def test_many_changes_of_one_key_are_one_delivery(spied: World, spy: Spy) -> None:

@@ -23,7 +23,7 @@ from memstate_sa.indexes import InMemoryIndex, VectorIndex
 from memstate_sa.tables import log, outbox, unique
 from memstate_sa.testing import FlakyIndex, HashEmbedder
 from tests.integration.test_relay import eventually
-from tests.support import assert_index_holds, in_threads
+from tests.support import Base, Tag, assert_index_holds, in_threads
 
 pytestmark = pytest.mark.sa20
 
@@ -862,6 +862,21 @@ def test_in_memory_with_an_index_that_is_down(monkeypatch: pytest.MonkeyPatch, c
             HashEmbedder(),
             {point_of(first): "content: likes tea", point_of(second): "content: likes rain"},
         )
+
+
+def test_in_memory_beside_a_class_whose_table_is_made_later(caplog: Any) -> None:
+    """What was committed is committed, and delivered as soon as all can be read."""
+    index = InMemoryIndex()
+    with opened("sqlite://", index, background=True) as store:
+        store.memory.track(Tag, text="meaning")
+        with caplog.at_level(logging.WARNING, "memstate_sa.store"):
+            first = store.commit(note("likes tea"))
+        assert "not delivered yet: OperationalError" in caplog.text
+        assert contents(store) == ["likes tea"]
+        Base.metadata.create_all(store.engine)
+        second = store.commit(note("likes rain"))
+        expected = {point_of(first): "content: likes tea", point_of(second): "content: likes rain"}
+        assert_index_holds(index, HashEmbedder(), expected)
 
 
 @pytest.mark.filterwarnings("ignore::memstate_sa.sqlite.SavepointWarning")

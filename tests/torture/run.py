@@ -28,7 +28,7 @@ from memstate_sa import MemstateError
 from memstate_sa.errors import DeliveryError
 from memstate_sa.relay.backlog import Backlog, backlog
 from memstate_sa.relay.claims import IndexKey
-from tests.redis_server import WRITTEN
+from tests.redis_server import AT_ONCE
 from tests.redis_server import Server as Redis
 from tests.torture import worker, writer
 from tests.torture.app import COLLECTION, WORKERS, WRITERS, App, Base, Setting
@@ -99,7 +99,7 @@ class Torture:
         self._postgres = Postgres()
         self._chroma = Chroma(folder / "chroma", folder / "logs" / "chroma.log")
         self._redis_folder = tempfile.TemporaryDirectory(prefix="redis-")  # a socket's path is at most 107 characters
-        self._redis = Redis(Path(self._redis_folder.name), *WRITTEN)
+        self._redis = Redis(Path(self._redis_folder.name), *AT_ONCE)
         self._setting = Setting(folder, self._postgres.url, self._chroma.port, self._redis.port, seed)
         self._children: dict[str, Child] = {}
         self._agenda: list[tuple[float, Callable[[], None]]] = []
