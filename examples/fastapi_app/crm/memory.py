@@ -21,7 +21,6 @@ memory.track(
     text=lambda contact: ", ".join(filter(None, (contact.name, contact.company, contact.about))),
     metadata=("account_id",),
 )
-memory.track(NoteTag, text=lambda _: None)  # has no meaning of its own, but an undone note has its tags again
+memory.track(NoteTag, text=None)  # has no meaning of its own, but an undone note has its tags again
 memory.attach(Sessions)
-if engine.dialect.name == "sqlite":
-    sqlite.configure(engine)
+sqlite.configure(engine)  # leaves PostgreSQL as it is
