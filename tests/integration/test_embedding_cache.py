@@ -350,11 +350,11 @@ def test_two_may_keep_the_same_at_once(engine: Engine, app: App) -> None:
     def keep(order: Sequence[str], value: float) -> None:
         try:
             for _ in range(10):
-                began.wait(10)
+                began.wait(60)
                 with engine.begin() as connection:
                     vector = np.full(8, value, np.float32)
                     embeddings.store(connection, dict.fromkeys(order, vector), "any")
-                began.wait(10)
+                began.wait(60)
                 if value == 1:
                     assert kept(engine) == len(digests)
                     with engine.begin() as connection:

@@ -201,7 +201,7 @@ def test_two_relays_claim_a_new_index_at_once(postgres_engine: Engine) -> None:
     earlier.relay.run_once()
     earlier.relay.stop()  # what it knew of an index that is gone is cleared away by both
     world = World(postgres_engine)
-    both = threading.Barrier(2, timeout=10)
+    both = threading.Barrier(2, timeout=60)
     relays = [world.memory.relay(postgres_engine) for _ in range(2)]
     outcomes: list[object] = [None, None]
 
