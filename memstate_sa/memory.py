@@ -659,11 +659,14 @@ class Memory:
         sync = self.sync_engine(engine)
         self._capture.guard(sync)
         self._strict.watch(sync)
-        published = self._registry.published
-        destinations = {name: (each, partial(published, name)) for name, each in self._destinations.items()}
-        relay = Relay(sync, destinations, sender=self._notifier.name, **{"sweep": partial(self.sweep, sync), **options})
+        relay = self._relay_to(sync, self.indexes, **{"sweep": partial(self.sweep, sync), **options})
         self._relays.add(relay)
         return relay
+
+    def _relay_to(self, engine: Engine, names: Iterable[str], **options: Any) -> Relay:
+        published = self._registry.published
+        destinations = {name: (self._destinations[name], partial(published, name)) for name in names}
+        return Relay(engine, destinations, sender=self._notifier.name, **options)
 
     def _by_index(self) -> dict[str, tuple[Destination, dict[str, Tracked]]]:
         return {name: (destination, self._registry.published(name)) for name, destination in self._destinations.items()}
@@ -911,14 +914,12 @@ class Memory:
         that the old index has; nothing has changed then.
         """
         sync, (name, other) = self.sync_engine(engine), self._succession(index)
-        destination, tracked = self._by_index()[other]
+        tracked = self._registry.published(other).values()
         require_no_transaction(sync)
         self._capture.guard(sync)
         with sync.connect() as connection:
-            total = sum(truth.count(connection, each) for each in tracked.values()) if progress is not None else None
-        relay = Relay(
-            sync, {other: (destination, partial(self._registry.published, other))}, sender=self._notifier.name
-        )
+            total = sum(truth.count(connection, each) for each in tracked) if progress is not None else None
+        relay = self._relay_to(sync, [other])
         relay.drain(timeout, progress=None if progress is None else lambda done: progress(min(done, total or 0), total))
         old, new = (IndexKey(each, self._destinations[each].open()) for each in (name, other))
         with sync.begin() as connection:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic_core import to_json
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -37,6 +36,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB, insert
 from sqlalchemy.types import UserDefinedType
 
+from memstate_sa.arrays import as_json
 from memstate_sa.codec import encode
 from memstate_sa.indexes.base import Scalar
 
@@ -237,7 +237,7 @@ class Statements:
 
 def vectors_text(vectors: NDArray[np.float32]) -> str:
     """For `Statements.upsert`: a list of texts would be quoted by the driver, number by number."""
-    return _BETWEEN.join(to_json(vector).decode() for vector in vectors.tolist())
+    return _BETWEEN.join(map(as_json, vectors.tolist()))
 
 
 def key_of(id_: str) -> bytes:

@@ -25,7 +25,7 @@ def stored(metadata: Mapping[str, Scalar], name: str) -> dict[str, Scalar]:
             raise DeliveryRejected(
                 f"metadata {key!r} of {name} is {type(value).__name__}: neither text, bool nor number"
             )
-        held = value if isinstance(value, str) else storable(value)
+        held = storable(value)
         if held is not None:
             kept[key] = held
     return kept

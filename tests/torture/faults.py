@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from memstate_sa.indexes.base import Entry, FencedIndex, Filter, Match, Point, Stored, Vector, VectorIndex
+from memstate_sa.indexes.base import Entry, FencedIndex, Filter, Match, Point, Stored, Vector, VectorIndex, is_fenced
 
 T = TypeVar("T")
 
@@ -156,7 +156,7 @@ class FaultyIndex:
                 time.sleep(0.05 + 0.45 * chance)
             case "index: beyond the lease":
                 delay = self._lease_s * (1.1 + 0.7 * chance)
-                if not isinstance(self.inner, FencedIndex):
+                if not is_fenced(self.inner):
                     self._injector.expose(time.monotonic() + delay + 3.0)
                 time.sleep(delay)
 
