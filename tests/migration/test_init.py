@@ -87,8 +87,12 @@ def test_without_alembic_tables_and_triggers_are_created(url: str) -> None:
         ("(Base.metadata,)", "(Base.metadata, memstate_sa.metadata)"),
     ],
 )
-def test_with_alembic_a_migration_creates_them(folder: Path, url: str, metadata: str, with_ours: str) -> None:
+def test_with_alembic_a_migration_creates_them(
+    folder: Path, url: str, metadata: str, with_ours: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a project as `alembic init` makes it: init adds two lines to env.py, and the revision does the rest."""
+    # Such an env.py calls it, and it switches off every logger that this process has.
+    monkeypatch.setattr("logging.config.fileConfig", lambda _: None)
     run_alembic(folder, command.init, directory=str(folder / "migrations"))
     ini, env = folder / "alembic.ini", folder / "migrations" / "env.py"
     config = ini.read_text().replace("driver://user:pass@localhost/dbname", url)
