@@ -319,7 +319,7 @@ class Capture:
         if not units:
             return
         unit = next((unit for unit in units if unit.flush is not None), units[-1])
-        if unit.own_writes or self._told.get(connection) == unit.tx or _commits_by_itself(connection):
+        if unit.own_writes or self._told.get(connection) == unit.tx or connection._is_autocommit_isolation():
             return
         with unit.writing():
             triggers.tell(connection, unit.tx, counts=unit.step)
@@ -859,7 +859,7 @@ class Capture:
         units = self._active.get(connection)
         if not units:
             return
-        if writes and _commits_by_itself(connection) and not all(unit.own_writes for unit in units):
+        if writes and connection._is_autocommit_isolation() and not all(unit.own_writes for unit in units):
             self._refuse(connection, context.compiled.statement, _AUTOCOMMIT)
         if writes and not any(_is_known(unit, context) for unit in units):
             way_out = (
@@ -898,13 +898,6 @@ _AUTOCOMMIT = (
     "in AUTOCOMMIT each statement is a transaction of its own, so the log cannot be in it: use an engine that begins "
     "one, or capture='trigger'"
 )
-
-
-def _commits_by_itself(connection: Connection) -> bool:
-    level = connection.get_execution_options().get("isolation_level")
-    if level is None:
-        level = connection.dialect._on_connect_isolation_level  # as create_engine(isolation_level=…) was told
-    return bool(level == "AUTOCOMMIT")
 
 
 _SEEN = "memstate_seen"

@@ -13,7 +13,7 @@ import time
 import warnings
 from typing import Any
 
-from sqlalchemy import event, text
+from sqlalchemy import SelectBase, event, text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
@@ -48,12 +48,18 @@ def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
     def _begin(
         connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
     ) -> None:
-        if statement.lstrip()[:8].upper().startswith(_NO_TRANSACTION) or in_transaction(connection):
-            return
-        if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+        if not (_reads(statement, context) or in_transaction(connection) or connection._is_autocommit_isolation()):
             _begin_immediate(connection)
 
     return engine
+
+
+def _reads(statement: str, context: Any) -> bool:
+    """By its first word; after WITH there may be anything, which only a compiled statement tells."""
+    first = statement.lstrip()[:8].upper()
+    if first.startswith("WITH"):
+        return isinstance(getattr(context.compiled, "statement", None), SelectBase)
+    return first.startswith(_NO_TRANSACTION)
 
 
 def _begin_immediate(connection: Connection) -> None:

@@ -100,6 +100,29 @@ def test_readers_do_not_hold_the_write_lock(configured: Engine) -> None:
             one.execute(insert(Tag), {"name": "r"})
 
 
+def test_a_read_with_a_common_table_expression_is_a_read(configured: Engine) -> None:
+    """What may follow WITH in a text is taken for a write."""
+    names = select(Tag.name).cte("names")
+    with configured.connect() as one, configured.connect() as two:
+        two.execute(insert(Tag), {"name": "w"})
+        assert one.scalars(select(names)).all() == []
+        with pytest.raises(OperationalError, match="locked"):
+            one.execute(text("WITH old AS (SELECT * FROM tag) DELETE FROM tag WHERE name IN (SELECT name FROM old)"))
+
+
+@pytest.mark.parametrize("told", ["engine", "connection"])
+def test_autocommit_is_left_alone(tmp_path: Path, told: str) -> None:
+    """Nobody commits there, so a transaction would be rolled back with the connection's return."""
+    given = {"isolation_level": "AUTOCOMMIT"}
+    engine = sqlite.configure(create_engine(f"sqlite:///{tmp_path / 'x.db'}", **given if told == "engine" else {}))
+    Tag.metadata.create_all(engine)
+    with engine.connect().execution_options(**given if told == "connection" else {}) as connection:
+        connection.execute(insert(Tag), {"name": "kept"})
+    with engine.connect() as connection:
+        assert connection.scalars(select(Tag.name)).all() == ["kept"]
+    engine.dispose()
+
+
 def test_wal_and_idempotence(configured: Engine) -> None:
     """Configured once, however often it is called; an engine of another database is left alone."""
     assert sqlite.configure(configured) is configured
