@@ -71,16 +71,18 @@ end
 # Removed first: of a VADD that replaces, neither the append-only file nor a replica hears.
 _UPSERT = f"""#!lua
 {_FENCE}
+local replaced = 0
 for i = 2, #ARGV, 4 do
   local id = ARGV[i]
   local epoch = passes(id, tonumber(ARGV[i + 1]))
   if epoch then
-    redis.call('VREM', KEYS[2], id)
+    replaced = replaced + redis.call('VREM', KEYS[2], id)
     redis.call('VADD', KEYS[2], 'FP32', ARGV[i + 2], id, 'NOQUANT', 'SETATTR', '{{"e":' .. epoch .. ARGV[i + 3])
     redis.call('ZADD', KEYS[3], 0, id)
     redis.call('HDEL', KEYS[4], id)
   end
 end
+if replaced > 0 then redis.call('HINCRBY', KEYS[1], 'replaced', replaced) end
 return counted()
 """
 _DELETE = f"""#!lua flags=allow-oom
@@ -331,10 +333,9 @@ class RedisIndex:
         if condition:
             search += ["FILTER", _expression(condition)]
         with self._translated("query"):
-            pipeline: Any = self._client.pipeline(transaction=False)
-            pipeline.hmget(self._keys[0], "incarnation", "count")
-            pipeline.execute_command(*search)
-            (incarnation, count), answer = pipeline.execute()
+            (incarnation, count, replaced), answer, since = self._searched(search)
+            if replaced != since:
+                (incarnation, count, _), answer, _ = self._searched([*search, "NOTHREAD"])
         if incarnation is None or _text(incarnation) != opened.incarnation:
             raise self._gone(opened)
         self._size = int(count)
@@ -347,6 +348,19 @@ class RedisIndex:
                 distance = min(max(2.0 - 2.0 * float(score), 0.0), 2.0)
                 found.append(Found(Match(_text(id_), distance, told["f"]), told["m"]))
         return Answer(found, short=len(rows) < limit)
+
+    def _searched(self, search: Sequence[Any]) -> tuple[Any, Any, Any]:
+        """What the index is, what was found, and how many points had been replaced when it was.
+
+        A search has a thread of its own, and may come in the middle of a script, where a point is that it removes and
+        has not added again.
+        """
+        pipeline: Any = self._client.pipeline(transaction=False)
+        pipeline.hmget(self._keys[0], "incarnation", "count", "replaced")
+        pipeline.execute_command(*search)
+        pipeline.hget(self._keys[0], "replaced")
+        found: tuple[Any, Any, Any] = tuple(pipeline.execute())
+        return found
 
     def _among(self, query: Vector, ids: Sequence[str]) -> list[Found]:
         """All of *ids*, nearest first."""

@@ -100,6 +100,28 @@ def test_any_client(any_client: redis.Redis, name: str) -> None:
     assert fingerprints(index) == {"é": "f1"}
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_what_is_being_replaced_is_found(shared_server: Server, name: str, exact: bool) -> None:
+    """A search runs in a thread of the server, and may begin where a script has removed a point to add it again."""
+    index = opened(shared_server.client, name, exact=exact)
+    points = [point(f"p{n}", (1, n / 100, 0)) for n in range(32)]  # as many as one script changes
+    index.upsert(points)
+    stop = threading.Event()
+
+    def replace() -> None:
+        while not stop.is_set():
+            index.upsert(points)
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        for _ in range(100):
+            assert {match.id for match in index.query(vector(*X), 32)} == {each.id for each in points}
+    finally:
+        stop.set()
+        writer.join()
+
+
 def test_an_or_across_missing_keys(shared_server: Server, name: str) -> None:
     """A field that a point lacks makes a Redis expression false as a whole; ours is not."""
     index = opened(shared_server.client, name)
