@@ -575,7 +575,7 @@ def test_rollback_does_what_was_shown_or_nothing(served: Application, monkeypatc
         edit(served, key, "three")
         return True
 
-    monkeypatch.setattr(cli.typer, "confirm", hesitate)
+    monkeypatch.setattr("typer.confirm", hesitate)
     assert "look again" in served.run("rollback", exit_code=1)
     assert served.texts() == ["three"]
 

@@ -1,0 +1,44 @@
+"""`dead list`, `dead retry`, `dead drop`: keys that an index refused too often."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from memstate_sa.cli.opening import App, Indexes, Url, opened
+
+Keys = Annotated[
+    list[str] | None,
+    typer.Option("--key", help="As in `dead list`, or shop_item[7]; may be repeated. Default: all."),
+]
+
+
+def dead_list(
+    app: App,
+    url: Url,
+    index: Indexes = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Show at most N.")] = 100,
+) -> None:
+    """Show the keys that an index refused too often, and why."""
+    with opened(app, url) as (memory, engine):
+        table = Table("index", "fact", "key", "attempts", "error")
+        letters = memory.relay(engine).dead(*(index or ()), limit=limit)
+        for letter in letters:
+            table.add_row(*map(escape, (letter.index, letter.entity, letter.key)), str(letter.attempts), letter.error)
+        Console().print(table if letters else "No key is dead.")
+
+
+def dead_retry(app: App, url: Url, index: Indexes = None, key: Keys = None) -> None:
+    """Try dead keys again."""
+    with opened(app, url) as (memory, engine):
+        Console().print(f"{memory.relay(engine).retry_dead(*(index or ()), keys=key)} keys are tried again.")
+
+
+def dead_drop(app: App, url: Url, index: Indexes = None, key: Keys = None) -> None:
+    """Forget dead keys. They are tried again when their rows change."""
+    with opened(app, url) as (memory, engine):
+        Console().print(f"{memory.relay(engine).drop_dead(*(index or ()), keys=key)} keys are forgotten.")
