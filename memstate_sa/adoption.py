@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from sqlalchemy import inspect
 from sqlalchemy.engine import Engine, make_url
@@ -115,16 +116,17 @@ def is_migrated(engine: Engine) -> bool:
     return inspect(engine).has_table("alembic_version")
 
 
-def unmade(url: str) -> bool:
-    """Whether *url* is that of an SQLite file which connecting would create."""
+def unmade(url: str) -> Path | None:
+    """The SQLite file that connecting to *url* would create."""
     try:
         parsed = make_url(url)
     except ArgumentError:  # it is said where the URL is used
-        return False
-    path = parsed.database or ":memory:"
-    return (
-        parsed.get_backend_name() == "sqlite" and not path.startswith((":memory:", "file:")) and not Path(path).exists()
-    )
+        return None
+    name = parsed.database or ":memory:"
+    if parsed.get_backend_name() != "sqlite" or parsed.query.get("mode") == "memory":
+        return None
+    path = unquote(urlsplit(name).path) if name.startswith("file:") else name
+    return None if path == ":memory:" or Path(path).exists() else Path(path)
 
 
 # -- env.py ----------------------------------------------------------------------------------------------------------

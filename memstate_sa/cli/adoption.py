@@ -73,7 +73,7 @@ def init(
     app = app or _the_memory()
     if (dry_run or (project is not None and not create)) and adoption.unmade(url):
         url = "sqlite://"  # as empty, and not made by being looked at
-    with opened(app, url, initialised=False) as (memory, engine):
+    with opened(app, url, made=False, initialised=False) as (memory, engine):
         if project is not None and apply:
             _edit(project, dry_run=dry_run, yes=yes)
         if not dry_run and (create or not (project is not None or adoption.is_migrated(engine))):

@@ -17,7 +17,7 @@ from sqlalchemy import Engine, create_engine, inspect
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from memstate_sa import sqlite
+from memstate_sa import adoption, sqlite
 from memstate_sa.changes import Change
 from memstate_sa.cli.display import changes_table
 from memstate_sa.errors import ConflictError, MemstateError
@@ -34,18 +34,27 @@ Indexes = Annotated[list[str] | None, typer.Option("--index", help="Its name; ma
 
 
 @contextmanager
-def opened(app: str, url: str, *, initialised: bool = True) -> Iterator[tuple[Memory, Engine]]:
+def opened(app: str, url: str, *, made: bool = True, initialised: bool = True) -> Iterator[tuple[Memory, Engine]]:
+    """Unless they need not be there: the database is *made*, and *initialised* with our tables."""
     memory = _load(app, "--app")
     if not isinstance(memory, Memory):
         raise typer.BadParameter(f"{app} is a {type(memory).__name__}, not a Memory", param_hint="--app")
     engine = _engine(memory, url)
     try:
         with explained():
+            if made:
+                require_made(url)
             if initialised and not inspect(engine).has_table("memstate_log"):
                 fail("the tables of memstate_sa are not in this database; `memstate-sa init` or Alembic creates them")
             yield memory, engine
     finally:
         engine.dispose()
+
+
+def require_made(url: str) -> None:
+    """Looking into an SQLite file that is not there would make it."""
+    if file := adoption.unmade(url):
+        fail(f"there is no such database: {file.absolute()} does not exist")
 
 
 def _engine(memory: Memory, url: str) -> Engine:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from memstate_sa.cli.display import progress_of
-from memstate_sa.cli.opening import App, Url, load_model, opened
+from memstate_sa.cli.opening import App, Url, load_model, opened, require_made
 
 
 def export_facts(
@@ -76,6 +76,7 @@ def import_langgraph(
     memstate-sa import-checkpoints sqlite:///checkpoints.db --thread 17 --thread 18
     """
     with opened(app, url) as (memory, engine):
+        require_made(source)
         from memstate_sa.integrations.import_checkpoints import import_checkpoints
         from memstate_sa.integrations.langgraph import MemStateCheckpointer
 

@@ -20,7 +20,7 @@ import pytest
 from sqlalchemy import create_engine, insert, select, text, update
 from sqlalchemy.orm import sessionmaker
 
-from memstate_sa import __version__, sqlite
+from memstate_sa import __version__, adoption, sqlite
 from memstate_sa.tables import cursor, holder, parked, utcnow
 
 pytest.importorskip("typer")
@@ -195,8 +195,48 @@ def test_a_bad_url_is_explained(bare: Application, url: str, message: str) -> No
 
 def test_a_database_that_does_not_answer_is_explained(bare: Application) -> None:
     """By what the driver said."""
-    output = invoke("status", "--app", f"{bare.name}:memory", "--url", "sqlite:////no/such/folder/app.db", exit_code=1)
+    folder = f"sqlite:///{Path.cwd()}"
+    output = invoke("status", "--app", f"{bare.name}:memory", "--url", folder, exit_code=1)
     assert "unable to open database file" in output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("relay", "drain", "status", "pause", "resume", "verify", "doctor", "backfill", "log", "diff x", "rollback"),
+        *("revoke --tx x", "reindex", "forget-index x", "export -", "import -", "import-checkpoints sqlite://"),
+        *("dead list", "dead retry", "dead drop"),
+    ],
+)
+def test_a_database_that_is_not_there_is_not_made_by_being_looked_for(bare: Application, command: str) -> None:
+    """SQLite makes a file of whatever it is asked for; then nobody would know why it has no tables."""
+    file = Path("nowhere.db").absolute()
+    bare.url = "sqlite:///nowhere.db"
+    said = bare.run(*command.split(), exit_code=1)
+    assert "no such database" in said and str(file) in said
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "named"),
+    [
+        ("sqlite:///{}", True),
+        ("sqlite+aiosqlite:///{}", True),
+        ("sqlite:///file:{}?mode=rwc&uri=true", True),
+        ("sqlite:///file://{}?uri=true", True),
+        ("sqlite:///file:{}?mode=memory&uri=true", False),
+        ("sqlite:///file::memory:?cache=shared&uri=true", False),
+        ("sqlite://", False),
+        ("sqlite:///:memory:", False),
+        ("postgresql://nobody@nowhere/{}", False),
+        ("no url: {}", False),
+    ],
+)
+def test_an_sqlite_file_has_many_urls(tmp_path: Path, url: str, named: bool) -> None:
+    file = tmp_path / "a b.db"
+    assert adoption.unmade(url.format(file)) == (file if named else None)
+    file.touch()
+    assert adoption.unmade(url.format(file)) is None
 
 
 def test_missing_tables_are_explained(bare: Application) -> None:

@@ -160,8 +160,10 @@ def test_what_is_there_stays_as_it_is(engine: Engine, saver: MemStateCheckpointe
     assert [again[str(found[0])] for found in pruned] == pruned
 
 
-def test_the_command_line(engine: Engine, saver: MemStateCheckpointer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many threads as it is told of; the password of a URL that is none is not shown."""
+def test_the_command_line(
+    engine: Engine, saver: MemStateCheckpointer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As many threads as it is told of; the password of a URL that is none is not shown, and no database is made."""
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
@@ -187,6 +189,8 @@ def test_the_command_line(engine: Engine, saver: MemStateCheckpointer, monkeypat
         assert {thread: shown(saver, thread) for thread in ("1", "2")} == before
     wrong = run("nothing at all:secret")
     assert wrong.startswith("1 ") and "not a database URL" in wrong and "secret" not in wrong
+    nowhere = tmp_path / "nowhere.db"
+    assert "no such database" in run(f"sqlite:///{nowhere}") and not nowhere.exists()
 
 
 def test_what_was_sent_before_version_4(engine: Engine, saver: MemStateCheckpointer) -> None:
