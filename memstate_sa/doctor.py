@@ -37,14 +37,19 @@ class Diagnosis:
     """What `Memory.doctor` found; facts as (entity, primary key).
 
     ``changed``: the row is not what the log says · ``gone``: the log says that there is a row · ``unlogged``: how many
-    rows the log has not seen, because they are older than tracking, or came past it; `Memory.backfill` logs them.
+    rows the log has not seen, because they are older than tracking, or came past it; `Memory.backfill` of the classes
+    in ``unlogged_by_class`` logs them.
     """
 
     checked: int = 0
-    unlogged: int = 0
+    unlogged_by_class: dict[type[Any], int] = field(default_factory=dict)
     changed: list[tuple[str, object]] = field(default_factory=list)
     gone: list[tuple[str, object]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def unlogged(self) -> int:
+        return sum(self.unlogged_by_class.values())
 
     @property
     def healthy(self) -> bool:
@@ -95,7 +100,8 @@ class Doctor:
                 break
             after = keys[-1]
             found.checked += len(keys)
-            found.unlogged += len(keys) - len(known)
+            if unlogged := len(keys) - len(known):
+                found.unlogged_by_class[tracked.model] = found.unlogged_by_class.get(tracked.model, 0) + unlogged
             if differing := self._confirmed(tracked, known):
                 yield differing, False
             if progress is not None:

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from memstate_sa.cli.display import progress_of
-from memstate_sa.cli.opening import App, Url, opened
+from memstate_sa.cli.opening import App, Url, name_of, opened
 
 _EXAMPLES = 20  # facts of each kind that are named
 
@@ -63,7 +63,10 @@ def doctor(
         for problem in found.problems:
             console.print(f"[red]{escape(problem.subject)}[/] {escape(problem.message)}", highlight=False)
         if found.unlogged:
-            console.print(f"{found.unlogged} rows came before tracking, or past it; `backfill` logs and delivers them.")
+            console.print(f"{found.unlogged} rows came before tracking, or past it. This logs and delivers them:")
+            names = [name_of(model, app) or "" for model in found.unlogged_by_class]
+            wanted = " ".join(names) if all(names) else "--restart"
+            console.print(f"memstate-sa backfill {wanted}", markup=False, highlight=False, soft_wrap=True)
         if found.healthy:
             console.print("[green]The log tells what is in the tables.[/]")
         elif repair and not found.problems:

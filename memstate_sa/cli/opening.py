@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -94,6 +94,15 @@ def _load(path: str, option: str) -> Any:
 
 def load_model(name: str, app: str) -> Any:
     return _load(name if ":" in name else f"{app.partition(':')[0]}:{name}", "MODEL")
+
+
+def name_of(model: type[Any], app: str) -> str | None:
+    """What `load_model` finds *model* by, the shorter the better; None of a class that is in a function."""
+    for name in (model.__qualname__, f"{model.__module__}:{model.__qualname__}"):
+        with suppress(typer.BadParameter):
+            if load_model(name, app) is model:
+                return name
+    return None
 
 
 @contextmanager

@@ -401,6 +401,41 @@ def test_doctor_tells_what_came_past_the_log(app: Application) -> None:
     assert "Nothing has drifted" in app.run("verify")
 
 
+def hinted(output: str) -> list[str]:
+    """The command that doctor names, as it is to be typed."""
+    return output.partition("memstate-sa ")[2].partition("\n")[0].split()
+
+
+def test_doctor_names_the_command_for_rows_that_the_log_has_not_seen(app: Application) -> None:
+    """With the classes that have such rows: what a backfill was done with is not gone through unless it is named."""
+    app.run("backfill")
+    with app.engine.begin() as connection:
+        connection.execute(text("INSERT INTO note (text) VALUES ('past the log')"))
+    assert hinted(app.run("doctor")) == ["backfill", "Note"]
+    with app.engine.begin() as connection:
+        connection.execute(text("INSERT INTO pair (\"left\", \"right\", text) VALUES (1, 'b', 'ale')"))
+    told = app.run("doctor")
+    assert "2 rows came before tracking" in told
+    assert hinted(told) == ["backfill", "Note", "Pair"]
+    assert "2 rows were new to the log" in app.run(*hinted(told))
+    assert hinted(app.run("doctor")) == []
+
+
+def test_doctor_names_classes_as_they_are_found(app: Application) -> None:
+    """Not all are where the Memory is; of one that is made in a function, there is no name, but there is --restart."""
+    app.run("backfill")
+    with app.engine.begin() as connection:
+        connection.execute(text("INSERT INTO note (text) VALUES ('past the log')"))
+    module, app.name = app.name, f"memory_of_{app.name}"
+    Path(f"{app.name}.py").write_text(f"from {module} import memory\nNote = 'of something else'\n")
+    told = hinted(app.run("doctor"))
+    assert told == ["backfill", f"{module}:Note"]
+    import_module(module).Note.__qualname__ = "make.<locals>.Note"
+    told = hinted(app.run("doctor"))
+    assert told == ["backfill", "--restart"]
+    assert "1 rows were new to the log" in app.run(*told)
+
+
 def test_doctor_finds_tables_missing(app: Application) -> None:
     """Where another command could not even begin."""
     with app.engine.begin() as connection:
