@@ -18,6 +18,7 @@ from sqlalchemy import inspect
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import ArgumentError
 
+from memstate_sa.doctor import folded
 from memstate_sa.errors import MemstateError
 from memstate_sa.memory import Memory
 
@@ -296,7 +297,8 @@ def steps(memory: Memory, engine: Engine, project: AlembicProject | None) -> Ite
             f"our plugin in {project.env.name}",
             "" if project.knows_plugin else f"context.configure(..., {_PLUGINS}); before Alembic 1.18: {_REGISTER}",
         )
-    missing = [f"{subject} {message}" for subject, message in problems if subject != "Sessions"]
+    others = [problem for problem in problems if problem.subject != "Sessions"]
+    missing = [f"{subject} {message}" for subject, message in folded(others)]
     if missing and project is not None:
         missing.append(project.upgrading)
     elif missing and is_migrated(engine):

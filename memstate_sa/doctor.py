@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from textwrap import fill, indent
 from typing import Any, NamedTuple
 
 from sqlalchemy import Inspector, bindparam, inspect, select
@@ -30,6 +31,19 @@ class Problem(NamedTuple):
 
     subject: str
     message: str
+
+
+def folded(problems: Iterable[Problem]) -> Iterator[Problem]:
+    """For people: those of which the same is to be said become one, with all their names on lines of their own."""
+    subjects: dict[str, list[str]] = {}
+    for subject, message in problems:
+        subjects.setdefault(message, []).append(subject)
+    for message, named in subjects.items():
+        if len(named) == 1:
+            yield Problem(named[0], message)
+        else:
+            names = fill(", ".join(named), width=70, break_long_words=False, break_on_hyphens=False)
+            yield Problem("each of these", f"{message}\n{indent(names, '  ')}")
 
 
 @dataclass
@@ -72,7 +86,7 @@ class Doctor:
         if not rows or not inspector.has_table(log.name):
             return found
         for tracked in self._registry.by_entity.values():
-            if not _has_tables(inspector, tracked):
+            if _absent(inspector, tracked):
                 continue
             for keys, gone in self._differences(tracked, found, progress):
                 (found.gone if gone else found.changed).extend(self._shown(tracked, keys))
@@ -180,14 +194,13 @@ class Doctor:
         if current.name in there and self._left_told():
             yield Problem(current.name, "holds what a transaction has left there, so others are taken for it: empty it")
         for tracked in self._registry.by_entity.values():
-            if not _has_tables(inspector, tracked):
-                names = ", ".join(table.fullname for table in tracked.tables)
-                yield Problem(tracked.entity, f"is tracked, but not all of its tables are there ({names})")
+            if absent := _absent(inspector, tracked):
+                named = "" if absent == [tracked.entity] else f" {', '.join(absent)}"
+                yield Problem(tracked.entity, f"is tracked, but has no table{named}")
             elif tracked.by_trigger and log.name in there and (wrong := self._wrong_triggers(tracked)):
                 yield Problem(
                     tracked.table.fullname,
-                    f"has no {', '.join(wrong)} as it should be: memory.create_tables(engine), or a migration, "
-                    "installs them",
+                    f"has {wrong}: memory.create_tables(engine), or a migration, installs them",
                 )
 
     def _lost_protection(self) -> list[str]:
@@ -198,11 +211,14 @@ class Doctor:
         with self._engine.connect() as connection:
             return connection.execute(select(current.c.name).limit(1)).first() is not None
 
-    def _wrong_triggers(self, tracked: Tracked) -> list[str]:
+    def _wrong_triggers(self, tracked: Tracked) -> str:
         with self._engine.connect() as connection:
-            expected = triggers.triggers(connection, tracked)
+            expected = {trigger.name: trigger.source for trigger in triggers.triggers(connection, tracked)}
             there = triggers.installed(connection, tracked.table)
-        return [f"trigger {trigger.name}" for trigger in expected if there.get(trigger.name) != trigger.source]
+        if not expected.keys() & there.keys():
+            return "none of its triggers"
+        wrong = [f"trigger {name}" for name, source in expected.items() if there.get(name) != source]
+        return f"no {', '.join(wrong)} as it should be" if wrong else ""
 
 
 _logged_keys = (
@@ -234,8 +250,9 @@ def _part_differs(logged: Image | None, row: Image | None) -> bool:
     return any(not _same(was[name], is_[name]) for name in was.keys() & is_.keys())
 
 
-def _has_tables(inspector: Inspector, tracked: Tracked) -> bool:
-    return all(inspector.has_table(table.name, schema=table.schema) for table in tracked.tables)
+def _absent(inspector: Inspector, tracked: Tracked) -> list[str]:
+    """Its tables that are not there."""
+    return [table.fullname for table in tracked.tables if not inspector.has_table(table.name, schema=table.schema)]
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from memstate_sa.cli.display import progress_of
 from memstate_sa.cli.opening import App, Url, name_of, opened
+from memstate_sa.doctor import folded
 
 _EXAMPLES = 20  # facts of each kind that are named
 
@@ -60,7 +61,7 @@ def doctor(
         table.add_row(str(found.checked), str(len(found.changed)), str(len(found.gone)), str(found.unlogged))
         console.print(table)
         _print_facts({"changed": found.changed, "gone": found.gone})
-        for problem in found.problems:
+        for problem in folded(found.problems):
             console.print(f"[red]{escape(problem.subject)}[/] {escape(problem.message)}", highlight=False)
         if found.unlogged:
             console.print(f"{found.unlogged} rows came before tracking, or past it. This logs and delivers them:")

@@ -13,6 +13,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, create_engine, inspect
 
+from memstate_sa import metadata
 from memstate_sa.adoption import AlembicProject, edited, find_alembic, find_memories
 from tests.integration.test_cli import invoke
 from tests.migration.application import HEAD, contents
@@ -73,11 +74,49 @@ def test_without_alembic_tables_and_triggers_are_created(url: str) -> None:
     shown = invoke("init", "--url", url, "--dry-run")
     assert "--app shop.facts:memory" in shown
     assert "✓ a Memory that tracks note" in shown
-    assert "✗ tables and triggers in the database" in shown and "memstate_log is not there" in shown
+    assert "✗ tables and triggers in the database" in shown and "memstate_log" in shown
     assert tables(url) == {"note"}
     assert "There is nothing left to do" in invoke("init", "--url", url)
     assert tables(url) > {"note", "memstate_log"}
     assert "There is nothing left to do" in invoke("init", "--url", url, "--dry-run")
+
+
+MORE = """
+class Tag(Base):
+    __tablename__ = "tag"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+class Word(Base):
+    __tablename__ = "word"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+memory.track(Tag, text=None, capture="trigger")
+memory.track(Word, text=None, capture="trigger")
+"""
+
+
+def test_what_is_missing_is_told_once_for_all_of_which_it_is_to_be_said(folder: Path, url: str) -> None:
+    """By the names of all: of tables, the application's own too, and of triggers; one that is changed is named."""
+    (folder / "shop" / "facts.py").write_text(SHOP + MORE)
+    shown = invoke("init", "--url", url, "--dry-run")
+    to_do = shown[shown.index("✗ tables and triggers") :]
+    assert to_do.count("is not there") == to_do.count("has no table") == 1
+    assert all(name in to_do for name in metadata.tables) and "tag, word" in to_do
+    assert max(map(len, to_do.splitlines())) < 100
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE tag (id INTEGER NOT NULL, PRIMARY KEY (id))")
+        connection.exec_driver_sql("CREATE TABLE word (id INTEGER NOT NULL, PRIMARY KEY (id))")
+        metadata.create_all(connection)
+    untriggered = invoke("init", "--url", url, "--dry-run")
+    assert untriggered.count("has none of its triggers") == 1 and "note, tag, word" in untriggered
+    invoke("init", "--url", url)
+    with engine.begin() as connection:
+        named = "SELECT name FROM sqlite_master WHERE name LIKE 'memstate%delete%' AND tbl_name = 'tag'"
+        gone = connection.exec_driver_sql(named).scalar_one()
+        connection.exec_driver_sql(f"DROP TRIGGER {gone}")
+    engine.dispose()
+    assert f"tag has no trigger {gone} as it should be" in invoke("init", "--url", url, "--dry-run")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +283,7 @@ def test_an_sqlite_file_is_not_made_by_being_looked_at(folder: Path, migrated: b
     if migrated:
         (folder / "env.py").write_text("from alembic import context\n")
     shown = invoke("init", "--url", f"sqlite:///{folder / 'new.db'}", *options)
-    assert "✗ tables and triggers in the database" in shown and "memstate_log is not there" in shown
+    assert "✗ tables and triggers in the database" in shown and "memstate_log" in shown
     assert not (folder / "new.db").exists()
 
 
