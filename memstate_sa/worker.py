@@ -1,4 +1,7 @@
-"""A relay as a process of its own: logs, signals, metrics, and a supervisor for several of them."""
+"""A relay as a process of its own: logs, signals, metrics, and a supervisor for several of them.
+
+How processes of the command line are started and ended is here for `backfill`, too.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,8 @@ from memstate_sa.relay import Relay
 from memstate_sa.relay.backlog import Backlog
 
 logger = logging.getLogger("memstate_sa.worker")
+
+Process = subprocess.Popen[bytes]
 
 _RESTART_S = (1.0, 30.0)
 _GRACE_S = 60.0
@@ -158,37 +163,50 @@ def _problems(relay: Relay, engine: Engine) -> dict[str, str]:
 # -- several workers --------------------------------------------------------------------------------------------------
 
 
-def supervise(workers: Sequence[Sequence[str]], environment: Mapping[str, str]) -> None:
-    """Run `memstate-sa relay` with each of these arguments, as processes, until SIGINT or SIGTERM, which is passed on.
+@contextmanager
+def processes(environment: Mapping[str, str], *, stdout: int | None = None) -> Iterator[Callable[..., Process]]:
+    """A function that starts a process of this command line, by its arguments; all end with the context.
 
-    One that ends is started again. What should not show in a list of processes travels in *environment*.
+    What should not show in a list of processes travels in *environment*.
     """
+    running: list[Process] = []
 
-    def start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "memstate_sa.cli", "relay", *arguments]
-        return subprocess.Popen(command, env={**os.environ, **environment})  # noqa: S603  # our own command line
+    def start(*arguments: str) -> Process:
+        running[:] = [process for process in running if process.poll() is None]  # a supervisor goes on for months
+        command = [sys.executable, "-m", "memstate_sa.cli", *arguments]
+        running.append(subprocess.Popen(command, env={**os.environ, **environment}, stdout=stdout))  # noqa: S603
+        return running[-1]
 
-    with interruption() as interrupted:
-        started = {n: (time.monotonic(), start(arguments)) for n, arguments in enumerate(workers)}
+    try:
+        yield start
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def supervise(workers: Sequence[Sequence[str]], environment: Mapping[str, str]) -> None:
+    """Run `memstate-sa relay` with each of these arguments, as `processes`, until SIGINT or SIGTERM.
+
+    One that ends is started again.
+    """
+    with interruption() as interrupted, processes(environment) as start:
+        started = {n: (time.monotonic(), start("relay", *arguments)) for n, arguments in enumerate(workers)}
         delays = dict.fromkeys(started, _RESTART_S[0])
-        try:
-            while not interrupted.wait(0.2):
-                for n, (since, process) in started.items():
-                    code = process.poll()
-                    if code is None:
-                        continue
-                    if time.monotonic() - since > _RESTART_S[1]:
-                        delays[n] = _RESTART_S[0]
-                    logger.error("worker %d ended with %s, starting it again in %.0f s", n + 1, code, delays[n])
-                    if interrupted.wait(delays[n]):
-                        break
-                    delays[n] = min(2 * delays[n], _RESTART_S[1])
-                    started[n] = (time.monotonic(), start(workers[n]))
-        finally:
-            for _, process in started.values():
-                process.terminate()
-            for _, process in started.values():
-                try:
-                    process.wait(_GRACE_S)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+        while not interrupted.wait(0.2):
+            for n, (since, process) in started.items():
+                code = process.poll()
+                if code is None:
+                    continue
+                if time.monotonic() - since > _RESTART_S[1]:
+                    delays[n] = _RESTART_S[0]
+                logger.error("worker %d ended with %s, starting it again in %.0f s", n + 1, code, delays[n])
+                if interrupted.wait(delays[n]):
+                    break
+                delays[n] = min(2 * delays[n], _RESTART_S[1])
+                started[n] = (time.monotonic(), start("relay", *workers[n]))

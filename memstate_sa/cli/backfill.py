@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from time import sleep
@@ -69,13 +67,16 @@ def backfill(
             if workers == 1:
                 added = run(rate=rate, restart=anew, progress=update)
             else:
+                from memstate_sa import worker
+
                 run(limit=0, restart=anew, progress=update)
                 before = _backfilled(engine)
                 options = ["--no-restart", "--batch-size", str(batch_size)]
                 options += [] if rate is None else ["--rate", str(max(0.001, rate / workers))]
                 environment = {"MEMSTATE_APP": app, "MEMSTATE_URL": url}
-                with _processes(["backfill", *options, "--", *(model or ())], environment, workers) as working:
-                    while working():
+                with worker.processes(environment, stdout=subprocess.DEVNULL) as start:
+                    started = [start("backfill", *options, "--", *(model or ())) for _ in range(workers)]
+                    while any(process.poll() is None for process in started):
                         sleep(0.3)
                         run(limit=0, restart=False, progress=update)
                 run(rate=rate, restart=False, progress=update)  # what is left, if one has failed, or why
@@ -101,24 +102,6 @@ def _interruptible(message: str) -> Iterator[None]:
         raise typer.Exit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _processes(arguments: Sequence[str], environment: Mapping[str, str], count: int) -> Iterator[Callable[[], bool]]:
-    """*count* processes of this command line, told to end with the context; whether any of them is running."""
-    command = [sys.executable, "-m", "memstate_sa.cli", *arguments]
-    started: list[subprocess.Popen[bytes]] = []
-    try:
-        started.extend(
-            subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)  # noqa: S603
-            for _ in range(count)
-        )
-        yield lambda: any(process.poll() is None for process in started)
-    finally:
-        for process in started:
-            process.terminate()
-        for process in started:
-            process.wait()
 
 
 def _rows_progress(console: Console) -> Progress:

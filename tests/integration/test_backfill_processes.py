@@ -247,6 +247,43 @@ def test_an_interruption_says_how_to_go_on(
     assert f"{100 - app.seen()} rows were new to the log" in app.run("Note")
 
 
+STUBBORN = """
+import os
+import signal
+import time
+from pathlib import Path
+
+if os.getpid() != {parent}:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Path(f"{{os.getpid()}}.worker").touch()
+    time.sleep(60)
+"""
+
+
+def test_a_worker_that_does_not_end_is_killed(
+    sqlite_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a while: it may be in a driver that no signal gets through to, and somebody waits at the terminal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr("memstate_sa.worker._GRACE_S", 0.5)
+    app = Application(tmp_path, sqlite_engine, 10)
+    module = tmp_path / f"{app.name}.py"
+    module.write_text(module.read_text() + STUBBORN.format(parent=os.getpid()))
+
+    def interrupted(_: float) -> None:
+        poll(lambda: len(list(tmp_path.glob("*.worker"))) == 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memstate_sa.cli.backfill.sleep", interrupted)
+    result = CliRunner().invoke(cli.application(), ["backfill", "--workers", "2"], env=app.environment)
+    assert result.exit_code == 130, result.output
+    for worker in tmp_path.glob("*.worker"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(worker.stem), 0)
+
+
 def test_without_a_name_it_is_all_that_is_not_done_with(make: Callable[[int], Application]) -> None:
     """A class that is named, or --restart, is gone through again: rows may have come past the log."""
     app = make(20)
