@@ -82,7 +82,7 @@ def _failure(embedder: Embedder, error: Exception) -> DeliveryError:
 def _valid(embedder: Embedder, result: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
     try:
         with np.errstate(over="ignore"):  # what is too large for float32 becomes infinity, refused below
-            array = np.asarray(result, dtype=np.float32)
+            array = np.array(result, dtype=np.float32)  # a copy: the embedder may fill the same buffer the next time
     except (TypeError, ValueError) as error:
         raise DeliveryRejected(f"embedder {embedder.fingerprint!r} returned no array of numbers") from error
     if array.shape != shape:

@@ -30,6 +30,7 @@ from memstate_sa.errors import DeliveryError, MemstateError, require_count
 from memstate_sa.expiry import Sweeper
 from memstate_sa.facts import Tracked, Upgrade, describe
 from memstate_sa.indexes.base import PurgeableIndex, VectorIndex
+from memstate_sa.pools import own_pool
 from memstate_sa.registry import Registry
 from memstate_sa.relay import Relay
 from memstate_sa.relay.backlog import Backlog, backlog, keys_of, lacks
@@ -40,7 +41,7 @@ from memstate_sa.search import Call, Hits, Search, call_directly, resolve_target
 from memstate_sa.sqlite import configure, is_in_memory, require_no_transaction
 from memstate_sa.strict import Strict
 from memstate_sa.tables import utcnow
-from memstate_sa.timetravel import PastSession, as_of_session, search_past
+from memstate_sa.timetravel import PastSession, as_of_session, search_past, take_criteria
 from memstate_sa.undo import OnConflict, Revocation, Scope, Undo
 from memstate_sa.vectors import Destination, Vectors
 from memstate_sa.verify import DriftReport, Progress, Verify
@@ -392,12 +393,13 @@ class Memory:
         statement, tracked = resolve_target(self._registry, target)
         name = self._searched(tracked, index)
         if as_of is not None:
-            engine = session.get_bind(tracked.mapper).engine
+            engine = own_pool(session.get_bind(tracked.mapper).engine)  # the Session may hold a connection
             read = {
                 self._registry.named(table, None) for table in visitors.iterate(statement) if isinstance(table, Table)
             }
             models = [each.model for each in {tracked, *read} if each is not None]
             with self.as_of_session(engine, as_of, models) as past:
+                take_criteria(past, session)
                 vectors = self._destinations[self._asked.get(name, name)].vectors
                 hits = search_past(past, tracked, statement, vectors, query, limit, max_distance, call)
                 past.expunge_all()
@@ -963,7 +965,6 @@ class Memory:
         for relay in list(self._relays):
             relay.stop()
         self._notifier.close()
-        self._strict.close()
         for index in self.indexes.values():
             index.close()
         for engine in self._derived:

@@ -46,6 +46,7 @@ OVERLAY_LIMIT = 500
 
 _IDS_LIMIT = 1000
 _LARGEST_ASK = 1 << 20
+"""So many points at most are asked for: with a count that is beyond its integers, an index fails, or finds nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +184,7 @@ class Search:
         ask, asked_for = limit + min(len(pending), 20), -1
         if self._too_many:
             ask *= 4  # criteria that only SQL applies
+        ask = min(ask, _LARGEST_ASK)
         hits: list[tuple[float, str]] = []
         crowded = False
         while True:
@@ -203,7 +205,7 @@ class Search:
                 where = self._entity_filter()
                 if where is None and not self._too_many:
                     ids = self._few_ids()
-            ask *= 4
+            ask = min(4 * ask, _LARGEST_ASK)
         result: Hits[Any] = Hits(Hit(self._rows[key].fact, distance) for distance, key in hits)  # type: ignore[union-attr]
         result.complete = self._complete
         return result
@@ -415,10 +417,11 @@ def resolve_target(registry: Registry, target: Any) -> tuple[Select[Any], Tracke
     if (
         target._limit_clause is not None
         or target._offset_clause is not None
+        or target._fetch_clause is not None
         or target._group_by_clauses
         or target._distinct
     ):
-        raise MemstateError("a select() to search in has no LIMIT, OFFSET, GROUP BY or DISTINCT; use limit=")
+        raise MemstateError("a select() to search in has no LIMIT, OFFSET, FETCH, GROUP BY or DISTINCT; use limit=")
     return target, registry.of(described[0]["type"])
 
 

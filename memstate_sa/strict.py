@@ -31,6 +31,7 @@ from memstate_sa.errors import DeliveryRetryable
 from memstate_sa.facts import Projection, point_id
 from memstate_sa.indexes.base import Point, Vector, is_fenced
 from memstate_sa.outbox import slots, take_write_lock
+from memstate_sa.pools import own_pool
 from memstate_sa.positions import slot_of
 from memstate_sa.registry import Registry
 from memstate_sa.relay import embeddings
@@ -118,7 +119,6 @@ class Strict:
         self._destinations = destinations
         self._blocking = blocking
         self._wake = wake
-        self._others: WeakKeyDictionary[Engine, tuple[int, Engine]] = WeakKeyDictionary()
         self._journals: WeakKeyDictionary[Engine, Journal] = WeakKeyDictionary()
         self._watched: WeakSet[Engine] = WeakSet()
         self._recovering = threading.Lock()
@@ -263,23 +263,7 @@ class Strict:
             self._wake(unit.written_on.engine)
 
     def _other(self, engine: Engine) -> Engine:
-        """*engine* with a pool of its own.
-
-        Who holds a connection while waiting for a second one of the same pool waits for ever, once enough others do.
-        """
-        if engine.dialect.is_async:
-            return self._blocking(engine)
-        pid, found = self._others.get(engine, (0, engine))
-        if pid != os.getpid():  # its connections would be the parent's
-            found = Engine(engine.pool.recreate(), engine.dialect, engine.url, hide_parameters=engine.hide_parameters)
-            self._others[engine] = os.getpid(), found
-        return found
-
-    def close(self) -> None:
-        for pid, engine in self._others.values():
-            if pid == os.getpid():
-                engine.dispose()
-        self._others.clear()
+        return self._blocking(engine) if engine.dialect.is_async else own_pool(engine)
 
     # -- SQLite ------------------------------------------------------------------------------------------------------
 

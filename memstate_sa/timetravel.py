@@ -46,6 +46,13 @@ def _refuse_to_write(state: ORMExecuteState) -> None:
         raise MemstateError(_READ_ONLY)
 
 
+def take_criteria(past: PastSession, session: Session) -> None:
+    """Have *past* select as *session* does: the listeners that add criteria to a statement, and the info they go by."""
+    past.info.update(session.info)
+    for listener in set(session.dispatch.do_orm_execute).difference(past.dispatch.do_orm_execute):
+        event.listen(past, "do_orm_execute", listener)
+
+
 @contextmanager
 def as_of_session(engine: Engine, tracked: Iterable[Tracked], at: Moment) -> Iterator[PastSession]:
     """A Session in which the classes of *tracked* have the rows of the moment *at*; other tables are as they are now.
@@ -130,13 +137,18 @@ def search_past(
     distances = sorted(
         (cosine_distance(wanted, known[p.text_fingerprint]), p.key) for p in projections if p.text_fingerprint
     )
-    near = [pair for pair in distances if max_distance is None or pair[0] <= max_distance][:limit]
+    near = [pair for pair in distances if max_distance is None or pair[0] <= max_distance]
     columns = tracked.on(connection.dialect)
     hydration = statement.order_by(None).add_columns(*raw_key_columns(tracked)).where(columns.key_in)
     hydration._for_update_arg = None  # noqa: SLF001  # nobody changes the past
-    facts = {}
-    for some in batches([key for _, key in near]):
-        given = columns.key_parameters([decode_key(key) for key in some])
-        for row in session.execute(hydration, given).unique(lambda row: tuple(row[1:])):
-            facts[encode_key(row[1:])] = row[0]
-    return Hits(Hit(facts[key], distance) for distance, key in near)
+    hits: Hits[Any] = Hits()
+    for some in filter(None, (near[:limit], *batches(near[limit:]))):
+        given = columns.key_parameters([decode_key(key) for _, key in some])
+        rows = session.execute(hydration, given).unique(lambda row: tuple(row[1:]))
+        facts = {encode_key(row[1:]): row[0] for row in rows}
+        # What listeners of the application's leave out, only this select() does not have.
+        hits += [Hit(facts[key], distance) for distance, key in some if key in facts]
+        if len(hits) >= limit:
+            break
+    del hits[limit:]
+    return hits

@@ -27,6 +27,7 @@ from memstate_sa.indexes._pgvector import ONE_AT_A_TIME, Statements, key_of, val
 from memstate_sa.indexes._tags import stored
 from memstate_sa.indexes._units import at_length, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
+from memstate_sa.pools import own_pool
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -44,8 +45,9 @@ class PgVectorIndex:
     """The table *name* of a PostgreSQL database with pgvector 0.8 or later; made by `open`, with the extension.
 
     *engine* is an Engine, or an AsyncEngine or a URL, of which it makes an Engine of its own, with psycopg. The facts'
-    own will do; these transactions are apart from the application's. A batch is a transaction, and writes are fenced by
-    their epochs (`FencedIndex`) in the same statement that writes them.
+    own will do; these transactions are apart from the application's, on connections of a pool apart: a Session that
+    searches, or commits, holds one of the engine's. A batch is a transaction, and writes are fenced by their epochs
+    (`FencedIndex`) in the same statement that writes them.
 
     A query goes by an HNSW graph of *ef_search* candidates, and looks on where a filter leaves too little; *exact*
     compares every point instead. Over 2,000 dimensions the graph is of half precision, over 4,000 there is none;
@@ -65,13 +67,9 @@ class PgVectorIndex:
         max_batch: int = 1000,
     ) -> None:
         self._owned = not isinstance(engine, Engine)
-        given = engine if isinstance(engine, Engine) else _engine(engine)
-        if given.dialect.name != "postgresql":
-            raise MemstateError(f"pgvector is an extension of PostgreSQL, and {given.dialect.name} has none")
-        # What a fence compares is what is committed: a snapshot of before would not do.
-        self._engine = given.execution_options(isolation_level="READ COMMITTED")
-        # Each read is one statement, and one round trip.
-        self._reader = given.execution_options(isolation_level="AUTOCOMMIT")
+        self._given = engine if isinstance(engine, Engine) else _engine(engine)
+        if self._given.dialect.name != "postgresql":
+            raise MemstateError(f"pgvector is an extension of PostgreSQL, and {self._given.dialect.name} has none")
         if len(name.encode()) > 63:
             raise MemstateError(f"{name!r} is too long for the name of a table: PostgreSQL would cut it after 63 bytes")
         self._name, self._schema = name, schema
@@ -197,10 +195,10 @@ class PgVectorIndex:
             self._draw(connection, statements)
 
     def close(self) -> None:
-        """Close the connections, if the index made its own engine."""
+        """Close the connections, if the index made its own engine; those beside another's are closed with that."""
         self._opened = None
         if self._owned:
-            self._engine.dispose()
+            self._given.dispose()
 
     # -- the table -----------------------------------------------------------------------------------------------------
 
@@ -210,17 +208,28 @@ class PgVectorIndex:
             raise MemstateError("this index is not open; call open() first")
         return self._opened[1]
 
+    def _reader(self) -> Connection:
+        """Each read is one statement, and one round trip."""
+        return own_pool(self._given).connect().execution_options(isolation_level="AUTOCOMMIT")
+
+    @contextmanager
+    def _writer(self) -> Iterator[Connection]:
+        """What a fence compares is what is committed: a snapshot of before would not do."""
+        connected = own_pool(self._given).connect().execution_options(isolation_level="READ COMMITTED")
+        with connected as connection, connection.begin():
+            yield connection
+
     @contextmanager
     def _using(self, action: str) -> Iterator[tuple[Connection, Statements]]:
         """A transaction; what it raises becomes a DeliveryError."""
         statements = self._statements(self._dimension)
-        with self._translated(action), self._engine.begin() as connection:
+        with self._translated(action), self._writer() as connection:
             yield connection, statements
 
     @contextmanager
     def _reading(self, action: str) -> Iterator[tuple[Connection, Statements]]:
         statements = self._statements(self._dimension)
-        with self._translated(action), self._reader.connect() as connection:
+        with self._translated(action), self._reader() as connection:
             yield connection, statements
 
     @contextmanager
@@ -246,7 +255,7 @@ class PgVectorIndex:
     def _state(self, statements: Statements) -> dict[str, Any] | None:
         """What the table says that it is; None when it is not there, or its content is gone."""
         try:
-            with self._reader.connect() as connection:
+            with self._reader() as connection:
                 found: dict[str, Any] | None = connection.scalar(statements.state)
         except DBAPIError as error:
             if _sqlstate(error) != _UNDEFINED_TABLE:
@@ -259,7 +268,7 @@ class PgVectorIndex:
         state = self._state(statements)
         if state is not None and self._opened is not None:
             return state
-        with self._engine.begin() as connection:
+        with self._writer() as connection:
             if state is None or self._lacks_graph(connection, statements):
                 connection.execute(ONE_AT_A_TIME, {"name": f"{self._schema}.{self._name}"})
                 self._make(connection, statements)
@@ -286,6 +295,8 @@ class PgVectorIndex:
         if statements.graph is None or self._exact:
             return False
         quoted = connection.dialect.identifier_preparer.format_index(statements.graph)
+        if self._schema is not None:
+            quoted = f"{connection.dialect.identifier_preparer.quote_schema(self._schema)}.{quoted}"
         return connection.scalar(select(func.to_regclass(quoted))) is None
 
 

@@ -32,6 +32,8 @@ EXACT_UP_TO = 5_000
 """So many points are compared one by one, unless `RedisIndex` is told otherwise: 2 ms at 256 dimensions."""
 _EXPLORED = 200
 """How far an approximate search looks (EF); Redis's own default is 100."""
+_LARGEST_COUNT = 1 << 20
+"""A COUNT that does not fit its integers makes the server find nothing, or abort."""
 _PER_SCRIPT = 32
 """So many points are changed by one script, which nothing interrupts: about 20 ms at 256 dimensions."""
 _REMEMBERED_S = 86_400
@@ -329,7 +331,8 @@ class RedisIndex:
     def _nearest(self, query: Vector, condition: Mapping[str, Any], limit: int, exact: bool) -> Answer:
         opened = self._now
         search: list[Any] = ["VSIM", self._keys[1], "FP32", query.tobytes(), "WITHSCORES", "WITHATTRIBS"]
-        search += ["COUNT", limit, *(["TRUTH"] if exact else ["EF", _EXPLORED, "FILTER-EF", 1_000_000])]
+        wanted = min(limit, _LARGEST_COUNT)
+        search += ["COUNT", wanted, *(["TRUTH"] if exact else ["EF", _EXPLORED, "FILTER-EF", 1_000_000])]
         if condition:
             search += ["FILTER", _expression(condition)]
         with self._translated("query"):
@@ -347,7 +350,7 @@ class RedisIndex:
             if "f" in told:  # ours
                 distance = min(max(2.0 - 2.0 * float(score), 0.0), 2.0)
                 found.append(Found(Match(_text(id_), distance, told["f"]), told["m"]))
-        return Answer(found, short=len(rows) < limit)
+        return Answer(found, short=len(rows) < limit)  # or more than that is never told
 
     def _searched(self, search: Sequence[Any]) -> tuple[Any, Any, Any]:
         """What the index is, what was found, and how many points had been replaced when it was.

@@ -7,14 +7,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 pytest.importorskip("psycopg")
@@ -133,17 +133,6 @@ def rows(engine: Engine, name: str) -> set[tuple[str | None, int]]:
         return {(id_, epoch) for id_, epoch in found}
 
 
-class OneTransaction:
-    """An engine whose transactions are all the same one, which somebody else ends."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    @contextmanager
-    def begin(self) -> Iterator[Connection]:
-        yield self._connection
-
-
 def poll(connection: Connection, statement: str) -> None:
     """Until *statement* says true."""
     deadline = time.monotonic() + 60
@@ -153,7 +142,7 @@ def poll(connection: Connection, statement: str) -> None:
 
 
 def test_an_overtaken_write_waits_for_the_newer_and_is_refused(
-    vector_engine: Engine, index: PgVectorIndex, name: str
+    vector_engine: Engine, index: PgVectorIndex, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It meets a transaction that has not committed: of points that are there, of one that is not, of deletions."""
     ids = ["absent", "going", "new", "there"]
@@ -163,7 +152,8 @@ def test_an_overtaken_write_waits_for_the_newer_and_is_refused(
     late = [point(id_, Z, fingerprint="late", epoch=5) for id_ in ids]
     with ThreadPoolExecutor(1) as pool, vector_engine.connect() as connection:
         with connection.begin():
-            newer._engine = OneTransaction(connection)  # type: ignore[assignment]
+            # In one transaction, which somebody else ends.
+            monkeypatch.setattr(newer, "_writer", lambda: nullcontext(connection))
             newer.upsert([point(id_, Y, fingerprint="new", epoch=6) for id_ in ("there", "new")])
             newer.delete(["going", "absent"], epoch=6)
             overtaken = pool.submit(index.upsert, late)
@@ -484,3 +474,44 @@ def test_a_missing_package_names_its_extra(absent: str, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(MissingExtra, match=r"memstate-sa\[pgvector\]"):
         PgVectorIndex("postgresql://nowhere/none")
+
+
+def test_it_takes_no_connection_of_the_applications(vector_url: str, name: str) -> None:
+    """Who searches in a transaction holds one, and may not wait for a second: as many as the pool has wait for ever."""
+    engine = create_engine(vector_url, pool_size=1, max_overflow=0, pool_timeout=1)
+    index = PgVectorIndex(engine, name)
+    with engine.connect() as held:
+        held.execute(select(1))
+        index.open(embedder=EMBEDDER, dimension=3)
+        index.upsert([point("a", X)])
+        assert [match.id for match in index.query(vector(*X), 1)] == ["a"]
+    index.close()
+    engine.dispose()
+
+
+def test_a_role_that_owns_nothing(vector_engine: Engine, vector_url: str, name: str) -> None:
+    """It may read and write what is there, in a schema that is not on its path."""
+    role = f"app_{uuid.uuid4().hex[:12]}"
+    preparer = vector_engine.dialect.identifier_preparer
+    schema = preparer.quote_identifier(name)
+    with vector_engine.begin() as connection:
+        for statement in (
+            f"CREATE SCHEMA {schema}",
+            f"CREATE ROLE {role} LOGIN",
+            f"GRANT USAGE ON SCHEMA {schema} TO {role}",
+            f"ALTER DEFAULT PRIVILEGES IN SCHEMA {schema} GRANT ALL ON TABLES TO {role}",
+        ):
+            connection.exec_driver_sql(statement)
+    owner = PgVectorIndex(vector_engine, "vectors", schema=name)
+    owner.open(embedder=EMBEDDER, dimension=3)
+    owner.upsert([point("a", X)])
+    owner.close()
+    index = PgVectorIndex(make_url(vector_url).set(username=role), "vectors", schema=name)
+    index.open(embedder=EMBEDDER, dimension=3)
+    index.upsert([point("b", Y)])
+    assert fingerprints(index) == {"a": "f", "b": "f"}
+    index.close()
+    with vector_engine.begin() as connection:
+        connection.exec_driver_sql(f"DROP SCHEMA {schema} CASCADE")
+        connection.exec_driver_sql(f"DROP OWNED BY {role}")
+        connection.exec_driver_sql(f"DROP ROLE {role}")

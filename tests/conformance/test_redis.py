@@ -122,6 +122,15 @@ def test_what_is_being_replaced_is_found(shared_server: Server, name: str, exact
         writer.join()
 
 
+@pytest.mark.parametrize("limit", [1 << 20, 1 << 32, sys.maxsize])
+@pytest.mark.parametrize("where", [None, {"n": {"$gte": 1}}])
+def test_a_limit_beyond_its_integers(shared_server: Server, name: str, limit: int, where: Any) -> None:
+    """It finds what there is; the server would find nothing, or abort."""
+    index = opened(shared_server.client, name)
+    index.upsert([point("a", X, metadata={"n": 1}), point("b", Y, metadata={"n": 2})])
+    assert [match.id for match in index.query(vector(*X), limit, where=where)] == ["a", "b"]
+
+
 def test_an_or_across_missing_keys(shared_server: Server, name: str) -> None:
     """A field that a point lacks makes a Redis expression false as a whole; ours is not."""
     index = opened(shared_server.client, name)

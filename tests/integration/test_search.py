@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -495,6 +496,7 @@ def test_repeatable_read_cannot_promise_completeness(postgres_engine: Engine) ->
         ({"target": select(Person.name)}, "select\\(\\) of exactly one tracked class"),
         ({"target": select(Person, Tag)}, "select\\(\\) of exactly one tracked class"),
         ({"target": select(Person).limit(3)}, "no LIMIT"),
+        ({"target": select(Person).fetch(3)}, "no LIMIT"),
         ({"target": int}, "int is not tracked"),
         ({"limit": 0}, "at least 1"),
         ({"limit": "5"}, "at least 1"),
@@ -510,6 +512,32 @@ def test_bad_arguments_get_a_clear_error(world: World, arguments: dict[str, Any]
     given = {"query": "tea", "target": Person, **arguments}
     with world.session() as session, pytest.raises(MemstateError, match=message):
         world.memory.search(session, given.pop("query"), given.pop("target"), **given)
+
+
+def test_a_limit_beyond_what_an_index_can_count(meddled: World, index: Meddling) -> None:
+    """As good as all that there is."""
+    people(meddled, "green tea", "coffee")
+    meddled.relay.drain()
+    with meddled.session() as session:
+        hits = meddled.memory.search(session, "tea", Person, limit=sys.maxsize)
+    assert sorted(hit.fact.about for hit in hits) == ["coffee", "green tea"]
+    assert index.queries[-1]["limit"] == 1 << 20
+
+
+def test_an_embedder_that_fills_the_same_buffer_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it gave for the query is still that when it is asked for what is undelivered."""
+    buffer, embed = np.zeros((100, world.embedder.dimension), dtype=np.float32), world.embedder.embed
+
+    def reusing(texts: Any) -> Any:
+        buffer[: len(texts)] = embed(texts)
+        return buffer[: len(texts)]
+
+    monkeypatch.setattr(world.embedder, "embed", reusing)
+    people(world, "green tea", "snow")
+    with world.session() as session:
+        hits = world.memory.search(session, "green tea", Person)
+        assert [hit.fact.about for hit in hits] == ["green tea", "snow"]
+        assert hits[0].distance == pytest.approx(0, abs=1e-6)
 
 
 def test_several_indexes(engine: Engine) -> None:

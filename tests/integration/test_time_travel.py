@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import func, insert, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import create_engine, event, func, insert, select, update
+from sqlalchemy.orm import ORMExecuteState, Session, sessionmaker, with_loader_criteria
 
-from memstate_sa import MemstateError, NotFound
+from memstate_sa import MemstateError, NotFound, sqlite
 from memstate_sa.search import cosine_distance
 from tests.support import Note, Person, Tag, World
 
@@ -127,6 +127,46 @@ def test_moments_that_are_none(world: World) -> None:
         world.memory.as_of_session(world.engine, datetime.now(UTC), [World]),
     ):
         pass
+
+
+@pytest.mark.parametrize("on", ["the application's class", "every Session"])
+def test_the_applications_criteria_hold_in_the_past(world: World, on: str) -> None:
+    """Of a listener that shows each tenant its own rows; what it hides takes nobody's place among the hits."""
+
+    class Scoped(Session):
+        pass
+
+    def scope(state: ORMExecuteState) -> None:
+        if "tenant" in state.session.info:
+            own = with_loader_criteria(Person, Person.name == state.session.info["tenant"])
+            state.statement = state.statement.options(own)
+
+    sessions = sessionmaker(world.engine, class_=Scoped)
+    world.memory.attach(sessions)
+    with sessions() as session:
+        session.add_all([Person(name=name, about=f"tea {n}") for n in range(4) for name in ("ann", "ben")])
+        tx = commit(world, session)
+    target = Session if on == "every Session" else Scoped
+    event.listen(target, "do_orm_execute", scope)
+    try:
+        with sessions(info={"tenant": "ben"}) as session:
+            for moment in (None, tx):
+                hits = world.memory.search(session, "tea", Person, limit=3, as_of=moment)
+                assert [hit.fact.name for hit in hits] == ["ben"] * 3
+    finally:
+        event.remove(target, "do_orm_execute", scope)
+
+
+def test_a_search_in_the_past_takes_no_connection_of_the_applications(world: World) -> None:
+    """The Session that searches holds one, and may not wait for a second: as many as the pool has wait for ever."""
+    narrow = sqlite.configure(create_engine(world.engine.url, pool_size=1, max_overflow=0, pool_timeout=1))
+    with world.sessions(bind=narrow) as session:
+        session.add(Person(id=1, name="ann", about="tea"))
+        tx = commit(world, session)
+        session.get_one(Person, 1).about = "coffee"
+        session.flush()
+        assert [hit.fact.about for hit in world.memory.search(session, "tea", Person, as_of=tx)] == ["tea"]
+    narrow.dispose()
 
 
 words = st.sampled_from(["tea in the morning", "rain at night", "a blue bicycle", "sushi at noon", "", "  "])
