@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TextIO, TypeVar, over
 
 from sqlalchemy import Select, Table, inspect
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.orm import Session
 from sqlalchemy.sql import visitors
 
 from memstate_sa import appendonly, history, reindex, tables, transfer, triggers, truth
@@ -30,7 +30,7 @@ from memstate_sa.errors import DeliveryError, MemstateError, require_count
 from memstate_sa.expiry import Sweeper
 from memstate_sa.facts import Tracked, Upgrade, describe
 from memstate_sa.indexes.base import PurgeableIndex, VectorIndex
-from memstate_sa.pools import own_pool
+from memstate_sa.pools import blocking_engine, own_pool
 from memstate_sa.registry import Registry
 from memstate_sa.relay import Relay
 from memstate_sa.relay.backlog import Backlog, backlog, keys_of, lacks
@@ -366,7 +366,10 @@ class Memory:
         def run(sync: Session) -> Hits[Any]:
             return self._search(in_thread, sync, query, target, limit, max_distance, consistency, index, as_of)
 
-        return await session.run_sync(run)
+        current = _current(session)
+        if not hasattr(current, "run_sync"):
+            raise MemstateError(f"{session!r} is not an AsyncSession; memory.search() is for a Session")
+        return await current.run_sync(run)  # type: ignore[no-any-return]
 
     def _search(
         self,
@@ -980,16 +983,12 @@ class Memory:
             return engine
         if not hasattr(engine, "sync_engine"):
             raise MemstateError(f"{engine!r} is not an Engine; sqlalchemy.create_engine(url) makes one")
-        from sqlalchemy import create_engine
-
         url: URL = engine.url
         found = self._engines.get(url) if use is None else self._engines.setdefault(url, use)
         if found is None:
             if is_in_memory(engine.sync_engine):
                 raise MemstateError("an in-memory SQLite exists in the AsyncEngine's connection only; use a file")
-            backend = url.get_backend_name()
-            driver = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}.get(backend, backend)
-            found = self._engines[url] = configure(create_engine(url.set(drivername=driver)))
+            found = self._engines[url] = configure(blocking_engine(url))
             self._derived.append(found)
         return found
 
@@ -1011,11 +1010,15 @@ def _check_label(name: str, value: Any) -> None:
         raise MemstateError(f"{name}={value!r}: give a string without NUL or lone surrogates")
 
 
+def _current(session: Any) -> Any:
+    """Of a scoped_session, or an async_scoped_session, the one of this scope."""
+    return session() if hasattr(session, "registry") else session
+
+
 def _sync_session(session: Any) -> Session:
     """The Session that *session* is, stands for (scoped_session), or has (AsyncSession)."""
-    if isinstance(session, Session):
-        return session
-    found = session() if isinstance(session, scoped_session) else getattr(session, "sync_session", None)
+    current = _current(session)
+    found = getattr(current, "sync_session", current)
     if not isinstance(found, Session):
         raise MemstateError(f"{session!r} is not a Session")
     return found
@@ -1023,7 +1026,7 @@ def _sync_session(session: Any) -> Session:
 
 def _blocking_session(session: Any) -> Session:
     """The same, for what waits for the database."""
-    if hasattr(session, "sync_session"):
+    if hasattr(_current(session), "sync_session"):
         raise MemstateError(
             "this waits for the database, which an AsyncSession cannot: await session.run_sync(memory.history, Model, "
             "key), for example, gives it the Session; search has `await memory.asearch(session, …)`"

@@ -1,17 +1,22 @@
-"""Connections beside those of an application's pool."""
+"""Engines beside the application's own: with another pool, or with a driver that a thread can use."""
 
 from __future__ import annotations
 
 import os
 import threading
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Engine, Pool, event
+from sqlalchemy import URL, Engine, Pool, create_engine, event
 from sqlalchemy.engine.base import OptionEngine
 
 _MADE = "memstate_own_pool"
 _making = threading.Lock()
+_BLOCKING = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}
+_OF_ASYNCPG = {
+    *("async_fallback", "command_timeout", "max_cacheable_statement_size", "max_cached_statement_lifetime"),
+    *("prepared_statement_cache_size", "prepared_statement_name_func", "statement_cache_size", "timeout"),
+}
 
 
 class _Apart(OptionEngine):
@@ -52,3 +57,15 @@ def own_pool(engine: Engine) -> Engine:
 def _dispose(made: Engine, pid: int, engine: Engine) -> None:
     if engine is not made and pid == os.getpid():
         made.dispose()
+
+
+def blocking_engine(url: URL) -> Engine:
+    """An engine on *url* with a driver that a thread can use; what only asyncpg takes is translated, or left out."""
+    backend, query, arguments = url.get_backend_name(), dict(url.query), dict[str, Any]()
+    if url.drivername == "postgresql+asyncpg":
+        if "ssl" in query:
+            query["sslmode"] = query.pop("ssl")
+        if query.get("prepared_statement_cache_size") == "0":  # as behind PgBouncer
+            arguments["prepare_threshold"] = None
+        query = {name: value for name, value in query.items() if name not in _OF_ASYNCPG}
+    return create_engine(url.set(drivername=_BLOCKING.get(backend, backend), query=query), connect_args=arguments)

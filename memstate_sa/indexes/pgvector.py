@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sqlalchemy import Connection, Engine, create_engine, func, make_url, select, text
+from sqlalchemy import Connection, Engine, func, make_url, select, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.schema import CreateIndex, CreateTable, DropIndex
@@ -27,7 +27,7 @@ from memstate_sa.indexes._pgvector import ONE_AT_A_TIME, Statements, key_of, val
 from memstate_sa.indexes._tags import stored
 from memstate_sa.indexes._units import at_length, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
-from memstate_sa.pools import own_pool
+from memstate_sa.pools import blocking_engine, own_pool
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -310,11 +310,8 @@ def _extend(connection: Connection) -> None:
 
 
 def _engine(given: Any) -> Engine:
-    url: URL = make_url(getattr(given, "url", given))
-    if url.get_backend_name() == "postgresql":
-        url = url.set(drivername="postgresql+psycopg")
     try:
-        return create_engine(url)
+        return blocking_engine(make_url(getattr(given, "url", given)))
     except ModuleNotFoundError as error:
         raise MissingExtra("psycopg", "pgvector") from error
 

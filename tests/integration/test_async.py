@@ -8,10 +8,16 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, event, insert, select, text, update
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import Session
 
-from memstate_sa import MemstateError, UntrackedWrite, sqlite
+from memstate_sa import MemstateError, UntrackedWrite, pools, sqlite
 from tests.support import Note, Person, Tag, World
 
 pytestmark = pytest.mark.sa20
@@ -95,6 +101,37 @@ async def test_captured_searched_and_undone(world: World, sessions: async_sessio
         await session.commit()
         assert (await session.scalars(select(Person.about).order_by(Person.id))).all() == ["green tea", "snow"]
     await asyncio.to_thread(world.assert_in_step)
+
+
+async def test_an_async_scoped_session_is_used_as_it_is(world: World, async_engine: AsyncEngine) -> None:
+    scoped = async_scoped_session(async_sessionmaker(async_engine), scopefunc=asyncio.current_task)
+    world.memory.attach(scoped)
+    world.memory.annotate(scoped, actor="ann")
+    scoped.add(Person(id=1, name="p", about="green tea"))
+    hits = await world.memory.asearch(scoped, "tea", Person)
+    assert [hit.fact.about for hit in hits] == ["green tea"]
+    await scoped.commit()
+    assert world.memory.token(scoped)
+    with pytest.raises(MemstateError, match="this waits for the database"):
+        world.memory.history(scoped, Person, 1)
+    await scoped.remove()
+    with world.session() as session:
+        assert [change.actor for change in world.memory.history(session, Person, 1)] == ["ann"]
+        with pytest.raises(MemstateError, match=r"is not an AsyncSession; memory.search\(\)"):
+            await world.memory.asearch(session, "tea", Person)  # type: ignore[call-overload]
+
+
+def test_what_asyncpg_alone_takes_is_translated(postgres_engine: Engine) -> None:
+    """As it is given behind PgBouncer, where no driver may prepare statements."""
+    options = {"prepared_statement_cache_size": "0", "ssl": "disable", "command_timeout": "5"}
+    url = postgres_engine.url.set(drivername="postgresql+asyncpg").update_query_dict(options)
+    engine = pools.blocking_engine(url)
+    with engine.connect() as connection:
+        assert connection.scalar(select(1)) == 1
+        driver: Any = connection.connection.driver_connection
+        assert driver.prepare_threshold is None
+        assert driver.info.get_parameters()["sslmode"] == "disable"
+    engine.dispose()
 
 
 async def test_no_other_session_is_touched(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
