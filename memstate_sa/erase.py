@@ -6,7 +6,19 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Table, delete, false, inspect, null, select, text, update
+from sqlalchemy import (
+    ForeignKeyConstraint,
+    Select,
+    Table,
+    delete,
+    false,
+    inspect,
+    literal_column,
+    null,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
@@ -15,7 +27,8 @@ from memstate_sa import truth
 from memstate_sa.appendonly import rewriting
 from memstate_sa.capture import Capture
 from memstate_sa.changes import REDACTED, Entry, Image, new_tx
-from memstate_sa.codec import decode_key
+from memstate_sa.codec import decode, decode_key
+from memstate_sa.columns import batches
 from memstate_sa.embedders import Embedder
 from memstate_sa.errors import ConflictError, MemstateError, NotFound
 from memstate_sa.facts import Tracked
@@ -57,6 +70,7 @@ class Eraser:
                     raise NotFound(f"neither {tracked.table.fullname} nor its history has a row with the key {key!r}")
                 images += [(image, version) for image, version in entries if image is not None]
                 if found:
+                    _require_unreferred(connection, self._registry, tracked, fact)
                     with self._capture.undoing(connection, tx, [(tracked.entity, fact)]):
                         _delete(connection, tracked, fact)
                 with rewriting(connection):
@@ -122,6 +136,40 @@ def _row(connection: Connection, tracked: Tracked, key: str) -> dict[str, dict[s
         raise NotFound(f"{key} cannot be a key of {tracked.table.fullname}") from error
 
 
+def _require_unreferred(connection: Connection, registry: Registry, tracked: Tracked, key: str) -> None:
+    """Raise ConflictError for a row that refers to the fact, or to what goes along with it, and has no trigger of ours.
+
+    The database would delete such a row along, or set its foreign key to NULL, and nobody would log that.
+    """
+    going = {table: {key} for table in tracked.tables}
+    left = list(going.items())
+    for table, keys in left:
+        referring = [fk for other in registry.by_table for fk in other.foreign_key_constraints]
+        for fk in (fk for fk in referring if fk.referred_table is table):
+            owner = registry.by_table[fk.table]
+            found = _referring(connection, registry, fk, list(keys)) - going.get(fk.table, set())
+            if found and not owner.by_trigger:
+                raise ConflictError(_REFERRED.format(tracked.entity, key, f" ({owner.entity} {min(found)})"))
+            if found and (fk.ondelete or "").upper() == "CASCADE":
+                going.setdefault(fk.table, set()).update(found)
+                left.append((fk.table, found))
+
+
+def _referring(connection: Connection, registry: Registry, fk: ForeignKeyConstraint, keys: Sequence[str]) -> set[str]:
+    """The keys of the rows that refer to those of *keys*, to which nobody can add one until the transaction ends."""
+    tables = (fk.referred_table, fk.table)
+    referred, other = (registry.by_table[table].on(connection.dialect).of_table[table] for table in tables)
+    names = [element.column.name for element in fk.elements]
+    held: Select[Any] = select(literal_column("1")).where(referred.key_in).with_for_update()
+    values = []
+    for some in batches([decode_key(key) for key in keys]):
+        connection.execute(held, referred.key_parameters(some))
+        images = referred.read(connection, some).values()
+        values += [tuple(decode(image[name]) for name in names) for image in images]
+    columns = [element.parent for element in fk.elements]
+    return {key for key, _ in other.find(connection, columns, [value for value in values if None not in value])}
+
+
 def _delete(connection: Connection, tracked: Tracked, key: str) -> None:
     columns = tracked.on(connection.dialect).of_table
     try:
@@ -129,9 +177,10 @@ def _delete(connection: Connection, tracked: Tracked, key: str) -> None:
             statement = delete(table).where(columns[table].key_in)
             connection.execute(statement, columns[table].key_parameters([decode_key(key)]))
     except IntegrityError as error:
-        raise ConflictError(
-            f"{tracked.entity} {key} cannot be erased: other rows refer to it; delete or erase those first"
-        ) from error
+        raise ConflictError(_REFERRED.format(tracked.entity, key, "")) from error
+
+
+_REFERRED = "{} {} cannot be erased: other rows refer to it{}; delete or erase those first"
 
 
 def _texts(

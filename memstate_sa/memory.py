@@ -617,7 +617,8 @@ class Memory:
         another. Nothing is committed on your behalf. The files hold the bytes until they are rewritten: see `purge`.
 
         Returns how many entries of the log were redacted. Raises NotFound for a key that neither the table nor the log
-        has, and ConflictError when other rows refer to the row.
+        has, and ConflictError when other rows refer to the row; those that triggers capture may go along with it, by
+        ON DELETE.
         """
         _check_label("reason", reason)
         tracked = self._registry.of(model)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -388,6 +390,125 @@ def test_rows_that_refer_to_it_are_in_the_way(accounts: Accounts) -> None:
         assert "secret" not in stored(session.connection(), Account)
     accounts.relay.drain()
     accounts.assert_fine()
+
+
+class Cascading(DeclarativeBase):
+    pass
+
+
+class Parent(Cascading):
+    __tablename__ = "parent"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Child(Cascading):
+    __tablename__ = "child"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    parent_id: Mapped[int | None] = mapped_column(ForeignKey("parent.id", ondelete="CASCADE"))
+    friend_id: Mapped[int | None] = mapped_column(ForeignKey("parent.id", ondelete="SET NULL"))
+    child_id: Mapped[int | None] = mapped_column(ForeignKey("child.id", ondelete="CASCADE"))
+
+
+class Grandchild(Cascading):
+    __tablename__ = "grandchild"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    child_id: Mapped[int] = mapped_column(ForeignKey("child.id", ondelete="CASCADE"))
+
+
+class Family(Accounts):
+    """Rows that the database deletes or changes along with others; *capture* is that of children."""
+
+    def __init__(self, engine: Engine, capture: Any) -> None:
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA foreign_keys = ON"))
+        self.engine = engine
+        self.memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+        for model in (Parent, Child, Grandchild):
+            self.memory.track(model, text=None, capture=capture if model is Child else "session")
+        self.sessions = sessionmaker(engine)
+        self.memory.attach(self.sessions)
+        Cascading.metadata.create_all(engine)
+        self.memory.create_tables(engine)
+        with self.sessions() as session:
+            session.add_all([Parent(id=1), Parent(id=2)])
+            session.commit()
+
+    def add(self, *rows: Any) -> None:
+        with self.sessions() as session:
+            for row in rows:
+                session.add(row)
+                session.flush()
+            session.commit()
+
+    def refuses(self) -> bool:
+        """Whether the parent cannot be erased; nothing is changed then, nor else without the log."""
+        with self.sessions() as session:
+            before = stored(session.connection(), Parent, Child, Grandchild)
+            try:
+                self.memory.erase(session, Parent, 1)
+            except ConflictError:
+                assert stored(session.connection(), Parent, Child, Grandchild) == before
+                return True
+            session.commit()
+        self.assert_fine()
+        return False
+
+
+@pytest.mark.sa20
+@pytest.mark.parametrize("column", ["parent_id", "friend_id"])
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+def test_rows_that_the_database_changes_along(engine: Engine, capture: str, column: str) -> None:
+    """By ON DELETE: where triggers log it, they go along, or lose their parent; else they are in the way."""
+    family = Family(engine, capture)
+    family.add(Child(id=1, **{column: 1}), Child(id=2, **{column: 2}))
+    assert family.refuses() is (capture == "session")
+    with family.sessions() as session:
+        assert {child.id: getattr(child, column) for child in session.scalars(select(Child))} == (
+            {1: 1, 2: 2} if capture == "session" else {2: 2} if column == "parent_id" else {1: None, 2: 2}
+        )
+    family.memory.close()
+
+
+@pytest.mark.sa20
+def test_rows_that_go_along_with_those_that_go_along(engine: Engine) -> None:
+    """Of the one kind triggers tell, of the other nobody would; what is left alone is in nobody's way."""
+    family = Family(engine, "trigger")
+    family.add(Child(id=1, friend_id=1), Grandchild(id=1, child_id=1))
+    family.add(Child(id=2, parent_id=1), Child(id=3, child_id=2), Grandchild(id=3, child_id=3))
+    assert family.refuses()
+    with family.sessions() as session:
+        session.delete(session.get_one(Grandchild, 3))
+        session.commit()
+    assert not family.refuses()
+    with family.sessions() as session:
+        assert session.scalars(select(Child.id)).all() == [1]
+        assert session.scalars(select(Grandchild.id)).all() == [1]
+    family.memory.close()
+
+
+def test_a_row_that_comes_to_refer_meanwhile_is_waited_for(postgres_engine: Engine) -> None:
+    """Its transaction is open when the erasure looks; whether it refers is known when that ends."""
+    family = Family(postgres_engine, "session")
+
+    def erase() -> None:
+        with (
+            family.sessions() as session,
+            pytest.raises(ConflictError, match=r"other rows refer to it \(child \[1\]\)"),
+        ):
+            family.memory.erase(session, Parent, 1)
+
+    with family.sessions() as other, ThreadPoolExecutor(1) as pool:
+        other.add(Child(id=1, parent_id=1))
+        other.flush()
+        erasing = pool.submit(erase)
+        with postgres_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as watcher:
+            while not watcher.scalar(text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")):
+                assert not erasing.done()
+                time.sleep(0.01)
+        other.commit()
+        erasing.result(30)
+    family.assert_fine()
+    family.memory.close()
 
 
 @pytest.mark.sa20
