@@ -115,6 +115,13 @@ def _scalar(value: Any) -> Scalar:
     return str(value)
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
+# Values of these types may be one object wherever they are equal; a copy is known again. (There are two of bool.)
+_COPIES: Mapping[type, Callable[[Any], Any]] = {kind: type(kind.__name__, (kind,), {}) for kind in (int, str, bytes)}
+
 TRACKED = "memstate_sa"
 """The key in a MetaData's ``info``: of each table that triggers capture, the class and its version, by entity."""
 
@@ -240,11 +247,15 @@ class Tracked:
         return {self.attributes.get(name, name): value for name, value in values.items()}
 
     def upcast(self, image: Image, version: int, dialect: Dialect) -> Image:
-        """An image of an older shape, of which *version* says which, in today's."""
+        """An image of an older shape, of which *version* says which, in today's.
+
+        What a function was given stays the driver's, whatever it is named now; what it made is as the ORM takes it.
+        """
         if version >= self.version or not self.upgrade:
             return image
         stored = decode_image(image)
-        values: Mapping[str, Any] = stored
+        given = {name: _COPIES.get(type(value), _same)(value) for name, value in stored.items()}
+        values: Mapping[str, Any] = given
         for shape in range(version, self.version):
             if shape in self.upgrade:
                 values = self.upgrade[shape](dict(values))
@@ -252,11 +263,17 @@ class Tracked:
                     raise MemstateError(
                         f"upgrade[{shape}] of {self.entity} returned {values!r}: give a dict of columns"
                     )
-        columns, known = self.on(dialect), {id(value) for value in stored.values()}
-        return {
-            name: encode(value if id(value) in known else columns.to_raw(name, value))  # under another name, too
-            for name, value in values.items()
-        }
+        columns, sources = self.on(dialect), {id(value): name for name, value in given.items()}
+        upgraded: dict[str, Any] = {}
+        for name, value in values.items():
+            source = name if isinstance(value, bool) else sources.get(id(value))
+            if value is None:
+                upgraded[name] = None
+            elif source in given and given[source] is value:
+                upgraded[name] = encode(stored[source])
+            else:
+                upgraded[name] = encode(columns.to_raw(name, value))
+        return upgraded
 
     # -- what an index sees ----------------------------------------------------------------------------------------
 

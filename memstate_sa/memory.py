@@ -185,7 +185,9 @@ class Memory:
 
         *version* counts the shapes that the class has had, and *upgrade* maps each older one to a function from its
         columns (a dict by column name, of values as the driver reads them) to those of the next: history of before a
-        migration is shown, and undone, through these.
+        migration is shown, and undone, through these. A value that the function was given stays the driver's, whatever
+        column it gives it to (True and False: in the same column); what it makes itself is as the ORM takes it, but
+        None is always NULL.
 
         Raises MemstateError for a class that is not mapped, unknown column attributes, or an entity tracked already.
         """
