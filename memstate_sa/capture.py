@@ -396,7 +396,8 @@ class Capture:
         unique, columns = tables.unique, tracked.on(connection.dialect)
         ours = [entry for entry in entries if entry.entity == tracked.entity]
         images = {entry.key: entry.image for entry in ours}
-        keys = list({entry.key for entry in ours if entry.op != "insert"})
+        # An undo inserts into the log also what is there again, and has a value.
+        keys = list({entry.key for entry in ours if entry.op != "insert" or entry.reverts})
         for some in batches(keys, READ_CHUNK):
             connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key.in_(some)))
         rows = []

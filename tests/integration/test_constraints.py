@@ -138,6 +138,24 @@ def test_sixteen_writers_of_what_must_not_change(engine: Engine) -> None:
     app.check()
 
 
+def test_an_undo_of_a_row_that_is_there_again(engine: Engine) -> None:
+    """Its key has a value: that row's own, which is not in the way of what the undo makes of it."""
+    app = App(engine)
+    with app.sessions() as session:
+        session.add(Seat(id=1, row=7, letter="A"))
+        session.commit()
+        for letter in "AC":
+            app.memory.annotate(session, actor=f"deletes {letter}")
+            session.delete(session.get_one(Seat, 1))
+            session.commit()
+            session.add(Seat(id=1, row=7, letter=letter, text="another"))
+            session.commit()
+            app.memory.rollback(session, actor=f"deletes {letter}", on_conflict="force")
+            assert session.get_one(Seat, 1).letter == "A"
+            session.commit()
+            app.check()
+
+
 class Setting(BaseModel):
     name: str
     value: int
