@@ -367,8 +367,12 @@ class Capture:
         *,
         tx: str | None = None,
         deliver_baselines: bool = False,
+        refuse: bool = True,
     ) -> None:
-        """Log *entries* and mark their keys dirty: two INSERTs at most, whatever their number."""
+        """Log *entries* and mark their keys dirty: two INSERTs at most, whatever their number.
+
+        Without *refuse*, for rows that were written past us, values that must be unique and are not are warned of.
+        """
         if not entries:
             return
         _require_supported(connection, unit)
@@ -384,14 +388,14 @@ class Capture:
             outbox.add(connection, entries, dirty, tx, at, self._registry.versions)
             for tracked in {self._registry.by_entity[entity] for entity, _ in dirty}:
                 if tracked.unique_values is not None:
-                    self._write_unique(connection, tracked, entries, refuse=not deliver_baselines)
+                    self._write_unique(connection, tracked, entries, refuse=refuse)
 
     def _write_unique(
         self, connection: Connection, tracked: Tracked, entries: Sequence[Entry], *, refuse: bool
     ) -> None:
         """Keep the table of unique values in step. Its primary key is what decides between concurrent writers.
 
-        Rows that are older than tracking are not *refused*: the first has the value, and others have none.
+        Where none is *refused*, the first row has the value, and others have none.
         """
         unique, columns = tables.unique, tracked.on(connection.dialect)
         ours = [entry for entry in entries if entry.entity == tracked.entity]
@@ -488,7 +492,7 @@ class Capture:
         entries = self._of_unknown(connection, tracked, images)
         if hurry:
             connection.execute(_hurry)
-        self.write(connection, unit, entries, deliver_baselines=True)
+        self.write(connection, unit, entries, deliver_baselines=True, refuse=False)
         left = (n for n, key in enumerate(keys) if n and key in unknown and key not in images)
         return len(entries), next(left, len(keys))
 
@@ -892,8 +896,8 @@ _hurry = select(func.set_config("lock_timeout", "100ms", True))
 _LOCK_NOT_AVAILABLE = "55P03"
 _SHOWN = 20
 _NOT_UNIQUE = (
-    "%s: %d rows that are older than tracking have the same value of what must be unique as another, and can be "
-    "changed only so that they have it no longer, or deleted. The first of them by key: %s"
+    "%s: %d rows that are older than tracking, or were changed past it, have the same value of what must be unique as "
+    "another, and can be changed only so that they have it no longer, or deleted. The first of them by key: %s"
 )
 _AUTOCOMMIT = (
     "in AUTOCOMMIT each statement is a transaction of its own, so the log cannot be in it: use an engine that begins "

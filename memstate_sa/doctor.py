@@ -159,7 +159,7 @@ class Doctor:
                     entries.append(Entry(tracked.entity, key, op, row, step=False))  # type: ignore[arg-type]
             if entries:
                 tx = new_tx()
-                self._capture.write(connection, Unit(), entries, tx=tx)
+                self._capture.write(connection, Unit(), entries, tx=tx, refuse=False)
                 self._capture.write_header(connection, tx, {"reason": RECONCILED})
 
     # -- what would make them differ -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from memstate_sa import ConflictError, Memory
 from memstate_sa.appendonly import rewriting
 from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.tables import log
+from memstate_sa.tables import log, unique
 from memstate_sa.testing import HashEmbedder
 from tests.integration.test_relay import say
 from tests.support import Base, Note, Person, Tag, World
@@ -55,6 +55,37 @@ def test_rows_changed_past_the_log(world: World) -> None:
             world.memory.rollback(session)
     world.memory.backfill(world.engine, Tag)
     world.assert_in_step()
+
+
+def test_what_must_be_unique_and_is_not(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """Repair logs it as it is, the rest of its page too, and warns: the first row has the value, others have none."""
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(Tag, text="meaning", unique_by=("meaning",))
+    sessions = sessionmaker(engine)
+    memory.attach(sessions)
+    Base.metadata.create_all(engine)
+    memory.create_tables(engine)
+    with sessions() as session:
+        session.add_all(Tag(name=name, meaning=name) for name in "abcd")
+        session.commit()
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE tag SET meaning = 'a' WHERE name IN ('b', 'c')"))
+        connection.execute(text("UPDATE tag SET meaning = 'new' WHERE name = 'd'"))
+    with caplog.at_level("WARNING"):
+        assert len(memory.doctor(engine, repair=True).changed) == 3
+    [warning] = caplog.messages
+    assert "2 rows that are older than tracking, or were changed past it," in warning and '["b"], ["c"]' in warning
+    assert memory.doctor(engine).healthy
+    with engine.connect() as connection:
+        assert {row.value: row.key for row in connection.execute(select(unique))} == {
+            '["a"]': '["a"]',
+            '["new"]': '["d"]',
+        }
+    with sessions() as session:
+        session.get_one(Tag, "b").meaning = "b"
+        session.commit()
+        assert memory.history(session, Tag, "b")[-1].before == {"name": "b", "meaning": "a", "person_id": None}
+    memory.close()
 
 
 def test_a_page_is_not_all(world: World) -> None:
