@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-from sqlalchemy import Column, MetaData, Select, Table, event, func, insert, select, text, true
+from sqlalchemy import Column, MetaData, Select, Table, and_, event, func, insert, select, text, true
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import ORMExecuteState, Session
 from sqlalchemy.schema import CreateTable
 
 from memstate_sa import truth
-from memstate_sa.changes import Image
 from memstate_sa.codec import decode, decode_key, encode_key
-from memstate_sa.columns import batches
+from memstate_sa.columns import TableColumns, batches
 from memstate_sa.errors import MemstateError
 from memstate_sa.facts import Tracked
 from memstate_sa.history import Moment, images_at, until
@@ -71,12 +70,12 @@ def as_of_session(engine: Engine, tracked: Iterable[Tracked], at: Moment) -> Ite
         try:
             # Asked before any table is hidden.
             until(connection, at)
-            filled = [(each, list(_rows_at(connection, each, at))) for each in tracked]
+            filled = [_rows_at(connection, each, at) for each in tracked]
             if not is_sqlite:  # whatever the path says of temporary tables
                 path = connection.execute(select(func.current_setting("search_path"))).scalar_one()
                 connection.execute(select(func.set_config("search_path", f"pg_temp, {path}", true())))
-            for each, images in filled:
-                _hide(connection, each, images)
+            for own, rows in (item for each in filled for item in each.items()):
+                _hide(connection, own, rows)
             if is_sqlite:
                 connection.exec_driver_sql("PRAGMA query_only = ON")
             else:
@@ -89,29 +88,55 @@ def as_of_session(engine: Engine, tracked: Iterable[Tracked], at: Moment) -> Ite
                 connection.exec_driver_sql("PRAGMA query_only = OFF")
 
 
-def _rows_at(connection: Connection, tracked: Tracked, at: Moment) -> Iterator[Image]:
-    for _, image in images_at(connection, tracked, at):
-        yield image
-    for images in truth.unlogged(connection, tracked):  # which were always as they are
-        yield from images.values()
+Rows: TypeAlias = dict[TableColumns, list[Sequence[Any]]]
+"""Values as the driver takes them, by table, in the order of `_columns`."""
 
 
-def _hide(connection: Connection, tracked: Tracked, images: Sequence[Image]) -> None:
+def _columns(own: TableColumns) -> list[Column[Any]]:
+    return list(own.table.columns)
+
+
+def _rows_at(connection: Connection, tracked: Tracked, at: Moment) -> Rows:
+    """The rows of the class at a moment, and those in its tables that are of other classes, as they are now."""
     columns = tracked.on(connection.dialect)
+    images = dict(images_at(connection, tracked, at))
+    for unlogged in truth.unlogged(connection, tracked):  # which were always as they are
+        images |= unlogged
+    found: Rows = {}
     for table, own in columns.of_table.items():
-        past = Table(
-            table.name,
-            MetaData(),
-            *(Column(c.name, c.type, primary_key=c.primary_key, autoincrement=False) for c in table.columns),
-            prefixes=["TEMPORARY"],
-        )
-        connection.execute(CreateTable(past))
-        parameters = {name: f"memstate_{n}" for n, name in enumerate(own.names)}
-        put = insert(past).values({name: own.raw_parameter(own.by_name[name], parameters[name]) for name in own.names})
-        parts = [part for image in images if (part := columns.parts(image)[table]) is not None]
-        for some in batches(parts):
-            rows = [{parameters[name]: decode(part.get(name)) for name in own.names} for part in some]
-            connection.execute(put, rows)
+        found[own] = [row for key, row in _rows_of_others(connection, tracked, own) if key not in images]
+        parts = (part for image in images.values() if (part := columns.parts(image)[table]) is not None)
+        names = [column.name for column in _columns(own)]
+        found[own] += [[decode(part.get(name)) for name in names] for part in parts]
+    return found
+
+
+def _rows_of_others(connection: Connection, tracked: Tracked, own: TableColumns) -> Iterator[tuple[str, Sequence[Any]]]:
+    """The rows, by key, of a table that the class shares: with others of one table, or with its base class."""
+    if tracked.criterion is None and own.table not in tracked.tables[: tracked.inherited]:
+        return
+    keys = select(*tracked.key_columns).select_from(tracked.rows)
+    ours = (keys if tracked.criterion is None else keys.where(tracked.criterion)).subquery()
+    key = list(own.table.primary_key.columns)
+    same = and_(*(one == other for one, other in zip(key, ours.columns, strict=True)))
+    others = select(*map(own.raw, [*key, *_columns(own)])).select_from(own.table.outerjoin(ours, same))
+    for row in connection.execute(others.where(ours.columns[0].is_(None))):
+        yield own.encode_key(row[: len(key)]), row[len(key) :]
+
+
+def _hide(connection: Connection, own: TableColumns, rows: Sequence[Sequence[Any]]) -> None:
+    columns = _columns(own)
+    past = Table(
+        own.table.name,
+        MetaData(),
+        *(Column(c.name, c.type, primary_key=c.primary_key, autoincrement=False) for c in columns),
+        prefixes=["TEMPORARY"],
+    )
+    connection.execute(CreateTable(past))
+    names = [f"memstate_{n}" for n in range(len(columns))]
+    values = {column.name: own.raw_parameter(column, name) for column, name in zip(columns, names, strict=True)}
+    for some in batches(rows):
+        connection.execute(insert(past).values(values), [dict(zip(names, row, strict=True)) for row in some])
 
 
 def search_past(

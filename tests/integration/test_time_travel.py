@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, event, func, insert, select, update
-from sqlalchemy.orm import ORMExecuteState, Session, sessionmaker, with_loader_criteria
+from sqlalchemy import JSON, Engine, ForeignKey, create_engine, event, func, insert, select, update
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    ORMExecuteState,
+    Session,
+    mapped_column,
+    sessionmaker,
+    with_loader_criteria,
+)
 
-from memstate_sa import MemstateError, NotFound, sqlite
+from memstate_sa import Memory, MemstateError, NotFound, sqlite
+from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.search import cosine_distance
+from memstate_sa.testing import HashEmbedder
 from tests.support import Note, Person, Tag, World
 
 pytestmark = pytest.mark.sa20
@@ -206,3 +216,96 @@ def test_search_as_of_is_brute_force_over_the_replayed_rows(world: World) -> Non
                 assert {hit.fact.id for hit in some} == {key for key in texts if key > 2}
 
     holds()
+
+
+def test_rows_of_other_classes_in_the_same_tables(engine: Engine) -> None:
+    """Of single-table inheritance, and of a joined base class: they are as they are now, whatever is tracked."""
+
+    class Local(DeclarativeBase):
+        pass
+
+    class Animal(Local):
+        __tablename__ = "animal"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        kind: Mapped[str | None]
+        data: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+        __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_on": "kind", "polymorphic_identity": "animal"}
+
+    class Cat(Animal):
+        __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "cat"}
+
+    class Dog(Animal):
+        __tablename__ = "dog"
+        id: Mapped[int] = mapped_column(ForeignKey("animal.id"), primary_key=True)
+        trick: Mapped[str]
+        __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "dog"}
+
+    class Poodle(Dog):
+        __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "poodle"}
+
+    Local.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(insert(Animal.__table__).values(id=9))  # of no class
+    for model in (Cat, Dog, Poodle):
+        memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+        memory.track(model, text=None, entity=model.__name__)
+        sessions = sessionmaker(engine)
+        memory.attach(sessions)
+        memory.create_tables(engine)
+
+        def rows(session: Session) -> dict[str, Any]:
+            found = {one.id: (one.data, type(one)) for one in session.scalars(select(Animal).where(Animal.id < 9))}
+            tricks = dict(session.execute(select(Dog.id, Dog.trick)).all())
+            return {"animals": found, "tricks": tricks, "all": session.scalar(select(func.count(Animal.id)))}
+
+        with sessions() as session:
+            session.add(Animal(id=1, data={"a": [1]}))
+            session.add(Cat(id=2, data={"b": "'"}))
+            session.add_all([Dog(id=3, trick="sits"), Poodle(id=4, trick="lies")])
+            session.flush()
+            then = max(memory.history(session, model), key=lambda change: change.id).tx
+            before = rows(session)
+            session.commit()
+            session.expunge_all()
+            for one in session.scalars(select(model)):
+                session.delete(one)
+            session.commit()
+        with memory.as_of_session(engine, then) as past:
+            assert rows(past) == before
+        with sessions() as session:
+            for one in session.scalars(select(Animal).where(Animal.id < 9)):
+                session.delete(one)
+            session.commit()
+        memory.close()
+
+
+def test_a_row_that_is_of_another_class_now(engine: Engine) -> None:
+    """Then it was of the tracked one: it is there once, as it was."""
+
+    class Local(DeclarativeBase):
+        pass
+
+    class Animal(Local):
+        __tablename__ = "animal"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        kind: Mapped[str]
+        __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_on": "kind", "polymorphic_identity": "animal"}
+
+    class Dog(Animal):
+        __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "dog"}
+
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(Dog, text=None)
+    sessions = sessionmaker(engine)
+    memory.attach(sessions)
+    Local.metadata.create_all(engine)
+    memory.create_tables(engine)
+    with sessions() as session:
+        session.add(Dog(id=1))
+        session.commit()
+        [added] = memory.history(session, Dog)
+    with engine.begin() as connection:
+        connection.execute(update(Animal.__table__).values(kind="animal"))
+    with memory.as_of_session(engine, added.tx) as past:
+        assert [type(one) for one in past.scalars(select(Animal))] == [Dog]
+    memory.close()
