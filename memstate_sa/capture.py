@@ -449,10 +449,10 @@ class Capture:
             return []
         images = columns.read(connection, [by_key[key] for key in unknown], for_update=True)
         if canonical is not None:
-            forms = {_form(decode_key(key)): key for key in images if key not in by_key}
+            forms = {form(decode_key(key)): key for key in images if key not in by_key}
             for key in unknown:
-                if key not in images and _form(by_key[key]) in forms:
-                    canonical[by_key[key]] = forms[_form(by_key[key])]
+                if key not in images and form(by_key[key]) in forms:
+                    canonical[by_key[key]] = forms[form(by_key[key])]
         return self._of_unknown(connection, tracked, images)
 
     def _of_unknown(self, connection: Connection, tracked: Tracked, images: Mapping[str, Image]) -> list[Entry]:
@@ -934,7 +934,7 @@ def _require_one_database(session: Session, mappers: Collection[Mapper[Any]]) ->
         raise MemstateError(_TWO_DATABASES)
 
 
-def _form(key: Sequence[Any]) -> tuple[Any, ...]:
+def form(key: Sequence[Any]) -> tuple[Any, ...]:
     """A key in a form that all ways of writing it share."""
     return tuple(value.rstrip() if isinstance(value, str) else value for value in key)
 

@@ -25,14 +25,14 @@ from sqlalchemy.orm import Session
 
 from memstate_sa import truth
 from memstate_sa.appendonly import rewriting
-from memstate_sa.capture import Capture
+from memstate_sa.capture import Capture, form
 from memstate_sa.changes import REDACTED, Entry, Image, new_tx
 from memstate_sa.codec import decode, decode_key
 from memstate_sa.columns import batches
 from memstate_sa.embedders import Embedder
 from memstate_sa.errors import ConflictError, MemstateError, NotFound
 from memstate_sa.facts import Tracked
-from memstate_sa.history import shown
+from memstate_sa.history import shown, stored_key
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.registry import Registry
 from memstate_sa.relay import embeddings
@@ -56,13 +56,12 @@ class Eraser:
         """Returns how many entries of the log are redacted."""
         session.flush()
         connection = session.connection(bind_arguments={"mapper": tracked.mapper})
-        asked = tracked.on(connection.dialect).canonical(key)
         unit, tx = self._capture.unit(session), new_tx()
         with unit.writing():
             take_write_lock(connection)
             with connection.begin_nested():
-                found = _row(connection, tracked, asked)
-                fact = next(iter(found), asked)  # as it is stored: CHAR is padded
+                fact = stored_key(connection, tracked, key)
+                found = _row(connection, tracked, fact)
                 images = [(image, tracked.version) for image in found.values()]
                 mine = (log.c.entity == tracked.entity, log.c.key == fact)
                 entries = connection.execute(select(log.c.image, log.c.version).where(*mine)).all()
@@ -86,19 +85,15 @@ class Eraser:
                 self._capture.write(connection, unit, [Entry(tracked.entity, fact, "delete", None, step=False)], tx=tx)
                 labels = {**unit.labels, "reason": reason or unit.reason or ERASED}
                 self._capture.write_header(connection, tx, labels)
-        self._forget_instances(session, connection, tracked, {asked, fact})
+        self._forget_instances(session, connection, tracked, fact)
         return len(entries)
 
-    def _forget_instances(
-        self, session: Session, connection: Connection, tracked: Tracked, keys: Collection[str]
-    ) -> None:
+    def _forget_instances(self, session: Session, connection: Connection, tracked: Tracked, key: str) -> None:
         """As the ORM does after a DELETE of its own: deleted, and there again when the transaction rolls back."""
-        columns = tracked.on(connection.dialect)
+        columns, erased = tracked.on(connection.dialect), form(decode_key(key))
         for instance in list(session.identity_map.values()):
             state: Any = inspect(instance)
-            if self._registry.find(state.mapper) is tracked and (
-                columns.encode_key(columns.raw_key(state.key[1])) in keys
-            ):
+            if self._registry.find(state.mapper) is tracked and form(columns.raw_key(state.key[1])) == erased:
                 session.expire(instance)
                 session._remove_newly_deleted([state])  # noqa: SLF001  # expunge() would not come back, and cascades
 

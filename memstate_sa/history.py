@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias
 
-from sqlalchemy import ColumnElement, bindparam, func, select
+from sqlalchemy import Column, ColumnElement, Text, bindparam, cast, func, select, type_coerce
 from sqlalchemy.engine import Connection, Row
+from sqlalchemy.exc import DataError, ProgrammingError
 
 from memstate_sa.arrays import as_array, each
 from memstate_sa.changes import REDACTED, Change, Image, Op
 from memstate_sa.codec import decode_image, decode_key
-from memstate_sa.columns import batches
+from memstate_sa.columns import RAW, TableColumns, batches
 from memstate_sa.errors import HistoryMissing, MemstateError, NotFound
 from memstate_sa.facts import Tracked
+from memstate_sa.outbox import unknown_keys
 from memstate_sa.registry import Registry
 from memstate_sa.tables import log, transaction
 
@@ -112,6 +115,32 @@ def find_changes(
         last = select(log.c.id).where(*criteria).order_by(log.c.id.desc()).limit(limit)
         criteria.append(log.c.id.in_(last))
     return read_changes(connection, registry, *criteria)
+
+
+def _as_stored(columns: TableColumns, column: Column[Any], value: Any) -> ColumnElement[Any]:
+    bound = columns.raw_bind(column, value)
+    if columns.dialect.name == "sqlite":
+        return type_coerce(cast(cast(bound, Text), column.type), RAW)  # what is a number already is left as it is
+    return type_coerce(cast(bound, Text) if columns.travels_as_text(column) else bound, RAW)
+
+
+def stored_key(connection: Connection, tracked: Tracked, key: Any) -> str:
+    """The canonical key of *key*, a primary key as the ORM has it, in the form in which the database stores it.
+
+    CHAR is padded, 1.5 may be 1.50. The log knows one form, and so does a row; else the database is asked for it.
+    """
+    columns = tracked.on(connection.dialect)
+    asked = columns.canonical(key)
+    if not connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array([asked])}).all():
+        return asked
+    values = decode_key(asked)
+    try:
+        with connection.begin_nested() if connection.dialect.name == "postgresql" else nullcontext():
+            there = columns.read(connection, [values])
+            forms = (_as_stored(columns, *item) for item in zip(tracked.key_columns, values, strict=True))
+            return next(iter(there), None) or columns.encode_key(connection.execute(select(*forms)).one())
+    except (DataError, ProgrammingError):
+        return asked  # which no row can have
 
 
 def _change(row: Row[Any], registry: Registry, connection: Connection) -> Change:

@@ -469,7 +469,7 @@ class Memory:
             connection,
             self._registry,
             entity=None if model is None else tracked.entity,
-            key=None if key is None else tracked.on(connection.dialect).canonical(key),
+            key=None if key is None else history.stored_key(connection, tracked, key),
             actor=actor,
             session_id=session_id,
             limit=limit,
@@ -572,9 +572,8 @@ class Memory:
         A row that is older than its history was as its first entry says. Raises HistoryMissing for an erased fact.
         """
         tracked, connection = self._reading(session, model)
-        columns = tracked.on(connection.dialect)
-        image = history.image_at(connection, tracked, columns.canonical(key), at)
-        return None if image is None else columns.values(dict(image))
+        image = history.image_at(connection, tracked, history.stored_key(connection, tracked, key), at)
+        return None if image is None else tracked.on(connection.dialect).values(dict(image))
 
     @contextlib.contextmanager
     def as_of_session(

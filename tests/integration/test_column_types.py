@@ -373,6 +373,84 @@ def test_a_key_that_is_stored_in_another_form(postgres_engine: Engine, type_: An
         assert [(c.op, str(c.key)) for c in changes] == [(op, str(stored)) for op in ("insert", "update", "delete")]
 
 
+@pytest.mark.parametrize(
+    ("type_", "stored", "given"),
+    [
+        (sa.Numeric(10, 2), Decimal("1.50"), Decimal("1.5")),
+        (sa.Numeric(10, 2), Decimal("2.00"), Decimal(2)),
+        (sa.CHAR(5), "ab   ", "ab"),
+        (pg.TIMESTAMP(precision=0), datetime(2024, 1, 2), datetime(2024, 1, 2, 0, 0, 0, 5)),
+    ],
+    ids=["decimal", "whole", "padded", "rounded"],
+)
+def test_reading_by_a_key_in_another_form(engine: Engine, type_: Any, stored: Any, given: Any) -> None:
+    """The log is asked by the form that it has; of rows that are there, that are older than it, and that are gone."""
+    if engine.dialect.name == "sqlite" and not isinstance(type_, sa.Numeric):
+        pytest.skip("texts are as they are given")
+
+    class Local(DeclarativeBase):
+        pass
+
+    class Thing(Local):
+        __tablename__ = "thing"
+        id: Mapped[Any] = mapped_column(type_, primary_key=True, autoincrement=False)
+        label: Mapped[str]
+
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(Thing, text="label")
+    sessions = sessionmaker(engine)
+    memory.attach(sessions)
+    Local.metadata.create_all(engine)
+    memory.create_tables(engine)
+
+    def read() -> tuple[list[str], Any]:
+        with sessions() as session:
+            ops = [change.op for change in memory.history(session, Thing, given)]
+            now = memory.as_of(session, Thing, given, datetime.now(UTC))
+        return ops, now and now["label"]
+
+    with engine.begin() as connection:
+        connection.execute(sa.insert(Thing.__table__).values(id=stored, label="old"))
+    assert read() == ([], "old")
+    with sessions() as session:
+        thing = session.scalars(select(Thing)).one()
+        thing.label = "new"
+        session.commit()
+        assert read() == (["baseline", "update"], "new")
+        session.delete(thing)
+        session.commit()
+        assert read() == (["baseline", "update", "delete"], None)
+        assert memory.erase(session, Thing, given) == 3
+    memory.close()
+
+
+def test_reading_by_what_is_no_key(engine: Engine) -> None:
+    """Nothing has it, and the transaction goes on."""
+
+    class Local(DeclarativeBase):
+        pass
+
+    class Thing(Local):
+        __tablename__ = "thing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(Thing, text=None)
+    sessions = sessionmaker(engine)
+    memory.attach(sessions)
+    Local.metadata.create_all(engine)
+    memory.create_tables(engine)
+    with sessions() as session:
+        session.add(Thing(id=1))
+        session.flush()
+        for key in ("five", datetime(2024, 1, 2), 10**30):
+            if engine.dialect.name == "postgresql" or isinstance(key, str):
+                assert memory.history(session, Thing, key) == []
+        session.commit()
+        assert session.get(Thing, 1) is not None
+    memory.close()
+
+
 def test_a_key_that_the_database_changes_is_not_silently_lost(postgres_engine: Engine) -> None:
     """A row that is not found under the key it was given cannot be logged, so it is not written."""
 
