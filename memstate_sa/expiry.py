@@ -40,20 +40,24 @@ class Sweeper:
         return sum(self._sweep(engine, each) for each in expiring)
 
     def _sweep(self, engine: Engine, tracked: Tracked) -> int:
-        count, held, size = 0, set[str](), _PAGE
+        count, held = 0, set[str]()
+        halves: list[int] = []  # how many facts each part has of a page that was refused
         while True:
             chosen: list[str] = []
+            size = halves.pop() if halves else _PAGE
             try:
                 self._page(engine, tracked, held, chosen, size)
             except Exception as error:  # the application's own cascades and constraints
                 if not chosen:
                     raise
-                if len(chosen) == 1:
+                half = len(chosen) // 2
+                if half:
+                    halves += [len(chosen) - half, half]
+                else:
                     held.update(chosen)
                     logger.warning(
                         "%s %s has expired, but cannot be deleted (%s)", tracked.entity, *chosen, type(error).__name__
                     )
-                size = 1  # one by one, to find those that are refused
                 continue
             count += len(chosen)
             if len(chosen) < size:

@@ -226,6 +226,52 @@ def test_what_others_refer_to_is_left(engine: Engine, caplog: pytest.LogCaptureF
     app.check()
 
 
+@pytest.mark.parametrize("referred", [1, 700, 1000])
+def test_what_is_left_does_not_slow_the_others(engine: Engine, referred: int) -> None:
+    """Its page is bisected: some pages more, not as many as facts."""
+    app = App(engine)
+    statements: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+
+    def sweep() -> int:
+        with app.sessions() as session:
+            times = {"text": "note", "expires_at": utcnow() - timedelta(1)}
+            session.execute(insert(Note), [{"id": n, **times} for n in range(1, 1001) if session.get(Note, n) is None])
+            session.commit()
+        statements.clear()
+        assert app.memory.sweep(engine) == 1000 - len(held)
+        return len(statements)
+
+    held: list[int] = []
+    page = sweep() / 3
+    with app.sessions() as session:
+        session.add(Note(id=referred, text="note", expires_at=utcnow() - timedelta(1)))
+        session.flush()
+        session.add(Reply(note_id=referred))
+        session.commit()
+    held.append(referred)
+    assert sweep() < 25 * page
+    with app.sessions() as session:
+        assert session.scalars(select(Note.id)).all() == held
+    app.check()
+
+
+def test_many_that_are_left(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every one of them, or each other one: the others go."""
+    monkeypatch.setattr("memstate_sa.expiry._PAGE", 8)
+    app = App(engine)
+    with app.sessions() as session:
+        session.add_all([Note(id=n, text=f"note {n}", expires_at=utcnow() - timedelta(1)) for n in range(40)])
+        session.flush()
+        held = [*range(0, 20, 2), *range(25, 40)]
+        session.add_all([Reply(note_id=n) for n in held])
+        session.commit()
+    assert app.memory.sweep(engine) == 40 - len(held)
+    with app.sessions() as session:
+        assert session.scalars(select(Note.id).order_by(Note.id)).all() == held
+    app.check()
+
+
 def test_what_is_left_is_not_counted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one of a page is refused, and pages are full."""
     monkeypatch.setattr("memstate_sa.expiry._PAGE", 5)
