@@ -469,7 +469,8 @@ def _on_postgresql(writer: _Writer, its: str, ours: str) -> Iterator[Trigger]:
 
     def current_rows(*transitions: str) -> str:
         """Row by row: a plan that is kept must not read the table as a whole."""
-        touched = " UNION ".join(f"SELECT {', '.join(names)} FROM {rows}" for rows in transitions)
+        keys = ", ".join(f"r.{name}" for name in names)  # a variable of the function may have the name of a column
+        touched = " UNION ".join(f"SELECT {keys} FROM {rows} AS r" for rows in transitions)
         same = " AND ".join(f"i.{name} = k.{name}" for name in names)
         return (
             f"SELECT {now.key} AS key, {now.image} AS image FROM ({touched}) AS k CROSS JOIN LATERAL "

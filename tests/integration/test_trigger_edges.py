@@ -313,6 +313,38 @@ def test_names_that_need_care(engine: Engine) -> None:
     assert app.memory.doctor(engine).healthy
 
 
+def test_keys_that_are_named_as_what_a_trigger_knows(engine: Engine) -> None:
+    """Its own variables, and those that PostgreSQL gives it."""
+
+    class Local(DeclarativeBase):
+        pass
+
+    names = ("counts", "undoes", "its_tx", "its_time", "found", "tg_op", "new", "old", "key", "image", "n", "ours")
+
+    class Odd(Local):
+        __table__ = sa.Table(
+            "odd",
+            Local.metadata,
+            *(sa.Column(name, sa.Integer, primary_key=True, autoincrement=False) for name in names),
+            sa.Column("text", sa.Text),
+        )
+
+    app = App(engine, Odd)
+    with app.sessions() as session:
+        session.add_all(Odd(**dict.fromkeys(names, n), text="one") for n in (1, 2))
+        session.commit()
+        session.get_one(Odd, (1,) * len(names)).text = "two"
+        session.delete(session.get_one(Odd, (2,) * len(names)))
+        session.commit()
+        assert [(c.op, c.key[0]) for c in app.memory.history(session, Odd)] == [
+            ("insert", 1), ("insert", 2), ("update", 1), ("delete", 2),
+        ]  # fmt: skip
+        app.memory.rollback(session)
+        session.commit()
+        assert session.scalars(select(Odd.text)).all() == ["one", "one"]
+    assert app.memory.doctor(engine).healthy
+
+
 def test_columns_that_the_database_computes(engine: Engine) -> None:
     """Stored or not: on PostgreSQL 18 a transition table has not those that are not."""
 
