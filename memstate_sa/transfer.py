@@ -16,7 +16,7 @@ from itertools import chain, islice
 from typing import Annotated, Any, Literal, NamedTuple, TextIO, TypeAlias
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from sqlalchemy import Column, ColumnElement, Select, func, insert, select
+from sqlalchemy import Column, ColumnElement, Select, func, insert, schema, select
 from sqlalchemy.engine import Connection, Dialect, Engine, RowMapping, make_url
 from sqlalchemy.exc import DBAPIError
 
@@ -353,10 +353,13 @@ class _Import:
             table = self._registry.by_entity[entity].table
             name = prepare.format_table(table).replace("%%", "%")
             [column] = table.primary_key.columns
-            sequence = func.pg_get_serial_sequence(name, column.name)
-            moved = func.setval(sequence, func.greatest(highest, func.nextval(sequence)))
-            if self._connection.scalar(select(sequence)) is not None:
-                self._connection.execute(select(moved))
+            sequences = [func.pg_get_serial_sequence(name, column.name)]
+            if isinstance(column.default, schema.Sequence):  # which the table need not own
+                sequences.append(func.to_regclass(prepare.format_sequence(column.default).replace("%%", "%")))
+            for sequence in sequences:
+                if self._connection.scalar(select(sequence)) is not None:
+                    moved = func.setval(sequence, func.greatest(highest, func.nextval(sequence)))
+                    self._connection.execute(select(moved))
 
 
 def _read(file: Iterable[str]) -> Iterator[tuple[int, Any]]:

@@ -578,6 +578,51 @@ def test_rows_that_refer_to_each_other(
     target.memory.close()
 
 
+def test_keys_of_a_sequence_of_ones_own(second: Engine, engine: Engine) -> None:
+    """Which the table does not own: the next key is free, whichever of both the class uses."""
+
+    class Local(DeclarativeBase):
+        pass
+
+    class Ticket(Local):
+        __tablename__ = "ticket"
+        id: Mapped[int] = mapped_column(sa.Sequence("the 50% queue"), primary_key=True)
+
+    class Coupon(Local):
+        __tablename__ = "coupon"
+        id: Mapped[int] = mapped_column(sa.Sequence("unused", optional=True), primary_key=True)
+
+    class Seat(Local):
+        __tablename__ = "seat"
+        id: Mapped[int] = mapped_column(sa.Sequence("gone"), primary_key=True, autoincrement=False)
+
+    made: list[tuple[Memory, Any, Engine]] = []
+    for where in (second, engine):
+        memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+        for model in (Ticket, Coupon, Seat):
+            memory.track(model, text=None)
+        sessions = sessionmaker(where)
+        memory.attach(sessions)
+        Local.metadata.create_all(where)
+        memory.create_tables(where)
+        made.append((memory, sessions, where))
+    (source, sessions, _), (target, others, _) = made
+    with sessions() as session:
+        session.add_all(model(id=n) for model in (Ticket, Coupon, Seat) for n in (1, 2, 7))
+        session.commit()
+    if engine.dialect.name == "postgresql":
+        with engine.begin() as connection:
+            connection.execute(text("DROP SEQUENCE gone"))
+    take_in(target, engine, export(source, second))
+    with others() as session:
+        session.add_all([Ticket(), Coupon()])
+        session.commit()
+        for model in (Ticket, Coupon):
+            assert set(session.scalars(select(model.id))) == {1, 2, 7, 8}
+    for memory, _, _ in made:
+        memory.close()
+
+
 @pytest.mark.parametrize("page", [1, 1000])
 def test_trees_and_rows_in_several_tables(
     second: Engine, engine: Engine, monkeypatch: pytest.MonkeyPatch, page: int
