@@ -93,7 +93,7 @@ Rows: TypeAlias = dict[TableColumns, list[Sequence[Any]]]
 
 
 def _columns(own: TableColumns) -> list[Column[Any]]:
-    return list(own.table.columns)
+    return [column for column in own.table.columns if not column.system]  # which every table has by itself
 
 
 def _rows_at(connection: Connection, tracked: Tracked, at: Moment) -> Rows:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import JSON, Engine, ForeignKey, create_engine, event, func, insert, select, update
+from sqlalchemy import JSON, Engine, FetchedValue, ForeignKey, create_engine, event, func, insert, select, update
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -18,6 +18,7 @@ from sqlalchemy.orm import (
     sessionmaker,
     with_loader_criteria,
 )
+from sqlalchemy.types import UserDefinedType
 
 from memstate_sa import Memory, MemstateError, NotFound, sqlite
 from memstate_sa.indexes import InMemoryIndex
@@ -308,4 +309,43 @@ def test_a_row_that_is_of_another_class_now(engine: Engine) -> None:
         connection.execute(update(Animal.__table__).values(kind="animal"))
     with memory.as_of_session(engine, added.tx) as past:
         assert [type(one) for one in past.scalars(select(Animal))] == [Dog]
+    memory.close()
+
+
+class XID(UserDefinedType[str]):
+    """PostgreSQL's type of transaction ids."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "xid"
+
+
+def test_a_system_column(postgres_engine: Engine) -> None:
+    """As SQLAlchemy shows it for ``version_id_col``: every table has it, one that hides another, too."""
+
+    class Local(DeclarativeBase):
+        pass
+
+    class Thing(Local):
+        __tablename__ = "thing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        text: Mapped[str]
+        xmin: Mapped[str] = mapped_column("xmin", XID, system=True, server_default=FetchedValue())
+        __mapper_args__: ClassVar[dict[str, Any]] = {"version_id_col": xmin, "version_id_generator": False}
+
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(Thing, text="text")
+    sessions = sessionmaker(postgres_engine)
+    memory.attach(sessions)
+    Local.metadata.create_all(postgres_engine)
+    memory.create_tables(postgres_engine)
+    with sessions() as session:
+        session.add(Thing(id=1, text="one"))
+        session.commit()
+        [added] = memory.history(session, Thing)
+        session.get_one(Thing, 1).text = "two"
+        session.commit()
+    with memory.as_of_session(postgres_engine, added.tx) as past:
+        assert past.get_one(Thing, 1).text == "one"
     memory.close()
