@@ -615,7 +615,9 @@ class Memory:
 
         That there was such a key, and when it changed and was erased, stays in the history, as does the key itself,
         and who did it with what *reason*. It cannot be undone; a fact that is added later under the same key is
-        another. Nothing is committed on your behalf. The files hold the bytes until they are rewritten: see `purge`.
+        another; so is what the row was under an earlier primary key (a change of key is a delete and an insert), which
+        is to be erased by that key. Nothing is committed on your behalf. The files hold the bytes until they are
+        rewritten: see `purge`.
 
         Returns how many entries of the log were redacted. Raises NotFound for a key that neither the table nor the log
         has, and ConflictError when other rows refer to the row; those that triggers capture may go along with it, by

@@ -392,6 +392,22 @@ def test_rows_that_refer_to_it_are_in_the_way(accounts: Accounts) -> None:
     accounts.assert_fine()
 
 
+@pytest.mark.sa20
+def test_what_it_was_under_an_earlier_key(accounts: Accounts) -> None:
+    """Is another fact, to be erased by that key: of the row there is nothing then."""
+    accounts.tell("secret")
+    with accounts.sessions() as session:
+        session.get_one(Account, 1).id = 7
+        session.commit()
+        assert accounts.memory.erase(session, Account, 7) == 1
+        assert "secret" in stored(session.connection(), Account)
+        assert accounts.memory.erase(session, Account, 1) == 3
+        session.commit()
+        assert "secret" not in stored(session.connection(), Account)
+    accounts.relay.drain()
+    accounts.assert_fine()
+
+
 class Cascading(DeclarativeBase):
     pass
 
