@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from itertools import groupby
@@ -26,7 +26,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import CircularDependencyError, DataError, DBAPIError, IntegrityError
 from sqlalchemy.schema import sort_tables_and_constraints
 
 from memstate_sa.changes import FactKey, Image, by_entity
@@ -78,9 +78,9 @@ class _Restoration:
         self._tables: list[Table] = []
         self._circular: set[ForeignKeyConstraint] = set()  # no order satisfies them: their columns are set last
         self._parked: dict[tuple[Table, str], dict[str, Any]] = {}
-        for table, constraints in sort_tables_and_constraints(list(wanted)):  # type: ignore[no-untyped-call]
+        for table, constraints in _sorted(list(wanted)):
             if table is None:
-                self._circular.update(constraints)
+                self._circular.update(fk for fk in constraints if _can_wait(fk))
             else:
                 self._tables.append(table)
         dialect = connection.dialect
@@ -301,6 +301,23 @@ class _Restoration:
         except CycleError:
             self._circular.update(own)
             return list(images)
+
+
+def _can_wait(fk: ForeignKeyConstraint) -> bool:
+    """Whether it can be NULL until the row that it refers to is there."""
+    return any(column.nullable for column in fk.columns)
+
+
+def _sorted(tables: Sequence[Table]) -> list[tuple[Table | None, Collection[ForeignKeyConstraint]]]:
+    """Parents first. In a circle the foreign keys that can wait give way: they are what comes with None, at the end."""
+    sort: Any = sort_tables_and_constraints
+    firm = [fk for table in tables for fk in table.foreign_key_constraints if not _can_wait(fk)]
+    # As dependencies, too: what says use_alter is none by itself.
+    parents = [(fk.referred_table, fk.table) for fk in firm if fk.referred_table is not fk.table]
+    try:
+        return list(sort(tables, filter_fn=lambda fk: None if _can_wait(fk) else False, extra_dependencies=parents))
+    except CircularDependencyError:  # of keys that are checked at COMMIT
+        return list(sort(tables))
 
 
 def unique_columns(table: Table, *, partial: bool = True) -> list[tuple[Column[Any], ...]]:

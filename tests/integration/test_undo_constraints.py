@@ -1,0 +1,147 @@
+"""Undo where foreign keys and unique values leave few orders, or none."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import Engine, ForeignKey, create_engine, event
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+
+from memstate_sa import Memory, sqlite
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.testing import HashEmbedder
+
+pytestmark = pytest.mark.sa20
+
+
+class App:
+    """Classes of one Base, tracked as said, and some left out."""
+
+    def __init__(self, engine: Engine, base: Any, *untracked: Any, **tracked: dict[str, Any]) -> None:
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "connect", lambda dbapi, record: dbapi.cursor().execute("PRAGMA foreign_keys = ON"))
+            engine.dispose()
+        self.engine, self.base = engine, base
+        self.memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+        for mapper in base.registry.mappers:
+            if mapper.class_ not in untracked:
+                self.memory.track(mapper.class_, **{"text": None, **tracked.get(mapper.class_.__name__, {})})
+        self.sessions = sessionmaker(engine)
+        self.memory.attach(self.sessions)
+        base.metadata.create_all(engine)
+        self.memory.create_tables(engine)
+
+    def session(self, **labels: str) -> Session:
+        session = self.sessions()
+        self.memory.annotate(session, **labels)
+        return session
+
+    def rows(self) -> dict[str, list[tuple[Any, ...]]]:
+        with self.engine.connect() as connection:
+            return {
+                table.name: [tuple(row) for row in connection.execute(sa.select(table).order_by(*table.primary_key))]
+                for table in self.base.metadata.sorted_tables
+            }
+
+    def check(self) -> None:
+        """The log says what the tables hold."""
+        report = self.memory.doctor(self.engine)
+        assert report.healthy, report
+
+
+@pytest.fixture
+def statements(engine: Engine) -> list[str]:
+    """What is sent to the database."""
+    sent: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda *args: sent.append(args[2]))
+    return sent
+
+
+# -- tables that refer to each other -----------------------------------------------------------------------------------
+
+
+def mutual(*, nullable: bool = True, **options: Any) -> tuple[Any, Any, Any]:
+    class Base(DeclarativeBase):
+        pass
+
+    class User(Base):
+        __tablename__ = "user_"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        primary_id: Mapped[int | None] = mapped_column(
+            ForeignKey("address.id", name="fk_primary", **({} if nullable else options)), nullable=nullable
+        )
+
+    class Address(Base):
+        __tablename__ = "address"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        user_id: Mapped[int] = mapped_column(ForeignKey("user_.id", name="fk_user", **options))
+
+    return Base, User, Address
+
+
+@pytest.mark.parametrize("use_alter", [False, True])
+@pytest.mark.filterwarnings("ignore:Can't sort tables:sqlalchemy.exc.SAWarning")
+@pytest.mark.filterwarnings("ignore:Cannot correctly sort tables:sqlalchemy.exc.SAWarning")
+def test_of_two_foreign_keys_in_a_circle_the_one_that_may_be_null_waits(
+    engine: Engine, tmp_path: Path, *, use_alter: bool
+) -> None:
+    """The other orders the tables, for rows that go as for rows that come back, and for an import."""
+    base, user, address = mutual(use_alter=use_alter)
+    app = App(engine, base)
+    with app.sessions() as session:
+        session.add(user(id=1))
+        session.flush()
+        session.add(address(id=1, user_id=1))
+        session.commit()
+        app.memory.rollback(session)
+        session.flush()
+        assert session.get(user, 1) is None and session.get(address, 1) is None
+        session.rollback()
+        session.get_one(user, 1).primary_id = 1
+        session.commit()
+        before = app.rows()
+        session.get_one(user, 1).primary_id = None
+        session.flush()
+        session.delete(session.get_one(address, 1))
+        session.flush()
+        session.delete(session.get_one(user, 1))
+        session.commit()
+        app.memory.rollback(session)
+        session.commit()
+        assert app.rows() == before
+    app.check()
+    file = io.StringIO()
+    app.memory.export_facts(engine, file)
+    copy = create_engine(f"sqlite:///{tmp_path / 'other.db'}")
+    sqlite.configure(copy)
+    other = App(copy, base)
+    file.seek(0)
+    other.memory.import_facts(copy, file)
+    assert other.rows() == before
+    other.check()
+    copy.dispose()
+
+
+@pytest.mark.filterwarnings("ignore:Can't sort tables:sqlalchemy.exc.SAWarning")
+@pytest.mark.filterwarnings("ignore:Cannot correctly sort tables:sqlalchemy.exc.SAWarning")
+def test_in_a_circle_that_is_checked_at_commit_any_order_will_do(engine: Engine) -> None:
+    """No foreign key of it may be NULL, not even for a moment."""
+    base, user, address = mutual(nullable=False, deferrable=True, initially="DEFERRED")
+    app = App(engine, base)
+    with app.sessions() as session:
+        session.add(user(id=1, primary_id=1))
+        session.flush()
+        session.add(address(id=1, user_id=1))
+        session.commit()
+        before = app.rows()
+        app.memory.rollback(session)
+        session.commit()
+        assert app.rows() == {"user_": [], "address": []}
+        app.memory.rollback(session, tx=app.memory.history(session, user, 1)[-1].tx)
+        session.commit()
+    assert app.rows() == before
+    app.check()
