@@ -256,13 +256,17 @@ class TableColumns:
                 raise MemstateError(f"{self.table.fullname}: {error}") from error
         return images
 
-    def lock(self, connection: Connection, keys: Sequence[Sequence[Any]]) -> None:
-        """Hold the rows of *keys* until the transaction ends: whoever changes another part of them waits."""
+    def lock(self, connection: Connection, keys: Sequence[Sequence[Any]], *, leaving: bool = False) -> None:
+        """Hold the rows of *keys* until the transaction ends: whoever changes another part of them waits.
+
+        *leaving*: so does whoever writes a row that refers to them. They can go then without taking along, by ON DELETE
+        CASCADE, a row that nobody saw: look for what refers to them afterwards.
+        """
         if connection.dialect.name == "sqlite":  # there is one writer
             return
         columns = self.table.primary_key.columns
         statement: Select[Any] = select(literal_column("1")).where(self.key_in).order_by(*columns)
-        statement = statement.with_for_update(key_share=True)
+        statement = statement.with_for_update(key_share=not leaving)
         for some in batches(keys):
             connection.execute(statement, self.key_parameters(some))
 
@@ -378,6 +382,12 @@ class JoinedColumns(TableColumns):
             if table in self._required:
                 images = {key: image for key, image in images.items() if key in parts}
         return images
+
+    def lock(self, connection: Connection, keys: Sequence[Sequence[Any]], *, leaving: bool = False) -> None:
+        super().lock(connection, keys, leaving=leaving)
+        if leaving:  # others may refer to any part of them
+            for table in self._prefixes.values():
+                self._of_table[table].lock(connection, keys, leaving=True)
 
     def parts(self, image: Mapping[str, Any] | None) -> dict[Table, Mapping[str, Any] | None]:
         found: dict[Table, Mapping[str, Any] | None] = dict.fromkeys(self._of_table)

@@ -54,24 +54,32 @@ class _Search:
 
     def look_for_references(self, table: Table) -> None:
         """Rows of others that refer to one that is to go, or whose value they refer to is to change."""
-        for other in list(self._registry.by_table):
-            for fk in other.foreign_key_constraints:
-                if fk.referred_table is table:
-                    self._look_for_references(table, other, fk)
+        leaving = [
+            (other, fk, values)
+            for other in list(self._registry.by_table)
+            for fk in other.foreign_key_constraints
+            if fk.referred_table is table and (values := self._leaving_values(table, fk))
+        ]
+        if leaving:
+            keys = sorted({key for _, _, values in leaving for key in values.values()})
+            self._columns(table).lock(self._connection, [decode_key(key) for key in keys], leaving=True)
+        for other, fk, values in leaving:
+            local, _ = _columns_of(fk)
+            for key, value in self._columns(other).find(self._connection, local, list(values)):
+                after = self.wanted.get(other, {}).get(key, self)
+                refers = after is self or (isinstance(after, Mapping) and _values(after, local) == value)
+                if refers and value in values:
+                    self.found.setdefault(self._fact(table, values[value]), self._fact(other, key))
 
-    def _look_for_references(self, table: Table, other: Table, fk: ForeignKeyConstraint) -> None:
-        local, remote = _columns_of(fk)
+    def _leaving_values(self, table: Table, fk: ForeignKeyConstraint) -> dict[tuple[Any, ...], str]:
+        """What can be referred to by *fk* now, and cannot then; and the rows that have it."""
+        _, remote = _columns_of(fk)
         staying = {_values(image, remote) for image in self.wanted[table].values() if image is not None}
-        leaving = {
+        return {
             value: key
             for key, image in self._now(table).items()
             if (value := _values(image, remote)) is not None and value not in staying
         }
-        for key, value in self._columns(other).find(self._connection, local, list(leaving)) if leaving else ():
-            after = self.wanted.get(other, {}).get(key, self)
-            refers = after is self or (isinstance(after, Mapping) and _values(after, local) == value)
-            if refers and value in leaving:
-                self.found.setdefault(self._fact(table, leaving[value]), self._fact(other, key))
 
     def look_for_parents(self, table: Table) -> None:
         """Rows that those of *table* are to refer to, and that are not there."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Engine, ForeignKey, create_engine, event
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from memstate_sa import Memory, sqlite
+from memstate_sa import ConflictError, Memory, sqlite
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 
@@ -145,3 +148,70 @@ def test_in_a_circle_that_is_checked_at_commit_any_order_will_do(engine: Engine)
         session.commit()
     assert app.rows() == before
     app.check()
+
+
+# -- what others do meanwhile ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_child_that_arrives_while_its_parent_is_to_go(postgres_engine: Engine, *, joined: bool) -> None:
+    """The undo waits for it, and then sees it: the database does not delete it along, behind the log's back."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Parent(Base):
+        __tablename__ = "parent"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        kind: Mapped[str] = mapped_column(default="plain")
+        __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_on": "kind", "polymorphic_identity": "plain"}
+
+    class Sub(Parent):
+        __tablename__ = "sub"
+        id: Mapped[int] = mapped_column(ForeignKey("parent.id"), primary_key=True)
+        __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "sub"}
+
+    class Child(Base):
+        __tablename__ = "child"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        parent_id: Mapped[int] = mapped_column(ForeignKey("sub.id" if joined else "parent.id", ondelete="CASCADE"))
+
+    app = App(postgres_engine, Base, Sub)
+    with app.sessions() as session:
+        session.add(Sub(id=1))
+        session.commit()
+    outcome: list[Any] = []
+
+    def undo() -> None:
+        with app.sessions() as session:
+            try:
+                outcome.append(app.memory.rollback(session))
+            except ConflictError as error:
+                outcome.append(error)
+
+    with app.session(actor="other") as other:
+        other.add(Child(id=1, parent_id=1))
+        other.flush()
+        thread = threading.Thread(target=undo)
+        thread.start()
+        wait_until(lambda: waiting(postgres_engine) or outcome)
+        other.commit()
+    thread.join()
+    [refused] = outcome
+    assert isinstance(refused, ConflictError)
+    assert [(change.entity, change.actor) for change in refused.changes] == [("child", "other")]
+    assert app.rows()["child"] == [(1, 1)]
+    app.check()
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def waiting(engine: Engine) -> bool:
+    """Whether anybody waits for a lock."""
+    with engine.connect() as connection:
+        return bool(connection.scalar(sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")))
