@@ -1,136 +1,264 @@
 """What stands in the way of an undo, told before it is tried: rows that refer, that are missing, or that hold a value.
 
 The database would only say that it refuses. For tracked tables this says which fact refuses, so that whoever changed it
-can be named.
+can be named. What constraints will compare is read once; what follows from leaving a fact out is decided in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from sqlalchemy import Column, ForeignKeyConstraint, Table
+from sqlalchemy import Column, ForeignKeyConstraint, Table, select
 from sqlalchemy.engine import Connection
 
-from memstate_sa.changes import FactKey, Image
+from memstate_sa.arrays import as_array, each
+from memstate_sa.changes import FactKey, Image, by_entity
 from memstate_sa.codec import decode, decode_key, encode_key
+from memstate_sa.columns import TableColumns
+from memstate_sa.facts import Tracked, unique_value
 from memstate_sa.registry import Registry
 from memstate_sa.restore import unique_columns, wanted_rows
+from memstate_sa.tables import unique
 
 Obstacles: TypeAlias = dict[FactKey, FactKey | None]
 """Facts that cannot be as they are wanted, each with a fact because of which; None: of a row that no key tells."""
 
-
-def find_obstacles(connection: Connection, registry: Registry, final: Mapping[FactKey, Image | None]) -> Obstacles:
-    """Those that foreign keys and unique values put in the way of *final*."""
-    search = _Search(connection, registry, final)
-    for table in search.wanted:
-        search.look_for_references(table)
-        search.look_for_parents(table)
-        search.look_for_values(table)
-    return search.found
+_Facts: TypeAlias = dict[FactKey, None]
 
 
-class _Search:
-    def __init__(self, connection: Connection, registry: Registry, final: Mapping[FactKey, Image | None]) -> None:
-        self._connection = connection
-        self._registry = registry
-        self.wanted = wanted_rows(connection, registry, final)
-        self._there: dict[Table, Mapping[str, Image]] = {}
-        self.found: Obstacles = {}
+# -- what follows from what (pure) -------------------------------------------------------------------------------------
 
-    def _columns(self, table: Table) -> Any:
-        return self._registry.by_table[table].on(self._connection.dialect).of_table[table]
+
+class Having:
+    """Which facts have which value: now, and as they are wanted, which for most facts is the same."""
+
+    def __init__(self) -> None:
+        self.now: dict[Hashable, _Facts] = {}
+        self.then: dict[Hashable, _Facts] = {}
+
+    def add(self, fact: FactKey, now: Hashable | None, then: Hashable | None) -> None:
+        for facts, value in ((self.now, now), (self.then, then)):
+            if value is not None:  # NULL equals nothing, and refers to nothing
+                facts.setdefault(value, {})[fact] = None
+
+    def arriving(self, value: Hashable, left_out: Collection[FactKey] = ()) -> list[FactKey]:
+        now = self.now.get(value, ())
+        return [fact for fact in self.then.get(value, ()) if fact not in now and fact not in left_out]
+
+    def departing(self, value: Hashable, left_out: Collection[FactKey] = ()) -> list[FactKey]:
+        then = self.then.get(value, ())
+        return [fact for fact in self.now.get(value, ()) if fact not in then and fact not in left_out]
+
+    def after(self, value: Hashable, left_out: Collection[FactKey]) -> list[FactKey]:
+        """Those that have it in the end, when the facts that are *left_out* stay as they are."""
+        then = self.then.get(value, ())
+        staying = [fact for fact in self.now.get(value, ()) if fact in then or fact in left_out]
+        return staying + self.arriving(value, left_out)
+
+
+@dataclass(eq=False)
+class Unique:
+    """At most one fact has a value."""
+
+    having: Having
+
+    @property
+    def sides(self) -> tuple[Having, ...]:
+        return (self.having,)
+
+    def obstacles(self, value: Hashable, left_out: Collection[FactKey]) -> Obstacles:
+        arriving = self.having.arriving(value, left_out)
+        first = next((fact for fact in self.having.after(value, left_out)), None) if arriving else None
+        return {fact: first for fact in arriving if fact != first}
+
+
+@dataclass(eq=False)
+class Reference:
+    """What somebody refers to is there. *entity*: whose keys the values are; None: they are no keys."""
+
+    referring: Having
+    referred: Having
+    entity: str | None = None
+
+    @property
+    def sides(self) -> tuple[Having, ...]:
+        return self.referring, self.referred
+
+    def obstacles(self, value: Hashable, left_out: Collection[FactKey]) -> Obstacles:
+        if self.referred.after(value, left_out):
+            return {}
+        referring = self.referring.after(value, left_out)
+        if referring and (departing := self.referred.departing(value, left_out)):
+            because_of = next((fact for fact in referring if fact not in left_out), referring[0])
+            return dict.fromkeys(departing, because_of)
+        return dict.fromkeys(self.referring.arriving(value, left_out), self._parent(value))
+
+    def _parent(self, value: Any) -> FactKey | None:
+        key = None if self.entity is None else (self.entity, encode_key(value))
+        return next(iter(self.referred.then.get(value, ())), key)
+
+
+Rule: TypeAlias = Unique | Reference
+
+
+class Rules:
+    """All that an undo must keep."""
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self._of: dict[FactKey, list[tuple[Rule, Hashable]]] = {}
+        """Where a fact has a say."""
+        for rule in rules:
+            for side in rule.sides:
+                for facts_of in (side.now, side.then):
+                    for value, facts in facts_of.items():
+                        for fact in facts:
+                            self._of.setdefault(fact, []).append((rule, value))
+
+    def obstacles(self, left_out: Collection[FactKey]) -> Obstacles:
+        """What must be left out, too, when the facts *left_out* stay as they are."""
+        found: Obstacles = {}
+        out = set(left_out)
+        waiting = dict.fromkeys(place for places in self._of.values() for place in places)
+        while waiting:
+            (rule, value), _ = waiting.popitem()
+            for fact, because_of in rule.obstacles(value, out).items():
+                found[fact] = because_of
+                out.add(fact)
+                waiting.update(dict.fromkeys(self._of[fact]))  # it may be what others need
+        return found
+
+
+# -- what is there -----------------------------------------------------------------------------------------------------
+
+
+def read_rules(connection: Connection, registry: Registry, final: Mapping[FactKey, Image | None]) -> Rules:
+    """What foreign keys and unique values of tracked tables ask of *final*."""
+    reader = _Reader(connection, registry, final)
+    return Rules([*reader.references(), *reader.constraints(), *reader.declared()])
+
+
+_keys = each("keys")
+_kept = select(unique.c.key, unique.c.value)
+
+
+@dataclass
+class _Reader:
+    connection: Connection
+    registry: Registry
+    final: Mapping[FactKey, Image | None]
+    _there: dict[Table, Mapping[str, Image]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._wanted = wanted_rows(self.connection, self.registry, self.final)
+
+    def references(self) -> list[Reference]:
+        """Rows that refer to one that is to go, or to have another value; and what those that come are to refer to."""
+        tracked = self.registry.by_table
+        found = [
+            (fk, self._reference(fk))
+            for table in list(tracked)
+            for fk in table.foreign_key_constraints
+            if fk.referred_table in tracked and (table in self._wanted or fk.referred_table in self._wanted)
+        ]
+        departing: dict[Table, set[str]] = {}
+        for fk, rule in found:
+            keys = {key for value in rule.referred.now for _, key in rule.referred.departing(value)}
+            departing.setdefault(fk.referred_table, set()).update(keys)
+        for table, keys in departing.items():
+            if keys:
+                self._columns(table).lock(self.connection, [decode_key(key) for key in keys], leaving=True)
+        for fk, rule in found:
+            local, remote = _columns_of(fk)
+            self._look_for(rule.referring, fk.table, local, filter(rule.referred.departing, rule.referred.now))
+            arriving = list(filter(rule.referring.arriving, rule.referring.then))
+            self._look_for(rule.referred, fk.referred_table, remote, arriving)
+        return [rule for _, rule in found]
+
+    def _reference(self, fk: ForeignKeyConstraint) -> Reference:
+        parent = fk.referred_table
+        local, remote = _columns_of(fk)
+        is_key = [column.name for column in remote] == [column.name for column in parent.primary_key.columns]
+        entity = self.registry.by_table[parent].entity if is_key else None
+        return Reference(self._having(fk.table, local), self._having(parent, remote), entity)
+
+    def constraints(self) -> Iterator[Unique]:
+        """Rows that have a unique value which one of the table is to get."""
+        for table in self._wanted:
+            for columns in unique_columns(table, partial=False):
+                rule = Unique(self._having(table, columns))
+                self._look_for(rule.having, table, columns, filter(rule.having.arriving, rule.having.then))
+                yield rule
+
+    def declared(self) -> Iterator[Unique]:
+        """The same of values that `track` was told to be unique."""
+        for entity, keys in by_entity(self.final).items():
+            tracked = self.registry.by_entity[entity]
+            if tracked.unique_values is not None:
+                yield self._declared(tracked, keys)
+
+    def _declared(self, tracked: Tracked, keys: Sequence[str]) -> Unique:
+        rule = Unique(Having())
+        kept, columns = _kept.where(unique.c.entity == tracked.entity), tracked.on(self.connection.dialect)
+        of_these = kept.where(unique.c.key.in_(select(_keys.c.value)))
+        now = {row.key: row.value for row in self.connection.execute(of_these, {"keys": as_array(keys)})}
+        for key in keys:
+            image = self.final[tracked.entity, key]
+            then = None if image is None else unique_value(tracked, columns.values(dict(image)))
+            rule.having.add((tracked.entity, key), now.get(key), then)
+        if arriving := [str(value) for value in rule.having.then if rule.having.arriving(value)]:
+            having = kept.where(unique.c.value.in_(select(_keys.c.value)))
+            for key, value in self.connection.execute(having, {"keys": as_array(arriving)}):
+                if key not in now:
+                    rule.having.add((tracked.entity, key), value, value)
+        return rule
+
+    def _having(self, table: Table, columns: Sequence[Column[Any]]) -> Having:
+        """What those of the facts have that are rows of *table*."""
+        having = Having()
+        for key, image in self._wanted.get(table, {}).items():
+            having.add(self._fact(table, key), _values(self._now(table).get(key), columns), _values(image, columns))
+        return having
+
+    def _look_for(
+        self, having: Having, table: Table, columns: Sequence[Column[Any]], values: Iterable[Hashable]
+    ) -> None:
+        """Add whoever else has *values* now."""
+        wanted = self._wanted.get(table, {})
+        for value, key in self._find(table, columns, list(values)):
+            moves = key in wanted and _values(wanted[key], columns) != _values(self._now(table).get(key), columns)
+            having.add(self._fact(table, key), value, None if moves else value)
+
+    def _find(self, table: Table, columns: Sequence[Column[Any]], values: Sequence[Any]) -> Iterator[tuple[Any, str]]:
+        if not values:
+            return
+        find = self._columns(table).find
+        found = find(self.connection, columns, values)
+        if {value for _, value in found} <= set(values):
+            yield from ((value, key) for key, value in found)
+        else:  # a collation finds a value in another form, too: of which, each of them says when asked by itself
+            for value in values:
+                yield from ((value, key) for key, _ in find(self.connection, columns, [value]))
+
+    def _columns(self, table: Table) -> TableColumns:
+        return self.registry.by_table[table].on(self.connection.dialect).of_table[table]
 
     def _now(self, table: Table) -> Mapping[str, Image]:
-        """The rows as they are, read when they are first asked for: of most tables nothing has to be known."""
+        """The rows as they are, read when they are first asked for: of many tables nothing has to be known."""
         if table not in self._there:
-            keys = [decode_key(key) for key in self.wanted[table]]
-            self._there[table] = self._columns(table).read(self._connection, keys)
+            keys = [decode_key(key) for key in self._wanted[table]]
+            self._there[table] = self._columns(table).read(self.connection, keys)
         return self._there[table]
 
     def _fact(self, table: Table, key: str) -> FactKey:
-        return self._registry.by_table[table].entity, key
-
-    def look_for_references(self, table: Table) -> None:
-        """Rows of others that refer to one that is to go, or whose value they refer to is to change."""
-        leaving = [
-            (other, fk, values)
-            for other in list(self._registry.by_table)
-            for fk in other.foreign_key_constraints
-            if fk.referred_table is table and (values := self._leaving_values(table, fk))
-        ]
-        if leaving:
-            keys = sorted({key for _, _, values in leaving for key in values.values()})
-            self._columns(table).lock(self._connection, [decode_key(key) for key in keys], leaving=True)
-        for other, fk, values in leaving:
-            local, _ = _columns_of(fk)
-            for key, value in self._columns(other).find(self._connection, local, list(values)):
-                after = self.wanted.get(other, {}).get(key, self)
-                refers = after is self or (isinstance(after, Mapping) and _values(after, local) == value)
-                if refers and value in values:
-                    self.found.setdefault(self._fact(table, values[value]), self._fact(other, key))
-
-    def _leaving_values(self, table: Table, fk: ForeignKeyConstraint) -> dict[tuple[Any, ...], str]:
-        """What can be referred to by *fk* now, and cannot then; and the rows that have it."""
-        _, remote = _columns_of(fk)
-        staying = {_values(image, remote) for image in self.wanted[table].values() if image is not None}
-        return {
-            value: key
-            for key, image in self._now(table).items()
-            if (value := _values(image, remote)) is not None and value not in staying
-        }
-
-    def look_for_parents(self, table: Table) -> None:
-        """Rows that those of *table* are to refer to, and that are not there."""
-        for fk in table.foreign_key_constraints:
-            parent = fk.referred_table
-            if parent not in self._registry.by_table:
-                continue
-            local, remote = _columns_of(fk)
-            needed = self._new_values(table, local)
-            if not needed:
-                continue
-            after = self.wanted.get(parent, {})
-            provided = {_values(image, remote) for image in after.values() if image is not None}
-            there = self._columns(parent).find(self._connection, remote, list(needed))
-            provided |= {value for key, value in there if key not in after}
-            is_key = [column.name for column in remote] == [c.name for c in parent.primary_key.columns]
-            for value, keys in needed.items():
-                # Asked by itself: a collation may find it in another form.
-                if value not in provided and all(
-                    key in after for key, _ in self._columns(parent).find(self._connection, remote, [value])
-                ):
-                    by = self._fact(parent, encode_key(value)) if is_key else None
-                    self.found.update({self._fact(table, key): by for key in keys})
-
-    def look_for_values(self, table: Table) -> None:
-        """Rows that have a unique value which one of *table* is to get."""
-        for columns in unique_columns(table, partial=False):
-            needed = self._new_values(table, columns)
-            for other, value in self._columns(table).find(self._connection, columns, list(needed)) if needed else ():
-                after = self.wanted[table].get(other, self)
-                keeps = after is self or (isinstance(after, Mapping) and _values(after, columns) == value)
-                for key in needed.get(value, ()):
-                    if keeps and key != other:
-                        self.found[self._fact(table, key)] = self._fact(table, other)
-
-    def _new_values(self, table: Table, columns: Sequence[Column[Any]]) -> dict[tuple[Any, ...], list[str]]:
-        """The values, without NULL, that rows are to get in *columns* and do not have, and which rows."""
-        found: dict[tuple[Any, ...], list[str]] = {}
-        there = self._now(table)
-        for key, image in self.wanted[table].items():
-            value = None if image is None else _values(image, columns)
-            now = there.get(key)
-            if value is not None and (now is None or _values(now, columns) != value):
-                found.setdefault(value, []).append(key)
-        return found
+        return self.registry.by_table[table].entity, key
 
 
 def _columns_of(fk: ForeignKeyConstraint) -> tuple[list[Column[Any]], list[Column[Any]]]:
     return [element.parent for element in fk.elements], [element.column for element in fk.elements]
 
 
-def _values(image: Image, columns: Sequence[Column[Any]]) -> tuple[Any, ...] | None:
-    values = tuple(decode(image.get(column.name)) for column in columns)
+def _values(image: Image | None, columns: Sequence[Column[Any]]) -> tuple[Any, ...] | None:
+    values = (None,) if image is None else tuple(decode(image.get(column.name)) for column in columns)
     return None if None in values else values

@@ -37,7 +37,7 @@ from memstate_sa.columns import batches
 from memstate_sa.errors import ConflictError, HistoryMissing, MemstateError, NotFound, require_count
 from memstate_sa.facts import Tracked
 from memstate_sa.history import Moment, read_changes, until
-from memstate_sa.obstacles import find_obstacles
+from memstate_sa.obstacles import Obstacles, Rules, read_rules
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.registry import Registry
 from memstate_sa.restore import read_facts, restore
@@ -79,17 +79,29 @@ class Revocation:
 
 @dataclass
 class Plan:
-    """What of some transactions is to be undone: *steps*, newest first; and what stays, because of which entries.
+    """How to undo *steps*, newest first: the facts as they are *wanted*, but for those that are left out.
 
-    *entries* undo them, and leave facts as *final* says. Of facts that *moved_on*, steps may not be the last entries.
+    *left_out* says of each of these which entries are in its way. Of facts that *moved_on*, steps may not be the last
+    entries.
     """
 
     steps: list[Step]
-    entries: list[Entry]
-    final: dict[FactKey, Image | None]
+    wanted: dict[FactKey, Image | None]
+    rules: Rules
     moved_on: Collection[FactKey]
-    kept: list[Step] = field(default_factory=list)
-    conflicts: set[int] = field(default_factory=set)
+    left_out: dict[FactKey, set[int]]
+
+    @property
+    def going(self) -> list[Step]:
+        return [step for step in self.steps if step.fact not in self.left_out]
+
+    @property
+    def kept(self) -> list[Step]:
+        return [step for step in self.steps if step.fact in self.left_out]
+
+    @property
+    def conflicts(self) -> set[int]:
+        return set().union(*self.left_out.values())
 
 
 # -- which transactions ------------------------------------------------------------------------------------------------
@@ -296,7 +308,8 @@ class Undo:
     ) -> Revocation:
         plan = self._plan(connection, targets, scope, on_conflict)
         reverted: list[Change] = []
-        if plan.steps:
+        going = plan.going
+        if going:
             attempt, before = connection.begin_nested(), (unit.logged, unit.written_on, dict(unit.txs))
             try:
                 reverted = self._carry_out(connection, unit, plan, reason)
@@ -307,7 +320,7 @@ class Undo:
                 else:
                     attempt.commit()
             if not dry_run:
-                self._expire(session, connection, {step.fact for step in plan.steps})
+                self._expire(session, connection, {step.fact for step in going})
         return Revocation(
             reverted,
             kept=self._changes(connection, {step.id for step in plan.kept}),
@@ -316,8 +329,9 @@ class Undo:
 
     def _plan(self, connection: Connection, targets: Sequence[str], scope: Scope, on_conflict: OnConflict) -> Plan:
         steps = self._steps(connection, targets, scope)
+        _, wanted = invert(steps)
         conflicts: dict[FactKey, set[int]] = {}
-        moved_on: Collection[FactKey] = {step.fact for step in steps}
+        moved_on: Collection[FactKey] = set(wanted)
         if on_conflict != "force":
             later = self._later_entries(connection, steps)
             own = {step.id for step in steps}
@@ -326,8 +340,7 @@ class Undo:
                 gone = undone(connection, {entry.tx for entry in later}.difference(targets))
                 conflicts = {fact: set(ids) for fact, ids in in_the_way(later, set(targets), gone).items()}
         if conflicts:
-            _, wanted = invert([step for step in steps if step.fact in conflicts])
-            present = read_facts(connection, self._registry, wanted)
+            present = read_facts(connection, self._registry, conflicts)
             # Where others have left a fact as it should be, nobody's change is lost.
             last = {step.fact: step.id for step in reversed(steps)}
             conflicts = {
@@ -337,20 +350,21 @@ class Undo:
             }
         if conflicts and on_conflict == "raise":
             self._raise(connection, set().union(*conflicts.values()))
-        while True:
-            going = [step for step in steps if step.fact not in conflicts]
-            inverse, final = invert(going)
-            obstacles = find_obstacles(connection, self._registry, final)
-            if not obstacles:
-                kept = [step for step in steps if step.fact in conflicts]
-                because_of = set().union(*conflicts.values()) if conflicts else set()
-                return Plan(going, inverse, final, moved_on, kept, because_of)
-            entries = self._last_entries(connection, [by for by in obstacles.values() if by is not None])
-            if on_conflict != "skip":
-                self._raise(connection, set(entries.values()))
-            # What is left out may be what others need, so the rest is looked at again.
-            blocking = {fact: None if by is None else entries.get(by) for fact, by in obstacles.items()}
-            conflicts.update({fact: set() if id_ is None else {id_} for fact, id_ in blocking.items()})
+        plan = Plan(steps, wanted, read_rules(connection, self._registry, wanted), moved_on, conflicts)
+        obstacles = self._leave_out(connection, plan)
+        if obstacles and on_conflict != "skip":
+            self._raise(connection, set().union(*(plan.left_out[fact] for fact in obstacles)))
+        return plan
+
+    def _leave_out(self, connection: Connection, plan: Plan) -> Obstacles:
+        """Leave out of *plan* what cannot be, because of others or of what is left out already; returns that."""
+        obstacles = plan.rules.obstacles(plan.left_out)
+        # What is left out may be what others need. They are told why it is, not that it is.
+        causes = {by for by in obstacles.values() if by is not None and by not in obstacles and by not in plan.left_out}
+        entries = self._last_entries(connection, causes) if causes else {}
+        for fact, by in obstacles.items():
+            plan.left_out[fact] = {entries[by]} if by in entries else set()
+        return obstacles
 
     def _steps(self, connection: Connection, targets: Sequence[str], scope: Scope) -> list[Step]:
         """The changes of *targets* that are neither undone nor redacted, newest first."""
@@ -438,16 +452,17 @@ class Undo:
     def _carry_out(self, connection: Connection, unit: Unit, plan: Plan, reason: str) -> list[Change]:
         tx = new_tx()
         labels = {**unit.labels, "reason": unit.reason or reason}
+        inverse, final = invert(plan.going)
         with unit.writing():
-            with self._capture.undoing(connection, tx, plan.final):
-                now = restore(connection, self._registry, plan.final)
-            entries = list(_with_last_images(plan.entries, now))
+            with self._capture.undoing(connection, tx, final):
+                now = restore(connection, self._registry, final)
+            entries = list(_with_last_images(inverse, now))
             self._capture.write(connection, unit, entries, tx=tx)
             self._capture.write_header(connection, tx, labels)
-        if plan.final.keys().isdisjoint(plan.moved_on):
+        if final.keys().isdisjoint(plan.moved_on):
             written = connection.execute(_written, {"tx": tx}).all()
             if [row[1:3] for row in written] == [entry[:2] for entry in entries]:  # and triggers logged nothing more
-                return self._as_changes(connection, plan.steps, entries, written, labels)
+                return self._as_changes(connection, plan.going, entries, written, labels)
         return read_changes(connection, self._registry, log.c.tx == tx)
 
     def _as_changes(
