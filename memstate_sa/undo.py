@@ -6,9 +6,11 @@ Nothing is written before both are answered.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeAlias
 
@@ -98,6 +100,11 @@ class Plan:
     @property
     def kept(self) -> list[Step]:
         return [step for step in self.steps if step.fact in self.left_out]
+
+    def possible(self, facts: Collection[FactKey]) -> set[FactKey]:
+        """Which of *facts* can be as they are wanted when all others stay as they are."""
+        others = self.wanted.keys() - facts
+        return set(facts) - self.rules.obstacles(others).keys()
 
     @property
     def conflicts(self) -> set[int]:
@@ -307,9 +314,27 @@ class Undo:
         reason: str = "rollback",
     ) -> Revocation:
         plan = self._plan(connection, targets, scope, on_conflict)
+        try:
+            reverted = self._attempt(connection, unit, plan, reason, dry_run=dry_run)
+        except ConflictError:
+            refused = self._refused(connection, unit, plan) if on_conflict == "skip" else []
+            if not refused:
+                raise
+            plan.left_out.update((fact, set()) for fact in refused)
+            self._leave_out(connection, plan)
+            reverted = self._attempt(connection, unit, plan, reason, dry_run=dry_run)
+        if reverted and not dry_run:
+            self._expire(session, connection, {step.fact for step in plan.going})
+        return Revocation(
+            reverted,
+            kept=self._changes(connection, {step.id for step in plan.kept}),
+            conflicts=self._changes(connection, plan.conflicts),
+        )
+
+    def _attempt(self, connection: Connection, unit: Unit, plan: Plan, reason: str, *, dry_run: bool) -> list[Change]:
+        """Carry *plan* out, or nothing of it."""
         reverted: list[Change] = []
-        going = plan.going
-        if going:
+        if plan.going:
             attempt, before = connection.begin_nested(), (unit.logged, unit.written_on, dict(unit.txs))
             try:
                 reverted = self._carry_out(connection, unit, plan, reason)
@@ -319,13 +344,49 @@ class Undo:
                     unit.logged, unit.written_on, unit.txs = before
                 else:
                     attempt.commit()
-            if not dry_run:
-                self._expire(session, connection, {step.fact for step in going})
-        return Revocation(
-            reverted,
-            kept=self._changes(connection, {step.id for step in plan.kept}),
-            conflicts=self._changes(connection, plan.conflicts),
-        )
+        return reverted
+
+    def _refused(self, connection: Connection, unit: Unit, plan: Plan) -> list[FactKey]:
+        """What the database does not let be as *plan* wants it, for reasons that only it knows: found by trying.
+
+        Fact by fact joins those that can be restored together, as many at once as go well; which those are is found by
+        halving. Others may have to wait for the one that fails: it is to blame if it fails without them.
+        """
+        accepted: set[FactKey] = set()
+        waiting = [fact for fact in plan.wanted if fact not in plan.left_out]
+        refused: list[FactKey] = []
+        fails_with = partial(self._fails, connection, unit, plan)
+        while True:
+            most = 1
+            while most < len(waiting) and not fails_with({*accepted, *waiting[:most]}):
+                most *= 2
+            most = min(most, len(waiting))
+            fine = most // 2 + bisect_left(
+                range(most // 2 + 1, most + 1), True, key=lambda n: fails_with({*accepted, *waiting[:n]})
+            )
+            accepted = plan.possible({*accepted, *waiting[:fine]})
+            if fine == len(waiting):
+                return refused
+            suspect = waiting.pop(fine)
+            waiting = [fact for fact in waiting if fact not in accepted]
+            alone = plan.possible({*accepted, suspect})
+            if suspect in alone and not fails_with(alone):
+                accepted = alone
+            else:
+                refused.append(suspect)
+
+    def _fails(self, connection: Connection, unit: Unit, plan: Plan, facts: Collection[FactKey]) -> bool:
+        final = {fact: plan.wanted[fact] for fact in plan.possible(facts)}
+        attempt = connection.begin_nested()
+        try:
+            with unit.writing(), self._capture.undoing(connection, new_tx(), final):
+                restore(connection, self._registry, final)
+        except ConflictError:
+            return True
+        else:
+            return False
+        finally:
+            attempt.rollback()
 
     def _plan(self, connection: Connection, targets: Sequence[str], scope: Scope, on_conflict: OnConflict) -> Plan:
         steps = self._steps(connection, targets, scope)

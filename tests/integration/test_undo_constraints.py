@@ -305,6 +305,71 @@ def test_a_parent_in_another_form(sqlite_engine: Engine) -> None:
     app.check()
 
 
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+def test_what_only_the_database_knows_keeps_no_more_than_it_must(
+    engine: Engine, statements: list[str], capture: str
+) -> None:
+    """An index on some rows refuses one of many, and an untracked row two parents; their children go all the same."""
+    here = sa.text("NOT gone")
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Parent(Base):
+        __tablename__ = "parent"
+        id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+    class Child(Base):
+        __tablename__ = "child"
+        id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+        parent_id: Mapped[int] = mapped_column(ForeignKey("parent.id"))
+        slot: Mapped[int]
+        gone: Mapped[bool] = mapped_column(default=False)
+        __table_args__ = (sa.Index("slot_taken", "slot", unique=True, postgresql_where=here, sqlite_where=here),)
+
+    class Stranger(Base):
+        __tablename__ = "stranger"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        parent_id: Mapped[int] = mapped_column(ForeignKey("parent.id"))
+
+    app = App(engine, Base, Stranger, Parent={"capture": capture}, Child={"capture": capture})
+    children = range(1, 101)
+    with app.session(actor="me") as session:
+        session.add_all(Parent(id=n) for n in range(1, 6))
+        session.flush()
+        session.add_all(Child(id=n, parent_id=n % 5 + 1, slot=n) for n in children)
+        session.commit()
+        app.memory.annotate(session, actor="run")
+        for child in session.scalars(sa.select(Child)):
+            child.gone = True
+        session.add_all(Parent(id=n) for n in range(6, 11))
+        session.flush()
+        session.add_all(Child(id=100 + n, parent_id=n, slot=100 + n) for n in range(6, 11))
+        session.commit()
+        app.memory.annotate(session, actor="you")
+        session.add(Child(id=200, parent_id=1, slot=50))
+        session.add_all([Stranger(parent_id=7), Stranger(parent_id=8)])
+        session.commit()
+        before = app.rows()
+        with pytest.raises(ConflictError):
+            app.memory.revoke(session, actor="run", on_conflict="raise")
+        session.commit()
+        assert app.rows() == before
+        planned = app.memory.revoke(session, actor="run", dry_run=True)
+        statements.clear()
+        result = app.memory.revoke(session, actor="run")
+        session.commit()
+    kept = {("child", 50), ("parent", 7), ("parent", 8)}
+    for found in (planned, result):
+        assert {(change.entity, change.key) for change in found.kept} == kept
+        assert len(found.reverted) == 107
+        assert found.conflicts == []
+    assert len(statements) < 1000
+    assert [row[0] for row in app.rows()["parent"]] == [1, 2, 3, 4, 5, 7, 8]
+    assert [row[0] for row in app.rows()["child"] if row[3]] == [50]
+    app.check()
+
+
 # -- what others do meanwhile ------------------------------------------------------------------------------------------
 
 
