@@ -26,10 +26,12 @@ from sqlalchemy import (
     Table,
     Text,
     Uuid,
+    and_,
     any_,
     bindparam,
     cast,
     literal_column,
+    or_,
     select,
     tuple_,
     type_coerce,
@@ -74,6 +76,16 @@ T = TypeVar("T")
 def batches(items: Sequence[T], size: int = READ_CHUNK) -> Iterator[Sequence[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def hashable(value: Any) -> Any:
+    """*value*, and what is in it, with tuples for lists."""
+    return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _listed(value: Any) -> Any:
+    """What `hashable` was made from."""
+    return list(map(_listed, value)) if isinstance(value, tuple) else value
 
 
 class Raw(UserDefinedType[Any]):
@@ -190,17 +202,24 @@ class TableColumns:
         self, connection: Connection, columns: Sequence[Column[Any]], values: Sequence[tuple[Any, ...]]
     ) -> list[tuple[str, tuple[Any, ...]]]:
         """The keys of the rows that have one of *values* (driver-level) in *columns*, and which."""
-        given: BindParameter[Any] = bindparam("values", expanding=True)
-        there = tuple_(*(type_coerce(column, RAW) for column in columns)).in_(given)
         names = [column.name for column in columns]
         wanted = [*self.key_names, *names]
         statement: Select[Any] = select(*(self.raw(self.by_name[name]).label(f"n{n}") for n, name in enumerate(wanted)))
         found = []
         for some in batches(list(dict.fromkeys(values))):
-            rows = connection.execute(statement.where(there), {"values": some}).all()
+            rows = connection.execute(statement.where(self._having(columns, some))).all()
             width = len(self.key_names)
-            found += [(self.encode_key(row[:width]), tuple(row[width:])) for row in rows]
+            found += [(self.encode_key(row[:width]), hashable(row[width:])) for row in rows]
         return found
+
+    def _having(self, columns: Sequence[Column[Any]], values: Sequence[tuple[Any, ...]]) -> ColumnElement[bool]:
+        """One of *values* in *columns*."""
+        if not any(isinstance(self._impl[column.name], sqltypes.ARRAY) for column in columns):
+            given: BindParameter[Any] = bindparam("values", list(values), expanding=True)
+            return tuple_(*(type_coerce(column, RAW) for column in columns)).in_(given)
+        # What an array is of, PostgreSQL knows of a parameter by itself, not of one in a row.
+        rows = [zip(columns, map(_listed, value), strict=True) for value in values]
+        return or_(*(and_(*(column == self.raw_bind(column, item) for column, item in row)) for row in rows))
 
     @cached_property
     def key_in(self) -> ColumnElement[bool]:

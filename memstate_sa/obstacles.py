@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection
 from memstate_sa.arrays import as_array, each
 from memstate_sa.changes import FactKey, Image, by_entity
 from memstate_sa.codec import decode, decode_key, encode_key
-from memstate_sa.columns import TableColumns
+from memstate_sa.columns import TableColumns, hashable
 from memstate_sa.facts import Tracked, unique_value
 from memstate_sa.registry import Registry
 from memstate_sa.restore import unique_columns, wanted_rows
@@ -260,5 +260,5 @@ def _columns_of(fk: ForeignKeyConstraint) -> tuple[list[Column[Any]], list[Colum
 
 
 def _values(image: Image | None, columns: Sequence[Column[Any]]) -> tuple[Any, ...] | None:
-    values = (None,) if image is None else tuple(decode(image.get(column.name)) for column in columns)
+    values = (None,) if image is None else tuple(hashable(decode(image.get(column.name))) for column in columns)
     return None if None in values else values

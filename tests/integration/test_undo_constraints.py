@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Engine, ForeignKey, create_engine, event
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from memstate_sa import ConflictError, Memory, sqlite
@@ -302,6 +305,63 @@ def test_a_parent_in_another_form(sqlite_engine: Engine) -> None:
         result = app.memory.revoke(session, tx=[first])
         assert {change.key for change in result.kept} == {"two"}
         assert [(change.key, change.actor) for change in result.conflicts] == [(4, "you")]
+    app.check()
+
+
+class Mood(enum.Enum):
+    GOOD = "good"
+    BAD = "bad"
+
+
+def test_arrays_that_are_unique(postgres_engine: Engine) -> None:
+    """They are compared like other values: who has one that another is to get again, is named."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Parent(Base):
+        __tablename__ = "parent"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        path: Mapped[list[int]] = mapped_column(ARRAY(sa.BigInteger), unique=True)
+        moods: Mapped[list[Mood]] = mapped_column(ARRAY(sa.Enum(Mood)))
+        ids: Mapped[list[uuid.UUID]] = mapped_column(ARRAY(sa.Uuid))
+        __table_args__ = (sa.UniqueConstraint("moods", "ids"),)
+
+    class Child(Base):
+        __tablename__ = "child"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        path: Mapped[list[int]] = mapped_column(ARRAY(sa.BigInteger), ForeignKey("parent.path"))
+
+    app = App(postgres_engine, Base)
+    moods, ids = [Mood.GOOD, Mood.BAD], [uuid.UUID(int=1)]
+    with app.session() as session:
+        session.add(Parent(id=1, path=[1, 2], moods=moods, ids=ids))
+        session.commit()
+        before = app.rows()
+        session.get_one(Parent, 1).path, session.get_one(Parent, 1).ids = [3], []
+        session.commit()
+        app.memory.rollback(session)
+        session.commit()
+        assert app.rows() == before
+        app.memory.annotate(session, actor="me")
+        session.get_one(Parent, 1).ids = []
+        session.commit()
+        app.memory.annotate(session, actor="me")
+        session.delete(session.get_one(Parent, 1))
+        session.commit()
+        app.memory.annotate(session, actor="you")
+        session.add(Parent(id=2, path=[1, 2], moods=[Mood.BAD], ids=[]))
+        session.add(Parent(id=3, path=[], moods=moods, ids=ids))
+        session.flush()
+        session.add(Child(id=1, path=[1, 2]))
+        session.commit()
+        for scope, entity, key in (({"actor": "me"}, "parent", 2), ({"actor": "you", "model": Parent}, "child", 1)):
+            with pytest.raises(ConflictError) as refused:
+                app.memory.rollback(session, **scope)
+            assert [(change.entity, change.key) for change in refused.value.changes] == [(entity, key)]
+        with pytest.raises(ConflictError) as refused:
+            app.memory.rollback(session, 2, actor="me")
+        assert {change.key for change in refused.value.changes} <= {2, 3}
     app.check()
 
 
