@@ -5,21 +5,30 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from datetime import date, datetime, timedelta
+from decimal import Decimal
 from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from itertools import groupby
 from typing import Any, TypeAlias
+from uuid import uuid4
 
 from sqlalchemy import (
     Column,
     ColumnElement,
+    Date,
+    DateTime,
     Enum,
+    Float,
     ForeignKeyConstraint,
     Integer,
+    LargeBinary,
+    Numeric,
     SmallInteger,
     String,
     Table,
     UniqueConstraint,
+    Uuid,
     and_,
     delete,
     insert,
@@ -94,6 +103,8 @@ class _Restoration:
             # A unique value that moves on from one row to another is first taken away from where it is.
             (self._park, self._bring_back, self._change, self._remove),
             (self._remove, self._change, self._bring_back),
+            # So is what refers to it.
+            (self._let_go, self._park, self._bring_back, self._change, self._remove),
         )
         for order in orders:
             try:
@@ -174,23 +185,43 @@ class _Restoration:
             ]
             self._execute(rows, partial(self._deletion, table), table)
 
+    def _let_go(self) -> None:
+        """Give foreign keys that may be NULL, and are to change, no value."""
+        for table in self._tables:
+            self._set_aside(table, [tuple(fk.columns) for fk in table.foreign_key_constraints])
+
     def _park(self) -> None:
         """Give unique columns whose value is to change one that nobody has."""
         for table in self._tables:
-            uniques = unique_columns(table)
-            rows = []
-            for key, image in self._there[table].items():
-                wanted = self._wanted[table][key]
-                moving = [
-                    columns
-                    for columns in uniques
-                    if wanted is None or any(wanted.get(c.name, image[c.name]) != image[c.name] for c in columns)
-                ]
-                parked = dict(_placeholder(columns) for columns in moving)
-                parked.pop("", None)
-                self._parked[table, key] = parked
-                rows.append((key, parked))
-            self._update(table, rows)
+            self._set_aside(table, unique_columns(table))
+
+    def _set_aside(self, table: Table, groups: Iterable[tuple[Column[Any], ...]]) -> None:
+        rows = []
+        for key, image in self._there[table].items():
+            wanted = self._wanted[table][key]
+            moving = [
+                columns
+                for columns in groups
+                if wanted is None or any(wanted.get(c.name, image[c.name]) != image[c.name] for c in columns)
+            ]
+            parked = dict(self._placeholder(table, columns) for columns in moving)
+            parked.pop("", None)
+            self._parked.setdefault((table, key), {}).update(parked)
+            rows.append((key, parked))
+        self._update(table, rows)
+
+    def _placeholder(self, table: Table, columns: Sequence[Column[Any]]) -> tuple[str, Any]:
+        """One of *columns*, which are unique together, and a value that no row has; ("", None): none is known."""
+        for column in columns:
+            if column.nullable and not column.primary_key:
+                return column.name, None
+        for column in columns:
+            implementation = self._columns(table).implementation(column)
+            value = None if column.primary_key or column.foreign_keys else _unused(implementation)
+            if value is not None:
+                process = implementation.bind_processor(self._connection.dialect)
+                return column.name, value if process is None else process(value)
+        return "", None
 
     # -- statements --------------------------------------------------------------------------------------------------
 
@@ -333,19 +364,34 @@ def unique_columns(table: Table, *, partial: bool = True) -> list[tuple[Column[A
     return found
 
 
-def _placeholder(columns: Sequence[Column[Any]]) -> tuple[str, Any]:
-    """One of *columns*, which are unique together, and a value for it that no row has; ("", None): none is known."""
-    for column in columns:
-        if column.nullable and not column.primary_key:
-            return column.name, None
-    for column in columns:
-        if column.primary_key or column.foreign_keys:
-            continue
-        if isinstance(column.type, String) and not isinstance(column.type, Enum):
-            return column.name, secrets.token_hex(16)[: column.type.length]
-        if isinstance(column.type, Integer):
-            return column.name, -1 - secrets.randbelow(2**15 if isinstance(column.type, SmallInteger) else 2**30)
-    return "", None
+_SPAN_US = 900 * 365 * 24 * 3600 * 10**6
+"""Microseconds of the years in which nobody's dates are."""
+
+
+def _unused(type_: Any) -> Any:  # a case a type
+    """A value of *type_* that hardly any row has; None: of this type none is known."""
+    value: Any = None
+    match type_:
+        case Enum():
+            pass  # it has few
+        case String():
+            value = secrets.token_hex(16)[: type_.length]
+        case Integer():
+            value = -1 - secrets.randbelow(2**15 if isinstance(type_, SmallInteger) else 2**30)
+        case Float():
+            value = -float(secrets.randbelow(2**40))
+        case Numeric():
+            digits = min(type_.precision or 15, 15)
+            value = Decimal(-1 - secrets.randbelow(10**digits - 1)).scaleb(-(type_.scale or 0))
+        case Date():
+            value = date.min + timedelta(microseconds=secrets.randbelow(_SPAN_US))
+        case DateTime():
+            value = datetime(100, 1, 1) + timedelta(microseconds=secrets.randbelow(_SPAN_US))  # noqa: DTZ001  # either
+        case Uuid():
+            value = uuid4() if type_.as_uuid else str(uuid4())
+        case LargeBinary():
+            value = secrets.token_bytes(16)[: type_.length]
+    return value
 
 
 def _generated_always(connection: Connection, table: Table) -> list[Column[Any]]:

@@ -7,7 +7,9 @@ import io
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -148,6 +150,97 @@ def test_in_a_circle_that_is_checked_at_commit_any_order_will_do(engine: Engine)
         session.commit()
         assert app.rows() == {"user_": [], "address": []}
         app.memory.rollback(session, tx=app.memory.history(session, user, 1)[-1].tx)
+        session.commit()
+    assert app.rows() == before
+    app.check()
+
+
+# -- values that change hands ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("type_", "values"),
+    [
+        (sa.Date, [date(2024, 1, n) for n in (1, 2, 3)]),
+        (sa.DateTime, [datetime(2024, 1, n) for n in (1, 2, 3)]),
+        (sa.DateTime(timezone=True), [datetime(2024, 1, n, tzinfo=UTC) for n in (1, 2, 3)]),
+        (sa.Uuid, [uuid.UUID(int=n) for n in (1, 2, 3)]),
+        (sa.Uuid(as_uuid=False), [str(uuid.UUID(int=n)) for n in (1, 2, 3)]),
+        (sa.Numeric(3, 2), [Decimal("1.50"), Decimal("2.50"), Decimal("3.50")]),
+        (sa.Float, [1.5, 2.5, 3.5]),
+        (sa.LargeBinary(4), [b"1", b"2", b"3"]),
+        (sa.String(5), ["a", "b", "c"]),
+    ],
+    ids=lambda value: None if isinstance(value, list) else repr(value),
+)
+@pytest.mark.filterwarnings("ignore:Dialect sqlite.*does \\*not\\* support Decimal:sqlalchemy.exc.SAWarning")
+def test_swapped_values_of_any_type(engine: Engine, type_: Any, values: Sequence[Any]) -> None:
+    """For a moment one of the rows has a value that nobody has, also where the column is unique with a foreign key."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Owner(Base):
+        __tablename__ = "owner"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    class Thing(Base):
+        __tablename__ = "thing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        one: Mapped[Any] = mapped_column(type_, unique=True)
+        two: Mapped[Any] = mapped_column(type_)
+        owner_id: Mapped[int] = mapped_column(ForeignKey("owner.id"))
+        __table_args__ = (sa.UniqueConstraint("owner_id", "two"),)
+
+    app = App(engine, Base)
+    a, b, c = values
+    with app.sessions() as session:
+        session.add(Owner(id=1))
+        session.flush()
+        session.add_all([Thing(id=1, one=a, two=b, owner_id=1), Thing(id=2, one=b, two=a, owner_id=1)])
+        session.commit()
+        before = app.rows()
+        for key, one, two in ((1, c, c), (2, a, b), (1, b, a)):
+            thing = session.get_one(Thing, key)
+            thing.one, thing.two = one, two
+            session.flush()
+        session.commit()
+        app.memory.rollback(session)
+        session.commit()
+    assert app.rows() == before
+    app.check()
+
+
+def test_swapped_values_that_others_refer_to(engine: Engine) -> None:
+    """Who refers to one of them, and has come along, lets go of it first."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Parent(Base):
+        __tablename__ = "parent"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        code: Mapped[str] = mapped_column(unique=True)
+
+    class Child(Base):
+        __tablename__ = "child"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        code: Mapped[str | None] = mapped_column(ForeignKey("parent.code"))
+
+    app = App(engine, Base)
+    with app.sessions() as session:
+        session.add_all([Parent(id=1, code="x"), Parent(id=2, code="y")])
+        session.flush()
+        session.add(Child(id=1, code="x"))
+        session.commit()
+        before = app.rows()
+        for model, key, code in (
+            (Child, 1, None), (Parent, 1, "t"), (Parent, 2, "x"), (Parent, 1, "y"), (Child, 1, "y")
+        ):  # fmt: skip
+            session.get_one(model, key).code = code
+            session.flush()
+        session.commit()
+        app.memory.rollback(session)
         session.commit()
     assert app.rows() == before
     app.check()
