@@ -246,7 +246,9 @@ class _Restoration:
             kept = {c.key: c for c in table.columns if c.onupdate is not None and c.key not in values}
             return update(table).where(self._is(table)).values({**kept, **values})
 
-        changes = ((key, {n: v for n, v in values.items() if n not in fixed}) for key, values in rows)
+        changes = [(key, {n: v for n, v in values.items() if n not in fixed}) for key, values in rows]
+        # Of those that set the same columns, one executemany: their order is of no matter.
+        changes.sort(key=lambda row: tuple(row[1]))
         self._execute([(key, values) for key, values in changes if values], statement, table)
 
     def _execute(

@@ -523,6 +523,37 @@ def test_what_only_the_database_knows_keeps_no_more_than_it_must(
     app.check()
 
 
+def test_a_statement_for_each_set_of_columns(engine: Engine, statements: list[str]) -> None:
+    """However the rows that change one and those that change another alternate."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Thing(Base):
+        __tablename__ = "thing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        one: Mapped[int] = mapped_column(default=0)
+        two: Mapped[int] = mapped_column(default=0)
+
+    app = App(engine, Base)
+    with app.sessions() as session:
+        session.add_all(Thing(id=n) for n in range(200))
+        session.commit()
+        before = app.rows()
+        costs = []
+        for count in (2, 200):
+            for n in range(count):
+                setattr(session.get_one(Thing, n), "two" if n % 2 else "one", 1)
+            session.commit()
+            statements.clear()
+            app.memory.rollback(session)
+            costs.append(len(statements))
+            session.commit()
+            assert app.rows() == before
+    assert costs[0] == costs[1]
+    app.check()
+
+
 # -- what others do meanwhile ------------------------------------------------------------------------------------------
 
 
