@@ -122,3 +122,21 @@ def decode_key(key: str) -> tuple[Any, ...]:
     if key[1:-1].isdecimal() and key.isascii():
         return (int(key[1:-1]),)
     return tuple(decode(data) for data in json.loads(key))
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two encoded values are one, which triggers may have encoded in another form than Sessions do."""
+    return bool(one == other) or _equal(decode(one), decode(other))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other) or repr(one) == repr(other)  # NaN
+
+
+def differ(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Whether two images are of different rows. One of them may lack a column, which was added or dropped since."""
+    if one is None or other is None:
+        return one is not other
+    return not all(same(one[name], other[name]) for name in one.keys() & other.keys())

@@ -44,7 +44,7 @@ from sqlalchemy.sql.elements import BindParameter
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
-from memstate_sa.codec import decode, decode_key, encode_image, encode_key
+from memstate_sa.codec import decode, decode_key, differ, encode_image, encode_key
 from memstate_sa.errors import MemstateError
 
 READ_CHUNK = 1000
@@ -165,6 +165,11 @@ class TableColumns:
     def parts(self, image: Mapping[str, Any] | None) -> dict[Table, Mapping[str, Any] | None]:
         """What *image* says of each of the tables: None where there is no row."""
         return {self.table: image}
+
+    def differ(self, one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+        """Whether two images say that a row, in any of its tables, is another one."""
+        left, right = self.parts(one), self.parts(other)
+        return any(differ(left[table], right[table]) for table in left)
 
     def implementation(self, column: Column[Any]) -> TypeEngine[Any]:
         """The dialect's type of *column*, below any TypeDecorator."""

@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection, Engine
 from memstate_sa import appendonly, sqlite, triggers, truth
 from memstate_sa.capture import Capture, Unit
 from memstate_sa.changes import Entry, Image, new_tx
-from memstate_sa.codec import decode_image, decode_key
+from memstate_sa.codec import decode_key
 from memstate_sa.columns import TableColumns
 from memstate_sa.facts import Tracked
 from memstate_sa.history import LastEntry, last_entries
@@ -239,23 +239,9 @@ def _rows(
 
 def _differs(last: LastEntry, row: Image | None, columns: TableColumns) -> bool:
     """A column that was added or dropped since is no difference: nobody has changed the row."""
-    logged = columns.parts(None if last.op == "delete" else last.image)
-    return any(_part_differs(logged[table], part) for table, part in columns.parts(row).items())
-
-
-def _part_differs(logged: Image | None, row: Image | None) -> bool:
-    if logged is None or row is None:
-        return (logged is None) is not (row is None)
-    was, is_ = decode_image(logged), decode_image(row)
-    return any(not _same(was[name], is_[name]) for name in was.keys() & is_.keys())
+    return columns.differ(None if last.op == "delete" else last.image, row)
 
 
 def _absent(inspector: Inspector, tracked: Tracked) -> list[str]:
     """Its tables that are not there."""
     return [table.fullname for table in tracked.tables if not inspector.has_table(table.name, schema=table.schema)]
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other) or repr(one) == repr(other)  # NaN

@@ -15,11 +15,11 @@ from sqlalchemy.engine import Connection
 
 from memstate_sa.arrays import as_array, each
 from memstate_sa.changes import FactKey, Image, by_entity
-from memstate_sa.codec import decode, decode_key, encode_key
-from memstate_sa.columns import TableColumns, hashable
+from memstate_sa.codec import decode_key, encode_key
+from memstate_sa.columns import TableColumns
 from memstate_sa.facts import Tracked, unique_value
 from memstate_sa.registry import Registry
-from memstate_sa.restore import unique_columns, wanted_rows
+from memstate_sa.restore import columns_of, unique_columns, values_of, wanted_rows
 from memstate_sa.tables import unique
 
 Obstacles: TypeAlias = dict[FactKey, FactKey | None]
@@ -170,7 +170,7 @@ class _Reader:
             if keys:
                 self._columns(table).lock(self.connection, [decode_key(key) for key in keys], leaving=True)
         for fk, rule in found:
-            local, remote = _columns_of(fk)
+            local, remote = columns_of(fk)
             self._look_for(rule.referring, fk.table, local, filter(rule.referred.departing, rule.referred.now))
             arriving = list(filter(rule.referring.arriving, rule.referring.then))
             self._look_for(rule.referred, fk.referred_table, remote, arriving)
@@ -178,7 +178,7 @@ class _Reader:
 
     def _reference(self, fk: ForeignKeyConstraint) -> Reference:
         parent = fk.referred_table
-        local, remote = _columns_of(fk)
+        local, remote = columns_of(fk)
         is_key = [column.name for column in remote] == [column.name for column in parent.primary_key.columns]
         entity = self.registry.by_table[parent].entity if is_key else None
         return Reference(self._having(fk.table, local), self._having(parent, remote), entity)
@@ -216,18 +216,18 @@ class _Reader:
 
     def _having(self, table: Table, columns: Sequence[Column[Any]]) -> Having:
         """What those of the facts have that are rows of *table*."""
-        having = Having()
+        having, there = Having(), self._now(table)
         for key, image in self._wanted.get(table, {}).items():
-            having.add(self._fact(table, key), _values(self._now(table).get(key), columns), _values(image, columns))
+            having.add(self._fact(table, key), values_of(there.get(key), columns), values_of(image, columns))
         return having
 
     def _look_for(
         self, having: Having, table: Table, columns: Sequence[Column[Any]], values: Iterable[Hashable]
     ) -> None:
         """Add whoever else has *values* now."""
-        wanted = self._wanted.get(table, {})
+        there, wanted = self._now(table), self._wanted.get(table, {})
         for value, key in self._find(table, columns, list(values)):
-            moves = key in wanted and _values(wanted[key], columns) != _values(self._now(table).get(key), columns)
+            moves = key in wanted and values_of(wanted[key], columns) != values_of(there.get(key), columns)
             having.add(self._fact(table, key), value, None if moves else value)
 
     def _find(self, table: Table, columns: Sequence[Column[Any]], values: Sequence[Any]) -> Iterator[tuple[Any, str]]:
@@ -246,19 +246,15 @@ class _Reader:
 
     def _now(self, table: Table) -> Mapping[str, Image]:
         """The rows as they are, read when they are first asked for: of many tables nothing has to be known."""
+        if table not in self._wanted:
+            return {}
         if table not in self._there:
             keys = [decode_key(key) for key in self._wanted[table]]
-            self._there[table] = self._columns(table).read(self.connection, keys)
+            there = self._there[table] = self._columns(table).read(self.connection, keys)
+            for key, image in self._wanted[table].items():
+                if image is not None:  # columns that it does not know stay as they are
+                    self._wanted[table][key] = {**there.get(key, {}), **image}
         return self._there[table]
 
     def _fact(self, table: Table, key: str) -> FactKey:
         return self.registry.by_table[table].entity, key
-
-
-def _columns_of(fk: ForeignKeyConstraint) -> tuple[list[Column[Any]], list[Column[Any]]]:
-    return [element.parent for element in fk.elements], [element.column for element in fk.elements]
-
-
-def _values(image: Image | None, columns: Sequence[Column[Any]]) -> tuple[Any, ...] | None:
-    values = (None,) if image is None else tuple(hashable(decode(image.get(column.name))) for column in columns)
-    return None if None in values else values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import date, datetime, timedelta
@@ -39,8 +38,8 @@ from sqlalchemy.exc import CircularDependencyError, DataError, DBAPIError, Integ
 from sqlalchemy.schema import sort_tables_and_constraints
 
 from memstate_sa.changes import FactKey, Image, by_entity
-from memstate_sa.codec import decode, decode_key
-from memstate_sa.columns import TableColumns
+from memstate_sa.codec import decode, decode_key, same
+from memstate_sa.columns import TableColumns, hashable
 from memstate_sa.errors import ConflictError
 from memstate_sa.registry import Registry
 
@@ -170,8 +169,8 @@ class _Restoration:
             now = self._there[table].get(key)
             if image is not None and now is not None:
                 parked = self._parked.get((table, key), {})
-                differs = (name for name, value in image.items() if name in parked or now.get(name, image) != value)
-                found[key] = [name for name in differs if name != counted]
+                names = (name for name in image if name in now and name != counted)
+                found[key] = [name for name in names if name in parked or not same(now[name], image[name])]
         return found
 
     def _remove(self) -> None:
@@ -202,7 +201,7 @@ class _Restoration:
             moving = [
                 columns
                 for columns in groups
-                if wanted is None or any(wanted.get(c.name, image[c.name]) != image[c.name] for c in columns)
+                if wanted is None or not all(same(wanted.get(c.name, image[c.name]), image[c.name]) for c in columns)
             ]
             parked = dict(self._placeholder(table, columns) for columns in moving)
             parked.pop("", None)
@@ -323,10 +322,11 @@ class _Restoration:
             return list(images)
         sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(images, ()))
         for fk in own:
-            remote = [element.column.name for element in fk.elements]
-            owners = {tuple(_encoded(image, remote)): key for key, image in images.items()}
+            local, remote = columns_of(fk)
+            owners = {values_of(image, remote): key for key, image in images.items()}
             for key, image in images.items():
-                parent = owners.get(tuple(_encoded(image, [c.name for c in fk.columns])))
+                value = values_of(image, local)
+                parent = None if value is None else owners.get(value)
                 if parent is not None and parent != key:
                     sorter.add(key, parent)
         try:
@@ -403,5 +403,12 @@ def _generated_always(connection: Connection, table: Table) -> list[Column[Any]]
     return [column for column in table.columns if column.identity is not None and column.identity.always]
 
 
-def _encoded(image: Image, names: Iterable[str]) -> list[str]:
-    return [json.dumps(image.get(name)) for name in names]
+def columns_of(fk: ForeignKeyConstraint) -> tuple[list[Column[Any]], list[Column[Any]]]:
+    """Those that refer, and those that they refer to."""
+    return [element.parent for element in fk.elements], [element.column for element in fk.elements]
+
+
+def values_of(image: Image | None, columns: Iterable[Column[Any]]) -> tuple[Any, ...] | None:
+    """What *image* has in *columns*; None: nothing that equals anything, or that refers to anything."""
+    values = (None,) if image is None else tuple(hashable(decode(image.get(column.name))) for column in columns)
+    return None if None in values else values

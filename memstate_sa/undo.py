@@ -35,7 +35,7 @@ from memstate_sa.changes import (
     new_tx,
 )
 from memstate_sa.codec import decode_key
-from memstate_sa.columns import batches
+from memstate_sa.columns import TableColumns, batches
 from memstate_sa.errors import ConflictError, HistoryMissing, MemstateError, NotFound, require_count
 from memstate_sa.facts import Tracked
 from memstate_sa.history import Moment, read_changes, until
@@ -273,6 +273,9 @@ class Undo:
                 return session.connection(bind_arguments={"mapper": tracked.mapper})
         raise MemstateError("this Session is bound to no engine on which a tracked class is")
 
+    def _columns(self, connection: Connection, entity: str) -> TableColumns:
+        return self._registry.by_entity[entity].on(connection.dialect)
+
     @staticmethod
     def _default(scope: Scope, unit: Unit) -> Scope:
         """What the session is annotated with, where nothing else is said."""
@@ -407,7 +410,8 @@ class Undo:
             conflicts = {
                 fact: ids
                 for fact, ids in conflicts.items()
-                if wanted.get(fact) != present.get(fact) or max(ids) < last[fact]
+                if self._columns(connection, fact[0]).differ(wanted.get(fact), present.get(fact))
+                or max(ids) < last[fact]
             }
         if conflicts and on_conflict == "raise":
             self._raise(connection, set().union(*conflicts.values()))
@@ -458,8 +462,7 @@ class Undo:
     def _lock(self, connection: Connection, facts: Collection[FactKey]) -> None:
         """From here on nobody else changes their rows: what the log says of them now is true until the end."""
         for entity, keys in sorted(by_entity(facts).items()):  # in one order: no two undos wait for each other
-            columns = self._registry.by_entity[entity].on(connection.dialect)
-            columns.lock(connection, [decode_key(key) for key in keys])
+            self._columns(connection, entity).lock(connection, [decode_key(key) for key in keys])
 
     @staticmethod
     def _later_entries(connection: Connection, steps: Sequence[Step]) -> list[Later]:
@@ -540,7 +543,7 @@ class Undo:
             last.setdefault(step.fact, step.after)
         changes = []
         for (entity, key, op, image, reverts, _), (id_, _, _, tx, at) in zip(entries, written, strict=True):
-            columns = self._registry.by_entity[entity].on(connection.dialect)
+            columns = self._columns(connection, entity)
             before, last[entity, key] = last[entity, key], image
             was, is_ = (None if it is None else columns.values(dict(it)) for it in (before, image))
             identity = columns.identity(key)

@@ -554,6 +554,84 @@ def test_a_statement_for_each_set_of_columns(engine: Engine, statements: list[st
     app.check()
 
 
+# -- what is no change -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+def test_what_others_have_put_back_is_compared_by_value(engine: Engine, statements: list[str], capture: str) -> None:
+    """Not by how an image says it: triggers write floats in another form. There is nothing to write then, either."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Measure(Base):
+        __tablename__ = "measure"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        value: Mapped[float]
+
+    app = App(engine, Base, Measure={"capture": capture})
+    with app.session() as session:
+        session.add(Measure(id=1, value=1.5))
+        session.commit()
+        for actor, value in (("me", 2.5), ("you", 1.5)):
+            app.memory.annotate(session, actor=actor)
+            session.get_one(Measure, 1).value = value
+            session.commit()
+        statements.clear()
+        result = app.memory.revoke(session, actor="me")
+        session.commit()
+        assert [change.key for change in result.reverted] == [1]
+        assert result.kept == result.conflicts == []
+        assert not any(statement.startswith("UPDATE measure") for statement in statements)
+    app.check()
+
+
+def test_a_column_that_came_and_one_that_went_are_nobodys_change(engine: Engine) -> None:
+    """What others have put back since is compared by the columns that are there, then and now."""
+
+    class Old(DeclarativeBase):
+        pass
+
+    class Before(Old):
+        __tablename__ = "thing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        text: Mapped[str]
+        old: Mapped[int | None]
+
+    class New(DeclarativeBase):
+        pass
+
+    class After(New):
+        __tablename__ = "thing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        text: Mapped[str]
+        new: Mapped[int | None] = mapped_column(unique=True)
+
+    app = App(engine, Old)
+    with app.session() as session:
+        session.add(Before(id=1, text="x", old=5))
+        session.commit()
+        for actor, words in (("me", "y"), ("you", "x"), ("she", "z")):
+            app.memory.annotate(session, actor=actor)
+            session.get_one(Before, 1).text = words
+            session.commit()
+    with engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE thing DROP COLUMN old"))
+        connection.execute(sa.text("ALTER TABLE thing ADD COLUMN new INTEGER"))
+        connection.execute(sa.text("CREATE UNIQUE INDEX new_is_unique ON thing (new)"))
+    app = App(engine, New)
+    with app.session() as session:
+        session.get_one(After, 1).new = 7
+        app.memory.annotate(session, actor="she")
+        session.commit()
+        for scope in ("she", "me"):
+            result = app.memory.revoke(session, actor=scope)
+            assert result.kept == result.conflicts == []
+        session.commit()
+    assert app.rows() == {"thing": [(1, "x", 7)]}  # what it was before, the log does not know
+    app.check()
+
+
 # -- what others do meanwhile ------------------------------------------------------------------------------------------
 
 
