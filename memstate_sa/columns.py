@@ -146,7 +146,8 @@ class TableColumns:
     def __init__(self, table: Table, dialect: Dialect) -> None:
         self.table = table
         self.dialect = dialect
-        self.by_name = {column.name: column for column in table.columns}  # table.c is by key
+        # table.c is by key. PostgreSQL's own columns (xmin) are of the row, not in it: nobody can write them.
+        self.by_name = {column.name: column for column in table.columns if not column.system}
         self.names = tuple(self.by_name)
         self.key_names = tuple(column.name for column in table.primary_key.columns)
         self._key_positions = [self.names.index(name) for name in self.key_names]
@@ -251,7 +252,7 @@ class TableColumns:
 
     @cached_property
     def _rows_by_key(self) -> Select[Any]:
-        return select(*(self.raw(column) for column in self.table.columns)).where(self.key_in)
+        return select(*(self.raw(column) for column in self.by_name.values())).where(self.key_in)
 
     # -- rows ------------------------------------------------------------------------------------------------------
 

@@ -412,3 +412,51 @@ def test_a_subclass_in_the_same_table_that_comes_late_is_delivered(engine: Engin
         session.commit()
     app.memory.relay(engine).drain()
     assert_index_holds(app.index, app.embedder, {"root[1]": "first", "root[2]": "second"})
+
+
+class Xid(sa.types.UserDefinedType[str]):
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "xid"
+
+
+def test_the_databases_own_column_as_version_counter(postgres_engine: Engine) -> None:
+    """xmin is nothing that a row brings back, and nothing that was changed; a stale copy notices nevertheless."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Thing(Base):
+        __tablename__ = "thing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        text: Mapped[str]
+        xmin: Mapped[str] = mapped_column("xmin", Xid, system=True, server_default=sa.FetchedValue())
+        __mapper_args__: ClassVar[dict[str, Any]] = {"version_id_col": xmin, "version_id_generator": False}
+
+    app = App(postgres_engine, Base, Thing={})
+    with app.sessions() as session, app.sessions() as other:
+        session.add(Thing(id=1, text="one"))
+        session.commit()
+        first = app.memory.token(session) or ""
+        session.get_one(Thing, 1).text = "two"
+        session.commit()
+        stale = other.get_one(Thing, 1)
+        app.memory.rollback(session)
+        session.commit()
+        stale.text = "stale"
+        with pytest.raises(StaleDataError):
+            other.commit()
+        other.rollback()
+        assert session.get_one(Thing, 1).text == "one"
+        session.delete(session.get_one(Thing, 1))
+        session.commit()
+        app.memory.rollback(session)
+        session.commit()
+        assert session.get_one(Thing, 1).text == "one"
+        for change in app.memory.history(session, Thing, 1):
+            assert set(change.before or change.after or ()) == {"id", "text"}
+        session.get_one(Thing, 1).text = "three"
+        session.commit()
+        assert (app.memory.as_of(session, Thing, 1, first) or {})["text"] == "one"
+    assert app.memory.doctor(postgres_engine).healthy
