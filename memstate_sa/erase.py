@@ -6,19 +6,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import (
-    ForeignKeyConstraint,
-    Select,
-    Table,
-    delete,
-    false,
-    inspect,
-    literal_column,
-    null,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import ForeignKeyConstraint, Table, delete, false, inspect, null, select, text, update
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
@@ -155,10 +143,9 @@ def _referring(connection: Connection, registry: Registry, fk: ForeignKeyConstra
     tables = (fk.referred_table, fk.table)
     referred, other = (registry.by_table[table].on(connection.dialect).of_table[table] for table in tables)
     names = [element.column.name for element in fk.elements]
-    held: Select[Any] = select(literal_column("1")).where(referred.key_in).with_for_update()
     values = []
     for some in batches([decode_key(key) for key in keys]):
-        connection.execute(held, referred.key_parameters(some))
+        referred.lock(connection, some, leaving=True)
         images = referred.read(connection, some).values()
         values += [tuple(decode(image[name]) for name in names) for image in images]
     columns = [element.parent for element in fk.elements]
