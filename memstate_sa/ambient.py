@@ -2,32 +2,69 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
-_Entered = tuple[object, Engine, Session]
-_here = threading.local()
+from memstate_sa.errors import MemstateError
+
+
+@dataclass(eq=False)
+class _Entered:
+    memory: object
+    engine: Engine
+    session: Session
+    task: object
+    """The asyncio.Task that entered it; None: the thread itself, and whatever it calls."""
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.entered: list[_Entered] = []
+
+
+_here = _Here()
 
 
 @contextmanager
 def joining(memory: object, engine: Engine, session: Session) -> Iterator[None]:
     """What this thread does with *memory* in *engine*'s database is to join *session*: see `joined`."""
-    before: tuple[_Entered, ...] = getattr(_here, "entered", ())
-    _here.entered = ((memory, engine, session), *before)
+    mine, entered = _Entered(memory, engine, session, _task()), _here.entered
+    entered.append(mine)
     try:
         yield
     finally:
-        _here.entered = before
+        entered.remove(mine)  # not the last: another task's block may have begun since, and another thread may end this
 
 
 def joined(memory: object, engine: Engine) -> Session | None:
-    """The Session that this thread entered last, of those with *memory* in *engine*'s database."""
-    entered: tuple[_Entered, ...] = getattr(_here, "entered", ())
-    return next((session for of, its, session in entered if of is memory and _is_same(its, engine)), None)
+    """The Session that this thread entered last, of those with *memory* in *engine*'s database.
+
+    Raises MemstateError where an asyncio task entered it, and another one asks: what that commits would be rolled back
+    with what it knows nothing of; and in a Session of its own it could wait, with the loop, for the first.
+    """
+    every = reversed(_here.entered)
+    found = next((each for each in every if each.memory is memory and _is_same(each.engine, engine)), None)
+    if found is None:
+        return None
+    if found.task is not None and found.task is not _task():
+        raise MemstateError(
+            "another asyncio task of this thread is in a transaction, which is its own: await its end, or call this in "
+            "a thread (asyncio.to_thread)"
+        )
+    return found.session
+
+
+def _task() -> object:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no loop runs in this thread
+        return None
 
 
 def _is_same(one: Engine, other: Engine) -> bool:

@@ -208,6 +208,9 @@ class MemoryStore:
         """Several calls as one SQL transaction: all of them, or none. Calls in the same thread join it.
 
         A call that raises leaves nothing of its own; whoever catches that goes on with the others.
+
+        In asyncio, a transaction with an ``await`` in it is its task's: until it ends, calls of other tasks of the
+        thread raise MemstateError. They may wait for it, or be made by ``asyncio.to_thread(store.commit, …)``.
         """
         _check_texts(session_id=session_id, actor=actor, reason=reason)
         open_session = joined(self.memory, self.engine)

@@ -75,7 +75,8 @@ class MemStateStore(BaseStore):
     *where* is a `MemoryStore`, or, with *memory*, an Engine (or AsyncEngine) or a URL. Items are facts: what is put and
     deleted is in the log, `Memory.rollback` undoes it, relays deliver it, and a search never shows what SQL does not
     hold. In a node of a graph, changes are labelled with the thread as session_id and the node as reason. Inside
-    ``with memory_store.transaction():``, or a checkpointer's `step`, calls of the same thread join that transaction.
+    ``with memory_store.transaction():``, or a checkpointer's `step`, calls of the same thread, in asyncio of the same
+    task, join that transaction.
 
     *index* says what of a value is embedded, each path by itself: ``{"fields": ["title", "notes[*].text"]}``; by
     default the whole of it, as JSON. False: nothing, and a *query* is ignored. The embedder is the Memory's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import threading
@@ -463,6 +464,85 @@ def test_threads_have_transactions_of_their_own(store: MemoryStore) -> None:
     theirs, (invisible, what_they_saw) = seen
     assert (invisible, what_they_saw) == (None, ["theirs"])
     assert_holds(store, {theirs: "content: theirs"})
+
+
+async def test_a_transaction_across_an_await_belongs_to_its_task(store: MemoryStore) -> None:
+    """Another task of the loop is refused, rather than losing what it was told is committed; in a thread it waits."""
+    begun, refused = asyncio.Event(), asyncio.Event()
+
+    async def fails() -> None:
+        with store.transaction():
+            store.commit(note("rolled back"))
+            begun.set()
+            await refused.wait()
+            assert contents(store) == ["rolled back"]
+            raise RuntimeError
+
+    async def other() -> str:
+        await begun.wait()
+        try:
+            for call in (lambda: store.commit(note("other")), store.query):
+                with pytest.raises(MemstateError, match="another asyncio task of this thread is in a transaction"):
+                    call()
+            waiting = asyncio.create_task(asyncio.to_thread(store.commit, note("waited")))
+        finally:
+            refused.set()
+        return await waiting
+
+    failed, waited = await asyncio.gather(fails(), other(), return_exceptions=True)
+    assert isinstance(failed, RuntimeError) and isinstance(waited, str)
+    again = store.commit(note("again"))
+    assert_holds(store, {waited: "content: waited", again: "content: again"})
+
+
+def test_tasks_join_the_transaction_around_their_loop(store: MemoryStore) -> None:
+    """It is the thread's, not one of theirs."""
+
+    async def commit(content: str) -> str:
+        return store.commit(note(content))
+
+    async def main() -> list[str]:
+        return await asyncio.gather(commit("a"), commit("b"))
+
+    with pytest.raises(RuntimeError), store.transaction():
+        asyncio.run(main())
+        assert contents(store) == ["a", "b"]
+        raise RuntimeError
+    assert_holds(store, {})
+
+
+async def test_transactions_of_two_stores_end_in_any_order(engine: Engine, tmp_path: Path) -> None:
+    """Each task's calls join its own, and nothing joins one that is over."""
+    with opened(engine) as one, opened(f"sqlite:///{tmp_path / 'other.db'}") as two:
+        second, first_ended = asyncio.Event(), asyncio.Event()
+
+        async def first() -> None:
+            with one.transaction():
+                await second.wait()
+            first_ended.set()
+
+        async def other() -> None:
+            with two.transaction():
+                second.set()
+                await first_ended.wait()
+                two.commit(note("joined"))
+                raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            await asyncio.gather(first(), other())
+        kept = one.commit(note("kept"))
+        assert_holds(one, {kept: "content: kept"})
+        assert_holds(two, {})
+
+
+def test_a_transaction_that_another_thread_ends(store: MemoryStore) -> None:
+    """As frameworks do with generators: the thread that began it joins nothing that is over."""
+    around = store.transaction()
+    around.__enter__()
+    first = store.commit(note("first"))
+    assert in_threads(1, lambda _: around.__exit__(None, None, None)) == []
+    second = store.commit(note("second"))
+    assert_holds(store, {first: "content: first", second: "content: second"})
 
 
 # -- schemas ----------------------------------------------------------------------------------------------------------
