@@ -242,7 +242,11 @@ class MemoryStore:
 
         After *ttl*, or at the fact's own ``expires_at``, it is deleted, within a minute while a relay runs.
 
-        Raises ValidationFailed, with Pydantic's errors, when its schema does not allow it; nothing is written then.
+        Where a fact has the same ``unique_by`` values, it is that which gets the payload and, or without, an end. An
+        ephemeral one becomes durable by it, and of this session; one that is over makes way for a new one.
+
+        Raises ValidationFailed, with Pydantic's errors, when its schema does not allow it; ConflictError when an
+        ephemeral fact would replace a durable one, or one of another session. Nothing is written then.
         """
         if not isinstance(fact, Fact):
             raise MemstateError(f"commit {fact!r}: give a Fact(type=…, payload=…); commit_model() takes models")
@@ -275,11 +279,11 @@ class MemoryStore:
             return new.id
         for _ in range(_UNIQUE_ATTEMPTS):
             existing = None if unique_values is None else self._holder(session, unique_values)
-            if existing is not None:
-                existing.payload, existing.expires_at = values["payload"], values["expires_at"]
+            if existing is not None and existing.expires_at is not None and existing.expires_at <= utcnow():
+                session.delete(existing)  # over, if not swept yet: nothing of it is in the way, or goes on
                 session.flush()
-                if not values["ephemeral"]:
-                    self._promote(session, [existing])
+            elif existing is not None:
+                self._replace(session, existing, values)
                 return existing.id
             new = Fact(**values)
             try:
@@ -291,6 +295,17 @@ class MemoryStore:
                 raise ConflictError(f"there is a fact {values.get('id')!r} already; update() changes it") from error
             return new.id
         raise ConflictError(f"facts of {values['type']} with these values keep coming and going; try again")
+
+    def _replace(self, session: Session, existing: Fact, values: Mapping[str, Any]) -> None:
+        if values["ephemeral"] and not (existing.ephemeral and existing.session_id == values["session_id"]):
+            whose = f"ephemeral in session {existing.session_id!r}" if existing.ephemeral else "durable"
+            raise ConflictError(
+                f"fact {existing.id!r} has the same unique values, and is {whose}: an ephemeral one does not replace it"
+            )
+        existing.payload, existing.expires_at = values["payload"], values["expires_at"]
+        session.flush()
+        if existing.ephemeral and not values["ephemeral"]:
+            self._promote(session, [existing], values["session_id"])
 
     def _holder(self, session: Session, unique_values: Sequence[Any]) -> Fact | None:
         take_write_lock(session.connection())
@@ -375,14 +390,14 @@ class MemoryStore:
         """Keep the ephemeral facts of a session (those that *selector* picks); returns their ids."""
         with self.transaction(session_id=session_id, reason="promote") as session:
             chosen = [fact for fact in self._ephemeral(session, session_id) if selector is None or selector(fact)]
-            self._promote(session, chosen)
+            self._promote(session, chosen, session_id)
         return [fact.id for fact in chosen]
 
-    def _promote(self, session: Session, facts: Sequence[Fact]) -> None:
+    def _promote(self, session: Session, facts: Sequence[Fact], session_id: str | None) -> None:
         self._local.promoting = True
         try:
             for fact in facts:
-                fact.ephemeral = False
+                fact.ephemeral, fact.session_id = False, session_id
             session.flush()
         finally:
             self._local.promoting = False

@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -753,16 +753,54 @@ def test_unique_values_of_any_kind(store: MemoryStore, value: Any) -> None:
     assert store.query(filters={"n": 2})[0].id == first
 
 
-def test_a_durable_fact_is_not_discarded(store: MemoryStore) -> None:
-    """Committing for good what was there as ephemeral makes it stay; the other way round changes nothing."""
+def test_a_durable_fact_takes_over_an_ephemeral_one(store: MemoryStore) -> None:
+    """It stays when the ephemeral one's session is discarded, and is a fact of the session that committed it."""
     store.register_schema("profile", Profile, unique_by="user", immutable=True)
-    u1, u2 = Fact(type="profile", payload={"user": "u1"}), Fact(type="profile", payload={"user": "u2"})
-    ephemeral = store.commit(u1, session_id="s1", ephemeral=True)
-    durable = store.commit(u2, session_id="s1")
-    assert store.commit(u1) == ephemeral
-    assert store.commit(u2, session_id="s1", ephemeral=True) == durable
-    assert store.discard_session("s1") == []
-    assert_holds(store, {ephemeral: "user: u1", durable: "user: u2"})
+    mine, nobodys = Fact(type="profile", payload={"user": "u1"}), Fact(type="profile", payload={"user": "u2"})
+    ids = [store.commit(fact, session_id="s1", ephemeral=True) for fact in (mine, nobodys)]
+    assert [store.commit(mine, session_id="s2"), store.commit(nobodys)] == ids
+    assert store.discard_session("s1") == store.discard_session("s2") == store.query(session_id="s1") == []
+    assert [fact.id for fact in store.query(session_id="s2")] == ids[:1]
+    assert_holds(store, {ids[0]: "user: u1", ids[1]: "user: u2"})
+
+
+@pytest.mark.parametrize("holder", ["durable", "ephemeral in session 's1'"])
+@pytest.mark.parametrize("ttl", [None, timedelta(minutes=1)])
+def test_an_ephemeral_fact_replaces_its_own_kind_alone(store: MemoryStore, holder: str, ttl: timedelta | None) -> None:
+    """A durable one, and that of another session, keep their payload, their session and their life."""
+    store.register_schema("profile", Profile, unique_by="user")
+    ephemeral = holder != "durable"
+    held = Fact(type="profile", payload={"user": "u1", "city": "Rome"})
+    id_ = store.commit(held, session_id="s1", ephemeral=ephemeral)
+    other = Fact(type="profile", payload={"user": "u1", "city": "Oslo"})
+    with pytest.raises(ConflictError, match=f"fact '{id_}' has the same unique values, and is {holder}"):
+        store.commit(other, session_id="s2", ephemeral=True, ttl=ttl)
+    [found] = store.query("profile")
+    assert (found.payload["city"], found.session_id, found.expires_at) == ("Rome", "s1", None)
+    if ephemeral:
+        assert store.commit(other, session_id="s1", ephemeral=True, ttl=ttl) == id_
+        assert store.discard_session("s1") == [id_]
+
+
+@pytest.mark.parametrize("ephemeral", [False, True])
+def test_what_has_expired_is_in_nobodys_way(store: MemoryStore, ephemeral: bool) -> None:
+    """Swept or not: what comes after it is another fact, also of what may not be changed."""
+    store.register_schema("profile", Profile, unique_by="user", immutable=True)
+    past = datetime(2000, 1, 1, tzinfo=UTC)
+    old = store.commit(Fact(type="profile", payload={"user": "u1"}, expires_at=past), session_id="s1")
+    new = store.commit(Fact(type="profile", payload={"user": "u1"}), session_id="s2", ephemeral=ephemeral)
+    assert old != new and ops(store, old) == ["insert", "delete"]
+    assert [(fact.id, fact.session_id, fact.ephemeral) for fact in store.query()] == [(new, "s2", ephemeral)]
+    assert_holds(store, {new: "user: u1"})
+
+
+def test_the_last_commit_says_how_long_a_fact_lives(store: MemoryStore) -> None:
+    """A durable one may shorten, or prolong, a durable one's life."""
+    store.register_schema("profile", Profile, unique_by="user")
+    for ttl in (None, timedelta(minutes=1), None):
+        store.commit(Fact(type="profile", payload={"user": "u1"}), ttl=ttl)
+        [fact] = store.query()
+        assert (fact.expires_at is None) == (ttl is None)
 
 
 # -- life -------------------------------------------------------------------------------------------------------------
