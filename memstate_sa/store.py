@@ -15,7 +15,7 @@ from decimal import Decimal
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, AliasPath, BaseModel, ValidationError
 from sqlalchemy import ColumnElement, Select, create_engine, exists, func, literal, not_, or_, select, type_coerce
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Engine, make_url
@@ -53,7 +53,7 @@ _DRAIN_TIMEOUT_S = 30.0
 class _FactType:
     model: type[BaseModel]
     unique_by: tuple[tuple[str, ...], ...]
-    """For each field, the names it may have in a payload: its own and its alias."""
+    """For each field, the names under which the model reads it from a payload."""
     immutable: bool
 
 
@@ -145,7 +145,8 @@ class MemoryStore:
     ) -> None:
         """Facts of *type* must satisfy the Pydantic *model*.
 
-        With *unique_by*, one or more payload fields, committing a fact whose values exist already updates that fact.
+        With *unique_by*, one or more of the model's fields, committing a fact whose values exist already updates that
+        fact: see `commit`. They are looked for under the names by which the model reads them, aliases included.
         An *immutable* fact can be added and deleted, not changed.
         """
         if not (isinstance(model, type_) and issubclass(model, BaseModel)):
@@ -155,8 +156,7 @@ class MemoryStore:
         unknown = [name for name in fields if name not in model.model_fields]
         if unknown:
             raise MemstateError(f"{model.__name__} has no field {unknown[0]!r}")
-        named = tuple((name, model.model_fields[name].alias or name) for name in fields)
-        self._types[type] = _FactType(model, named, immutable)
+        self._types[type] = _FactType(model, tuple(_unique_names(model, name) for name in fields), immutable)
 
     def _check(self, values: Mapping[str, Any]) -> None:
         if "type" not in values or "payload" not in values:
@@ -333,11 +333,16 @@ class MemoryStore:
         reason: str | None = None,
         ephemeral: bool = False,
     ) -> str:
-        """Remember a Pydantic *model* of a registered class; with *fact_id*, replace that fact's payload."""
+        """Remember a Pydantic *model* of a registered class; with *fact_id*, replace that fact's payload.
+
+        What is stored is JSON that the class reads back as it is: without computed fields and those that it excludes.
+
+        Raises ValidationFailed when it would read something else, as where only a path is its name for a field.
+        """
         kind = next((name for name, known in self._types.items() if known.model is type_(model)), None)
         if kind is None:
             raise MemstateError(f"{type_(model).__name__} is not registered; register_schema() does that")
-        payload = model.model_dump(mode="json", by_alias=True)
+        payload = _payload_of(model)
         if fact_id is None:
             fact = Fact(type=kind, payload=payload)
             return self.commit(fact, session_id=session_id, actor=actor, reason=reason, ephemeral=ephemeral)
@@ -538,6 +543,45 @@ def _engine(url: str) -> Engine:
         if parsed.drivername == "postgresql+psycopg":
             raise MissingExtra("psycopg", "postgres") from error
         raise MemstateError(f"{parsed.drivername}: no such dialect, or its driver is not installed") from error
+
+
+def _read_names(model: type[BaseModel], field: str) -> tuple[str | AliasPath, ...]:
+    """The names under which *model* reads a field, in the order in which it looks for them."""
+    config, alias = model.model_config, model.model_fields[field].validation_alias
+    if alias is None:
+        return (field,)
+    names = tuple(alias.choices) if isinstance(alias, AliasChoices) else (alias,)
+    by_name = bool(config.get("populate_by_name") or config.get("validate_by_name"))
+    return (names if config.get("validate_by_alias") is not False else ()) + (field,) * by_name
+
+
+def _unique_names(model: type[BaseModel], field: str) -> tuple[str, ...]:
+    found = _read_names(model, field)
+    names = tuple(name for name in found if isinstance(name, str))
+    if names != found:
+        raise MemstateError(f"unique_by={field!r}: its alias is a path (AliasPath) into the payload; give it a name")
+    return names
+
+
+def _payload_of(model: BaseModel) -> Any:
+    """*model* as JSON, under the names by which its class reads it: those of a dump may be others."""
+    kind = type_(model)
+    dumped = model.model_dump(mode="json", by_alias=True, round_trip=True)
+    payload = dumped
+    if isinstance(dumped, dict):  # no RootModel, and no serializer that makes something else of it
+        names = {
+            info.serialization_alias or name: next((n for n in _read_names(kind, name) if isinstance(n, str)), name)
+            for name, info in kind.model_fields.items()
+        }
+        payload = {names.get(name, name): value for name, value in dumped.items()}
+    try:
+        read = kind.model_validate(payload)
+    except ValidationError as error:
+        raise failure("Fact", error) or ValidationFailed() from error
+    if read.model_dump(mode="json", by_alias=True, round_trip=True) != dumped:
+        lost = next((name for name in kind.model_fields if getattr(read, name) != getattr(model, name)), "payload")
+        raise _invalid(lost, f"{kind.__name__} reads it back as something else: by another name, or by its validators")
+    return payload
 
 
 def _text(fact: Fact) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field, ValidationError, computed_field
 from sqlalchemy import Engine, create_engine, select, text
 from sqlalchemy.orm import Session
 
@@ -183,6 +183,67 @@ def test_commit_model(store: MemoryStore) -> None:
     with pytest.raises(MemstateError, match="Profile is not registered"):
         store.commit_model(Profile(user="u"))
     assert_holds(store, {id_: "on: 2026-03-04\nlocation: Linz"})
+
+
+class Split(BaseModel):
+    """Written under other names than it is read."""
+
+    model_config = ConfigDict(extra="forbid")
+    a: str = Field("default", validation_alias="in", serialization_alias="out")
+    b: str = Field("default", validation_alias=AliasChoices("first", "second"))
+    c: str = Field("default", serialization_alias="in_c")
+    secret: str = Field("left out", exclude=True)
+
+    @computed_field
+    def both(self) -> str:
+        return self.a + self.b
+
+
+class ByPath(BaseModel):
+    a: str = Field("default", validation_alias=AliasPath("list", 0))
+
+
+class Around(BaseModel):
+    split: Split
+
+
+def test_commit_model_writes_what_the_model_reads(store: MemoryStore) -> None:
+    """Whatever its aliases; with a field that its class excludes, and computed ones, left out."""
+    store.register_schema("split", Split)
+    model = Split(**{"in": "x", "second": "y", "c": "z", "secret": "s"})
+    fact = store.get(store.commit_model(model))
+    assert fact is not None and fact.payload == {"in": "x", "first": "y", "c": "z"}
+    assert Split.model_validate(fact.payload) == model.model_copy(update={"secret": "left out"})
+
+
+@pytest.mark.parametrize("model", [ByPath(list=["x"]), Around(split=Split(**{"in": "x"}))])
+def test_commit_model_refuses_what_would_be_read_as_something_else(store: MemoryStore, model: BaseModel) -> None:
+    """Rather than storing a default in place of the value."""
+    store.register_schema("model", type(model))
+    with pytest.raises(ValidationFailed) as caught:
+        store.commit_model(model)
+    assert caught.value.errors and store.query() == []
+
+
+@pytest.mark.parametrize(
+    ("by", "payloads"),
+    [
+        ("a", [{"in": "x"}, {"in": "x", "first": "1"}]),
+        ("b", [{"first": "x"}, {"second": "x"}]),
+        ("c", [{"c": "x"}, {"c": "x", "in": "y"}]),
+    ],
+)
+def test_unique_by_looks_where_the_model_does(store: MemoryStore, by: str, payloads: list[dict[str, str]]) -> None:
+    """Under any name by which it is read, the first one first, and by which commit_model writes."""
+    store.register_schema("split", Split, unique_by=by)
+    ids = {store.commit(Fact(type="split", payload=payload)) for payload in payloads}
+    ids.add(store.commit_model(Split.model_validate(payloads[0])))
+    assert [fact.id for fact in store.query()] == list(ids)
+
+
+def test_unique_by_takes_no_path(store: MemoryStore) -> None:
+    with pytest.raises(MemstateError, match=r"unique_by='a': its alias is a path \(AliasPath\)"):
+        store.register_schema("path", ByPath, unique_by="a")
 
 
 @pytest.mark.parametrize("call", ["update", "delete", "commit_model"])
