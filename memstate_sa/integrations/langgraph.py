@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, cast
 
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import QueuePool
 
 from memstate_sa import sqlite, tables, truth
 from memstate_sa.ambient import joining
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+R = TypeVar("R")
 
 POSITION = "memstate_position"
 """The name, in a checkpoint's metadata, of where the log of facts was."""
@@ -70,6 +72,7 @@ _RUNTIME = "__pregel_runtime"
 _PAGE = 50
 _STEP_THREADS, _SETTLING_THREADS = 32, 8
 _SMALL = 64
+_UNBOUNDED_ROOM = 64
 
 
 class MemStateCheckpointer(BaseCheckpointSaver[str]):
@@ -119,7 +122,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         sessions = sessionmaker(self.engine, expire_on_commit=False)
         if self.memory is not None:
             self.memory.attach(sessions)
-        self._steps = Steps(sessions, step_timeout_s)
+        self._steps = Steps(sessions, step_timeout_s, _room(self.engine))
         self._step_threads = ThreadPoolExecutor(_STEP_THREADS, "memstate-step")
         self._settling_threads = ThreadPoolExecutor(_SETTLING_THREADS, "memstate-settle")
 
@@ -430,9 +433,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             raise MemstateError("a coroutine must not wait for the database: await checkpointer.astep(function)")
         config = config or _node_config()
         task = _task(config)
-        # The task's writes, which live as long as it does.
-        lives = getattr(config["configurable"].get("__pregel_send"), "__self__", task.run)
-        with self._steps.step(task, self._is_saved, lives) as (session, first):
+        with self._steps.step(task, self._is_saved, _life(config, task)) as (session, first):
             if first and self.memory is not None:
                 node = config.get("metadata", {}).get("langgraph_node")
                 self.memory.annotate(session, session_id=task.at.thread_id, reason=node and f"node {node}")
@@ -440,13 +441,21 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
                 yield session
 
     async def astep(self, work: Callable[[Session], T], config: RunnableConfig | None = None) -> T:
-        """`step` for a coroutine: calls *work* with the Session, in a thread, and returns what it does."""
+        """`step` for a coroutine: calls *work* with the Session, in a thread, and returns what it does.
+
+        Of many nodes that run at a time, as many begin a step as the engine's pool has room for, on SQLite one; others
+        wait until a node returns, without a connection. Raises MemstateError when none does for *step_timeout_s*.
+        """
         config = config or _node_config()
         task, cancelled = _task(config), threading.Event()
+        begin = partial(self._steps.begin, task, self._is_saved, _life(config, task), queued=True)
 
-        def run() -> T:
+        def enter() -> T:
             with self.step(config) as session:
-                result = work(session)
+                return work(session)
+
+        def run(function: Callable[[], R]) -> R:
+            result = function()
             if cancelled.is_set():  # before there was a step
                 self._steps.give_up(task)
             return result
@@ -460,7 +469,11 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         assert node is not None
         node.add_done_callback(done)
         # Not in asyncio's own threads, where the saves that a step waits for must not wait for it.
-        return await _in_thread(self._step_threads, run)
+        step = self._steps.begun(task)
+        if step is None:
+            step = await _in_thread(self._step_threads, run, begin)
+        await self._steps.turn(step)
+        return await _in_thread(self._step_threads, run, enter)
 
     def _is_saved(self, place: Place) -> bool:
         with self._autocommit.connect() as connection:
@@ -602,6 +615,16 @@ def sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: M
     return engine
 
 
+def _room(engine: Engine) -> int:
+    """How many steps there may be at a time: one on SQLite, which has one writer, else one for each connection."""
+    if engine.dialect.name == "sqlite":
+        return 1
+    pool: Any = engine.pool
+    if not isinstance(pool, QueuePool) or pool.size() == 0 or pool._max_overflow < 0:  # noqa: SLF001  # nothing tells it
+        return _UNBOUNDED_ROOM
+    return pool.size() + pool._max_overflow  # noqa: SLF001
+
+
 async def _in_thread(threads: ThreadPoolExecutor, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     call = partial(copy_context().run, function, *args, **kwargs)
     return await asyncio.get_running_loop().run_in_executor(threads, call)
@@ -665,6 +688,11 @@ def _node_config() -> RunnableConfig:
         return get_config()
     except RuntimeError as error:
         raise MemstateError("not in a node of a graph: give the config that it was called with") from error
+
+
+def _life(config: RunnableConfig, task: Task) -> object:
+    """The task's writes, which live as long as it does."""
+    return getattr(config["configurable"].get("__pregel_send"), "__self__", task.run)
 
 
 def _task(config: RunnableConfig) -> Task:

@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from memstate_sa.errors import MemstateError
 from memstate_sa.integrations.checkpoints import Place
+from memstate_sa.integrations.turns import Turns
 
 _REMEMBERED = 4096
 """How many saved checkpoints are known without asking the database."""
@@ -50,8 +51,10 @@ class Task(NamedTuple):
 
 
 class _Step:
-    def __init__(self, task: Task, session: Session) -> None:
+    def __init__(self, task: Task, session: Session, turns: Turns | None) -> None:
         self.task, self.session = task, session
+        self.turns = turns  # a thread has none: it would wait in LangGraph's own, which are to save what ends others'
+        self.turn = None if turns is None else turns.ask()
         self.lock = threading.RLock()  # tools of one node run in threads: one at a time has the Session
         self.blocks = 0
         self.abandoned = False
@@ -83,12 +86,14 @@ class _Step:
                         yield self.session
                 self.session.flush()  # what is wrong with it is the task's own error
             except BaseException:
-                if self.blocks == 1 or self.abandoned:
+                if self.abandoned:
+                    self.close()
+                elif self.blocks == 1:
                     self.session.rollback()
                 self.blocks -= 1
                 raise
             if self.abandoned:
-                self.session.close()
+                self.close()
                 raise MemstateError("this task was given up, and runs again: what it wrote is rolled back")
 
     def abandon(self) -> None:
@@ -96,9 +101,17 @@ class _Step:
         self.abandoned = True
         if self.lock.acquire(blocking=False):
             try:
-                self.session.close()
+                self.close()
             finally:
                 self.lock.release()
+
+    def close(self) -> None:
+        """Give its connection back, and its turn to the next one."""
+        try:
+            self.session.close()
+        finally:
+            if self.turns is not None and self.turn is not None:
+                self.turns.end(self.turn)
 
 
 def _only(steps: Sequence[_Step]) -> _Step:
@@ -111,10 +124,16 @@ def _only(steps: Sequence[_Step]) -> _Step:
 
 
 class Steps:
-    """The open steps of one checkpointer. Thread-safe."""
+    """The open steps of one checkpointer. Thread-safe.
 
-    def __init__(self, sessions: Callable[[], Session], timeout_s: float) -> None:
-        self._sessions, self._timeout_s = sessions, timeout_s
+    *room* is how many connections there are. A step has one until its node returns, so some are left for what nodes do
+    meanwhile: half of them may be had by the steps of a graph, half of the rest by those of its subgraphs, and so on.
+    As steps wait for those of a graph further in alone, they never wait in a circle.
+    """
+
+    def __init__(self, sessions: Callable[[], Session], timeout_s: float, room: int = 1) -> None:
+        self._sessions, self._timeout_s, self._room = sessions, timeout_s, room
+        self._turns: dict[int, Turns] = {}  # by how far in
         self._changed = threading.Condition()
         self._open: dict[tuple[str, str], _Step] = {}  # by thread and task
         self._committing: list[_Step] = []
@@ -200,6 +219,12 @@ class Steps:
 
         *lives* as long as somebody may settle it: a run that is cancelled, or times out, tells nobody.
         """
+        step = self.begin(task, is_saved, lives)
+        with step.block() as session:
+            yield session, step.blocks == 1
+
+    def begin(self, task: Task, is_saved: Callable[[Place], bool], lives: object, *, queued: bool = False) -> _Step:
+        """The step of *task*: what `step` enters. If it is a new one and *queued*, `turn` is to be awaited first."""
         self.check_around(task.at.thread_id, task.at.ns)
         with self._changed:
             found = self._open.get(task.key)
@@ -207,14 +232,32 @@ class Steps:
                 del self._open[task.key]
                 found.abandon()
                 found = None
-        if found is None:
-            self._wait_for_checkpoint(task.at, is_saved)
-            with self._changed:
-                found = self._open.setdefault(task.key, _Step(task, self._sessions()))
-            # In a thread, as a finalizer may run anywhere, and must not wait; by the call that takes no lock.
-            weakref.finalize(lives, _thread.start_new_thread, self.give_up, (task,)).atexit = False
-        with found.block() as session:
-            yield session, found.blocks == 1
+        if found is not None:
+            return found
+        self._wait_for_checkpoint(task.at, is_saved)
+        with self._changed:
+            found = self._open.get(task.key)
+            if found is None:
+                found = _Step(task, self._sessions(), self._turns_at(task.at.ns) if queued else None)
+                self._open[task.key] = found
+        # In a thread, as a finalizer may run anywhere, and must not wait; by the call that takes no lock.
+        weakref.finalize(lives, _thread.start_new_thread, self.give_up, (task,)).atexit = False
+        return found
+
+    def begun(self, task: Task) -> _Step | None:
+        """The step of *task*, if there is one."""
+        with self._changed:
+            found = self._open.get(task.key)
+        return found if found is not None and found.task.is_attempt(task) else None
+
+    async def turn(self, step: _Step) -> None:
+        """Return when *step* may be used: it takes no connection before. Raises MemstateError when nothing moves."""
+        if step.turns is not None and step.turn is not None:
+            await step.turns.wait(step.turn, self._timeout_s)
+
+    def _turns_at(self, ns: str) -> Turns:
+        depth = ns.count("|") + 1 if ns else 0
+        return self._turns.setdefault(depth, Turns(max(1, self._room >> (depth + 1))))
 
     def give_up(self, task: Task) -> None:
         """Roll back what is open of an attempt that nobody will settle. Its run saves nothing more."""
@@ -273,7 +316,7 @@ class Steps:
             raise
         finally:
             for step in steps:
-                step.session.close()
+                step.close()
             with self._changed:
                 self._committing = [step for step in self._committing if step not in steps]
                 self._changed.notify_all()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pytest
-from sqlalchemy import Engine, insert, select
+from sqlalchemy import Engine, create_engine, insert, select
 from sqlalchemy.orm import Session
 
 pytest.importorskip("langgraph.graph")
@@ -24,7 +24,7 @@ from langgraph.config import get_config
 from langgraph.graph import START, StateGraph
 from langgraph.types import Command, RetryPolicy, interrupt
 
-from memstate_sa import ConflictError, Fact, MemoryStore, MemstateError
+from memstate_sa import ConflictError, Fact, MemoryStore, MemstateError, sqlite
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.integrations import checkpoints
 from memstate_sa.integrations.checkpoints import Place
@@ -281,6 +281,129 @@ async def test_many_graphs_in_one_loop(agent: Agent) -> None:
     threads = [str(n) for n in range(20)]
     await asyncio.gather(*(graph.ainvoke({"trail": []}, {"configurable": {"thread_id": t}}) for t in threads))
     assert agent.tags() == sorted(f"{thread} {n}" for thread in threads for n in (0, 1))
+
+
+@pytest.fixture
+def crowded(agent: Agent) -> Iterator[Agent]:
+    """With fewer connections than there are nodes, and little patience."""
+    engine = create_engine(agent.world.engine.url, pool_size=3, max_overflow=1, pool_timeout=5)
+    sqlite.configure(engine)
+    agent.saver = MemStateCheckpointer(engine, memory=agent.world.memory)
+    yield agent
+    agent.saver.close()
+    engine.dispose()
+
+
+async def look(agent: Agent) -> None:
+    """By a connection apart, as a search or a store's get would."""
+
+    def select_one() -> None:
+        with agent.saver.engine.connect() as connection:
+            connection.execute(select(Tag.name)).first()
+
+    await asyncio.to_thread(select_one)
+
+
+async def test_more_nodes_than_connections(crowded: Agent) -> None:
+    """Each has a step, reads by another connection, and goes on: there is one for whoever can end."""
+
+    def node(n: int) -> Any:
+        async def work(state: State) -> State:
+            await crowded.saver.astep(lambda session: session.add(Tag(name=f"{n}")))
+            await look(crowded)
+            await crowded.saver.astep(lambda session: session.add(Tag(name=f"{n} again")))
+            return {"trail": [str(n)]}
+
+        work.__name__ = f"n{n}"
+        return work
+
+    graph = crowded.graph(*map(node, range(9)), parallel=True)
+    assert sorted((await graph.ainvoke({"trail": []}, CONFIG))["trail"]) == [str(n) for n in range(9)]
+    assert crowded.tags() == sorted(name for n in range(9) for name in (f"{n}", f"{n} again"))
+    crowded.world.assert_in_step()
+
+
+async def test_subgraphs_of_more_nodes_than_connections(crowded: Agent) -> None:
+    """Steps further in have connections of their own, which those around them, that wait for them, cannot take."""
+
+    def inside(n: int) -> Any:
+        async def write(state: State) -> State:
+            await crowded.saver.astep(lambda session: session.add(Tag(name=f"inside {n}")))
+            await look(crowded)
+            return {"trail": []}
+
+        return StateGraph(State).add_node("write", write).add_edge(START, "write").compile()
+
+    def node(n: int) -> Any:
+        graph = inside(n)
+
+        async def around(state: State) -> State:
+            await crowded.saver.astep(lambda session: session.scalars(select(Tag.name)).first())
+            await graph.ainvoke({"trail": []})
+            return {"trail": [str(n)]}
+
+        around.__name__ = f"n{n}"
+        return around
+
+    graph = crowded.graph(*map(node, range(6)), parallel=True)
+    assert sorted((await graph.ainvoke({"trail": []}, CONFIG))["trail"]) == [str(n) for n in range(6)]
+    assert crowded.tags() == [f"inside {n}" for n in range(6)]
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_who_waits_for_a_step_lets_go(crowded: Agent, cancelled: bool) -> None:
+    """Of its turn, too, when the run fails or is cancelled: the next run has them all."""
+    begun, fails = asyncio.Event(), [True]
+
+    def node(n: int) -> Any:
+        async def work(state: State) -> State:
+            await crowded.saver.astep(lambda session: session.add(Tag(name=str(n))))
+            begun.set()
+            if fails:
+                await asyncio.sleep(60 if cancelled else 0.1)
+                raise ValueError("once")
+            return {"trail": [str(n)]}
+
+        work.__name__ = f"n{n}"
+        return work
+
+    graph = crowded.graph(*map(node, range(6)), parallel=True)
+    run = asyncio.create_task(graph.ainvoke({"trail": []}, CONFIG))
+    await begun.wait()
+    if cancelled:
+        run.cancel()
+    with pytest.raises((ValueError, asyncio.CancelledError)):
+        await run
+    await asyncio.to_thread(assert_nothing_is_left_open, crowded)
+    assert all(turns._asked == [] for turns in crowded.saver._steps._turns.values())
+    assert crowded.tags() == ["x"]
+    fails.clear()
+    await graph.ainvoke(None, CONFIG)
+    assert crowded.tags() == [*map(str, range(6)), "x"]
+
+
+async def test_a_node_that_waits_for_one_that_has_no_turn(crowded: Agent) -> None:
+    """Is told what is the matter, instead of waiting for ever."""
+    begun: list[int] = []
+    done = asyncio.Event()
+    crowded.saver._steps._timeout_s = 1.0
+
+    def node(n: int) -> Any:
+        async def work(state: State) -> State:
+            try:
+                await crowded.saver.astep(lambda session: begun.append(n))
+                await asyncio.wait_for(done.wait(), 60)
+            finally:
+                done.set()
+            return {"trail": [str(n)]}
+
+        work.__name__ = f"n{n}"
+        return work
+
+    with pytest.raises(MemstateError, match="as many steps are open as may be"):
+        await crowded.graph(*map(node, range(4)), parallel=True).ainvoke({"trail": []}, CONFIG)
+    assert len(begun) == (1 if crowded.world.engine.dialect.name == "sqlite" else 2)
+    await asyncio.to_thread(assert_nothing_is_left_open, crowded)
 
 
 def test_subgraphs(agent: Agent) -> None:
