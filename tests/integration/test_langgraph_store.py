@@ -126,6 +126,17 @@ def test_the_same_value_makes_no_history(shelf: Shelf) -> None:
     assert shelf.ops("a") == ["insert", "update"]
 
 
+def test_updated_at_says_when_the_value_last_changed(shelf: Shelf) -> None:
+    """And a search without a query sorts by it: putting what is there already does not bring an item up."""
+    for key in ("a", "b"):
+        shelf.store.put(NOTES, key, {"seen": 1})
+        shelf.later(1)
+    shelf.store.put(NOTES, "a", {"seen": 1})
+    assert [item.key for item in shelf.store.search(NOTES)] == ["b", "a"]
+    shelf.store.put(NOTES, "a", {"seen": 2})
+    assert [item.key for item in shelf.store.search(NOTES)] == ["a", "b"]
+
+
 def test_an_undone_put_is_gone_and_so_are_its_vectors(shelf: Shelf) -> None:
     shelf.store.put(NOTES, "a", {"text": "one", "more": ["two", "three"]})
     shelf.store.batch([PutOp(NOTES, "a", {"text": "four"}), PutOp(NOTES, "b", {"text": "five"})])
