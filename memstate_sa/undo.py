@@ -7,7 +7,7 @@ Nothing is written before both are answered.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -518,9 +518,10 @@ class Undo:
         labels = {**unit.labels, "reason": unit.reason or reason}
         inverse, final = invert(plan.going)
         with unit.writing():
+            others = read_facts(connection, self._registry, final.keys() & plan.moved_on)
             with self._capture.undoing(connection, tx, final):
                 now = restore(connection, self._registry, final)
-            entries = list(_with_last_images(inverse, now))
+            entries = list(_with_last_images(_from_there(inverse, others), now))
             self._capture.write(connection, unit, entries, tx=tx)
             self._capture.write_header(connection, tx, labels)
         if final.keys().isdisjoint(plan.moved_on):
@@ -568,8 +569,21 @@ _written = (
 )
 
 
-def _with_last_images(entries: Sequence[Entry], now: Mapping[FactKey, Image | None]) -> Iterator[Entry]:
-    """*entries*, the last one of each key showing the row as it is: version counters and generated columns moved."""
+def _from_there(entries: Sequence[Entry], others: Mapping[FactKey, Image | None]) -> Iterator[Entry]:
+    """*entries*, those of facts that *others* have changed since saying what they do to what these have left there."""
+    there = {fact: image is not None for fact, image in others.items()}
+    for entry in entries:
+        fact, stays = (entry.entity, entry.key), entry.image is not None
+        if fact not in there:
+            yield entry
+            continue
+        yield entry._replace(op="delete" if not stays else "update" if there[fact] else "insert")
+        there[fact] = stays
+
+
+def _with_last_images(changes: Iterable[Entry], now: Mapping[FactKey, Image | None]) -> Iterator[Entry]:
+    """*changes*, the last one of each key showing the row as it is: version counters and generated columns moved."""
+    entries = list(changes)
     last = {(entry.entity, entry.key): position for position, entry in enumerate(entries)}
     for position, entry in enumerate(entries):
         fact = (entry.entity, entry.key)

@@ -290,6 +290,39 @@ def test_a_value_that_track_was_told_to_be_unique(engine: Engine) -> None:
     app.check()
 
 
+@pytest.mark.parametrize("on_conflict", ["skip", "force"])
+def test_a_row_that_others_have_brought_back_themselves(engine: Engine, on_conflict: Any) -> None:
+    """Undoing its deletion is a change of what they have left there: its unique value is its own."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Contact(Base):
+        __tablename__ = "contact"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        email: Mapped[str]
+
+    app = App(engine, Base, Contact={"unique_by": ("email",)})
+    with app.session() as session:
+        session.add(Contact(id=1, email="x"))
+        session.commit()
+        app.memory.annotate(session, actor="me")
+        session.delete(session.get_one(Contact, 1))
+        session.commit()
+        app.memory.annotate(session, actor="you")
+        session.add(Contact(id=1, email="x"))
+        session.commit()
+        changes = app.memory.rollback(session, actor="me", on_conflict=on_conflict)
+        session.commit()
+        assert [(change.op, change.before, change.after) for change in changes] == [
+            ("update", {"id": 1, "email": "x"}, {"id": 1, "email": "x"})
+        ]
+        session.add(Contact(id=2, email="x"))
+        with pytest.raises(ConflictError):
+            session.commit()
+    app.check()
+
+
 def test_a_chain_is_looked_at_once(engine: Engine, statements: list[str]) -> None:
     """Each link keeps the one above it, of which there may be thousands: that costs no statement."""
 
