@@ -351,7 +351,7 @@ def test_a_chain_is_looked_at_once(engine: Engine, statements: list[str]) -> Non
         assert [change.key for change in result.reverted] == [first + length]
         assert {change.key for change in result.kept} == set(range(first, first + length))
         assert [(change.key, change.actor) for change in result.conflicts] == [(first + length + 1, "you")]
-    assert costs[0] == costs[1]
+    assert costs[1] <= costs[0]
     app.check()
 
 
@@ -392,7 +392,7 @@ def test_parents_that_are_gone_are_looked_for_together(engine: Engine, statement
         assert {(change.entity, change.key, change.actor) for change in result.conflicts} == {
             ("parent", n, "you") for n in ids
         }
-    assert costs[0] == costs[1]
+    assert costs[1] <= costs[0]
     app.check()
 
 
@@ -583,7 +583,7 @@ def test_a_statement_for_each_set_of_columns(engine: Engine, statements: list[st
             costs.append(len(statements))
             session.commit()
             assert app.rows() == before
-    assert costs[0] == costs[1]
+    assert costs[1] <= costs[0]
     app.check()
 
 
