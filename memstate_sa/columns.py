@@ -78,6 +78,11 @@ def batches(items: Sequence[T], size: int = READ_CHUNK) -> Iterator[Sequence[T]]
         yield items[start : start + size]
 
 
+def stored_columns(table: Table) -> list[Column[Any]]:
+    """Without PostgreSQL's own (xmin), which every table has by itself, and nobody can write."""
+    return [column for column in table.columns if not column.system]
+
+
 def hashable(value: Any) -> Any:
     """*value*, and what is in it, with tuples for lists."""
     return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
@@ -146,8 +151,7 @@ class TableColumns:
     def __init__(self, table: Table, dialect: Dialect) -> None:
         self.table = table
         self.dialect = dialect
-        # table.c is by key. PostgreSQL's own columns (xmin) are of the row, not in it: nobody can write them.
-        self.by_name = {column.name: column for column in table.columns if not column.system}
+        self.by_name = {column.name: column for column in stored_columns(table)}  # table.c is by key
         self.names = tuple(self.by_name)
         self.key_names = tuple(column.name for column in table.primary_key.columns)
         self._key_positions = [self.names.index(name) for name in self.key_names]

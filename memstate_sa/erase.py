@@ -16,7 +16,7 @@ from memstate_sa.appendonly import rewriting
 from memstate_sa.capture import Capture, form
 from memstate_sa.changes import REDACTED, Entry, Image, new_tx
 from memstate_sa.codec import decode, decode_key
-from memstate_sa.columns import batches
+from memstate_sa.columns import batches, hashable
 from memstate_sa.embedders import Embedder
 from memstate_sa.errors import ConflictError, MemstateError, NotFound
 from memstate_sa.facts import Tracked
@@ -147,7 +147,7 @@ def _referring(connection: Connection, registry: Registry, fk: ForeignKeyConstra
     for some in batches([decode_key(key) for key in keys]):
         referred.lock(connection, some, leaving=True)
         images = referred.read(connection, some).values()
-        values += [tuple(decode(image[name]) for name in names) for image in images]
+        values += [tuple(hashable(decode(image[name])) for name in names) for image in images]
     columns = [element.parent for element in fk.elements]
     return {key for key, _ in other.find(connection, columns, [value for value in values if None not in value])}
 

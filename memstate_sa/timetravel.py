@@ -18,7 +18,7 @@ from sqlalchemy.schema import CreateTable
 
 from memstate_sa import truth
 from memstate_sa.codec import decode, decode_key, encode_key
-from memstate_sa.columns import TableColumns, batches
+from memstate_sa.columns import TableColumns, batches, stored_columns
 from memstate_sa.errors import MemstateError
 from memstate_sa.facts import Tracked
 from memstate_sa.history import Moment, images_at, until
@@ -89,11 +89,7 @@ def as_of_session(engine: Engine, tracked: Iterable[Tracked], at: Moment) -> Ite
 
 
 Rows: TypeAlias = dict[TableColumns, list[Sequence[Any]]]
-"""Values as the driver takes them, by table, in the order of `_columns`."""
-
-
-def _columns(own: TableColumns) -> list[Column[Any]]:
-    return [column for column in own.table.columns if not column.system]  # which every table has by itself
+"""Values as the driver takes them, by table, in the order of `stored_columns`."""
 
 
 def _rows_at(connection: Connection, tracked: Tracked, at: Moment) -> Rows:
@@ -106,7 +102,7 @@ def _rows_at(connection: Connection, tracked: Tracked, at: Moment) -> Rows:
     for table, own in columns.of_table.items():
         found[own] = [row for key, row in _rows_of_others(connection, tracked, own) if key not in images]
         parts = (part for image in images.values() if (part := columns.parts(image)[table]) is not None)
-        names = [column.name for column in _columns(own)]
+        names = [column.name for column in stored_columns(own.table)]
         found[own] += [[decode(part.get(name)) for name in names] for part in parts]
     return found
 
@@ -119,13 +115,13 @@ def _rows_of_others(connection: Connection, tracked: Tracked, own: TableColumns)
     ours = (keys if tracked.criterion is None else keys.where(tracked.criterion)).subquery()
     key = list(own.table.primary_key.columns)
     same = and_(*(one == other for one, other in zip(key, ours.columns, strict=True)))
-    others = select(*map(own.raw, [*key, *_columns(own)])).select_from(own.table.outerjoin(ours, same))
+    others = select(*map(own.raw, [*key, *stored_columns(own.table)])).select_from(own.table.outerjoin(ours, same))
     for row in connection.execute(others.where(ours.columns[0].is_(None))):
         yield own.encode_key(row[: len(key)]), row[len(key) :]
 
 
 def _hide(connection: Connection, own: TableColumns, rows: Sequence[Sequence[Any]]) -> None:
-    columns = _columns(own)
+    columns = stored_columns(own.table)
     past = Table(
         own.table.name,
         MetaData(),

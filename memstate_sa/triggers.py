@@ -20,7 +20,7 @@ from sqlalchemy.sql.util import ClauseAdapter
 
 from memstate_sa.arrays import as_array, each
 from memstate_sa.codec import to_json
-from memstate_sa.columns import TableColumns
+from memstate_sa.columns import TableColumns, stored_columns
 from memstate_sa.errors import MemstateError
 from memstate_sa.facts import TRACKED, inheritance_criterion
 from memstate_sa.positions import SLOTS
@@ -272,7 +272,7 @@ class _Writer:
         key = " || ',' || ".join(f"coalesce({self._json(name, column)}, 'null')" for column in self.keys)
         fields = " || ',' || ".join(
             f"{_quoted(to_json(column.name) + ':')} || coalesce({self._json(name, column)}, 'null')"
-            for column in self.captured.table.columns
+            for column in stored_columns(self.captured.table)
             if not (old and column.computed is not None and not column.computed.persisted)
         )
         criterion = "true" if self.dialect.name == "postgresql" else "1"
@@ -568,7 +568,7 @@ def _on_sqlite(writer: _Writer) -> Iterator[Trigger]:
 
     old = writer.row("OLD")
     # As it is stored: the collation of a column may take different values for the same.
-    differs = [f"OLD.{quote(c.name)} IS NOT NEW.{quote(c.name)} COLLATE BINARY" for c in captured.table.columns]
+    differs = [f"OLD.{quote(c.name)} IS NOT NEW.{quote(c.name)} COLLATE BINARY" for c in stored_columns(captured.table)]
     moved = " OR ".join(f"OLD.{quote(c.name)} IS NOT NEW.{quote(c.name)} COLLATE BINARY" for c in writer.keys)
     bodies = {
         # REPLACE deletes rows without a word, unless recursive_triggers is on.

@@ -15,6 +15,7 @@ from sqlalchemy import Identity, MetaData, Table, inspect
 from sqlalchemy.engine import Connection
 
 from memstate_sa import appendonly, triggers
+from memstate_sa.columns import stored_columns
 from memstate_sa.migrations import is_ours
 from memstate_sa.migrations.operations import (
     CountingTableOps,
@@ -158,7 +159,7 @@ class _Comparison:
             new = wanted.get(entity)
             if new is not None:
                 only = triggers.only(new, self._connection.dialect)
-                columns = frozen(new.table, new.table.columns)
+                columns = frozen(new.table, stored_columns(new.table))
                 new = Capture.restricted(columns, new.entity, new.version, only)
                 is_same = bool(there) and _is_as_wanted(self._connection, there, new)
                 if is_same and name not in changes.of and not changes.are_of(*_NAMED):

@@ -421,7 +421,8 @@ class Xid(sa.types.UserDefinedType[str]):
         return "xid"
 
 
-def test_the_databases_own_column_as_version_counter(postgres_engine: Engine) -> None:
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+def test_the_databases_own_column_as_version_counter(postgres_engine: Engine, capture: str) -> None:
     """xmin is nothing that a row brings back, and nothing that was changed; a stale copy notices nevertheless."""
 
     class Base(DeclarativeBase):
@@ -434,7 +435,7 @@ def test_the_databases_own_column_as_version_counter(postgres_engine: Engine) ->
         xmin: Mapped[str] = mapped_column("xmin", Xid, system=True, server_default=sa.FetchedValue())
         __mapper_args__: ClassVar[dict[str, Any]] = {"version_id_col": xmin, "version_id_generator": False}
 
-    app = App(postgres_engine, Base, Thing={})
+    app = App(postgres_engine, Base, Thing={"capture": capture})
     with app.sessions() as session, app.sessions() as other:
         session.add(Thing(id=1, text="one"))
         session.commit()

@@ -321,7 +321,8 @@ def test_triggers_that_batch_mode_dropped_are_missed(notes: Application) -> None
     notes.write_revision("r2", "r1", alter, "pass")
     notes.upgrade()
     assert "memstate_track" in notes.differences()
-    assert any("trigger memstate_" in problem for problem in problems(notes))
+    missed = "has none of its triggers" if notes.engine.dialect.name == "sqlite" else "trigger memstate_"
+    assert any(missed in problem for problem in problems(notes))
     notes.revise("r3")
     notes.upgrade()
     assert notes.differences() == "" and problems(notes) == []
