@@ -134,8 +134,10 @@ def stored_key(connection: Connection, tracked: Tracked, key: Any) -> str:
     if not connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array([asked])}).all():
         return asked
     values = decode_key(asked)
+    # A statement that PostgreSQL refuses ends the transaction; in AUTOCOMMIT there is none.
+    ends = connection.dialect.name == "postgresql" and not connection._is_autocommit_isolation()  # noqa: SLF001
     try:
-        with connection.begin_nested() if connection.dialect.name == "postgresql" else nullcontext():
+        with connection.begin_nested() if ends else nullcontext():
             there = columns.read(connection, [values])
             forms = (_as_stored(columns, *item) for item in zip(tracked.key_columns, values, strict=True))
             return next(iter(there), None) or columns.encode_key(connection.execute(select(*forms)).one())
