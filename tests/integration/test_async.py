@@ -103,6 +103,18 @@ async def test_captured_searched_and_undone(world: World, sessions: async_sessio
     await asyncio.to_thread(world.assert_in_step)
 
 
+async def test_a_search_in_the_past(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
+    """On a connection beside the Session's, of the same driver."""
+    async with sessions() as session:
+        session.add(Person(id=1, name="p", about="green tea"))
+        await session.commit()
+        then = world.memory.token(session)
+        (await session.get_one(Person, 1)).about = "coffee"
+        await session.flush()
+        hits = await world.memory.asearch(session, "tea", Person, as_of=then)
+        assert [hit.fact.about for hit in hits] == ["green tea"]
+
+
 async def test_an_async_scoped_session_is_used_as_it_is(world: World, async_engine: AsyncEngine) -> None:
     scoped = async_scoped_session(async_sessionmaker(async_engine), scopefunc=asyncio.current_task)
     world.memory.attach(scoped)
