@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, AliasPath, BaseModel, ValidationError
 
 from memstate_sa.errors import MemstateError, ValidationFailed
 
@@ -19,8 +19,10 @@ def validator(schema: Any) -> Validate:
     A model sees the fields it declares; other columns are not its business.
     """
     if isinstance(schema, type) and issubclass(schema, BaseModel):
-        names = {name: {name, *([info.alias] if info.alias else [])} for name, info in schema.model_fields.items()}
-        wanted = set().union(*names.values()) if names else set()
+        wanted = set(schema.model_fields)
+        for field in schema.model_fields:
+            names = read_names(schema, field)
+            wanted.update(str(name.path[0]) if isinstance(name, AliasPath) else name for name in names)
 
         def check(values: Mapping[str, Any]) -> None:
             schema.model_validate({name: value for name, value in values.items() if name in wanted})
@@ -29,6 +31,16 @@ def validator(schema: Any) -> Validate:
     if callable(schema):
         return schema  # type: ignore[no-any-return]  # any callable is taken at its word
     raise MemstateError(f"schema={schema!r}: give a Pydantic model class")
+
+
+def read_names(model: type[BaseModel], field: str) -> tuple[str | AliasPath, ...]:
+    """The names under which *model* reads a field, in the order in which it looks for them."""
+    config, alias = model.model_config, model.model_fields[field].validation_alias
+    if alias is None:
+        return (field,)
+    names = tuple(alias.choices) if isinstance(alias, AliasChoices) else (alias,)
+    by_name = bool(config.get("populate_by_name") or config.get("validate_by_name"))
+    return (names if config.get("validate_by_alias") is not False else ()) + (field,) * by_name
 
 
 def failure(subject: str, error: ValidationError, *, ignoring: frozenset[str] = frozenset()) -> ValidationFailed | None:

@@ -15,7 +15,7 @@ from decimal import Decimal
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from pydantic import AliasChoices, AliasPath, BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError
 from sqlalchemy import ColumnElement, Select, create_engine, exists, func, literal, not_, or_, select, type_coerce
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Engine, make_url
@@ -34,7 +34,7 @@ from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.memory import Memory
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.relay import Relay
-from memstate_sa.schemas import failure
+from memstate_sa.schemas import failure, read_names
 from memstate_sa.search import Hits
 from memstate_sa.tables import unique, utcnow
 from memstate_sa.undo import Revocation
@@ -545,18 +545,8 @@ def _engine(url: str) -> Engine:
         raise MemstateError(f"{parsed.drivername}: no such dialect, or its driver is not installed") from error
 
 
-def _read_names(model: type[BaseModel], field: str) -> tuple[str | AliasPath, ...]:
-    """The names under which *model* reads a field, in the order in which it looks for them."""
-    config, alias = model.model_config, model.model_fields[field].validation_alias
-    if alias is None:
-        return (field,)
-    names = tuple(alias.choices) if isinstance(alias, AliasChoices) else (alias,)
-    by_name = bool(config.get("populate_by_name") or config.get("validate_by_name"))
-    return (names if config.get("validate_by_alias") is not False else ()) + (field,) * by_name
-
-
 def _unique_names(model: type[BaseModel], field: str) -> tuple[str, ...]:
-    found = _read_names(model, field)
+    found = read_names(model, field)
     names = tuple(name for name in found if isinstance(name, str))
     if names != found:
         raise MemstateError(f"unique_by={field!r}: its alias is a path (AliasPath) into the payload; give it a name")
@@ -570,7 +560,7 @@ def _payload_of(model: BaseModel) -> Any:
     payload = dumped
     if isinstance(dumped, dict):  # no RootModel, and no serializer that makes something else of it
         names = {
-            info.serialization_alias or name: next((n for n in _read_names(kind, name) if isinstance(n, str)), name)
+            info.serialization_alias or name: next((n for n in read_names(kind, name) if isinstance(n, str)), name)
             for name, info in kind.model_fields.items()
         }
         payload = {names.get(name, name): value for name, value in dumped.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, Field, ValidationError, field_validator, model_validator
 from sqlalchemy import Engine, func, insert, select, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
@@ -64,6 +64,27 @@ def assert_nothing_written(sessions: Any) -> None:
     with sessions() as session:
         for table in (Preference.__table__, log, outbox):
             assert session.execute(select(table)).all() == []
+
+
+@pytest.mark.parametrize("alias", ["content", AliasChoices("x", "content")])
+def test_a_field_that_is_read_under_the_name_of_a_column(engine: Engine, alias: Any) -> None:
+    """By an alias for validation alone: what it would refuse must not pass as missing."""
+
+    class Schema(BaseModel):
+        text: str | None = Field(default=None, max_length=3, validation_alias=alias)
+
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(Preference, text="content", schema=Schema)
+    made = sessionmaker(engine)
+    memory.attach(made)
+    Base.metadata.create_all(engine)
+    memory.create_tables(engine)
+    with made() as session:
+        session.add(Preference(content="tea"))
+        session.commit()
+        session.add(Preference(content="coffee"))
+        with pytest.raises(ValidationFailed, match="at most 3 characters"):
+            session.flush()
 
 
 def test_nothing_is_sent_for_an_invalid_object(sessions: Any) -> None:
