@@ -18,6 +18,7 @@ from sqlalchemy import (
     ColumnElement,
     Enum,
     Float,
+    ForeignKeyConstraint,
     Interval,
     LargeBinary,
     Numeric,
@@ -86,6 +87,17 @@ def stored_columns(table: Table) -> list[Column[Any]]:
 def hashable(value: Any) -> Any:
     """*value*, and what is in it, with tuples for lists."""
     return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
+
+
+def columns_of(fk: ForeignKeyConstraint) -> tuple[list[Column[Any]], list[Column[Any]]]:
+    """Those that refer, and those that they refer to."""
+    return [element.parent for element in fk.elements], [element.column for element in fk.elements]
+
+
+def values_of(image: Mapping[str, Any] | None, columns: Iterable[Column[Any]]) -> tuple[Any, ...] | None:
+    """What *image* has in *columns*; None: nothing that equals anything, or that refers to anything."""
+    values = (None,) if image is None else tuple(hashable(decode(image.get(column.name))) for column in columns)
+    return None if None in values else values
 
 
 def _listed(value: Any) -> Any:

@@ -15,8 +15,8 @@ from memstate_sa import truth
 from memstate_sa.appendonly import rewriting
 from memstate_sa.capture import Capture, form
 from memstate_sa.changes import REDACTED, Entry, Image, new_tx
-from memstate_sa.codec import decode, decode_key
-from memstate_sa.columns import batches, hashable
+from memstate_sa.codec import decode_key
+from memstate_sa.columns import batches, columns_of, values_of
 from memstate_sa.embedders import Embedder
 from memstate_sa.errors import ConflictError, MemstateError, NotFound
 from memstate_sa.facts import Tracked
@@ -126,8 +126,8 @@ def _require_unreferred(connection: Connection, registry: Registry, tracked: Tra
     """
     going = {table: {key} for table in tracked.tables}
     left = list(going.items())
+    referring = [fk for other in registry.by_table for fk in other.foreign_key_constraints]
     for table, keys in left:
-        referring = [fk for other in registry.by_table for fk in other.foreign_key_constraints]
         for fk in (fk for fk in referring if fk.referred_table is table):
             owner = registry.by_table[fk.table]
             found = _referring(connection, registry, fk, list(keys)) - going.get(fk.table, set())
@@ -142,14 +142,13 @@ def _referring(connection: Connection, registry: Registry, fk: ForeignKeyConstra
     """The keys of the rows that refer to those of *keys*, to which nobody can add one until the transaction ends."""
     tables = (fk.referred_table, fk.table)
     referred, other = (registry.by_table[table].on(connection.dialect).of_table[table] for table in tables)
-    names = [element.column.name for element in fk.elements]
+    local, remote = columns_of(fk)
     values = []
     for some in batches([decode_key(key) for key in keys]):
         referred.lock(connection, some, leaving=True)
         images = referred.read(connection, some).values()
-        values += [tuple(hashable(decode(image[name])) for name in names) for image in images]
-    columns = [element.parent for element in fk.elements]
-    return {key for key, _ in other.find(connection, columns, [value for value in values if None not in value])}
+        values += [value for image in images if (value := values_of(image, remote)) is not None]
+    return {key for key, _ in other.find(connection, local, values)}
 
 
 def _delete(connection: Connection, tracked: Tracked, key: str) -> None:

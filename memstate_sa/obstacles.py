@@ -16,10 +16,10 @@ from sqlalchemy.engine import Connection
 from memstate_sa.arrays import as_array, each
 from memstate_sa.changes import FactKey, Image, by_entity
 from memstate_sa.codec import decode_key, encode_key
-from memstate_sa.columns import TableColumns
+from memstate_sa.columns import TableColumns, columns_of, values_of
 from memstate_sa.facts import Tracked, unique_value
 from memstate_sa.registry import Registry
-from memstate_sa.restore import columns_of, unique_columns, values_of, wanted_rows
+from memstate_sa.restore import unique_columns, wanted_rows
 from memstate_sa.tables import unique
 
 Obstacles: TypeAlias = dict[FactKey, FactKey | None]
@@ -70,7 +70,7 @@ class Unique:
 
     def obstacles(self, value: Hashable, left_out: Collection[FactKey]) -> Obstacles:
         arriving = self.having.arriving(value, left_out)
-        first = next((fact for fact in self.having.after(value, left_out)), None) if arriving else None
+        first = next(iter(self.having.after(value, left_out)), None) if arriving else None
         return {fact: first for fact in arriving if fact != first}
 
 

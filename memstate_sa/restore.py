@@ -39,7 +39,7 @@ from sqlalchemy.schema import sort_tables_and_constraints
 
 from memstate_sa.changes import FactKey, Image, by_entity
 from memstate_sa.codec import decode, decode_key, same
-from memstate_sa.columns import TableColumns, hashable
+from memstate_sa.columns import TableColumns, columns_of, values_of
 from memstate_sa.errors import ConflictError
 from memstate_sa.registry import Registry
 
@@ -401,14 +401,3 @@ def _generated_always(connection: Connection, table: Table) -> list[Column[Any]]
     if connection.dialect.name != "postgresql":
         return []
     return [column for column in table.columns if column.identity is not None and column.identity.always]
-
-
-def columns_of(fk: ForeignKeyConstraint) -> tuple[list[Column[Any]], list[Column[Any]]]:
-    """Those that refer, and those that they refer to."""
-    return [element.parent for element in fk.elements], [element.column for element in fk.elements]
-
-
-def values_of(image: Image | None, columns: Iterable[Column[Any]]) -> tuple[Any, ...] | None:
-    """What *image* has in *columns*; None: nothing that equals anything, or that refers to anything."""
-    values = (None,) if image is None else tuple(hashable(decode(image.get(column.name))) for column in columns)
-    return None if None in values else values

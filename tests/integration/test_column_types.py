@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, inspect, select, text
 from sqlalchemy.dialects import postgresql as pg
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 from sqlalchemy.types import TypeDecorator
 
 from memstate_sa import Memory, MemstateError, UntrackedWrite
@@ -332,6 +332,26 @@ def test_a_float_is_no_key_for_a_trigger(sqlite_engine: Engine, type_: Any) -> N
         memory.create_tables(sqlite_engine)
 
 
+def things(engine: Engine, type_: Any) -> tuple[Memory, sessionmaker[Session], Any]:
+    """A tracked class with keys of *type_*."""
+
+    class Local(DeclarativeBase):
+        pass
+
+    class Thing(Local):
+        __tablename__ = "thing"
+        id: Mapped[Any] = mapped_column(type_, primary_key=True, autoincrement=False)
+        label: Mapped[str]
+
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(Thing, text="label")
+    sessions = sessionmaker(engine)
+    memory.attach(sessions)
+    Local.metadata.create_all(engine)
+    memory.create_tables(engine)
+    return memory, sessions, Thing
+
+
 @pytest.mark.parametrize(
     ("type_", "given", "stored"),
     [
@@ -347,20 +367,7 @@ def test_a_float_is_no_key_for_a_trigger(sqlite_engine: Engine, type_: Any) -> N
 def test_a_key_that_is_stored_in_another_form(postgres_engine: Engine, type_: Any, given: Any, stored: Any) -> None:
     """The object goes on holding what it was given; the log knows one key, the stored one."""
 
-    class Local(DeclarativeBase):
-        pass
-
-    class Thing(Local):
-        __tablename__ = "thing"
-        id: Mapped[Any] = mapped_column(type_, primary_key=True, autoincrement=False)
-        label: Mapped[str]
-
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Thing, text="label")
-    sessions = sessionmaker(postgres_engine)
-    memory.attach(sessions)
-    Local.metadata.create_all(postgres_engine)
-    memory.create_tables(postgres_engine)
+    memory, sessions, Thing = things(postgres_engine, type_)  # noqa: N806
     with sessions() as session:
         thing = Thing(id=given, label="one")
         session.add(thing)
@@ -388,20 +395,7 @@ def test_reading_by_a_key_in_another_form(engine: Engine, type_: Any, stored: An
     if engine.dialect.name == "sqlite" and not isinstance(type_, sa.Numeric):
         pytest.skip("texts are as they are given")
 
-    class Local(DeclarativeBase):
-        pass
-
-    class Thing(Local):
-        __tablename__ = "thing"
-        id: Mapped[Any] = mapped_column(type_, primary_key=True, autoincrement=False)
-        label: Mapped[str]
-
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Thing, text="label")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Local.metadata.create_all(engine)
-    memory.create_tables(engine)
+    memory, sessions, Thing = things(engine, type_)  # noqa: N806
 
     def read() -> tuple[list[str], Any]:
         with sessions() as session:

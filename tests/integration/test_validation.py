@@ -49,15 +49,20 @@ class PreferenceSchema(BaseModel):
         return self
 
 
-@pytest.fixture
-def sessions(engine: Engine) -> Any:
+def checked_by(schema: Any, engine: Engine) -> Any:
+    """Sessions in which *schema* says what may be remembered."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Preference, text="content", schema=PreferenceSchema)
+    memory.track(Preference, text="content", schema=schema)
     made = sessionmaker(engine)
     memory.attach(made)
     Base.metadata.create_all(engine)
     memory.create_tables(engine)
     return made
+
+
+@pytest.fixture
+def sessions(engine: Engine) -> Any:
+    return checked_by(PreferenceSchema, engine)
 
 
 def assert_nothing_written(sessions: Any) -> None:
@@ -73,13 +78,7 @@ def test_a_field_that_is_read_under_the_name_of_a_column(engine: Engine, alias: 
     class Schema(BaseModel):
         text: str | None = Field(default=None, max_length=3, validation_alias=alias)
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Preference, text="content", schema=Schema)
-    made = sessionmaker(engine)
-    memory.attach(made)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with made() as session:
+    with checked_by(Schema, engine)() as session:
         session.add(Preference(content="tea"))
         session.commit()
         session.add(Preference(content="coffee"))
@@ -171,13 +170,7 @@ def test_only_the_schemas_own_fields_are_given_to_it(engine: Engine) -> None:
     class Strict(BaseModel, extra="forbid"):
         content: str
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Preference, text="content", schema=Strict)
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    with checked_by(Strict, engine)() as session:
         session.add(Preference(content="fine"))
         session.commit()
 
