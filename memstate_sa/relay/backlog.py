@@ -193,12 +193,15 @@ def lacks(
 
     Raises DeliveryError for a key that it refused for good.
     """
-    pending = facts is None and _is_pending(connection, index, tx)
-    # After what is pending: a key that is delivered in between is not taken for refused.
-    refused = connection.execute(_refused, {**index.parameters(), "tx": tx}).all()
-    dead = [row for row in refused if row.state == DEAD]
-    if dead and not _is_pending(connection, index, tx):  # what is pending is tried again
-        raise DeliveryError(f"index {index.name!r} refused {dead[0].entity} {dead[0].key}: {dead[0].error}")
+    asked = {**index.parameters(), "tx": tx}
+    refused, pending = connection.execute(_refused, asked).all(), False
+    if facts is None or any(row.state == DEAD for row in refused):
+        pending = _is_pending(connection, index, tx)  # what is pending is tried again
+        # Once more after that: a key that was delivered in between is not refused.
+        refused = connection.execute(_refused, asked).all()
+    dead = next((row for row in refused if row.state == DEAD), None)
+    if dead is not None and not pending:
+        raise DeliveryError(f"index {index.name!r} refused {dead.entity} {dead.key}: {dead.error}")
     if refused or facts is None:
         return bool(refused) or pending or not claims.is_filled(connection, index, list(tracked))
     ours = [fact for fact in facts if fact[0] in tracked]

@@ -778,6 +778,33 @@ def test_wait_for_the_repair_of_a_dead_key(engine: Engine) -> None:
     world.assert_in_step()
 
 
+def test_wait_while_a_dead_key_is_delivered(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at what was refused and the look at what is pending."""
+    from memstate_sa.relay import backlog
+
+    index = Spy()
+    index.refuse = lambda point: DeliveryRejected("no")
+    world = World(engine, index)
+    relay = world.memory.relay(engine, policy=RetryPolicy(max_attempts=1))
+    say(world, a="odd")
+    relay.drain()
+    index.refuse = lambda point: None
+    asked, is_pending = [], backlog._is_pending
+
+    def deliver_first(*args: Any) -> bool:
+        relay.drain()
+        asked.append(is_pending(*args))
+        return asked[-1]
+
+    monkeypatch.setattr(backlog, "_is_pending", deliver_first)
+    with world.session() as session:
+        session.get_one(Tag, "a").meaning = "fine"
+        session.commit()
+        world.memory.wait(session)
+    assert asked == [False]
+    world.assert_in_step()
+
+
 def test_attaching_a_scoped_session_makes_no_session(engine: Engine) -> None:
     """It is made when it is first used, as it is configured then."""
     registry = scoped_session(sessionmaker())
