@@ -37,7 +37,7 @@ GET = Target(1.05)
 
 
 def run(*, quick: bool = False, databases_: tuple[str, ...] = ("sqlite", "postgresql")) -> None:
-    count, rounds = (200, 5) if quick else (1000, 18)
+    count, rounds = (100, 3) if quick else (1000, 18)
     contenders = [name for name in CONTENDERS if not (quick and name in SLOW)]
     if "sqlite" in databases_:
         with databases.folder() as home:
@@ -139,7 +139,7 @@ def gets(database: str, new_url: Callable[[], str], *, quick: bool) -> None:
             session.commit()
         contenders[name] = partial(_gets, model, sessions)
         contenders[name]()
-    measured = interleaved(contenders, 5 if quick else 25)
+    measured = interleaved(contenders, 3 if quick else 25)
     share = ratio(measured["attached"], measured["plain"])
     result = table(f"session.get() of a row, {database}", "", "plain", "attached", "ratio", "target")
     row = (f"{median(measured[name]) * 1000:.0f} µs" for name in contenders)

@@ -29,9 +29,9 @@ def run(*, quick: bool = False) -> None:
     with databases.postgres_server() as server:
         with databases.folder() as home:
             commit_to_index(server, home, quick=quick)
-        old_transaction(server, seconds=4 if quick else 60)
+        old_transaction(server, seconds=2 if quick else 60)
         poison(server, quick=quick)
-        backlog(server, keys=30_000 if quick else 1_000_000)
+        backlog(server, keys=10_000 if quick else 1_000_000)
 
 
 class Application:

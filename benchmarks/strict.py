@@ -41,7 +41,7 @@ def run(*, quick: bool = False) -> None:
 
 def measure(database: str, index: str, new_engine: Callable[[], Engine], home: Path, *, quick: bool) -> None:
     """Seconds a commit; the relay's contender has it running, as strict has: it finds the rows there."""
-    rounds, count = (5, 10) if quick else (21, 40)
+    rounds, count = (3, 5) if quick else (21, 40)
     contents = iter(texts((rounds + 1) * count * 3))
     with ExitStack() as stack:
 

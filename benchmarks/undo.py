@@ -40,15 +40,15 @@ PEER = Target(1)
 
 
 def run(*, quick: bool = False) -> None:
-    sizes = (10_000, 30_000) if quick else (10_000, 100_000, 1_000_000)
-    rounds = 3 if quick else 9
+    sizes = (10_000, 20_000) if quick else (10_000, 100_000, 1_000_000)
+    rounds = 2 if quick else 9
     with databases.folder() as home, ExitStack() as stack:
         measure("SQLite, file", lambda: databases.sqlite_url(home), sizes, rounds, stack)
     with databases.postgres_server() as server, ExitStack() as stack:
         new = partial(_entered, stack, lambda: databases.postgres_database(server))
         measure("PostgreSQL", new, sizes, rounds, stack)
     with databases.folder() as home, ExitStack() as stack:
-        beside_the_peer(home, 3 if quick else 9, stack)
+        beside_the_peer(home, 1 if quick else 9, stack)
 
 
 def _entered(stack: ExitStack, manager: Callable[[], Any]) -> str:
