@@ -8,15 +8,20 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import numpy as np
-from sqlalchemy import JSON, Engine, ForeignKey, String, delete, insert, inspect, select, update
+from sqlalchemy import JSON, Engine, ForeignKey, String, delete, event, insert, inspect, select, update
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
 
 from memstate_sa import Memory
 from memstate_sa.changes import replay
 from memstate_sa.indexes import InMemoryIndex, VectorIndex
-from memstate_sa.tables import cursor, holder, utcnow
+from memstate_sa.outbox import take_write_lock
+from memstate_sa.relay import Relay
+from memstate_sa.tables import cursor, holder, parked, utcnow
 from memstate_sa.testing import HashEmbedder
+
+WAITING_FOR_A_LOCK = "FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+"""Who waits for one in PostgreSQL; other databases of the server may be those of tests that run beside this one."""
 
 
 class Base(DeclarativeBase):
@@ -140,6 +145,36 @@ def overtake(engine: Engine) -> None:
 def expire_leases(engine: Engine) -> None:
     with engine.begin() as connection:
         connection.execute(update(holder).values(lease_until=utcnow()))
+
+
+def grow_older(engine: Engine, relay: Relay, by: timedelta) -> None:
+    """As if *by* had passed since *relay* last renewed its lease."""
+    delivery = relay._couriers[0].delivery
+    delivery.holder._renew_at -= by.total_seconds()
+    its = holder.c.owner == delivery._owner
+    with engine.begin() as connection:
+        take_write_lock(connection)
+        for lease_until in connection.scalars(select(holder.c.lease_until).where(its).with_for_update()).all():
+            connection.execute(update(holder).where(its).values(lease_until=lease_until - by))
+
+
+def make_due(engine: Engine) -> None:
+    """As if all that is parked had waited for long enough."""
+    with engine.begin() as connection:
+        connection.execute(update(parked).values(next_at=utcnow() - timedelta(seconds=1)))
+
+
+def connections_of_this_thread(engine: Engine) -> set[Any]:
+    """Those that are checked out just now: a thread that tells other relays has one for a moment, too."""
+    held, me = set[Any](), threading.get_ident()
+
+    def checked_out(driver: Any, record: Any, proxy: Any) -> None:
+        if threading.get_ident() == me:
+            held.add(record)
+
+    event.listen(engine, "checkout", checked_out)
+    event.listen(engine, "checkin", lambda driver, record: held.discard(record))
+    return held
 
 
 def texts(entity: str, rows: Iterable[Any], key: Any, text: Any) -> dict[str, str]:

@@ -18,7 +18,7 @@ from memstate_sa.relay import embeddings
 from memstate_sa.relay.plan import RetryPolicy
 from memstate_sa.tables import embedding
 from memstate_sa.testing import FlakyIndex, HashEmbedder
-from tests.support import Base, Tag, assert_index_holds
+from tests.support import Base, Tag, assert_index_holds, connections_of_this_thread
 
 
 class Counting(HashEmbedder):
@@ -201,8 +201,8 @@ def test_what_is_embedded_is_kept_before_the_index_is_called(engine: Engine) -> 
 
 def test_no_transaction_is_open_while_it_embeds(app: App) -> None:
     """The look at what is kept has ended by then."""
-    checked_out: list[int] = []
-    app.embedder.check = lambda: checked_out.append(app.engine.pool.checkedout())  # type: ignore[attr-defined]
+    held, checked_out = connections_of_this_thread(app.engine), list[int]()
+    app.embedder.check = lambda: checked_out.append(len(held))
     app.say(a="tea")
     app.relay.drain()
     assert checked_out == [0]

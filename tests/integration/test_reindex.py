@@ -455,7 +455,7 @@ def test_a_successor_that_another_application_does_not_fill_takes_no_place(shop:
         session.commit()
     people.memory.relay(shop.engine).drain()
     tags.say(**DRINKS)
-    tags.memory.relay(shop.engine, lease_s=1).drain()
+    tags.memory.relay(shop.engine).drain()
     with shop.engine.begin() as connection:  # as if nobody had delivered people to the successor
         connection.execute(delete(refill).where(refill.c.index == "memory_v2", refill.c.entity == "person"))
     with people.sessions() as session:

@@ -20,7 +20,7 @@ from memstate_sa.relay import Relay, RetryPolicy
 from memstate_sa.tables import cursor, parked, utcnow
 from memstate_sa.testing import HashEmbedder
 from tests.integration.test_relay import Spy, eventually, say
-from tests.support import Base, Person, Tag, World, assert_index_holds, expire_leases, overtake
+from tests.support import Base, Person, Tag, World, assert_index_holds, expire_leases, make_due, overtake
 
 pytestmark = pytest.mark.sa20
 
@@ -369,7 +369,7 @@ def test_an_index_is_tried_again_when_its_backoff_is_over(engine: Engine) -> Non
     index.refuse = down
     app = Application(engine, index, Tag)
     app.relay().drain()
-    with app.relay(policy=RetryPolicy(delay_s=0.001), poll_s=(60.0, 60.0)) as relay:
+    with app.relay(policy=RetryPolicy(delay_s=0.001), poll_s=(600.0, 600.0), lease_s=1200.0) as relay:
         app.write(tag("a", "x"))
         eventually(lambda: len(attempts) == 1)
         relay.wake()
@@ -384,9 +384,23 @@ def test_a_provider_that_asks_for_too_much_patience_is_asked_again(engine: Engin
     index.refuse = lambda point: next(failures, None)
     app = Application(engine, index, Tag)
     app.write(tag("a", "x"))
-    app.relay(policy=RetryPolicy(max_delay_s=0.02)).drain(timeout=10.0)
+    app.relay(policy=RetryPolicy(max_delay_s=0.02)).drain(timeout=60.0)
     assert index.batches == [['tag["a"]']] * 4
     assert_index_holds(index, HashEmbedder(), {'tag["a"]': "x"})
+
+
+class Waits(threading.Event):
+    """What a relay waits for work with: short waits are over at once, long ones last until it is woken."""
+
+    def __init__(self, short_s: float) -> None:
+        super().__init__()
+        self.short_s = short_s
+        self.asked: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.asked.append(timeout)
+        return super().wait(0.0 if timeout < self.short_s else 100.0)
 
 
 def test_an_idle_relay_looks_less_and_less_often(postgres_engine: Engine) -> None:
@@ -394,27 +408,23 @@ def test_an_idle_relay_looks_less_and_less_often(postgres_engine: Engine) -> Non
     world = World(postgres_engine)
     say(world, a="x")
     world.relay.drain()
-    statements: list[str] = []
-    looks: list[float] = []
+    looks: list[str] = []
 
-    def count(connection: Any, dbapi_cursor: Any, statement: str, *rest: Any) -> None:
-        statements.append(statement)
+    def note(connection: Any, dbapi_cursor: Any, statement: str, *rest: Any) -> None:
         if statement.startswith("SELECT CAST(pg_current_snapshot()"):
-            looks.append(time.monotonic())
+            looks.append(statement)
 
-    event.listen(postgres_engine, "before_cursor_execute", count)
-    with world.memory.relay(postgres_engine, poll_s=(0.01, 5.0)):
-        time.sleep(1.5)
-        # Waits of 10 ms, then half as long again each time: eleven fit, where 10 ms each would be some hundred.
-        assert 0 < len(statements) < 75
-        seen = len(looks)
-        eventually(lambda: len(looks) > seen)
-        waited = looks[-1] - looks[-2]
-        started = time.monotonic()
+    event.listen(postgres_engine, "before_cursor_execute", note)
+    relay = world.memory.relay(postgres_engine, poll_s=(0.01, 600.0), lease_s=3600.0)
+    relay._couriers[0].woken = waits = Waits(short_s=2.0)
+    with relay:
+        eventually(lambda: bool(waits.asked) and waits.asked[-1] >= waits.short_s)
+        assert 0 < len(looks) <= len(waits.asked) + 2
+        for earlier, later in pairwise(waits.asked):  # half as long again each time; or it was woken
+            assert later == pytest.approx(1.5 * earlier) or later == 0.01
         say(world, b="y")
         expected = {'tag["a"]': "a means x", 'tag["b"]': "b means y"}
         eventually(lambda: holds(world.index, expected))
-        assert time.monotonic() - started < waited  # it was to wait half as long again
     world.assert_in_step()
 
 
@@ -435,14 +445,14 @@ def test_drain_returns_under_a_constant_writer(engine: Engine) -> None:
             written[0] += 1
 
     def wait_for_the_writer(point: Point) -> None:
-        before = written[0]
-        eventually(lambda: written[0] > before)
+        before = written[0]  # there may be one more that is committed, and not counted yet
+        eventually(lambda: written[0] > before + 1)
 
     index.refuse = wait_for_the_writer
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        world.relay.drain(timeout=5.0)
+        world.relay.drain(timeout=60.0)
         assert world.memory.status(engine)["memory"].pending > 0
     finally:
         stop.set()
@@ -516,7 +526,7 @@ def test_a_late_write_that_is_reported_as_failed(engine: Engine) -> None:
     """A call times out after its lease, and lands after what the new holder wrote: it is put right."""
     index = Interrupted(fenced=False)
     world = World(engine, index)
-    late, holder = world.memory.relay(engine, lease_s=0.5), world.relay
+    late, holder = world.memory.relay(engine), world.relay
     say(world, a="at first")
     holder.drain()
     say(world, a="read by the late one")
@@ -524,7 +534,7 @@ def test_a_late_write_that_is_reported_as_failed(engine: Engine) -> None:
 
     def fail(points: Sequence[Point]) -> None:
         index.upsert = upsert  # type: ignore[method-assign]
-        time.sleep(0.6)
+        expire_leases(engine)
         say(world, a="the truth")
         assert holder.run_once() >= 1
         upsert(points)
@@ -534,8 +544,9 @@ def test_a_late_write_that_is_reported_as_failed(engine: Engine) -> None:
     with pytest.raises(DeliveryRetryable):
         late.run_once()
     late.run_once()
-    time.sleep(0.5)  # when no call of that lease can land any more
+    make_due(engine)  # when no call of that lease can land any more
     assert holder.run_once() >= 1
+    late.stop()
     world.assert_in_step()
 
 
@@ -558,7 +569,7 @@ def test_a_database_that_was_away_is_not_asked_all_the_time(engine: Engine) -> N
 
     delivery.step = fail_once  # type: ignore[method-assign]
     with relay:
-        assert failed.wait(5)
+        assert failed.wait(60)
         time.sleep(0.3)
         statements.clear()
         time.sleep(1)
