@@ -24,6 +24,7 @@ from memstate_sa.indexes import PgVectorIndex, Point, VectorIndex
 from memstate_sa.testing import IndexConformance
 from memstate_sa.testing.churn import EMBEDDER
 from memstate_sa.testing.points import X, Y, Z, contents, fingerprints, point, vector
+from tests.support import WAITING_FOR_A_LOCK
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def test_an_overtaken_write_waits_for_the_newer_and_is_refused(
             newer.delete(["going", "absent"], epoch=6)
             overtaken = pool.submit(index.upsert, late)
             with vector_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as watcher:
-                poll(watcher, "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+                poll(watcher, f"SELECT count(*) > 0 {WAITING_FOR_A_LOCK}")
             assert not overtaken.done()
         overtaken.result(60)
     assert contents(index, ids) == {"there": ("new", [0, 1, 0]), "new": ("new", [0, 1, 0])}
@@ -478,7 +479,7 @@ def test_a_missing_package_names_its_extra(absent: str, monkeypatch: pytest.Monk
 
 def test_it_takes_no_connection_of_the_applications(vector_url: str, name: str) -> None:
     """Who searches in a transaction holds one, and may not wait for a second: as many as the pool has wait for ever."""
-    engine = create_engine(vector_url, pool_size=1, max_overflow=0, pool_timeout=1)
+    engine = create_engine(vector_url, pool_size=1, max_overflow=0)
     index = PgVectorIndex(engine, name)
     with engine.connect() as held:
         held.execute(select(1))

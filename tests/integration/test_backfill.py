@@ -25,7 +25,7 @@ from memstate_sa.tables import backfill as ranges
 from memstate_sa.tables import log
 from memstate_sa.testing import HashEmbedder
 from tests.integration.test_histories import wipe
-from tests.support import Note, Person, Tag, World, in_threads
+from tests.support import WAITING_FOR_A_LOCK, Note, Person, Tag, World, in_threads
 
 pytestmark = pytest.mark.sa20
 
@@ -271,7 +271,7 @@ def test_it_waits_for_a_locked_row_without_holding_others(postgres_engine: Engin
 
 def _waits(engine: Engine, table: str) -> bool:
     """Whether somebody waits for a lock of a row of *table*."""
-    waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE :query")
+    waiting = text(f"SELECT count(*) {WAITING_FOR_A_LOCK} AND query LIKE :query")
     with engine.connect() as connection:
         return connection.scalar(waiting, {"query": f"%FROM {table}%"}) == 1
 
@@ -432,7 +432,7 @@ def test_a_restart_waits_for_a_batch(postgres_engine: Engine, monkeypatch: pytes
 
 def _waiting(engine: Engine, verb: str = "") -> int:
     """How many wait for a lock of ranges."""
-    waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE :query")
+    waiting = text(f"SELECT count(*) {WAITING_FOR_A_LOCK} AND query LIKE :query")
     with engine.connect() as connection:
         return int(connection.scalar(waiting, {"query": f"{verb}%memstate_backfill%"}) or 0)
 
@@ -605,11 +605,13 @@ class Killed(Exception):
 
 @contextmanager
 def at_statement(engine: Engine, number: int, action: Callable[[], None]) -> Iterator[None]:
-    """Run *action* once, before the statement, or the COMMIT, with this *number*."""
-    seen = 0
+    """Run *action* once, before the statement, or the COMMIT, with this *number* of this thread."""
+    seen, here = 0, threading.get_ident()
 
     def count(*_: Any) -> None:
         nonlocal seen
+        if threading.get_ident() != here:  # it tells relays of a commit
+            return
         seen += 1
         if seen == number:
             action()

@@ -14,6 +14,7 @@ from memstate_sa import ConflictError, Memory
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.tables import log, outbox, unique
 from memstate_sa.testing import HashEmbedder
+from tests.support import WAITING_FOR_A_LOCK
 
 pytestmark = pytest.mark.sa20
 
@@ -161,9 +162,6 @@ def test_beside_a_transaction_that_has_the_value(
 
 
 def waits_for_value(engine: Engine) -> bool:
-    waiting = text(
-        "SELECT count(*) FROM pg_stat_activity "
-        "WHERE wait_event_type = 'Lock' AND query LIKE 'INSERT INTO memstate_unique%'"
-    )
+    waiting = text(f"SELECT count(*) {WAITING_FOR_A_LOCK} AND query LIKE 'INSERT INTO memstate_unique%'")
     with engine.connect() as connection:
         return connection.scalar(waiting) == 1

@@ -34,7 +34,7 @@ from memstate_sa.relay.retention import fold_log
 from memstate_sa.tables import current, embedding, ledger, log, outbox, parked, unique, utcnow
 from memstate_sa.testing import HashEmbedder
 from tests.integration.test_relay import say
-from tests.support import Base, Note, Person, Tag, World
+from tests.support import WAITING_FOR_A_LOCK, Base, Note, Person, Tag, World
 
 MARKERS = ("Zxqvertigo77", "Şükrü Überfährt 東京 Zxqvertigo77")
 """In ASCII and not; the text of what is erased."""
@@ -518,7 +518,7 @@ def test_a_row_that_comes_to_refer_meanwhile_is_waited_for(postgres_engine: Engi
         other.flush()
         erasing = pool.submit(erase)
         with postgres_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as watcher:
-            while not watcher.scalar(text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")):
+            while not watcher.scalar(text(f"SELECT count(*) {WAITING_FOR_A_LOCK}")):
                 assert not erasing.done()
                 time.sleep(0.01)
         other.commit()
@@ -816,6 +816,7 @@ def test_a_reader_of_the_past_is_told(accounts: Accounts) -> None:
             connection.exec_driver_sql("BEGIN")
         connection.execute(select(log)).all()
         accounts.erase()
+        accounts.relay.drain()
         with pytest.raises(MemstateError, match=r"a transaction .* open"):
             accounts.memory.purge(accounts.engine, timeout=0.5)
         connection.rollback()

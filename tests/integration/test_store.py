@@ -917,7 +917,7 @@ def test_a_relay_runs_in_the_background(engine: Engine) -> None:
         hits = store.search("coffee")
         assert [hit.fact.payload["content"] for hit in hits] == ["likes coffee"]
         eventually(lambda: store.search("coffee").complete)
-    assert relay_threads() == before
+    assert not relay_threads() - before
 
 
 def test_facts_outlive_the_store(engine: Engine) -> None:
@@ -973,7 +973,7 @@ def test_in_memory_drains_after_each_commit(url: str) -> None:
         def delivered() -> list[str]:
             return [entry.id for entry in index.scan(None, 9)]
 
-        assert relay_threads() == before
+        assert not relay_threads() - before
         id_ = store.commit(note("likes tea"))
         point = point_of(id_)
         assert delivered() == [point]

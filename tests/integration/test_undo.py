@@ -20,6 +20,7 @@ from memstate_sa.changes import replay
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from memstate_sa.undo import Undo
+from tests.integration.test_capture import statements
 from tests.support import assert_index_holds
 
 pytestmark = pytest.mark.sa20
@@ -593,14 +594,13 @@ def test_a_thousand_steps_take_as_many_statements_as_one_for_each_kind(app: App)
     """Rows are written in batches, not one by one."""
     for n in range(30):
         app.write(player(n))
-    statements: list[str] = []
     app.rollback(1)
-    event.listen(app.engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    sent = statements(app.engine)
     app.rollback(1)
-    few = len(statements)
-    statements.clear()
+    few = len(sent)
+    sent.clear()
     app.rollback(25)
-    assert len(statements) == few
+    assert len(sent) == few
     app.check()
 
 
