@@ -8,7 +8,7 @@ import operator
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -30,6 +30,7 @@ from memstate_sa.integrations import checkpoints
 from memstate_sa.integrations.checkpoints import Place
 from memstate_sa.integrations.langgraph import MemStateCheckpointer
 from memstate_sa.integrations.steps import Steps, Task
+from memstate_sa.integrations.turns import Turns
 from memstate_sa.testing import HashEmbedder
 from tests.support import Tag, World
 
@@ -285,8 +286,8 @@ async def test_many_graphs_in_one_loop(agent: Agent) -> None:
 
 @pytest.fixture
 def crowded(agent: Agent) -> Iterator[Agent]:
-    """With fewer connections than there are nodes, and little patience."""
-    engine = create_engine(agent.world.engine.url, pool_size=3, max_overflow=1, pool_timeout=5)
+    """With fewer connections than there are nodes."""
+    engine = create_engine(agent.world.engine.url, pool_size=3, max_overflow=1)
     sqlite.configure(engine)
     agent.saver = MemStateCheckpointer(engine, memory=agent.world.memory)
     yield agent
@@ -382,16 +383,28 @@ async def test_who_waits_for_a_step_lets_go(crowded: Agent, cancelled: bool) -> 
     assert crowded.tags() == [*map(str, range(6)), "x"]
 
 
-async def test_a_node_that_waits_for_one_that_has_no_turn(crowded: Agent) -> None:
+async def test_a_node_that_waits_for_one_that_has_no_turn(crowded: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Is told what is the matter, instead of waiting for ever."""
     begun: list[int] = []
-    done = asyncio.Event()
-    crowded.saver._steps._timeout_s = 1.0
+    all_begun, done = threading.Event(), asyncio.Event()
+    turns, wait = 1 if crowded.world.engine.dialect.name == "sqlite" else 2, Turns.wait
+
+    async def impatiently(self: Turns, turn: Any, timeout_s: float) -> None:
+        if not turn.done():
+            await asyncio.to_thread(all_begun.wait, 60)
+        await wait(self, turn, 0.1)
+
+    monkeypatch.setattr(Turns, "wait", impatiently)
+
+    def begin(n: int) -> None:
+        begun.append(n)
+        if len(begun) >= turns:
+            all_begun.set()
 
     def node(n: int) -> Any:
         async def work(state: State) -> State:
             try:
-                await crowded.saver.astep(lambda session: begun.append(n))
+                await crowded.saver.astep(lambda session: begin(n))
                 await asyncio.wait_for(done.wait(), 60)
             finally:
                 done.set()
@@ -402,7 +415,7 @@ async def test_a_node_that_waits_for_one_that_has_no_turn(crowded: Agent) -> Non
 
     with pytest.raises(MemstateError, match="as many steps are open as may be"):
         await crowded.graph(*map(node, range(4)), parallel=True).ainvoke({"trail": []}, CONFIG)
-    assert len(begun) == (1 if crowded.world.engine.dialect.name == "sqlite" else 2)
+    assert len(begun) == turns
     await asyncio.to_thread(assert_nothing_is_left_open, crowded)
 
 
@@ -651,10 +664,18 @@ def assert_nothing_is_left_open(agent: Agent) -> None:
 
 
 @pytest.mark.parametrize("parallel", [False, True])
-def test_a_node_that_takes_too_long(agent: Agent, parallel: bool) -> None:
+def test_a_node_that_takes_too_long(agent: Agent, parallel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run has failed when its thread ends; its facts are there with its writes, or else it runs again."""
+    given_up, cancel = threading.Event(), Future.cancel
+
+    def give_up(future: Future[Any]) -> bool:
+        if future.running():
+            given_up.set()
+        return cancel(future)
+
+    monkeypatch.setattr(Future, "cancel", give_up)
     other = agent.writer("b") if parallel else agent.writer("later")
-    graph = agent.graph(agent.writer("a", lambda: time.sleep(0.3)), other, parallel=parallel)
+    graph = agent.graph(agent.writer("a", lambda: given_up.wait(60)), other, parallel=parallel)
     graph.step_timeout = 0.1
     with pytest.raises(TimeoutError):
         graph.invoke({"trail": []}, CONFIG)
