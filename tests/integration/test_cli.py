@@ -289,16 +289,14 @@ def test_drain_can_be_interrupted(app: Application) -> None:
     command = [sys.executable, "-m", "memstate_sa.cli", "drain", "--app", f"{app.name}:memory", "--url", app.url]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         with app.engine.connect() as connection:
             while connection.execute(select(holder.c.owner)).first() is None:
                 assert time.monotonic() < deadline
                 connection.rollback()
                 time.sleep(0.02)
-        began = time.monotonic()
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
-        assert time.monotonic() - began < 30 and process.returncode != 0
+        assert process.wait(timeout=60) != 0
     with app.engine.connect() as connection:
         assert connection.execute(select(holder.c.owner)).all() == []
 
@@ -319,7 +317,7 @@ def test_relay_runs_until_it_is_told_to_stop(app: Application) -> None:
         assert b"delivering" in process.stdout.readline()
         process.terminate()
         rest = process.stdout.read()
-        assert process.wait(timeout=30) == 0, rest
+        assert process.wait(timeout=60) == 0, rest
 
 
 def test_a_worker_serves_metrics_and_its_readiness(app: Application) -> None:
@@ -333,18 +331,19 @@ def test_a_worker_serves_metrics_and_its_readiness(app: Application) -> None:
         assert [record["level"] for record in records] == ["INFO", "INFO"]
         port = int(records[0]["message"].rpartition(" ")[2])
         metrics: dict[str, float] = {}
-        deadline = time.monotonic() + 20
-        while metrics.get('memstate_converged_keys_total{index="memory"}') != 1.0:
+        deadline = time.monotonic() + 60
+        # One look is not at one moment: it may see the key as pending, and then as converged.
+        expected = {'memstate_converged_keys_total{index="memory"}': 1.0, 'memstate_backlog_keys{index="memory"}': 0.0}
+        while expected.items() - metrics.items():
             assert time.monotonic() < deadline, metrics
             with urlopen(f"http://127.0.0.1:{port}/metrics") as response:
                 lines = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
             metrics = {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
-        assert metrics['memstate_backlog_keys{index="memory"}'] == 0.0
         assert metrics['memstate_embedded_texts_total{index="memory"}'] == 1.0
         with urlopen(f"http://127.0.0.1:{port}/readyz") as response:
             assert json.load(response) == {"ready": True, "problems": {}}
         process.terminate()
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=60) == 0
 
 
 def test_pause_and_resume(app: Application) -> None:

@@ -324,10 +324,10 @@ def test_two_who_change_two_tables_of_one_fact(postgres_engine: Engine) -> None:
         session.flush()
         thread = threading.Thread(target=other)
         thread.start()
-        flushed.wait(5)
+        flushed.wait(60)
         thread.join(0.3)
         session.commit()
-    thread.join(5)
+    thread.join(60)
     assert app.rows()[2] == app.replayed()[2]
     assert (app.rows()[2]["name"], app.rows()[2]["engineer.skill"]) == ("first", "second")
 

@@ -170,7 +170,7 @@ def test_the_applications_criteria_hold_in_the_past(world: World, on: str) -> No
 
 def test_a_search_in_the_past_takes_no_connection_of_the_applications(world: World) -> None:
     """The Session that searches holds one, and may not wait for a second: as many as the pool has wait for ever."""
-    narrow = sqlite.configure(create_engine(world.engine.url, pool_size=1, max_overflow=0, pool_timeout=1))
+    narrow = sqlite.configure(create_engine(world.engine.url, pool_size=1, max_overflow=0))
     with world.sessions(bind=narrow) as session:
         session.add(Person(id=1, name="ann", about="tea"))
         tx = commit(world, session)

@@ -726,7 +726,7 @@ def test_a_child_that_arrives_while_its_parent_is_to_go(postgres_engine: Engine,
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

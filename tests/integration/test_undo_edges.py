@@ -222,7 +222,7 @@ def test_no_deadlock_that_the_application_has_not(postgres_engine: Engine) -> No
             with app.sessions() as session:
                 session.add(Child(id=number, parent_id=1))
                 session.flush()
-                barrier.wait(10)
+                barrier.wait(60)
                 session.execute(update(Parent).where(Parent.id == 1).values(count=Parent.count + 1))
                 session.commit()
         except sa.exc.SQLAlchemyError as error:
@@ -257,7 +257,7 @@ def test_waiting_for_an_undo(engine: Engine) -> None:
         session.commit()
         assert app.memory.token(session) == undo
         with app.memory.relay(engine):
-            app.memory.wait(session, 10)
+            app.memory.wait(session, 60)
             assert_index_holds(app.index, app.embedder, {"parent[1]": "first"})
 
 
