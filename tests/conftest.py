@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,9 @@ hypothesis_settings.register_profile("repeatable", derandomize=True)
 # --hypothesis-profile=noshrink: the first counterexample as it was found, for slow properties.
 hypothesis_settings.register_profile("noshrink", derandomize=True, phases=(Phase.explicit, Phase.generate))
 hypothesis_settings.load_profile("repeatable")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of what a shell runs in the background; so were its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import chromadb
 from sqlalchemy import create_engine, delete
+from sqlalchemy.orm import Session
 
-from memstate_sa import sqlite
+from memstate_sa import Hits, sqlite
 from memstate_sa.indexes import ChromaIndex
 from memstate_sa.tables import refill
 from tests.integration.test_reindex import Process, Shop, embedded_by
@@ -57,14 +59,20 @@ def run(folder: Path, url: str, seed: int, started: Connection) -> None:
                         session.merge(Tag(name=name, meaning=f"item {chance.randrange(5000)}"))
                 session.commit()
 
+    def answer(session: Session, query: str) -> Hits[Tag]:
+        """When the relay, which may be far behind, has come near enough: nobody writes meanwhile."""
+        deadline = time.monotonic() + 60
+        while not (hits := moving.memory.search(session, query, Tag, limit=10)).complete:
+            assert time.monotonic() < deadline
+        return hits
+
     def look() -> None:
         try:
             while True:
                 query = f"item {chance.randrange(5000)}"
                 with turn, moving.sessions() as session:
                     # Approximate, and while it is written to, a match of Chroma's may be of two writes for a moment.
-                    answers = (moving.memory.search(session, query, Tag, limit=10) for _ in range(5))
-                    assert any(hits.complete and embedded_by(hits, query) for hits in answers)
+                    assert any(embedded_by(answer(session, query), query) for _ in range(5))
         except BaseException:
             traceback.print_exc()
             os._exit(1)

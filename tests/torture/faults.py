@@ -16,6 +16,9 @@ from memstate_sa.indexes.base import Entry, FencedIndex, Filter, Match, Point, S
 
 T = TypeVar("T")
 
+EXPOSED_S = 8.0
+"""So long after a call, or a stop, beyond its lease a process may need to find out, and say so, on a busy machine."""
+
 _OF_WRITES = {
     "index: failed before": 3.0,
     "index: applied, timed out": 3.0,
@@ -157,7 +160,7 @@ class FaultyIndex:
             case "index: beyond the lease":
                 delay = self._lease_s * (1.1 + 0.7 * chance)
                 if not is_fenced(self.inner):
-                    self._injector.expose(time.monotonic() + delay + 3.0)
+                    self._injector.expose(time.monotonic() + delay + EXPOSED_S)
                 time.sleep(delay)
 
 

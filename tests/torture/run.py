@@ -33,12 +33,12 @@ from tests.redis_server import Server as Redis
 from tests.torture import worker, writer
 from tests.torture.app import COLLECTION, WORKERS, WRITERS, App, Base, Setting
 from tests.torture.audit import Audit, audit
+from tests.torture.faults import EXPOSED_S
 from tests.torture.servers import Chroma, Postgres
 
-_DRAINED_WITHIN_S = 90.0
+_DRAINED_WITHIN_S = 180.0
 _BROKEN_AFTER_S = 15.0
-_ENDED_WITHIN_S = 20.0
-_EXPOSED_S = 3.0
+_ENDED_WITHIN_S = 60.0
 _SHOWN = 20
 _LINES_IN_A_SECOND = 100
 """More in a worker's log, and it does not wait before it tries again."""
@@ -313,7 +313,7 @@ class Torture:
         if until > self._postgres_down_at > 0:
             if self._postgres_up_at is None:
                 return True
-            until = max(until, self._postgres_up_at + _EXPOSED_S)
+            until = max(until, self._postgres_up_at + EXPOSED_S)
         return time.monotonic() < until
 
     def _suspend_worker(self) -> bool:
@@ -327,7 +327,7 @@ class Torture:
 
         def resume() -> None:
             child.stopped = False
-            child.exposed_until = time.monotonic() + _EXPOSED_S
+            child.exposed_until = time.monotonic() + EXPOSED_S
             os.kill(child.pid, signal.SIGCONT)
             self._note(resumed=child.name)
 

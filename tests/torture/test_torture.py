@@ -18,7 +18,7 @@ from tests.torture.run import Torture, show
 SECONDS = float(os.environ.get("MEMSTATE_TORTURE_S", "60"))
 
 
-@pytest.mark.timeout(SECONDS + 240)
+@pytest.mark.timeout(SECONDS + 600)
 def test_nothing_is_lost_and_nothing_is_invented(tmp_path: Path) -> None:
     """Kills, stops, restarts and failing calls; then all indexes hold the committed rows, and never held others."""
     seed = int(os.environ.get("MEMSTATE_SEED", str(int(time.time()))))
