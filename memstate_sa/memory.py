@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -108,6 +109,7 @@ class Memory:
         self._sweeper = Sweeper(self._capture)
         self._eraser = Eraser(self._registry, self._capture, list(embedders.values()))
         self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
+        self._listing = threading.RLock()  # one that is made while a commit wakes the others would fail that commit
         self._engines: dict[URL, Engine] = {}  # for threads, by the URL of an AsyncEngine
         self._derived: list[Engine] = []
         self._opened: set[str] = set()  # indexes that a search has opened
@@ -669,7 +671,8 @@ class Memory:
         self._capture.guard(sync)
         self._strict.watch(sync)
         relay = self._relay_to(sync, self.indexes, **{"sweep": partial(self.sweep, sync), **options})
-        self._relays.add(relay)
+        with self._listing:
+            self._relays.add(relay)
         return relay
 
     def _relay_to(self, engine: Engine, names: Iterable[str], **options: Any) -> Relay:
@@ -681,8 +684,12 @@ class Memory:
         return {name: (destination, self._registry.published(name)) for name, destination in self._destinations.items()}
 
     def _wake(self) -> None:
-        for relay in list(self._relays):
+        for relay in self._all_relays():
             relay.wake()
+
+    def _all_relays(self) -> list[Relay]:
+        with self._listing:
+            return list(self._relays)
 
     def _committed(self, engine: Engine) -> None:
         self._wake()
@@ -969,7 +976,7 @@ class Memory:
 
     def close(self) -> None:
         """Stop this Memory's relays and close its indexes."""
-        for relay in list(self._relays):
+        for relay in self._all_relays():
             relay.stop()
         self._notifier.close()
         for index in self.indexes.values():

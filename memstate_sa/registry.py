@@ -17,8 +17,9 @@ class Registry:
 
     def __init__(self) -> None:
         self._by_mapper: dict[Mapper[Any], Tracked | None] = {}
+        # Replaced, not changed, as other threads may be going through them: so is `by_table`.
         self.by_entity: dict[str, Tracked] = {}
-        self._published: dict[str, Tracked] = {}  # replaced, not changed
+        self._published: dict[str, Tracked] = {}
         self.versions: dict[str, int] = {}  # of the shape of each entity's images
         self.by_table: dict[Table, Tracked] = {}
         self.by_table_name: dict[tuple[str | None, str], Tracked] = {}
@@ -31,7 +32,7 @@ class Registry:
         if other is not None:
             raise MemstateError(f"entity {tracked.entity!r} is already tracked, by {other.model.__name__}")
         self._claim_tables(tracked)
-        self.by_entity[tracked.entity] = tracked
+        self.by_entity = {**self.by_entity, tracked.entity: tracked}
         tracked.tell_alembic()
         self.versions[tracked.entity] = tracked.version
         self.validates |= tracked.validate is not None
@@ -63,18 +64,20 @@ class Registry:
                     f"table {table.fullname} is already tracked, by {other.model.__name__}; tracking a base class "
                     "tracks its subclasses"
                 )
-        for table in tracked.tables:
-            self.by_table[table] = self.by_table_name[table.schema, table.name] = tracked
+        self.by_table = {**self.by_table, **dict.fromkeys(tracked.tables, tracked)}
+        self.by_table_name.update({(table.schema, table.name): tracked for table in tracked.tables})
 
     def _drop_derived(self, mapper: Mapper[Any]) -> None:
         """Who tracks a concrete subclass by itself does not want it as its base class is tracked."""
         found = self._by_mapper.get(mapper)
         if found is not None and found.derived:
-            del self._by_mapper[mapper], self.by_entity[found.entity], self.by_table[found.table]
+            del self._by_mapper[mapper]
+            self.by_entity = {name: each for name, each in self.by_entity.items() if each is not found}
+            self.by_table = {table: each for table, each in self.by_table.items() if each is not found}
 
     def publish(self) -> None:
         """Let relays, in their threads, see what was added: not before its changes are captured."""
-        self._published = dict(self.by_entity)
+        self._published = self.by_entity
 
     def published(self, index: str | None = None) -> dict[str, Tracked]:
         """By entity, all or those that go to an *index*."""

@@ -1,0 +1,230 @@
+"""What is decided of two looks, between which somebody else acts: there, and nowhere else, the other one comes in."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from sqlalchemy import Connection, Engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+
+from memstate_sa import ConflictError, Fact, HistoryMissing, MemoryStore, doctor, erase, undo
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.relay.retention import fold_log
+from memstate_sa.testing import HashEmbedder
+from tests.integration.test_relay import Spy, say
+from tests.support import Person, Tag, World, in_threads
+
+pytestmark = pytest.mark.sa20
+
+
+@contextmanager
+def switching_often() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+# -- threads of one process --------------------------------------------------------------------------------------------
+
+
+def test_commit_while_a_relay_is_made(sqlite_engine: Engine) -> None:
+    """What the commit wakes is a set to which another thread adds: that was an error, after the COMMIT."""
+    world = World(sqlite_engine)
+    held, until = [world.memory.relay(sqlite_engine) for _ in range(3)], time.monotonic() + 2.0
+
+    def work(number: int) -> None:
+        while time.monotonic() < until:
+            if number:
+                world.memory._wake()
+            else:
+                world.memory.relay(sqlite_engine)
+
+    with switching_often():
+        assert in_threads(2, work) == []
+    assert len(held) == 3
+
+
+def test_track_while_a_transaction_begins(engine: Engine) -> None:
+    """Which goes through the classes that are tracked by then."""
+
+    class Late(DeclarativeBase):
+        pass
+
+    class Row(Late):
+        __tablename__ = "late"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        content: Mapped[str]
+
+    Late.metadata.create_all(engine)
+    world = World(engine, capture="trigger")
+
+    class Tracking(Session):
+        def get_bind(self, mapper: Any = None, **options: Any) -> Any:
+            if getattr(mapper, "class_", None) is Person and world.memory._registry.by_entity.get("late") is None:
+                world.memory.track(Row, text="content")
+            return super().get_bind(mapper, **options)
+
+    sessions = sessionmaker(class_=Tracking, binds={Tag: engine})
+    world.memory.attach(sessions)
+    with sessions() as session:
+        session.add(Tag(name="a"))
+        session.commit()
+    assert "late" in world.memory._registry.by_entity
+    world.assert_in_step()
+
+
+def test_start_while_a_drain_ends(world: World) -> None:
+    """A drain lets go of what it holds, unless the relay runs: as it does by the time that it lets go."""
+    relay, stop = world.relay, world.relay.stop
+    starting = threading.Thread(target=relay.start)
+
+    def start_first() -> None:
+        if not starting.ident:
+            starting.start()
+            starting.join(0.5)
+        stop()
+
+    relay.stop = start_first  # type: ignore[method-assign]
+    relay.drain()
+    relay.stop = stop  # type: ignore[method-assign]
+    starting.join()
+    assert relay._running
+    say(world, a="x")
+    with world.session() as session:
+        session.get_one(Tag, "a").meaning = "y"
+        session.commit()
+        world.memory.wait(session, timeout=10)
+    relay.stop()
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+class Resident(BaseModel):
+    name: str
+    city: str
+
+
+def test_commit_while_the_fact_gets_other_unique_values(
+    postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at which fact has them and the lock on it. It was overwritten: what it is now, was lost."""
+    with MemoryStore(postgres_engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as store:
+        store.register_schema("person", Resident, unique_by="name")
+        first = store.commit(Fact(type="person", payload={"name": "Ann", "city": "Rome"}))
+        locked, renamed = MemoryStore._locked, threading.Event()
+
+        def rename_first(session: Session, id: str) -> Fact | None:
+            if not renamed.is_set():
+                renamed.set()
+                in_a_thread(lambda: store.update(first, {"payload": {"name": "Bob"}}))
+            return locked(session, id)
+
+        monkeypatch.setattr(MemoryStore, "_locked", staticmethod(rename_first))
+        second = store.commit(Fact(type="person", payload={"name": "Ann", "city": "Oslo"}))
+        found = [(fact.id, fact.payload) for fact in store.query("person")]
+        assert found == [(first, {"name": "Bob", "city": "Rome"}), (second, {"name": "Ann", "city": "Oslo"})]
+
+
+def in_a_thread(work: Callable[[], object]) -> None:
+    assert in_threads(1, lambda _: work()) == []
+
+
+def test_repair_of_the_log_while_the_row_comes_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the looks at the table and at the log, which then says that it is there: it was logged as deleted."""
+    world = World(engine)
+    say(world, a="x")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM tag")
+    looks = doctor._rows
+
+    def add_after(connection: Any, tracked: Any, keys: Any, *, for_update: bool = False) -> Any:
+        found = looks(connection, tracked, keys, for_update=for_update)
+        if for_update and engine.dialect.name == "postgresql":  # SQLite's one writer is the doctor
+            in_a_thread(lambda: add(world, "a"))
+        return found
+
+    monkeypatch.setattr(doctor, "_rows", add_after)
+    assert world.memory.doctor(engine, repair=True).gone == [("tag", "a")]
+    if engine.dialect.name == "sqlite":
+        add(world, "a")
+    world.assert_in_step()
+
+
+def add(world: World, name: str) -> None:
+    with world.session() as session:
+        session.add(Tag(name=name, meaning="again"))
+        session.commit()
+
+
+def test_erase_while_the_row_comes_again(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that was not there to be deleted was logged as deleted, and stayed."""
+    world = World(postgres_engine)
+    say(world, a="x")
+    with world.session() as session:
+        session.delete(session.get_one(Tag, "a"))
+        session.commit()
+    looks = erase._row
+
+    def add_after(*given: Any) -> Any:
+        monkeypatch.setattr(erase, "_row", looks)
+        found = looks(*given)
+        in_a_thread(lambda: add(world, "a"))
+        return found
+
+    monkeypatch.setattr(erase, "_row", add_after)
+    with world.session() as session:
+        with pytest.raises(ConflictError, match="was added again"):
+            world.memory.erase(session, Tag, "a")
+        session.rollback()
+    world.assert_in_step()
+    with world.session() as session:
+        assert world.memory.erase(session, Tag, "a") == 3
+        session.commit()
+    world.assert_in_step()
+
+
+@pytest.mark.parametrize("revoked", [False, True])
+def test_undo_of_what_is_being_folded(
+    revoked: bool, postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the entries and those before them: without these, a row that was changed looked like one added."""
+    world = World(postgres_engine)
+    for meaning in ("one", "two", "three"):
+        say(world, a=meaning)
+    with world.session() as session:
+        changed = world.memory.history(session, Tag)[1].tx
+    execute, folded = Connection.execute, []
+
+    def fold_first(connection: Connection, statement: Any, *given: Any, **options: Any) -> Any:
+        if statement is undo._images and not folded:
+            folded.append(True)
+
+            def fold() -> None:
+                with postgres_engine.begin() as other:
+                    fold_log(other, timedelta(), 0)
+
+            in_a_thread(fold)
+        return execute(connection, statement, *given, **options)
+
+    monkeypatch.setattr(Connection, "execute", fold_first)
+    with world.session() as session:
+        with pytest.raises(HistoryMissing, match="folded"):
+            if revoked:
+                world.memory.revoke(session, tx=[changed], on_conflict="force")
+            else:
+                world.memory.rollback(session, tx=changed, on_conflict="force")
+        session.commit()
+        assert session.get_one(Tag, "a").meaning == "three"
+    assert folded
