@@ -114,8 +114,9 @@ class Relay:
         try:
             return self._drain(time.monotonic() + timeout, timeout, progress)
         finally:
-            if not self._running:
-                self.stop()  # whoever comes next need not wait for the lease to run out
+            with self._lock:  # start() comes before this look, or after what follows from it
+                if not self._running:
+                    self.stop()  # whoever comes next need not wait for the lease to run out
 
     def _drain(self, deadline: float, timeout: float, progress: Callable[[int], None] | None) -> int:
         require_no_transaction(self._engine)
