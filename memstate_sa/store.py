@@ -309,12 +309,15 @@ class MemoryStore:
 
     def _holder(self, session: Session, unique_values: Sequence[Any]) -> Fact | None:
         take_write_lock(session.connection())
-        key = session.execute(
-            select(unique.c.key).where(
-                unique.c.entity == Fact.__tablename__, unique.c.value == encode_key(unique_values)
-            )
-        ).scalar_one_or_none()
-        return None if key is None else self._locked(session, decode_key(key)[0])
+        holding = select(unique.c.key).where(
+            unique.c.entity == Fact.__tablename__, unique.c.value == encode_key(unique_values)
+        )
+        key = session.scalar(holding)
+        fact = None if key is None else self._locked(session, decode_key(key)[0])
+        if fact is None or self._unique_values({"type": fact.type, "payload": fact.payload}) == unique_values:
+            return fact
+        # While we waited for it, it was given others; or it has them by what its type was registered as before.
+        return fact if session.scalar(holding) == key else None
 
     @staticmethod
     def _locked(session: Session, id: str) -> Fact | None:
