@@ -451,6 +451,8 @@ class Undo:
             # After a redacted entry comes a tombstone: it is never what a living one goes back to.
             if row.version == REDACTED or outside or (row.tx, (row.entity, row.key)) in gone:
                 continue
+            if row.previous is not None and row.previous not in images:
+                raise HistoryMissing(f"{row.entity} {row.key}: what it was before has just been folded (Retention.log)")
             upcast = self._registry.by_entity[row.entity].upcast
             before, after = (
                 None if it is None or it.image is None else upcast(it.image, it.version, connection.dialect)
