@@ -88,10 +88,10 @@ class Doctor:
         for tracked in self._registry.by_entity.values():
             if _absent(inspector, tracked):
                 continue
-            for keys, gone in self._differences(tracked, found, progress):
-                (found.gone if gone else found.changed).extend(self._shown(tracked, keys))
+            for differing, gone in self._differences(tracked, found, progress):
+                (found.gone if gone else found.changed).extend(self._shown(tracked, differing))
                 if repair:
-                    self._reconcile(tracked, keys)
+                    self._reconcile(tracked, differing)
         return found
 
     def _shown(self, tracked: Tracked, keys: Collection[str]) -> Iterator[tuple[str, object]]:
@@ -103,8 +103,8 @@ class Doctor:
 
     def _differences(
         self, tracked: Tracked, found: Diagnosis, progress: Progress | None
-    ) -> Iterator[tuple[list[str], bool]]:
-        """Keys that differ, page by page, and whether that is because the row is gone."""
+    ) -> Iterator[tuple[dict[str, LastEntry], bool]]:
+        """The last entries of which rows differ, page by page, and whether that is because the row is gone."""
         after: str | None = None
         while True:
             with self._engine.connect() as connection:
@@ -134,27 +134,32 @@ class Doctor:
             if lost := self._confirmed(tracked, {key: last for key, last in living.items() if key not in there}):
                 yield lost, True
 
-    def _confirmed(self, tracked: Tracked, before: Mapping[str, LastEntry]) -> list[str]:
-        """The keys whose row differs from the last entry, *before*, that is still the last after it was read."""
+    def _confirmed(self, tracked: Tracked, before: Mapping[str, LastEntry]) -> dict[str, LastEntry]:
+        """Those of the last entries *before* from which the row differs, and that are the last after it was read."""
         if not before:
-            return []
+            return {}
         keys = list(before)
         with self._engine.connect() as connection:
             rows = _rows(connection, tracked, keys)
             after = last_entries(connection, tracked, keys)
         same = [key for key, last in before.items() if key in after and after[key].id == last.id]
         columns = tracked.on(self._engine.dialect)
-        return [key for key in same if _differs(before[key], rows.get(key), columns)]
+        return {key: before[key] for key in same if _differs(before[key], rows.get(key), columns)}
 
-    def _reconcile(self, tracked: Tracked, keys: Sequence[str]) -> None:
-        """Log what became of *keys*, and have them delivered. It is no step of anybody's: rollback passes it by."""
+    def _reconcile(self, tracked: Tracked, before: Mapping[str, LastEntry]) -> None:
+        """Log what became of the rows that differ from their last entries, and have them delivered.
+
+        It is no step of anybody's: rollback passes it by.
+        """
+        keys = list(before)
         with self._engine.begin() as connection:
             take_write_lock(connection)
             rows = _rows(connection, tracked, keys, for_update=True)
             entries = []
             for key, last in last_entries(connection, tracked, keys).items():
                 row = rows.get(key)
-                if _differs(last, row, tracked.on(connection.dialect)):
+                # A row that is not there is not locked: it may have come again since, and been logged.
+                if last.id == before[key].id and _differs(last, row, tracked.on(connection.dialect)):
                     op = "delete" if row is None else "insert" if last.op == "delete" else "update"
                     entries.append(Entry(tracked.entity, key, op, row, step=False))  # type: ignore[arg-type]
             if entries:

@@ -64,6 +64,8 @@ class Eraser:
                     # Nothing is left to undo: it is no step.
                     redacted = update(log).where(*mine).values(image=null(), version=REDACTED, step=false())
                     connection.execute(redacted)
+                if not found and _row(connection, tracked, fact):
+                    raise ConflictError(f"{tracked.entity} {fact} was added again in the meantime: erase it once more")
                 connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key == fact))
                 known = (parked.c.entity == tracked.entity, parked.c.key == fact)
                 connection.execute(update(parked).where(*known, parked.c.error.is_not(None)).values(error=ERASED))
