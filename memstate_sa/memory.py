@@ -22,12 +22,12 @@ from sqlalchemy.sql import visitors
 from memstate_sa import appendonly, history, reindex, tables, transfer, triggers, truth
 from memstate_sa.backfill import Backfill
 from memstate_sa.capture import Capture, Unit
-from memstate_sa.changes import Change, Image
+from memstate_sa.changes import Change, FactKey, Image
 from memstate_sa.codec import is_text
 from memstate_sa.doctor import Diagnosis, Doctor
 from memstate_sa.embedders import Embedder, WordLlamaEmbedder
 from memstate_sa.erase import Eraser
-from memstate_sa.errors import DeliveryError, MemstateError, require_count
+from memstate_sa.errors import DeliveryError, DeliveryRetryable, MemstateError, require_count
 from memstate_sa.expiry import Sweeper
 from memstate_sa.facts import Tracked, Upgrade, describe
 from memstate_sa.indexes.base import PurgeableIndex, VectorIndex
@@ -53,6 +53,9 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_PATIENCE_S = 1.0
+"""After so long, and then as often, a `Memory.wait` asks what takes longer, too."""
 
 
 class Memory:
@@ -732,21 +735,32 @@ class Memory:
         pause = 0.001
         with engine.connect() as connection:
             facts = keys_of(connection, tx)
-        waiting = [
-            (IndexKey(name, destination.open()), destination.vectors.embedder.fingerprint, tracked)
-            for name, (destination, tracked) in self._by_index().items()
-        ]
+        waiting = self._by_index()
+        keys = {name: IndexKey(name, destination.open()) for name, (destination, _) in waiting.items()}
+        look_again = time.monotonic() + _PATIENCE_S
+
+        def is_missing(connection: Connection, name: str, facts: Collection[FactKey] | None) -> bool:
+            destination, tracked = waiting[name]
+            return lacks(connection, keys[name], tracked, destination.vectors.embedder.fingerprint, tx, facts)
+
         while waiting:
             began = time.monotonic()
+            is_late = began > look_again
+            if is_late:
+                look_again = began + _PATIENCE_S
+                for name, (destination, _) in waiting.items():
+                    with contextlib.suppress(DeliveryRetryable):
+                        keys[name] = IndexKey(name, destination.open())  # it may have been replaced
             with engine.connect() as connection:
-                waiting = [
-                    (key, embedder, tracked)
-                    for key, embedder, tracked in waiting
-                    if lacks(connection, key, tracked, embedder, tx, facts)
-                ]
+                waiting = {
+                    name: each
+                    for name, each in waiting.items()
+                    # Of a key that goes on changing, what is there now is never what is delivered.
+                    if is_missing(connection, name, facts) and not (is_late and not is_missing(connection, name, None))
+                }
             now = time.monotonic()
             if waiting and now > deadline:
-                raise DeliveryError(f"not in index {waiting[0][0].name!r} within {timeout:g} s; is a relay running?")
+                raise DeliveryError(f"not in index {next(iter(waiting))!r} within {timeout:g} s; is a relay running?")
             if waiting:
                 time.sleep(max(pause, now - began))  # behind a long backlog a look takes its time
                 pause = min(pause * 1.5, 0.05)

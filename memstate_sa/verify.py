@@ -67,9 +67,10 @@ class Verify:
 
     def run(self, report: DriftReport, *, repair: bool, progress: Progress | None = None) -> None:
         for kind, facts in self._differences(report, progress):
-            late = self._pending(facts)
+            at = self._position() if facts else None
+            late = self._pending(facts, at)
             drifted = self._confirmed([fact for fact in facts if fact not in late])
-            since = self._pending(drifted)  # changed between the two looks
+            since = self._pending(drifted, at)  # changed between the two looks, and perhaps delivered by now
             late |= since
             drifted = [fact for fact in drifted if fact not in since]
             if late:
@@ -129,15 +130,17 @@ class Verify:
                         held[entity, found.key] = found.fingerprint
         return held
 
-    def _pending(self, facts: Collection[FactKey]) -> set[FactKey]:
-        """Those of *facts* that the relay has not come to yet."""
-        if not facts:
-            return set()
+    def _position(self) -> Position | None:
+        """Where the relay is."""
         with self._engine.connect() as connection:
             places = read_positions(connection, self._key)
-            if not places:
-                return set()
-            at = meet(places)
+        return meet(places) if places else None
+
+    def _pending(self, facts: Collection[FactKey], at: Position | None) -> set[FactKey]:
+        """Those of *facts* that a relay has not come to that is *at* a position."""
+        if not facts or at is None:
+            return set()
+        with self._engine.connect() as connection:
             return {
                 (entity, key)
                 for entity, group in by_entity(facts).items()

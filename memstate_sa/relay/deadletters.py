@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from uuid import uuid4
 
 from sqlalchemy import ColumnElement, and_, delete, or_, select, update
 from sqlalchemy.engine import Connection
@@ -50,7 +51,7 @@ def retry_dead(connection: Connection, index: IndexKey, keys: Collection[str] | 
     """Have them tried again, with a new count of attempts; returns how many."""
     take_write_lock(connection)
     statement = update(parked).where(_dead(keys))
-    statement = statement.values(state=PARKED, attempts=0, next_at=database_now(connection))
+    statement = statement.values(state=PARKED, attempts=0, next_at=database_now(connection), mark=uuid4().hex)
     return connection.execute(statement, {**index.parameters(), "keys": as_array(keys or ())}).rowcount
 
 

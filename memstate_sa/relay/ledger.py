@@ -142,6 +142,9 @@ def redirty(connection: Connection, index: IndexKey, facts: Mapping[FactKey, Par
     park_all(connection, index, facts)
 
 
+_instead_of: BindParameter[str | None] = bindparam("instead_of", type_=parked.c.mark.type)
+
+
 def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, Parked]) -> None:
     if not parking:
         return
@@ -159,6 +162,7 @@ def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, 
         statement.on_conflict_do_update(
             index_elements=list(parked.primary_key.columns),
             set_={"attempts": new.attempts, "mark": new.mark, "repeat": repeat, **kept},
+            where=or_(_instead_of.is_(None), parked.c.mark == _instead_of),
         ),
         [
             {
@@ -172,6 +176,7 @@ def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, 
                 "error": given.error,
                 "mark": mark,
                 "repeat": given.repeat,
+                "instead_of": given.instead_of,
             }
             for (entity, key), given in sorted(parking.items())  # in this order: two may park the same keys
         ],

@@ -101,6 +101,7 @@ class Parked(NamedTuple):
     state: str
     error: str
     repeat: bool = False  # it has to be delivered once more after that: a call may yet land
+    instead_of: str | None = None  # the mark of the parking that it replaces; None: of any
 
 
 def park(error: MemstateError, attempts: int, policy: RetryPolicy, jitter: Callable[[], float]) -> Parked:

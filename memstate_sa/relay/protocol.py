@@ -600,6 +600,8 @@ class Holder:
             for fact, error in page.failed.items()
         }
         self.counters.rejected += len(parking)
+        for fact in parking.keys() & parked.keys():  # unless somebody has it tried again meanwhile
+            parking[fact] = parking[fact]._replace(instead_of=parked[fact].mark)
         for fact in self._landing(page):
             attempts = parking[fact].attempts if fact in parking else 0
             parking[fact] = Parked(attempts, self._lease_s, AGAIN, "may land late")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import pytest
@@ -15,10 +16,12 @@ from pydantic import BaseModel
 from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from memstate_sa import ConflictError, Fact, HistoryMissing, MemoryStore, doctor, erase, undo
-from memstate_sa.indexes import InMemoryIndex
+from memstate_sa import ConflictError, DeliveryRejected, Fact, HistoryMissing, MemoryStore, doctor, erase, undo
+from memstate_sa.indexes import InMemoryIndex, Point
+from memstate_sa.relay import RetryPolicy, backlog
 from memstate_sa.relay.retention import fold_log
 from memstate_sa.testing import HashEmbedder
+from memstate_sa.verify import Verify
 from tests.integration.test_relay import Spy, say
 from tests.support import Person, Tag, World, in_threads
 
@@ -196,9 +199,7 @@ def test_erase_while_the_row_comes_again(postgres_engine: Engine, monkeypatch: p
 
 
 @pytest.mark.parametrize("revoked", [False, True])
-def test_undo_of_what_is_being_folded(
-    revoked: bool, postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_undo_of_what_is_being_folded(revoked: bool, postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the entries and those before them: without these, a row that was changed looked like one added."""
     world = World(postgres_engine)
     for meaning in ("one", "two", "three"):
@@ -228,3 +229,86 @@ def test_undo_of_what_is_being_folded(
         session.commit()
         assert session.get_one(Tag, "a").meaning == "three"
     assert folded
+
+
+# -- an index and the tables -------------------------------------------------------------------------------------------
+
+
+def test_verify_beside_a_relay_that_is_quick(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look finds a vector that was right a moment ago; and by the next, what made it wrong is delivered."""
+    world = World(engine)
+    say(world, a="one")
+    world.relay.drain()
+    looks, asked = Verify._truth, list[Any]()
+
+    def change_and_deliver(self: Verify, facts: Any) -> Any:
+        asked.append(facts)
+        say(world, a=f"changed {len(asked)}")
+        found = looks(self, facts)
+        world.relay.drain()
+        return found
+
+    monkeypatch.setattr(Verify, "_truth", change_and_deliver)
+    report = world.memory.verify(engine)
+    assert report.clean and report.pending == [("tag", "a")]
+    assert len(asked) > 1
+
+
+def test_retry_while_a_dead_key_is_refused_once_more(engine: Engine) -> None:
+    """Its row has changed, and the relay has read it; then somebody mends the index, and has its dead keys retried."""
+    world = World(engine, index := Spy())
+    relay = world.memory.relay(engine, policy=RetryPolicy(max_attempts=1))
+
+    def mended_meanwhile(point: Point) -> Exception:
+        index.refuse = lambda point: None
+        assert relay.retry_dead() == 1
+        return DeliveryRejected("no")
+
+    index.refuse = lambda point: DeliveryRejected("no")
+    say(world, a="one")
+    relay.drain()
+    assert len(relay.dead()) == 1
+    index.refuse = mended_meanwhile
+    say(world, a="two")
+    relay.drain()
+    relay.drain()
+    assert relay.dead() == []
+    world.assert_in_step()
+
+
+def test_wait_while_the_index_becomes_another(engine: Engine) -> None:
+    """As a purge leaves it: what is known of it before, is not kept up to date."""
+    world = World(engine, index := Spy())
+    with world.session() as session:
+        session.add(Tag(name="a"))
+        session.commit()
+
+    def replaced() -> None:
+        time.sleep(0.2)
+        index._incarnation = "another"
+        world.relay.drain()
+
+    thread = threading.Thread(target=replaced)
+    thread.start()
+    with world.session() as session:
+        world.memory.wait(world.memory.history(session, Tag)[0].tx, timeout=5)
+    thread.join()
+
+
+def test_wait_for_what_goes_on_changing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time that it looks, the key has changed once more, after what is waited for was delivered."""
+    world = World(engine)
+    with world.session() as session:
+        session.add(Tag(name="a"))
+        session.commit()
+        token = world.memory.token(session)
+    looks, changes = backlog.project, count()
+
+    def change_first(*given: Any) -> Any:
+        world.relay.drain()
+        say(world, a=f"changed {next(changes)}")
+        return looks(*given)
+
+    monkeypatch.setattr(backlog, "project", change_first)
+    world.memory.wait(token, timeout=5.0, engine=engine)
+    assert next(changes) > 1

@@ -499,6 +499,8 @@ class Database:
         for fact, given in parking.items():
             next_at = self._clock() + given.delay_s
             old = state.parked.get(fact)
+            if old is not None and given.instead_of not in (None, old.mark):
+                continue
             again = old is not None and old.repeat and given.state == AGAIN and given.delay_s <= 0
             repeat = given.repeat or again
             new = Waiting(given.attempts, next_at, given.state, given.error, str(self._marks), repeat)
