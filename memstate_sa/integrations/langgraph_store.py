@@ -381,12 +381,14 @@ class MemStateStore(BaseStore):
         if not self.ttl_config:
             future.set_result(None)
             return future
+        running = self._sweeper is not None and self._sweeper.is_alive() and not self._stop.is_set()
+        if not running:
+            self._stop = threading.Event()  # another one: the sweeper before may not have seen yet that it is to end
         stop = self._stop
         future.add_done_callback(lambda done: stop.set() if done.cancelled() else None)
-        if self._sweeper is not None and self._sweeper.is_alive():
+        if running:
             return future
         interval = sweep_interval_minutes or self.ttl_config.get("sweep_interval_minutes") or _SWEEP_INTERVAL_MINUTES
-        stop.clear()
         self._sweeper = threading.Thread(
             target=self._sweep_until, args=(stop, interval * 60, future), name="memstate-ttl-sweeper", daemon=True
         )

@@ -76,6 +76,15 @@ class _Step:
 
     @contextmanager
     def block(self) -> Iterator[Session]:
+        try:
+            with self._locked_block() as session:
+                yield session
+        finally:
+            if self.abandoned:  # perhaps after the block has looked, and before it let go of the lock
+                self.abandon()
+
+    @contextmanager
+    def _locked_block(self) -> Iterator[Session]:
         with self.lock:
             self.blocks += 1
             try:
@@ -265,10 +274,11 @@ class Steps:
             step = self._open.get(task.key)
             if step is None or not step.task.is_attempt(task):
                 return
+            # Whoever has caught the cancellation, and goes on, must not get away with what was written before it. Said
+            # first: others look without the lock whether there is something.
+            error = MemstateError("a task was cancelled while its step was open")
+            self.save_failed(task.at.thread_id, task.at.ns, error, _ANY_RUN)
             del self._open[task.key]
-        # Whoever has caught the cancellation, and goes on, must not get away with what was written before it.
-        error = MemstateError("a task was cancelled while its step was open")
-        self.save_failed(task.at.thread_id, task.at.ns, error, _ANY_RUN)
         step.abandon()
 
     def _wait_for_checkpoint(self, place: Place, is_saved: Callable[[Place], bool]) -> None:
@@ -333,6 +343,9 @@ class Steps:
         if not self._open:
             return []
         with self._changed:
-            steps = [self._open.pop(key) for key in self._of_task(thread_id, task_id)]
-            self._committing += steps
+            keys = self._of_task(thread_id, task_id)
+            steps = [self._open[key] for key in keys]
+            self._committing += steps  # before they are open no more: others look without the lock
+            for key in keys:
+                del self._open[key]
             return steps
