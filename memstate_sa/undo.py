@@ -220,9 +220,11 @@ class Undo:
         require_count("steps", steps, "how many transactions to undo, at least 1")
         unit, connection = self._prepare(session)
         scope = self._default(scope, unit)
-        for _ in range(_ATTEMPTS):
+        for left in reversed(range(_ATTEMPTS)):
             targets = list(islice(effective(connection, {unit.tx}, scope, steps), steps))
-            result = self._run(session, connection, unit, targets, scope, on_conflict, dry_run=dry_run)
+            result = self._run(
+                session, connection, unit, targets, scope, on_conflict, dry_run=dry_run, all_or_none=left > 0
+            )
             # Nothing, although there was something: another undo came first, and ended while we waited for it.
             if result.reverted or result.kept or not targets:
                 break
@@ -315,8 +317,13 @@ class Undo:
         *,
         dry_run: bool,
         reason: str = "rollback",
+        all_or_none: bool = False,
     ) -> Revocation:
-        plan = self._plan(connection, targets, scope, on_conflict)
+        """*all_or_none*: nothing, if one of *targets* is undone by now."""
+        steps = self._steps(connection, targets, scope)
+        if all_or_none and {step.tx for step in steps} != set(targets):
+            return Revocation()
+        plan = self._plan(connection, steps, targets, on_conflict)
         try:
             reverted = self._attempt(connection, unit, plan, reason, dry_run=dry_run)
         except ConflictError:
@@ -391,8 +398,13 @@ class Undo:
         finally:
             attempt.rollback()
 
-    def _plan(self, connection: Connection, targets: Sequence[str], scope: Scope, on_conflict: OnConflict) -> Plan:
-        steps = self._steps(connection, targets, scope)
+    def _plan(
+        self,
+        connection: Connection,
+        steps: list[Step],
+        targets: Sequence[str],
+        on_conflict: OnConflict,
+    ) -> Plan:
         _, wanted = invert(steps)
         conflicts: dict[FactKey, set[int]] = {}
         moved_on: Collection[FactKey] = set(wanted)

@@ -6,21 +6,36 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, select
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from memstate_sa import ConflictError, DeliveryRejected, Fact, HistoryMissing, MemoryStore, doctor, erase, undo
-from memstate_sa.indexes import InMemoryIndex, Point
+from memstate_sa import (
+    ConflictError,
+    DeliveryRejected,
+    Fact,
+    HistoryMissing,
+    Memory,
+    MemoryStore,
+    doctor,
+    erase,
+    memory,
+    undo,
+)
+from memstate_sa.indexes import ChromaIndex, InMemoryIndex, Point
 from memstate_sa.relay import RetryPolicy, backlog
 from memstate_sa.relay.retention import fold_log
+from memstate_sa.search import Search
 from memstate_sa.testing import HashEmbedder
+from memstate_sa.undo import Undo
 from memstate_sa.verify import Verify
 from tests.integration.test_relay import Spy, say
 from tests.support import Person, Tag, World, in_threads
@@ -109,6 +124,26 @@ def test_start_while_a_drain_ends(world: World) -> None:
         session.commit()
         world.memory.wait(session, timeout=10)
     relay.stop()
+
+
+def test_an_async_engine_is_seen_first_by_two_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each made an engine of it, and nobody could tell any more in which one a token's transaction is."""
+    pytest.importorskip("aiosqlite")
+    made, together = memory.blocking_engine, threading.Barrier(2)
+
+    def make_together(url: Any) -> Engine:
+        with suppress(threading.BrokenBarrierError):
+            together.wait(1)
+        return made(url)
+
+    monkeypatch.setattr(memory, "blocking_engine", make_together)
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'facts.db'}")
+    ours = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    relays = list[Any]()
+    assert in_threads(2, lambda _: relays.append(ours.relay(engine))) == []
+    assert relays[0]._engine is relays[1]._engine
+    assert ours._only_engine() is relays[0]._engine
+    ours.close()
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -231,6 +266,32 @@ def test_undo_of_what_is_being_folded(revoked: bool, postgres_engine: Engine, mo
     assert folded
 
 
+def test_undo_of_two_steps_while_another_undoes_one(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at which they are and the locks: what is undone by then is none of the two."""
+    world = World(postgres_engine)
+    for name in "abcd":
+        say(world, **{name: "x"})
+    locks = Undo._lock
+
+    def undo_first(self: Undo, *given: Any) -> None:
+        monkeypatch.setattr(Undo, "_lock", locks)
+
+        def undo_one() -> None:
+            with world.session() as session:
+                world.memory.rollback(session)
+                session.commit()
+
+        in_a_thread(undo_one)
+        locks(self, *given)
+
+    monkeypatch.setattr(Undo, "_lock", undo_first)
+    with world.session() as session:
+        assert [change.key for change in world.memory.rollback(session, steps=2)] == ["c", "b"]
+        session.commit()
+        assert list(session.scalars(select(Tag.name))) == ["a"]
+    world.assert_in_step()
+
+
 # -- an index and the tables -------------------------------------------------------------------------------------------
 
 
@@ -312,3 +373,39 @@ def test_wait_for_what_goes_on_changing(engine: Engine, monkeypatch: pytest.Monk
     monkeypatch.setattr(backlog, "project", change_first)
     world.memory.wait(token, timeout=5.0, engine=engine)
     assert next(changes) > 1
+
+
+def test_purge_while_a_key_is_delivered(sqlite_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into the collection that is being replaced by its copy, to which a search comes that has seen it delivered."""
+    chromadb = pytest.importorskip("chromadb")
+    index = ChromaIndex(chromadb.PersistentClient(str(tmp_path / "chroma")))
+    world = World(sqlite_engine, index)
+    say(world, a="one")
+    world.relay.drain()
+    copies, looks, copied, going_on = index._copied, Search._restriction, threading.Event(), threading.Event()
+
+    def copy_slowly(collection: Any) -> Any:
+        copy = copies(collection)
+        copied.set()
+        assert going_on.wait(30)
+        return copy
+
+    def purge_first(self: Search) -> Any:
+        going_on.set()
+        purge.join()
+        return looks(self)
+
+    monkeypatch.setattr(index, "_copied", copy_slowly)
+    monkeypatch.setattr(Search, "_restriction", purge_first)
+    purge, delivery = threading.Thread(target=index.purge), threading.Thread(target=world.relay.drain)
+    purge.start()
+    assert copied.wait(30)
+    say(world, b="two")
+    delivery.start()
+    delivery.join(2)
+    with world.session() as session:
+        hits = world.memory.search(session, "b means two", Tag, limit=1)
+    assert [hit.fact.name for hit in hits] == ["b"]
+    delivery.join()
+    world.assert_in_step()
+    world.memory.close()
