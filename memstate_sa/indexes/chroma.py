@@ -10,7 +10,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,7 @@ class ChromaIndex:
         self._name = name
         self._store_text = store_text
         self._mutex = threading.RLock()
+        self._copying = threading.Lock()  # what is written while the collection is copied would not be in the copy
         self._opened: tuple[str, int] | None = None
         self._collection: Collection | None = None
         self._max_batch = 0
@@ -111,7 +112,7 @@ class ChromaIndex:
             return
         ids = [point.id for point in points]
         vectors = matrix([point.vector for point in points], self._dimension, ids)
-        with self._using("upsert") as collection:
+        with self._writing("upsert") as collection:
             # Chroma merges: a metadata key stays unless it is written as None, a document unless it is overwritten.
             # Reading what is there first costs 2-4 % of the write.
             stored = collection.get(ids=ids, include=["metadatas", "documents"])
@@ -140,7 +141,7 @@ class ChromaIndex:
             )
 
     def delete(self, ids: Sequence[str]) -> None:
-        with self._using("delete") as collection:
+        with self._writing("delete") as collection:
             # Not delete(where=...): beside ids it costs 6 ms for each of them.
             ours = [id_ for id_, fingerprint in self._fingerprints(collection, ids) if fingerprint is not None]
             if ours:
@@ -213,14 +214,15 @@ class ChromaIndex:
             )
         if not settings.is_persistent:
             return
-        with self._using("copy") as collection:
-            copy = self._copied(collection)
-        with self._mutex, self._translated("replace"):  # who looks for the collection meanwhile waits
-            self._client.delete_collection(self._name)
-            copy.modify(name=self._name)
-            self._collection, self._listing = copy, None
-            assert self._folder is not None
-            self._folder.vacuum()
+        with self._copying:
+            with self._using("copy") as collection:
+                copy = self._copied(collection)
+            with self._mutex, self._translated("replace"):  # who looks for the collection meanwhile waits
+                self._client.delete_collection(self._name)
+                copy.modify(name=self._name)
+                self._collection, self._listing = copy, None
+                assert self._folder is not None
+                self._folder.vacuum()
 
     def close(self) -> None:
         """Release the folder; the client stays open."""
@@ -249,6 +251,12 @@ class ChromaIndex:
                 if self._collection is None:
                     self._collection = self._resolve(*self._opened)
                 collection = self._collection
+            yield collection
+
+    @contextmanager
+    def _writing(self, action: str) -> Iterator[Collection]:
+        """The same, while it is not being copied; a server's never is."""
+        with self._copying if self.in_process else nullcontext(), self._using(action) as collection:
             yield collection
 
     @contextmanager
