@@ -1013,8 +1013,10 @@ class Memory:
         if found is None:
             if is_in_memory(engine.sync_engine):
                 raise MemstateError("an in-memory SQLite exists in the AsyncEngine's connection only; use a file")
-            found = self._engines[url] = configure(blocking_engine(url))
-            self._derived.append(found)
+            made = configure(blocking_engine(url))
+            found = self._engines.setdefault(url, made)
+            if found is made:
+                self._derived.append(found)  # else another thread was first; this one has no connections
         return found
 
 
