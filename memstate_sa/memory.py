@@ -788,8 +788,11 @@ class Memory:
         """
         sync, report = self.sync_engine(engine), DriftReport()
         require_no_transaction(sync)
+        self._strict.watch(sync)
+        intended = partial(self._strict.intended, sync)
         for name, (destination, tracked) in self._by_index().items():
-            Verify(sync, name, destination, tracked).run(report, repair=repair, progress=progress)
+            verify = Verify(sync, name, destination, tracked, intended=intended)
+            verify.run(report, repair=repair, progress=progress)
         if repair and not report.clean:
             self._deliver(sync)
         return report

@@ -284,6 +284,11 @@ class Strict:
             journal = self._journals.setdefault(engine, Volatile() if path is None else Sidecar(path))
         return journal
 
+    def intended(self, engine: Engine) -> set[FactKey]:
+        """What transactions on SQLite may be about to commit, or have left behind; elsewhere the outbox has it."""
+        journal = self._journals.get(engine)
+        return set() if journal is None else journal.facts()
+
     def _recover(self, engine: Engine) -> None:
         """Turn what was left behind into entries of the outbox, if nobody is writing; else whoever comes next will."""
         journal = self._journals.get(engine)
@@ -307,6 +312,10 @@ class Journal(Protocol):
     def write(self, tx: str, facts: Sequence[FactKey]) -> None: ...
 
     def drop(self, tx: str) -> None: ...
+
+    def facts(self) -> set[FactKey]:
+        """All that is announced."""
+        ...
 
     def replay(self, engine: Engine) -> None:
         """Make entries of the outbox of what transactions left that have ended; raises OperationalError during one."""
@@ -350,6 +359,14 @@ class Sidecar:
     def drop(self, tx: str) -> None:
         (self.folder / tx).unlink(missing_ok=True)
 
+    def facts(self) -> set[FactKey]:
+        found: set[FactKey] = set()
+        with suppress(FileNotFoundError):  # the folder
+            for path in list(self.folder.iterdir()):
+                with suppress(FileNotFoundError):  # by now it has ended
+                    found.update(_complete_lines(path))
+        return found
+
     def replay(self, engine: Engine) -> None:
         with engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA busy_timeout = 0")
@@ -379,6 +396,9 @@ class Volatile:
 
     def drop(self, tx: str) -> None:
         self._intents.pop(tx, None)
+
+    def facts(self) -> set[FactKey]:
+        return {fact for facts in list(self._intents.values()) for fact in facts}
 
     def replay(self, engine: Engine) -> None:
         if sqlite.open_transaction(engine):

@@ -56,9 +56,12 @@ class Verify:
         destination: Destination,
         tracked: Mapping[str, Tracked],
         *,
+        intended: Callable[[], Collection[FactKey]] = set,
         page_size: int = 500,
     ) -> None:
+        """*intended*: what an index may have been given that is committed only then."""
         self._engine = engine
+        self._intended = intended
         self._index = destination.index
         self._tracked = tracked
         self._embedder = destination.vectors.embedder.fingerprint
@@ -70,7 +73,9 @@ class Verify:
             at = self._position() if facts else None
             late = self._pending(facts, at)
             drifted = self._confirmed([fact for fact in facts if fact not in late])
-            since = self._pending(drifted, at)  # changed between the two looks, and perhaps delivered by now
+            # Changed between the two looks, and perhaps delivered by now. Who announces no more, is in the outbox.
+            since = set(self._intended()).intersection(drifted) if drifted else set()
+            since |= self._pending(drifted, at)
             late |= since
             drifted = [fact for fact in drifted if fact not in since]
             if late:

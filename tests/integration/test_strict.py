@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 from sqlalchemy.pool import StaticPool
 
-from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Memory, sqlite, strict
+from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, DriftReport, Memory, sqlite, strict
 from memstate_sa.indexes import InMemoryIndex, Point, VectorIndex
 from memstate_sa.relay.protocol import ENTITY
 from memstate_sa.strict import Strict, _complete_lines
@@ -769,4 +769,34 @@ def test_a_relay_that_runs_already_finds_what_another_process_left_behind(
     other.assert_holds(a="one")
     other.memory.close()
     elsewhere.dispose()
+    app.memory.close()
+
+
+@pytest.mark.parametrize("ends", ["commits", "fails"])
+def test_verify_while_the_index_is_ahead_of_the_commit(engine: Engine, ends: str) -> None:
+    """And behind no commit: its key is on its way, and has not drifted, however the transaction ends."""
+    index, reports = Hooked(), list[Any]()
+    app = App(engine, index)  # type: ignore[arg-type]
+    app.say(a="one")
+    app.relay.drain()
+
+    def verify() -> None:
+        thread = threading.Thread(target=lambda: reports.append(app.memory.verify(engine)))
+        thread.start()
+        thread.join(60)
+        if ends == "fails":
+            raise ConnectionError("and then it is gone")
+
+    index.after = verify
+    if ends == "fails":
+        with pytest.raises(DeliveryError):
+            app.say(a="two")
+    else:
+        app.say(a="two")
+    index.after = lambda: None
+    reports.append(app.memory.verify(engine))
+    assert reports[0].pending == [("tip", "a")]
+    assert all(report.clean for report in reports)
+    app.assert_in_step()
+    assert app.memory.verify(engine) == DriftReport(checked=1)
     app.memory.close()
