@@ -254,15 +254,16 @@ class Capture:
 
     def guard(self, engine: Engine) -> None:
         """Listen to the statements of *engine*; better early: one that another thread runs meanwhile would fail."""
+        # Noted last, as what is noted is believed; what two threads ask to be listened to is listened to once.
         if engine not in self._guarded:
-            self._guarded.add(engine)
             event.listen(engine, "before_cursor_execute", self._before_statement)
+            self._guarded.add(engine)
         if self._registry.by_trigger and engine not in self._telling:
-            self._telling.add(engine)
             event.listen(engine, "commit", self._before_connection_commits)
             event.listen(engine, "rollback_savepoint", self._doubt_told)
             for ending in ("rollback", "commit_twophase", "rollback_twophase"):
                 event.listen(engine, ending, self._forget_told)
+            self._telling.add(engine)
 
     def _before_commit(self, session: Session) -> None:
         if session.in_nested_transaction():  # fires at every SAVEPOINT release too

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import Connection, Engine, select
+from sqlalchemy import Connection, Engine, create_engine, event, insert, select
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
@@ -25,9 +25,12 @@ from memstate_sa import (
     HistoryMissing,
     Memory,
     MemoryStore,
+    UntrackedWrite,
+    capture,
     doctor,
     erase,
     memory,
+    sqlite,
     undo,
 )
 from memstate_sa.indexes import ChromaIndex, InMemoryIndex, Point
@@ -409,3 +412,30 @@ def test_purge_while_a_key_is_delivered(sqlite_engine: Engine, tmp_path: Path, m
     delivery.join()
     world.assert_in_step()
     world.memory.close()
+
+
+def test_an_engine_that_two_threads_use_first(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the second one wrote past the log was not refused, as the first was just about to see to that."""
+    world = World(engine)
+    elsewhere: Engine = sqlite.configure(create_engine(engine.url))
+    before = len(elsewhere.dispatch.before_cursor_execute)
+    sessions = sessionmaker()
+    world.memory.attach(sessions)
+    listens, come_in = event.listen, list[str]()
+
+    def write_first(target: Any, name: str, *given: Any, **options: Any) -> None:
+        if name == "before_cursor_execute" and not come_in:
+            come_in.append(name)
+            in_a_thread(write_past)
+        listens(target, name, *given, **options)
+
+    def write_past() -> None:
+        with sessions(bind=elsewhere) as session, pytest.raises(UntrackedWrite):
+            session.connection().execute(insert(Tag.__table__).values(name="a", meaning="x"))
+
+    monkeypatch.setattr(capture.event, "listen", write_first)
+    with sessions(bind=elsewhere) as session:
+        session.connection()
+        assert come_in
+    assert len(elsewhere.dispatch.before_cursor_execute) == before + 1  # not twice
+    elsewhere.dispose()
