@@ -22,21 +22,22 @@ from sqlalchemy.sql import visitors
 from memstate_sa import appendonly, history, reindex, tables, transfer, triggers, truth
 from memstate_sa.backfill import Backfill
 from memstate_sa.capture import Capture, Unit
-from memstate_sa.changes import Change, FactKey, Image
+from memstate_sa.changes import Change, Image
 from memstate_sa.codec import is_text
 from memstate_sa.doctor import Diagnosis, Doctor
 from memstate_sa.embedders import Embedder, WordLlamaEmbedder
 from memstate_sa.erase import Eraser
-from memstate_sa.errors import DeliveryError, DeliveryRetryable, MemstateError, require_count
+from memstate_sa.errors import DeliveryError, MemstateError, require_count
 from memstate_sa.expiry import Sweeper
 from memstate_sa.facts import Tracked, Upgrade, describe
 from memstate_sa.indexes.base import PurgeableIndex, VectorIndex
 from memstate_sa.pools import blocking_engine, own_pool
 from memstate_sa.registry import Registry
 from memstate_sa.relay import Relay
-from memstate_sa.relay.backlog import Backlog, backlog, keys_of, lacks
+from memstate_sa.relay.backlog import Backlog, backlog
 from memstate_sa.relay.claims import IndexKey
 from memstate_sa.relay.plan import guarded
+from memstate_sa.relay.waiting import wait_for
 from memstate_sa.relay.wakeup import Notifier
 from memstate_sa.search import Call, Hits, Search, call_directly, resolve_target
 from memstate_sa.sqlite import configure, is_in_memory, require_no_transaction
@@ -53,9 +54,6 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_PATIENCE_S = 1.0
-"""After so long, and then as often, a `Memory.wait` asks what takes longer, too."""
 
 
 class Memory:
@@ -726,44 +724,10 @@ class Memory:
         if session_or_token is not None and not isinstance(session_or_token, str):
             txs, committed_on = self._capture.committed.get(_sync_session(session_or_token), ((), None))
             engine = engine or committed_on
-        deadline = time.monotonic() + timeout
-        for tx in txs:
-            self._wait_for(tx, deadline, timeout, self._only_engine() if engine is None else self._blocking(engine))
-
-    def _wait_for(self, tx: str, deadline: float, timeout: float, engine: Engine) -> None:
-        require_no_transaction(engine)
-        pause = 0.001
-        with engine.connect() as connection:
-            facts = keys_of(connection, tx)
-        waiting = self._by_index()
-        keys = {name: IndexKey(name, destination.open()) for name, (destination, _) in waiting.items()}
-        look_again = time.monotonic() + _PATIENCE_S
-
-        def is_missing(connection: Connection, name: str, facts: Collection[FactKey] | None) -> bool:
-            destination, tracked = waiting[name]
-            return lacks(connection, keys[name], tracked, destination.vectors.embedder.fingerprint, tx, facts)
-
-        while waiting:
-            began = time.monotonic()
-            is_late = began > look_again
-            if is_late:
-                look_again = began + _PATIENCE_S
-                for name, (destination, _) in waiting.items():
-                    with contextlib.suppress(DeliveryRetryable):
-                        keys[name] = IndexKey(name, destination.open())  # it may have been replaced
-            with engine.connect() as connection:
-                waiting = {
-                    name: each
-                    for name, each in waiting.items()
-                    # Of a key that goes on changing, what is there now is never what is delivered.
-                    if is_missing(connection, name, facts) and not (is_late and not is_missing(connection, name, None))
-                }
-            now = time.monotonic()
-            if waiting and now > deadline:
-                raise DeliveryError(f"not in index {next(iter(waiting))!r} within {timeout:g} s; is a relay running?")
-            if waiting:
-                time.sleep(max(pause, now - began))  # behind a long backlog a look takes its time
-                pause = min(pause * 1.5, 0.05)
+        if txs:
+            sync = self._only_engine() if engine is None else self._blocking(engine)
+            require_no_transaction(sync)
+            wait_for(sync, txs, self._by_index(), timeout)
 
     def _only_engine(self) -> Engine:
         known = [engine for engine in self._capture.engines if not engine.dialect.is_async]

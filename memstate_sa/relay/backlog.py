@@ -1,8 +1,8 @@
-"""What an index has not been given yet: for searches, for people, and for whoever waits for a transaction."""
+"""What an index has not been given yet: for searches, and for people."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -11,16 +11,12 @@ from sqlalchemy import and_, bindparam, exists, func, literal, not_, select
 from sqlalchemy.engine import Connection
 
 from memstate_sa.arrays import as_array, each
-from memstate_sa.changes import FactKey, by_entity
-from memstate_sa.errors import DeliveryError
-from memstate_sa.facts import Projection, Tracked
 from memstate_sa.outbox import ALL, after, in_slots, slot_array, slots, undelivered
 from memstate_sa.positions import Position, Snapshot, meet
 from memstate_sa.relay import claims, ledger
 from memstate_sa.relay.claims import SCAN, IndexKey, of_index
-from memstate_sa.relay.plan import AGAIN, DEAD, PARKED
-from memstate_sa.tables import cursor, index_state, log, outbox, parked, refill, utcnow
-from memstate_sa.truth import project
+from memstate_sa.relay.plan import DEAD, PARKED
+from memstate_sa.tables import cursor, index_state, outbox, parked, refill, utcnow
 
 _positions = select(cursor.c.snapshot, cursor.c.xid, cursor.c.position, cursor.c.slot).where(of_index(cursor))
 
@@ -122,7 +118,7 @@ _paused = select(index_state.c.paused).where(of_index(index_state))
 def backlog(connection: Connection, index: IndexKey, entities: Sequence[str]) -> Backlog:
     dialect, pending, oldest = connection.dialect.name, 0, None
     names = as_array(entities)
-    places = read_positions(connection, index) or {_BEGINNING: list(slots(dialect))}
+    places = read_positions(connection, index) or {BEGINNING: list(slots(dialect))}
     for at, group in places.items():
         given = {"entities": names, "slots": slot_array(group), "limit": ALL}
         count, since = connection.execute(_pending(dialect), {**after(at), **given}).one()
@@ -141,7 +137,7 @@ def backlog(connection: Connection, index: IndexKey, entities: Sequence[str]) ->
     )
 
 
-_BEGINNING = Position(Snapshot(0))
+BEGINNING = Position(Snapshot(0))
 
 
 def has(connection: Connection, index: IndexKey, entities: Sequence[str], present: Position) -> bool:
@@ -152,75 +148,4 @@ def has(connection: Connection, index: IndexKey, entities: Sequence[str], presen
         and all(at.covers(present) for at in places)
         and claims.is_filled(connection, index, entities)
         and not ledger.due(connection, index, as_array(entities), slots(connection.dialect.name), 1)
-    )
-
-
-# -- for one transaction ----------------------------------------------------------------------------------------------
-
-_FEW = 1000
-"""Of so many keys the ledger is asked whether the index has them; it is written at once, which positions are not."""
-
-
-@cache
-def _undelivered(dialect_name: str) -> Any:
-    mine = and_(outbox.c.tx == bindparam("tx"), in_slots(dialect_name, outbox.c.slot))
-    return select(undelivered(dialect_name, literal(1), where=mine))
-
-
-_logged = select(log.c.entity, log.c.key).where(log.c.tx == bindparam("tx")).limit(_FEW + 1)
-_refused = (
-    select(parked.c.entity, parked.c.key, parked.c.state, parked.c.error)
-    .where(of_index(parked), parked.c.state != AGAIN)
-    .where(exists().where(log.c.entity == parked.c.entity, log.c.key == parked.c.key, log.c.tx == bindparam("tx")))
-)
-
-
-def keys_of(connection: Connection, tx: str) -> Collection[FactKey] | None:
-    """What transaction *tx* changed; None when that is much."""
-    rows = connection.execute(_logged, {"tx": tx}).all()
-    return {(entity, key) for entity, key in rows} if len(rows) <= _FEW else None
-
-
-def lacks(
-    connection: Connection,
-    index: IndexKey,
-    tracked: Mapping[str, Tracked],
-    embedder: str,
-    tx: str,
-    facts: Collection[FactKey] | None,
-) -> bool:
-    """Whether *index* does not have, as they are now, all of the *facts* that *tx* changed, as `keys_of` tells them.
-
-    Raises DeliveryError for a key that it refused for good.
-    """
-    asked = {**index.parameters(), "tx": tx}
-    refused, pending = connection.execute(_refused, asked).all(), False
-    if facts is None or any(row.state == DEAD for row in refused):
-        pending = _is_pending(connection, index, tx)  # what is pending is tried again
-        # Once more after that: a key that was delivered in between is not refused.
-        refused = connection.execute(_refused, asked).all()
-    dead = next((row for row in refused if row.state == DEAD), None)
-    if dead is not None and not pending:
-        raise DeliveryError(f"index {index.name!r} refused {dead.entity} {dead.key}: {dead.error}")
-    if refused or facts is None:
-        return bool(refused) or pending or not claims.is_filled(connection, index, list(tracked))
-    ours = [fact for fact in facts if fact[0] in tracked]
-    given = ledger.read_ledger(connection, index, ours)
-    held = {fact: delivered.fingerprint for fact, delivered in given.items()}
-    truths = {
-        (entity, found.key): found.fingerprint
-        for entity, keys in by_entity(ours).items()
-        for found in project(connection, tracked[entity], keys, embedder)
-        if isinstance(found, Projection)
-    }
-    return any(held.get(fact) != truths.get(fact) for fact in ours)
-
-
-def _is_pending(connection: Connection, index: IndexKey, tx: str) -> bool:
-    """Whether there are entries of *tx* after the recorded positions. It may have to walk the whole backlog."""
-    statement = _undelivered(connection.dialect.name)
-    places = read_positions(connection, index) or {_BEGINNING: list(slots(connection.dialect.name))}
-    return any(
-        connection.execute(statement, {**after(at), "slots": slot_array(group), "tx": tx, "limit": 1}).first()
-        for at, group in places.items()
     )

@@ -34,9 +34,12 @@ from memstate_sa import (
     undo,
 )
 from memstate_sa.indexes import ChromaIndex, InMemoryIndex, Point
-from memstate_sa.relay import RetryPolicy, backlog
+from memstate_sa.relay import RetryPolicy, ledger, waiting
+from memstate_sa.relay.claims import IndexKey
+from memstate_sa.relay.plan import AGAIN, Parked
 from memstate_sa.relay.retention import fold_log
 from memstate_sa.search import Search
+from memstate_sa.tables import parked
 from memstate_sa.testing import HashEmbedder
 from memstate_sa.undo import Undo
 from memstate_sa.verify import Verify
@@ -340,6 +343,26 @@ def test_retry_while_a_dead_key_is_refused_once_more(engine: Engine) -> None:
     world.assert_in_step()
 
 
+def test_refusal_of_what_another_worker_may_yet_write(engine: Engine) -> None:
+    """Who has lost the slot says so while its successor's call is under way: once more, when that can land no more."""
+    world = World(engine, index := Spy())
+    relay = world.memory.relay(engine, policy=RetryPolicy(max_attempts=2, delay_s=0))
+    may_land = {("tag", '["a"]'): Parked(0, 0.0, AGAIN, "lease lost", repeat=True)}
+
+    def told_meanwhile(point: Point) -> Exception:
+        index.refuse = lambda point: None
+        with engine.begin() as connection:
+            ledger.redirty(connection, IndexKey("memory", index.incarnation), may_land)
+        return DeliveryRejected("no")
+
+    index.refuse = told_meanwhile
+    say(world, a="one")
+    relay.drain()
+    with engine.connect() as connection:
+        left = connection.execute(select(parked.c.key, parked.c.state, parked.c.error)).all()
+    assert [tuple(row) for row in left] == [('["a"]', AGAIN, "may land late")]
+
+
 def test_wait_while_the_index_becomes_another(engine: Engine) -> None:
     """As a purge leaves it: what is known of it before, is not kept up to date."""
     world = World(engine, index := Spy())
@@ -355,7 +378,7 @@ def test_wait_while_the_index_becomes_another(engine: Engine) -> None:
     thread = threading.Thread(target=replaced)
     thread.start()
     with world.session() as session:
-        world.memory.wait(world.memory.history(session, Tag)[0].tx, timeout=5)
+        world.memory.wait(world.memory.history(session, Tag)[0].tx)
     thread.join()
 
 
@@ -366,15 +389,15 @@ def test_wait_for_what_goes_on_changing(engine: Engine, monkeypatch: pytest.Monk
         session.add(Tag(name="a"))
         session.commit()
         token = world.memory.token(session)
-    looks, changes = backlog.project, count()
+    looks, changes = waiting.project, count()
 
     def change_first(*given: Any) -> Any:
         world.relay.drain()
         say(world, a=f"changed {next(changes)}")
         return looks(*given)
 
-    monkeypatch.setattr(backlog, "project", change_first)
-    world.memory.wait(token, timeout=5.0, engine=engine)
+    monkeypatch.setattr(waiting, "project", change_first)
+    world.memory.wait(token, engine=engine)
     assert next(changes) > 1
 
 

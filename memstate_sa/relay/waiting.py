@@ -1,0 +1,158 @@
+"""Wait until indexes have what a transaction changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from sqlalchemy import and_, bindparam, exists, literal, select
+from sqlalchemy.engine import Connection, Engine
+
+from memstate_sa.changes import FactKey, by_entity
+from memstate_sa.errors import DeliveryError, DeliveryRetryable
+from memstate_sa.facts import Projection, Tracked
+from memstate_sa.outbox import after, in_slots, slot_array, slots, undelivered
+from memstate_sa.relay import claims, ledger
+from memstate_sa.relay.backlog import BEGINNING, read_positions
+from memstate_sa.relay.claims import IndexKey, of_index
+from memstate_sa.relay.plan import AGAIN, DEAD
+from memstate_sa.tables import log, outbox, parked
+from memstate_sa.truth import project
+from memstate_sa.vectors import Destination
+
+_FEW = 1000
+"""Of so many keys the ledger is asked whether the index has them; it is written at once, which positions are not."""
+
+_PATIENCE_S = 1.0
+"""After so long, and then as often, what takes longer is asked, too."""
+
+
+def wait_for(
+    engine: Engine,
+    txs: Iterable[str],
+    destinations: Mapping[str, tuple[Destination, Mapping[str, Tracked]]],
+    timeout: float,
+) -> None:
+    """Return when all *destinations*, by name and with the entities that each has, have what *txs* changed.
+
+    Raises DeliveryError after *timeout* seconds, or when an index refused a key for good.
+    """
+    deadline = time.monotonic() + timeout
+    for tx in txs:
+        waiting = [_Waiting(name, destination, tracked, tx) for name, (destination, tracked) in destinations.items()]
+        for missing in _missing(engine, tx, waiting):
+            if time.monotonic() > deadline:
+                raise DeliveryError(f"not in index {missing.name!r} within {timeout:g} s; is a relay running?")
+
+
+def _missing(engine: Engine, tx: str, waiting: Sequence[_Waiting]) -> Iterator[_Waiting]:
+    """One that does not have it yet, look after look, until there is none."""
+    with engine.connect() as connection:
+        facts = _keys_of(connection, tx)
+    pause, look_again = 0.001, time.monotonic() + _PATIENCE_S
+    while waiting:
+        began = time.monotonic()
+        is_late = began > look_again
+        if is_late:
+            look_again = began + _PATIENCE_S
+            for each in waiting:
+                each.look_for_index()
+        with engine.connect() as connection:
+            # Of a key that goes on changing, what is there now is never what is delivered.
+            waiting = [
+                each
+                for each in waiting
+                if not each.has(connection, facts) and not (is_late and each.has(connection, None))
+            ]
+        if waiting:
+            yield waiting[0]
+            time.sleep(max(pause, time.monotonic() - began))  # behind a long backlog a look takes its time
+            pause = min(pause * 1.5, 0.05)
+
+
+_logged = select(log.c.entity, log.c.key).where(log.c.tx == bindparam("tx")).limit(_FEW + 1)
+
+
+def _keys_of(connection: Connection, tx: str) -> Collection[FactKey] | None:
+    """What transaction *tx* changed; None when that is much."""
+    rows = connection.execute(_logged, {"tx": tx}).all()
+    return {(entity, key) for entity, key in rows} if len(rows) <= _FEW else None
+
+
+_refused = (
+    select(parked.c.entity, parked.c.key, parked.c.state, parked.c.error)
+    .where(of_index(parked), parked.c.state != AGAIN)
+    .where(exists().where(log.c.entity == parked.c.entity, log.c.key == parked.c.key, log.c.tx == bindparam("tx")))
+)
+
+
+@cache
+def _undelivered(dialect_name: str) -> Any:
+    mine = and_(outbox.c.tx == bindparam("tx"), in_slots(dialect_name, outbox.c.slot))
+    return select(undelivered(dialect_name, literal(1), where=mine))
+
+
+@dataclass
+class _Waiting:
+    """For one index, whose entities are *tracked*."""
+
+    name: str
+    destination: Destination
+    tracked: Mapping[str, Tracked]
+    tx: str
+    index: IndexKey = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.index = IndexKey(self.name, self.destination.open())
+
+    def look_for_index(self) -> None:
+        """It may have been replaced."""
+        with suppress(DeliveryRetryable):
+            self.index = IndexKey(self.name, self.destination.open())
+
+    def has(self, connection: Connection, facts: Collection[FactKey] | None) -> bool:
+        """Whether the index has *facts* as they are now, or, without them, whatever the transaction changed.
+
+        Raises DeliveryError for a key that it refused for good.
+        """
+        asked = {**self.index.parameters(), "tx": self.tx}
+        refused, pending = connection.execute(_refused, asked).all(), False
+        if facts is None or any(row.state == DEAD for row in refused):
+            pending = self._is_pending(connection)  # what is pending is tried again
+            # Once more after that: a key that was delivered in between is not refused.
+            refused = connection.execute(_refused, asked).all()
+        dead = next((row for row in refused if row.state == DEAD), None)
+        if dead is not None and not pending:
+            raise DeliveryError(f"index {self.name!r} refused {dead.entity} {dead.key}: {dead.error}")
+        if refused:
+            return False
+        if facts is None:
+            return not pending and claims.is_filled(connection, self.index, list(self.tracked))
+        return self._has_now(connection, [fact for fact in facts if fact[0] in self.tracked])
+
+    def _has_now(self, connection: Connection, facts: Collection[FactKey]) -> bool:
+        given = ledger.read_ledger(connection, self.index, facts)
+        held = {fact: delivered.fingerprint for fact, delivered in given.items()}
+        embedder = self.destination.vectors.embedder.fingerprint
+        truths = {
+            (entity, found.key): found.fingerprint
+            for entity, keys in by_entity(facts).items()
+            for found in project(connection, self.tracked[entity], keys, embedder)
+            if isinstance(found, Projection)
+        }
+        return all(held.get(fact) == truths.get(fact) for fact in facts)
+
+    def _is_pending(self, connection: Connection) -> bool:
+        """Whether there are entries of the transaction after the recorded positions: perhaps it walks the backlog."""
+        dialect = connection.dialect.name
+        places = read_positions(connection, self.index) or {BEGINNING: list(slots(dialect))}
+        return any(
+            connection.execute(
+                _undelivered(dialect), {**after(at), "slots": slot_array(group), "tx": self.tx, "limit": 1}
+            ).first()
+            for at, group in places.items()
+        )
