@@ -20,7 +20,7 @@ from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Mems
 from memstate_sa.appendonly import rewriting
 from memstate_sa.indexes import InMemoryIndex, Point
 from memstate_sa.positions import slot_of
-from memstate_sa.relay import Retention, RetryPolicy
+from memstate_sa.relay import Relay, Retention, RetryPolicy, waiting
 from memstate_sa.relay.retention import forget_delivered
 from memstate_sa.tables import cursor, holder, index_state, ledger, log, metadata, outbox, parked, utcnow
 from memstate_sa.tables import transaction as header
@@ -774,8 +774,8 @@ def test_a_transaction_longer_than_a_page_is_folded_as_a_whole(engine: Engine) -
     world.assert_in_step()
 
 
-def test_wait_for_the_repair_of_a_dead_key(engine: Engine) -> None:
-    """Its row has changed: it is on its way, not refused."""
+def dead_and_mended(engine: Engine) -> tuple[World, Relay]:
+    """The index has refused the tag "a", and would take it now."""
     index = Spy()
     index.refuse = lambda point: DeliveryRejected("no")
     world = World(engine, index)
@@ -783,6 +783,12 @@ def test_wait_for_the_repair_of_a_dead_key(engine: Engine) -> None:
     say(world, a="odd")
     relay.drain()
     index.refuse = lambda point: None
+    return world, relay
+
+
+def test_wait_for_the_repair_of_a_dead_key(engine: Engine) -> None:
+    """Its row has changed: it is on its way, not refused."""
+    world, relay = dead_and_mended(engine)
     with world.session() as session:
         session.get_one(Tag, "a").meaning = "fine"
         session.commit()
@@ -795,15 +801,7 @@ def test_wait_for_the_repair_of_a_dead_key(engine: Engine) -> None:
 
 def test_wait_while_a_dead_key_is_delivered(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the look at what was refused and the look at what is pending."""
-    from memstate_sa.relay import waiting
-
-    index = Spy()
-    index.refuse = lambda point: DeliveryRejected("no")
-    world = World(engine, index)
-    relay = world.memory.relay(engine, policy=RetryPolicy(max_attempts=1))
-    say(world, a="odd")
-    relay.drain()
-    index.refuse = lambda point: None
+    world, relay = dead_and_mended(engine)
     asked, is_pending = [], waiting._Waiting._is_pending
 
     def deliver_first(*args: Any) -> bool:
