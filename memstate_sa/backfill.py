@@ -17,9 +17,9 @@ from sqlalchemy import Row, Select, and_, bindparam, delete, false, func, insert
 from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa import truth
-from memstate_sa.capture import Capture
 from memstate_sa.facts import Tracked
 from memstate_sa.outbox import take_write_lock, upsert
+from memstate_sa.recorder import Recorder
 from memstate_sa.tables import backfill
 from memstate_sa.verify import Progress
 
@@ -44,14 +44,14 @@ class Backfill:
     def __init__(
         self,
         engine: Engine,
-        capture: Capture,
+        recorder: Recorder,
         tracked: Collection[Tracked],
         *,
         batch_size: int,
         rate: float | None = None,
     ) -> None:
         self._engine = engine
-        self._capture = capture
+        self._recorder = recorder
         self._tracked = {each.entity: each for each in tracked}
         self._batch_size = batch_size
         self._rate = rate
@@ -134,7 +134,7 @@ class Backfill:
             keys = truth.page(connection, tracked, after, size, until=claimed.until)
             added = passed = 0
             if keys:
-                added, passed = self._capture.log_baselines(connection, tracked, keys)
+                added, passed = self._recorder.log_baselines(connection, tracked, keys)
             connection.execute(
                 update(backfill)
                 .where(this)

@@ -13,93 +13,35 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 from pydantic import ValidationError
-from sqlalchemy import Select, delete, event, func, insert, inspect, select, type_coerce
+from sqlalchemy import Select, event, inspect, select, type_coerce
 from sqlalchemy.engine import Connection, Engine, IteratorResult, Result
 from sqlalchemy.engine.result import SimpleResultMetaData
-from sqlalchemy.exc import DBAPIError, IntegrityError, UnboundExecutionError
+from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction, scoped_session, sessionmaker
 from sqlalchemy.orm.base import NO_VALUE
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.dml import UpdateBase
 
-from memstate_sa import outbox, sqlite, tables, triggers
-from memstate_sa.arrays import as_array
-from memstate_sa.changes import Entry, Image, Op, fold, new_tx
-from memstate_sa.codec import decode_key
-from memstate_sa.columns import RAW, READ_CHUNK, TableColumns, batches
-from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
-from memstate_sa.facts import Tracked, inheritance_criterion, unique_value
-from memstate_sa.history import last_entries
-from memstate_sa.outbox import deleted_keys, take_write_lock, unknown_keys, upsert
+from memstate_sa import sqlite, triggers
+from memstate_sa.columns import RAW
+from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite
+from memstate_sa.facts import Tracked, inheritance_criterion
+from memstate_sa.outbox import take_write_lock
+from memstate_sa.recorder import TWO_DATABASES, Recorder, require_no_translation, require_supported
 from memstate_sa.registry import Registry, unaliased
 from memstate_sa.schemas import failure
-from memstate_sa.tables import utcnow
+from memstate_sa.units import Flush, Unit
 
 logger = logging.getLogger("memstate_sa.capture")
 
 
 class UntrackedWriteWarning(UserWarning):
     """A write to a tracked table bypassed the log (``on_untracked="warn"``)."""
-
-
-@dataclass
-class Unit:
-    """What we know of one Session's open transaction."""
-
-    tx: str = field(default_factory=new_tx)
-    actor: str | None = None
-    reason: str | None = None
-    session_id: str | None = None
-    step: bool = True  # whether rollback counts this transaction
-    flush: _Flush | None = None
-    own_writes: int = 0
-    logged: bool = False
-    sealed: bool = False
-    armed: bool = False
-    txs: dict[str, None] = field(default_factory=dict)  # what it logged under, an undo's own among them, in order
-    intended: bool = False  # an index may hold what is not committed yet
-    told_on: Connection | None = None  # where triggers know of it, or knew
-    connections: list[Connection] = field(default_factory=list)
-    telling: list[Connection] = field(default_factory=list)  # those of databases with triggers of ours
-    written_on: Connection | None = None
-
-    @property
-    def labels(self) -> dict[str, str | None]:
-        return {"actor": self.actor, "reason": self.reason, "session_id": self.session_id}
-
-    @property
-    def logged_under(self) -> list[str]:
-        """The transactions that its entries are of, the last one last."""
-        return list(self.txs if self.told_on is None else {self.tx: None, **self.txs})
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Statements in here are ours: the guard lets them pass."""
-        self.own_writes += 1
-        try:
-            yield
-        finally:
-            self.own_writes -= 1
-
-
-@dataclass
-class _Flush:
-    """What one flush touches, while it runs: states of tracked classes, what is done to them, whether it is certain."""
-
-    unit: Unit
-    context: Any
-    touched: list[tuple[Any, Op, bool | None]] = field(default_factory=list)
-    baselines: list[Entry] = field(default_factory=list)
-    canonical: dict[Tracked, dict[tuple[Any, ...], str]] = field(default_factory=dict)
-    written: dict[Tracked, list[tuple[Any, ...]]] = field(default_factory=dict)
-    certain: dict[Tracked, set[tuple[Any, ...]]] = field(default_factory=dict)
-    checked: bool = False
 
 
 class Veto(Protocol):
@@ -115,14 +57,21 @@ class Veto(Protocol):
 class Capture:
     """The listeners of one Memory. It holds no Session alive, and touches none it was not attached to."""
 
-    def __init__(self, registry: Registry, committed: Callable[[Engine], None], veto: Veto | None = None) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        recorder: Recorder,
+        committed: Callable[[Engine], None],
+        veto: Veto | None = None,
+    ) -> None:
         self._registry = registry
+        self._recorder = recorder
         self._committed = committed
         self._veto = veto
         self._units: WeakKeyDictionary[Session, Unit] = WeakKeyDictionary()
         # Of each Session's last commit: its transactions (an undo is one of its own), and where.
         self.committed: WeakKeyDictionary[Session, tuple[Sequence[str], Engine]] = WeakKeyDictionary()
-        self._flushes: dict[int, _Flush] = {}  # by Session.hash_key, which every InstanceState knows
+        self._flushes: dict[int, Flush] = {}  # by Session.hash_key, which every InstanceState knows
         self._guarded: WeakSet[Engine] = WeakSet()
         self._telling: WeakSet[Engine] = WeakSet()
         self._told: WeakKeyDictionary[Connection, str] = WeakKeyDictionary()  # the transaction that triggers know of
@@ -279,7 +228,7 @@ class Capture:
             return
         if not unit.sealed and any(unit.labels.values()) and unit.tx in unit.logged_under:
             assert unit.written_on is not None
-            self.write_header(unit.written_on, unit.tx, unit.labels)
+            self._recorder.write_header(unit.written_on, unit.tx, unit.labels)
             unit.sealed = True
         if self._veto is not None:
             self._veto.write(session, unit)
@@ -355,220 +304,6 @@ class Capture:
         triggers.tell_nothing(connection)
         self._told[connection] = ""
 
-    # -- writing -----------------------------------------------------------------------------------------------------
-
-    def write_header(self, connection: Connection, tx: str, labels: Mapping[str, str | None]) -> None:
-        connection.execute(insert(tables.transaction), {"tx": tx, "at": utcnow(), **labels})
-
-    def write(
-        self,
-        connection: Connection,
-        unit: Unit,
-        entries: Sequence[Entry],
-        *,
-        tx: str | None = None,
-        deliver_baselines: bool = False,
-        refuse: bool = True,
-    ) -> None:
-        """Log *entries* and mark their keys dirty: two INSERTs at most, whatever their number.
-
-        Without *refuse*, for rows that were written past us, values that must be unique and are not are warned of.
-        """
-        if not entries:
-            return
-        _require_supported(connection, unit)
-        at, tx = utcnow(), tx or unit.tx
-        if not unit.step:
-            entries = [entry._replace(step=False) for entry in entries]
-        unit.logged, unit.written_on = True, connection
-        unit.txs[tx] = None
-        with unit.writing():
-            dirty = dict.fromkeys(
-                (entry.entity, entry.key) for entry in entries if deliver_baselines or entry.op != "baseline"
-            )
-            outbox.add(connection, entries, dirty, tx, at, self._registry.versions)
-            for tracked in {self._registry.by_entity[entity] for entity, _ in dirty}:
-                if tracked.unique_values is not None:
-                    self._write_unique(connection, tracked, entries, refuse=refuse)
-
-    def _write_unique(
-        self, connection: Connection, tracked: Tracked, entries: Sequence[Entry], *, refuse: bool
-    ) -> None:
-        """Keep the table of unique values in step. Its primary key is what decides between concurrent writers.
-
-        Where none is *refused*, the first row has the value, and others have none.
-        """
-        unique, columns = tables.unique, tracked.on(connection.dialect)
-        ours = [entry for entry in entries if entry.entity == tracked.entity]
-        images = {entry.key: entry.image for entry in ours}
-        # An undo inserts into the log also what is there again, and has a value.
-        keys = list({entry.key for entry in ours if entry.op != "insert" or entry.reverts})
-        for some in batches(keys, READ_CHUNK):
-            connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key.in_(some)))
-        rows = []
-        for key, image in images.items():
-            value = None if image is None else unique_value(tracked, columns.values(dict(image)))
-            if value is not None:
-                rows.append({"entity": tracked.entity, "value": value, "key": key})
-        if rows and refuse:
-            try:
-                connection.execute(insert(unique), rows)
-            except IntegrityError as error:
-                raise ConflictError(
-                    f"{tracked.entity}: another fact has the same value of what must be unique"
-                ) from error
-        elif rows:
-            new = upsert(connection.dialect.name, unique).on_conflict_do_nothing().returning(unique.c.key)
-            having = set(connection.scalars(new, rows))
-            if without := [row["key"] for row in rows if row["key"] not in having]:
-                logger.warning(_NOT_UNIQUE, tracked.entity, len(without), ", ".join(without[:_SHOWN]))
-
-    def baselines(
-        self,
-        connection: Connection,
-        unit: Unit,
-        tracked: Tracked,
-        raw_keys: Sequence[tuple[Any, ...]],
-        canonical: dict[tuple[Any, ...], str] | None = None,
-    ) -> list[Entry]:
-        """A baseline entry for each of the rows that the log has not seen, as it is before we change it.
-
-        *canonical* gets each raw key as the text it has in the log, also of those that an object holds in another form
-        than is stored: Decimal("1.5") for 1.50, "a" for a padded CHAR. Such a key is unknown to the log, and read here.
-        """
-        _require_supported(connection, unit)
-        columns = tracked.on(connection.dialect)
-        with unit.writing():
-            take_write_lock(connection)
-            if len(tracked.tables) > 1:
-                columns.lock(connection, raw_keys)
-        by_key = {columns.encode_key(raw): raw for raw in raw_keys}
-        if canonical is not None:
-            canonical.update((raw, key) for key, raw in by_key.items())
-        unknown = self._unknown(connection, tracked, by_key)
-        if not unknown:
-            return []
-        images = columns.read(connection, [by_key[key] for key in unknown], for_update=True)
-        if canonical is not None:
-            forms = {form(decode_key(key)): key for key in images if key not in by_key}
-            for key in unknown:
-                if key not in images and form(by_key[key]) in forms:
-                    canonical[by_key[key]] = forms[form(by_key[key])]
-        return self._of_unknown(connection, tracked, images)
-
-    def _of_unknown(self, connection: Connection, tracked: Tracked, images: Mapping[str, Image]) -> list[Entry]:
-        """Whoever held these rows while we waited for the lock may have logged them meanwhile."""
-        return [
-            Entry(tracked.entity, key, "baseline", images[key]) for key in self._unknown(connection, tracked, images)
-        ]
-
-    def log_baselines(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> tuple[int, int]:
-        """Log, and mark dirty, those rows of *keys* that the log has not seen, outside of any Session.
-
-        Returns how many they were, and how many of *keys*, in their order, are done with. It waits for the first row
-        alone, and passes by others that are locked: who has locked one may wait for another that is locked here. Nor
-        does it hold them for long while it waits for a value that must be unique: then fewer are done with, or none.
-        """
-        if tracked.unique_values is None or connection.dialect.name != "postgresql":
-            return self._log_baselines(connection, tracked, keys)
-        while keys:
-            try:
-                with connection.begin_nested():  # rolled back, it lets go of the rows
-                    return self._log_baselines(connection, tracked, keys, hurry=True)
-            except DBAPIError as error:
-                if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
-                    raise
-            keys = keys[: len(keys) // 2]
-        return 0, 0
-
-    def _log_baselines(
-        self, connection: Connection, tracked: Tracked, keys: Sequence[str], *, hurry: bool = False
-    ) -> tuple[int, int]:
-        unit, columns = Unit(), tracked.on(connection.dialect)
-        take_write_lock(connection)
-        unknown = set(self._unknown(connection, tracked, keys))
-        first, others = ([decode_key(key) for key in some if key in unknown] for some in (keys[:1], keys[1:]))
-        images = columns.read(connection, first, for_update=True)
-        images |= columns.read(connection, others, for_update=True, skip_locked=True)
-        entries = self._of_unknown(connection, tracked, images)
-        if hurry:
-            connection.execute(_hurry)
-        self.write(connection, unit, entries, deliver_baselines=True, refuse=False)
-        left = (n for n, key in enumerate(keys) if n and key in unknown and key not in images)
-        return len(entries), next(left, len(keys))
-
-    def _unknown(self, connection: Connection, tracked: Tracked, keys: Collection[str]) -> Sequence[str]:
-        return connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array(keys)}).all()
-
-    def _log_touched(
-        self,
-        connection: Connection,
-        unit: Unit,
-        touched: Mapping[Tracked, Mapping[tuple[Any, ...], bool]],
-        baselines: Sequence[Entry],
-        flush: _Flush | None = None,
-    ) -> None:
-        """Read the rows that were *touched* (by driver-level key: was it there before?) and log what became of them."""
-        entries = list(baselines)
-        for tracked, existed in touched.items():
-            columns = tracked.on(connection.dialect)
-            images = columns.read(connection, list(existed))
-            canonical = {} if flush is None else dict(flush.canonical.get(tracked, {}))
-            canonical |= {raw: columns.encode_key(raw) for raw in existed if raw not in canonical}
-            keys = {canonical[raw]: before for raw, before in existed.items()}
-            others = [key for key in images if key not in keys]  # stored in another form than given: CHAR is padded
-            keys |= dict.fromkeys(others, False)
-            lost = 0 if flush is None else sum(canonical[raw] not in images for raw in flush.written.get(tracked, ()))
-            if lost > len(others):
-                raise UntrackedWrite(
-                    f"{lost} row(s) of {tracked.entity} were written, but are not found under the keys they were "
-                    "given: give primary keys in the form in which the database stores them"
-                )
-            gone = [key for key, before in keys.items() if before and key not in images]
-            for key in self._deleted_before(connection, tracked, gone):
-                del keys[key]  # the DELETE found nothing: somebody else's came first
-            changes = [Entry(tracked.entity, key, op, image) for key, op, image in fold(keys, images)]
-            certain = set() if flush is None else {canonical[raw] for raw in flush.certain.get(tracked, ())}
-            doubtful = [change for change in changes if change.op == "update" and change.key not in certain]
-            if same := self._unchanged(connection, tracked, doubtful, baselines):
-                changes = [change for change in changes if change.key not in same]
-                entries = [entry for entry in entries if entry.entity != tracked.entity or entry.key not in same]
-            if tracked.validate is not None or tracked.immutable is not None:
-                for change in changes:
-                    self._check(tracked, columns, change)
-            entries += changes
-        self.write(connection, unit, entries)
-
-    @staticmethod
-    def _unchanged(
-        connection: Connection, tracked: Tracked, updates: Sequence[Entry], baselines: Sequence[Entry]
-    ) -> set[str]:
-        """The keys of those *updates* that left the row as it was: no step of anybody's, and nothing to deliver."""
-        if not updates:
-            return set()
-        before = {entry.key: entry.image for entry in baselines if entry.entity == tracked.entity}
-        keys = [entry.key for entry in updates if entry.key not in before]
-        before.update({key: last.image for key, last in last_entries(connection, tracked, keys).items()})
-        return {entry.key for entry in updates if before.get(entry.key) == entry.image}
-
-    def _deleted_before(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> Sequence[str]:
-        if not keys:
-            return ()
-        return connection.scalars(deleted_keys, {"entity": tracked.entity, "keys": as_array(keys)}).all()
-
-    def _check(self, tracked: Tracked, columns: TableColumns, entry: Entry) -> None:
-        """What the schema says of the row as the database has it, its own defaults and expressions included."""
-        if entry.image is None:
-            return
-        values = tracked.by_attribute(columns.values(dict(entry.image)))
-        if entry.op == "update" and tracked.immutable is not None and tracked.immutable(values):
-            raise ConflictError(f"a fact of {tracked.entity} is immutable: delete it and add another")
-        if tracked.validate is not None:
-            try:
-                tracked.validate(values)
-            except ValidationError as error:
-                raise failure(tracked.model.__name__, error) or ValidationFailed() from error
-
     # -- flush -------------------------------------------------------------------------------------------------------
 
     def _before_flush(self, session: Session, context: Any, instances: Any) -> None:
@@ -580,9 +315,9 @@ class Capture:
                     _validate_instance(tracked, state)
         # Last: when this event raises, no other says that there will be no flush.
         unit = self.unit(session)
-        unit.flush = self._flushes[session.hash_key] = _Flush(unit, context)
+        unit.flush = self._flushes[session.hash_key] = Flush(unit, context)
 
-    def _end_flush(self, session: Session) -> _Flush | None:
+    def _end_flush(self, session: Session) -> Flush | None:
         unit = self._units.get(session)
         if unit is not None:
             unit.flush = None
@@ -619,7 +354,7 @@ class Capture:
                 self._before_first_change(connection, flush)
             flush.touched.append((state, "delete", True))
 
-    def _before_first_change(self, connection: Connection, flush: _Flush) -> None:
+    def _before_first_change(self, connection: Connection, flush: Flush) -> None:
         """Before the first UPDATE or DELETE: baselines of all rows that this flush will change.
 
         Not in before_flush, which knows neither orphans nor children whose foreign key a deleted parent nulls.
@@ -641,7 +376,7 @@ class Capture:
             changing.setdefault(tracked, []).extend(raw_keys)
         for tracked, keys in changing.items():
             canonical = flush.canonical.setdefault(tracked, {})
-            flush.baselines += self.baselines(connection, flush.unit, tracked, keys, canonical)
+            flush.baselines += self._recorder.baselines(connection, flush.unit, tracked, keys, canonical)
 
     def _after_flush(self, session: Session, context: Any) -> None:
         flush = self._end_flush(session)
@@ -649,9 +384,9 @@ class Capture:
             return
         _require_one_database(session, {state.mapper for state, _, _ in flush.touched})
         connection = session.connection(bind_arguments={"mapper": flush.touched[0][0].mapper})
-        self._log_touched(connection, flush.unit, self._touched(flush, connection), flush.baselines, flush)
+        self._recorder.log_touched(connection, flush.unit, self._touched(flush, connection), flush.baselines, flush)
 
-    def _touched(self, flush: _Flush, connection: Connection) -> dict[Tracked, dict[tuple[Any, ...], bool]]:
+    def _touched(self, flush: Flush, connection: Connection) -> dict[Tracked, dict[tuple[Any, ...], bool]]:
         """The keys that *flush* touched (driver-level), and whether they existed before it; notes those it wrote."""
         touched: dict[Tracked, dict[tuple[Any, ...], bool]] = {}
         mapper: Mapper[Any] | None = None
@@ -684,13 +419,13 @@ class Capture:
         tracked = self._target(state)
         if tracked is None or tracked.by_trigger:
             return None
-        _require_no_translation(state.execution_options)
+        require_no_translation(state.execution_options)
         mapper = state.bind_mapper or tracked.mapper
         if state.session.autoflush:
             state.session.flush()
         connection = state.session.connection(bind_arguments={"mapper": mapper, **state.bind_arguments})
         unit = self.unit(state.session)
-        _require_supported(connection, unit)
+        require_supported(connection, unit)
         with unit.writing():
             take_write_lock(connection)
         capture = self._capture_of(state, mapper, tracked, connection)
@@ -759,7 +494,7 @@ class Capture:
     ) -> Result[Any]:
         unit = self.unit(state.session)
         result, keys = self._returning_keys(state, mapper, tracked, connection)
-        self._log_touched(connection, unit, {tracked: dict.fromkeys(keys, False)}, ())
+        self._recorder.log_touched(connection, unit, {tracked: dict.fromkeys(keys, False)}, ())
         return result
 
     def _returning_keys(
@@ -792,17 +527,19 @@ class Capture:
         Which rows it changes is known when it has run; what they were, only before.
         """
         unit, columns = self.unit(state.session), tracked.on(connection.dialect)
-        baselines = self.baselines(connection, unit, tracked, list(suspects.values())) if suspects else []
+        baselines = self._recorder.baselines(connection, unit, tracked, list(suspects.values())) if suspects else []
         result, raw_keys = self._returning_keys(state, mapper, tracked, connection)
         by_key = {columns.encode_key(raw): raw for raw in raw_keys}
-        unknown = self._unknown(connection, tracked, by_key)
+        unknown = self._recorder.unknown(connection, tracked, by_key)
         if unknown and not suspects and _may_update(state.statement):
             suspects.update((key, by_key[key]) for key in unknown)
             return None
         # A key that the first run did not have comes of a default that is another each time: a row that is new.
-        new = {*unknown, *self._deleted_before(connection, tracked, list(by_key))} - {each.key for each in baselines}
+        new = {*unknown, *self._recorder.deleted_before(connection, tracked, list(by_key))} - {
+            each.key for each in baselines
+        }
         touched = {raw: key not in new for key, raw in by_key.items()}
-        self._log_touched(connection, unit, {tracked: touched}, baselines)
+        self._recorder.log_touched(connection, unit, {tracked: touched}, baselines)
         return result
 
     def _bulk_change(
@@ -833,7 +570,7 @@ class Capture:
             matching = matching.where(*criteria).with_for_update(of=table, key_share=True)
             keys = [tuple(row) for row in connection.execute(matching, state.parameters or {}).all()]
         keys = list(dict.fromkeys(keys))
-        baselines = self.baselines(connection, unit, tracked, keys)
+        baselines = self._recorder.baselines(connection, unit, tracked, keys)
         with unit.writing():
             result = state.invoke_statement()
             if statement._returning:  # read to the end: SQLite releases no SAVEPOINT below an open cursor
@@ -844,7 +581,7 @@ class Capture:
         if state.is_update and isinstance(state.parameters, (list, tuple)):
             there = columns.read(connection, keys)
             keys = [key for key in keys if columns.encode_key(key) in there]
-        self._log_touched(connection, unit, {tracked: dict.fromkeys(keys, True)}, baselines)
+        self._recorder.log_touched(connection, unit, {tracked: dict.fromkeys(keys, True)}, baselines)
         return result
 
     # -- what cannot be captured ---------------------------------------------------------------------------------------
@@ -892,14 +629,6 @@ class Capture:
         warnings.warn(message, UntrackedWriteWarning, stacklevel=2)
 
 
-# Shorter than it takes PostgreSQL to look for a deadlock, and to choose a victim: a second, as it comes.
-_hurry = select(func.set_config("lock_timeout", "100ms", True))
-_LOCK_NOT_AVAILABLE = "55P03"
-_SHOWN = 20
-_NOT_UNIQUE = (
-    "%s: %d rows that are older than tracking, or were changed past it, have the same value of what must be unique as "
-    "another, and can be changed only so that they have it no longer, or deleted. The first of them by key: %s"
-)
 _AUTOCOMMIT = (
     "in AUTOCOMMIT each statement is a transaction of its own, so the log cannot be in it: use an engine that begins "
     "one, or capture='trigger'"
@@ -915,29 +644,12 @@ def _is_known(unit: Unit, context: Any) -> bool:
 
 
 _BULK_ATTEMPTS = 5
-_TWO_DATABASES = "the tracked models of one Session must live in one database: this one writes to two"
-
-
-def _require_no_translation(options: Mapping[str, Any]) -> None:
-    if options.get("schema_translate_map"):
-        raise MemstateError("schema_translate_map is not supported for tracked models")
-
-
-def _require_supported(connection: Connection, unit: Unit) -> None:
-    _require_no_translation(connection.get_execution_options())
-    if unit.written_on not in (None, connection):
-        raise MemstateError(_TWO_DATABASES)
 
 
 def _require_one_database(session: Session, mappers: Collection[Mapper[Any]]) -> None:
     """Raise where *session* reaches the tables of *mappers* through several connections."""
     if len(mappers) > 1 and len({session.connection(bind_arguments={"mapper": mapper}) for mapper in mappers}) > 1:
-        raise MemstateError(_TWO_DATABASES)
-
-
-def form(key: Sequence[Any]) -> tuple[Any, ...]:
-    """A key in a form that all ways of writing it share."""
-    return tuple(value.rstrip() if isinstance(value, str) else value for value in key)
+        raise MemstateError(TWO_DATABASES)
 
 
 def _fetched(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> Result[Any]:

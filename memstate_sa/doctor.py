@@ -11,15 +11,17 @@ from sqlalchemy import Inspector, bindparam, inspect, select
 from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa import appendonly, sqlite, triggers, truth
-from memstate_sa.capture import Capture, Unit
+from memstate_sa.capture import Capture
 from memstate_sa.changes import Entry, Image, new_tx
 from memstate_sa.codec import decode_key
 from memstate_sa.columns import TableColumns
 from memstate_sa.facts import Tracked
 from memstate_sa.history import LastEntry, last_entries
 from memstate_sa.outbox import take_write_lock
+from memstate_sa.recorder import Recorder
 from memstate_sa.registry import Registry
 from memstate_sa.tables import current, log, metadata
+from memstate_sa.units import Unit
 from memstate_sa.verify import Progress
 
 RECONCILED = "reconciled"
@@ -74,10 +76,13 @@ class Diagnosis:
 class Doctor:
     """One examination of one database."""
 
-    def __init__(self, engine: Engine, registry: Registry, capture: Capture, *, page_size: int = 500) -> None:
+    def __init__(
+        self, engine: Engine, registry: Registry, capture: Capture, recorder: Recorder, *, page_size: int = 500
+    ) -> None:
         self._engine = engine
         self._registry = registry
         self._capture = capture
+        self._recorder = recorder
         self._page_size = page_size
 
     def run(self, *, repair: bool, rows: bool = True, progress: Progress | None = None) -> Diagnosis:
@@ -164,8 +169,8 @@ class Doctor:
                     entries.append(Entry(tracked.entity, key, op, row, step=False))  # type: ignore[arg-type]
             if entries:
                 tx = new_tx()
-                self._capture.write(connection, Unit(), entries, tx=tx, refuse=False)
-                self._capture.write_header(connection, tx, {"reason": RECONCILED})
+                self._recorder.write(connection, Unit(), entries, tx=tx, refuse=False)
+                self._recorder.write_header(connection, tx, {"reason": RECONCILED})
 
     # -- what would make them differ -----------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from memstate_sa import truth
 from memstate_sa.appendonly import rewriting
-from memstate_sa.capture import Capture, form
+from memstate_sa.capture import Capture
 from memstate_sa.changes import REDACTED, Entry, Image, new_tx
 from memstate_sa.codec import decode_key
 from memstate_sa.columns import batches, columns_of, values_of
@@ -22,6 +22,7 @@ from memstate_sa.errors import ConflictError, MemstateError, NotFound
 from memstate_sa.facts import Tracked
 from memstate_sa.history import shown, stored_key
 from memstate_sa.outbox import take_write_lock
+from memstate_sa.recorder import Recorder, form
 from memstate_sa.registry import Registry
 from memstate_sa.relay import embeddings
 from memstate_sa.sqlite import is_in_memory
@@ -33,9 +34,12 @@ ERASED = "erased"
 class Eraser:
     """Erasure for one Memory."""
 
-    def __init__(self, registry: Registry, capture: Capture, embedders: Collection[Embedder]) -> None:
+    def __init__(
+        self, registry: Registry, capture: Capture, recorder: Recorder, embedders: Collection[Embedder]
+    ) -> None:
         self._registry = registry
         self._capture = capture
+        self._recorder = recorder
         self._embedders = embedders
 
     # -- in the caller's transaction -----------------------------------------------------------------------------------
@@ -72,9 +76,9 @@ class Eraser:
                 embedders = {embedder.fingerprint for embedder in self._embedders}
                 embedders.update(connection.scalars(select(index_state.c.embedder).distinct()))
                 embeddings.forget(connection, set(_texts(connection, tracked, fact, images, embedders)))
-                self._capture.write(connection, unit, [Entry(tracked.entity, fact, "delete", None, step=False)], tx=tx)
+                self._recorder.write(connection, unit, [Entry(tracked.entity, fact, "delete", None, step=False)], tx=tx)
                 labels = {**unit.labels, "reason": reason or unit.reason or ERASED}
-                self._capture.write_header(connection, tx, labels)
+                self._recorder.write_header(connection, tx, labels)
         self._forget_instances(session, connection, tracked, fact)
         return len(entries)
 

@@ -21,7 +21,7 @@ from sqlalchemy.sql import visitors
 
 from memstate_sa import appendonly, history, reindex, tables, transfer, triggers, truth
 from memstate_sa.backfill import Backfill
-from memstate_sa.capture import Capture, Unit
+from memstate_sa.capture import Capture
 from memstate_sa.changes import Change, Image
 from memstate_sa.codec import is_text
 from memstate_sa.doctor import Diagnosis, Doctor
@@ -32,6 +32,7 @@ from memstate_sa.expiry import Sweeper
 from memstate_sa.facts import Tracked, Upgrade, describe
 from memstate_sa.indexes.base import PurgeableIndex, VectorIndex
 from memstate_sa.pools import blocking_engine, own_pool
+from memstate_sa.recorder import Recorder
 from memstate_sa.registry import Registry
 from memstate_sa.relay import Relay
 from memstate_sa.relay.backlog import Backlog, backlog
@@ -45,6 +46,7 @@ from memstate_sa.strict import Strict
 from memstate_sa.tables import utcnow
 from memstate_sa.timetravel import PastSession, as_of_session, search_past, take_criteria
 from memstate_sa.undo import OnConflict, Revocation, Scope, Undo
+from memstate_sa.units import Unit
 from memstate_sa.vectors import Destination, Vectors
 from memstate_sa.verify import DriftReport, Progress, Verify
 
@@ -105,10 +107,11 @@ class Memory:
         self._notifier = Notifier()
         self._strict = Strict(self._registry, self._destinations, blocking=self._blocking, wake=self._committed)
         veto = self._strict if delivery == "strict" else None
-        self._capture = Capture(self._registry, self._committed, veto)
-        self._undo = Undo(self._registry, self._capture)
+        self._recorder = Recorder(self._registry)
+        self._capture = Capture(self._registry, self._recorder, self._committed, veto)
+        self._undo = Undo(self._registry, self._capture, self._recorder)
         self._sweeper = Sweeper(self._capture)
-        self._eraser = Eraser(self._registry, self._capture, list(embedders.values()))
+        self._eraser = Eraser(self._registry, self._capture, self._recorder, list(embedders.values()))
         self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
         self._listing = threading.RLock()  # one that is made while a commit wakes the others would fail that commit
         self._engines: dict[URL, Engine] = {}  # for threads, by the URL of an AsyncEngine
@@ -789,7 +792,9 @@ class Memory:
         """
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
-        found = Doctor(sync, self._registry, self._capture).run(repair=repair, rows=rows, progress=progress)
+        found = Doctor(sync, self._registry, self._capture, self._recorder).run(
+            repair=repair, rows=rows, progress=progress
+        )
         if repair:
             self._wake()
         return found
@@ -824,7 +829,7 @@ class Memory:
         registered = self._registry.by_entity.values()
         tracked = list(registered) if models is None else [self._registry.of(each) for each in models]
         require_no_transaction(sync)
-        worker = Backfill(sync, self._capture, tracked, batch_size=batch_size, rate=rate)
+        worker = Backfill(sync, self._recorder, tracked, batch_size=batch_size, rate=rate)
         worker.begin(restart=restart)
         added = worker.run(limit=limit, progress=progress)
         self._committed(sync)

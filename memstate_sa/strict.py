@@ -24,7 +24,6 @@ from sqlalchemy.orm import Session
 
 from memstate_sa import sqlite, truth
 from memstate_sa.arrays import as_array, as_json, each, item, rows
-from memstate_sa.capture import Unit
 from memstate_sa.changes import FactKey, by_entity
 from memstate_sa.columns import batches
 from memstate_sa.errors import DeliveryRetryable
@@ -39,6 +38,7 @@ from memstate_sa.relay.claims import IndexKey, limit_transaction, of_index
 from memstate_sa.relay.plan import classify, guarded
 from memstate_sa.relay.protocol import ENTITY
 from memstate_sa.tables import cursor, index_state, log, outbox, utcnow
+from memstate_sa.units import Unit
 from memstate_sa.vectors import Destination, Vectors
 
 logger = logging.getLogger("memstate_sa.strict")

@@ -20,7 +20,7 @@ from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session
 
 from memstate_sa.arrays import as_array, each
-from memstate_sa.capture import Capture, Unit
+from memstate_sa.capture import Capture
 from memstate_sa.changes import (
     REDACTED,
     Change,
@@ -41,9 +41,11 @@ from memstate_sa.facts import Tracked
 from memstate_sa.history import Moment, read_changes, until
 from memstate_sa.obstacles import Obstacles, Rules, read_rules
 from memstate_sa.outbox import take_write_lock
+from memstate_sa.recorder import Recorder
 from memstate_sa.registry import Registry
 from memstate_sa.restore import read_facts, restore
 from memstate_sa.tables import log, transaction
+from memstate_sa.units import Unit
 
 OnConflict: TypeAlias = Literal["raise", "skip", "force"]
 Undone: TypeAlias = set[tuple[str, FactKey]]
@@ -210,9 +212,10 @@ _images = select(log.c.id, log.c.image, log.c.version).where(log.c.id.in_(select
 class Undo:
     """Undo for one Memory."""
 
-    def __init__(self, registry: Registry, capture: Capture) -> None:
+    def __init__(self, registry: Registry, capture: Capture, recorder: Recorder) -> None:
         self._registry = registry
         self._capture = capture
+        self._recorder = recorder
 
     def steps(
         self, session: Session, steps: int, scope: Scope, on_conflict: OnConflict, *, dry_run: bool
@@ -536,8 +539,8 @@ class Undo:
             with self._capture.undoing(connection, tx, final):
                 now = restore(connection, self._registry, final)
             entries = list(_with_last_images(_from_there(inverse, others), now))
-            self._capture.write(connection, unit, entries, tx=tx)
-            self._capture.write_header(connection, tx, labels)
+            self._recorder.write(connection, unit, entries, tx=tx)
+            self._recorder.write_header(connection, tx, labels)
         if final.keys().isdisjoint(plan.moved_on):
             written = connection.execute(_written, {"tx": tx}).all()
             if [row[1:3] for row in written] == [entry[:2] for entry in entries]:  # and triggers logged nothing more

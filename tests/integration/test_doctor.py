@@ -73,7 +73,7 @@ def test_what_must_be_unique_and_is_not(engine: Engine, caplog: pytest.LogCaptur
         connection.execute(text("UPDATE tag SET meaning = 'new' WHERE name = 'd'"))
     with caplog.at_level("WARNING"):
         assert len(memory.doctor(engine, repair=True).changed) == 3
-    [warning] = [record.getMessage() for record in caplog.records if record.name == "memstate_sa.capture"]
+    [warning] = [record.getMessage() for record in caplog.records if record.name == "memstate_sa.recorder"]
     assert "2 rows that are older than tracking, or were changed past it," in warning and '["b"], ["c"]' in warning
     assert memory.doctor(engine).healthy
     with engine.connect() as connection:

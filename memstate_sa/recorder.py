@@ -1,0 +1,275 @@
+"""Entries -> log, outbox and the table of unique values, on the caller's connection."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from sqlalchemy import delete, func, insert, select
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from memstate_sa import outbox, tables
+from memstate_sa.arrays import as_array
+from memstate_sa.changes import Entry, Image, fold
+from memstate_sa.codec import decode_key
+from memstate_sa.columns import READ_CHUNK, TableColumns, batches
+from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
+from memstate_sa.facts import Tracked, unique_value
+from memstate_sa.history import last_entries
+from memstate_sa.outbox import deleted_keys, take_write_lock, unknown_keys, upsert
+from memstate_sa.registry import Registry
+from memstate_sa.schemas import failure
+from memstate_sa.tables import utcnow
+from memstate_sa.units import Flush, Unit
+
+logger = logging.getLogger("memstate_sa.recorder")
+
+TWO_DATABASES = "the tracked models of one Session must live in one database: this one writes to two"
+# Shorter than it takes PostgreSQL to look for a deadlock, and to choose a victim: a second, as it comes.
+_hurry = select(func.set_config("lock_timeout", "100ms", True))
+_LOCK_NOT_AVAILABLE = "55P03"
+_SHOWN = 20
+_NOT_UNIQUE = (
+    "%s: %d rows that are older than tracking, or were changed past it, have the same value of what must be unique as "
+    "another, and can be changed only so that they have it no longer, or deleted. The first of them by key: %s"
+)
+
+
+class Recorder:
+    """Logs what became of rows, by as many statements for one as for many."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def write_header(self, connection: Connection, tx: str, labels: Mapping[str, str | None]) -> None:
+        connection.execute(insert(tables.transaction), {"tx": tx, "at": utcnow(), **labels})
+
+    def write(
+        self,
+        connection: Connection,
+        unit: Unit,
+        entries: Sequence[Entry],
+        *,
+        tx: str | None = None,
+        deliver_baselines: bool = False,
+        refuse: bool = True,
+    ) -> None:
+        """Log *entries* and mark their keys dirty: two INSERTs at most, whatever their number.
+
+        Without *refuse*, for rows that were written past us, values that must be unique and are not are warned of.
+        """
+        if not entries:
+            return
+        require_supported(connection, unit)
+        at, tx = utcnow(), tx or unit.tx
+        if not unit.step:
+            entries = [entry._replace(step=False) for entry in entries]
+        unit.logged, unit.written_on = True, connection
+        unit.txs[tx] = None
+        with unit.writing():
+            dirty = dict.fromkeys(
+                (entry.entity, entry.key) for entry in entries if deliver_baselines or entry.op != "baseline"
+            )
+            outbox.add(connection, entries, dirty, tx, at, self._registry.versions)
+            for tracked in {self._registry.by_entity[entity] for entity, _ in dirty}:
+                if tracked.unique_values is not None:
+                    self._write_unique(connection, tracked, entries, refuse=refuse)
+
+    def _write_unique(
+        self, connection: Connection, tracked: Tracked, entries: Sequence[Entry], *, refuse: bool
+    ) -> None:
+        """Keep the table of unique values in step. Its primary key is what decides between concurrent writers.
+
+        Where none is *refused*, the first row has the value, and others have none.
+        """
+        unique, columns = tables.unique, tracked.on(connection.dialect)
+        ours = [entry for entry in entries if entry.entity == tracked.entity]
+        images = {entry.key: entry.image for entry in ours}
+        # An undo inserts into the log also what is there again, and has a value.
+        keys = list({entry.key for entry in ours if entry.op != "insert" or entry.reverts})
+        for some in batches(keys, READ_CHUNK):
+            connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key.in_(some)))
+        rows = []
+        for key, image in images.items():
+            value = None if image is None else unique_value(tracked, columns.values(dict(image)))
+            if value is not None:
+                rows.append({"entity": tracked.entity, "value": value, "key": key})
+        if rows and refuse:
+            try:
+                connection.execute(insert(unique), rows)
+            except IntegrityError as error:
+                raise ConflictError(
+                    f"{tracked.entity}: another fact has the same value of what must be unique"
+                ) from error
+        elif rows:
+            new = upsert(connection.dialect.name, unique).on_conflict_do_nothing().returning(unique.c.key)
+            having = set(connection.scalars(new, rows))
+            if without := [row["key"] for row in rows if row["key"] not in having]:
+                logger.warning(_NOT_UNIQUE, tracked.entity, len(without), ", ".join(without[:_SHOWN]))
+
+    def baselines(
+        self,
+        connection: Connection,
+        unit: Unit,
+        tracked: Tracked,
+        raw_keys: Sequence[tuple[Any, ...]],
+        canonical: dict[tuple[Any, ...], str] | None = None,
+    ) -> list[Entry]:
+        """A baseline entry for each of the rows that the log has not seen, as it is before we change it.
+
+        *canonical* gets each raw key as the text it has in the log, also of those that an object holds in another form
+        than is stored: Decimal("1.5") for 1.50, "a" for a padded CHAR. Such a key is unknown to the log, and read here.
+        """
+        require_supported(connection, unit)
+        columns = tracked.on(connection.dialect)
+        with unit.writing():
+            take_write_lock(connection)
+            if len(tracked.tables) > 1:
+                columns.lock(connection, raw_keys)
+        by_key = {columns.encode_key(raw): raw for raw in raw_keys}
+        if canonical is not None:
+            canonical.update((raw, key) for key, raw in by_key.items())
+        unknown = self.unknown(connection, tracked, by_key)
+        if not unknown:
+            return []
+        images = columns.read(connection, [by_key[key] for key in unknown], for_update=True)
+        if canonical is not None:
+            forms = {form(decode_key(key)): key for key in images if key not in by_key}
+            for key in unknown:
+                if key not in images and form(by_key[key]) in forms:
+                    canonical[by_key[key]] = forms[form(by_key[key])]
+        return self._of_unknown(connection, tracked, images)
+
+    def _of_unknown(self, connection: Connection, tracked: Tracked, images: Mapping[str, Image]) -> list[Entry]:
+        """Whoever held these rows while we waited for the lock may have logged them meanwhile."""
+        return [
+            Entry(tracked.entity, key, "baseline", images[key]) for key in self.unknown(connection, tracked, images)
+        ]
+
+    def log_baselines(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> tuple[int, int]:
+        """Log, and mark dirty, those rows of *keys* that the log has not seen, outside of any Session.
+
+        Returns how many they were, and how many of *keys*, in their order, are done with. It waits for the first row
+        alone, and passes by others that are locked: who has locked one may wait for another that is locked here. Nor
+        does it hold them for long while it waits for a value that must be unique: then fewer are done with, or none.
+        """
+        if tracked.unique_values is None or connection.dialect.name != "postgresql":
+            return self._log_baselines(connection, tracked, keys)
+        while keys:
+            try:
+                with connection.begin_nested():  # rolled back, it lets go of the rows
+                    return self._log_baselines(connection, tracked, keys, hurry=True)
+            except DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                    raise
+            keys = keys[: len(keys) // 2]
+        return 0, 0
+
+    def _log_baselines(
+        self, connection: Connection, tracked: Tracked, keys: Sequence[str], *, hurry: bool = False
+    ) -> tuple[int, int]:
+        unit, columns = Unit(), tracked.on(connection.dialect)
+        take_write_lock(connection)
+        unknown = set(self.unknown(connection, tracked, keys))
+        first, others = ([decode_key(key) for key in some if key in unknown] for some in (keys[:1], keys[1:]))
+        images = columns.read(connection, first, for_update=True)
+        images |= columns.read(connection, others, for_update=True, skip_locked=True)
+        entries = self._of_unknown(connection, tracked, images)
+        if hurry:
+            connection.execute(_hurry)
+        self.write(connection, unit, entries, deliver_baselines=True, refuse=False)
+        left = (n for n, key in enumerate(keys) if n and key in unknown and key not in images)
+        return len(entries), next(left, len(keys))
+
+    def unknown(self, connection: Connection, tracked: Tracked, keys: Collection[str]) -> Sequence[str]:
+        """Those of *keys* that the log has no entry of."""
+        return connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array(keys)}).all()
+
+    def log_touched(
+        self,
+        connection: Connection,
+        unit: Unit,
+        touched: Mapping[Tracked, Mapping[tuple[Any, ...], bool]],
+        baselines: Sequence[Entry],
+        flush: Flush | None = None,
+    ) -> None:
+        """Read the rows that were *touched* (by driver-level key: was it there before?) and log what became of them."""
+        entries = list(baselines)
+        for tracked, existed in touched.items():
+            columns = tracked.on(connection.dialect)
+            images = columns.read(connection, list(existed))
+            canonical = {} if flush is None else dict(flush.canonical.get(tracked, {}))
+            canonical |= {raw: columns.encode_key(raw) for raw in existed if raw not in canonical}
+            keys = {canonical[raw]: before for raw, before in existed.items()}
+            others = [key for key in images if key not in keys]  # stored in another form than given: CHAR is padded
+            keys |= dict.fromkeys(others, False)
+            lost = 0 if flush is None else sum(canonical[raw] not in images for raw in flush.written.get(tracked, ()))
+            if lost > len(others):
+                raise UntrackedWrite(
+                    f"{lost} row(s) of {tracked.entity} were written, but are not found under the keys they were "
+                    "given: give primary keys in the form in which the database stores them"
+                )
+            gone = [key for key, before in keys.items() if before and key not in images]
+            for key in self.deleted_before(connection, tracked, gone):
+                del keys[key]  # the DELETE found nothing: somebody else's came first
+            changes = [Entry(tracked.entity, key, op, image) for key, op, image in fold(keys, images)]
+            certain = set() if flush is None else {canonical[raw] for raw in flush.certain.get(tracked, ())}
+            doubtful = [change for change in changes if change.op == "update" and change.key not in certain]
+            if same := self._unchanged(connection, tracked, doubtful, baselines):
+                changes = [change for change in changes if change.key not in same]
+                entries = [entry for entry in entries if entry.entity != tracked.entity or entry.key not in same]
+            if tracked.validate is not None or tracked.immutable is not None:
+                for change in changes:
+                    self._check(tracked, columns, change)
+            entries += changes
+        self.write(connection, unit, entries)
+
+    @staticmethod
+    def _unchanged(
+        connection: Connection, tracked: Tracked, updates: Sequence[Entry], baselines: Sequence[Entry]
+    ) -> set[str]:
+        """The keys of those *updates* that left the row as it was: no step of anybody's, and nothing to deliver."""
+        if not updates:
+            return set()
+        before = {entry.key: entry.image for entry in baselines if entry.entity == tracked.entity}
+        keys = [entry.key for entry in updates if entry.key not in before]
+        before.update({key: last.image for key, last in last_entries(connection, tracked, keys).items()})
+        return {entry.key for entry in updates if before.get(entry.key) == entry.image}
+
+    def deleted_before(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> Sequence[str]:
+        """Those of *keys* whose last entry says that the row was deleted."""
+        if not keys:
+            return ()
+        return connection.scalars(deleted_keys, {"entity": tracked.entity, "keys": as_array(keys)}).all()
+
+    def _check(self, tracked: Tracked, columns: TableColumns, entry: Entry) -> None:
+        """What the schema says of the row as the database has it, its own defaults and expressions included."""
+        if entry.image is None:
+            return
+        values = tracked.by_attribute(columns.values(dict(entry.image)))
+        if entry.op == "update" and tracked.immutable is not None and tracked.immutable(values):
+            raise ConflictError(f"a fact of {tracked.entity} is immutable: delete it and add another")
+        if tracked.validate is not None:
+            try:
+                tracked.validate(values)
+            except ValidationError as error:
+                raise failure(tracked.model.__name__, error) or ValidationFailed() from error
+
+
+def require_no_translation(options: Mapping[str, Any]) -> None:
+    if options.get("schema_translate_map"):
+        raise MemstateError("schema_translate_map is not supported for tracked models")
+
+
+def require_supported(connection: Connection, unit: Unit) -> None:
+    require_no_translation(connection.get_execution_options())
+    if unit.written_on not in (None, connection):
+        raise MemstateError(TWO_DATABASES)
+
+
+def form(key: Sequence[Any]) -> tuple[Any, ...]:
+    """A key in a form that all ways of writing it share."""
+    return tuple(value.rstrip() if isinstance(value, str) else value for value in key)
