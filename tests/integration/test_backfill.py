@@ -84,7 +84,7 @@ class Spy:
     def __init__(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[list[str]] = []
         self.inside: Callable[[Any], None] | None = None
-        log_baselines: Any = world.memory._capture.log_baselines
+        log_baselines: Any = world.memory._recorder.log_baselines
 
         def spied(connection: Any, tracked: Any, keys: Any) -> Any:
             self.batches.append(list(keys))
@@ -92,7 +92,7 @@ class Spy:
                 self.inside(connection)
             return log_baselines(connection, tracked, keys)
 
-        monkeypatch.setattr(world.memory._capture, "log_baselines", spied)
+        monkeypatch.setattr(world.memory._recorder, "log_baselines", spied)
 
     @property
     def keys(self) -> list[str]:
@@ -367,7 +367,7 @@ def test_a_restart_beside_workers_that_divide(postgres_engine: Engine) -> None:
     tracked = world.memory._registry.of(Tag)
     engines = [create_engine(engine.url) for _ in range(3)]
     first, second, restarting = (
-        backfill.Backfill(each, world.memory._capture, [tracked], batch_size=1) for each in engines
+        backfill.Backfill(each, world.memory._recorder, [tracked], batch_size=1) for each in engines
     )
     world.memory.backfill(engine, Tag, batch_size=1, limit=1)  # divides twenty off
     divided, restarted = threading.Event(), threading.Event()
