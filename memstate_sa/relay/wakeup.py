@@ -20,6 +20,8 @@ from sqlalchemy import func, select, text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from memstate_sa.pools import own_pool
+
 logger = logging.getLogger("memstate_sa.relay")
 
 CHANNEL = "memstate"
@@ -30,8 +32,8 @@ _RETRY_S = 5.0
 
 
 def _own_connection(engine: Engine) -> Connection:
-    """Autocommitting, and not one of the application's pool."""
-    connection = engine.connect()
+    """Autocommitting, and not one of the application's pool, which may have none left."""
+    connection = own_pool(engine).connect()
     try:
         connection.execution_options(isolation_level="AUTOCOMMIT").detach()
     except BaseException:

@@ -401,6 +401,21 @@ def test_a_commit_of_another_process_is_told(postgres_engine: Engine) -> None:
     other.engine.dispose()
 
 
+def test_a_process_whose_pool_is_empty_tells_all_the_same(postgres_engine: Engine) -> None:
+    """Or it would wait for a connection of the application's, and `Memory.close` for it."""
+    world = World(postgres_engine)
+    narrow = World(create_engine(postgres_engine.url, pool_size=1, max_overflow=0, pool_timeout=600))
+    with world.memory.relay(postgres_engine, poll_s=(600.0, 600.0), lease_s=1200.0):
+        time.sleep(0.3)  # idle, until its next look in ten minutes
+        with narrow.session() as session:
+            session.add(Tag(name="a", meaning="x"))
+            session.commit()
+            session.connection()  # there is no other
+            eventually(lambda: holds(world.index, means("a")))
+            narrow.memory.close()
+    narrow.engine.dispose()
+
+
 def test_nobody_notifies_inside_the_application_s_transaction(postgres_engine: Engine) -> None:
     """Commits with a NOTIFY wait for each other, cluster-wide."""
     world = World(postgres_engine)
