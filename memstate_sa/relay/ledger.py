@@ -156,8 +156,8 @@ def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, 
     now: datetime = database_now(connection)
     mark = uuid4().hex
     # What has to be repeated after it is delivered, still has to be when it is refused, or marked once more.
-    due = and_(parked.c.repeat, or_(new.state != AGAIN, new.next_at <= now))
-    repeat = case((or_(due, new.repeat), true()), (lands, parked.c.repeat), else_=false())
+    still = and_(parked.c.repeat, or_(new.state != AGAIN, new.next_at <= now))
+    repeat = case((or_(still, new.repeat), true()), (lands, parked.c.repeat), else_=false())
     connection.execute(
         statement.on_conflict_do_update(
             index_elements=list(parked.primary_key.columns),

@@ -119,12 +119,11 @@ class _Waiting:
 
         Raises DeliveryError for a key that it refused for good.
         """
-        asked = {**self.index.parameters(), "tx": self.tx}
-        refused, pending = connection.execute(_refused, asked).all(), False
+        pending, refused = False, [] if facts is None else self._refused(connection)
         if facts is None or any(row.state == DEAD for row in refused):
             pending = self._is_pending(connection)  # what is pending is tried again
-            # Once more after that: a key that was delivered in between is not refused.
-            refused = connection.execute(_refused, asked).all()
+            # After that: a key that was delivered in between is not refused.
+            refused = self._refused(connection)
         dead = next((row for row in refused if row.state == DEAD), None)
         if dead is not None and not pending:
             raise DeliveryError(f"index {self.name!r} refused {dead.entity} {dead.key}: {dead.error}")
@@ -145,6 +144,9 @@ class _Waiting:
             if isinstance(found, Projection)
         }
         return all(held.get(fact) == truths.get(fact) for fact in facts)
+
+    def _refused(self, connection: Connection) -> Sequence[Any]:
+        return connection.execute(_refused, {**self.index.parameters(), "tx": self.tx}).all()
 
     def _is_pending(self, connection: Connection) -> bool:
         """Whether there are entries of the transaction after the recorded positions: perhaps it walks the backlog."""

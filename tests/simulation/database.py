@@ -501,8 +501,8 @@ class Database:
             old = state.parked.get(fact)
             if old is not None and given.instead_of not in (None, old.mark):
                 continue
-            again = old is not None and old.repeat and (given.state != AGAIN or given.delay_s <= 0)
-            repeat = given.repeat or again
+            still = old is not None and old.repeat and (given.state != AGAIN or given.delay_s <= 0)
+            repeat = given.repeat or still
             new = Waiting(given.attempts, next_at, given.state, given.error, str(self._marks), repeat)
             if old is not None and old.state == AGAIN and old.next_at > new.next_at and not new.repeat:
                 # A call may land until then, whatever else is the matter with the key.
