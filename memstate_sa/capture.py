@@ -8,7 +8,6 @@ in most random histories.)
 
 from __future__ import annotations
 
-import logging
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -32,12 +31,13 @@ from memstate_sa.columns import RAW
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite
 from memstate_sa.facts import Tracked, inheritance_criterion
 from memstate_sa.outbox import take_write_lock
+from memstate_sa.printable import printable_logger
 from memstate_sa.recorder import TWO_DATABASES, Recorder, require_no_translation, require_supported
 from memstate_sa.registry import Registry, unaliased
 from memstate_sa.schemas import failure
 from memstate_sa.units import Flush, Unit
 
-logger = logging.getLogger("memstate_sa.capture")
+logger = printable_logger("memstate_sa.capture")
 
 
 class UntrackedWriteWarning(UserWarning):

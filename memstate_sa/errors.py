@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from memstate_sa.printable import printable
+
 
 class MemstateError(Exception):
     """memstate_sa could not do what was asked."""
 
     def __init__(self, message: str | None = None) -> None:
-        super().__init__(message or (type(self).__doc__ or "").strip())
+        # A message may quote a key or a label, and be printed to a terminal.
+        super().__init__(printable(message or (type(self).__doc__ or "").strip(), keep="\n\t"))
 
 
 class ValidationFailed(MemstateError):

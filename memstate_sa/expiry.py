@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 
 from sqlalchemy import select
@@ -13,10 +12,11 @@ from memstate_sa.capture import Capture
 from memstate_sa.codec import decode_key
 from memstate_sa.facts import Tracked
 from memstate_sa.outbox import take_write_lock
+from memstate_sa.printable import printable_logger
 from memstate_sa.tables import utcnow
 from memstate_sa.truth import raw_key_columns
 
-logger = logging.getLogger("memstate_sa.expiry")
+logger = printable_logger("memstate_sa.expiry")
 
 EXPIRED = "expired"
 """The reason of transactions that delete what has expired."""

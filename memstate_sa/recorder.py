@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,12 +19,13 @@ from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, Val
 from memstate_sa.facts import Tracked, unique_value
 from memstate_sa.history import last_entries
 from memstate_sa.outbox import deleted_keys, take_write_lock, unknown_keys, upsert
+from memstate_sa.printable import printable_logger
 from memstate_sa.registry import Registry
 from memstate_sa.schemas import failure
 from memstate_sa.tables import utcnow
 from memstate_sa.units import Flush, Unit
 
-logger = logging.getLogger("memstate_sa.recorder")
+logger = printable_logger("memstate_sa.recorder")
 
 TWO_DATABASES = "the tracked models of one Session must live in one database: this one writes to two"
 # Shorter than it takes PostgreSQL to look for a deadlock, and to choose a victim: a second, as it comes.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from memstate_sa.facts import Fact
 from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.memory import Memory
 from memstate_sa.outbox import take_write_lock
+from memstate_sa.printable import printable_logger
 from memstate_sa.relay import Relay
 from memstate_sa.schemas import failure, read_names
 from memstate_sa.search import Hits
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 T = TypeVar("T")
-logger = logging.getLogger("memstate_sa.store")
+logger = printable_logger("memstate_sa.store")
 
 _UNIQUE_ATTEMPTS = 10
 _DRAIN_TIMEOUT_S = 30.0

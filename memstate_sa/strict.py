@@ -8,7 +8,6 @@ finds the intent and converges its keys; until then searches go by the fingerpri
 from __future__ import annotations
 
 import json
-import logging
 import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,6 +31,7 @@ from memstate_sa.indexes.base import Point, Vector, is_fenced
 from memstate_sa.outbox import slots, take_write_lock
 from memstate_sa.pools import own_pool
 from memstate_sa.positions import slot_of
+from memstate_sa.printable import printable_logger
 from memstate_sa.registry import Registry
 from memstate_sa.relay import embeddings
 from memstate_sa.relay.claims import IndexKey, limit_transaction, of_index
@@ -41,7 +41,7 @@ from memstate_sa.tables import cursor, index_state, log, outbox, utcnow
 from memstate_sa.units import Unit
 from memstate_sa.vectors import Destination, Vectors
 
-logger = logging.getLogger("memstate_sa.strict")
+logger = printable_logger("memstate_sa.strict")
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -27,10 +27,11 @@ from sqlalchemy import Engine, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from memstate_sa.errors import MemstateError
+from memstate_sa.printable import printable_logger
 from memstate_sa.relay import Relay
 from memstate_sa.relay.backlog import Backlog
 
-logger = logging.getLogger("memstate_sa.worker")
+logger = printable_logger("memstate_sa.worker")
 
 Process = subprocess.Popen[bytes]
 

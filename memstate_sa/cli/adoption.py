@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from memstate_sa import adoption, migrations
+from memstate_sa.cli.display import Console
 from memstate_sa.cli.opening import Url, explained, opened
 from memstate_sa.errors import MissingExtra
 

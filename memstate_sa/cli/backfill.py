@@ -11,7 +11,6 @@ from time import sleep
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,7 +24,7 @@ from rich.text import Text
 from sqlalchemy import Engine, func, select
 
 from memstate_sa import tables
-from memstate_sa.cli.display import progress_of
+from memstate_sa.cli.display import Console, progress_of
 from memstate_sa.cli.opening import App, Url, load_model, opened
 
 

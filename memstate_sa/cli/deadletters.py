@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from memstate_sa.cli.display import Console, cell
 from memstate_sa.cli.opening import App, Indexes, Url, opened
 
 Keys = Annotated[
@@ -28,7 +27,8 @@ def dead_list(
         table = Table("index", "fact", "key", "attempts", "error")
         letters = memory.relay(engine).dead(*(index or ()), limit=limit)
         for letter in letters:
-            table.add_row(*map(escape, (letter.index, letter.entity, letter.key)), str(letter.attempts), letter.error)
+            index_name, entity, key, error = map(cell, (letter.index, letter.entity, letter.key, letter.error))
+            table.add_row(index_name, entity, key, str(letter.attempts), error)
         Console().print(table if letters else "No key is dead.")
 
 

@@ -5,17 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from rich import console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from memstate_sa.changes import Change
+from memstate_sa.printable import printable
 
 _SHOWN = 120  # characters of a value
 
 
+class Console(console.Console):
+    """Rich's console, which lets no text drive the terminal: control characters show as escapes."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text, keep="\n\t"), **options)
+
+
+def cell(value: str | None) -> str:
+    """A value that came from data, for one line of a table: neither markup nor control characters act."""
+    return escape(printable(value or ""))
+
+
 def progress_of(progress: Progress, title: str) -> Callable[[int, int | None], None]:
-    task = progress.add_task(escape(title), total=None)
+    task = progress.add_task(cell(title), total=None)
 
     def update(done: int, total: int | None) -> None:
         progress.update(task, completed=done, total=total)
@@ -31,11 +46,11 @@ def changes_table(changes: Iterable[Change], title: str = "") -> Table:
         table.add_row(
             f"{change.at:%Y-%m-%d %H:%M:%S}",
             change.tx,
-            escape(f"{change.entity} {change.key}"),
+            cell(f"{change.entity} {change.key}"),
             change.op + (" (undo)" if change.reverts else ""),
-            escape(_changed(change)),
-            escape(" ".join(filter(None, (change.actor, session)))),
-            escape(change.reason or ""),
+            cell(_changed(change)),
+            cell(" ".join(filter(None, (change.actor, session)))),
+            cell(change.reason),
         )
     return table
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from memstate_sa.cli.display import progress_of
+from memstate_sa.cli.display import Console, progress_of
 from memstate_sa.cli.opening import App, Url, name_of, opened
 from memstate_sa.doctor import folded
 

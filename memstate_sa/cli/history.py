@@ -10,14 +10,14 @@ from typing import Annotated, Any
 
 import pydantic_core
 import typer
-from rich.console import Console
 from sqlalchemy import Engine, inspect
 from sqlalchemy.orm import Session, sessionmaker
 
 from memstate_sa.changes import Change
-from memstate_sa.cli.display import changes_table
+from memstate_sa.cli.display import Console, changes_table
 from memstate_sa.cli.opening import App, Url, fail, load_model, opened
 from memstate_sa.memory import Memory
+from memstate_sa.printable import printable
 from memstate_sa.undo import OnConflict, Revocation
 
 OfModel = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="Only facts of this class.")]
@@ -215,7 +215,8 @@ def _key(model: Any, text: str) -> Any:
 def _show_changes(changes: Collection[Change], *, as_json: bool) -> None:
     if as_json:
         for change in changes:
-            typer.echo(pydantic_core.to_json(change, bytes_mode="hex", inf_nan_mode="strings", fallback=str))
+            line = pydantic_core.to_json(change, bytes_mode="hex", inf_nan_mode="strings", fallback=str)
+            typer.echo(printable(line.decode()))
     else:
         Console().print(changes_table(changes))
 

@@ -6,11 +6,10 @@ import math
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from memstate_sa.cli.display import progress_of
+from memstate_sa.cli.display import Console, progress_of
 from memstate_sa.cli.opening import App, Url, opened
 
 

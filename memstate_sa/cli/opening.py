@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from sqlalchemy import Engine, create_engine, inspect
 from sqlalchemy.engine import make_url
@@ -19,7 +18,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 
 from memstate_sa import adoption, sqlite
 from memstate_sa.changes import Change
-from memstate_sa.cli.display import changes_table
+from memstate_sa.cli.display import Console, changes_table
 from memstate_sa.errors import ConflictError, MemstateError
 from memstate_sa.memory import Memory
 

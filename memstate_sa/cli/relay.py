@@ -9,14 +9,13 @@ from time import monotonic
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from sqlalchemy import Engine
 
-from memstate_sa.cli.display import progress_of
+from memstate_sa.cli.display import Console, progress_of
 from memstate_sa.cli.opening import App, Indexes, Url, opened
 from memstate_sa.errors import MemstateError
 from memstate_sa.memory import Memory

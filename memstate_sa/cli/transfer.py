@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 
-from memstate_sa.cli.display import progress_of
+from memstate_sa.cli.display import Console, progress_of
 from memstate_sa.cli.opening import App, Url, load_model, opened, require_made
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import uuid
 from bisect import bisect_right
@@ -22,11 +21,12 @@ from memstate_sa.indexes._journal import Journal, Record
 from memstate_sa.indexes._tags import stored
 from memstate_sa.indexes._units import at_length, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
+from memstate_sa.printable import printable_logger
 
 if TYPE_CHECKING:
     from memstate_sa.indexes._folder import LockedFolder
 
-logger = logging.getLogger("memstate_sa.indexes")
+logger = printable_logger("memstate_sa.indexes")
 
 _ADVICE = "open it once, and share the object; several processes need an index with a server, such as PgVectorIndex"
 _SPARE = 10_000

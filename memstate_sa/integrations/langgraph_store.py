@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -34,6 +33,7 @@ from memstate_sa.integrations import items, json_criteria
 from memstate_sa.integrations.items import ItemRow, Kept
 from memstate_sa.memory import Memory
 from memstate_sa.outbox import take_write_lock
+from memstate_sa.printable import printable_logger
 from memstate_sa.store import MemoryStore
 from memstate_sa.tables import utcnow
 
@@ -61,7 +61,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-logger = logging.getLogger("memstate_sa.langgraph")
+logger = printable_logger("memstate_sa.langgraph")
 
 _ATTEMPTS = 20
 _FEW = 50

@@ -10,16 +10,16 @@ An env.py of an older Alembic calls `register` instead.
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from memstate_sa.errors import MemstateError
+from memstate_sa.printable import printable_logger
 from memstate_sa.tables import metadata
 
-logger = logging.getLogger("memstate_sa.migrations")
+logger = printable_logger("memstate_sa.migrations")
 
 VERSION_TABLE = "memstate_version"
 """Where our migrations, run alone, keep which of them ran: an application has an ``alembic_version`` of its own."""

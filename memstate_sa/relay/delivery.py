@@ -5,7 +5,6 @@ No database transaction is open during an embedding or index call.
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import time
@@ -24,6 +23,7 @@ from memstate_sa.facts import Projection, Tracked, point_id, split_point_id
 from memstate_sa.indexes.base import Stored, Vector, is_fenced
 from memstate_sa.outbox import read_page, slots
 from memstate_sa.positions import Page
+from memstate_sa.printable import printable_logger
 from memstate_sa.relay import claims, embeddings, ledger
 from memstate_sa.relay.claims import IndexKey
 from memstate_sa.relay.plan import AGAIN, RetryPolicy, classify, guarded
@@ -56,7 +56,7 @@ from memstate_sa.relay.protocol import (
 from memstate_sa.sqlite import is_in_memory, open_transaction
 from memstate_sa.vectors import Destination
 
-logger = logging.getLogger("memstate_sa.relay")
+logger = printable_logger("memstate_sa.relay")
 R = TypeVar("R")
 T = TypeVar("T")
 

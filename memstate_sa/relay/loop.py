@@ -20,6 +20,7 @@ from memstate_sa.errors import DeliveryError, DeliveryRetryable, MemstateError
 from memstate_sa.facts import Tracked
 from memstate_sa.outbox import read_present
 from memstate_sa.positions import Position
+from memstate_sa.printable import printable_logger
 from memstate_sa.relay import backlog, deadletters, retention
 from memstate_sa.relay.claims import IndexKey
 from memstate_sa.relay.deadletters import DeadLetter
@@ -31,7 +32,7 @@ from memstate_sa.relay.wakeup import Changes, Listener
 from memstate_sa.sqlite import is_in_memory, require_no_transaction
 from memstate_sa.vectors import Destination
 
-logger = logging.getLogger("memstate_sa.relay")
+logger = printable_logger("memstate_sa.relay")
 
 _FORGET_EVERY_S = 60.0
 _LONGEST_PAUSE_S = 0.1

@@ -7,7 +7,6 @@ a thread sends it, from a connection of its own, once for all commits of the las
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import selectors
 import socket
@@ -21,8 +20,9 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from memstate_sa.pools import own_pool
+from memstate_sa.printable import printable_logger
 
-logger = logging.getLogger("memstate_sa.relay")
+logger = printable_logger("memstate_sa.relay")
 
 CHANNEL = "memstate"
 

@@ -102,9 +102,11 @@ class Application:
             return list(session.scalars(select(self.module.Note.text).order_by(self.module.Note.id)))
 
 
-def invoke(*arguments: str, exit_code: int = 0, input: str | None = None, stdout: bool = False) -> str:
+def invoke(
+    *arguments: str, exit_code: int = 0, input: str | None = None, stdout: bool = False, columns: int = 200
+) -> str:
     """What it says on the terminal, or on *stdout* alone."""
-    environment = {"COLUMNS": "200", "TERM": "dumb"}
+    environment = {"COLUMNS": str(columns), "TERM": "dumb"}
     result = CliRunner().invoke(cli.application(), list(arguments), input=input, env=environment)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -357,6 +359,54 @@ def test_pause_and_resume(app: Application) -> None:
     assert "Resumed: memory" in app.run("resume", "--index", "memory")
     assert "1 keys converged" in app.run("relay", "--once")
     assert "no index 'other'" in app.run("pause", "--index", "other", exit_code=1)
+
+
+HOSTILE = "a\x1b]0;owned\x07\x1b[2J\x9b31m\u202ecba\r\nforged row\x7f"
+"""It sets a window's title, clears the screen, colours, reorders text, and begins a line of its own."""
+
+
+def assert_shows_escapes(output: str) -> None:
+    raw = [character for character in output if character != "\n" and not character.isprintable()]
+    assert raw == []
+    assert "\\u001b" in output or "\\x1b" in output  # a composite key is shown as Python writes it
+    assert not any(line.startswith("forged row") for line in output.splitlines())
+
+
+def test_control_characters_of_data_show_as_escapes(app: Application) -> None:
+    """In labels, keys, values and errors, by every command that shows them.
+
+    The kind: DEL and C1 controls, which some terminals obey, marks that reorder text, and line ends that forge rows.
+    """
+    pair = app.module.Pair
+    app.run("drain")
+    with app.sessions() as session:
+        session.add(pair(left=1, right=HOSTILE, text=HOSTILE))
+        app.module.memory.annotate(session, actor=HOSTILE, reason=HOSTILE, session_id=HOSTILE)
+        session.commit()
+    wide = {"columns": 2000}
+    for command in (
+        ("log",),
+        ("log", "Pair", json.dumps([1, HOSTILE])),
+        ("diff", "2026-01-01"),
+        ("rollback", "--dry-run"),
+        ("revoke", "--dry-run", "--actor", HOSTILE),
+    ):
+        assert_shows_escapes(app.run(*command, **wide))
+    (entry,) = map(json.loads, app.run("log", "--json", stdout=True).splitlines())
+    assert_shows_escapes(app.run("log", "--json", stdout=True))
+    assert (entry["actor"], entry["after"]["text"]) == (HOSTILE, HOSTILE)
+
+    with app.engine.begin() as connection:
+        incarnation = connection.scalar(select(cursor.c.incarnation))
+        values = {"entity": "pair", "slot": 0, "attempts": 8, "next_at": utcnow(), "state": "dead", "mark": "x"}
+        where = {"index": "memory", "incarnation": incarnation, "key": json.dumps([1, HOSTILE], ensure_ascii=False)}
+        connection.execute(insert(parked), {**values, **where, "error": HOSTILE})
+    assert_shows_escapes(app.run("dead", "list", **wide))
+    with app.sessions() as session:
+        session.get(pair, (1, HOSTILE)).text = "changed later"
+        session.commit()
+    refused = app.run("revoke", "--yes", "--on-conflict", "raise", "--actor", HOSTILE, exit_code=1, **wide)
+    assert_shows_escapes(refused)
 
 
 def test_dead_keys_are_listed_retried_and_dropped(app: Application) -> None:
