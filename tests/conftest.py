@@ -43,6 +43,10 @@ def postgres_url(worker_id: str) -> Iterator[str]:
     # Not below pytest's own folder: a socket's path is at most 107 characters, and another run may clean up there.
     with tempfile.TemporaryDirectory(prefix="memstate-pg-", ignore_cleanup_errors=True) as folder:
         server = pgserver.get_server(folder)
+        # Tests kill processes, not machines: waiting for the disk would prove nothing more.
+        for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+            server.psql(f"ALTER SYSTEM SET {setting} = off")
+        server.psql("SELECT pg_reload_conf()")
         yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
         crashes = [line for line in Path(server.log).read_text(errors="replace").splitlines() if "by signal" in line]
         server.cleanup()
