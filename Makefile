@@ -11,9 +11,11 @@ SECONDS ?= 180
 SEEDS ?= 100000
 PROGRAMS ?= 25
 ARGS ?=
+# Several processes, each of which collects all tests: not worth it for a few of them.
+PARALLEL = $(if $(filter -k -k% tests%,$(ARGS)),,-n $(WORKERS) --dist worksteal)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sa20 lint bench torture soak fuzz clean
+.PHONY: help demo test test-deep test-sa20 format lint bench torture soak fuzz clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -21,12 +23,19 @@ help:  ## List the targets
 demo: $(VENV)/.all  ## The same agent memory twice, by hand and with memstate_sa, through faults and a kill (ARGS=--help)
 	$(BIN)/memstate-sa demo $(ARGS)
 
-test: $(VENV)/.test  ## All tests, on SQLite and PostgreSQL (ARGS="-k search")
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
+test: $(VENV)/.test  ## All but the long searches, on SQLite and PostgreSQL (ARGS="-k search": in one process)
+	$(BIN)/pytest -m 'not deep' $(PARALLEL) $(ARGS)
+
+test-deep: $(VENV)/.test  ## The long searches: random programs and histories, kills, torture, the larger models
+	$(BIN)/pytest -m deep $(PARALLEL) $(ARGS)
 
 test-sa20: $(SA20)/.test  ## The tests marked sa20, on SQLAlchemy 2.0
 	$(SA20)/bin/python -c 'import sqlalchemy as sa; assert sa.__version__.startswith("2.0."), sa.__version__'
-	$(SA20)/bin/pytest -n $(WORKERS) --dist worksteal -m sa20 $$(grep -rlF mark.sa20 --include='test_*.py' tests) $(ARGS)
+	$(SA20)/bin/pytest -m 'sa20 and not deep' -n $(WORKERS) --dist worksteal $$(grep -rlF mark.sa20 --include='test_*.py' tests) $(ARGS)
+
+format: $(VENV)/.dev  ## Format the code, and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 lint: $(VENV)/.dev  ## Style, types, import layers
 	$(BIN)/ruff check .
@@ -41,12 +50,12 @@ torture: $(VENV)/.test  ## Processes, servers and indexes that fail and are kill
 	$(BIN)/python -m tests.torture $(if $(ARGS),$(ARGS),--seconds $(SECONDS))
 
 soak: $(VENV)/.test  ## Kills, random and simulated histories: more of them, and other ones each time (KILLS=200)
-	MEMSTATE_KILLS=$(KILLS) MEMSTATE_SEED=$$(date +%s) MEMSTATE_SIM_SEEDS=$(SEEDS) $(BIN)/pytest -n $(WORKERS) \
+	MEMSTATE_KILLS=$(KILLS) MEMSTATE_SEED=$$(date +%s) MEMSTATE_SIM_SEEDS=$(SEEDS) $(BIN)/pytest -m deep -n $(WORKERS) \
 		--hypothesis-profile=default tests/integration/test_kill.py tests/integration/test_histories.py tests/simulation \
 		tests/model $(ARGS)
 
 fuzz: $(VENV)/.test  ## Random programs, captured by Sessions and by triggers: PROGRAMS=25 times as many as CI plays
-	MEMSTATE_PROGRAMS=$(PROGRAMS) $(BIN)/pytest -n $(WORKERS) --hypothesis-profile=default \
+	MEMSTATE_PROGRAMS=$(PROGRAMS) $(BIN)/pytest -m deep -n $(WORKERS) --hypothesis-profile=default \
 		tests/integration/test_differential.py $(ARGS)
 
 clean:  ## Remove what the targets made

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, Literal
 
 import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
 from sqlalchemy import JSON, Engine, ForeignKey, String, delete, event, insert, inspect, select, update
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
@@ -19,6 +22,29 @@ from memstate_sa.outbox import take_write_lock
 from memstate_sa.relay import Relay
 from memstate_sa.tables import cursor, holder, parked, utcnow
 from memstate_sa.testing import HashEmbedder
+
+PATIENCE_S = 3600
+"""The time limit of a search: it ends a hang, and never a slow machine."""
+
+_TIMES = int(os.environ.get("MEMSTATE_PROGRAMS", "1"))
+
+
+def sizes(small: int, deep: int) -> list[Any]:
+    """Parameters of a search: its small size in `make test`, its large one in `make test-deep`."""
+    return [pytest.param(small, id="small"), pytest.param(deep, id="deep", marks=pytest.mark.deep)]
+
+
+def explore(examples: int, **strategies: Any) -> Callable[[Callable[..., None]], None]:
+    """Run the decorated property at once, on *examples* examples; `make fuzz` multiplies them."""
+
+    def run(holds: Callable[..., None]) -> None:
+        checks = list(HealthCheck)
+        settings(max_examples=examples * _TIMES, deadline=None, suppress_health_check=checks)(
+            given(**strategies)(holds)
+        )()
+
+    return run
+
 
 WAITING_FOR_A_LOCK = "FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 """Who waits for one in PostgreSQL; other databases of the server may be those of tests that run beside this one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 import time
 from collections import Counter
@@ -13,7 +12,6 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import sqlalchemy as sa
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, ForeignKey, create_engine, event, insert, select, text
 from sqlalchemy.exc import OperationalError
@@ -25,11 +23,10 @@ from memstate_sa.tables import backfill as ranges
 from memstate_sa.tables import log
 from memstate_sa.testing import HashEmbedder
 from tests.integration.test_histories import wipe
-from tests.support import WAITING_FOR_A_LOCK, Note, Person, Tag, World, in_threads
+from tests.support import PATIENCE_S, WAITING_FOR_A_LOCK, Note, Person, Tag, World, explore, in_threads, sizes
 
 pytestmark = pytest.mark.sa20
 
-TIMES = int(os.environ.get("MEMSTATE_PROGRAMS", "1"))
 both_ways = pytest.mark.parametrize("capture", ["session", "trigger"])
 
 
@@ -717,14 +714,17 @@ def beside(engine: Engine) -> Iterator[Engine]:
     made.dispose()
 
 
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("programs_played", sizes(4, 40))
 @both_ways
-def test_random_interleavings(engine: Engine, beside: Engine, capture: Literal["session", "trigger"]) -> None:
+def test_random_interleavings(
+    engine: Engine, beside: Engine, capture: Literal["session", "trigger"], programs_played: int
+) -> None:
     """Batches, live writes, kills at any statement, workers within: one first entry a row, replay(log) == table."""
     world = World(engine, capture=capture)
 
-    @settings(max_examples=20 * TIMES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    @given(steps=steps)
-    def play(steps: Any) -> None:
+    @explore(programs_played, steps=steps)
+    def _play(steps: Any) -> None:
         world.relay.stop()
         world.index.delete([entry.id for entry in world.index.scan(None, 10_000)])
         with before_tracking(world):
@@ -744,7 +744,6 @@ def test_random_interleavings(engine: Engine, beside: Engine, capture: Literal["
         assert there <= logged(engine).keys()
         world.assert_in_step()
 
-    play()
     world.memory.close()
 
 

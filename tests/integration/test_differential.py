@@ -5,14 +5,12 @@ the same.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 from sqlalchemy import Engine, create_engine, delete, event, insert, text
 from sqlalchemy.orm import Session
 
@@ -20,11 +18,9 @@ from memstate_sa import sqlite
 from memstate_sa.appendonly import rewriting
 from memstate_sa.tables import log, outbox
 from tests.integration.test_histories import STEPS, UNSEEN_STEPS, Play, programs, small, wipe
-from tests.support import Note, Person, Tag, World
+from tests.support import PATIENCE_S, Note, Person, Tag, World, explore, sizes
 
 SEEN = {name: args for name, args in STEPS.items() if name != "relay"}
-TIMES = int(os.environ.get("MEMSTATE_PROGRAMS", "1"))
-"""So many times as many programs as in CI."""
 
 
 class Stage:
@@ -124,49 +120,40 @@ def stages(engine: Engine, folder: Path, kind: str, captures: tuple[str, ...]) -
                     connection.execute(text(f"DROP SCHEMA {capture}_world CASCADE"))
 
 
-def differ(engine: Engine, folder: Path, kind: str, examples: int) -> None:
+def differ(engine: Engine, folder: Path, kind: str, programs_played: int) -> None:
     with stages(engine, folder, kind, ("session", "trigger")) as both:
 
-        @_settings(examples)
-        @given(steps=programs(SEEN), untracked=small)
-        def agree(steps: Any, untracked: int) -> None:
+        @explore(programs_played, steps=programs(SEEN), untracked=small)
+        def _agree(steps: Any, untracked: int) -> None:
             for stage in both:
                 stage.play(steps, untracked)
             assert both[0].content() == both[1].content()
 
-        agree()
 
-
-def _settings(examples: int) -> Any:
-    checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-    return settings(max_examples=examples * TIMES, deadline=None, suppress_health_check=checks)
-
-
-@pytest.mark.timeout(120 * TIMES)
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("programs_played", sizes(12, 500))
 @pytest.mark.parametrize("kind", ["Session", "AsyncSession"])
-def test_captures_agree_on_sqlite(sqlite_engine: Engine, tmp_path: Path, kind: str, part: int) -> None:
-    """2,000 programs: 500 in each of these."""
-    differ(sqlite_engine, tmp_path, kind, 500)
+def test_captures_agree_on_sqlite(sqlite_engine: Engine, tmp_path: Path, kind: str, programs_played: int) -> None:
+    differ(sqlite_engine, tmp_path, kind, programs_played)
 
 
-@pytest.mark.timeout(120 * TIMES)
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("programs_played", sizes(8, 150))
 @pytest.mark.parametrize("kind", ["Session", "AsyncSession"])
-def test_captures_agree_on_postgres(postgres_engine: Engine, tmp_path: Path, kind: str) -> None:
-    """300 programs: 150 in each of these."""
-    differ(postgres_engine, tmp_path, kind, 150)
+def test_captures_agree_on_postgres(postgres_engine: Engine, tmp_path: Path, kind: str, programs_played: int) -> None:
+    differ(postgres_engine, tmp_path, kind, programs_played)
 
 
-@pytest.mark.timeout(120 * TIMES)
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("programs_played", sizes(12, 300))
 @pytest.mark.parametrize("database", ["sqlite", "postgres"])
-def test_triggers_see_what_no_session_does(request: pytest.FixtureRequest, tmp_path: Path, database: str) -> None:
+def test_triggers_see_what_no_session_does(
+    request: pytest.FixtureRequest, tmp_path: Path, database: str, programs_played: int
+) -> None:
     """Text SQL, bulk_*(), statements on the connection, other programs, among all the others."""
     engine = request.getfixturevalue(f"{database}_engine")
     with stages(engine, tmp_path, "Session", ("trigger",)) as [stage]:
 
-        @_settings(400 if database == "sqlite" else 100)
-        @given(steps=programs({**SEEN, **UNSEEN_STEPS}), untracked=small)
-        def replays(steps: Any, untracked: int) -> None:
+        @explore(programs_played, steps=programs({**SEEN, **UNSEEN_STEPS}), untracked=small)
+        def _replays(steps: Any, untracked: int) -> None:
             stage.play(steps, untracked)
-
-        replays()

@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, delete, insert, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError, InvalidRequestError, SAWarning
@@ -17,7 +16,7 @@ from memstate_sa import metadata
 from memstate_sa.appendonly import rewriting
 from memstate_sa.outbox import upsert
 from memstate_sa.tables import current
-from tests.support import Base, Note, Person, Tag, World
+from tests.support import PATIENCE_S, Base, Note, Person, Tag, World, explore, sizes
 
 pytestmark = pytest.mark.sa20
 
@@ -311,34 +310,22 @@ def check(world: World, steps: list[tuple[str, tuple[Any, ...]]], untracked: int
     world.assert_in_step()
 
 
-def histories(examples: int) -> Any:
-    def decorate(test: Any) -> Any:
-        test = given(steps=programs(STEPS), untracked=small)(test)
-        return settings(
-            max_examples=examples,
-            deadline=None,
-            suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-        )(test)
+def explore_histories(engine: Engine, histories: int) -> None:
+    world = World(engine)
 
-    return decorate
+    @explore(histories, steps=programs(STEPS), untracked=small)
+    def _converges(steps: Any, untracked: int) -> None:
+        check(world, steps, untracked)
 
 
-@histories(300)
-def test_random_histories_on_sqlite(sqlite_engine: Engine, steps: Any, untracked: int) -> None:
-    """300 random histories: replay(log) == tables and index == tables."""
-    check(_world(sqlite_engine), steps, untracked)
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("histories", sizes(15, 300))
+def test_random_histories_converge_on_sqlite(sqlite_engine: Engine, histories: int) -> None:
+    """replay(log) == tables, and index == tables."""
+    explore_histories(sqlite_engine, histories)
 
 
-@histories(100)
-def test_random_histories_on_postgres(postgres_engine: Engine, steps: Any, untracked: int) -> None:
-    """100 random histories: replay(log) == tables and index == tables."""
-    check(_world(postgres_engine), steps, untracked)
-
-
-_worlds: dict[int, World] = {}
-
-
-def _world(engine: Engine) -> World:
-    if id(engine) not in _worlds:
-        _worlds[id(engine)] = World(engine)
-    return _worlds[id(engine)]
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("histories", sizes(8, 100))
+def test_random_histories_converge_on_postgres(postgres_engine: Engine, histories: int) -> None:
+    explore_histories(postgres_engine, histories)

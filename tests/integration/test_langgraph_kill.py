@@ -11,13 +11,15 @@ from sqlalchemy import Engine
 pytest.importorskip("langgraph.graph")
 
 from benchmarks.langgraph_crashes import kill_again_and_again
+from tests.support import PATIENCE_S, sizes
 
 KILLS = int(os.environ.get("MEMSTATE_GRAPH_KILLS", "12"))
 
 
-@pytest.mark.timeout(60 + 10 * KILLS)
-def test_sigkill_and_resume(engine: Engine, tmp_path: Path) -> None:
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("kills", sizes(2, KILLS))
+def test_sigkill_and_resume(engine: Engine, tmp_path: Path, kills: int) -> None:
     """The next process resumes the thread that was killed; in the end all are compared with what they should do."""
     url = engine.url.render_as_string(hide_password=False)
-    verdict = kill_again_and_again(url, tmp_path, "step", KILLS, int(os.environ.get("MEMSTATE_SEED", "7")))
-    assert verdict.doubled == [] and verdict.lost == [] and verdict.threads >= KILLS
+    verdict = kill_again_and_again(url, tmp_path, "step", kills, int(os.environ.get("MEMSTATE_SEED", "7")))
+    assert verdict.doubled == [] and verdict.lost == [] and verdict.threads >= kills

@@ -22,7 +22,7 @@ from memstate_sa.relay import RetryPolicy, claims
 from memstate_sa.search import cosine_distance
 from memstate_sa.tables import cursor, embedding, holder, index_state, ledger, parked, refill, successor
 from memstate_sa.testing import HashEmbedder
-from tests.support import Base, Person, Tag, assert_index_holds, in_threads, texts
+from tests.support import PATIENCE_S, Base, Person, Tag, assert_index_holds, in_threads, sizes, texts
 
 pytestmark = pytest.mark.sa20
 
@@ -280,8 +280,9 @@ def distances(hits: Hits[Tag]) -> list[float]:
     return [round(hit.distance, 4) for hit in hits]
 
 
-@pytest.mark.timeout(300)
-def test_killed_again_and_again(tmp_path: Path, engine: Engine) -> None:
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("kills", sizes(1, KILLS))
+def test_killed_again_and_again(tmp_path: Path, engine: Engine, kills: int) -> None:
     """SIGKILL while it is filled, switched and switched back, under writes: no answer is mixed, and it ends clean."""
     pytest.importorskip("chromadb")
     from tests.integration import reindex_child
@@ -291,7 +292,7 @@ def test_killed_again_and_again(tmp_path: Path, engine: Engine) -> None:
     chance = random.Random(7)
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([reindex_child.__name__])
-    for kill in range(KILLS):
+    for kill in range(kills):
         receiver, sender = processes.Pipe(duplex=False)
         child = processes.Process(target=reindex_child.run, args=(tmp_path, url, kill, sender))
         child.start()

@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import JSON, Engine, FetchedValue, ForeignKey, create_engine, event, func, insert, select, update
 from sqlalchemy.orm import (
@@ -24,7 +23,7 @@ from memstate_sa import Memory, MemstateError, NotFound, sqlite
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.search import cosine_distance
 from memstate_sa.testing import HashEmbedder
-from tests.support import Note, Person, Tag, World
+from tests.support import PATIENCE_S, Note, Person, Tag, World, explore, sizes
 
 pytestmark = pytest.mark.sa20
 
@@ -181,14 +180,14 @@ def test_a_search_in_the_past_takes_no_connection_of_the_applications(world: Wor
 
 
 words = st.sampled_from(["tea in the morning", "rain at night", "a blue bicycle", "sushi at noon", "", "  "])
-_settings = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+steps_of_people = st.lists(st.tuples(st.integers(1, 5), words | st.none()), min_size=1, max_size=8)
 
 
-@pytest.mark.timeout(240)
-def test_search_as_of_is_brute_force_over_the_replayed_rows(world: World) -> None:
-    @_settings
-    @given(steps=st.lists(st.tuples(st.integers(1, 5), words | st.none()), min_size=1, max_size=8), query=words)
-    def holds(steps: Any, query: str) -> None:
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("examples", sizes(5, 40))
+def test_search_as_of_is_brute_force_over_the_replayed_rows(world: World, examples: int) -> None:
+    @explore(examples, steps=steps_of_people, query=words)
+    def _holds(steps: Any, query: str) -> None:
         with world.session() as session:
             for person in session.scalars(select(Person)).all():
                 session.delete(person)
@@ -215,8 +214,6 @@ def test_search_as_of_is_brute_force_over_the_replayed_rows(world: World) -> Non
                 assert [round(hit.distance, 6) for hit in hits] == [round(d, 6) for d in sorted(expected.values())[:3]]
                 some = world.memory.search(session, query, select(Person).where(Person.id > 2), as_of=tx)
                 assert {hit.fact.id for hit in some} == {key for key in texts if key > 2}
-
-    holds()
 
 
 def test_rows_of_other_classes_in_the_same_tables(engine: Engine) -> None:

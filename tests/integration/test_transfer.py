@@ -15,7 +15,6 @@ from uuid import UUID, uuid4
 
 import pytest
 import sqlalchemy as sa
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, ForeignKey, create_engine, event, func, insert, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
@@ -26,7 +25,7 @@ from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.tables import log, outbox, transaction, unique
 from memstate_sa.testing import HashEmbedder
 from tests.integration.test_histories import STEPS, Play, programs, small, wipe
-from tests.support import Note, Person, Tag, World
+from tests.support import PATIENCE_S, Note, Person, Tag, World, explore, sizes
 
 pytestmark = pytest.mark.sa20
 
@@ -200,38 +199,19 @@ def round_trip(source: World, target: World, steps: Any, untracked: int) -> None
     target.assert_in_step()
 
 
-def randomly(examples: int) -> Any:
-    def decorate(test: Any) -> Any:
-        unhealthy = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-        test = given(steps=programs_with_labels, untracked=st.integers(0, 2))(test)
-        return settings(max_examples=examples, deadline=None, suppress_health_check=unhealthy)(test)
-
-    return decorate
-
-
-_worlds: dict[int, World] = {}
-
-
-def _world(engine: Engine) -> World:
-    return _worlds.setdefault(id(engine), World(engine)) if id(engine) not in _worlds else _worlds[id(engine)]
-
-
-@randomly(80)
-def test_random_histories_on_sqlite(sqlite_engine: Engine, steps: Any, untracked: int) -> None:
-    """Whatever happened, it is the same afterwards, and in the file that is made of it."""
-    round_trip(_world(sqlite_engine), _world(sqlite_engine), steps, untracked)
-
-
-@randomly(30)
-def test_random_histories_on_postgres(postgres_engine: Engine, steps: Any, untracked: int) -> None:
-    round_trip(_world(postgres_engine), _world(postgres_engine), steps, untracked)
-
-
-@randomly(30)
-def test_random_histories_from_sqlite_to_postgres(
-    sqlite_engine: Engine, postgres_engine: Engine, steps: Any, untracked: int
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("histories", sizes(6, 60))
+@pytest.mark.parametrize(("source", "target"), [("sqlite", "sqlite"), ("postgres", "postgres"), ("sqlite", "postgres")])
+def test_random_histories_survive_a_transfer(
+    request: pytest.FixtureRequest, source: str, target: str, histories: int
 ) -> None:
-    round_trip(_world(sqlite_engine), _world(postgres_engine), steps, untracked)
+    """Whatever happened, it is the same afterwards, and in the file that is made of it."""
+    first = World(request.getfixturevalue(f"{source}_engine"))
+    second = first if source == target else World(request.getfixturevalue(f"{target}_engine"))
+
+    @explore(histories, steps=programs_with_labels, untracked=st.integers(0, 2))
+    def _survives(steps: Any, untracked: int) -> None:
+        round_trip(first, second, steps, untracked)
 
 
 def test_it_goes_page_by_page(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

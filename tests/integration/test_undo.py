@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, ForeignKey, event, select, text, update
 from sqlalchemy.exc import OperationalError
@@ -21,7 +20,7 @@ from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from memstate_sa.undo import Undo
 from tests.integration.test_capture import statements
-from tests.support import assert_index_holds
+from tests.support import PATIENCE_S, assert_index_holds, explore, sizes
 
 pytestmark = pytest.mark.sa20
 
@@ -386,14 +385,11 @@ def clear(app: App) -> None:
         session.commit()
 
 
-_settings = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-@pytest.mark.timeout(240)
-def test_rollback_is_the_state_so_many_transactions_ago(app: App) -> None:
-    @_settings
-    @given(steps=_steps, back=st.integers(1, 10), again=st.integers(1, 3))
-    def holds(steps: Any, back: int, again: int) -> None:
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("examples", sizes(8, 80))
+def test_rollback_is_the_state_so_many_transactions_ago(app: App, examples: int) -> None:
+    @explore(examples, steps=_steps, back=st.integers(1, 10), again=st.integers(1, 3))
+    def _holds(steps: Any, back: int, again: int) -> None:
         clear(app)
         _, states = play(app, steps)
         for _ in range(again):
@@ -405,16 +401,14 @@ def test_rollback_is_the_state_so_many_transactions_ago(app: App) -> None:
             assert app.rows() == states[-1]
         app.check()
 
-    holds()
 
-
-@pytest.mark.timeout(240)
-def test_revoking_one_is_replaying_the_others(app: App) -> None:
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("examples", sizes(8, 80))
+def test_revoking_one_is_replaying_the_others(app: App, examples: int) -> None:
     """Whenever no conflict is reported."""
 
-    @_settings
-    @given(steps=_steps, who=st.sampled_from(ACTORS))
-    def holds(steps: Any, who: str) -> None:
+    @explore(examples, steps=_steps, who=st.sampled_from(ACTORS))
+    def _holds(steps: Any, who: str) -> None:
         clear(app)
         since = datetime.now(UTC)
         effective, _ = play(app, steps)  # what found nothing to do because of another's step is not in any log
@@ -433,8 +427,6 @@ def test_revoking_one_is_replaying_the_others(app: App) -> None:
         clear(app)
         play(app, [step for step in effective if step[0] != who])
         assert after == app.rows()
-
-    holds()
 
 
 # -- time travel -------------------------------------------------------------------------------------------------------

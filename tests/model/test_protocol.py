@@ -31,12 +31,13 @@ from tests.model.protocol import (
     successors,
     wrong,
 )
+from tests.support import PATIENCE_S, sizes
 
 # MEMSTATE_FAULTS=2,1,1,1 and MEMSTATE_WALKS=5000 look further, MEMSTATE_SEED elsewhere; see `Faults`.
 BOUNDS = [Faults(crashes=1, expiries=1, failures=1), Faults(expiries=1, releases=1)]
 if given := os.environ.get("MEMSTATE_FAULTS"):
     BOUNDS = [Faults(*map(int, given.split(",")))]
-WALKS = int(os.environ.get("MEMSTATE_WALKS", "30"))
+WALKS = int(os.environ.get("MEMSTATE_WALKS", "50"))
 SEED = int(os.environ.get("MEMSTATE_SEED", "11"))
 
 STRICT = (Change(B, strict=True), Change(A))
@@ -53,7 +54,8 @@ def search(landing: Landing, **options: Any) -> Found:
 # -- the whole protocol ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(3600 if given else 120)
+@pytest.mark.deep
+@pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("faults", BOUNDS, ids=str)
 @pytest.mark.parametrize("landing", Landing, ids=lambda landing: landing.name)
 def test_every_interleaving_converges(landing: Landing, faults: Faults) -> None:
@@ -63,7 +65,8 @@ def test_every_interleaving_converges(landing: Landing, faults: Faults) -> None:
     assert found.states > 5_000
 
 
-@pytest.mark.timeout(3600 if given else 120)
+@pytest.mark.deep
+@pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("landing", Landing, ids=lambda landing: landing.name)
 def test_strict_writes_converge(landing: Landing) -> None:
     """The application writes the index itself, and dies or rolls back anywhere, while the slot changes hands."""
@@ -71,6 +74,15 @@ def test_strict_writes_converge(landing: Landing) -> None:
     found = search(landing, changes=STRICT, faults=faults)
     assert found.violation is None, str(found)
     assert found.states > 5_000
+
+
+@pytest.mark.parametrize("landing", Landing, ids=lambda landing: landing.name)
+def test_every_interleaving_of_one_crash_converges(landing: Landing) -> None:
+    """The small sibling of the searches above."""
+    for faults, changes in ((Faults(crashes=1), {}), (Faults(expiries=1), {"changes": STRICT[:1]})):
+        found = search(landing, faults=faults, **changes)
+        assert found.violation is None, str(found)
+        assert found.states > 300
 
 
 # -- each rule is needed -----------------------------------------------------------------------------------------------
@@ -189,12 +201,13 @@ def random_walk(seed: int, landing: Landing, slots: tuple[int, ...], broken: Rul
     return walk(model(config), seed, weight)
 
 
-@pytest.mark.timeout(3600 if WALKS > 100 else 120)
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("walks", sizes(4, WALKS))
 @pytest.mark.parametrize("slots", [(0, 1), (0, 0)], ids=["two-slots", "one-slot"])
 @pytest.mark.parametrize("landing", Landing, ids=lambda landing: landing.name)
-def test_random_walks_converge(landing: Landing, slots: tuple[int, ...]) -> None:
+def test_random_walks_converge(landing: Landing, slots: tuple[int, ...], walks: int) -> None:
     """Every walk ends with two indexes that hold the truth."""
-    for seed in range(SEED, SEED + WALKS):
+    for seed in range(SEED, SEED + walks):
         found = random_walk(seed, landing, slots)
         assert found.violation is None, f"seed {seed}: {found}"
 

@@ -34,19 +34,26 @@ from memstate_sa.relay.protocol import (
 )
 from tests.simulation.database import SCAN, Database, Me, Row, State
 from tests.simulation.world import LEASE_S, Config, Index, Worker, World, explain, simulate
+from tests.support import PATIENCE_S
 
 SEEDS = int(os.environ.get("MEMSTATE_SIM_SEEDS", "5000"))
-SHARES = 10
+SHARES = 4  # of the deep search, for several processes
 ONE = os.environ.get("MEMSTATE_SIM_SEED")
 ENOUGH = 2000  # seeds, to find a fault that was made
 
 
-@pytest.mark.timeout(120 + SEEDS // 10)
+@pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.skipif(ONE is not None, reason="one seed is asked for")
-@pytest.mark.parametrize("share", range(SHARES))
-def test_every_history_converges(share: int) -> None:
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        pytest.param(range(200), id="small"),
+        *(pytest.param(range(n, SEEDS, SHARES), id=f"deep{n}", marks=pytest.mark.deep) for n in range(SHARES)),
+    ],
+)
+def test_every_history_converges(seeds: range) -> None:
     """No fault, crash or delay keeps an index from the truth, and it never holds what was not committed."""
-    for seed in range(share, SEEDS, SHARES):
+    for seed in seeds:
         if simulate(Config.of(seed)) is not None:
             pytest.fail(
                 f"{explain(Config.of(seed))}\nreplay: MEMSTATE_SIM_SEED={seed} pytest tests/simulation", pytrace=False

