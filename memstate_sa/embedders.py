@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from memstate_sa import forks
 from memstate_sa._failures import delivery_error
 from memstate_sa.errors import DeliveryError, DeliveryRejected, MissingExtra
 from memstate_sa.indexes.base import Vector
@@ -106,8 +107,12 @@ class WordLlamaEmbedder:
     def __init__(self) -> None:
         if find_spec("wordllama") is None:
             raise MissingExtra("wordllama", "wordllama")
-        self._lock = threading.Lock()
+        self._make_lock()
+        forks.in_child(self, WordLlamaEmbedder._make_lock)
         self._model: tuple[Any, NDArray[np.float32]] | None = None
+
+    def _make_lock(self) -> None:
+        self._lock = threading.Lock()
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         tokenizer, table = self._loaded()

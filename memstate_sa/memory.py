@@ -19,7 +19,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import visitors
 
-from memstate_sa import appendonly, history, reindex, tables, transfer, triggers, truth
+from memstate_sa import appendonly, forks, history, reindex, tables, transfer, triggers, truth
 from memstate_sa.backfill import Backfill
 from memstate_sa.capture import Capture
 from memstate_sa.changes import Change, Image
@@ -37,11 +37,12 @@ from memstate_sa.registry import Registry
 from memstate_sa.relay import Relay
 from memstate_sa.relay.backlog import Backlog, backlog
 from memstate_sa.relay.claims import IndexKey
+from memstate_sa.relay.loop import STOP_TIMEOUT_S
 from memstate_sa.relay.plan import guarded
 from memstate_sa.relay.waiting import wait_for
 from memstate_sa.relay.wakeup import Notifier
 from memstate_sa.search import Call, Hits, Search, call_directly, resolve_target
-from memstate_sa.sqlite import configure, is_in_memory, require_no_transaction
+from memstate_sa.sqlite import is_in_memory, require_no_transaction
 from memstate_sa.strict import Strict
 from memstate_sa.tables import utcnow
 from memstate_sa.timetravel import PastSession, as_of_session, search_past, take_criteria
@@ -113,11 +114,15 @@ class Memory:
         self._sweeper = Sweeper(self._capture)
         self._eraser = Eraser(self._registry, self._capture, self._recorder, list(embedders.values()))
         self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
-        self._listing = threading.RLock()  # one that is made while a commit wakes the others would fail that commit
+        self._make_lock()
+        forks.in_child(self, Memory._make_lock)
         self._engines: dict[URL, Engine] = {}  # for threads, by the URL of an AsyncEngine
         self._derived: list[Engine] = []
         self._opened: set[str] = set()  # indexes that a search has opened
         self._asked: dict[str, str] = {}  # which one the last search of each has asked
+
+    def _make_lock(self) -> None:
+        self._listing = threading.RLock()  # a relay that is made while a commit wakes the others would fail that commit
 
     # -- adoption --------------------------------------------------------------------------------------------------
 
@@ -682,7 +687,7 @@ class Memory:
     def _relay_to(self, engine: Engine, names: Iterable[str], **options: Any) -> Relay:
         published = self._registry.published
         destinations = {name: (self._destinations[name], partial(published, name)) for name in names}
-        return Relay(engine, destinations, sender=self._notifier.name, **options)
+        return Relay(engine, destinations, notifier=self._notifier, **options)
 
     def _by_index(self) -> dict[str, tuple[Destination, dict[str, Tracked]]]:
         return {name: (destination, self._registry.published(name)) for name, destination in self._destinations.items()}
@@ -960,13 +965,19 @@ class Memory:
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Stop this Memory's relays and close its indexes."""
-        for relay in self._all_relays():
-            relay.stop()
-        self._notifier.close()
-        for index in self.indexes.values():
-            index.close()
+    def close(self, timeout: float = STOP_TIMEOUT_S) -> None:
+        """Stop this Memory's relays and close its indexes.
+
+        Waits *timeout* seconds at most for a call of an index or embedder; see `Relay.stop` for one that takes longer.
+        Its index is closed when the call has ended.
+        """
+        deadline = time.monotonic() + timeout
+        relays = self._all_relays()
+        for relay in relays:
+            relay.stop(max(0.0, deadline - time.monotonic()))
+        self._notifier.close(max(0.1, deadline - time.monotonic()))
+        for name, index in self.indexes.items():
+            _close_after(relays, name, index)
         for engine in self._derived:
             engine.dispose()
 
@@ -985,11 +996,19 @@ class Memory:
         if found is None:
             if is_in_memory(engine.sync_engine):
                 raise MemstateError("an in-memory SQLite exists in the AsyncEngine's connection only; use a file")
-            made = configure(blocking_engine(url))
+            made = blocking_engine(url)
             found = self._engines.setdefault(url, made)
             if found is made:
                 self._derived.append(found)  # else another thread was first; this one has no connections
         return found
+
+
+def _close_after(relays: Sequence[Relay], name: str, index: VectorIndex) -> None:
+    """Close *index* when none of *relays* uses it. Another process might open its folder beside a late write."""
+    if relays:
+        relays[0].after_stop(name, partial(_close_after, relays[1:], name, index))
+    else:
+        index.close()
 
 
 def _embedders(given: Any, indexes: Collection[str]) -> dict[str, Embedder]:

@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from memstate_sa import sqlite, truth
+from memstate_sa import forks, sqlite, truth
 from memstate_sa.arrays import as_array, as_json, each, item, rows
 from memstate_sa.changes import FactKey, by_entity
 from memstate_sa.columns import batches
@@ -121,6 +121,10 @@ class Strict:
         self._wake = wake
         self._journals: WeakKeyDictionary[Engine, Journal] = WeakKeyDictionary()
         self._watched: WeakSet[Engine] = WeakSet()
+        self._make_lock()
+        forks.in_child(self, Strict._make_lock)
+
+    def _make_lock(self) -> None:
         self._recovering = threading.Lock()
 
     # -- the transaction ---------------------------------------------------------------------------------------------

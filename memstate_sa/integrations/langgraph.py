@@ -610,9 +610,7 @@ def sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: M
         url = where.url.set(drivername=where.url.get_backend_name())
     else:
         raise MemstateError(f"{where!r}: give a MemoryStore, an Engine or a URL")
-    engine = _engine(url if isinstance(url, str) else url.render_as_string(hide_password=False))
-    sqlite.configure(engine)
-    return engine
+    return _engine(url if isinstance(url, str) else url.render_as_string(hide_password=False))
 
 
 def _room(engine: Engine) -> int:
