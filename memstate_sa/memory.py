@@ -203,6 +203,7 @@ class Memory:
         Raises MemstateError for a class that is not mapped, unknown column attributes, or an entity tracked already.
         """
         names = [*self.indexes] if index is None else [index] if isinstance(index, str) else [*index]
+        self._open()
         if not names or not self.indexes.keys() >= set(names):
             raise MemstateError(f"index={index!r}: this Memory has {', '.join(self.indexes)}")
         for name in names:
@@ -237,13 +238,20 @@ class Memory:
         *target* is a sessionmaker, a Session class (every Session made of it or of a subclass), a scoped_session, a
         Session, or an async_sessionmaker, which gets a sync Session class of its own. Raises TypeError otherwise.
         """
+        self._open()
         self._capture.attach(target)
+
+    def _open(self) -> None:
+        """Go on after `close`."""
+        self._capture.resume()
+        self._notifier.open()
 
     def create_tables(self, engine: Engine | AsyncEngine) -> None:
         """Create the tables of memstate_sa that are not there yet, and triggers: of the log, of classes captured so.
 
         Their own tables have to be there. With Alembic, let a migration do it.
         """
+        self._open()
         sync = self.sync_engine(engine)
         tables.metadata.create_all(sync)
         with sync.begin() as connection:
@@ -676,6 +684,7 @@ class Memory:
 
         ``with memory.relay(engine):`` runs it in the background.
         """
+        self._open()
         sync = self.sync_engine(engine)
         self._capture.guard(sync)
         self._strict.watch(sync)
@@ -970,11 +979,17 @@ class Memory:
 
         Waits *timeout* seconds at most for a call of an index or embedder; see `Relay.stop` for one that takes longer.
         Its index is closed when the call has ended.
+
+        Nothing is captured any more: tracked classes, attached Sessions and engines are left as they were before. The
+        next `relay`, `attach`, `track` or `create_tables` opens this Memory again, with all that was tracked and
+        attached. `doctor` finds what was written in between.
         """
         deadline = time.monotonic() + timeout
         relays = self._all_relays()
         for relay in relays:
             relay.stop(max(0.0, deadline - time.monotonic()))
+        self._capture.stop()
+        self._strict.stop()
         self._notifier.close(max(0.1, deadline - time.monotonic()))
         for name, index in self.indexes.items():
             _close_after(relays, name, index)

@@ -68,14 +68,13 @@ def of_index(table: Table) -> ColumnElement[bool]:
 
 def owner_id() -> str:
     """Names this holder so that another process of this machine can tell whether it is still alive."""
-    pid = os.getpid()
-    return f"{_machine()} {pid} {_started(pid)} {_life(pid)}{uuid4().hex[:8]}"
+    return f"{_process(os.getpid())}-{uuid4().hex[:8]}"
 
 
 @cache
-def _life(pid: int) -> str:
+def _process(pid: int) -> str:
     """A name for this process, which no other has. A forked child has another *pid*."""
-    return f"{pid}-{uuid4().hex}-"
+    return f"{_machine()} {pid} {_started(pid)} {uuid4().hex}"
 
 
 def _machine() -> str:
@@ -134,7 +133,7 @@ def new_owner(who: object) -> str:
 
 def is_dropped(owner: str) -> bool:
     """Whether *owner* was of this process, and the application has no such relay any more."""
-    return owner.rpartition(" ")[2].startswith(_life(os.getpid())) and owner not in _holding
+    return owner.startswith(_process(os.getpid())) and owner not in _holding
 
 
 def clock(dialect_name: str) -> ColumnElement[datetime]:

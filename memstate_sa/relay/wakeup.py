@@ -59,6 +59,10 @@ class Notifier:
         self._pending: set[Engine] = set()
         self._thread: threading.Thread | None = None
 
+    def open(self) -> None:
+        """Go on after `close`."""
+        self._closed = False
+
     def committed(self, engine: Engine) -> None:
         """Costs the caller no I/O."""
         if engine.dialect.name != "postgresql" or self._closed:
