@@ -19,7 +19,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import visitors
 
-from memstate_sa import appendonly, forks, history, reindex, tables, transfer, triggers, truth
+from memstate_sa import appendonly, creation, forks, history, reindex, transfer, triggers, truth
 from memstate_sa.backfill import Backfill
 from memstate_sa.capture import Capture
 from memstate_sa.changes import Change, Image
@@ -252,13 +252,13 @@ class Memory:
         Their own tables have to be there. With Alembic, let a migration do it.
         """
         self._open()
-        sync = self.sync_engine(engine)
-        tables.metadata.create_all(sync)
-        with sync.begin() as connection:
-            appendonly.install(connection)
-            for tracked in self._registry.by_entity.values():
-                if tracked.by_trigger:
-                    triggers.install(connection, tracked)
+        creation.create(self.sync_engine(engine), install=self._install)
+
+    def _install(self, connection: Connection) -> None:
+        appendonly.install(connection)
+        for tracked in self._registry.by_entity.values():
+            if tracked.by_trigger:
+                triggers.install(connection, tracked)
 
     def annotate(
         self,

@@ -22,9 +22,10 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import QueuePool
 
-from memstate_sa import sqlite, tables, truth
+from memstate_sa import sqlite, truth
 from memstate_sa.ambient import joining
 from memstate_sa.codec import is_text
+from memstate_sa.creation import create
 from memstate_sa.errors import MemstateError, MissingExtra
 from memstate_sa.history import Moment
 from memstate_sa.integrations import checkpoints, runs
@@ -131,7 +132,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         if self.memory is not None:
             self.memory.create_tables(self.engine)
         else:
-            tables.metadata.create_all(self.engine, tables=[*checkpoints.TABLES, lease])
+            create(self.engine, [*checkpoints.TABLES, lease])
 
     async def asetup(self) -> None:
         await asyncio.to_thread(self.setup)
