@@ -27,7 +27,7 @@ from sqlalchemy.orm.base import NO_VALUE
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.dml import UpdateBase
 
-from memstate_sa import listening, sqlite, triggers
+from memstate_sa import listening, missing, sqlite, triggers
 from memstate_sa.columns import RAW
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite
 from memstate_sa.facts import Tracked, inheritance_criterion
@@ -246,6 +246,7 @@ class Capture:
         """Listen to the statements of *engine*; better early: one that another thread runs meanwhile would fail."""
         # Noted last, as what is noted is believed; what two threads ask to be listened to is listened to once.
         if engine not in self._guarded:
+            missing.explain(engine)
             self._listen_to_engine(engine, self.engine_listeners)
             self._guarded.add(engine)
         if self._registry.by_trigger and engine not in self._telling:

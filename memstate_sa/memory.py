@@ -19,7 +19,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import visitors
 
-from memstate_sa import appendonly, creation, forks, history, reindex, transfer, triggers, truth
+from memstate_sa import appendonly, creation, forks, history, missing, reindex, transfer, triggers, truth
 from memstate_sa.backfill import Backfill
 from memstate_sa.capture import Capture
 from memstate_sa.changes import Change, Image
@@ -603,7 +603,7 @@ class Memory:
         Any ``select()`` works, relationships too, and gives ordinary instances; tables that are not tracked are as they
         are now. The rows of that moment are written to temporary tables first, so it takes time in proportion to them.
         """
-        sync = engine if isinstance(engine, Engine) else self.sync_engine(engine)
+        sync = self.sync_engine(engine)
         require_no_transaction(sync)
         tracked = [self._registry.of(model) for model in models] or list(self._registry.by_entity.values())
         with as_of_session(sync, dict.fromkeys(tracked), at) as session:
@@ -1003,6 +1003,7 @@ class Memory:
         that has them too, before anything else: ``memory.sync_engine(async_engine, use=engine)``.
         """
         if isinstance(engine, Engine):
+            missing.explain(engine)
             return engine
         if not hasattr(engine, "sync_engine"):
             raise MemstateError(f"{engine!r} is not an Engine; sqlalchemy.create_engine(url) makes one")
@@ -1015,6 +1016,7 @@ class Memory:
             found = self._engines.setdefault(url, made)
             if found is made:
                 self._derived.append(found)  # else another thread was first; this one has no connections
+        missing.explain(found)
         return found
 
 

@@ -22,7 +22,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import QueuePool
 
-from memstate_sa import sqlite, truth
+from memstate_sa import missing, sqlite, truth
 from memstate_sa.ambient import joining
 from memstate_sa.codec import is_text
 from memstate_sa.creation import create
@@ -601,6 +601,12 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
 
 def sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: Memory | None) -> Engine:
     """The engine of *where*, or one for threads on its URL."""
+    engine = _sync_engine(where, memory)
+    missing.explain(engine)
+    return engine
+
+
+def _sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: Memory | None) -> Engine:
     if isinstance(where, (MemoryStore, Engine)):
         return where if isinstance(where, Engine) else where.engine
     if isinstance(where, (str, URL)):
