@@ -9,7 +9,6 @@ in most random histories.)
 from __future__ import annotations
 
 import logging
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -36,6 +35,7 @@ from memstate_sa.recorder import TWO_DATABASES, Recorder, require_no_translation
 from memstate_sa.registry import Registry, unaliased
 from memstate_sa.schemas import failure
 from memstate_sa.units import Flush, Unit
+from memstate_sa.warn import warn
 
 logger = logging.getLogger("memstate_sa.capture")
 
@@ -674,7 +674,7 @@ class Capture:
         message = f"{kind} on {table.name} would bypass the log of {tracked.model.__name__}: {way_out}"
         if tracked.on_untracked == "raise":
             raise UntrackedWrite(message)
-        warnings.warn(message, UntrackedWriteWarning, stacklevel=2)
+        warn(message, UntrackedWriteWarning)
 
 
 _AUTOCOMMIT = (

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-import warnings
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +20,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from memstate_sa.errors import MemstateError
+from memstate_sa.warn import warn
 
 _NO_TRANSACTION = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN")
 _BEGIN = "BEGIN IMMEDIATE"
@@ -127,11 +127,10 @@ def warn_of_savepoints(connection: Connection) -> None:
     driver = connection.connection.driver_connection
     legacy = getattr(driver, "autocommit", -1) == -1  # Python 3.12 has other modes
     if not getattr(connection.engine, _CONFIGURED, False) and legacy and driver.isolation_level is not None:  # type: ignore[union-attr]
-        warnings.warn(
+        warn(
             f"{connection.engine!r}: a SAVEPOINT that is rolled back with its transaction may keep its rows, as "
             "pysqlite begins too late; memstate_sa.sqlite.configure(engine) mends it",
             SavepointWarning,
-            stacklevel=2,
         )
 
 
