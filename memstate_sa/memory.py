@@ -900,14 +900,15 @@ class Memory:
         """What each index has not been given yet."""
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
+        problems = {name: why for relay in self._all_relays() for name, why in relay.problems().items()}
+        found = {}
         with sync.connect() as connection:
-            return {
-                name: replace(
-                    backlog(connection, IndexKey(name, destination.open()), list(tracked)),
-                    replaced_by=None if (asked := self._replacement(name, connection)) == name else asked,
-                )
-                for name, (destination, tracked) in self._by_index().items()
-            }
+            for name, (destination, tracked) in self._by_index().items():
+                left = backlog(connection, IndexKey(name, destination.open()), list(tracked))
+                asked = self._replacement(name, connection)
+                replaced_by, problem = None if asked == name else asked, problems.get(name, left.problem)
+                found[name] = replace(left, replaced_by=replaced_by, problem=problem)
+        return found
 
     # -- another index or embedder -------------------------------------------------------------------------------------
 
