@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import threading
 import time
@@ -27,10 +28,10 @@ from memstate_sa.codec import is_text
 from memstate_sa.doctor import Diagnosis, Doctor
 from memstate_sa.embedders import Embedder, WordLlamaEmbedder
 from memstate_sa.erase import Eraser
-from memstate_sa.errors import DeliveryError, MemstateError, require_count
+from memstate_sa.errors import DeliveryError, IndexBroken, MemstateError, require_count
 from memstate_sa.expiry import Sweeper
 from memstate_sa.facts import Tracked, Upgrade, describe
-from memstate_sa.indexes.base import PurgeableIndex, VectorIndex
+from memstate_sa.indexes.base import PurgeableIndex, RemakableIndex, VectorIndex
 from memstate_sa.pools import blocking_engine, own_pool
 from memstate_sa.recorder import Recorder
 from memstate_sa.registry import Registry
@@ -53,6 +54,8 @@ from memstate_sa.verify import DriftReport, Progress, Verify
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+logger = logging.getLogger("memstate_sa.memory")
 
 M = TypeVar("M")
 P = ParamSpec("P")
@@ -765,13 +768,16 @@ class Memory:
     ) -> DriftReport:
         """Compare every index with the tables by content, in pages.
 
-        *repair* redelivers what differs, and returns when that is done; the report says what was found.
+        *repair* redelivers what differs, and returns when that is done; the report says what was found. An index whose
+        files are damaged is made anew. Without *repair* it raises IndexBroken.
         """
         sync, report = self.sync_engine(engine), DriftReport()
         require_no_transaction(sync)
         self._strict.watch(sync)
         intended = partial(self._strict.intended, sync)
         for name, (destination, tracked) in self._by_index().items():
+            if repair:
+                _remake_if_broken(destination)
             verify = Verify(sync, name, destination, tracked, intended=intended)
             verify.run(report, repair=repair, progress=progress)
         if repair and not report.clean:
@@ -1027,6 +1033,17 @@ def _close_after(relays: Sequence[Relay], name: str, index: VectorIndex) -> None
         relays[0].after_stop(name, partial(_close_after, relays[1:], name, index))
     else:
         index.close()
+
+
+def _remake_if_broken(destination: Destination) -> None:
+    index = destination.index
+    try:
+        destination.open()
+    except IndexBroken:
+        if not isinstance(index, RemakableIndex):
+            raise
+        logger.warning("an index is damaged, and made anew: %r", index)
+        index.remake()
 
 
 def _embedders(given: Any, indexes: Collection[str]) -> dict[str, Embedder]:
