@@ -163,7 +163,7 @@ class PurgeableIndex(VectorIndex, Protocol):
 
 
 @runtime_checkable
-class RemakableIndex(VectorIndex, Protocol):
+class RemakableIndex(Protocol):
     """An index whose files may be damaged. `open` then raises IndexBroken."""
 
     def remake(self) -> None:
