@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from memstate_sa._reasons import phrase, words
 from memstate_sa.errors import DeliveryError, DeliveryRejected, DeliveryRetryable
 
 # Refused credentials are the operator's to mend, not a fault of the points: they must not end as dead letters.
@@ -21,24 +22,32 @@ def retryable_status(status: int) -> bool:
     return status in _RETRYABLE_STATUS or status >= 500
 
 
-def delivery_error(error: BaseException, message: str, *, unknown: type[DeliveryError]) -> DeliveryError:
+def delivery_error(
+    error: BaseException, message: str, *, unknown: type[DeliveryError], sent: Collection[str] | None = None
+) -> DeliveryError:
     """What to raise ``from`` *error*; *unknown* where neither a status nor a type along its chain tells.
 
     Clients wrap: Chroma raises a bare Exception while handling httpx's error, SDKs raise their own from a socket's. So
-    the whole chain is asked, outermost first; an HTTP status outranks a connection error. The vendor's text is left to
-    the chained error: it may quote the fact.
+    the whole chain is asked, outermost first; an HTTP status outranks a connection error.
+
+    The message has the status. It has the vendor's own words where it is known what was *sent*: they may quote that,
+    and are shown without it. Otherwise they are left to the chained error.
     """
     chain = list(_chain(error))
     text = f"{message}: {type(error).__name__}"
+    said = "" if sent is None else words(chain, sent)
+    said = f": {said}" if said else ""
     for link in chain:
         response = getattr(link, "response", None)
         status = getattr(response, "status_code", getattr(link, "status_code", None))
         if isinstance(status, int):
+            text += f": {phrase(status)}{said}"
             if retryable_status(status):
                 retry_after_s = _retry_after_s(getattr(response, "headers", None))
                 # A gateway's 5xx says nothing about what the server behind it does.
                 return DeliveryRetryable(text, retry_after_s=retry_after_s, may_land=status >= 500)
             return DeliveryRejected(text)
+    text += said
     if any(isinstance(link, _unavailable()) for link in chain):
         return DeliveryRetryable(text, may_land=not any(isinstance(link, _unreached()) for link in chain))
     return unknown(text)

@@ -8,7 +8,6 @@ in most random histories.)
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 from pydantic import ValidationError
-from sqlalchemy import Select, event, inspect, select, type_coerce
+from sqlalchemy import Select, inspect, select, type_coerce
 from sqlalchemy.engine import Connection, Engine, IteratorResult, Result
 from sqlalchemy.engine.result import SimpleResultMetaData
 from sqlalchemy.exc import UnboundExecutionError
@@ -26,7 +25,7 @@ from sqlalchemy.orm.base import NO_VALUE
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.dml import UpdateBase
 
-from memstate_sa import sqlite, triggers
+from memstate_sa import listening, missing, sqlite, triggers
 from memstate_sa.columns import RAW
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite
 from memstate_sa.facts import Tracked, inheritance_criterion
@@ -36,6 +35,7 @@ from memstate_sa.recorder import TWO_DATABASES, Recorder, require_no_translation
 from memstate_sa.registry import Registry, unaliased
 from memstate_sa.schemas import failure
 from memstate_sa.units import Flush, Unit
+from memstate_sa.warn import warn
 
 logger = printable_logger("memstate_sa.capture")
 
@@ -76,13 +76,21 @@ class Capture:
         self._telling: WeakSet[Engine] = WeakSet()
         self._told: WeakKeyDictionary[Connection, str] = WeakKeyDictionary()  # the transaction that triggers know of
         self._seen: WeakSet[Engine] = WeakSet()  # with a connection
-        self._active: WeakKeyDictionary[Connection, list[Unit]] = WeakKeyDictionary()
+        # By reference: a unit has its connections, and would keep the key of its own entry alive.
+        self._active: WeakKeyDictionary[Connection, list[weakref.ref[Unit]]] = WeakKeyDictionary()
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._is_listening = True
         self.mapper_listeners: dict[str, Callable[..., None]] = {
             "after_insert": self._after_insert,
             "before_update": self._before_update,
             "after_update": self._after_update,
             "before_delete": self._before_delete,
+        }
+        self.engine_listeners: dict[str, Callable[..., None]] = {"before_cursor_execute": self._before_statement}
+        self._telling_listeners: dict[str, Callable[..., None]] = {
+            "commit": self._before_connection_commits,
+            "rollback_savepoint": self._doubt_told,
+            **dict.fromkeys(("rollback", "commit_twophase", "rollback_twophase"), self._forget_told),
         }
         self.session_listeners: dict[str, Callable[..., Any]] = {
             "after_begin": self._after_begin,
@@ -99,10 +107,39 @@ class Capture:
 
     def track(self, tracked: Tracked) -> None:
         self._registry.add(tracked)
-        for name, listener in () if tracked.by_trigger else self.mapper_listeners.items():
-            event.listen(tracked.model, name, listener, raw=True, propagate=True)
-        event.listen(tracked.model, "after_mapper_constructed", self._after_mapper_constructed, propagate=True)
+        self._listen_to_model(tracked)
         self._registry.publish()
+
+    def _listen_to_model(self, tracked: Tracked) -> None:
+        for name, listener in () if tracked.by_trigger else self.mapper_listeners.items():
+            listening.listen(tracked.model, name, listener, raw=True, propagate=True)
+        constructed = "after_mapper_constructed"
+        listening.listen(tracked.model, constructed, self._after_mapper_constructed, propagate=True)
+
+    def stop(self) -> None:
+        """Listen to nothing any more: neither classes nor Sessions nor engines then hold this Memory."""
+        self._is_listening = False
+        for tracked in self._registry.by_entity.values():
+            for name, listener in self.mapper_listeners.items():
+                listening.stop(tracked.model, name, listener)
+            listening.stop(tracked.model, "after_mapper_constructed", self._after_mapper_constructed)
+        for target in list(self._attached):
+            for name, listener in self.session_listeners.items():
+                listening.stop(target, name, listener)
+        for engine in list(self._guarded):
+            for name, listener in {**self.engine_listeners, **self._telling_listeners}.items():
+                listening.stop(engine, name, listener)
+        self._guarded.clear()
+        self._telling.clear()
+
+    def resume(self) -> None:
+        """Listen again to what was tracked and attached before `stop`."""
+        if not self._is_listening:
+            self._is_listening = True
+            for tracked in self._registry.by_entity.values():
+                self._listen_to_model(tracked)
+            for target in list(self._attached):
+                self._listen_to_sessions(target)
 
     def _after_mapper_constructed(self, mapper: Mapper[Any], model: type[Any]) -> None:
         """A subclass of a tracked class."""
@@ -119,9 +156,12 @@ class Capture:
         target = self._sync_target(target)
         if target in self._attached or (isinstance(target, type) and self._attached.intersection(target.__mro__)):
             return
-        for name, listener in self.session_listeners.items():
-            event.listen(target, name, listener)
+        self._listen_to_sessions(target)
         self._attached.add(target)
+
+    def _listen_to_sessions(self, target: Any) -> None:
+        for name, listener in self.session_listeners.items():
+            listening.listen(target, name, listener)
 
     def _sync_target(self, target: Any) -> Any:
         if isinstance(target, type) and issubclass(target, Session):
@@ -176,10 +216,11 @@ class Capture:
     def _after_begin(self, session: Session, transaction: SessionTransaction, connection: Connection) -> None:
         unit = self.unit(session)
         if connection not in unit.connections:
-            unit.connections.append(connection)
-            self._active.setdefault(connection, []).append(unit)  # several Sessions may share a connection
+            unit.connections.add(connection)
+            # Several Sessions may share a connection.
+            self._active.setdefault(connection, []).append(weakref.ref(unit))
             if self._registry.by_trigger and self._has_triggers(session, connection):
-                unit.telling.append(connection)
+                unit.telling.add(connection)
         engine = connection.engine
         self.guard(engine)
         if engine not in self._seen:
@@ -205,14 +246,16 @@ class Capture:
         """Listen to the statements of *engine*; better early: one that another thread runs meanwhile would fail."""
         # Noted last, as what is noted is believed; what two threads ask to be listened to is listened to once.
         if engine not in self._guarded:
-            event.listen(engine, "before_cursor_execute", self._before_statement)
+            missing.explain(engine)
+            self._listen_to_engine(engine, self.engine_listeners)
             self._guarded.add(engine)
         if self._registry.by_trigger and engine not in self._telling:
-            event.listen(engine, "commit", self._before_connection_commits)
-            event.listen(engine, "rollback_savepoint", self._doubt_told)
-            for ending in ("rollback", "commit_twophase", "rollback_twophase"):
-                event.listen(engine, ending, self._forget_told)
+            self._listen_to_engine(engine, self._telling_listeners)
             self._telling.add(engine)
+
+    def _listen_to_engine(self, engine: Engine, listeners: Mapping[str, Callable[..., None]]) -> None:
+        for name, listener in listeners.items():
+            listening.listen(engine, name, listener)
 
     def _before_commit(self, session: Session) -> None:
         if session.in_nested_transaction():  # fires at every SAVEPOINT release too
@@ -258,9 +301,14 @@ class Capture:
         unit = self._units.pop(session, None)
         if unit is not None:
             for connection in unit.connections:
-                self._active[connection].remove(unit)
+                others = self._units_of(connection)
+                self._active[connection] = [weakref.ref(other) for other in others if other is not unit]
             if self._veto is not None:
                 self._veto.ended(unit)
+
+    def _units_of(self, connection: Connection) -> list[Unit]:
+        """The units that *connection* serves now. A Session that was dropped has none any more."""
+        return [unit for each in self._active.get(connection, ()) if (unit := each()) is not None]
 
     # -- triggers ----------------------------------------------------------------------------------------------------
 
@@ -599,7 +647,7 @@ class Capture:
         if not (writes or ctes or self._registry.by_trigger) or getattr(context, _SEEN, None) is self:
             return
         setattr(context, _SEEN, self)  # an INSERT of many rows may be sent in many batches
-        units = self._active.get(connection)
+        units = self._units_of(connection)
         if not units:
             return
         if writes and connection._is_autocommit_isolation() and not all(unit.own_writes for unit in units):
@@ -626,7 +674,7 @@ class Capture:
         message = f"{kind} on {table.name} would bypass the log of {tracked.model.__name__}: {way_out}"
         if tracked.on_untracked == "raise":
             raise UntrackedWrite(message)
-        warnings.warn(message, UntrackedWriteWarning, stacklevel=2)
+        warn(message, UntrackedWriteWarning)
 
 
 _AUTOCOMMIT = (

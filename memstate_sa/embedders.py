@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from memstate_sa import forks
 from memstate_sa._failures import delivery_error
 from memstate_sa.errors import DeliveryError, DeliveryRejected, MissingExtra
 from memstate_sa.indexes.base import Vector
@@ -56,7 +57,7 @@ def checked(embedder: Embedder, texts: Sequence[str]) -> NDArray[np.float32]:
     except DeliveryError:
         raise
     except Exception as error:
-        raise _failure(embedder, error) from error
+        raise _failure(embedder, error, texts) from error
     return _valid(embedder, result, (len(texts), embedder.dimension))
 
 
@@ -71,12 +72,13 @@ def embed_query(embedder: Embedder, text: str) -> Vector:
     except DeliveryError:
         raise
     except Exception as error:
-        raise _failure(embedder, error) from error
+        raise _failure(embedder, error, [text]) from error
     return _valid(embedder, result, (embedder.dimension,))
 
 
-def _failure(embedder: Embedder, error: Exception) -> DeliveryError:
-    return delivery_error(error, f"embedder {embedder.fingerprint!r} failed", unknown=DeliveryRejected)
+def _failure(embedder: Embedder, error: Exception, texts: Sequence[str]) -> DeliveryError:
+    message = f"embedder {embedder.fingerprint!r} failed"
+    return delivery_error(error, message, unknown=DeliveryRejected, sent=texts)
 
 
 def _valid(embedder: Embedder, result: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -106,8 +108,12 @@ class WordLlamaEmbedder:
     def __init__(self) -> None:
         if find_spec("wordllama") is None:
             raise MissingExtra("wordllama", "wordllama")
-        self._lock = threading.Lock()
+        self._make_lock()
+        forks.in_child(self, WordLlamaEmbedder._make_lock)
         self._model: tuple[Any, NDArray[np.float32]] | None = None
+
+    def _make_lock(self) -> None:
+        self._lock = threading.Lock()
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         tokenizer, table = self._loaded()
@@ -164,7 +170,7 @@ class ChromaEmbedder:
             try:
                 self._dimension = len(self._function(["dimension"])[0])
             except Exception as error:
-                raise _failure(self, error) from error
+                raise _failure(self, error, ["dimension"]) from error
         return self._dimension
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:

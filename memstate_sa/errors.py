@@ -74,6 +74,10 @@ class DeliveryRetryable(DeliveryError):
         self.may_land = may_land
 
 
+class IndexBroken(DeliveryRetryable):
+    """The files of the index are damaged. `Memory.verify` with ``repair=True`` makes it anew, and fills it."""
+
+
 class DeliveryRejected(DeliveryError):
     """The index or the embedder refused these points, and would refuse them again."""
 

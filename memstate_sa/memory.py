@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import threading
 import time
@@ -19,7 +20,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import visitors
 
-from memstate_sa import appendonly, history, reindex, tables, transfer, triggers, truth
+from memstate_sa import appendonly, creation, forks, history, missing, reindex, transfer, triggers, truth
 from memstate_sa.backfill import Backfill
 from memstate_sa.capture import Capture
 from memstate_sa.changes import Change, Image
@@ -27,21 +28,22 @@ from memstate_sa.codec import is_text
 from memstate_sa.doctor import Diagnosis, Doctor
 from memstate_sa.embedders import Embedder, WordLlamaEmbedder
 from memstate_sa.erase import Eraser
-from memstate_sa.errors import DeliveryError, MemstateError, require_count
+from memstate_sa.errors import DeliveryError, IndexBroken, MemstateError, require_count
 from memstate_sa.expiry import Sweeper
 from memstate_sa.facts import Tracked, Upgrade, describe
-from memstate_sa.indexes.base import PurgeableIndex, VectorIndex
+from memstate_sa.indexes.base import PurgeableIndex, RemakableIndex, VectorIndex
 from memstate_sa.pools import blocking_engine, own_pool
 from memstate_sa.recorder import Recorder
 from memstate_sa.registry import Registry
 from memstate_sa.relay import Relay
 from memstate_sa.relay.backlog import Backlog, backlog
 from memstate_sa.relay.claims import IndexKey
+from memstate_sa.relay.loop import STOP_TIMEOUT_S
 from memstate_sa.relay.plan import guarded
 from memstate_sa.relay.waiting import wait_for
 from memstate_sa.relay.wakeup import Notifier
 from memstate_sa.search import Call, Hits, Search, call_directly, resolve_target
-from memstate_sa.sqlite import configure, is_in_memory, require_no_transaction
+from memstate_sa.sqlite import is_in_memory, require_no_transaction
 from memstate_sa.strict import Strict
 from memstate_sa.tables import utcnow
 from memstate_sa.timetravel import PastSession, as_of_session, search_past, take_criteria
@@ -52,6 +54,8 @@ from memstate_sa.verify import DriftReport, Progress, Verify
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+logger = logging.getLogger("memstate_sa.memory")
 
 M = TypeVar("M")
 P = ParamSpec("P")
@@ -113,11 +117,15 @@ class Memory:
         self._sweeper = Sweeper(self._capture)
         self._eraser = Eraser(self._registry, self._capture, self._recorder, list(embedders.values()))
         self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
-        self._listing = threading.RLock()  # one that is made while a commit wakes the others would fail that commit
+        self._make_lock()
+        forks.in_child(self, Memory._make_lock)
         self._engines: dict[URL, Engine] = {}  # for threads, by the URL of an AsyncEngine
         self._derived: list[Engine] = []
         self._opened: set[str] = set()  # indexes that a search has opened
         self._asked: dict[str, str] = {}  # which one the last search of each has asked
+
+    def _make_lock(self) -> None:
+        self._listing = threading.RLock()  # a relay that is made while a commit wakes the others would fail that commit
 
     # -- adoption --------------------------------------------------------------------------------------------------
 
@@ -198,6 +206,7 @@ class Memory:
         Raises MemstateError for a class that is not mapped, unknown column attributes, or an entity tracked already.
         """
         names = [*self.indexes] if index is None else [index] if isinstance(index, str) else [*index]
+        self._open()
         if not names or not self.indexes.keys() >= set(names):
             raise MemstateError(f"index={index!r}: this Memory has {', '.join(self.indexes)}")
         for name in names:
@@ -232,20 +241,27 @@ class Memory:
         *target* is a sessionmaker, a Session class (every Session made of it or of a subclass), a scoped_session, a
         Session, or an async_sessionmaker, which gets a sync Session class of its own. Raises TypeError otherwise.
         """
+        self._open()
         self._capture.attach(target)
+
+    def _open(self) -> None:
+        """Go on after `close`."""
+        self._capture.resume()
+        self._notifier.open()
 
     def create_tables(self, engine: Engine | AsyncEngine) -> None:
         """Create the tables of memstate_sa that are not there yet, and triggers: of the log, of classes captured so.
 
         Their own tables have to be there. With Alembic, let a migration do it.
         """
-        sync = self.sync_engine(engine)
-        tables.metadata.create_all(sync)
-        with sync.begin() as connection:
-            appendonly.install(connection)
-            for tracked in self._registry.by_entity.values():
-                if tracked.by_trigger:
-                    triggers.install(connection, tracked)
+        self._open()
+        creation.create(self.sync_engine(engine), install=self._install)
+
+    def _install(self, connection: Connection) -> None:
+        appendonly.install(connection)
+        for tracked in self._registry.by_entity.values():
+            if tracked.by_trigger:
+                triggers.install(connection, tracked)
 
     def annotate(
         self,
@@ -590,7 +606,7 @@ class Memory:
         Any ``select()`` works, relationships too, and gives ordinary instances; tables that are not tracked are as they
         are now. The rows of that moment are written to temporary tables first, so it takes time in proportion to them.
         """
-        sync = engine if isinstance(engine, Engine) else self.sync_engine(engine)
+        sync = self.sync_engine(engine)
         require_no_transaction(sync)
         tracked = [self._registry.of(model) for model in models] or list(self._registry.by_entity.values())
         with as_of_session(sync, dict.fromkeys(tracked), at) as session:
@@ -671,6 +687,7 @@ class Memory:
 
         ``with memory.relay(engine):`` runs it in the background.
         """
+        self._open()
         sync = self.sync_engine(engine)
         self._capture.guard(sync)
         self._strict.watch(sync)
@@ -682,7 +699,7 @@ class Memory:
     def _relay_to(self, engine: Engine, names: Iterable[str], **options: Any) -> Relay:
         published = self._registry.published
         destinations = {name: (self._destinations[name], partial(published, name)) for name in names}
-        return Relay(engine, destinations, sender=self._notifier.name, **options)
+        return Relay(engine, destinations, notifier=self._notifier, **options)
 
     def _by_index(self) -> dict[str, tuple[Destination, dict[str, Tracked]]]:
         return {name: (destination, self._registry.published(name)) for name, destination in self._destinations.items()}
@@ -751,13 +768,16 @@ class Memory:
     ) -> DriftReport:
         """Compare every index with the tables by content, in pages.
 
-        *repair* redelivers what differs, and returns when that is done; the report says what was found.
+        *repair* redelivers what differs, and returns when that is done; the report says what was found. An index whose
+        files are damaged is made anew. Without *repair* it raises IndexBroken.
         """
         sync, report = self.sync_engine(engine), DriftReport()
         require_no_transaction(sync)
         self._strict.watch(sync)
         intended = partial(self._strict.intended, sync)
         for name, (destination, tracked) in self._by_index().items():
+            if repair:
+                _remake_if_broken(destination)
             verify = Verify(sync, name, destination, tracked, intended=intended)
             verify.run(report, repair=repair, progress=progress)
         if repair and not report.clean:
@@ -886,14 +906,15 @@ class Memory:
         """What each index has not been given yet."""
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
+        problems = {name: why for relay in self._all_relays() for name, why in relay.problems().items()}
+        found = {}
         with sync.connect() as connection:
-            return {
-                name: replace(
-                    backlog(connection, IndexKey(name, destination.open()), list(tracked)),
-                    replaced_by=None if (asked := self._replacement(name, connection)) == name else asked,
-                )
-                for name, (destination, tracked) in self._by_index().items()
-            }
+            for name, (destination, tracked) in self._by_index().items():
+                left = backlog(connection, IndexKey(name, destination.open()), list(tracked))
+                asked = self._replacement(name, connection)
+                replaced_by, problem = None if asked == name else asked, problems.get(name, left.problem)
+                found[name] = replace(left, replaced_by=replaced_by, problem=problem)
+        return found
 
     # -- another index or embedder -------------------------------------------------------------------------------------
 
@@ -960,13 +981,25 @@ class Memory:
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Stop this Memory's relays and close its indexes."""
-        for relay in self._all_relays():
-            relay.stop()
-        self._notifier.close()
-        for index in self.indexes.values():
-            index.close()
+    def close(self, timeout: float = STOP_TIMEOUT_S) -> None:
+        """Stop this Memory's relays and close its indexes.
+
+        Waits *timeout* seconds at most for a call of an index or embedder; see `Relay.stop` for one that takes longer.
+        Its index is closed when the call has ended.
+
+        Nothing is captured any more: tracked classes, attached Sessions and engines are left as they were before. The
+        next `relay`, `attach`, `track` or `create_tables` opens this Memory again, with all that was tracked and
+        attached. `doctor` finds what was written in between.
+        """
+        deadline = time.monotonic() + timeout
+        relays = self._all_relays()
+        for relay in relays:
+            relay.stop(max(0.0, deadline - time.monotonic()))
+        self._capture.stop()
+        self._strict.stop()
+        self._notifier.close(max(0.1, deadline - time.monotonic()))
+        for name, index in self.indexes.items():
+            _close_after(relays, name, index)
         for engine in self._derived:
             engine.dispose()
 
@@ -977,6 +1010,7 @@ class Memory:
         that has them too, before anything else: ``memory.sync_engine(async_engine, use=engine)``.
         """
         if isinstance(engine, Engine):
+            missing.explain(engine)
             return engine
         if not hasattr(engine, "sync_engine"):
             raise MemstateError(f"{engine!r} is not an Engine; sqlalchemy.create_engine(url) makes one")
@@ -985,11 +1019,31 @@ class Memory:
         if found is None:
             if is_in_memory(engine.sync_engine):
                 raise MemstateError("an in-memory SQLite exists in the AsyncEngine's connection only; use a file")
-            made = configure(blocking_engine(url))
+            made = blocking_engine(url)
             found = self._engines.setdefault(url, made)
             if found is made:
                 self._derived.append(found)  # else another thread was first; this one has no connections
+        missing.explain(found)
         return found
+
+
+def _close_after(relays: Sequence[Relay], name: str, index: VectorIndex) -> None:
+    """Close *index* when none of *relays* uses it. Another process might open its folder beside a late write."""
+    if relays:
+        relays[0].after_stop(name, partial(_close_after, relays[1:], name, index))
+    else:
+        index.close()
+
+
+def _remake_if_broken(destination: Destination) -> None:
+    index = destination.index
+    try:
+        destination.open()
+    except IndexBroken:
+        if not isinstance(index, RemakableIndex):
+            raise
+        logger.warning("an index is damaged, and made anew: %r", index)
+        index.remake()
 
 
 def _embedders(given: Any, indexes: Collection[str]) -> dict[str, Embedder]:

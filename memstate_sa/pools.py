@@ -1,14 +1,15 @@
-"""Engines beside the application's own: with another pool, or with a driver that a thread can use."""
+"""The engines that memstate_sa makes: of a URL, with a driver that a thread can use, or with a pool of their own."""
 
 from __future__ import annotations
 
-import os
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, Engine, Pool, create_engine, event
 from sqlalchemy.engine.base import OptionEngine
+
+from memstate_sa import forks, sqlite
 
 _MADE = "memstate_own_pool"
 _making = threading.Lock()
@@ -19,11 +20,32 @@ _OF_ASYNCPG = {
 }
 
 
+def make_engine(url: str | URL, **options: Any) -> Engine:
+    """An engine on *url* that is memstate_sa's own. All engines of ours are made here.
+
+    A connection that the server or a pooler closed is replaced at checkout. A forked child gets connections of its own.
+    """
+    engine: Engine = sqlite.configure(create_engine(url, pool_pre_ping=True, **options))
+    forks.in_child(engine, _renew_pool)
+    return engine
+
+
+def _renew_pool(engine: Engine) -> None:
+    """Leave the parent's connections alone.
+
+    SQLite's are closed: its library believes that this process has the locks of each open connection. An in-memory
+    database is a copy, which the child keeps.
+    """
+    if not sqlite.is_in_memory(engine):
+        engine.dispose(close=engine.dialect.name == "sqlite")
+
+
 class _Apart(OptionEngine):
     """As an engine is, with its events and its options, but for the pool."""
 
     def __init__(self, engine: Engine) -> None:
         self._own = engine.pool.recreate()
+        self._own._pre_ping = True  # noqa: SLF001  # recreate() takes no options
         super().__init__(engine, {})
 
     if not TYPE_CHECKING:
@@ -46,16 +68,17 @@ def own_pool(engine: Engine) -> Engine:
         # What the first connection finds out is found out once; one of another pool would not wait for it.
         engine.connect().close()
     with _making:
-        pid, made = getattr(engine, _MADE, (0, engine))
-        if pid != os.getpid():  # its connections would be the parent's
+        made: Engine | None = getattr(engine, _MADE, None)
+        if made is None:
             made = _Apart(engine)
-            setattr(engine, _MADE, (os.getpid(), made))
-            event.listen(engine, "engine_disposed", partial(_dispose, made, os.getpid()))
+            setattr(engine, _MADE, made)
+            event.listen(engine, "engine_disposed", partial(_dispose, made))
+            forks.in_child(made, _renew_pool)
         return made
 
 
-def _dispose(made: Engine, pid: int, engine: Engine) -> None:
-    if engine is not made and pid == os.getpid():
+def _dispose(made: Engine, engine: Engine) -> None:
+    if engine is not made:
         made.dispose()
 
 
@@ -68,4 +91,4 @@ def blocking_engine(url: URL) -> Engine:
         if query.get("prepared_statement_cache_size") == "0":  # as behind PgBouncer
             arguments["prepare_threshold"] = None
         query = {name: value for name, value in query.items() if name not in _OF_ASYNCPG}
-    return create_engine(url.set(drivername=_BLOCKING.get(backend, backend), query=query), connect_args=arguments)
+    return make_engine(url.set(drivername=_BLOCKING.get(backend, backend), query=query), connect_args=arguments)

@@ -110,7 +110,7 @@ def forget(connection: Connection, name: str) -> None:
         raise NotFound(f"nothing was ever delivered from this database to an index {name!r}")
     now = claims.database_now(connection)
     live = select(holder.c.owner).where(holder.c.index == name, holder.c.lease_until > now)
-    if not all(claims.is_gone(owner) for owner in connection.scalars(live)):
+    if not all(claims.is_gone(owner) or claims.is_dropped(owner) for owner in connection.scalars(live)):
         raise MemstateError(f"a relay delivers to index {name!r}: take the index out of that application first")
     for key in keys:
         claims.forget(connection, key)

@@ -8,9 +8,10 @@ not a SELECT. Reads before it see each the latest commit.
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import time
-import warnings
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import SelectBase, event, text
@@ -19,6 +20,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from memstate_sa.errors import MemstateError
+from memstate_sa.warn import warn
 
 _NO_TRANSACTION = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN")
 _BEGIN = "BEGIN IMMEDIATE"
@@ -44,6 +46,9 @@ def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
         _use_wal(cursor, time.monotonic() + busy_timeout_s)
         cursor.close()
 
+    event.listen(sync, "close", _roll_back)
+    event.listen(sync, "close_detached", _roll_back)
+
     @event.listens_for(sync, "before_cursor_execute")
     def _begin(
         connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
@@ -52,6 +57,29 @@ def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
             _begin_immediate(connection)
 
     return engine
+
+
+def _roll_back(dbapi_connection: Any, *_: Any) -> None:
+    """Before a connection is closed: end its transaction.
+
+    An interrupted or cancelled statement leaves its cursor in a traceback. While a cursor lives, SQLite only closes
+    the connection in part, and its transaction keeps the write lock until the garbage collector comes.
+    """
+    with suppress(Exception):  # of another thread, or closed already
+        worker = getattr(dbapi_connection, "_connection", None)
+        if worker is None:
+            dbapi_connection.rollback()
+        else:
+            # aiosqlite closes in a thread of its own, which takes its orders one by one. The garbage collector may be
+            # the caller, so nothing can be awaited here.
+            worker._tx.put_nowait((_future(), worker._conn.rollback))
+
+
+def _future() -> Any:
+    try:
+        return asyncio.get_running_loop().create_future()
+    except RuntimeError:  # no loop runs in this thread
+        return None
 
 
 def _reads(statement: str, context: Any) -> bool:
@@ -99,11 +127,10 @@ def warn_of_savepoints(connection: Connection) -> None:
     driver = connection.connection.driver_connection
     legacy = getattr(driver, "autocommit", -1) == -1  # Python 3.12 has other modes
     if not getattr(connection.engine, _CONFIGURED, False) and legacy and driver.isolation_level is not None:  # type: ignore[union-attr]
-        warnings.warn(
+        warn(
             f"{connection.engine!r}: a SAVEPOINT that is rolled back with its transaction may keep its rows, as "
             "pysqlite begins too late; memstate_sa.sqlite.configure(engine) mends it",
             SavepointWarning,
-            stacklevel=2,
         )
 
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from sqlalchemy import ColumnElement, Select, create_engine, exists, func, literal, not_, or_, select, type_coerce
+from sqlalchemy import ColumnElement, Select, exists, func, literal, not_, or_, select, type_coerce
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
@@ -32,8 +32,10 @@ from memstate_sa.facts import Fact
 from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.memory import Memory
 from memstate_sa.outbox import take_write_lock
+from memstate_sa.pools import make_engine
 from memstate_sa.printable import printable_logger
 from memstate_sa.relay import Relay
+from memstate_sa.relay.loop import STOP_TIMEOUT_S
 from memstate_sa.schemas import failure, read_names
 from memstate_sa.search import Hits
 from memstate_sa.tables import unique, utcnow
@@ -99,8 +101,6 @@ class MemoryStore:
             _engine(url_or_engine) if isinstance(url_or_engine, str) else self.memory.sync_engine(url_or_engine)
         )
         self._owns_engine = self.engine is not url_or_engine
-        if self._owns_engine:
-            sqlite.configure(self.engine)
         in_memory = sqlite.is_in_memory(self.engine)
         # Its threads share one connection, and would commit each other's transactions.
         self._alone: AbstractContextManager[Any] = threading.RLock() if in_memory else nullcontext()
@@ -505,10 +505,13 @@ class MemoryStore:
 
     # -- life ------------------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Stop the relay and close the index. What is not delivered yet is delivered by the next one to open it."""
+    def close(self, timeout: float = STOP_TIMEOUT_S) -> None:
+        """Stop the relay and close the index. What is not delivered yet is delivered by the next one to open it.
+
+        See `Memory.close` for *timeout*.
+        """
         self._closed = True
-        self.memory.close()
+        self.memory.close(timeout)
         if self._owns_engine:
             self.engine.dispose()
 
@@ -541,7 +544,7 @@ def _engine(url: str) -> Engine:
         {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}} if in_memory else {}
     )
     try:
-        return create_engine(parsed, **options)
+        return make_engine(parsed, **options)
     except (NoSuchModuleError, ImportError) as error:
         if parsed.drivername == "postgresql+psycopg":
             raise MissingExtra("psycopg", "postgres") from error

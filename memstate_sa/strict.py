@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import BigInteger, Insert, Text, bindparam, cast, event, func, insert, literal_column, select, true
+from sqlalchemy import BigInteger, Insert, Text, bindparam, cast, func, insert, literal_column, select, true
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from memstate_sa import sqlite, truth
+from memstate_sa import forks, listening, sqlite, truth
 from memstate_sa.arrays import as_array, as_json, each, item, rows
 from memstate_sa.changes import FactKey, by_entity
 from memstate_sa.columns import batches
@@ -121,6 +121,10 @@ class Strict:
         self._wake = wake
         self._journals: WeakKeyDictionary[Engine, Journal] = WeakKeyDictionary()
         self._watched: WeakSet[Engine] = WeakSet()
+        self._make_lock()
+        forks.in_child(self, Strict._make_lock)
+
+    def _make_lock(self) -> None:
         self._recovering = threading.Lock()
 
     # -- the transaction ---------------------------------------------------------------------------------------------
@@ -271,7 +275,13 @@ class Strict:
         """Have intents that a transaction left behind, in whatever process, found whenever *engine* is used."""
         if engine.dialect.name == "sqlite" and engine not in self._watched:
             self._watched.add(engine)
-            event.listen(engine, "engine_connect", self._connected)
+            listening.listen(engine, "engine_connect", self._connected)
+
+    def stop(self) -> None:
+        """Watch no engine any more."""
+        for engine in list(self._watched):
+            listening.stop(engine, "engine_connect", self._connected)
+        self._watched.clear()
 
     def _connected(self, connection: Connection) -> None:
         self._journal(connection)

@@ -6,11 +6,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet, ref
 
 from sqlalchemy.engine import Connection
 
 from memstate_sa.changes import Entry, Op, new_tx
 from memstate_sa.facts import Tracked
+
+
+class _Weakly:
+    """An attribute that keeps nothing alive: a Session that was dropped gives its connection back to the pool."""
+
+    def __set_name__(self, owner: type[Any], name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, instance: Any, owner: type[Any]) -> Any:
+        found: ref[Any] | None = None if instance is None else getattr(instance, self._name)
+        return None if found is None else found()
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        setattr(instance, self._name, None if value is None else ref(value))
 
 
 @dataclass
@@ -29,10 +44,10 @@ class Unit:
     armed: bool = False
     txs: dict[str, None] = field(default_factory=dict)  # what it logged under, an undo's own among them, in order
     intended: bool = False  # an index may hold what is not committed yet
-    told_on: Connection | None = None  # where triggers know of it, or knew
-    connections: list[Connection] = field(default_factory=list)
-    telling: list[Connection] = field(default_factory=list)  # those of databases with triggers of ours
-    written_on: Connection | None = None
+    told_on: _Weakly = _Weakly()  # the Connection where triggers know of it, or knew
+    connections: WeakSet[Connection] = field(default_factory=WeakSet)
+    telling: WeakSet[Connection] = field(default_factory=WeakSet)  # those of databases with triggers of ours
+    written_on: _Weakly = _Weakly()
 
     @property
     def labels(self) -> dict[str, str | None]:
@@ -58,7 +73,7 @@ class Flush:
     """What one flush touches, while it runs: states of tracked classes, what is done to them, whether it is certain."""
 
     unit: Unit
-    context: Any
+    context: _Weakly = _Weakly()  # of SQLAlchemy, and the Session's; another listener's error leaves a Flush behind
     touched: list[tuple[Any, Op, bool | None]] = field(default_factory=list)
     baselines: list[Entry] = field(default_factory=list)
     canonical: dict[Tracked, dict[tuple[Any, ...], str]] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from memstate_sa import forks
 from memstate_sa.embedders import Embedder, checked, embed_query
 from memstate_sa.indexes.base import Vector, VectorIndex
 
@@ -25,6 +26,10 @@ class Vectors:
         self.stored = stored
         self._capacity = capacity
         self._recent: OrderedDict[str, Vector] = OrderedDict()
+        self._make_lock()
+        forks.in_child(self, Vectors._make_lock)
+
+    def _make_lock(self) -> None:
         self._lock = threading.Lock()
 
     def of_query(self, query: str) -> Vector:

@@ -12,15 +12,16 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
-from sqlalchemy import Engine, create_engine, inspect
+from sqlalchemy import Engine, inspect
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from memstate_sa import adoption, sqlite
+from memstate_sa import adoption
 from memstate_sa.changes import Change
 from memstate_sa.cli.display import Console, changes_table
 from memstate_sa.errors import ConflictError, MemstateError
 from memstate_sa.memory import Memory
+from memstate_sa.pools import make_engine
 
 App = Annotated[
     str,
@@ -63,9 +64,7 @@ def _engine(memory: Memory, url: str) -> Engine:
             from sqlalchemy.ext.asyncio import create_async_engine
 
             return memory.sync_engine(create_async_engine(parsed))
-        engine = create_engine(parsed)
-        sqlite.configure(engine)
-        return engine
+        return make_engine(parsed)
     except NoSuchModuleError as error:
         problem = str(error)
     except ArgumentError:  # its message may quote the URL, and that its password

@@ -20,7 +20,7 @@ from chromadb.api import ClientAPI
 from sqlalchemy import Engine, create_engine, func, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from memstate_sa import Memory
+from memstate_sa import Memory, sqlite
 from memstate_sa.demo.inputs import Correct, Forget, Remember, Turn, parse
 from memstate_sa.embedders import WordLlamaEmbedder
 from memstate_sa.indexes import ChromaIndex, VectorIndex
@@ -73,10 +73,8 @@ def write(session: Session, turn: Turn) -> None:
 
 def database(home: Path) -> Engine:
     home.mkdir(exist_ok=True)
-    engine = create_engine(f"sqlite:///{home / 'notes.sqlite3'}")
-    with engine.begin() as connection:
-        connection.exec_driver_sql("PRAGMA journal_mode = WAL")
-        Base.metadata.create_all(connection)
+    engine: Engine = sqlite.configure(create_engine(f"sqlite:///{home / 'notes.sqlite3'}"))
+    Base.metadata.create_all(engine)
     return engine
 
 

@@ -162,6 +162,15 @@ class PurgeableIndex(VectorIndex, Protocol):
         ...
 
 
+@runtime_checkable
+class RemakableIndex(Protocol):
+    """An index whose files may be damaged. `open` then raises IndexBroken."""
+
+    def remake(self) -> None:
+        """Delete what is there. The next `open` makes the index anew, with another incarnation."""
+        ...
+
+
 def matrix(vectors: Sequence[Vector], dimension: int, names: Sequence[str]) -> NDArray[np.float32]:
     """*vectors* as one matrix of shape ``(n, dimension)``.
 

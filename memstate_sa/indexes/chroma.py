@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,10 +22,12 @@ from memstate_sa.errors import (
     DeliveryError,
     DeliveryRejected,
     DeliveryRetryable,
+    IndexBroken,
     IndexMismatch,
     MemstateError,
     require_module,
 )
+from memstate_sa.indexes._chroma_files import find_damage
 from memstate_sa.indexes._filters import canonical, storable
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
 
@@ -76,6 +79,7 @@ class ChromaIndex:
         self._max_batch = 0
         self._folder: LockedFolder | None = None
         self._listing: tuple[str, list[str]] | None = None
+        self._whole = ""  # the collection whose files were found whole
 
     @property
     def incarnation(self) -> str:
@@ -224,6 +228,13 @@ class ChromaIndex:
                 assert self._folder is not None
                 self._folder.vacuum()
 
+    def remake(self) -> None:
+        """Delete the collection, and the points of others in it. The next call makes a new one."""
+        with self._mutex, self._translated("delete"):
+            self._folder = self._folder or self._folders.lock(self._client)
+            self._client.delete_collection(self._name)
+            self._collection = self._listing = None
+
     def close(self) -> None:
         """Release the folder; the client stays open."""
         with self._mutex:
@@ -293,6 +304,7 @@ class ChromaIndex:
                 metadata={_EMBEDDER: embedder, _DIMENSION: dimension},
                 embedding_function=None,
             )
+        self._check_files(collection)
         # `collection.configuration` warns for a collection without an embedding function; the JSON does not.
         configuration = collection.configuration_json
         space = (configuration.get("hnsw") or configuration.get("spann") or {}).get("space", "l2")
@@ -311,6 +323,19 @@ class ChromaIndex:
             kept = {key: value for key, value in metadata.items() if key != "hnsw:space"}
             collection.modify(metadata={**kept, _EMBEDDER: embedder, _DIMENSION: dimension})
         return collection
+
+    def _check_files(self, collection: Collection) -> None:
+        """Before Chroma reads them: it may search what is left, or crash the process."""
+        if self._folder is None or self._whole == str(collection.id):
+            return
+        folder = Path(self._client.get_settings().persist_directory).resolve()
+        damage = find_damage(folder, str(collection.id))
+        if damage is not None:
+            raise IndexBroken(
+                f"The files of Chroma collection {self._name!r} are damaged: {damage}. A crash of the machine, or "
+                "copying a folder in use, does that. Make the collection anew with memory.verify(engine, repair=True)."
+            )
+        self._whole = str(collection.id)
 
     def _copied(self, collection: Collection) -> Collection:
         """A new collection of the same points, those of others among them."""

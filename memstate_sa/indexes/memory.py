@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from memstate_sa import forks
 from memstate_sa.errors import IndexMismatch, MemstateError
 from memstate_sa.indexes._filters import canonical, matches, storable
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Scalar, Stored, Vector, matrix
@@ -35,8 +36,6 @@ class InMemoryIndex:
 
     def __init__(self, *, max_batch: int = 10_000) -> None:
         self._max_batch = max_batch
-        self._incarnation = uuid.uuid4().hex
-        self._lock = threading.Lock()
         self._opened: tuple[str, int] | None = None
         # Row n of `_units` is the unit vector of `_ids[n]`; rows past len(_ids) are spare, for growing in steps.
         self._units: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
@@ -44,6 +43,24 @@ class InMemoryIndex:
         self._held: dict[str, _Held] = {}
         self._epochs: dict[str, int] = {}  # of deleted ids too
         self._sorted_ids: list[str] | None = None
+        self._begin()
+        forks.in_child(self, InMemoryIndex._forked)
+
+    def _begin(self) -> None:
+        self._incarnation = uuid.uuid4().hex
+        self._lock = threading.Lock()
+
+    def _forked(self) -> None:
+        """Be another index from now on: nothing that the parent's relay writes arrives in this copy.
+
+        A thread of the parent may have been writing: `_held` alone is sure.
+        """
+        self._begin()
+        points = list(self._held.items())
+        units = [self._units[held.row] for _, held in points]
+        self._ids, self._sorted_ids = [id_ for id_, _ in points], None
+        self._held = {id_: held._replace(row=row) for row, (id_, held) in enumerate(points)}
+        self._units = np.asarray(units, dtype=np.float32).reshape(len(points), self._units.shape[1])
 
     @property
     def incarnation(self) -> str:

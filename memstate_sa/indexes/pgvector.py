@@ -303,7 +303,8 @@ class PgVectorIndex:
 def _extend(connection: Connection) -> None:
     version = text("SELECT extversion FROM pg_extension WHERE extname = 'vector'")
     if connection.scalar(version) is None:
-        connection.execute(text("CREATE EXTENSION vector"))
+        connection.execute(ONE_AT_A_TIME, {"name": "CREATE EXTENSION vector"})  # another table's index wants it, too
+        connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector"))
     found = str(connection.scalar(version))
     if tuple(map(int, found.split(".")[:2])) < _SINCE:
         raise MemstateError(f"pgvector is at version {found}; 0.8 or later is needed (ALTER EXTENSION vector UPDATE)")

@@ -22,9 +22,10 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import QueuePool
 
-from memstate_sa import sqlite, tables, truth
+from memstate_sa import missing, sqlite, truth
 from memstate_sa.ambient import joining
 from memstate_sa.codec import is_text
+from memstate_sa.creation import create
 from memstate_sa.errors import MemstateError, MissingExtra
 from memstate_sa.history import Moment
 from memstate_sa.integrations import checkpoints, runs
@@ -131,7 +132,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         if self.memory is not None:
             self.memory.create_tables(self.engine)
         else:
-            tables.metadata.create_all(self.engine, tables=[*checkpoints.TABLES, lease])
+            create(self.engine, [*checkpoints.TABLES, lease])
 
     async def asetup(self) -> None:
         await asyncio.to_thread(self.setup)
@@ -600,6 +601,12 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
 
 def sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: Memory | None) -> Engine:
     """The engine of *where*, or one for threads on its URL."""
+    engine = _sync_engine(where, memory)
+    missing.explain(engine)
+    return engine
+
+
+def _sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: Memory | None) -> Engine:
     if isinstance(where, (MemoryStore, Engine)):
         return where if isinstance(where, Engine) else where.engine
     if isinstance(where, (str, URL)):
@@ -610,9 +617,7 @@ def sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: M
         url = where.url.set(drivername=where.url.get_backend_name())
     else:
         raise MemstateError(f"{where!r}: give a MemoryStore, an Engine or a URL")
-    engine = _engine(url if isinstance(url, str) else url.render_as_string(hide_password=False))
-    sqlite.configure(engine)
-    return engine
+    return _engine(url if isinstance(url, str) else url.render_as_string(hide_password=False))
 
 
 def _room(engine: Engine) -> int:

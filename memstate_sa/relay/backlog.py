@@ -84,7 +84,8 @@ class Backlog:
 
     ``parked`` keys were refused and wait for another attempt; ``dead`` ones wait for their next change. ``due`` are
     those to be tried again now, for whatever reason. ``refilling``: the index is new, and is being delivered in full.
-    ``replaced_by``: the index that searches ask instead, see `Memory.reindex`.
+    ``replaced_by``: the index that searches ask instead, see `Memory.reindex`. ``problem``: why the last delivery of a
+    relay in this process failed, or else why one of the refused keys was refused.
     """
 
     pending: int
@@ -95,6 +96,7 @@ class Backlog:
     refilling: bool
     paused: bool = False
     replaced_by: str | None = None
+    problem: str | None = None
 
 
 @cache
@@ -108,7 +110,7 @@ def _pending(dialect_name: str) -> Any:
 
 
 _by_state = (
-    select(parked.c.state, func.count())
+    select(parked.c.state, func.count(), func.max(parked.c.error))
     .where(of_index(parked), parked.c.entity.in_(select(each("entities").c.value)))
     .group_by(parked.c.state)
 )
@@ -125,7 +127,8 @@ def backlog(connection: Connection, index: IndexKey, entities: Sequence[str]) ->
         pending += count
         oldest = min(filter(None, (oldest, since)), default=None)
     rows = connection.execute(_by_state, {**index.parameters(), "entities": names}).all()
-    states = {state: count for state, count in rows}  # noqa: C416  # rows, not pairs
+    states = {state: count for state, count, _ in rows}
+    refusals = {state: error for state, _, error in rows}
     return Backlog(
         pending=pending,
         oldest_s=None if oldest is None else max(0.0, (utcnow() - oldest).total_seconds()),
@@ -134,6 +137,7 @@ def backlog(connection: Connection, index: IndexKey, entities: Sequence[str]) ->
         dead=states.get(DEAD, 0),
         refilling=not claims.is_filled(connection, index, entities),
         paused=bool(connection.execute(_paused, index.parameters()).scalar()),
+        problem=refusals.get(DEAD) or refusals.get(PARKED),
     )
 
 

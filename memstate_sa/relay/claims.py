@@ -6,14 +6,14 @@ Safety hangs on a slot's epoch alone, which grows whenever the slot changes hand
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
+from uuid import UUID, uuid4
+from weakref import WeakValueDictionary
 
 from sqlalchemy import (
     ColumnElement,
@@ -68,30 +68,72 @@ def of_index(table: Table) -> ColumnElement[bool]:
 
 def owner_id() -> str:
     """Names this holder so that another process of this machine can tell whether it is still alive."""
-    return f"{_machine()} {os.getpid()} {uuid4().hex}"
+    return f"{_process(os.getpid())}-{uuid4().hex[:8]}"
+
+
+@cache
+def _process(pid: int) -> str:
+    """A name for this process, which no other has. A forked child has another *pid*."""
+    return f"{_machine()} {pid} {_started(pid)} {uuid4().hex}"
 
 
 def _machine() -> str:
+    """This boot of this machine, and the pid namespace in it; "?" where the system does not tell.
+
+    Not the host's name: clones share it, and so do containers. The namespace alone is a constant outside of containers.
+    """
     try:
-        namespace = Path("/proc/self/ns/pid").stat().st_ino
-    except OSError:
-        namespace = 0
-    return f"{socket.gethostname()}/{namespace}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        return f"{UUID(boot)}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    except (OSError, ValueError):
+        return _UNKNOWN
+
+
+def _started(pid: int) -> str:
+    """When the process began, in clock ticks of this boot: a pid is given again. "?" where that is not told."""
+    try:
+        # The name in parentheses may itself hold spaces and parentheses.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()
+        return "ended" if state in "ZX" else fields[18]
+    except (OSError, ValueError, IndexError):
+        return _UNKNOWN
+
+
+_UNKNOWN = "?"
 
 
 def is_gone(owner: str) -> bool:
-    """Whether *owner* certainly runs no more: a process of this machine that has ended. Its lease is not waited for."""
+    """Whether *owner* certainly runs no more: a process of this boot of this machine that has ended.
+
+    Its lease is not waited for. False wherever it may live elsewhere.
+    """
     machine, _, rest = owner.partition(" ")
-    pid = rest.partition(" ")[0]
-    if machine != _machine() or not pid.isdigit():
+    pid, *details = rest.split(" ")
+    if len(details) != 2 or _UNKNOWN in (machine, details[0]) or machine != _machine() or not pid.isdigit():
         return False
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
     except OSError:
-        return False
-    return False
+        pass  # it is there, and another user's
+    return _started(int(pid)) not in (_UNKNOWN, details[0])
+
+
+_holding: WeakValueDictionary[str, object] = WeakValueDictionary()
+"""Who claims in this process, by owner."""
+
+
+def new_owner(who: object) -> str:
+    """An `owner_id` that is *who*'s, as long as that object lives."""
+    owner = owner_id()
+    _holding[owner] = who
+    return owner
+
+
+def is_dropped(owner: str) -> bool:
+    """Whether *owner* was of this process, and the application has no such relay any more."""
+    return owner.startswith(_process(os.getpid())) and owner not in _holding
 
 
 def clock(dialect_name: str) -> ColumnElement[datetime]:
@@ -266,7 +308,11 @@ def _live(
     connection.execute(statement, {**index.values(), "owner": owner, "lease_until": until})
     known = connection.execute(_holders, index.parameters()).all()
     others = [(name, lease_until) for name, lease_until in known if name != owner]
-    gone = [name for name, lease_until in others if lease_until <= now or (look_for_gone and is_gone(name))]
+    gone = [
+        name
+        for name, lease_until in others
+        if lease_until <= now or is_dropped(name) or (look_for_gone and is_gone(name))
+    ]
     if gone:
         connection.execute(delete(holder).where(of_index(holder), holder.c.owner.in_(gone)), index.parameters())
     return {name for name, _ in known}.difference(gone)

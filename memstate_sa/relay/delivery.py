@@ -5,7 +5,6 @@ No database transaction is open during an embedding or index call.
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy.engine import Connection, Engine
 
-from memstate_sa import truth
+from memstate_sa import forks, truth
 from memstate_sa.arrays import as_array
 from memstate_sa.changes import FactKey, by_entity
 from memstate_sa.errors import MemstateError
@@ -90,8 +89,7 @@ class Delivery:
         self._classes = classes
         self._know(classes())
         self._lease_s = lease_s
-        self._owner = claims.owner_id()
-        self._pid = os.getpid()
+        self._owner = claims.new_owner(self)
         self._key: IndexKey | None = None
         self._reader: Connection | None = None
         self._unkept: dict[str, Vector] = {}  # what was embedded and is not in the database yet
@@ -107,6 +105,15 @@ class Delivery:
             clock=time.monotonic,
             jitter=random.random,
         )
+        forks.in_child(self, Delivery._forked)
+
+    def _forked(self) -> None:
+        """Be another owner: slots, lease and open connection are the parent's."""
+        forks.leave_to_parent(self._reader)
+        self._owner, self._key, self._reader = claims.new_owner(self), None, None
+        self._unkept = {}
+        self.holder.stopping = False
+        self.holder.forget()
 
     def open(self) -> IndexKey:
         """Raises IndexMismatch when the index was built by another embedder."""
@@ -120,9 +127,6 @@ class Delivery:
         Raises DeliveryRetryable when the index or the embedder is unavailable: nothing is lost, call again later.
         """
         key = self.open()
-        if self._pid != os.getpid():  # a child of the process that made it has to be another owner
-            self._pid, self._owner = os.getpid(), claims.owner_id()
-            self.holder.forget()
         if key != self._key:
             self.holder.forget()
             self._key = key

@@ -16,6 +16,7 @@ from typing import Self
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from memstate_sa import forks
 from memstate_sa.errors import DeliveryError, DeliveryRetryable, MemstateError
 from memstate_sa.facts import Tracked
 from memstate_sa.outbox import read_present
@@ -28,11 +29,14 @@ from memstate_sa.relay.delivery import Delivery
 from memstate_sa.relay.plan import Breaker, RetryPolicy, describe
 from memstate_sa.relay.protocol import Counters
 from memstate_sa.relay.retention import Retention
-from memstate_sa.relay.wakeup import Changes, Listener
+from memstate_sa.relay.wakeup import Changes, Listener, Notifier
 from memstate_sa.sqlite import is_in_memory, require_no_transaction
 from memstate_sa.vectors import Destination
 
 logger = printable_logger("memstate_sa.relay")
+
+STOP_TIMEOUT_S = 5.0
+"""So long a relay that stops waits for a call under way. Docker, for example, kills a process after ten seconds."""
 
 _FORGET_EVERY_S = 60.0
 _LONGEST_PAUSE_S = 0.1
@@ -56,7 +60,7 @@ class Relay:
         policy: RetryPolicy | None = None,
         retention: Retention | None = None,
         sweep: Callable[[], int] | None = None,
-        sender: str = "",
+        notifier: Notifier | None = None,
     ) -> None:
         """See the options below; all times are in seconds.
 
@@ -66,7 +70,7 @@ class Relay:
         SQLite, where a look is a PRAGMA; 50 ms to 5 s on PostgreSQL); a commit in this process is seen at once.
         *policy*: when to try again, and how often. *retention*: how long log and ledger are kept (default: for ever).
         *sweep* deletes what has expired, now and then, and says how much that was.
-        *sender* names the `Notifier` of which nothing is news, because it calls `wake`.
+        *notifier* tells other processes of this one's commits; what it sends is no news here.
         """
         if engine.dialect.name == "postgresql":
             # Each statement has to see what is committed; and locks have to last until the end of a transaction.
@@ -84,14 +88,25 @@ class Relay:
             )
             for name, destination in destinations.items()
         ]
-        self._sender = sender
+        self._notifier = notifier
         self._sweep = sweep
-        self._listener: Listener | None = None
-        self._lock = threading.RLock()
         self._retention = retention or Retention()
-        self._forget_lock = threading.Lock()
         self._forget_at = time.monotonic()
         self._folded = 0
+        self._listener: Listener | None = None
+        self._make_locks()
+        forks.in_child(self, Relay._forked)
+
+    def _make_locks(self) -> None:
+        self._lock = threading.RLock()
+        self._forget_lock = threading.Lock()
+
+    def _forked(self) -> None:
+        """Begin without threads: those are the parent's."""
+        self._make_locks()
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.left_to_parent()
 
     # -- in the caller's thread --------------------------------------------------------------------------------------
 
@@ -100,7 +115,13 @@ class Relay:
 
         Raises DeliveryRetryable when an index or the embedder is unavailable: nothing is lost, call again later.
         """
-        count, failure = self._step()
+        succeeded = False
+        try:
+            count, failure = self._step()
+            succeeded = failure is None
+        finally:
+            if not succeeded:
+                self._let_go()  # this relay may never be called again
         if failure is not None:
             raise failure
         return count
@@ -115,9 +136,13 @@ class Relay:
         try:
             return self._drain(time.monotonic() + timeout, timeout, progress)
         finally:
-            with self._lock:  # start() comes before this look, or after what follows from it
-                if not self._running:
-                    self.stop()  # whoever comes next need not wait for the lease to run out
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Unless threads go on: whoever comes next need not wait for the lease to run out."""
+        with self._lock:  # start() comes before this look, or after what follows from it
+            if not self._running:
+                self.stop()
 
     def _drain(self, deadline: float, timeout: float, progress: Callable[[int], None] | None) -> int:
         require_no_transaction(self._engine)
@@ -283,22 +308,35 @@ class Relay:
             if not self._running:
                 for courier in self._couriers:
                     courier.open()
-                self._listener = Listener(self._engine, self.wake, deaf_to=self._sender)
+                self._listener = Listener(self._engine, self.wake, self._notifier)
                 for courier in self._couriers:
                     courier.start(self._forget)
         return self
 
-    def stop(self) -> None:
-        """Finish the batch in work, and let other relays take over at once."""
+    def stop(self, timeout: float = STOP_TIMEOUT_S) -> None:
+        """Finish the batch in work, and let other relays take over at once.
+
+        Waits *timeout* seconds at most. A call of an index or embedder that takes longer is left to a daemon thread,
+        which finishes its batch and lets go of the lease. Nothing is lost if the process ends before.
+        """
+        deadline = time.monotonic() + timeout
         for courier in self._couriers:
             courier.ask_to_stop()
         with self._lock:
             if self._listener is not None:
-                self._listener.close()
+                self._listener.close(timeout)
                 self._listener = None
             with ExitStack() as stack:  # all of them, whatever one raises
                 for courier in self._couriers:
-                    stack.callback(courier.stop)
+                    stack.callback(courier.stop, deadline)
+
+    def after_stop(self, index: str, call: Callable[[], None]) -> None:
+        """Make *call* when nothing of this relay uses *index* any more: now, or in the thread that `stop` has left."""
+        for courier in self._couriers:
+            if courier.delivery.name == index:
+                courier.after_stop(call)
+                return
+        call()
 
     def wake(self) -> None:
         """Look now: something was committed."""
@@ -328,9 +366,15 @@ class _Courier:
         self.woken = threading.Event()
         self._engine = engine
         self._poll_s = poll_s
+        self._begin()
+        forks.in_child(self, _Courier._begin)
+
+    def _begin(self) -> None:
+        """Without a thread. In a forked child, too: another thread of the parent may have had the lock."""
+        self.woken = threading.Event()
         self._lock = threading.RLock()
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._work: _Work | None = None
+        self._left: _Work | None = None
 
     def open(self) -> None:
         try:
@@ -375,27 +419,43 @@ class _Courier:
 
     @property
     def is_running(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return self._work is not None and not self._work.is_over
 
     def start(self, forget: Callable[[], None]) -> None:
-        self._stopping.clear()
         self.delivery.holder.stopping = False
-        self._thread = threading.Thread(
-            target=self._run, args=(forget,), name=f"memstate-relay-{self.delivery.name}", daemon=True
-        )
-        self._thread.start()
+        self._work = _Work(f"memstate-relay-{self.delivery.name}", partial(self._run, forget))
 
     def ask_to_stop(self) -> None:
-        self._stopping.set()
+        if self._work is not None:
+            self._work.stopping.set()
         self.delivery.holder.stopping = True
         self.woken.set()
 
-    def stop(self) -> None:
+    def stop(self, deadline: float) -> None:
         self.ask_to_stop()  # again: start() may have come between
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join()
+        work, self._work = self._work or self._left, None
+        if work is not None:
+            work.join(deadline)
+            if work.afterwards(self._release):
+                self._left = work
+                logger.warning(
+                    "%s: the index or the embedder does not answer; its thread ends when it does", self.delivery.name
+                )
+                return
+        if self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):  # else a run_once() is under way
+            try:
+                self._release()
+            finally:
+                self._lock.release()
+
+    def after_stop(self, call: Callable[[], None]) -> None:
+        if self._left is None or not self._left.afterwards(call):
+            call()
+
+    def _release(self) -> None:
         with self._lock:
+            if self._work is not None:  # it was started again, and goes on with the same lease
+                return
             self.delivery.holder.stopping = False
             try:
                 self.delivery.release()
@@ -403,39 +463,39 @@ class _Courier:
                 logger.warning("%s: not released (%s)", self.delivery.name, type(error).__name__)
                 self.delivery.holder.forget()
 
-    def _run(self, forget: Callable[[], None]) -> None:
+    def _run(self, forget: Callable[[], None], stopping: threading.Event) -> None:
         changes = Changes(self._engine)
         idle = self._poll_s[0]
         try:
-            while not self._stopping.is_set():
+            while not stopping.is_set():
                 try:
-                    idle = self._once(forget, changes, idle)
+                    idle = self._once(forget, changes, idle, stopping)
                 except Exception as error:  # noqa: BLE001  # whatever it is, the next look may succeed; nothing is lost
                     if error is not self.failure:
                         self._failed(error)
         finally:
             changes.close()
 
-    def _once(self, forget: Callable[[], None], changes: Changes, idle: float) -> float:
+    def _once(self, forget: Callable[[], None], changes: Changes, idle: float, stopping: threading.Event) -> float:
         """A step, and the pause after it; how long to wait after the next one that finds nothing."""
         self.woken.clear()
         began = time.thread_time()
         wait = self.breaker.wait_s(time.monotonic())
         if wait > 0:
-            self._stopping.wait(min(wait, 1.0))
+            stopping.wait(min(wait, 1.0))
             self._keep()
             return idle
         count = self.step()
         forget()
         if count is None:
-            return self._wait_for_work(changes, idle)
+            return self._wait_for_work(changes, idle, stopping)
         if self.delivery.holder.more:
             return self._poll_s[0]
         if self.woken.is_set():
             # The application commits faster than this delivers, in the same process: leave it four times the time that
             # was taken, and find more to do at once. An idle relay answers immediately.
-            self._stopping.wait(min(4 * (time.thread_time() - began), _LONGEST_PAUSE_S))
-        return self._wait_for_work(changes, self._poll_s[0])
+            stopping.wait(min(4 * (time.thread_time() - began), _LONGEST_PAUSE_S))
+        return self._wait_for_work(changes, self._poll_s[0], stopping)
 
     def _keep(self) -> None:
         """A lease that cannot be renewed is no failure of the index: it must not keep it closed for longer."""
@@ -445,11 +505,11 @@ class _Courier:
         except (MemstateError, SQLAlchemyError) as error:
             logger.debug("%s: the lease was not renewed: %s", self.delivery.name, type(error).__name__)
 
-    def _wait_for_work(self, changes: Changes, wait: float) -> float:
+    def _wait_for_work(self, changes: Changes, wait: float, stopping: threading.Event) -> float:
         """Until something was committed here or elsewhere, or it is time for another look; the next wait."""
         shortest, longest = self._poll_s
         look_at = min(time.monotonic() + max(longest, 1.0), self.delivery.holder.due_at)
-        while not self._stopping.is_set():
+        while not stopping.is_set():
             left = look_at - time.monotonic()
             if self.woken.wait(max(0.0, min(wait, left))):
                 return shortest
@@ -457,3 +517,38 @@ class _Courier:
             if changes.seen() or left <= 0:
                 return wait
         return wait
+
+
+class _Work:
+    """What one thread does until it is asked to stop, and what is to be done after it."""
+
+    def __init__(self, name: str, work: Callable[[threading.Event], None]) -> None:
+        self.stopping = threading.Event()
+        self._ending = threading.Lock()
+        self._afterwards: list[Callable[[], None]] | None = []
+        self._thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[threading.Event], None]) -> None:
+        try:
+            work(self.stopping)
+        finally:
+            with self._ending:
+                calls, self._afterwards = self._afterwards or [], None
+            for call in calls:
+                call()
+
+    @property
+    def is_over(self) -> bool:
+        return self._afterwards is None or not self._thread.is_alive()
+
+    def join(self, deadline: float) -> None:
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def afterwards(self, call: Callable[[], None]) -> bool:
+        """Have this thread make *call* at its end. Returns False when it has ended."""
+        with self._ending:
+            if self._afterwards is None:
+                return False
+            self._afterwards.append(call)
+            return True

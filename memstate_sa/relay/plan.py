@@ -10,6 +10,7 @@ from memstate_sa._failures import delivery_error
 from memstate_sa.changes import FactKey
 from memstate_sa.errors import DeliveryRejected, MemstateError
 from memstate_sa.facts import Projection
+from memstate_sa.printable import printable
 
 T = TypeVar("T")
 
@@ -140,8 +141,8 @@ class Breaker:
 
 
 def describe(error: BaseException) -> str:
-    """What an operator needs of *error*: types and our own words, never a vendor's text, which may quote the fact."""
-    ours = str(error)[:200] if isinstance(error, MemstateError) else ""
+    """What an operator needs of *error*: types and our own message, never a vendor's text, which may quote the fact."""
+    ours = printable(str(error)[:500]) if isinstance(error, MemstateError) else ""
     cause = error.__cause__
     kinds = type(error).__name__ + (f" from {type(cause).__name__}" if cause is not None else "")
     return f"{kinds}: {ours}" if ours else kinds

@@ -19,6 +19,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from memstate_sa import forks
 from memstate_sa.pools import own_pool
 from memstate_sa.printable import printable_logger
 
@@ -46,11 +47,20 @@ class Notifier:
     """Tells relays of other processes that something was committed. Its thread ends when there is nothing to tell."""
 
     def __init__(self) -> None:
+        self._closed = False
+        self._begin()
+        forks.in_child(self, Notifier._begin)
+
+    def _begin(self) -> None:
+        """In a forked child, too: its thread is to be begun, and the parent's relay must hear of its commits."""
         self.name = uuid4().hex
         self._lock = threading.Lock()
         self._told = threading.Event()
         self._pending: set[Engine] = set()
         self._thread: threading.Thread | None = None
+
+    def open(self) -> None:
+        """Go on after `close`."""
         self._closed = False
 
     def committed(self, engine: Engine) -> None:
@@ -59,17 +69,18 @@ class Notifier:
             return
         with self._lock:
             self._pending.add(engine)
-            if self._thread is None or not self._thread.is_alive():  # also in a process that was forked
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="memstate-notifier", daemon=True)
                 self._thread.start()
         self._told.set()
 
-    def close(self) -> None:
+    def close(self, timeout: float) -> None:
+        """Wait *timeout* seconds at most: a database that does not answer keeps the thread."""
         self._closed = True
         self._told.set()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            thread.join(timeout)
 
     def _run(self) -> None:
         connections: dict[Engine, Connection] = {}
@@ -106,15 +117,15 @@ def _close(connection: Connection | None) -> None:
 
 
 class Listener:
-    """Calls *wake* for every NOTIFY but those of *deaf_to*; PostgreSQL through psycopg, elsewhere it does nothing.
+    """Calls *wake* for every NOTIFY but that of *deaf_to*; PostgreSQL through psycopg, elsewhere it does nothing.
 
     Through a pooler in transaction mode LISTEN hears nothing.
     """
 
-    def __init__(self, engine: Engine, wake: Callable[[], None], *, deaf_to: str = "") -> None:
+    def __init__(self, engine: Engine, wake: Callable[[], None], deaf_to: Notifier | None = None) -> None:
         self._engine = engine
         self._wake = wake
-        self._deaf_to = deaf_to
+        self._deaf_to = "" if deaf_to is None else deaf_to.name
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         if (engine.dialect.name, engine.dialect.driver) == ("postgresql", "psycopg"):
@@ -122,13 +133,22 @@ class Listener:
             self._thread = threading.Thread(target=self._run, name="memstate-listener", daemon=True)
             self._thread.start()
 
-    def close(self) -> None:
+    def left_to_parent(self) -> None:
+        """In a forked child: close its copies of the sockets, and wake nobody."""
+        if self._thread is not None:
+            self._thread = None
+            self._bell.close()
+            self._ear.close()
+
+    def close(self, timeout: float) -> None:
+        """Wait *timeout* seconds at most: a database that does not answer keeps the thread."""
         if self._thread is not None:
             self._stopping.set()
             self._bell.send(b"!")
-            self._thread.join()
-            self._bell.close()
-            self._ear.close()
+            self._thread.join(timeout)
+            if not self._thread.is_alive():
+                self._bell.close()
+                self._ear.close()
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -174,10 +194,26 @@ class Changes:
         self._engine = engine
         self._connection: Any = None
         self._version: int | None = None
+        self._looking = threading.Lock()
+        forks.in_child(self, Changes._forked)
+
+    def _forked(self) -> None:
+        """Close the copy of the parent's connection: SQLite believes that this process has its locks.
+
+        A connection in use is left: the library may be in it.
+        """
+        if self._looking.acquire(blocking=False):
+            self.close()
+        else:
+            forks.leave_to_parent(self._connection)
 
     def seen(self) -> bool:
         if self._engine.dialect.name != "sqlite":
             return True
+        with self._looking:
+            return self._is_changed()
+
+    def _is_changed(self) -> bool:
         try:
             if self._connection is None:
                 self._connection = self._engine.connect()

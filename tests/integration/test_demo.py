@@ -123,7 +123,7 @@ class Played(NamedTuple):
 
 def demo(*arguments: str) -> Played:
     command = [sys.executable, "-c", "from memstate_sa.cli import main; main()", "demo", *arguments]
-    environment = {**os.environ, "COLUMNS": "140"}
+    environment = {**os.environ, "COLUMNS": "140", "PYTHONWARNINGS": "error"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     return Played(Path(), done.returncode, done.stdout + done.stderr)
 

@@ -1,0 +1,47 @@
+"""Tables of ours, made by one process at a time: workers that start together all find, or make, them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from sqlalchemy import Engine, Table, func, inspect, select
+from sqlalchemy.engine import Connection
+
+from memstate_sa import sqlite
+from memstate_sa.tables import metadata
+
+_one_at_a_time = select(func.pg_advisory_xact_lock(func.hashtextextended("memstate_sa", 0)))
+
+
+@contextmanager
+def creating(engine: Engine) -> Iterator[Connection]:
+    """A transaction in which no other process creates anything of ours."""
+    with engine.connect() as connection:
+        if engine.dialect.name == "postgresql":
+            # Whatever the engine's own: what the process before has made is to be seen, and undone as a whole.
+            connection.execution_options(isolation_level="READ COMMITTED")
+            connection.execute(_one_at_a_time)
+        elif not sqlite.in_transaction(connection):
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield connection
+        connection.commit()
+
+
+def create(
+    engine: Engine, tables: Sequence[Table] | None = None, install: Callable[[Connection], None] | None = None
+) -> None:
+    """Create those of *tables* (default: all of memstate_sa) that are not there, then *install* what belongs to them.
+
+    SQLite is locked only if a table is missing. A worker that starts would else wait for whoever writes.
+    """
+    wanted = metadata.sorted_tables if tables is None else tables
+    there = set(inspect(engine).get_table_names())
+    lacks = any(table.name not in there for table in wanted)
+    if not lacks and install is None:
+        return
+    alone = lacks or engine.dialect.name == "postgresql"
+    with creating(engine) if alone else engine.begin() as connection:
+        metadata.create_all(connection, tables=wanted)
+        if install is not None:
+            install(connection)

@@ -1,0 +1,84 @@
+"""Whether the files of a Chroma collection's vectors are whole. A crash of the machine, or a copy, may cut them.
+
+Chroma itself does not tell: it searches what is left, fails at some queries, or crashes the process. Layout of 1.x, as
+written by its hnswlib: a newer one is taken for whole.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import struct
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+_HEADER = struct.Struct("<iQQQQQQiIQQQdQ")
+_VERSION = 1
+_FILES = ("header.bin", "data_level0.bin", "length.bin", "link_lists.bin", "index_metadata.pickle")
+_SEGMENTS = "SELECT id FROM segments WHERE scope = 'VECTOR' AND collection = ?"
+_PAUSES_S = (0.05, 0.2, 1.0)
+"""Chroma writes these files in place: what is found in the middle of that is looked at again."""
+
+
+def find_damage(folder: Path, collection_id: str) -> str | None:
+    """What is wrong with the files of the collection in *folder*; None where nothing is, or nothing was written yet."""
+    with closing(sqlite3.connect(f"{(folder / 'chroma.sqlite3').as_uri()}?mode=ro", uri=True)) as connection:
+        segments = [folder / id_ for (id_,) in connection.execute(_SEGMENTS, (collection_id,))]
+    for pause in _PAUSES_S:
+        if _damage_of(segments) is None:
+            return None
+        time.sleep(pause)
+    return _damage_of(segments)
+
+
+def _damage_of(segments: list[Path]) -> str | None:
+    return next((found for each in segments if each.is_dir() and (found := _damage(each)) is not None), None)
+
+
+def _damage(segment: Path) -> str | None:
+    there = [name for name in _FILES if (segment / name).is_file()]
+    if not there:
+        return None
+    if len(there) < len(_FILES):
+        return f"{', '.join(sorted(set(_FILES).difference(there)))} is missing"
+    header = (segment / "header.bin").read_bytes()
+    if len(header) < _HEADER.size:
+        return f"header.bin has {len(header)} bytes instead of {_HEADER.size}"
+    if len(header) > _HEADER.size or int.from_bytes(header[:4], "little") != _VERSION:
+        return None
+    _, _, _, count, size, label_at, _, _, _, _, _, links, _, effort = _HEADER.unpack(header)
+    if not (links and effort and size >= label_at + 8 > 8):
+        return "header.bin holds zeros"
+    for name, needed in (("data_level0.bin", count * size), ("length.bin", count * 4)):
+        found = (segment / name).stat().st_size
+        if found < needed:
+            return f"{name} has {found} bytes instead of {needed}"
+    if count and not _has_labels(segment / "data_level0.bin", count, size, label_at):
+        return "data_level0.bin holds zeros"
+    if not _has_links(segment / "link_lists.bin", count):
+        return "link_lists.bin is cut"
+    return None if _ends(segment / "index_metadata.pickle") else "index_metadata.pickle is cut"
+
+
+def _has_labels(file: Path, count: int, size: int, label_at: int) -> bool:
+    """Whether each point has a label of its own. They begin with 1."""
+    rows = np.memmap(file, np.uint8, "r", shape=(count, size))
+    labels = np.ascontiguousarray(rows[:, label_at : label_at + 8]).view("<u8")
+    return bool(labels.all()) and len(np.unique(labels)) == count
+
+
+def _has_links(file: Path, count: int) -> bool:
+    """Each point has the length of its list, and the list."""
+    data, at = file.read_bytes(), 0
+    for _ in range(count):
+        if at + 4 > len(data):
+            return False
+        at += 4 + int.from_bytes(data[at : at + 4], "little")
+    return at <= len(data)
+
+
+def _ends(pickle: Path) -> bool:
+    """Whether the last byte is that of a pickle. It is not read: it could do anything."""
+    return pickle.read_bytes()[-1:] == b"."

@@ -1,0 +1,50 @@
+"""Warnings that point at the application's line, however many frames of ours and SQLAlchemy's are in between."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import sqlalchemy
+
+_INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, sqlalchemy.__file__))
+"""The folders whose frames are passed by."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn about the line outside of memstate_sa and SQLAlchemy that led here."""
+    frame = next((frame for frame in _frames() if not frame.f_code.co_filename.startswith(_INSIDE)), None)
+    if frame is None:
+        warnings.warn(message, category, stacklevel=2)
+        return
+    names = frame.f_globals
+    warnings.warn_explicit(
+        message,
+        category,
+        filename=frame.f_code.co_filename,
+        lineno=frame.f_lineno,
+        module=names.get("__name__", "<unknown>"),
+        registry=names.setdefault("__warningregistry__", {}),
+    )
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  # inspect.stack() reads every file
+    parents = _greenlet_parents()
+    while frame is not None:
+        yield frame
+        # An AsyncSession works in a greenlet, whose first frame has none before it: the caller is in its parent.
+        frame = frame.f_back or next(parents, None)
+
+
+def _greenlet_parents() -> Iterator[FrameType]:
+    greenlets = sys.modules.get("greenlet")
+    current = None if greenlets is None else greenlets.getcurrent().parent
+    while current is not None:
+        if current.gr_frame is not None:
+            yield current.gr_frame
+        current = current.parent
