@@ -1,4 +1,4 @@
-"""The log is append-only by the database: triggers refuse whoever changes or removes an entry, by whatever means.
+"""The log is append-only by the database: triggers refuse whoever changes, removes or backdates an entry.
 
 They keep out mistakes, and programs that have never heard of us. Who may drop a trigger, or knows how `rewriting` is
 told, can still rewrite the log: against those there are the rights that the database grants.
@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import DDL, delete, event, func, insert, select, true
+from sqlalchemy import DDL, delete, event, insert
 from sqlalchemy.engine import Connection
 
-from memstate_sa import triggers
+from memstate_sa import functions, triggers
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.tables import current, log
 from memstate_sa.triggers import Trigger
@@ -24,34 +24,63 @@ _REFUSED = (
 )
 _REWRITE = "rewrite"
 
-_FUNCTION = f"""
+_IS_REFUSED = f"current_setting('memstate.{_REWRITE}', true) IS DISTINCT FROM 'on ' || {functions.MOMENT}"
+_RAISE = f"RAISE EXCEPTION USING ERRCODE = 'restrict_violation', MESSAGE = '{_REFUSED}'"
+
+_CHANGE = f"""
 BEGIN
-  IF current_setting('memstate.{_REWRITE}', true) IS DISTINCT FROM 'on' THEN
-    RAISE EXCEPTION USING ERRCODE = 'restrict_violation', MESSAGE = '{_REFUSED}';
+  IF {_IS_REFUSED} THEN
+    {_RAISE};
   END IF;
   RETURN NULL;
 END
 """
-_DROP_FUNCTION = "DROP FUNCTION IF EXISTS memstate_append_only()"
+
+# The sequence has just numbered an entry if its last value is the entry's id, or the last value of this session is:
+# others may have been quicker since. A log that has numbered no entry yet is being restored, and takes any id. An id of
+# the future moves the sequence, so that later entries still come after it.
+_INSERT = f"""
+DECLARE
+  ids regclass;
+  newest bigint;
+BEGIN
+  {functions.CHECK}
+  IF TG_TABLE_NAME <> '{log.name}' OR TG_OP <> 'INSERT' OR TG_WHEN <> 'BEFORE' OR TG_LEVEL <> 'ROW' THEN
+    {_RAISE};
+  END IF;
+  ids := format('%I.{log.name}_id_seq', TG_TABLE_SCHEMA);
+  newest := pg_sequence_last_value(ids);
+  IF newest IS NULL OR NEW.id = newest THEN
+    RETURN NEW;
+  END IF;
+  BEGIN
+    IF NEW.id = currval(ids) THEN
+      RETURN NEW;
+    END IF;
+  EXCEPTION WHEN object_not_in_prerequisite_state THEN
+    NULL;  -- This session has numbered no entry.
+  END;
+  IF NEW.id > newest THEN
+    PERFORM setval(ids, greatest(NEW.id, nextval(ids)));
+  ELSIF {_IS_REFUSED} THEN
+    {_RAISE};
+  END IF;
+  RETURN NEW;
+END
+"""
 
 
-def _on_postgresql() -> Trigger:
-    """Once a statement, as TRUNCATE has no rows."""
-    name = "memstate_append_only"
-    function = (
-        f"CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $memstate${_FUNCTION}$memstate$"
-    )
+def _on_postgresql(name: str, moment: str, level: str, source: str, *, definer: bool) -> Trigger:
     trigger = (
-        f"CREATE OR REPLACE TRIGGER {name} BEFORE UPDATE OR DELETE OR TRUNCATE ON memstate_log FOR EACH STATEMENT "
-        f"EXECUTE FUNCTION {name}()"
+        f"CREATE OR REPLACE TRIGGER {name} BEFORE {moment} ON {log.name} FOR EACH {level} EXECUTE FUNCTION {name}()"
     )
-    return Trigger(name, _FUNCTION, (function, trigger))
+    return Trigger(name, source, (*functions.creating(name, source, definer=definer), trigger))
 
 
-def _on_sqlite(change: str, when: str = "1") -> Trigger:
-    name = f"memstate_append_only_{change.lower()}"
+def _on_sqlite(name: str, moment: str, when: str = "1") -> Trigger:
+    name = f"memstate_append_only_{name}"
     source = (
-        f"CREATE TRIGGER {name} BEFORE {change} ON memstate_log FOR EACH ROW WHEN {when} "
+        f"CREATE TRIGGER {name} {moment} ON {log.name} FOR EACH ROW WHEN {when} "
         f"AND NOT EXISTS (SELECT 1 FROM memstate_current WHERE name = '{_REWRITE}') "
         f"BEGIN SELECT RAISE(ABORT, '{_REFUSED}'); END"
     )
@@ -59,14 +88,24 @@ def _on_sqlite(change: str, when: str = "1") -> Trigger:
 
 
 _TRIGGERS: Mapping[str, Sequence[Trigger]] = {
-    "postgresql": [_on_postgresql()],
+    "postgresql": [
+        # Once a statement, as TRUNCATE has no rows.
+        _on_postgresql("memstate_append_only", "UPDATE OR DELETE OR TRUNCATE", "STATEMENT", _CHANGE, definer=False),
+        # As the owner: who may add entries, need not be allowed to read the sequence.
+        _on_postgresql("memstate_append_only_insert", "INSERT", "ROW", _INSERT, definer=True),
+    ],
     "sqlite": [
-        _on_sqlite("UPDATE"),
-        _on_sqlite("DELETE"),
+        _on_sqlite("update", "BEFORE UPDATE"),
+        _on_sqlite("delete", "BEFORE DELETE"),
         # REPLACE deletes rows without a word, unless recursive_triggers is on.
-        _on_sqlite("INSERT", "EXISTS (SELECT 1 FROM memstate_log WHERE id = NEW.id)"),
+        _on_sqlite("insert", "BEFORE INSERT", f"EXISTS (SELECT 1 FROM {log.name} WHERE id = NEW.id)"),
+        # Only then the id is known.
+        _on_sqlite("past", "AFTER INSERT", f"EXISTS (SELECT 1 FROM {log.name} WHERE id > NEW.id)"),
     ],
 }
+
+
+_DROP_FUNCTIONS = [f"DROP FUNCTION IF EXISTS {trigger.name}()" for trigger in _TRIGGERS["postgresql"]]
 
 
 def creating(dialect_name: str) -> list[str]:
@@ -77,19 +116,21 @@ def creating(dialect_name: str) -> list[str]:
 def dropping(dialect_name: str) -> list[str]:
     """Statements that drop them, as far as they are there."""
     if dialect_name == "postgresql":
-        return ["DROP TRIGGER IF EXISTS memstate_append_only ON memstate_log", _DROP_FUNCTION]
+        drop = [f"DROP TRIGGER IF EXISTS {trigger.name} ON {log.name}" for trigger in _TRIGGERS[dialect_name]]
+        return drop + _DROP_FUNCTIONS
     return [f"DROP TRIGGER IF EXISTS {trigger.name}" for trigger in _TRIGGERS.get(dialect_name, ())]
 
 
 def _listen(when: str, statement: str, dialect: str) -> None:
-    ddl: Any = DDL(statement)  # type: ignore[no-untyped-call]  # SQLAlchemy has not typed it
+    ddl: Any = DDL(statement.replace("%", "%%"))  # type: ignore[no-untyped-call]  # SQLAlchemy has not typed it
     event.listen(log, when, ddl.execute_if(dialect=dialect))
 
 
 for _dialect in _TRIGGERS:
     for _statement in creating(_dialect):
         _listen("after_create", _statement, _dialect)
-_listen("after_drop", _DROP_FUNCTION, "postgresql")
+for _statement in _DROP_FUNCTIONS:
+    _listen("after_drop", _statement, "postgresql")
 
 
 def install(connection: Connection) -> None:
@@ -106,8 +147,6 @@ def missing(connection: Connection) -> list[str]:
     return [t.name for t in _TRIGGERS.get(connection.dialect.name, ()) if there.get(t.name) != t.source]
 
 
-_set = select(func.set_config(f"memstate.{_REWRITE}", "on", true()))  # until the transaction ends
-_unset = select(func.set_config(f"memstate.{_REWRITE}", "", true()))
 _put = insert(current).values(name=_REWRITE)
 _remove = delete(current).where(current.c.name == _REWRITE)
 
@@ -121,6 +160,6 @@ def rewriting(connection: Connection) -> Iterator[None]:
     take_write_lock(connection)  # a driver that begins by itself does not do so at a SAVEPOINT
     on_postgresql = connection.dialect.name == "postgresql"
     with connection.begin_nested():
-        connection.execute(_set if on_postgresql else _put)
+        functions.tell(connection, _REWRITE, "on") if on_postgresql else connection.execute(_put)
         yield
-        connection.execute(_unset if on_postgresql else _remove)
+        functions.tell(connection, _REWRITE, None) if on_postgresql else connection.execute(_remove)

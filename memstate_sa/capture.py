@@ -629,7 +629,8 @@ class Capture:
         if state.is_update and isinstance(state.parameters, (list, tuple)):
             there = columns.read(connection, keys)
             keys = [key for key in keys if columns.encode_key(key) in there]
-        self._recorder.log_touched(connection, unit, {tracked: dict.fromkeys(keys, True)}, baselines)
+        touched = {tracked: dict.fromkeys(keys, True)}
+        self._recorder.log_touched(connection, unit, touched, baselines, updated=state.is_update)
         return result
 
     # -- what cannot be captured ---------------------------------------------------------------------------------------

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from textwrap import fill, indent
 from typing import Any, NamedTuple
 
-from sqlalchemy import Inspector, bindparam, inspect, select
+from sqlalchemy import Inspector, Table, bindparam, inspect, select
 from sqlalchemy.engine import Connection, Engine
 
-from memstate_sa import appendonly, sqlite, triggers, truth
+from memstate_sa import appendonly, hazards, sqlite, triggers, truth
 from memstate_sa.capture import Capture
 from memstate_sa.changes import Entry, Image, new_tx
 from memstate_sa.codec import decode_key
 from memstate_sa.columns import TableColumns
+from memstate_sa.errors import MemstateError
 from memstate_sa.facts import Tracked
 from memstate_sa.history import LastEntry, last_entries
 from memstate_sa.outbox import take_write_lock
@@ -90,8 +91,9 @@ class Doctor:
         inspector = inspect(self._engine)
         if not rows or not inspector.has_table(log.name):
             return found
+        hidden = self._hidden()
         for tracked in self._registry.by_entity.values():
-            if _absent(inspector, tracked):
+            if _absent(inspector, tracked) or any(table.fullname in hidden for table in tracked.tables):
                 continue
             for differing, gone in self._differences(tracked, found, progress):
                 (found.gone if gone else found.changed).extend(self._shown(tracked, differing))
@@ -203,15 +205,26 @@ class Doctor:
             )
         if current.name in there and self._left_told():
             yield Problem(current.name, "holds what a transaction has left there, so others are taken for it: empty it")
+        yield from self._hazards()
         for tracked in self._registry.by_entity.values():
             if absent := _absent(inspector, tracked):
                 named = "" if absent == [tracked.entity] else f" {', '.join(absent)}"
                 yield Problem(tracked.entity, f"is tracked, but has no table{named}")
             elif tracked.by_trigger and log.name in there and (wrong := self._wrong_triggers(tracked)):
-                yield Problem(
-                    tracked.table.fullname,
-                    f"has {wrong}: memory.create_tables(engine), or a migration, installs them",
-                )
+                yield Problem(tracked.table.fullname, wrong)
+
+    def _tracked_tables(self) -> dict[str, Table]:
+        return {table.fullname: table for tracked in self._registry.by_entity.values() for table in tracked.tables}
+
+    def _hidden(self) -> Collection[str]:
+        """The tracked tables of which this connection may not see every row: they cannot be compared."""
+        with self._engine.connect() as connection:
+            return hazards.hidden(connection, self._tracked_tables().values())
+
+    def _hazards(self) -> Sequence[Problem]:
+        with self._engine.connect() as connection:
+            tables = self._tracked_tables().values()
+            return [Problem(*found) for found in hazards.hazards(connection, tables, metadata.sorted_tables)]
 
     def _lost_protection(self) -> list[str]:
         with self._engine.connect() as connection:
@@ -222,13 +235,17 @@ class Doctor:
             return connection.execute(select(current.c.name).limit(1)).first() is not None
 
     def _wrong_triggers(self, tracked: Tracked) -> str:
+        way_out = "memory.create_tables(engine), or a migration, installs them"
         with self._engine.connect() as connection:
-            expected = {trigger.name: trigger.source for trigger in triggers.triggers(connection, tracked)}
+            try:
+                expected = {trigger.name: trigger.source for trigger in triggers.triggers(connection, tracked)}
+            except MemstateError as error:  # it has become what triggers cannot capture: a partition, for example
+                return f"cannot be captured by triggers: {error}"
             there = triggers.installed(connection, tracked.table)
         if not expected.keys() & there.keys():
-            return "none of its triggers"
+            return f"has none of its triggers: {way_out}"
         wrong = [f"trigger {name}" for name, source in expected.items() if there.get(name) != source]
-        return f"no {', '.join(wrong)} as it should be" if wrong else ""
+        return f"has no {', '.join(wrong)} as it should be: {way_out}" if wrong else ""
 
 
 _logged_keys = (

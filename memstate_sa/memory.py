@@ -20,7 +20,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import visitors
 
-from memstate_sa import appendonly, creation, forks, history, missing, reindex, transfer, triggers, truth
+from memstate_sa import appendonly, creation, forks, functions, history, missing, reindex, transfer, triggers, truth
 from memstate_sa.backfill import Backfill
 from memstate_sa.capture import Capture
 from memstate_sa.changes import Change, Image
@@ -262,6 +262,7 @@ class Memory:
         for tracked in self._registry.by_entity.values():
             if tracked.by_trigger:
                 triggers.install(connection, tracked)
+        functions.close(connection)
 
     def annotate(
         self,

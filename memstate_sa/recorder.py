@@ -10,7 +10,7 @@ from sqlalchemy import delete, func, insert, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from memstate_sa import outbox, tables
+from memstate_sa import hazards, outbox, tables
 from memstate_sa.arrays import as_array
 from memstate_sa.changes import Entry, Image, fold
 from memstate_sa.codec import decode_key
@@ -195,8 +195,13 @@ class Recorder:
         touched: Mapping[Tracked, Mapping[tuple[Any, ...], bool]],
         baselines: Sequence[Entry],
         flush: Flush | None = None,
+        *,
+        updated: bool = False,
     ) -> None:
-        """Read the rows that were *touched* (by driver-level key: was it there before?) and log what became of them."""
+        """Read the rows that were *touched* (by driver-level key: was it there before?) and log what became of them.
+
+        *updated*: by an UPDATE, after which they are still there.
+        """
         entries = list(baselines)
         for tracked, existed in touched.items():
             columns = tracked.on(connection.dialect)
@@ -208,11 +213,14 @@ class Recorder:
             keys |= dict.fromkeys(others, False)
             lost = 0 if flush is None else sum(canonical[raw] not in images for raw in flush.written.get(tracked, ()))
             if lost > len(others):
+                _require_visible(connection, tracked)
                 raise UntrackedWrite(
                     f"{lost} row(s) of {tracked.entity} were written, but are not found under the keys they were "
                     "given: give primary keys in the form in which the database stores them"
                 )
             gone = [key for key, before in keys.items() if before and key not in images]
+            if updated and gone:
+                _require_visible(connection, tracked)
             for key in self.deleted_before(connection, tracked, gone):
                 del keys[key]  # the DELETE found nothing: somebody else's came first
             changes = [Entry(tracked.entity, key, op, image) for key, op, image in fold(keys, images)]
@@ -257,6 +265,15 @@ class Recorder:
                 tracked.validate(values)
             except ValidationError as error:
                 raise failure(tracked.model.__name__, error) or ValidationFailed() from error
+
+
+def _require_visible(connection: Connection, tracked: Tracked) -> None:
+    """Raise where a policy may be the reason why a row is not found."""
+    if hidden := hazards.hidden(connection, tracked.tables):
+        raise UntrackedWrite(
+            f"Cannot log rows of {tracked.entity}: row-level security hides them after they are written. "
+            f"Give {', '.join(hidden.values())} a policy FOR SELECT that shows them, or use capture='trigger'."
+        )
 
 
 def require_no_translation(options: Mapping[str, Any]) -> None:

@@ -12,12 +12,13 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from sqlalchemy import Column, ColumnElement, Table, bindparam, delete, func, insert, inspect, select, text, true
+from sqlalchemy import Column, ColumnElement, Table, bindparam, delete, insert, inspect, select, text
 from sqlalchemy import types as sqltypes
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.sql.util import ClauseAdapter
 
+from memstate_sa import functions
 from memstate_sa.arrays import as_array, each
 from memstate_sa.codec import to_json
 from memstate_sa.columns import TableColumns, stored_columns
@@ -30,7 +31,6 @@ from memstate_sa.tables import current, log
 
 _READS = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN", "SAVEPOINT", "RELEASE", "ROLLBACK", "SHOW", "SET")
 _DEFINES = ("CREATE", "ALTER", "DROP")
-_set = select(func.set_config(bindparam("name"), bindparam("value"), true()))  # until the transaction ends
 _put = insert(current).prefix_with("OR REPLACE")
 _clear = delete(current)
 _names = select(each("names").c.value)
@@ -62,14 +62,14 @@ def tell_of_undo(connection: Connection, tx: str, facts: Collection[tuple[str, s
 def tell_nothing(connection: Connection) -> None:
     """What they are told in a table has to be gone before a COMMIT."""
     if connection.dialect.name == "postgresql":
-        _tell(connection, dict.fromkeys(("tx", "step", "skip"), ""))
+        _tell(connection, dict.fromkeys(("tx", "step", "skip")))
     connection.execute(_clear)
 
 
 def _tell(connection: Connection, settings: Mapping[str, str | None]) -> None:
     if connection.dialect.name == "postgresql":
         for name, value in settings.items():
-            connection.execute(_set, {"name": f"memstate.{name}", "value": value})
+            functions.tell(connection, name, value)
     else:
         connection.execute(_put, [{"name": name, "value": value} for name, value in settings.items()])
 
@@ -259,8 +259,12 @@ class _Writer:
 
     def name(self, *moment: str) -> str:
         """Of the trigger of this *moment*."""
-        digest = hashlib.sha256(f"{self.captured.table.fullname} {self.captured.entity}".encode()).hexdigest()
-        return f"memstate_{'_'.join(moment)}_{digest[:16]}"
+        return f"memstate_{'_'.join(moment)}_{self.digest}"
+
+    @property
+    def digest(self) -> str:
+        named = f"{self.captured.table.fullname} {self.captured.entity}"
+        return hashlib.sha256(named.encode()).hexdigest()[:16]
 
     def quote(self, name: str) -> str:
         """*name* as an identifier."""
@@ -337,29 +341,50 @@ def triggers(connection: Connection, captured: Captured) -> list[Trigger]:
     places = [connection.execute(_place, {"name": name}).one_or_none() for name in (writer.table, log.name)]
     if None in places:
         raise MemstateError("the tables of memstate_sa are not there yet: create them before the triggers")
-    (schema, kind), (ours, _) = places  # type: ignore[misc]
-    if kind == "p":
-        raise MemstateError(f"{table.fullname} is partitioned: its triggers would not see writes to partitions")
-    return list(_on_postgresql(writer, schema, ours))
+    (its, its_name, parts), (ours, _, _) = places  # type: ignore[misc]
+    if parts:
+        raise MemstateError(
+            f"{table.fullname} {parts}: its triggers would not see writes to partitions or children. Track it with "
+            "capture='session'."
+        )
+    return list(_on_postgresql(writer, _Places(its, its_name, ours)))
 
 
-_PLACE = "FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = to_regclass({})"
-_place = text(f"SELECT quote_ident(n.nspname), c.relkind {_PLACE.format(':name')}")
-_ITS_SCHEMA, _OUR_SCHEMA = "@its schema@", "@our schema@"
-_OFFLINE = """DO $memstate_do$
+class _Places(NamedTuple):
+    """The schema of a table, as an identifier and as a literal; and that of memstate_sa, as an identifier."""
+
+    its: str
+    its_name: str
+    ours: str
+
+
+# With every name qualified: who runs a migration may have schemas of others in the search_path.
+_PARTS = (
+    "CASE WHEN c.relkind = 'p' THEN 'is partitioned' WHEN c.relispartition THEN 'is a partition' WHEN EXISTS (SELECT "
+    "FROM pg_catalog.pg_inherits AS i WHERE c.oid IN (i.inhrelid, i.inhparent)) THEN 'inherits, or is inherited' END"
+)
+_PLACE = (
+    "FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace "
+    "WHERE c.oid = CAST(pg_catalog.to_regclass({}) AS oid)"
+)
+_SCHEMA = "pg_catalog.quote_ident(CAST(n.nspname AS text))"
+_SCHEMA_NAME = "pg_catalog.quote_literal(CAST(n.nspname AS text))"
+_place = text(f"SELECT {_SCHEMA}, {_SCHEMA_NAME}, {_PARTS} {_PLACE.format(':name')}")
+_OFFLINE = """
 DECLARE
   its text;
+  its_name text;
   ours text;
-  kind "char";
+  parts text;
 BEGIN
-  SELECT quote_ident(n.nspname), c.relkind INTO its, kind {its_place};
-  SELECT quote_ident(n.nspname) INTO ours {our_place};
-  IF its IS NULL OR ours IS NULL OR kind = 'p' THEN
+  SELECT {schema}, {schema_name}, {parts} INTO its, its_name, parts {its_place};
+  SELECT {schema} INTO ours {our_place};
+  IF its IS NULL OR ours IS NULL OR parts IS NOT NULL THEN
     RAISE EXCEPTION USING MESSAGE = 'is it there, and not partitioned, and are the tables of memstate_sa? ' || {table};
   END IF;
 {statements}
 END
-$memstate_do$"""
+"""
 
 
 def creating(captured: Captured, dialect: Dialect) -> list[str]:
@@ -367,16 +392,23 @@ def creating(captured: Captured, dialect: Dialect) -> list[str]:
     writer = _Writer(captured, dialect)
     if dialect.name == "sqlite":
         return [statement for trigger in _on_sqlite(writer) for statement in trigger.statements]
-    made = _on_postgresql(writer, _ITS_SCHEMA, _OUR_SCHEMA)
+    # No name of the application is one of these: it would have to hold its own digest.
+    unknown = _Places(*(f"@{place} {writer.digest}@" for place in _Places._fields))
     statements = "\n".join(
-        f"  EXECUTE replace(replace($memstate_sql${statement}$memstate_sql$, '{_ITS_SCHEMA}', its), "
-        f"'{_OUR_SCHEMA}', ours);"
-        for trigger in made
+        f"  EXECUTE {_filled_in(functions.dollar_quoted(statement), unknown)};"
+        for trigger in _on_postgresql(writer, unknown)
         for statement in trigger.statements
     )
     table = _quoted(writer.table)
     places = {"its_place": _PLACE.format(table), "our_place": _PLACE.format(_quoted(log.name)), "table": table}
-    return [_OFFLINE.format(statements=statements, **places)]
+    shown = {"schema": _SCHEMA, "schema_name": _SCHEMA_NAME, "parts": _PARTS}
+    return [f"DO {functions.dollar_quoted(_OFFLINE.format(statements=statements, **places, **shown))}"]
+
+
+def _filled_in(statement: str, unknown: _Places) -> str:
+    for variable, placeholder in unknown._asdict().items():
+        statement = f"pg_catalog.replace({statement}, '{placeholder}', {variable})"
+    return statement
 
 
 def dropping(captured: Captured, dialect: Dialect) -> list[str]:
@@ -394,17 +426,19 @@ _ON_POSTGRESQL = ("insert", "update", "delete", "truncate")
 _ON_SQLITE = (("before", "insert"), ("after", "insert"), ("after", "update"), ("after", "delete"))
 _FUNCTION = """
 {header}DECLARE
+  moment text := {moment};
+  told text := current_setting('memstate.tx', true);
   its_tx text := coalesce(
-    nullif(current_setting('memstate.tx', true), ''),
+    CASE WHEN split_part(told, ' ', 2) = moment THEN split_part(told, ' ', 1) END,
     -- Of another program: one for each of its transactions, in the form of ours.
     lpad(to_hex((extract(epoch FROM transaction_timestamp()) * 1000)::bigint), 12, '0')
       || lpad(to_hex(pg_current_xact_id()::text::bigint), 20, '0')
   );
   its_time timestamptz := clock_timestamp();
-  counts boolean := current_setting('memstate.step', true) IS DISTINCT FROM 'off';
-  undoes boolean := current_setting('memstate.skip', true) IS NOT DISTINCT FROM 'on';
+  counts boolean := current_setting('memstate.step', true) IS DISTINCT FROM 'off ' || moment;
+  undoes boolean := current_setting('memstate.skip', true) IS NOT DISTINCT FROM 'on ' || moment;
 BEGIN
-{body}
+{check}{body}
   RETURN NULL;
 END
 """
@@ -445,22 +479,37 @@ _ALONE = """
     RAISE EXCEPTION 'TRUNCATE would remove rows that this transaction does not see, past their log'
       USING HINT = 'Truncate in READ COMMITTED.';
   END IF;
+  IF row_security_active(TG_RELID) THEN
+    RAISE EXCEPTION 'TRUNCATE would remove rows that row-level security hides from this function, past their log'
+      USING HINT = 'Delete the rows, or give the function an owner with BYPASSRLS.';
+  END IF;
+"""
+# A policy that holds for the function's owner (FORCE ROW LEVEL SECURITY) may hide a row that is there. Then the
+# statement's own rows are taken for what has become of it. They are so unless another statement within it came later.
+_HIDDEN = """
+  IF row_security_active(TG_RELID) THEN
+{hidden}
+  ELSE
+{seen}
+  END IF;
 """
 _NO_ROWS = "SELECT NULL::text AS key, NULL::text AS image, 0::bigint AS n WHERE false"
 
 
-def _on_postgresql(writer: _Writer, its: str, ours: str) -> Iterator[Trigger]:
-    """Once a statement, of all its rows. On TRUNCATE before it, as there are no rows after.
-
-    *its* and *ours* are schemas: of the table, and of memstate_sa's.
-    """
-    table = f"{its}.{writer.quote(writer.captured.table.name)}"
+def _on_postgresql(writer: _Writer, places: _Places) -> Iterator[Trigger]:
+    """Once a statement, of all its rows. On TRUNCATE before it, as there are no rows after."""
+    ours, table_name = places.ours, str(writer.captured.table.name)
+    table = f"{places.its}.{writer.quote(table_name)}"
     shown, now = writer.row("r", old=True), writer.row("t")
     names = [writer.quote(column.name) for column in writer.keys]
     numbered = "SELECT {0} AS key, {1} AS image, {2} AS ours, row_number() OVER () AS n FROM {3} AS r"
     first_old = (
         f"SELECT DISTINCT ON (key) key, image, n FROM ({numbered.format(*shown, 'old_rows')}) AS x WHERE ours "
         "ORDER BY key, n"
+    )
+    last_new = (
+        f"SELECT DISTINCT ON (key) key, image FROM ({numbered.format(*shown, 'new_rows')}) AS x WHERE ours "
+        "ORDER BY key, n DESC"
     )
     first_new = (
         f"SELECT key, min(n) AS n FROM ({numbered.format(shown.key, 'NULL', shown.criterion, 'new_rows')}) AS x "
@@ -484,12 +533,21 @@ def _on_postgresql(writer: _Writer, its: str, ours: str) -> Iterator[Trigger]:
 
     keys_old, keys_new = f"SELECT key FROM ({first_old}) AS y", f"SELECT key FROM ({first_new}) AS y"
     every = f"SELECT {now.key} AS key, {now.image} AS image, 0::bigint AS n FROM {table} AS t WHERE {now.criterion}"
+    updated = {"touched": f"{keys_old} UNION {keys_new}", "old": first_old, "new": first_new}
+
+    def seen_or_hidden(seen: str, hidden: str) -> str:
+        return _HIDDEN.format(seen=seen, hidden=hidden)
+
     bodies = {
-        "insert": body(keys_new, new=first_new, now=current_rows("new_rows")),
-        "update": body(
-            f"{keys_old} UNION {keys_new}", old=first_old, new=first_new, now=current_rows("old_rows", "new_rows")
+        "insert": seen_or_hidden(
+            body(keys_new, new=first_new, now=current_rows("new_rows")), body(keys_new, new=first_new, now=last_new)
         ),
-        "delete": body(keys_old, old=first_old, now=current_rows("old_rows")),
+        "update": seen_or_hidden(
+            body(**updated, now=current_rows("old_rows", "new_rows")), body(**updated, now=last_new)
+        ),
+        "delete": seen_or_hidden(
+            body(keys_old, old=first_old, now=current_rows("old_rows")), body(keys_old, old=first_old)
+        ),
         "truncate": _ALONE + body(f"SELECT key FROM ({every}) AS y", old=every),
     }
     tables = {
@@ -500,18 +558,16 @@ def _on_postgresql(writer: _Writer, its: str, ours: str) -> Iterator[Trigger]:
     }
     for event in _ON_POSTGRESQL:
         name = writer.name(event)
-        source = _FUNCTION.format(header=writer.header, body=bodies[event])
-        # As its owner: who may write the table, need not be allowed to write the log. So it looks for nothing in a
-        # schema where somebody else may have put something.
-        create_function = (
-            f"CREATE OR REPLACE FUNCTION {ours}.{name}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER "
-            f"SET search_path = pg_catalog, pg_temp AS $memstate${source}$memstate$"
-        )
+        when = "BEFORE" if event == "truncate" else "AFTER"
+        check = functions.check(places.its_name, _quoted(table_name), event.upper(), when)
+        source = _FUNCTION.format(header=writer.header, moment=functions.MOMENT, check=check, body=bodies[event])
+        # As its owner: who may write the table, need not be allowed to write the log.
+        create_function = functions.creating(f"{ours}.{name}", source)
         create_trigger = (
-            f"CREATE TRIGGER {name} {'BEFORE' if event == 'truncate' else 'AFTER'} {event.upper()} ON {table} "
+            f"CREATE TRIGGER {name} {when} {event.upper()} ON {table} "
             f"{tables[event]}FOR EACH STATEMENT EXECUTE FUNCTION {ours}.{name}()"
         )
-        yield Trigger(name, source, (create_function, f"DROP TRIGGER IF EXISTS {name} ON {table}", create_trigger))
+        yield Trigger(name, source, (*create_function, f"DROP TRIGGER IF EXISTS {name} ON {table}", create_trigger))
 
 
 # Who writes without a Session has no transaction that a trigger could know: what comes in one millisecond is one.
@@ -627,7 +683,8 @@ def everywhere(connection: Connection, table: str | None = None) -> dict[tuple[s
 
 _triggers = {
     "postgresql": text(
-        "SELECT nullif(n.nspname, current_schema()), c.relname, t.tgname, p.prosrc "
+        "SELECT nullif(n.nspname, current_schema()), c.relname, t.tgname, "
+        f"CASE WHEN {functions.IS_CLOSED} THEN p.prosrc ELSE '-- others may run it' || p.prosrc END "
         "FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid JOIN pg_class AS c ON c.oid = t.tgrelid "
         "JOIN pg_namespace AS n ON n.oid = c.relnamespace "
         "WHERE t.tgname LIKE 'memstate\\_%' AND t.tgenabled IN ('O', 'A') "

@@ -143,6 +143,95 @@ def test_inserting_is_not_rewriting(world: World) -> None:
     assert len(contents(world.engine)) == 4
 
 
+ENTRY = "(id, tx, entity, key, op, version, step, at)"
+PAST: dict[str, str] = {
+    "below all": f"INSERT INTO memstate_log {ENTRY} SELECT -5, tx, entity, key, 'delete', 1, step, at {{last}}",
+    "zero": f"INSERT INTO memstate_log {ENTRY} SELECT 0, tx, entity, key, 'delete', 1, step, at {{last}}",
+    "a gap": f"INSERT INTO memstate_log {ENTRY} SELECT id - 1, tx, entity, key, 'delete', 1, step, at {{last}}",
+    "one of several": f"INSERT INTO memstate_log {ENTRY} SELECT id + n, tx, entity, key, op, 1, step, at "
+    "FROM memstate_log, (SELECT 1 AS n UNION SELECT -1) AS two WHERE id = (SELECT max(id) FROM memstate_log)",
+    "if it is free": f"INSERT INTO memstate_log {ENTRY} SELECT id - 1, tx, entity, key, 'delete', 1, step, at {{last}} "
+    "ON CONFLICT DO NOTHING",
+}
+
+
+@pytest.mark.parametrize("name", PAST)
+@pytest.mark.parametrize("by", [by_session, by_engine, by_another_program])
+def test_an_entry_of_the_past_is_refused(world: World, by: Callable[[World, Any], None], name: str) -> None:
+    """An id below those that were given out, taken or not: an INSERT does not change what was.
+
+    Of the same kind: COPY, OVERRIDING SYSTEM VALUE, the ids of transactions that were rolled back.
+    """
+    with world.engine.begin() as connection, rewriting(connection):  # a rollback leaves such a gap on PostgreSQL
+        connection.execute(delete(log).where(log.c.key == '["b"]'))
+    say(world, c="three")
+    before = contents(world.engine)
+    with pytest.raises(IntegrityError, match=MESSAGE):
+        statement = PAST[name].format(last="FROM memstate_log WHERE id = (SELECT max(id) FROM memstate_log) AND true")
+        by(world, text(statement))
+    assert contents(world.engine) == before
+    say(world, d="four")
+    assert contents(world.engine)[:-1] == before
+
+
+def test_copy_is_refused_as_well(postgres_engine: Engine) -> None:
+    """It gives ids whatever the column says."""
+    world = World(postgres_engine)
+    say(world, a="one", b="two")
+    before = contents(postgres_engine)
+    with postgres_engine.connect() as connection, pytest.raises(Exception, match=MESSAGE):
+        driver: Any = connection.connection.driver_connection
+        with driver.cursor().copy(f"COPY memstate_log {ENTRY} FROM STDIN") as copy:
+            copy.write_row((0, "x", "tag", '["a"]', "delete", 1, True, "2026-01-01 00:00:00+00"))
+    assert contents(postgres_engine) == before
+    world.memory.close()
+
+
+ANOTHER = insert(log).values(tx="x", entity="e", op="insert", version=1, step=False, at=func.now())
+
+
+def test_a_slow_transaction_still_logs(postgres_engine: Engine) -> None:
+    """Its ids are below those that others have committed since, and its session's last one is not the last."""
+    world = World(postgres_engine)
+    say(world, a="one")
+    with postgres_engine.connect() as slow, postgres_engine.connect() as quick:
+        slow.execute(ANOTHER.values(key="[1]"))
+        for number in range(2):
+            quick.execute(ANOTHER, [{"key": f"[2{number}]"}, {"key": f"[3{number}]"}])
+            slow.execute(ANOTHER, [{"key": f"[4{number}]"}, {"key": f"[5{number}]"}])
+        quick.commit()
+        slow.execute(ANOTHER.values(key="[6]"))
+        slow.commit()
+        with slow.begin_nested() as savepoint:
+            slow.execute(ANOTHER.values(key="[7]"))
+            savepoint.rollback()
+        slow.execute(ANOTHER.values(key="[8]"))
+        slow.commit()
+    keys = [row.key for row in contents(postgres_engine)]
+    assert keys == ['["a"]', "[1]", "[20]", "[30]", "[40]", "[50]", "[21]", "[31]", "[41]", "[51]", "[6]", "[8]"]
+    world.memory.close()
+
+
+def test_a_log_that_has_numbered_nothing_takes_any_id(postgres_engine: Engine) -> None:
+    """As a dump of data alone is restored: in any order, and the sequence last."""
+    metadata.create_all(postgres_engine)
+    with postgres_engine.begin() as connection:
+        for id_ in (5, 3, 7):
+            connection.execute(ANOTHER.values(id=id_, key=f"[{id_}]"))
+        connection.execute(text("SELECT setval('memstate_log_id_seq', 7)"))
+        connection.execute(ANOTHER.values(key="[8]"))
+    assert [(row.id, row.key) for row in contents(postgres_engine)] == [(3, "[3]"), (5, "[5]"), (7, "[7]"), (8, "[8]")]
+
+
+def test_what_comes_after_an_id_of_the_future_is_after_it(world: World) -> None:
+    """On both databases: the log stays in its order."""
+    with world.engine.begin() as connection:
+        connection.execute(ANOTHER.values(id=1000, key="[1]"))
+        connection.execute(ANOTHER.values(key="[2]"))
+    say(world, c="three")
+    assert [row.key for row in contents(world.engine)] == ['["a"]', '["b"]', "[1]", "[2]", '["c"]']
+
+
 # -- what is let through -----------------------------------------------------------------------------------------------
 
 
