@@ -285,8 +285,8 @@ class TableColumns:
         *skip_locked*: so are, with *for_update*, those that another transaction holds.
         """
         statement = self._rows_by_key
-        if for_update:  # in key order, so that two sessions cannot wait for each other
-            statement = statement.order_by(*self.table.primary_key.columns)
+        if for_update:
+            statement = statement.order_by(*self._key_order)
             statement = statement.with_for_update(key_share=True, skip_locked=skip_locked)
         images: dict[str, dict[str, Any]] = {}
         for some in batches(keys):
@@ -305,11 +305,21 @@ class TableColumns:
         """
         if connection.dialect.name == "sqlite":  # there is one writer
             return
-        columns = self.table.primary_key.columns
-        statement: Select[Any] = select(literal_column("1")).where(self.key_in).order_by(*columns)
+        statement: Select[Any] = select(literal_column("1")).where(self.key_in).order_by(*self._key_order)
         statement = statement.with_for_update(key_share=not leaving)
         for some in batches(keys):
             connection.execute(statement, self.key_parameters(some))
+
+    @cached_property
+    def _key_order(self) -> list[ColumnElement[Any]]:
+        """The order in which rows are locked: that of the unit of work, which sorts keys in Python.
+
+        Two sessions that lock the same rows in two orders wait for each other. Collations have another order than Python.
+        """
+        columns = list(self.table.primary_key.columns)
+        if self.dialect.name != "postgresql":
+            return list(columns)
+        return [cast(c, Text).collate("C") if isinstance(self._impl[c.name], String) else c for c in columns]
 
     def key_of(self, row: Sequence[Any]) -> str:
         """The canonical key of a row selected with `raw` for every column."""

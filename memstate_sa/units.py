@@ -65,3 +65,5 @@ class Flush:
     written: dict[Tracked, list[tuple[Any, ...]]] = field(default_factory=dict)
     certain: dict[Tracked, set[tuple[Any, ...]]] = field(default_factory=dict)
     checked: bool = False
+    # Of facts that are rows in several tables: their keys, by whether they are to go, until their first rows are locked.
+    parts: dict[tuple[Tracked, bool], list[tuple[Any, ...]]] = field(default_factory=dict)
