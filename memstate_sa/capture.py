@@ -393,7 +393,7 @@ class Capture:
         """Lock the first row of each fact of *mapper* that this flush changes, or deletes, in several tables.
 
         Others may change another part of such a fact, and neither image would show both changes. The unit of work calls
-        this just before its statements for the class, and updates the first table first: so no lock is out of its order.
+        this just before its statements for the class, whose first table it updates first. So no lock is out of order.
         """
         tracked = self._registry.find(mapper)
         keys = None if tracked is None else flush.parts.pop((tracked, going), None)

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from memstate_sa import outbox, tables
 from memstate_sa.arrays import as_array
-from memstate_sa.changes import Entry, Image, fold
+from memstate_sa.changes import Entry, fold
 from memstate_sa.codec import decode_key
 from memstate_sa.columns import READ_CHUNK, TableColumns, batches
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
