@@ -78,7 +78,9 @@ class Eraser:
             row = _row(connection, tracked, fact)  # whoever held the key may have added it
         mine = (log.c.entity == tracked.entity, log.c.key == fact)
         if not row and connection.execute(select(log.c.id).where(*mine).limit(1)).first() is None:
-            raise NotFound(f"neither {tracked.table.fullname} nor its history has a row with the key {fact}")
+            identity = tracked.on(connection.dialect).identity(fact)
+            key = identity[0] if len(identity) == 1 else identity
+            raise NotFound(f"neither {tracked.table.fullname} nor its history has a row with the key {key!r}")
         if row:
             _require_unreferred(connection, self._registry, tracked, fact)
             with self._capture.undoing(connection, tx, [(tracked.entity, fact)]):

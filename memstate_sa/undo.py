@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeAlias
 
-from sqlalchemy import BigInteger, Column, ColumnElement, Select, bindparam, cast, func, inspect, select
+from sqlalchemy import BigInteger, Column, ColumnElement, Select, and_, bindparam, cast, func, inspect, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session
@@ -120,21 +120,25 @@ class Plan:
 _keys = each("keys")
 
 
-_reverting = select(log.c.reverts, log.c.tx, log.c.entity, log.c.key).where(
-    log.c.reverts.in_(select(_keys.c.value)), log.c.reverts.is_not(None)
+_reverting = select(log.c.id, log.c.reverts, log.c.tx, log.c.entity, log.c.key)
+_first = _reverting.where(log.c.reverts.in_(select(_keys.c.value)), log.c.reverts.is_not(None)).cte(recursive=True)
+_chain = select(
+    _first.union(
+        _reverting.join(
+            _first, and_(log.c.reverts == _first.c.tx, log.c.entity == _first.c.entity, log.c.key == _first.c.key)
+        )
+    )
 )
+"""The undos of ``keys``, the undos of those undos, and so on: a chain may have been toggled a thousand times."""
 
 
 def undone(connection: Connection, txs: Collection[str]) -> Undone:
     """What of *txs* a rollback has undone, and no rollback of that rollback has redone."""
-    levels: list[Sequence[Any]] = []
-    asked: Collection[str] = txs
-    while asked:  # undone, redone, undone again: each level says what the one before it has reverted
-        levels.append(connection.execute(_reverting, {"keys": as_array(asked)}).all())
-        asked = {row.tx for row in levels[-1]}
+    rows = connection.execute(_chain, {"keys": as_array(txs)}).all()
     found: Undone = set()
-    for rows in reversed(levels):
-        found = {(row.reverts, fact) for row in rows if (row.tx, (fact := (row.entity, row.key))) not in found}
+    for row in sorted(rows, reverse=True):  # by id: what undoes an undo comes after it
+        if (row.tx, (row.entity, row.key)) not in found:
+            found.add((row.reverts, (row.entity, row.key)))
     return found
 
 
@@ -487,7 +491,9 @@ class Undo:
         """
         vacant: set[FactKey] = set()
         facts = connection.execute(_facts, {"keys": as_array(targets)}).all()
-        for entity, keys in sorted(by_entity(map(tuple, facts)).items()):  # in one order: no two undos wait for each other
+        for entity, keys in sorted(
+            by_entity(map(tuple, facts)).items()
+        ):  # in one order: no two undos wait for each other
             tracked = self._registry.by_entity.get(entity)
             if tracked is None:  # `_steps` raises
                 continue

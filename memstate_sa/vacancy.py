@@ -135,7 +135,7 @@ def _wait_for_writers(connection: Connection, tracked: Tracked) -> None:
     deadline = time.monotonic() + PATIENCE_S
     left: set[str] | None = None
     while True:
-        waits_for_us: dict[str, bool] = {writer: waits for writer, waits in connection.execute(_writers, {"table": table})}
+        waits_for_us: dict[str, bool] = dict(map(tuple, connection.execute(_writers, {"table": table})))
         left = set(waits_for_us) if left is None else left & waits_for_us.keys()
         if not left:
             return
