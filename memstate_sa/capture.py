@@ -383,6 +383,8 @@ class Capture:
         if flush is not None:
             if not flush.checked:
                 self._before_first_change(connection, flush)
+            if flush.parts:
+                self._lock_first_rows(mapper, connection, flush, going=False)
             # Asked now: what an expression sets is expired by the UPDATE, and the change forgotten.
             flush.touched.append((state, "update", _has_changes(state)))
 
@@ -393,6 +395,8 @@ class Capture:
             if flush is not None:
                 if not flush.checked:
                     self._before_first_change(connection, flush)
+                if flush.parts:
+                    self._lock_first_rows(mapper, connection, flush, going=True)
                 flush.touched.append((state, "update", None))
 
     def _before_delete(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
@@ -400,6 +404,8 @@ class Capture:
         if flush is not None:
             if not flush.checked:
                 self._before_first_change(connection, flush)
+            if flush.parts:
+                self._lock_first_rows(mapper, connection, flush, going=True)
             flush.touched.append((state, "delete", True))
 
     def _before_first_change(self, connection: Connection, flush: Flush) -> None:
@@ -408,23 +414,39 @@ class Capture:
         Not in before_flush, which knows neither orphans nor children whose foreign key a deleted parent nulls.
         """
         flush.checked = True
-        identities: dict[Mapper[Any], list[Any]] = {}
-        for state, (_is_delete, listed_only) in flush.context.states.items():
+        identities: dict[tuple[Mapper[Any], bool], list[Any]] = {}
+        for state, (is_delete, listed_only) in flush.context.states.items():
             if state.key is not None and not listed_only:
-                identities.setdefault(state.mapper, []).append(state.key[1])
+                identities.setdefault((state.mapper, is_delete), []).append(state.key[1])
         found = {
             mapper: tracked
-            for mapper in identities
+            for mapper, _ in identities
             if (tracked := self._registry.find(mapper)) is not None and not tracked.by_trigger
         }
         _require_one_database(flush.context.session, found)
         changing: dict[Tracked, list[tuple[Any, ...]]] = {}
-        for mapper, tracked in found.items():
-            raw_keys = map(tracked.on(connection.dialect).raw_key, identities[mapper])
+        for (mapper, is_delete), of_mapper in identities.items():
+            if mapper not in found:
+                continue
+            tracked = found[mapper]
+            raw_keys = list(map(tracked.on(connection.dialect).raw_key, of_mapper))
             changing.setdefault(tracked, []).extend(raw_keys)
+            if len(tracked.tables) > 1:
+                flush.parts.setdefault((tracked, is_delete), []).extend(raw_keys)
         for tracked, keys in changing.items():
             canonical = flush.canonical.setdefault(tracked, {})
             flush.baselines += self._recorder.baselines(connection, flush.unit, tracked, keys, canonical)
+
+    def _lock_first_rows(self, mapper: Mapper[Any], connection: Connection, flush: Flush, *, going: bool) -> None:
+        """Lock the first row of each fact of *mapper* that this flush changes, or deletes, in several tables.
+
+        Others may change another part of such a fact, and neither image would show both changes. The unit of work calls
+        this just before its statements for the class, whose first table it updates first. So no lock is out of order.
+        """
+        tracked = self._registry.find(mapper)
+        keys = None if tracked is None else flush.parts.pop((tracked, going), None)
+        if tracked is not None and keys:
+            tracked.on(connection.dialect).of_table[tracked.table].lock(connection, keys, leaving=going)
 
     def _after_flush(self, session: Session, context: Any) -> None:
         flush = self._end_flush(session)
@@ -609,14 +631,26 @@ class Capture:
                 columns.raw_key([row[mapper.get_property_by_column(column).key] for column in key_columns])
                 for row in state.parameters
             ]
+            if len(tracked.tables) > 1:
+                columns.of_table[tracked.table].lock(connection, keys)
         else:
             matching: Select[Any] = select(*(type_coerce(column, RAW) for column in key_columns))
             criterion = inheritance_criterion(mapper)
             if criterion is not None and table is not tracked.table:
                 self._refuse(connection, statement, "it is one of several classes in this table; give it their keys")
             criteria = statement._where_criteria if criterion is None else (*statement._where_criteria, criterion)
-            matching = matching.where(*criteria).with_for_update(of=table, key_share=True)
-            keys = [tuple(row) for row in connection.execute(matching, state.parameters or {}).all()]
+            matching = matching.where(*criteria)
+
+            def match(statement: Select[Any]) -> list[tuple[Any, ...]]:
+                return [tuple(row) for row in connection.execute(statement, state.parameters or {}).all()]
+
+            if table is not tracked.table:  # the first row of a fact is locked before its other parts
+                firsts = match(matching)
+                columns.of_table[tracked.table].lock(connection, firsts)
+            # As the statement itself locks them: one lock that has to grow may wait for another that has to.
+            keys = match(matching.with_for_update(of=table, key_share=not state.is_delete))
+            if table is not tracked.table and not set(keys).issubset(firsts):
+                return None
         keys = list(dict.fromkeys(keys))
         baselines = self._recorder.baselines(connection, unit, tracked, keys)
         with unit.writing():

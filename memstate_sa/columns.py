@@ -31,7 +31,6 @@ from sqlalchemy import (
     any_,
     bindparam,
     cast,
-    literal_column,
     or_,
     select,
     tuple_,
@@ -285,8 +284,8 @@ class TableColumns:
         *skip_locked*: so are, with *for_update*, those that another transaction holds.
         """
         statement = self._rows_by_key
-        if for_update:  # in key order, so that two sessions cannot wait for each other
-            statement = statement.order_by(*self.table.primary_key.columns)
+        if for_update:
+            statement = statement.order_by(*self._key_order)
             statement = statement.with_for_update(key_share=True, skip_locked=skip_locked)
         images: dict[str, dict[str, Any]] = {}
         for some in batches(keys):
@@ -297,19 +296,35 @@ class TableColumns:
                 raise MemstateError(f"{self.table.fullname}: {error}") from error
         return images
 
-    def lock(self, connection: Connection, keys: Sequence[Sequence[Any]], *, leaving: bool = False) -> None:
+    def lock(self, connection: Connection, keys: Sequence[Sequence[Any]], *, leaving: bool = False) -> set[str]:
         """Hold the rows of *keys* until the transaction ends: whoever changes another part of them waits.
+
+        Returns the canonical keys of the rows that there are. (SQLite has one writer: none is looked for.)
 
         *leaving*: so does whoever writes a row that refers to them. They can go then without taking along, by ON DELETE
         CASCADE, a row that nobody saw: look for what refers to them afterwards.
         """
-        if connection.dialect.name == "sqlite":  # there is one writer
-            return
-        columns = self.table.primary_key.columns
-        statement: Select[Any] = select(literal_column("1")).where(self.key_in).order_by(*columns)
+        if connection.dialect.name == "sqlite":
+            return set()
+        names = map(self.raw, self.table.primary_key.columns)
+        statement: Select[Any] = select(*names).where(self.key_in).order_by(*self._key_order)
         statement = statement.with_for_update(key_share=not leaving)
-        for some in batches(keys):
-            connection.execute(statement, self.key_parameters(some))
+        return {
+            self.encode_key(row)
+            for some in batches(keys)
+            for row in connection.execute(statement, self.key_parameters(some)).all()
+        }
+
+    @cached_property
+    def _key_order(self) -> list[ColumnElement[Any]]:
+        """The order in which rows are locked: that of the unit of work, which sorts keys in Python.
+
+        Two sessions that lock the same rows in two orders wait for each other. A collation has another order.
+        """
+        columns = list(self.table.primary_key.columns)
+        if self.dialect.name != "postgresql":
+            return list(columns)
+        return [cast(c, Text).collate("C") if isinstance(self._impl[c.name], String) else c for c in columns]
 
     def key_of(self, row: Sequence[Any]) -> str:
         """The canonical key of a row selected with `raw` for every column."""
@@ -424,11 +439,12 @@ class JoinedColumns(TableColumns):
                 images = {key: image for key, image in images.items() if key in parts}
         return images
 
-    def lock(self, connection: Connection, keys: Sequence[Sequence[Any]], *, leaving: bool = False) -> None:
-        super().lock(connection, keys, leaving=leaving)
+    def lock(self, connection: Connection, keys: Sequence[Sequence[Any]], *, leaving: bool = False) -> set[str]:
+        locked = super().lock(connection, keys, leaving=leaving)
         if leaving:  # others may refer to any part of them
             for table in self._prefixes.values():
                 self._of_table[table].lock(connection, keys, leaving=True)
+        return locked
 
     def parts(self, image: Mapping[str, Any] | None) -> dict[Table, Mapping[str, Any] | None]:
         found: dict[Table, Mapping[str, Any] | None] = dict.fromkeys(self._of_table)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from textwrap import fill, indent
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from memstate_sa.capture import Capture
 from memstate_sa.changes import Entry, Image, new_tx
 from memstate_sa.codec import decode_key
 from memstate_sa.columns import TableColumns
-from memstate_sa.errors import MemstateError
+from memstate_sa.errors import ConflictError, MemstateError
 from memstate_sa.facts import Tracked
 from memstate_sa.history import LastEntry, last_entries
 from memstate_sa.outbox import take_write_lock
@@ -23,8 +25,15 @@ from memstate_sa.recorder import Recorder
 from memstate_sa.registry import Registry
 from memstate_sa.tables import current, log, metadata
 from memstate_sa.units import Unit
+from memstate_sa.vacancy import Taken, require_absent
 from memstate_sa.verify import Progress
 
+logger = logging.getLogger("memstate_sa.doctor")
+
+_UNSURE = (
+    "%s: rows that are gone were not logged as deleted. Another transaction is writing to the table and may be adding "
+    "them. Repair again when it has ended."
+)
 RECONCILED = "reconciled"
 """The reason of transactions that log what others changed."""
 
@@ -159,20 +168,41 @@ class Doctor:
         It is no step of anybody's: rollback passes it by.
         """
         keys = list(before)
-        with self._engine.begin() as connection:
+        while keys:
+            try:
+                with self._writing() as connection:
+                    self._log_differences(connection, tracked, {key: before[key] for key in keys})
+            except Taken as taken:  # they are there again, and logged
+                keys = [key for key in keys if key not in taken.keys]
+            except ConflictError:  # they may come: another examination finds what has become of them
+                logger.warning(_UNSURE, tracked.entity)
+                return
+            else:
+                return
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        """In READ COMMITTED, where each statement sees what others have committed."""
+        options = {} if self._engine.dialect.name == "sqlite" else {"isolation_level": "READ COMMITTED"}
+        with self._engine.connect().execution_options(**options) as connection, connection.begin():
             take_write_lock(connection)
-            rows = _rows(connection, tracked, keys, for_update=True)
-            entries = []
-            for key, last in last_entries(connection, tracked, keys).items():
-                row = rows.get(key)
-                # A row that is not there is not locked: it may have come again since, and been logged.
-                if last.id == before[key].id and _differs(last, row, tracked.on(connection.dialect)):
-                    op = "delete" if row is None else "insert" if last.op == "delete" else "update"
-                    entries.append(Entry(tracked.entity, key, op, row, step=False))  # type: ignore[arg-type]
-            if entries:
-                tx = new_tx()
-                self._recorder.write(connection, Unit(), entries, tx=tx, refuse=False)
-                self._recorder.write_header(connection, tx, {"reason": RECONCILED})
+            yield connection
+
+    def _log_differences(self, connection: Connection, tracked: Tracked, before: Mapping[str, LastEntry]) -> None:
+        keys = list(before)
+        rows = _rows(connection, tracked, keys, for_update=True)
+        entries = []
+        for key, last in last_entries(connection, tracked, keys).items():
+            row = rows.get(key)
+            # A row that is not there is not locked: it may have come again since, and been logged.
+            if last.id == before[key].id and _differs(last, row, tracked.on(connection.dialect)):
+                op = "delete" if row is None else "insert" if last.op == "delete" else "update"
+                entries.append(Entry(tracked.entity, key, op, row, step=False))  # type: ignore[arg-type]
+        if entries:
+            tx = new_tx()
+            self._recorder.write(connection, Unit(), entries, tx=tx, refuse=False)
+            self._recorder.write_header(connection, tx, {"reason": RECONCILED})
+            require_absent(connection, tracked, [entry.key for entry in entries if entry.op == "delete"])
 
     # -- what would make them differ -----------------------------------------------------------------------------------
 

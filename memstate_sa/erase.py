@@ -27,8 +27,12 @@ from memstate_sa.registry import Registry
 from memstate_sa.relay import embeddings
 from memstate_sa.sqlite import is_in_memory
 from memstate_sa.tables import embedding, index_state, ledger, log, outbox, parked, unique
+from memstate_sa.units import Unit
+from memstate_sa.vacancy import Taken, hold, open_to_others, require_absent
 
 ERASED = "erased"
+_ATTEMPTS = 3
+"""At a fact whose row comes again while we look: then that row is erased as well."""
 
 
 class Eraser:
@@ -48,38 +52,57 @@ class Eraser:
         """Returns how many entries of the log are redacted."""
         session.flush()
         connection = session.connection(bind_arguments={"mapper": tracked.mapper})
-        unit, tx = self._capture.unit(session), new_tx()
+        unit = self._capture.unit(session)
         with unit.writing():
             take_write_lock(connection)
-            with connection.begin_nested():
-                fact = stored_key(connection, tracked, key)
-                found = _row(connection, tracked, fact)
-                images = [(image, tracked.version) for image in found.values()]
-                mine = (log.c.entity == tracked.entity, log.c.key == fact)
-                entries = connection.execute(select(log.c.image, log.c.version).where(*mine)).all()
-                if not found and not entries:
-                    raise NotFound(f"neither {tracked.table.fullname} nor its history has a row with the key {key!r}")
-                images += [(image, version) for image, version in entries if image is not None]
-                if found:
-                    _require_unreferred(connection, self._registry, tracked, fact)
-                    with self._capture.undoing(connection, tx, [(tracked.entity, fact)]):
-                        _delete(connection, tracked, fact)
-                with rewriting(connection):
-                    # Nothing is left to undo: it is no step.
-                    redacted = update(log).where(*mine).values(image=null(), version=REDACTED, step=false())
-                    connection.execute(redacted)
-                if not found and _row(connection, tracked, fact):
-                    raise ConflictError(f"{tracked.entity} {fact} was added again in the meantime: erase it once more")
-                connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key == fact))
-                known = (parked.c.entity == tracked.entity, parked.c.key == fact)
-                connection.execute(update(parked).where(*known, parked.c.error.is_not(None)).values(error=ERASED))
-                embedders = {embedder.fingerprint for embedder in self._embedders}
-                embedders.update(connection.scalars(select(index_state.c.embedder).distinct()))
-                embeddings.forget(connection, set(_texts(connection, tracked, fact, images, embedders)))
-                self._recorder.write(connection, unit, [Entry(tracked.entity, fact, "delete", None, step=False)], tx=tx)
-                labels = {**unit.labels, "reason": reason or unit.reason or ERASED}
-                self._recorder.write_header(connection, tx, labels)
+            fact = stored_key(connection, tracked, key)
+            for left in reversed(range(_ATTEMPTS)):
+                before = unit.mark
+                try:
+                    with connection.begin_nested():
+                        redacted = self._erase(connection, unit, tracked, fact, reason)
+                    break
+                except Taken:
+                    unit.back_to(before)
+                    if not left:
+                        raise
         self._forget_instances(session, connection, tracked, fact)
+        return redacted
+
+    def _erase(self, connection: Connection, unit: Unit, tracked: Tracked, fact: str, reason: str | None) -> int:
+        tx = new_tx()
+        row = _row(connection, tracked, fact)
+        vacant = [] if row else open_to_others(connection, tracked, [fact], unit.logged_under)
+        if vacant:
+            hold(connection, [(tracked.entity, fact)])
+            row = _row(connection, tracked, fact)  # whoever held the key may have added it
+        mine = (log.c.entity == tracked.entity, log.c.key == fact)
+        if not row and connection.execute(select(log.c.id).where(*mine).limit(1)).first() is None:
+            identity = tracked.on(connection.dialect).identity(fact)
+            key = identity[0] if len(identity) == 1 else identity
+            raise NotFound(f"neither {tracked.table.fullname} nor its history has a row with the key {key!r}")
+        if row:
+            _require_unreferred(connection, self._registry, tracked, fact)
+            with self._capture.undoing(connection, tx, [(tracked.entity, fact)]):
+                _delete(connection, tracked, fact)
+        # Nothing is left to undo: it is no step.
+        self._recorder.write(connection, unit, [Entry(tracked.entity, fact, "delete", None, step=False)], tx=tx)
+        self._recorder.write_header(connection, tx, {**unit.labels, "reason": reason or unit.reason or ERASED})
+        if not row:
+            require_absent(connection, tracked, vacant)
+        # After the wait: what others have added and deleted meanwhile is redacted as well.
+        older = (*mine, log.c.tx != tx)
+        entries = connection.execute(select(log.c.image, log.c.version).where(*older)).all()
+        images = [(image, tracked.version) for image in row.values()]
+        images += [(image, version) for image, version in entries if image is not None]
+        with rewriting(connection):
+            connection.execute(update(log).where(*older).values(image=null(), version=REDACTED, step=false()))
+        connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key == fact))
+        known = (parked.c.entity == tracked.entity, parked.c.key == fact)
+        connection.execute(update(parked).where(*known, parked.c.error.is_not(None)).values(error=ERASED))
+        embedders = {embedder.fingerprint for embedder in self._embedders}
+        embedders.update(connection.scalars(select(index_state.c.embedder).distinct()))
+        embeddings.forget(connection, set(_texts(connection, tracked, fact, images, embedders)))
         return len(entries)
 
     def _forget_instances(self, session: Session, connection: Connection, tracked: Tracked, key: str) -> None:

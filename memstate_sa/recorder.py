@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,7 +14,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from memstate_sa import hazards, outbox, tables
 from memstate_sa.arrays import as_array
-from memstate_sa.changes import Entry, Image, fold
+from memstate_sa.changes import Entry, fold
 from memstate_sa.codec import decode_key
 from memstate_sa.columns import READ_CHUNK, TableColumns, batches
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
@@ -74,7 +76,8 @@ class Recorder:
                 (entry.entity, entry.key) for entry in entries if deliver_baselines or entry.op != "baseline"
             )
             outbox.add(connection, entries, dirty, tx, at, self._registry.versions)
-            for tracked in {self._registry.by_entity[entity] for entity, _ in dirty}:
+            for entity in sorted({entity for entity, _ in dirty}):  # in one order, as these wait for each other
+                tracked = self._registry.by_entity[entity]
                 if tracked.unique_values is not None:
                     self._write_unique(connection, tracked, entries, refuse=refuse)
 
@@ -97,6 +100,7 @@ class Recorder:
             value = None if image is None else unique_value(tracked, columns.values(dict(image)))
             if value is not None:
                 rows.append({"entity": tracked.entity, "value": value, "key": key})
+        rows.sort(key=itemgetter("value"))
         if rows and refuse:
             try:
                 connection.execute(insert(unique), rows)
@@ -120,6 +124,9 @@ class Recorder:
     ) -> list[Entry]:
         """A baseline entry for each of the rows that the log has not seen, as it is before we change it.
 
+        It locks no row: the caller's statement does that, in its own order. Others may change a row before that
+        statement has it. They log its baseline then, and `log_touched` drops ours.
+
         *canonical* gets each raw key as the text it has in the log, also of those that an object holds in another form
         than is stored: Decimal("1.5") for 1.50, "a" for a padded CHAR. Such a key is unknown to the log, and read here.
         """
@@ -127,27 +134,27 @@ class Recorder:
         columns = tracked.on(connection.dialect)
         with unit.writing():
             take_write_lock(connection)
-            if len(tracked.tables) > 1:
-                columns.lock(connection, raw_keys)
         by_key = {columns.encode_key(raw): raw for raw in raw_keys}
         if canonical is not None:
             canonical.update((raw, key) for key, raw in by_key.items())
         unknown = self.unknown(connection, tracked, by_key)
         if not unknown:
             return []
-        images = columns.read(connection, [by_key[key] for key in unknown], for_update=True)
+        images = columns.read(connection, [by_key[key] for key in unknown])
         if canonical is not None:
             forms = {form(decode_key(key)): key for key in images if key not in by_key}
             for key in unknown:
                 if key not in images and form(by_key[key]) in forms:
                     canonical[by_key[key]] = forms[form(by_key[key])]
-        return self._of_unknown(connection, tracked, images)
+        return [Entry(tracked.entity, key, "baseline", image) for key, image in images.items()]
 
-    def _of_unknown(self, connection: Connection, tracked: Tracked, images: Mapping[str, Image]) -> list[Entry]:
-        """Whoever held these rows while we waited for the lock may have logged them meanwhile."""
-        return [
-            Entry(tracked.entity, key, "baseline", images[key]) for key in self.unknown(connection, tracked, images)
-        ]
+    def _still_unknown(self, connection: Connection, baselines: Sequence[Entry]) -> list[Entry]:
+        """Those of *baselines* whose rows the log has not seen. Nobody else changes the rows now: we hold them."""
+        found: list[Entry] = []
+        for entity, entries in groupby(baselines, key=lambda entry: entry.entity):
+            images = {entry.key: entry for entry in entries}
+            found += [images[key] for key in self.unknown(connection, self._registry.by_entity[entity], images)]
+        return found
 
     def log_baselines(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> tuple[int, int]:
         """Log, and mark dirty, those rows of *keys* that the log has not seen, outside of any Session.
@@ -177,7 +184,9 @@ class Recorder:
         first, others = ([decode_key(key) for key in some if key in unknown] for some in (keys[:1], keys[1:]))
         images = columns.read(connection, first, for_update=True)
         images |= columns.read(connection, others, for_update=True, skip_locked=True)
-        entries = self._of_unknown(connection, tracked, images)
+        # Others that held these rows while we waited for them may have logged them.
+        read = [Entry(tracked.entity, key, "baseline", image) for key, image in images.items()]
+        entries = self._still_unknown(connection, read)
         if hurry:
             connection.execute(_hurry)
         self.write(connection, unit, entries, deliver_baselines=True, refuse=False)
@@ -202,6 +211,7 @@ class Recorder:
 
         *updated*: by an UPDATE, after which they are still there.
         """
+        baselines = self._still_unknown(connection, baselines)
         entries = list(baselines)
         for tracked, existed in touched.items():
             columns = tracked.on(connection.dialect)

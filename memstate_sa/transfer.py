@@ -30,6 +30,7 @@ from memstate_sa.facts import Tracked, image_name, unique_value
 from memstate_sa.registry import Registry
 from memstate_sa.restore import read_facts, restore
 from memstate_sa.tables import log, transaction, unique, utcnow
+from memstate_sa.vacancy import require_absent
 from memstate_sa.verify import Progress
 
 FORMAT = 1
@@ -193,6 +194,7 @@ class _Import:
         self._since = connection.execute(select(func.coalesce(func.max(log.c.id), 0))).scalar_one()
         self._translations: dict[str, _Translation] = {}
         self._highest: dict[str, int] = {}  # of integer keys
+        self._deleted: dict[str, list[str]] = {}  # keys that have no row at the end, by entity
 
     def run(self, file: Iterable[str], progress: Progress | None) -> int:
         lines = _read(file)
@@ -210,6 +212,8 @@ class _Import:
             pages = (page for tracked in group.members for page in self._last_entries(tracked))
             for some in [list(chain.from_iterable(pages))] if group.is_circular else pages:
                 self._write_rows(some)
+        for entity, keys in self._deleted.items():
+            require_absent(self._connection, self._registry.by_entity[entity], keys)
         self._move_sequences()
         return entries
 
@@ -303,6 +307,9 @@ class _Import:
         connection, dialect = self._connection, self._connection.dialect
         outbox.add(connection, (), [(row["entity"], row["key"]) for row in page], self._tx, self._at, {})
         last = {(row["entity"], row["key"]): row for row in page if row["image"] is not None}
+        for fact in page:
+            if fact["image"] is None:
+                self._deleted.setdefault(fact["entity"], []).append(fact["key"])
         wanted: dict[FactKey, Image] = {
             (entity, key): self._registry.by_entity[entity].upcast(row["image"], row["version"], dialect)
             for (entity, key), row in last.items()

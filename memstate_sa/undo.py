@@ -14,11 +14,12 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeAlias
 
-from sqlalchemy import BigInteger, Column, ColumnElement, Select, bindparam, cast, func, inspect, select
+from sqlalchemy import BigInteger, Column, ColumnElement, Select, and_, bindparam, cast, func, inspect, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session
 
+from memstate_sa import vacancy
 from memstate_sa.arrays import as_array, each
 from memstate_sa.capture import Capture
 from memstate_sa.changes import (
@@ -86,10 +87,11 @@ class Plan:
     """How to undo *steps*, newest first: the facts as they are *wanted*, but for those that are left out.
 
     *left_out* says of each of these which entries are in its way. Of facts that *moved_on*, steps may not be the last
-    entries.
+    entries. *vacant* facts had no row: others may be adding one.
     """
 
     steps: list[Step]
+    vacant: Collection[FactKey]
     wanted: dict[FactKey, Image | None]
     rules: Rules
     moved_on: Collection[FactKey]
@@ -118,21 +120,25 @@ class Plan:
 _keys = each("keys")
 
 
-_reverting = select(log.c.reverts, log.c.tx, log.c.entity, log.c.key).where(
-    log.c.reverts.in_(select(_keys.c.value)), log.c.reverts.is_not(None)
+_reverting = select(log.c.id, log.c.reverts, log.c.tx, log.c.entity, log.c.key)
+_first = _reverting.where(log.c.reverts.in_(select(_keys.c.value)), log.c.reverts.is_not(None)).cte(recursive=True)
+_chain = select(
+    _first.union(
+        _reverting.join(
+            _first, and_(log.c.reverts == _first.c.tx, log.c.entity == _first.c.entity, log.c.key == _first.c.key)
+        )
+    )
 )
+"""The undos of ``keys``, the undos of those undos, and so on: a chain may have been toggled a thousand times."""
 
 
 def undone(connection: Connection, txs: Collection[str]) -> Undone:
     """What of *txs* a rollback has undone, and no rollback of that rollback has redone."""
-    levels: list[Sequence[Any]] = []
-    asked: Collection[str] = txs
-    while asked:  # undone, redone, undone again: each level says what the one before it has reverted
-        levels.append(connection.execute(_reverting, {"keys": as_array(asked)}).all())
-        asked = {row.tx for row in levels[-1]}
+    rows = connection.execute(_chain, {"keys": as_array(txs)}).all()
     found: Undone = set()
-    for rows in reversed(levels):
-        found = {(row.reverts, fact) for row in rows if (row.tx, (fact := (row.entity, row.key))) not in found}
+    for row in sorted(rows, reverse=True):  # by id: what undoes an undo comes after it
+        if (row.tx, (row.entity, row.key)) not in found:
+            found.add((row.reverts, (row.entity, row.key)))
     return found
 
 
@@ -203,6 +209,7 @@ _entries = (
     .where(log.c.tx.in_(select(_keys.c.value)), log.c.op != "baseline")
     .order_by(log.c.id.desc())
 )
+_facts = select(log.c.entity, log.c.key).where(log.c.tx.in_(select(_keys.c.value)), log.c.op != "baseline").distinct()
 _images = select(log.c.id, log.c.image, log.c.version).where(log.c.id.in_(select(cast(_keys.c.value, BigInteger))))
 
 
@@ -323,10 +330,11 @@ class Undo:
         all_or_none: bool = False,
     ) -> Revocation:
         """*all_or_none*: nothing, if one of *targets* is undone by now."""
+        vacant = self._lock(connection, unit, targets)
         steps = self._steps(connection, targets, scope)
         if all_or_none and {step.tx for step in steps} != set(targets):
             return Revocation()
-        plan = self._plan(connection, steps, targets, on_conflict)
+        plan = self._plan(connection, steps, vacant, targets, on_conflict)
         try:
             reverted = self._attempt(connection, unit, plan, reason, dry_run=dry_run)
         except ConflictError:
@@ -348,13 +356,13 @@ class Undo:
         """Carry *plan* out, or nothing of it."""
         reverted: list[Change] = []
         if plan.going:
-            attempt, before = connection.begin_nested(), (unit.logged, unit.written_on, dict(unit.txs))
+            attempt, before = connection.begin_nested(), unit.mark
             try:
                 reverted = self._carry_out(connection, unit, plan, reason)
             finally:
                 if dry_run or not reverted:
                     attempt.rollback()
-                    unit.logged, unit.written_on, unit.txs = before
+                    unit.back_to(before)
                 else:
                     attempt.commit()
         return reverted
@@ -405,6 +413,7 @@ class Undo:
         self,
         connection: Connection,
         steps: list[Step],
+        vacant: Collection[FactKey],
         targets: Sequence[str],
         on_conflict: OnConflict,
     ) -> Plan:
@@ -430,7 +439,7 @@ class Undo:
             }
         if conflicts and on_conflict == "raise":
             self._raise(connection, set().union(*conflicts.values()))
-        plan = Plan(steps, wanted, read_rules(connection, self._registry, wanted), moved_on, conflicts)
+        plan = Plan(steps, vacant, wanted, read_rules(connection, self._registry, wanted), moved_on, conflicts)
         obstacles = self._leave_out(connection, plan)
         if obstacles and on_conflict != "skip":
             self._raise(connection, set().union(*(plan.left_out[fact] for fact in obstacles)))
@@ -457,7 +466,6 @@ class Undo:
         untracked = {row.entity for row in rows} - set(self._registry.by_entity)
         if untracked:
             raise HistoryMissing(f"{', '.join(sorted(untracked))}: no longer tracked, so it cannot be written back")
-        self._lock(connection, {(row.entity, row.key) for row in rows})
         gone = undone(connection, targets)
         steps = []
         for row in rows:
@@ -476,10 +484,26 @@ class Undo:
             steps.append(Step(row.id, row.tx, row.entity, row.key, before, after))
         return steps
 
-    def _lock(self, connection: Connection, facts: Collection[FactKey]) -> None:
-        """From here on nobody else changes their rows: what the log says of them now is true until the end."""
-        for entity, keys in sorted(by_entity(facts).items()):  # in one order: no two undos wait for each other
-            self._columns(connection, entity).lock(connection, [decode_key(key) for key in keys])
+    def _lock(self, connection: Connection, unit: Unit, targets: Sequence[str]) -> set[FactKey]:
+        """Lock what *targets* changed: what the log says of it from here on is true until the end.
+
+        Returns the facts without a row, of which others may be adding one.
+        """
+        vacant: set[FactKey] = set()
+        facts = connection.execute(_facts, {"keys": as_array(targets)}).all()
+        for entity, keys in sorted(
+            by_entity(map(tuple, facts)).items()
+        ):  # in one order: no two undos wait for each other
+            tracked = self._registry.by_entity.get(entity)
+            if tracked is None:  # `_steps` raises
+                continue
+            there = tracked.on(connection.dialect).lock(connection, [decode_key(key) for key in keys])
+            missing = [key for key in keys if key not in there]
+            open_keys = vacancy.open_to_others(connection, tracked, missing, unit.logged_under)
+            vacancy.hold(connection, [(entity, key) for key in open_keys])
+            vacancy.require_current(connection, tracked, open_keys)
+            vacant.update((entity, key) for key in open_keys)
+        return vacant
 
     @staticmethod
     def _later_entries(connection: Connection, steps: Sequence[Step]) -> list[Later]:
@@ -541,6 +565,9 @@ class Undo:
             entries = list(_with_last_images(_from_there(inverse, others), now))
             self._recorder.write(connection, unit, entries, tx=tx)
             self._recorder.write_header(connection, tx, labels)
+            gone = by_entity(fact for fact in final.keys() & plan.vacant if final[fact] is None)
+            for entity, keys in gone.items():
+                vacancy.require_absent(connection, self._registry.by_entity[entity], keys)
         if final.keys().isdisjoint(plan.moved_on):
             written = connection.execute(_written, {"tx": tx}).all()
             if [row[1:3] for row in written] == [entry[:2] for entry in entries]:  # and triggers logged nothing more

@@ -58,6 +58,14 @@ class Unit:
         """The transactions that its entries are of, the last one last."""
         return list(self.txs if self.told_on is None else {self.tx: None, **self.txs})
 
+    @property
+    def mark(self) -> tuple[bool, Connection | None, dict[str, None]]:
+        """What `back_to` takes when what was logged since is rolled back."""
+        return self.logged, self.written_on, dict(self.txs)
+
+    def back_to(self, mark: tuple[bool, Connection | None, dict[str, None]]) -> None:
+        self.logged, self.written_on, self.txs = mark
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Statements in here are ours: the guard lets them pass."""
@@ -80,3 +88,5 @@ class Flush:
     written: dict[Tracked, list[tuple[Any, ...]]] = field(default_factory=dict)
     certain: dict[Tracked, set[tuple[Any, ...]]] = field(default_factory=dict)
     checked: bool = False
+    # Of facts in several tables: their keys, by whether they are to go, until their first rows are locked.
+    parts: dict[tuple[Tracked, bool], list[tuple[Any, ...]]] = field(default_factory=dict)
