@@ -36,11 +36,11 @@ from memstate_sa.recorder import Recorder
 from memstate_sa.registry import Registry
 from memstate_sa.relay import Relay
 from memstate_sa.relay.backlog import Backlog, backlog
-from memstate_sa.relay.claims import IndexKey
+from memstate_sa.relay.keys import IndexKey
 from memstate_sa.relay.plan import guarded
 from memstate_sa.relay.waiting import wait_for
 from memstate_sa.relay.wakeup import Notifier
-from memstate_sa.search import Call, Hits, Search, call_directly, resolve_target
+from memstate_sa.search import Call, Hits, Opened, Search, call_directly, resolve_target
 from memstate_sa.sqlite import configure, is_in_memory, require_no_transaction
 from memstate_sa.strict import Strict
 from memstate_sa.tables import utcnow
@@ -116,7 +116,7 @@ class Memory:
         self._listing = threading.RLock()  # one that is made while a commit wakes the others would fail that commit
         self._engines: dict[URL, Engine] = {}  # for threads, by the URL of an AsyncEngine
         self._derived: list[Engine] = []
-        self._opened: set[str] = set()  # indexes that a search has opened
+        self._opened: dict[str, Opened] = {}  # indexes that a search has opened
         self._asked: dict[str, str] = {}  # which one the last search of each has asked
 
     # -- adoption --------------------------------------------------------------------------------------------------
@@ -138,6 +138,7 @@ class Memory:
         expires: str | None = None,
         version: int = 1,
         upgrade: Mapping[int, Upgrade] | None = None,
+        text_version: int = 1,
     ) -> type[M]: ...
 
     @overload
@@ -157,6 +158,7 @@ class Memory:
         expires: str | None = None,
         version: int = 1,
         upgrade: Mapping[int, Upgrade] | None = None,
+        text_version: int = 1,
     ) -> Callable[[type[M]], type[M]]: ...
 
     def track(
@@ -175,6 +177,7 @@ class Memory:
         expires: str | None = None,
         version: int = 1,
         upgrade: Mapping[int, Upgrade] | None = None,
+        text_version: int = 1,
     ) -> Any:
         """Make every row of *model* a fact; a call, or a class decorator. The table needs no change.
 
@@ -194,6 +197,9 @@ class Memory:
         migration is shown, and undone, through these. A value that the function was given stays the driver's, whatever
         column it gives it to (True and False: in the same column); what it makes itself is as the ORM takes it, but
         None is always NULL.
+
+        Relays notice a change of *text* or *metadata*, and deliver every row again; until then ``Hits.complete`` is
+        False. Where *text* is a function, nothing tells when that changes: give another *text_version* then.
 
         Raises MemstateError for a class that is not mapped, unknown column attributes, or an entity tracked already.
         """
@@ -220,6 +226,7 @@ class Memory:
                     expires=expires,
                     version=version,
                     upgrade=upgrade,
+                    text_version=text_version,
                 )
             )
             return model
@@ -680,8 +687,8 @@ class Memory:
         return relay
 
     def _relay_to(self, engine: Engine, names: Iterable[str], **options: Any) -> Relay:
-        published = self._registry.published
-        destinations = {name: (self._destinations[name], partial(published, name)) for name in names}
+        delivered = self._registry.delivered
+        destinations = {name: (self._destinations[name], partial(delivered, name)) for name in names}
         return Relay(engine, destinations, sender=self._notifier.name, **options)
 
     def _by_index(self) -> dict[str, tuple[Destination, dict[str, Tracked]]]:

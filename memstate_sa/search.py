@@ -28,9 +28,10 @@ from memstate_sa.filters import push_down
 from memstate_sa.indexes.base import Filter, Match, Vector
 from memstate_sa.outbox import after, undelivered
 from memstate_sa.registry import Registry
-from memstate_sa.relay import embeddings
+from memstate_sa.relay import embeddings, marks
 from memstate_sa.relay.backlog import Standing, read_standing, stuck
-from memstate_sa.relay.claims import IndexKey
+from memstate_sa.relay.keys import IndexKey
+from memstate_sa.relay.marks import Past
 from memstate_sa.relay.plan import guarded, halves
 from memstate_sa.relay.protocol import ENTITY
 from memstate_sa.tables import outbox
@@ -109,6 +110,21 @@ def _dirty(dialect_name: str, *, everything: bool) -> Select[Any]:
 
 
 @dataclass
+class Opened:
+    """An index that this process has opened, with the mark that it had then, or that the database has had since."""
+
+    mark: str | None
+
+    def is_of(self, now: Past) -> bool:
+        """Whether the index was filled from the past that the database is in *now*."""
+        if not now.fits(self.mark, alone=False):
+            return False
+        if self.mark:
+            self.mark = str(now.mark)
+        return True
+
+
+@dataclass
 class _Row:
     fact: Any
     projection: Projection
@@ -123,7 +139,7 @@ class Search:
         capture: Capture,
         destinations: Mapping[str, Destination],
         name: str,
-        opened: set[str],
+        opened: dict[str, Opened],
         statement: Select[Any],
         tracked: Tracked,
         *,
@@ -147,6 +163,7 @@ class Search:
         self._distances: dict[str, float] = {}
         self._budget = OVERLAY_LIMIT
         self._standing: Standing | None = None
+        self._mark = Opened(None)
         self._too_many = False
 
     def _aim(self, name: str) -> None:
@@ -157,13 +174,15 @@ class Search:
         try:
             return self._run(query, limit, max_distance, fresh=fresh)
         except DeliveryError:
-            self._opened.discard(self.name)  # it may have been deleted, or be another by the next search
+            self._opened.pop(self.name, None)  # it may have been deleted, or be another by the next search
             raise
 
     def _open(self) -> None:
-        if self.name not in self._opened:
+        opened = self._opened.get(self.name)
+        if opened is None:
             self._ask(self._destinations[self.name].open)
-            self._opened.add(self.name)
+            opened = self._opened[self.name] = Opened(self._ask(marks.kept_by, self._index))
+        self._mark = opened
 
     def _ask(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the index; whatever it raises becomes ours."""
@@ -225,7 +244,7 @@ class Search:
         """Keys that are committed or flushed but not delivered, the caller's own first."""
         connection = self._connection()
         index = self._index_key()
-        standing = self._standing = read_standing(connection, index, self._tracked.entity)
+        standing = self._standing = self._read_standing(connection, index)
         at = standing.at
         if not standing.filled:
             # What was committed before the index's cursor began is delivered from the table: no position tells how far.
@@ -253,9 +272,24 @@ class Search:
 
     def _passed_over(self) -> list[str]:
         """Nothing is looked for beside the index; but whether it was ever delivered in full."""
-        standing = self._standing = read_standing(self._connection(), self._index_key(), self._tracked.entity)
+        standing = self._standing = self._read_standing(self._connection(), self._index_key())
         self._complete = standing.filled
         return []
+
+    def _read_standing(self, connection: Connection, index: IndexKey) -> Standing:
+        """How the index stands. It is not filled, either, when it was filled from something else than what is here now.
+
+        That is another past of the database, or another projection of the class. No relay may have seen it yet.
+        """
+        standing = read_standing(connection, index, self._tracked.entity)
+        if standing.past is not None and not self._mark.is_of(standing.past):
+            self._opened.pop(self.name, None)
+            self._open()  # the mark first: relays write it to the database before the index
+            standing = read_standing(connection, index, self._tracked.entity)
+        if standing.past is not None and not self._mark.is_of(standing.past):
+            self._opened.pop(self.name, None)
+            return standing._replace(filled=False)
+        return standing._replace(filled=standing.filled and standing.projection == self._tracked.projection)
 
     @staticmethod
     def _old_snapshot(connection: Connection) -> bool:
@@ -269,7 +303,9 @@ class Search:
         """A filter or a list of ids that the index can apply; neither: hydration alone applies the criteria."""
         criteria = list(self._statement._where_criteria)
         simple = not criteria or not _joins(self._statement)
-        pushed = push_down(self._tracked, criteria) if simple and criteria else None
+        # What is not filled yet may lack the fields that a filter asks for.
+        filled = self._standing is not None and self._standing.filled
+        pushed = push_down(self._tracked, criteria) if simple and criteria and filled else None
         if pushed is not None:
             return pushed, None
         if not criteria and simple:
@@ -278,7 +314,8 @@ class Search:
 
     def _entity_filter(self) -> Filter | None:
         """What tells this entity from others in the index, where every point carries its entity."""
-        standing = self._standing or read_standing(self._connection(), self._index_key(), self._tracked.entity)
+        standing = self._standing
+        assert standing is not None
         return {ENTITY: {"$eq": self._tracked.entity}} if standing.marked and standing.filled else None
 
     def _few_ids(self) -> list[str] | None:
