@@ -221,8 +221,8 @@ def claim(
     now_at, is_another = marks.compare(connection, index, kept, alone=len(live) == 1, went_back=went_back)
     if is_another and delivered:
         logger.warning(
-            "index %r was filled from another past of this database: one of the two was restored, or two databases share "
-            "the index. It is compared with the tables in full",
+            "index %r was filled from another past of this database: one of the two was restored, or two databases "
+            "share the index. It is compared with the tables in full",
             index.name,
         )
     if is_another or _is_elsewhere(connection, index) or in_future:
