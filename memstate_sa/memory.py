@@ -244,6 +244,8 @@ class Memory:
     def create_tables(self, engine: Engine | AsyncEngine) -> None:
         """Create the tables of memstate_sa that are not there yet, and triggers: of the log, of classes captured so.
 
+        Triggers of a class that is no longer captured so are dropped.
+
         Their own tables have to be there. With Alembic, let a migration do it.
         """
         sync = self.sync_engine(engine)
@@ -251,8 +253,7 @@ class Memory:
         with sync.begin() as connection:
             appendonly.install(connection)
             for tracked in self._registry.by_entity.values():
-                if tracked.by_trigger:
-                    triggers.install(connection, tracked)
+                (triggers.install if tracked.by_trigger else triggers.uninstall)(connection, tracked)
 
     def annotate(
         self,
@@ -799,9 +800,8 @@ class Memory:
         """
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
-        found = Doctor(sync, self._registry, self._capture, self._recorder).run(
-            repair=repair, rows=rows, progress=progress
-        )
+        doctor = Doctor(sync, self._registry, self._capture, self._recorder, self._destinations)
+        found = doctor.run(repair=repair, rows=rows, progress=progress)
         if repair:
             self._wake()
         return found

@@ -94,7 +94,9 @@ def test_a_page_is_not_all(world: World) -> None:
 
     say(world, **{f"t{n:02}": "x" for n in range(25)})
     run(world, "UPDATE tag SET meaning = 'y' WHERE name > 't20'", "DELETE FROM tag WHERE name < 't05'")
-    doctor = Doctor(world.engine, world.memory._registry, world.memory._capture, world.memory._recorder, page_size=4)
+    doctor = Doctor(
+        world.engine, world.memory._registry, world.memory._capture, world.memory._recorder, {}, page_size=4
+    )
     seen: list[int] = []
     found = doctor.run(repair=False, progress=lambda done, total: seen.append(done))
     assert found.changed == [("tag", f"t{n}") for n in range(21, 25)]
