@@ -8,6 +8,7 @@ key that is delivered between two of these steps is found either among the undel
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +38,8 @@ from memstate_sa.relay.protocol import ENTITY
 from memstate_sa.tables import outbox
 from memstate_sa.truth import raw_key_columns
 from memstate_sa.vectors import Destination
+
+logger = logging.getLogger("memstate_sa.search")
 
 F = TypeVar("F")
 P = ParamSpec("P")
@@ -114,6 +117,7 @@ class Opened:
     """An index that this process has opened, with the mark that it had then, or that the database has had since."""
 
     mark: str | None
+    is_doubted: bool = False
 
     def is_of(self, now: Past) -> bool:
         """Whether the index was filled from the past that the database is in *now*."""
@@ -164,6 +168,7 @@ class Search:
         self._budget = OVERLAY_LIMIT
         self._standing: Standing | None = None
         self._mark = Opened(None)
+        self._stale: list[str] = []  # found by content that they do not have
         self._too_many = False
 
     def _aim(self, name: str) -> None:
@@ -225,12 +230,37 @@ class Search:
                 if where is None and not self._too_many:
                     ids = self._few_ids()
             ask = min(4 * ask, _LARGEST_ASK)
+        if fresh and self._complete and self._stale:
+            self._doubt(set(self._stale))
         result: Hits[Any] = Hits(Hit(self._rows[key].fact, distance) for distance, key in hits)  # type: ignore[union-attr]
         result.complete = self._complete
         return result
 
     def _embedded(self, query: str) -> Vector:
         return np.asarray(self._call(self._vectors.of_query, query), dtype=np.float32)
+
+    def _doubt(self, keys: set[str]) -> None:
+        """Were *keys* found by content that they do not have, though no change of them is on its way?
+
+        Then the index may lack others altogether: text= does something else now, or the index drifted.
+        """
+        keys.difference_update(self._pending())
+        if not keys or not self._complete:
+            return
+        stored = self._ask(self._index.get, [self._tracked.point_id(key) for key in keys])
+        fingerprints = {found[1]: point.fingerprint for point in stored if (found := split_point_id(point.id))}
+        rows = {key: self._rows[key] for key in keys & fingerprints.keys()}
+        stale = [key for key, row in rows.items() if row and row.projection.fingerprint != fingerprints[key]]
+        if stale and not self._mark.is_doubted:
+            self._mark.is_doubted = True
+            logger.warning(
+                "index %r has other content of %s%s than its row. If text= does something else now, give another "
+                "text_version=. If not, memory.verify(engine, repair=True) delivers what differs",
+                self.name,
+                self._tracked.entity,
+                stale[0],
+            )
+        self._complete = not stale
 
     # -- what the index may not know -----------------------------------------------------------------------------------
 
@@ -374,6 +404,8 @@ class Search:
                 self._distances[key] = match.distance
             elif fresh:
                 stale[key] = row.projection
+                if match is not None and key not in pending:
+                    self._stale.append(key)
         if len(stale) > self._budget:
             self._complete = False
             stale = dict(list(stale.items())[: self._budget])
