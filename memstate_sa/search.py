@@ -49,6 +49,8 @@ OVERLAY_LIMIT = 500
 """The most rows that one search embeds because the index does not have them yet."""
 
 _IDS_LIMIT = 1000
+_DOUBTED = 100
+"""So many hits by content that they do not have are looked at once more."""
 _LARGEST_ASK = 1 << 20
 """So many points at most are asked for: with a count that is beyond its integers, an index fails, or finds nothing."""
 
@@ -231,7 +233,7 @@ class Search:
                     ids = self._few_ids()
             ask = min(4 * ask, _LARGEST_ASK)
         if fresh and self._complete and self._stale:
-            self._doubt(set(self._stale))
+            self._doubt(set(self._stale[:_DOUBTED]))
         result: Hits[Any] = Hits(Hit(self._rows[key].fact, distance) for distance, key in hits)  # type: ignore[union-attr]
         result.complete = self._complete
         return result
