@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Row, Select, and_, bindparam, delete, false, func, insert, select, text, update
 from sqlalchemy.engine import Connection, Engine
 
-from memstate_sa import truth
+from memstate_sa import truth, uniques
 from memstate_sa.facts import Tracked
 from memstate_sa.outbox import take_write_lock, upsert
 from memstate_sa.recorder import Recorder
@@ -81,6 +81,17 @@ class Backfill:
                     upsert(connection.dialect.name, backfill).on_conflict_do_nothing(),
                     _range(entity, _BEGINNING, total=total),
                 )
+            if tracked.unique_values is not None:
+                self._free_values(tracked)
+
+    def _free_values(self, tracked: Tracked) -> None:
+        """Free unique values of rows that were deleted while ``unique_by`` was not kept."""
+        after: tuple[str, str] | None = ("", "")
+        while after is not None:
+            with self._transaction() as connection:
+                take_write_lock(connection)
+                of_no_row, after = uniques.of_no_row(connection, tracked, after)
+                uniques.take(connection, tracked, of_no_row)
 
     def run(self, *, limit: int | None = None, progress: Progress | None = None) -> int:
         """Work until nothing is left, or *limit* rows were looked at; how many of them were new to the log."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Inspector, Table, bindparam, inspect, select
 from sqlalchemy.engine import Connection, Engine
 
-from memstate_sa import appendonly, hazards, sqlite, triggers, truth
+from memstate_sa import appendonly, hazards, releases, sqlite, triggers, truth, uniques
 from memstate_sa.capture import Capture
 from memstate_sa.changes import Entry, Image, new_tx
 from memstate_sa.codec import decode_key
@@ -26,6 +26,7 @@ from memstate_sa.registry import Registry
 from memstate_sa.tables import current, log, metadata
 from memstate_sa.units import Unit
 from memstate_sa.vacancy import Taken, require_absent
+from memstate_sa.vectors import Destination
 from memstate_sa.verify import Progress
 
 logger = logging.getLogger("memstate_sa.doctor")
@@ -87,17 +88,25 @@ class Doctor:
     """One examination of one database."""
 
     def __init__(
-        self, engine: Engine, registry: Registry, capture: Capture, recorder: Recorder, *, page_size: int = 500
+        self,
+        engine: Engine,
+        registry: Registry,
+        capture: Capture,
+        recorder: Recorder,
+        destinations: Mapping[str, Destination],
+        *,
+        page_size: int = 500,
     ) -> None:
         self._engine = engine
         self._registry = registry
         self._capture = capture
         self._recorder = recorder
+        self._destinations = destinations
         self._page_size = page_size
 
     def run(self, *, repair: bool, rows: bool = True, progress: Progress | None = None) -> Diagnosis:
-        found = Diagnosis(problems=list(self._problems()))
         inspector = inspect(self._engine)
+        found = Diagnosis(problems=[*self._problems(), *self._changed(inspector)])
         if not rows or not inspector.has_table(log.name):
             return found
         hidden = self._hidden()
@@ -108,6 +117,7 @@ class Doctor:
                 (found.gone if gone else found.changed).extend(self._shown(tracked, differing))
                 if repair:
                     self._reconcile(tracked, differing)
+            found.problems += self._unique_values(tracked)
         return found
 
     def _shown(self, tracked: Tracked, keys: Collection[str]) -> Iterator[tuple[str, object]]:
@@ -204,6 +214,34 @@ class Doctor:
             self._recorder.write_header(connection, tx, {"reason": RECONCILED})
             require_absent(connection, tracked, [entry.key for entry in entries if entry.op == "delete"])
 
+    def _unique_values(self, tracked: Tracked) -> Iterator[Problem]:
+        """Rows that have a history, and not the unique values that ``unique_by`` gives them now."""
+        if tracked.unique_values is None:
+            return
+        after, count = None, 0
+        while True:
+            with self._engine.connect() as connection:
+                keys = truth.page(connection, tracked, after, self._page_size)
+                wrong = self._differing(connection, tracked, list(last_entries(connection, tracked, keys)))
+            if not keys:
+                break
+            after = keys[-1]
+            if wrong:
+                with self._engine.connect() as connection:  # others may have written between the first two looks
+                    count += len(self._differing(connection, tracked, list(wrong)))
+        if count:
+            name = tracked.model.__name__
+            yield Problem(
+                tracked.entity,
+                f"has {count} rows without the unique values of its unique_by=, which is new or was changed: another "
+                f"row may take the same. memory.backfill(engine, {name}) takes them in, and warns of those that share "
+                "one",
+            )
+
+    @staticmethod
+    def _differing(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> set[str]:
+        return uniques.differences(connection, tracked, _rows(connection, tracked, keys)).keys
+
     # -- what would make them differ -----------------------------------------------------------------------------------
 
     def _problems(self) -> Iterator[Problem]:
@@ -255,6 +293,20 @@ class Doctor:
         with self._engine.connect() as connection:
             tables = self._tracked_tables().values()
             return [Problem(*found) for found in hazards.hazards(connection, tables, metadata.sorted_tables)]
+
+    def _changed(self, inspector: Inspector) -> Iterator[Problem]:
+        """What another release has left behind."""
+        if not {table.name for table in metadata.sorted_tables}.issubset(inspector.get_table_names()):
+            return
+        with self._engine.connect() as connection:
+            for found in releases.problems(connection, self._registry, self._destinations):
+                yield Problem(*found)
+            for tracked in self._registry.by_entity.values():
+                if not _absent(inspector, tracked):
+                    for found in releases.left_triggers(connection, self._registry, tracked):
+                        yield Problem(*found)
+                    for found in releases.renamed(connection, self._registry, tracked):
+                        yield Problem(*found)
 
     def _lost_protection(self) -> list[str]:
         with self._engine.connect() as connection:

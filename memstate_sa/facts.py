@@ -11,6 +11,7 @@ from datetime import date, datetime, time
 from enum import Enum
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from time import monotonic
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -148,6 +149,9 @@ class Tracked:
     expires: str | None = None
     version: int = 1
     upgrade: Mapping[int, Upgrade] = field(default_factory=dict, repr=False)
+    text_version: int = 1
+    withdrawn: bool = False  # from an index: it is to hold no point of the class any more
+    since: float = field(default_factory=monotonic, repr=False)  # when it was tracked
     hydrations: dict[str, Select[Any]] = field(default_factory=dict, repr=False)
     _columns: dict[str, TableColumns] = field(default_factory=dict, repr=False)
 
@@ -278,6 +282,27 @@ class Tracked:
     # -- what an index sees ----------------------------------------------------------------------------------------
 
     @cached_property
+    def from_no_index(self) -> Tracked:
+        """The same class, for an index that it does not go to: no row of it has a vector there."""
+        return replace(self, text=None, metadata=(), text_version=1, withdrawn=True, hydrations={}, _columns={})
+
+    @cached_property
+    def projection(self) -> str:
+        """What an index holds of each row, as JSON: with another one, every row has to be delivered again.
+
+        Of a function it says only that there is one, and which `text_version`: nothing tells what a function does.
+        """
+        if self.text is None:
+            return json.dumps({"text": None})
+        columns = self.mapper.columns
+        kinds = {
+            name: type(columns[name].type).__name__ for name in (*_attributes_of(self.text), *self._sorted_metadata)
+        }
+        text = "a function" if callable(self.text) else {self.text: kinds[self.text]}
+        metadata = {name: kinds[name] for name in self._sorted_metadata}
+        return json.dumps({"text": text, "version": self.text_version, "metadata": metadata})
+
+    @cached_property
     def _projected(self) -> tuple[str, ...]:
         if callable(self.text):
             configure_mappers()  # a process that only relays has loaded no instance yet
@@ -389,6 +414,7 @@ def describe(
     expires: str | None = None,
     version: int = 1,
     upgrade: Mapping[int, Upgrade] | None = None,
+    text_version: int = 1,
 ) -> Tracked:
     """Check what `Memory.track` was asked for against the mapping. Raises MemstateError saying what does not fit."""
     try:
@@ -421,6 +447,8 @@ def describe(
         raise MemstateError(f"entity={entity!r}: a name of 1 to 128 characters without '['")
     _check_expiry(mapper, expires)
     _check_shapes(version, upgrade or {})
+    if isinstance(text_version, bool) or not isinstance(text_version, int):
+        raise MemstateError(f"text_version={text_version!r}: give a whole number, another one for each other text=")
     always = (lambda _values: True) if immutable is True else None
     return Tracked(
         model=model,
@@ -437,6 +465,7 @@ def describe(
         expires=expires,
         version=version,
         upgrade=dict(upgrade or {}),
+        text_version=text_version,
     )
 
 

@@ -37,12 +37,12 @@ from memstate_sa.recorder import Recorder
 from memstate_sa.registry import Registry
 from memstate_sa.relay import Relay
 from memstate_sa.relay.backlog import Backlog, backlog
-from memstate_sa.relay.claims import IndexKey
+from memstate_sa.relay.keys import IndexKey
 from memstate_sa.relay.loop import STOP_TIMEOUT_S
 from memstate_sa.relay.plan import guarded
 from memstate_sa.relay.waiting import wait_for
 from memstate_sa.relay.wakeup import Notifier
-from memstate_sa.search import Call, Hits, Search, call_directly, resolve_target
+from memstate_sa.search import Call, Hits, Opened, Search, call_directly, resolve_target
 from memstate_sa.sqlite import is_in_memory, require_no_transaction
 from memstate_sa.strict import Strict
 from memstate_sa.tables import utcnow
@@ -121,7 +121,7 @@ class Memory:
         forks.in_child(self, Memory._make_lock)
         self._engines: dict[URL, Engine] = {}  # for threads, by the URL of an AsyncEngine
         self._derived: list[Engine] = []
-        self._opened: set[str] = set()  # indexes that a search has opened
+        self._opened: dict[str, Opened] = {}  # indexes that a search has opened
         self._asked: dict[str, str] = {}  # which one the last search of each has asked
 
     def _make_lock(self) -> None:
@@ -146,6 +146,7 @@ class Memory:
         expires: str | None = None,
         version: int = 1,
         upgrade: Mapping[int, Upgrade] | None = None,
+        text_version: int = 1,
     ) -> type[M]: ...
 
     @overload
@@ -165,6 +166,7 @@ class Memory:
         expires: str | None = None,
         version: int = 1,
         upgrade: Mapping[int, Upgrade] | None = None,
+        text_version: int = 1,
     ) -> Callable[[type[M]], type[M]]: ...
 
     def track(
@@ -183,6 +185,7 @@ class Memory:
         expires: str | None = None,
         version: int = 1,
         upgrade: Mapping[int, Upgrade] | None = None,
+        text_version: int = 1,
     ) -> Any:
         """Make every row of *model* a fact; a call, or a class decorator. The table needs no change.
 
@@ -202,6 +205,9 @@ class Memory:
         migration is shown, and undone, through these. A value that the function was given stays the driver's, whatever
         column it gives it to (True and False: in the same column); what it makes itself is as the ORM takes it, but
         None is always NULL.
+
+        Relays notice a change of *text* or *metadata*, and deliver every row again; until then ``Hits.complete`` is
+        False. Where *text* is a function, nothing tells when that changes: give another *text_version* then.
 
         Raises MemstateError for a class that is not mapped, unknown column attributes, or an entity tracked already.
         """
@@ -229,6 +235,7 @@ class Memory:
                     expires=expires,
                     version=version,
                     upgrade=upgrade,
+                    text_version=text_version,
                 )
             )
             return model
@@ -252,6 +259,8 @@ class Memory:
     def create_tables(self, engine: Engine | AsyncEngine) -> None:
         """Create the tables of memstate_sa that are not there yet, and triggers: of the log, of classes captured so.
 
+        Triggers of a class that is no longer captured so are dropped.
+
         Their own tables have to be there. With Alembic, let a migration do it.
         """
         self._open()
@@ -260,8 +269,7 @@ class Memory:
     def _install(self, connection: Connection) -> None:
         appendonly.install(connection)
         for tracked in self._registry.by_entity.values():
-            if tracked.by_trigger:
-                triggers.install(connection, tracked)
+            (triggers.install if tracked.by_trigger else triggers.uninstall)(connection, tracked)
         functions.close(connection)
 
     def annotate(
@@ -698,8 +706,8 @@ class Memory:
         return relay
 
     def _relay_to(self, engine: Engine, names: Iterable[str], **options: Any) -> Relay:
-        published = self._registry.published
-        destinations = {name: (self._destinations[name], partial(published, name)) for name in names}
+        delivered = self._registry.delivered
+        destinations = {name: (self._destinations[name], partial(delivered, name)) for name in names}
         return Relay(engine, destinations, notifier=self._notifier, **options)
 
     def _by_index(self) -> dict[str, tuple[Destination, dict[str, Tracked]]]:
@@ -813,9 +821,8 @@ class Memory:
         """
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
-        found = Doctor(sync, self._registry, self._capture, self._recorder).run(
-            repair=repair, rows=rows, progress=progress
-        )
+        doctor = Doctor(sync, self._registry, self._capture, self._recorder, self._destinations)
+        found = doctor.run(repair=repair, rows=rows, progress=progress)
         if repair:
             self._wake()
         return found

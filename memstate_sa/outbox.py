@@ -20,6 +20,7 @@ from sqlalchemy import (
     Delete,
     FromClause,
     Insert,
+    Integer,
     Select,
     SmallInteger,
     Table,
@@ -35,6 +36,7 @@ from sqlalchemy import (
     insert,
     literal_column,
     select,
+    table,
     true,
     tuple_,
     union_all,
@@ -171,12 +173,14 @@ def here(dialect_name: str) -> ColumnElement[Any]:
     """The present, for `as_position`."""
     if dialect_name == "postgresql":
         return cast(func.pg_current_snapshot(), Text)
-    return select(func.coalesce(func.max(outbox.c.id), 0)).scalar_subquery()
+    # Not the newest entry that is there: delivered ones are deleted, and only a restore takes the counter back.
+    counted = select(func.max(literal_column("seq", Integer))).select_from(table("sqlite_sequence"))
+    return func.coalesce(counted.where(literal_column("name") == outbox.name).scalar_subquery(), 0)
 
 
 def as_position(here: Any) -> Position:
     """Where an index is that has everything there is."""
-    if isinstance(here, int):  # SQLite: the newest id
+    if isinstance(here, int):  # SQLite: the newest id that there was
         return Position(Snapshot(0), 0, here)
     return Position(Snapshot.parse(here))
 

@@ -12,15 +12,15 @@ from sqlalchemy import delete, func, insert, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from memstate_sa import hazards, outbox, tables
+from memstate_sa import hazards, outbox, tables, uniques
 from memstate_sa.arrays import as_array
 from memstate_sa.changes import Entry, fold
 from memstate_sa.codec import decode_key
 from memstate_sa.columns import READ_CHUNK, TableColumns, batches
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
-from memstate_sa.facts import Tracked, unique_value
+from memstate_sa.facts import Tracked
 from memstate_sa.history import last_entries
-from memstate_sa.outbox import deleted_keys, take_write_lock, unknown_keys, upsert
+from memstate_sa.outbox import deleted_keys, take_write_lock, unknown_keys
 from memstate_sa.printable import printable_logger
 from memstate_sa.registry import Registry
 from memstate_sa.schemas import failure
@@ -35,8 +35,9 @@ _hurry = select(func.set_config("lock_timeout", "100ms", True))
 _LOCK_NOT_AVAILABLE = "55P03"
 _SHOWN = 20
 _NOT_UNIQUE = (
-    "%s: %d rows that are older than tracking, or were changed past it, have the same value of what must be unique as "
-    "another, and can be changed only so that they have it no longer, or deleted. The first of them by key: %s"
+    "%s: %d rows that are older than tracking or than unique_by, or were changed past it, have the same value of what "
+    "must be unique as another, and can be changed only so that they have it no longer, or deleted. The first of them "
+    "by key: %s"
 )
 
 
@@ -88,31 +89,26 @@ class Recorder:
 
         Where none is *refused*, the first row has the value, and others have none.
         """
-        unique, columns = tables.unique, tracked.on(connection.dialect)
+        unique = tables.unique
         ours = [entry for entry in entries if entry.entity == tracked.entity]
         images = {entry.key: entry.image for entry in ours}
         # An undo inserts into the log also what is there again, and has a value.
         keys = list({entry.key for entry in ours if entry.op != "insert" or entry.reverts})
         for some in batches(keys, READ_CHUNK):
             connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key.in_(some)))
-        rows = []
-        for key, image in images.items():
-            value = None if image is None else unique_value(tracked, columns.values(dict(image)))
-            if value is not None:
-                rows.append({"entity": tracked.entity, "value": value, "key": key})
-        rows.sort(key=itemgetter("value"))
-        if rows and refuse:
+        there = {key: image for key, image in images.items() if image is not None}
+        values = uniques.values_of(connection, tracked, there)
+        if values and refuse:
+            rows = [{"entity": tracked.entity, "value": value, "key": key} for key, value in values.items()]
+            rows.sort(key=itemgetter("value"))
             try:
                 connection.execute(insert(unique), rows)
             except IntegrityError as error:
                 raise ConflictError(
                     f"{tracked.entity}: another fact has the same value of what must be unique"
                 ) from error
-        elif rows:
-            new = upsert(connection.dialect.name, unique).on_conflict_do_nothing().returning(unique.c.key)
-            having = set(connection.scalars(new, rows))
-            if without := [row["key"] for row in rows if row["key"] not in having]:
-                logger.warning(_NOT_UNIQUE, tracked.entity, len(without), ", ".join(without[:_SHOWN]))
+        else:
+            _warn_of(tracked, uniques.give(connection, tracked, values))
 
     def baselines(
         self,
@@ -190,8 +186,28 @@ class Recorder:
         if hurry:
             connection.execute(_hurry)
         self.write(connection, unit, entries, deliver_baselines=True, refuse=False)
-        left = (n for n, key in enumerate(keys) if n and key in unknown and key not in images)
+        passed_by = {key for key in keys if key in unknown and key not in images}
+        if tracked.unique_values is not None:
+            passed_by |= self._take_in_values(connection, tracked, [key for key in keys if key not in unknown])
+        left = (n for n, key in enumerate(keys) if n and key in passed_by)
         return len(entries), next(left, len(keys))
+
+    def _take_in_values(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> set[str]:
+        """Give rows their unique values whose history is older than these. Returns the keys of rows that are locked."""
+        columns = tracked.on(connection.dialect)
+        seen = uniques.differences(connection, tracked, columns.read(connection, [decode_key(key) for key in keys]))
+        _warn_of(tracked, seen.shared)
+        wrong = sorted(seen.keys)
+        if not wrong:
+            return set()
+        # As of rows that the log has not seen: it waits for the first one alone.
+        first, others = ([decode_key(key) for key in some] for some in (wrong[:1], wrong[1:]))
+        images = columns.read(connection, first, for_update=True)
+        images |= columns.read(connection, others, for_update=True, skip_locked=True)
+        found = uniques.differences(connection, tracked, images)
+        uniques.take(connection, tracked, found.stale)
+        _warn_of(tracked, uniques.give(connection, tracked, found.missing))
+        return set(wrong[1:]) & set(keys) - images.keys()
 
     def unknown(self, connection: Connection, tracked: Tracked, keys: Collection[str]) -> Sequence[str]:
         """Those of *keys* that the log has no entry of."""
@@ -284,6 +300,12 @@ def _require_visible(connection: Connection, tracked: Tracked) -> None:
             f"Cannot log rows of {tracked.entity}: row-level security hides them after they are written. "
             f"Give {', '.join(hidden.values())} a policy FOR SELECT that shows them, or use capture='trigger'."
         )
+
+
+def _warn_of(tracked: Tracked, without: Sequence[str]) -> None:
+    """Say which rows were given no unique value, as others have it."""
+    if without:
+        logger.warning(_NOT_UNIQUE, tracked.entity, len(without), ", ".join(without[:_SHOWN]))
 
 
 def require_no_translation(options: Mapping[str, Any]) -> None:

@@ -83,6 +83,10 @@ class Registry:
         """By entity, all or those that go to an *index*."""
         return {name: each for name, each in self._published.items() if index is None or index in each.indexes}
 
+    def delivered(self, index: str) -> dict[str, Tracked]:
+        """By entity, all that a relay to *index* has to know: those that go there, and those that do no longer."""
+        return {name: each if index in each.indexes else each.from_no_index for name, each in self._published.items()}
+
     def find(self, mapper: Mapper[Any]) -> Tracked | None:
         """What tracks *mapper*, itself or through a base class."""
         if mapper not in self._by_mapper:

@@ -15,7 +15,7 @@ from memstate_sa.changes import FactKey
 from memstate_sa.errors import DeliveryError, MemstateError, NotFound
 from memstate_sa.outbox import take_write_lock, upsert
 from memstate_sa.relay import claims
-from memstate_sa.relay.claims import IndexKey, of_index
+from memstate_sa.relay.keys import IndexKey, of_index
 from memstate_sa.relay.plan import AGAIN
 from memstate_sa.tables import holder, index_state, ledger, parked, refill, successor, utcnow
 

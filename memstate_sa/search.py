@@ -8,6 +8,7 @@ key that is delivered between two of these steps is found either among the undel
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,14 +29,17 @@ from memstate_sa.filters import push_down
 from memstate_sa.indexes.base import Filter, Match, Vector
 from memstate_sa.outbox import after, undelivered
 from memstate_sa.registry import Registry
-from memstate_sa.relay import embeddings
+from memstate_sa.relay import embeddings, marks
 from memstate_sa.relay.backlog import Standing, read_standing, stuck
-from memstate_sa.relay.claims import IndexKey
+from memstate_sa.relay.keys import IndexKey
+from memstate_sa.relay.marks import Past
 from memstate_sa.relay.plan import guarded, halves
 from memstate_sa.relay.protocol import ENTITY
 from memstate_sa.tables import outbox
 from memstate_sa.truth import raw_key_columns
 from memstate_sa.vectors import Destination
+
+logger = logging.getLogger("memstate_sa.search")
 
 F = TypeVar("F")
 P = ParamSpec("P")
@@ -45,6 +49,8 @@ OVERLAY_LIMIT = 500
 """The most rows that one search embeds because the index does not have them yet."""
 
 _IDS_LIMIT = 1000
+_DOUBTED = 100
+"""So many hits by content that they do not have are looked at once more."""
 _LARGEST_ASK = 1 << 20
 """So many points at most are asked for: with a count that is beyond its integers, an index fails, or finds nothing."""
 
@@ -109,6 +115,22 @@ def _dirty(dialect_name: str, *, everything: bool) -> Select[Any]:
 
 
 @dataclass
+class Opened:
+    """An index that this process has opened, with the mark that it had then, or that the database has had since."""
+
+    mark: str | None
+    is_doubted: bool = False
+
+    def is_of(self, now: Past) -> bool:
+        """Whether the index was filled from the past that the database is in *now*."""
+        if not now.fits(self.mark, alone=False):
+            return False
+        if self.mark:
+            self.mark = str(now.mark)
+        return True
+
+
+@dataclass
 class _Row:
     fact: Any
     projection: Projection
@@ -123,7 +145,7 @@ class Search:
         capture: Capture,
         destinations: Mapping[str, Destination],
         name: str,
-        opened: set[str],
+        opened: dict[str, Opened],
         statement: Select[Any],
         tracked: Tracked,
         *,
@@ -147,6 +169,8 @@ class Search:
         self._distances: dict[str, float] = {}
         self._budget = OVERLAY_LIMIT
         self._standing: Standing | None = None
+        self._mark = Opened(None)
+        self._stale: list[str] = []  # found by content that they do not have
         self._too_many = False
 
     def _aim(self, name: str) -> None:
@@ -157,13 +181,15 @@ class Search:
         try:
             return self._run(query, limit, max_distance, fresh=fresh)
         except DeliveryError:
-            self._opened.discard(self.name)  # it may have been deleted, or be another by the next search
+            self._opened.pop(self.name, None)  # it may have been deleted, or be another by the next search
             raise
 
     def _open(self) -> None:
-        if self.name not in self._opened:
+        opened = self._opened.get(self.name)
+        if opened is None:
             self._ask(self._destinations[self.name].open)
-            self._opened.add(self.name)
+            opened = self._opened[self.name] = Opened(self._ask(marks.kept_by, self._index))
+        self._mark = opened
 
     def _ask(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the index; whatever it raises becomes ours."""
@@ -206,12 +232,37 @@ class Search:
                 if where is None and not self._too_many:
                     ids = self._few_ids()
             ask = min(4 * ask, _LARGEST_ASK)
+        if fresh and self._complete and self._stale:
+            self._doubt(set(self._stale[:_DOUBTED]))
         result: Hits[Any] = Hits(Hit(self._rows[key].fact, distance) for distance, key in hits)  # type: ignore[union-attr]
         result.complete = self._complete
         return result
 
     def _embedded(self, query: str) -> Vector:
         return np.asarray(self._call(self._vectors.of_query, query), dtype=np.float32)
+
+    def _doubt(self, keys: set[str]) -> None:
+        """Were *keys* found by content that they do not have, though no change of them is on its way?
+
+        Then the index may lack others altogether: text= does something else now, or the index drifted.
+        """
+        keys.difference_update(self._pending())
+        if not keys or not self._complete:
+            return
+        stored = self._ask(self._index.get, [self._tracked.point_id(key) for key in keys])
+        fingerprints = {found[1]: point.fingerprint for point in stored if (found := split_point_id(point.id))}
+        rows = {key: self._rows[key] for key in keys & fingerprints.keys()}
+        stale = [key for key, row in rows.items() if row and row.projection.fingerprint != fingerprints[key]]
+        if stale and not self._mark.is_doubted:
+            self._mark.is_doubted = True
+            logger.warning(
+                "index %r has other content of %s%s than its row. If text= does something else now, give another "
+                "text_version=. If not, memory.verify(engine, repair=True) delivers what differs",
+                self.name,
+                self._tracked.entity,
+                stale[0],
+            )
+        self._complete = not stale
 
     # -- what the index may not know -----------------------------------------------------------------------------------
 
@@ -225,7 +276,7 @@ class Search:
         """Keys that are committed or flushed but not delivered, the caller's own first."""
         connection = self._connection()
         index = self._index_key()
-        standing = self._standing = read_standing(connection, index, self._tracked.entity)
+        standing = self._standing = self._read_standing(connection, index)
         at = standing.at
         if not standing.filled:
             # What was committed before the index's cursor began is delivered from the table: no position tells how far.
@@ -253,9 +304,24 @@ class Search:
 
     def _passed_over(self) -> list[str]:
         """Nothing is looked for beside the index; but whether it was ever delivered in full."""
-        standing = self._standing = read_standing(self._connection(), self._index_key(), self._tracked.entity)
+        standing = self._standing = self._read_standing(self._connection(), self._index_key())
         self._complete = standing.filled
         return []
+
+    def _read_standing(self, connection: Connection, index: IndexKey) -> Standing:
+        """How the index stands. It is not filled, either, when it was filled from something else than what is here now.
+
+        That is another past of the database, or another projection of the class. No relay may have seen it yet.
+        """
+        standing = read_standing(connection, index, self._tracked.entity)
+        if standing.past is not None and not self._mark.is_of(standing.past):
+            self._opened.pop(self.name, None)
+            self._open()  # the mark first: relays write it to the database before the index
+            standing = read_standing(connection, index, self._tracked.entity)
+        if standing.past is not None and not self._mark.is_of(standing.past):
+            self._opened.pop(self.name, None)
+            return standing._replace(filled=False)
+        return standing._replace(filled=standing.filled and standing.projection == self._tracked.projection)
 
     @staticmethod
     def _old_snapshot(connection: Connection) -> bool:
@@ -269,7 +335,9 @@ class Search:
         """A filter or a list of ids that the index can apply; neither: hydration alone applies the criteria."""
         criteria = list(self._statement._where_criteria)
         simple = not criteria or not _joins(self._statement)
-        pushed = push_down(self._tracked, criteria) if simple and criteria else None
+        # What is not filled yet may lack the fields that a filter asks for.
+        filled = self._standing is not None and self._standing.filled
+        pushed = push_down(self._tracked, criteria) if simple and criteria and filled else None
         if pushed is not None:
             return pushed, None
         if not criteria and simple:
@@ -278,7 +346,8 @@ class Search:
 
     def _entity_filter(self) -> Filter | None:
         """What tells this entity from others in the index, where every point carries its entity."""
-        standing = self._standing or read_standing(self._connection(), self._index_key(), self._tracked.entity)
+        standing = self._standing
+        assert standing is not None
         return {ENTITY: {"$eq": self._tracked.entity}} if standing.marked and standing.filled else None
 
     def _few_ids(self) -> list[str] | None:
@@ -337,6 +406,8 @@ class Search:
                 self._distances[key] = match.distance
             elif fresh:
                 stale[key] = row.projection
+                if match is not None and key not in pending:
+                    self._stale.append(key)
         if len(stale) > self._budget:
             self._complete = False
             stale = dict(list(stale.items())[: self._budget])

@@ -34,7 +34,8 @@ from memstate_sa.positions import slot_of
 from memstate_sa.printable import printable_logger
 from memstate_sa.registry import Registry
 from memstate_sa.relay import embeddings
-from memstate_sa.relay.claims import IndexKey, limit_transaction, of_index
+from memstate_sa.relay.claims import limit_transaction
+from memstate_sa.relay.keys import IndexKey, of_index
 from memstate_sa.relay.plan import classify, guarded
 from memstate_sa.relay.protocol import ENTITY
 from memstate_sa.tables import cursor, index_state, log, outbox, utcnow

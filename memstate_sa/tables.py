@@ -209,6 +209,30 @@ refill = Table(
     comment="progress of delivering in full to an index that is new",
 )
 
+past = Table(
+    "memstate_past",
+    metadata,
+    Column("index", _Name, primary_key=True),
+    Column("incarnation", _Name, primary_key=True),
+    Column("page", BigInteger, nullable=False, comment="counts the pages; one begins before the index is written to"),
+    Column("names", Text, nullable=False, comment="random: of this page and of those before; the index keeps one too"),
+    Column("refused", Text, comment="the index's mark that did not belong to this database, when it was last compared"),
+    comment="which past of this database each index was filled from: a restore takes this row back, not the index",
+)
+
+projection = Table(
+    "memstate_projection",
+    metadata,
+    Column("index", _Name, primary_key=True),
+    Column("incarnation", _Name, primary_key=True),
+    Column("entity", _Name, primary_key=True),
+    Column("owner", Text, primary_key=True, comment="a relay that delivers it so; '': what the index holds"),
+    Column("projection", Text, nullable=False, comment="JSON: the text and the metadata of the class"),
+    Column("since", UTCDateTime, nullable=False, comment="when the class was tracked that projects it so"),
+    Column("seen_at", UTCDateTime, nullable=False, comment="when a relay last claimed the index with it"),
+    comment="what of each class an index holds",
+)
+
 backfill = Table(
     "memstate_backfill",
     metadata,

@@ -647,6 +647,18 @@ def install(connection: Connection, captured: Captured) -> None:
     replace(connection, captured.table, triggers(connection, captured))
 
 
+def uninstall(connection: Connection, captured: Captured) -> None:
+    """Drop the triggers that log *captured*, if there are any: a Session logs it now, and each change only once."""
+    if captured.entity in entities_of(connection, captured.table):
+        run(connection, dropping(captured, connection.dialect))
+
+
+def entities_of(connection: Connection, table: Table) -> set[str]:
+    """The entities as which triggers of ours log *table*."""
+    found = (header(source) for source in installed(connection, table).values())
+    return {said["entity"] for said in found if said is not None}
+
+
 def replace(connection: Connection, table: Table, wanted: Sequence[Trigger]) -> None:
     """Make *table* have the triggers that are *wanted*."""
     there = installed(connection, table)

@@ -17,7 +17,7 @@ from memstate_sa.outbox import ALL, after, undelivered
 from memstate_sa.positions import Position, meet
 from memstate_sa.relay import ledger
 from memstate_sa.relay.backlog import read_positions
-from memstate_sa.relay.claims import IndexKey
+from memstate_sa.relay.keys import IndexKey
 from memstate_sa.relay.plan import AGAIN, Parked
 from memstate_sa.tables import outbox
 from memstate_sa.vectors import Destination

@@ -32,6 +32,7 @@ from sqlalchemy import (
     or_,
     select,
     true,
+    update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB, insert
 from sqlalchemy.types import UserDefinedType
@@ -176,6 +177,11 @@ class Statements:
     def stamp(self) -> Any:
         row = {"key": _STATE, "epoch": 0, "metadata": bindparam("state", type_=JSONB)}
         return insert(self.points).values(row).on_conflict_do_nothing()
+
+    @cached_property
+    def mark(self) -> Any:
+        kept = self.points.c.metadata.op("||")(func.jsonb_build_object("mark", bindparam("mark", type_=Text)))
+        return update(self.points).where(self.points.c.key == _STATE).values(metadata=kept)
 
     @cached_property
     def upsert(self) -> Any:

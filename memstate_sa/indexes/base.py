@@ -171,6 +171,30 @@ class RemakableIndex(Protocol):
         ...
 
 
+@runtime_checkable
+class MarkedIndex(VectorIndex, Protocol):
+    """An index that keeps one short text beside its points, wherever it keeps those, and loses it only with them.
+
+    The relay compares it with the database. It tells when either of the two was restored from a backup.
+    """
+
+    def read_mark(self) -> str | None:
+        """The text that was written last, by any process; None when there was none."""
+        ...
+
+    def write_mark(self, mark: str) -> None:
+        """Keep *mark*, of at most 100 characters, instead of the one before. It changes neither points nor incarnation.
+
+        When this returns, *mark* is as durable as points are.
+        """
+        ...
+
+
+def keeps_mark(index: VectorIndex) -> TypeGuard[MarkedIndex]:
+    """Whether *index* is a `MarkedIndex`; not by isinstance, as in `is_fenced`."""
+    return callable(getattr(index, "write_mark", None))
+
+
 def matrix(vectors: Sequence[Vector], dimension: int, names: Sequence[str]) -> NDArray[np.float32]:
     """*vectors* as one matrix of shape ``(n, dimension)``.
 

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
@@ -48,6 +48,7 @@ _COPIED = 1000
 # In the collection's metadata.
 _EMBEDDER = "memstate_embedder"
 _DIMENSION = "memstate_dimension"
+_MARK = "memstate_mark"
 
 
 class ChromaIndex:
@@ -235,6 +236,15 @@ class ChromaIndex:
             self._client.delete_collection(self._name)
             self._collection = self._listing = None
 
+    def read_mark(self) -> str | None:
+        with self._using("read the mark of"):
+            found = self._client.get_collection(self._name, embedding_function=None)  # another process may write it
+            return (found.metadata or {}).get(_MARK)
+
+    def write_mark(self, mark: str) -> None:
+        with self._writing("mark") as collection:
+            collection.modify(metadata=_without_space({**(collection.metadata or {}), _MARK: mark}))
+
     def close(self) -> None:
         """Release the folder; the client stays open."""
         with self._mutex:
@@ -319,9 +329,7 @@ class ChromaIndex:
                 "Use another collection name, or delete this collection to have it rebuilt"
             )
         if _EMBEDDER not in metadata:
-            # modify() replaces the metadata, and refuses "hnsw:space", which the configuration holds as well.
-            kept = {key: value for key, value in metadata.items() if key != "hnsw:space"}
-            collection.modify(metadata={**kept, _EMBEDDER: embedder, _DIMENSION: dimension})
+            collection.modify(metadata=_without_space({**metadata, _EMBEDDER: embedder, _DIMENSION: dimension}))
         return collection
 
     def _check_files(self, collection: Collection) -> None:
@@ -414,6 +422,11 @@ class ChromaIndex:
         if after is None or listing is None or listing[0] != str(collection.id):
             listing = self._listing = (str(collection.id), sorted(collection.get(include=[])["ids"]))
         return listing[1]
+
+
+def _without_space(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """modify() replaces the metadata, and refuses "hnsw:space", which the configuration holds as well."""
+    return {key: value for key, value in metadata.items() if key != "hnsw:space"}
 
 
 def _rows(found: Any, *columns: str) -> Iterator[tuple[Any, ...]]:

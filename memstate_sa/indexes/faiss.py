@@ -154,6 +154,16 @@ class FaissIndex:
         with self._using("purge") as held:
             self._compact(held)
 
+    def read_mark(self) -> str | None:
+        with self._using("read the mark of"):
+            return self._state.get("mark")
+
+    def write_mark(self, mark: str) -> None:
+        with self._using("mark"):
+            self._journal.append({"mark": mark})
+            self._state["mark"] = mark
+            self._wrote(1)
+
     def close(self) -> None:
         """Release the folder, and the memory."""
         with self._mutex:
@@ -216,6 +226,9 @@ class FaissIndex:
         latest: dict[str, tuple[Any, bytes]] = {}
         for value, data in self._journal.read():
             self._state = value.get("state", self._state)
+            if "mark" in value:
+                self._state["mark"] = value["mark"]
+                self._written += 1
             given, deleted = value.get("put", ()), value.get("delete", ())
             width = len(data) // max(1, len(given))
             for row, point in enumerate(given):

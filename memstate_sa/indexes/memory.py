@@ -43,6 +43,7 @@ class InMemoryIndex:
         self._held: dict[str, _Held] = {}
         self._epochs: dict[str, int] = {}  # of deleted ids too
         self._sorted_ids: list[str] | None = None
+        self._mark: str | None = None
         self._begin()
         forks.in_child(self, InMemoryIndex._forked)
 
@@ -153,6 +154,12 @@ class InMemoryIndex:
             start = 0 if after is None else bisect_right(self._sorted_ids, after)
             page = self._sorted_ids[start : start + limit]
             return [Entry(id_, self._held[id_].fingerprint) for id_ in page]
+
+    def read_mark(self) -> str | None:
+        return self._mark
+
+    def write_mark(self, mark: str) -> None:
+        self._mark = mark
 
     def close(self) -> None:
         """Does nothing: the content lives as long as the object."""

@@ -194,6 +194,15 @@ class PgVectorIndex:
             _run(connection, f"INSERT INTO {table} TABLE memstate_kept")
             self._draw(connection, statements)
 
+    def read_mark(self) -> str | None:
+        with self._translated("read the mark of"):
+            state = self._state(self._statements(self._dimension))
+        return None if state is None else state.get("mark")
+
+    def write_mark(self, mark: str) -> None:
+        with self._using("mark") as (connection, statements):
+            connection.execute(statements.mark, {"mark": mark})
+
     def close(self) -> None:
         """Close the connections, if the index made its own engine; those beside another's are closed with that."""
         self._opened = None

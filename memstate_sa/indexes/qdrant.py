@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 _OURS = "memstate"
 """The key in a point's payload, and in the collection's metadata, under which all is that only memstate_sa needs."""
+_MARK = "memstate_mark"
 _LARGEST_REQUEST = 500_000
 """So many numbers are written at once: in JSON 10 MB, of the 32 MB that a server takes."""
 _LISTED = 10_000
@@ -200,6 +201,14 @@ class QdrantIndex:
         with self._using("purge"):
             if self._folder is not None:
                 self._folder.vacuum(self._name)
+
+    def read_mark(self) -> str | None:
+        with self._using("read the mark of"):
+            return (self._client.get_collection(self._name).config.metadata or {}).get(_MARK)
+
+    def write_mark(self, mark: str) -> None:
+        with self._using("mark"):
+            self._client.update_collection(self._name, metadata={_MARK: mark})  # it merges
 
     def close(self) -> None:
         """The client stays open."""

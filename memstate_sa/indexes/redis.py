@@ -123,6 +123,15 @@ for _, id in ipairs(redis.call('ZRANGEBYLEX', KEYS[3], ARGV[2], '+', 'LIMIT', 0,
 end
 return found
 """
+_READ_MARK = """#!lua flags=no-writes
+if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
+return {redis.call('HGET', KEYS[1], 'mark')}
+"""
+_WRITE_MARK = """#!lua flags=allow-oom
+if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'mark', ARGV[2])
+return 1
+"""
 
 
 class _Opened(NamedTuple):
@@ -223,6 +232,13 @@ class RedisIndex:
             if self._client.config_get("save")["save"]:
                 self._client.bgsave()
                 self._rewritten("rdb_last_bgsave_status")
+
+    def read_mark(self) -> str | None:
+        kept = self._run(_READ_MARK, "read the mark of")[0]
+        return None if kept is None else _text(kept)
+
+    def write_mark(self, mark: str) -> None:
+        self._run(_WRITE_MARK, "mark", mark)
 
     def close(self) -> None:
         self._opened = None

@@ -13,10 +13,13 @@ from sqlalchemy.engine import Connection
 from memstate_sa.arrays import as_array, each
 from memstate_sa.outbox import ALL, after, in_slots, slot_array, slots, undelivered
 from memstate_sa.positions import Position, Snapshot, meet
-from memstate_sa.relay import claims, ledger
-from memstate_sa.relay.claims import SCAN, IndexKey, of_index
+from memstate_sa.relay import claims, ledger, marks
+from memstate_sa.relay.claims import SCAN
+from memstate_sa.relay.keys import IndexKey, of_index
+from memstate_sa.relay.marks import Past
 from memstate_sa.relay.plan import DEAD, PARKED
-from memstate_sa.tables import cursor, index_state, outbox, parked, refill, utcnow
+from memstate_sa.relay.projections import HELD
+from memstate_sa.tables import cursor, index_state, outbox, parked, past, projection, refill, utcnow
 
 _positions = select(cursor.c.snapshot, cursor.c.xid, cursor.c.position, cursor.c.slot).where(of_index(cursor))
 
@@ -36,7 +39,8 @@ class Standing(NamedTuple):
     """How an index stands to one entity; ``at`` is None when it was never delivered to.
 
     ``filled``: it was once delivered in full. ``stuck``: it refused keys. ``newest``: the newest outbox id there is.
-    ``marked``: points carry their entity.
+    ``marked``: points carry their entity. ``past``: the mark that the index should have. ``projection``: what of each
+    row it holds.
     """
 
     at: Position | None
@@ -44,6 +48,8 @@ class Standing(NamedTuple):
     stuck: bool
     newest: int
     marked: bool
+    past: Past | None = None
+    projection: str | None = None
 
 
 _unfilled = exists().where(
@@ -53,10 +59,18 @@ _known = exists().where(of_index(refill), refill.c.entity == bindparam("entity")
 _any_stuck = exists().where(of_index(parked), parked.c.entity == bindparam("entity"))
 _newest = select(func.coalesce(func.max(outbox.c.id), 0)).scalar_subquery()
 _marked = select(index_state.c.marked).where(of_index(index_state)).scalar_subquery()
+_projection = (
+    select(projection.c.projection)
+    .where(of_index(projection), projection.c.entity == bindparam("entity"), projection.c.owner == HELD)
+    .scalar_subquery()
+)
 # One row, unless slots have changed hands a moment ago.
 _standing = (
     select(cursor.c.snapshot, cursor.c.xid, cursor.c.position, and_(_known, not_(_unfilled)), _any_stuck)
-    .add_columns(_newest, _marked)
+    .add_columns(_newest, _marked, _projection, *marks.columns)
+    .select_from(
+        cursor.outerjoin(past, and_(past.c.index == cursor.c.index, past.c.incarnation == cursor.c.incarnation))
+    )
     .where(of_index(cursor))
     .distinct()
 )
@@ -67,7 +81,9 @@ def read_standing(connection: Connection, index: IndexKey, entity: str) -> Stand
     rows = connection.execute(_standing, {**index.parameters(), "entity": entity}).all()
     if not rows:
         return Standing(None, False, False, 0, False)
-    return Standing(meet(Position.parse(*row[:3]) for row in rows), *rows[0][3:])
+    filled, stuck, newest, marked, held, *at = rows[0][3:]
+    places = meet(Position.parse(*row[:3]) for row in rows)
+    return Standing(places, filled, stuck, newest, marked, marks.as_past(at), held)
 
 
 def stuck(connection: Connection, index: IndexKey, entity: str, limit: int) -> Sequence[str]:

@@ -5,13 +5,14 @@ Safety hangs on a slot's epoch alone, which grows whenever the slot changes hand
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID, uuid4
 from weakref import WeakValueDictionary
 
@@ -19,12 +20,12 @@ from sqlalchemy import (
     ColumnElement,
     Row,
     Select,
-    Table,
     and_,
     bindparam,
     delete,
     exists,
     func,
+    literal,
     not_,
     select,
     text,
@@ -36,31 +37,29 @@ from memstate_sa.arrays import each
 from memstate_sa.errors import IndexMismatch
 from memstate_sa.outbox import as_position, here, in_slots, read_present, slot_array, slots, take_write_lock, upsert
 from memstate_sa.positions import Position
+from memstate_sa.relay import marks, projections
+from memstate_sa.relay.keys import IndexKey, of_index
+from memstate_sa.relay.marks import Past
 from memstate_sa.relay.plan import AGAIN, PARKED
+from memstate_sa.relay.projections import Projected
 from memstate_sa.relay.protocol import Claimed, Held, Refill, Seen
-from memstate_sa.tables import UTCDateTime, cursor, holder, index_state, ledger, parked, refill, utcnow
+from memstate_sa.tables import (
+    UTCDateTime,
+    cursor,
+    holder,
+    index_state,
+    ledger,
+    parked,
+    past,
+    projection,
+    refill,
+    utcnow,
+)
+
+logger = logging.getLogger("memstate_sa.relay")
 
 SCAN = ""
 """The refill rows that stand for the scan of the index itself."""
-
-
-class IndexKey(NamedTuple):
-    """One lifetime of one index; every table of relay state is keyed by it."""
-
-    name: str
-    incarnation: str
-
-    def values(self) -> dict[str, str]:
-        """For an INSERT."""
-        return {"index": self.name, "incarnation": self.incarnation}
-
-    def parameters(self) -> dict[str, str]:
-        """For what `of_index` selects."""
-        return {"the_index": self.name, "the_incarnation": self.incarnation}
-
-
-def of_index(table: Table) -> ColumnElement[bool]:
-    return and_(table.c.index == bindparam("the_index"), table.c.incarnation == bindparam("the_incarnation"))
 
 
 # -- owners -----------------------------------------------------------------------------------------------------------
@@ -171,6 +170,9 @@ def limit_transaction(connection: Connection, seconds: float) -> None:
 _owned = select(func.count()).where(of_index(cursor), cursor.c.owner == bindparam("me"))
 
 
+_one = select(literal(1).label("one")).subquery()
+
+
 @cache
 def _look(dialect_name: str) -> Select[Any]:
     now = clock(dialect_name)
@@ -180,7 +182,8 @@ def _look(dialect_name: str) -> Select[Any]:
     due = exists().where(due_parking(dialect_name))
     paused = select(index_state.c.paused).where(of_index(index_state))
     counts = (query.scalar_subquery() for query in (live, _owned))
-    return select(here(dialect_name), *counts, free, due, paused.scalar_subquery())
+    looked = (here(dialect_name), *counts, free, due, paused.scalar_subquery())
+    return select(*looked, *marks.columns).select_from(_one.outerjoin(past, of_index(past)))
 
 
 def due_parking(dialect_name: str) -> ColumnElement[bool]:
@@ -194,11 +197,13 @@ def due_parking(dialect_name: str) -> ColumnElement[bool]:
     )
 
 
-def look(connection: Connection, index: IndexKey, owner: str, entities: str, slots: Iterable[int]) -> Seen:
+def look(
+    connection: Connection, index: IndexKey, owner: str, entities: str, slots: Iterable[int]
+) -> tuple[Seen, Past | None]:
     """*entities* as an array parameter."""
     given = {"me": owner, "now": utcnow(), "entities": entities, "slots": slot_array(slots)}
     row = connection.execute(_look(connection.dialect.name), {**index.parameters(), **given}).one()
-    return Seen(as_position(row[0]), row[1], row[2], row[3], row[4], bool(row[5]))
+    return Seen(as_position(row[0]), row[1], row[2], row[3], row[4], bool(row[5])), marks.as_past(row[6:])
 
 
 # -- claiming ---------------------------------------------------------------------------------------------------------
@@ -228,12 +233,16 @@ def claim(
     in_process: bool,
     embedder: str,
     dimension: int,
-    entities: Sequence[str],
-) -> Claimed:
+    classes: Mapping[str, Projected],
+    kept: str | None = None,
+    went_back: bool = False,
+) -> tuple[Claimed, Past]:
     """Prolong the lease, and take slots that nobody holds until *owner* has its share.
 
     *epochs* are those of the slots that *owner* knows to be its own. Of an index that is *in_process* nothing lands
-    once its process has ended, so its lease is not waited for; elsewhere a request may be waiting at a server.
+    once its process has ended, so its lease is not waited for; elsewhere a request may be waiting at a server. *kept*
+    is the mark that the index had before this transaction; *went_back* says that the database was restored (see
+    `marks`). Also returns where the index is.
 
     Raises IndexMismatch when another embedder filled the index, also for an index that does not keep this itself.
     """
@@ -244,25 +253,34 @@ def claim(
         _require_registered(connection, index, now, embedder, dimension)
     # Everybody locks them in this order; whoever acknowledges meanwhile is waited for.
     connection.execute(_cursors.with_for_update(), index.parameters()).all()
-    marked = _refill_rows(connection, index, entities)
+    live = _live(connection, index, owner, now, now + timedelta(seconds=lease_s), look_for_gone=in_process)
+    delivered = known(connection, index)
+    settled = projections.settle(connection, index, owner, live, delivered, classes, now)
+    marked = _refill_rows(connection, index, delivered, settled.mine, settled.changed)
     rows = connection.execute(_cursors, index.parameters()).all()
     present = read_present(connection)
     in_future = any(_position(row).snapshot.xmax > present.snapshot.xmax for row in rows)
-    if _is_elsewhere(connection, index) or in_future:
+    now_at, is_another = marks.compare(connection, index, kept, alone=len(live) == 1, went_back=went_back)
+    if is_another and delivered:
+        logger.warning(
+            "index %r was filled from another past of this database: one of the two was restored, or two databases "
+            "share the index. It is compared with the tables in full",
+            index.name,
+        )
+    if is_another or _is_elsewhere(connection, index) or in_future:
         _rebase(connection, index, present)
         rows = connection.execute(_cursors, index.parameters()).all()
-    live = _live(connection, index, owner, now, now + timedelta(seconds=lease_s), look_for_gone=in_process)
     quota = -(-len(slots(dialect)) // len(live))  # rounded up: no slot is left over
-    kept = {
+    ours = {
         row.slot: Held(row.epoch, _position(row), fresh=False, settle=False)
         for row in rows
         if row.owner == owner and epochs.get(row.slot) == row.epoch
     }
     # Ours in the database but unknown to us: what was done under it is unknown, too.
-    strays = [row for row in rows if row.owner == owner and row.slot not in kept]
+    strays = [row for row in rows if row.owner == owner and row.slot not in ours]
     # Those furthest behind first: nobody has had time for them.
     free = sorted((row for row in rows if row.owner not in live), key=lambda row: _position(row).floor)
-    taken = strays + free[: max(0, quota - len(kept) - len(strays))]
+    taken = strays + free[: max(0, quota - len(ours) - len(strays))]
     epoch = 0
     if taken:
         # By the clock, not only by counting: an index outlives a database that is restored or made anew.
@@ -271,7 +289,7 @@ def claim(
         connection.execute(taking.values(owner=owner, epoch=epoch), index.parameters())
         _scan_again(connection, index, [row.slot for row in taken if row.owner is not None])
     fresh = {row.slot: Held(epoch, _position(row), True, settle=row.owner is not None) for row in taken}
-    return Claimed({**kept, **fresh}, present, len(live), quota, marked)
+    return Claimed({**ours, **fresh}, present, len(live), quota, marked, settled.mine), now_at
 
 
 def _touch(connection: Connection, index: IndexKey, now: datetime) -> bool:
@@ -318,6 +336,9 @@ def _live(
     return {name for name, _ in known}.difference(gone)
 
 
+_OF_INDEX = (index_state, refill, parked, cursor, ledger, holder, past, projection)
+
+
 def _require_registered(connection: Connection, index: IndexKey, now: datetime, embedder: str, dimension: int) -> None:
     """A new lifetime of an index: its cursors start now, everything older comes by the refill."""
     if _is_registered(connection, index, embedder, dimension):
@@ -325,7 +346,7 @@ def _require_registered(connection: Connection, index: IndexKey, now: datetime, 
     live = select(holder.c.incarnation).where(holder.c.index == index.name, holder.c.lease_until > now)
     was_paused = exists().where(index_state.c.index == index.name, index_state.c.paused)
     paused = connection.execute(select(was_paused)).scalar_one()
-    for table in (index_state, ledger, parked, refill, cursor, holder):
+    for table in _OF_INDEX:
         connection.execute(
             delete(table).where(table.c.index == index.name, table.c.incarnation.not_in(live.scalar_subquery()))
         )
@@ -354,7 +375,7 @@ def _is_registered(connection: Connection, index: IndexKey, embedder: str, dimen
 
 def forget(connection: Connection, index: IndexKey) -> None:
     """Delete what is known of *index*: as if nothing had ever been delivered to it."""
-    for table in (index_state, refill, parked, cursor, ledger, holder):
+    for table in _OF_INDEX:
         connection.execute(delete(table).where(of_index(table)), index.parameters())
 
 
@@ -362,15 +383,28 @@ def _columns(at: Position) -> dict[str, Any]:
     return {"snapshot": str(at.snapshot), "xid": at.xid, "position": at.id}
 
 
-def _refill_rows(connection: Connection, index: IndexKey, entities: Sequence[str]) -> bool:
-    """Have *entities* that are new to the index delivered in full. Returns whether points carry their entity.
+def known(connection: Connection, index: IndexKey) -> set[str]:
+    """The entities that the index has been delivered, and `SCAN`."""
+    return set(connection.scalars(select(refill.c.entity).where(of_index(refill)).distinct(), index.parameters()))
+
+
+def _refill_rows(
+    connection: Connection,
+    index: IndexKey,
+    delivered: Collection[str],
+    entities: Collection[str],
+    changed: Collection[str],
+) -> bool:
+    """Have *entities* delivered in full that never were, or that *changed*. Returns whether points carry their entity.
 
     They do from the day on which the index gets a second one, and not before: in Chroma a field costs a tenth of the
     writing rate. What is there is then written again, without embedding it again.
     """
     dialect = connection.dialect.name
-    known = set(connection.scalars(select(refill.c.entity).where(of_index(refill)).distinct(), index.parameters()))
-    missing = [name for name in (SCAN, *entities) if name not in known]
+    if changed:
+        other = update(refill).where(of_index(refill), refill.c.entity.in_(changed))
+        connection.execute(other.values(done=False, position=None), index.parameters())
+    missing = [name for name in (SCAN, *entities) if name not in delivered]
     if missing:
         rows = [
             {**index.values(), "entity": name, "slot": slot, "position": None, "done": False}
@@ -383,7 +417,7 @@ def _refill_rows(connection: Connection, index: IndexKey, entities: Sequence[str
         connection.execute(scan, index.parameters())
     is_marked = select(index_state.c.marked).where(of_index(index_state))
     marked: bool = connection.execute(is_marked, index.parameters()).scalar_one()
-    several = len({SCAN, *known, *entities}) > 2
+    several = len({SCAN, *delivered, *entities}) > 2
     if several and not marked:
         marking = update(index_state).where(of_index(index_state)).values(marked=True)
         again = update(refill).where(of_index(refill), refill.c.entity != SCAN).values(done=False, position=None)

@@ -12,7 +12,8 @@ from sqlalchemy.engine import Connection
 from memstate_sa.arrays import as_array, each
 from memstate_sa.errors import MemstateError
 from memstate_sa.outbox import take_write_lock
-from memstate_sa.relay.claims import IndexKey, database_now, of_index
+from memstate_sa.relay.claims import database_now
+from memstate_sa.relay.keys import IndexKey, of_index
 from memstate_sa.relay.plan import DEAD, PARKED
 from memstate_sa.tables import index_state, parked
 

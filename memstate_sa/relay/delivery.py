@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial, singledispatchmethod
 from typing import Any, TypeVar
 
@@ -17,15 +18,17 @@ from sqlalchemy.engine import Connection, Engine
 from memstate_sa import forks, truth
 from memstate_sa.arrays import as_array
 from memstate_sa.changes import FactKey, by_entity
-from memstate_sa.errors import MemstateError
+from memstate_sa.errors import DeliveryRetryable, MemstateError
 from memstate_sa.facts import Projection, Tracked, point_id, split_point_id
-from memstate_sa.indexes.base import Stored, Vector, is_fenced
+from memstate_sa.indexes.base import Stored, Vector, is_fenced, keeps_mark
 from memstate_sa.outbox import read_page, slots
 from memstate_sa.positions import Page
 from memstate_sa.printable import printable_logger
-from memstate_sa.relay import claims, embeddings, ledger
-from memstate_sa.relay.claims import IndexKey
+from memstate_sa.relay import claims, embeddings, ledger, marks
+from memstate_sa.relay.keys import IndexKey
+from memstate_sa.relay.marks import Bookmark
 from memstate_sa.relay.plan import AGAIN, RetryPolicy, classify, guarded
+from memstate_sa.relay.projections import Projected
 from memstate_sa.relay.protocol import (
     Acknowledge,
     Claim,
@@ -93,14 +96,16 @@ class Delivery:
         self._key: IndexKey | None = None
         self._reader: Connection | None = None
         self._unkept: dict[str, Vector] = {}  # what was embedded and is not in the database yet
+        self._bookmark = Bookmark()
         self._room = 0  # how many may be kept until it is looked whether they are too many
         dialect = engine.dialect.name
+        self._page_s = SAVE_EVERY_S if dialect == "postgresql" else 0.0
         self.holder = Holder(
             self._tracked,
             slots=len(slots(dialect)),
             page_size=page_size,
             lease_s=lease_s,
-            save_every_s=SAVE_EVERY_S if dialect == "postgresql" else 0.0,
+            save_every_s=self._page_s,
             policy=policy,
             clock=time.monotonic,
             jitter=random.random,
@@ -129,7 +134,7 @@ class Delivery:
         key = self.open()
         if key != self._key:
             self.holder.forget()
-            self._key = key
+            self._key, self._bookmark = key, Bookmark()
         classes = self._classes()
         if classes != self._tracked:  # the next claim has the rows of what is new delivered
             if self.holder.epochs:
@@ -140,7 +145,11 @@ class Delivery:
 
     def _know(self, classes: Mapping[str, Tracked]) -> None:
         self._tracked = classes
-        self._entities = as_array(classes)
+        self._deliver(classes)
+
+    def _deliver(self, entities: Collection[str]) -> None:
+        """Of the classes that we know, those that we have been given to deliver."""
+        self._delivered, self._entities = list(entities), as_array(entities)
 
     def save(self) -> None:
         """Record how far each slot is, now."""
@@ -214,8 +223,9 @@ class Delivery:
     @_do.register
     def _(self, request: Claim) -> Claimed:
         embedder = self._vectors.embedder
+        kept = self._guarded(lambda: marks.kept_by(self._index))
         with self._writing() as connection:
-            return claims.claim(
+            claimed, now = claims.claim(
                 connection,
                 self._at,
                 self._owner,
@@ -224,8 +234,22 @@ class Delivery:
                 in_process=getattr(self._index, "in_process", False),
                 embedder=embedder.fingerprint,
                 dimension=embedder.dimension,
-                entities=list(self._tracked),
+                classes=self._projected(connection),
+                kept=kept,
+                went_back=request.went_back or self._bookmark.went_back,
             )
+        self._bookmark.claimed(now)
+        if claimed.entities is not None:
+            self._deliver(claimed.entities)
+        return claimed
+
+    def _projected(self, connection: Connection) -> dict[str, Projected]:
+        """How we project our classes, and since when by the database's clock."""
+        now, clock = claims.database_now(connection), time.monotonic()
+        return {
+            entity: Projected(each.projection, now - timedelta(seconds=clock - each.since), each.withdrawn)
+            for entity, each in self._tracked.items()
+        }
 
     @_do.register
     def _(self, _: Renew) -> int:
@@ -235,7 +259,9 @@ class Delivery:
     @_do.register
     def _(self, request: Look) -> Seen:
         with self._reading() as connection:
-            return claims.look(connection, self._at, self._owner, self._entities, request.slots)
+            self._bookmark.end_page(time.monotonic())
+            seen, now = claims.look(connection, self._at, self._owner, self._entities, request.slots)
+        return seen if self._bookmark.sees(now) else seen._replace(elsewhere=True)
 
     @_do.register
     def _(self, request: Release) -> None:
@@ -262,7 +288,7 @@ class Delivery:
     @_do.register
     def _(self, request: ReadRefill) -> Refill | None:
         with self._reading() as connection:
-            return claims.next_refill(connection, self._at, request.slots, list(self._tracked))
+            return claims.next_refill(connection, self._at, request.slots, self._delivered)
 
     @_do.register
     def _(self, request: ListFacts) -> Listed:
@@ -336,14 +362,30 @@ class Delivery:
         facts = {point_id(*fact): fact for fact in request.facts}
         return {facts[stored.id]: stored for stored in self._guarded(lambda: self._index.get(list(facts)))}
 
+    def _mark_page(self) -> None:
+        """Have a page begun before the index is written to: what a restore takes back is not to look delivered."""
+        index, bookmark = self._index, self._bookmark
+        if not keeps_mark(index) or (bookmark.is_begun and bookmark.is_told):
+            return
+        if not bookmark.is_begun:  # else the index could not be told: to begin others would leave it behind
+            with self._writing() as connection:
+                begun = marks.begin_page(connection, self._at)
+            if not bookmark.sees(begun):
+                raise DeliveryRetryable(f"index {self.name!r}: the database was restored meanwhile")
+            bookmark.begun(time.monotonic() + self._page_s)
+        self._guarded(lambda: index.write_mark(str(bookmark.mark)))
+        bookmark.is_told = True
+
     @_do.register
     def _(self, request: Upsert) -> None:
         self._keep()
+        self._mark_page()
         points = [put.point for put in request.puts if put.point is not None]
         self._guarded(lambda: self._index.upsert(points))
 
     @_do.register
     def _(self, request: Remove) -> None:
+        self._mark_page()
         index = self._index
         if not is_fenced(index):
             self._guarded(lambda: index.delete([point_id(*put.fact) for put in request.puts]))

@@ -17,10 +17,11 @@ from memstate_sa.columns import batches
 from memstate_sa.outbox import slot_array, slots, take_write_lock, upsert
 from memstate_sa.positions import slot_of
 from memstate_sa.relay import claims
-from memstate_sa.relay.claims import IndexKey, database_now, of_index
+from memstate_sa.relay.claims import database_now
+from memstate_sa.relay.keys import IndexKey, of_index
 from memstate_sa.relay.plan import AGAIN, Delivered, Parked
 from memstate_sa.relay.protocol import Acknowledge, Stuck
-from memstate_sa.tables import ledger, parked, refill, utcnow
+from memstate_sa.tables import ledger, parked, utcnow
 
 # Statements are built once: building one takes longer than running it, and the relay shares the interpreter with the
 # application.
@@ -95,7 +96,7 @@ def acknowledge(connection: Connection, index: IndexKey, owner: str, record: Ack
     park_all(connection, index, {fact: parking for fact, parking in record.parking.items() if ours(fact)})
     if record.foreign:
         # Keys of another Memory that shares this index: passed by here, so they wait for its relay, deleted ones too.
-        known = set(connection.scalars(select(refill.c.entity).where(of_index(refill)).distinct(), index.parameters()))
+        known = claims.known(connection, index)
         waiting = Parked(0, 0.0, AGAIN, "passed by")
         park_all(connection, index, {fact: waiting for fact in record.foreign if fact[0] in known})
     claims.move(connection, index, {slot: at for slot, at in record.positions.items() if slot in held})

@@ -23,9 +23,9 @@ from memstate_sa.outbox import read_present
 from memstate_sa.positions import Position
 from memstate_sa.printable import printable_logger
 from memstate_sa.relay import backlog, deadletters, retention
-from memstate_sa.relay.claims import IndexKey
 from memstate_sa.relay.deadletters import DeadLetter
 from memstate_sa.relay.delivery import Delivery
+from memstate_sa.relay.keys import IndexKey
 from memstate_sa.relay.plan import Breaker, RetryPolicy, describe
 from memstate_sa.relay.protocol import Counters
 from memstate_sa.relay.retention import Retention
@@ -279,7 +279,7 @@ class Relay:
             return [
                 name
                 for name, (destination, tracked) in self._destinations.items()
-                if not backlog.has(connection, IndexKey(name, destination.index.incarnation), list(tracked()), present)
+                if not backlog.has(connection, IndexKey(name, destination.index.incarnation), _kept(tracked()), present)
             ]
 
     def _why_behind(self, present: Position) -> str:
@@ -287,7 +287,7 @@ class Relay:
         for name in self._behind(present):
             destination, tracked = self._destinations[name]
             with self._engine.connect() as connection:
-                left = backlog.backlog(connection, IndexKey(name, destination.index.incarnation), list(tracked()))
+                left = backlog.backlog(connection, IndexKey(name, destination.index.incarnation), _kept(tracked()))
             why = "it is paused" if left.paused else "is another relay holding its lease?"
             behind.append(f"{left.pending} keys pending for {name!r} ({why})")
         return ", ".join(behind)
@@ -354,6 +354,11 @@ class Relay:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _kept(classes: Mapping[str, Tracked]) -> list[str]:
+    """The entities that an index is to hold."""
+    return [entity for entity, tracked in classes.items() if not tracked.withdrawn]
 
 
 class _Courier:

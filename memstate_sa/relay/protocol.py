@@ -58,20 +58,28 @@ class Held(NamedTuple):
 
 
 class Claimed(NamedTuple):
-    """``quota``: how many slots are our share among ``holders``. ``marked``: points carry their entity."""
+    """``quota``: how many slots are our share among ``holders``. ``marked``: points carry their entity.
+
+    ``entities`` are those that we deliver: perhaps not all that we know. None: all.
+    """
 
     slots: Mapping[int, Held]
     present: Position
     holders: int
     quota: int
     marked: bool
+    entities: Collection[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Claim(Request[Claimed]):
-    """Renew the lease and take free slots up to our share; ``epochs`` are those of the slots we believe to hold."""
+    """Renew the lease and take free slots up to our share; ``epochs`` are those of the slots we believe to hold.
+
+    ``went_back``: the database lacks what we have delivered of it.
+    """
 
     epochs: Mapping[int, int]
+    went_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +88,10 @@ class Renew(Request[int]):
 
 
 class Seen(NamedTuple):
-    """``free``: a slot has no owner. ``due``: a parked key of our slots is. ``mine``: how many slots are ours."""
+    """``free``: a slot has no owner. ``due``: a parked key of our slots is. ``mine``: how many slots are ours.
+
+    ``elsewhere``: the database is not at the past in which we claimed our slots.
+    """
 
     present: Position
     holders: int
@@ -88,6 +99,7 @@ class Seen(NamedTuple):
     free: bool
     due: bool
     paused: bool
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,7 +378,10 @@ class Holder:
         seen = yield from ask(Look(tuple(self.epochs)))
         present = seen.present
         wants = seen.free and len(self.epochs) < self._quota
-        if wants or seen.holders != self._holders or seen.mine != len(self.epochs):
+        went_back = any(not present.covers(lot.at) for lot in self._lots if lot.slots)
+        if went_back or seen.elsewhere:
+            present = (yield from self._claim(went_back=went_back)).present
+        elif wants or seen.holders != self._holders or seen.mine != len(self.epochs):
             present = (yield from self._claim()).present
         if len(self.epochs) > self._quota:
             yield from self._share()
@@ -419,9 +434,9 @@ class Holder:
 
     # -- the lease ---------------------------------------------------------------------------------------------------
 
-    def _claim(self) -> Steps[Claimed]:
+    def _claim(self, *, went_back: bool = False) -> Steps[Claimed]:
         claimed_at = self._clock()
-        claimed = yield from ask(Claim(dict(self.epochs)))
+        claimed = yield from ask(Claim(dict(self.epochs), went_back))
         self._renew_at = claimed_at + self._lease_s / 2
         self._holders, self._quota = claimed.holders, claimed.quota
         kept = {slot for slot, held in claimed.slots.items() if not held.fresh}
@@ -429,6 +444,8 @@ class Holder:
         if claimed.marked != self._marked or kept != claimed.slots.keys():
             self._filled = False
         self._marked = claimed.marked
+        if claimed.entities is not None:
+            self.entities = claimed.entities
         for slot, held in claimed.slots.items():
             if held.fresh:
                 self.epochs[slot] = held.epoch

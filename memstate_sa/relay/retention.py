@@ -31,7 +31,8 @@ from memstate_sa.arrays import as_array, each
 from memstate_sa.changes import REDACTED, by_entity
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.positions import Position
-from memstate_sa.relay.claims import SCAN, IndexKey, forget
+from memstate_sa.relay.claims import SCAN, forget
+from memstate_sa.relay.keys import IndexKey
 from memstate_sa.tables import (
     cursor,
     holder,

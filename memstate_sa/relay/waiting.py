@@ -18,7 +18,7 @@ from memstate_sa.facts import Projection, Tracked
 from memstate_sa.outbox import after, in_slots, slot_array, slots, undelivered
 from memstate_sa.relay import claims, ledger
 from memstate_sa.relay.backlog import BEGINNING, read_positions
-from memstate_sa.relay.claims import IndexKey, of_index
+from memstate_sa.relay.keys import IndexKey, of_index
 from memstate_sa.relay.plan import AGAIN, DEAD
 from memstate_sa.tables import log, outbox, parked
 from memstate_sa.truth import project

@@ -74,7 +74,10 @@ def test_what_must_be_unique_and_is_not(engine: Engine, caplog: pytest.LogCaptur
     with caplog.at_level("WARNING"):
         assert len(memory.doctor(engine, repair=True).changed) == 3
     [warning] = [record.getMessage() for record in caplog.records if record.name == "memstate_sa.recorder"]
-    assert "2 rows that are older than tracking, or were changed past it," in warning and '["b"], ["c"]' in warning
+    assert (
+        "2 rows that are older than tracking or than unique_by, or were changed past it," in warning
+        and '["b"], ["c"]' in warning
+    )
     assert memory.doctor(engine).healthy
     with engine.connect() as connection:
         assert {row.value: row.key for row in connection.execute(select(unique))} == {
@@ -94,7 +97,9 @@ def test_a_page_is_not_all(world: World) -> None:
 
     say(world, **{f"t{n:02}": "x" for n in range(25)})
     run(world, "UPDATE tag SET meaning = 'y' WHERE name > 't20'", "DELETE FROM tag WHERE name < 't05'")
-    doctor = Doctor(world.engine, world.memory._registry, world.memory._capture, world.memory._recorder, page_size=4)
+    doctor = Doctor(
+        world.engine, world.memory._registry, world.memory._capture, world.memory._recorder, {}, page_size=4
+    )
     seen: list[int] = []
     found = doctor.run(repair=False, progress=lambda done, total: seen.append(done))
     assert found.changed == [("tag", f"t{n}") for n in range(21, 25)]

@@ -34,7 +34,7 @@ from memstate_sa import (
 )
 from memstate_sa.indexes import ChromaIndex, InMemoryIndex, Point
 from memstate_sa.relay import RetryPolicy, ledger, waiting
-from memstate_sa.relay.claims import IndexKey
+from memstate_sa.relay.keys import IndexKey
 from memstate_sa.relay.plan import AGAIN, Parked
 from memstate_sa.relay.retention import fold_log
 from memstate_sa.search import Search

@@ -27,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from memstate_sa import MemstateError
 from memstate_sa.errors import DeliveryError
 from memstate_sa.relay.backlog import Backlog, backlog
-from memstate_sa.relay.claims import IndexKey
+from memstate_sa.relay.keys import IndexKey
 from tests.redis_server import AT_ONCE
 from tests.redis_server import Server as Redis
 from tests.torture import worker, writer

@@ -1,0 +1,187 @@
+"""Marks tell an index that is ahead of its database, or behind it: one of the two was restored from a backup.
+
+A restore takes back every table of ours. So each index keeps a mark beside its points, and a row of the database says
+which mark that has to be. Before relays write to the index they begin a page: the row gets a new random mark, then the
+index does. An index with a mark that the row does not know was filled from another past of this database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+from sqlalchemy import Row, select, update
+from sqlalchemy.engine import Connection
+
+from memstate_sa.indexes.base import VectorIndex, keeps_mark
+from memstate_sa.outbox import slots, take_write_lock, upsert
+from memstate_sa.relay.keys import IndexKey, of_index
+from memstate_sa.tables import past
+
+NONE = ""
+"""What `kept_by` says of an index that could keep a mark, and has none."""
+
+
+class Mark(NamedTuple):
+    """A page, by its number and a random name."""
+
+    page: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.page}.{self.name}"
+
+    @classmethod
+    def parse(cls, text: str) -> Mark:
+        """The mark that an index keeps. A text that is none of ours is a page that no database knows."""
+        page, _, name = text.partition(".")
+        return cls(int(page), name) if page.isdecimal() else cls(0, text)
+
+    @classmethod
+    def new(cls, page: int) -> Mark:
+        return cls(page, uuid4().hex)
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What the database says of an index: the number of its page, and the names of that and of the pages before it.
+
+    ``refused`` is the mark of another past that the index had when it was last compared in full.
+    """
+
+    page: int
+    names: tuple[str, ...]
+    refused: str | None = None
+
+    @property
+    def mark(self) -> Mark:
+        return Mark(self.page, self.names[0])
+
+    def knows(self, mark: Mark) -> bool:
+        """Whether *mark* is one of the last pages of this past."""
+        return 0 <= self.page - mark.page < len(self.names) and self.names[self.page - mark.page] == mark.name
+
+    def fits(self, kept: str | None, *, alone: bool) -> bool:
+        """Whether an index that keeps the mark *kept* was filled from this past.
+
+        It is never ahead. It may be some pages behind: a relay may have ended after it wrote the row, and before it
+        wrote to the index. How far, is told only by a relay that is *alone*: others go on while it looks.
+        """
+        if kept is None or kept == self.refused:  # it keeps no marks; or it is being compared already
+            return True
+        if kept == NONE:
+            return not alone or self.page < len(self.names)
+        mark = Mark.parse(kept)
+        return self.knows(mark) if alone else not self.is_before(mark)
+
+    def is_before(self, mark: Mark) -> bool:
+        """Whether the database was at *mark* once, and is not any more: it was restored in the meantime."""
+        return mark.page > self.page or (self.page - mark.page < len(self.names) and not self.knows(mark))
+
+    def next(self, most: int) -> Past:
+        """The past with another page, and with at most so many names."""
+        return Past(self.page + 1, (Mark.new(0).name, *self.names[: most - 1]))
+
+    def values(self) -> dict[str, Any]:
+        return {"page": self.page, "names": " ".join(self.names), "refused": self.refused}
+
+
+def beginning() -> Past:
+    return Past(0, (Mark.new(0).name,))
+
+
+def kept_by(index: VectorIndex) -> str | None:
+    """The mark that *index* keeps, `NONE` when there is none; None of an index that keeps no marks."""
+    return (index.read_mark() or NONE) if keeps_mark(index) else None
+
+
+# -- in the database ---------------------------------------------------------------------------------------------------
+
+columns: tuple[Any, ...] = (past.c.page, past.c.names, past.c.refused)
+
+
+def as_past(row: Sequence[Any]) -> Past | None:
+    """What a row of `columns` says; None when there was none."""
+    page, names, refused = row
+    return None if page is None else Past(page, tuple(names.split(" ")), refused)
+
+
+_row = select(*columns).where(of_index(past)).with_for_update()
+
+
+def _locked(connection: Connection, index: IndexKey) -> Past | None:
+    take_write_lock(connection)
+    row: Row[Any] | None = connection.execute(_row, index.parameters()).one_or_none()
+    return None if row is None else as_past(row)
+
+
+def _save(connection: Connection, index: IndexKey, now: Past) -> None:
+    connection.execute(update(past).where(of_index(past)).values(**now.values()), index.parameters())
+
+
+def begin_page(connection: Connection, index: IndexKey) -> Past | None:
+    """Begin the next page; None when nothing is known of *index*."""
+    known = _locked(connection, index)
+    if known is None:
+        return None
+    # One more name than there can be relays, each of which may have ended before it wrote to the index.
+    begun = known.next(len(slots(connection.dialect.name)) + 1)
+    _save(connection, index, begun)
+    return begun
+
+
+def compare(
+    connection: Connection, index: IndexKey, kept: str | None, *, alone: bool, went_back: bool
+) -> tuple[Past, bool]:
+    """Where *index* is, and whether it was filled from another past than this: then another one has been begun.
+
+    *kept* is the mark that the index had before this transaction; *alone*: no other relay lives. *went_back*: the
+    relay has seen a later page. An index without a mark fits a database that has just begun to count pages.
+    """
+    first = {**index.values(), **beginning().values()}
+    connection.execute(upsert(connection.dialect.name, past).on_conflict_do_nothing(), first)
+    known = _locked(connection, index)
+    assert known is not None
+    if known.fits(kept, alone=alone) and not went_back:
+        return known, False
+    latest = max(known.page, Mark.parse(kept or "").page)  # a page that nobody has seen
+    another = Past(latest + 1, (Mark.new(0).name,), kept)
+    _save(connection, index, another)
+    return another, True
+
+
+# -- in a relay --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bookmark:
+    """Where one relay is: the last mark it has seen, and whether the index has it."""
+
+    mark: Mark | None = None
+    went_back: bool = False
+    is_begun: bool = False
+    is_told: bool = False
+    over_at: float = 0.0
+
+    def claimed(self, now: Past) -> None:
+        self.mark, self.went_back, self.is_begun, self.is_told = now.mark, False, False, False
+
+    def begun(self, over_at: float) -> None:
+        self.is_begun, self.is_told, self.over_at = True, False, over_at
+
+    def end_page(self, now: float) -> None:
+        """Have another page begun before the next write, if the index knows of this one, and it has lasted."""
+        if self.is_told and now >= self.over_at:
+            self.is_begun = False
+
+    def sees(self, now: Past | None) -> bool:
+        """Note where the database is, and return whether it is still in the past in which we claimed."""
+        if self.mark is not None:
+            self.went_back |= now is not None and now.is_before(self.mark)
+            if now is None or self.went_back:
+                return False
+            if now.page > self.mark.page:
+                self.mark = now.mark
+        return True
