@@ -37,6 +37,7 @@ from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
     Mapper,
+    QueryableAttribute,
     configure_mappers,
     make_transient_to_detached,
     mapped_column,
@@ -377,7 +378,7 @@ def split_point_id(point_id: str) -> tuple[str, str] | None:
 def describe(
     model: type[Any],
     *,
-    text: str | Callable[[Any], str | None] | None,
+    text: str | QueryableAttribute[Any] | Callable[[Any], str | None] | None,
     metadata: Sequence[str] = (),
     schema: Any = None,
     entity: str | None = None,
@@ -398,6 +399,13 @@ def describe(
     if not isinstance(mapper, Mapper):
         raise MemstateError(f"{model!r} is not a mapped class; track() takes SQLAlchemy ORM models")
     _check_all_tables(mapper, by_trigger=capture == "trigger")
+    if isinstance(text, QueryableAttribute) and issubclass(model, text.class_):
+        text = text.key
+    if text is not None and not isinstance(text, str) and not callable(text):
+        raise MemstateError(
+            f"Cannot track {model.__name__} by text={text!r}: the text comes from one column or from a function. For "
+            'several columns, give a function: text=lambda row: f"{row.title} {row.body}".'
+        )
     for option, given in (("metadata", metadata), ("unique_by", unique_by)):
         if isinstance(given, str):
             raise MemstateError(f"{option}={given!r}: give a tuple of column attributes, for example ({given!r},)")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TextIO, TypeVar, over
 
 from sqlalchemy import Select, Table, inspect
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import QueryableAttribute, Session
 from sqlalchemy.sql import visitors
 
 from memstate_sa import appendonly, history, reindex, tables, transfer, triggers, truth
@@ -126,7 +126,7 @@ class Memory:
         self,
         model: type[M],
         *,
-        text: str | Callable[[M], str | None] | None,
+        text: str | QueryableAttribute[Any] | Callable[[M], str | None] | None,
         metadata: Sequence[str] = (),
         schema: Any = None,
         entity: str | None = None,
@@ -145,7 +145,7 @@ class Memory:
         self,
         model: None = None,
         *,
-        text: str | Callable[[Any], str | None] | None,
+        text: str | QueryableAttribute[Any] | Callable[[Any], str | None] | None,
         metadata: Sequence[str] = (),
         schema: Any = None,
         entity: str | None = None,
@@ -163,7 +163,7 @@ class Memory:
         self,
         model: Any = None,
         *,
-        text: str | Callable[[Any], str | None] | None,
+        text: str | QueryableAttribute[Any] | Callable[[Any], str | None] | None,
         metadata: Sequence[str] = (),
         schema: Any = None,
         entity: str | None = None,
@@ -178,7 +178,7 @@ class Memory:
     ) -> Any:
         """Make every row of *model* a fact; a call, or a class decorator. The table needs no change.
 
-        *text* is the column attribute to be embedded, or a callable that gets a detached instance with the row's own
+        *text* is the column attribute to be embedded (or its name), or a callable that gets a detached instance with the row's own
         columns; None or blank text has no vector, and with None no row has: history and undo are all that is wanted.
         *metadata* are column attributes stored beside the vector, by which
         an index can filter. *schema* is a Pydantic model that every write must satisfy. *index* names which of the

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import numpy as np
-from sqlalchemy import BigInteger, FromClause, Select, Text, bindparam, case, cast, func, select, union
+from sqlalchemy import BigInteger, ColumnElement, FromClause, Select, Text, bindparam, case, cast, func, select, union
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
@@ -22,6 +22,7 @@ from memstate_sa import truth
 from memstate_sa.capture import Capture
 from memstate_sa.codec import decode_key, encode_key
 from memstate_sa.columns import TableColumns, batches
+from memstate_sa.comparable import Comparable
 from memstate_sa.errors import DeliveryError, DeliveryRejected, MemstateError
 from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.filters import push_down
@@ -269,12 +270,15 @@ class Search:
         """A filter or a list of ids that the index can apply; neither: hydration alone applies the criteria."""
         criteria = list(self._statement._where_criteria)
         simple = not criteria or not _joins(self._statement)
-        pushed = push_down(self._tracked, criteria) if simple and criteria else None
+        pushed = self._pushed_down(criteria) if simple and criteria else None
         if pushed is not None:
             return pushed, None
         if not criteria and simple:
             return None, None
         return None, self._few_ids()
+
+    def _pushed_down(self, criteria: Sequence[ColumnElement[bool]]) -> Filter | None:
+        return push_down(self._tracked, criteria, Comparable(self._connection(), self._tracked.table))
 
     def _entity_filter(self) -> Filter | None:
         """What tells this entity from others in the index, where every point carries its entity."""
