@@ -399,7 +399,7 @@ def describe(
     if not isinstance(mapper, Mapper):
         raise MemstateError(f"{model!r} is not a mapped class; track() takes SQLAlchemy ORM models")
     _check_all_tables(mapper, by_trigger=capture == "trigger")
-    if isinstance(text, QueryableAttribute) and issubclass(model, text.class_):
+    if isinstance(text, QueryableAttribute) and issubclass(model, text.parent.class_):
         text = text.key
     if text is not None and not isinstance(text, str) and not callable(text):
         raise MemstateError(

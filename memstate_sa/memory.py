@@ -178,7 +178,7 @@ class Memory:
     ) -> Any:
         """Make every row of *model* a fact; a call, or a class decorator. The table needs no change.
 
-        *text* is the column attribute to be embedded (or its name), or a callable that gets a detached instance with the row's own
+        *text* is the column attribute to be embedded, or a callable that gets a detached instance with the row's own
         columns; None or blank text has no vector, and with None no row has: history and undo are all that is wanted.
         *metadata* are column attributes stored beside the vector, by which
         an index can filter. *schema* is a Pydantic model that every write must satisfy. *index* names which of the

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from memstate_sa import truth
 from memstate_sa.capture import Capture
-from memstate_sa.codec import decode_key, encode_key
+from memstate_sa.codec import encode_key
 from memstate_sa.columns import TableColumns, batches
 from memstate_sa.comparable import Comparable
 from memstate_sa.errors import DeliveryError, DeliveryRejected, MemstateError
@@ -248,6 +248,8 @@ class Search:
         if len(keys) > OVERLAY_LIMIT:
             self._complete = False
             del keys[OVERLAY_LIMIT:]
+        if len(self._tracked.on(connection.dialect).possible(connection, keys)) < len(keys):
+            self._complete = False  # something has changed, and no row has such a key
         if connection.dialect.name == "postgresql" and self._old_snapshot(connection):
             self._complete = False
         return keys
@@ -311,13 +313,18 @@ class Search:
         embedder = self._vectors.embedder.fingerprint
         for some in batches(wanted):
             self._rows.update(dict.fromkeys(some))
-            parameters = columns.key_parameters([decode_key(key) for key in some])
+            possible = columns.possible(self._connection(), some)
+            if not possible:
+                continue
+            parameters = columns.key_parameters(possible.values())
             # Columns beside the entity: the identity map may hold older or edited values. The filter makes joined eager
             # loading of collections possible, which repeats rows.
             rows = self._session.execute(statement, parameters).unique(lambda row: tuple(row[1 : 1 + width]))
             projected = self._projected_of_many(some)
             for row in rows:
                 key = encode_key(row[1 : 1 + width])
+                if key not in possible:  # SQLite finds "1" by 1, where the type of the key was changed
+                    self._complete = False
                 try:
                     projection = self._tracked.project(key, projected.get(key, row[1 + width :]), embedder)
                 except Exception:  # noqa: BLE001  # the application's own callable: the relay parks such a row, too

@@ -457,7 +457,14 @@ class Undo:
         untracked = {row.entity for row in rows} - set(self._registry.by_entity)
         if untracked:
             raise HistoryMissing(f"{', '.join(sorted(untracked))}: no longer tracked, so it cannot be written back")
-        self._lock(connection, {(row.entity, row.key) for row in rows})
+        facts = {(row.entity, row.key) for row in rows}
+        for entity, keys in by_entity(facts).items():
+            if lost := set(keys) - self._columns(connection, entity).possible(connection, keys).keys():
+                raise HistoryMissing(
+                    f"Cannot undo: no row of {entity} can have the key {min(lost)}. The type of its key has changed. "
+                    "Undo the steps before that by hand."
+                )
+        self._lock(connection, facts)
         gone = undone(connection, targets)
         steps = []
         for row in rows:

@@ -1117,6 +1117,11 @@ def test_payload_takes_what_pydantic_takes_as_json(store: MemoryStore) -> None:
     store.update(kept, {"payload": {"day": at.date()}})
     [fact] = store.query(filters={"at": at, "price": Decimal("1.50"), "day": at.date(), "id": UUID(int=1), "n": 0.5})
     assert fact.payload == {
-        **{"content": "x", "at": "2026-01-02T03:00:00Z", "price": "1.50", "tags": ["a"]},
-        **{"id": str(UUID(int=1)), "n": 0.5, "day": "2026-01-02"},
+        "content": "x",
+        "at": "2026-01-02T03:00:00Z",
+        "price": "1.50",
+        "tags": ["a"],
+        "id": str(UUID(int=1)),
+        "n": 0.5,
+        "day": "2026-01-02",
     }

@@ -112,7 +112,7 @@ def test_a_scoped_session_is_the_session_of_its_thread(world: World) -> None:
 
 @pytest.mark.parametrize("text", [("body", "id"), ["body"], 5, Label.name], ids=["tuple", "list", "number", "foreign"])
 def test_track_refuses_a_text_that_is_none(text: object) -> None:
-    """The error names the function that joins columns. The same kind: a set, a Column, an attribute of another class."""
+    """The error names the function that joins columns. The same kind: a set, a Column, another class's attribute."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     with pytest.raises(MemstateError, match="give a function: text=lambda row"):
         memory.track(Page, text=text)  # type: ignore[call-overload]
