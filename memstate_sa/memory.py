@@ -242,6 +242,8 @@ class Memory:
         sync = self.sync_engine(engine)
         tables.metadata.create_all(sync)
         with sync.begin() as connection:
+            for index in tables.outbox.indexes:  # a table of an earlier version lacks one
+                index.create(connection, checkfirst=True)
             appendonly.install(connection)
             for tracked in self._registry.by_entity.values():
                 if tracked.by_trigger:

@@ -14,7 +14,21 @@ from functools import cache
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import numpy as np
-from sqlalchemy import BigInteger, ColumnElement, FromClause, Select, Text, bindparam, case, cast, func, select, union
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    FromClause,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    func,
+    literal_column,
+    select,
+    union,
+)
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
@@ -96,8 +110,11 @@ def _dirty(dialect_name: str, *, everything: bool) -> Select[Any]:
     """
     own = case((outbox.c.tx == bindparam("own_tx"), 1), else_=0).label("own")
     columns, mine = (outbox.c.id, outbox.c.key, own), outbox.c.entity == bindparam("entity")
+    if dialect_name == "sqlite":  # the index by entity has the xid before the id, and here it is always 0
+        mine = and_(mine, outbox.c.xid == literal_column("0"))
     if everything:
-        newest_first = select(*columns).where(mine).order_by(outbox.c.id.desc()).limit(bindparam("limit"))
+        newest_first = select(*columns).where(mine).order_by(outbox.c.xid.desc(), outbox.c.id.desc())
+        newest_first = newest_first.limit(bindparam("limit"))
         entries: FromClause = newest_first.subquery()
     else:
         entries = undelivered(dialect_name, *columns, where=mine, newest_first=True)
