@@ -119,9 +119,20 @@ def encode_key(values: Sequence[Any]) -> str:
 
 
 def decode_key(key: str) -> tuple[Any, ...]:
-    if key[1:-1].isdecimal() and key.isascii():
+    if key[1:-1].isdecimal() and key.isascii() and key[0] + key[-1] == "[]":
         return (int(key[1:-1]),)
-    return tuple(decode(data) for data in json.loads(key))
+    values = json.loads(key)
+    if not isinstance(values, list):
+        raise ValueError("a key is a JSON array")  # noqa: TRY004  # so is what json.loads raises
+    return tuple(map(decode, values))
+
+
+def decoded(key: str) -> tuple[Any, ...] | None:
+    """The values of *key*; None when the text is no key at all."""
+    try:
+        return decode_key(key)
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
+        return None
 
 
 def same(one: Any, other: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Column,
     ColumnElement,
     Enum,
@@ -31,6 +32,7 @@ from sqlalchemy import (
     any_,
     bindparam,
     cast,
+    literal_column,
     or_,
     select,
     tuple_,
@@ -39,13 +41,15 @@ from sqlalchemy import (
 from sqlalchemy import types as sqltypes
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.exc import DataError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.elements import BindParameter
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
-from memstate_sa.codec import decode, decode_key, differ, encode_image, encode_key
+from memstate_sa.codec import decode, decode_key, decoded, differ, encode_image, encode_key
 from memstate_sa.errors import MemstateError
+from memstate_sa.keys import DoesNotFit, contained, fitted, is_read_by_database, types_of
 
 READ_CHUNK = 1000
 """Keys per SELECT: under SQLite's 32,766 and PostgreSQL's 65,535 parameters for a key of up to 32 columns."""
@@ -254,7 +258,9 @@ class TableColumns:
                 and isinstance(kind, (sqltypes.Integer, sqltypes.String))
                 and not isinstance(kind, sqltypes.Enum)
             ):
-                # One parameter, one text: a thousand of them cost more to send than to look up.
+                # One parameter, one text: a thousand of them cost more to send than to look up. Of the widest type:
+                # a column of fewer bits has no row for a key that does not fit.
+                kind = BigInteger() if isinstance(kind, sqltypes.Integer) else kind
                 return type_coerce(columns[0], kind) == any_(bindparam("keys", type_=sqltypes.ARRAY(kind)))
             return type_coerce(columns[0], RAW).in_(keys)
         keys = bindparam("keys", expanding=True)
@@ -264,6 +270,49 @@ class TableColumns:
         if len(self.key_names) == 1:
             return {"keys": [key[0] for key in keys]}
         return {"keys": [tuple(key) for key in keys]}
+
+    @cached_property
+    def _key_types(self) -> list[frozenset[type]]:
+        return [types_of(self._impl[name], self.dialect.name) for name in self.key_names]
+
+    @cached_property
+    def _is_read_by_database(self) -> bool:
+        is_postgresql = self.dialect.name == "postgresql"
+        return is_postgresql and any(is_read_by_database(self._impl[name]) for name in self.key_names)
+
+    def driver_key(self, key: str) -> tuple[Any, ...] | None:
+        """The values of a canonical *key* as the driver takes them; None when no row can have this key."""
+        values = decoded(key)
+        if values is None or len(values) != len(self.key_names):
+            return None
+        try:
+            return tuple(map(fitted, values, self._key_types))
+        except (DoesNotFit, ArithmeticError):
+            return None
+
+    def possible(self, connection: Connection, keys: Iterable[str]) -> dict[str, tuple[Any, ...]]:
+        """Those of *keys* that a row may have, with their values as the driver takes them.
+
+        The database is asked where only it can tell.
+        """
+        found = {key: values for key in keys if (values := self.driver_key(key)) is not None}
+        return self._accepted(connection, found) if found and self._is_read_by_database else found
+
+    def _accepted(self, connection: Connection, keys: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        """Those of *keys* that the database does not refuse, found by halving."""
+        statement: Select[Any] = select(literal_column("1")).select_from(self.table).where(self.key_in).limit(1)
+        try:
+            with contained(connection):
+                connection.execute(statement, self.key_parameters(keys.values()))
+        except DataError:
+            names = list(keys)
+            middle = len(names) // 2
+            parts = (names[:middle], names[middle:]) if middle else ()
+            accepted: dict[str, tuple[Any, ...]] = {}
+            for part in parts:
+                accepted |= self._accepted(connection, {key: keys[key] for key in part})
+            return accepted
+        return keys
 
     @cached_property
     def _rows_by_key(self) -> Select[Any]:
@@ -295,6 +344,12 @@ class TableColumns:
             except TypeError as error:
                 raise MemstateError(f"{self.table.fullname}: {error}") from error
         return images
+
+    def find_rows(
+        self, connection: Connection, keys: Iterable[str], *, for_update: bool = False
+    ) -> dict[str, dict[str, Any]]:
+        """The images of the rows with these canonical *keys*; a key that no row can have is left out."""
+        return self.read(connection, list(self.possible(connection, keys).values()), for_update=for_update)
 
     def lock(self, connection: Connection, keys: Sequence[Sequence[Any]], *, leaving: bool = False) -> set[str]:
         """Hold the rows of *keys* until the transaction ends: whoever changes another part of them waits.
@@ -357,8 +412,11 @@ class TableColumns:
         return self.encode_key(self.raw_key(identity))
 
     def identity(self, key: str) -> tuple[Any, ...]:
-        """The ORM identity of a canonical *key*."""
-        return tuple(self.to_python(name, value) for name, value in zip(self.key_names, decode_key(key), strict=True))
+        """The ORM identity of a canonical *key*; one that no row can have stays as it is written."""
+        values = self.driver_key(key)
+        if values is None:
+            return decoded(key) or (key,)
+        return tuple(self.to_python(name, value) for name, value in zip(self.key_names, values, strict=True))
 
     def to_python(self, name: str, value: Any) -> Any:
         process = self._to_python.get(name)

@@ -15,7 +15,6 @@ from sqlalchemy.engine import Connection, Engine
 from memstate_sa import appendonly, hazards, releases, sqlite, triggers, truth, uniques
 from memstate_sa.capture import Capture
 from memstate_sa.changes import Entry, Image, new_tx
-from memstate_sa.codec import decode_key
 from memstate_sa.columns import TableColumns
 from memstate_sa.errors import ConflictError, MemstateError
 from memstate_sa.facts import Tracked
@@ -342,8 +341,7 @@ _logged_keys = (
 def _rows(
     connection: Connection, tracked: Tracked, keys: Sequence[str], *, for_update: bool = False
 ) -> dict[str, dict[str, Any]]:
-    columns = tracked.on(connection.dialect)
-    return columns.read(connection, [decode_key(key) for key in keys], for_update=for_update)
+    return tracked.on(connection.dialect).find_rows(connection, keys, for_update=for_update)
 
 
 def _differs(last: LastEntry, row: Image | None, columns: TableColumns) -> bool:

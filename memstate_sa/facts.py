@@ -38,6 +38,7 @@ from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
     Mapper,
+    QueryableAttribute,
     configure_mappers,
     make_transient_to_detached,
     mapped_column,
@@ -402,7 +403,7 @@ def split_point_id(point_id: str) -> tuple[str, str] | None:
 def describe(
     model: type[Any],
     *,
-    text: str | Callable[[Any], str | None] | None,
+    text: str | QueryableAttribute[Any] | Callable[[Any], str | None] | None,
     metadata: Sequence[str] = (),
     schema: Any = None,
     entity: str | None = None,
@@ -424,11 +425,12 @@ def describe(
     if not isinstance(mapper, Mapper):
         raise MemstateError(f"{model!r} is not a mapped class; track() takes SQLAlchemy ORM models")
     _check_all_tables(mapper, by_trigger=capture == "trigger")
+    source = _text_source(model, text, text_version)
     for option, given in (("metadata", metadata), ("unique_by", unique_by)):
         if isinstance(given, str):
             raise MemstateError(f"{option}={given!r}: give a tuple of column attributes, for example ({given!r},)")
     unique_names = () if callable(unique_by) else tuple(unique_by)
-    _require_attributes(mapper, *_attributes_of(text), *metadata, *unique_names)
+    _require_attributes(mapper, *_attributes_of(source), *metadata, *unique_names)
     if reserved := [name for name in metadata if name.startswith("memstate_")]:
         raise MemstateError(f"metadata={reserved[0]!r}: names that begin with memstate_ are ours in an index")
     if on_untracked not in ("raise", "warn"):
@@ -447,13 +449,11 @@ def describe(
         raise MemstateError(f"entity={entity!r}: a name of 1 to 128 characters without '['")
     _check_expiry(mapper, expires)
     _check_shapes(version, upgrade or {})
-    if isinstance(text_version, bool) or not isinstance(text_version, int):
-        raise MemstateError(f"text_version={text_version!r}: give a whole number, another one for each other text=")
     always = (lambda _values: True) if immutable is True else None
     return Tracked(
         model=model,
         entity=entity,
-        text=text,
+        text=source,
         metadata=tuple(metadata),
         validate=None if schema is None else validator(schema),
         indexes=indexes,
@@ -467,6 +467,20 @@ def describe(
         upgrade=dict(upgrade or {}),
         text_version=text_version,
     )
+
+
+def _text_source(model: type[Any], text: Any, text_version: Any) -> str | Callable[[Any], str | None] | None:
+    """The name of the text's attribute, or the function that makes it; None where there is no text."""
+    if isinstance(text_version, bool) or not isinstance(text_version, int):
+        raise MemstateError(f"text_version={text_version!r}: give a whole number, another one for each other text=")
+    if isinstance(text, QueryableAttribute) and issubclass(model, text.parent.class_):
+        return str(text.key)
+    if text is not None and not isinstance(text, str) and not callable(text):
+        raise MemstateError(
+            f"Cannot track {model.__name__} by text={text!r}: the text comes from one column or from a function. For "
+            'several columns, give a function: text=lambda row: f"{row.title} {row.body}".'
+        )
+    return text
 
 
 def _check_expiry(mapper: Mapper[Any], expires: str | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias
@@ -14,10 +13,11 @@ from sqlalchemy.exc import DataError, ProgrammingError
 
 from memstate_sa.arrays import as_array, each
 from memstate_sa.changes import REDACTED, Change, Image, Op
-from memstate_sa.codec import decode_image, decode_key
+from memstate_sa.codec import decode_image, decode_key, decoded
 from memstate_sa.columns import RAW, TableColumns, batches
 from memstate_sa.errors import HistoryMissing, MemstateError, NotFound
 from memstate_sa.facts import Tracked
+from memstate_sa.keys import contained
 from memstate_sa.outbox import unknown_keys
 from memstate_sa.registry import Registry
 from memstate_sa.tables import log, transaction
@@ -134,10 +134,8 @@ def stored_key(connection: Connection, tracked: Tracked, key: Any) -> str:
     if not connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array([asked])}).all():
         return asked
     values = decode_key(asked)
-    # A statement that PostgreSQL refuses ends the transaction; in AUTOCOMMIT there is none.
-    ends = connection.dialect.name == "postgresql" and not connection._is_autocommit_isolation()  # noqa: SLF001
     try:
-        with connection.begin_nested() if ends else nullcontext():
+        with contained(connection):
             there = columns.read(connection, [values])
             forms = (_as_stored(columns, *item) for item in zip(tracked.key_columns, values, strict=True))
             return next(iter(there), None) or columns.encode_key(connection.execute(select(*forms)).one())
@@ -148,7 +146,7 @@ def stored_key(connection: Connection, tracked: Tracked, key: Any) -> str:
 def _change(row: Row[Any], registry: Registry, connection: Connection) -> Change:
     tracked = registry.by_entity.get(row.entity)
     columns = None if tracked is None else tracked.on(connection.dialect)
-    key = decode_key(row.key) if columns is None else columns.identity(row.key)
+    key = decoded(row.key) or (row.key,) if columns is None else columns.identity(row.key)
     return Change(
         id=row.id,
         tx=row.tx,
@@ -203,7 +201,7 @@ def image_at(connection: Connection, tracked: Tracked, key: str, at: Moment) -> 
     if row is None:
         row = connection.execute(entry.order_by(log.c.id).limit(1)).one_or_none()
         if row is None:
-            return tracked.on(connection.dialect).read(connection, [decode_key(key)]).get(key)
+            return tracked.on(connection.dialect).find_rows(connection, [key]).get(key)
         if row.op != "baseline":
             return None
     if row.version == REDACTED:

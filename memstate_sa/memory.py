@@ -17,10 +17,22 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TextIO, TypeVar, over
 
 from sqlalchemy import Select, Table, inspect
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import QueryableAttribute, Session
 from sqlalchemy.sql import visitors
 
-from memstate_sa import appendonly, creation, forks, functions, history, missing, reindex, transfer, triggers, truth
+from memstate_sa import (
+    appendonly,
+    creation,
+    forks,
+    functions,
+    history,
+    missing,
+    reindex,
+    tables,
+    transfer,
+    triggers,
+    truth,
+)
 from memstate_sa.backfill import Backfill
 from memstate_sa.capture import Capture
 from memstate_sa.changes import Change, Image
@@ -134,7 +146,7 @@ class Memory:
         self,
         model: type[M],
         *,
-        text: str | Callable[[M], str | None] | None,
+        text: str | QueryableAttribute[Any] | Callable[[M], str | None] | None,
         metadata: Sequence[str] = (),
         schema: Any = None,
         entity: str | None = None,
@@ -154,7 +166,7 @@ class Memory:
         self,
         model: None = None,
         *,
-        text: str | Callable[[Any], str | None] | None,
+        text: str | QueryableAttribute[Any] | Callable[[Any], str | None] | None,
         metadata: Sequence[str] = (),
         schema: Any = None,
         entity: str | None = None,
@@ -173,7 +185,7 @@ class Memory:
         self,
         model: Any = None,
         *,
-        text: str | Callable[[Any], str | None] | None,
+        text: str | QueryableAttribute[Any] | Callable[[Any], str | None] | None,
         metadata: Sequence[str] = (),
         schema: Any = None,
         entity: str | None = None,
@@ -267,6 +279,8 @@ class Memory:
         creation.create(self.sync_engine(engine), install=self._install)
 
     def _install(self, connection: Connection) -> None:
+        for index in tables.outbox.indexes:  # a table of an earlier version lacks one
+            index.create(connection, checkfirst=True)
         appendonly.install(connection)
         for tracked in self._registry.by_entity.values():
             (triggers.install if tracked.by_trigger else triggers.uninstall)(connection, tracked)

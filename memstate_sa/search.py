@@ -15,14 +15,29 @@ from functools import cache
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import numpy as np
-from sqlalchemy import BigInteger, FromClause, Select, Text, bindparam, case, cast, func, select, union
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    FromClause,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    func,
+    literal_column,
+    select,
+    union,
+)
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 from memstate_sa import truth
 from memstate_sa.capture import Capture
-from memstate_sa.codec import decode_key, encode_key
+from memstate_sa.codec import encode_key
 from memstate_sa.columns import TableColumns, batches
+from memstate_sa.comparable import Comparable
 from memstate_sa.errors import DeliveryError, DeliveryRejected, MemstateError
 from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.filters import push_down
@@ -101,8 +116,11 @@ def _dirty(dialect_name: str, *, everything: bool) -> Select[Any]:
     """
     own = case((outbox.c.tx == bindparam("own_tx"), 1), else_=0).label("own")
     columns, mine = (outbox.c.id, outbox.c.key, own), outbox.c.entity == bindparam("entity")
+    if dialect_name == "sqlite":  # the index by entity has the xid before the id, and here it is always 0
+        mine = and_(mine, outbox.c.xid == literal_column("0"))
     if everything:
-        newest_first = select(*columns).where(mine).order_by(outbox.c.id.desc()).limit(bindparam("limit"))
+        newest_first = select(*columns).where(mine).order_by(outbox.c.xid.desc(), outbox.c.id.desc())
+        newest_first = newest_first.limit(bindparam("limit"))
         entries: FromClause = newest_first.subquery()
     else:
         entries = undelivered(dialect_name, *columns, where=mine, newest_first=True)
@@ -298,6 +316,8 @@ class Search:
         if len(keys) > OVERLAY_LIMIT:
             self._complete = False
             del keys[OVERLAY_LIMIT:]
+        if len(self._tracked.on(connection.dialect).possible(connection, keys)) < len(keys):
+            self._complete = False  # something has changed, and no row has such a key
         if connection.dialect.name == "postgresql" and self._old_snapshot(connection):
             self._complete = False
         return keys
@@ -337,12 +357,15 @@ class Search:
         simple = not criteria or not _joins(self._statement)
         # What is not filled yet may lack the fields that a filter asks for.
         filled = self._standing is not None and self._standing.filled
-        pushed = push_down(self._tracked, criteria) if simple and criteria and filled else None
+        pushed = self._pushed_down(criteria) if simple and criteria and filled else None
         if pushed is not None:
             return pushed, None
         if not criteria and simple:
             return None, None
         return None, self._few_ids()
+
+    def _pushed_down(self, criteria: Sequence[ColumnElement[bool]]) -> Filter | None:
+        return push_down(self._tracked, criteria, Comparable(self._connection(), self._tracked.table))
 
     def _entity_filter(self) -> Filter | None:
         """What tells this entity from others in the index, where every point carries its entity."""
@@ -376,13 +399,18 @@ class Search:
         embedder = self._vectors.embedder.fingerprint
         for some in batches(wanted):
             self._rows.update(dict.fromkeys(some))
-            parameters = columns.key_parameters([decode_key(key) for key in some])
+            possible = columns.possible(self._connection(), some)
+            if not possible:
+                continue
+            parameters = columns.key_parameters(possible.values())
             # Columns beside the entity: the identity map may hold older or edited values. The filter makes joined eager
             # loading of collections possible, which repeats rows.
             rows = self._session.execute(statement, parameters).unique(lambda row: tuple(row[1 : 1 + width]))
             projected = self._projected_of_many(some)
             for row in rows:
                 key = encode_key(row[1 : 1 + width])
+                if key not in possible:  # SQLite finds "1" by 1, where the type of the key was changed
+                    self._complete = False
                 try:
                     projection = self._tracked.project(key, projected.get(key, row[1 + width :]), embedder)
                 except Exception:  # noqa: BLE001  # the application's own callable: the relay parks such a row, too

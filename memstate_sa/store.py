@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
 from sqlalchemy import ColumnElement, Select, exists, func, literal, not_, or_, select, type_coerce
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Engine, make_url
@@ -179,10 +180,9 @@ class MemoryStore:
             raise _invalid("payload", "a JSON object")
         try:
             # PostgreSQL's JSONB takes neither NUL, lone surrogates nor NaN; SQLite would.
-            written = json.dumps(payload, ensure_ascii=False, allow_nan=False)
-            written.encode()
-        except (TypeError, ValueError, RecursionError) as error:
-            raise _invalid("payload", f"not JSON: {type_(error).__name__}") from error
+            written = _written(payload)
+        except _NOT_JSON as error:
+            raise _refused(payload, _written) from error
         if "\\u0000" in written and "\x00" in _strings(payload):
             raise _invalid("payload", "contains a NUL character, which JSONB cannot hold")
 
@@ -252,7 +252,7 @@ class MemoryStore:
             raise MemstateError(f"commit {fact!r}: give a Fact(type=…, payload=…); commit_model() takes models")
         values = {
             "type": fact.type,
-            "payload": fact.payload,
+            "payload": _jsonable(fact.payload),
             "session_id": session_id if session_id is not None else fact.session_id,
             "ephemeral": ephemeral or bool(fact.ephemeral),
             "expires_at": fact.expires_at if ttl is None else _expiry(ttl),
@@ -370,9 +370,10 @@ class MemoryStore:
         given = patch if isinstance(patch, Mapping) else {}
         if set(given) != {"payload"} or not isinstance(given["payload"], Mapping):
             raise MemstateError("update takes {'payload': {…}}; type and id of a fact do not change")
+        changed = _jsonable(dict(given["payload"]))
         with self.transaction(session_id=session_id, actor=actor, reason=reason) as session:
             fact = self._existing(session, id)
-            fact.payload = {**fact.payload, **patch["payload"]}
+            fact.payload = {**fact.payload, **changed}
             session.flush()
         return id
 
@@ -633,6 +634,11 @@ def _payload_equals(dialect: str, name: str, value: Any) -> ColumnElement[bool]:
 
     None also selects facts without the field.
     """
+    try:
+        if not isinstance(value, bytes):
+            value = to_jsonable_python(value)  # as a payload holds it
+    except _NOT_JSON as error:
+        raise MemstateError(f"filter {name}={value!r}: a {type_(value).__name__} is no JSON value") from error
     if value is not None and not isinstance(value, (str, bool, int, float)):
         raise MemstateError(f"filter {name}={value!r}: give a string, number, boolean or None")
     if not is_text(name) or (isinstance(value, str) and not is_text(value)):
@@ -661,3 +667,45 @@ def _payload_equals(dialect: str, name: str, value: Any) -> ColumnElement[bool]:
 def _invalid(field: str, message: str) -> ValidationFailed:
     errors = [{"type": "value_error", "loc": (field,), "msg": message}]
     return ValidationFailed(f"Fact may not be remembered: {field}: {message}", errors=errors)
+
+
+_NOT_JSON = (TypeError, ValueError, RecursionError)
+_DEEPEST = 20
+"""An error names so many keys at most: a payload may contain itself."""
+
+
+def _jsonable(payload: Any) -> Any:
+    """*payload* as JSON holds it, by the rules of Pydantic's JSON mode: a date is its ISO text, an enum its value."""
+    try:
+        return to_jsonable_python(payload)
+    except _NOT_JSON as error:
+        raise _refused(payload, to_jsonable_python) from error
+
+
+def _written(payload: Any) -> str:
+    """*payload* as text that both databases take. PostgreSQL's JSONB takes no lone surrogates and no NaN."""
+    written = json.dumps(payload, ensure_ascii=False, allow_nan=False)
+    written.encode()
+    return written
+
+
+def _refused(value: Any, convert: Callable[[Any], Any], *path: Any) -> ValidationFailed:
+    """The error that names the innermost value that *convert* refuses, by its keys and its type."""
+    parts: Any = value.items() if isinstance(value, Mapping) else ()
+    if isinstance(value, (list, tuple)):
+        parts = enumerate(value)
+    for name, part in parts:
+        if len(path) < _DEEPEST and not _converts(part, convert):
+            return _refused(part, convert, *path, name)
+    kind = type_(value)
+    what = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    where = ".".join(map(str, path)) or "it"
+    return _invalid("payload", f"not JSON: {where} is a {what}; give what Pydantic's JSON mode takes")
+
+
+def _converts(value: Any, convert: Callable[[Any], Any]) -> bool:
+    try:
+        convert(value)
+    except _NOT_JSON:
+        return False
+    return True

@@ -155,6 +155,8 @@ outbox = Table(
     # The order of delivery, of every slot: one that leads with the slot would be read in as many places as a holder has
     # slots, and sorted. SQLite pages by id alone, and would pay for the index at every commit: there it stays empty.
     Index("ix_memstate_outbox_xid", "xid", "id", "slot", sqlite_where=text("xid <> 0")),
+    # A search looks for what is undelivered of one class, however long the backlog of the others is.
+    Index("ix_memstate_outbox_entity", "entity", "xid", "id"),
     sqlite_autoincrement=True,
     comment="dirty keys, insert-only: 'this key may have changed'",
 )

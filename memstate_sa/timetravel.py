@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
-from sqlalchemy import Column, MetaData, Select, Table, and_, event, func, insert, select, text, true
+from sqlalchemy import Column, MetaData, Select, Table, and_, event, func, select, text, true
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import ORMExecuteState, Session
 from sqlalchemy.schema import CreateTable
@@ -22,6 +22,7 @@ from memstate_sa.columns import TableColumns, batches, stored_columns
 from memstate_sa.errors import MemstateError
 from memstate_sa.facts import Tracked
 from memstate_sa.history import Moment, images_at, until
+from memstate_sa.outbox import upsert
 from memstate_sa.relay import embeddings
 from memstate_sa.search import Call, Hit, Hits, cosine_distance, keys_of
 from memstate_sa.sqlite import is_in_memory
@@ -96,6 +97,8 @@ def _rows_at(connection: Connection, tracked: Tracked, at: Moment) -> Rows:
     """The rows of the class at a moment, and those in its tables that are of other classes, as they are now."""
     columns = tracked.on(connection.dialect)
     images = dict(images_at(connection, tracked, at))
+    # Of a key that no row can have any more, the table of today cannot hold the row of then.
+    images = {key: images[key] for key in columns.possible(connection, images)}
     for unlogged in truth.unlogged(connection, tracked):  # which were always as they are
         images |= unlogged
     found: Rows = {}
@@ -132,7 +135,9 @@ def _hide(connection: Connection, own: TableColumns, rows: Sequence[Sequence[Any
     names = [f"memstate_{n}" for n in range(len(columns))]
     values = {column.name: own.raw_parameter(column, name) for column, name in zip(columns, names, strict=True)}
     for some in batches(rows):
-        connection.execute(insert(past).values(values), [dict(zip(names, row, strict=True)) for row in some])
+        # SQLite takes 1 and "1" for one key of a text column: a key of before its type was changed.
+        statement = upsert(connection.dialect.name, past).values(values).on_conflict_do_nothing()
+        connection.execute(statement, [dict(zip(names, row, strict=True)) for row in some])
 
 
 def search_past(

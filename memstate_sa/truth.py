@@ -57,8 +57,8 @@ def read(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> dict[
     statement = _rows(tracked).where(columns.key_in)
     found: dict[str, Sequence[Any]] = {}
     for some in batches(keys):
-        chunk = [decode_key(key) for key in some]
-        rows = connection.execute(statement, columns.key_parameters(chunk)).all()
+        possible = columns.possible(connection, some)
+        rows = connection.execute(statement, columns.key_parameters(possible.values())).all() if possible else []
         found.update(_split(tracked, row) for row in rows)
     return found
 
@@ -90,26 +90,30 @@ def page(
     until: str | None = None,
     skip: int = 0,
 ) -> list[str]:
-    """Up to *limit* keys in primary-key order, after the key *after* and *skip* more, up to the key *until*."""
+    """Up to *limit* keys in primary-key order, after the key *after* and *skip* more, up to the key *until*.
+
+    A bound that no row can have, as the type of the key has changed, is none.
+    """
+    possible = tracked.on(connection.dialect).possible(connection, filter(None, (after, until)))
     statement = select(*raw_key_columns(tracked)).select_from(tracked.rows)
     statement = statement.order_by(*tracked.key_columns).limit(limit)
     if tracked.criterion is not None:
         statement = statement.where(tracked.criterion)
-    if after is not None:
-        statement = statement.where(operators.gt(*_compared(connection, tracked, after)))
-    if until is not None:
-        statement = statement.where(operators.le(*_compared(connection, tracked, until)))
+    if after in possible:
+        statement = statement.where(operators.gt(*_compared(connection, tracked, possible[after])))
+    if until in possible:
+        statement = statement.where(operators.le(*_compared(connection, tracked, possible[until])))
     if skip:
         statement = statement.offset(skip)
     return list(map(tracked.on(connection.dialect).encode_key, connection.execute(statement).all()))
 
 
-def _compared(connection: Connection, tracked: Tracked, key: str) -> tuple[Any, Any]:
-    """The primary key's columns and the value of *key*, to be compared by the database, in its collations."""
+def _compared(connection: Connection, tracked: Tracked, key: Sequence[Any]) -> tuple[Any, Any]:
+    """The primary key's columns and the values of *key*, to be compared by the database, in its collations."""
     columns = tracked.on(connection.dialect)
     sides = [
         (type_coerce(column, RAW), columns.raw_bind(column, value))
-        for column, value in zip(tracked.key_columns, decode_key(key), strict=True)
+        for column, value in zip(tracked.key_columns, key, strict=True)
     ]
     if len(sides) == 1:
         return sides[0]

@@ -491,13 +491,19 @@ class Undo:
         """
         vacant: set[FactKey] = set()
         facts = connection.execute(_facts, {"keys": as_array(targets)}).all()
-        for entity, keys in sorted(
-            by_entity(map(tuple, facts)).items()
-        ):  # in one order: no two undos wait for each other
+        # In one order: no two undos wait for each other.
+        for entity, keys in sorted(by_entity(map(tuple, facts)).items()):
             tracked = self._registry.by_entity.get(entity)
             if tracked is None:  # `_steps` raises
                 continue
-            there = tracked.on(connection.dialect).lock(connection, [decode_key(key) for key in keys])
+            columns = tracked.on(connection.dialect)
+            possible = columns.possible(connection, keys)
+            if lost := set(keys) - possible.keys():
+                raise HistoryMissing(
+                    f"Cannot undo: no row of {entity} can have the key {min(lost)}. The type of its key has changed. "
+                    "Undo the steps before that by hand."
+                )
+            there = columns.lock(connection, list(possible.values()))
             missing = [key for key in keys if key not in there]
             open_keys = vacancy.open_to_others(connection, tracked, missing, unit.logged_under)
             vacancy.hold(connection, [(entity, key) for key in open_keys])

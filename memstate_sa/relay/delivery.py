@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection, Engine
 from memstate_sa import forks, truth
 from memstate_sa.arrays import as_array
 from memstate_sa.changes import FactKey, by_entity
-from memstate_sa.errors import DeliveryRetryable, MemstateError
+from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, MemstateError
 from memstate_sa.facts import Projection, Tracked, point_id, split_point_id
 from memstate_sa.indexes.base import Stored, Vector, is_fenced, keeps_mark
 from memstate_sa.outbox import read_page, slots
@@ -307,9 +307,14 @@ class Delivery:
     def _(self, request: Read) -> Found:
         projections: dict[FactKey, Projection] = {}
         failed: dict[FactKey, MemstateError] = {}
+        impossible: dict[FactKey, MemstateError] = {}
         embedder = self._vectors.embedder.fingerprint
         with self._reading() as connection:
             for entity, keys in by_entity(request.facts).items():
+                columns = self._tracked[entity].on(connection.dialect)
+                lost = set(keys) - columns.possible(connection, keys).keys()
+                why = DeliveryRejected(f"no row of {columns.table.fullname} can have this key; was its type changed?")
+                impossible.update(((entity, key), why) for key in lost)
                 for found in truth.project(connection, self._tracked[entity], keys, embedder):
                     if isinstance(found, Projection):
                         projections[entity, found.key] = found
@@ -317,7 +322,7 @@ class Delivery:
                         failed[entity, found[0]] = classify(found[1], "the text callable")
             given = ledger.read_ledger(connection, self._at, request.facts)
             parked = ledger.read_parked(connection, self._at, request.facts)
-        return Found(projections, failed, given, parked)
+        return Found(projections, failed, given, parked, impossible)
 
     @_do.register
     def _(self, request: Embed) -> Embedded:

@@ -188,12 +188,16 @@ class Stuck(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The committed rows of some keys (absent: no row), which could not be projected, and what is known of them."""
+    """The committed rows of some keys (absent: no row), which could not be projected, and what is known of them.
+
+    ``impossible`` keys are those that no row can have: nothing is to be held for them.
+    """
 
     truth: Mapping[FactKey, Projection] = field(default_factory=dict)
     failed: Mapping[FactKey, MemstateError] = field(default_factory=dict)
     ledger: Mapping[FactKey, Delivered] = field(default_factory=dict)
     parked: Mapping[FactKey, Stuck] = field(default_factory=dict)
+    impossible: Mapping[FactKey, MemstateError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -580,7 +584,10 @@ class Holder:
         found = (yield from ask(Read(facts))) if facts else Found()
         # Of what failed before, or is unsure, the index may hold anything, whatever the ledger says.
         doubted = set(facts) if settle else {*self._unsure, *found.parked, *again}
-        page = _Page(epochs, found, doubted, again, dict(found.failed))
+        # Somebody is to know of a change to a key that no row can have; a mere point of such a key is removed.
+        announced = facts if lot is not None else [fact for fact, stuck in found.parked.items() if stuck.attempts]
+        unknown = {fact: found.impossible[fact] for fact in announced if fact in found.impossible}
+        page = _Page(epochs, found, doubted, again, {**found.failed, **unknown})
         readable = [fact for fact in facts if fact not in found.failed]
         writes = plan(readable, found.truth, held or found.ledger, doubted)
         if held and self._marked:
@@ -622,7 +629,7 @@ class Holder:
         for fact in self._landing(page):
             attempts = parking[fact].attempts if fact in parking else 0
             parking[fact] = Parked(attempts, self._lease_s, AGAIN, "may land late")
-        converged = [*page.written, *(fact for fact in agreed if fact not in page.written)]
+        converged = [fact for fact in dict.fromkeys([*page.written, *agreed]) if fact not in page.failed]
         positions: Mapping[int, Position] = {}
         if page.complete and self._clock() >= self._save_at:
             positions = self._positions(lot, after)

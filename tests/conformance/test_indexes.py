@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 from chromadb.api import ClientAPI
 from filelock import FileLock
+from sqlalchemy import Engine
 
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, MissingExtra
 from memstate_sa.indexes import ChromaIndex, InMemoryIndex, Point, VectorIndex
 from memstate_sa.testing import FlakyIndex, IndexConformance
 from memstate_sa.testing.churn import EMBEDDER
 from memstate_sa.testing.points import X, Y, contents, fingerprints, point, vector
+from tests.criteria import assert_agrees_with_sql
 from tests.torture.servers import Chroma
 
 SECRET = "XYZZY-the-user-is-allergic-to-peanuts"
@@ -591,3 +593,8 @@ def test_a_query_beside_the_first_write(tmp_path: Path) -> None:
                 index.query(vector(*X), 3)
             assert [match.id for match in index.query(vector(*X), 3)] == ["a"]
             index.close()
+
+
+def test_criteria_by_any_type_find_what_sql_finds(sqlite_engine: Engine) -> None:
+    """A search with criteria by any type finds what SQL finds; see tests/integration/test_search_criteria.py."""
+    assert_agrees_with_sql(sqlite_engine, ChromaIndex(chromadb.EphemeralClient(), unique()))

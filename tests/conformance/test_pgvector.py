@@ -24,6 +24,7 @@ from memstate_sa.indexes import PgVectorIndex, Point, VectorIndex
 from memstate_sa.testing import IndexConformance
 from memstate_sa.testing.churn import EMBEDDER
 from memstate_sa.testing.points import X, Y, Z, contents, fingerprints, point, vector
+from tests.criteria import assert_agrees_with_sql
 from tests.support import WAITING_FOR_A_LOCK
 
 
@@ -516,3 +517,8 @@ def test_a_role_that_owns_nothing(vector_engine: Engine, vector_url: str, name: 
         connection.exec_driver_sql(f"DROP SCHEMA {schema} CASCADE")
         connection.exec_driver_sql(f"DROP OWNED BY {role}")
         connection.exec_driver_sql(f"DROP ROLE {role}")
+
+
+def test_criteria_by_any_type_find_what_sql_finds(postgres_engine: Engine, vector_engine: Engine) -> None:
+    """A search with criteria by any type finds what SQL finds; see tests/integration/test_search_criteria.py."""
+    assert_agrees_with_sql(postgres_engine, PgVectorIndex(vector_engine, f"memory {uuid.uuid4().hex}"))

@@ -22,6 +22,7 @@ from memstate_sa.tables import embedding
 from memstate_sa.testing import IndexConformance
 from memstate_sa.testing.churn import EMBEDDER
 from memstate_sa.testing.points import X, Y, contents, fingerprints, ids_where, point, vector
+from tests.criteria import assert_agrees_with_sql
 from tests.redis_server import AT_ONCE, NOTHING, Server, redis_client, server
 from tests.support import Person, World
 
@@ -72,6 +73,11 @@ class TestRedis(IndexConformance):
     def outage(self) -> Iterator[None]:
         with self.server.unreachable():
             yield
+
+
+def test_criteria_by_any_type_find_what_sql_finds(sqlite_engine: Engine, shared_server: Server, name: str) -> None:
+    """A search with criteria by any type finds what SQL finds; see tests/integration/test_search_criteria.py."""
+    assert_agrees_with_sql(sqlite_engine, RedisIndex(shared_server.client, name))
 
 
 class TestRedisGraph(TestRedis):

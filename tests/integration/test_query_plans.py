@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event, insert, select, text
+from sqlalchemy import Engine, event, insert, inspect, select, text
 
 from memstate_sa import DeliveryError
 from memstate_sa.positions import slot_of
@@ -125,6 +125,36 @@ def test_searching(large: World) -> None:
             large.memory.search(session, "mine", Person)
 
     assert_served(large.engine, plans(large.engine, search))
+
+
+def test_search_walks_no_backlog_of_another_class(large: World) -> None:
+    """Of the newest entries, those of the class alone are read; a class without any reads nothing.
+
+    The same kind: a class that is filled for the first time, the caller's own entries, a comparison by verify.
+    """
+
+    def search() -> None:
+        with large.session() as session:
+            session.add(Tag(name="x"))
+            assert large.memory.search(session, "x means", Tag).complete
+
+    [plan] = [plan for statement, plan in plans(large.engine, search).items() if "AS own" in statement]
+    if large.engine.dialect.name == "sqlite":
+        assert "USING INDEX ix_memstate_outbox_entity (entity=? AND xid=?" in plan
+    else:  # of transactions that were running, and of later ones; a third walk is of the caller's own
+        assert plan.count("Backward using ix_memstate_outbox_entity") == 2
+
+
+def test_tables_of_an_earlier_version_get_the_index(large: World) -> None:
+    """`create_tables` adds it, as the migration does; without it a search is slower, and finds the same."""
+    with large.engine.begin() as connection:
+        connection.execute(text("DROP INDEX ix_memstate_outbox_entity"))
+    with large.session() as session:
+        assert large.memory.search(session, "new 7", Person, limit=1)[0].fact.about == "new 7"
+    large.memory.create_tables(large.engine)
+    assert "ix_memstate_outbox_entity" in {
+        index["name"] for index in inspect(large.engine).get_indexes("memstate_outbox")
+    }
 
 
 def test_relaying(large: World) -> None:

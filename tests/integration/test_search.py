@@ -14,6 +14,7 @@ from sqlalchemy.orm import joinedload, sessionmaker
 
 from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Memory, MemstateError
 from memstate_sa import search as search_module
+from memstate_sa.comparable import Comparable
 from memstate_sa.filters import push_down
 from memstate_sa.indexes import InMemoryIndex, Match, Point
 from memstate_sa.search import OVERLAY_LIMIT, cosine_distance
@@ -348,7 +349,9 @@ def test_facts_of_another_user_are_never_returned(world: World) -> None:
 )
 def test_what_is_pushed_down(world: World, criterion: Any, pushed: Any) -> None:
     """Only where SQL and an index agree exactly."""
-    assert push_down(world.memory._registry.of(Note), [criterion]) == pushed
+    with world.engine.connect() as connection:
+        comparable = Comparable(connection, Note.__table__)
+        assert push_down(world.memory._registry.of(Note), [criterion], comparable) == pushed
 
 
 def test_pushed_down_where_possible_else_by_ids(meddled: World, index: Meddling) -> None:

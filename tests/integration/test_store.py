@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import numpy as np
 import pytest
 from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field, ValidationError, computed_field
 from sqlalchemy import Engine, create_engine, select, text
@@ -1073,3 +1077,51 @@ def test_a_plain_sqlite_engine_of_the_callers(tmp_path: Path) -> None:
         with engine.connect() as connection:
             assert connection.execute(text("SELECT count(*) FROM memstate_unique")).scalar_one() == 1
     engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("payload", "told"),
+    [
+        ({"a": {"b": [1, np.int64(2)]}}, "a.b.1 is a numpy.int64"),
+        ({"a": np.array([1.0])}, "a is a numpy.ndarray"),
+        ({"a": [object()]}, "a.0 is a object"),
+        ({"a": {"b": float("nan")}}, "a.b is a float"),
+        ({"a": {np.int64(1): 2}}, "a is a dict"),
+    ],
+    ids=["in a list", "array", "object", "nan", "as a name"],
+)
+def test_payload_that_is_no_json_is_named(store: MemoryStore, payload: dict[str, Any], told: str) -> None:
+    """By its keys and its type, in a commit and in an update.
+
+    The same kind: a function, a complex number, a lone surrogate, a payload that contains itself.
+    """
+    kept = store.commit(Fact(type="note", payload={"content": "x"}))
+    for change in (
+        lambda: store.commit(Fact(type="note", payload=payload)),
+        lambda: store.update(kept, {"payload": payload}),
+    ):
+        with pytest.raises(ValidationFailed, match=re.escape(told)):
+            change()
+    itself: dict[str, Any] = {}
+    itself["a"] = itself
+    with pytest.raises(ValidationFailed, match="is a dict"):
+        store.commit(Fact(type="note", payload=itself))
+    assert contents(store) == ["x"]
+
+
+def test_payload_takes_what_pydantic_takes_as_json(store: MemoryStore) -> None:
+    """A date as its ISO text, a Decimal as its digits, a set as a list; filters and updates take the same."""
+    at = datetime(2026, 1, 2, 3, tzinfo=UTC)
+    given = {"content": "x", "at": at, "price": Decimal("1.50"), "tags": {"a"}, "id": UUID(int=1), "n": np.float64(0.5)}
+    kept = store.commit(Fact(type="note", payload=given))
+    store.update(kept, {"payload": {"day": at.date()}})
+    [fact] = store.query(filters={"at": at, "price": Decimal("1.50"), "day": at.date(), "id": UUID(int=1), "n": 0.5})
+    assert fact.payload == {
+        "content": "x",
+        "at": "2026-01-02T03:00:00Z",
+        "price": "1.50",
+        "tags": ["a"],
+        "id": str(UUID(int=1)),
+        "n": 0.5,
+        "day": "2026-01-02",
+    }

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import Column, Engine, ForeignKey, Table, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, scoped_session, sessionmaker
 
-from memstate_sa import Memory, UntrackedWrite
+from memstate_sa import Memory, MemstateError, UntrackedWrite
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from tests.support import Tag, World
@@ -108,3 +108,27 @@ def test_a_scoped_session_is_the_session_of_its_thread(world: World) -> None:
     db.commit()
     assert [change.op for change in memory.history(db, Tag, "a")][-1] == "delete"
     db.remove()
+
+
+@pytest.mark.parametrize("text", [("body", "id"), ["body"], 5, Label.name], ids=["tuple", "list", "number", "foreign"])
+def test_track_refuses_a_text_that_is_none(text: object) -> None:
+    """The error names the function that joins columns. The same kind: a set, a Column, another class's attribute."""
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    with pytest.raises(MemstateError, match="give a function: text=lambda row"):
+        memory.track(Page, text=text)  # type: ignore[call-overload]
+    memory.track(Page, text="body")
+
+
+def test_track_takes_the_attribute_itself(engine: Engine) -> None:
+    """`text=Page.body` is what `text="body"` is."""
+    Base.metadata.create_all(engine)
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(Page, text=Page.body)
+    memory.create_tables(engine)
+    sessions = sessionmaker(engine)
+    memory.attach(sessions)
+    with sessions() as session:
+        session.add(Page(id=1, body="one"))
+        session.commit()
+        assert [hit.fact.id for hit in memory.search(session, "one", Page)] == [1]
+    memory.close()

@@ -321,6 +321,7 @@ def upgrade() -> None:
         sqlite_autoincrement=True,
     )
     with op.batch_alter_table("memstate_outbox", schema=None) as batch_op:
+        batch_op.create_index("ix_memstate_outbox_entity", ["entity", "xid", "id"], unique=False)
         batch_op.create_index(
             "ix_memstate_outbox_xid", ["xid", "id", "slot"], unique=False, sqlite_where=sa.text("xid <> 0")
         )
@@ -434,6 +435,7 @@ def downgrade() -> None:
     op.drop_table("memstate_parked")
     with op.batch_alter_table("memstate_outbox", schema=None) as batch_op:
         batch_op.drop_index("ix_memstate_outbox_xid", sqlite_where=sa.text("xid <> 0"))
+        batch_op.drop_index("ix_memstate_outbox_entity")
 
     op.drop_table("memstate_outbox")
     with op.batch_alter_table("memstate_log", schema=None) as batch_op:

@@ -1,0 +1,16 @@
+"""An index by which a search finds what is undelivered of one class."""
+
+from alembic import op
+
+revision = "memstate_search"
+down_revision = "memstate_0002"
+branch_labels = None
+depends_on = None
+
+
+def upgrade():
+    op.create_index("ix_memstate_outbox_entity", "memstate_outbox", ["entity", "xid", "id"], unique=False)
+
+
+def downgrade():
+    op.drop_index("ix_memstate_outbox_entity", table_name="memstate_outbox")
