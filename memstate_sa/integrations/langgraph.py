@@ -50,8 +50,9 @@ try:
         get_serializable_checkpoint_metadata,
     )
     from langgraph.checkpoint.serde.base import SerializerProtocol
-    from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
     from langgraph.checkpoint.serde.types import ERROR, INTERRUPT
+
+    from memstate_sa.integrations.classes import StateSerializer
 except ImportError as error:
     raise MissingExtra("langgraph", "langgraph") from error
 
@@ -82,9 +83,10 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
     facts are in that database), every checkpoint also records how far the log of facts was, and `step` commits facts
     with the state. Checkpoints themselves are no facts: they have no history and are in no index.
 
-    Values are stored as msgpack; what is read back is built from plain types, LangChain's messages and LangGraph's own,
-    and the classes in *allow*: whoever can write to the database cannot have this process build anything else.
-    No pickle. *serde* replaces the serializer, to encrypt for example.
+    Values are stored as msgpack, never as pickle. Reading builds plain types, LangChain's messages, LangGraph's own
+    classes, those that the schemas of a graph name, and those in *allow*. Whoever can write to the database cannot have
+    this process build anything else: a value of another class is a MemstateError. *allow* takes classes, and schemas,
+    which stand for all classes that their fields name. *serde* replaces the serializer, to encrypt for example.
 
     All methods may be called from any thread; those of asyncio run the same code in threads.
 
@@ -101,11 +103,13 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         *,
         memory: Memory | None = None,
         serde: SerializerProtocol | None = None,
-        allow: Iterable[type[Any]] = (),
+        allow: Iterable[Any] = (),
         step_timeout_s: float = 60.0,
     ) -> None:
-        strict = JsonPlusSerializer(allowed_msgpack_modules=None)
-        super().__init__(serde=serde or strict.with_msgpack_allowlist([(t.__module__, t.__name__) for t in allow]))
+        allow = tuple(allow)
+        if serde is not None and allow:
+            raise MemstateError("Cannot use allow= with serde=: that serializer decides alone. Tell it what to allow.")
+        super().__init__(serde=serde or StateSerializer(allow))
         self.memory = where.memory if isinstance(where, MemoryStore) else memory
         self.engine = sync_engine(where, self.memory)
         self._owns_engine = isinstance(where, (str, URL)) or (self.memory is None and self.engine is not where)
