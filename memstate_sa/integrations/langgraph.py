@@ -31,6 +31,7 @@ from memstate_sa.integrations import checkpoints, runs
 from memstate_sa.integrations.checkpoint_tables import lease
 from memstate_sa.integrations.checkpoints import Cursor, Outline, Place, Stored, Value, Write
 from memstate_sa.integrations.steps import Steps, Task
+from memstate_sa.integrations.threads import checkpoint_id_of, configured, graph_of, thread_id_of
 from memstate_sa.memory import Memory
 from memstate_sa.relay.claims import owner_id
 from memstate_sa.store import MemoryStore, _engine
@@ -46,7 +47,6 @@ try:
         CheckpointTuple,
         DeltaChannelHistory,
         PendingWrite,
-        get_checkpoint_id,
         get_serializable_checkpoint_metadata,
     )
     from langgraph.checkpoint.serde.base import SerializerProtocol
@@ -168,7 +168,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         run has taken over the thread.
         """
         conf = config["configurable"]
-        place = Place(str(conf["thread_id"]), conf.get("checkpoint_ns", ""), checkpoint["id"])
+        place = Place(*graph_of(config), checkpoint["id"])
         parent_id, run = conf.get("checkpoint_id"), conf.get(_RUNTIME)
         try:
             self._steps.check_around(place.thread_id, place.ns)
@@ -219,7 +219,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         A task that failed, or waits for an answer, will run again: what it has open is rolled back.
         """
         conf = config["configurable"]
-        place = Place(str(conf["thread_id"]), conf.get("checkpoint_ns", ""), str(conf["checkpoint_id"]))
+        place = Place(*graph_of(config), str(conf["checkpoint_id"]))
         runs_again = any(channel in (ERROR, INTERRUPT) for channel, _ in writes)
         with self._steps.settle(place, task_id, conf.get(_RUNTIME), commits=not runs_again) as step:
             rows = [
@@ -243,11 +243,10 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """The checkpoint that *config* names, or the latest of its thread and graph, by one statement."""
-        conf = config["configurable"]
-        thread_id, ns = str(conf["thread_id"]), conf.get("checkpoint_ns", "")
+        thread_id, ns = graph_of(config)
         self._steps.run_begins(thread_id, ns)
         with self._autocommit.connect() as connection:
-            stored = checkpoints.get(connection, thread_id, ns, get_checkpoint_id(config))
+            stored = checkpoints.get(connection, thread_id, ns, checkpoint_id_of(config))
         return None if stored is None else self._tuple(stored)
 
     def list(
@@ -258,7 +257,9 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         before: RunnableConfig | None = None,
         limit: int | None = None,
     ) -> Iterator[CheckpointTuple]:
-        """Checkpoints, newest first, read in pages: of the thread, graph and id in *config*, as far as it names them.
+        """Checkpoints, newest first, read in pages: of the thread in *config*, and of the graph and id if it names them.
+
+        Without *config*, those of all threads. Raises InvalidThread for a *config* that names no thread.
 
         *filter* is by metadata: values are compared as JSON, and None is null or no such name.
         """
@@ -272,14 +273,10 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         before: RunnableConfig | None,
         limit: int | None,
     ) -> Iterator[Sequence[CheckpointTuple]]:
-        conf = {} if config is None else config["configurable"]
-        thread_id = conf.get("thread_id")
-        cursor = Cursor(
-            None if thread_id is None else str(thread_id),
-            conf.get("checkpoint_ns"),
-            conf.get("checkpoint_id") or None,
-            None if before is None else get_checkpoint_id(before),
-        )
+        thread_id, ns = (None, None) if config is None else graph_of(config)
+        if "checkpoint_ns" not in configured(config):
+            ns = None  # all graphs of the thread
+        cursor = Cursor(thread_id, ns, checkpoint_id_of(config), checkpoint_id_of(before))
         left = limit
         while left is None or left > 0:
             size = _PAGE if left is None else min(_PAGE, left)
@@ -310,8 +307,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         """What was written to each of *channels* on the way to a checkpoint, since its last value was stored."""
         if not channels:
             return {}
-        conf = config["configurable"]
-        thread_id, ns, id_ = str(conf["thread_id"]), conf.get("checkpoint_ns", ""), get_checkpoint_id(config)
+        (thread_id, ns), id_ = graph_of(config), checkpoint_id_of(config)
         seeds: dict[str, str] = {}
         paths: dict[str, Sequence[str]] = {}
         # Several statements of one state, in which nothing is pruned half-way.
@@ -353,14 +349,15 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
 
         Facts that others have changed since stay: see `Memory.revoke`.
         """
+        thread_id = thread_id_of(thread_id)
         if not facts:
             with self._read_committed.begin() as connection:
-                checkpoints.delete_threads(connection, [str(thread_id)])
+                checkpoints.delete_threads(connection, [thread_id])
             return
         memory = self._need_memory()
         with self._steps.session() as session, session.begin():
-            memory.revoke(session, session_id=str(thread_id))
-            checkpoints.delete_threads(session.connection(), [str(thread_id)])
+            memory.revoke(session, session_id=thread_id)
+            checkpoints.delete_threads(session.connection(), [thread_id])
 
     def delete_for_runs(self, run_ids: Sequence[str]) -> None:
         """Delete the checkpoints of runs, by the ``run_id`` in their metadata; later ones become those of earlier ones.
@@ -378,8 +375,9 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """Copy all of a thread, ancestors and blobs included, in the database."""
+        source, target = thread_id_of(source_thread_id), thread_id_of(target_thread_id)
         with self._read_committed.begin() as connection:
-            checkpoints.copy_thread(connection, str(source_thread_id), str(target_thread_id))
+            checkpoints.copy_thread(connection, source, target)
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
         """Delete all checkpoints of threads ("delete"), or all but the latest of each graph ("keep_latest").
@@ -391,11 +389,12 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             raise TypeError("thread_ids: a sequence of thread ids, not a string")
         if strategy not in ("keep_latest", "delete"):
             raise ValueError(f"strategy={strategy!r}: 'keep_latest' or 'delete'")
+        thread_ids = [thread_id_of(each) for each in thread_ids]
         if strategy == "delete":
             with self._read_committed.begin() as connection:
-                checkpoints.delete_threads(connection, map(str, thread_ids))
+                checkpoints.delete_threads(connection, thread_ids)
             return
-        for thread_id in map(str, thread_ids):
+        for thread_id in thread_ids:
             with self._read_committed.begin() as connection:
                 graphs = checkpoints.outlines(connection, thread_id)
                 kept = {ns: _kept(all_) for ns, all_ in graphs.items()}
@@ -533,7 +532,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         is given; who was taken over is refused from then on, whatever it writes. The lease lasts *lease_s* seconds
         from each save on: longer than the longest node takes. Runs without a lease are not held up, and hold up none.
         """
-        thread_id, owner = str(config["configurable"]["thread_id"]), owner_id()
+        (thread_id, _), owner = graph_of(config), owner_id()
         with self._read_committed.begin() as connection:
             runs.acquire(connection, thread_id, owner, lease_s, take_over=take_over)
         try:
@@ -547,7 +546,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
     def _check_run(connection: Connection, config: RunnableConfig) -> None:
         conf = config["configurable"]
         if _RUN in conf:
-            runs.renew(connection, str(conf["thread_id"]), conf[_RUN], conf[_LEASE])
+            runs.renew(connection, thread_id_of(conf["thread_id"]), conf[_RUN], conf[_LEASE])
 
     # -- asyncio: the same, in threads -----------------------------------------------------------------------------
 
@@ -563,7 +562,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
     async def aput_writes(
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
     ) -> None:
-        if not self._steps.is_open(str(config["configurable"]["thread_id"]), task_id):
+        if not self._steps.is_open(graph_of(config)[0], task_id):
             await asyncio.to_thread(self.put_writes, config, writes, task_id, task_path)
         else:  # which others may be waiting for, in all of asyncio's threads
             await _in_thread(self._settling_threads, self.put_writes, config, writes, task_id, task_path)
@@ -711,4 +710,4 @@ def _task(config: RunnableConfig) -> Task:
     info = getattr(conf.get(_RUNTIME), "execution_info", None)
     # The scratchpad is made anew whenever a task is.
     run, number = conf.get("__pregel_scratchpad"), getattr(info, "node_attempt", 1)
-    return Task(Place(str(conf["thread_id"]), ns, at[ns]), task_id, run, number)
+    return Task(Place(thread_id_of(conf.get("thread_id")), ns, at[ns]), task_id, run, number)

@@ -32,6 +32,7 @@ from memstate_sa.expiry import EXPIRED
 from memstate_sa.history import Moment
 from memstate_sa.integrations import items, json_criteria
 from memstate_sa.integrations.items import ItemRow, Kept
+from memstate_sa.integrations.threads import as_text, configured
 from memstate_sa.memory import Memory
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.store import MemoryStore
@@ -209,14 +210,14 @@ class MemStateStore(BaseStore):
     def _read(self, session: Session, ops: Sequence[Op]) -> tuple[list[Result], set[Kept]]:
         """The results, and until when what was read is to be kept."""
         now = self._now()
-        gets = {item_id(op.namespace, str(op.key)) for op in ops if isinstance(op, GetOp)}
+        gets = {item_id(op.namespace, op.key) for op in ops if isinstance(op, GetOp)}
         got = self._of_ids(session, gets, now) if gets else {}
         results: list[Result] = []
         kept: set[Kept] = set()
         for op in ops:
             found: list[Row[Any]] = []
             if isinstance(op, GetOp):
-                row = got.get(item_id(op.namespace, str(op.key)))
+                row = got.get(item_id(op.namespace, op.key))
                 found = [] if row is None else [row]
                 results.append(None if row is None else _item(row))
             elif isinstance(op, SearchOp):
@@ -483,6 +484,6 @@ def _labels() -> dict[str, str]:
         config = get_config()
     except RuntimeError:
         return {}
-    thread_id, node = config.get("configurable", {}).get("thread_id"), config.get("metadata", {}).get("langgraph_node")
-    found = {"session_id": None if thread_id is None else str(thread_id), "reason": node and f"node {node}"}
+    node = config.get("metadata", {}).get("langgraph_node")
+    found = {"session_id": as_text(configured(config).get("thread_id")), "reason": node and f"node {node}"}
     return {name: label for name, label in found.items() if is_text(label)}
