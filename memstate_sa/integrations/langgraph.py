@@ -257,7 +257,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         before: RunnableConfig | None = None,
         limit: int | None = None,
     ) -> Iterator[CheckpointTuple]:
-        """Checkpoints, newest first, read in pages: of the thread in *config*, and of the graph and id if it names them.
+        """Checkpoints, newest first, read in pages: those of the thread, the graph and the id that *config* names.
 
         Without *config*, those of all threads. Raises InvalidThread for a *config* that names no thread.
 
