@@ -25,7 +25,7 @@ from sqlalchemy.pool import QueuePool
 from memstate_sa import sqlite, tables, truth
 from memstate_sa.ambient import joining
 from memstate_sa.codec import is_text
-from memstate_sa.errors import MemstateError, MissingExtra
+from memstate_sa.errors import ConflictError, MemstateError, MissingExtra
 from memstate_sa.history import Moment
 from memstate_sa.integrations import checkpoints, runs
 from memstate_sa.integrations.checkpoint_tables import lease
@@ -190,22 +190,34 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         new_versions: ChannelVersions,
     ) -> None:
         # What is small is kept with the checkpoint, the rest once for each version.
-        small: dict[str, Any] = {}
-        channels: dict[str, str | None] = {}
-        blobs: dict[tuple[str, str], Value] = {}
-        versions = checkpoint["channel_versions"]
-        for channel, value in checkpoint["channel_values"].items():
-            if is_small(value) or channel not in versions:
-                small[channel], channels[channel] = value, None
-                continue
-            channels[channel] = version = str(versions[channel])
-            if channel in new_versions:
-                blobs[channel, version] = Value(*self.serde.dumps_typed(value))
+        versions, values = checkpoint["channel_versions"], checkpoint["channel_values"]
+        small = {name: value for name, value in values.items() if is_small(value) or name not in versions}
+        channels = {name: None if name in small else str(versions[name]) for name in values}
+
+        def blobs(names: Iterable[str]) -> dict[tuple[str, str], Value]:
+            found = ((name, channels.get(name)) for name in names)
+            return {(name, v): Value(*self.serde.dumps_typed(values[name])) for name, v in found if v is not None}
+
         payload = Value(*self.serde.dumps_typed({**checkpoint, "channel_values": small}))
         recorded = storable(get_serializable_checkpoint_metadata(config, metadata))
         position: str | bool | None = config["configurable"].get(_AS_OF) or self.memory is not None
+        new = blobs(new_versions)
         with self._writing(config) as connection:
-            checkpoints.put(connection, place, parent_id, payload, channels, blobs, recorded, position)
+            follows = parent_id is not None
+            if checkpoints.put(
+                connection, place, parent_id, payload, channels, new, recorded, position, follows=follows
+            ):
+                return
+        # The parent was deleted, perhaps while this run went on, and the blobs of its versions with it.
+        if set(recorded.get("counters_since_delta_snapshot") or ()) - set(channels):
+            raise ConflictError(
+                f"Cannot save a checkpoint of thread {place.thread_id!r}. The one that it follows was deleted meanwhile, "
+                "and its DeltaChannels need that one. Run the graph again from the thread's latest checkpoint."
+            )
+        with self._read_committed.begin() as connection:
+            self._check_run(connection, config)
+            checkpoints.lock_threads(connection, [place.thread_id])
+            checkpoints.put(connection, place, parent_id, payload, channels, blobs(channels), recorded, position)
 
     def put_writes(
         self,
@@ -247,7 +259,10 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         self._steps.run_begins(thread_id, ns)
         with self._autocommit.connect() as connection:
             stored = checkpoints.get(connection, thread_id, ns, checkpoint_id_of(config))
-        return None if stored is None else self._tuple(stored)
+        if stored is None:
+            return None
+        self._steps.checkpoint_saved(stored.place)  # also when it is pruned before a task that runs at it begins a step
+        return self._tuple(stored)
 
     def list(
         self,
@@ -368,7 +383,8 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             return
         wanted = {str(id_) for id_ in run_ids}
         with self._read_committed.begin() as connection:
-            for thread_id in checkpoints.threads_of_runs(connection, wanted):
+            for thread_id in sorted(checkpoints.threads_of_runs(connection, wanted)):
+                checkpoints.lock_threads(connection, [thread_id])
                 for ns, all_ in checkpoints.outlines(connection, thread_id).items():
                     gone = {outline.id for outline in all_.values() if outline.run_id in wanted}
                     checkpoints.delete_checkpoints(connection, thread_id, ns, all_, gone)
@@ -396,6 +412,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             return
         for thread_id in thread_ids:
             with self._read_committed.begin() as connection:
+                checkpoints.lock_threads(connection, [thread_id])
                 graphs = checkpoints.outlines(connection, thread_id)
                 kept = {ns: _kept(all_) for ns, all_ in graphs.items()}
                 for ns, all_ in graphs.items():
