@@ -211,8 +211,8 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         # The parent was deleted, perhaps while this run went on, and the blobs of its versions with it.
         if set(recorded.get("counters_since_delta_snapshot") or ()) - set(channels):
             raise ConflictError(
-                f"Cannot save a checkpoint of thread {place.thread_id!r}. The one that it follows was deleted meanwhile, "
-                "and its DeltaChannels need that one. Run the graph again from the thread's latest checkpoint."
+                f"Cannot save a checkpoint of thread {place.thread_id!r}: the one that it follows was deleted, "
+                "and its DeltaChannels need that. Run the graph again from the thread's latest checkpoint."
             )
         with self._read_committed.begin() as connection:
             self._check_run(connection, config)

@@ -31,6 +31,7 @@ from memstate_sa.errors import ConflictError, MemstateError, MissingExtra, NotFo
 from memstate_sa.expiry import EXPIRED
 from memstate_sa.history import Moment
 from memstate_sa.integrations import items, json_criteria
+from memstate_sa.integrations.gathering import Gathering
 from memstate_sa.integrations.items import ItemRow, Kept
 from memstate_sa.integrations.threads import as_text, configured
 from memstate_sa.memory import Memory
@@ -86,7 +87,7 @@ class MemStateStore(BaseStore):
     A process that does nothing but relay makes one, too: so its Memory knows items.
 
     A batch is one transaction for what it writes; its reads see what was before. The methods of asyncio run the same
-    code in threads.
+    code in threads; what coroutines of one node put and get at the same time is one batch, and so one step to undo.
 
     ::
 
@@ -118,6 +119,7 @@ class MemStateStore(BaseStore):
         self._moment: Moment | None = None
         self._sweeper: threading.Thread | None = None
         self._stop = threading.Event()
+        self._gathering = Gathering()
         if self.memory._registry.find(inspect(ItemRow)) is None:  # noqa: SLF001
             self.memory.track(ItemRow, text="text", metadata=("scope",))
         in_memory = sqlite.is_in_memory(self.engine)
@@ -173,7 +175,12 @@ class MemStateStore(BaseStore):
         raise ConflictError("others keep putting and deleting these items; try again")
 
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:
-        return await asyncio.to_thread(self.batch, ops)
+        """`batch`, in a thread: one transaction for all that coroutines of one node ask at the same time."""
+        ops = list(ops)
+        if any(isinstance(op, SearchOp) for op in ops):  # which may wait for an embedder, each in a thread of its own
+            return await asyncio.to_thread(self.batch, ops)
+        # A transaction has one set of labels.
+        return await self._gathering.call(self.batch, ops, (self, *_labels().items()))
 
     def _reading(self) -> AbstractContextManager[Session]:
         if self._moment is not None:

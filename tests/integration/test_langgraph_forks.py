@@ -108,7 +108,7 @@ def test_a_run_that_cannot_be_saved_whole_says_so(engine: Engine) -> None:
 
         graph_of(saver, Growing).invoke({"big": BIG, "trail": ["in"]}, CONFIG)
         graph = graph_of(saver, Growing, b=delete)
-        with pytest.raises(ConflictError, match="deleted meanwhile"):
+        with pytest.raises(ConflictError, match="follows was deleted"):
             graph.invoke({"trail": ["again"]}, CONFIG, durability="sync")
         assert list(saver.list(CONFIG)) == []
 
