@@ -480,7 +480,8 @@ def _text_source(model: type[Any], text: Any, text_version: Any) -> str | Callab
             f"Cannot track {model.__name__} by text={text!r}: the text comes from one column or from a function. For "
             'several columns, give a function: text=lambda row: f"{row.title} {row.body}".'
         )
-    return text
+    source: str | Callable[[Any], str | None] | None = text
+    return source
 
 
 def _check_expiry(mapper: Mapper[Any], expires: str | None) -> None:

@@ -21,6 +21,7 @@ from sqlalchemy import (
     bindparam,
     cast,
     delete,
+    false,
     func,
     literal,
     literal_column,
@@ -153,18 +154,34 @@ def _put_blobs(dialect_name: str) -> Any:
 _last_tx = select(log.c.tx).order_by(log.c.id.desc()).limit(1).scalar_subquery()
 
 
+_parent = (
+    select(checkpoint.c.id)
+    .where(_in_graph(checkpoint), checkpoint.c.id == bindparam("the_parent", type_=Text()))
+    .with_for_update(read=True, key_share=True)
+)
+_of_row = ("parent_id", "run_id", "position", "metadata", "channels", "type", "payload")
+
+
 @cache
-def _put_checkpoint(dialect_name: str, *, positioned: bool, with_blobs: bool, replace: bool) -> Any:
-    statement = upsert(dialect_name, checkpoint).values(
-        thread_id=_thread, ns=_ns, id=_id, **({"position": _last_tx} if positioned else {})
-    )
+def _put_checkpoint(dialect_name: str, *, positioned: bool, with_blobs: bool, replace: bool, follows: bool) -> Any:
+    given: dict[str, ColumnElement[Any]] = {"thread_id": _thread, "ns": _ns, "id": _id}
+    given |= {name: bindparam(name, type_=checkpoint.c[name].type) for name in _of_row}
+    if positioned:
+        given["position"] = _last_tx
+    row = select(*given.values()).where(true())  # see `_insert`
+    if follows:
+        # The parent's row stays until this transaction ends, and with it the blobs that both checkpoints share.
+        row = row.select_from(_parent.subquery("parent"))
+    statement = upsert(dialect_name, checkpoint).from_select(list(given), row)
     if replace:
-        names = ("parent_id", "run_id", "position", "metadata", "channels", "type", "payload")
+        names = _of_row
         statement = statement.on_conflict_do_update(
             index_elements=list(checkpoint.primary_key), set_={name: statement.excluded[name] for name in names}
         )
     else:
         statement = statement.on_conflict_do_nothing()
+    if follows:
+        statement = statement.returning(checkpoint.c.id)
     return statement.add_cte(_put_blobs(dialect_name).cte("putting_blobs")) if with_blobs else statement
 
 
@@ -179,10 +196,12 @@ def put(
     position: str | bool | None = None,
     *,
     replace: bool = True,
-) -> None:
+    follows: bool = False,
+) -> bool:
     """Store a checkpoint, and *blobs* by channel and version: on PostgreSQL one statement.
 
     *position* True is where the log is now. Without *replace*, a checkpoint that is there stays as it is.
+    With *follows*, it is stored only while its parent is there. Returns whether it is stored.
     """
     run_id = metadata.get("run_id")
     given = {
@@ -196,13 +215,18 @@ def put(
     }
     if position is not True:
         given["position"] = position or None
+    if follows:
+        given["the_parent"] = parent_id
     dialect = connection.dialect.name
     together = bool(blobs) and dialect == "postgresql"
     packed = _packed(((channel, version), value) for (channel, version), value in blobs.items())
     if blobs and not together:
         connection.execute(_put_blobs(dialect), {**_graph(place.thread_id, place.ns), **packed})
-    statement = _put_checkpoint(dialect, positioned=position is True, with_blobs=together, replace=replace)
-    connection.execute(statement, {**given, **packed} if together else given)
+    statement = _put_checkpoint(
+        dialect, positioned=position is True, with_blobs=together, replace=replace, follows=follows
+    )
+    result = connection.execute(statement, {**given, **packed} if together else given)
+    return not follows or result.first() is not None
 
 
 @cache
@@ -420,21 +444,51 @@ def writes_to(connection: Connection, place: Place, channel: str, ids: Sequence[
 _threads = each("threads")
 
 
+def _of_threads(table: Table) -> ColumnElement[bool]:
+    return table.c.thread_id.in_(select(_threads.c.value))
+
+
+_alone = select(func.count(func.pg_advisory_xact_lock(func.hashtextextended(_threads.c.value, 8021))))
+_rows_of_threads: Any = (
+    select(literal_column("1")).where(_of_threads(checkpoint)).order_by(*checkpoint.primary_key).with_for_update()
+)
+_nothing = delete(checkpoint).where(false())
+
+
+def lock_threads(connection: Connection, thread_ids: Iterable[str]) -> None:
+    """Keep others from saving to these threads until this transaction ends.
+
+    A checkpoint that follows another one waits for that one's row; one whose parent is gone waits for the thread.
+    """
+    if connection.dialect.name == "sqlite":
+        connection.execute(_nothing)  # which takes the write lock
+        return
+    given = {"threads": as_array(sorted(thread_ids))}
+    connection.execute(_alone, given)
+    connection.execute(_rows_of_threads, given)
+
+
 def delete_threads(connection: Connection, thread_ids: Iterable[str]) -> None:
-    given = {"threads": as_array(thread_ids)}
-    for table in TABLES:
-        connection.execute(delete(table).where(table.c.thread_id.in_(select(_threads.c.value))), given)
+    thread_ids = list(thread_ids)
+    lock_threads(connection, thread_ids)
+    _at_once(
+        connection, [delete(table).where(_of_threads(table)) for table in TABLES], {"threads": as_array(thread_ids)}
+    )
+
+
+def _at_once(connection: Connection, statements: Sequence[Any], given: Mapping[str, Any]) -> None:
+    """Run *statements* on one state of the database."""
+    if connection.dialect.name == "postgresql":  # where each statement sees another; on SQLite, we are the writer
+        first, *others = statements
+        statements = [first.add_cte(*(other.cte(f"also_{n}") for n, other in enumerate(others)))]
+    for statement in statements:
+        connection.execute(statement, given)
 
 
 def copy_thread(connection: Connection, source: str, target: str) -> None:
     """All of a thread as it is at one moment, in which nothing is pruned half-way."""
-    dialect = connection.dialect.name
-    statements = [_copy(dialect, table) for table in TABLES]
-    if dialect == "postgresql":  # where each statement sees another moment; on SQLite the first one keeps writers out
-        first, *others = statements
-        statements = [first.add_cte(*(other.cte(f"copying_{n}") for n, other in enumerate(others)))]
-    for statement in statements:
-        connection.execute(statement, {"source": source, "target": target})
+    statements = [_copy(connection.dialect.name, table) for table in TABLES]
+    _at_once(connection, statements, {"source": source, "target": target})
 
 
 def _copy(dialect_name: str, table: Table) -> Any:
@@ -462,7 +516,7 @@ _outlines = (
 
 
 def outlines(connection: Connection, thread_id: str) -> dict[str, dict[str, Outline]]:
-    """The checkpoints of a thread, by graph and id, oldest first."""
+    """The checkpoints of a thread, by graph and id, oldest first; see `lock_threads`."""
     found: dict[str, dict[str, Outline]] = {}
     for row in connection.execute(_outlines, {"the_thread": thread_id}):
         outline = Outline(row.id, row.parent_id, row.run_id, json.loads(row.channels), row.metadata)

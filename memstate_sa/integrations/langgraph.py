@@ -26,12 +26,13 @@ from memstate_sa import missing, sqlite, truth
 from memstate_sa.ambient import joining
 from memstate_sa.codec import is_text
 from memstate_sa.creation import create
-from memstate_sa.errors import MemstateError, MissingExtra
+from memstate_sa.errors import ConflictError, MemstateError, MissingExtra
 from memstate_sa.history import Moment
 from memstate_sa.integrations import checkpoints, runs
 from memstate_sa.integrations.checkpoint_tables import lease
 from memstate_sa.integrations.checkpoints import Cursor, Outline, Place, Stored, Value, Write
 from memstate_sa.integrations.steps import Steps, Task
+from memstate_sa.integrations.threads import checkpoint_id_of, configured, graph_of, thread_id_of
 from memstate_sa.memory import Memory
 from memstate_sa.relay.claims import owner_id
 from memstate_sa.store import MemoryStore, _engine
@@ -47,12 +48,12 @@ try:
         CheckpointTuple,
         DeltaChannelHistory,
         PendingWrite,
-        get_checkpoint_id,
         get_serializable_checkpoint_metadata,
     )
     from langgraph.checkpoint.serde.base import SerializerProtocol
-    from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
     from langgraph.checkpoint.serde.types import ERROR, INTERRUPT
+
+    from memstate_sa.integrations.classes import StateSerializer
 except ImportError as error:
     raise MissingExtra("langgraph", "langgraph") from error
 
@@ -83,9 +84,10 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
     facts are in that database), every checkpoint also records how far the log of facts was, and `step` commits facts
     with the state. Checkpoints themselves are no facts: they have no history and are in no index.
 
-    Values are stored as msgpack; what is read back is built from plain types, LangChain's messages and LangGraph's own,
-    and the classes in *allow*: whoever can write to the database cannot have this process build anything else.
-    No pickle. *serde* replaces the serializer, to encrypt for example.
+    Values are stored as msgpack, never as pickle. Reading builds plain types, LangChain's messages, LangGraph's own
+    classes, those that the schemas of a graph name, and those in *allow*. Whoever can write to the database cannot have
+    this process build anything else: a value of another class is a MemstateError. *allow* takes classes, and schemas,
+    which stand for all classes that their fields name. *serde* replaces the serializer, to encrypt for example.
 
     All methods may be called from any thread; those of asyncio run the same code in threads.
 
@@ -102,11 +104,13 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         *,
         memory: Memory | None = None,
         serde: SerializerProtocol | None = None,
-        allow: Iterable[type[Any]] = (),
+        allow: Iterable[Any] = (),
         step_timeout_s: float = 60.0,
     ) -> None:
-        strict = JsonPlusSerializer(allowed_msgpack_modules=None)
-        super().__init__(serde=serde or strict.with_msgpack_allowlist([(t.__module__, t.__name__) for t in allow]))
+        allow = tuple(allow)
+        if serde is not None and allow:
+            raise MemstateError("Cannot use allow= with serde=: that serializer decides alone. Tell it what to allow.")
+        super().__init__(serde=serde or StateSerializer(allow))
         self.memory = where.memory if isinstance(where, MemoryStore) else memory
         self.engine = sync_engine(where, self.memory)
         self._owns_engine = isinstance(where, (str, URL)) or (self.memory is None and self.engine is not where)
@@ -165,7 +169,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         run has taken over the thread.
         """
         conf = config["configurable"]
-        place = Place(str(conf["thread_id"]), conf.get("checkpoint_ns", ""), checkpoint["id"])
+        place = Place(*graph_of(config), checkpoint["id"])
         parent_id, run = conf.get("checkpoint_id"), conf.get(_RUNTIME)
         try:
             self._steps.check_around(place.thread_id, place.ns)
@@ -187,22 +191,34 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         new_versions: ChannelVersions,
     ) -> None:
         # What is small is kept with the checkpoint, the rest once for each version.
-        small: dict[str, Any] = {}
-        channels: dict[str, str | None] = {}
-        blobs: dict[tuple[str, str], Value] = {}
-        versions = checkpoint["channel_versions"]
-        for channel, value in checkpoint["channel_values"].items():
-            if is_small(value) or channel not in versions:
-                small[channel], channels[channel] = value, None
-                continue
-            channels[channel] = version = str(versions[channel])
-            if channel in new_versions:
-                blobs[channel, version] = Value(*self.serde.dumps_typed(value))
+        versions, values = checkpoint["channel_versions"], checkpoint["channel_values"]
+        small = {name: value for name, value in values.items() if is_small(value) or name not in versions}
+        channels = {name: None if name in small else str(versions[name]) for name in values}
+
+        def blobs(names: Iterable[str]) -> dict[tuple[str, str], Value]:
+            found = ((name, channels.get(name)) for name in names)
+            return {(name, v): Value(*self.serde.dumps_typed(values[name])) for name, v in found if v is not None}
+
         payload = Value(*self.serde.dumps_typed({**checkpoint, "channel_values": small}))
         recorded = storable(get_serializable_checkpoint_metadata(config, metadata))
         position: str | bool | None = config["configurable"].get(_AS_OF) or self.memory is not None
+        new = blobs(new_versions)
         with self._writing(config) as connection:
-            checkpoints.put(connection, place, parent_id, payload, channels, blobs, recorded, position)
+            follows = parent_id is not None
+            if checkpoints.put(
+                connection, place, parent_id, payload, channels, new, recorded, position, follows=follows
+            ):
+                return
+        # The parent was deleted, perhaps while this run went on, and the blobs of its versions with it.
+        if set(recorded.get("counters_since_delta_snapshot") or ()) - set(channels):
+            raise ConflictError(
+                f"Cannot save a checkpoint of thread {place.thread_id!r}: the one that it follows was deleted, "
+                "and its DeltaChannels need that. Run the graph again from the thread's latest checkpoint."
+            )
+        with self._read_committed.begin() as connection:
+            self._check_run(connection, config)
+            checkpoints.lock_threads(connection, [place.thread_id])
+            checkpoints.put(connection, place, parent_id, payload, channels, blobs(channels), recorded, position)
 
     def put_writes(
         self,
@@ -216,7 +232,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         A task that failed, or waits for an answer, will run again: what it has open is rolled back.
         """
         conf = config["configurable"]
-        place = Place(str(conf["thread_id"]), conf.get("checkpoint_ns", ""), str(conf["checkpoint_id"]))
+        place = Place(*graph_of(config), str(conf["checkpoint_id"]))
         runs_again = any(channel in (ERROR, INTERRUPT) for channel, _ in writes)
         with self._steps.settle(place, task_id, conf.get(_RUNTIME), commits=not runs_again) as step:
             rows = [
@@ -240,12 +256,14 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """The checkpoint that *config* names, or the latest of its thread and graph, by one statement."""
-        conf = config["configurable"]
-        thread_id, ns = str(conf["thread_id"]), conf.get("checkpoint_ns", "")
+        thread_id, ns = graph_of(config)
         self._steps.run_begins(thread_id, ns)
         with self._autocommit.connect() as connection:
-            stored = checkpoints.get(connection, thread_id, ns, get_checkpoint_id(config))
-        return None if stored is None else self._tuple(stored)
+            stored = checkpoints.get(connection, thread_id, ns, checkpoint_id_of(config))
+        if stored is None:
+            return None
+        self._steps.checkpoint_saved(stored.place)  # also when it is pruned before a task that runs at it begins a step
+        return self._tuple(stored)
 
     def list(
         self,
@@ -255,7 +273,9 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         before: RunnableConfig | None = None,
         limit: int | None = None,
     ) -> Iterator[CheckpointTuple]:
-        """Checkpoints, newest first, read in pages: of the thread, graph and id in *config*, as far as it names them.
+        """Checkpoints, newest first, read in pages: those of the thread, the graph and the id that *config* names.
+
+        Without *config*, those of all threads. Raises InvalidThread for a *config* that names no thread.
 
         *filter* is by metadata: values are compared as JSON, and None is null or no such name.
         """
@@ -269,14 +289,10 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         before: RunnableConfig | None,
         limit: int | None,
     ) -> Iterator[Sequence[CheckpointTuple]]:
-        conf = {} if config is None else config["configurable"]
-        thread_id = conf.get("thread_id")
-        cursor = Cursor(
-            None if thread_id is None else str(thread_id),
-            conf.get("checkpoint_ns"),
-            conf.get("checkpoint_id") or None,
-            None if before is None else get_checkpoint_id(before),
-        )
+        thread_id, ns = (None, None) if config is None else graph_of(config)
+        if "checkpoint_ns" not in configured(config):
+            ns = None  # all graphs of the thread
+        cursor = Cursor(thread_id, ns, checkpoint_id_of(config), checkpoint_id_of(before))
         left = limit
         while left is None or left > 0:
             size = _PAGE if left is None else min(_PAGE, left)
@@ -307,8 +323,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         """What was written to each of *channels* on the way to a checkpoint, since its last value was stored."""
         if not channels:
             return {}
-        conf = config["configurable"]
-        thread_id, ns, id_ = str(conf["thread_id"]), conf.get("checkpoint_ns", ""), get_checkpoint_id(config)
+        (thread_id, ns), id_ = graph_of(config), checkpoint_id_of(config)
         seeds: dict[str, str] = {}
         paths: dict[str, Sequence[str]] = {}
         # Several statements of one state, in which nothing is pruned half-way.
@@ -350,14 +365,15 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
 
         Facts that others have changed since stay: see `Memory.revoke`.
         """
+        thread_id = thread_id_of(thread_id)
         if not facts:
             with self._read_committed.begin() as connection:
-                checkpoints.delete_threads(connection, [str(thread_id)])
+                checkpoints.delete_threads(connection, [thread_id])
             return
         memory = self._need_memory()
         with self._steps.session() as session, session.begin():
-            memory.revoke(session, session_id=str(thread_id))
-            checkpoints.delete_threads(session.connection(), [str(thread_id)])
+            memory.revoke(session, session_id=thread_id)
+            checkpoints.delete_threads(session.connection(), [thread_id])
 
     def delete_for_runs(self, run_ids: Sequence[str]) -> None:
         """Delete the checkpoints of runs, by the ``run_id`` in their metadata; later ones become those of earlier ones.
@@ -368,15 +384,17 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             return
         wanted = {str(id_) for id_ in run_ids}
         with self._read_committed.begin() as connection:
-            for thread_id in checkpoints.threads_of_runs(connection, wanted):
+            for thread_id in sorted(checkpoints.threads_of_runs(connection, wanted)):
+                checkpoints.lock_threads(connection, [thread_id])
                 for ns, all_ in checkpoints.outlines(connection, thread_id).items():
                     gone = {outline.id for outline in all_.values() if outline.run_id in wanted}
                     checkpoints.delete_checkpoints(connection, thread_id, ns, all_, gone)
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """Copy all of a thread, ancestors and blobs included, in the database."""
+        source, target = thread_id_of(source_thread_id), thread_id_of(target_thread_id)
         with self._read_committed.begin() as connection:
-            checkpoints.copy_thread(connection, str(source_thread_id), str(target_thread_id))
+            checkpoints.copy_thread(connection, source, target)
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
         """Delete all checkpoints of threads ("delete"), or all but the latest of each graph ("keep_latest").
@@ -388,12 +406,14 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             raise TypeError("thread_ids: a sequence of thread ids, not a string")
         if strategy not in ("keep_latest", "delete"):
             raise ValueError(f"strategy={strategy!r}: 'keep_latest' or 'delete'")
+        thread_ids = [thread_id_of(each) for each in thread_ids]
         if strategy == "delete":
             with self._read_committed.begin() as connection:
-                checkpoints.delete_threads(connection, map(str, thread_ids))
+                checkpoints.delete_threads(connection, thread_ids)
             return
-        for thread_id in map(str, thread_ids):
+        for thread_id in thread_ids:
             with self._read_committed.begin() as connection:
+                checkpoints.lock_threads(connection, [thread_id])
                 graphs = checkpoints.outlines(connection, thread_id)
                 kept = {ns: _kept(all_) for ns, all_ in graphs.items()}
                 for ns, all_ in graphs.items():
@@ -530,7 +550,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         is given; who was taken over is refused from then on, whatever it writes. The lease lasts *lease_s* seconds
         from each save on: longer than the longest node takes. Runs without a lease are not held up, and hold up none.
         """
-        thread_id, owner = str(config["configurable"]["thread_id"]), owner_id()
+        (thread_id, _), owner = graph_of(config), owner_id()
         with self._read_committed.begin() as connection:
             runs.acquire(connection, thread_id, owner, lease_s, take_over=take_over)
         try:
@@ -544,7 +564,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
     def _check_run(connection: Connection, config: RunnableConfig) -> None:
         conf = config["configurable"]
         if _RUN in conf:
-            runs.renew(connection, str(conf["thread_id"]), conf[_RUN], conf[_LEASE])
+            runs.renew(connection, thread_id_of(conf["thread_id"]), conf[_RUN], conf[_LEASE])
 
     # -- asyncio: the same, in threads -----------------------------------------------------------------------------
 
@@ -560,7 +580,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
     async def aput_writes(
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
     ) -> None:
-        if not self._steps.is_open(str(config["configurable"]["thread_id"]), task_id):
+        if not self._steps.is_open(graph_of(config)[0], task_id):
             await asyncio.to_thread(self.put_writes, config, writes, task_id, task_path)
         else:  # which others may be waiting for, in all of asyncio's threads
             await _in_thread(self._settling_threads, self.put_writes, config, writes, task_id, task_path)
@@ -712,4 +732,4 @@ def _task(config: RunnableConfig) -> Task:
     info = getattr(conf.get(_RUNTIME), "execution_info", None)
     # The scratchpad is made anew whenever a task is.
     run, number = conf.get("__pregel_scratchpad"), getattr(info, "node_attempt", 1)
-    return Task(Place(str(conf["thread_id"]), ns, at[ns]), task_id, run, number)
+    return Task(Place(thread_id_of(conf.get("thread_id")), ns, at[ns]), task_id, run, number)

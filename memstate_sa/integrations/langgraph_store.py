@@ -30,7 +30,9 @@ from memstate_sa.errors import ConflictError, MemstateError, MissingExtra, NotFo
 from memstate_sa.expiry import EXPIRED
 from memstate_sa.history import Moment
 from memstate_sa.integrations import items, json_criteria
+from memstate_sa.integrations.gathering import Gathering
 from memstate_sa.integrations.items import ItemRow, Kept
+from memstate_sa.integrations.threads import as_text, configured
 from memstate_sa.memory import Memory
 from memstate_sa.outbox import take_write_lock
 from memstate_sa.printable import printable_logger
@@ -85,7 +87,7 @@ class MemStateStore(BaseStore):
     A process that does nothing but relay makes one, too: so its Memory knows items.
 
     A batch is one transaction for what it writes; its reads see what was before. The methods of asyncio run the same
-    code in threads.
+    code in threads; what coroutines of one node put and get at the same time is one batch, and so one step to undo.
 
     ::
 
@@ -117,6 +119,7 @@ class MemStateStore(BaseStore):
         self._moment: Moment | None = None
         self._sweeper: threading.Thread | None = None
         self._stop = threading.Event()
+        self._gathering = Gathering()
         if self.memory._registry.find(inspect(ItemRow)) is None:  # noqa: SLF001
             self.memory.track(ItemRow, text="text", metadata=("scope",))
         in_memory = sqlite.is_in_memory(self.engine)
@@ -172,7 +175,12 @@ class MemStateStore(BaseStore):
         raise ConflictError("others keep putting and deleting these items; try again")
 
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:
-        return await asyncio.to_thread(self.batch, ops)
+        """`batch`, in a thread: one transaction for all that coroutines of one node ask at the same time."""
+        ops = list(ops)
+        if any(isinstance(op, SearchOp) for op in ops):  # which may wait for an embedder, each in a thread of its own
+            return await asyncio.to_thread(self.batch, ops)
+        # A transaction has one set of labels.
+        return await self._gathering.call(self.batch, ops, (self, *_labels().items()))
 
     def _reading(self) -> AbstractContextManager[Session]:
         if self._moment is not None:
@@ -209,14 +217,14 @@ class MemStateStore(BaseStore):
     def _read(self, session: Session, ops: Sequence[Op]) -> tuple[list[Result], set[Kept]]:
         """The results, and until when what was read is to be kept."""
         now = self._now()
-        gets = {item_id(op.namespace, str(op.key)) for op in ops if isinstance(op, GetOp)}
+        gets = {item_id(op.namespace, op.key) for op in ops if isinstance(op, GetOp)}
         got = self._of_ids(session, gets, now) if gets else {}
         results: list[Result] = []
         kept: set[Kept] = set()
         for op in ops:
             found: list[Row[Any]] = []
             if isinstance(op, GetOp):
-                row = got.get(item_id(op.namespace, str(op.key)))
+                row = got.get(item_id(op.namespace, op.key))
                 found = [] if row is None else [row]
                 results.append(None if row is None else _item(row))
             elif isinstance(op, SearchOp):
@@ -483,6 +491,6 @@ def _labels() -> dict[str, str]:
         config = get_config()
     except RuntimeError:
         return {}
-    thread_id, node = config.get("configurable", {}).get("thread_id"), config.get("metadata", {}).get("langgraph_node")
-    found = {"session_id": None if thread_id is None else str(thread_id), "reason": node and f"node {node}"}
+    node = config.get("metadata", {}).get("langgraph_node")
+    found = {"session_id": as_text(configured(config).get("thread_id")), "reason": node and f"node {node}"}
     return {name: label for name, label in found.items() if is_text(label)}

@@ -31,7 +31,7 @@ class Put:
     """A PutOp that has been looked at: its value is JSON that both databases hold."""
 
     def __init__(self, op: PutOp, fields: Sequence[str] | None) -> None:
-        self.id = item_id(op.namespace, str(op.key))
+        self.id = item_id(op.namespace, op.key)
         self.key, self.ttl = op.key, op.ttl
         self.texts: list[str | None] = []
         self.value: dict[str, Any] | None = None
@@ -41,6 +41,7 @@ class Put:
             raise InvalidNamespaceError("Namespace cannot be empty.")
         if not is_text(op.key):
             raise InvalidItem("key: a string, without NUL or lone surrogates")
+        self.key = str.__str__(op.key)
         if not isinstance(op.value, Mapping):
             raise InvalidItem(f"value: an object, not a {type(op.value).__name__}")
         if op.ttl is not None:
@@ -126,9 +127,10 @@ def _canonical(value: Any) -> str:
     return json.dumps(json.loads(json.dumps(value), parse_float=_number), sort_keys=True)
 
 
-def item_id(namespace: tuple[str, ...], key: str) -> str:
+def item_id(namespace: tuple[str, ...], key: Any) -> str:
+    """An item's id. No item has the id of a key that is no string: None must not find what is kept under "None"."""
     _check_labels(namespace)
-    return items.item_id(namespace, key)
+    return items.item_id(namespace, str.__str__(key) if isinstance(key, str) else f"\x00{key!r}")
 
 
 def scope_of(namespace: tuple[str, ...]) -> str:
@@ -144,5 +146,7 @@ def scope_of(namespace: tuple[str, ...]) -> str:
 
 def _check_labels(namespace: tuple[str, ...]) -> None:
     # By ourselves, as not every LangGraph does: it ends a label, so another namespace would be read, and written.
+    if not isinstance(namespace, (tuple, list)) or not all(isinstance(label, str) and label for label in namespace):
+        raise InvalidNamespaceError("A namespace is a tuple of strings, none of them empty. None is no label.")
     if any("\x00" in label for label in namespace):
         raise InvalidNamespaceError("Namespace labels cannot contain NUL.")

@@ -388,7 +388,8 @@ def test_what_was_not_allowed_is_not_built(engine: Engine) -> None:
     saver.setup()
     graph = line(saver, "set", set=lambda state: {"value": Point(1, 2)})
     graph.invoke({"trail": []}, config())
-    assert not isinstance(graph.get_state(config()).values["value"], Point)
+    with pytest.raises(MemstateError, match=r"allow=\[Point\]"):
+        graph.get_state(config())
     with pytest.raises(TypeError, match="serializable"):
         saver.put_writes(config(checkpoint_ns="", checkpoint_id="1"), [("a", lambda: None)], "task")
 

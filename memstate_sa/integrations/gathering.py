@@ -1,0 +1,77 @@
+"""Calls of a store that coroutines make at the same time, sent to the database as one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from memstate_sa.errors import DeliveryRetryable
+
+Batch: TypeAlias = Callable[[list[Any]], list[Any]]
+
+_UNAVAILABLE = (OperationalError, InterfaceError, DeliveryRetryable)
+"""What fails one call so fails all of them: there is no point in trying each."""
+
+
+class _Call(NamedTuple):
+    ops: Sequence[Any]
+    outcome: asyncio.Future[list[Any]]
+
+
+class Gathering:
+    """Collects the calls of one turn of an event loop, as LangGraph's own stores do.
+
+    A call has its own outcome: where one is refused, the others are made without it.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Hashable, list[_Call]] = {}
+        self._sent: set[asyncio.Task[None]] = set()
+
+    async def call(self, batch: Batch, ops: Sequence[Any], together: Hashable) -> list[Any]:
+        """What *batch* returns for *ops*, called in a thread, once for all calls with equal *together*."""
+        loop = asyncio.get_running_loop()
+        outcome: asyncio.Future[list[Any]] = loop.create_future()
+        key = (loop, together)
+        if key not in self._waiting:
+            self._waiting[key] = []
+            loop.call_soon(self._send, loop, batch, key)  # after all coroutines that are ready to go on
+        self._waiting[key].append(_Call(ops, outcome))
+        return await outcome
+
+    def _send(self, loop: asyncio.AbstractEventLoop, batch: Batch, key: Hashable) -> None:
+        calls = [call for call in self._waiting.pop(key) if not call.outcome.done()]
+        if calls:
+            task = loop.create_task(self._run(batch, calls))
+            self._sent.add(task)
+            task.add_done_callback(self._sent.discard)
+
+    async def _run(self, batch: Batch, calls: Sequence[_Call]) -> None:
+        try:
+            found = await asyncio.to_thread(_outcomes, batch, calls)
+        except BaseException:  # the loop is ending
+            for call in calls:
+                call.outcome.cancel()
+            raise
+        for call, result in zip(calls, found, strict=True):
+            if call.outcome.done():  # whoever waited for it was cancelled
+                continue
+            if isinstance(result, Exception):
+                call.outcome.set_exception(result)
+            else:
+                call.outcome.set_result(result)
+
+
+def _outcomes(batch: Batch, calls: Sequence[_Call]) -> list[list[Any] | Exception]:
+    """What each call returns or raises. A batch that fails has written nothing, so its halves can be made again."""
+    try:
+        results = iter(batch([op for call in calls for op in call.ops]))
+    except Exception as error:  # noqa: BLE001  # it is raised where the call was made
+        if len(calls) == 1 or isinstance(error, _UNAVAILABLE):
+            return [error] * len(calls)
+        half = len(calls) // 2
+        return _outcomes(batch, calls[:half]) + _outcomes(batch, calls[half:])
+    return [[next(results) for _ in call.ops] for call in calls]
