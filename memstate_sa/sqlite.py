@@ -152,6 +152,12 @@ def leaks_savepoints(engine: Engine) -> bool:
     return leaked
 
 
+def is_busy(error: DBAPIError) -> bool:
+    """Whether the driver says that another connection has the database, for longer than it waits."""
+    # The low byte: what follows it tells why it is busy.
+    return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+
+
 def in_transaction(connection: Connection) -> bool:
     """Whether the driver's connection has begun."""
     return bool(getattr(connection.connection.driver_connection, "in_transaction", False))

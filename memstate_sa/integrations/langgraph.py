@@ -31,7 +31,8 @@ from memstate_sa.history import Moment
 from memstate_sa.integrations import checkpoints, runs
 from memstate_sa.integrations.checkpoint_tables import lease
 from memstate_sa.integrations.checkpoints import Cursor, Outline, Place, Stored, Value, Write
-from memstate_sa.integrations.steps import Steps, Task
+from memstate_sa.integrations.executions import Execution
+from memstate_sa.integrations.steps import Steps
 from memstate_sa.integrations.threads import checkpoint_id_of, configured, graph_of, thread_id_of
 from memstate_sa.memory import Memory
 from memstate_sa.relay.claims import owner_id
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-R = TypeVar("R")
 
 POSITION = "memstate_position"
 """The name, in a checkpoint's metadata, of where the log of facts was."""
@@ -72,7 +72,8 @@ _RUN, _LEASE = "__memstate_run", "__memstate_lease"
 _RUNTIME = "__pregel_runtime"
 """Where LangGraph keeps an object that is the same for all saves of one run."""
 _PAGE = 50
-_STEP_THREADS, _SETTLING_THREADS = 32, 8
+_THREADS = {"read": 8, "save": 16, "begin": 32, "step": 32, "settle": 8}
+"""How many threads asyncio's calls have, for each kind of what they do."""
 _SMALL = 64
 _UNBOUNDED_ROOM = 64
 
@@ -128,8 +129,8 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         if self.memory is not None:
             self.memory.attach(sessions)
         self._steps = Steps(sessions, step_timeout_s, _room(self.engine))
-        self._step_threads = ThreadPoolExecutor(_STEP_THREADS, "memstate-step")
-        self._settling_threads = ThreadPoolExecutor(_SETTLING_THREADS, "memstate-settle")
+        # Apart, as those of one kind may all wait for what those of another do.
+        self._threads = {kind: ThreadPoolExecutor(many, f"memstate-{kind}") for kind, many in _THREADS.items()}
 
     def setup(self) -> None:
         """Create the tables that are not there yet. With Alembic, a migration does it."""
@@ -139,12 +140,12 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             create(self.engine, [*checkpoints.TABLES, lease])
 
     async def asetup(self) -> None:
-        await asyncio.to_thread(self.setup)
+        await self._in_thread("save", self.setup)
 
     def close(self) -> None:
         """End its threads, and an engine that it has made of a URL itself; nothing is lost that was saved."""
-        self._step_threads.shutdown()
-        self._settling_threads.shutdown()
+        for threads in self._threads.values():
+            threads.shutdown()
         if self._owns_engine:
             self.engine.dispose()
 
@@ -174,11 +175,11 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         try:
             self._steps.check_around(place.thread_id, place.ns)
             self._steps.wait_for_tasks(place.thread_id, place.ns, parent_id, run)
-            self._put(config, place, parent_id, checkpoint, metadata, new_versions)
+            job = partial(self._put, config, place, parent_id, checkpoint, metadata, new_versions)
+            self._steps.save(place.thread_id, place.ns, run, job, checkpoint=True)
         except BaseException as error:
             self._steps.save_failed(place.thread_id, place.ns, error, run)
             raise
-        self._steps.checkpoint_saved(place)
         return _config(place)
 
     def _put(
@@ -208,6 +209,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             if checkpoints.put(
                 connection, place, parent_id, payload, channels, new, recorded, position, follows=follows
             ):
+                self._steps.checkpoint_saved(place)
                 return
         # The parent was deleted, perhaps while this run went on, and the blobs of its versions with it.
         if set(recorded.get("counters_since_delta_snapshot") or ()) - set(channels):
@@ -219,6 +221,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             self._check_run(connection, config)
             checkpoints.lock_threads(connection, [place.thread_id])
             checkpoints.put(connection, place, parent_id, payload, channels, blobs(channels), recorded, position)
+        self._steps.checkpoint_saved(place)
 
     def put_writes(
         self,
@@ -233,16 +236,31 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         """
         conf = config["configurable"]
         place = Place(*graph_of(config), str(conf["checkpoint_id"]))
-        runs_again = any(channel in (ERROR, INTERRUPT) for channel, _ in writes)
-        with self._steps.settle(place, task_id, conf.get(_RUNTIME), commits=not runs_again) as step:
+        run, runs_again = conf.get(_RUNTIME), any(channel in (ERROR, INTERRUPT) for channel, _ in writes)
+        with self._steps.settle(place, task_id, run, commits=not runs_again) as step:
             rows = [
                 Write(task_path, task_id, WRITES_IDX_MAP.get(name, n), name, Value(*self.serde.dumps_typed(value)))
                 for n, (name, value) in enumerate(writes)
             ]
             # What is written again replaces what was there only of errors, interrupts and answers.
             replace = all(channel in WRITES_IDX_MAP for channel, _ in writes)
-            with self._writing(config, step) as connection:
-                checkpoints.put_writes(connection, place, rows, replace=replace)
+            if step is None:
+                job = partial(self._put_writes, config, place, rows, replace=replace)
+                self._steps.save(place.thread_id, place.ns, run, job)
+            else:
+                self._put_writes(config, place, rows, step, replace=replace)
+
+    def _put_writes(
+        self,
+        config: RunnableConfig,
+        place: Place,
+        rows: Sequence[Write],
+        step: Connection | None = None,
+        *,
+        replace: bool,
+    ) -> None:
+        with self._writing(config, step) as connection:
+            checkpoints.put_writes(connection, place, rows, replace=replace)
 
     @contextmanager
     def _writing(self, config: RunnableConfig, step: Connection | None = None) -> Iterator[Connection]:
@@ -453,8 +471,9 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         else:
             raise MemstateError("a coroutine must not wait for the database: await checkpointer.astep(function)")
         config = config or _node_config()
-        task = _task(config)
-        with self._steps.step(task, self._is_saved, _life(config, task)) as (session, first):
+        execution = _execution(config)
+        task = execution.task
+        with self._steps.step(task, self._is_saved, execution) as (session, first):
             if first and self.memory is not None:
                 node = config.get("metadata", {}).get("langgraph_node")
                 self.memory.annotate(session, session_id=task.at.thread_id, reason=node and f"node {node}")
@@ -468,18 +487,18 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         wait until a node returns, without a connection. Raises MemstateError when none does for *step_timeout_s*.
         """
         config = config or _node_config()
-        task, cancelled = _task(config), threading.Event()
-        begin = partial(self._steps.begin, task, self._is_saved, _life(config, task), queued=True)
+        execution, cancelled = _execution(config), threading.Event()
+        task = execution.task
+
+        def begin() -> Any:
+            step = self._steps.begin(task, self._is_saved, execution)
+            if cancelled.is_set():  # before there was a step
+                self._steps.give_up(task)
+            return step
 
         def enter() -> T:
             with self.step(config) as session:
                 return work(session)
-
-        def run(function: Callable[[], R]) -> R:
-            result = function()
-            if cancelled.is_set():  # before there was a step
-                self._steps.give_up(task)
-            return result
 
         def done(node: asyncio.Task[Any]) -> None:
             if node.cancelled():
@@ -489,12 +508,10 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         node = asyncio.current_task()
         assert node is not None
         node.add_done_callback(done)
-        # Not in asyncio's own threads, where the saves that a step waits for must not wait for it.
-        step = self._steps.begun(task)
-        if step is None:
-            step = await _in_thread(self._step_threads, run, begin)
-        await self._steps.turn(step)
-        return await _in_thread(self._step_threads, run, enter)
+        # Threads apart: those in which steps begin may all wait for saves, and these for a step that goes on.
+        begun = self._steps.begun(task)
+        await self._steps.turn(await self._in_thread("begin", begin) if begun is None else begun)
+        return await self._in_thread("step", enter)
 
     def _is_saved(self, place: Place) -> bool:
         with self._autocommit.connect() as connection:
@@ -567,6 +584,11 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             runs.renew(connection, thread_id_of(conf["thread_id"]), conf[_RUN], conf[_LEASE])
 
     # -- asyncio: the same, in threads -----------------------------------------------------------------------------
+    # Not in asyncio's own: nodes that are no coroutines run there, and wait for the saves.
+
+    async def _in_thread(self, kind: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        call = partial(copy_context().run, function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads[kind], call)
 
     async def aput(
         self,
@@ -575,18 +597,20 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
     ) -> RunnableConfig:
-        return await asyncio.to_thread(self.put, config, checkpoint, metadata, new_versions)
+        return await self._in_thread("save", self.put, config, checkpoint, metadata, new_versions)
 
     async def aput_writes(
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
     ) -> None:
-        if not self._steps.is_open(graph_of(config)[0], task_id):
-            await asyncio.to_thread(self.put_writes, config, writes, task_id, task_path)
-        else:  # which others may be waiting for, in all of asyncio's threads
-            await _in_thread(self._settling_threads, self.put_writes, config, writes, task_id, task_path)
+        thread_id, ns = graph_of(config)
+        # What ends a step never waits behind what waits for one.
+        ends_a_step = self._steps.is_open(thread_id, task_id) or self._steps.is_in_the_way(thread_id, ns)
+        with self._steps.saving(thread_id):
+            kind = "settle" if ends_a_step else "save"
+            await self._in_thread(kind, self.put_writes, config, writes, task_id, task_path)
 
     async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
-        return await asyncio.to_thread(self.get_tuple, config)
+        return await self._in_thread("read", self.get_tuple, config)
 
     async def alist(
         self,
@@ -597,26 +621,26 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         limit: int | None = None,
     ) -> AsyncIterator[CheckpointTuple]:
         pages = self._pages(config, filter, before, limit)
-        while (page := await asyncio.to_thread(next, pages, None)) is not None:
+        while (page := await self._in_thread("read", next, pages, None)) is not None:
             for found in page:
                 yield found
 
     async def adelete_thread(self, thread_id: str, *, facts: bool = False) -> None:
-        await asyncio.to_thread(self.delete_thread, thread_id, facts=facts)
+        await self._in_thread("save", self.delete_thread, thread_id, facts=facts)
 
     async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
-        await asyncio.to_thread(self.delete_for_runs, run_ids)
+        await self._in_thread("save", self.delete_for_runs, run_ids)
 
     async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
-        await asyncio.to_thread(self.copy_thread, source_thread_id, target_thread_id)
+        await self._in_thread("save", self.copy_thread, source_thread_id, target_thread_id)
 
     async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
-        await asyncio.to_thread(self.prune, thread_ids, strategy=strategy)
+        await self._in_thread("save", self.prune, thread_ids, strategy=strategy)
 
     async def aget_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]
     ) -> Mapping[str, DeltaChannelHistory]:
-        return await asyncio.to_thread(self.get_delta_channel_history, config=config, channels=channels)
+        return await self._in_thread("read", self.get_delta_channel_history, config=config, channels=channels)
 
 
 def sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: Memory | None) -> Engine:
@@ -648,11 +672,6 @@ def _room(engine: Engine) -> int:
     if not isinstance(pool, QueuePool) or pool.size() == 0 or pool._max_overflow < 0:  # noqa: SLF001  # nothing tells it
         return _UNBOUNDED_ROOM
     return pool.size() + pool._max_overflow  # noqa: SLF001
-
-
-async def _in_thread(threads: ThreadPoolExecutor, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    call = partial(copy_context().run, function, *args, **kwargs)
-    return await asyncio.get_running_loop().run_in_executor(threads, call)
 
 
 def _config(place: Place) -> RunnableConfig:
@@ -715,21 +734,17 @@ def _node_config() -> RunnableConfig:
         raise MemstateError("not in a node of a graph: give the config that it was called with") from error
 
 
-def _life(config: RunnableConfig, task: Task) -> object:
-    """The task's writes, which live as long as it does."""
-    return getattr(config["configurable"].get("__pregel_send"), "__self__", task.run)
-
-
-def _task(config: RunnableConfig) -> Task:
-    """The task that *config* was made for, as LangGraph tells the graphs in it."""
+def _execution(config: RunnableConfig) -> Execution:
+    """The task that *config* was made for."""
     conf: Mapping[str, Any] = config.get("configurable", {})
-    task_id, path, at = (conf.get(name) for name in ("__pregel_task_id", "checkpoint_ns", "checkpoint_map"))
-    if not task_id or not path or at is None or conf.get("__pregel_checkpointer") is None:
+    if not conf.get("__pregel_task_id") or not conf.get("checkpoint_ns"):
         raise MemstateError("not in a node of a graph that has a checkpointer")
+    execution = Execution(conf)
+    if execution.saves_nothing:
+        raise MemstateError(
+            "Cannot begin a step: the graph of this node has no checkpointer, so nothing is saved when the node "
+            "returns. Compile it with this checkpointer, and its subgraphs without checkpointer=False"
+        )
     if conf.get("__pregel_durability") == "exit":
         raise MemstateError("durability='exit' saves nothing before the run is over: run it with 'async' or 'sync'")
-    ns = path.rpartition("|")[0]
-    info = getattr(conf.get(_RUNTIME), "execution_info", None)
-    # The scratchpad is made anew whenever a task is.
-    run, number = conf.get("__pregel_scratchpad"), getattr(info, "node_attempt", 1)
-    return Task(Place(thread_id_of(conf.get("thread_id")), ns, at[ns]), task_id, run, number)
+    return execution

@@ -14,7 +14,7 @@ pytest.importorskip("langgraph.graph")
 from memstate_sa import MemstateError
 from memstate_sa.integrations.checkpoints import Place
 from memstate_sa.integrations.langgraph_store import MemStateStore
-from memstate_sa.integrations.steps import Steps, Task
+from memstate_sa.integrations.steps import Life, Steps, Task
 from tests.support import Tag, World, in_threads
 
 RUN = threading.Event()  # an object
@@ -27,7 +27,7 @@ def steps(world: World) -> Steps:
 
 
 def begin(steps: Steps) -> None:
-    with steps.step(TASK, lambda _: True, lives=RUN) as (session, _):
+    with steps.step(TASK, lambda _: True, Life(RUN)) as (session, _):
         session.add(Tag(name="a"))
 
 
@@ -52,7 +52,7 @@ class Other(threading.Thread):
 
 def test_given_up_as_a_block_ends(world: World, steps: Steps) -> None:
     """After the block has looked whether it is, and before it lets go of the lock: nobody closed the Session."""
-    step = steps.begin(TASK, lambda _: True, RUN, queued=True)
+    step = steps.begin(TASK, lambda _: True, Life(RUN))
     lock, given_up = step.lock, list[int]()
 
     class Lock:

@@ -29,7 +29,7 @@ from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.integrations import checkpoints
 from memstate_sa.integrations.checkpoints import Place
 from memstate_sa.integrations.langgraph import MemStateCheckpointer
-from memstate_sa.integrations.steps import Steps, Task
+from memstate_sa.integrations.steps import Life, Steps, Task
 from memstate_sa.integrations.turns import Turns
 from memstate_sa.testing import HashEmbedder
 from tests.support import Tag, World
@@ -485,7 +485,7 @@ def test_who_rolled_back_is_in_nobodys_way(world: World) -> None:
         session.flush()
 
     only = world.engine.dialect.name == "sqlite"
-    with steps.step(task, lambda _: True, lives=run) as (session, _):
+    with steps.step(task, lambda _: True, Life(run)) as (session, _):
         write(session, "rolled back")
         assert is_in_the_way() == only
         session.rollback()
@@ -495,7 +495,7 @@ def test_who_rolled_back_is_in_nobodys_way(world: World) -> None:
     assert not is_in_the_way()
     with world.engine.connect() as connection:
         connection.execute(select(Tag)).all()
-        with steps.step(task, lambda _: True, lives=run) as (session, _):
+        with steps.step(task, lambda _: True, Life(run)) as (session, _):
             write(session, "again")
             session.begin_nested().rollback()
             assert is_in_the_way() == only
@@ -760,7 +760,7 @@ def test_a_task_that_is_gone(agent: Agent) -> None:
 
     writes = Writes()
     task = Task(Place("t", "", "1"), "task", object(), 1)
-    with agent.saver._steps.step(task, lambda place: True, writes) as (session, _):
+    with agent.saver._steps.step(task, lambda place: True, Life(writes)) as (session, _):
         session.add(Tag(name="a"))
     assert agent.saver._steps.is_open("t", "task")
     del writes
