@@ -2,7 +2,7 @@
 
 from alembic import op
 
-revision = "memstate_pgsec"
+revision = "memstate_0003"
 down_revision = "memstate_0002"
 branch_labels = None
 depends_on = None

@@ -2,8 +2,8 @@
 
 from alembic import op
 
-revision = "memstate_search"
-down_revision = "memstate_0002"
+revision = "memstate_0005"
+down_revision = "memstate_0004"
 branch_labels = None
 depends_on = None
 

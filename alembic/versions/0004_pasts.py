@@ -3,8 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "memstate_state"
-down_revision = "memstate_0002"
+revision = "memstate_0004"
+down_revision = "memstate_0003"
 branch_labels = None
 depends_on = None
 
