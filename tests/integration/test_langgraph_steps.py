@@ -548,10 +548,11 @@ def test_a_step_waits_for_its_checkpoint(agent: Agent, monkeypatch: pytest.Monke
     order: list[str] = []
     put, go_on = checkpoints.put, threading.Event()
 
-    def slow(*given: Any) -> None:
+    def slow(*given: Any, **options: Any) -> Any:
         go_on.wait(0.2)  # a save that takes its time; nothing is asserted about how long
-        put(*given)
+        saved = put(*given, **options)
         order.append("checkpoint")
+        return saved
 
     monkeypatch.setattr(checkpoints, "put", slow)
     session = agent.saver._steps._sessions
@@ -575,7 +576,13 @@ def test_a_checkpoint_waits_for_its_tasks(agent: Agent, monkeypatch: pytest.Monk
         order.extend(["writes"] * is_a)
 
     monkeypatch.setattr(checkpoints, "put_writes", slow)
-    monkeypatch.setattr(checkpoints, "put", lambda *given: (put(*given), order.append("checkpoint")))
+
+    def noted(*given: Any, **options: Any) -> Any:
+        saved = put(*given, **options)
+        order.append("checkpoint")
+        return saved
+
+    monkeypatch.setattr(checkpoints, "put", noted)
     graph.invoke({"trail": []}, CONFIG)
     assert order == ["checkpoint", "checkpoint", "writes", "checkpoint"]
 
