@@ -332,7 +332,7 @@ class ChromaIndex:
         damage = find_damage(folder, str(collection.id))
         if damage is not None:
             raise IndexBroken(
-                f"The files of Chroma collection {self._name!r} are damaged: {damage}. A crash of the machine can do that, "
+                f"The files of Chroma collection {self._name!r} are damaged: {damage}. A crash can do that, "
                 "or a copy of a folder in use. Make the collection anew: memory.verify(engine, repair=True)."
             )
         self._whole = str(collection.id)
