@@ -19,7 +19,7 @@ REASON = "413 Content Too Large: at most 8192 tokens"
 
 class Answer:
     status_code = 413
-    headers: Any = {}
+    headers = None
 
     def json(self) -> Any:
         return {"error": {"message": "at most 8192 tokens"}}

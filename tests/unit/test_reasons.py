@@ -15,9 +15,8 @@ TEXT = "My password is hunter2, do not tell"
 
 
 class Response:
-    headers: Any = {}
-
     def __init__(self, status: int, answer: Any, content: bytes = b"") -> None:
+        self.headers: dict[str, str] = {}
         self.status_code, self._answer, self._content = status, answer, content
 
     def json(self) -> Any:
