@@ -19,7 +19,7 @@ _VERSION = 1
 _FILES = ("header.bin", "data_level0.bin", "length.bin", "link_lists.bin", "index_metadata.pickle")
 _SEGMENTS = "SELECT id FROM segments WHERE scope = 'VECTOR' AND collection = ?"
 _PAGE = 4096
-_PAUSES_S = (0.05, 0.2, 1.0)
+_PAUSES_S = (0.05, 0.2, 0.5)
 """Chroma writes these files in place: what is found in the middle of that is looked at again."""
 
 
