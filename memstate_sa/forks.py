@@ -7,7 +7,9 @@ in two processes says here how a child renews its copy.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -30,9 +32,61 @@ def leave_to_parent(thing: Any) -> None:
     _left_to_parent.append(thing)
 
 
+class _Gate:
+    """Lets threads in, unless the process forks just now."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside: list[int] = []
+        self._is_forking = False
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        me = threading.get_ident()
+        with self._changed:
+            while self._is_forking and me not in self._inside:
+                self._changed.wait()
+            self._inside.append(me)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside.remove(me)
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Wait until no other thread is inside."""
+        me = threading.get_ident()
+        with self._changed:
+            self._is_forking = True
+            self._changed.wait_for(lambda: not any(each != me for each in self._inside), _PATIENCE_S)
+
+    def open(self) -> None:
+        with self._changed:
+            self._is_forking = False
+            self._changed.notify_all()
+
+    def renew(self) -> None:
+        """In the child, which has this thread alone."""
+        me = threading.get_ident()
+        self._changed, self._is_forking = threading.Condition(), False
+        self._inside = [each for each in self._inside if each == me]
+
+
+_PATIENCE_S = 5.0
+_gate = _Gate()
+uninterrupted = _gate.inside
+"""A fork waits for what is done in ``with uninterrupted():``, a few seconds at most.
+
+SQLite keeps its locks by process. A child that is forked in the middle of another thread's transaction believes for
+ever that it has that transaction's locks.
+"""
+
+
 def _renew_all() -> None:
+    _gate.renew()
     for thing, renew in list(_renewals.items()):
         renew(thing)
 
 
-os.register_at_fork(after_in_child=_renew_all)
+os.register_at_fork(before=_gate.close, after_in_parent=_gate.open, after_in_child=_renew_all)

@@ -800,7 +800,7 @@ class Memory:
         intended = partial(self._strict.intended, sync)
         for name, (destination, tracked) in self._by_index().items():
             if repair:
-                _remake_if_broken(destination)
+                _remake_if_broken(name, destination)
             verify = Verify(sync, name, destination, tracked, intended=intended)
             verify.run(report, repair=repair, progress=progress)
         if repair and not report.clean:
@@ -1057,14 +1057,14 @@ def _close_after(relays: Sequence[Relay], name: str, index: VectorIndex) -> None
         index.close()
 
 
-def _remake_if_broken(destination: Destination) -> None:
+def _remake_if_broken(name: str, destination: Destination) -> None:
     index = destination.index
     try:
         destination.open()
     except IndexBroken:
         if not isinstance(index, RemakableIndex):
             raise
-        logger.warning("an index is damaged, and made anew: %r", index)
+        logger.warning("index %r is damaged, and made anew", name)
         index.remake()
 
 

@@ -17,7 +17,7 @@ _INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, sqlalchemy
 
 def warn(message: str, category: type[Warning]) -> None:
     """Warn about the line outside of memstate_sa and SQLAlchemy that led here."""
-    frame = next((frame for frame in _frames() if not frame.f_code.co_filename.startswith(_INSIDE)), None)
+    frame = next((frame for frame in _frames() if not _is_inside(frame)), None)
     if frame is None:
         warnings.warn(message, category, stacklevel=2)
         return
@@ -30,6 +30,12 @@ def warn(message: str, category: type[Warning]) -> None:
         module=names.get("__name__", "<unknown>"),
         registry=names.setdefault("__warningregistry__", {}),
     )
+
+
+def _is_inside(frame: FrameType) -> bool:
+    """SQLAlchemy also runs code that it generates, which has no file; so has an interactive application."""
+    file = frame.f_code.co_filename
+    return file.startswith(_INSIDE) or (file.startswith("<") and frame.f_globals.get("__name__") != "__main__")
 
 
 def _frames() -> Iterator[FrameType]:

@@ -18,7 +18,8 @@ _HEADER = struct.Struct("<iQQQQQQiIQQQdQ")
 _VERSION = 1
 _FILES = ("header.bin", "data_level0.bin", "length.bin", "link_lists.bin", "index_metadata.pickle")
 _SEGMENTS = "SELECT id FROM segments WHERE scope = 'VECTOR' AND collection = ?"
-_PAUSES_S = (0.05, 0.2, 1.0)
+_PAGE = 4096
+_PAUSES_S = (0.05, 0.2, 0.5)
 """Chroma writes these files in place: what is found in the middle of that is looked at again."""
 
 
@@ -58,7 +59,7 @@ def _damage(segment: Path) -> str | None:
     if count and not _has_labels(segment / "data_level0.bin", count, size, label_at):
         return "data_level0.bin holds zeros"
     if not _has_links(segment / "link_lists.bin", count):
-        return "link_lists.bin is cut"
+        return "link_lists.bin is cut, or holds zeros"
     return None if _ends(segment / "index_metadata.pickle") else "index_metadata.pickle is cut"
 
 
@@ -70,8 +71,10 @@ def _has_labels(file: Path, count: int, size: int, label_at: int) -> bool:
 
 
 def _has_links(file: Path, count: int) -> bool:
-    """Each point has the length of its list, and the list."""
+    """Each point has the length of its list, and the list; most lists are empty, but not a page of them in a row."""
     data, at = file.read_bytes(), 0
+    if bytes(_PAGE) in data:
+        return False
     for _ in range(count):
         if at + 4 > len(data):
             return False

@@ -340,8 +340,8 @@ class ChromaIndex:
         damage = find_damage(folder, str(collection.id))
         if damage is not None:
             raise IndexBroken(
-                f"The files of Chroma collection {self._name!r} are damaged: {damage}. A crash of the machine, or "
-                "copying a folder in use, does that. Make the collection anew with memory.verify(engine, repair=True)."
+                f"The files of Chroma collection {self._name!r} are damaged: {damage}. A crash can do that, "
+                "or a copy of a folder in use. Make the collection anew: memory.verify(engine, repair=True)."
             )
         self._whole = str(collection.id)
 

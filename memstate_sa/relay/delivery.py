@@ -114,7 +114,10 @@ class Delivery:
 
     def _forked(self) -> None:
         """Be another owner: slots, lease and open connection are the parent's."""
-        forks.leave_to_parent(self._reader)
+        if self._engine.dialect.name == "sqlite":
+            self._end_reading()  # SQLite believes that this process has the locks of the parent's transaction
+        else:
+            forks.leave_to_parent(self._reader)
         self._owner, self._key, self._reader = claims.new_owner(self), None, None
         self._unkept = {}
         self.holder.stopping = False
@@ -188,26 +191,28 @@ class Delivery:
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
         """One transaction for reads that follow each other; each statement sees what is committed when it begins."""
-        if self._reader is None:
-            self._reader = self._engine.connect()
-        try:
-            yield self._reader
-        except BaseException:
-            self._end_reading()
-            raise
+        with forks.uninterrupted():
+            if self._reader is None:
+                self._reader = self._engine.connect()
+            try:
+                yield self._reader
+            except BaseException:
+                self._end_reading()
+                raise
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
         """A short transaction, which ends with the lease if this process is stopped in the middle of it."""
-        with self._engine.begin() as connection:
+        with forks.uninterrupted(), self._engine.begin() as connection:
             claims.limit_transaction(connection, self._lease_s)
             yield connection
 
     def _end_reading(self) -> None:
         """Before anything is written, or called."""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()
+        with forks.uninterrupted():
+            reader, self._reader = self._reader, None
+            if reader is not None:
+                reader.close()
 
     @property
     def _at(self) -> IndexKey:

@@ -185,7 +185,9 @@ class Relay:
             return
         try:
             self._forget_at = time.monotonic() + _FORGET_EVERY_S
-            if self._forget_some():
+            with forks.uninterrupted():
+                forgotten = self._forget_some()
+            if forgotten:
                 self._forget_at = 0.0
         except Exception as error:  # noqa: BLE001  # a sweep runs the application's code; delivery goes on
             logger.warning("nothing was forgotten (%s)", type(error).__name__)

@@ -194,23 +194,12 @@ class Changes:
         self._engine = engine
         self._connection: Any = None
         self._version: int | None = None
-        self._looking = threading.Lock()
-        forks.in_child(self, Changes._forked)
-
-    def _forked(self) -> None:
-        """Close the copy of the parent's connection: SQLite believes that this process has its locks.
-
-        A connection in use is left: the library may be in it.
-        """
-        if self._looking.acquire(blocking=False):
-            self.close()
-        else:
-            forks.leave_to_parent(self._connection)
+        forks.in_child(self, Changes.close)  # SQLite believes that the child has the locks of the parent's connection
 
     def seen(self) -> bool:
         if self._engine.dialect.name != "sqlite":
             return True
-        with self._looking:
+        with forks.uninterrupted():
             return self._is_changed()
 
     def _is_changed(self) -> bool:

@@ -1,0 +1,108 @@
+"""What an operator is told of a provider's failure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memstate_sa._failures import delivery_error
+from memstate_sa.errors import DeliveryRejected, DeliveryRetryable
+
+TEXT = "My password is hunter2, do not tell"
+
+
+class Response:
+    def __init__(self, status: int, answer: Any, content: bytes = b"") -> None:
+        self.headers: dict[str, str] = {}
+        self.status_code, self._answer, self._content = status, answer, content
+
+    def json(self) -> Any:
+        if self._answer is None:
+            raise ValueError("no JSON")
+        return self._answer
+
+
+class HTTPError(Exception):
+    def __init__(self, response: Response, message: str = "Client error '400' for url 'http://a/b?key=1'") -> None:
+        super().__init__(message)
+        self.response = response
+
+
+def said(error: Exception, *sent: str) -> str:
+    return str(delivery_error(error, "failed", unknown=DeliveryRejected, sent=sent))
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ({"error": "input exceeds 8192 tokens"}, ": input exceeds 8192 tokens"),
+        ({"error": {"message": "too long", "code": 7}}, ": too long"),
+        ({"detail": [{"loc": ["body"], "msg": "field required"}]}, ": field required"),
+        ({"errors": ["a", "b"]}, ": a"),
+        ({"status": {"error": "Wrong input"}}, ""),
+        ({"error": {}}, ""),
+        ({"error": None}, ""),
+        ("plain", ": plain"),
+        ({"error": "one\ntwo"}, ": one"),
+        ({"error": "\x1b[31mred\x07"}, r": \x1b[31mred\x07"),
+        (None, ""),
+    ],
+)
+def test_status_and_words_of_an_answer_are_told(answer: Any, words: str) -> None:
+    """Its kind: the answers of OpenAI, Cohere, Ollama, TEI, FastAPI; other clients; a gateway's page of HTML."""
+    assert said(HTTPError(Response(400, answer))) == f"failed: HTTPError: 400 Bad Request{words}"
+    assert said(HTTPError(Response(400, None, b"<html>Bad</html>"))) == "failed: HTTPError: 400 Bad Request"
+    assert said(HTTPError(Response(400, None, b"busy\nnow"))) == "failed: HTTPError: 400 Bad Request: busy"
+
+
+def test_status_without_a_name_is_told() -> None:
+    error = HTTPError(Response(529, {"error": {"message": "overloaded"}}))
+    assert said(error) == "failed: HTTPError: 529: overloaded"
+    assert isinstance(delivery_error(error, "failed", unknown=DeliveryRejected), DeliveryRetryable)
+
+
+def test_words_are_left_to_the_chain_where_it_is_not_known_what_was_sent() -> None:
+    """As of an index, whose client may quote metadata."""
+    error = HTTPError(Response(400, {"error": TEXT}))
+    assert str(delivery_error(error, "failed", unknown=DeliveryRejected)) == "failed: HTTPError: 400 Bad Request"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"bad input: {TEXT}",
+        f"bad input: {TEXT!r}",
+        f"bad input: {TEXT[:20]}...",
+        f"bad input: {TEXT.upper()}",
+        "bad input: My  password is\thunter2,",
+    ],
+)
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_text_that_was_sent_is_left_out(words: str, wrapped: bool) -> None:
+    """Whole, cut, quoted, in capitals; of an HTTP answer and of an exception of a local model."""
+    error = HTTPError(Response(422, {"detail": words})) if wrapped else ValueError(words)
+    message = said(error, "another text", TEXT)
+    assert "bad input: " in message
+    assert "hunter2" not in message.lower()
+    assert "password" not in message.lower()
+
+
+def test_secrets_of_an_address_are_left_out() -> None:
+    error = RuntimeError("cannot reach https://me:secret@api.example/v1/embed?key=abc#top of it")
+    assert said(error) == "failed: RuntimeError: cannot reach https://api.example/v1/embed of it"
+
+
+def test_words_are_short() -> None:
+    assert len(said(ValueError("x" * 10_000))) < 300
+
+
+@given(st.text(min_size=12, max_size=60).filter(lambda text: len(text.split()) == 1), st.text(max_size=30))
+def test_no_long_piece_of_a_text_is_told(text: str, around: str) -> None:
+    """Whatever characters it has."""
+    words = f"{around} {text} {around}"
+    message = said(ValueError(words), text)
+    assert text not in message or text in around
+    assert message.isprintable()
