@@ -8,6 +8,7 @@ in most random histories.)
 
 from __future__ import annotations
 
+import inspect as inspection
 import logging
 import warnings
 import weakref
@@ -27,7 +28,7 @@ from sqlalchemy.orm.base import NO_VALUE
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.dml import UpdateBase
 
-from memstate_sa import sqlite, triggers
+from memstate_sa import cascades, sqlite, triggers
 from memstate_sa.columns import RAW
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite
 from memstate_sa.facts import Tracked, inheritance_criterion
@@ -78,6 +79,8 @@ class Capture:
         self._seen: WeakSet[Engine] = WeakSet()  # with a connection
         self._active: WeakKeyDictionary[Connection, list[Unit]] = WeakKeyDictionary()
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._checked: Any = None  # the entities of which the cascades are known
+        self._cascades: set[cascades.ForeignKey] = set()  # those that were warned of
         self.mapper_listeners: dict[str, Callable[..., None]] = {
             "after_insert": self._after_insert,
             "before_update": self._before_update,
@@ -182,10 +185,30 @@ class Capture:
                 unit.telling.append(connection)
         engine = connection.engine
         self.guard(engine)
+        self.warn_of_cascades()
         if engine not in self._seen:
             self._seen.add(engine)
             if engine.dialect.name == "sqlite":
                 sqlite.warn_of_savepoints(connection)
+
+    def warn_of_cascades(self) -> None:
+        """UntrackedWriteWarning, once for each foreign key by which the database changes rows past the log.
+
+        Without configured mappers, only of those to classes that are not tracked.
+        """
+        entities = self._registry.by_entity
+        if entities is self._checked:
+            return
+        known = cascades.are_known(entities)
+        for tracked in entities.values():
+            keys = [key for table in tracked.tables for key in cascades.mapped(table) if key not in self._cascades]
+            if not known:
+                keys = [key for key in keys if key.parent not in self._registry.by_table_name]
+            for key, message in cascades.unseen(self._registry, tracked, keys):
+                self._cascades.add(key)
+                warnings.warn(message, UntrackedWriteWarning, stacklevel=_users_stacklevel())
+        if known:
+            self._checked = entities
 
     def _has_triggers(self, session: Session, connection: Connection) -> bool:
         """Whether *connection* is where *session* has a class that is captured by triggers."""
@@ -637,6 +660,14 @@ _AUTOCOMMIT = (
 
 
 _SEEN = "memstate_seen"
+
+
+def _users_stacklevel() -> int:
+    """Of the nearest line that is neither ours nor SQLAlchemy's."""
+    frame, level = inspection.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("memstate_sa", "sqlalchemy"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _is_known(unit: Unit, context: Any) -> bool:

@@ -240,6 +240,7 @@ class Memory:
         Their own tables have to be there. With Alembic, let a migration do it.
         """
         sync = self.sync_engine(engine)
+        self._capture.warn_of_cascades()
         tables.metadata.create_all(sync)
         with sync.begin() as connection:
             appendonly.install(connection)
