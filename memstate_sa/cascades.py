@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from sqlalchemy import Inspector, Table
+from sqlalchemy import Table, inspect, text
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import NoReferenceError
 from sqlalchemy.orm import Mapper, RelationshipDirection, RelationshipProperty
 
@@ -44,12 +45,23 @@ def mapped(table: Table) -> Iterator[ForeignKey]:
             yield ForeignKey(table, names, (parent.schema, str(parent.name)), *map(_action, actions))
 
 
-def reflected(inspector: Inspector, table: Table) -> Iterator[ForeignKey]:
+_of_sqlite = text(
+    'SELECT id, "table", group_concat("from"), min(on_delete), min(on_update) '
+    "FROM (SELECT * FROM pragma_foreign_key_list(:table) ORDER BY id, seq) GROUP BY id ORDER BY id"
+)
+
+
+def reflected(connection: Connection, table: Table) -> Iterator[ForeignKey]:
     """The foreign keys of *table* in the database, which need not be those of the mapping."""
-    for found in inspector.get_foreign_keys(str(table.name), schema=table.schema):
-        actions = (found.get("options", {}).get(name) for name in ("ondelete", "onupdate"))
+    if connection.dialect.name == "sqlite":  # SQLAlchemy reads no action of a key that is declared with its column
+        for _, parent, columns, *actions in connection.execute(_of_sqlite, {"table": table.name}):
+            yield ForeignKey(table, tuple(columns.split(",")), (table.schema, parent), *map(_action, actions))
+        return
+    for found in inspect(connection).get_foreign_keys(str(table.name), schema=table.schema):
+        options = found.get("options", {})
         parent = (found["referred_schema"], found["referred_table"])
-        yield ForeignKey(table, tuple(found["constrained_columns"]), parent, *map(_action, actions))
+        on_delete, on_update = (_action(options.get(name)) for name in ("ondelete", "onupdate"))
+        yield ForeignKey(table, tuple(found["constrained_columns"]), parent, on_delete, on_update)
 
 
 def _action(given: str | None) -> str | None:

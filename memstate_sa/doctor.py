@@ -217,7 +217,7 @@ class Doctor:
             return
         if tracked.by_trigger and has_log and (wrong := self._wrong_triggers(tracked)):
             yield Problem(tracked.table.fullname, wrong)
-        yield from self._cascades(inspector, tracked)
+        yield from self._cascades(tracked)
 
     def _tracked_tables(self) -> dict[str, Table]:
         return {table.fullname: table for tracked in self._registry.by_entity.values() for table in tracked.tables}
@@ -232,9 +232,10 @@ class Doctor:
             tables = self._tracked_tables().values()
             return [Problem(*found) for found in hazards.hazards(connection, tables, metadata.sorted_tables)]
 
-    def _cascades(self, inspector: Inspector, tracked: Tracked) -> Iterator[Problem]:
+    def _cascades(self, tracked: Tracked) -> Iterator[Problem]:
         configure_mappers()  # a process that only looks has loaded no instance yet
-        keys = [key for table in tracked.tables for key in cascades.reflected(inspector, table)]
+        with self._engine.connect() as connection:
+            keys = [key for table in tracked.tables for key in cascades.reflected(connection, table)]
         for key, message in cascades.unseen(self._registry, tracked, keys):
             yield Problem(key.table.fullname, message)
 

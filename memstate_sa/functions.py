@@ -44,9 +44,9 @@ def check(schema: str, table: str, event: str, when: str) -> str:
     )
 
 
-def creating(name: str, source: str, *, definer: bool = True) -> tuple[str, str]:
+def creating(name: str, source: str, settings: str = "", *, definer: bool = True) -> tuple[str, str]:
     """Statements that create the trigger function *name*, and take the right to attach it from everybody else."""
-    security = f"{'SECURITY DEFINER ' if definer else ''}SET search_path = {SEARCH_PATH}"
+    security = f"{'SECURITY DEFINER ' if definer else ''}SET search_path = {SEARCH_PATH}{settings}"
     return (
         f"CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql {security} AS {dollar_quoted(source)}",
         f"REVOKE ALL ON FUNCTION {name}() FROM PUBLIC",

@@ -468,7 +468,7 @@ _BASELINES = """
   FROM ({old}) AS o LEFT JOIN ({new}) AS n ON n.key = o.key LEFT JOIN ({now}) AS t ON t.key = o.key
   WHERE (n.n IS NULL OR o.n <= n.n) AND o.image IS DISTINCT FROM t.image
     AND NOT (undoes AND EXISTS (SELECT FROM {ours}.memstate_current AS c WHERE c.name = 'skip ' || {entity} || o.key))
-    AND NOT EXISTS (SELECT FROM {ours}.memstate_log AS l WHERE l.entity = {entity} AND l.key = o.key);
+    AND (SELECT true FROM {ours}.memstate_log WHERE entity = {entity} AND key = o.key ORDER BY id DESC LIMIT 1) IS NULL;
 """
 _CHANGES = """
   WITH state AS (
@@ -515,6 +515,8 @@ _SHOWN_OR_READ = """
 {read}
   END IF;
 """
+# A small table, or one without statistics, is read as a whole otherwise: in SERIALIZABLE, it is locked as a whole.
+_BY_INDEX = " SET enable_seqscan = off SET enable_bitmapscan = off"
 _NO_ROWS = "SELECT NULL::text AS key, NULL::text AS image, 0::bigint AS n WHERE false"
 
 
@@ -587,7 +589,7 @@ def _on_postgresql(writer: _Writer, places: _Places) -> Iterator[Trigger]:
         parts = {"header": writer.header, "moment": functions.MOMENT, "check": check, "body": bodies[event]}
         source = _FUNCTION.format(**parts, **told)
         # As its owner: who may write the table, need not be allowed to write the log.
-        create_function = functions.creating(f"{ours}.{name}", source)
+        create_function = functions.creating(f"{ours}.{name}", source, "" if event == "truncate" else _BY_INDEX)
         create_trigger = (
             f"CREATE TRIGGER {name} {when} {event.upper()} ON {table} "
             f"{tables[event]}FOR EACH STATEMENT EXECUTE FUNCTION {ours}.{name}()"
