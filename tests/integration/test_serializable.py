@@ -1,4 +1,4 @@
-"""SERIALIZABLE on PostgreSQL: triggers read no more than they must, so that transactions fail for reasons of their own."""
+"""SERIALIZABLE on PostgreSQL: triggers read no more than they must, so that few transactions fail because of them."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_new_rows_are_no_conflict(world: World, serializable: Engine) -> None:
     for rows in (1, 500):
         with serializable.connect() as one, serializable.connect() as other:
             for number, connection in enumerate((one, other)):
-                insert = f"INSERT INTO tag (name, meaning) SELECT '{rows} {number} ' || n, 'x' FROM generate_series(1, {rows}) n"
-                connection.execute(text(insert))
+                new = f"SELECT '{rows} {number} ' || n, 'x' FROM generate_series(1, {rows}) n"
+                connection.execute(text(f"INSERT INTO tag (name, meaning) {new}"))
                 assert locked(connection).keys() == set()
             one.commit()
             other.commit()
@@ -134,13 +134,13 @@ def test_what_triggers_of_the_application_change_is_logged_as_it_became(
 def test_cascades_are_logged_as_they_became(world: World, serializable: Engine) -> None:
     """One statement deletes some rows and changes others, several times."""
     with serializable.begin() as connection:
+        tags = "('a', 'x', 1, 1), ('b', 'x', 2, 1), ('c', 'x', 1, 2), ('d', 'x', NULL, 1)"
         for statement in (
             "ALTER TABLE tag ADD other_id int REFERENCES person ON DELETE SET NULL",
             "ALTER TABLE tag DROP CONSTRAINT tag_person_id_fkey",
             "ALTER TABLE tag ADD FOREIGN KEY (person_id) REFERENCES person ON DELETE CASCADE",
             "INSERT INTO person (id, name) VALUES (1, 'Ann'), (2, 'Bob')",
-            "INSERT INTO tag (name, meaning, person_id, other_id) VALUES "
-            "('a', 'x', 1, 1), ('b', 'x', 2, 1), ('c', 'x', 1, 2), ('d', 'x', NULL, 1)",
+            f"INSERT INTO tag (name, meaning, person_id, other_id) VALUES {tags}",
         ):
             connection.execute(text(statement))
     with serializable.begin() as connection:
