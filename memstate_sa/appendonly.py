@@ -24,7 +24,7 @@ _REFUSED = (
 )
 _REWRITE = "rewrite"
 
-_IS_REFUSED = f"current_setting('memstate.{_REWRITE}', true) IS DISTINCT FROM 'on ' || {functions.MOMENT}"
+_IS_REFUSED = f"{functions.told(_REWRITE)} IS DISTINCT FROM 'on'"
 _RAISE = f"RAISE EXCEPTION USING ERRCODE = 'restrict_violation', MESSAGE = '{_REFUSED}'"
 
 _CHANGE = f"""
@@ -162,4 +162,4 @@ def rewriting(connection: Connection) -> Iterator[None]:
     with connection.begin_nested():
         functions.tell(connection, _REWRITE, "on") if on_postgresql else connection.execute(_put)
         yield
-        functions.tell(connection, _REWRITE, None) if on_postgresql else connection.execute(_remove)
+        functions.tell(connection, _REWRITE, "") if on_postgresql else connection.execute(_remove)

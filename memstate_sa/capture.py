@@ -25,7 +25,7 @@ from sqlalchemy.orm.base import NO_VALUE
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.dml import UpdateBase
 
-from memstate_sa import listening, missing, sqlite, triggers
+from memstate_sa import cascades, listening, missing, sqlite, triggers
 from memstate_sa.columns import RAW
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite
 from memstate_sa.facts import Tracked, inheritance_criterion
@@ -80,6 +80,8 @@ class Capture:
         self._active: WeakKeyDictionary[Connection, list[weakref.ref[Unit]]] = WeakKeyDictionary()
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
         self._is_listening = True
+        self._checked: Any = None  # the entities of which the cascades are known
+        self._cascades: set[cascades.ForeignKey] = set()  # those that were warned of
         self.mapper_listeners: dict[str, Callable[..., None]] = {
             "after_insert": self._after_insert,
             "before_update": self._before_update,
@@ -223,10 +225,30 @@ class Capture:
                 unit.telling.add(connection)
         engine = connection.engine
         self.guard(engine)
+        self.warn_of_cascades()
         if engine not in self._seen:
             self._seen.add(engine)
             if engine.dialect.name == "sqlite":
                 sqlite.warn_of_savepoints(connection)
+
+    def warn_of_cascades(self) -> None:
+        """UntrackedWriteWarning, once for each foreign key by which the database changes rows past the log.
+
+        Without configured mappers, only of those to classes that are not tracked.
+        """
+        entities = self._registry.by_entity
+        if entities is self._checked:
+            return
+        known = cascades.are_known(entities)
+        for tracked in entities.values():
+            keys = [key for table in tracked.tables for key in cascades.mapped(table) if key not in self._cascades]
+            if not known:
+                keys = [key for key in keys if key.parent not in self._registry.by_table_name]
+            for key, message in cascades.unseen(self._registry, tracked, keys):
+                self._cascades.add(key)
+                warn(message, UntrackedWriteWarning)
+        if known:
+            self._checked = entities
 
     def _has_triggers(self, session: Session, connection: Connection) -> bool:
         """Whether *connection* is where *session* has a class that is captured by triggers."""

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Inspector, Table, bindparam, inspect, select
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.orm import configure_mappers
 
-from memstate_sa import appendonly, hazards, releases, sqlite, triggers, truth, uniques
+from memstate_sa import appendonly, cascades, hazards, releases, sqlite, triggers, truth, uniques
 from memstate_sa.capture import Capture
 from memstate_sa.changes import Entry, Image, new_tx
 from memstate_sa.columns import TableColumns
@@ -274,11 +275,16 @@ class Doctor:
             yield Problem(current.name, "holds what a transaction has left there, so others are taken for it: empty it")
         yield from self._hazards()
         for tracked in self._registry.by_entity.values():
-            if absent := _absent(inspector, tracked):
-                named = "" if absent == [tracked.entity] else f" {', '.join(absent)}"
-                yield Problem(tracked.entity, f"is tracked, but has no table{named}")
-            elif tracked.by_trigger and log.name in there and (wrong := self._wrong_triggers(tracked)):
-                yield Problem(tracked.table.fullname, wrong)
+            yield from self._of_class(inspector, tracked, has_log=log.name in there)
+
+    def _of_class(self, inspector: Inspector, tracked: Tracked, *, has_log: bool) -> Iterator[Problem]:
+        if absent := _absent(inspector, tracked):
+            named = "" if absent == [tracked.entity] else f" {', '.join(absent)}"
+            yield Problem(tracked.entity, f"is tracked, but has no table{named}")
+            return
+        if tracked.by_trigger and has_log and (wrong := self._wrong_triggers(tracked)):
+            yield Problem(tracked.table.fullname, wrong)
+        yield from self._cascades(tracked)
 
     def _tracked_tables(self) -> dict[str, Table]:
         return {table.fullname: table for tracked in self._registry.by_entity.values() for table in tracked.tables}
@@ -306,6 +312,13 @@ class Doctor:
                         yield Problem(*found)
                     for found in releases.renamed(connection, self._registry, tracked):
                         yield Problem(*found)
+
+    def _cascades(self, tracked: Tracked) -> Iterator[Problem]:
+        configure_mappers()  # a process that only looks has loaded no instance yet
+        with self._engine.connect() as connection:
+            keys = [key for table in tracked.tables for key in cascades.reflected(connection, table)]
+        for key, message in cascades.unseen(self._registry, tracked, keys):
+            yield Problem(key.table.fullname, message)
 
     def _lost_protection(self) -> list[str]:
         with self._engine.connect() as connection:

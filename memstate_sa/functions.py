@@ -44,23 +44,31 @@ def check(schema: str, table: str, event: str, when: str) -> str:
     )
 
 
-def creating(name: str, source: str, *, definer: bool = True) -> tuple[str, str]:
+def creating(name: str, source: str, settings: str = "", *, definer: bool = True) -> tuple[str, str]:
     """Statements that create the trigger function *name*, and take the right to attach it from everybody else."""
-    security = f"{'SECURITY DEFINER ' if definer else ''}SET search_path = {SEARCH_PATH}"
+    security = f"{'SECURITY DEFINER ' if definer else ''}SET search_path = {SEARCH_PATH}{settings}"
     return (
         f"CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql {security} AS {dollar_quoted(source)}",
         f"REVOKE ALL ON FUNCTION {name}() FROM PUBLIC",
     )
 
 
+def told(name: str, moment: str = MOMENT) -> str:
+    """SQL for what `tell` has said in this transaction, or NULL."""
+    return (
+        f"(CASE WHEN current_setting('memstate.{name}_at', true) = {moment} "
+        f"THEN nullif(current_setting('memstate.{name}', true), '') END)"
+    )
+
+
 _set = text(
-    "SELECT set_config('memstate.' || CAST(:name AS text), "
-    f"coalesce(CAST(:value AS text) || ' ' || CAST({MOMENT.removesuffix('::text')} AS text), ''), true)"
+    "SELECT set_config('memstate.' || CAST(:name AS text), CAST(:value AS text), true), "
+    f"set_config('memstate.' || CAST(:name AS text) || '_at', CAST({MOMENT.removesuffix('::text')} AS text), true)"
 )
 
 
-def tell(connection: Connection, name: str, value: str | None) -> None:
-    """Set ``memstate.<name>`` for the rest of this transaction; None: no longer."""
+def tell(connection: Connection, name: str, value: str) -> None:
+    """Set ``memstate.<name>`` for the rest of this transaction; '': no longer."""
     connection.execute(_set, {"name": name, "value": value})
 
 

@@ -276,6 +276,7 @@ class Memory:
         Their own tables have to be there. With Alembic, let a migration do it.
         """
         self._open()
+        self._capture.warn_of_cascades()
         creation.create(self.sync_engine(engine), install=self._install)
 
     def _install(self, connection: Connection) -> None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from sqlalchemy import Column, ColumnElement, Table, bindparam, delete, insert, inspect, select, text
+from sqlalchemy import Column, ColumnElement, Executable, Table, bindparam, delete, insert, inspect, select, text
 from sqlalchemy import types as sqltypes
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.engine import Connection, Dialect
@@ -34,7 +34,15 @@ _DEFINES = ("CREATE", "ALTER", "DROP")
 _put = insert(current).prefix_with("OR REPLACE")
 _clear = delete(current)
 _names = select(each("names").c.value)
-_logged = select(select(log.c.id).where(log.c.tx == bindparam("tx")).exists())
+_logged: Mapping[str, Executable] = {
+    "sqlite": select(select(log.c.id).where(log.c.tx == bindparam("tx")).exists()),
+    "postgresql": text(
+        "SELECT CASE WHEN position(:tx IN coalesce(current_setting('memstate.logged', true), '')) > 0 THEN true "
+        # Triggers of an earlier version do not say so.
+        "WHEN current_setting('transaction_isolation') = 'serializable' THEN false "
+        "ELSE EXISTS (SELECT FROM memstate_log WHERE tx = :tx) END"
+    ),
+}
 
 
 def may_write(statement: str) -> bool:
@@ -62,20 +70,20 @@ def tell_of_undo(connection: Connection, tx: str, facts: Collection[tuple[str, s
 def tell_nothing(connection: Connection) -> None:
     """What they are told in a table has to be gone before a COMMIT."""
     if connection.dialect.name == "postgresql":
-        _tell(connection, dict.fromkeys(("tx", "step", "skip")))
+        _tell(connection, dict.fromkeys(("tx", "step", "skip"), ""))
     connection.execute(_clear)
 
 
 def _tell(connection: Connection, settings: Mapping[str, str | None]) -> None:
     if connection.dialect.name == "postgresql":
         for name, value in settings.items():
-            functions.tell(connection, name, value)
+            functions.tell(connection, name, value or "")
     else:
         connection.execute(_put, [{"name": name, "value": value} for name, value in settings.items()])
 
 
 def have_logged(connection: Connection, tx: str) -> bool:
-    return bool(connection.execute(_logged, {"tx": tx}).scalar_one())
+    return bool(connection.execute(_logged[connection.dialect.name], {"tx": tx}).scalar_one())
 
 
 _SKIP = "skip {}"
@@ -427,20 +435,29 @@ _ON_SQLITE = (("before", "insert"), ("after", "insert"), ("after", "update"), ("
 _FUNCTION = """
 {header}DECLARE
   moment text := {moment};
-  told text := current_setting('memstate.tx', true);
   its_tx text := coalesce(
-    CASE WHEN split_part(told, ' ', 2) = moment THEN split_part(told, ' ', 1) END,
+    {tx},
     -- Of another program: one for each of its transactions, in the form of ours.
     lpad(to_hex((extract(epoch FROM transaction_timestamp()) * 1000)::bigint), 12, '0')
       || lpad(to_hex(pg_current_xact_id()::text::bigint), 20, '0')
   );
   its_time timestamptz := clock_timestamp();
-  counts boolean := current_setting('memstate.step', true) IS DISTINCT FROM 'off ' || moment;
-  undoes boolean := current_setting('memstate.skip', true) IS NOT DISTINCT FROM 'on ' || moment;
+  counts boolean := {step} IS DISTINCT FROM 'off';
+  undoes boolean := {skip} IS NOT DISTINCT FROM 'on';
+  nested boolean := pg_trigger_depth() > 1;
 BEGIN
-{check}{body}
+{check}  IF nested THEN
+    PERFORM set_config('memstate.nested', moment, true);
+  END IF;
+{body}
   RETURN NULL;
 END
+"""
+# A Session asks it before its COMMIT: to read the log would be a conflict in SERIALIZABLE.
+_LOGGED = """
+  IF FOUND AND position(its_tx IN coalesce(current_setting('memstate.logged', true), '')) = 0 THEN
+    PERFORM set_config('memstate.logged', concat_ws(' ', current_setting('memstate.logged', true), its_tx), true);
+  END IF;
 """
 
 # One statement may touch a row several times: by foreign keys that cascade, by other triggers. What it was is its
@@ -451,14 +468,12 @@ _BASELINES = """
   FROM ({old}) AS o LEFT JOIN ({new}) AS n ON n.key = o.key LEFT JOIN ({now}) AS t ON t.key = o.key
   WHERE (n.n IS NULL OR o.n <= n.n) AND o.image IS DISTINCT FROM t.image
     AND NOT (undoes AND EXISTS (SELECT FROM {ours}.memstate_current AS c WHERE c.name = 'skip ' || {entity} || o.key))
-    AND NOT EXISTS (SELECT FROM {ours}.memstate_log AS l WHERE l.entity = {entity} AND l.key = o.key);
+    AND (SELECT true FROM {ours}.memstate_log WHERE entity = {entity} AND key = o.key ORDER BY id DESC LIMIT 1) IS NULL;
 """
 _CHANGES = """
   WITH state AS (
     SELECT k.key, t.image::jsonb AS image, l.op AS last_op, l.image AS last_image
-    FROM ({touched}) AS k LEFT JOIN ({now}) AS t ON t.key = k.key LEFT JOIN LATERAL (
-      SELECT op, image FROM {ours}.memstate_log WHERE entity = {entity} AND key = k.key ORDER BY id DESC LIMIT 1
-    ) AS l ON true
+    FROM ({touched}) AS k LEFT JOIN ({now}) AS t ON t.key = k.key LEFT JOIN LATERAL ({last}) AS l ON true
     WHERE NOT (undoes AND EXISTS (SELECT FROM {ours}.memstate_current AS c WHERE c.name = 'skip ' || {entity} || k.key))
   ), changed AS (
     SELECT key, image, CASE WHEN image IS NULL THEN 'delete' WHEN last_op IS DISTINCT FROM 'delete'
@@ -474,6 +489,8 @@ _CHANGES = """
     mod(get_byte(sha256(convert_to({entity} || key, 'UTF8')), 0), {slots}), {entity}, key
   FROM changed;
 """
+_LAST = "SELECT op, image FROM {ours}.memstate_log WHERE entity = {entity} AND key = k.key ORDER BY id DESC LIMIT 1"
+_NO_LAST = "SELECT NULL::text AS op, NULL::jsonb AS image"
 _ALONE = """
   IF current_setting('transaction_isolation') <> 'read committed' THEN
     RAISE EXCEPTION 'TRUNCATE would remove rows that this transaction does not see, past their log'
@@ -484,15 +501,22 @@ _ALONE = """
       USING HINT = 'Delete the rows, or give the function an owner with BYPASSRLS.';
   END IF;
 """
-# A policy that holds for the function's owner (FORCE ROW LEVEL SECURITY) may hide a row that is there. Then the
-# statement's own rows are taken for what has become of it. They are so unless another statement within it came later.
-_HIDDEN = """
-  IF row_security_active(TG_RELID) THEN
-{hidden}
+# What the statement shows is taken for what has become of a row in two cases:
+# 1. A policy that holds for the function's owner (FORCE ROW LEVEL SECURITY) may hide a row that is there.
+# 2. In SERIALIZABLE, whatever is read makes transactions fail that have nothing to do with each other: an index is
+#    locked by the page. So neither the table is read, nor the log for a row that is new.
+# It is so unless another statement within this one came later, of a trigger of the application. That one tells us.
+_SHOWN_OR_READ = """
+  IF row_security_active(TG_RELID) OR (NOT nested AND current_setting('transaction_isolation') = 'serializable'
+    AND current_setting('memstate.nested', true) IS DISTINCT FROM moment)
+  THEN
+{shown}
   ELSE
-{seen}
+{read}
   END IF;
 """
+# A small table, or one without statistics, is read as a whole otherwise: in SERIALIZABLE, it is locked as a whole.
+_BY_INDEX = " SET enable_seqscan = off SET enable_bitmapscan = off"
 _NO_ROWS = "SELECT NULL::text AS key, NULL::text AS image, 0::bigint AS n WHERE false"
 
 
@@ -526,27 +550,28 @@ def _on_postgresql(writer: _Writer, places: _Places) -> Iterator[Trigger]:
             f"(SELECT * FROM {table} AS i WHERE {same} LIMIT 1) AS t WHERE {now.criterion}"
         )
 
-    def body(touched: str, *, old: str = _NO_ROWS, new: str = _NO_ROWS, now: str = _NO_ROWS) -> str:
+    def body(touched: str, *, old: str = _NO_ROWS, new: str = _NO_ROWS, now: str = _NO_ROWS, last: str = _LAST) -> str:
         given = {"ours": ours, "entity": writer.entity, "now": now, "slots": SLOTS, "version": writer.captured.version}
         baselines = "" if old is _NO_ROWS else _BASELINES.format(old=old, new=new, **given)
-        return baselines + _CHANGES.format(touched=touched, **given)
+        return baselines + _CHANGES.format(touched=touched, last=last.format(**given), **given) + _LOGGED
 
     keys_old, keys_new = f"SELECT key FROM ({first_old}) AS y", f"SELECT key FROM ({first_new}) AS y"
     every = f"SELECT {now.key} AS key, {now.image} AS image, 0::bigint AS n FROM {table} AS t WHERE {now.criterion}"
     updated = {"touched": f"{keys_old} UNION {keys_new}", "old": first_old, "new": first_new}
 
-    def seen_or_hidden(seen: str, hidden: str) -> str:
-        return _HIDDEN.format(seen=seen, hidden=hidden)
+    def shown_or_read(shown: str, read: str) -> str:
+        return _SHOWN_OR_READ.format(shown=shown, read=read)
 
     bodies = {
-        "insert": seen_or_hidden(
-            body(keys_new, new=first_new, now=current_rows("new_rows")), body(keys_new, new=first_new, now=last_new)
+        "insert": shown_or_read(
+            body(keys_new, new=first_new, now=last_new, last=_NO_LAST),
+            body(keys_new, new=first_new, now=current_rows("new_rows")),
         ),
-        "update": seen_or_hidden(
-            body(**updated, now=current_rows("old_rows", "new_rows")), body(**updated, now=last_new)
+        "update": shown_or_read(
+            body(**updated, now=last_new), body(**updated, now=current_rows("old_rows", "new_rows"))
         ),
-        "delete": seen_or_hidden(
-            body(keys_old, old=first_old, now=current_rows("old_rows")), body(keys_old, old=first_old)
+        "delete": shown_or_read(
+            body(keys_old, old=first_old), body(keys_old, old=first_old, now=current_rows("old_rows"))
         ),
         "truncate": _ALONE + body(f"SELECT key FROM ({every}) AS y", old=every),
     }
@@ -560,9 +585,11 @@ def _on_postgresql(writer: _Writer, places: _Places) -> Iterator[Trigger]:
         name = writer.name(event)
         when = "BEFORE" if event == "truncate" else "AFTER"
         check = functions.check(places.its_name, _quoted(table_name), event.upper(), when)
-        source = _FUNCTION.format(header=writer.header, moment=functions.MOMENT, check=check, body=bodies[event])
+        told = {name: functions.told(name, "moment") for name in ("tx", "step", "skip")}
+        parts = {"header": writer.header, "moment": functions.MOMENT, "check": check, "body": bodies[event]}
+        source = _FUNCTION.format(**parts, **told)
         # As its owner: who may write the table, need not be allowed to write the log.
-        create_function = functions.creating(f"{ours}.{name}", source)
+        create_function = functions.creating(f"{ours}.{name}", source, "" if event == "truncate" else _BY_INDEX)
         create_trigger = (
             f"CREATE TRIGGER {name} {when} {event.upper()} ON {table} "
             f"{tables[event]}FOR EACH STATEMENT EXECUTE FUNCTION {ours}.{name}()"

@@ -12,8 +12,9 @@ ON_POSTGRESQL = (
     """CREATE OR REPLACE FUNCTION memstate_append_only() RETURNS trigger LANGUAGE plpgsql SET search_path = \
 pg_catalog, pg_temp AS $memstate$
 BEGIN
-  IF current_setting('memstate.rewrite', true) IS DISTINCT FROM 'on ' || extract(epoch FROM \
-transaction_timestamp())::text THEN
+  IF (CASE WHEN current_setting('memstate.rewrite_at', true) = extract(epoch FROM \
+transaction_timestamp())::text THEN nullif(current_setting('memstate.rewrite', true), '') END) IS \
+DISTINCT FROM 'on' THEN
     RAISE EXCEPTION USING ERRCODE = 'restrict_violation', MESSAGE = 'memstate_log is append-only: \
 memory.rollback() undoes a change, memory.erase() forgets a fact, Retention(log=...) folds old entries';
   END IF;
@@ -49,8 +50,9 @@ memory.rollback() undoes a change, memory.erase() forgets a fact, Retention(log=
   END;
   IF NEW.id > newest THEN
     PERFORM setval(ids, greatest(NEW.id, nextval(ids)));
-  ELSIF current_setting('memstate.rewrite', true) IS DISTINCT FROM 'on ' || extract(epoch FROM \
-transaction_timestamp())::text THEN
+  ELSIF (CASE WHEN current_setting('memstate.rewrite_at', true) = extract(epoch FROM \
+transaction_timestamp())::text THEN nullif(current_setting('memstate.rewrite', true), '') END) IS \
+DISTINCT FROM 'on' THEN
     RAISE EXCEPTION USING ERRCODE = 'restrict_violation', MESSAGE = 'memstate_log is append-only: \
 memory.rollback() undoes a change, memory.erase() forgets a fact, Retention(log=...) folds old entries';
   END IF;
