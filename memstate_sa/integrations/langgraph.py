@@ -487,8 +487,10 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         assert node is not None
         node.add_done_callback(done)
         # Threads apart: those in which steps begin may all wait for saves, and these for a step that goes on.
-        begun = self._steps.begun(task)
-        await self._steps.turn(await self._in_thread("begin", begin) if begun is None else begun)
+        step = self._steps.begun(task)
+        if step is None or not step.turn.done():
+            async with execution.awaiting():
+                await self._steps.turn(await self._in_thread("begin", begin) if step is None else step)
         return await self._in_thread("step", enter)
 
     def _is_saved(self, place: Place) -> bool:
