@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import QueuePool
 
 from memstate_sa import sqlite, tables, truth
-from memstate_sa.ambient import joining
+from memstate_sa.ambient import is_same, joining
 from memstate_sa.codec import is_text
 from memstate_sa.errors import MemstateError, MissingExtra
 from memstate_sa.history import Moment
@@ -38,6 +38,7 @@ from memstate_sa.store import MemoryStore, _engine
 
 try:
     from langchain_core.runnables import RunnableConfig
+    from langchain_core.runnables.config import var_child_runnable_config
     from langgraph.checkpoint.base import (
         WRITES_IDX_MAP,
         BaseCheckpointSaver,
@@ -124,6 +125,8 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         if self.memory is not None:
             self.memory.attach(sessions)
         self._steps = Steps(sessions, step_timeout_s, _room(self.engine))
+        if self.engine.dialect.name == "sqlite":
+            sqlite.watch(self)
         # Apart, as those of one kind may all wait for what those of another do.
         self._threads = {kind: ThreadPoolExecutor(many, f"memstate-{kind}") for kind, many in _THREADS.items()}
 
@@ -139,6 +142,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
 
     def close(self) -> None:
         """End its threads, and an engine that it has made of a URL itself; nothing is lost that was saved."""
+        sqlite.unwatch(self)
         for threads in self._threads.values():
             threads.shutdown()
         if self._owns_engine:
@@ -492,6 +496,13 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             async with execution.awaiting():
                 await self._steps.turn(await self._in_thread("begin", begin) if step is None else step)
         return await self._in_thread("step", enter)
+
+    def before_begin(self, connection: Connection) -> None:
+        """Raise where a node writes beside its own step, which SQLite would have it wait for in vain."""
+        config = var_child_runnable_config.get() if self._steps.are_open else None
+        if config is not None and is_same(connection.engine, self.engine):
+            conf = config.get("configurable", {})
+            self._steps.check_around(str(conf.get("thread_id")), conf.get("checkpoint_ns") or "")
 
     def _is_saved(self, place: Place) -> bool:
         with self._autocommit.connect() as connection:

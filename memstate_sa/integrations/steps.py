@@ -526,6 +526,11 @@ class Steps:
 
     # -- saving what they wrote ------------------------------------------------------------------------------------
 
+    @property
+    def are_open(self) -> bool:
+        """Whether any step is. Cheap."""
+        return bool(self._open)
+
     def is_open(self, thread_id: str, task_id: str) -> bool:
         """Whether the task may have something to commit."""
         with self._changed:
