@@ -439,10 +439,15 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         inside the block. What it changes is labelled with the thread as session_id
         (``memory.rollback(session, session_id=thread_id)``), and the node as reason.
 
-        Write late: rows stay locked until the node returns, on SQLite the database, so that a subgraph called after it
-        raises MemstateError, as its checkpoints could not be saved. A node that begins a step sees what
-        the steps before it wrote; others may run before that is committed, unless the graph runs with
-        ``durability="sync"``. With "exit" nothing is saved until the run is over, so there are no steps.
+        A node that leaves its graph by a Command to a parent commits with the task of the parent that called the graph.
+
+        Write late: rows stay locked until the node returns, on SQLite the database. A write outside of the step, and a
+        subgraph that is called after it, raise MemstateError there. A node that begins a step sees what the steps
+        before it wrote. Others may run before that is committed, unless the graph runs with ``durability="sync"``.
+        With "exit" nothing is saved until the run is over, so there are no steps.
+
+        Of many nodes that run at a time, as many begin a step as the engine's pool has room for, on SQLite one. Others
+        wait until a node returns, without a connection. Raises MemstateError when none does for *step_timeout_s*.
 
         Raises MemstateError outside of a node, and in a coroutine, where `astep` is to be used.
         """
@@ -463,11 +468,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
                 yield session
 
     async def astep(self, work: Callable[[Session], T], config: RunnableConfig | None = None) -> T:
-        """`step` for a coroutine: calls *work* with the Session, in a thread, and returns what it does.
-
-        Of many nodes that run at a time, as many begin a step as the engine's pool has room for, on SQLite one; others
-        wait until a node returns, without a connection. Raises MemstateError when none does for *step_timeout_s*.
-        """
+        """Call *work* with the Session of `step`, in a thread, and return what it does."""
         config = config or _node_config()
         execution, cancelled = _execution(config), threading.Event()
         task = execution.task
