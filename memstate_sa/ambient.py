@@ -49,7 +49,7 @@ def joined(memory: object, engine: Engine) -> Session | None:
     with what it knows nothing of; and in a Session of its own it could wait, with the loop, for the first.
     """
     every = reversed(_here.entered)
-    found = next((each for each in every if each.memory is memory and _is_same(each.engine, engine)), None)
+    found = next((each for each in every if each.memory is memory and is_same(each.engine, engine)), None)
     if found is None:
         return None
     if found.task is not None and found.task is not _task():
@@ -67,7 +67,7 @@ def _task() -> object:
         return None
 
 
-def _is_same(one: Engine, other: Engine) -> bool:
+def is_same(one: Engine, other: Engine) -> bool:
     """Whether they are of one database, by whatever driver: on SQLite a second engine would wait for the first."""
     return one is other or one.url.set(drivername=_kind(one)) == other.url.set(drivername=_kind(other))
 

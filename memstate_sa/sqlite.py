@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 import time
+import weakref
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from sqlalchemy import SelectBase, event, text
 from sqlalchemy.engine import Connection, Engine
@@ -25,6 +27,32 @@ from memstate_sa.warn import warn
 _NO_TRANSACTION = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN")
 _BEGIN = "BEGIN IMMEDIATE"
 _CONFIGURED = "memstate_configured"
+
+
+class Watcher(Protocol):
+    """Looks at each transaction that is about to write, and may refuse it."""
+
+    def before_begin(self, connection: Connection) -> None: ...
+
+
+_watchers: tuple[weakref.ref[Watcher], ...] = ()
+_watching = threading.Lock()
+
+
+def watch(watcher: Watcher) -> None:
+    """Have *watcher* look at what begins on engines that are configured, until it is collected or `unwatch` is called.
+
+    It may be that of another engine on the same file.
+    """
+    global _watchers  # noqa: PLW0603  # replaced as a whole: it is read without the lock
+    with _watching:
+        _watchers = (*(each for each in _watchers if each() is not None), weakref.ref(watcher))
+
+
+def unwatch(watcher: Watcher) -> None:
+    global _watchers  # noqa: PLW0603
+    with _watching:
+        _watchers = tuple(each for each in _watchers if each() not in (None, watcher))
 
 
 def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
@@ -54,6 +82,9 @@ def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
         connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
     ) -> None:
         if not (_reads(statement, context) or in_transaction(connection) or connection._is_autocommit_isolation()):
+            for reference in _watchers:
+                if (watcher := reference()) is not None:
+                    watcher.before_begin(connection)
             _begin_immediate(connection)
 
     return engine

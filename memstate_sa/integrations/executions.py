@@ -7,11 +7,11 @@ This module reads them, and it alone. They are those of LangGraph 1.2.
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -42,7 +42,7 @@ class Execution(Life):
                 "Cannot find the graph that runs this task: this version of LangGraph is not known. Use langgraph 1.2"
             ) from error
         super().__init__(graph)
-        self._loop = known.get("loop")
+        self.loop = known.get("loop")
         info = getattr(conf.get("__pregel_runtime"), "execution_info", None)
         # The scratchpad is made anew whenever a task is.
         run, number = conf.get("__pregel_scratchpad"), getattr(info, "node_attempt", 1)
@@ -66,17 +66,39 @@ class Execution(Life):
     def waiting(self) -> Iterator[None]:
         """Lend a thread to each graph that this one keeps waiting: what it waits for may need one."""
         with ExitStack() as stack:
-            execution: Execution | None = self
-            while execution is not None:
+            for execution in self._chain():
                 if isinstance(executor := execution.executor, ThreadPoolExecutor):
                     stack.enter_context(_lend_thread(executor))
-                execution = execution.around
+                if (limit := execution.limit) is not None:
+                    stack.enter_context(_lend_permit(limit, execution.loop))
             yield
+
+    @asynccontextmanager
+    async def awaiting(self) -> AsyncIterator[None]:
+        """Do as `waiting` does, in a coroutine."""
+        limits = [execution.limit for execution in self._chain() if execution.limit is not None]
+        for limit in limits:
+            limit.release()
+        yield
+        for limit in limits:  # not of a coroutine that has failed: it does nothing more
+            await limit.acquire()
+
+    def _chain(self) -> Iterator[Execution]:
+        """This task, and those around it."""
+        execution: Execution | None = self
+        while execution is not None:
+            yield execution
+            execution = execution.around
+
+    @property
+    def limit(self) -> asyncio.Semaphore | None:
+        """By which a graph of coroutines runs at most ``max_concurrency`` of its nodes and saves at a time."""
+        return getattr(self.of.submit.__self__, "semaphore", None)
 
     @property
     def executor(self) -> Any:
         """What runs the functions of the graph: threads of its own, or, if it runs coroutines, of their event loop."""
-        return getattr(self.of.submit.__self__, "executor", None) or getattr(self._loop, "_default_executor", None)
+        return getattr(self.of.submit.__self__, "executor", None) or getattr(self.loop, "_default_executor", None)
 
     # -- how it ends -----------------------------------------------------------------------------------------------
 
@@ -147,18 +169,25 @@ def _error(future: Any) -> BaseException | None:
     return error
 
 
-_lending = threading.Lock()
+@contextmanager
+def _lend_permit(limit: asyncio.Semaphore, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Let one more coroutine run, as one only waits."""
+    loop.call_soon_threadsafe(limit.release)
+    yield
+    asyncio.run_coroutine_threadsafe(limit.acquire(), loop).result()
 
 
 @contextmanager
-def _lend_thread(executor: ThreadPoolExecutor) -> Iterator[None]:
-    """Let *executor* have one thread more, as one of its own only waits."""
-    with _lending:
-        executor._max_workers += 1  # noqa: SLF001  # nothing public changes it
-    with suppress(RuntimeError):  # it is shut down already, and needs none
-        executor.submit(int)  # starts the thread, if all are busy
+def _lend_thread(executor: Any) -> Iterator[None]:
+    """Let a ThreadPoolExecutor have one thread more, as one of its own only waits."""
+    # Nothing public changes how many it has.
+    with executor._shutdown_lock:
+        executor._max_workers += 1
+        # It starts none while it believes that one is idle. That may be wrong: it counts those as idle that went on.
+        while not executor._shutdown and len(executor._threads) < executor._max_workers:
+            executor._adjust_thread_count()
     try:
         yield
     finally:
-        with _lending:
-            executor._max_workers -= 1  # noqa: SLF001
+        with executor._shutdown_lock:
+            executor._max_workers -= 1

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import QueuePool
 
 from memstate_sa import missing, sqlite, truth
-from memstate_sa.ambient import joining
+from memstate_sa.ambient import is_same, joining
 from memstate_sa.codec import is_text
 from memstate_sa.creation import create
 from memstate_sa.errors import ConflictError, MemstateError, MissingExtra
@@ -40,6 +40,7 @@ from memstate_sa.store import MemoryStore, _engine
 
 try:
     from langchain_core.runnables import RunnableConfig
+    from langchain_core.runnables.config import var_child_runnable_config
     from langgraph.checkpoint.base import (
         WRITES_IDX_MAP,
         BaseCheckpointSaver,
@@ -129,6 +130,8 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         if self.memory is not None:
             self.memory.attach(sessions)
         self._steps = Steps(sessions, step_timeout_s, _room(self.engine))
+        if self.engine.dialect.name == "sqlite":
+            sqlite.watch(self)
         # Apart, as those of one kind may all wait for what those of another do.
         self._threads = {kind: ThreadPoolExecutor(many, f"memstate-{kind}") for kind, many in _THREADS.items()}
 
@@ -144,6 +147,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
 
     def close(self) -> None:
         """End its threads, and an engine that it has made of a URL itself; nothing is lost that was saved."""
+        sqlite.unwatch(self)
         for threads in self._threads.values():
             threads.shutdown()
         if self._owns_engine:
@@ -457,10 +461,15 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         inside the block. What it changes is labelled with the thread as session_id
         (``memory.rollback(session, session_id=thread_id)``), and the node as reason.
 
-        Write late: rows stay locked until the node returns, on SQLite the database, so that a subgraph called after it
-        raises MemstateError, as its checkpoints could not be saved. A node that begins a step sees what
-        the steps before it wrote; others may run before that is committed, unless the graph runs with
-        ``durability="sync"``. With "exit" nothing is saved until the run is over, so there are no steps.
+        A node that leaves its graph by a Command to a parent commits with the task of the parent that called the graph.
+
+        Write late: rows stay locked until the node returns, on SQLite the database. A write outside of the step, and a
+        subgraph that is called after it, raise MemstateError there. A node that begins a step sees what the steps
+        before it wrote. Others may run before that is committed, unless the graph runs with ``durability="sync"``.
+        With "exit" nothing is saved until the run is over, so there are no steps.
+
+        Of many nodes that run at a time, as many begin a step as the engine's pool has room for, on SQLite one. Others
+        wait until a node returns, without a connection. Raises MemstateError when none does for *step_timeout_s*.
 
         Raises MemstateError outside of a node, and in a coroutine, where `astep` is to be used.
         """
@@ -481,11 +490,7 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
                 yield session
 
     async def astep(self, work: Callable[[Session], T], config: RunnableConfig | None = None) -> T:
-        """`step` for a coroutine: calls *work* with the Session, in a thread, and returns what it does.
-
-        Of many nodes that run at a time, as many begin a step as the engine's pool has room for, on SQLite one; others
-        wait until a node returns, without a connection. Raises MemstateError when none does for *step_timeout_s*.
-        """
+        """Call *work* with the Session of `step`, in a thread, and return what it does."""
         config = config or _node_config()
         execution, cancelled = _execution(config), threading.Event()
         task = execution.task
@@ -509,9 +514,18 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         assert node is not None
         node.add_done_callback(done)
         # Threads apart: those in which steps begin may all wait for saves, and these for a step that goes on.
-        begun = self._steps.begun(task)
-        await self._steps.turn(await self._in_thread("begin", begin) if begun is None else begun)
+        step = self._steps.begun(task)
+        if step is None or not step.turn.done():
+            async with execution.awaiting():
+                await self._steps.turn(await self._in_thread("begin", begin) if step is None else step)
         return await self._in_thread("step", enter)
+
+    def before_begin(self, connection: Connection) -> None:
+        """Raise where a node writes beside its own step, which SQLite would have it wait for in vain."""
+        config = var_child_runnable_config.get() if self._steps.are_open else None
+        if config is not None and is_same(connection.engine, self.engine):
+            conf = config.get("configurable", {})
+            self._steps.check_around(str(conf.get("thread_id")), conf.get("checkpoint_ns") or "")
 
     def _is_saved(self, place: Place) -> bool:
         with self._autocommit.connect() as connection:

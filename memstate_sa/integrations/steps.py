@@ -111,9 +111,12 @@ class _Step:
 
     def holds_up(self, thread_id: str, ns: str) -> bool:
         """Whether a save of the graph *ns* might have to wait for this step, and the step for it."""
-        if self.holder.at.thread_id != thread_id or self._riders is None or not self.turn.done():
+        holder = self.holder
+        if holder.at.thread_id != thread_id or holder.is_around(thread_id, ns) or self._riders is None:
             return False
-        return _is_inside(ns, self.holder.at.ns) and not self.holder.is_around(thread_id, ns)
+        # Elsewhere in the run, a save takes a thread that the step may need to end. In its graph, the graph cannot end.
+        writes = self.blocks > 0 or self.has_the_only_writer
+        return self.turn.done() and (writes or _is_inside(ns, holder.at.ns))
 
     def take_along(self, job: Callable[[], None]) -> None:
         """Do *job* when this has ended."""
@@ -219,6 +222,7 @@ class Steps:
         self._open: dict[tuple[str, str], _Step] = {}  # by thread and task
         self._committing: list[_Step] = []
         self._saved: OrderedDict[Place, None] = OrderedDict()
+        self._writer = threading.Lock()
         self._saving: Counter[str] = Counter()  # saves that have begun, by thread
         self._put_off: Counter[tuple[str, str]] = Counter()  # checkpoints that are saved later, by thread and graph
         self._broken: dict[tuple[str, str], BaseException] = {}  # by thread and graph, for who waits
@@ -326,10 +330,23 @@ class Steps:
                 step.take_along(lambda: self._save_later(thread_id, ns, run, job, checkpoint=checkpoint))
                 return
         try:
-            with self.explaining():
+            with self._one_at_a_time(), self.explaining():
                 job()
         finally:
             self._save_ends(thread_id)
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Where one connection writes, saves wait for it here: there, each would keep another connection."""
+        if self._room > 1:
+            yield
+            return
+        if not self._writer.acquire(timeout=self._timeout_s):
+            raise self._busy()
+        try:
+            yield
+        finally:
+            self._writer.release()
 
     def _save_later(self, thread_id: str, ns: str, run: object, job: Callable[[], None], *, checkpoint: bool) -> None:
         try:
@@ -363,14 +380,17 @@ class Steps:
         except DBAPIError as error:
             if not sqlite.is_busy(error):
                 raise
-            with self._changed:
-                steps = [*self._open.values(), *self._committing]
-                threads = {step.task.at.thread_id for step in steps if step.has_the_only_writer}
-            holder = f"A step of thread {min(threads)!r}" if threads else "Another connection"
-            raise MemstateError(
-                f"Cannot write: SQLite has one writer, and it was not free in time. {holder} has it. Let nodes return "
-                "soon after they have written in a step, or use PostgreSQL"
-            ) from error
+            raise self._busy() from error
+
+    def _busy(self) -> MemstateError:
+        with self._changed:
+            steps = [*self._open.values(), *self._committing]
+            threads = {step.task.at.thread_id for step in steps if step.has_the_only_writer}
+        holder = f"A step of thread {min(threads)!r}" if threads else "Another connection"
+        return MemstateError(
+            f"Cannot write: SQLite has one writer, and it was not free in time. {holder} has it. Let nodes return "
+            "soon after they have written in a step, or use PostgreSQL"
+        )
 
     # -- tasks -----------------------------------------------------------------------------------------------------
 
@@ -505,6 +525,11 @@ class Steps:
             self._wait(lambda: place in self._saved, failure, why)
 
     # -- saving what they wrote ------------------------------------------------------------------------------------
+
+    @property
+    def are_open(self) -> bool:
+        """Whether any step is. Cheap."""
+        return bool(self._open)
 
     def is_open(self, thread_id: str, task_id: str) -> bool:
         """Whether the task may have something to commit."""
