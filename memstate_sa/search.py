@@ -41,7 +41,7 @@ from memstate_sa.errors import DeliveryError, DeliveryRejected, MemstateError
 from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.filters import push_down
 from memstate_sa.indexes.base import Filter, Match, Vector
-from memstate_sa.outbox import after, undelivered
+from memstate_sa.outbox import after, is_behind, undelivered
 from memstate_sa.registry import Registry
 from memstate_sa.relay import embeddings
 from memstate_sa.relay.backlog import Standing, read_standing, stuck
@@ -225,7 +225,7 @@ class Search:
                     ids = self._few_ids()
             ask = min(4 * ask, _LARGEST_ASK)
         result: Hits[Any] = Hits(Hit(self._rows[key].fact, distance) for distance, key in hits)  # type: ignore[union-attr]
-        result.complete = self._complete
+        result.complete = self._complete and not self._sees_the_past()
         return result
 
     def _embedded(self, query: str) -> Vector:
@@ -267,8 +267,6 @@ class Search:
             del keys[OVERLAY_LIMIT:]
         if len(self._tracked.on(connection.dialect).possible(connection, keys)) < len(keys):
             self._complete = False  # something has changed, and no row has such a key
-        if connection.dialect.name == "postgresql" and self._old_snapshot(connection):
-            self._complete = False
         return keys
 
     def _passed_over(self) -> list[str]:
@@ -277,9 +275,11 @@ class Search:
         self._complete = standing.filled
         return []
 
-    @staticmethod
-    def _old_snapshot(connection: Connection) -> bool:
-        """Under REPEATABLE READ the index may be ahead of what this transaction sees."""
+    def _sees_the_past(self) -> bool:
+        """Whether the index may be ahead of what this transaction sees: ask after the index was."""
+        connection = self._connection()
+        if connection.dialect.name == "sqlite":
+            return is_behind(connection)
         isolation: str = connection.execute(select(func.current_setting("transaction_isolation"))).scalar_one()
         return isolation in ("repeatable read", "serializable")
 
