@@ -80,7 +80,8 @@ class Hits(list[Hit[F]]):
     """Hits, best first.
 
     ``complete`` is False when some rows could not be considered: more undelivered than `OVERLAY_LIMIT`, an embedding
-    that failed, an index that is still being filled, or a transaction whose snapshot is older than the index.
+    that failed, an index that is still being filled, a key that no row can have, or a transaction whose snapshot is
+    older than the index.
     """
 
     complete: bool = True
