@@ -49,7 +49,7 @@ from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
 from memstate_sa.codec import decode, decode_key, decoded, differ, encode_image, encode_key
 from memstate_sa.errors import MemstateError
-from memstate_sa.keys import DoesNotFit, contained, fitted, is_read_by_database, types_of
+from memstate_sa.keys import DoesNotFit, contained, fitted, is_int64, is_read_by_database, types_of
 
 READ_CHUNK = 1000
 """Keys per SELECT: under SQLite's 32,766 and PostgreSQL's 65,535 parameters for a key of up to 32 columns."""
@@ -283,8 +283,10 @@ class TableColumns:
     def driver_key(self, key: str) -> tuple[Any, ...] | None:
         """The values of a canonical *key* as the driver takes them; None when no row can have this key."""
         values = decoded(key)
-        if values is None or len(values) != len(self.key_names):
+        if values is None or len(values) != len(self._key_types):
             return None
+        if len(values) == 1 and type(values[0]) is int and int in self._key_types[0]:
+            return values if is_int64(values[0]) else None  # as most keys are: a page has a thousand of them
         try:
             return tuple(map(fitted, values, self._key_types))
         except (DoesNotFit, ArithmeticError):

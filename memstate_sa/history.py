@@ -139,7 +139,7 @@ def stored_key(connection: Connection, tracked: Tracked, key: Any) -> str:
             there = columns.read(connection, [values])
             forms = (_as_stored(columns, *item) for item in zip(tracked.key_columns, values, strict=True))
             return next(iter(there), None) or columns.encode_key(connection.execute(select(*forms)).one())
-    except (DataError, ProgrammingError):
+    except (DataError, ProgrammingError, OverflowError, UnicodeError):
         return asked  # which no row can have
 
 

@@ -61,12 +61,16 @@ class DoesNotFit(ValueError):
 
 def fitted(value: Any, types: frozenset[type]) -> Any:
     """*value* as the driver takes it for a column of *types*. Raises DoesNotFit."""
-    if types == {int} and type(value) in (Decimal, float) and value == value // 1:
+    if type(value) in (Decimal, float) and types == {int} and value == value // 1:
         value = int(value)  # the column is a NUMERIC in the database
-    is_wide = type(value) is int and not -_INT64 <= value < _INT64
-    if type(value) not in types or is_wide or (isinstance(value, str) and not is_text(value)):
+    kind = type(value)
+    if kind not in types or (kind is int and not is_int64(value)) or (kind is str and not is_text(value)):
         raise DoesNotFit
     return value
+
+
+def is_int64(value: int) -> bool:
+    return -_INT64 <= value < _INT64
 
 
 def contained(connection: Connection) -> AbstractContextManager[Any]:

@@ -37,6 +37,7 @@ from sqlalchemy import (
     literal_column,
     select,
     table,
+    text,
     true,
     tuple_,
     union_all,
@@ -47,7 +48,9 @@ from sqlalchemy.engine import Connection
 from memstate_sa.arrays import as_array, as_json, each, item, rows
 from memstate_sa.changes import Entry
 from memstate_sa.columns import batches
+from memstate_sa.pools import own_pool
 from memstate_sa.positions import SLOTS, Page, Position, Snapshot, slot_of
+from memstate_sa.sqlite import in_transaction, is_in_memory
 from memstate_sa.tables import log, outbox
 
 
@@ -155,6 +158,27 @@ def add(
         connection.execute(_add_to_log, {**given, "logged": some})
     for marks in marked:
         connection.execute(_add_to_outbox, {**given, "marked": marks})
+
+
+# -- what a snapshot of SQLite does not see ----------------------------------------------------------------------------
+
+_newest_given = text("SELECT seq FROM sqlite_sequence WHERE name = 'memstate_outbox'")
+_journal = text("PRAGMA journal_mode")
+
+
+def is_behind(connection: Connection) -> bool:
+    """Whether others have committed changes that this transaction does not see. Of SQLite only.
+
+    A transaction that began with a read keeps its snapshot, where the file has a write-ahead log. Elsewhere a reader
+    keeps others from committing, and so does a writer.
+    """
+    if is_in_memory(connection.engine) or not in_transaction(connection):
+        return False
+    if connection.execute(_journal).scalar_one() != "wal":
+        return False
+    ours = connection.execute(_newest_given).scalar() or 0
+    with own_pool(connection.engine).connect() as beside:
+        return (beside.execute(_newest_given).scalar() or 0) > ours
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from memstate_sa.errors import DeliveryError, DeliveryRejected, MemstateError
 from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.filters import push_down
 from memstate_sa.indexes.base import Filter, Match, Vector
-from memstate_sa.outbox import after, undelivered
+from memstate_sa.outbox import after, is_behind, undelivered
 from memstate_sa.registry import Registry
 from memstate_sa.relay import embeddings, marks
 from memstate_sa.relay.backlog import Standing, read_standing, stuck
@@ -86,7 +86,8 @@ class Hits(list[Hit[F]]):
     """Hits, best first.
 
     ``complete`` is False when some rows could not be considered: more undelivered than `OVERLAY_LIMIT`, an embedding
-    that failed, an index that is still being filled, or a transaction whose snapshot is older than the index.
+    that failed, an index that is still being filled, a key that no row can have, or a transaction whose snapshot is
+    older than the index.
     """
 
     complete: bool = True
@@ -253,7 +254,7 @@ class Search:
         if fresh and self._complete and self._stale:
             self._doubt(set(self._stale[:_DOUBTED]))
         result: Hits[Any] = Hits(Hit(self._rows[key].fact, distance) for distance, key in hits)  # type: ignore[union-attr]
-        result.complete = self._complete
+        result.complete = self._complete and not self._sees_the_past()
         return result
 
     def _embedded(self, query: str) -> Vector:
@@ -318,8 +319,6 @@ class Search:
             del keys[OVERLAY_LIMIT:]
         if len(self._tracked.on(connection.dialect).possible(connection, keys)) < len(keys):
             self._complete = False  # something has changed, and no row has such a key
-        if connection.dialect.name == "postgresql" and self._old_snapshot(connection):
-            self._complete = False
         return keys
 
     def _passed_over(self) -> list[str]:
@@ -343,9 +342,11 @@ class Search:
             return standing._replace(filled=False)
         return standing._replace(filled=standing.filled and standing.projection == self._tracked.projection)
 
-    @staticmethod
-    def _old_snapshot(connection: Connection) -> bool:
-        """Under REPEATABLE READ the index may be ahead of what this transaction sees."""
+    def _sees_the_past(self) -> bool:
+        """Whether the index may be ahead of what this transaction sees: ask after the index was."""
+        connection = self._connection()
+        if connection.dialect.name == "sqlite":
+            return is_behind(connection)
         isolation: str = connection.execute(select(func.current_setting("transaction_isolation"))).scalar_one()
         return isolation in ("repeatable read", "serializable")
 

@@ -45,6 +45,8 @@ _PREFIX = 500
 """So many characters of an id are in the index that lists ids: the entries of a B-tree have at most 2,700 bytes."""
 _MOST_OF_VECTOR, _MOST_OF_HALFVEC = 2_000, 4_000
 """The dimensions that HNSW takes; what is longer is compared one by one."""
+EXACT_UP_TO = 5_000
+"""So many points are compared one by one, unless the index is told otherwise."""
 _STATE = b""
 """The key of the row that says what the table is. It goes when the content goes, however that is done."""
 _BETWEEN = ";"
@@ -120,8 +122,9 @@ class Statements:
 
     @property
     def _distance(self) -> ColumnElement[Any]:
-        """Of the full vectors. In this form no index sorts by it."""
-        return (1 + self.points.c.unit.op("<#>", return_type=Double())(self._query)).label("distance")
+        """Of the full vectors. In this form no index sorts by it; the query is read once, not for each row."""
+        query = select(self._query).scalar_subquery()
+        return (1 + self.points.c.unit.op("<#>", return_type=Double())(query)).label("distance")
 
     def _among(self, columns: Sequence[ColumnElement[Any]], conditions: Sequence[ColumnElement[bool]]) -> Select[Any]:
         return select(*columns).where(self.there, *conditions)
@@ -145,6 +148,12 @@ class Statements:
     def nearest_of_all(self) -> Select[Any]:
         """Built once: to build it takes longer than to execute it."""
         return self.nearest([])
+
+    @cached_property
+    def count_some(self) -> Select[Any]:
+        """How many points there are, as far as `EXACT_UP_TO` and one more."""
+        some = select(literal(1)).select_from(self.points).where(self.there).limit(EXACT_UP_TO + 1).subquery()
+        return select(func.count()).select_from(some)
 
     @cached_property
     def compared_by_name(self) -> Select[Any]:

@@ -7,7 +7,9 @@ vector is at distance 1 (pgvector's own cosine makes that NaN, and leaves it out
 from __future__ import annotations
 
 import json
+import math
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable, DropIndex
 from memstate_sa._failures import delivery_error
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, MissingExtra
 from memstate_sa.indexes._filters import canonical
-from memstate_sa.indexes._pgvector import ONE_AT_A_TIME, Statements, key_of, value_of, vectors_text
+from memstate_sa.indexes._pgvector import EXACT_UP_TO, ONE_AT_A_TIME, Statements, key_of, value_of, vectors_text
 from memstate_sa.indexes._tags import stored
 from memstate_sa.indexes._units import at_length, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
@@ -32,6 +34,8 @@ from memstate_sa.pools import blocking_engine, own_pool
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+_RECOUNT_S = 10.0
+"""How long the number of points counts as known: nobody adds so many meanwhile that comparing them takes long."""
 _REMEMBERED = timedelta(days=1)
 """How long a deleted id's epoch is remembered: far longer than an overtaken relay's request can be under way."""
 _SINCE = (0, 8)
@@ -49,9 +53,11 @@ class PgVectorIndex:
     searches, or commits, holds one of the engine's. A batch is a transaction, and writes are fenced by their epochs
     (`FencedIndex`) in the same statement that writes them.
 
-    A query goes by an HNSW graph of *ef_search* candidates, and looks on where a filter leaves too little; *exact*
-    compares every point instead. Over 2,000 dimensions the graph is of half precision, over 4,000 there is none;
-    distances are always those of the full vectors. Filters run in the database. The text of a fact is not stored.
+    Up to 5,000 points are compared one by one. In a larger table a query goes by an HNSW graph of *ef_search*
+    candidates, and looks on where a filter leaves too little. *exact* compares every point whatever their number;
+    False always goes by the graph, which may miss a near point. Over 2,000 dimensions the graph is of half precision,
+    over 4,000 there is none; distances are always those of the full vectors. Filters run in the database. The text of
+    a fact is not stored.
     """
 
     fences = True
@@ -62,7 +68,7 @@ class PgVectorIndex:
         name: str = "memstate_vectors",
         *,
         schema: str | None = None,
-        exact: bool = False,
+        exact: bool | None = None,
         ef_search: int = 100,
         max_batch: int = 1000,
     ) -> None:
@@ -79,6 +85,8 @@ class PgVectorIndex:
         self._mutex = threading.Lock()
         self._opened: tuple[str, int] | None = None
         self._made: Statements | None = None
+        self._counted_at = -math.inf
+        self._is_small = False
 
     @property
     def max_batch(self) -> int:
@@ -150,7 +158,7 @@ class PgVectorIndex:
             if ids is not None:
                 among.append(statements.named)
                 given["keys"] = [key_of(id_) for id_ in ids]
-            elif statements.graph is not None and not self._exact:
+            elif statements.graph is not None and not self._compares(connection, statements):
                 given["explored"] = str(max(self._ef_search, min(2 * limit, 1000)))
                 asked = statements.nearest(among) if among else statements.nearest_of_all
                 found = connection.execute(asked, given).all()
@@ -160,6 +168,13 @@ class PgVectorIndex:
             by_name = ids is not None and not condition
             asked = statements.compared_by_name if by_name else statements.compared(among)
             return _found(connection.execute(asked, given).all())
+
+    def _compares(self, connection: Connection, statements: Statements) -> bool:
+        """Whether every point is compared: up to some thousand that is as fast as the graph, and misses none."""
+        if self._exact is None and time.monotonic() >= self._counted_at + _RECOUNT_S:
+            self._is_small = connection.execute(statements.count_some).scalar_one() <= EXACT_UP_TO
+            self._counted_at = time.monotonic()
+        return self._is_small if self._exact is None else self._exact
 
     def get(self, ids: Sequence[str]) -> list[Stored]:
         keys = sorted(set(map(key_of, ids)))

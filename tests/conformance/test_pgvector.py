@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,6 @@ class PgVectorSuite(IndexConformance):
 
 
 class TestPgVector(PgVectorSuite):
-    recall = 0.95
-
     @pytest.fixture
     def make(self, vector_engine: Engine, name: str) -> Callable[[], VectorIndex]:
         self.engine = vector_engine
@@ -103,7 +102,7 @@ class TestPgVectorByItsGraph(PgVectorSuite):
     @pytest.fixture
     def make(self, unsorting_engine: Engine, name: str) -> Callable[[], VectorIndex]:
         self.engine = unsorting_engine
-        return lambda: PgVectorIndex(unsorting_engine, name)
+        return lambda: PgVectorIndex(unsorting_engine, name, exact=False)
 
 
 class TestPgVectorExact(PgVectorSuite):
@@ -305,7 +304,7 @@ def test_odd_text_in_metadata_is_kept_apart(index: PgVectorIndex) -> None:
 def large(vector_url: str) -> Iterator[tuple[Engine, PgVectorIndex, str]]:
     """2,000 points, of which two are rare. PostgreSQL would read so few as a whole, were it not discouraged."""
     engine, name = create_engine(vector_url, connect_args={"options": "-c enable_seqscan=off"}), "large"
-    index = PgVectorIndex(engine, name)
+    index = PgVectorIndex(engine, name, exact=False)
     index.open(embedder="e", dimension=8)
     rng = np.random.default_rng(3)
     points = [
@@ -372,7 +371,7 @@ def test_where_the_graph_runs_out_all_are_compared(vector_url: str, large: tuple
     """It is told to look on where a filter leaves too little; if it is left early all the same, all are compared."""
     options = {"options": "-c enable_seqscan=off -c enable_bitmapscan=off -c enable_sort=off"}
     engine = create_engine(vector_url, connect_args=options)
-    index = PgVectorIndex(engine, large[2])
+    index = PgVectorIndex(engine, large[2], exact=False)
     index.open(embedder="e", dimension=8)
     far, rare = -np.ones(8, dtype=np.float32), {f"p{n:04}" for n in range(2000) if n % 700 == 699}
     statements: list[str] = []
@@ -391,12 +390,48 @@ def test_where_the_graph_runs_out_all_are_compared(vector_url: str, large: tuple
     engine.dispose()
 
 
+@pytest.mark.parametrize("where", [None, {"kind": {"$eq": "note"}}], ids=["all", "filtered"])
+def test_one_outlier_among_duplicates_is_found(
+    unsorting_engine: Engine, name: str, where: dict[str, Any] | None
+) -> None:
+    """Whatever its place among them: up to some thousand points are compared one by one.
+
+    The same kind: two clusters, the last of many upserts, a point whose neighbours were deleted.
+    """
+    index = PgVectorIndex(unsorting_engine, name)
+    index.open(embedder="e", dimension=8)
+    crowd = np.tile(np.array([1, 0, 0, 0, 0, 0, 0, 0], dtype=np.float32), (600, 1))
+    alone = np.array([0.6, 0, 0, 0, 0, 0, 0, 0.8], dtype=np.float32)
+    metadata = {"kind": "note"}
+    points = [Point(f"p{n:04}", vector, "f", 0, metadata) for n, vector in enumerate(crowd)]
+    index.upsert(points[:300])
+    index.upsert([Point("alone", alone, "f", 0, metadata)])
+    index.upsert(points[300:])
+    assert index.query(alone, 1, where=where)[0].id == "alone"
+
+
+def test_a_table_that_has_grown_is_searched_by_its_graph(
+    large: tuple[Engine, PgVectorIndex, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many points there are is counted no further than it matters, and not by every query."""
+    engine, _, name = large
+    near = np.ones(8, dtype=np.float32)
+    for limit, uses_graph in ((1_999, True), (2_000, False)):
+        monkeypatch.setattr("memstate_sa.indexes._pgvector.EXACT_UP_TO", limit)
+        monkeypatch.setattr("memstate_sa.indexes.pgvector.EXACT_UP_TO", limit)
+        index = PgVectorIndex(engine, name)
+        index.open(embedder="e", dimension=8)
+        first, second = (plans(large, partial(index.query, near, 5)) for _ in range(2))
+        assert ("_graph" in first, "_graph" in second) == (uses_graph, uses_graph)
+        assert ("Aggregate" in first, "Aggregate" in second) == (True, False)
+
+
 @pytest.mark.parametrize(("dimension", "graph"), [(8, "vector_ip_ops"), (2500, "halfvec_ip_ops"), (4100, None)])
 def test_the_graph_is_of_half_precision_where_it_must(
     vector_engine: Engine, name: str, dimension: int, graph: str
 ) -> None:
     """Distances are exact all the same; beyond 4,000 dimensions there is none."""
-    index = PgVectorIndex(vector_engine, name)
+    index = PgVectorIndex(vector_engine, name, exact=False)
     index.open(embedder="e", dimension=dimension)
     rng = np.random.default_rng(5)
     vectors = rng.standard_normal((60, dimension)).astype(np.float32)
@@ -416,7 +451,7 @@ def test_the_graph_is_of_half_precision_where_it_must(
 
 def test_half_precision_does_not_order(vector_engine: Engine, name: str) -> None:
     """What the graph cannot tell apart is in the order of the full vectors."""
-    index = PgVectorIndex(vector_engine, name)
+    index = PgVectorIndex(vector_engine, name, exact=False)
     index.open(embedder="e", dimension=2500)
     vectors = np.zeros((40, 2500), dtype=np.float32)
     vectors[:, 0], vectors[:, 1] = 1, 0.3 + np.arange(40) * 1e-5

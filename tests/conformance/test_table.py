@@ -10,7 +10,6 @@ from tests.conformance import table
 
 ALIKE = {
     "test_indexes.TestFlaky",
-    "test_pgvector.TestPgVectorByItsGraph",
     "test_qdrant.TestQdrantEngine",
     "test_qdrant.TestQdrantGraph",
 }

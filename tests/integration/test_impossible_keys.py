@@ -150,6 +150,7 @@ def test_maintenance_works_beside_impossible_keys(world: World) -> None:
     assert {repr(key) for _, key in memory.doctor(engine).gone} == {_shown(key) for key in poison.values()}
     with world.session() as session:
         assert len(memory.history(session, Person)) == 1 + len(poison)
+        assert memory.as_of(session, Person, 10**30, utcnow()) is None
         with pytest.raises(HistoryMissing, match="no row of person can have the key"):
             memory.rollback(session, dry_run=True)
         session.rollback()
