@@ -22,7 +22,7 @@ from memstate_sa.facts import Tracked
 from memstate_sa.outbox import read_present
 from memstate_sa.positions import Position
 from memstate_sa.printable import printable_logger
-from memstate_sa.relay import backlog, deadletters, retention
+from memstate_sa.relay import backlog, deadletters, projections, retention
 from memstate_sa.relay.deadletters import DeadLetter
 from memstate_sa.relay.delivery import Delivery
 from memstate_sa.relay.keys import IndexKey
@@ -288,9 +288,14 @@ class Relay:
         behind = []
         for name in self._behind(present):
             destination, tracked = self._destinations[name]
+            key, classes = IndexKey(name, destination.index.incarnation), tracked()
             with self._engine.connect() as connection:
-                left = backlog.backlog(connection, IndexKey(name, destination.index.incarnation), _kept(tracked()))
+                left = backlog.backlog(connection, key, _kept(classes))
+                wanted = {entity: each.projection for entity, each in classes.items()}
+                others = projections.differing(connection, key, wanted)
             why = "it is paused" if left.paused else "is another relay holding its lease?"
+            if others:
+                why = f"a relay of another release delivers {', '.join(sorted(others))} otherwise"
             behind.append(f"{left.pending} keys pending for {name!r} ({why})")
         return ", ".join(behind)
 

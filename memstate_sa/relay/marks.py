@@ -41,7 +41,7 @@ class Mark(NamedTuple):
 
     @classmethod
     def new(cls, page: int) -> Mark:
-        return cls(page, uuid4().hex)
+        return cls(page, uuid4().hex[:12])
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from memstate_sa.indexes.base import (
     PurgeableIndex,
     Stored,
     VectorIndex,
+    keeps_mark,
 )
 from memstate_sa.indexes.memory import InMemoryIndex
 from memstate_sa.testing import churn
@@ -77,6 +78,8 @@ class IndexConformance:
     """It is a `FencedIndex`."""
     purgeable: bool = False
     """``purge()`` does what `PurgeableIndex` says. Override the fixture `files`, where it has any."""
+    marked: bool = False
+    """It is a `MarkedIndex`."""
     atomic: bool = True
     """What a query says of a point is of one write, even while another is under way."""
 
@@ -139,6 +142,7 @@ class IndexConformance:
         assert getattr(index, "fences", False) is self.fenced
         assert getattr(index, "in_process", False) is not self.remote
         assert isinstance(index, PurgeableIndex) or not self.purgeable
+        assert keeps_mark(index) is self.marked
 
     def test_open_comes_first(self, closed: VectorIndex) -> None:
         """Before it, every call says so."""
@@ -165,6 +169,39 @@ class IndexConformance:
         index.close()
         index.open(embedder=EMBEDDER, dimension=3)
         assert (index.incarnation, contents(index, ["a"])) == (before, {"a": ("f", [0, 1, 0])})
+
+    # -- its mark ------------------------------------------------------------------------------------------------------
+
+    def test_the_mark_is_the_last_one(self, index: VectorIndex, another: Make) -> None:
+        """None at first; it is kept where points are, and changes neither them nor the incarnation."""
+        if not keeps_mark(index):
+            return
+        index.upsert([point("a", Y)])
+        before = index.incarnation
+        assert index.read_mark() is None
+        index.write_mark("1.a")
+        index.write_mark("2." + "b" * 98)
+        assert index.read_mark() == "2." + "b" * 98
+        assert (index.incarnation, contents(index, ["a"])) == (before, {"a": ("f", [0, 1, 0])})
+        assert [entry.id for entry in index.scan(None, 10)] == ["a"]
+        assert [match.id for match in index.query(vector(*Y), 10)] == ["a"]
+        index.close()
+        second = another()
+        second.open(embedder=EMBEDDER, dimension=3)
+        assert keeps_mark(second)
+        kept = self.persistent or self.shared
+        assert second.read_mark() == ("2." + "b" * 98 if kept else None)
+
+    def test_the_mark_of_another_object_is_read(self, index: VectorIndex, another: Make) -> None:
+        """Where several share a storage."""
+        if not keeps_mark(index) or not self.shared:
+            return
+        index.write_mark("1.a")
+        second = another()
+        second.open(embedder=EMBEDDER, dimension=3)
+        assert keeps_mark(second)
+        second.write_mark("2.b")
+        assert index.read_mark() == "2.b"
 
     # -- lifetimes -----------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from memstate_sa.testing.points import X, contents, fingerprints, point, vector
 
 
 class TestFaiss(IndexConformance):
+    marked = True
     persistent = True
     fenced = True
     purgeable = True

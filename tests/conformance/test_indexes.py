@@ -53,6 +53,7 @@ def add_foreign(client: ClientAPI, name: str, count: int = 1) -> Any:
 
 
 class TestInMemory(IndexConformance):
+    marked = True
     fenced = True
 
     @pytest.fixture
@@ -106,6 +107,7 @@ class TestFlaky(IndexConformance):
 
 
 class ChromaSuite(IndexConformance):
+    marked = True
     recall = 0.95
     shared = True
     atomic = False  # a vector and its metadata are in two places, written one after the other

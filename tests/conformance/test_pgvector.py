@@ -57,6 +57,7 @@ def unsorting_engine(vector_url: str) -> Iterator[Engine]:
 
 
 class PgVectorSuite(IndexConformance):
+    marked = True
     persistent = True
     shared = True
     remote = True

@@ -87,6 +87,7 @@ def opened(client: QdrantClient, name: str = "memory", **options: Any) -> Qdrant
 
 
 class TestQdrantInMemory(IndexConformance):
+    marked = True
     shared = True  # by all who have the client
     fenced = True
     purgeable = True
@@ -97,6 +98,7 @@ class TestQdrantInMemory(IndexConformance):
 
 
 class TestQdrantFolder(IndexConformance):
+    marked = True
     persistent = True
     shared = True
     fenced = True
@@ -121,6 +123,7 @@ index = QdrantIndex(QdrantClient(path={str(tmp_path / "killed")!r}))
 
 
 class TestQdrantEngine(IndexConformance):
+    marked = True
     shared = True
     remote = True
     fenced = True

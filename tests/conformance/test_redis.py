@@ -48,6 +48,7 @@ def opened(client: Any, name: str = "memory", **options: Any) -> RedisIndex:
 
 
 class TestRedis(IndexConformance):
+    marked = True
     persistent = True
     shared = True
     remote = True
