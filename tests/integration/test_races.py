@@ -19,7 +19,6 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from memstate_sa import (
-    ConflictError,
     DeliveryRejected,
     Fact,
     HistoryMissing,
