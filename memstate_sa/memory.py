@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql import visitors
 
 from memstate_sa import appendonly, history, reindex, tables, transfer, triggers, truth
+from memstate_sa.amendments import amend
 from memstate_sa.backfill import Backfill
 from memstate_sa.capture import Capture
 from memstate_sa.changes import Change, Image
@@ -235,13 +236,14 @@ class Memory:
         self._capture.attach(target)
 
     def create_tables(self, engine: Engine | AsyncEngine) -> None:
-        """Create the tables of memstate_sa that are not there yet, and triggers: of the log, of classes captured so.
+        """Create the tables and columns of memstate_sa that are not there yet, and the triggers of log and classes.
 
         Their own tables have to be there. With Alembic, let a migration do it.
         """
         sync = self.sync_engine(engine)
         tables.metadata.create_all(sync)
         with sync.begin() as connection:
+            amend(connection)
             appendonly.install(connection)
             for tracked in self._registry.by_entity.values():
                 if tracked.by_trigger:

@@ -42,6 +42,7 @@ from memstate_sa.facts import Tracked
 from memstate_sa.history import Moment, read_changes, until
 from memstate_sa.obstacles import Obstacles, Rules, read_rules
 from memstate_sa.outbox import take_write_lock
+from memstate_sa.positions import Snapshot
 from memstate_sa.recorder import Recorder
 from memstate_sa.registry import Registry
 from memstate_sa.restore import read_facts, restore
@@ -303,14 +304,16 @@ class Undo:
     @staticmethod
     def _since(connection: Connection, unit: Unit, scope: Scope, to: Moment) -> list[str]:
         reached = until(connection, to)
+        of_page = select(log.c.tx, log.c.snapshot, (~reached.criterion).label("since"))
+        of_page = of_page.where(log.c.tx.in_(select(_keys.c.value)))
         found: list[str] = []
         candidates = effective(connection, {unit.tx}, scope)
-        # Ids and times of transactions that ran at once are not in one order: so it ends with a page that has none.
+        # Transactions that ran at once are in no order: so it ends with a page that has none.
         while some := list(islice(candidates, _PAGES[1])):
-            beyond = select(log.c.tx).distinct().where(log.c.tx.in_(select(_keys.c.value)), ~reached)
-            since = set(connection.scalars(beyond, {"keys": as_array(some)}))
+            rows = connection.execute(of_page, {"keys": as_array(some)}).all()
+            since = {row.tx for row in rows if row.since}
             found += [tx for tx in some if tx in since]
-            if not since:
+            if not since and _is_before(reached.snapshot, [row.snapshot for row in rows]):
                 break
         return found
 
@@ -606,6 +609,12 @@ class Undo:
             found = self._registry.find(state.mapper)
             if found in keys and found.on(connection.dialect).raw_key(state.key[1]) in keys[found]:
                 session.expire(instance)
+
+
+def _is_before(moment: Snapshot | None, snapshots: Iterable[str | None]) -> bool:
+    """Whether one of *snapshots* was taken when nothing had begun that was open at *moment*, or none is known."""
+    known = [Snapshot.parse(snapshot) for snapshot in snapshots if snapshot is not None]
+    return moment is None or not known or any(snapshot.xmax <= moment.xmin for snapshot in known)
 
 
 _written = (

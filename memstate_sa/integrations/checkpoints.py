@@ -36,6 +36,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from memstate_sa.arrays import as_array, as_json, each, item, rows
+from memstate_sa.history import SNAPSHOT_MARK
 from memstate_sa.integrations import json_criteria
 from memstate_sa.integrations.checkpoint_tables import blob, checkpoint, write
 from memstate_sa.outbox import upsert
@@ -153,10 +154,17 @@ def _put_blobs(dialect_name: str) -> Any:
 _last_tx = select(log.c.tx).order_by(log.c.id.desc()).limit(1).scalar_subquery()
 
 
+def _position(dialect_name: str) -> ColumnElement[Any]:
+    """Where the log is now. On PostgreSQL its last transaction may have seen less than there is now."""
+    if dialect_name != "postgresql":
+        return _last_tx
+    return _last_tx.concat(SNAPSHOT_MARK).concat(cast(func.pg_current_snapshot(), Text))
+
+
 @cache
 def _put_checkpoint(dialect_name: str, *, positioned: bool, with_blobs: bool, replace: bool) -> Any:
     statement = upsert(dialect_name, checkpoint).values(
-        thread_id=_thread, ns=_ns, id=_id, **({"position": _last_tx} if positioned else {})
+        thread_id=_thread, ns=_ns, id=_id, **({"position": _position(dialect_name)} if positioned else {})
     )
     if replace:
         names = ("parent_id", "run_id", "position", "metadata", "channels", "type", "payload")
