@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql import visitors
 
 from memstate_sa import appendonly, history, reindex, tables, transfer, triggers, truth
-from memstate_sa.amendments import amend
+from memstate_sa.amendments import add_columns
 from memstate_sa.backfill import Backfill
 from memstate_sa.capture import Capture
 from memstate_sa.changes import Change, Image
@@ -243,7 +243,7 @@ class Memory:
         sync = self.sync_engine(engine)
         tables.metadata.create_all(sync)
         with sync.begin() as connection:
-            amend(connection)
+            add_columns(connection)
             appendonly.install(connection)
             for tracked in self._registry.by_entity.values():
                 if tracked.by_trigger:

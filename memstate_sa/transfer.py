@@ -328,9 +328,7 @@ class _Import:
             if now is None:
                 raise MemstateError(f"the last image of {entity} {key} is not of this key")
             if self._differs(entity, image, now):
-                row = {
-                    name: value for name, value in last[entity, key].items() if name not in ("id", "xid", "snapshot")
-                }
+                row = {name: value for name, value in last[entity, key].items() if name in _Logged.model_fields}
                 # In the transaction that it is of: so it is no later change, and undone with it.
                 amended.append({**row, "op": "update", "image": now, "version": self._registry.versions[entity]})
         if amended:

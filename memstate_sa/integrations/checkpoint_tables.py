@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Column, Index, Integer, LargeBinary, Table, Text, text
+from sqlalchemy import Column, Index, Integer, LargeBinary, String, Table, Text, text
 
 from memstate_sa.tables import UTCDateTime, _Json, metadata
 
@@ -14,15 +14,12 @@ checkpoint = Table(
     Column("id", Text, primary_key=True, comment="sorts by time"),
     Column("parent_id", Text),
     Column("run_id", Text),
-    Column(
-        "position",
-        Text,
-        comment="the log's last transaction then, and its snapshot; null: it was empty, or nobody asked",
-    ),
+    Column("position", String(40), comment="the log's last transaction then; null: it was empty, or nobody asked"),
     Column("metadata", _Json, nullable=False),
     Column("channels", Text, nullable=False, comment="JSON: the version of each channel's blob, null: it is in here"),
     Column("type", Text, nullable=False),
     Column("payload", LargeBinary, nullable=False),
+    Column("snapshot", Text, comment="what was committed at the position (PostgreSQL)"),
     comment="what a graph was between two steps",
 )
 _of_run = text("run_id IS NOT NULL")

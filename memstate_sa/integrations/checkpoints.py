@@ -154,20 +154,20 @@ def _put_blobs(dialect_name: str) -> Any:
 _last_tx = select(log.c.tx).order_by(log.c.id.desc()).limit(1).scalar_subquery()
 
 
-def _position(dialect_name: str) -> ColumnElement[Any]:
-    """Where the log is now. On PostgreSQL its last transaction may have seen less than there is now."""
+def _present(dialect_name: str) -> dict[str, ColumnElement[Any]]:
+    """Where the log is now. On PostgreSQL its last transaction may have seen less than there is."""
     if dialect_name != "postgresql":
-        return _last_tx
-    return _last_tx.concat(SNAPSHOT_MARK).concat(cast(func.pg_current_snapshot(), Text))
+        return {"position": _last_tx}
+    return {"position": _last_tx, "snapshot": cast(func.pg_current_snapshot(), Text)}
 
 
 @cache
 def _put_checkpoint(dialect_name: str, *, positioned: bool, with_blobs: bool, replace: bool) -> Any:
     statement = upsert(dialect_name, checkpoint).values(
-        thread_id=_thread, ns=_ns, id=_id, **({"position": _position(dialect_name)} if positioned else {})
+        thread_id=_thread, ns=_ns, id=_id, **(_present(dialect_name) if positioned else {})
     )
     if replace:
-        names = ("parent_id", "run_id", "position", "metadata", "channels", "type", "payload")
+        names = ("parent_id", "run_id", "position", "snapshot", "metadata", "channels", "type", "payload")
         statement = statement.on_conflict_do_update(
             index_elements=list(checkpoint.primary_key), set_={name: statement.excluded[name] for name in names}
         )
@@ -203,7 +203,8 @@ def put(
         "payload": payload.data,
     }
     if position is not True:
-        given["position"] = position or None
+        tx, _, snapshot = (position or "").partition(SNAPSHOT_MARK)
+        given |= {"position": tx or None, "snapshot": snapshot or None}
     dialect = connection.dialect.name
     together = bool(blobs) and dialect == "postgresql"
     packed = _packed(((channel, version), value) for (channel, version), value in blobs.items())
@@ -254,7 +255,9 @@ _head = (
     checkpoint.c.ns,
     checkpoint.c.id,
     checkpoint.c.parent_id,
-    checkpoint.c.position,
+    func.coalesce(
+        checkpoint.c.position.concat(SNAPSHOT_MARK).concat(checkpoint.c.snapshot), checkpoint.c.position
+    ).label("position"),
     checkpoint.c.metadata,
     checkpoint.c.channels,
     checkpoint.c.type,
