@@ -45,7 +45,7 @@ from memstate_sa.outbox import take_write_lock
 from memstate_sa.positions import Snapshot
 from memstate_sa.recorder import Recorder
 from memstate_sa.registry import Registry
-from memstate_sa.restore import read_facts, restore
+from memstate_sa.restore import read_facts, restore, sorted_tables
 from memstate_sa.tables import log, transaction
 from memstate_sa.units import Unit
 
@@ -494,12 +494,9 @@ class Undo:
         """
         vacant: set[FactKey] = set()
         facts = connection.execute(_facts, {"keys": as_array(targets)}).all()
-        for entity, keys in sorted(
-            by_entity(map(tuple, facts)).items()
-        ):  # in one order: no two undos wait for each other
-            tracked = self._registry.by_entity.get(entity)
-            if tracked is None:  # `_steps` raises
-                continue
+        keys_of = by_entity(map(tuple, facts))
+        for tracked in self._in_flush_order(keys_of):
+            entity, keys = tracked.entity, keys_of[tracked.entity]
             there = tracked.on(connection.dialect).lock(connection, [decode_key(key) for key in keys])
             missing = [key for key in keys if key not in there]
             open_keys = vacancy.open_to_others(connection, tracked, missing, unit.logged_under)
@@ -507,6 +504,16 @@ class Undo:
             vacancy.require_current(connection, tracked, open_keys)
             vacant.update((entity, key) for key in open_keys)
         return vacant
+
+    def _in_flush_order(self, entities: Iterable[str]) -> list[Tracked]:
+        """The classes of *entities* that are tracked, in the order in which a flush comes to them.
+
+        An undo that locked them in another order, and a flush, would wait for each other.
+        """
+        found = [self._registry.by_entity[entity] for entity in entities if entity in self._registry.by_entity]
+        found.sort(key=lambda tracked: (tracked.model.__module__, tracked.model.__name__))
+        tables = [table for table, _ in sorted_tables([tracked.table for tracked in found])]
+        return sorted(found, key=lambda tracked: tables.index(tracked.table))
 
     @staticmethod
     def _later_entries(connection: Connection, steps: Sequence[Step]) -> list[Later]:

@@ -203,6 +203,24 @@ def test_bulk_update_of_a_part_locks_the_first_row_first(memory: Memory, session
     )
 
 
+def test_undo_locks_classes_in_the_order_of_a_flush(memory: Memory, sessions: Sessions) -> None:
+    """Parents first, and then by the names of classes; not by those of tables."""
+    items = [(Animal, "a", "name"), (Note, "a", "content")]
+    with sessions() as session:
+        change(session, *items)
+        session.commit()
+        tx = memory.token(session)
+    assert tx is not None
+    circle(
+        sessions,
+        lambda session: change(session, items[0]),
+        lambda session: memory.rollback(session, tx=tx, on_conflict="skip"),
+        lambda session: change(session, items[1]),
+    )
+    with sessions() as session:
+        assert_logged(memory, session, Animal, Note)
+
+
 def test_upsert_locks_rows_in_the_order_of_its_values(memory: Memory, sessions: Sessions) -> None:
     """Also where the log has not seen them, and it runs twice."""
 
@@ -211,7 +229,7 @@ def test_upsert_locks_rows_in_the_order_of_its_values(memory: Memory, sessions: 
         changed = statement.on_conflict_do_update(index_elements=["id"], set_={"content": statement.excluded.content})
         return lambda session: session.execute(changed)
 
-    circle(sessions, upsert("a"), upsert("a", "b"), upsert("b"))
+    circle(sessions, upsert("b"), upsert("b", "a"), upsert("a"))
 
 
 def test_unique_values_are_claimed_in_one_order(memory: Memory, sessions: Sessions) -> None:

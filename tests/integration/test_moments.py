@@ -11,6 +11,8 @@ from sqlalchemy.orm import Session
 
 from memstate_sa import undo
 from memstate_sa.appendonly import rewriting
+from memstate_sa.history import SNAPSHOT_MARK
+from memstate_sa.integrations.checkpoints import _present
 from memstate_sa.tables import log, utcnow
 from tests.support import Tag, World
 
@@ -112,6 +114,22 @@ def test_moments_of_two_transactions_that_ran_at_once(postgres_engine: Engine) -
     with world.session() as session:
         found = world.memory.diff(session, str(first), str(second))
     assert {(change.op, change.key) for change in found} == {("delete", "a"), ("insert", "b")}
+
+
+def test_a_position_has_what_was_committed_by_then(postgres_engine: Engine) -> None:
+    """Its last transaction did not see all of it: two steps of a graph ran at once."""
+    world = World(postgres_engine)
+    with world.session() as one, world.session() as other, world.session() as late:
+        for session, name in ((late, "c"), (one, "a"), (other, "b")):
+            session.add(Tag(name=name, meaning=name))
+            session.flush()
+        other.commit()
+        one.commit()
+        with postgres_engine.connect() as connection:
+            position = SNAPSHOT_MARK.join(connection.execute(select(*_present("postgresql").values())).one())
+        late.commit()
+    assert then(world, position) == {"a": "a", "b": "b"}
+    assert undo_to(world, position) == {"c"}
 
 
 def test_rollback_to_a_moment_finds_a_transaction_that_began_long_before(
