@@ -140,7 +140,8 @@ def undone(connection: Connection, txs: Collection[str]) -> Undone:
     for row in sorted(rows, reverse=True):  # by id: what undoes an undo comes after it
         if (row.tx, (row.entity, row.key)) not in found:
             found.add((row.reverts, (row.entity, row.key)))
-    return found
+    asked = set(txs)
+    return {(tx, fact) for tx, fact in found if tx in asked}
 
 
 def effective(connection: Connection, own: Collection[str], scope: Scope, wanted: int = _PAGES[1]) -> Iterator[str]:
