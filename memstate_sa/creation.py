@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from sqlalchemy import Engine, Table, func, inspect, select
+from sqlalchemy import Engine, Inspector, Table, func, inspect, select
 from sqlalchemy.engine import Connection
 
 from memstate_sa import sqlite
+from memstate_sa.amendments import amend, lacking
 from memstate_sa.tables import metadata
 
 _one_at_a_time = select(func.pg_advisory_xact_lock(func.hashtextextended("memstate_sa", 0)))
@@ -31,17 +32,23 @@ def creating(engine: Engine) -> Iterator[Connection]:
 def create(
     engine: Engine, tables: Sequence[Table] | None = None, install: Callable[[Connection], None] | None = None
 ) -> None:
-    """Create those of *tables* (default: all of memstate_sa) that are not there, then *install* what belongs to them.
+    """Create what of *tables* (default: all of memstate_sa) is not there yet, then *install* what belongs to them.
 
-    SQLite is locked only if a table is missing. A worker that starts would else wait for whoever writes.
+    Tables of an older version get the columns and indexes that they lack. SQLite is locked only if something is
+    missing. A worker that starts would else wait for whoever writes.
     """
     wanted = metadata.sorted_tables if tables is None else tables
-    there = set(inspect(engine).get_table_names())
-    lacks = any(table.name not in there for table in wanted)
-    if not lacks and install is None:
+    is_whole = _is_whole(inspect(engine), wanted)
+    if is_whole and install is None:
         return
-    alone = lacks or engine.dialect.name == "postgresql"
+    alone = not is_whole or engine.dialect.name == "postgresql"
     with creating(engine) if alone else engine.begin() as connection:
         metadata.create_all(connection, tables=wanted)
+        amend(connection, lacking(inspect(connection), wanted))
         if install is not None:
             install(connection)
+
+
+def _is_whole(inspector: Inspector, wanted: Sequence[Table]) -> bool:
+    there = inspector.get_table_names()
+    return all(table.name in there for table in wanted) and not any(lacking(inspector, wanted))

@@ -7,7 +7,21 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias
 
-from sqlalchemy import Column, ColumnElement, Text, bindparam, cast, func, select, type_coerce
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ColumnElement,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    false,
+    func,
+    literal_column,
+    or_,
+    select,
+    type_coerce,
+)
 from sqlalchemy.engine import Connection, Row
 from sqlalchemy.exc import DataError, ProgrammingError
 
@@ -19,6 +33,7 @@ from memstate_sa.errors import HistoryMissing, MemstateError, NotFound
 from memstate_sa.facts import Tracked
 from memstate_sa.keys import contained
 from memstate_sa.outbox import unknown_keys
+from memstate_sa.positions import Snapshot
 from memstate_sa.registry import Registry
 from memstate_sa.tables import log, transaction
 
@@ -175,19 +190,54 @@ def shown(connection: Connection, tracked: Tracked | None, image: Image | None, 
 # -- moments -----------------------------------------------------------------------------------------------------------
 
 
-def until(connection: Connection, at: Moment) -> ColumnElement[bool]:
-    """Which entries of the log there were at a moment."""
+class Reached(NamedTuple):
+    """Which entries there were at a moment. *snapshot* is what the moment's transaction saw, where that is known."""
+
+    criterion: ColumnElement[bool]
+    snapshot: Snapshot | None = None
+
+
+def until(connection: Connection, at: Moment) -> Reached:
+    """What the log was at a moment.
+
+    Transactions commit in another order than that of their ids. So the moment after a transaction is what this one saw,
+    and what it did: a transaction that was open then is of later, whenever it wrote. That never changes. (A moment that
+    is a time goes by when entries were written.)
+    """
     if isinstance(at, datetime):
         if at.tzinfo is None:
             raise MemstateError(f"at={at!r}: give an aware datetime, for example datetime.now(UTC)")
-        return log.c.at <= at
+        return Reached(log.c.at <= at)
     if not isinstance(at, str):
         raise MemstateError(f"at={at!r}: give an aware datetime, or a transaction (Change.tx)")
-    last = connection.execute(select(func.max(log.c.id)).where(log.c.tx == at)).scalar_one()
+    tx, _, shown = at.partition(SNAPSHOT_MARK)
+    last = connection.execute(select(func.max(log.c.id)).where(log.c.tx == tx)).scalar_one()
     if last is None:
-        raise NotFound(f"the log has no transaction {at!r}")
-    reached: ColumnElement[bool] = log.c.id <= last
-    return reached
+        raise NotFound(f"the log has no transaction {tx!r}")
+    if connection.dialect.name != "postgresql":
+        return Reached(log.c.id <= last)
+    its = select(log.c.xid, log.c.snapshot, _is_of_another_cluster).where(log.c.tx == tx, log.c.snapshot.is_not(None))
+    own = connection.execute(its.order_by(log.c.id.desc()).limit(1)).one_or_none()
+    if own is None:  # older than the column
+        return Reached(log.c.id <= last)
+    snapshot = Snapshot.parse(shown or own.snapshot)
+    seen = or_(
+        log.c.xid.is_(None),
+        log.c.xid < snapshot.xmin,
+        log.c.xid == own.xid,
+        and_(log.c.xid < snapshot.xmax, log.c.xid.not_in(snapshot.running)),
+        # Ids of a cluster that this database was restored from are no numbers of this one's: those entries are older.
+        false() if own[2] else _is_of_another_cluster,
+    )
+    return Reached(and_(log.c.id <= last, seen), snapshot)
+
+
+SNAPSHOT_MARK = "@"
+"""Between a transaction and a later snapshot, in a moment that is no transaction's own."""
+
+# An entry's xid is given out before the row's own (xmin, of 32 bits), unless the row was restored from a dump.
+_xmin = cast(cast(literal_column("memstate_log.xmin"), Text), BigInteger)
+_is_of_another_cluster = (_xmin - log.c.xid).bitwise_and(0xFFFFFFFF) >= 2**31
 
 
 def image_at(connection: Connection, tracked: Tracked, key: str, at: Moment) -> Image | None:
@@ -197,7 +247,9 @@ def image_at(connection: Connection, tracked: Tracked, key: str, at: Moment) -> 
     """
     mine = (log.c.entity == tracked.entity, log.c.key == key)
     entry = select(log.c.op, log.c.image, log.c.version).where(*mine)
-    row = connection.execute(entry.where(until(connection, at)).order_by(log.c.id.desc()).limit(1)).one_or_none()
+    row = connection.execute(
+        entry.where(until(connection, at).criterion).order_by(log.c.id.desc()).limit(1)
+    ).one_or_none()
     if row is None:
         row = connection.execute(entry.order_by(log.c.id).limit(1)).one_or_none()
         if row is None:
@@ -216,7 +268,7 @@ def images_at(
 
     Erased facts are left out.
     """
-    mine, reached = [log.c.entity == tracked.entity], until(connection, at)
+    mine, reached = [log.c.entity == tracked.entity], until(connection, at).criterion
     if keys is not None:
         mine.append(log.c.key.in_(select(_keys.c.value)))
     parameters = {} if keys is None else {"keys": as_array(keys)}
@@ -235,11 +287,12 @@ def differences(
 ) -> list[Change]:
     """What became of each fact between two moments, as one change; facts that are the same at both are left out."""
     found = []
-    earlier, later = until(connection, a), until(connection, b)
+    earlier, later = (until(connection, moment).criterion for moment in (a, b))
+    between = or_(and_(later, ~earlier), and_(earlier, ~later))  # two that ran at once did not see each other
     for entity in entities:
         tracked = registry.by_entity[entity]
         columns = tracked.on(connection.dialect)
-        newest = select(func.max(log.c.id)).where(log.c.entity == entity, later, ~earlier).group_by(log.c.key)
+        newest = select(func.max(log.c.id)).where(log.c.entity == entity, between).group_by(log.c.key)
         rows = connection.execute(select(log.c.key, log.c.id).where(log.c.id.in_(newest))).all()
         last: dict[str, int] = {row.key: row.id for row in rows}
         before, after = (dict(images_at(connection, tracked, at, list(last))) for at in (a, b))

@@ -28,7 +28,6 @@ from memstate_sa import (
     history,
     missing,
     reindex,
-    tables,
     transfer,
     triggers,
     truth,
@@ -269,7 +268,7 @@ class Memory:
         self._notifier.open()
 
     def create_tables(self, engine: Engine | AsyncEngine) -> None:
-        """Create the tables of memstate_sa that are not there yet, and triggers: of the log, of classes captured so.
+        """Create the tables and columns of memstate_sa that are not there yet, and the triggers of log and classes.
 
         Triggers of a class that is no longer captured so are dropped.
 
@@ -280,8 +279,6 @@ class Memory:
         creation.create(self.sync_engine(engine), install=self._install)
 
     def _install(self, connection: Connection) -> None:
-        for index in tables.outbox.indexes:  # a table of an earlier version lacks one
-            index.create(connection, checkfirst=True)
         appendonly.install(connection)
         for tracked in self._registry.by_entity.values():
             (triggers.install if tracked.by_trigger else triggers.uninstall)(connection, tracked)

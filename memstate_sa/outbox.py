@@ -51,7 +51,7 @@ from memstate_sa.columns import batches
 from memstate_sa.pools import own_pool
 from memstate_sa.positions import SLOTS, Page, Position, Snapshot, slot_of
 from memstate_sa.sqlite import in_transaction, is_in_memory
-from memstate_sa.tables import log, outbox
+from memstate_sa.tables import log, outbox, statement_snapshot
 
 
 def take_write_lock(connection: Connection) -> None:
@@ -103,8 +103,8 @@ _MARKED = ("slot", "entity", "key")
 _tx, _at = bindparam("tx", type_=log.c.tx.type), bindparam("at", type_=log.c.at.type)
 _logged, _marked = rows("logged"), rows("marked")
 _add_to_log: Insert = insert(log).from_select(
-    ["tx", "at", *_LOGGED],
-    select(_tx, _at, *(item(_logged, n, log.c[name].type) for n, name in enumerate(_LOGGED))),
+    ["tx", "at", "snapshot", *_LOGGED],
+    select(_tx, _at, statement_snapshot(), *(item(_logged, n, log.c[name].type) for n, name in enumerate(_LOGGED))),
 )
 _add_to_outbox: Insert = insert(outbox).from_select(
     ["tx", "created_at", *_MARKED],

@@ -86,7 +86,7 @@ class _Restoration:
         self._tables: list[Table] = []
         self._circular: set[ForeignKeyConstraint] = set()  # no order satisfies them: their columns are set last
         self._parked: dict[tuple[Table, str], dict[str, Any]] = {}
-        for table, constraints in _sorted(list(wanted)):
+        for table, constraints in sorted_tables(list(wanted)):
             if table is None:
                 self._circular.update(fk for fk in constraints if _can_wait(fk))
             else:
@@ -341,7 +341,7 @@ def _can_wait(fk: ForeignKeyConstraint) -> bool:
     return any(column.nullable for column in fk.columns)
 
 
-def _sorted(tables: Sequence[Table]) -> list[tuple[Table | None, Collection[ForeignKeyConstraint]]]:
+def sorted_tables(tables: Sequence[Table]) -> list[tuple[Table | None, Collection[ForeignKeyConstraint]]]:
     """Parents first. In a circle the foreign keys that can wait give way: they are what comes with None, at the end."""
     sort: Any = sort_tables_and_constraints
     firm = [fk for table in tables for fk in table.foreign_key_constraints if not _can_wait(fk)]

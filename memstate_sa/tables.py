@@ -60,6 +60,23 @@ def _current_xid_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
     return "CAST(CAST(pg_current_xact_id() AS TEXT) AS BIGINT)"
 
 
+class statement_snapshot(FunctionElement[str]):
+    """The snapshot of an INSERT … SELECT, in the first of its rows; nothing on SQLite."""
+
+    type = Text()
+    inherit_cache = True
+
+
+@compiles(statement_snapshot)
+def _statement_snapshot(element: Any, compiler: Any, **kw: Any) -> str:
+    return "NULL"
+
+
+@compiles(statement_snapshot, "postgresql")
+def _statement_snapshot_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+    return "CASE WHEN row_number() OVER () = 1 THEN CAST(pg_current_snapshot() AS TEXT) END"
+
+
 class UTCDateTime(TypeDecorator[datetime]):
     """An aware datetime, in UTC on both databases (SQLite stores no offset)."""
 
@@ -113,6 +130,8 @@ log = Table(
     Column("reverts", String(32), comment="the transaction that this row undoes"),
     Column("step", Boolean(create_constraint=False), nullable=False, comment="whether rollback counts its transaction"),
     Column("at", UTCDateTime, nullable=False),
+    Column("xid", BigInteger, default=current_xid(), comment="of the database's transaction; null in older entries"),
+    Column("snapshot", Text, comment="what the transaction saw then, in one entry of each statement (PostgreSQL)"),
     sqlite_autoincrement=True,
 )
 Index("ix_memstate_log_key", log.c.entity, log.c.key, log.c.id)

@@ -140,7 +140,7 @@ def _lines(
     for row in _pages(connection, _labels(mine), transaction.c.tx, ""):
         yield _Labels.model_construct(**row)
     for row in _pages(connection, select(log).where(mine), log.c.id, 0):
-        yield _Logged.model_construct(**{name: value for name, value in row.items() if name != "id"})
+        yield _Logged.model_construct(**{name: value for name, value in row.items() if name in _Logged.model_fields})
     tx, at = new_tx(), utcnow()
     for one in tracked:
         for images in truth.unlogged(connection, one):
@@ -328,7 +328,7 @@ class _Import:
             if now is None:
                 raise MemstateError(f"the last image of {entity} {key} is not of this key")
             if self._differs(entity, image, now):
-                row = {name: value for name, value in last[entity, key].items() if name != "id"}
+                row = {name: value for name, value in last[entity, key].items() if name in _Logged.model_fields}
                 # In the transaction that it is of: so it is no later change, and undone with it.
                 amended.append({**row, "op": "update", "image": now, "version": self._registry.versions[entity]})
         if amended:

@@ -463,8 +463,9 @@ _LOGGED = """
 # One statement may touch a row several times: by foreign keys that cascade, by other triggers. What it was is its
 # first old row, unless it was made before that; what it is, the table knows. It is logged if the log says otherwise.
 _BASELINES = """
-  INSERT INTO {ours}.memstate_log (tx, at, version, step, entity, key, op, image)
-  SELECT its_tx, its_time, {version}, false, {entity}, o.key, 'baseline', o.image::jsonb
+  INSERT INTO {ours}.memstate_log (tx, at, xid, version, step, entity, key, op, image)
+  SELECT its_tx, its_time, pg_current_xact_id()::text::bigint, {version}, false, {entity}, o.key, 'baseline',
+    o.image::jsonb
   FROM ({old}) AS o LEFT JOIN ({new}) AS n ON n.key = o.key LEFT JOIN ({now}) AS t ON t.key = o.key
   WHERE (n.n IS NULL OR o.n <= n.n) AND o.image IS DISTINCT FROM t.image
     AND NOT (undoes AND EXISTS (SELECT FROM {ours}.memstate_current AS c WHERE c.name = 'skip ' || {entity} || o.key))
@@ -481,8 +482,11 @@ _CHANGES = """
     FROM state WHERE CASE WHEN image IS NULL THEN coalesce(last_op, 'delete') <> 'delete'
       ELSE coalesce(last_op, 'delete') = 'delete' OR image IS DISTINCT FROM last_image END
   ), logged AS (
-    INSERT INTO {ours}.memstate_log (tx, at, version, step, entity, key, op, image)
-    SELECT its_tx, its_time, {version}, counts, {entity}, key, op, image FROM changed
+    INSERT INTO {ours}.memstate_log (tx, at, xid, snapshot, version, step, entity, key, op, image)
+    SELECT its_tx, its_time, pg_current_xact_id()::text::bigint,
+      CASE WHEN row_number() OVER () = 1 THEN pg_current_snapshot()::text END, {version}, counts, {entity}, key, op,
+      image
+    FROM changed
   )
   INSERT INTO {ours}.memstate_outbox (tx, created_at, xid, intent, slot, entity, key)
   SELECT its_tx, its_time, pg_current_xact_id()::text::bigint, false,

@@ -42,9 +42,10 @@ from memstate_sa.facts import Tracked
 from memstate_sa.history import Moment, read_changes, until
 from memstate_sa.obstacles import Obstacles, Rules, read_rules
 from memstate_sa.outbox import take_write_lock
+from memstate_sa.positions import Snapshot
 from memstate_sa.recorder import Recorder
 from memstate_sa.registry import Registry
-from memstate_sa.restore import read_facts, restore
+from memstate_sa.restore import read_facts, restore, sorted_tables
 from memstate_sa.tables import log, transaction
 from memstate_sa.units import Unit
 
@@ -139,7 +140,8 @@ def undone(connection: Connection, txs: Collection[str]) -> Undone:
     for row in sorted(rows, reverse=True):  # by id: what undoes an undo comes after it
         if (row.tx, (row.entity, row.key)) not in found:
             found.add((row.reverts, (row.entity, row.key)))
-    return found
+    asked = set(txs)
+    return {(tx, fact) for tx, fact in found if tx in asked}
 
 
 def effective(connection: Connection, own: Collection[str], scope: Scope, wanted: int = _PAGES[1]) -> Iterator[str]:
@@ -303,14 +305,16 @@ class Undo:
     @staticmethod
     def _since(connection: Connection, unit: Unit, scope: Scope, to: Moment) -> list[str]:
         reached = until(connection, to)
+        of_page = select(log.c.tx, log.c.snapshot, (~reached.criterion).label("since"))
+        of_page = of_page.where(log.c.tx.in_(select(_keys.c.value)))
         found: list[str] = []
         candidates = effective(connection, {unit.tx}, scope)
-        # Ids and times of transactions that ran at once are not in one order: so it ends with a page that has none.
+        # Transactions that ran at once are in no order: so it ends with a page that has none.
         while some := list(islice(candidates, _PAGES[1])):
-            beyond = select(log.c.tx).distinct().where(log.c.tx.in_(select(_keys.c.value)), ~reached)
-            since = set(connection.scalars(beyond, {"keys": as_array(some)}))
+            rows = connection.execute(of_page, {"keys": as_array(some)}).all()
+            since = {row.tx for row in rows if row.since}
             found += [tx for tx in some if tx in since]
-            if not since:
+            if not since and _is_before(reached.snapshot, [row.snapshot for row in rows]):
                 break
         return found
 
@@ -491,11 +495,9 @@ class Undo:
         """
         vacant: set[FactKey] = set()
         facts = connection.execute(_facts, {"keys": as_array(targets)}).all()
-        # In one order: no two undos wait for each other.
-        for entity, keys in sorted(by_entity(map(tuple, facts)).items()):
-            tracked = self._registry.by_entity.get(entity)
-            if tracked is None:  # `_steps` raises
-                continue
+        keys_of = by_entity(map(tuple, facts))
+        for tracked in self._in_flush_order(keys_of):
+            entity, keys = tracked.entity, keys_of[tracked.entity]
             columns = tracked.on(connection.dialect)
             possible = columns.possible(connection, keys)
             if lost := set(keys) - possible.keys():
@@ -510,6 +512,16 @@ class Undo:
             vacancy.require_current(connection, tracked, open_keys)
             vacant.update((entity, key) for key in open_keys)
         return vacant
+
+    def _in_flush_order(self, entities: Iterable[str]) -> list[Tracked]:
+        """The classes of *entities* that are tracked, in the order in which a flush comes to them.
+
+        An undo that locked them in another order, and a flush, would wait for each other.
+        """
+        found = [self._registry.by_entity[entity] for entity in entities if entity in self._registry.by_entity]
+        found.sort(key=lambda tracked: (tracked.model.__module__, tracked.model.__name__))
+        tables = [table for table, _ in sorted_tables([tracked.table for tracked in found])]
+        return sorted(found, key=lambda tracked: tables.index(tracked.table))
 
     @staticmethod
     def _later_entries(connection: Connection, steps: Sequence[Step]) -> list[Later]:
@@ -612,6 +624,12 @@ class Undo:
             found = self._registry.find(state.mapper)
             if found in keys and found.on(connection.dialect).raw_key(state.key[1]) in keys[found]:
                 session.expire(instance)
+
+
+def _is_before(moment: Snapshot | None, snapshots: Iterable[str | None]) -> bool:
+    """Whether one of *snapshots* was taken when nothing had begun that was open at *moment*, or none is known."""
+    known = [Snapshot.parse(snapshot) for snapshot in snapshots if snapshot is not None]
+    return moment is None or not known or any(snapshot.xmax <= moment.xmin for snapshot in known)
 
 
 _written = (

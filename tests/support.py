@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from sqlalchemy import JSON, Engine, ForeignKey, String, delete, event, insert, inspect, select, update
+from sqlalchemy import JSON, Engine, ForeignKey, String, delete, event, insert, inspect, select, text, update
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
 
@@ -137,6 +140,25 @@ class World:
                 ),
             }
         assert_index_holds(self.index, self.embedder, expected)
+
+
+_OTHERS_WAIT = (
+    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
+    "AND (wait_event_type = 'Lock' OR wait_event = 'PgSleep')"
+)
+
+
+@contextmanager
+def beside(engine: Engine, work: Callable[[], Any]) -> Iterator[Future[Any]]:
+    """Run *work* in a thread, and go on when it waits for another transaction, or has ended."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        deadline = time.monotonic() + 60
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as watching:
+            while not future.done() and not watching.execute(text(_OTHERS_WAIT)).scalar_one():
+                assert time.monotonic() < deadline
+                threading.Event().wait(0.01)
+        yield future
 
 
 def in_threads(count: int, work: Callable[[int], None]) -> list[BaseException]:

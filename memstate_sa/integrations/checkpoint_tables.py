@@ -19,6 +19,7 @@ checkpoint = Table(
     Column("channels", Text, nullable=False, comment="JSON: the version of each channel's blob, null: it is in here"),
     Column("type", Text, nullable=False),
     Column("payload", LargeBinary, nullable=False),
+    Column("snapshot", Text, comment="what was committed at the position (PostgreSQL)"),
     comment="what a graph was between two steps",
 )
 _of_run = text("run_id IS NOT NULL")

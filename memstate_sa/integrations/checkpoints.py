@@ -37,6 +37,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from memstate_sa.arrays import as_array, as_json, each, item, rows
+from memstate_sa.history import SNAPSHOT_MARK
 from memstate_sa.integrations import json_criteria
 from memstate_sa.integrations.checkpoint_tables import blob, checkpoint, write
 from memstate_sa.outbox import upsert
@@ -159,7 +160,14 @@ _parent = (
     .where(_in_graph(checkpoint), checkpoint.c.id == bindparam("the_parent", type_=Text()))
     .with_for_update(read=True, key_share=True)
 )
-_of_row = ("parent_id", "run_id", "position", "metadata", "channels", "type", "payload")
+_of_row = ("parent_id", "run_id", "position", "snapshot", "metadata", "channels", "type", "payload")
+
+
+def _present(dialect_name: str) -> dict[str, ColumnElement[Any]]:
+    """Where the log is now. On PostgreSQL its last transaction may have seen less than there is."""
+    if dialect_name != "postgresql":
+        return {"position": _last_tx, "snapshot": null()}
+    return {"position": _last_tx, "snapshot": cast(func.pg_current_snapshot(), Text)}
 
 
 @cache
@@ -167,7 +175,7 @@ def _put_checkpoint(dialect_name: str, *, positioned: bool, with_blobs: bool, re
     given: dict[str, ColumnElement[Any]] = {"thread_id": _thread, "ns": _ns, "id": _id}
     given |= {name: bindparam(name, type_=checkpoint.c[name].type) for name in _of_row}
     if positioned:
-        given["position"] = _last_tx
+        given |= _present(dialect_name)
     row = select(*given.values()).where(true())  # see `_insert`
     if follows:
         # The parent's row stays until this transaction ends, and with it the blobs that both checkpoints share.
@@ -214,7 +222,8 @@ def put(
         "payload": payload.data,
     }
     if position is not True:
-        given["position"] = position or None
+        tx, _, snapshot = (position or "").partition(SNAPSHOT_MARK)
+        given |= {"position": tx or None, "snapshot": snapshot or None}
     if follows:
         given["the_parent"] = parent_id
     dialect = connection.dialect.name
@@ -270,7 +279,9 @@ _head = (
     checkpoint.c.ns,
     checkpoint.c.id,
     checkpoint.c.parent_id,
-    checkpoint.c.position,
+    func.coalesce(
+        checkpoint.c.position.concat(SNAPSHOT_MARK).concat(checkpoint.c.snapshot), checkpoint.c.position
+    ).label("position"),
     checkpoint.c.metadata,
     checkpoint.c.channels,
     checkpoint.c.type,

@@ -27,7 +27,7 @@ from memstate_sa.ambient import is_same, joining
 from memstate_sa.codec import is_text
 from memstate_sa.creation import create
 from memstate_sa.errors import ConflictError, MemstateError, MissingExtra
-from memstate_sa.history import Moment
+from memstate_sa.history import SNAPSHOT_MARK, Moment
 from memstate_sa.integrations import checkpoints, runs
 from memstate_sa.integrations.checkpoint_tables import lease
 from memstate_sa.integrations.checkpoints import Cursor, Outline, Place, Stored, Value, Write
@@ -736,7 +736,9 @@ def _ended(ns: str, all_: Mapping[str, Outline], root: Mapping[str, Outline], ke
 
 
 def _moment(position: str) -> Moment:
-    return position if position.isalnum() else datetime.fromisoformat(position)  # a transaction, or a time
+    """A transaction, with or without a snapshot, or a time."""
+    is_transaction = position.partition(SNAPSHOT_MARK)[0].isalnum()
+    return position if is_transaction else datetime.fromisoformat(position)
 
 
 def _node_config() -> RunnableConfig:

@@ -125,7 +125,7 @@ def test_positions_are_of_snapshots_tuples_and_configs(traveller: Traveller) -> 
     position = traveller.saver.position(snapshot)
     assert traveller.saver.position(found) == traveller.saver.position(snapshot.config) == position
     with traveller.world.session() as session:
-        assert position == traveller.memory.history(session, Tag)[-1].tx
+        assert str(position).partition("@")[0] == traveller.memory.history(session, Tag)[-1].tx
     with pytest.raises(MemstateError, match="no such checkpoint"):
         traveller.saver.position({"configurable": {"thread_id": "nobody"}})
 

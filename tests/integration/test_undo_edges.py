@@ -5,11 +5,12 @@ from __future__ import annotations
 import enum
 import threading
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Engine, ForeignKey, create_engine, func, insert, literal, select, type_coerce, update
+from sqlalchemy import Engine, ForeignKey, create_engine, event, func, insert, literal, select, type_coerce, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, sessionmaker
 from sqlalchemy.orm.exc import StaleDataError
 
@@ -18,7 +19,7 @@ from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.tables import log, transaction, utcnow
 from memstate_sa.testing import HashEmbedder
 from memstate_sa.undo import undone
-from tests.support import assert_index_holds
+from tests.support import Tag, World, assert_index_holds
 
 pytestmark = pytest.mark.sa20
 
@@ -259,6 +260,35 @@ def test_waiting_for_an_undo(engine: Engine) -> None:
         with app.memory.relay(engine):
             app.memory.wait(session, 60)
             assert_index_holds(app.index, app.embedder, {"parent[1]": "first"})
+
+
+def test_the_next_undo_sends_as_many_statements_however_often_it_was_toggled(world: World) -> None:
+    """By steps, by transaction, or back to a moment; it was three more for each undo and redo of the past."""
+    with world.session() as session:
+        session.add(Tag(name="a", meaning="x"))
+        session.commit()
+        first = last = world.memory.token(session)
+        counts: list[dict[str, int]] = []
+        for _ in range(2):
+            for _ in range(8):
+                world.memory.rollback(session, tx=last)
+                session.commit()
+                last = world.memory.token(session)
+            sent: dict[str, int] = {}
+            for name, what in (("steps", {"steps": 1}), ("tx", {"tx": last}), ("first", {"tx": first})):
+                statements: list[str] = []
+                count = partial(_note, statements)
+                event.listen(world.engine, "before_cursor_execute", count)
+                world.memory.rollback(session, dry_run=True, **what)
+                event.remove(world.engine, "before_cursor_execute", count)
+                sent[name] = len(statements)
+            session.commit()
+            counts.append(sent)
+    assert counts[0] == counts[1]
+
+
+def _note(statements: list[str], connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+    statements.append(statement)
 
 
 def test_an_undo_that_was_redone_very_often(engine: Engine) -> None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import io
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,34 +12,17 @@ from sqlalchemy.exc import DBAPIError
 
 from memstate_sa import ConflictError, vacancy
 from memstate_sa.tables import log
-from tests.support import Person, Tag, World
+from tests.support import Person, Tag, World, beside
 
 pytestmark = pytest.mark.sa20
 both_ways = pytest.mark.parametrize("capture", ["session", "trigger"])
 any_isolation = pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ"])
-WAITING = (
-    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
-    "AND (wait_event_type = 'Lock' OR wait_event = 'PgSleep')"
-)
 
 
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine may let the other transaction end late."""
     monkeypatch.setattr(vacancy, "PATIENCE_S", 60.0)
-
-
-@contextmanager
-def beside(engine: Engine, work: Callable[[], Any]) -> Iterator[Future[Any]]:
-    """Run *work* in a thread, and go on when it waits for another transaction, or has ended."""
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(work)
-        deadline = time.monotonic() + 60
-        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as watching:
-            while not future.done() and not watching.execute(text(WAITING)).scalar_one():
-                assert time.monotonic() < deadline
-                threading.Event().wait(0.01)
-        yield future
 
 
 def forgotten(world: World, content: str = "secret") -> bool:
