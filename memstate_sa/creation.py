@@ -22,11 +22,12 @@ def creating(engine: Engine) -> Iterator[Connection]:
         if engine.dialect.name == "postgresql":
             # Whatever the engine's own: what the process before has made is to be seen, and undone as a whole.
             connection.execution_options(isolation_level="READ COMMITTED")
-            connection.execute(_one_at_a_time)
-        elif not sqlite.in_transaction(connection):
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-        yield connection
-        connection.commit()
+        with connection.begin():
+            if engine.dialect.name == "postgresql":
+                connection.execute(_one_at_a_time)
+            elif not sqlite.in_transaction(connection):  # else a listener of the application's has begun
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            yield connection
 
 
 def create(
