@@ -180,7 +180,7 @@ def shown(connection: Connection, tracked: Tracked | None, image: Image | None, 
 def until(connection: Connection, at: Moment) -> ColumnElement[bool]:
     """Which entries of the log there were at a moment."""
     if isinstance(at, datetime):
-        if at.tzinfo is None:
+        if at.utcoffset() is None:
             raise MemstateError(f"at={at!r}: give an aware datetime, for example datetime.now(UTC)")
         return log.c.at <= at
     if not isinstance(at, str):

@@ -36,7 +36,7 @@ from memstate_sa.outbox import take_write_lock
 from memstate_sa.relay import Relay
 from memstate_sa.schemas import failure, read_names
 from memstate_sa.search import Hits
-from memstate_sa.tables import unique, utcnow
+from memstate_sa.tables import in_utc, unique, utcnow
 from memstate_sa.undo import Revocation
 
 if TYPE_CHECKING:
@@ -264,6 +264,8 @@ class MemoryStore:
             return self._add(session, values)
 
     def _validate(self, values: Mapping[str, Any]) -> None:
+        if values["expires_at"] is not None:
+            in_utc(values["expires_at"], "expires_at")
         # Before anything asks what makes the fact unique: an invalid payload has no answer to that.
         try:
             self._check(values)
@@ -606,7 +608,10 @@ def _check_texts(**given: Any) -> None:
 def _expiry(ttl: Any) -> datetime:
     if not isinstance(ttl, timedelta) or ttl <= timedelta():
         raise MemstateError(f"ttl={ttl!r}: a timedelta, of more than nothing")
-    return utcnow() + ttl
+    try:
+        return utcnow() + ttl
+    except OverflowError as error:
+        raise MemstateError(f"ttl={ttl!r}: no time is that late") from error
 
 
 def _check_id(id: Any) -> None:
