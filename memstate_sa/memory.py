@@ -187,7 +187,8 @@ class Memory:
         entity of its own. *on_untracked* says what happens to writes that cannot be captured. With
         ``capture="trigger"`` triggers capture them all, those of other programs too; `create_tables` installs them.
 
-        *expires* is a column attribute of times: what is past its own is deleted by `sweep`, which relays call.
+        *expires* is a column attribute of times: what is past its own is deleted by `sweep`, which relays call. The
+        column has a time zone, and a Session refuses a naive time in it (ValidationFailed).
 
         *version* counts the shapes that the class has had, and *upgrade* maps each older one to a function from its
         columns (a dict by column name, of values as the driver reads them) to those of the next: history of before a

@@ -240,7 +240,8 @@ class MemoryStore:
     ) -> str:
         """Remember *fact* and return its id. An *ephemeral* fact waits to be promoted or discarded with its session.
 
-        After *ttl*, or at the fact's own ``expires_at``, it is deleted, within a minute while a relay runs.
+        After *ttl*, or at the fact's own ``expires_at``, it is deleted, within a minute while a relay runs. A time is
+        an aware datetime: ValidationFailed for another one.
 
         Where a fact has the same ``unique_by`` values, it is that which gets the payload and, or without, an end. An
         ephemeral one becomes durable by it, and of this session; one that is over makes way for a new one.

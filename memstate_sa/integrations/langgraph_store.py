@@ -336,6 +336,7 @@ class MemStateStore(BaseStore):
             there.setdefault(row.item, []).append(row)
         old = {id_ for id_, rows in there.items() if rows[0].expires_at is not None and rows[0].expires_at <= now}
         gone = old - items.living(connection, old, now) if old else old
+        kept = {item for item in kept if item.id not in puts}  # which has another end now, or none
         for id_, put in sorted(puts.items()):
             rows = there.get(id_, [])
             is_new = not rows or id_ in gone

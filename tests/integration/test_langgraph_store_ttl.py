@@ -129,3 +129,10 @@ def test_what_is_kept_while_a_sweep_looks_stays(store: MemStateStore, monkeypatc
     store._now = lambda: now + timedelta(minutes=6)
     monkeypatch.setattr(items, "living", kept_meanwhile)
     assert store.sweep_ttl() == 0
+
+
+def test_a_batch_reads_what_it_deletes_or_puts_itself(store: MemStateStore) -> None:
+    """It need not keep that, and is not to wait for it: the item has another end now."""
+    ops: list[Any] = [GetOp(NOTES, "old"), SearchOp(NOTES), PutOp(NOTES, "old", None), PutOp(NOTES, "young", {"n": 2})]
+    assert [found(result) for result in store.batch(ops)] == [["old"], ["old", "young"], [], []]
+    assert {item.key: item.value for item in store.search(NOTES)} == {"young": {"n": 2}}
