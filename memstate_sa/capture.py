@@ -21,6 +21,7 @@ from sqlalchemy.engine import Connection, Engine, IteratorResult, Result
 from sqlalchemy.engine.result import SimpleResultMetaData
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction, scoped_session, sessionmaker
+from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.base import NO_VALUE
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.dml import UpdateBase
@@ -34,6 +35,7 @@ from memstate_sa.printable import printable_logger
 from memstate_sa.recorder import TWO_DATABASES, Recorder, require_no_translation, require_supported
 from memstate_sa.registry import Registry, unaliased
 from memstate_sa.schemas import failure
+from memstate_sa.tables import in_utc
 from memstate_sa.units import Flush, Unit
 from memstate_sa.warn import warn
 
@@ -383,6 +385,8 @@ class Capture:
                 tracked = self._registry.find(state.mapper)
                 if tracked is not None and tracked.validate is not None:
                     _validate_instance(tracked, state)
+                if tracked is not None and tracked.expires is not None:
+                    _check_expiry(tracked.expires, state)
         # Last: when this event raises, no other says that there will be no flush.
         unit = self.unit(session)
         unit.flush = self._flushes[session.hash_key] = Flush(unit, context)
@@ -817,6 +821,17 @@ def _names_any(given: Iterable[Any], columns: Sequence[Any]) -> bool:
     """Whether any of *given*, columns or names, is one of *columns*."""
     names = {column.name for column in columns} | {column.key for column in columns}
     return any(getattr(column, "key", column) in names for column in given)
+
+
+def _check_expiry(name: str, state: Any) -> None:
+    """Refuse a naive time that was set. One that SQLite gives back is naive, so what was loaded is left alone."""
+    value = state.dict.get(name)
+    is_set = state.key is None or name in state.committed_state
+    if value is None or not is_set or isinstance(value, ClauseElement) or hasattr(value, "__clause_element__"):
+        return
+    time = in_utc(value, name)
+    if value.utcoffset():  # which SQLite does not keep
+        set_attribute(state.obj(), name, time)
 
 
 def _validate_instance(tracked: Tracked, state: Any) -> None:

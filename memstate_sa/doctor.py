@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from memstate_sa.errors import ConflictError, MemstateError
 from memstate_sa.facts import Tracked
 from memstate_sa.history import LastEntry, last_entries
 from memstate_sa.outbox import take_write_lock
+from memstate_sa.printable import printable_logger
 from memstate_sa.recorder import Recorder
 from memstate_sa.registry import Registry
 from memstate_sa.tables import current, log, metadata
@@ -29,7 +29,7 @@ from memstate_sa.vacancy import Taken, require_absent
 from memstate_sa.vectors import Destination
 from memstate_sa.verify import Progress
 
-logger = logging.getLogger("memstate_sa.doctor")
+logger = printable_logger("memstate_sa.doctor")
 
 _UNSURE = (
     "%s: rows that are gone were not logged as deleted. Another transaction is writing to the table and may be adding "

@@ -205,7 +205,7 @@ def until(connection: Connection, at: Moment) -> Reached:
     is a time goes by when entries were written.)
     """
     if isinstance(at, datetime):
-        if at.tzinfo is None:
+        if at.utcoffset() is None:
             raise MemstateError(f"at={at!r}: give an aware datetime, for example datetime.now(UTC)")
         return Reached(log.c.at <= at)
     if not isinstance(at, str):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
 import threading
 import time
@@ -44,6 +43,7 @@ from memstate_sa.expiry import Sweeper
 from memstate_sa.facts import Tracked, Upgrade, describe
 from memstate_sa.indexes.base import PurgeableIndex, RemakableIndex, VectorIndex
 from memstate_sa.pools import blocking_engine, own_pool
+from memstate_sa.printable import printable_logger
 from memstate_sa.recorder import Recorder
 from memstate_sa.registry import Registry
 from memstate_sa.relay import Relay
@@ -66,7 +66,7 @@ from memstate_sa.verify import DriftReport, Progress, Verify
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-logger = logging.getLogger("memstate_sa.memory")
+logger = printable_logger("memstate_sa.memory")
 
 M = TypeVar("M")
 P = ParamSpec("P")
@@ -209,7 +209,8 @@ class Memory:
         entity of its own. *on_untracked* says what happens to writes that cannot be captured. With
         ``capture="trigger"`` triggers capture them all, those of other programs too; `create_tables` installs them.
 
-        *expires* is a column attribute of times: what is past its own is deleted by `sweep`, which relays call.
+        *expires* is a column attribute of times: what is past its own is deleted by `sweep`, which relays call. The
+        column has a time zone, and a Session refuses a naive time in it (ValidationFailed).
 
         *version* counts the shapes that the class has had, and *upgrade* maps each older one to a function from its
         columns (a dict by column name, of values as the driver reads them) to those of the next: history of before a

@@ -35,7 +35,7 @@ class Registry:
         self.by_entity = {**self.by_entity, tracked.entity: tracked}
         tracked.tell_alembic()
         self.versions[tracked.entity] = tracked.version
-        self.validates |= tracked.validate is not None
+        self.validates |= tracked.validate is not None or tracked.expires is not None
         self.by_trigger |= tracked.by_trigger
         self._by_mapper = {**{m: t for m, t in self._by_mapper.items() if t is not None}, tracked.mapper: tracked}
         for mapper in list(tracked.mapper.self_and_descendants):

@@ -8,7 +8,7 @@ key that is delivered between two of these steps is found either among the undel
 from __future__ import annotations
 
 import heapq
-import logging
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -43,6 +43,7 @@ from memstate_sa.facts import Projection, Tracked, split_point_id
 from memstate_sa.filters import push_down
 from memstate_sa.indexes.base import Filter, Match, Vector
 from memstate_sa.outbox import after, is_behind, undelivered
+from memstate_sa.printable import printable_logger
 from memstate_sa.registry import Registry
 from memstate_sa.relay import embeddings, marks
 from memstate_sa.relay.backlog import Standing, read_standing, stuck
@@ -54,7 +55,7 @@ from memstate_sa.tables import outbox
 from memstate_sa.truth import raw_key_columns
 from memstate_sa.vectors import Destination
 
-logger = logging.getLogger("memstate_sa.search")
+logger = printable_logger("memstate_sa.search")
 
 F = TypeVar("F")
 P = ParamSpec("P")
@@ -68,6 +69,10 @@ _DOUBTED = 100
 """So many hits by content that they do not have are looked at once more."""
 _LARGEST_ASK = 1 << 20
 """So many points at most are asked for: with a count that is beyond its integers, an index fails, or finds nothing."""
+_TIES = 10_000
+"""So many facts at the distance of the last hit are put in order; of more, the index chooses."""
+_NOISE = 1e-6
+"""An index computes a distance in single precision: the last digits depend on where the vector lies in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +191,7 @@ class Search:
         self._complete = True
         self._rows: dict[str, _Row | None] = {}
         self._distances: dict[str, float] = {}
+        self._of_texts: dict[str | None, float] = {}
         self._budget = OVERLAY_LIMIT
         self._standing: Standing | None = None
         self._mark = Opened(None)
@@ -226,7 +232,8 @@ class Search:
         pending = self._pending() if fresh else self._passed_over()
         where, ids = self._restriction()
         # What is undelivered may be in the index as it was before: so many may not count.
-        ask, asked_for = limit + min(len(pending), 20), -1
+        # And one more tells whether the last hit is alone at its distance.
+        ask, asked_for = limit + 1 + min(len(pending), 20), -1
         if self._too_many:
             ask *= 4  # criteria that only SQL applies
         ask = min(ask, _LARGEST_ASK)
@@ -242,7 +249,9 @@ class Search:
             horizon = matches[-1].distance if matches else 2.0
             if exhausted or (max_distance is not None and horizon > max_distance):
                 break
-            if len(hits) >= limit and hits[limit - 1][0] <= horizon:
+            # An index returns facts at one distance in any order. Ours is by key, so that pages fit together.
+            last = hits[-1][0] if len(hits) == limit else math.inf
+            if last < horizon - _NOISE or (last <= horizon and ask > limit + _TIES):
                 break
             asked_for = len(matches)
             if where is None and ids is None and not crowded and len(ours) * 2 < len(matches):
@@ -432,7 +441,7 @@ class Search:
                 continue
             match = matches.get(key)
             if match is not None and match.fingerprint == row.projection.fingerprint:
-                self._distances[key] = match.distance
+                self._place(key, row.projection, match.distance)
             elif fresh:
                 stale[key] = row.projection
                 if match is not None and key not in pending:
@@ -449,7 +458,11 @@ class Search:
         for key, projection in stale.items():
             vector = vectors.get(projection.text_fingerprint or "")
             if vector is not None:
-                self._distances[key] = cosine_distance(query, vector)
+                self._place(key, projection, cosine_distance(query, vector))
+
+    def _place(self, key: str, projection: Projection, distance: float) -> None:
+        """Facts of one text are at one distance, whatever the last digits of each: only so is their order by key."""
+        self._distances[key] = self._of_texts.setdefault(projection.text_fingerprint, distance)
 
     def _embed(self, texts: Mapping[str, str]) -> dict[str, Vector]:
         """The vectors of *texts*, without those that the embedder refuses; none when it is unavailable.

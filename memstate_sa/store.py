@@ -39,7 +39,7 @@ from memstate_sa.relay import Relay
 from memstate_sa.relay.loop import STOP_TIMEOUT_S
 from memstate_sa.schemas import failure, read_names
 from memstate_sa.search import Hits
-from memstate_sa.tables import unique, utcnow
+from memstate_sa.tables import in_utc, unique, utcnow
 from memstate_sa.undo import Revocation
 
 if TYPE_CHECKING:
@@ -240,7 +240,8 @@ class MemoryStore:
     ) -> str:
         """Remember *fact* and return its id. An *ephemeral* fact waits to be promoted or discarded with its session.
 
-        After *ttl*, or at the fact's own ``expires_at``, it is deleted, within a minute while a relay runs.
+        After *ttl*, or at the fact's own ``expires_at``, it is deleted, within a minute while a relay runs. A time is
+        an aware datetime: ValidationFailed for another one.
 
         Where a fact has the same ``unique_by`` values, it is that which gets the payload and, or without, an end. An
         ephemeral one becomes durable by it, and of this session; one that is over makes way for a new one.
@@ -264,6 +265,8 @@ class MemoryStore:
             return self._add(session, values)
 
     def _validate(self, values: Mapping[str, Any]) -> None:
+        if values["expires_at"] is not None:
+            in_utc(values["expires_at"], "expires_at")
         # Before anything asks what makes the fact unique: an invalid payload has no answer to that.
         try:
             self._check(values)
@@ -610,7 +613,10 @@ def _check_texts(**given: Any) -> None:
 def _expiry(ttl: Any) -> datetime:
     if not isinstance(ttl, timedelta) or ttl <= timedelta():
         raise MemstateError(f"ttl={ttl!r}: a timedelta, of more than nothing")
-    return utcnow() + ttl
+    try:
+        return utcnow() + ttl
+    except OverflowError as error:
+        raise MemstateError(f"ttl={ttl!r}: no time is that late") from error
 
 
 def _check_id(id: Any) -> None:

@@ -30,9 +30,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
+from sqlalchemy.exc import DontWrapMixin
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import TypeDecorator
+
+from memstate_sa.errors import ValidationFailed
 
 metadata = MetaData(
     naming_convention={
@@ -77,6 +80,24 @@ def _statement_snapshot_postgresql(element: Any, compiler: Any, **kw: Any) -> st
     return "CASE WHEN row_number() OVER () = 1 THEN CAST(pg_current_snapshot() AS TEXT) END"
 
 
+class InvalidTime(ValidationFailed, DontWrapMixin):
+    """A time needs a time zone; nothing was written."""
+
+
+def in_utc(value: Any, name: str = "a time") -> datetime:
+    """*value* in UTC. Raises InvalidTime for a naive datetime, which may be meant as local time or as UTC."""
+    if isinstance(value, datetime) and value.utcoffset() is not None:
+        try:
+            return value.astimezone(UTC)
+        except OverflowError:
+            pass
+    given = value.isoformat() if isinstance(value, datetime) else f"of type {type(value).__name__}"
+    message = f"{name} is {given}. Give an aware datetime, for example datetime.now(UTC) + timedelta(hours=1)."
+    raise InvalidTime(
+        f"Cannot take the time: {message}", errors=[{"type": "timezone_aware", "loc": (name,), "msg": message}]
+    )
+
+
 class UTCDateTime(TypeDecorator[datetime]):
     """An aware datetime, in UTC on both databases (SQLite stores no offset)."""
 
@@ -89,7 +110,7 @@ class UTCDateTime(TypeDecorator[datetime]):
         return repr(self.impl)
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        return None if value is None else value.astimezone(UTC)
+        return None if value is None else in_utc(value)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         if value is None:

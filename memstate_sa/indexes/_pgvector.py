@@ -69,6 +69,10 @@ class _Vector(UserDefinedType[Any]):
         return f"{self.name}({self.dimension})"
 
 
+COLUMNS = {"key", "id", "epoch", "fingerprint", "unit", "norm", "metadata", "deleted_at"}
+"""By these, Alembic's plugin knows a table of points, whatever its name is."""
+
+
 class Statements:
     """Everything that is said to one table."""
 
@@ -87,6 +91,7 @@ class Statements:
             Column("deleted_at", DateTime(timezone=True)),
             schema=schema,
         )
+        assert {column.name for column in points.columns} == COLUMNS
         # By bytes: after 63 of them PostgreSQL cuts a name, whatever it ends with.
         stem = f"{name.encode()[:40].decode(errors='ignore')}_{sha256(name.encode()).hexdigest()[:8]}"
         self.prefix = func.substr(points.c.id, 1, literal(_PREFIX, literal_execute=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from sqlalchemy.orm import Mapped, Session, aliased, mapped_column
 
 from memstate_sa.arrays import as_array, each
 from memstate_sa.facts import _Base
-from memstate_sa.outbox import upsert
+from memstate_sa.outbox import take_write_lock, upsert
 from memstate_sa.tables import UTCDateTime, _Json, metadata
 
 _END = "\x00"  # which no label has: `puts` sees to that
@@ -192,7 +192,7 @@ all_rows: Select[Any] = (
     select(ItemRow)
     .where(ItemRow.item.in_(select(_ids.c.value)))
     .order_by(ItemRow.id)  # so that two writers cannot wait for each other
-    .with_for_update(of=ItemRow)
+    .with_for_update(of=ItemRow, key_share=True)  # and readers that keep an item need not wait for who puts it
     .execution_options(populate_existing=True)
 )
 
@@ -201,7 +201,10 @@ def expired(connection: Connection, now: datetime, limit: int) -> Sequence[str]:
     """The ids of some items that are over, locked."""
     over = select(ItemRow.id).where(ItemRow.n == 0, ItemRow.expires_at <= now, not_(alive(now)))
     over = over.order_by(ItemRow.expires_at).limit(limit).with_for_update(of=ItemRow, skip_locked=True)
-    return connection.scalars(over).all()
+    ids = connection.scalars(over).all()
+    # A reader may have kept one of them after the statement began, and before it locked the row.
+    kept_since = living(connection, ids, now) if ids else set()
+    return [id_ for id_ in ids if id_ not in kept_since]
 
 
 def living(connection: Connection, ids: Iterable[str], now: datetime) -> set[str]:
@@ -217,9 +220,34 @@ class Kept(NamedTuple):
     until: datetime
 
 
-def keep(connection: Connection, items: Iterable[Kept]) -> None:
-    if not items:
-        return
+class Swept(Exception):
+    """Items that were read were deleted before they could be kept: they are to be read again."""
+
+
+_there = select(ItemRow.id).where(with_ids).order_by(ItemRow.id)
+_held = _there.with_for_update(read=True, key_share=True)
+_held_without_waiting = _there.with_for_update(read=True, key_share=True, skip_locked=True)
+
+
+def keep(connection: Connection, items: Collection[Kept]) -> None:
+    """Have *items* live longer. Raises Swept, and keeps none, where one is not there any more."""
+    if items:
+        take_write_lock(connection)
+        given = {"ids": as_array({item.id for item in items})}
+        _keep(connection, items, set(connection.scalars(_held, given)))
+
+
+def keep_without_waiting(connection: Connection, items: Collection[Kept]) -> None:
+    """`keep`, for a transaction that has written: those who are deleting an item may be waiting for it."""
+    if items:
+        given = {"ids": as_array({item.id for item in items})}
+        held = set(connection.scalars(_held_without_waiting, given))
+        _keep(connection, items, held | set(connection.scalars(_there, given)))
+
+
+def _keep(connection: Connection, items: Collection[Kept], there: set[str]) -> None:
+    if any(item.id not in there for item in items):
+        raise Swept
     new = upsert(connection.dialect.name, kept)
     later = new.excluded.until
     new = new.on_conflict_do_update(index_elements=["id", "of"], set_={"until": later}, where=later > kept.c.until)

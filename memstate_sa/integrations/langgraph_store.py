@@ -31,7 +31,7 @@ from memstate_sa.expiry import EXPIRED
 from memstate_sa.history import Moment
 from memstate_sa.integrations import items, json_criteria
 from memstate_sa.integrations.gathering import Gathering
-from memstate_sa.integrations.items import ItemRow, Kept
+from memstate_sa.integrations.items import ItemRow, Kept, Swept
 from memstate_sa.integrations.threads import as_text, configured
 from memstate_sa.memory import Memory
 from memstate_sa.outbox import take_write_lock
@@ -155,24 +155,28 @@ class MemStateStore(BaseStore):
         for op in ops:
             validate_op_namespace(op)
         puts = {put.id: put for put in (Put(op, self._fields) for op in ops if isinstance(op, PutOp))}
-        if not puts:
-            with self._reading() as session:
-                results, read = self._read(session, ops)
-            if read:
-                with self._writing() as session:
-                    items.keep(session.connection(), read)
-            return results
-        if self._moment is not None:
+        if puts and self._moment is not None:
             raise MemstateError("the past is read-only: put into the store itself")
         for _attempt in range(_ATTEMPTS):
             try:
-                with self._labelled() as session:
-                    results, read = self._read(session, ops)
-                    self._write(session, puts, read)
-                return results
-            except IntegrityError:  # another writer was first to put one of these
+                return self._read_and_write(ops, puts) if puts else self._read_and_keep(ops)
+            except (IntegrityError, Swept):  # another writer was first to put one of these, or a sweep to delete one
                 continue
         raise ConflictError("others keep putting and deleting these items; try again")
+
+    def _read_and_keep(self, ops: Sequence[Op]) -> list[Result]:
+        with self._reading() as session:
+            results, read = self._read(session, ops)
+        if read:
+            with self._writing() as session:
+                items.keep(session.connection(), read)
+        return results
+
+    def _read_and_write(self, ops: Sequence[Op], puts: Mapping[str, Put]) -> list[Result]:
+        with self._labelled() as session:
+            results, read = self._read(session, ops)
+            self._write(session, puts, read)
+        return results
 
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:
         """`batch`, in a thread: one transaction for all that coroutines of one node ask at the same time."""
@@ -332,6 +336,7 @@ class MemStateStore(BaseStore):
             there.setdefault(row.item, []).append(row)
         old = {id_ for id_, rows in there.items() if rows[0].expires_at is not None and rows[0].expires_at <= now}
         gone = old - items.living(connection, old, now) if old else old
+        kept = {item for item in kept if item.id not in puts}  # which has another end now, or none
         for id_, put in sorted(puts.items()):
             rows = there.get(id_, [])
             is_new = not rows or id_ in gone
@@ -353,7 +358,7 @@ class MemStateStore(BaseStore):
             for row in rows[len(put.texts) :]:
                 session.delete(row)
         session.flush()
-        items.keep(connection, kept)  # last, by everyone
+        items.keep_without_waiting(connection, kept)  # last, by everyone
 
     # -- time ------------------------------------------------------------------------------------------------------
 
@@ -377,7 +382,7 @@ class MemStateStore(BaseStore):
                 session.flush()
                 items.forget_kept(connection, self._now())
             deleted += len(ids)
-            if len(ids) < _SWEEP_PAGE:
+            if not ids:
                 return deleted
 
     def start_ttl_sweeper(self, sweep_interval_minutes: float | None = None) -> Future[None]:

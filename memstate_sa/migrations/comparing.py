@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection
 
 from memstate_sa import appendonly, triggers
 from memstate_sa.columns import stored_columns
+from memstate_sa.indexes._pgvector import COLUMNS
 from memstate_sa.migrations import is_ours
 from memstate_sa.migrations.operations import (
     CountingTableOps,
@@ -68,7 +69,7 @@ def compare(context: AutogenContext, upgrade_ops: ops.UpgradeOps, schemas: set[s
     found = upgrade_ops.ops
     connection = context.connection
     assert connection is not None
-    comparison = _Comparison(context, connection)
+    comparison = _Comparison(context, connection, _tables_of_points(found))
     found[:] = [op for op in map(comparison.sifted, found) if op is not None]
     before: list[ops.MigrateOperation] = []
     after: list[ops.MigrateOperation] = []
@@ -81,9 +82,11 @@ def compare(context: AutogenContext, upgrade_ops: ops.UpgradeOps, schemas: set[s
 class _Comparison:
     """One comparison of one database with the metadata of an application."""
 
-    def __init__(self, context: AutogenContext, connection: Connection) -> None:
+    def __init__(self, context: AutogenContext, connection: Connection, points: frozenset[Name]) -> None:
+        """*points* names the tables in which a PgVectorIndex keeps its points."""
         self._context = context
         self._connection = connection
+        self._points = points
         self._default_schema = connection.dialect.default_schema_name
         self._tables = {self._name(table): table for table in context.sorted_tables}
 
@@ -97,7 +100,11 @@ class _Comparison:
         has our migrations make them. And SQLite knows no IDENTITY, so that ``compare_server_default`` would never find
         one there.
         """
-        if not isinstance(op, (ops.DropTableOp, ops.ModifyTableOps)) or not is_ours(op.table_name):
+        if not isinstance(op, (ops.DropTableOp, ops.ModifyTableOps)):
+            return op
+        if (op.schema, op.table_name) in self._points:
+            return None
+        if not is_ours(op.table_name):
             return op
         table = self._tables.get((op.schema, op.table_name))
         if table is None:
@@ -182,6 +189,14 @@ class _Comparison:
         columns = [c if c.name in altered else mapped.get(c.name, c) for c in reflected.columns]
         only = None if said["only"] is None else (said["only"][0], said["only"][1])
         return Capture.restricted(frozen(reflected, columns), said["entity"], said["version"], only), only
+
+
+def _tables_of_points(found: list[ops.MigrateOperation]) -> frozenset[Name]:
+    """Tables that are in no metadata, with the columns of a PgVectorIndex: in any schema, and under any name."""
+    dropped = (op for op in found if isinstance(op, ops.DropTableOp))
+    return frozenset(
+        (op.schema, op.table_name) for op in dropped if {column.name for column in op.to_table().columns} == COLUMNS
+    )
 
 
 def _altering(changes: ops.ModifyTableOps) -> list[ops.MigrateOperation]:

@@ -5,7 +5,6 @@ Safety hangs on a slot's epoch alone, which grows whenever the slot changes hand
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -37,6 +36,7 @@ from memstate_sa.arrays import each
 from memstate_sa.errors import IndexMismatch
 from memstate_sa.outbox import as_position, here, in_slots, read_present, slot_array, slots, take_write_lock, upsert
 from memstate_sa.positions import Position
+from memstate_sa.printable import printable_logger
 from memstate_sa.relay import marks, projections
 from memstate_sa.relay.keys import IndexKey, of_index
 from memstate_sa.relay.marks import Past
@@ -56,7 +56,7 @@ from memstate_sa.tables import (
     utcnow,
 )
 
-logger = logging.getLogger("memstate_sa.relay")
+logger = printable_logger("memstate_sa.relay")
 
 SCAN = ""
 """The refill rows that stand for the scan of the index itself."""

@@ -386,7 +386,7 @@ def test_one_select_hydrates(meddled: World) -> None:
     meddled.relay.drain()
     with meddled.session() as session:
         seen = statements(meddled.engine)
-        assert len(meddled.memory.search(session, "tea", Person, limit=8)) == 8
+        assert len(meddled.memory.search(session, "tea", Person, limit=20)) == len(WORDS)
         assert len([s for s in seen if "FROM person" in s]) == 1
 
 
