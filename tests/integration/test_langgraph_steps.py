@@ -548,10 +548,11 @@ def test_a_step_waits_for_its_checkpoint(agent: Agent, monkeypatch: pytest.Monke
     order: list[str] = []
     put, go_on = checkpoints.put, threading.Event()
 
-    def slow(*given: Any) -> None:
+    def slow(*given: Any, **options: Any) -> bool:
         go_on.wait(0.2)  # a save that takes its time; nothing is asserted about how long
-        put(*given)
+        is_stored = put(*given, **options)
         order.append("checkpoint")
+        return is_stored
 
     monkeypatch.setattr(checkpoints, "put", slow)
     session = agent.saver._steps._sessions
@@ -575,7 +576,7 @@ def test_a_checkpoint_waits_for_its_tasks(agent: Agent, monkeypatch: pytest.Monk
         order.extend(["writes"] * is_a)
 
     monkeypatch.setattr(checkpoints, "put_writes", slow)
-    monkeypatch.setattr(checkpoints, "put", lambda *given: (put(*given), order.append("checkpoint")))
+    monkeypatch.setattr(checkpoints, "put", lambda *args, **given: (put(*args, **given), order.append("checkpoint"))[0])
     graph.invoke({"trail": []}, CONFIG)
     assert order == ["checkpoint", "checkpoint", "writes", "checkpoint"]
 
