@@ -548,11 +548,11 @@ def test_a_step_waits_for_its_checkpoint(agent: Agent, monkeypatch: pytest.Monke
     order: list[str] = []
     put, go_on = checkpoints.put, threading.Event()
 
-    def slow(*given: Any, **options: Any) -> Any:
+    def slow(*given: Any, **options: Any) -> bool:
         go_on.wait(0.2)  # a save that takes its time; nothing is asserted about how long
-        saved = put(*given, **options)
+        is_stored = put(*given, **options)
         order.append("checkpoint")
-        return saved
+        return is_stored
 
     monkeypatch.setattr(checkpoints, "put", slow)
     session = agent.saver._steps._sessions
@@ -576,13 +576,7 @@ def test_a_checkpoint_waits_for_its_tasks(agent: Agent, monkeypatch: pytest.Monk
         order.extend(["writes"] * is_a)
 
     monkeypatch.setattr(checkpoints, "put_writes", slow)
-
-    def noted(*given: Any, **options: Any) -> Any:
-        saved = put(*given, **options)
-        order.append("checkpoint")
-        return saved
-
-    monkeypatch.setattr(checkpoints, "put", noted)
+    monkeypatch.setattr(checkpoints, "put", lambda *args, **given: (put(*args, **given), order.append("checkpoint"))[0])
     graph.invoke({"trail": []}, CONFIG)
     assert order == ["checkpoint", "checkpoint", "writes", "checkpoint"]
 
