@@ -73,7 +73,7 @@ _RUN, _LEASE = "__memstate_run", "__memstate_lease"
 _RUNTIME = "__pregel_runtime"
 """Where LangGraph keeps an object that is the same for all saves of one run."""
 _PAGE = 50
-_THREADS = {"read": 8, "save": 16, "begin": 32, "step": 32, "settle": 8}
+_THREADS = {"read": 8, "save": 16, "begin": 32, "step": 32, "settle": 16}
 """How many threads asyncio's calls have, for each kind of what they do."""
 _SMALL = 64
 _UNBOUNDED_ROOM = 64
@@ -240,8 +240,8 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         """
         conf = config["configurable"]
         place = Place(*graph_of(config), str(conf["checkpoint_id"]))
-        run, runs_again = conf.get(_RUNTIME), any(channel in (ERROR, INTERRUPT) for channel, _ in writes)
-        with self._steps.settle(place, task_id, run, commits=not runs_again) as step:
+        run = conf.get(_RUNTIME)
+        with self._steps.settle(place, task_id, run, commits=not _runs_again(writes)) as step:
             rows = [
                 Write(task_path, task_id, WRITES_IDX_MAP.get(name, n), name, Value(*self.serde.dumps_typed(value)))
                 for n, (name, value) in enumerate(writes)
@@ -618,6 +618,8 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
     ) -> None:
         thread_id, ns = graph_of(config)
         # What ends a step never waits behind what waits for one.
+        if _runs_again(writes) and self._steps.is_open(thread_id, task_id):
+            await self._in_thread("settle", self._steps.roll_back, thread_id, task_id)
         ends_a_step = self._steps.is_open(thread_id, task_id) or self._steps.is_in_the_way(thread_id, ns)
         with self._steps.saving(thread_id):
             kind = "settle" if ends_a_step else "save"
@@ -733,6 +735,11 @@ def _ended(ns: str, all_: Mapping[str, Outline], root: Mapping[str, Outline], ke
     """Whether a subgraph's checkpoints are of a call (there is a task's id in *ns*) that began at one that goes."""
     began_at = (all_[max(all_)].metadata.get("parents") or {}).get("")
     return ":" in ns and began_at in root and began_at not in kept
+
+
+def _runs_again(writes: Sequence[tuple[str, Any]]) -> bool:
+    """Whether they are those of a task that failed, or waits for an answer."""
+    return any(channel in (ERROR, INTERRUPT) for channel, _ in writes)
 
 
 def _moment(position: str) -> Moment:

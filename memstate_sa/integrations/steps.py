@@ -544,6 +544,8 @@ class Steps:
         this task.
         """
         self.check_around(at.thread_id, at.ns)
+        if not commits:
+            self.roll_back(at.thread_id, task_id)
         steps = self._take(at.thread_id, task_id)
         if not steps:
             error, of = self._lost.get((at.thread_id, at.ns), (None, None))
@@ -552,12 +554,6 @@ class Steps:
             yield None
             return
         try:
-            if not commits:
-                for step in steps:
-                    with step.lock:
-                        step.close()
-                yield None
-                return
             step = _only(steps)
             with step.lock, self.explaining():
                 yield step.session.connection()
@@ -566,11 +562,22 @@ class Steps:
             self.save_failed(at.thread_id, at.ns, error, run)
             raise
         finally:
-            for step in steps:
+            self._close(steps)
+
+    def roll_back(self, thread_id: str, task_id: str) -> None:
+        """End what is open of a task that will run again. It waits for no save."""
+        steps = self._take(thread_id, task_id)
+        for step in steps:
+            with step.lock:
                 step.close()
-            with self._changed:
-                self._committing = [step for step in self._committing if step not in steps]
-                self._changed.notify_all()
+        self._close(steps)
+
+    def _close(self, steps: Sequence[_Step]) -> None:
+        for step in steps:
+            step.close()
+        with self._changed:
+            self._committing = [step for step in self._committing if step not in steps]
+            self._changed.notify_all()
 
     def _held_by(self, thread_id: str, task_id: str) -> list[tuple[str, str]]:
         """The open steps that commit with the task's writes."""

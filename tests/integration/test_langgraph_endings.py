@@ -393,6 +393,25 @@ def test_many_runs_with_few_threads_lose_nothing(world: World, kind: str) -> Non
     engine.dispose()
 
 
+async def test_what_fails_is_rolled_back_before_what_waits_for_it(world: World) -> None:
+    """Its error is saved by threads that all may wait for another step, and that for a thread."""
+    agent = Agent(world, coroutines=True)
+    agent.saver._threads |= {kind: ThreadPoolExecutor(1) for kind in ("save", "settle")}
+    inner = one("a", agent.node("a", then=fail)).compile()
+
+    async def outer(state: State) -> State:
+        with pytest.raises(ValueError, match="inside"):
+            await inner.ainvoke(state)
+        return {"trail": []}
+
+    builder = one("outer", outer).add_node("bob", agent.node("bob")).add_edge("outer", "bob")
+    graph = builder.compile(checkpointer=agent.saver)
+    configs: Any = [{"configurable": {"thread_id": str(n)}, "max_concurrency": 2} for n in range(12)]
+    states = await asyncio.gather(*(graph.ainvoke({"trail": []}, config) for config in configs))
+    assert agent.tags() == sorted(name for state in states for name in state["trail"])
+    agent.saver.close()
+
+
 @pytest.mark.parametrize("routed", [False, True])
 async def test_functions_in_a_loop_do_not_wait_for_its_threads(world: World, routed: bool) -> None:
     """Their steps wait in them for a save, or for a turn, and both need none."""
