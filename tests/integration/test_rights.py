@@ -243,7 +243,7 @@ def mend_by_migration(world: World) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEMSTATE_URL", world.engine.url.render_as_string(hide_password=False))
         __main__.main(["stamp", "memstate_0002"])
-        __main__.main(["upgrade", "head"])
+        __main__.main(["upgrade", "memstate_0003"])
     sql(world.engine, f"DROP TABLE {VERSION_TABLE}")
 
 
