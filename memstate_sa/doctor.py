@@ -46,6 +46,10 @@ class Problem(NamedTuple):
     message: str
 
 
+class Risk(Problem):
+    """A way past the log that an application may do without. A database with one is healthy as long as none is used."""
+
+
 def folded(problems: Iterable[Problem]) -> Iterator[Problem]:
     """For people: those of which the same is to be said become one, with all their names on lines of their own."""
     subjects: dict[str, list[str]] = {}
@@ -80,8 +84,12 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        """The log agrees with the tables, or did not before ``repair=True``, and nothing stands in its way."""
-        return not (self.changed or self.gone or self.problems)
+        """The log agrees with the tables, or did not before ``repair=True``, and nothing but a `Risk` is in its way."""
+        return not (self.changed or self.gone or self.has_problems)
+
+    @property
+    def has_problems(self) -> bool:
+        return not all(isinstance(problem, Risk) for problem in self.problems)
 
 
 class Doctor:
@@ -318,7 +326,7 @@ class Doctor:
         with self._engine.connect() as connection:
             keys = [key for table in tracked.tables for key in cascades.reflected(connection, table)]
         for key, message in cascades.unseen(self._registry, tracked, keys):
-            yield Problem(key.table.fullname, message)
+            yield Risk(key.table.fullname, message)
 
     def _lost_protection(self) -> list[str]:
         with self._engine.connect() as connection:

@@ -69,7 +69,7 @@ def doctor(
             console.print(f"memstate-sa backfill {wanted}", markup=False, highlight=False, soft_wrap=True)
         if found.healthy:
             console.print("[green]The log tells what is in the tables.[/]")
-        elif repair and not found.problems:
+        elif repair and not found.has_problems:
             console.print("[green]Reconciled;[/] the relay delivers it.")
         else:
             if found.changed or found.gone:

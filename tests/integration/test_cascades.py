@@ -12,6 +12,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship,
 
 from memstate_sa import Memory
 from memstate_sa.capture import UntrackedWriteWarning
+from memstate_sa.doctor import Risk
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 
@@ -95,7 +96,7 @@ def test_a_cascade_that_no_session_sees_is_warned_of_and_diagnosed(engine: Engin
     owner, leaf = models(**options)
     memory, warned = started(engine, *([owner] if is_parent_tracked else []), leaf)
     [problem] = diagnosed(memory, engine)
-    assert problem.subject == "leaf"
+    assert problem.subject == "leaf" and isinstance(problem, Risk)
     assert warned == [problem.message]
     assert re.search(message, problem.message) and "capture='trigger'" in problem.message
     memory.close()

@@ -487,7 +487,7 @@ def test_nothing_is_looked_for_where_others_can_put_it(postgres_engine: Engine) 
             text("SELECT proconfig::text FROM pg_proc WHERE proname LIKE 'memstate%' AND prosecdef")
         ).all()
         connection.execute(text("DROP TABLE pg_temp.memstate_log, pg_temp.top"))
-    assert set(paths) == {'{"search_path=pg_catalog, pg_temp"}'}
+    assert paths and all(path.startswith('{"search_path=pg_catalog, pg_temp"') for path in paths)
     app.check()
 
 
