@@ -17,7 +17,11 @@ import numpy as np
 _HEADER = struct.Struct("<iQQQQQQiIQQQdQ")
 _VERSION = 1
 _FILES = ("header.bin", "data_level0.bin", "length.bin", "link_lists.bin", "index_metadata.pickle")
-_SEGMENTS = "SELECT id FROM segments WHERE scope = 'VECTOR' AND collection = ?"
+# Chroma notes how far it has written the files of a segment. Of the others it reads the points in its own log.
+_SEGMENTS = (
+    "SELECT s.id FROM segments AS s JOIN max_seq_id AS m ON m.segment_id = s.id "
+    "WHERE s.scope = 'VECTOR' AND s.collection = ?"
+)
 _PAGE = 4096
 _PAUSES_S = (0.05, 0.2, 0.5)
 """Chroma writes these files in place: what is found in the middle of that is looked at again."""
@@ -35,15 +39,12 @@ def find_damage(folder: Path, collection_id: str) -> str | None:
 
 
 def _damage_of(segments: list[Path]) -> str | None:
-    return next((found for each in segments if each.is_dir() and (found := _damage(each)) is not None), None)
+    return next((found for each in segments if (found := _damage(each)) is not None), None)
 
 
 def _damage(segment: Path) -> str | None:
-    there = [name for name in _FILES if (segment / name).is_file()]
-    if not there:
-        return None
-    if len(there) < len(_FILES):
-        return f"{', '.join(sorted(set(_FILES).difference(there)))} is missing"
+    if missing := [name for name in _FILES if not (segment / name).is_file()]:
+        return f"{', '.join(missing)} is missing"
     header = (segment / "header.bin").read_bytes()
     if len(header) < _HEADER.size:
         return f"header.bin has {len(header)} bytes instead of {_HEADER.size}"
