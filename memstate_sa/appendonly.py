@@ -38,7 +38,9 @@ END
 
 # The sequence has just numbered an entry if its last value is the entry's id, or the last value of this session is:
 # others may have been quicker since. A log that has numbered no entry yet is being restored, and takes any id. An id of
-# the future moves the sequence, so that later entries still come after it.
+# the future moves the sequence, so that later entries still come after it. Half of all numbers stay for them. Nothing
+# that is told changes this: a role that may only add entries could tell it as well.
+_LAST_ID = 2**62
 _INSERT = f"""
 DECLARE
   ids regclass;
@@ -60,11 +62,10 @@ BEGIN
   EXCEPTION WHEN object_not_in_prerequisite_state THEN
     NULL;  -- This session has numbered no entry.
   END;
-  IF NEW.id > newest THEN
-    PERFORM setval(ids, greatest(NEW.id, nextval(ids)));
-  ELSIF {_IS_REFUSED} THEN
+  IF NEW.id < newest OR NEW.id > {_LAST_ID} THEN
     {_RAISE};
   END IF;
+  PERFORM setval(ids, greatest(NEW.id, nextval(ids)));
   RETURN NEW;
 END
 """

@@ -103,6 +103,14 @@ def values_of(image: Mapping[str, Any] | None, columns: Iterable[Column[Any]]) -
     return None if None in values else values
 
 
+def _unless_refused(process: Callable[[Any], Any], value: Any) -> Any:
+    """What *process* makes of *value*; the value as it is, where the type does not take it."""
+    try:
+        return process(value)
+    except (TypeError, ValueError, AttributeError, LookupError):
+        return value
+
+
 def _listed(value: Any) -> Any:
     """What `hashable` was made from."""
     return list(map(_listed, value)) if isinstance(value, tuple) else value
@@ -411,7 +419,9 @@ class TableColumns:
         identity = key if isinstance(key, tuple) else (key,)
         if len(identity) != len(self.key_names):
             raise MemstateError(f"key={key!r}: {self.table.fullname} is keyed by {', '.join(self.key_names)}")
-        return self.encode_key(self.raw_key(identity))
+        binds = zip(self._key_binds, identity, strict=True)
+        # The log may know a key that is not of today's type.
+        return self.encode_key([v if bind is None else _unless_refused(bind, v) for bind, v in binds])
 
     def identity(self, key: str) -> tuple[Any, ...]:
         """The ORM identity of a canonical *key*; one that no row can have stays as it is written."""
@@ -421,8 +431,9 @@ class TableColumns:
         return tuple(self.to_python(name, value) for name, value in zip(self.key_names, values, strict=True))
 
     def to_python(self, name: str, value: Any) -> Any:
+        """*value* as the ORM would load it; one that the type of today refuses stays as it is stored."""
         process = self._to_python.get(name)
-        return value if process is None else process(value)
+        return value if process is None else _unless_refused(process, value)
 
     def to_raw(self, name: str, value: Any) -> Any:
         """What the driver is given for a value as the ORM takes it; one that is the driver's already stays as it is."""
@@ -430,10 +441,7 @@ class TableColumns:
         bind = None if column is None else column.type.dialect_impl(self.dialect).bind_processor(self.dialect)
         if bind is None:
             return value
-        try:
-            raw = bind(value)
-        except (TypeError, ValueError, AttributeError, LookupError):
-            return value
+        raw = _unless_refused(bind, value)
         inner = getattr(raw, "obj", raw)  # psycopg wraps what it is given of some types, and reads it bare
         if inner is not raw and isinstance(self._impl[name], JSON):
             return (getattr(self.dialect, "_json_serializer", None) or json.dumps)(inner)

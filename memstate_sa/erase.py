@@ -139,7 +139,7 @@ class Eraser:
 def _row(connection: Connection, tracked: Tracked, key: str) -> dict[str, dict[str, Any]]:
     """The image of the fact's row, locked, by the key that it has in the log; empty when there is none."""
     try:
-        found = tracked.on(connection.dialect).read(connection, [decode_key(key)], for_update=True)
+        found = tracked.on(connection.dialect).find_rows(connection, [key], for_update=True)
         if tracked.criterion is not None:  # the table has rows of other classes, too
             ours = truth.read(connection, tracked, list(found))
             return {key: image for key, image in found.items() if key in ours}

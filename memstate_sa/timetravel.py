@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
-from sqlalchemy import Column, MetaData, Select, Table, and_, event, func, select, text, true
+from sqlalchemy import BigInteger, Column, Integer, MetaData, Select, Table, and_, event, func, select, text, true
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import ORMExecuteState, Session
 from sqlalchemy.schema import CreateTable
+from sqlalchemy.types import TypeEngine
 
 from memstate_sa import truth
 from memstate_sa.codec import decode, decode_key, encode_key
@@ -128,16 +129,21 @@ def _hide(connection: Connection, own: TableColumns, rows: Sequence[Sequence[Any
     past = Table(
         own.table.name,
         MetaData(),
-        *(Column(c.name, c.type, primary_key=c.primary_key, autoincrement=False) for c in columns),
+        *(Column(c.name, _wide(c.type), primary_key=c.primary_key, autoincrement=False) for c in columns),
         prefixes=["TEMPORARY"],
     )
     connection.execute(CreateTable(past))
     names = [f"memstate_{n}" for n in range(len(columns))]
-    values = {column.name: own.raw_parameter(column, name) for column, name in zip(columns, names, strict=True)}
+    values = {c.name: own.raw_parameter(c, name) for c, name in zip(past.columns, names, strict=True)}
     for some in batches(rows):
         # SQLite takes 1 and "1" for one key of a text column: a key of before its type was changed.
         statement = upsert(connection.dialect.name, past).values(values).on_conflict_do_nothing()
         connection.execute(statement, [dict(zip(names, row, strict=True)) for row in some])
+
+
+def _wide(type_: TypeEngine[Any]) -> TypeEngine[Any]:
+    """A type that holds what *type_* held before it was changed: not fewer bits, and in SQLite no alias of rowid."""
+    return BigInteger() if isinstance(type_, Integer) else type_
 
 
 def search_past(

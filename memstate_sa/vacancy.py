@@ -23,7 +23,6 @@ from sqlalchemy.exc import DBAPIError
 
 from memstate_sa.arrays import as_array, each
 from memstate_sa.changes import FactKey, by_entity
-from memstate_sa.codec import decode_key
 from memstate_sa.errors import ConflictError
 from memstate_sa.facts import Tracked
 from memstate_sa.pools import own_pool
@@ -124,7 +123,7 @@ def require_absent(connection: Connection, tracked: Tracked, keys: Collection[st
     _wait_for_writers(connection, tracked)
     columns = tracked.on(connection.dialect)
     with _present(connection) as present:
-        there = columns.read(present, [decode_key(key) for key in keys])
+        there = columns.find_rows(present, keys)
     if there:
         raise Taken(f"{tracked.entity} {min(there)} was added again by another transaction. Run this one again.", there)
     require_current(connection, tracked, keys)

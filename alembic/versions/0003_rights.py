@@ -48,14 +48,11 @@ memory.rollback() undoes a change, memory.erase() forgets a fact, Retention(log=
   EXCEPTION WHEN object_not_in_prerequisite_state THEN
     NULL;  -- This session has numbered no entry.
   END;
-  IF NEW.id > newest THEN
-    PERFORM setval(ids, greatest(NEW.id, nextval(ids)));
-  ELSIF (CASE WHEN current_setting('memstate.rewrite_at', true) = extract(epoch FROM \
-transaction_timestamp())::text THEN nullif(current_setting('memstate.rewrite', true), '') END) IS \
-DISTINCT FROM 'on' THEN
+  IF NEW.id < newest OR NEW.id > 4611686018427387904 THEN
     RAISE EXCEPTION USING ERRCODE = 'restrict_violation', MESSAGE = 'memstate_log is append-only: \
 memory.rollback() undoes a change, memory.erase() forgets a fact, Retention(log=...) folds old entries';
   END IF;
+  PERFORM setval(ids, greatest(NEW.id, nextval(ids)));
   RETURN NEW;
 END
 $memstate$""",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import date
 from typing import Any
+from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, Enum, insert, select, text
+from sqlalchemy import BigInteger, Date, Engine, Enum, Integer, SmallInteger, String, Uuid, insert, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from memstate_sa import HistoryMissing, Memory
@@ -259,6 +261,63 @@ def test_key_of_another_type_stops_nothing(engine: Engine) -> None:
     assert_index_holds(index, HashEmbedder(), {f"thing{encode_key([k])}": content for k, content in expected.items()})
     with memory.as_of_session(engine, utcnow()) as past:
         assert set(past.scalars(select(Lettered.id))) == set(expected)
+    memory.close()
+
+
+def with_key(type_: Any) -> Any:
+    """A class whose key is of *type_*, in a table that is always the same."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Thing(Base):
+        __tablename__ = "thing"
+        id: Mapped[Any] = mapped_column(type_, primary_key=True, autoincrement=False)
+        content: Mapped[str]
+
+    return Thing
+
+
+KEYS = {
+    "a word to an integer": (String(), ["1", "x"], Integer(), 7),
+    "an integer to a UUID": (Integer(), [1, 2], Uuid(), UUID(int=7)),
+    "a word to an enum": (String(), ["gone", "red"], Enum("red", "blue", name="colour", native_enum=False), "blue"),
+    "a word to a date": (String(), ["x", "9999999-01-01"], Date(), date(2026, 1, 1)),
+    "to fewer bits": (BigInteger(), [1, 2**40], SmallInteger(), 7),
+}
+
+
+@pytest.mark.parametrize("change", KEYS)
+def test_what_a_key_was_is_told_compared_and_erased(engine: Engine, change: str) -> None:
+    """Whatever its type is now: a value that this type refuses is shown as it is stored.
+
+    The same kind: intervals, types of the application's own; other columns than the key, whose type has changed.
+    """
+    old, keys, new, key = KEYS[change]
+    before, after = with_key(old), with_key(new)
+    before.metadata.create_all(engine)
+    memory, sessions = opened(engine, InMemoryIndex(), before)
+    with sessions() as session:
+        session.add_all(before(id=each, content=f"of {each}") for each in keys)
+        session.commit()
+        moment = memory.token(session)
+    memory.close()
+    before.metadata.drop_all(engine)
+    after.metadata.create_all(engine)
+    memory, sessions = opened(engine, InMemoryIndex(), after)
+    with sessions() as session:
+        session.add(after(id=key, content="new"))
+        session.commit()
+        assert [change.key for change in memory.history(session, after)] == [*keys, key]
+    with memory.as_of_session(engine, moment) as past:
+        assert set(past.scalars(select(after.content))) <= {f"of {each}" for each in keys}
+    memory.doctor(engine, repair=True)
+    assert memory.doctor(engine).healthy
+    with sessions() as session:
+        for each in keys:
+            assert memory.erase(session, after, each) > 0
+        session.commit()
+        assert [fact.id for fact in session.scalars(select(after))] == [key]
     memory.close()
 
 

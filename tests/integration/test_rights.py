@@ -154,6 +154,25 @@ def test_a_function_of_the_log_knows_its_table(world: World, role: Role) -> None
         )
 
 
+@pytest.mark.parametrize("id_", [-5, 0, 2**62 + 1, 2**63 - 1])
+def test_who_may_add_entries_cannot_choose_their_place(world: World, role: Role, id_: int) -> None:
+    """Not before others, even as a role that tells what `rewriting` does; not so far ahead that no id is left.
+
+    Of the same kind: the id of a gap, an id that was deleted, several rows of which one is so.
+    """
+    app = role("SELECT, INSERT ON memstate_log")
+    before = contents(world.engine)
+    names = "id, tx, entity, key, op, version, step, at"
+    with pytest.raises(DBAPIError, match="append-only"), app.begin() as connection:
+        functions.tell(connection, "rewrite", "on")
+        connection.exec_driver_sql(
+            f"INSERT INTO memstate_log ({names}) VALUES ({id_}, 'x', 'tag', '[1]', 'delete', 1, true, now())"
+        )
+    assert contents(world.engine) == before
+    sql(world.engine, WRITES["update"])
+    assert [(row.key, row.op) for row in contents(world.engine)[0][len(before[0]) :]] == [('["a"]', "update")]
+
+
 def test_a_function_runs_for_its_event_only(world: World) -> None:
     """Nor for each row, nor before the event; by the owner's mistake, for example."""
     [insert_] = [name for name in triggers_of(world, "tag") if "insert" in name]
