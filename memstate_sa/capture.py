@@ -82,6 +82,7 @@ class Capture:
         self._active: WeakKeyDictionary[Connection, list[weakref.ref[Unit]]] = WeakKeyDictionary()
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
         self._is_listening = True
+        self._wakers: list[_Waker] = []
         self._checked: Any = None  # the entities of which the cascades are known
         self._cascades: set[cascades.ForeignKey] = set()  # those that were warned of
         self.mapper_listeners: dict[str, Callable[..., None]] = {
@@ -121,7 +122,9 @@ class Capture:
         listening.listen(tracked.model, constructed, self._after_mapper_constructed, propagate=True)
 
     def stop(self) -> None:
-        """Listen to nothing any more: neither classes nor Sessions nor engines then hold this Memory."""
+        """Hold on to no class, Session or engine, until an attached Session is used again."""
+        if not self._is_listening:
+            return
         self._is_listening = False
         for tracked in self._registry.by_entity.values():
             for name, listener in self.mapper_listeners.items():
@@ -130,6 +133,7 @@ class Capture:
         for target in list(self._attached):
             for name, listener in self.session_listeners.items():
                 listening.stop(target, name, listener)
+            self._wakers += [_Waker(target, name, self) for name in _BEGINNINGS]
         for engine in list(self._guarded):
             for name, listener in {**self.engine_listeners, **self._telling_listeners}.items():
                 listening.stop(engine, name, listener)
@@ -140,6 +144,8 @@ class Capture:
         """Listen again to what was tracked and attached before `stop`."""
         if not self._is_listening:
             self._is_listening = True
+            while self._wakers:
+                self._wakers.pop().stop()
             for tracked in self._registry.by_entity.values():
                 self._listen_to_model(tracked)
             for target in list(self._attached):
@@ -736,6 +742,34 @@ class Capture:
         if tracked.on_untracked == "raise":
             raise UntrackedWrite(message)
         warn(message, UntrackedWriteWarning)
+
+
+_BEGINNINGS = ("after_begin", "before_flush", "do_orm_execute", "before_commit")
+"""The events of a Session with which something may begin that is to be captured."""
+
+
+class _Waker:
+    """Listens in place of a Capture that was stopped, and has it resume. It keeps nothing alive."""
+
+    def __init__(self, target: Any, name: str, capture: Capture) -> None:
+        self._target, self._name = weakref.ref(target), name
+        self._capture = weakref.ref(capture)
+        listening.listen(target, name, self)
+
+    def __call__(self, *arguments: Any) -> Any:
+        capture = self._capture()
+        if capture is None:
+            return None
+        capture.resume()
+        return capture.session_listeners[self._name](*arguments)
+
+    @property
+    def is_over(self) -> bool:
+        return self._capture() is None
+
+    def stop(self) -> None:
+        if (target := self._target()) is not None:
+            listening.stop(target, self._name, self)
 
 
 _AUTOCOMMIT = (

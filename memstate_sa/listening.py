@@ -1,19 +1,20 @@
 """Listeners that come and go while other threads work.
 
-SQLAlchemy's own collections must not change while another thread goes through them. So each target has one listener for
-each event, for all Memories together, and it stays. The functions that it calls are replaced as a whole.
+SQLAlchemy's own collections must not change while another thread goes through them. So what is registered on a target
+stays there, and what it calls is replaced as a whole: one hub for each event, for all Memories together.
+
+A listener of ``do_orm_execute`` runs the later ones itself, by what it is given, and answers for all of them. So each
+Memory has a slot of its own there, which the next Memory takes when it is free.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import event
-from sqlalchemy.exc import InvalidRequestError
 
 Function = Callable[..., Any]
 
@@ -27,34 +28,59 @@ class _Hub:
             function(*arguments)
 
 
+class _Slot:
+    def __init__(self) -> None:
+        self.function: Function | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        function = self.function
+        return None if function is None else function(*arguments)
+
+
 _hubs: WeakKeyDictionary[Any, dict[str, _Hub]] = WeakKeyDictionary()
+_slots: WeakKeyDictionary[Any, list[_Slot]] = WeakKeyDictionary()
 _changing = threading.Lock()
 _ANSWERED = "do_orm_execute"
-"""Its listeners call each other by what they return: each Memory has one of its own."""
 
 
 def listen(target: Any, name: str, function: Function, **options: Any) -> None:
-    """Call *function* at each event *name* of *target*, until `stop`. What it returns is ignored."""
-    if name == _ANSWERED:
-        event.listen(target, name, function, **options)
-        return
+    """Call *function* at each event *name* of *target*, until `stop`. Only ``do_orm_execute`` heeds what it returns."""
     with _changing:
+        if name == _ANSWERED:
+            _take_slot(target, function)
+            return
         hubs = _hubs.setdefault(target, {})
         hub = hubs.get(name)
         if hub is None:
             hub = hubs[name] = _Hub()
             event.listen(target, name, hub.__call__, **options)
         if function not in hub.functions:
-            hub.functions = (*hub.functions, function)
+            hub.functions = (*(each for each in hub.functions if not _is_over(each)), function)
+
+
+def _take_slot(target: Any, function: Function) -> None:
+    slots = _slots.setdefault(target, [])
+    if any(slot.function == function for slot in slots):
+        return
+    free = next((slot for slot in slots if slot.function is None or _is_over(slot.function)), None)
+    if free is None:
+        free = _Slot()
+        slots.append(free)
+        event.listen(target, _ANSWERED, free.__call__)
+    free.function = function
+
+
+def _is_over(function: Function) -> bool:
+    """Whether it has nothing to call any more."""
+    return getattr(function, "is_over", False)
 
 
 def stop(target: Any, name: str, function: Function) -> None:
     """Do not call *function* any more."""
-    if name == _ANSWERED:
-        with suppress(InvalidRequestError):  # it was never there
-            event.remove(target, name, function)
-        return
     with _changing:
+        for slot in _slots.get(target, ()) if name == _ANSWERED else ():
+            if slot.function == function:
+                slot.function = None
         hub = _hubs.get(target, {}).get(name)
         if hub is not None:
             hub.functions = tuple(each for each in hub.functions if each != function)

@@ -1008,9 +1008,9 @@ class Memory:
         Waits *timeout* seconds at most for a call of an index or embedder; see `Relay.stop` for one that takes longer.
         Its index is closed when the call has ended.
 
-        Nothing is captured any more: tracked classes, attached Sessions and engines are left as they were before. The
-        next `relay`, `attach`, `track` or `create_tables` opens this Memory again, with all that was tracked and
-        attached. `doctor` finds what was written in between.
+        Tracked classes, attached Sessions and engines no longer keep this Memory alive. As long as the application
+        does, Sessions that are attached go on being captured: their next use opens this Memory again, and a relay
+        delivers what they write.
         """
         deadline = time.monotonic() + timeout
         relays = self._all_relays()

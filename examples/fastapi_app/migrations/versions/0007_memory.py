@@ -45,6 +45,7 @@ def upgrade() -> None:
             nullable=True,
             comment="the log's last transaction then; null: it was empty, or nobody asked",
         ),
+        sa.Column("snapshot", sa.Text(), nullable=True, comment="what was committed at the position (PostgreSQL)"),
         sa.Column(
             "metadata",
             sa.JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True), "postgresql"),
@@ -284,6 +285,15 @@ def upgrade() -> None:
         sa.Column("reverts", sa.String(length=32), nullable=True, comment="the transaction that this row undoes"),
         sa.Column("step", sa.Boolean(), nullable=False, comment="whether rollback counts its transaction"),
         sa.Column("at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column(
+            "xid", sa.BigInteger(), nullable=True, comment="of the database's transaction; null in older entries"
+        ),
+        sa.Column(
+            "snapshot",
+            sa.Text(),
+            nullable=True,
+            comment="what the transaction saw then, in one entry of each statement (PostgreSQL)",
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_memstate_log")),
         sqlite_autoincrement=True,
     )
@@ -353,6 +363,53 @@ def upgrade() -> None:
             unique=False,
         )
 
+    op.create_table(
+        "memstate_past",
+        sa.Column("index", sa.String(length=128), nullable=False),
+        sa.Column("incarnation", sa.String(length=128), nullable=False),
+        sa.Column(
+            "page",
+            sa.BigInteger(),
+            nullable=False,
+            comment="counts the pages; one begins before the index is written to",
+        ),
+        sa.Column(
+            "names",
+            sa.Text(),
+            nullable=False,
+            comment="random: of this page and of those before; the index keeps one too",
+        ),
+        sa.Column(
+            "refused",
+            sa.Text(),
+            nullable=True,
+            comment="the index's mark that did not belong to this database, when it was last compared",
+        ),
+        sa.PrimaryKeyConstraint("index", "incarnation", name=op.f("pk_memstate_past")),
+        comment="which past of this database each index was filled from: a restore takes this row back, not the index",
+    )
+    op.create_table(
+        "memstate_projection",
+        sa.Column("index", sa.String(length=128), nullable=False),
+        sa.Column("incarnation", sa.String(length=128), nullable=False),
+        sa.Column("entity", sa.String(length=128), nullable=False),
+        sa.Column("owner", sa.Text(), nullable=False, comment="a relay that delivers it so; '': what the index holds"),
+        sa.Column("projection", sa.Text(), nullable=False, comment="JSON: the text and the metadata of the class"),
+        sa.Column(
+            "since",
+            sa.DateTime(timezone=True),
+            nullable=False,
+            comment="when the class was tracked that projects it so",
+        ),
+        sa.Column(
+            "seen_at",
+            sa.DateTime(timezone=True),
+            nullable=False,
+            comment="when a relay last claimed the index with it",
+        ),
+        sa.PrimaryKeyConstraint("index", "incarnation", "entity", "owner", name=op.f("pk_memstate_projection")),
+        comment="what of each class an index holds",
+    )
     op.create_table(
         "memstate_refill",
         sa.Column("index", sa.String(length=128), nullable=False),
@@ -429,6 +486,8 @@ def downgrade() -> None:
     op.drop_table("memstate_thread_lease")
     op.drop_table("memstate_successor")
     op.drop_table("memstate_refill")
+    op.drop_table("memstate_projection")
+    op.drop_table("memstate_past")
     with op.batch_alter_table("memstate_parked", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_memstate_parked_index_incarnation_state_next_at"))
 
