@@ -7,7 +7,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -23,7 +23,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModu
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import StaticPool
 
-from memstate_sa import sqlite
+from memstate_sa import forks, sqlite
 from memstate_sa.ambient import joined, joining
 from memstate_sa.changes import Change
 from memstate_sa.codec import decode_key, encode_key, is_text
@@ -102,10 +102,10 @@ class MemoryStore:
             _engine(url_or_engine) if isinstance(url_or_engine, str) else self.memory.sync_engine(url_or_engine)
         )
         self._owns_engine = self.engine is not url_or_engine
-        in_memory = sqlite.is_in_memory(self.engine)
-        # Its threads share one connection, and would commit each other's transactions.
-        self._alone: AbstractContextManager[Any] = threading.RLock() if in_memory else nullcontext()
-        self._drains = background and in_memory
+        self._is_shared = sqlite.is_in_memory(self.engine)
+        self._make_lock()
+        forks.in_child(self, MemoryStore._make_lock)
+        self._drains = background and self._is_shared
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
         self.memory.attach(self._sessions)
         self._relay: Relay = self.memory.relay(self.engine)
@@ -118,6 +118,18 @@ class MemoryStore:
         except BaseException:
             self.close()
             raise
+
+    def _make_lock(self) -> None:
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The threads of an in-memory SQLite share one connection, and would commit each other's transactions."""
+        if self._is_shared:
+            with self._lock, forks.uninterrupted():  # a child has a copy of the connection
+                yield
+        else:
+            yield
 
     def _create_tables(self) -> None:
         try:
@@ -220,7 +232,7 @@ class MemoryStore:
             self.memory.annotate(open_session, actor, reason, session_id)  # a call that failed leaves no label either
             return
         self._check_open()
-        with self._alone:
+        with self._alone():
             with self._sessions() as session, joining(self.memory, self.engine, session):
                 self.memory.annotate(session, actor, reason, session_id)
                 with session.begin():
@@ -438,7 +450,7 @@ class MemoryStore:
             yield open_session
         else:
             self._check_open()
-            with self._alone, self._sessions() as session:
+            with self._alone(), self._sessions() as session:
                 yield session
                 session.expunge_all()
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from memstate_sa import forks
 from memstate_sa._failures import delivery_error, retryable_status
 from memstate_sa.errors import (
     DeliveryError,
@@ -73,7 +74,8 @@ class ChromaIndex:
         self._client = client
         self._name = name
         self._store_text = store_text
-        self._mutex = threading.RLock()
+        self._make_mutex()
+        forks.in_child(self, ChromaIndex._make_mutex)
         self._copying = threading.Lock()  # what is written while the collection is copied would not be in the copy
         self._opened: tuple[str, int] | None = None
         self._collection: Collection | None = None
@@ -81,6 +83,9 @@ class ChromaIndex:
         self._folder: LockedFolder | None = None
         self._listing: tuple[str, list[str]] | None = None
         self._whole = ""  # the collection whose files were found whole
+
+    def _make_mutex(self) -> None:
+        self._mutex = threading.RLock()
 
     @property
     def incarnation(self) -> str:

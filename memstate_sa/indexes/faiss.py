@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from memstate_sa import forks
 from memstate_sa._failures import delivery_error
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, require_module
 from memstate_sa.indexes._filters import canonical
@@ -56,13 +57,17 @@ class FaissIndex:
         require_module("filelock", "faiss")
         self._folders: Any = import_module("memstate_sa.indexes._folder")
         self._max_batch = max_batch
-        self._mutex = threading.RLock()
+        self._make_mutex()
+        forks.in_child(self, FaissIndex._make_mutex)
         self._journal = Journal(Path(folder).resolve() / "points.journal")
         self._written = 0  # points and deletions that the journal has
         self._folder: LockedFolder | None = None
         self._state: dict[str, Any] = {}
         self._points: Flat | None = None
         self._buried: dict[str, int] = {}  # epochs of what is deleted; they outlive close(), as threads do
+
+    def _make_mutex(self) -> None:
+        self._mutex = threading.RLock()
 
     @property
     def incarnation(self) -> str:

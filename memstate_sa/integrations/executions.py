@@ -106,7 +106,7 @@ class Execution(Life):
         """Tell *steps* how this execution ends: *task* is its own, or one that it has called and that has left."""
         manager = self._task().config.get("callbacks")
         if manager is not None:
-            manager.add_handler(_NextAttempt(partial(steps.drop, task)), inherit=False)
+            manager.add_handler(_NextAttempt(self.task.path, partial(steps.drop, task)), inherit=False)
         if (future := self._known_future()) is not None:
             future.add_done_callback(partial(_future_ends, steps, task, self.task.at.ns))
         self.of.stack.push(partial(self._graph_ends, steps, task))
@@ -148,15 +148,19 @@ class Execution(Life):
 
 
 class _NextAttempt(BaseCallbackHandler):
-    """Calls a function when LangGraph tries a task again: it tells that to nobody else."""
+    """Calls a function when LangGraph tries the task of a *path* again: it tells that to nobody else.
+
+    Functions under ``@task`` share the callbacks of the node that calls them. So this hears when others begin, too.
+    """
 
     run_inline = True
 
-    def __init__(self, begins: Callable[[], None]) -> None:
-        self._begins = begins
+    def __init__(self, path: str, begins: Callable[[], None]) -> None:
+        self._path, self._begins = path, begins
 
-    def on_chain_start(self, *_: Any, **__: Any) -> None:
-        self._begins()
+    def on_chain_start(self, *_: Any, metadata: Mapping[str, Any] | None = None, **__: Any) -> None:
+        if (metadata or {}).get("langgraph_checkpoint_ns") == self._path:
+            self._begins()
 
 
 def _future_ends(steps: Steps, task: Task, ns: str, future: Any) -> None:

@@ -22,7 +22,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import QueuePool
 
-from memstate_sa import missing, sqlite, truth
+from memstate_sa import forks, missing, sqlite, truth
 from memstate_sa.ambient import is_same, joining
 from memstate_sa.codec import is_text
 from memstate_sa.creation import create
@@ -132,6 +132,10 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
         self._steps = Steps(sessions, step_timeout_s, _room(self.engine))
         if self.engine.dialect.name == "sqlite":
             sqlite.watch(self)
+        self._make_threads()
+        forks.in_child(self, MemStateCheckpointer._make_threads)
+
+    def _make_threads(self) -> None:
         # Apart, as those of one kind may all wait for what those of another do.
         self._threads = {kind: ThreadPoolExecutor(many, f"memstate-{kind}") for kind, many in _THREADS.items()}
 

@@ -27,7 +27,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, SessionTransaction
 
-from memstate_sa import sqlite
+from memstate_sa import forks, sqlite
 from memstate_sa.errors import MemstateError
 from memstate_sa.integrations.checkpoints import Place
 from memstate_sa.integrations.turns import Turns
@@ -217,6 +217,16 @@ class Steps:
 
     def __init__(self, sessions: Callable[[], Session], timeout_s: float, room: int = 1) -> None:
         self._sessions, self._timeout_s, self._room = sessions, timeout_s, room
+        self._begin()
+        forks.in_child(self, Steps._forked)
+
+    def _forked(self) -> None:
+        """Begin without steps and locks: those are of the parent's threads."""
+        for step in (*self._open.values(), *self._committing):
+            forks.leave_to_parent(step)
+        self._begin()
+
+    def _begin(self) -> None:
         self._turns: dict[int, Turns] = {}  # by how far in
         self._changed = threading.Condition()
         self._open: dict[tuple[str, str], _Step] = {}  # by thread and task

@@ -18,6 +18,7 @@ from sqlalchemy import Engine, create_engine, insert, select
 pytest.importorskip("langgraph.graph")
 
 from langchain_core.messages import AIMessage
+from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
 from langgraph.channels import UntrackedValue
 from langgraph.config import get_config
@@ -463,6 +464,62 @@ def test_a_step_of_a_called_task_commits_with_its_result(world: World, in_a_node
     assert agent.tags() == agent.written == ["t task 1"]
     assert graph.invoke(None, config)["trail"] == ["result"]
     assert agent.tags() == agent.written == ["t task 1"]
+
+
+@pytest.mark.parametrize("beside", ["a task", "a chain", "another attempt"])
+def test_a_step_of_a_called_task_outlives_what_begins_beside_it(world: World, beside: str) -> None:
+    """Functions under @task share the callbacks of the node that calls them; each hears when another one begins.
+
+    The same kind: a graph or a model that the node calls meanwhile, a sibling that is tried again. Only the next
+    attempt at the task itself takes its step back.
+    """
+    agent, stepped, begun = Agent(world), threading.Event(), threading.Event()
+    attempts: list[int] = []
+
+    @task
+    def remember() -> str:
+        agent.node("task")({})
+        stepped.set()
+        assert begun.wait(60)
+        return "result"
+
+    @task(retry_policy=RetryPolicy(initial_interval=0.001, jitter=False, retry_on=ConnectionError))
+    def other() -> None:
+        attempts.append(1)
+        if beside == "another attempt" and len(attempts) == 1:
+            raise ConnectionError
+        begun.set()
+
+    def call(state: State) -> Any:
+        result = remember()
+        assert stepped.wait(60)
+        if beside == "a chain":
+            (RunnableLambda(str) | RunnableLambda(str)).invoke("x")
+            begun.set()
+        else:
+            other().result()
+        return {"trail": [result.result()]}
+
+    assert agent.run(one("call", call).compile(checkpointer=agent.saver))["trail"] == ["result"]
+    assert agent.tags() == agent.written == ["t task 1"]
+    agent.saver.close()
+
+
+def test_a_called_task_that_is_tried_again_takes_its_step_back(world: World) -> None:
+    agent, attempts = Agent(world), list[int]()
+
+    @task(retry_policy=RetryPolicy(initial_interval=0.001, jitter=False, retry_on=ConnectionError))
+    def flaky() -> str:
+        attempts.append(1)
+        if len(attempts) == 1:
+            agent.node("task")({})
+            raise ConnectionError
+        return "second"
+
+    graph = one("call", lambda state: {"trail": [flaky().result()]}).compile(checkpointer=agent.saver)
+    assert agent.run(graph)["trail"] == ["second"]
+    assert agent.tags() == []
+    agent.saver.close()
 
 
 @pytest.mark.parametrize("by", ["the same engine", "another engine", "a thread"])
