@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
@@ -858,13 +859,21 @@ def _names_any(given: Iterable[Any], columns: Sequence[Any]) -> bool:
 
 
 def _check_expiry(name: str, state: Any) -> None:
-    """Refuse a naive time that was set. One that SQLite gives back is naive, so what was loaded is left alone."""
+    """Refuse a naive time that was set. One that SQLite gives back is naive, so what was loaded is left alone.
+
+    A column without a time zone holds UTC, so there a naive time is right.
+    """
     value = state.dict.get(name)
+    is_zoned = getattr(state.mapper.columns[name].type, "timezone", True)
     is_set = state.key is None or name in state.committed_state
     if value is None or not is_set or isinstance(value, ClauseElement) or hasattr(value, "__clause_element__"):
         return
+    if not is_zoned and isinstance(value, datetime) and value.tzinfo is None:
+        return
     time = in_utc(value, name)
-    if value.utcoffset():  # which SQLite does not keep
+    if not is_zoned:
+        set_attribute(state.obj(), name, time.replace(tzinfo=None))
+    elif value.utcoffset():  # which SQLite does not keep
         set_attribute(state.obj(), name, time)
 
 

@@ -67,7 +67,8 @@ class Sweeper:
         """Delete up to *limit* expired facts that are not *held*. Puts their keys in *chosen*, first."""
         columns = tracked.on(engine.dialect)
         expires = tracked.mapper.columns[tracked.expires or ""]
-        keys = select(*raw_key_columns(tracked)).select_from(tracked.rows).where(expires <= utcnow())
+        now = utcnow() if getattr(expires.type, "timezone", True) else utcnow().replace(tzinfo=None)
+        keys = select(*raw_key_columns(tracked)).select_from(tracked.rows).where(expires <= now)
         if tracked.criterion is not None:
             keys = keys.where(tracked.criterion)
         keys = keys.order_by(expires, *tracked.key_columns).with_for_update(of=tracked.table, skip_locked=True)

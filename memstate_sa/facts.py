@@ -491,11 +491,6 @@ def _check_expiry(mapper: Mapper[Any], expires: str | None) -> None:
     type_ = mapper.columns[expires].type
     if not isinstance(type_, (DateTime, UTCDateTime)):
         raise MemstateError(f"expires={expires!r}: its column holds no times, but {type_!r}")
-    if not getattr(type_, "timezone", True):
-        raise MemstateError(
-            f"expires={expires!r}: its column has no time zone, so a local time would be taken for UTC. Declare it "
-            "DateTime(timezone=True)."
-        )
 
 
 def _check_shapes(version: int, upgrade: Mapping[int, Upgrade]) -> None:

@@ -36,7 +36,9 @@ def _explained(context: ExceptionContext) -> TablesMissing | None:
     )
     if state not in _NOT_THERE:
         return None
-    name = next((name for name in _NAME.findall(message) if name in metadata.tables), None)
+    # SQLite makes this table, of the counters of ids, along with the first of ours.
+    names = ["memstate_outbox"] if "sqlite_sequence" in message else _NAME.findall(message)
+    name = next((name for name in names if name in metadata.tables), None)
     if name is None:
         return None
     return TablesMissing(

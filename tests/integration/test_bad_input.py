@@ -100,7 +100,7 @@ TRACKING: dict[str, tuple[Callable[[Memory], Any], str]] = {
     "a table": (lambda m: m.track(Person.__table__, text="about"), "is not a mapped class"),
     "no column": (lambda m: m.track(Person, text="abuot"), "Person has no column attribute 'abuot'; it has about, id"),
     "a relationship": (lambda m: m.track(Person, text="notes"), "no column attribute 'notes'"),
-    "text of another kind": (lambda m: m.track(Person, text=3), "no column attribute 3"),
+    "text of another kind": (lambda m: m.track(Person, text=3), "the text comes from one column or from a function"),
     "no such metadata": (lambda m: m.track(Person, text="about", metadata=("naem",)), "no column attribute 'naem'"),
     "metadata as a string": (lambda m: m.track(Person, text="about", metadata="name"), r"for example \('name',\)"),
     "unique_by as a string": (lambda m: m.track(Person, text="about", unique_by="name"), r"for example \('name',\)"),

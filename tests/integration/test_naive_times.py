@@ -154,8 +154,8 @@ def test_a_column_of_the_application_ends_at_the_moment_that_was_meant(sessions:
         assert {note.id: note.text for note in session.scalars(select(Note))} == {2: "changed", 3: "text"}
 
 
-def test_a_column_without_a_time_zone_is_refused(engine: Engine) -> None:
-    """Nobody can tell which moment it means."""
+def test_a_column_without_a_time_zone_holds_utc(engine: Engine) -> None:
+    """A naive time is taken for UTC there, and an aware one is stored in UTC."""
 
     class Own(DeclarativeBase):
         pass
@@ -166,5 +166,18 @@ def test_a_column_without_a_time_zone_is_refused(engine: Engine) -> None:
         text: Mapped[str]
         ends: Mapped[datetime | None]
 
-    with pytest.raises(MemstateError, match=r"expires='ends'.*DateTime\(timezone=True\)"):
-        Memory(InMemoryIndex(), embedder=HashEmbedder()).track(Naive, text="text", expires="ends")
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(Naive, text="text", expires="ends")
+    Own.metadata.create_all(engine)
+    memory.create_tables(engine)
+    own_sessions = sessionmaker(engine)
+    memory.attach(own_sessions)
+    with own_sessions.begin() as session:
+        session.add(Naive(id=1, text="over", ends=(SOON - timedelta(hours=2)).astimezone(TOKYO)))
+        session.add(Naive(id=2, text="living", ends=SOON.replace(tzinfo=None)))
+    memory.sweep(engine)
+    with own_sessions() as session:
+        assert [(row.id, row.ends) for row in session.scalars(select(Naive))] == [(2, SOON.replace(tzinfo=None))]
+    with pytest.raises(ValidationFailed, match="aware datetime"), own_sessions.begin() as session:
+        session.add(Naive(id=3, text="x", ends="soon"))
+    memory.close()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import Connection, Engine, create_engine, event, insert, select
+from sqlalchemy import Connection, Engine, create_engine, insert, select
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
@@ -25,9 +25,9 @@ from memstate_sa import (
     Memory,
     MemoryStore,
     UntrackedWrite,
-    capture,
     doctor,
     erase,
+    listening,
     memory,
     sqlite,
     undo,
@@ -439,7 +439,7 @@ def test_an_engine_that_two_threads_use_first(engine: Engine, monkeypatch: pytes
     before = len(elsewhere.dispatch.before_cursor_execute)
     sessions = sessionmaker()
     world.memory.attach(sessions)
-    listens, come_in = event.listen, list[str]()
+    listens, come_in = listening.listen, list[str]()
 
     def write_first(target: Any, name: str, *given: Any, **options: Any) -> None:
         if name == "before_cursor_execute" and not come_in:
@@ -451,7 +451,7 @@ def test_an_engine_that_two_threads_use_first(engine: Engine, monkeypatch: pytes
         with sessions(bind=elsewhere) as session, pytest.raises(UntrackedWrite):
             session.connection().execute(insert(Tag.__table__).values(name="a", meaning="x"))
 
-    monkeypatch.setattr(capture.event, "listen", write_first)
+    monkeypatch.setattr(listening, "listen", write_first)
     with sessions(bind=elsewhere) as session:
         session.connection()
         assert come_in

@@ -674,6 +674,7 @@ def test_a_column_that_came_and_one_that_went_are_nobodys_change(engine: Engine)
 # -- what others do meanwhile ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:The database itself changes rows of child")
 @pytest.mark.parametrize("joined", [False, True])
 def test_a_child_that_arrives_while_its_parent_is_to_go(postgres_engine: Engine, *, joined: bool) -> None:
     """The undo waits for it, and then sees it: the database does not delete it along, behind the log's back."""
