@@ -152,7 +152,9 @@ class _Step:
                 raise
             if self.abandoned:
                 self.close()
-                raise MemstateError("this task has ended, or was given up and runs again: what it wrote here is rolled back")
+                raise MemstateError(
+                    "this task has ended, or was given up and runs again: what it wrote here is rolled back"
+                )
 
     def abandon(self) -> None:
         """Roll back now, or when the thread that is in it leaves."""

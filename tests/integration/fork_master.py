@@ -190,6 +190,7 @@ def wal(url: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"relay": relay, "store": store, "search": search, "wal": wal}[sys.argv[1]](sys.argv[2])))
+    scenarios = {each.__name__: each for each in (relay, store, memory, graph, search, wal)}
+    print(json.dumps(scenarios[sys.argv[1]](sys.argv[2])))
     sys.stdout.flush()
     os._exit(0)
