@@ -506,8 +506,12 @@ class MemStateCheckpointer(BaseCheckpointSaver[str]):
             return step
 
         def enter() -> T:
-            with self.step(config) as session:
-                return work(session)
+            try:
+                with self.step(config) as session:
+                    return work(session)
+            finally:
+                if cancelled.is_set():  # before this made another one
+                    self._steps.give_up(task)
 
         def done(node: asyncio.Task[Any]) -> None:
             if node.cancelled():

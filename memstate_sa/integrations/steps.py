@@ -152,7 +152,9 @@ class _Step:
                 raise
             if self.abandoned:
                 self.close()
-                raise MemstateError("this task was given up, and runs again: what it wrote is rolled back")
+                raise MemstateError(
+                    "this task has ended, or was given up and runs again: what it wrote here is rolled back"
+                )
 
     def abandon(self) -> None:
         """Roll back now, or when the thread that is in it leaves."""
@@ -167,6 +169,7 @@ class _Step:
         """Give its connection back, and its turn to the next one; then do what was put off."""
         if self.finalizer is not None:
             self.finalizer.detach()
+        self.abandoned = True  # a thread that comes to it later would begin another transaction, which nobody ends
         try:
             self.session.close()
         finally:
@@ -576,15 +579,12 @@ class Steps:
 
     def roll_back(self, thread_id: str, task_id: str) -> None:
         """End what is open of a task that will run again. It waits for no save."""
-        steps = self._take(thread_id, task_id)
-        for step in steps:
-            with step.lock:
-                step.close()
-        self._close(steps)
+        self._close(self._take(thread_id, task_id))
 
     def _close(self, steps: Sequence[_Step]) -> None:
         for step in steps:
-            step.close()
+            with step.lock:
+                step.close()
         with self._changed:
             self._committing = [step for step in self._committing if step not in steps]
             self._changed.notify_all()

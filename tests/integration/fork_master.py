@@ -5,10 +5,12 @@ Prints what it saw as JSON. A process of its own, as a fork of the tests would h
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import select
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +93,56 @@ def store(url: str) -> dict[str, Any]:
         return {"children": answers, "parent": len(facts.query("n"))}
 
 
+def memory(_: str) -> dict[str, Any]:
+    """A thread of the parent waits in the middle of a call, with the lock of a database in memory."""
+    waiting, go = threading.Event(), threading.Event()
+    with MemoryStore("sqlite://", InMemoryIndex(), embedder=HashEmbedder()) as facts:
+
+        def write() -> None:
+            with facts._lock:
+                waiting.set()
+                go.wait()
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        waiting.wait()
+        found = child(lambda: [facts.commit(Fact(type="n", payload={})) != "", len(facts.query("n"))])
+        go.set()
+        thread.join()
+        return {"child": found, "parent": len(facts.query("n"))}
+
+
+def graph(url: str) -> dict[str, Any]:
+    """The parent's checkpointer has threads, and a step under way."""
+    from langgraph.graph import START, StateGraph
+
+    from memstate_sa.integrations.langgraph import MemStateCheckpointer
+
+    forked: list[Any] = []
+    with MemoryStore(url, InMemoryIndex(), embedder=HashEmbedder(), background=False) as facts:
+        saver = MemStateCheckpointer(facts)
+        saver.setup()
+
+        async def node(state: dict[str, Any]) -> dict[str, Any]:
+            name = state["name"]
+            await saver.astep(lambda _: facts.commit(Fact(type="n", payload={"name": name})))
+            return state
+
+        compiled: Any = StateGraph(dict).add_node("node", node).add_edge(START, "node").compile(checkpointer=saver)
+
+        def run(name: str) -> list[str]:
+            asyncio.run(compiled.ainvoke({"name": name}, {"configurable": {"thread_id": name}}))
+            return sorted(fact.payload["name"] for fact in facts.query("n"))
+
+        run("before")
+        saver._steps._changed.acquire()  # as another thread of the parent may have it
+        forked.append(child(lambda: run("child")))
+        saver._steps._changed.release()
+        found = {"child": forked[0], "parent": run("parent")}
+        saver.close()
+        return found
+
+
 def search(url: str) -> dict[str, Any]:
     """What the parent's relay delivers after the fork does not arrive in the child's copy of an index in memory."""
     told, tell = os.pipe()
@@ -138,6 +190,7 @@ def wal(url: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"relay": relay, "store": store, "search": search, "wal": wal}[sys.argv[1]](sys.argv[2])))
+    scenarios = {each.__name__: each for each in (relay, store, memory, graph, search, wal)}
+    print(json.dumps(scenarios[sys.argv[1]](sys.argv[2])))
     sys.stdout.flush()
     os._exit(0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, create_engine
 
 pytestmark = pytest.mark.sa20
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,3 +52,13 @@ def test_search_in_a_child_does_not_believe_the_parents_index(engine: Engine) ->
 def test_parent_that_closes_sqlite_leaves_a_child_its_log(sqlite_engine: Engine) -> None:
     """SQLite would take the child's connections for closed, and delete the file that they write to."""
     assert run("wal", sqlite_engine) == {"found": [0, 1, 2]}
+
+
+def test_child_does_not_wait_for_a_lock_of_a_database_in_memory() -> None:
+    assert run("memory", create_engine("sqlite://")) == {"child": [True, 1], "parent": 0}
+
+
+def test_graphs_of_a_child_have_threads_of_their_own(engine: Engine) -> None:
+    """Threads of the parent's checkpointer are not there, nor who has its locks. Its kind: whatever keeps threads."""
+    pytest.importorskip("langgraph.graph")
+    assert run("graph", engine) == {"child": ["before", "child"], "parent": ["before", "child", "parent"]}

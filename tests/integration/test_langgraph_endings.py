@@ -9,7 +9,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any, TypedDict
 
 import pytest
@@ -502,6 +502,32 @@ def test_a_step_of_a_called_task_outlives_what_begins_beside_it(world: World, be
 
     assert agent.run(one("call", call).compile(checkpointer=agent.saver))["trail"] == ["result"]
     assert agent.tags() == agent.written == ["t task 1"]
+    agent.saver.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_thread_that_comes_to_an_ended_step_leaves_nothing_open(world: World, fails: bool) -> None:
+    """It would begin a transaction that nobody ends, and keep SQLite's writer.
+
+    Its kind: astep() of a coroutine that is cancelled before its thread has begun, a tool that outlives its node.
+    """
+    agent, steps = Agent(world), list[Any]()
+    write = agent.node("a")
+
+    def node(state: State) -> State:
+        result: State = write(state)
+        steps.extend(agent.saver._steps._open.values())
+        if fails:
+            raise ZeroDivisionError
+        return result
+
+    graph = one("node", node).compile(checkpointer=agent.saver)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        agent.run(graph)
+    with pytest.raises(MemstateError, match="this task has ended"), steps[0].block() as session:
+        session.add(Tag(name="late"))
+    assert not steps[0].session.in_transaction()
+    assert agent.tags() == ([] if fails else agent.written)
     agent.saver.close()
 
 
