@@ -8,6 +8,8 @@ in most random histories.)
 
 from __future__ import annotations
 
+import itertools
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -84,6 +86,8 @@ class Capture:
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
         self._is_listening = True
         self._wakers: list[_Waker] = []
+        self._turn = 0  # the order in which Captures were attached
+        _remember(self)
         self._checked: Any = None  # the entities of which the cascades are known
         self._cascades: set[cascades.ForeignKey] = set()  # those that were warned of
         self.mapper_listeners: dict[str, Callable[..., None]] = {
@@ -152,6 +156,16 @@ class Capture:
             for target in list(self._attached):
                 self._listen_to_sessions(target)
 
+    def is_superseded(self, session: Session) -> bool:
+        """Whether a Memory that was attached later captures the same tables of *session*: one entry is enough."""
+        others = (other for reference in _captures if (other := reference()) is not None)
+        return any(
+            other._turn > self._turn
+            and other.is_attached(session)
+            and not self._registry.by_table.keys().isdisjoint(other._registry.by_table)
+            for other in others
+        )
+
     def _after_mapper_constructed(self, mapper: Mapper[Any], model: type[Any]) -> None:
         """A subclass of a tracked class."""
         self._registry.extend(mapper)
@@ -169,6 +183,7 @@ class Capture:
             return
         self._listen_to_sessions(target)
         self._attached.add(target)
+        self._turn = next(_turns)
 
     def _listen_to_sessions(self, target: Any) -> None:
         for name, listener in self.session_listeners.items():
@@ -745,6 +760,17 @@ class Capture:
         warn(message, UntrackedWriteWarning)
 
 
+_captures: tuple[weakref.ref[Capture], ...] = ()
+_turns = itertools.count(1)
+_remembering = threading.Lock()
+
+
+def _remember(capture: Capture) -> None:
+    global _captures  # noqa: PLW0603  # replaced as a whole: it is read without the lock
+    with _remembering:
+        _captures = (*(each for each in _captures if each() is not None), weakref.ref(capture))
+
+
 _BEGINNINGS = ("after_begin", "before_flush", "do_orm_execute", "before_commit")
 """The events of a Session with which something may begin that is to be captured."""
 
@@ -759,7 +785,8 @@ class _Waker:
 
     def __call__(self, *arguments: Any) -> Any:
         capture = self._capture()
-        if capture is None:
+        session: Session = getattr(arguments[0], "session", arguments[0])  # of an ORMExecuteState
+        if capture is None or capture.is_superseded(session):
             return None
         capture.resume()
         return capture.session_listeners[self._name](*arguments)

@@ -127,6 +127,30 @@ def test_closed_memory_captures_what_attached_sessions_write(
         assert [change.key for change in world.memory.history(session, Tag)] == ["before"] * is_open + ["seen"]
 
 
+def test_closed_memories_do_not_capture_beside_a_later_one(engine: Engine) -> None:
+    """As fixtures make them, one after the other on one sessionmaker. They are closed, and may not be collected yet."""
+    Base.metadata.create_all(engine)
+    sessions, closed = sessionmaker(engine), []
+    for number in range(3):
+        memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+        memory.track(Tag, text="meaning")
+        memory.attach(sessions)
+        memory.create_tables(engine)
+        with sessions.begin() as session:
+            session.add(Tag(name=f"open{number}", meaning="x"))
+        memory.close()
+        closed.append(memory)
+    for number, write in enumerate((add, execute)):
+        with sessions.begin() as session:
+            write(session)
+        with sessions() as session:
+            assert [change.key for change in closed[0].history(session, Tag)] == [
+                *("open0", "open1", "open2"), *["seen"] * (2 * number + 1)
+            ]  # fmt: skip
+        with sessions.begin() as session:
+            session.delete(session.get_one(Tag, "seen"))
+
+
 def read(session: Session) -> None:
     session.scalars(select(Person)).all()
 
