@@ -6,12 +6,13 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -34,6 +35,8 @@ from memstate_sa.sqlite import is_in_memory, require_no_transaction
 from memstate_sa.vectors import Destination
 
 logger = printable_logger("memstate_sa.relay")
+
+T = TypeVar("T")
 
 STOP_TIMEOUT_S = 5.0
 """So long a relay that stops waits for a call under way. Docker, for example, kills a process after ten seconds."""
@@ -233,45 +236,43 @@ class Relay:
 
         Commits go on, and search finds what is undelivered, as far as its bounds go.
         """
-        for index, connection in self._each(indexes):
-            deadletters.set_paused(connection, index, paused=True)
+        self._for_each(indexes, partial(deadletters.set_paused, paused=True))
 
     def resume(self, *indexes: str) -> None:
-        for index, connection in self._each(indexes):
-            deadletters.set_paused(connection, index, paused=False)
+        self._for_each(indexes, partial(deadletters.set_paused, paused=False))
         self.wake()
 
     def dead(self, *indexes: str, limit: int = 1000) -> list[DeadLetter]:
         """The keys that *indexes* (default: all) refused too often."""
-        return [
-            letter
-            for index, connection in self._each(indexes)
-            for letter in deadletters.read_dead(connection, index, limit)
-        ]
+        letters = self._for_each(indexes, partial(deadletters.read_dead, limit=limit))
+        return list(chain.from_iterable(letters))
 
     def retry_dead(self, *indexes: str, keys: Collection[str] | None = None) -> int:
         """Try dead keys again, those in *keys* or all; returns how many.
 
         A key is given as in `DeadLetter.key`, or with its entity before it, as logs name it: ``preference[7]``.
         """
-        count = sum(deadletters.retry_dead(connection, index, keys) for index, connection in self._each(indexes))
+        count = sum(self._for_each(indexes, partial(deadletters.retry_dead, keys=keys)))
         self.wake()
         return count
 
     def drop_dead(self, *indexes: str, keys: Collection[str] | None = None) -> int:
         """Forget dead keys, those in *keys* or all; returns how many. They are tried again when their rows change."""
-        return sum(deadletters.drop_dead(connection, index, keys) for index, connection in self._each(indexes))
+        return sum(self._for_each(indexes, partial(deadletters.drop_dead, keys=keys)))
 
-    def _each(self, names: Collection[str]) -> Iterator[tuple[IndexKey, Connection]]:
+    def _for_each(self, names: Collection[str], work: Callable[[Connection, IndexKey], T]) -> list[T]:
+        """What *work* returns for each index of these *names* (default: all), in a transaction of its own."""
         unknown = [name for name in names if name not in self._destinations]
         if unknown:
             raise MemstateError(f"no index {unknown[0]!r}; there are: {', '.join(self._destinations)}")
         require_no_transaction(self._engine)
+        results = []
         for courier in self._couriers:
             if not names or courier.delivery.name in names:
                 key = courier.delivery.open()
                 with self._engine.begin() as connection:
-                    yield key, connection
+                    results.append(work(connection, key))
+        return results
 
     def _has_more(self) -> bool:
         return any(courier.delivery.holder.more for courier in self._couriers)
