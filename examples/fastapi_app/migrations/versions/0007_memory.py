@@ -45,7 +45,6 @@ def upgrade() -> None:
             nullable=True,
             comment="the log's last transaction then; null: it was empty, or nobody asked",
         ),
-        sa.Column("snapshot", sa.Text(), nullable=True, comment="what was committed at the position (PostgreSQL)"),
         sa.Column(
             "metadata",
             sa.JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True), "postgresql"),
@@ -59,6 +58,7 @@ def upgrade() -> None:
         ),
         sa.Column("type", sa.Text(), nullable=False),
         sa.Column("payload", sa.LargeBinary(), nullable=False),
+        sa.Column("snapshot", sa.Text(), nullable=True, comment="what was committed at the position (PostgreSQL)"),
         sa.PrimaryKeyConstraint("thread_id", "ns", "id", name=op.f("pk_memstate_checkpoint")),
         comment="what a graph was between two steps",
     )
