@@ -313,7 +313,7 @@ class ByHand(Tracked):
 
 def written(engine: Engine) -> list[list[str]]:
     """What is in the tables of ours, without what differs from run to run."""
-    differs = {"tx", "at", "created_at", "xid"}
+    differs = {"tx", "at", "created_at", "xid", "snapshot"}
     with engine.connect() as connection:
         return [
             sorted(
