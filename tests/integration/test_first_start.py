@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -30,13 +31,13 @@ def create_tables(engine: Engine) -> None:
 
 
 def set_up_checkpointer(engine: Engine) -> None:
-    langgraph = pytest.importorskip("memstate_sa.integrations.langgraph")
+    langgraph = import_module("memstate_sa.integrations.langgraph")
     with langgraph.MemStateCheckpointer(engine) as checkpointer:
         checkpointer.setup()
 
 
 def set_up_store(engine: Engine) -> None:
-    stores = pytest.importorskip("memstate_sa.integrations.langgraph_store")
+    stores = import_module("memstate_sa.integrations.langgraph_store")
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     stores.MemStateStore(engine, memory=memory).setup()
     memory.close()
@@ -49,6 +50,8 @@ def test_workers_that_start_together_all_start(
 ) -> None:
     """Each has looked before any creates, if they may. Its kind: processes, threads, an upgrade beside a start, and any
     object of ours that is made where it is missing: tables, triggers, functions, an extension."""
+    if start in (set_up_checkpointer, set_up_store):
+        pytest.importorskip("langgraph.graph")
     Base.metadata.create_all(engine)
     both_looked = threading.Barrier(2)
     engines = [create_engine(engine.url) for _ in range(2)]
