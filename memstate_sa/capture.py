@@ -429,10 +429,7 @@ class Capture:
     def _before_update(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
         flush = self._flushes.get(state.session_id)
         if flush is not None:
-            if not flush.checked:
-                self._before_first_change(connection, flush)
-            if flush.parts:
-                self._lock_first_rows(mapper, connection, flush, going=False)
+            self._before_change(mapper, connection, flush, going=False)
             # Asked now: what an expression sets is expired by the UPDATE, and the change forgotten.
             flush.touched.append((state, "update", _has_changes(state)))
 
@@ -441,20 +438,21 @@ class Capture:
         if state.key is None:
             flush = self._flushes.get(state.session_id)
             if flush is not None:
-                if not flush.checked:
-                    self._before_first_change(connection, flush)
-                if flush.parts:
-                    self._lock_first_rows(mapper, connection, flush, going=True)
+                self._before_change(mapper, connection, flush, going=True)
                 flush.touched.append((state, "update", None))
 
     def _before_delete(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
         flush = self._flushes.get(state.session_id)
         if flush is not None:
-            if not flush.checked:
-                self._before_first_change(connection, flush)
-            if flush.parts:
-                self._lock_first_rows(mapper, connection, flush, going=True)
+            self._before_change(mapper, connection, flush, going=True)
             flush.touched.append((state, "delete", True))
+
+    def _before_change(self, mapper: Mapper[Any], connection: Connection, flush: Flush, *, going: bool) -> None:
+        """Find baselines and lock first rows before the unit of work changes, or deletes, a row of *mapper*."""
+        if not flush.checked:
+            self._before_first_change(connection, flush)
+        if flush.parts:
+            self._lock_first_rows(mapper, connection, flush, going=going)
 
     def _before_first_change(self, connection: Connection, flush: Flush) -> None:
         """Before the first UPDATE or DELETE: baselines of all rows that this flush will change.

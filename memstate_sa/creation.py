@@ -44,8 +44,9 @@ def create(
         return
     alone = not is_whole or engine.dialect.name == "postgresql"
     with creating(engine) if alone else engine.begin() as connection:
-        metadata.create_all(connection, tables=wanted)
-        amend(connection, lacking(inspect(connection), wanted))
+        if not is_whole:  # looked at again, now alone
+            metadata.create_all(connection, tables=wanted)
+            amend(connection, lacking(inspect(connection), wanted))
         if install is not None:
             install(connection)
 
