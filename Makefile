@@ -51,12 +51,12 @@ torture: $(VENV)/.test  ## Processes, servers and indexes that fail and are kill
 
 soak: $(VENV)/.test  ## Kills, random and simulated histories: more of them, and other ones each time (KILLS=200)
 	MEMSTATE_KILLS=$(KILLS) MEMSTATE_SEED=$$(date +%s) MEMSTATE_SIM_SEEDS=$(SEEDS) $(BIN)/pytest -m deep -n $(WORKERS) \
-		--hypothesis-profile=default tests/integration/test_kill.py tests/integration/test_histories.py tests/simulation \
+		--hypothesis-profile=default tests/promises/crash/test_kill.py tests/promises/undo/test_histories.py tests/simulation \
 		tests/model $(ARGS)
 
 fuzz: $(VENV)/.test  ## Random programs, captured by Sessions and by triggers: PROGRAMS=25 times as many as CI plays
 	MEMSTATE_PROGRAMS=$(PROGRAMS) $(BIN)/pytest -m deep -n $(WORKERS) --hypothesis-profile=default \
-		tests/integration/test_differential.py $(ARGS)
+		tests/promises/capture/test_differential.py $(ARGS)
 
 clean:  ## Remove what the targets made
 	rm -rf $(VENV) $(SA20) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

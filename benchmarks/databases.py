@@ -15,7 +15,7 @@ import chromadb
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
 
-from memstate_sa import sqlite
+from memstate_sa.db import sqlite
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from sqlalchemy.engine import URL
 from benchmarks import databases
 from benchmarks.langgraph_crashes import Way, kill_again_and_again
 from benchmarks.report import Target, console, ratio, table
-from memstate_sa.integrations.langgraph import MemStateCheckpointer
+from memstate_sa.integrations.langgraph.checkpointer import MemStateCheckpointer
 
 SIZES, QUICK_SIZES = (100, 1000, 4000), (20, 40)
 KILLS, QUICK_KILLS = 200, 3

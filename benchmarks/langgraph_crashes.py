@@ -23,9 +23,10 @@ from langgraph.graph import START, StateGraph
 from sqlalchemy import Engine, create_engine, event, make_url, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from memstate_sa import Memory, sqlite
+from memstate_sa import Memory
+from memstate_sa.db import sqlite
 from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.integrations.langgraph import MemStateCheckpointer
+from memstate_sa.integrations.langgraph.checkpointer import MemStateCheckpointer
 from memstate_sa.testing import HashEmbedder
 
 Way: TypeAlias = Literal["step", "apart"]

@@ -19,9 +19,9 @@ from benchmarks import databases
 from benchmarks.drain import Nowhere, define, facts, remember
 from benchmarks.report import Target, console, interleaved, ratio, table
 from memstate_sa import DeliveryRejected, Memory
+from memstate_sa.db.tables import outbox
 from memstate_sa.indexes.base import Point
 from memstate_sa.relay import RetryPolicy
-from memstate_sa.tables import outbox
 
 
 def run(*, quick: bool = False) -> None:

@@ -24,11 +24,13 @@ from benchmarks import databases
 from benchmarks.commits import memstate_store, payload
 from benchmarks.facts import texts
 from benchmarks.report import Target, console, interleaved, ratio, spread, table
-from memstate_sa import Fact, Memory, MemoryStore, outbox
-from memstate_sa.changes import Entry, new_tx
-from memstate_sa.codec import encode_key
+from memstate_sa import Fact, Memory, MemoryStore
+from memstate_sa.db import statements
+from memstate_sa.db.codec import encode_key
+from memstate_sa.db.tables import utcnow
 from memstate_sa.indexes import ChromaIndex, InMemoryIndex
-from memstate_sa.tables import utcnow
+from memstate_sa.log import outbox
+from memstate_sa.log.changes import LogEntry, new_tx
 from memstate_sa.testing import HashEmbedder
 
 STEPS = 1000
@@ -207,12 +209,12 @@ class World:
         gc.collect()
         start = perf_counter()
         with self.engine.begin() as connection:
-            outbox.take_write_lock(connection)
+            statements.take_write_lock(connection)
             present = connection.execute(select(preference).where(preference.c.id.in_(keys)).with_for_update())
             images = [{**row, "content": row["content"] + ", again"} for row in present.mappings()]
             connection.execute(statement, [{"b_id": it["id"], "b_text": it["content"]} for it in images])
             facts = [("preference", encode_key([it["id"]])) for it in images]
-            entries = [Entry(*fact, "update", it) for fact, it in zip(facts, images, strict=True)]
+            entries = [LogEntry(*fact, "update", it) for fact, it in zip(facts, images, strict=True)]
             outbox.add(connection, entries, facts, new_tx(), utcnow(), {"preference": 1})
         return (perf_counter() - start) * 1000
 

@@ -16,9 +16,11 @@ from sqlalchemy import Engine, Text, event, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, configure_mappers, mapped_column, sessionmaker
 
 from benchmarks import databases
-from memstate_sa import Memory, outbox, tables
-from memstate_sa.changes import Entry, new_tx
+from memstate_sa import Memory
+from memstate_sa.db import tables
 from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.log import outbox
+from memstate_sa.log.changes import LogEntry, new_tx
 from memstate_sa.testing import HashEmbedder
 
 Adopt = Callable[[Engine], tuple[type[Any], sessionmaker[Session]]]
@@ -60,7 +62,7 @@ def by_hand(engine: Engine) -> tuple[type[Any], sessionmaker[Session]]:
         entries, dirty = [], []
         for it, op in [*touched, *((it, "delete") for it in session.deleted)]:
             image = {name: getattr(it, name) for name in COLUMNS} if op != "delete" else None
-            entries.append(Entry("preference", f"[{it.id}]", op, image))  # type: ignore[arg-type]
+            entries.append(LogEntry("preference", f"[{it.id}]", op, image))  # type: ignore[arg-type]
             dirty.append(("preference", f"[{it.id}]"))
         outbox.add(session.connection(), entries, dirty, new_tx(), tables.utcnow(), {"preference": 1})
 

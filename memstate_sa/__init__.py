@@ -5,9 +5,8 @@ when it rolls back, none of them ever existed.
 """
 
 from memstate_sa import sqlite
-from memstate_sa.capture import UntrackedWriteWarning
-from memstate_sa.changes import Change
-from memstate_sa.doctor import Diagnosis
+from memstate_sa.capture.listeners import UntrackedWriteWarning
+from memstate_sa.db.tables import metadata
 from memstate_sa.errors import (
     ConflictError,
     DeliveryError,
@@ -21,15 +20,19 @@ from memstate_sa.errors import (
     UntrackedWrite,
     ValidationFailed,
 )
-from memstate_sa.facts import Fact
-from memstate_sa.integrations import checkpoint_tables, items  # noqa: F401  # metadata is the same for everybody
+from memstate_sa.fact import Fact
+from memstate_sa.integrations.langgraph import item_rows as _item_rows
+from memstate_sa.integrations.langgraph import tables as _tables
+from memstate_sa.log.changes import Change
+from memstate_sa.maintenance.doctor import Diagnosis
+from memstate_sa.maintenance.verify import DriftReport
 from memstate_sa.memory import Memory
-from memstate_sa.search import Hit, Hits
+from memstate_sa.search.search import Hit, Hits
 from memstate_sa.store import MemoryStore
-from memstate_sa.tables import metadata
-from memstate_sa.verify import DriftReport
 
 __version__ = "0.1.0"
+
+del _item_rows, _tables  # imported for their tables: the metadata is complete for every application
 
 __all__ = [
     "Change",

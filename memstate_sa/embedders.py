@@ -14,10 +14,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from memstate_sa import forks
-from memstate_sa._failures import delivery_error
 from memstate_sa.errors import DeliveryError, DeliveryRejected, MissingExtra
 from memstate_sa.indexes.base import Vector
+from memstate_sa.indexes.provider_errors import delivery_error
+from memstate_sa.runtime import forks
 
 
 @runtime_checkable

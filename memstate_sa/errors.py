@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from memstate_sa.printable import printable
+from memstate_sa.runtime.printable import printable
 
 
 class MemstateError(Exception):
@@ -96,9 +96,3 @@ def require_module(module: str, extra: str, package: str | None = None) -> Any:
         return import_module(module)
     except ImportError as error:
         raise MissingExtra(package or module.partition(".")[0], extra) from error
-
-
-def require_count(name: str, value: Any, meaning: str) -> None:
-    """Raise MemstateError unless *value* is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise MemstateError(f"{name}={value!r}: {meaning}")

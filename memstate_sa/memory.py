@@ -19,49 +19,46 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import QueryableAttribute, Session
 from sqlalchemy.sql import visitors
 
-from memstate_sa import (
-    appendonly,
-    creation,
-    forks,
-    functions,
-    history,
-    missing,
-    reindex,
-    transfer,
-    triggers,
-    truth,
-)
-from memstate_sa.backfill import Backfill
-from memstate_sa.capture import Capture
-from memstate_sa.changes import Change, Image
-from memstate_sa.codec import is_text
-from memstate_sa.doctor import Diagnosis, Doctor
+from memstate_sa.capture import append_only, triggers
+from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.recorder import Recorder
+from memstate_sa.capture.transaction import OpenTransaction
+from memstate_sa.db import creation, functions, missing_tables
+from memstate_sa.db.codec import Image, is_text
+from memstate_sa.db.engines import blocking_engine, with_separate_pool
+from memstate_sa.db.sqlite import is_in_memory, require_no_transaction
+from memstate_sa.db.tables import utcnow
 from memstate_sa.embedders import Embedder, WordLlamaEmbedder
-from memstate_sa.erase import Eraser
-from memstate_sa.errors import DeliveryError, IndexBroken, MemstateError, require_count
-from memstate_sa.expiry import Sweeper
-from memstate_sa.facts import Tracked, Upgrade, describe
+from memstate_sa.embedding.batches import Destination, Vectors
+from memstate_sa.errors import DeliveryError, IndexBroken, MemstateError
 from memstate_sa.indexes.base import PurgeableIndex, RemakableIndex, VectorIndex
-from memstate_sa.pools import blocking_engine, own_pool
-from memstate_sa.printable import printable_logger
-from memstate_sa.recorder import Recorder
-from memstate_sa.registry import Registry
+from memstate_sa.log import history
+from memstate_sa.log.changes import Change
+from memstate_sa.maintenance import export_import, reindex
+from memstate_sa.maintenance.backfill import Backfill
+from memstate_sa.maintenance.doctor import Diagnosis, Doctor
+from memstate_sa.maintenance.erase import Eraser
+from memstate_sa.maintenance.expiry import Sweeper
+from memstate_sa.maintenance.progress import Progress
+from memstate_sa.maintenance.verify import DriftReport, Verify
 from memstate_sa.relay import Relay
 from memstate_sa.relay.backlog import Backlog, backlog
-from memstate_sa.relay.keys import IndexKey
+from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.loop import STOP_TIMEOUT_S
-from memstate_sa.relay.plan import guarded
+from memstate_sa.relay.retry import guarded
+from memstate_sa.relay.strict import Strict
 from memstate_sa.relay.waiting import wait_for
 from memstate_sa.relay.wakeup import Notifier
-from memstate_sa.search import Call, Hits, Opened, Search, call_directly, resolve_target
-from memstate_sa.sqlite import is_in_memory, require_no_transaction
-from memstate_sa.strict import Strict
-from memstate_sa.tables import utcnow
-from memstate_sa.timetravel import PastSession, as_of_session, search_past, take_criteria
-from memstate_sa.undo import OnConflict, Revocation, Scope, Undo
-from memstate_sa.units import Unit
-from memstate_sa.vectors import Destination, Vectors
-from memstate_sa.verify import DriftReport, Progress, Verify
+from memstate_sa.runtime import forks
+from memstate_sa.runtime.printable import printable_logger
+from memstate_sa.search.search import Call, Hits, Opened, Search, call_directly, resolve_target
+from memstate_sa.search.time_travel import PastSession, as_of_session, search_past, take_criteria
+from memstate_sa.tracking import committed
+from memstate_sa.tracking.options import describe
+from memstate_sa.tracking.registry import Registry
+from memstate_sa.tracking.tracked import Tracked, Upgrade
+from memstate_sa.tracking.validation import require_count
+from memstate_sa.undo.undo import OnConflict, Revocation, Scope, Undo
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -280,7 +277,7 @@ class Memory:
         creation.create(self.sync_engine(engine), install=self._install)
 
     def _install(self, connection: Connection) -> None:
-        appendonly.install(connection)
+        append_only.install(connection)
         for tracked in self._registry.by_entity.values():
             (triggers.install if tracked.by_trigger else triggers.uninstall)(connection, tracked)
         functions.close(connection)
@@ -303,7 +300,7 @@ class Memory:
         unit.reason = reason if reason is not None else unit.reason
         unit.session_id = session_id if session_id is not None else unit.session_id
 
-    def _unit(self, session: Session) -> Unit:
+    def _unit(self, session: Session) -> OpenTransaction:
         if not self._capture.is_attached(session):
             raise MemstateError("this Session is not attached: call memory.attach() with its sessionmaker first")
         return self._capture.unit(session)
@@ -442,7 +439,7 @@ class Memory:
         statement, tracked = resolve_target(self._registry, target)
         name = self._searched(tracked, index)
         if as_of is not None:
-            engine = own_pool(session.get_bind(tracked.mapper).engine)  # the Session may hold a connection
+            engine = with_separate_pool(session.get_bind(tracked.mapper).engine)  # the Session may hold a connection
             read = {
                 self._registry.named(table, None) for table in visitors.iterate(statement) if isinstance(table, Table)
             }
@@ -902,7 +899,7 @@ class Memory:
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
         tracked = [self._registry.of(model) for model in models] or list(self._registry.by_entity.values())
-        return transfer.export_facts(sync, list(dict.fromkeys(tracked)), file, progress)
+        return export_import.export_facts(sync, list(dict.fromkeys(tracked)), file, progress)
 
     def import_facts(
         self, engine: Engine | AsyncEngine, file: Iterable[str], *, progress: Progress | None = None
@@ -919,7 +916,7 @@ class Memory:
         """
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
-        count = transfer.import_facts(sync, self._registry, self._capture, file, progress)
+        count = export_import.import_facts(sync, self._registry, self._capture, file, progress)
         self._committed(sync)
         return count
 
@@ -962,7 +959,7 @@ class Memory:
         require_no_transaction(sync)
         self._capture.guard(sync)
         with sync.connect() as connection:
-            total = sum(truth.count(connection, each) for each in tracked) if progress is not None else None
+            total = sum(committed.count(connection, each) for each in tracked) if progress is not None else None
         relay = self._relay_to(sync, [other])
         relay.drain(timeout, progress=None if progress is None else lambda done: progress(min(done, total or 0), total))
         old, new = (IndexKey(each, self._destinations[each].open()) for each in (name, other))
@@ -1031,7 +1028,7 @@ class Memory:
         that has them too, before anything else: ``memory.sync_engine(async_engine, use=engine)``.
         """
         if isinstance(engine, Engine):
-            missing.explain(engine)
+            missing_tables.explain(engine)
             return engine
         if not hasattr(engine, "sync_engine"):
             raise MemstateError(f"{engine!r} is not an Engine; sqlalchemy.create_engine(url) makes one")
@@ -1044,7 +1041,7 @@ class Memory:
             found = self._engines.setdefault(url, made)
             if found is made:
                 self._derived.append(found)  # else another thread was first; this one has no connections
-        missing.explain(found)
+        missing_tables.explain(found)
         return found
 
 

@@ -23,24 +23,25 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModu
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import StaticPool
 
-from memstate_sa import forks, sqlite
-from memstate_sa.ambient import joined, joining
-from memstate_sa.changes import Change
-from memstate_sa.codec import decode_key, encode_key, is_text
+from memstate_sa.db import sqlite
+from memstate_sa.db.codec import decode_key, encode_key, is_text
+from memstate_sa.db.engines import make_engine
+from memstate_sa.db.joined_session import current_session, use_session
+from memstate_sa.db.statements import take_write_lock
+from memstate_sa.db.tables import in_utc, unique, utcnow
 from memstate_sa.embedders import Embedder
 from memstate_sa.errors import ConflictError, DeliveryError, MemstateError, MissingExtra, NotFound, ValidationFailed
-from memstate_sa.facts import Fact
+from memstate_sa.fact import Fact
 from memstate_sa.indexes.base import VectorIndex
+from memstate_sa.log.changes import Change
 from memstate_sa.memory import Memory
-from memstate_sa.outbox import take_write_lock
-from memstate_sa.pools import make_engine
-from memstate_sa.printable import printable_logger
 from memstate_sa.relay import Relay
 from memstate_sa.relay.loop import STOP_TIMEOUT_S
-from memstate_sa.schemas import failure, read_names
-from memstate_sa.search import Hits
-from memstate_sa.tables import in_utc, unique, utcnow
-from memstate_sa.undo import Revocation
+from memstate_sa.runtime import forks
+from memstate_sa.runtime.printable import printable_logger
+from memstate_sa.search.search import Hits
+from memstate_sa.tracking.validation import read_names, to_validation_failed
+from memstate_sa.undo.undo import Revocation
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -99,7 +100,7 @@ class MemoryStore:
         self._local = threading.local()
         self._closed = False
         self.engine: Engine = (
-            _engine(url_or_engine) if isinstance(url_or_engine, str) else self.memory.sync_engine(url_or_engine)
+            engine_of(url_or_engine) if isinstance(url_or_engine, str) else self.memory.sync_engine(url_or_engine)
         )
         self._owns_engine = self.engine is not url_or_engine
         self._is_shared = sqlite.is_in_memory(self.engine)
@@ -225,7 +226,7 @@ class MemoryStore:
         thread raise MemstateError. They may wait for it, or be made by ``asyncio.to_thread(store.commit, …)``.
         """
         _check_texts(session_id=session_id, actor=actor, reason=reason)
-        open_session = joined(self.memory, self.engine)
+        open_session = current_session(self.memory, self.engine)
         if open_session is not None:
             with open_session.begin_nested():
                 yield open_session
@@ -233,7 +234,7 @@ class MemoryStore:
             return
         self._check_open()
         with self._alone():
-            with self._sessions() as session, joining(self.memory, self.engine, session):
+            with self._sessions() as session, use_session(self.memory, self.engine, session):
                 self.memory.annotate(session, actor, reason, session_id)
                 with session.begin():
                     yield session
@@ -283,7 +284,7 @@ class MemoryStore:
         try:
             self._check(values)
         except ValidationError as error:
-            raise failure("Fact", error) or ValidationFailed() from error
+            raise to_validation_failed("Fact", error) or ValidationFailed() from error
 
     def _add(self, session: Session, values: Mapping[str, Any]) -> str:
         unique_values = self._unique_values(values)
@@ -445,7 +446,7 @@ class MemoryStore:
 
     @contextmanager
     def _reading(self) -> Iterator[Session]:
-        open_session = joined(self.memory, self.engine)
+        open_session = current_session(self.memory, self.engine)
         if open_session is not None:
             yield open_session
         else:
@@ -548,7 +549,7 @@ type_ = type
 """The builtin, where a parameter has the name that users expect of it."""
 
 
-def _engine(url: str) -> Engine:
+def engine_of(url: str) -> Engine:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):  # the text of a ValueError quotes what it took for the port
@@ -589,7 +590,7 @@ def _payload_of(model: BaseModel) -> Any:
     try:
         read = kind.model_validate(payload)
     except ValidationError as error:
-        raise failure("Fact", error) or ValidationFailed() from error
+        raise to_validation_failed("Fact", error) or ValidationFailed() from error
     if read.model_dump(mode="json", by_alias=True, round_trip=True) != dumped:
         lost = next((name for name in kind.model_fields if getattr(read, name) != getattr(model, name)), "payload")
         raise _invalid(lost, f"{kind.__name__} reads it back as something else: by another name, or by its validators")
@@ -638,11 +639,11 @@ def _check_id(id: Any) -> None:
 
 def _unique_text(value: Any) -> str:
     """Equal JSON values as equal text: JSONB gives 1e16 back as an int. Long ones as a digest: the text is indexed."""
-    same = json.dumps(json.loads(json.dumps(value), parse_float=_number), sort_keys=True)
+    same = json.dumps(json.loads(json.dumps(value), parse_float=number_of), sort_keys=True)
     return same if len(same) <= 200 else hashlib.blake2b(same.encode(), digest_size=16).hexdigest()
 
 
-def _number(written: str) -> int | float:
+def number_of(written: str) -> int | float:
     number = Decimal(written)
     return int(number) if number == number.to_integral_value() else float(written)
 

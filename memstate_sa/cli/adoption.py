@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from memstate_sa import adoption, migrations
+from memstate_sa import migrations
+from memstate_sa.cli import alembic_project
 from memstate_sa.cli.display import Console
 from memstate_sa.cli.opening import Url, explained, opened
 from memstate_sa.errors import MissingExtra
@@ -69,17 +70,17 @@ def init(
     memstate-sa init               and create tables and triggers, without Alembic
     memstate-sa init --apply       and edit env.py, with it
     """
-    project = adoption.find_alembic(Path.cwd())
+    project = alembic_project.find_alembic(Path.cwd())
     app = app or _the_memory()
-    if (dry_run or (project is not None and not create)) and adoption.unmade(url):
+    if (dry_run or (project is not None and not create)) and alembic_project.unmade(url):
         url = "sqlite://"  # as empty, and not made by being looked at
     with opened(app, url, made=False, initialised=False) as (memory, engine):
         if project is not None and apply:
             _edit(project, dry_run=dry_run, yes=yes)
-        if not dry_run and (create or not (project is not None or adoption.is_migrated(engine))):
+        if not dry_run and (create or not (project is not None or alembic_project.is_migrated(engine))):
             memory.create_tables(engine)
         console = Console()
-        steps = list(adoption.steps(memory, engine, project))
+        steps = list(alembic_project.steps(memory, engine, project))
         for step in steps:
             console.print(f"[red]✗[/] {escape(step.title)}" if step.to_do else f"[green]✓[/] {escape(step.title)}")
             for line in step.to_do.splitlines():
@@ -90,7 +91,7 @@ def init(
 
 def _the_memory() -> str:
     with explained():
-        found = adoption.find_memories(Path.cwd())
+        found = alembic_project.find_memories(Path.cwd())
     if len(found) != 1:
         problem = f"there are several: {', '.join(found)}" if found else "no module of this folder has a Memory"
         raise typer.BadParameter(f"{problem}; say which, as shop.memory:memory", param_hint="--app")
@@ -98,7 +99,7 @@ def _the_memory() -> str:
     return found[0]
 
 
-def _edit(project: adoption.AlembicProject, *, dry_run: bool, yes: bool) -> None:
+def _edit(project: alembic_project.AlembicProject, *, dry_run: bool, yes: bool) -> None:
     new = project.edited(has_plugins=migrations.has_plugins())
     if new == project.source:
         if not (project.knows_tables and project.knows_plugin):

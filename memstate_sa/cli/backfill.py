@@ -23,9 +23,9 @@ from rich.progress import (
 from rich.text import Text
 from sqlalchemy import Engine, func, select
 
-from memstate_sa import tables
 from memstate_sa.cli.display import Console, progress_of
 from memstate_sa.cli.opening import App, Url, load_model, opened
+from memstate_sa.db import tables
 
 
 def backfill(
@@ -66,14 +66,14 @@ def backfill(
             if workers == 1:
                 added = run(rate=rate, restart=anew, progress=update)
             else:
-                from memstate_sa import worker
+                from memstate_sa.cli import processes
 
                 run(limit=0, restart=anew, progress=update)
                 before = _backfilled(engine)
                 options = ["--no-restart", "--batch-size", str(batch_size)]
                 options += [] if rate is None else ["--rate", str(max(0.001, rate / workers))]
                 environment = {"MEMSTATE_APP": app, "MEMSTATE_URL": url}
-                with worker.processes(environment, stdout=subprocess.DEVNULL) as start:
+                with processes.processes(environment, stdout=subprocess.DEVNULL) as start:
                     started = [start("backfill", *options, "--", *(model or ())) for _ in range(workers)]
                     while any(process.poll() is None for process in started):
                         sleep(0.3)

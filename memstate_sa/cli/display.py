@@ -11,8 +11,8 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from memstate_sa.changes import Change
-from memstate_sa.printable import printable
+from memstate_sa.log.changes import Change
+from memstate_sa.runtime.printable import printable
 
 _SHOWN = 120  # characters of a value
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from memstate_sa.cli.display import Console, progress_of
 from memstate_sa.cli.opening import App, Url, name_of, opened
-from memstate_sa.doctor import folded
+from memstate_sa.maintenance.doctor import folded
 
 _EXAMPLES = 20  # facts of each kind that are named
 

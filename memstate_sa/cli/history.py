@@ -13,12 +13,12 @@ import typer
 from sqlalchemy import Engine, inspect
 from sqlalchemy.orm import Session, sessionmaker
 
-from memstate_sa.changes import Change
 from memstate_sa.cli.display import Console, changes_table
 from memstate_sa.cli.opening import App, Url, fail, load_model, opened
+from memstate_sa.log.changes import Change
 from memstate_sa.memory import Memory
-from memstate_sa.printable import printable
-from memstate_sa.undo import OnConflict, Revocation
+from memstate_sa.runtime.printable import printable
+from memstate_sa.undo.undo import OnConflict, Revocation
 
 OfModel = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="Only facts of this class.")]
 OfSession = Annotated[str | None, typer.Option("--session-id", help="Only what this agent session did.")]

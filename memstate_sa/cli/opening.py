@@ -16,12 +16,12 @@ from sqlalchemy import Engine, inspect
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from memstate_sa import adoption
-from memstate_sa.changes import Change
+from memstate_sa.cli import alembic_project
 from memstate_sa.cli.display import Console, changes_table
+from memstate_sa.db.engines import make_engine
 from memstate_sa.errors import ConflictError, MemstateError
+from memstate_sa.log.changes import Change
 from memstate_sa.memory import Memory
-from memstate_sa.pools import make_engine
 
 App = Annotated[
     str,
@@ -53,7 +53,7 @@ def opened(app: str, url: str, *, made: bool = True, initialised: bool = True) -
 
 def require_made(url: str) -> None:
     """Looking into an SQLite file that is not there would make it."""
-    if file := adoption.unmade(url):
+    if file := alembic_project.unmade(url):
         fail(f"there is no such database: {file.absolute()} does not exist")
 
 

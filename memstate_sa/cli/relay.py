@@ -48,7 +48,7 @@ def relay(
     if once and workers > 1:
         raise typer.BadParameter("--once is for one worker")
     with opened(app, url) as (memory, engine):
-        from memstate_sa import worker
+        from memstate_sa.cli import processes
 
         retention = Retention(log=_days(keep_log), ledger=_days(keep_ledger))
         if once:
@@ -58,25 +58,27 @@ def relay(
             finally:
                 courier.stop()  # at once, another relay may go on
             return
-        worker.configure_logging(as_json=log_json)
+        processes.configure_logging(as_json=log_json)
         if workers > 1:
             _require_shared(memory)
             common = ["--lease", str(lease), "--metrics-host", metrics_host, *["--log-json"] * log_json]
             for option, days in (("--keep-log", keep_log), ("--keep-ledger", keep_ledger)):
                 common += [] if days is None else [option, str(days)]
             ports = [[] if metrics_port is None else ["--metrics-port", str(metrics_port + n)] for n in range(workers)]
-            worker.supervise([[*common, *port] for port in ports], {"MEMSTATE_APP": app, "MEMSTATE_URL": url})
+            processes.supervise([[*common, *port] for port in ports], {"MEMSTATE_APP": app, "MEMSTATE_URL": url})
             return
         with ExitStack() as stack:
-            interrupted = stack.enter_context(worker.interruption())
+            interrupted = stack.enter_context(processes.interruption())
             courier = stack.enter_context(memory.relay(engine, lease_s=lease, retention=retention))
             if metrics_port is not None:
                 status = partial(memory.status, engine)
-                port = stack.enter_context(worker.metrics_server(courier, engine, status, metrics_host, metrics_port))
-                worker.logger.info("serving /metrics and /readyz on port %d", port)
-            worker.logger.info("delivering to %s; interrupt to stop", ", ".join(memory.indexes))
+                port = stack.enter_context(
+                    processes.metrics_server(courier, engine, status, metrics_host, metrics_port)
+                )
+                processes.logger.info("serving /metrics and /readyz on port %d", port)
+            processes.logger.info("delivering to %s; interrupt to stop", ", ".join(memory.indexes))
             interrupted.wait()
-            worker.logger.info("stopping after the batch in work")
+            processes.logger.info("stopping after the batch in work")
 
 
 def _days(count: int | None) -> timedelta | None:
@@ -127,9 +129,9 @@ def status(
         if not watch:
             Console().print(_status(memory, engine))
             return
-        from memstate_sa import worker
+        from memstate_sa.cli import processes
 
-        with worker.interruption() as interrupted, Live(_status(memory, engine), auto_refresh=False) as live:
+        with processes.interruption() as interrupted, Live(_status(memory, engine), auto_refresh=False) as live:
             while not interrupted.wait(1.0):
                 live.update(_status(memory, engine), refresh=True)
 

@@ -68,7 +68,7 @@ def import_langgraph(
     r"""Copy the checkpoints that LangGraph's PostgresSaver or SqliteSaver has stored; what is there stays as it is.
 
     It may be run again, for what has come since. Nothing is unpickled: where a saver pickled, or encrypted, use
-    memstate_sa.integrations.import_checkpoints with the serializer.
+    memstate_sa.integrations.langgraph.import_checkpoints with the serializer.
 
     \b
     memstate-sa import-checkpoints postgresql://app@db/shop
@@ -76,8 +76,8 @@ def import_langgraph(
     """
     with opened(app, url) as (memory, engine):
         require_made(source)
-        from memstate_sa.integrations.import_checkpoints import import_checkpoints
-        from memstate_sa.integrations.langgraph import MemStateCheckpointer
+        from memstate_sa.integrations.langgraph.checkpointer import MemStateCheckpointer
+        from memstate_sa.integrations.langgraph.import_checkpoints import import_checkpoints
 
         console = Console(stderr=True)
         with MemStateCheckpointer(engine, memory=memory) as checkpointer, Progress(console=console) as progress:

@@ -20,7 +20,8 @@ from chromadb.api import ClientAPI
 from sqlalchemy import Engine, create_engine, func, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from memstate_sa import Memory, sqlite
+from memstate_sa import Memory
+from memstate_sa.db import sqlite
 from memstate_sa.demo.inputs import Correct, Forget, Remember, Turn, parse
 from memstate_sa.embedders import WordLlamaEmbedder
 from memstate_sa.indexes import ChromaIndex, VectorIndex

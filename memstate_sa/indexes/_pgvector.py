@@ -37,8 +37,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB, insert
 from sqlalchemy.types import UserDefinedType
 
-from memstate_sa.arrays import as_json
-from memstate_sa.codec import encode
+from memstate_sa.db.codec import encode
+from memstate_sa.db.json_params import as_json
 from memstate_sa.indexes.base import Scalar
 
 _PREFIX = 500

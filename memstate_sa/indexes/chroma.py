@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memstate_sa import forks
-from memstate_sa._failures import delivery_error, retryable_status
 from memstate_sa.errors import (
     DeliveryError,
     DeliveryRejected,
@@ -31,6 +29,8 @@ from memstate_sa.errors import (
 from memstate_sa.indexes._chroma_files import find_damage
 from memstate_sa.indexes._filters import canonical, storable
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
+from memstate_sa.indexes.provider_errors import delivery_error, retryable_status
+from memstate_sa.runtime import forks
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memstate_sa import forks
-from memstate_sa._failures import delivery_error
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, require_module
 from memstate_sa.indexes._filters import canonical
 from memstate_sa.indexes._flat import Flat
@@ -22,7 +20,9 @@ from memstate_sa.indexes._journal import Journal, Record
 from memstate_sa.indexes._tags import stored
 from memstate_sa.indexes._units import at_length, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
-from memstate_sa.printable import printable_logger
+from memstate_sa.indexes.provider_errors import delivery_error
+from memstate_sa.runtime import forks
+from memstate_sa.runtime.printable import printable_logger
 
 if TYPE_CHECKING:
     from memstate_sa.indexes._folder import LockedFolder

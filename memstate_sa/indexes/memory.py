@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from memstate_sa import forks
 from memstate_sa.errors import IndexMismatch, MemstateError
 from memstate_sa.indexes._filters import canonical, matches, storable
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Scalar, Stored, Vector, matrix
+from memstate_sa.runtime import forks
 
 
 class _Held(NamedTuple):

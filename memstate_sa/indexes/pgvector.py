@@ -22,14 +22,14 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.schema import CreateIndex, CreateTable, DropIndex
 
-from memstate_sa._failures import delivery_error
+from memstate_sa.db.engines import blocking_engine, with_separate_pool
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, MissingExtra
 from memstate_sa.indexes._filters import canonical
 from memstate_sa.indexes._pgvector import EXACT_UP_TO, ONE_AT_A_TIME, Statements, key_of, value_of, vectors_text
 from memstate_sa.indexes._tags import stored
 from memstate_sa.indexes._units import at_length, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
-from memstate_sa.pools import blocking_engine, own_pool
+from memstate_sa.indexes.provider_errors import delivery_error
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -234,12 +234,12 @@ class PgVectorIndex:
 
     def _reader(self) -> Connection:
         """Each read is one statement, and one round trip."""
-        return own_pool(self._given).connect().execution_options(isolation_level="AUTOCOMMIT")
+        return with_separate_pool(self._given).connect().execution_options(isolation_level="AUTOCOMMIT")
 
     @contextmanager
     def _writer(self) -> Iterator[Connection]:
         """What a fence compares is what is committed: a snapshot of before would not do."""
-        connected = own_pool(self._given).connect().execution_options(isolation_level="READ COMMITTED")
+        connected = with_separate_pool(self._given).connect().execution_options(isolation_level="READ COMMITTED")
         with connected as connection, connection.begin():
             yield connection
 

@@ -23,7 +23,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from memstate_sa._failures import delivery_error
 from memstate_sa.errors import (
     DeliveryError,
     DeliveryRejected,
@@ -37,6 +36,7 @@ from memstate_sa.indexes._filters import canonical
 from memstate_sa.indexes._tags import number_name, numbers, stored, tag, tags
 from memstate_sa.indexes._units import at_length, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
+from memstate_sa.indexes.provider_errors import delivery_error
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient

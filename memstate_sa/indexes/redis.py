@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from memstate_sa._failures import delivery_error
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, require_module
 from memstate_sa.indexes._asking import Answer, Found, nearest
 from memstate_sa.indexes._filters import canonical, matches
 from memstate_sa.indexes._tags import has_number, number_name, numbers, stored, tag, tags
 from memstate_sa.indexes._units import at_length, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
+from memstate_sa.indexes.provider_errors import delivery_error
 
 if TYPE_CHECKING:
     from redis import Redis

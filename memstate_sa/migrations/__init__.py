@@ -15,9 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from memstate_sa.db.tables import metadata
 from memstate_sa.errors import MemstateError
-from memstate_sa.printable import printable_logger
-from memstate_sa.tables import metadata
+from memstate_sa.runtime.printable import printable_logger
 
 logger = printable_logger("memstate_sa.migrations")
 

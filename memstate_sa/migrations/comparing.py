@@ -14,8 +14,10 @@ from alembic.operations import ops
 from sqlalchemy import Identity, MetaData, Table, inspect
 from sqlalchemy.engine import Connection
 
-from memstate_sa import appendonly, triggers
-from memstate_sa.columns import stored_columns
+from memstate_sa.capture import append_only, triggers
+from memstate_sa.capture.triggers import Capture
+from memstate_sa.db.rows import stored_columns
+from memstate_sa.db.tables import current, log, outbox
 from memstate_sa.indexes._pgvector import COLUMNS
 from memstate_sa.migrations import is_ours
 from memstate_sa.migrations.operations import (
@@ -29,8 +31,6 @@ from memstate_sa.migrations.operations import (
     UntrackOp,
 )
 from memstate_sa.migrations.rendering import frozen
-from memstate_sa.tables import current, log, outbox
-from memstate_sa.triggers import Capture
 
 if TYPE_CHECKING:  # Alembic may be in the middle of importing it: its plugins are loaded then
     from alembic.autogenerate.api import AutogenContext
@@ -155,7 +155,7 @@ class _Comparison:
             return UnprotectLogOp() if triggers.installed(self._connection, log) else None, ProtectLogOp()
         name = self._name(log)
         is_there = inspect(self._connection).has_table(log.name) and self._is_included(name)
-        is_missed = (is_there or name in changes.made) and appendonly.missing(self._connection)
+        is_missed = (is_there or name in changes.made) and append_only.missing(self._connection)
         return None, ProtectLogOp() if is_missed else None
 
     def _table(

@@ -12,9 +12,9 @@ from alembic.operations import MigrateOperation, Operations
 from alembic.operations.ops import ModifyTableOps
 from sqlalchemy import Column, MetaData, PrimaryKeyConstraint, Table
 
-from memstate_sa import appendonly, triggers
-from memstate_sa.tables import log
-from memstate_sa.triggers import Capture, Only
+from memstate_sa.capture import append_only, triggers
+from memstate_sa.capture.triggers import Capture, Only
+from memstate_sa.db.tables import log
 
 
 class Ours(MigrateOperation):
@@ -168,11 +168,11 @@ def _untrack(operations: Operations, operation: UntrackOp) -> None:
 
 
 def _protect(operations: Operations, _: ProtectLogOp) -> None:
-    _run(operations, appendonly.creating(operations.get_context().dialect.name))
+    _run(operations, append_only.creating(operations.get_context().dialect.name))
 
 
 def _unprotect(operations: Operations, _: UnprotectLogOp) -> None:
-    _run(operations, appendonly.dropping(operations.get_context().dialect.name))
+    _run(operations, append_only.dropping(operations.get_context().dialect.name))
 
 
 def _run(operations: Operations, statements: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import SchemaType, TypeDecorator, TypeEngine
 
-from memstate_sa.columns import undecorated
+from memstate_sa.db.raw_values import undecorated
 from memstate_sa.migrations.operations import (
     CountingTableOps,
     KeepIdsOp,

@@ -5,7 +5,7 @@
 
 from memstate_sa.relay.deadletters import DeadLetter
 from memstate_sa.relay.loop import Relay
-from memstate_sa.relay.plan import RetryPolicy
 from memstate_sa.relay.retention import Retention
+from memstate_sa.relay.retry import RetryPolicy
 
 __all__ = ["DeadLetter", "Relay", "Retention", "RetryPolicy"]

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 from sqlalchemy import and_, bindparam, exists, func, literal, not_, select
 from sqlalchemy.engine import Connection
 
-from memstate_sa.arrays import as_array, each
-from memstate_sa.outbox import ALL, after, in_slots, slot_array, slots, undelivered
-from memstate_sa.positions import Position, Snapshot, meet
+from memstate_sa.db.json_params import as_array, unnest_strings
+from memstate_sa.db.tables import cursor, index_state, outbox, parked, past, projection, refill, utcnow
+from memstate_sa.log.outbox import ALL, in_slots, position_parameters, slot_array, slots, undelivered
+from memstate_sa.log.positions import Position, Snapshot, meet
 from memstate_sa.relay import claims, ledger, marks
 from memstate_sa.relay.claims import SCAN
-from memstate_sa.relay.keys import IndexKey, of_index
+from memstate_sa.relay.index_key import IndexKey, of_index
 from memstate_sa.relay.marks import Past
 from memstate_sa.relay.plan import DEAD, PARKED
 from memstate_sa.relay.projections import HELD
-from memstate_sa.tables import cursor, index_state, outbox, parked, past, projection, refill, utcnow
 
 _positions = select(cursor.c.snapshot, cursor.c.xid, cursor.c.position, cursor.c.slot).where(of_index(cursor))
 
@@ -117,7 +117,7 @@ class Backlog:
 
 @cache
 def _pending(dialect_name: str) -> Any:
-    entities = outbox.c.entity.in_(select(each("entities").c.value))
+    entities = outbox.c.entity.in_(select(unnest_strings("entities").c.value))
     columns = (outbox.c.entity, outbox.c.key, outbox.c.created_at)
     entries = undelivered(dialect_name, *columns, where=and_(entities, in_slots(dialect_name, outbox.c.slot))).c
     keys = select(entries.entity, entries.key, func.min(entries.created_at).label("at"))
@@ -127,7 +127,7 @@ def _pending(dialect_name: str) -> Any:
 
 _by_state = (
     select(parked.c.state, func.count(), func.max(parked.c.error))
-    .where(of_index(parked), parked.c.entity.in_(select(each("entities").c.value)))
+    .where(of_index(parked), parked.c.entity.in_(select(unnest_strings("entities").c.value)))
     .group_by(parked.c.state)
 )
 _paused = select(index_state.c.paused).where(of_index(index_state))
@@ -139,7 +139,7 @@ def backlog(connection: Connection, index: IndexKey, entities: Sequence[str]) ->
     places = read_positions(connection, index) or {BEGINNING: list(slots(dialect))}
     for at, group in places.items():
         given = {"entities": names, "slots": slot_array(group), "limit": ALL}
-        count, since = connection.execute(_pending(dialect), {**after(at), **given}).one()
+        count, since = connection.execute(_pending(dialect), {**position_parameters(at), **given}).one()
         pending += count
         oldest = min(filter(None, (oldest, since)), default=None)
     rows = connection.execute(_by_state, {**index.parameters(), "entities": names}).all()

@@ -5,15 +5,11 @@ Safety hangs on a slot's epoch alone, which grows whenever the slot changes hand
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import cache
 from itertools import groupby
-from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
-from weakref import WeakValueDictionary
 
 from sqlalchemy import (
     ColumnElement,
@@ -32,19 +28,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Connection
 
-from memstate_sa.arrays import each
-from memstate_sa.errors import IndexMismatch
-from memstate_sa.outbox import as_position, here, in_slots, read_present, slot_array, slots, take_write_lock, upsert
-from memstate_sa.positions import Position
-from memstate_sa.printable import printable_logger
-from memstate_sa.relay import marks, projections
-from memstate_sa.relay.keys import IndexKey, of_index
-from memstate_sa.relay.marks import Past
-from memstate_sa.relay.plan import AGAIN, PARKED
-from memstate_sa.relay.projections import Projected
-from memstate_sa.relay.protocol import Claimed, Held, Refill, Seen
-from memstate_sa.tables import (
-    UTCDateTime,
+from memstate_sa.db.json_params import unnest_strings
+from memstate_sa.db.leases import clock, database_now, is_dropped, is_gone
+from memstate_sa.db.statements import take_write_lock, upsert
+from memstate_sa.db.tables import (
     cursor,
     holder,
     index_state,
@@ -55,98 +42,22 @@ from memstate_sa.tables import (
     refill,
     utcnow,
 )
+from memstate_sa.errors import IndexMismatch
+from memstate_sa.log.outbox import in_slots, present_column, read_present, slot_array, slots, to_position
+from memstate_sa.log.positions import Position
+from memstate_sa.relay import marks, projections
+from memstate_sa.relay.index_key import IndexKey, of_index
+from memstate_sa.relay.marks import Past
+from memstate_sa.relay.plan import AGAIN, PARKED
+from memstate_sa.relay.projections import Projected
+from memstate_sa.relay.protocol import Claimed, DatabaseState, HeldSlot, Refill
+from memstate_sa.runtime.printable import printable_logger
 
 logger = printable_logger("memstate_sa.relay")
 
+
 SCAN = ""
 """The refill rows that stand for the scan of the index itself."""
-
-
-# -- owners -----------------------------------------------------------------------------------------------------------
-
-
-def owner_id() -> str:
-    """Names this holder so that another process of this machine can tell whether it is still alive."""
-    return f"{_process(os.getpid())}-{uuid4().hex[:8]}"
-
-
-@cache
-def _process(pid: int) -> str:
-    """A name for this process, which no other has. A forked child has another *pid*."""
-    return f"{_machine()} {pid} {_started(pid)} {uuid4().hex}"
-
-
-def _machine() -> str:
-    """This boot of this machine, and the pid namespace in it; "?" where the system does not tell.
-
-    Not the host's name: clones share it, and so do containers. The namespace alone is a constant outside of containers.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-        return f"{UUID(boot)}/{Path('/proc/self/ns/pid').stat().st_ino}"
-    except (OSError, ValueError):
-        return _UNKNOWN
-
-
-def _started(pid: int) -> str:
-    """When the process began, in clock ticks of this boot: a pid is given again. "?" where that is not told."""
-    try:
-        # The name in parentheses may itself hold spaces and parentheses.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()
-        return "ended" if state in "ZX" else fields[18]
-    except (OSError, ValueError, IndexError):
-        return _UNKNOWN
-
-
-_UNKNOWN = "?"
-
-
-def is_gone(owner: str) -> bool:
-    """Whether *owner* certainly runs no more: a process of this boot of this machine that has ended.
-
-    Its lease is not waited for. False wherever it may live elsewhere.
-    """
-    machine, _, rest = owner.partition(" ")
-    pid, *details = rest.split(" ")
-    if len(details) != 2 or _UNKNOWN in (machine, details[0]) or machine != _machine() or not pid.isdigit():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass  # it is there, and another user's
-    return _started(int(pid)) not in (_UNKNOWN, details[0])
-
-
-_holding: WeakValueDictionary[str, object] = WeakValueDictionary()
-"""Who claims in this process, by owner."""
-
-
-def new_owner(who: object) -> str:
-    """An `owner_id` that is *who*'s, as long as that object lives."""
-    owner = owner_id()
-    _holding[owner] = who
-    return owner
-
-
-def is_dropped(owner: str) -> bool:
-    """Whether *owner* was of this process, and the application has no such relay any more."""
-    return owner.startswith(_process(os.getpid())) and owner not in _holding
-
-
-def clock(dialect_name: str) -> ColumnElement[datetime]:
-    """Leases live on one clock: the server's. On SQLite every user is on this machine: the parameter ``now``."""
-    if dialect_name == "postgresql":
-        return func.clock_timestamp(type_=UTCDateTime())
-    return bindparam("now", type_=UTCDateTime())
-
-
-def database_now(connection: Connection) -> datetime:
-    if connection.dialect.name != "postgresql":
-        return utcnow()
-    now: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
-    return now.astimezone(UTC)
 
 
 _limit = select(
@@ -164,9 +75,6 @@ def limit_transaction(connection: Connection, seconds: float) -> None:
         connection.execute(_limit, {"limit": f"{seconds * 1000:.0f}ms"})
 
 
-# -- looking ----------------------------------------------------------------------------------------------------------
-
-
 _owned = select(func.count()).where(of_index(cursor), cursor.c.owner == bindparam("me"))
 
 
@@ -182,7 +90,7 @@ def _look(dialect_name: str) -> Select[Any]:
     due = exists().where(due_parking(dialect_name))
     paused = select(index_state.c.paused).where(of_index(index_state))
     counts = (query.scalar_subquery() for query in (live, _owned))
-    looked = (here(dialect_name), *counts, free, due, paused.scalar_subquery())
+    looked = (present_column(dialect_name), *counts, free, due, paused.scalar_subquery())
     return select(*looked, *marks.columns).select_from(_one.outerjoin(past, of_index(past)))
 
 
@@ -192,25 +100,31 @@ def due_parking(dialect_name: str) -> ColumnElement[bool]:
         of_index(parked),
         parked.c.state.in_((AGAIN, PARKED)),
         parked.c.next_at <= clock(dialect_name),
-        parked.c.entity.in_(select(each("entities").c.value)),
+        parked.c.entity.in_(select(unnest_strings("entities").c.value)),
         in_slots(dialect_name, parked.c.slot),
     )
 
 
 def look(
     connection: Connection, index: IndexKey, owner: str, entities: str, slots: Iterable[int]
-) -> tuple[Seen, Past | None]:
+) -> tuple[DatabaseState, Past | None]:
     """*entities* as an array parameter."""
     given = {"me": owner, "now": utcnow(), "entities": entities, "slots": slot_array(slots)}
     row = connection.execute(_look(connection.dialect.name), {**index.parameters(), **given}).one()
-    return Seen(as_position(row[0]), row[1], row[2], row[3], row[4], bool(row[5])), marks.as_past(row[6:])
+    return DatabaseState(to_position(row[0]), row[1], row[2], row[3], row[4], bool(row[5])), marks.as_past(row[6:])
 
 
 # -- claiming ---------------------------------------------------------------------------------------------------------
 
 _cursors = select(cursor).where(of_index(cursor)).order_by(cursor.c.slot)
+
+
 _holders = select(holder.c.owner, holder.c.lease_until).where(of_index(holder))
+
+
 _me = and_(of_index(holder), holder.c.owner == bindparam("me"))
+
+
 _renew = update(holder).where(_me).values(lease_until=bindparam("until"))
 
 
@@ -272,7 +186,7 @@ def claim(
         rows = connection.execute(_cursors, index.parameters()).all()
     quota = -(-len(slots(dialect)) // len(live))  # rounded up: no slot is left over
     ours = {
-        row.slot: Held(row.epoch, _position(row), fresh=False, settle=False)
+        row.slot: HeldSlot(row.epoch, _position(row), fresh=False, settle=False)
         for row in rows
         if row.owner == owner and epochs.get(row.slot) == row.epoch
     }
@@ -288,7 +202,7 @@ def claim(
         taking = update(cursor).where(of_index(cursor), cursor.c.slot.in_([row.slot for row in taken]))
         connection.execute(taking.values(owner=owner, epoch=epoch), index.parameters())
         _scan_again(connection, index, [row.slot for row in taken if row.owner is not None])
-    fresh = {row.slot: Held(epoch, _position(row), True, settle=row.owner is not None) for row in taken}
+    fresh = {row.slot: HeldSlot(epoch, _position(row), True, settle=row.owner is not None) for row in taken}
     return Claimed({**ours, **fresh}, present, len(live), quota, marked, settled.mine), now_at
 
 
@@ -430,6 +344,8 @@ def _refill_rows(
 
 
 _may_ask = select(func.has_function_privilege("pg_control_system()", "execute"))
+
+
 # The insertion point's timeline: it changes at once when a standby is promoted or a backup recovered.
 _cluster = text(
     "SELECT concat(system_identifier, '/', left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)) "
@@ -478,6 +394,8 @@ _mine = (
     .order_by(cursor.c.slot)
     .with_for_update(key_share=True)
 )
+
+
 _moving = (
     update(cursor)
     .where(of_index(cursor), cursor.c.slot.in_(bindparam("slots", expanding=True)))
@@ -509,9 +427,6 @@ def let_go(connection: Connection, index: IndexKey, held: Collection[int]) -> No
 def leave(connection: Connection, index: IndexKey, owner: str) -> None:
     _touch(connection, index, database_now(connection))
     connection.execute(delete(holder).where(_me), {**index.parameters(), "me": owner})
-
-
-# -- refilling --------------------------------------------------------------------------------------------------------
 
 
 def next_refill(

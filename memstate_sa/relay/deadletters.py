@@ -9,13 +9,13 @@ from uuid import uuid4
 from sqlalchemy import ColumnElement, and_, delete, or_, select, update
 from sqlalchemy.engine import Connection
 
-from memstate_sa.arrays import as_array, each
+from memstate_sa.db.json_params import as_array, unnest_strings
+from memstate_sa.db.leases import database_now
+from memstate_sa.db.statements import take_write_lock
+from memstate_sa.db.tables import index_state, parked
 from memstate_sa.errors import MemstateError
-from memstate_sa.outbox import take_write_lock
-from memstate_sa.relay.claims import database_now
-from memstate_sa.relay.keys import IndexKey, of_index
+from memstate_sa.relay.index_key import IndexKey, of_index
 from memstate_sa.relay.plan import DEAD, PARKED
-from memstate_sa.tables import index_state, parked
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ _named = parked.c.entity + parked.c.key
 def _dead(keys: Collection[str] | None) -> ColumnElement[bool]:
     """Those of *keys*, which may have their entity before them, as logs name them."""
     chosen = and_(of_index(parked), parked.c.state == DEAD)
-    given = select(each("keys").c.value)
+    given = select(unnest_strings("keys").c.value)
     return chosen if keys is None else and_(chosen, or_(parked.c.key.in_(given), _named.in_(given)))
 
 

@@ -15,32 +15,33 @@ from typing import Any, TypeVar
 
 from sqlalchemy.engine import Connection, Engine
 
-from memstate_sa import forks, truth
-from memstate_sa.arrays import as_array
-from memstate_sa.changes import FactKey, by_entity
+from memstate_sa.db import leases
+from memstate_sa.db.codec import FactKey, by_entity
+from memstate_sa.db.json_params import as_array
+from memstate_sa.db.sqlite import is_in_memory, open_transaction
+from memstate_sa.embedding import cache
+from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, MemstateError
-from memstate_sa.facts import Projection, Tracked, point_id, split_point_id
 from memstate_sa.indexes.base import Stored, Vector, is_fenced, keeps_mark
-from memstate_sa.outbox import read_page, slots
-from memstate_sa.positions import Page
-from memstate_sa.printable import printable_logger
-from memstate_sa.relay import claims, embeddings, ledger, marks
-from memstate_sa.relay.keys import IndexKey
+from memstate_sa.log.outbox import read_page, slots
+from memstate_sa.log.positions import Page
+from memstate_sa.relay import claims, ledger, marks
+from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.marks import Bookmark
-from memstate_sa.relay.plan import AGAIN, RetryPolicy, classify, guarded
+from memstate_sa.relay.plan import AGAIN
 from memstate_sa.relay.projections import Projected
 from memstate_sa.relay.protocol import (
     Acknowledge,
     Claim,
     Claimed,
+    DatabaseState,
     Embed,
     Embedded,
     Fetch,
-    Found,
-    Holder,
-    Listed,
+    KeyPage,
     ListFacts,
     Look,
+    PageState,
     Read,
     ReadDue,
     ReadPage,
@@ -51,12 +52,16 @@ from memstate_sa.relay.protocol import (
     Remove,
     Renew,
     Request,
-    Seen,
+    SlotWorker,
     Steps,
     Upsert,
 )
-from memstate_sa.sqlite import is_in_memory, open_transaction
-from memstate_sa.vectors import Destination
+from memstate_sa.relay.retry import RetryPolicy, classify, guarded
+from memstate_sa.runtime import forks
+from memstate_sa.runtime.printable import printable_logger
+from memstate_sa.tracking import committed
+from memstate_sa.tracking.projection import Projection, point_id, split_point_id
+from memstate_sa.tracking.tracked import Tracked
 
 logger = printable_logger("memstate_sa.relay")
 R = TypeVar("R")
@@ -92,7 +97,7 @@ class Delivery:
         self._classes = classes
         self._know(classes())
         self._lease_s = lease_s
-        self._owner = claims.new_owner(self)
+        self._owner = leases.new_owner(self)
         self._key: IndexKey | None = None
         self._reader: Connection | None = None
         self._unkept: dict[str, Vector] = {}  # what was embedded and is not in the database yet
@@ -100,7 +105,7 @@ class Delivery:
         self._room = 0  # how many may be kept until it is looked whether they are too many
         dialect = engine.dialect.name
         self._page_s = SAVE_EVERY_S if dialect == "postgresql" else 0.0
-        self.holder = Holder(
+        self.holder = SlotWorker(
             self._tracked,
             slots=len(slots(dialect)),
             page_size=page_size,
@@ -118,7 +123,7 @@ class Delivery:
             self._end_reading()  # SQLite believes that this process has the locks of the parent's transaction
         else:
             forks.leave_to_parent(self._reader)
-        self._owner, self._key, self._reader = claims.new_owner(self), None, None
+        self._owner, self._key, self._reader = leases.new_owner(self), None, None
         self._unkept = {}
         self.holder.stopping = False
         self.holder.forget()
@@ -250,7 +255,7 @@ class Delivery:
 
     def _projected(self, connection: Connection) -> dict[str, Projected]:
         """How we project our classes, and since when by the database's clock."""
-        now, clock = claims.database_now(connection), time.monotonic()
+        now, clock = leases.database_now(connection), time.monotonic()
         return {
             entity: Projected(each.projection, now - timedelta(seconds=clock - each.since), each.withdrawn)
             for entity, each in self._tracked.items()
@@ -262,7 +267,7 @@ class Delivery:
             return claims.renew(connection, self._at, self._owner, self._lease_s)
 
     @_do.register
-    def _(self, request: Look) -> Seen:
+    def _(self, request: Look) -> DatabaseState:
         with self._reading() as connection:
             self._bookmark.end_page(time.monotonic())
             seen, now = claims.look(connection, self._at, self._owner, self._entities, request.slots)
@@ -296,20 +301,20 @@ class Delivery:
             return claims.next_refill(connection, self._at, request.slots, self._delivered)
 
     @_do.register
-    def _(self, request: ListFacts) -> Listed:
+    def _(self, request: ListFacts) -> KeyPage:
         size = request.limit
         if request.entity == claims.SCAN:
             entries = self._guarded(lambda: self._index.scan(request.after, size))
             found = {fact: entry.fingerprint for entry in entries if (fact := split_point_id(entry.id))}
-            return Listed(found, entries[-1].id if entries else None)
+            return KeyPage(found, entries[-1].id if entries else None)
         with self._reading() as connection:
-            keys = truth.page(connection, self._tracked[request.entity], request.after, size)
-        return Listed({(request.entity, key): None for key in keys}, keys[-1] if len(keys) == size else None)
+            keys = committed.page(connection, self._tracked[request.entity], request.after, size)
+        return KeyPage({(request.entity, key): None for key in keys}, keys[-1] if len(keys) == size else None)
 
     # -- one page ------------------------------------------------------------------------------------------------------
 
     @_do.register
-    def _(self, request: Read) -> Found:
+    def _(self, request: Read) -> PageState:
         projections: dict[FactKey, Projection] = {}
         failed: dict[FactKey, MemstateError] = {}
         impossible: dict[FactKey, MemstateError] = {}
@@ -320,14 +325,14 @@ class Delivery:
                 lost = set(keys) - columns.possible(connection, keys).keys()
                 why = DeliveryRejected(f"no row of {columns.table.fullname} can have this key; was its type changed?")
                 impossible.update(((entity, key), why) for key in lost)
-                for found in truth.project(connection, self._tracked[entity], keys, embedder):
+                for found in committed.project(connection, self._tracked[entity], keys, embedder):
                     if isinstance(found, Projection):
                         projections[entity, found.key] = found
                     else:
                         failed[entity, found[0]] = classify(found[1], "the text callable")
             given = ledger.read_ledger(connection, self._at, request.facts)
             parked = ledger.read_parked(connection, self._at, request.facts)
-        return Found(projections, failed, given, parked, impossible)
+        return PageState(projections, failed, given, parked, impossible)
 
     @_do.register
     def _(self, request: Embed) -> Embedded:
@@ -335,7 +340,7 @@ class Delivery:
         known: dict[str, Vector] = {}
         if vectors.stored:
             with self._reading() as connection:
-                known = embeddings.read(connection, texts, vectors.embedder.dimension)
+                known = cache.read(connection, texts, vectors.embedder.dimension)
             self._end_reading()
         new = vectors.recent(digest for digest in texts if digest not in known)
         missing = {digest: text for digest, text in texts.items() if digest not in known and digest not in new}
@@ -349,7 +354,7 @@ class Delivery:
         if not self._unkept:
             return
         with self._writing() as connection:
-            embeddings.store(connection, self._unkept, self._vectors.embedder.fingerprint)
+            cache.store(connection, self._unkept, self._vectors.embedder.fingerprint)
         self._room -= len(self._unkept)
         self._unkept = {}
         if self._room < 0:
@@ -359,12 +364,12 @@ class Delivery:
         """Some of what is too much; now and then, as counting takes a while."""
         capacity = self._vectors.stored
         with self._reading() as connection:
-            excess = embeddings.count(connection) - capacity
+            excess = cache.count(connection) - capacity
         self._end_reading()
         some = min(excess, 10 * _EVICTED)
         for start in range(0, some, _EVICTED):
             with self._writing() as connection:
-                embeddings.evict(connection, min(_EVICTED, some - start))
+                cache.evict(connection, min(_EVICTED, some - start))
         self._room = capacity // 10 if excess <= some else 0
 
     @_do.register

@@ -11,21 +11,22 @@ from uuid import uuid4
 from sqlalchemy import BindParameter, and_, bindparam, case, delete, false, not_, or_, select, true
 from sqlalchemy.engine import Connection
 
-from memstate_sa.arrays import as_array, as_json, each, item, rows
-from memstate_sa.changes import FactKey, by_entity
-from memstate_sa.columns import batches
-from memstate_sa.outbox import slot_array, slots, take_write_lock, upsert
-from memstate_sa.positions import slot_of
+from memstate_sa.db import leases
+from memstate_sa.db.codec import FactKey, by_entity
+from memstate_sa.db.json_params import as_array, as_json, row_value, unnest_rows, unnest_strings
+from memstate_sa.db.leases import database_now
+from memstate_sa.db.statements import batches, take_write_lock, upsert
+from memstate_sa.db.tables import ledger, parked, utcnow
+from memstate_sa.log.outbox import slot_array, slots
+from memstate_sa.log.positions import slot_of
 from memstate_sa.relay import claims
-from memstate_sa.relay.claims import database_now
-from memstate_sa.relay.keys import IndexKey, of_index
+from memstate_sa.relay.index_key import IndexKey, of_index
 from memstate_sa.relay.plan import AGAIN, Delivered, Parked
-from memstate_sa.relay.protocol import Acknowledge, Stuck
-from memstate_sa.tables import ledger, parked, utcnow
+from memstate_sa.relay.protocol import Acknowledge, ParkedKey
 
 # Statements are built once: building one takes longer than running it, and the relay shares the interpreter with the
 # application.
-_keys, _marks = each("keys"), each("marks")
+_keys, _marks = unnest_strings("keys"), unnest_strings("marks")
 _entity: BindParameter[str] = bindparam("entity")
 # IN, not a join: SQLite would read the whole ledger for each key.
 _given = select(ledger.c.key, ledger.c.fingerprint, ledger.c.text_fingerprint, ledger.c.deleted).where(
@@ -42,7 +43,7 @@ _unpark = delete(parked).where(
 @cache
 def _stuck(dialect_name: str) -> Any:
     """What is to be delivered again later is not due to be noticed now."""
-    counts = or_(parked.c.state != AGAIN, parked.c.next_at <= claims.clock(dialect_name))
+    counts = or_(parked.c.state != AGAIN, parked.c.next_at <= leases.clock(dialect_name))
     mine = and_(of_index(parked), parked.c.entity == _entity, parked.c.key.in_(select(_keys.c.value)))
     return select(parked.c.key, parked.c.attempts, parked.c.mark, parked.c.repeat).where(mine, counts)
 
@@ -58,8 +59,8 @@ def read_ledger(connection: Connection, index: IndexKey, facts: Collection[FactK
     return {fact: Delivered(*row) for fact, row in _of_facts(connection, _given, index, facts)}
 
 
-def read_parked(connection: Connection, index: IndexKey, facts: Collection[FactKey]) -> dict[FactKey, Stuck]:
-    return {fact: Stuck(*row) for fact, row in _of_facts(connection, _stuck(connection.dialect.name), index, facts)}
+def read_parked(connection: Connection, index: IndexKey, facts: Collection[FactKey]) -> dict[FactKey, ParkedKey]:
+    return {fact: ParkedKey(*row) for fact, row in _of_facts(connection, _stuck(connection.dialect.name), index, facts)}
 
 
 @cache
@@ -119,8 +120,8 @@ def _record(dialect_name: str) -> Any:
         "incarnation": bindparam("the_incarnation", type_=ledger.c.incarnation.type),
         "at": bindparam("now", type_=ledger.c.at.type),
     }
-    given = rows("rows")
-    recorded = select(*common.values(), *(item(given, n, ledger.c[name].type) for n, name in enumerate(_RECORDED)))
+    given = unnest_rows("rows")
+    recorded = select(*common.values(), *(row_value(given, n, ledger.c[name].type) for n, name in enumerate(_RECORDED)))
     # Without a WHERE, SQLite takes ON CONFLICT for a join's ON.
     statement = upsert(dialect_name, ledger).from_select([*common, *_RECORDED], recorded.where(true()))
     return statement.on_conflict_do_update(

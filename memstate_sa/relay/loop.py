@@ -17,22 +17,22 @@ from typing import Self, TypeVar
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from memstate_sa import forks
+from memstate_sa.db.sqlite import is_in_memory, require_no_transaction
+from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import DeliveryError, DeliveryRetryable, MemstateError
-from memstate_sa.facts import Tracked
-from memstate_sa.outbox import read_present
-from memstate_sa.positions import Position
-from memstate_sa.printable import printable_logger
+from memstate_sa.log.outbox import read_present
+from memstate_sa.log.positions import Position
 from memstate_sa.relay import backlog, deadletters, projections, retention
 from memstate_sa.relay.deadletters import DeadLetter
 from memstate_sa.relay.delivery import Delivery
-from memstate_sa.relay.keys import IndexKey
-from memstate_sa.relay.plan import Breaker, RetryPolicy, describe
+from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.protocol import Counters
 from memstate_sa.relay.retention import Retention
+from memstate_sa.relay.retry import Breaker, RetryPolicy, describe
 from memstate_sa.relay.wakeup import Changes, Listener, Notifier
-from memstate_sa.sqlite import is_in_memory, require_no_transaction
-from memstate_sa.vectors import Destination
+from memstate_sa.runtime import forks
+from memstate_sa.runtime.printable import printable_logger
+from memstate_sa.tracking.tracked import Tracked
 
 logger = printable_logger("memstate_sa.relay")
 
@@ -83,7 +83,7 @@ class Relay:
         poll_s = poll_s or ((0.002, 0.05) if engine.dialect.name == "sqlite" else (0.05, 5.0))
         policy = policy or RetryPolicy()
         self._couriers = [
-            _Courier(
+            IndexWorker(
                 engine,
                 Delivery(engine, name, *destination, page_size=page_size, lease_s=lease_s, policy=policy),
                 Breaker(policy, random.random),
@@ -369,7 +369,7 @@ def _kept(classes: Mapping[str, Tracked]) -> list[str]:
     return [entity for entity, tracked in classes.items() if not tracked.withdrawn]
 
 
-class _Courier:
+class IndexWorker:
     """The delivery to one index, called by one thread at a time, with a thread of its own in the background."""
 
     def __init__(self, engine: Engine, delivery: Delivery, breaker: Breaker, poll_s: tuple[float, float]) -> None:
@@ -380,7 +380,7 @@ class _Courier:
         self._engine = engine
         self._poll_s = poll_s
         self._begin()
-        forks.in_child(self, _Courier._begin)
+        forks.in_child(self, IndexWorker._begin)
 
     def _begin(self) -> None:
         """Without a thread. In a forked child, too: another thread of the parent may have had the lock."""

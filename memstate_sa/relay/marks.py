@@ -15,10 +15,11 @@ from uuid import uuid4
 from sqlalchemy import Row, select, update
 from sqlalchemy.engine import Connection
 
+from memstate_sa.db.statements import take_write_lock, upsert
+from memstate_sa.db.tables import past
 from memstate_sa.indexes.base import VectorIndex, keeps_mark
-from memstate_sa.outbox import slots, take_write_lock, upsert
-from memstate_sa.relay.keys import IndexKey, of_index
-from memstate_sa.tables import past
+from memstate_sa.log.outbox import slots
+from memstate_sa.relay.index_key import IndexKey, of_index
 
 NONE = ""
 """What `kept_by` says of an index that could keep a mark, and has none."""

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from sqlalchemy import delete, select
 from sqlalchemy.engine import Connection
 
-from memstate_sa.outbox import upsert
-from memstate_sa.relay.keys import IndexKey, of_index
-from memstate_sa.tables import projection
+from memstate_sa.db.statements import upsert
+from memstate_sa.db.tables import projection
+from memstate_sa.relay.index_key import IndexKey, of_index
 
 HELD = ""
 """The owner of the rows that say what the index holds."""

@@ -9,22 +9,14 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
-from memstate_sa.changes import FactKey
+from memstate_sa.db.codec import FactKey
+from memstate_sa.embedding.batches import text_batches
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, MemstateError
-from memstate_sa.facts import Projection, point_id
 from memstate_sa.indexes.base import Point, Stored, Vector
-from memstate_sa.positions import Page, Position, slot_of
-from memstate_sa.relay.plan import (
-    AGAIN,
-    Delivered,
-    Parked,
-    RetryPolicy,
-    Write,
-    halves,
-    park,
-    plan,
-)
-from memstate_sa.vectors import text_batches
+from memstate_sa.log.positions import Page, Position, slot_of
+from memstate_sa.relay.plan import AGAIN, Delivered, Parked, Write, park, plan
+from memstate_sa.relay.retry import RetryPolicy, halves
+from memstate_sa.tracking.projection import Projection, point_id
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -48,7 +40,7 @@ def ask(request: Request[R]) -> Steps[R]:
 # -- requests: the lease ----------------------------------------------------------------------------------------------
 
 
-class Held(NamedTuple):
+class HeldSlot(NamedTuple):
     """A slot that is ours. ``settle``: whoever held it before may have written what it did not record."""
 
     epoch: int
@@ -63,7 +55,7 @@ class Claimed(NamedTuple):
     ``entities`` are those that we deliver: perhaps not all that we know. None: all.
     """
 
-    slots: Mapping[int, Held]
+    slots: Mapping[int, HeldSlot]
     present: Position
     holders: int
     quota: int
@@ -87,7 +79,7 @@ class Renew(Request[int]):
     """Renew the lease; how many slots are ours."""
 
 
-class Seen(NamedTuple):
+class DatabaseState(NamedTuple):
     """``free``: a slot has no owner. ``due``: a parked key of our slots is. ``mine``: how many slots are ours.
 
     ``elsewhere``: the database is not at the past in which we claimed our slots.
@@ -103,7 +95,7 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Look(Request[Seen]):
+class Look(Request[DatabaseState]):
     slots: Collection[int]
 
 
@@ -159,7 +151,7 @@ class ReadRefill(Request[Refill | None]):
     slots: Collection[int]
 
 
-class Listed(NamedTuple):
+class KeyPage(NamedTuple):
     """Keys of all slots, with the fingerprint where the index told; ``last``: where to go on, None at the end."""
 
     facts: Mapping[FactKey, str | None]
@@ -167,7 +159,7 @@ class Listed(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ListFacts(Request[Listed]):
+class ListFacts(Request[KeyPage]):
     """The next rows of an entity, or points of the index itself."""
 
     entity: str
@@ -178,7 +170,7 @@ class ListFacts(Request[Listed]):
 # -- requests: one page -----------------------------------------------------------------------------------------------
 
 
-class Stuck(NamedTuple):
+class ParkedKey(NamedTuple):
     """A parked key: how often it was rejected, which parking this is, and whether it has to be repeated."""
 
     attempts: int
@@ -187,7 +179,7 @@ class Stuck(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class PageState:
     """The committed rows of some keys (absent: no row), which could not be projected, and what is known of them.
 
     ``impossible`` keys are those that no row can have: nothing is to be held for them.
@@ -196,12 +188,12 @@ class Found:
     truth: Mapping[FactKey, Projection] = field(default_factory=dict)
     failed: Mapping[FactKey, MemstateError] = field(default_factory=dict)
     ledger: Mapping[FactKey, Delivered] = field(default_factory=dict)
-    parked: Mapping[FactKey, Stuck] = field(default_factory=dict)
+    parked: Mapping[FactKey, ParkedKey] = field(default_factory=dict)
     impossible: Mapping[FactKey, MemstateError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Read(Request[Found]):
+class Read(Request[PageState]):
     facts: Collection[FactKey]
 
 
@@ -274,7 +266,7 @@ class Redirty(Request[None]):
 
 
 @dataclass(eq=False)
-class Lot:
+class SlotGroup:
     """Slots that stand at the same position. Until ``settle`` is reached the ledger is not believed."""
 
     slots: set[int]
@@ -309,7 +301,7 @@ class _Page:
     """One page in work: under which epochs its truth was read, and what came of it."""
 
     epochs: Mapping[int, int]
-    found: Found
+    found: PageState
     doubted: Collection[FactKey]
     again: Collection[FactKey]
     failed: dict[FactKey, MemstateError]
@@ -317,7 +309,7 @@ class _Page:
     complete: bool = True
 
 
-class Holder:
+class SlotWorker:
     """The delivery to one index by one owner: which slots it holds, and how far each of them is.
 
     A method that returns `Steps` is to be run to its end before the next is begun. When it ends with an exception,
@@ -354,7 +346,7 @@ class Holder:
     def forget(self) -> None:
         """Begin anew, as after a crash: what was held is settled by whoever claims it."""
         self.epochs: dict[int, int] = {}
-        self._lots: list[Lot] = []
+        self._lots: list[SlotGroup] = []
         self._unsure: dict[FactKey, bool] = {}  # whether the call may yet land
         self._late: dict[FactKey, Parked] = {}
         self._embedded: dict[str, Vector] = {}
@@ -453,11 +445,11 @@ class Holder:
         for slot, held in claimed.slots.items():
             if held.fresh:
                 self.epochs[slot] = held.epoch
-                self._lots.append(Lot({slot}, held.at, claimed.present if held.settle else None, held.at))
+                self._lots.append(SlotGroup({slot}, held.at, claimed.present if held.settle else None, held.at))
         return claimed
 
     def _merge(self) -> None:
-        lots: dict[tuple[object, ...], Lot] = {}
+        lots: dict[tuple[object, ...], SlotGroup] = {}
         for lot in self._lots:
             if lot.slots:
                 lots.setdefault((lot.at, lot.settle, lot.saved, lot.passed), lot).slots.update(lot.slots)
@@ -527,7 +519,7 @@ class Holder:
         self.more |= len(facts) == self._page_size
         return (yield from self._converge(facts))
 
-    def _deliver_page(self, lot: Lot, present: Position) -> Steps[int | None]:
+    def _deliver_page(self, lot: SlotGroup, present: Position) -> Steps[int | None]:
         if self.stopping or not lot.slots or lot.at.covers(present):
             return None
         page = yield from ask(ReadPage(lot.at, present, frozenset(lot.slots), self._page_size))
@@ -542,7 +534,7 @@ class Holder:
         again = page.intents
         return (yield from self._converge(facts, settle=settle, again=again, foreign=foreign, lot=lot, after=after))
 
-    def _move(self, lot: Lot, after: Position) -> None:
+    def _move(self, lot: SlotGroup, after: Position) -> None:
         lot.at = after
         if lot.settle is not None and after.covers(lot.settle):
             lot.settle = None
@@ -571,7 +563,7 @@ class Holder:
         held: Mapping[FactKey, Delivered] | None = None,
         again: Collection[FactKey] = (),
         foreign: Collection[FactKey] = (),
-        lot: Lot | None = None,
+        lot: SlotGroup | None = None,
         after: Position | None = None,
         refill: Refill | None = None,
     ) -> Steps[int]:
@@ -581,7 +573,7 @@ class Holder:
         many keys agree now.
         """
         epochs = dict(self.epochs)
-        found = (yield from ask(Read(facts))) if facts else Found()
+        found = (yield from ask(Read(facts))) if facts else PageState()
         # Of what failed before, or is unsure, the index may hold anything, whatever the ledger says.
         doubted = set(facts) if settle else {*self._unsure, *found.parked, *again}
         # Somebody is to know of a change to a key that no row can have; a mere point of such a key is removed.
@@ -614,7 +606,7 @@ class Holder:
         page: _Page,
         agreed: Collection[FactKey],
         foreign: Collection[FactKey],
-        lot: Lot | None,
+        lot: SlotGroup | None,
         after: Position | None,
         refill: Refill | None,
     ) -> Steps[int]:
@@ -670,7 +662,7 @@ class Holder:
                 lot.passed = False
         yield from self._lose(set(lost) & self.epochs.keys())
 
-    def _positions(self, moving: Lot | None = None, after: Position | None = None) -> dict[int, Position]:
+    def _positions(self, moving: SlotGroup | None = None, after: Position | None = None) -> dict[int, Position]:
         """Where each slot is, if it is not recorded there; *moving* will be at *after*."""
         places = ((lot, after if lot is moving and after is not None else lot.at) for lot in self._lots)
         return {slot: at for lot, at in places if at != lot.saved for slot in lot.slots}

@@ -26,14 +26,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Connection
 
-from memstate_sa.appendonly import rewriting
-from memstate_sa.arrays import as_array, each
-from memstate_sa.changes import REDACTED, by_entity
-from memstate_sa.outbox import take_write_lock
-from memstate_sa.positions import Position
-from memstate_sa.relay.claims import SCAN, forget
-from memstate_sa.relay.keys import IndexKey
-from memstate_sa.tables import (
+from memstate_sa.capture.append_only import rewriting
+from memstate_sa.db.codec import by_entity
+from memstate_sa.db.json_params import as_array, unnest_strings
+from memstate_sa.db.statements import take_write_lock
+from memstate_sa.db.tables import (
     cursor,
     holder,
     index_state,
@@ -45,6 +42,10 @@ from memstate_sa.tables import (
     transaction,
     utcnow,
 )
+from memstate_sa.log.changes import REDACTED
+from memstate_sa.log.positions import Position
+from memstate_sa.relay.claims import SCAN, forget
+from memstate_sa.relay.index_key import IndexKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def _forget(dialect_name: str) -> Any:
     if dialect_name == "postgresql":
         end = tuple_(bindparam("xid", type_=BigInteger()), bindparam("id", type_=BigInteger()))
         up_to, order = tuple_(outbox.c.xid, outbox.c.id) <= end, (outbox.c.xid, outbox.c.id)
-    kept = outbox.c.entity.in_(select(each("filling").c.value))
+    kept = outbox.c.entity.in_(select(unnest_strings("filling").c.value))
     some = select(outbox.c.id).where(up_to, not_(kept)).order_by(*order).limit(bindparam("limit"))
     return delete(outbox).where(outbox.c.id.in_(some))
 
@@ -124,7 +125,7 @@ def fold_log(connection: Connection, keep: timedelta, after: int, limit: int = 2
     page = select(log.c.id, log.c.entity, log.c.key, log.c.tx).where(log.c.id > after).order_by(log.c.id).limit(limit)
     rows = connection.execute(page).all()
     ends = select(log.c.tx, func.max(log.c.id), func.max(log.c.at)).group_by(log.c.tx)
-    ends = ends.where(log.c.tx.in_(select(each("transactions").c.value)))
+    ends = ends.where(log.c.tx.in_(select(unnest_strings("transactions").c.value)))
     ended = connection.execute(ends, {"transactions": as_array({row.tx for row in rows})}).all()
     old = {tx: last for tx, last, at in ended if at < before}
     # The longest beginning of the page in which every transaction is old, and ends.
@@ -139,7 +140,7 @@ def fold_log(connection: Connection, keep: timedelta, after: int, limit: int = 2
     newer = log.alias()
     with rewriting(connection):
         for entity, keys in by_entity({(row.entity, row.key) for row in rows}).items():
-            mine = and_(log.c.entity == entity, log.c.key.in_(select(each("keys").c.value)), log.c.id <= last)
+            mine = and_(log.c.entity == entity, log.c.key.in_(select(unnest_strings("keys").c.value)), log.c.id <= last)
             superseded = exists().where(
                 newer.c.entity == log.c.entity, newer.c.key == log.c.key, newer.c.id > log.c.id, newer.c.id <= last
             )
@@ -149,6 +150,6 @@ def fold_log(connection: Connection, keep: timedelta, after: int, limit: int = 2
             folded = update(log).where(mine, log.c.op != "baseline").values(op="baseline", step=false(), reverts=null())
             connection.execute(folded, given)
     unused = not_(exists().where(log.c.tx == transaction.c.tx))
-    named = transaction.c.tx.in_(select(each("transactions").c.value))
+    named = transaction.c.tx.in_(select(unnest_strings("transactions").c.value))
     connection.execute(delete(transaction).where(named, unused), {"transactions": as_array(forgotten)})
     return last

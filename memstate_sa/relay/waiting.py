@@ -12,17 +12,18 @@ from typing import Any
 from sqlalchemy import and_, bindparam, exists, literal, select
 from sqlalchemy.engine import Connection, Engine
 
-from memstate_sa.changes import FactKey, by_entity
+from memstate_sa.db.codec import FactKey, by_entity
+from memstate_sa.db.tables import log, outbox, parked
+from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import DeliveryError, DeliveryRetryable
-from memstate_sa.facts import Projection, Tracked
-from memstate_sa.outbox import after, in_slots, slot_array, slots, undelivered
+from memstate_sa.log.outbox import in_slots, position_parameters, slot_array, slots, undelivered
 from memstate_sa.relay import claims, ledger
 from memstate_sa.relay.backlog import BEGINNING, read_positions
-from memstate_sa.relay.keys import IndexKey, of_index
+from memstate_sa.relay.index_key import IndexKey, of_index
 from memstate_sa.relay.plan import AGAIN, DEAD
-from memstate_sa.tables import log, outbox, parked
-from memstate_sa.truth import project
-from memstate_sa.vectors import Destination
+from memstate_sa.tracking.committed import project
+from memstate_sa.tracking.projection import Projection
+from memstate_sa.tracking.tracked import Tracked
 
 _FEW = 1000
 """Of so many keys the ledger is asked whether the index has them; it is written at once, which positions are not."""
@@ -154,7 +155,8 @@ class _Waiting:
         places = read_positions(connection, self.index) or {BEGINNING: list(slots(dialect))}
         return any(
             connection.execute(
-                _undelivered(dialect), {**after(at), "slots": slot_array(group), "tx": self.tx, "limit": 1}
+                _undelivered(dialect),
+                {**position_parameters(at), "slots": slot_array(group), "tx": self.tx, "limit": 1},
             ).first()
             for at, group in places.items()
         )

@@ -19,9 +19,9 @@ from sqlalchemy import func, select, text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from memstate_sa import forks
-from memstate_sa.pools import own_pool
-from memstate_sa.printable import printable_logger
+from memstate_sa.db.engines import with_separate_pool
+from memstate_sa.runtime import forks
+from memstate_sa.runtime.printable import printable_logger
 
 logger = printable_logger("memstate_sa.relay")
 
@@ -34,7 +34,7 @@ _RETRY_S = 5.0
 
 def _own_connection(engine: Engine) -> Connection:
     """Autocommitting, and not one of the application's pool, which may have none left."""
-    connection = own_pool(engine).connect()
+    connection = with_separate_pool(engine).connect()
     try:
         connection.execution_options(isolation_level="AUTOCOMMIT").detach()
     except BaseException:

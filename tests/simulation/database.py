@@ -11,20 +11,21 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
-from memstate_sa.changes import FactKey
+from memstate_sa.db.codec import FactKey
 from memstate_sa.errors import DeliveryRejected, MemstateError
-from memstate_sa.facts import Projection
-from memstate_sa.positions import Page, Position, Snapshot, slot_of
+from memstate_sa.log.positions import Page, Position, Snapshot, slot_of
 from memstate_sa.relay.plan import AGAIN, DEAD, PARKED, Delivered, Parked
 from memstate_sa.relay.protocol import (
     Acknowledge,
     Claim,
     Claimed,
-    Found,
-    Held,
-    Listed,
+    DatabaseState,
+    HeldSlot,
+    KeyPage,
     ListFacts,
     Look,
+    PageState,
+    ParkedKey,
     Read,
     ReadDue,
     ReadPage,
@@ -34,9 +35,8 @@ from memstate_sa.relay.protocol import (
     Release,
     Renew,
     Request,
-    Seen,
-    Stuck,
 )
+from memstate_sa.tracking.projection import Projection
 
 SCAN = ""
 UNREADABLE, REFUSED_BY_EMBEDDER, REFUSED_BY_INDEX = "unreadable", "unembeddable", "unstorable"
@@ -281,7 +281,7 @@ class Database:
         quota = -(-self.slots // len(state.holders))
         cursors = state.cursors
         kept = {
-            slot: Held(cursor.epoch, cursor.at, fresh=False, settle=False)
+            slot: HeldSlot(cursor.epoch, cursor.at, fresh=False, settle=False)
             for slot, cursor in cursors.items()
             if cursor.owner == me.owner and request.epochs.get(slot) == cursor.epoch
         }
@@ -299,7 +299,7 @@ class Database:
                 ):
                     # Its last holder may have written rows that nobody lists any more.
                     state.refill[SCAN, slot] = (None, False)
-                fresh[slot] = Held(epoch, cursor.at, fresh=True, settle=cursor.owner is not None)
+                fresh[slot] = HeldSlot(epoch, cursor.at, fresh=True, settle=cursor.owner is not None)
                 if cursor.owner is not None and any(
                     not done for (_, at), (_, done) in state.refill.items() if at == slot
                 ):
@@ -344,12 +344,12 @@ class Database:
         state.holders[me.owner] = self._clock() + self._lease_s
         return sum(cursor.owner == me.owner for cursor in state.cursors.values())
 
-    def look(self, me: Me, request: Look) -> Seen:
+    def look(self, me: Me, request: Look) -> DatabaseState:
         state, now = self.states.get((me.index, me.incarnation)), self._clock()
         if state is None:
-            return Seen(self.present(), 0, 0, free=False, due=False, paused=False)
+            return DatabaseState(self.present(), 0, 0, free=False, due=False, paused=False)
         owners = [cursor.owner for cursor in state.cursors.values()]
-        return Seen(
+        return DatabaseState(
             self.present(),
             holders=sum(until > now for until in state.holders.values()),
             mine=owners.count(me.owner),
@@ -429,14 +429,14 @@ class Database:
             first[0], first[2] if first[1] else None, frozenset(row[3] for row in undone if row[:3] == first[:3])
         )
 
-    def list_facts(self, me: Me, request: ListFacts) -> Listed:
+    def list_facts(self, me: Me, request: ListFacts) -> KeyPage:
         keys = sorted(key for entity, key in self.facts if entity == request.entity)
         keys = [key for key in keys if request.after is None or key > request.after][: request.limit]
-        return Listed({(request.entity, key): None for key in keys}, keys[-1] if len(keys) == request.limit else None)
+        return KeyPage({(request.entity, key): None for key in keys}, keys[-1] if len(keys) == request.limit else None)
 
     # -- one page ------------------------------------------------------------------------------------------------------
 
-    def read(self, me: Me, request: Read) -> Found:
+    def read(self, me: Me, request: Read) -> PageState:
         state, now = self.state(me), self._clock()
         truth: dict[FactKey, Projection] = {}
         failed: dict[FactKey, MemstateError] = {}
@@ -448,11 +448,11 @@ class Database:
                 truth[fact] = projection(fact[1], row)
         ledger = {fact: state.ledger[fact].delivered for fact in request.facts if fact in state.ledger}
         stuck = {
-            fact: Stuck(waiting.attempts, waiting.mark, waiting.repeat)
+            fact: ParkedKey(waiting.attempts, waiting.mark, waiting.repeat)
             for fact in request.facts
             if (waiting := state.parked.get(fact)) is not None and (waiting.state != AGAIN or waiting.next_at <= now)
         }
-        return Found(truth, failed, ledger, stuck)
+        return PageState(truth, failed, ledger, stuck)
 
     def acknowledge(self, me: Me, request: Acknowledge) -> frozenset[int]:
         state = self.state(me)

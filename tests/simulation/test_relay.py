@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 
-from memstate_sa.changes import FactKey
-from memstate_sa.positions import Page, Position, Snapshot
+from memstate_sa.db.codec import FactKey
+from memstate_sa.log.positions import Page, Position, Snapshot
 from memstate_sa.relay.plan import Parked
 from memstate_sa.relay.protocol import (
     Acknowledge,
     Claim,
     Claimed,
-    Holder,
-    Listed,
+    KeyPage,
     ListFacts,
     Put,
     ReadPage,
@@ -29,6 +28,7 @@ from memstate_sa.relay.protocol import (
     Redirty,
     Release,
     Request,
+    SlotWorker,
     Steps,
     Upsert,
 )
@@ -211,7 +211,7 @@ class Unfenced(Index):
         return True
 
 
-class UnsureIsForgotten(Holder):
+class UnsureIsForgotten(SlotWorker):
     """What may have been written and was not recorded is not written again."""
 
     def step(self) -> Steps[int | None]:
@@ -219,14 +219,14 @@ class UnsureIsForgotten(Holder):
         return (yield from super().step())
 
 
-class TimeoutsAreFinal(Holder):
+class TimeoutsAreFinal(SlotWorker):
     """A call without an answer is believed to have no effect later."""
 
     def _landing(self, page: Any) -> set[FactKey]:
         return set()
 
 
-class LeavesWithoutAWord(Holder):
+class LeavesWithoutAWord(SlotWorker):
     """Who stops does not tell which keys it is unsure of."""
 
     def _repeats(self, slots: Collection[int], why: str) -> dict[FactKey, Parked]:
@@ -236,8 +236,8 @@ class LeavesWithoutAWord(Holder):
 class GhostsAreNotScannedFor(World):
     """What an index holds from earlier is not looked at."""
 
-    def _scan(self, worker: Worker, request: ListFacts) -> Listed:
-        return Listed({}, None)
+    def _scan(self, worker: Worker, request: ListFacts) -> KeyPage:
+        return KeyPage({}, None)
 
 
 FAULTS: dict[type, str] = {
@@ -266,7 +266,7 @@ FAULTS: dict[type, str] = {
 @pytest.mark.parametrize("broken", FAULTS, ids=lambda kind: kind.__name__)
 def test_a_fault_is_found(broken: type) -> None:
     """Each rule that is broken on purpose shows in some history, which without that converges."""
-    place = {Database: "database_class", Holder: "holder_class", Index: "index_class"}.get(broken.__base__ or World)
+    place = {Database: "database_class", SlotWorker: "holder_class", Index: "index_class"}.get(broken.__base__ or World)
     world = broken if place is None else type(broken.__name__, (World,), {place: broken})
     configs = (Config.of(seed).about(FAULTS[broken]) for seed in range(ENOUGH))
     found = next((config for config in configs if simulate(config, world) is not None), None)

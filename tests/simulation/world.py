@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, cast
 
-from memstate_sa.changes import FactKey
+from memstate_sa.db.codec import FactKey
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable
 from memstate_sa.indexes.base import Point, Stored
-from memstate_sa.relay.plan import DEAD, Breaker, Delivered, RetryPolicy
+from memstate_sa.relay.plan import DEAD, Delivered
 from memstate_sa.relay.protocol import (
     ENTITY,
     Acknowledge,
@@ -23,8 +23,7 @@ from memstate_sa.relay.protocol import (
     Embed,
     Embedded,
     Fetch,
-    Holder,
-    Listed,
+    KeyPage,
     ListFacts,
     Put,
     Read,
@@ -32,9 +31,11 @@ from memstate_sa.relay.protocol import (
     Release,
     Remove,
     Request,
+    SlotWorker,
     Steps,
     Upsert,
 )
+from memstate_sa.relay.retry import Breaker, RetryPolicy
 from tests.simulation.database import (
     REFUSED_BY_EMBEDDER,
     REFUSED_BY_INDEX,
@@ -203,7 +204,7 @@ class Worker:
     owner: str
     index: Index
     entities: tuple[str, ...]
-    holder: Holder
+    holder: SlotWorker
     breaker: Breaker
     me: Me
     steps: Steps[Any] | None = None
@@ -233,7 +234,7 @@ class Landing(NamedTuple):
 class World:
     """One history."""
 
-    holder_class: type[Holder] = Holder
+    holder_class: type[SlotWorker] = SlotWorker
     database_class: type[Database] = Database
     index_class: type[Index] = Index
 
@@ -711,11 +712,11 @@ class World:
             found = {}
         return {fact: Stored("".join(fact), p.fingerprint, cast("Any", p.vector)) for fact, p in found.items()}
 
-    def _scan(self, worker: Worker, request: ListFacts) -> Listed:
+    def _scan(self, worker: Worker, request: ListFacts) -> KeyPage:
         self._reach(worker)
         facts = {"".join(fact): fact for fact in worker.index.points}
         ids = [id_ for id_ in sorted(facts) if request.after is None or id_ > request.after][: request.limit]
-        return Listed(
+        return KeyPage(
             {facts[id_]: worker.index.points[facts[id_]].fingerprint for id_ in ids}, ids[-1] if ids else None
         )
 

@@ -14,7 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from memstate_sa import Memory
 from memstate_sa.indexes import ChromaIndex, PgVectorIndex, RedisIndex
 from memstate_sa.testing import HashEmbedder
-from tests.redis_server import redis_client
+from tests.support.redis_server import redis_client
 from tests.torture.faults import FaultyFencedIndex, FaultyIndex, Injector
 from tests.torture.fileindex import FileIndex
 

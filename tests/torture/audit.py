@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from sqlalchemy import inspect, select, text
 
-from memstate_sa.changes import replay
-from memstate_sa.codec import encode_key
-from memstate_sa.facts import split_point_id
-from memstate_sa.positions import slot_of
+from memstate_sa.db.codec import encode_key
+from memstate_sa.log.changes import replay
+from memstate_sa.log.positions import slot_of
+from memstate_sa.tracking.projection import split_point_id
 from tests.torture.app import VECTORS, App, Habit, Receipt, Recollection, habit_text
 
 

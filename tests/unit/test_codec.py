@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memstate_sa.codec import decode, decode_key, encode, encode_key
+from memstate_sa.db.codec import decode, decode_key, encode, encode_key
 
 scalars = st.one_of(
     st.none(),

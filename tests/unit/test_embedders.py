@@ -18,9 +18,9 @@ import httpx
 import numpy as np
 import pytest
 
-from memstate_sa._failures import delivery_error
 from memstate_sa.embedders import ChromaEmbedder, Embedder, WordLlamaEmbedder, checked, embed_query
 from memstate_sa.errors import DeliveryError, DeliveryRejected, DeliveryRetryable, MissingExtra
+from memstate_sa.indexes.provider_errors import delivery_error
 from memstate_sa.testing import HashEmbedder
 
 SECRET = "the user is allergic to peanuts"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memstate_sa.changes import FactKey
-from memstate_sa.obstacles import Having, Reference, Rules, Unique
+from memstate_sa.db.codec import FactKey
+from memstate_sa.undo.constraints import Having, Reference, Rules, Unique
 
 _FACTS = [("fact", str(n)) for n in range(6)]
 _values = st.one_of(st.none(), st.integers(0, 3))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memstate_sa.columns import batches
+from memstate_sa.db.statements import batches
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable
-from memstate_sa.facts import Projection
-from memstate_sa.relay.plan import Delivered, RetryPolicy, classify, describe, halves, park, plan
+from memstate_sa.relay.plan import Delivered, park, plan
+from memstate_sa.relay.retry import RetryPolicy, classify, describe, halves
+from memstate_sa.tracking.projection import Projection
 
 keys = st.sampled_from([("person", f"[{n}]") for n in range(4)])
 contents = st.sampled_from(["", "tea", "rain"])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memstate_sa.positions import SLOTS, Position, Snapshot, meet, slot_of
+from memstate_sa.log.positions import SLOTS, Position, Snapshot, meet, slot_of
 
 Entry = tuple[int, int]
 """(xid, id)"""

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memstate_sa.errors import ConflictError, DeliveryRejected, MemstateError
-from memstate_sa.printable import printable, printable_logger
+from memstate_sa.runtime.printable import printable, printable_logger
 
 CONTROLS = "\x00\x07\x1b[2J\x7f\x9b31m\u2028\u202e\u2066\ud800"
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memstate_sa._failures import delivery_error
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable
-from memstate_sa.printable import printable
+from memstate_sa.indexes.provider_errors import delivery_error
+from memstate_sa.runtime.printable import printable
 
 TEXT = "My password is hunter2, do not tell"
 

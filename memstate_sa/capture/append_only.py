@@ -1,0 +1,167 @@
+"""The log is append-only by the database: triggers refuse whoever changes, removes or backdates an entry.
+
+They keep out mistakes, and programs that have never heard of us. Who may drop a trigger, or knows how `rewriting` is
+told, can still rewrite the log: against those there are the rights that the database grants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import DDL, delete, event, insert
+from sqlalchemy.engine import Connection
+
+from memstate_sa.capture import triggers
+from memstate_sa.capture.triggers import Trigger
+from memstate_sa.db import functions
+from memstate_sa.db.statements import take_write_lock
+from memstate_sa.db.tables import current, log
+
+_REFUSED = (
+    "memstate_log is append-only: memory.rollback() undoes a change, memory.erase() forgets a fact, "
+    "Retention(log=...) folds old entries"
+)
+_REWRITE = "rewrite"
+
+_IS_REFUSED = f"{functions.told(_REWRITE)} IS DISTINCT FROM 'on'"
+_RAISE = f"RAISE EXCEPTION USING ERRCODE = 'restrict_violation', MESSAGE = '{_REFUSED}'"
+
+_CHANGE = f"""
+BEGIN
+  IF {_IS_REFUSED} THEN
+    {_RAISE};
+  END IF;
+  RETURN NULL;
+END
+"""
+
+# The sequence has just numbered an entry if its last value is the entry's id, or the last value of this session is:
+# others may have been quicker since. A log that has numbered no entry yet is being restored, and takes any id. An id of
+# the future moves the sequence, so that later entries still come after it. Half of all numbers stay for them. Nothing
+# that is told changes this: a role that may only add entries could tell it as well.
+_LAST_ID = 2**62
+_INSERT = f"""
+DECLARE
+  ids regclass;
+  newest bigint;
+BEGIN
+  {functions.CHECK}
+  IF TG_TABLE_NAME <> '{log.name}' OR TG_OP <> 'INSERT' OR TG_WHEN <> 'BEFORE' OR TG_LEVEL <> 'ROW' THEN
+    {_RAISE};
+  END IF;
+  ids := format('%I.{log.name}_id_seq', TG_TABLE_SCHEMA);
+  newest := pg_sequence_last_value(ids);
+  IF newest IS NULL OR NEW.id = newest THEN
+    RETURN NEW;
+  END IF;
+  BEGIN
+    IF NEW.id = currval(ids) THEN
+      RETURN NEW;
+    END IF;
+  EXCEPTION WHEN object_not_in_prerequisite_state THEN
+    NULL;  -- This session has numbered no entry.
+  END;
+  IF NEW.id < newest OR NEW.id > {_LAST_ID} THEN
+    {_RAISE};
+  END IF;
+  PERFORM setval(ids, greatest(NEW.id, nextval(ids)));
+  RETURN NEW;
+END
+"""
+
+
+def _on_postgresql(name: str, moment: str, level: str, source: str, *, definer: bool) -> Trigger:
+    trigger = (
+        f"CREATE OR REPLACE TRIGGER {name} BEFORE {moment} ON {log.name} FOR EACH {level} EXECUTE FUNCTION {name}()"
+    )
+    return Trigger(name, source, (*functions.creating(name, source, definer=definer), trigger))
+
+
+def _on_sqlite(name: str, moment: str, when: str = "1") -> Trigger:
+    name = f"memstate_append_only_{name}"
+    source = (
+        f"CREATE TRIGGER {name} {moment} ON {log.name} FOR EACH ROW WHEN {when} "
+        f"AND NOT EXISTS (SELECT 1 FROM memstate_current WHERE name = '{_REWRITE}') "
+        f"BEGIN SELECT RAISE(ABORT, '{_REFUSED}'); END"
+    )
+    return Trigger(name, source, (f"DROP TRIGGER IF EXISTS {name}", source))
+
+
+_TRIGGERS: Mapping[str, Sequence[Trigger]] = {
+    "postgresql": [
+        # Once a statement, as TRUNCATE has no rows.
+        _on_postgresql("memstate_append_only", "UPDATE OR DELETE OR TRUNCATE", "STATEMENT", _CHANGE, definer=False),
+        # As the owner: who may add entries, need not be allowed to read the sequence.
+        _on_postgresql("memstate_append_only_insert", "INSERT", "ROW", _INSERT, definer=True),
+    ],
+    "sqlite": [
+        _on_sqlite("update", "BEFORE UPDATE"),
+        _on_sqlite("delete", "BEFORE DELETE"),
+        # REPLACE deletes rows without a word, unless recursive_triggers is on.
+        _on_sqlite("insert", "BEFORE INSERT", f"EXISTS (SELECT 1 FROM {log.name} WHERE id = NEW.id)"),
+        # Only then the id is known.
+        _on_sqlite("past", "AFTER INSERT", f"EXISTS (SELECT 1 FROM {log.name} WHERE id > NEW.id)"),
+    ],
+}
+
+
+_DROP_FUNCTIONS = [f"DROP FUNCTION IF EXISTS {trigger.name}()" for trigger in _TRIGGERS["postgresql"]]
+
+
+def creating(dialect_name: str) -> list[str]:
+    """Statements that create the log's triggers, or replace them."""
+    return [statement for trigger in _TRIGGERS.get(dialect_name, ()) for statement in trigger.statements]
+
+
+def dropping(dialect_name: str) -> list[str]:
+    """Statements that drop them, as far as they are there."""
+    if dialect_name == "postgresql":
+        drop = [f"DROP TRIGGER IF EXISTS {trigger.name} ON {log.name}" for trigger in _TRIGGERS[dialect_name]]
+        return drop + _DROP_FUNCTIONS
+    return [f"DROP TRIGGER IF EXISTS {trigger.name}" for trigger in _TRIGGERS.get(dialect_name, ())]
+
+
+def _listen(when: str, statement: str, dialect: str) -> None:
+    ddl: Any = DDL(statement.replace("%", "%%"))  # type: ignore[no-untyped-call]  # SQLAlchemy has not typed it
+    event.listen(log, when, ddl.execute_if(dialect=dialect))
+
+
+for _dialect in _TRIGGERS:
+    for _statement in creating(_dialect):
+        _listen("after_create", _statement, _dialect)
+for _statement in _DROP_FUNCTIONS:
+    _listen("after_drop", _statement, "postgresql")
+
+
+def install(connection: Connection) -> None:
+    """Create the log's triggers where they are not as they should be, on tables of before there were any.
+
+    ``metadata.create_all`` installs them with the table, in an Alembic migration ``op.memstate_protect_log()`` does.
+    """
+    triggers.replace(connection, log, _TRIGGERS.get(connection.dialect.name, ()))
+
+
+def missing(connection: Connection) -> list[str]:
+    """Which of the log's triggers are not there, or not as they should be."""
+    there = triggers.installed(connection, log)
+    return [t.name for t in _TRIGGERS.get(connection.dialect.name, ()) if there.get(t.name) != t.source]
+
+
+_put = insert(current).values(name=_REWRITE)
+_remove = delete(current).where(current.c.name == _REWRITE)
+
+
+@contextmanager
+def rewriting(connection: Connection) -> Iterator[None]:
+    """Statements in here may change the log, on *connection* and in its transaction.
+
+    In a SAVEPOINT: where one fails, the permission goes with what it has done.
+    """
+    take_write_lock(connection)  # a driver that begins by itself does not do so at a SAVEPOINT
+    on_postgresql = connection.dialect.name == "postgresql"
+    with connection.begin_nested():
+        functions.tell(connection, _REWRITE, "on") if on_postgresql else connection.execute(_put)
+        yield
+        functions.tell(connection, _REWRITE, "") if on_postgresql else connection.execute(_remove)

@@ -1,0 +1,148 @@
+"""Cascades that no Session sees: foreign keys by which the database itself changes rows of tracked tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from sqlalchemy import Table, inspect, text
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import NoReferenceError
+from sqlalchemy.orm import Mapper, RelationshipDirection, RelationshipProperty
+
+from memstate_sa.tracking.registry import Registry
+from memstate_sa.tracking.tracked import Tracked
+
+_ACTIONS = ("CASCADE", "SET")
+_MESSAGE = (
+    "The database itself changes rows of {table}, by {actions} of the foreign key ({columns}) to {parent}. No Session "
+    "sees that, so the log misses it. {ways}"
+)
+
+
+class ForeignKey(NamedTuple):
+    """A foreign key of *table*, as the mapping has it, or as the database has it."""
+
+    table: Table
+    columns: tuple[str, ...]
+    parent: tuple[str | None, str]
+    on_delete: str | None
+    on_update: str | None
+
+    @property
+    def parent_name(self) -> str:
+        return ".".join(filter(None, self.parent))
+
+
+def mapped(table: Table) -> Iterator[ForeignKey]:
+    """The foreign keys of *table* by its mapping."""
+    for constraint in sorted(table.foreign_key_constraints, key=lambda each: list(map(str, each.column_keys))):
+        with suppress(NoReferenceError):  # to a table that is not known yet
+            parent = constraint.referred_table
+            names = tuple(str(column.name) for column in constraint.columns)
+            actions = (constraint.ondelete, constraint.onupdate)
+            yield ForeignKey(table, names, (parent.schema, str(parent.name)), *map(_action, actions))
+
+
+_of_sqlite = text(
+    'SELECT id, "table", group_concat("from"), min(on_delete), min(on_update) '
+    "FROM (SELECT * FROM pragma_foreign_key_list(:table) ORDER BY id, seq) GROUP BY id ORDER BY id"
+)
+
+
+def reflected(connection: Connection, table: Table) -> Iterator[ForeignKey]:
+    """The foreign keys of *table* in the database, which need not be those of the mapping."""
+    if connection.dialect.name == "sqlite":  # SQLAlchemy reads no action of a key that is declared with its column
+        for _, parent, columns, *actions in connection.execute(_of_sqlite, {"table": table.name}):
+            yield ForeignKey(table, tuple(columns.split(",")), (table.schema, parent), *map(_action, actions))
+        return
+    for found in inspect(connection).get_foreign_keys(str(table.name), schema=table.schema):
+        options = found.get("options", {})
+        parent = (found["referred_schema"], found["referred_table"])
+        on_delete, on_update = (_action(options.get(name)) for name in ("ondelete", "onupdate"))
+        yield ForeignKey(table, tuple(found["constrained_columns"]), parent, on_delete, on_update)
+
+
+def _action(given: str | None) -> str | None:
+    """None for what keeps the parent as it is."""
+    return given.upper() if given is not None and given.upper().startswith(_ACTIONS) else None
+
+
+def unseen(registry: Registry, tracked: Tracked, keys: Iterable[ForeignKey]) -> Iterator[tuple[ForeignKey, str]]:
+    """Those of *keys*, of the tables of *tracked*, by which the log misses a change; and what to do about each.
+
+    A tracked parent needs configured mappers: by its relationships, the unit of work may do what the key asks for.
+    """
+    if tracked.by_trigger:
+        return
+    for key in keys:
+        if not (key.on_delete or key.on_update) or _is_inheritance(tracked, key):
+            continue
+        parent = registry.by_table_name.get(key.parent)
+        relationships = [] if parent is None else list(_relationships(parent.mapper, key))
+        actions, ways = [], [f"Track {tracked.model.__name__} with capture='trigger'."]
+        for name, action, by_the_database in (
+            ("DELETE", key.on_delete, "passive_deletes"),
+            ("UPDATE", key.on_update, "passive_updates"),
+        ):
+            if action is None:
+                continue
+            passive = [each for each in relationships if getattr(each, by_the_database)]
+            if parent is not None and not parent.by_trigger and len(passive) < len(relationships):
+                continue
+            actions.append(f"ON {name} {action}")
+            without = "without passive_deletes" if name == "DELETE" else "with passive_updates=False"
+            if passive:
+                ways.append(f"Or define {', '.join(map(str, passive))} {without}.")
+            elif parent is None:
+                ways.append(f"Or track {key.parent_name}, with a relationship to {tracked.model.__name__} {without}.")
+            elif not parent.by_trigger:
+                ways.append(f"Or give {parent.model.__name__} a relationship to {tracked.model.__name__} {without}.")
+        if actions:
+            if above := _above(key):
+                ways.insert(0, f"Rows of {key.parent_name} go with those of {', '.join(above)}.")
+            names = {"table": key.table.fullname, "parent": key.parent_name, "columns": ", ".join(key.columns)}
+            yield key, _MESSAGE.format(actions=" and ".join(actions), ways=" ".join(ways), **names)
+
+
+def _is_inheritance(tracked: Tracked, key: ForeignKey) -> bool:
+    """Whether the key joins the parts of one fact, which the unit of work deletes itself."""
+    of_key = {str(column.name) for column in key.table.primary_key.columns}
+    return set(key.columns) == of_key and any((t.schema, t.name) == key.parent for t in tracked.tables[:-1])
+
+
+def _relationships(parent: Mapper[Any], key: ForeignKey) -> Iterator[RelationshipProperty[Any]]:
+    """Those by which the unit of work changes the rows that refer to a row of *parent*."""
+    for mapper in parent.self_and_descendants:
+        for each in mapper.relationships:
+            remote = [column for _, column in each.local_remote_pairs or ()]
+            if (
+                each.direction is RelationshipDirection.ONETOMANY
+                and not each.viewonly
+                and {str(column.name) for column in remote} == set(key.columns)
+                and all(column.table is key.table for column in remote)
+            ):
+                yield each
+
+
+def _above(key: ForeignKey) -> list[str]:
+    """The tables whose rows take rows of the parent with them, and so on."""
+    by_child: dict[tuple[str | None, str], list[ForeignKey]] = {}
+    for table in key.table.metadata.tables.values():
+        for each in mapped(table):
+            if each.on_delete == "CASCADE":
+                by_child.setdefault((table.schema, str(table.name)), []).append(each)
+    found: dict[tuple[str | None, str], str] = {}
+    todo = [key.parent]
+    while todo:
+        for each in by_child.get(todo.pop(), ()):
+            if each.parent not in found and each.parent != key.parent:
+                found[each.parent] = each.parent_name
+                todo.append(each.parent)
+    return sorted(found.values())
+
+
+def are_known(entities: Mapping[str, Tracked]) -> bool:
+    """Whether the relationships of tracked classes are known. To ask for them too early would break the mappers."""
+    return all(mapper.configured for each in entities.values() for mapper in each.mapper.self_and_descendants)

@@ -1,0 +1,110 @@
+"""The table of unique values: whether it has what the rows say, and how it comes to have it.
+
+A flush keeps it in step, of the rows that it writes. It does not know of older rows when ``unique_by`` is new, or is
+another than it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import bindparam, delete, select, tuple_
+from sqlalchemy.engine import Connection
+
+from memstate_sa.db.codec import Image, decode_key
+from memstate_sa.db.statements import READ_CHUNK, batches, upsert
+from memstate_sa.db.tables import unique
+from memstate_sa.tracking.tracked import Tracked, unique_value
+
+
+class Differences(NamedTuple):
+    """``missing``: values that no row has been given, by key. ``stale``: what rows were given that they have no longer.
+
+    ``shared``: keys of rows whose value another row was given.
+    """
+
+    missing: dict[str, str]
+    stale: list[tuple[str, str]]
+    shared: list[str]
+
+    @property
+    def keys(self) -> set[str]:
+        """Those of rows that would be given something else."""
+        return {*self.missing, *(key for _, key in self.stale)}
+
+
+def values_of(connection: Connection, tracked: Tracked, images: Mapping[str, Image]) -> dict[str, str]:
+    """The value of each of *images*, by key; a row may have none."""
+    columns = tracked.on(connection.dialect)
+    found = ((key, unique_value(tracked, columns.values(dict(image)))) for key, image in images.items())
+    return {key: value for key, value in found if value is not None}
+
+
+def differences(connection: Connection, tracked: Tracked, images: Mapping[str, Image]) -> Differences:
+    """How the table of unique values differs from *images*, all those of the rows that are there."""
+    wanted = values_of(connection, tracked, images)
+    held = _held(connection, tracked, images, wanted.values())
+    others = tracked.on(connection.dialect).read(connection, [decode_key(key) for _, key in held if key not in images])
+    known, there = wanted | values_of(connection, tracked, others), {*images, *others}
+    stale = [(value, key) for value, key in held if _is_stale(tracked, value, known.get(key), is_there=key in there)]
+    holders = dict(set(held) - set(stale))
+    missing = {key: value for key, value in wanted.items() if value not in holders}
+    shared = [key for key, value in wanted.items() if holders.get(value, key) != key]
+    return Differences(missing, stale, shared)
+
+
+def _is_stale(tracked: Tracked, value: str, now: str | None, *, is_there: bool) -> bool:
+    """A function that finds no value may know less than the one that found this: then it stays."""
+    if now is None and is_there:
+        return bool(tracked.unique_names)
+    return now != value
+
+
+def _held(
+    connection: Connection, tracked: Tracked, keys: Iterable[str], values: Iterable[str]
+) -> list[tuple[str, str]]:
+    of_rows = select(unique.c.value, unique.c.key).where(unique.c.entity == tracked.entity)
+    found: dict[tuple[str, str], None] = {}
+    for column, some in ((unique.c.key, list(keys)), (unique.c.value, list(values))):
+        for batch in batches(some, READ_CHUNK):
+            found.update(dict.fromkeys((v, k) for v, k in connection.execute(of_rows.where(column.in_(batch)))))
+    return list(found)
+
+
+def give(connection: Connection, tracked: Tracked, values: Mapping[str, str]) -> list[str]:
+    """Give rows their *values*, by key, where nobody has them. Returns the keys of those that got none."""
+    rows = [{"entity": tracked.entity, "value": value, "key": key} for key, value in values.items()]
+    if not rows:
+        return []
+    new = upsert(connection.dialect.name, unique).on_conflict_do_nothing().returning(unique.c.key)
+    having = set(connection.scalars(new, rows))
+    return [key for key in values if key not in having]
+
+
+def take(connection: Connection, tracked: Tracked, stale: Collection[tuple[str, str]]) -> None:
+    """Take values from rows that do not have them any more."""
+    for some in batches(list(stale), READ_CHUNK):
+        of_these = tuple_(unique.c.value, unique.c.key).in_(some)
+        connection.execute(delete(unique).where(unique.c.entity == tracked.entity, of_these))
+
+
+_page = (
+    select(unique.c.value, unique.c.key)
+    .where(
+        unique.c.entity == bindparam("entity"),
+        tuple_(unique.c.key, unique.c.value) > tuple_(bindparam("key"), bindparam("value")),
+    )
+    .order_by(unique.c.key, unique.c.value)
+    .limit(READ_CHUNK)
+)
+
+
+def of_no_row(
+    connection: Connection, tracked: Tracked, after: tuple[str, str]
+) -> tuple[list[tuple[str, str]], tuple[str, str] | None]:
+    """A page of the table after a (value, key): what is there of rows that are gone, and where to go on."""
+    given = {"entity": tracked.entity, "value": after[0], "key": after[1]}
+    page: Sequence[tuple[Any, Any]] = [(value, key) for value, key in connection.execute(_page, given)]
+    there = tracked.on(connection.dialect).read(connection, [decode_key(key) for key in {key for _, key in page}])
+    return [(value, key) for value, key in page if key not in there], page[-1] if len(page) == READ_CHUNK else None

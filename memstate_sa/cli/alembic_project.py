@@ -1,0 +1,373 @@
+"""What an application still needs to adopt memstate_sa: its Memory, database and Alembic, looked at as they are."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import re
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from sqlalchemy import inspect
+from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.exc import ArgumentError
+
+from memstate_sa.errors import MemstateError
+from memstate_sa.maintenance.doctor import folded
+from memstate_sa.memory import Memory
+
+_METADATA = "memstate_sa.metadata"
+_PLUGINS = 'autogenerate_plugins=["alembic.autogenerate.*", "memstate_sa"]'
+_REGISTER = "memstate_sa.migrations.register()"
+_REGISTERS = (_REGISTER, "migrations.register()")
+_LOCATIONS = re.compile(r"^version_locations\s*=.*(?:\n[ \t]+\S.*)*", re.MULTILINE)
+_NOT_SOURCES = {"node_modules", "site-packages", "tests", "test", "versions", "build", "dist"}
+
+
+class Step(NamedTuple):
+    """A part of adopting memstate_sa, and what to do about it; nothing where it is done."""
+
+    title: str
+    to_do: str = ""
+
+
+class AlembicProject(NamedTuple):
+    """The application's own: where it is configured, and its env.py."""
+
+    config: Path
+    env: Path
+
+    @property
+    def source(self) -> str:
+        return self.env.read_text(encoding="utf-8") if self.env.is_file() else ""
+
+    @property
+    def has_branch(self) -> bool:
+        """Whether our own migrations are among its versions."""
+        found = _LOCATIONS.search(self.config.read_text(encoding="utf-8")) if self.config.is_file() else None
+        return found is not None and "memstate_sa" in found[0]
+
+    @property
+    def knows_tables(self) -> bool:
+        return self.has_branch or _names_tables(_parsed(self.source))
+
+    @property
+    def knows_plugin(self) -> bool:
+        return _names_plugin(_parsed(self.source))
+
+    def edited(self, *, has_plugins: bool) -> str:
+        """Its env.py as it should be; see `edited`."""
+        return edited(self.source, has_plugins=has_plugins, has_branch=self.has_branch)
+
+    @property
+    def upgrading(self) -> str:
+        """The commands that make what is missing."""
+        if self.has_branch:
+            return "alembic upgrade heads"
+        if "flask" in self.source:  # Flask-Migrate's env.py runs in the application alone
+            return 'flask db migrate -m "memstate_sa", then flask db upgrade'
+        return 'alembic revision --autogenerate -m "memstate_sa", then alembic upgrade head'
+
+
+def find_alembic(folder: Path) -> AlembicProject | None:
+    """The Alembic of the application in *folder*, by its alembic.ini or pyproject.toml, or else by its env.py.
+
+    Flask-Migrate has no other sign, nor has an alembic.ini of another name.
+    """
+    ini, toml = folder / "alembic.ini", folder / "pyproject.toml"
+    location = None
+    if ini.is_file():
+        parser = configparser.ConfigParser({"here": str(folder)})
+        parser.read(ini, encoding="utf-8")
+        location = parser.get("alembic", "script_location", fallback=None)
+    if location is None and toml.is_file():
+        table = tomllib.loads(toml.read_text(encoding="utf-8")).get("tool", {}).get("alembic", {})
+        location, ini = table.get("script_location"), toml
+        location = location and location.replace("%(here)s", str(folder))
+    configured = AlembicProject(ini, _resolved(folder, location) / "env.py") if location else None
+    if configured and configured.env.is_file():
+        return configured
+    for env in _files(folder, "env.py"):
+        if re.search(r"^\s*(?:import|from) alembic\b", env.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
+            beside, above = env.with_name("alembic.ini"), env.parent.with_name("alembic.ini")
+            return AlembicProject(above if above.is_file() and not beside.is_file() else beside, env)
+    return configured  # it has an env.py nowhere: there is Alembic all the same
+
+
+def _resolved(folder: Path, location: str) -> Path:
+    """A path, or ``package:path``, as Alembic takes it; but no package is imported."""
+    package, colon, path = location.partition(":")
+    if not colon or Path(location).is_absolute():
+        return folder / location
+    _roots(folder)
+    top, *inner = package.split(".")
+    spec = find_spec(top)
+    roots = list(spec.submodule_search_locations or []) if spec is not None else []
+    return Path(*roots[:1] or [str(folder / top)], *inner, *path.split(":"))
+
+
+def is_migrated(engine: Engine) -> bool:
+    """Whether Alembic has been at this database, wherever it is configured."""
+    return inspect(engine).has_table("alembic_version")
+
+
+def unmade(url: str) -> Path | None:
+    """The SQLite file that connecting to *url* would create."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:  # it is said where the URL is used
+        return None
+    name = parsed.database or ":memory:"
+    if parsed.get_backend_name() != "sqlite" or parsed.query.get("mode") == "memory":
+        return None
+    path = unquote(urlsplit(name).path) if name.startswith("file:") else name
+    return None if path == ":memory:" or Path(path).exists() else Path(path)
+
+
+# -- env.py ----------------------------------------------------------------------------------------------------------
+
+
+def edited(source: str, *, has_plugins: bool, has_branch: bool = False) -> str:
+    """*source*, an env.py, with our tables in its metadata and our plugin named, as far as they are not.
+
+    *has_plugins*: of Alembic 1.18 and later; before, `register` is called. *has_branch*: our own migrations make the
+    tables. What is written in a way of its own is left to the reader.
+    """
+    tree = _parsed(source)
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "context.configure"
+    ]
+    edits: list[tuple[int, str]] = []  # what is inserted, and where
+    text = _Text(source)
+    imports = []
+    if not (has_branch or _names_tables(tree)):
+        for value in _metadata(tree, calls):
+            edits += _listed(text, value, _METADATA)
+        if edits and not any(
+            isinstance(node, ast.Import) and any(name.name.startswith("memstate_sa") for name in node.names)
+            for node in tree.body
+        ):
+            imports.append("import memstate_sa\n")
+    if not _names_plugin(tree):
+        if has_plugins:
+            for call in calls:
+                edits += _with_plugin(text, call)
+        elif calls:
+            imports = [f"import memstate_sa.migrations\n\n{_REGISTER}\n"]
+    if imports:
+        edits.append((_after_imports(text, tree), imports[0]))
+    new = source.encode()
+    for at, inserted in sorted(edits, reverse=True):
+        new = new[:at] + inserted.encode() + new[at:]
+    return new.decode() if _parsed(new.decode()).body else source
+
+
+class _Text:
+    """A source as the positions of `ast` mean it: lines from 1, and bytes of UTF-8 in them."""
+
+    def __init__(self, source: str) -> None:
+        self.content = source.encode()
+        self._lines = [0]
+        for line in self.content.splitlines(keepends=True):
+            self._lines.append(self._lines[-1] + len(line))
+
+    def start(self, node: ast.expr | ast.keyword) -> int:
+        return self._lines[node.lineno - 1] + node.col_offset
+
+    def end(self, node: ast.expr) -> int:
+        return self._lines[(node.end_lineno or node.lineno) - 1] + (node.end_col_offset or 0)
+
+    def after(self, statement: ast.stmt) -> int:
+        """The next line's start."""
+        return self._lines[min(statement.end_lineno or statement.lineno, len(self._lines) - 1)]
+
+
+def _parsed(source: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except SyntaxError:
+        return ast.Module([], [])
+
+
+def _names_tables(tree: ast.Module) -> bool:
+    return _imports(tree, "memstate_sa", "metadata") or any(
+        isinstance(node, ast.Attribute) and ast.unparse(node) == _METADATA for node in ast.walk(tree)
+    )
+
+
+def _names_plugin(tree: ast.Module) -> bool:
+    """Wherever the list is written: in a call, in a variable, in a dictionary of options."""
+    if _imports(tree, "memstate_sa.migrations", "register"):
+        return True
+    lists = "autogenerate_plugins" in ast.unparse(tree)
+    return any(
+        (lists and isinstance(node, ast.List | ast.Tuple) and any(_is_plugin(item) for item in node.elts))
+        or (isinstance(node, ast.Call) and f"{ast.unparse(node.func)}()" in _REGISTERS)
+        for node in ast.walk(tree)
+    )
+
+
+def _imports(tree: ast.Module, module: str, name: str) -> bool:
+    return any(
+        isinstance(node, ast.ImportFrom) and node.module == module and any(each.name == name for each in node.names)
+        for node in ast.walk(tree)
+    )
+
+
+def _is_plugin(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value == "memstate_sa"
+
+
+def _metadata(tree: ast.Module, calls: Sequence[ast.Call]) -> list[ast.expr]:
+    """What the application's metadata are: of ``target_metadata = …``, or else as they are given to `configure`."""
+    assigned = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and any(isinstance(target, ast.Name) and target.id == "target_metadata" for target in node.targets)
+    ]
+    given = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "target_metadata"]
+    return assigned[-1:] or [value for value in given if not isinstance(value, ast.Name)]
+
+
+def _listed(text: _Text, value: ast.expr, added: str) -> Iterator[tuple[int, str]]:
+    """Insertions that make *value*, a list or what may be the one item of it, a list with *added*."""
+    if isinstance(value, ast.List | ast.Tuple) and value.elts:
+        end = text.end(value.elts[-1])
+        comma = re.match(rb"\s*,", text.content[end : text.end(value)])
+        yield end + (comma.end() if comma else 0), f" {added}" if comma else f", {added}"
+    elif isinstance(value, ast.Name | ast.Attribute | ast.Subscript) or (
+        isinstance(value, ast.Call) and not (value.args or value.keywords)
+    ):
+        yield text.start(value), "["
+        yield text.end(value), f", {added}]"
+
+
+def _with_plugin(text: _Text, call: ast.Call) -> Iterator[tuple[int, str]]:
+    for keyword in call.keywords:
+        if keyword.arg == "autogenerate_plugins":
+            if isinstance(keyword.value, ast.List | ast.Tuple):
+                yield from _listed(text, keyword.value, '"memstate_sa"')
+            return
+    if call.keywords:
+        at = text.start(call.keywords[0])
+        indent = re.search(rb"\n[ \t]*$", text.content[:at])
+        yield at, f"{_PLUGINS},{indent[0].decode() if indent else ' '}"
+
+
+def _after_imports(text: _Text, tree: ast.Module) -> int:
+    """After the imports at the top, which what is edited may need: not after one that comes later."""
+    at = 0
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            at = text.after(node)
+        elif isinstance(node, ast.Assign) and any(ast.unparse(target) == "target_metadata" for target in node.targets):
+            break
+    return at
+
+
+# -- what is left to do ----------------------------------------------------------------------------------------------
+
+
+def steps(memory: Memory, engine: Engine, project: AlembicProject | None) -> Iterator[Step]:
+    """The checklist, in the order in which its steps are to be taken."""
+    problems = memory.doctor(engine, rows=False).problems
+    sessions = [message for subject, message in problems if subject == "Sessions"]
+    entities = list(memory._registry.by_entity)  # noqa: SLF001  # of the same package
+    yield Step(
+        f"a Memory that tracks {', '.join(entities)}" if entities else "a tracked model",
+        "" if entities else "memory.track(Model, text=…), where the models are",
+    )
+    yield Step(
+        "Sessions that are captured",
+        f"{sessions[0]} (nothing to do if a module that was not imported here does)" if sessions else "",
+    )
+    if project is not None:
+        yield Step(
+            f"our tables in {project.env.name}",
+            "" if project.knows_tables else f"target_metadata = [..., {_METADATA}]",
+        )
+        yield Step(
+            f"our plugin in {project.env.name}",
+            "" if project.knows_plugin else f"context.configure(..., {_PLUGINS}); before Alembic 1.18: {_REGISTER}",
+        )
+    others = [problem for problem in problems if problem.subject != "Sessions"]
+    missing = [f"{subject} {message}" for subject, message in folded(others)]
+    if missing and project is not None:
+        missing.append(project.upgrading)
+    elif missing and is_migrated(engine):
+        missing.append(
+            "Alembic has been here, and is not in this folder: run this where it is, or with --create-tables"
+        )
+    yield Step("tables and triggers in the database", "\n".join(missing))
+
+
+def find_memories(folder: Path) -> list[str]:
+    """Each Memory at the top of a module below *folder*, as ``module:attribute``.
+
+    Only modules that say ``name = Memory(…)`` at their top level are imported.
+    """
+    found: dict[int, str] = {}
+    for root in _roots(folder):
+        for path in _files(root, "*.py"):
+            parts = path.relative_to(root).with_suffix("").parts
+            if not all(part.isidentifier() for part in parts) or parts[0] == "src":
+                continue
+            attributes = _memories(path.read_text(encoding="utf-8", errors="replace"))
+            if not attributes:
+                continue
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            try:
+                module = import_module(name)
+            except Exception as error:
+                raise MemstateError(f"looking for a Memory, {name} cannot be imported: {error!r}") from error
+            for attribute in attributes:
+                value = getattr(module, attribute, None)
+                if isinstance(value, Memory):
+                    found.setdefault(id(value), f"{name}:{attribute}")
+    return list(found.values())
+
+
+def _memories(source: str) -> list[str]:
+    """The names that a module gives to what it makes by ``Memory(…)``, by that or another name, at its top level."""
+    if "memstate_sa" not in source:
+        return []
+    tree = _parsed(source)
+    ours = {"Memory"} | {
+        name.asname
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("memstate_sa")
+        for name in node.names
+        if name.name == "Memory" and name.asname
+    }
+    return [
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Call)
+        if ast.unparse(node.value.func).rpartition(".")[2] in ours
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    ]
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Where the application's modules are, which can be imported now."""
+    roots = [root for root in (folder, folder / "src") if root.is_dir()]
+    for root in roots:
+        if str(root) not in sys.path:
+            sys.path.insert(0, str(root))
+    return roots
+
+
+def _files(root: Path, pattern: str) -> Iterator[Path]:
+    """The application's own files of a name, those nearest to *root* first."""
+    for path in sorted(root.rglob(pattern), key=lambda path: (len(path.parts), path)):
+        folders = path.relative_to(root).parts[:-1]
+        if not (_NOT_SOURCES & set(folders) or any(name.startswith(".") for name in folders)):
+            yield path

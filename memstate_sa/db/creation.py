@@ -1,0 +1,56 @@
+"""Tables of ours, made by one process at a time: workers that start together all find, or make, them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from sqlalchemy import Engine, Inspector, Table, func, inspect, select
+from sqlalchemy.engine import Connection
+
+from memstate_sa.db import sqlite
+from memstate_sa.db.amendments import amend, lacking
+from memstate_sa.db.tables import metadata
+
+_one_at_a_time = select(func.pg_advisory_xact_lock(func.hashtextextended("memstate_sa", 0)))
+
+
+@contextmanager
+def creating(engine: Engine) -> Iterator[Connection]:
+    """A transaction in which no other process creates anything of ours."""
+    with engine.connect() as connection:
+        if engine.dialect.name == "postgresql":
+            # Whatever the engine's own: what the process before has made is to be seen, and undone as a whole.
+            connection.execution_options(isolation_level="READ COMMITTED")
+        with connection.begin():
+            if engine.dialect.name == "postgresql":
+                connection.execute(_one_at_a_time)
+            elif not sqlite.in_transaction(connection):  # else a listener of the application's has begun
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            yield connection
+
+
+def create(
+    engine: Engine, tables: Sequence[Table] | None = None, install: Callable[[Connection], None] | None = None
+) -> None:
+    """Create what of *tables* (default: all of memstate_sa) is not there yet, then *install* what belongs to them.
+
+    Tables of an older version get the columns and indexes that they lack. SQLite is locked only if something is
+    missing. A worker that starts would else wait for whoever writes.
+    """
+    wanted = metadata.sorted_tables if tables is None else tables
+    is_whole = _is_whole(inspect(engine), wanted)
+    if is_whole and install is None:
+        return
+    alone = not is_whole or engine.dialect.name == "postgresql"
+    with creating(engine) if alone else engine.begin() as connection:
+        if not is_whole:  # looked at again, now alone
+            metadata.create_all(connection, tables=wanted)
+            amend(connection, lacking(inspect(connection), wanted))
+        if install is not None:
+            install(connection)
+
+
+def _is_whole(inspector: Inspector, wanted: Sequence[Table]) -> bool:
+    there = inspector.get_table_names()
+    return all(table.name in there for table in wanted) and not any(lacking(inspector, wanted))

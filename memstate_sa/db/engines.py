@@ -1,0 +1,125 @@
+"""The engines that memstate_sa makes: of a URL, with a driver that a thread can use, or with a pool of their own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import URL, Engine, Pool, create_engine, event
+from sqlalchemy.engine import Connection
+from sqlalchemy.engine.base import OptionEngine
+
+from memstate_sa.db import sqlite
+from memstate_sa.runtime import forks
+
+_MADE = "memstate_own_pool"
+_making = threading.Lock()
+_BLOCKING = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}
+_OF_ASYNCPG = {
+    *("async_fallback", "command_timeout", "max_cacheable_statement_size", "max_cached_statement_lifetime"),
+    *("prepared_statement_cache_size", "prepared_statement_name_func", "statement_cache_size", "timeout"),
+}
+
+
+def make_engine(url: str | URL, **options: Any) -> Engine:
+    """An engine on *url* that is memstate_sa's own. All engines of ours are made here.
+
+    A connection that the server or a pooler closed is replaced at checkout. A forked child gets connections of its own.
+    """
+    engine: Engine = sqlite.configure(create_engine(url, pool_pre_ping=True, **options))
+    forks.in_child(engine, _renew_pool)
+    return engine
+
+
+def _renew_pool(engine: Engine) -> None:
+    """Leave the parent's connections alone.
+
+    SQLite's are closed: its library believes that this process has the locks of each open connection. An in-memory
+    database is a copy, which the child keeps.
+    """
+    if not sqlite.is_in_memory(engine):
+        engine.dispose(close=engine.dialect.name == "sqlite")
+
+
+class _SeparatePool(OptionEngine):
+    """As an engine is, with its events and its options, but for the pool."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._own = engine.pool.recreate()
+        self._own._pre_ping = True  # noqa: SLF001  # recreate() takes no options
+        super().__init__(engine, {})
+
+    if not TYPE_CHECKING:
+
+        @property
+        def pool(self) -> Pool:
+            return self._own
+
+        @pool.setter
+        def pool(self, pool: Pool) -> None:
+            self._own = pool
+
+
+def with_separate_pool(engine: Engine) -> Engine:
+    """*engine* with a pool of its own, which is disposed of with the engine.
+
+    Who holds a connection while waiting for a second one of the same pool waits for ever, once enough others do.
+    """
+    if engine.dialect.server_version_info is None:
+        # What the first connection finds out is found out once; one of another pool would not wait for it.
+        engine.connect().close()
+    with _making:
+        made: Engine | None = getattr(engine, _MADE, None)
+        if made is None:
+            made = _SeparatePool(engine)
+            setattr(engine, _MADE, made)
+            event.listen(engine, "engine_disposed", partial(_dispose, made))
+            forks.in_child(made, _renew_pool)
+        return made
+
+
+def _dispose(made: Engine, engine: Engine) -> None:
+    if engine is not made:
+        made.dispose()
+
+
+def blocking_engine(url: URL) -> Engine:
+    """An engine on *url* with a driver that a thread can use; what only asyncpg takes is translated, or left out."""
+    backend, query, arguments = url.get_backend_name(), dict(url.query), dict[str, Any]()
+    if url.drivername == "postgresql+asyncpg":
+        if "ssl" in query:
+            query["sslmode"] = query.pop("ssl")
+        if query.get("prepared_statement_cache_size") == "0":  # as behind PgBouncer
+            arguments["prepare_threshold"] = None
+        query = {name: value for name, value in query.items() if name not in _OF_ASYNCPG}
+    return make_engine(url.set(drivername=_BLOCKING.get(backend, backend), query=query), connect_args=arguments)
+
+
+def is_same_database(one: Engine, other: Engine) -> bool:
+    """Whether they are of one database, by whatever driver: on SQLite a second engine would wait for the first."""
+    return one is other or one.url.set(drivername=_kind(one)) == other.url.set(drivername=_kind(other))
+
+
+def _kind(engine: Engine) -> str:
+    return engine.url.get_backend_name()
+
+
+@contextmanager
+def snapshot(engine: Engine) -> Iterator[Connection]:
+    """A connection that sees one state of the database for as long as it reads, and holds up no writer."""
+    is_sqlite = engine.dialect.name == "sqlite"
+    # On SQLite a BEGIN of our own, which takes no lock that a writer would wait for.
+    level = "AUTOCOMMIT" if is_sqlite else "REPEATABLE READ"
+    with engine.connect().execution_options(isolation_level=level) as connection:
+        if is_sqlite:
+            connection.exec_driver_sql("BEGIN")
+        try:
+            yield connection
+        finally:
+            if is_sqlite:
+                connection.exec_driver_sql("ROLLBACK")
+            else:
+                connection.rollback()

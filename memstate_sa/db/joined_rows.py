@@ -1,0 +1,82 @@
+"""`JoinedColumns`: the rows of a class that joined inheritance spreads over several tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import (
+    Table,
+)
+from sqlalchemy.engine import Connection, Dialect
+
+from memstate_sa.db.codec import decode_key
+from memstate_sa.db.rows import TableColumns
+
+
+class JoinedColumns(TableColumns):
+    """Statements and conversions for a class with joined inheritance: rows in several tables, by one primary key.
+
+    An image holds the columns of the first table by their names, those of another as ``table.column``, and of those
+    tables only in which the row is. *required*: without a row in the so many tables after the first, there is none.
+    """
+
+    def __init__(self, tables: Sequence[Table], dialect: Dialect, *, required: int = 0) -> None:
+        super().__init__(tables[0], dialect)
+        self._of_table = {table: TableColumns(table, dialect) for table in tables}
+        self._prefixes = {f"{table.fullname}.": table for table in tables[1:]}
+        self._required = tables[1 : 1 + required]
+
+    @property
+    def of_table(self) -> Mapping[Table, TableColumns]:
+        return self._of_table
+
+    def read(
+        self,
+        connection: Connection,
+        keys: Sequence[Sequence[Any]],
+        *,
+        for_update: bool = False,
+        skip_locked: bool = False,
+    ) -> dict[str, dict[str, Any]]:
+        images = super().read(connection, keys, for_update=for_update, skip_locked=skip_locked)
+        keys = [decode_key(key) for key in images]
+        for prefix, table in self._prefixes.items():
+            parts = self._of_table[table].read(connection, keys) if keys else {}
+            for key, part in parts.items():
+                images[key].update({prefix + name: value for name, value in part.items()})
+            if table in self._required:
+                images = {key: image for key, image in images.items() if key in parts}
+        return images
+
+    def lock(self, connection: Connection, keys: Sequence[Sequence[Any]], *, leaving: bool = False) -> set[str]:
+        locked = super().lock(connection, keys, leaving=leaving)
+        if leaving:  # others may refer to any part of them
+            for table in self._prefixes.values():
+                self._of_table[table].lock(connection, keys, leaving=True)
+        return locked
+
+    def parts(self, image: Mapping[str, Any] | None) -> dict[Table, Mapping[str, Any] | None]:
+        found: dict[Table, Mapping[str, Any] | None] = dict.fromkeys(self._of_table)
+        found.update({self._prefixes.get(prefix, self.table): part for prefix, part in self._divide(image or {})})
+        return found
+
+    def values(self, image: dict[str, Any]) -> dict[str, Any]:
+        return {
+            prefix + name: value
+            for prefix, part in self._divide(image)
+            for name, value in self._of_table[self._prefixes.get(prefix, self.table)].values(part).items()
+        }
+
+    def to_raw(self, name: str, value: Any) -> Any:
+        prefix = next((prefix for prefix in self._prefixes if name.startswith(prefix)), "")
+        table = self._prefixes.get(prefix, self.table)
+        return TableColumns.to_raw(self._of_table[table], name.removeprefix(prefix), value)
+
+    def _divide(self, image: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+        """What of *image* is of each table, by the prefix of its names: none for the first."""
+        parts: dict[str, dict[str, Any]] = {}
+        for name, value in image.items():
+            prefix = next((prefix for prefix in self._prefixes if name.startswith(prefix)), "")
+            parts.setdefault(prefix, {})[name.removeprefix(prefix)] = value
+        return parts.items()

@@ -1,0 +1,79 @@
+"""Which values a primary key can have: what a driver reads from its columns, and takes back as a parameter.
+
+A key in the outbox, the log or an index may be none of the table's: the type of a column was changed, or somebody else
+wrote it. One such key must not make a driver refuse all the others that are read with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Boolean, Date, DateTime, Enum, Float, Integer, Interval, LargeBinary, Numeric, String, Time, Uuid
+from sqlalchemy.dialects.postgresql import INTERVAL
+from sqlalchemy.engine import Connection
+from sqlalchemy.types import TypeEngine
+
+from memstate_sa.db.codec import is_text
+
+_NUMBERS: frozenset[type] = frozenset({int, float, Decimal})
+_DAYS: frozenset[type] = frozenset({date, datetime})
+_READ_BY_PSYCOPG: Mapping[type[TypeEngine[Any]], frozenset[type]] = {
+    Integer: frozenset({int}),
+    String: frozenset({str}),
+    Numeric: _NUMBERS,
+    Float: _NUMBERS,  # no subclass of Numeric in SQLAlchemy 2.1
+    DateTime: _DAYS,
+    Date: _DAYS,
+    Time: frozenset({time}),
+    Boolean: frozenset({bool, int}),
+    LargeBinary: frozenset({bytes}),
+    Interval: frozenset({timedelta}),
+    INTERVAL: frozenset({timedelta}),
+}
+_OF_SQLITE: frozenset[type] = frozenset({int, float, str, bytes, type(None)})
+"""Any column of SQLite may hold any of them, whatever its type says; NULL as well, where it is one of several."""
+_OF_ANY: frozenset[type] = frozenset({bool, str, bytes, list, time, timedelta, UUID}) | _NUMBERS | _DAYS
+_INT64 = 2**63
+
+
+def types_of(impl: TypeEngine[Any], dialect_name: str) -> frozenset[type]:
+    """The types of the values that a key's column of type *impl* may have, as the driver reads them."""
+    if dialect_name == "sqlite":
+        return _OF_SQLITE
+    if isinstance(impl, Uuid):
+        return frozenset({UUID if impl.native_uuid else str})
+    return next((types for kind, types in _READ_BY_PSYCOPG.items() if isinstance(impl, kind)), _OF_ANY)
+
+
+def is_read_by_database(impl: TypeEngine[Any]) -> bool:
+    """Whether PostgreSQL alone can tell if a text is a value of *impl*, as of an enum or an address."""
+    return (isinstance(impl, Enum) and impl.native_enum) or not isinstance(impl, (*_READ_BY_PSYCOPG, Uuid))
+
+
+class DoesNotFit(ValueError):
+    """No row can have this value in its key."""
+
+
+def fitted(value: Any, types: frozenset[type]) -> Any:
+    """*value* as the driver takes it for a column of *types*. Raises DoesNotFit."""
+    if type(value) in (Decimal, float) and types == {int} and value == value // 1:
+        value = int(value)  # the column is a NUMERIC in the database
+    kind = type(value)
+    if kind not in types or (kind is int and not is_int64(value)) or (kind is str and not is_text(value)):
+        raise DoesNotFit
+    return value
+
+
+def is_int64(value: int) -> bool:
+    return -_INT64 <= value < _INT64
+
+
+def contained(connection: Connection) -> AbstractContextManager[Any]:
+    """Let the transaction go on after a statement that is refused: on PostgreSQL a refusal ends it otherwise."""
+    ends = connection.dialect.name == "postgresql" and not connection._is_autocommit_isolation()  # noqa: SLF001
+    return connection.begin_nested() if ends else nullcontext()

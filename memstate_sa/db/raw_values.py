@@ -1,0 +1,45 @@
+"""`RAW`: the type of a column as the driver gives its values, without decoration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    Float,
+)
+from sqlalchemy.engine import Dialect
+from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
+
+
+def hashable(value: Any) -> Any:
+    """*value*, and what is in it, with tuples for lists."""
+    return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
+
+
+class Raw(UserDefinedType[Any]):
+    """A value as the driver gives and takes it."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        raise NotImplementedError("Raw is for expressions only")
+
+
+RAW = Raw()
+
+
+def undecorated(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
+    """The type below any TypeDecorator."""
+    while isinstance(type_, TypeDecorator):
+        inner = type_.type_engine(dialect)
+        if inner is type_ or isinstance(inner, type(type_)):
+            inner = type_.load_dialect_impl(dialect)
+        type_ = inner
+    return type_
+
+
+def implementation(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
+    """The dialect's type below any TypeDecorator."""
+    type_ = undecorated(type_, dialect)
+    # In SQLAlchemy 2.0 PostgreSQL's own type of a float is a Numeric, as Float is.
+    return type_ if isinstance(type_, Float) else type_.dialect_impl(dialect)

@@ -1,0 +1,1 @@
+"""Texts to vectors, in batches, with a cache."""

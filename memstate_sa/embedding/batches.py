@@ -1,0 +1,88 @@
+"""Embedding in bounded batches, with a memory of what was embedded lately; and the indexes that get the vectors."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from memstate_sa.embedders import Embedder, checked, embed_query
+from memstate_sa.indexes.base import Vector, VectorIndex
+from memstate_sa.runtime import forks
+
+MAX_TEXTS = 256
+MAX_CHARS = 1_000_000
+
+
+class Vectors:
+    """The vectors of texts, by text fingerprint. Thread-safe; a text that is embedded twice at once is no error.
+
+    *stored*: how many the application's database keeps, see `relay.embeddings`.
+    """
+
+    def __init__(self, embedder: Embedder, *, capacity: int = 4096, stored: int = 0) -> None:
+        self.embedder = embedder
+        self.stored = stored
+        self._capacity = capacity
+        self._recent: OrderedDict[str, Vector] = OrderedDict()
+        self._make_lock()
+        forks.in_child(self, Vectors._make_lock)
+
+    def _make_lock(self) -> None:
+        self._lock = threading.Lock()
+
+    def of_query(self, query: str) -> Vector:
+        return embed_query(self.embedder, query)
+
+    def recent(self, digests: Iterable[str]) -> dict[str, Vector]:
+        """Those of *digests* that are remembered."""
+        with self._lock:
+            return {digest: self._recent[digest] for digest in digests if digest in self._recent}
+
+    def remember(self, vectors: Mapping[str, Vector]) -> None:
+        with self._lock:
+            self._recent.update(vectors)
+            while len(self._recent) > self._capacity:
+                self._recent.popitem(last=False)
+
+    def embed(self, texts: Mapping[str, str], *, remember: bool = False) -> dict[str, Vector]:
+        """The vector of each text (by text fingerprint).
+
+        Raises DeliveryError when the embedder does.
+        """
+        found: dict[str, Vector] = {}
+        for batch in text_batches(texts):
+            vectors = checked(self.embedder, list(batch.values()))
+            found.update(zip(batch, vectors, strict=True))
+        if remember:
+            self.remember(found)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """An index, and where its vectors come from."""
+
+    index: VectorIndex
+    vectors: Vectors
+
+    def open(self) -> str:
+        """Open the index, and return its incarnation. Raises IndexMismatch when another embedder filled it."""
+        embedder = self.vectors.embedder
+        self.index.open(embedder=embedder.fingerprint, dimension=embedder.dimension)
+        return self.index.incarnation
+
+
+def text_batches(texts: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """*texts* in batches of at most `MAX_TEXTS`, and of `MAX_CHARS` together unless one alone has more."""
+    batch: dict[str, str] = {}
+    chars = 0
+    for digest, text in texts.items():
+        if batch and (len(batch) >= MAX_TEXTS or chars + len(text) > MAX_CHARS):
+            yield batch
+            batch, chars = {}, 0
+        batch[digest] = text
+        chars += len(text)
+    if batch:
+        yield batch

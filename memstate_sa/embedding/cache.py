@@ -1,0 +1,99 @@
+"""What embedders have made of texts, kept in the application's database by text fingerprint. The texts are not.
+
+A rollback, a text that is said again, and an index that is new cost no embedding. The oldest go first, so those of an
+embedder that is no longer in use go before any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Integer, LargeBinary, bindparam, delete, func, select, true
+from sqlalchemy.engine import Connection
+
+from memstate_sa.db.json_params import as_array, as_json, row_value, unnest_rows, unnest_strings
+from memstate_sa.db.statements import upsert
+from memstate_sa.db.tables import embedding
+from memstate_sa.embedding.batches import Vectors
+from memstate_sa.indexes.base import Vector
+
+_FLOAT32 = np.dtype("<f4")
+
+_named = embedding.c.text_fingerprint.in_(select(unnest_strings("digests").c.value))
+_read = select(embedding.c.text_fingerprint, embedding.c.vector).where(_named)
+_forget = delete(embedding).where(_named)
+_count = select(func.count()).select_from(embedding)
+# SKIP LOCKED: another relay may be at it.
+_oldest = select(embedding.c.id).order_by(embedding.c.id).limit(bindparam("number")).with_for_update(skip_locked=True)
+_evict = delete(embedding).where(embedding.c.id.in_(_oldest))
+
+
+def read(connection: Connection, digests: Iterable[str], dimension: int) -> dict[str, Vector]:
+    """The vectors that are kept of *digests*, without those that cannot be right."""
+    kept = connection.execute(_read, {"digests": as_array(digests)}).all()
+    return {digest: vector for digest, stored in kept if (vector := _vector(stored, dimension)) is not None}
+
+
+def known(connection: Connection, vectors: Vectors, digests: Collection[str]) -> dict[str, Vector]:
+    """The vectors of those of *digests* that were embedded before: remembered in this process, or kept."""
+    found = vectors.recent(digests)
+    missing = [digest for digest in digests if digest not in found]
+    if missing and vectors.stored:
+        kept = read(connection, missing, vectors.embedder.dimension)
+        vectors.remember(kept)
+        found |= kept
+    return found
+
+
+def _vector(stored: bytes, dimension: int) -> Vector | None:
+    if len(stored) != dimension * _FLOAT32.itemsize:
+        return None
+    vector: Vector = np.frombuffer(stored, dtype=_FLOAT32).astype(np.float32)
+    return vector if np.isfinite(vector).all() else None
+
+
+def store(connection: Connection, vectors: Mapping[str, Vector], embedder: str) -> None:
+    """Keep *vectors*, all of one length; what is kept already stays as it is."""
+    digests = sorted(vectors)  # in this order: two may keep the same ones, and each waits for the other's
+    stored = np.stack([vectors[digest] for digest in digests]).astype(_FLOAT32)
+    size = stored.shape[1] * _FLOAT32.itemsize
+    places = [(digest, n * size + 1) for n, digest in enumerate(digests)]
+    parameters = {"embedder": embedder, "vectors": stored.tobytes(), "size": size, "rows": as_json(places)}
+    connection.execute(_store(connection.dialect.name), parameters)
+
+
+@cache
+def _store(dialect_name: str) -> Any:
+    """One parameter holds all the vectors: an executemany takes three times as long on PostgreSQL."""
+    given = unnest_rows("rows")
+    vectors, size = bindparam("vectors", type_=LargeBinary()), bindparam("size", type_=Integer())
+    values = {
+        "text_fingerprint": row_value(given, 0, embedding.c.text_fingerprint.type),
+        "embedder": bindparam("embedder", type_=embedding.c.embedder.type),
+        "vector": func.substr(vectors, row_value(given, 1, Integer()), size),
+    }
+    # Without a WHERE, SQLite takes ON CONFLICT for a join's ON.
+    statement = upsert(dialect_name, embedding).from_select(list(values), select(*values.values()).where(true()))
+    return statement.on_conflict_do_nothing()
+
+
+def count(connection: Connection) -> int:
+    """How many are kept; it takes a few ms to count 100,000."""
+    found: int = connection.execute(_count).scalar_one()
+    return found
+
+
+def evict(connection: Connection, number: int) -> None:
+    """Delete the *number* oldest."""
+    connection.execute(_evict, {"number": number})
+
+
+def forget(connection: Connection, fingerprints: Iterable[str]) -> int:
+    """Delete what is kept of texts, by text fingerprint; returns how many.
+
+    Those of a row that is still to be delivered, or just now is, are kept anew.
+    """
+    return connection.execute(_forget, {"digests": as_array(fingerprints)}).rowcount

@@ -1,0 +1,42 @@
+"""`Fact`, the ready-made model of `MemoryStore`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import (
+    Boolean,
+    String,
+    Text,
+)
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    mapped_column,
+)
+
+from memstate_sa.db.tables import StoredJson, UTCDateTime, metadata, utcnow
+
+
+class OwnBase(DeclarativeBase):
+    metadata = metadata
+
+
+class Fact(OwnBase):
+    """A fact for people without models of their own: a type and a JSON payload."""
+
+    __tablename__ = "memstate_fact"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True, default=lambda: uuid4().hex)
+    type: Mapped[str] = mapped_column(String(128), index=True)
+    payload: Mapped[dict[str, Any]] = mapped_column(StoredJson)
+    session_id: Mapped[str | None] = mapped_column(Text, index=True)
+    ephemeral: Mapped[bool] = mapped_column(Boolean(create_constraint=False), default=False)
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime, default=utcnow)
+    updated_at: Mapped[datetime] = mapped_column(UTCDateTime, default=utcnow, onupdate=utcnow)
+    expires_at: Mapped[datetime | None] = mapped_column(UTCDateTime, index=True)
+
+    def __repr__(self) -> str:
+        return f"Fact(id={self.id!r}, type={self.type!r}, payload={self.payload!r})"

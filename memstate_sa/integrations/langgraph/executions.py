@@ -1,0 +1,197 @@
+"""A task while LangGraph executes it: where it is, and how it ends.
+
+LangGraph tells a checkpointer what a task has written. It tells nothing of a task that ends without writes: one that
+leaves its graph by a Command to a parent, that is cancelled, or that is tried again. Only its own objects know.
+This module reads them, and it alone. They are those of LangGraph 1.2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from functools import partial
+from typing import Any
+
+from langchain_core.callbacks import BaseCallbackHandler
+from langgraph.errors import ParentCommand
+
+from memstate_sa.errors import MemstateError
+from memstate_sa.integrations.langgraph.checkpoint_rows import Place
+from memstate_sa.integrations.langgraph.node_transactions import Life, Steps, Task
+from memstate_sa.integrations.langgraph.thread_ids import thread_id_of
+
+_CALL = "__pregel_call"
+"""The function by which a node calls a ``@task``: it knows the node's task, and its graph."""
+
+
+class Execution(Life):
+    """A running task, by the *configurable* part of its config."""
+
+    def __init__(self, conf: Mapping[str, Any]) -> None:
+        try:
+            call = conf[_CALL]
+            known = call.keywords
+            graph, self._task, self._futures = known["schedule_task"].__self__, call.args[0], known["futures"]
+            ns = graph.config["configurable"].get("checkpoint_ns") or ""
+            at = Place(thread_id_of(conf["thread_id"]), ns, graph.checkpoint["id"])
+        except (AttributeError, KeyError, IndexError) as error:
+            raise MemstateError(
+                "Cannot find the graph that runs this task: this version of LangGraph is not known. Use langgraph 1.2"
+            ) from error
+        super().__init__(graph)
+        self.loop = known.get("loop")
+        info = getattr(conf.get("__pregel_runtime"), "execution_info", None)
+        # The scratchpad is made anew whenever a task is.
+        run, number = conf.get("__pregel_scratchpad"), getattr(info, "node_attempt", 1)
+        self.task = Task(at, str(conf["__pregel_task_id"]), run, number, str(conf.get("checkpoint_ns", "")))
+        self._future: weakref.ref[Any] | None = None
+
+    @property
+    def saves_nothing(self) -> bool:
+        """Whether the graph has no checkpointer."""
+        return not self.of.checkpointer
+
+    @property
+    def around(self) -> Execution | None:
+        """The task that has called the graph."""
+        conf = self.of.config["configurable"]
+        return Execution(conf) if _CALL in conf else None
+
+    # -- waiting ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Lend a thread to each graph that this one keeps waiting: what it waits for may need one."""
+        with ExitStack() as stack:
+            for execution in self._chain():
+                if isinstance(executor := execution.executor, ThreadPoolExecutor):
+                    stack.enter_context(_lend_thread(executor))
+                if (limit := execution.limit) is not None:
+                    stack.enter_context(_lend_permit(limit, execution.loop))
+            yield
+
+    @asynccontextmanager
+    async def awaiting(self) -> AsyncIterator[None]:
+        """Do as `waiting` does, in a coroutine."""
+        limits = [execution.limit for execution in self._chain() if execution.limit is not None]
+        for limit in limits:
+            limit.release()
+        yield
+        for limit in limits:  # not of a coroutine that has failed: it does nothing more
+            await limit.acquire()
+
+    def _chain(self) -> Iterator[Execution]:
+        """This task, and those around it."""
+        execution: Execution | None = self
+        while execution is not None:
+            yield execution
+            execution = execution.around
+
+    @property
+    def limit(self) -> asyncio.Semaphore | None:
+        """By which a graph of coroutines runs at most ``max_concurrency`` of its nodes and saves at a time."""
+        return getattr(self.of.submit.__self__, "semaphore", None)
+
+    @property
+    def executor(self) -> Any:
+        """What runs the functions of the graph: threads of its own, or, if it runs coroutines, of their event loop."""
+        return getattr(self.of.submit.__self__, "executor", None) or getattr(self.loop, "_default_executor", None)
+
+    # -- how it ends -----------------------------------------------------------------------------------------------
+
+    def watch(self, steps: Steps, task: Task) -> None:
+        """Tell *steps* how this execution ends: *task* is its own, or one that it has called and that has left."""
+        manager = self._task().config.get("callbacks")
+        if manager is not None:
+            manager.add_handler(_NextAttempt(self.task.path, partial(steps.drop, task)), inherit=False)
+        if (future := self._known_future()) is not None:
+            future.add_done_callback(partial(_future_ends, steps, task, self.task.at.ns))
+        self.of.stack.push(partial(self._graph_ends, steps, task))
+
+    def _known_future(self) -> Any:
+        """What LangGraph waits for. None: it runs the task itself, as there is no other."""
+        futures, task = self._futures(), self._task()
+        if self._future is None and futures is not None:
+            found = next((future for future, of in list(futures.items()) if of is task), None)
+            self._future = None if found is None else weakref.ref(found)
+        return None if self._future is None else self._future()
+
+    def _graph_ends(self, steps: Steps, task: Task, _: Any, error: BaseException | None, __: Any) -> None:
+        """What LangGraph has not saved by now, and will not, is lost, or the parent's."""
+        if error is None or self._is_saved() or steps.begun(task) is None:
+            return
+        future = self._known_future()
+        if future is not None and not future.done():
+            return  # it is saved when it has ended
+        own = error if future is None else _error(future)
+        if own is not error or not isinstance(error, ParentCommand):
+            steps.give_up(task)
+            return
+        parent = self.around
+        if parent is None or parent.of.checkpointer is not self.of.checkpointer or parent.of.durability == "exit":
+            steps.give_up(task)
+            raise MemstateError(
+                "Cannot save what this step wrote: its node left by a Command to a graph that saves no checkpoints as "
+                "it goes. Compile the parent with the same checkpointer, and run it with durability='async' or 'sync'"
+            ) from error
+        steps.hand_over(task, parent.task, parent)
+        parent.watch(steps, task)
+
+    def _is_saved(self) -> bool:
+        """Whether LangGraph has saved what the task wrote, or will."""
+        graph, task = self.of, self.task
+        saved = {task_id for task_id, *_ in graph.checkpoint_pending_writes}
+        return graph.checkpoint["id"] != task.at.id or task.id in saved
+
+
+class _NextAttempt(BaseCallbackHandler):
+    """Calls a function when LangGraph tries the task of a *path* again: it tells that to nobody else.
+
+    Functions under ``@task`` share the callbacks of the node that calls them. So this hears when others begin, too.
+    """
+
+    run_inline = True
+
+    def __init__(self, path: str, begins: Callable[[], None]) -> None:
+        self._path, self._begins = path, begins
+
+    def on_chain_start(self, *_: Any, metadata: Mapping[str, Any] | None = None, **__: Any) -> None:
+        if (metadata or {}).get("langgraph_checkpoint_ns") == self._path:
+            self._begins()
+
+
+def _future_ends(steps: Steps, task: Task, ns: str, future: Any) -> None:
+    if isinstance(_error(future), ParentCommand):
+        steps.leaves(task, ns)
+
+
+def _error(future: Any) -> BaseException | None:
+    error: BaseException | None = None if future.cancelled() else future.exception()
+    return error
+
+
+@contextmanager
+def _lend_permit(limit: asyncio.Semaphore, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Let one more coroutine run, as one only waits."""
+    loop.call_soon_threadsafe(limit.release)
+    yield
+    asyncio.run_coroutine_threadsafe(limit.acquire(), loop).result()
+
+
+@contextmanager
+def _lend_thread(executor: Any) -> Iterator[None]:
+    """Let a ThreadPoolExecutor have one thread more, as one of its own only waits."""
+    # Nothing public changes how many it has.
+    with executor._shutdown_lock:
+        executor._max_workers += 1
+        # It starts none while it believes that one is idle. That may be wrong: it counts those as idle that went on.
+        while not executor._shutdown and len(executor._threads) < executor._max_workers:
+            executor._adjust_thread_count()
+    try:
+        yield
+    finally:
+        with executor._shutdown_lock:
+            executor._max_workers -= 1

@@ -1,0 +1,266 @@
+"""Items of LangGraph's store as rows: where they are, who sees them, and how long."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Index,
+    Integer,
+    Select,
+    String,
+    Table,
+    Text,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    literal_column,
+    not_,
+    or_,
+    select,
+    text,
+    true,
+)
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Mapped, Session, aliased, mapped_column
+
+from memstate_sa.db.json_params import as_array, unnest_strings
+from memstate_sa.db.statements import take_write_lock, upsert
+from memstate_sa.db.tables import StoredJson, UTCDateTime, metadata
+from memstate_sa.fact import OwnBase
+
+_END = "\x00"  # which no label has: `puts` sees to that
+_has_end = text("expires_at IS NOT NULL")
+
+
+class ItemRow(OwnBase):
+    """Row 0 of an item holds its value; each row one text by which the item is found, as a fact has one vector.
+
+    All rows change together, so that whoever undoes one of them undoes, or leaves, all. The key is one column, by which
+    rows are found fastest.
+    """
+
+    __tablename__ = "memstate_item"
+    __table_args__ = (
+        Index("ix_memstate_item_expires_at", "expires_at", postgresql_where=_has_end, sqlite_where=_has_end),
+        {"comment": "items of a LangGraph store"},
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True, comment="the item's, and n in hex if it is not 0")
+    item: Mapped[str] = mapped_column(String(32), index=True, comment="a digest of namespace and key")
+    n: Mapped[int] = mapped_column(Integer)
+    scope: Mapped[str] = mapped_column(
+        Text, index=True, comment="the namespace's labels in UTF-8, each ended by NUL, in hex: sorts as they do"
+    )
+    key: Mapped[str] = mapped_column(Text)
+    value: Mapped[dict[str, Any] | None] = mapped_column(StoredJson, comment="of row 0")
+    text: Mapped[str | None] = mapped_column(Text, comment="what is embedded")
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    updated_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    expires_at: Mapped[datetime | None] = mapped_column(UTCDateTime, comment="unless it is read before")
+
+    @property
+    def namespace(self) -> tuple[str, ...]:
+        return namespace_of(self.scope)
+
+    def __repr__(self) -> str:
+        return f"ItemRow(namespace={self.namespace!r}, key={self.key!r}, n={self.n!r})"
+
+
+kept = Table(
+    "memstate_item_kept",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("of", UTCDateTime, primary_key=True, comment="updated_at of what was read: another put, another life"),
+    Column("until", UTCDateTime, nullable=False, index=True),
+    comment="items that live longer because they were read: no history, and no writer in the way of an undo",
+)
+
+# -- namespaces -------------------------------------------------------------------------------------------------------
+
+
+def scope_of(namespace: Iterable[str]) -> str:
+    """Hex, because its order is the same in every collation: the rows below a namespace are a range of the index.
+
+    Raises UnicodeEncodeError for lone surrogates.
+    """
+    return "".join(label + _END for label in namespace).encode().hex()
+
+
+def namespace_of(scope: str) -> tuple[str, ...]:
+    return tuple(bytes.fromhex(scope).decode().split(_END)[:-1])
+
+
+def _past(scope: str) -> str:
+    """The first scope that is not *scope*, nor below it."""
+    return scope[:-2] + "01"
+
+
+def below(scope: str, row: Any = ItemRow) -> ColumnElement[bool]:
+    """Whether a row is in the namespace *scope*, or below."""
+    return and_(row.scope >= scope, row.scope < _past(scope)) if scope else true()
+
+
+def row_id(item: str, n: int) -> str:
+    return f"{item}{n:08x}" if n else item
+
+
+def item_id(namespace: Iterable[str], key: str) -> str:
+    """Of a fixed length, whatever the key's: it is in every table of ours, and in the index."""
+    # No label is empty, so the first two ends are where the namespace ends, whatever a key has in it.
+    whole = _END.join(namespace) + _END + _END + key
+    return hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def alive(now: Any, row: Any = ItemRow) -> ColumnElement[bool]:
+    """Whether a row has not expired: *now* is a time, or the parameter for it."""
+    of_this = (kept.c.id == row.item, kept.c.of == row.updated_at)
+    read_since = exists(select(literal_column("1")).where(*of_this, kept.c.until > now))
+    return or_(row.expires_at.is_(None), row.expires_at > now, read_since)
+
+
+_ids = unnest_strings("ids")
+with_ids = ItemRow.id.in_(select(_ids.c.value))
+"""Rows 0 of the items in the parameter ``ids``, made by `as_array`."""
+
+heads: Select[Any] = select(
+    ItemRow.id,
+    ItemRow.scope,
+    ItemRow.key,
+    ItemRow.value,
+    ItemRow.created_at,
+    ItemRow.updated_at,
+    ItemRow.expires_at,
+).where(ItemRow.n == 0)
+
+of_ids = heads.where(with_ids)
+living_of_ids = of_ids.where(alive(bindparam("now", type_=UTCDateTime())))
+
+
+def of_heads(criterion: Any) -> ColumnElement[bool]:
+    """What is true of an item's row 0, asked of any of its rows."""
+    head = aliased(ItemRow)
+    return exists(select(literal_column("1")).where(head.id == ItemRow.item, criterion(head)))
+
+
+_PAGE = 100
+
+
+def scopes(session: Session, within: str, now: datetime | None = None, depth: int | None = None) -> Iterator[str]:
+    """The scopes of items (those that are alive *now*), in the order of their namespaces, cut to *depth* labels.
+
+    From each to the next by one look into the index, however many items have it.
+    """
+    criteria = [ItemRow.n == 0, *([] if now is None else [alive(now)])]
+    if within:
+        criteria.append(ItemRow.scope < _past(within))
+    after = within
+    while True:
+        first = select(func.min(ItemRow.scope).label("scope")).where(*criteria, ItemRow.scope >= after)
+        walk = first.cte("walk", recursive=True)
+        following = select(func.min(ItemRow.scope)).where(*criteria, ItemRow.scope > walk.c.scope).scalar_subquery()
+        walk = walk.union_all(select(following).where(walk.c.scope.is_not(None)))
+        found = session.scalars(select(walk.c.scope).where(walk.c.scope.is_not(None)).limit(_PAGE)).all()
+        for scope in found:
+            if scope < after:
+                continue
+            labels = namespace_of(scope)
+            if depth is None or len(labels) < depth:
+                after = scope + "00"
+                yield scope
+            else:
+                cut = scope_of(labels[:depth])
+                after = _past(cut)
+                yield cut
+        if len(found) < _PAGE:
+            return
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+all_rows: Select[Any] = (
+    select(ItemRow)
+    .where(ItemRow.item.in_(select(_ids.c.value)))
+    .order_by(ItemRow.id)  # so that two writers cannot wait for each other
+    .with_for_update(of=ItemRow, key_share=True)  # and readers that keep an item need not wait for who puts it
+    .execution_options(populate_existing=True)
+)
+
+
+def expired(connection: Connection, now: datetime, limit: int) -> Sequence[str]:
+    """The ids of some items that are over, locked."""
+    over = select(ItemRow.id).where(ItemRow.n == 0, ItemRow.expires_at <= now, not_(alive(now)))
+    over = over.order_by(ItemRow.expires_at).limit(limit).with_for_update(of=ItemRow, skip_locked=True)
+    ids = connection.scalars(over).all()
+    # A reader may have kept one of them after the statement began, and before it locked the row.
+    kept_since = living(connection, ids, now) if ids else set()
+    return [id_ for id_ in ids if id_ not in kept_since]
+
+
+def living(connection: Connection, ids: Iterable[str], now: datetime) -> set[str]:
+    """Those that have not expired."""
+    return {row.id for row in connection.execute(living_of_ids, {"ids": as_array(ids), "now": now})}
+
+
+class Kept(NamedTuple):
+    """An item as it was put at a time, which lives until another time at least."""
+
+    id: str
+    of: datetime
+    until: datetime
+
+
+class Swept(Exception):
+    """Items that were read were deleted before they could be kept: they are to be read again."""
+
+
+_there = select(ItemRow.id).where(with_ids).order_by(ItemRow.id)
+_held = _there.with_for_update(read=True, key_share=True)
+_held_without_waiting = _there.with_for_update(read=True, key_share=True, skip_locked=True)
+
+
+def keep(connection: Connection, items: Collection[Kept]) -> None:
+    """Have *items* live longer. Raises Swept, and keeps none, where one is not there any more."""
+    if items:
+        take_write_lock(connection)
+        given = {"ids": as_array({item.id for item in items})}
+        _keep(connection, items, set(connection.scalars(_held, given)))
+
+
+def keep_without_waiting(connection: Connection, items: Collection[Kept]) -> None:
+    """`keep`, for a transaction that has written: those who are deleting an item may be waiting for it."""
+    if items:
+        given = {"ids": as_array({item.id for item in items})}
+        held = set(connection.scalars(_held_without_waiting, given))
+        _keep(connection, items, held | set(connection.scalars(_there, given)))
+
+
+def _keep(connection: Connection, items: Collection[Kept], there: set[str]) -> None:
+    if any(item.id not in there for item in items):
+        raise Swept
+    new = upsert(connection.dialect.name, kept)
+    later = new.excluded.until
+    new = new.on_conflict_do_update(index_elements=["id", "of"], set_={"until": later}, where=later > kept.c.until)
+    # In an order, so that two readers cannot wait for each other.
+    connection.execute(new, [item._asdict() for item in sorted(items)])
+
+
+def forget_kept(connection: Connection, until: datetime) -> None:
+    """Of those that lived until then."""
+    over = select(kept.c.id, kept.c.of).where(kept.c.until <= until).with_for_update(skip_locked=True)
+    found = [{"the_id": id_, "the_of": of} for id_, of in connection.execute(over)]
+    if found:
+        connection.execute(_forget, found)
+
+
+_forget = delete(kept).where(kept.c.id == bindparam("the_id"), kept.c.of == bindparam("the_of"))

@@ -1,0 +1,152 @@
+"""What is put into a LangGraph store: checked, and copied to JSON that both databases hold."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+from langgraph.store.base import IndexConfig, InvalidNamespaceError, PutOp, get_text_at_path
+
+from memstate_sa.db.codec import is_text
+from memstate_sa.db.tables import utcnow
+from memstate_sa.errors import MemstateError
+from memstate_sa.integrations.langgraph import item_rows
+from memstate_sa.integrations.langgraph.item_rows import ItemRow
+from memstate_sa.store import number_of
+
+_MAX_SCOPE = 2000
+"""It is a key of a B-tree, which on PostgreSQL takes about 2,700 bytes."""
+
+_DEPTH = 200
+
+
+class InvalidItem(MemstateError, ValueError):
+    """This is no item, or no search for one; nothing was written."""
+
+
+class Put:
+    """A PutOp that has been looked at: its value is JSON that both databases hold."""
+
+    def __init__(self, op: PutOp, fields: Sequence[str] | None) -> None:
+        self.id = item_id(op.namespace, op.key)
+        self.key, self.ttl = op.key, op.ttl
+        self.texts: list[str | None] = []
+        self.value: dict[str, Any] | None = None
+        if op.value is None:
+            return
+        if not op.namespace:
+            raise InvalidNamespaceError("Namespace cannot be empty.")
+        if not is_text(op.key):
+            raise InvalidItem("key: a string, without NUL or lone surrogates")
+        self.key = str.__str__(op.key)
+        if not isinstance(op.value, Mapping):
+            raise InvalidItem(f"value: an object, not a {type(op.value).__name__}")
+        if op.ttl is not None:
+            end_of(utcnow(), op.ttl)
+        self.scope = scope_of(op.namespace)
+        self.value = plain(op.value, "value")
+        self.texts = [*_texts(self.value, fields, op.index)] or [None]  # a row there is in any case
+
+    def is_same(self, rows: Sequence[ItemRow]) -> bool:
+        """Whether the item is so already."""
+        head = rows[0]
+        lasts = None if head.expires_at is None else head.expires_at - head.updated_at
+        return (
+            lasts == (None if self.ttl is None else timedelta(minutes=self.ttl))
+            and [row.text for row in rows] == self.texts
+            and _canonical(head.value) == _canonical(self.value)
+        )
+
+
+def end_of(now: datetime, ttl: Any) -> datetime:
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not (math.isfinite(ttl) and ttl > 0):
+        raise InvalidItem(f"ttl={ttl!r}: minutes, more than 0")
+    try:
+        return now + timedelta(minutes=ttl)
+    except OverflowError as error:
+        raise InvalidItem(f"ttl={ttl!r}: no time is that late") from error
+
+
+def fields_of(index: IndexConfig | Literal[False] | None) -> list[str] | None:
+    """The paths of what is embedded; None: nothing is."""
+    if index is False:
+        return None
+    unknown = sorted(set(index or {}) - {"fields"})
+    if unknown:
+        raise MemstateError(f"index={{{unknown[0]!r}: …}}: the Memory has the embedder; give {{'fields': […]}} at most")
+    return _paths((index or {}).get("fields") or ["$"])
+
+
+def _paths(given: Any) -> list[str]:
+    if not isinstance(given, (list, tuple)) or not all(isinstance(path, str) for path in given):
+        raise InvalidItem("index: a list of paths, or False")
+    return list(given)
+
+
+def _texts(value: Any, fields: Sequence[str] | None, index: Any) -> list[str]:
+    """What of a value is embedded, each text once."""
+    if fields is None or index is False:
+        return []
+    paths = fields if index is None else _paths(index)
+    found = (words for path in paths for words in get_text_at_path(value, path))
+    return list(dict.fromkeys(words for words in found if words.strip()))
+
+
+def plain(value: Any, what: str, depth: int = 0) -> Any:
+    """A copy of plain JSON types. Raises InvalidItem for what JSONB does not hold: NUL, lone surrogates, NaN."""
+    if depth > _DEPTH:
+        raise InvalidItem(f"{what}: nested more than {_DEPTH} levels deep")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        if not is_text(value):
+            raise InvalidItem(f"{what}: a string with NUL or lone surrogates, which JSONB cannot hold")
+        return str.__str__(value)
+    if isinstance(value, (int, float)):
+        try:
+            finite = math.isfinite(value)
+        except OverflowError:
+            finite = False
+        if not finite:
+            raise InvalidItem(f"{what}: a number that is not finite, or too large")
+        return int(value) if isinstance(value, int) else float(value)
+    if isinstance(value, Mapping):
+        if not all(isinstance(name, str) for name in value):
+            raise InvalidItem(f"{what}: an object whose names are not all strings")
+        return {plain(name, what): plain(inner, what, depth + 1) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner, what, depth + 1) for inner in value]
+    raise InvalidItem(f"{what}: a {type(value).__name__} is no JSON")
+
+
+def _canonical(value: Any) -> str:
+    """Equal JSON as equal text: JSONB gives 1e16 back as an int, and names in another order."""
+    return json.dumps(json.loads(json.dumps(value), parse_float=number_of), sort_keys=True)
+
+
+def item_id(namespace: tuple[str, ...], key: Any) -> str:
+    """An item's id. No item has the id of a key that is no string: None must not find what is kept under "None"."""
+    _check_labels(namespace)
+    return item_rows.item_id(namespace, str.__str__(key) if isinstance(key, str) else f"\x00{key!r}")
+
+
+def scope_of(namespace: tuple[str, ...]) -> str:
+    _check_labels(namespace)
+    try:
+        scope = item_rows.scope_of(namespace)
+    except UnicodeEncodeError as error:
+        raise InvalidNamespaceError("Namespace labels cannot contain lone surrogates.") from error
+    if len(scope) > _MAX_SCOPE:
+        raise InvalidNamespaceError(f"A namespace takes at most {_MAX_SCOPE // 2} bytes, one a label included.")
+    return scope
+
+
+def _check_labels(namespace: tuple[str, ...]) -> None:
+    # By ourselves, as not every LangGraph does: it ends a label, so another namespace would be read, and written.
+    if not isinstance(namespace, (tuple, list)) or not all(isinstance(label, str) and label for label in namespace):
+        raise InvalidNamespaceError("A namespace is a tuple of strings, none of them empty. None is no label.")
+    if any("\x00" in label for label in namespace):
+        raise InvalidNamespaceError("Namespace labels cannot contain NUL.")

@@ -1,0 +1,509 @@
+"""LangGraph's long-term memory (BaseStore) as facts: its items have history, can be undone, and are found by meaning.
+
+``pip install 'memstate-sa[langgraph]'``. The tables are made by `setup`, or by Alembic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import datetime
+from itertools import count, islice
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from sqlalchemy import ColumnElement, Row, Select, inspect, select
+from sqlalchemy.engine import URL, Engine
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm.attributes import flag_modified
+
+from memstate_sa.db import json_filter, sqlite
+from memstate_sa.db.codec import is_text
+from memstate_sa.db.joined_session import current_session
+from memstate_sa.db.json_params import as_array
+from memstate_sa.db.statements import take_write_lock
+from memstate_sa.db.tables import utcnow
+from memstate_sa.errors import ConflictError, MemstateError, MissingExtra, NotFound
+from memstate_sa.integrations.langgraph import item_rows
+from memstate_sa.integrations.langgraph.gathering import Gathering
+from memstate_sa.integrations.langgraph.item_rows import ItemRow, Kept, Swept
+from memstate_sa.integrations.langgraph.thread_ids import as_text, configured
+from memstate_sa.log.changes import Change
+from memstate_sa.log.history import Moment
+from memstate_sa.maintenance.expiry import EXPIRED
+from memstate_sa.memory import Memory
+from memstate_sa.runtime.printable import printable_logger
+from memstate_sa.store import MemoryStore
+
+try:
+    from langgraph.store.base import (
+        BaseStore,
+        GetOp,
+        IndexConfig,
+        Item,
+        ListNamespacesOp,
+        MatchCondition,
+        Op,
+        PutOp,
+        Result,
+        SearchItem,
+        SearchOp,
+        TTLConfig,
+        validate_op_namespace,
+    )
+
+    from memstate_sa.integrations.langgraph.item_validation import (
+        InvalidItem,
+        Put,
+        end_of,
+        fields_of,
+        item_id,
+        plain,
+        scope_of,
+    )
+except ImportError as error:
+    raise MissingExtra("langgraph", "langgraph") from error
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+logger = printable_logger("memstate_sa.langgraph")
+
+_ATTEMPTS = 20
+_FEW = 50
+_SWEEP_PAGE = 500
+_SWEEP_INTERVAL_MINUTES = 5
+
+
+class MemStateStore(BaseStore):
+    """LangGraph's store in the database of the facts: PostgreSQL or SQLite.
+
+    *where* is a `MemoryStore`, or, with *memory*, an Engine (or AsyncEngine) or a URL. Items are facts: what is put and
+    deleted is in the log, `Memory.rollback` undoes it, relays deliver it, and a search never shows what SQL does not
+    hold. In a node of a graph, changes are labelled with the thread as session_id and the node as reason. Inside
+    ``with memory_store.transaction():``, or a checkpointer's `step`, calls of the same thread, in asyncio of the same
+    task, join that transaction.
+
+    *index* says what of a value is embedded, each path by itself: ``{"fields": ["title", "notes[*].text"]}``; by
+    default the whole of it, as JSON. False: nothing, and a *query* is ignored. The embedder is the Memory's.
+    *ttl* is LangGraph's TTLConfig; what has expired is never returned, and deleted by `sweep_ttl`.
+
+    A process that does nothing but relay makes one, too: so its Memory knows items.
+
+    A batch is one transaction for what it writes; its reads see what was before. The methods of asyncio run the same
+    code in threads; what coroutines of one node put and get at the same time is one batch, and so one step to undo.
+
+    ::
+
+        store = MemStateStore(memory_store)
+        store.setup()
+        graph = builder.compile(store=store)
+    """
+
+    supports_ttl = True
+
+    def __init__(
+        self,
+        where: MemoryStore | Engine | AsyncEngine | URL | str,
+        *,
+        memory: Memory | None = None,
+        index: IndexConfig | Literal[False] | None = None,
+        ttl: TTLConfig | None = None,
+    ) -> None:
+        from memstate_sa.integrations.langgraph.checkpointer import sync_engine
+
+        found = where.memory if isinstance(where, MemoryStore) else memory
+        if found is None:
+            raise MemstateError("items are facts: give a MemoryStore, or memory=")
+        self.memory = found
+        self.engine = sync_engine(where, self.memory)
+        self.ttl_config = ttl
+        self._fields = fields_of(index)
+        self._now: Callable[[], datetime] = utcnow
+        self._moment: Moment | None = None
+        self._sweeper: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._gathering = Gathering()
+        if self.memory._registry.find(inspect(ItemRow)) is None:  # noqa: SLF001
+            self.memory.track(ItemRow, text="text", metadata=("scope",))
+        in_memory = sqlite.is_in_memory(self.engine)
+        # For one statement, BEGIN and ROLLBACK are most of the time; on SQLite it would take longer to say so.
+        autocommit = {} if self.engine.dialect.name == "sqlite" else {"isolation_level": "AUTOCOMMIT"}
+        self._readers = sessionmaker(self.engine.execution_options(**autocommit))
+        self._facts = where if isinstance(where, MemoryStore) else None
+        if self._facts is not None:
+            self._begin: Callable[[], AbstractContextManager[Session]] = self._facts.transaction
+        elif in_memory:
+            raise MemstateError("an in-memory SQLite has one connection: give the MemoryStore, or use a file")
+        else:
+            sessions = sessionmaker(self.engine, expire_on_commit=False)
+            self.memory.attach(sessions)
+            self._begin = sessions.begin
+        self._is_shared = in_memory
+
+    def setup(self) -> None:
+        """Create the tables that are not there yet. With Alembic, a migration does it."""
+        self.memory.create_tables(self.engine)
+
+    async def asetup(self) -> None:
+        await asyncio.to_thread(self.setup)
+
+    # -- batches ---------------------------------------------------------------------------------------------------
+
+    def batch(self, ops: Iterable[Op]) -> list[Result]:
+        """The results of *ops* in their order. Of puts to one key, the last one counts.
+
+        Raises InvalidItem (a ValueError) for values that are no JSON objects, and InvalidNamespaceError.
+        """
+        ops = list(ops)
+        for op in ops:
+            validate_op_namespace(op)
+        puts = {put.id: put for put in (Put(op, self._fields) for op in ops if isinstance(op, PutOp))}
+        if puts and self._moment is not None:
+            raise MemstateError("the past is read-only: put into the store itself")
+        for _attempt in range(_ATTEMPTS):
+            try:
+                return self._read_and_write(ops, puts) if puts else self._read_and_keep(ops)
+            except (IntegrityError, Swept):  # another writer was first to put one of these, or a sweep to delete one
+                continue
+        raise ConflictError("others keep putting and deleting these items; try again")
+
+    def _read_and_keep(self, ops: Sequence[Op]) -> list[Result]:
+        with self._reading() as session:
+            results, read = self._read(session, ops)
+        if read:
+            with self._writing() as session:
+                item_rows.keep(session.connection(), read)
+        return results
+
+    def _read_and_write(self, ops: Sequence[Op], puts: Mapping[str, Put]) -> list[Result]:
+        with self._labelled() as session:
+            results, read = self._read(session, ops)
+            self._write(session, puts, read)
+        return results
+
+    async def abatch(self, ops: Iterable[Op]) -> list[Result]:
+        """`batch`, in a thread: one transaction for all that coroutines of one node ask at the same time."""
+        ops = list(ops)
+        if any(isinstance(op, SearchOp) for op in ops):  # which may wait for an embedder, each in a thread of its own
+            return await asyncio.to_thread(self.batch, ops)
+        # A transaction has one set of labels.
+        return await self._gathering.call(self.batch, ops, (self, *_labels().items()))
+
+    def _reading(self) -> AbstractContextManager[Session]:
+        if self._moment is not None:
+            return self.memory.as_of_session(self.engine, self._moment, [ItemRow])
+        around = current_session(self.memory, self.engine)
+        if around is not None:
+            return nullcontext(around)
+        if self._facts is not None:
+            self._facts._check_open()  # noqa: SLF001  # of the same package
+            if self._is_shared:
+                return self._facts._reading()  # noqa: SLF001
+        return self._readers()
+
+    @contextmanager
+    def _writing(self) -> Iterator[Session]:
+        around = current_session(self.memory, self.engine)
+        if around is None:
+            with self._begin() as session:
+                yield session
+        else:
+            with around.begin_nested():
+                yield around
+
+    @contextmanager
+    def _labelled(self) -> Iterator[Session]:
+        with self._writing() as session:
+            if not session.in_nested_transaction():  # who began the transaction has labelled it
+                self.memory.annotate(session, **_labels())
+            yield session
+            session.flush()
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def _read(self, session: Session, ops: Sequence[Op]) -> tuple[list[Result], set[Kept]]:
+        """The results, and until when what was read is to be kept."""
+        now = self._now()
+        gets = {item_id(op.namespace, op.key) for op in ops if isinstance(op, GetOp)}
+        got = self._of_ids(session, gets, now) if gets else {}
+        results: list[Result] = []
+        kept: set[Kept] = set()
+        for op in ops:
+            found: list[Row[Any]] = []
+            if isinstance(op, GetOp):
+                row = got.get(item_id(op.namespace, op.key))
+                found = [] if row is None else [row]
+                results.append(None if row is None else _item(row))
+            elif isinstance(op, SearchOp):
+                scored = self._search(session, op, now)
+                found = [row for row, _ in scored]
+                results.append([_item(row, SearchItem, score=score) for row, score in scored])
+            elif isinstance(op, ListNamespacesOp):
+                results.append(self._list_namespaces(session, op, now))
+            elif isinstance(op, PutOp):
+                results.append(None)
+            else:
+                raise InvalidItem(f"not an operation of a store: {type(op).__name__}")
+            if self._moment is None and getattr(op, "refresh_ttl", False):
+                mortal = (row for row in found if row.expires_at is not None)
+                kept.update(Kept(row.id, row.updated_at, now + (row.expires_at - row.updated_at)) for row in mortal)
+        return results, kept
+
+    def _alive(self, now: datetime) -> list[ColumnElement[bool]]:
+        return [item_rows.alive(now)] if self._moment is None else []  # of the past: what the table held
+
+    def _search(self, session: Session, op: SearchOp, now: datetime) -> list[tuple[Row[Any], float | None]]:
+        if not _check_window(op):
+            return []
+        scope, alive = scope_of(op.namespace_prefix), self._alive(now)
+        criteria = [] if not op.filter else [self._filter(op.filter)]
+        scored: list[tuple[Row[Any], float | None]] = []
+        if op.query and self._fields is not None:
+            few = [] if not scope else list(islice(item_rows.scopes(session, scope), _FEW + 1))
+            # By name, an index can tell them by itself; by their range, only SQL can.
+            within = item_rows.below(scope) if not 0 < len(few) <= _FEW else ItemRow.scope.in_(few)
+            target = select(ItemRow).where(within, *map(item_rows.of_heads, criteria))
+            scored += self._ranked(session, op.query, target, op.offset + op.limit, now)
+        page, missing = scored[op.offset : op.offset + op.limit], op.offset + op.limit - len(scored)
+        if missing > 0:
+            # What no vector ranks comes after all that is ranked.
+            others = item_rows.heads.where(item_rows.below(scope), *alive, *(each(ItemRow) for each in criteria))
+            ids = {"ids": as_array(row.id for row, _ in scored)}
+            if scored:
+                others = others.where(~item_rows.with_ids)
+            others = others.order_by(ItemRow.updated_at.desc(), ItemRow.id)
+            others = others.limit(min(missing, op.limit)).offset(max(op.offset - len(scored), 0))
+            page += [(row, None) for row in session.execute(others, ids)]
+        return page
+
+    def _ranked(
+        self, session: Session, query: str, target: Select[Any], wanted: int, now: datetime
+    ) -> list[tuple[Row[Any], float]]:
+        """The *wanted* items nearest to *query*, best first: of an item's texts, the nearest counts."""
+        ask = wanted
+        while True:
+            hits = self.memory.search(session, query, target, limit=ask, as_of=self._moment)
+            best: dict[str, float] = {}
+            for hit in hits:
+                best.setdefault(hit.fact.item, hit.score)
+            rows = self._of_ids(session, best, now)
+            if len(rows) >= wanted or len(hits) < ask:
+                return [(rows[id_], score) for id_, score in best.items() if id_ in rows][:wanted]
+            ask *= 4
+
+    def _of_ids(self, session: Session, ids: Iterable[str], now: datetime) -> dict[str, Row[Any]]:
+        statement = item_rows.living_of_ids if self._moment is None else item_rows.of_ids
+        return {row.id: row for row in session.execute(statement, {"ids": as_array(ids), "now": now})}
+
+    def _filter(self, wanted: Any) -> Callable[[Any], ColumnElement[bool]]:
+        if not isinstance(wanted, Mapping):
+            raise InvalidItem("a filter is an object: names and what they have to be")
+        given = plain(wanted, "filter")
+        dialect = self.engine.dialect.name
+        try:
+            json_filter.matches(dialect, ItemRow.value, given)
+        except (ValueError, OverflowError) as error:
+            raise InvalidItem(f"filter: {error}") from error
+        return lambda row: json_filter.matches(dialect, row.value, given)
+
+    def _list_namespaces(self, session: Session, op: ListNamespacesOp, now: datetime) -> list[tuple[str, ...]]:
+        if not _check_window(op):
+            return []
+        if op.max_depth is not None and op.max_depth < 1:
+            raise InvalidItem(f"max_depth={op.max_depth!r}: at least 1")
+        conditions = op.match_conditions or ()
+        for condition in conditions:
+            if condition.match_type not in ("prefix", "suffix"):
+                raise InvalidItem(f"match_type={condition.match_type!r}: 'prefix' or 'suffix'")
+        within = max(map(_plain_prefix, conditions), key=len, default=())
+        # Where the range says all, what is deeper than what is returned need not be looked at.
+        is_range = all(_plain_prefix(each) == each.path == within[: len(each.path)] for each in conditions)
+        deep = op.max_depth if is_range and op.max_depth is not None and len(within) <= op.max_depth else None
+        found: dict[tuple[str, ...], None] = {}
+        for scope in item_rows.scopes(session, scope_of(within), now if self._moment is None else None, deep):
+            namespace = item_rows.namespace_of(scope)
+            if all(_fits(namespace, condition) for condition in conditions):
+                found[namespace[: op.max_depth]] = None
+                if len(found) == op.offset + op.limit:
+                    break
+        return list(found)[op.offset :]
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def _write(self, session: Session, puts: Mapping[str, Put], kept: set[Kept]) -> None:
+        connection = session.connection(bind_arguments={"mapper": inspect(ItemRow)})
+        take_write_lock(connection)
+        now = self._now()
+        there: dict[str, list[ItemRow]] = {}
+        for row in session.scalars(item_rows.all_rows, {"ids": as_array(puts)}):
+            there.setdefault(row.item, []).append(row)
+        old = {id_ for id_, rows in there.items() if rows[0].expires_at is not None and rows[0].expires_at <= now}
+        gone = old - item_rows.living(connection, old, now) if old else old
+        kept = {item for item in kept if item.id not in puts}  # which has another end now, or none
+        for id_, put in sorted(puts.items()):
+            rows = there.get(id_, [])
+            is_new = not rows or id_ in gone
+            expires_at = None if put.ttl is None else end_of(now, put.ttl)
+            if put.value is not None and not is_new and put.is_same(rows):
+                if expires_at is not None:
+                    kept.add(Kept(id_, rows[0].updated_at, expires_at))
+                continue
+            created_at = now if is_new else rows[0].created_at
+            for n, words in enumerate(put.texts):
+                if n == len(rows):
+                    rows.append(ItemRow(id=item_rows.row_id(id_, n), item=id_, n=n, scope=put.scope, key=put.key))
+                    session.add(rows[n])
+                row = rows[n]
+                row.text, row.created_at, row.updated_at, row.expires_at = words, created_at, now, expires_at
+                if n == 0:
+                    row.value = put.value
+                    flag_modified(row, "value")  # True and 1 are equal in Python, not in JSON
+            for row in rows[len(put.texts) :]:
+                session.delete(row)
+        session.flush()
+        item_rows.keep_without_waiting(connection, kept)  # last, by everyone
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    def sweep_ttl(self) -> int:
+        """Delete the items that have expired, as transactions with the reason "expired"; returns how many.
+
+        History keeps them, and rollback counts no sweep as a step.
+        """
+        deleted = 0
+        while True:
+            with self._writing() as session:
+                if session.in_nested_transaction():
+                    raise MemstateError("a sweep is a transaction of its own, and this is in another one")
+                unit = self.memory._unit(session)  # noqa: SLF001
+                unit.reason, unit.step = EXPIRED, False
+                connection = session.connection(bind_arguments={"mapper": inspect(ItemRow)})
+                take_write_lock(connection)
+                ids = item_rows.expired(connection, self._now(), _SWEEP_PAGE)
+                for row in session.scalars(item_rows.all_rows, {"ids": as_array(ids)}) if ids else ():
+                    session.delete(row)
+                session.flush()
+                item_rows.forget_kept(connection, self._now())
+            deleted += len(ids)
+            if not ids:
+                return deleted
+
+    def start_ttl_sweeper(self, sweep_interval_minutes: float | None = None) -> Future[None]:
+        """Sweep in a thread, every so many minutes (those of *ttl*, else 5), until the result is cancelled.
+
+        Without *ttl* there is nothing to sweep, and no thread.
+        """
+        future: Future[None] = Future()
+        if not self.ttl_config:
+            future.set_result(None)
+            return future
+        running = self._sweeper is not None and self._sweeper.is_alive() and not self._stop.is_set()
+        if not running:
+            self._stop = threading.Event()  # another one: the sweeper before may not have seen yet that it is to end
+        stop = self._stop
+        future.add_done_callback(lambda done: stop.set() if done.cancelled() else None)
+        if running:
+            return future
+        interval = sweep_interval_minutes or self.ttl_config.get("sweep_interval_minutes") or _SWEEP_INTERVAL_MINUTES
+        self._sweeper = threading.Thread(
+            target=self._sweep_until, args=(stop, interval * 60, future), name="memstate-ttl-sweeper", daemon=True
+        )
+        self._sweeper.start()
+        return future
+
+    def _sweep_until(self, stop: threading.Event, interval_s: float, future: Future[None]) -> None:
+        while not stop.wait(interval_s):
+            try:
+                self.sweep_ttl()
+            except Exception as error:  # noqa: BLE001  # the database may be back by the next time
+                logger.warning("sweep failed: %s", type(error).__name__)
+        if not future.cancelled():
+            future.set_result(None)
+
+    def stop_ttl_sweeper(self, timeout: float | None = None) -> bool:
+        """Returns whether it has stopped within *timeout* seconds."""
+        self._stop.set()
+        if self._sweeper is not None:
+            self._sweeper.join(timeout)
+        return self._sweeper is None or not self._sweeper.is_alive()
+
+    def as_of(self, moment: Moment | None) -> Self:
+        """This store as it was: its items are those of a time, or after a transaction; it is read-only.
+
+        None is the present, so that a node may ask ``store.as_of(checkpointer.as_of())``. What had expired and was not
+        swept is there.
+        """
+        if moment is None:
+            return self
+        past = copy.copy(self)
+        past._moment = moment  # noqa: SLF001
+        return past
+
+    def history(self, namespace: tuple[str, ...], key: str) -> list[Change]:
+        """What happened to an item, oldest first."""
+        with self._reading() as session:
+            return self.memory.history(session, ItemRow, item_id(namespace, key))
+
+    def erase(self, namespace: tuple[str, ...], key: str, *, reason: str | None = None) -> None:
+        """Forget an item, its history and its vectors; see `Memory.erase`, and `Memory.purge` for what files keep.
+
+        Of its key a digest stays. Raises NotFound for an item that neither the table nor the log has.
+        """
+        item = item_id(namespace, key)
+        with self._labelled() as session:
+            self.memory.erase(session, ItemRow, item, reason)
+            with suppress(NotFound):  # past the last row that it ever had
+                for n in count(1):
+                    self.memory.erase(session, ItemRow, item_rows.row_id(item, n), reason)
+
+
+def _item(row: Row[Any], kind: type[Item] = Item, **more: Any) -> Any:
+    return kind(
+        value=row.value,
+        key=row.key,
+        namespace=item_rows.namespace_of(row.scope),
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        **more,
+    )
+
+
+def _check_window(op: SearchOp | ListNamespacesOp) -> bool:
+    """Whether *op* wants any results."""
+    if op.limit < 0 or op.offset < 0:
+        raise InvalidItem(f"limit={op.limit!r}, offset={op.offset!r}: at least 0")
+    return op.limit > 0
+
+
+def _plain_prefix(condition: MatchCondition) -> tuple[str, ...]:
+    """The labels with which all namespaces begin that fit."""
+    if condition.match_type != "prefix":
+        return ()
+    path = tuple(condition.path)
+    return path[: path.index("*")] if "*" in path else path
+
+
+def _fits(namespace: tuple[str, ...], condition: MatchCondition) -> bool:
+    path = condition.path
+    if len(path) > len(namespace):
+        return False
+    part = namespace[: len(path)] if condition.match_type == "prefix" else namespace[len(namespace) - len(path) :]
+    return all(wanted in ("*", label) for label, wanted in zip(part, path, strict=True))
+
+
+def _labels() -> dict[str, str]:
+    """In a node of a graph: its thread and its name."""
+    from langgraph.config import get_config
+
+    try:
+        config = get_config()
+    except RuntimeError:
+        return {}
+    node = config.get("metadata", {}).get("langgraph_node")
+    found = {"session_id": as_text(configured(config).get("thread_id")), "reason": node and f"node {node}"}
+    return {name: label for name, label in found.items() if is_text(label)}

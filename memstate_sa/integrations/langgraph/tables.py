@@ -1,0 +1,63 @@
+"""The tables of LangGraph's checkpoints. They are no facts: no log, no outbox and no index knows them."""
+
+from __future__ import annotations
+
+from sqlalchemy import Column, Index, Integer, LargeBinary, String, Table, Text, text
+
+from memstate_sa.db.tables import StoredJson, UTCDateTime, metadata
+
+checkpoint = Table(
+    "memstate_checkpoint",
+    metadata,
+    Column("thread_id", Text, primary_key=True),
+    Column("ns", Text, primary_key=True, comment="'' of a graph itself; of a subgraph, the path to it"),
+    Column("id", Text, primary_key=True, comment="sorts by time"),
+    Column("parent_id", Text),
+    Column("run_id", Text),
+    Column("position", String(40), comment="the log's last transaction then; null: it was empty, or nobody asked"),
+    Column("metadata", StoredJson, nullable=False),
+    Column("channels", Text, nullable=False, comment="JSON: the version of each channel's blob, null: it is in here"),
+    Column("type", Text, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    Column("snapshot", Text, comment="what was committed at the position (PostgreSQL)"),
+    comment="what a graph was between two steps",
+)
+_of_run = text("run_id IS NOT NULL")
+Index("ix_memstate_checkpoint_run_id", checkpoint.c.run_id, postgresql_where=_of_run, sqlite_where=_of_run)
+
+blob = Table(
+    "memstate_checkpoint_blob",
+    metadata,
+    Column("thread_id", Text, primary_key=True),
+    Column("ns", Text, primary_key=True),
+    Column("channel", Text, primary_key=True),
+    Column("version", Text, primary_key=True),
+    Column("type", Text, nullable=False),
+    Column("value", LargeBinary, nullable=False),
+    comment="a channel's value, once for each of its versions",
+)
+
+# Nothing refers to the checkpoint: what a task wrote may be committed before it.
+write = Table(
+    "memstate_checkpoint_write",
+    metadata,
+    Column("thread_id", Text, primary_key=True),
+    Column("ns", Text, primary_key=True),
+    Column("checkpoint_id", Text, primary_key=True),
+    Column("task_id", Text, primary_key=True),
+    Column("idx", Integer, primary_key=True, autoincrement=False, comment="negative: of an error, an interrupt …"),
+    Column("task_path", Text, nullable=False),
+    Column("channel", Text, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("value", LargeBinary, nullable=False),
+    comment="what a task that ran at a checkpoint wrote, for the next one",
+)
+
+lease = Table(
+    "memstate_thread_lease",
+    metadata,
+    Column("thread_id", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("lease_until", UTCDateTime, nullable=False),
+    comment="which run may write a thread's checkpoints, where runs ask for it",
+)

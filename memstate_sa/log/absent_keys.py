@@ -1,0 +1,204 @@
+"""Keys that have no row: writing their history beside transactions that may be adding one.
+
+A row can be locked, an absent one cannot. An undo, an erasure, an import and `doctor` write history for such keys. They
+do three things, and ordinary writers do nothing for it:
+
+1. They `hold` the key against each other, by an advisory lock that ends with the transaction.
+2. They write their entries of the log.
+3. They wait for the transactions that are writing to the table by then, and look for the row: `require_absent`.
+
+A row that is added before the wait is found by the look. A row that is added later is logged later, and so is last.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+
+from sqlalchemy import Integer, bindparam, cast, func, select, text
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
+
+from memstate_sa.db.codec import FactKey, by_entity
+from memstate_sa.db.engines import with_separate_pool
+from memstate_sa.db.json_params import as_array, unnest_strings
+from memstate_sa.db.tables import log
+from memstate_sa.errors import ConflictError
+from memstate_sa.tracking.tracked import Tracked
+
+PATIENCE_S = 5.0
+"""How long to wait for others, before we give up with a ConflictError."""
+
+_PAUSE_S = 0.02
+_LOCK_NOT_AVAILABLE = "55P03"
+_MOST_KEYS = 500
+"""Each lock takes shared memory of PostgreSQL, so more keys than these are one lock of their class."""
+
+
+class Taken(ConflictError):
+    """A row appeared under a key that had none."""
+
+    def __init__(self, message: str, keys: Collection[str]) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
+# -- against each other ------------------------------------------------------------------------------------------------
+
+# The first number of our advisory locks: of classes, and of keys.
+_CLASSES, _KEYS = 0x6D656D01, 0x6D656D02
+_keys = unnest_strings("keys")
+_lock_class = select(func.pg_advisory_xact_lock(_CLASSES, bindparam("number", type_=Integer)))
+_share_class = select(func.pg_advisory_xact_lock_shared(_CLASSES, bindparam("number", type_=Integer)))
+_lock_keys = select(func.pg_advisory_xact_lock(_KEYS, cast(_keys.c.value, Integer))).select_from(_keys)
+_lock_timeout = select(func.current_setting("lock_timeout"))
+_set_lock_timeout = select(func.set_config("lock_timeout", bindparam("timeout"), True))
+
+
+def hold(connection: Connection, facts: Iterable[FactKey]) -> None:
+    """Keep other undos and erasures away from *facts* until the transaction ends. Raise ConflictError if it takes long.
+
+    SQLite has one writer: there is nothing to do.
+    """
+    groups = sorted(by_entity(facts).items())
+    if not groups or connection.dialect.name != "postgresql":
+        return
+    try:
+        with _patiently(connection):
+            for entity, keys in groups:
+                number = {"number": _number(entity)}
+                if len(keys) > _MOST_KEYS:
+                    connection.execute(_lock_class, number)
+                else:
+                    connection.execute(_share_class, number)
+                    numbers = sorted({_number(entity + key) for key in keys})
+                    connection.execute(_lock_keys, {"keys": as_array(map(str, numbers))})
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+            raise
+        raise ConflictError(
+            f"Cannot write the history of {groups[0][0]}. Another undo or erasure holds these keys. Run this "
+            "transaction again when that one has ended."
+        ) from error
+
+
+def _number(name: str) -> int:
+    """A lock's second number: 32 bits with a sign."""
+    return int.from_bytes(sha256(name.encode("utf-8", "surrogatepass")).digest()[:4], signed=True)
+
+
+@contextmanager
+def _patiently(connection: Connection) -> Iterator[None]:
+    """Wait for locks in here for `PATIENCE_S` at most, where the application has set no limit."""
+    with connection.begin_nested():
+        unlimited = connection.scalar(_lock_timeout) == "0"
+        if unlimited:
+            connection.execute(_set_lock_timeout, {"timeout": f"{int(PATIENCE_S * 1000)}ms"})
+        yield
+        if unlimited:
+            connection.execute(_set_lock_timeout, {"timeout": "0"})
+
+
+# -- beside ordinary writers -------------------------------------------------------------------------------------------
+
+# Whoever writes to a table holds this lock of it until its transaction ends.
+_writers = text(
+    "SELECT virtualtransaction, coalesce(pg_blocking_pids(pid) @> ARRAY[pg_backend_pid()], false) FROM pg_locks "
+    "WHERE locktype = 'relation' AND relation = to_regclass(:table) AND mode = 'RowExclusiveLock' AND granted "
+    "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+    "AND pid IS DISTINCT FROM pg_backend_pid()"
+)
+_sleep = select(func.pg_sleep(_PAUSE_S))  # in the database: a coroutine's thread goes on with others
+
+
+def require_absent(connection: Connection, tracked: Tracked, keys: Collection[str]) -> None:
+    """Raise `Taken` if a row has one of *keys*. Raise ConflictError if that stays open.
+
+    Call it after the entries of *keys* are written. See this module for why.
+    """
+    if not keys or connection.dialect.name != "postgresql":
+        return
+    _wait_for_writers(connection, tracked)
+    columns = tracked.on(connection.dialect)
+    with _present(connection) as present:
+        there = columns.find_rows(present, keys)
+    if there:
+        raise Taken(f"{tracked.entity} {min(there)} was added again by another transaction. Run this one again.", there)
+    require_current(connection, tracked, keys)
+
+
+def _wait_for_writers(connection: Connection, tracked: Tracked) -> None:
+    table = connection.dialect.identifier_preparer.format_table(tracked.table).replace("%%", "%")
+    deadline = time.monotonic() + PATIENCE_S
+    left: set[str] | None = None
+    while True:
+        waits_for_us: dict[str, bool] = dict(map(tuple, connection.execute(_writers, {"table": table})))
+        left = set(waits_for_us) if left is None else left & waits_for_us.keys()
+        if not left:
+            return
+        if time.monotonic() > deadline or any(waits_for_us[writer] for writer in left):
+            raise ConflictError(
+                f"Cannot write the history of a key of {tracked.entity} that has no row. Another transaction is "
+                "writing to the table, and may be adding it. Run this transaction again when that one has ended."
+            )
+        connection.execute(_sleep)
+
+
+def require_current(connection: Connection, tracked: Tracked, keys: Collection[str]) -> None:
+    """Raise ConflictError if others have logged or erased something of *keys* that our snapshot does not show.
+
+    In READ COMMITTED each statement shows what is committed, so there is nothing to do.
+    """
+    if not keys or not _is_in_snapshot(connection):
+        return
+    entries = select(log.c.id, log.c.version).where(
+        log.c.entity == tracked.entity, log.c.key.in_(select(_keys.c.value))
+    )
+    given = {"keys": as_array(keys)}
+    with _present(connection) as present:
+        committed = set(map(tuple, present.execute(entries, given)))
+    if not committed.issubset(map(tuple, connection.execute(entries, given))):
+        raise ConflictError(
+            f"Cannot write the history of {tracked.entity}: others changed these facts after the snapshot of this "
+            "transaction was taken. Run the transaction again."
+        )
+
+
+def _is_in_snapshot(connection: Connection) -> bool:
+    """Whether the transaction goes on seeing the database as it was at its first statement."""
+    if connection.dialect.name != "postgresql":
+        return False
+    return connection.get_isolation_level() in ("REPEATABLE READ", "SERIALIZABLE")
+
+
+@contextmanager
+def _present(connection: Connection) -> Iterator[Connection]:
+    """A connection that sees what is committed now."""
+    if not _is_in_snapshot(connection):
+        yield connection
+        return
+    with with_separate_pool(connection.engine).connect().execution_options(isolation_level="READ COMMITTED") as present:
+        present.detach()  # closed afterwards, and not kept for the next one: there is hardly ever one
+        yield present
+
+
+# -- which keys --------------------------------------------------------------------------------------------------------
+
+_last = select(func.max(log.c.id)).where(log.c.entity == bindparam("entity"), log.c.key == _keys.c.value)
+_deleted = select(log.c.key, log.c.tx).where(
+    log.c.op == "delete", log.c.id.in_(select(_last.correlate(_keys).scalar_subquery()).select_from(_keys))
+)
+
+
+def open_to_others(connection: Connection, tracked: Tracked, keys: Collection[str], own: Collection[str]) -> list[str]:
+    """Those of *keys*, which have no row, that others can add one of.
+
+    They cannot where one of *own*, which are this transaction, deleted the row: whoever adds it waits for us.
+    """
+    if not keys or connection.dialect.name != "postgresql":
+        return []
+    given = {"entity": tracked.entity, "keys": as_array(keys)}
+    ours = {row.key for row in connection.execute(_deleted, given) if row.tx in own}
+    return [key for key in keys if key not in ours]

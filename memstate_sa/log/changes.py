@@ -1,0 +1,142 @@
+"""`Change`, and the decisions about changes: folding what one flush did to a key, inverting what a transaction did.
+
+Pure: values in, values out.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from memstate_sa.db.codec import FactKey, Image
+
+Op: TypeAlias = Literal["baseline", "insert", "update", "delete"]
+
+
+REDACTED = 0
+"""The version of an entry whose image was erased: that something happened stays in the log, what it was does not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One entry of the log: what one transaction did to one fact.
+
+    ``key`` is the primary key, as a tuple for a composite one; ``before`` and ``after`` are column values by column
+    name, None where the row did not exist. A ``baseline`` records a row that was there before it was tracked.
+    ``reverts`` is the transaction that this entry undoes.
+    """
+
+    id: int
+    tx: str
+    entity: str
+    key: Any
+    op: Op
+    before: Image | None
+    after: Image | None
+    at: datetime
+    actor: str | None = None
+    reason: str | None = None
+    session_id: str | None = None
+    reverts: str | None = None
+
+
+class LogEntry(NamedTuple):
+    """A log entry about to be written; ``image`` is encoded. ``step``: rollback counts its transaction."""
+
+    entity: str
+    key: str
+    op: Op
+    image: Image | None
+    reverts: str | None = None
+    step: bool = True
+
+
+def new_tx() -> str:
+    """A transaction id: 48 bits of milliseconds, so that neighbours in time are neighbours in the index, and chance."""
+    return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
+
+
+def fold(existed: Mapping[str, bool], images: Mapping[str, Image]) -> Iterable[tuple[str, Op, Image | None]]:
+    """What a flush did to each key it touched, from whether the row was there before and what is there now.
+
+    Only the two ends count: a delete and an insert of one key in one flush are an update, as the table shows it.
+    """
+    for key, before in existed.items():
+        image = images.get(key)
+        if image is not None:
+            yield key, "update" if before else "insert", image
+        elif before:
+            yield key, "delete", None
+
+
+class Step(NamedTuple):
+    """One logged change that is to be undone; ``before`` and ``after`` are encoded images."""
+
+    id: int
+    tx: str
+    entity: str
+    key: str
+    before: Image | None
+    after: Image | None
+
+    @property
+    def fact(self) -> FactKey:
+        return self.entity, self.key
+
+
+def invert(steps: Sequence[Step]) -> tuple[list[LogEntry], dict[FactKey, Image | None]]:
+    """The compensating log entries for *steps* (newest first), and the row each fact must end up with.
+
+    Every step is undone by an entry of its own, so that the log says which transaction each entry reverts; the table
+    only needs the last of them.
+    """
+    entries = []
+    final: dict[FactKey, Image | None] = {}
+    for step in steps:
+        if step.before is None and step.after is None:
+            continue
+        op: Op = "insert" if step.after is None else "delete" if step.before is None else "update"
+        entries.append(LogEntry(step.entity, step.key, op, step.before, reverts=step.tx))
+        final[step.fact] = step.before
+    return entries, final
+
+
+class Later(NamedTuple):
+    """An entry of a fact, later than the first of its steps that are to be undone."""
+
+    id: int
+    tx: str
+    fact: FactKey
+    reverts: str | None
+
+
+def conflicting_entries(
+    later: Sequence[Later], targets: Collection[str], undone: Collection[tuple[str, FactKey]]
+) -> dict[FactKey, list[int]]:
+    """The ids of those *later* entries, by fact, that undoing the transactions *targets* would lose.
+
+    *undone* are (transaction, fact) whose change was undone, and not redone. An undo of what came later too leaves
+    nothing behind, and neither does what it undid; an undo of something older is a change like any other.
+    """
+    since = {(entry.tx, entry.fact) for entry in later}
+    found: dict[FactKey, list[int]] = {}
+    for entry in later:
+        reverts_since = entry.reverts is not None and (entry.reverts in targets or (entry.reverts, entry.fact) in since)
+        if entry.tx not in targets and (entry.tx, entry.fact) not in undone and not reverts_since:
+            found.setdefault(entry.fact, []).append(entry.id)
+    return found
+
+
+def replay(changes: Iterable[Change]) -> dict[tuple[str, Any], Image]:
+    """The rows that a log, oldest change first, says there are, by (entity, key)."""
+    rows: dict[tuple[str, Any], Image] = {}
+    for change in changes:
+        if change.after is None:
+            rows.pop((change.entity, change.key), None)
+        else:
+            rows[change.entity, change.key] = change.after
+    return rows

@@ -1,0 +1,308 @@
+"""Reading the log: what happened, what a fact was, and what differs between two moments."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, NamedTuple, TypeAlias
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ColumnElement,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    false,
+    func,
+    literal_column,
+    or_,
+    select,
+    type_coerce,
+)
+from sqlalchemy.engine import Connection, Row
+from sqlalchemy.exc import DataError, ProgrammingError
+
+from memstate_sa.db.codec import Image, decode_image, decode_key, decoded
+from memstate_sa.db.json_params import as_array, unnest_strings
+from memstate_sa.db.key_values import contained
+from memstate_sa.db.raw_values import RAW
+from memstate_sa.db.rows import TableColumns
+from memstate_sa.db.statements import batches
+from memstate_sa.db.tables import log, transaction
+from memstate_sa.errors import HistoryMissing, MemstateError, NotFound
+from memstate_sa.log.changes import REDACTED, Change, Op
+from memstate_sa.log.outbox import unknown_keys
+from memstate_sa.log.positions import Snapshot
+from memstate_sa.tracking.registry import Registry
+from memstate_sa.tracking.tracked import Tracked
+
+Moment: TypeAlias = "datetime | str"
+"""A time (aware), or a transaction: the moment after it."""
+
+_keys = unnest_strings("keys")
+_earlier, previous = log.alias("earlier"), log.alias("previous")
+_previous_id = (
+    select(func.max(_earlier.c.id))
+    .where(_earlier.c.entity == log.c.entity, _earlier.c.key == log.c.key, _earlier.c.id < log.c.id)
+    .scalar_subquery()
+)
+with_previous = log.outerjoin(previous, previous.c.id == _previous_id)
+"""Entries of the log, each beside the one before it of the same fact."""
+
+_changes = (
+    select(
+        log,
+        previous.c.image.label("before"),
+        previous.c.version.label("before_version"),
+        transaction.c.actor,
+        transaction.c.reason,
+        transaction.c.session_id,
+    )
+    .select_from(with_previous.outerjoin(transaction, transaction.c.tx == log.c.tx))
+    .order_by(log.c.id)
+)
+
+
+def read_changes(connection: Connection, registry: Registry, *criteria: ColumnElement[bool]) -> list[Change]:
+    """The log entries that satisfy *criteria*, oldest first."""
+    rows = connection.execute(_changes.where(*criteria))
+    return [_change(row, registry, connection) for row in rows if not _is_known(row)]
+
+
+def _is_known(row: Row[Any]) -> bool:
+    """Of a baseline that says what the entry before it says.
+
+    A transaction logs one whose snapshot (REPEATABLE READ, SERIALIZABLE) is older than the backfill of that row. A
+    unique index would abort it instead, as nothing but the index sees both.
+    """
+    return bool(row.op == "baseline" and row.before is not None and row.before == row.image)
+
+
+class LastEntry(NamedTuple):
+    """The last entry of a key, its image in today's shape."""
+
+    id: int
+    op: str
+    image: Image | None
+
+
+_newest = (
+    select(func.max(log.c.id))
+    .where(log.c.entity == bindparam("entity"), log.c.key == _keys.c.value)
+    .correlate(_keys)
+    .scalar_subquery()
+)
+_last = select(log.c.key, log.c.id, log.c.op, log.c.image, log.c.version).where(
+    log.c.id.in_(select(_newest).select_from(_keys))
+)
+
+
+def last_entries(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> dict[str, LastEntry]:
+    """Of those of *keys* that the log has seen."""
+    return {
+        row.key: LastEntry(
+            row.id, row.op, None if row.image is None else tracked.upcast(row.image, row.version, connection.dialect)
+        )
+        for some in batches(keys)
+        for row in connection.execute(_last, {"entity": tracked.entity, "keys": as_array(some)}).all()
+    }
+
+
+def find_changes(
+    connection: Connection,
+    registry: Registry,
+    *,
+    entity: str | None = None,
+    key: str | None = None,
+    actor: str | None = None,
+    session_id: str | None = None,
+    limit: int | None = None,
+) -> list[Change]:
+    """The last *limit* changes with all of what is given, oldest first."""
+    wanted = ((log.c.entity, entity), (log.c.key, key))
+    criteria = [column == value for column, value in wanted if value is not None]
+    labels = ((transaction.c.actor, actor), (transaction.c.session_id, session_id))
+    labelled = [column == value for column, value in labels if value is not None]
+    if labelled:
+        criteria.append(log.c.tx.in_(select(transaction.c.tx).where(*labelled)))
+    if limit is not None:
+        last = select(log.c.id).where(*criteria).order_by(log.c.id.desc()).limit(limit)
+        criteria.append(log.c.id.in_(last))
+    return read_changes(connection, registry, *criteria)
+
+
+def _as_stored(columns: TableColumns, column: Column[Any], value: Any) -> ColumnElement[Any]:
+    bound = columns.raw_bind(column, value)
+    if columns.dialect.name == "sqlite":
+        return type_coerce(cast(cast(bound, Text), column.type), RAW)  # what is a number already is left as it is
+    return type_coerce(cast(bound, Text) if columns.travels_as_text(column) else bound, RAW)
+
+
+def stored_key(connection: Connection, tracked: Tracked, key: Any) -> str:
+    """The canonical key of *key*, a primary key as the ORM has it, in the form in which the database stores it.
+
+    CHAR is padded, 1.5 may be 1.50. The log knows one form, and so does a row; else the database is asked for it.
+    """
+    columns = tracked.on(connection.dialect)
+    asked = columns.canonical(key)
+    if not connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array([asked])}).all():
+        return asked
+    values = decode_key(asked)
+    try:
+        with contained(connection):
+            there = columns.read(connection, [values])
+            forms = (_as_stored(columns, *item) for item in zip(tracked.key_columns, values, strict=True))
+            return next(iter(there), None) or columns.encode_key(connection.execute(select(*forms)).one())
+    except (DataError, ProgrammingError, OverflowError, UnicodeError):
+        return asked  # which no row can have
+
+
+def _change(row: Row[Any], registry: Registry, connection: Connection) -> Change:
+    tracked = registry.by_entity.get(row.entity)
+    columns = None if tracked is None else tracked.on(connection.dialect)
+    key = decoded(row.key) or (row.key,) if columns is None else columns.identity(row.key)
+    return Change(
+        id=row.id,
+        tx=row.tx,
+        entity=row.entity,
+        key=key[0] if len(key) == 1 else key,
+        op=row.op,
+        before=shown(connection, tracked, row.before, row.before_version),
+        after=shown(connection, tracked, row.image, row.version),
+        at=row.at,
+        actor=row.actor,
+        reason=row.reason,
+        session_id=row.session_id,
+        reverts=row.reverts,
+    )
+
+
+def shown(connection: Connection, tracked: Tracked | None, image: Image | None, version: int | None) -> Image | None:
+    """A logged image as the values that the ORM would load, in the shape that the class has today."""
+    if image is None or version is None:
+        return None
+    if tracked is None:
+        return decode_image(image)
+    return tracked.on(connection.dialect).values(dict(tracked.upcast(image, version, connection.dialect)))
+
+
+# -- moments -----------------------------------------------------------------------------------------------------------
+
+
+class Reached(NamedTuple):
+    """Which entries there were at a moment. *snapshot* is what the moment's transaction saw, where that is known."""
+
+    criterion: ColumnElement[bool]
+    snapshot: Snapshot | None = None
+
+
+def until(connection: Connection, at: Moment) -> Reached:
+    """What the log was at a moment.
+
+    Transactions commit in another order than that of their ids. So the moment after a transaction is what this one saw,
+    and what it did: a transaction that was open then is of later, whenever it wrote. That never changes. (A moment that
+    is a time goes by when entries were written.)
+    """
+    if isinstance(at, datetime):
+        if at.utcoffset() is None:
+            raise MemstateError(f"at={at!r}: give an aware datetime, for example datetime.now(UTC)")
+        return Reached(log.c.at <= at)
+    if not isinstance(at, str):
+        raise MemstateError(f"at={at!r}: give an aware datetime, or a transaction (Change.tx)")
+    tx, _, shown = at.partition(SNAPSHOT_MARK)
+    last = connection.execute(select(func.max(log.c.id)).where(log.c.tx == tx)).scalar_one()
+    if last is None:
+        raise NotFound(f"the log has no transaction {tx!r}")
+    if connection.dialect.name != "postgresql":
+        return Reached(log.c.id <= last)
+    its = select(log.c.xid, log.c.snapshot, _is_of_another_cluster).where(log.c.tx == tx, log.c.snapshot.is_not(None))
+    own = connection.execute(its.order_by(log.c.id.desc()).limit(1)).one_or_none()
+    if own is None:  # older than the column
+        return Reached(log.c.id <= last)
+    snapshot = Snapshot.parse(shown or own.snapshot)
+    seen = or_(
+        log.c.xid.is_(None),
+        log.c.xid < snapshot.xmin,
+        log.c.xid == own.xid,
+        and_(log.c.xid < snapshot.xmax, log.c.xid.not_in(snapshot.running)),
+        # Ids of a cluster that this database was restored from are no numbers of this one's: those entries are older.
+        false() if own[2] else _is_of_another_cluster,
+    )
+    return Reached(and_(log.c.id <= last, seen), snapshot)
+
+
+SNAPSHOT_MARK = "@"
+"""Between a transaction and a later snapshot, in a moment that is no transaction's own."""
+
+# An entry's xid is given out before the row's own (xmin, of 32 bits), unless the row was restored from a dump.
+_xmin = cast(cast(literal_column("memstate_log.xmin"), Text), BigInteger)
+_is_of_another_cluster = (_xmin - log.c.xid).bitwise_and(0xFFFFFFFF) >= 2**31
+
+
+def image_at(connection: Connection, tracked: Tracked, key: str, at: Moment) -> Image | None:
+    """The fact's row at a moment, in today's shape; None when it was not there.
+
+    A row older than its first entry, a baseline, was always as that says; one that no entry tells of is as it is now.
+    """
+    mine = (log.c.entity == tracked.entity, log.c.key == key)
+    entry = select(log.c.op, log.c.image, log.c.version).where(*mine)
+    row = connection.execute(
+        entry.where(until(connection, at).criterion).order_by(log.c.id.desc()).limit(1)
+    ).one_or_none()
+    if row is None:
+        row = connection.execute(entry.order_by(log.c.id).limit(1)).one_or_none()
+        if row is None:
+            return tracked.on(connection.dialect).find_rows(connection, [key]).get(key)
+        if row.op != "baseline":
+            return None
+    if row.version == REDACTED:
+        raise HistoryMissing(f"{tracked.entity} {key} was erased: what it was is not known any more")
+    return None if row.image is None else tracked.upcast(row.image, row.version, connection.dialect)
+
+
+def images_at(
+    connection: Connection, tracked: Tracked, at: Moment, keys: Collection[str] | None = None
+) -> Iterator[tuple[str, Image]]:
+    """The facts of the class that the log knows, or those of *keys*, at a moment, as `image_at` has them.
+
+    Erased facts are left out.
+    """
+    mine, reached = [log.c.entity == tracked.entity], until(connection, at).criterion
+    if keys is not None:
+        mine.append(log.c.key.in_(select(_keys.c.value)))
+    parameters = {} if keys is None else {"keys": as_array(keys)}
+    newest = select(func.max(log.c.id)).where(*mine, reached).group_by(log.c.key)
+    oldest = select(func.min(log.c.id)).where(*mine).group_by(log.c.key)
+    entries = select(log.c.key, log.c.op, log.c.image, log.c.version)
+    before_its_baseline = entries.where(log.c.id.in_(oldest), log.c.op == "baseline", ~reached)
+    for statement in (entries.where(log.c.id.in_(newest)), before_its_baseline):
+        for row in connection.execute(statement, parameters, execution_options={"yield_per": 1000}):
+            if row.image is not None and row.version != REDACTED:
+                yield row.key, tracked.upcast(row.image, row.version, connection.dialect)
+
+
+def differences(
+    connection: Connection, registry: Registry, entities: Sequence[str], a: Moment, b: Moment
+) -> list[Change]:
+    """What became of each fact between two moments, as one change; facts that are the same at both are left out."""
+    found = []
+    earlier, later = (until(connection, moment).criterion for moment in (a, b))
+    between = or_(and_(later, ~earlier), and_(earlier, ~later))  # two that ran at once did not see each other
+    for entity in entities:
+        tracked = registry.by_entity[entity]
+        columns = tracked.on(connection.dialect)
+        newest = select(func.max(log.c.id)).where(log.c.entity == entity, between).group_by(log.c.key)
+        rows = connection.execute(select(log.c.key, log.c.id).where(log.c.id.in_(newest))).all()
+        last: dict[str, int] = {row.key: row.id for row in rows}
+        before, after = (dict(images_at(connection, tracked, at, list(last))) for at in (a, b))
+        differing = {id_: key for key, id_ in last.items() if before.get(key) != after.get(key)}
+        for change in read_changes(connection, registry, log.c.id.in_(newest)):
+            if change.id in differing:
+                images = [images.get(differing[change.id]) for images in (before, after)]
+                was, is_ = (None if image is None else columns.values(dict(image)) for image in images)
+                op: Op = "insert" if was is None else "delete" if is_ is None else "update"
+                found.append(replace(change, op=op, before=was, after=is_))
+    return sorted(found, key=lambda change: change.id)

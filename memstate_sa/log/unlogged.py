@@ -1,0 +1,24 @@
+"""The rows that the log does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from sqlalchemy.engine import Connection
+
+from memstate_sa.db.codec import Image, decode_key
+from memstate_sa.db.json_params import as_array
+from memstate_sa.db.statements import READ_CHUNK
+from memstate_sa.log.outbox import unknown_keys
+from memstate_sa.tracking.committed import page
+from memstate_sa.tracking.tracked import Tracked
+
+
+def unlogged(connection: Connection, tracked: Tracked) -> Iterator[Mapping[str, Image]]:
+    """The rows that no entry of the log tells of, by key, in pages: they are older than tracking, or came past it."""
+    after: str | None = None
+    columns = tracked.on(connection.dialect)
+    while keys := page(connection, tracked, after, READ_CHUNK):
+        after = keys[-1]
+        unknown = connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array(keys)}).all()
+        yield columns.read(connection, [decode_key(key) for key in unknown])

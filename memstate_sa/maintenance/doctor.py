@@ -1,0 +1,380 @@
+"""Is the log still what the tables are? And is there anything about this database that would make it cease to be?"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from textwrap import fill, indent
+from typing import Any, NamedTuple
+
+from sqlalchemy import Inspector, Table, bindparam, inspect, select
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.orm import configure_mappers
+
+from memstate_sa.capture import append_only, cascades, hazards, triggers, unique_values
+from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.recorder import Recorder
+from memstate_sa.capture.transaction import OpenTransaction
+from memstate_sa.db import sqlite
+from memstate_sa.db.codec import Image
+from memstate_sa.db.rows import TableColumns
+from memstate_sa.db.statements import take_write_lock
+from memstate_sa.db.tables import current, log, metadata
+from memstate_sa.embedding.batches import Destination
+from memstate_sa.errors import ConflictError, MemstateError
+from memstate_sa.log.absent_keys import Taken, require_absent
+from memstate_sa.log.changes import LogEntry, new_tx
+from memstate_sa.log.history import LastEntry, last_entries
+from memstate_sa.maintenance import releases
+from memstate_sa.maintenance.progress import Progress
+from memstate_sa.runtime.printable import printable_logger
+from memstate_sa.tracking import committed
+from memstate_sa.tracking.registry import Registry
+from memstate_sa.tracking.tracked import Tracked
+
+logger = printable_logger("memstate_sa.maintenance.doctor")
+
+_UNSURE = (
+    "%s: rows that are gone were not logged as deleted. Another transaction is writing to the table and may be adding "
+    "them. Repair again when it has ended."
+)
+RECONCILED = "reconciled"
+"""The reason of transactions that log what others changed."""
+
+
+class Problem(NamedTuple):
+    """Something that makes, or may make, the log untrue: of what, and what to do about it."""
+
+    subject: str
+    message: str
+
+
+class Risk(Problem):
+    """A way past the log that an application may do without. A database with one is healthy as long as none is used."""
+
+
+def folded(problems: Iterable[Problem]) -> Iterator[Problem]:
+    """For people: those of which the same is to be said become one, with all their names on lines of their own."""
+    subjects: dict[str, list[str]] = {}
+    for subject, message in problems:
+        subjects.setdefault(message, []).append(subject)
+    for message, named in subjects.items():
+        if len(named) == 1:
+            yield Problem(named[0], message)
+        else:
+            names = fill(", ".join(named), width=70, break_long_words=False, break_on_hyphens=False)
+            yield Problem("each of these", f"{message}\n{indent(names, '  ')}")
+
+
+@dataclass
+class Diagnosis:
+    """What `Memory.doctor` found; facts as (entity, primary key).
+
+    ``changed``: the row is not what the log says · ``gone``: the log says that there is a row · ``unlogged``: how many
+    rows the log has not seen, because they are older than tracking, or came past it; `Memory.backfill` of the classes
+    in ``unlogged_by_class`` logs them.
+    """
+
+    checked: int = 0
+    unlogged_by_class: dict[type[Any], int] = field(default_factory=dict)
+    changed: list[tuple[str, object]] = field(default_factory=list)
+    gone: list[tuple[str, object]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def unlogged(self) -> int:
+        return sum(self.unlogged_by_class.values())
+
+    @property
+    def healthy(self) -> bool:
+        """The log agrees with the tables, or did not before ``repair=True``, and nothing but a `Risk` is in its way."""
+        return not (self.changed or self.gone or self.has_problems)
+
+    @property
+    def has_problems(self) -> bool:
+        return not all(isinstance(problem, Risk) for problem in self.problems)
+
+
+class Doctor:
+    """One examination of one database."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        registry: Registry,
+        capture: Capture,
+        recorder: Recorder,
+        destinations: Mapping[str, Destination],
+        *,
+        page_size: int = 500,
+    ) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._capture = capture
+        self._recorder = recorder
+        self._destinations = destinations
+        self._page_size = page_size
+
+    def run(self, *, repair: bool, rows: bool = True, progress: Progress | None = None) -> Diagnosis:
+        inspector = inspect(self._engine)
+        found = Diagnosis(problems=[*self._problems(), *self._changed(inspector)])
+        if not rows or not inspector.has_table(log.name):
+            return found
+        hidden = self._hidden()
+        for tracked in self._registry.by_entity.values():
+            if _absent(inspector, tracked) or any(table.fullname in hidden for table in tracked.tables):
+                continue
+            for differing, gone in self._differences(tracked, found, progress):
+                (found.gone if gone else found.changed).extend(self._shown(tracked, differing))
+                if repair:
+                    self._reconcile(tracked, differing)
+            found.problems += self._unique_values(tracked)
+        return found
+
+    def _shown(self, tracked: Tracked, keys: Collection[str]) -> Iterator[tuple[str, object]]:
+        for key in keys:
+            identity = tracked.on(self._engine.dialect).identity(key)
+            yield tracked.entity, identity[0] if len(identity) == 1 else identity
+
+    # -- log and tables ----------------------------------------------------------------------------------------------
+
+    def _differences(
+        self, tracked: Tracked, found: Diagnosis, progress: Progress | None
+    ) -> Iterator[tuple[dict[str, LastEntry], bool]]:
+        """The last entries of which rows differ, page by page, and whether that is because the row is gone."""
+        after: str | None = None
+        while True:
+            with self._engine.connect() as connection:
+                keys = committed.page(connection, tracked, after, self._page_size)
+                known = last_entries(connection, tracked, keys)
+            if not keys:
+                break
+            after = keys[-1]
+            found.checked += len(keys)
+            if unlogged := len(keys) - len(known):
+                found.unlogged_by_class[tracked.model] = found.unlogged_by_class.get(tracked.model, 0) + unlogged
+            if differing := self._confirmed(tracked, known):
+                yield differing, False
+            if progress is not None:
+                progress(found.checked, None)
+        after = ""
+        while True:
+            with self._engine.connect() as connection:
+                page = {"entity": tracked.entity, "after": after, "limit": self._page_size}
+                keys = list(connection.scalars(_logged_keys, page))
+                entries = last_entries(connection, tracked, keys)
+                living = {key: last for key, last in entries.items() if last.op != "delete"}
+                there = _rows(connection, tracked, list(living))
+            if not keys:
+                break
+            after = keys[-1]
+            if lost := self._confirmed(tracked, {key: last for key, last in living.items() if key not in there}):
+                yield lost, True
+
+    def _confirmed(self, tracked: Tracked, before: Mapping[str, LastEntry]) -> dict[str, LastEntry]:
+        """Those of the last entries *before* from which the row differs, and that are the last after it was read."""
+        if not before:
+            return {}
+        keys = list(before)
+        with self._engine.connect() as connection:
+            rows = _rows(connection, tracked, keys)
+            after = last_entries(connection, tracked, keys)
+        same = [key for key, last in before.items() if key in after and after[key].id == last.id]
+        columns = tracked.on(self._engine.dialect)
+        return {key: before[key] for key in same if _differs(before[key], rows.get(key), columns)}
+
+    def _reconcile(self, tracked: Tracked, before: Mapping[str, LastEntry]) -> None:
+        """Log what became of the rows that differ from their last entries, and have them delivered.
+
+        It is no step of anybody's: rollback passes it by.
+        """
+        keys = list(before)
+        while keys:
+            try:
+                with self._writing() as connection:
+                    self._log_differences(connection, tracked, {key: before[key] for key in keys})
+            except Taken as taken:  # they are there again, and logged
+                keys = [key for key in keys if key not in taken.keys]
+            except ConflictError:  # they may come: another examination finds what has become of them
+                logger.warning(_UNSURE, tracked.entity)
+                return
+            else:
+                return
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        """In READ COMMITTED, where each statement sees what others have committed."""
+        options = {} if self._engine.dialect.name == "sqlite" else {"isolation_level": "READ COMMITTED"}
+        with self._engine.connect().execution_options(**options) as connection, connection.begin():
+            take_write_lock(connection)
+            yield connection
+
+    def _log_differences(self, connection: Connection, tracked: Tracked, before: Mapping[str, LastEntry]) -> None:
+        keys = list(before)
+        rows = _rows(connection, tracked, keys, for_update=True)
+        entries = []
+        for key, last in last_entries(connection, tracked, keys).items():
+            row = rows.get(key)
+            # A row that is not there is not locked: it may have come again since, and been logged.
+            if last.id == before[key].id and _differs(last, row, tracked.on(connection.dialect)):
+                op = "delete" if row is None else "insert" if last.op == "delete" else "update"
+                entries.append(LogEntry(tracked.entity, key, op, row, step=False))  # type: ignore[arg-type]
+        if entries:
+            tx = new_tx()
+            self._recorder.write(connection, OpenTransaction(), entries, tx=tx, refuse=False)
+            self._recorder.write_header(connection, tx, {"reason": RECONCILED})
+            require_absent(connection, tracked, [entry.key for entry in entries if entry.op == "delete"])
+
+    def _unique_values(self, tracked: Tracked) -> Iterator[Problem]:
+        """Rows that have a history, and not the unique values that ``unique_by`` gives them now."""
+        if tracked.unique_values is None:
+            return
+        after, count = None, 0
+        while True:
+            with self._engine.connect() as connection:
+                keys = committed.page(connection, tracked, after, self._page_size)
+                wrong = self._differing(connection, tracked, list(last_entries(connection, tracked, keys)))
+            if not keys:
+                break
+            after = keys[-1]
+            if wrong:
+                with self._engine.connect() as connection:  # others may have written between the first two looks
+                    count += len(self._differing(connection, tracked, list(wrong)))
+        if count:
+            name = tracked.model.__name__
+            yield Problem(
+                tracked.entity,
+                f"has {count} rows without the unique values of its unique_by=, which is new or was changed: another "
+                f"row may take the same. memory.backfill(engine, {name}) takes them in, and warns of those that share "
+                "one",
+            )
+
+    @staticmethod
+    def _differing(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> set[str]:
+        return unique_values.differences(connection, tracked, _rows(connection, tracked, keys)).keys
+
+    # -- what would make them differ -----------------------------------------------------------------------------------
+
+    def _problems(self) -> Iterator[Problem]:
+        inspector = inspect(self._engine)
+        dialect = self._engine.dialect.name
+        there = set(inspector.get_table_names())
+        for table in metadata.sorted_tables:
+            if table.name not in there:
+                yield Problem(table.name, "is not there: memory.create_tables(engine), or a migration, creates it")
+                continue
+            lacking = {column.name for column in table.columns} - {c["name"] for c in inspector.get_columns(table.name)}
+            if lacking:
+                yield Problem(table.name, f"is of another version: it lacks {', '.join(sorted(lacking))}; migrate it")
+            indexes = {index["name"] for index in inspector.get_indexes(table.name)}
+            for index in table.indexes:
+                if index.name not in indexes:
+                    yield Problem(table.name, f"has no index {index.name}: what reads it, reads it all; create it")
+        if log.name in there and (lost := self._lost_protection()):
+            yield Problem(
+                log.name,
+                f"may be rewritten by anybody, as it has no trigger {', '.join(lost)}: memory.create_tables(engine), "
+                "or a migration, installs what is missing",
+            )
+        if not self._capture.is_any_attached and not all(t.by_trigger for t in self._registry.by_entity.values()):
+            yield Problem("Sessions", "none is attached: memory.attach(sessionmaker) has what they write captured")
+        if dialect == "sqlite" and sqlite.leaks_savepoints(self._engine):
+            yield Problem(
+                "SAVEPOINTs",
+                "survive the ROLLBACK of their transaction: memstate_sa.db.sqlite.configure(engine) mends it",
+            )
+        if current.name in there and self._left_told():
+            yield Problem(current.name, "holds what a transaction has left there, so others are taken for it: empty it")
+        yield from self._hazards()
+        for tracked in self._registry.by_entity.values():
+            yield from self._of_class(inspector, tracked, has_log=log.name in there)
+
+    def _of_class(self, inspector: Inspector, tracked: Tracked, *, has_log: bool) -> Iterator[Problem]:
+        if absent := _absent(inspector, tracked):
+            named = "" if absent == [tracked.entity] else f" {', '.join(absent)}"
+            yield Problem(tracked.entity, f"is tracked, but has no table{named}")
+            return
+        if tracked.by_trigger and has_log and (wrong := self._wrong_triggers(tracked)):
+            yield Problem(tracked.table.fullname, wrong)
+        yield from self._cascades(tracked)
+
+    def _tracked_tables(self) -> dict[str, Table]:
+        return {table.fullname: table for tracked in self._registry.by_entity.values() for table in tracked.tables}
+
+    def _hidden(self) -> Collection[str]:
+        """The tracked tables of which this connection may not see every row: they cannot be compared."""
+        with self._engine.connect() as connection:
+            return hazards.hidden(connection, self._tracked_tables().values())
+
+    def _hazards(self) -> Sequence[Problem]:
+        with self._engine.connect() as connection:
+            tables = self._tracked_tables().values()
+            return [Problem(*found) for found in hazards.hazards(connection, tables, metadata.sorted_tables)]
+
+    def _changed(self, inspector: Inspector) -> Iterator[Problem]:
+        """What another release has left behind."""
+        if not {table.name for table in metadata.sorted_tables}.issubset(inspector.get_table_names()):
+            return
+        with self._engine.connect() as connection:
+            for found in releases.problems(connection, self._registry, self._destinations):
+                yield Problem(*found)
+            for tracked in self._registry.by_entity.values():
+                if not _absent(inspector, tracked):
+                    for found in releases.left_triggers(connection, self._registry, tracked):
+                        yield Problem(*found)
+                    for found in releases.renamed(connection, self._registry, tracked):
+                        yield Problem(*found)
+
+    def _cascades(self, tracked: Tracked) -> Iterator[Problem]:
+        configure_mappers()  # a process that only looks has loaded no instance yet
+        with self._engine.connect() as connection:
+            keys = [key for table in tracked.tables for key in cascades.reflected(connection, table)]
+        for key, message in cascades.unseen(self._registry, tracked, keys):
+            yield Risk(key.table.fullname, message)
+
+    def _lost_protection(self) -> list[str]:
+        with self._engine.connect() as connection:
+            return append_only.missing(connection)
+
+    def _left_told(self) -> bool:
+        with self._engine.connect() as connection:
+            return connection.execute(select(current.c.name).limit(1)).first() is not None
+
+    def _wrong_triggers(self, tracked: Tracked) -> str:
+        way_out = "memory.create_tables(engine), or a migration, installs them"
+        with self._engine.connect() as connection:
+            try:
+                expected = {trigger.name: trigger.source for trigger in triggers.triggers(connection, tracked)}
+            except MemstateError as error:  # it has become what triggers cannot capture: a partition, for example
+                return f"cannot be captured by triggers: {error}"
+            there = triggers.installed(connection, tracked.table)
+        if not expected.keys() & there.keys():
+            return f"has none of its triggers: {way_out}"
+        wrong = [f"trigger {name}" for name, source in expected.items() if there.get(name) != source]
+        return f"has no {', '.join(wrong)} as it should be: {way_out}" if wrong else ""
+
+
+_logged_keys = (
+    select(log.c.key)
+    .where(log.c.entity == bindparam("entity"), log.c.key > bindparam("after"))
+    .distinct()
+    .order_by(log.c.key)
+    .limit(bindparam("limit"))
+)
+
+
+def _rows(
+    connection: Connection, tracked: Tracked, keys: Sequence[str], *, for_update: bool = False
+) -> dict[str, dict[str, Any]]:
+    return tracked.on(connection.dialect).find_rows(connection, keys, for_update=for_update)
+
+
+def _differs(last: LastEntry, row: Image | None, columns: TableColumns) -> bool:
+    """A column that was added or dropped since is no difference: nobody has changed the row."""
+    return columns.differ(None if last.op == "delete" else last.image, row)
+
+
+def _absent(inspector: Inspector, tracked: Tracked) -> list[str]:
+    """Its tables that are not there."""
+    return [table.fullname for table in tracked.tables if not inspector.has_table(table.name, schema=table.schema)]

@@ -1,0 +1,272 @@
+"""Forgetting a fact for good: what it was, wherever our tables say it. That it was, and when it went, stays."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import ForeignKeyConstraint, Table, delete, false, inspect, null, select, text, update
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DataError, IntegrityError
+from sqlalchemy.orm import Session
+
+from memstate_sa.capture.append_only import rewriting
+from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.recorder import Recorder, normalized_key
+from memstate_sa.capture.transaction import OpenTransaction
+from memstate_sa.db.codec import Image, decode_key
+from memstate_sa.db.rows import columns_of, values_of
+from memstate_sa.db.sqlite import is_in_memory
+from memstate_sa.db.statements import batches, take_write_lock
+from memstate_sa.db.tables import embedding, index_state, ledger, log, outbox, parked, unique
+from memstate_sa.embedders import Embedder
+from memstate_sa.embedding import cache
+from memstate_sa.errors import ConflictError, MemstateError, NotFound
+from memstate_sa.log.absent_keys import Taken, hold, open_to_others, require_absent
+from memstate_sa.log.changes import REDACTED, LogEntry, new_tx
+from memstate_sa.log.history import shown, stored_key
+from memstate_sa.tracking import committed
+from memstate_sa.tracking.registry import Registry
+from memstate_sa.tracking.tracked import Tracked
+
+ERASED = "erased"
+_ATTEMPTS = 3
+"""At a fact whose row comes again while we look: then that row is erased as well."""
+
+
+class Eraser:
+    """Erasure for one Memory."""
+
+    def __init__(
+        self, registry: Registry, capture: Capture, recorder: Recorder, embedders: Collection[Embedder]
+    ) -> None:
+        self._registry = registry
+        self._capture = capture
+        self._recorder = recorder
+        self._embedders = embedders
+
+    # -- in the caller's transaction -----------------------------------------------------------------------------------
+
+    def erase(self, session: Session, tracked: Tracked, key: Any, reason: str | None) -> int:
+        """Returns how many entries of the log are redacted."""
+        session.flush()
+        connection = session.connection(bind_arguments={"mapper": tracked.mapper})
+        unit = self._capture.unit(session)
+        with unit.writing():
+            take_write_lock(connection)
+            fact = stored_key(connection, tracked, key)
+            for left in reversed(range(_ATTEMPTS)):
+                before = unit.mark
+                try:
+                    with connection.begin_nested():
+                        redacted = self._erase(connection, unit, tracked, fact, reason)
+                    break
+                except Taken:
+                    unit.back_to(before)
+                    if not left:
+                        raise
+        self._forget_instances(session, connection, tracked, fact)
+        return redacted
+
+    def _erase(
+        self, connection: Connection, unit: OpenTransaction, tracked: Tracked, fact: str, reason: str | None
+    ) -> int:
+        tx = new_tx()
+        row = _row(connection, tracked, fact)
+        vacant = [] if row else open_to_others(connection, tracked, [fact], unit.logged_under)
+        if vacant:
+            hold(connection, [(tracked.entity, fact)])
+            row = _row(connection, tracked, fact)  # whoever held the key may have added it
+        mine = (log.c.entity == tracked.entity, log.c.key == fact)
+        if not row and connection.execute(select(log.c.id).where(*mine).limit(1)).first() is None:
+            identity = tracked.on(connection.dialect).identity(fact)
+            key = identity[0] if len(identity) == 1 else identity
+            raise NotFound(f"neither {tracked.table.fullname} nor its history has a row with the key {key!r}")
+        if row:
+            _require_unreferred(connection, self._registry, tracked, fact)
+            with self._capture.undoing(connection, tx, [(tracked.entity, fact)]):
+                _delete(connection, tracked, fact)
+        # Nothing is left to undo: it is no step.
+        self._recorder.write(connection, unit, [LogEntry(tracked.entity, fact, "delete", None, step=False)], tx=tx)
+        self._recorder.write_header(connection, tx, {**unit.labels, "reason": reason or unit.reason or ERASED})
+        if not row:
+            require_absent(connection, tracked, vacant)
+        # After the wait: what others have added and deleted meanwhile is redacted as well.
+        older = (*mine, log.c.tx != tx)
+        entries = connection.execute(select(log.c.image, log.c.version).where(*older)).all()
+        images = [(image, tracked.version) for image in row.values()]
+        images += [(image, version) for image, version in entries if image is not None]
+        with rewriting(connection):
+            connection.execute(update(log).where(*older).values(image=null(), version=REDACTED, step=false()))
+        connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key == fact))
+        known = (parked.c.entity == tracked.entity, parked.c.key == fact)
+        connection.execute(update(parked).where(*known, parked.c.error.is_not(None)).values(error=ERASED))
+        embedders = {embedder.fingerprint for embedder in self._embedders}
+        embedders.update(connection.scalars(select(index_state.c.embedder).distinct()))
+        cache.forget(connection, set(_texts(connection, tracked, fact, images, embedders)))
+        return len(entries)
+
+    def _forget_instances(self, session: Session, connection: Connection, tracked: Tracked, key: str) -> None:
+        """As the ORM does after a DELETE of its own: deleted, and there again when the transaction rolls back."""
+        columns, erased = tracked.on(connection.dialect), normalized_key(decode_key(key))
+        for instance in list(session.identity_map.values()):
+            state: Any = inspect(instance)
+            if self._registry.find(state.mapper) is tracked and normalized_key(columns.raw_key(state.key[1])) == erased:
+                session.expire(instance)
+                session._remove_newly_deleted([state])  # noqa: SLF001  # expunge() would not come back, and cascades
+
+    # -- afterwards ----------------------------------------------------------------------------------------------------
+
+    def overwrite(self, engine: Engine, timeout: float) -> None:
+        """Rewrite the database's files without what was deleted from its tables."""
+        with engine.begin() as connection:
+            take_write_lock(connection)
+            # A delivery that was under way may have kept a vector anew: what no index holds now, goes.
+            held = select(ledger.c.text_fingerprint).where(ledger.c.text_fingerprint.is_not(None))
+            connection.execute(delete(embedding).where(embedding.c.text_fingerprint.not_in(held)))
+        if engine.dialect.name == "postgresql":
+            _vacuum_postgresql(engine, self._tables(engine), time.monotonic() + timeout)
+        elif not is_in_memory(engine):
+            _vacuum_sqlite(engine, time.monotonic() + timeout)
+
+    def _tables(self, engine: Engine) -> list[Table]:
+        """Those that erasures have deleted from."""
+        with engine.connect() as connection:
+            erased = set(connection.scalars(select(log.c.entity).where(log.c.version == REDACTED).distinct()))
+        tracked = [self._registry.by_entity[entity] for entity in sorted(erased) if entity in self._registry.by_entity]
+        return [log, ledger, outbox, parked, unique, embedding, *(table for each in tracked for table in each.tables)]
+
+
+def _row(connection: Connection, tracked: Tracked, key: str) -> dict[str, dict[str, Any]]:
+    """The image of the fact's row, locked, by the key that it has in the log; empty when there is none."""
+    try:
+        found = tracked.on(connection.dialect).find_rows(connection, [key], for_update=True)
+        if tracked.criterion is not None:  # the table has rows of other classes, too
+            ours = committed.read(connection, tracked, list(found))
+            return {key: image for key, image in found.items() if key in ours}
+        return found
+    except DataError as error:
+        raise NotFound(f"{key} cannot be a key of {tracked.table.fullname}") from error
+
+
+def _require_unreferred(connection: Connection, registry: Registry, tracked: Tracked, key: str) -> None:
+    """Raise ConflictError for a row that refers to the fact, or to what goes along with it, and has no trigger of ours.
+
+    The database would delete such a row along, or set its foreign key to NULL, and nobody would log that.
+    """
+    going = {table: {key} for table in tracked.tables}
+    left = list(going.items())
+    referring = [fk for other in registry.by_table for fk in other.foreign_key_constraints]
+    for table, keys in left:
+        for fk in (fk for fk in referring if fk.referred_table is table):
+            owner = registry.by_table[fk.table]
+            found = _referring(connection, registry, fk, list(keys)) - going.get(fk.table, set())
+            if found and not owner.by_trigger:
+                raise ConflictError(_REFERRED.format(tracked.entity, key, f" ({owner.entity} {min(found)})"))
+            if found and (fk.ondelete or "").upper() == "CASCADE":
+                going.setdefault(fk.table, set()).update(found)
+                left.append((fk.table, found))
+
+
+def _referring(connection: Connection, registry: Registry, fk: ForeignKeyConstraint, keys: Sequence[str]) -> set[str]:
+    """The keys of the rows that refer to those of *keys*, to which nobody can add one until the transaction ends."""
+    tables = (fk.referred_table, fk.table)
+    referred, other = (registry.by_table[table].on(connection.dialect).of_table[table] for table in tables)
+    local, remote = columns_of(fk)
+    values = []
+    for some in batches([decode_key(key) for key in keys]):
+        referred.lock(connection, some, leaving=True)
+        images = referred.read(connection, some).values()
+        values += [value for image in images if (value := values_of(image, remote)) is not None]
+    return {key for key, _ in other.find(connection, local, values)}
+
+
+def _delete(connection: Connection, tracked: Tracked, key: str) -> None:
+    columns = tracked.on(connection.dialect).of_table
+    try:
+        for table in reversed(tracked.tables):
+            statement = delete(table).where(columns[table].key_in)
+            connection.execute(statement, columns[table].key_parameters([decode_key(key)]))
+    except IntegrityError as error:
+        raise ConflictError(_REFERRED.format(tracked.entity, key, "")) from error
+
+
+_REFERRED = "{} {} cannot be erased: other rows refer to it{}; delete or erase those first"
+
+
+def _texts(
+    connection: Connection,
+    tracked: Tracked,
+    key: str,
+    images: Sequence[tuple[Image, int]],
+    embedders: Collection[str],
+) -> Iterator[str]:
+    """The text fingerprints that the fact has had, as far as they can be told; see `Eraser.overwrite` for the rest."""
+    for image, version in images:
+        for shape in {version, tracked.version}:  # in today's shape, and in the one that it had
+            try:
+                row = _projectable(tracked, shown(connection, tracked, image, shape) or {})
+                found = [tracked.project(key, row, embedder).text_fingerprint for embedder in embedders]
+            except Exception:  # noqa: BLE001, S112  # the application's own callables, which need not know such rows
+                continue
+            yield from filter(None, found)
+
+
+def _projectable(tracked: Tracked, values: Image) -> list[Any]:
+    """Column *values* of a row as `Tracked.project` takes them."""
+    attributes: dict[str, Any] = {}
+    for name, value in values.items():
+        attribute = tracked.attributes.get(name, name)
+        if attributes.get(attribute) is None:  # of the same name in several subclasses
+            attributes[attribute] = value
+    return [attributes.get(name) for name in tracked._projected]  # noqa: SLF001  # their order is nobody else's matter
+
+
+_OLDER = text(
+    "SELECT count(*) FROM ("
+    "SELECT greatest(age(backend_xmin), age(backend_xid)) AS age FROM pg_stat_activity WHERE datname = "
+    "current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend' "
+    "UNION ALL SELECT age(transaction) FROM pg_prepared_xacts WHERE database = current_database()"
+    ") AS others WHERE age > age(CAST(CAST(:mark AS xid8) AS xid))"
+)
+
+
+def _vacuum_postgresql(engine: Engine, tables: Sequence[Table], deadline: float) -> None:
+    """FULL: a plain VACUUM leaves the bytes in their pages until something takes their place.
+
+    ANALYZE: statistics are samples of values. What an older transaction may still see would be copied along, so those
+    have to end first.
+    """
+    prepare = engine.dialect.identifier_preparer
+    names = ", ".join(prepare.format_table(table).replace("%%", "%") for table in dict.fromkeys(tables))
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        mark = connection.scalar(text("SELECT CAST(pg_current_xact_id() AS text)"))
+        while connection.scalar(_OLDER, {"mark": mark}):
+            if time.monotonic() > deadline:
+                raise MemstateError(
+                    "a transaction of before the purge is still open, and may read what was erased: end it, and purge "
+                    "again"
+                )
+            time.sleep(0.05)
+        statement = f"VACUUM (FULL, ANALYZE) {names}"
+        connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
+
+
+def _vacuum_sqlite(engine: Engine, deadline: float) -> None:
+    pooled = engine.raw_connection()  # below the listeners that would begin a transaction
+    try:
+        connection: Any = pooled.driver_connection
+        [patience_ms] = connection.execute("PRAGMA busy_timeout").fetchone()
+        try:
+            connection.execute("VACUUM")
+            connection.execute(f"PRAGMA busy_timeout = {max(0, int(1000 * (deadline - time.monotonic())))}")
+            [busy, *_] = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        finally:
+            connection.execute(f"PRAGMA busy_timeout = {patience_ms}")
+        if busy:
+            raise MemstateError(
+                "a transaction is open that reads what the database was before the purge: end it, and purge again"
+            )
+    finally:
+        pooled.close()

@@ -1,0 +1,88 @@
+"""Facts that expire: a sweeper deletes them, as anybody would, and history says that they expired."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sqlalchemy import select
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session, lazyload
+
+from memstate_sa.capture.listeners import Capture
+from memstate_sa.db.codec import decode_key
+from memstate_sa.db.statements import take_write_lock
+from memstate_sa.db.tables import utcnow
+from memstate_sa.runtime.printable import printable_logger
+from memstate_sa.tracking.committed import raw_key_columns
+from memstate_sa.tracking.tracked import Tracked
+
+logger = printable_logger("memstate_sa.maintenance.expiry")
+
+EXPIRED = "expired"
+"""The reason of transactions that delete what has expired."""
+
+_PAGE = 500
+
+
+class Sweeper:
+    """Deletes expired facts of one Memory, a page a transaction. Any number may run at once."""
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        self._session_class = type("SweepSession", (Session,), {})
+
+    def sweep(self, engine: Engine, tracked: Iterable[Tracked]) -> int:
+        """Returns how many facts it deleted. One that cannot be deleted is left, and a warning logged."""
+        expiring = [each for each in tracked if each.expires is not None]
+        if not expiring:
+            return 0
+        self._capture.attach(self._session_class)
+        return sum(self._sweep(engine, each) for each in expiring)
+
+    def _sweep(self, engine: Engine, tracked: Tracked) -> int:
+        count, held = 0, set[str]()
+        halves: list[int] = []  # how many facts each part has of a page that was refused
+        while True:
+            chosen: list[str] = []
+            size = halves.pop() if halves else _PAGE
+            try:
+                self._page(engine, tracked, held, chosen, size)
+            except Exception as error:  # the application's own cascades and constraints
+                if not chosen:
+                    raise
+                half = len(chosen) // 2
+                if half:
+                    halves += [len(chosen) - half, half]
+                else:
+                    held.update(chosen)
+                    logger.warning(
+                        "%s %s has expired, but cannot be deleted (%s)", tracked.entity, *chosen, type(error).__name__
+                    )
+                continue
+            count += len(chosen)
+            if len(chosen) < size:
+                return count
+
+    def _page(self, engine: Engine, tracked: Tracked, held: set[str], chosen: list[str], limit: int) -> None:
+        """Delete up to *limit* expired facts that are not *held*. Puts their keys in *chosen*, first."""
+        columns = tracked.on(engine.dialect)
+        expires = tracked.mapper.columns[tracked.expires or ""]
+        now = utcnow() if getattr(expires.type, "timezone", True) else utcnow().replace(tzinfo=None)
+        keys = select(*raw_key_columns(tracked)).select_from(tracked.rows).where(expires <= now)
+        if tracked.criterion is not None:
+            keys = keys.where(tracked.criterion)
+        keys = keys.order_by(expires, *tracked.key_columns).with_for_update(of=tracked.table, skip_locked=True)
+        with self._session_class(engine) as session:
+            unit = self._capture.unit(session)
+            unit.reason, unit.step = EXPIRED, False
+            connection = session.connection(bind_arguments={"mapper": tracked.mapper})
+            with unit.writing():
+                take_write_lock(connection)
+            found = [columns.encode_key(row) for row in connection.execute(keys.limit(limit + len(held)))]
+            chosen += [key for key in found if key not in held][:limit]
+            if chosen:
+                facts = select(tracked.model).where(columns.key_in).options(lazyload("*"))
+                given = columns.key_parameters([decode_key(key) for key in chosen])
+                for fact in session.scalars(facts, given).all():
+                    session.delete(fact)
+            session.commit()

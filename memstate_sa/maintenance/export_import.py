@@ -1,0 +1,490 @@
+"""Facts with their history as JSON lines, to be kept, or taken into another database.
+
+A header; the labels of transactions, in the order of their ids; the log, in its order, followed by baselines of rows
+that it does not tell of; a closing line with the number of lines before it, as a file may be cut off between two lines.
+Images and keys are as in the log, of the database's own driver: the header says which, and another one translates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import chain, islice
+from typing import Annotated, Any, Literal, NamedTuple, TextIO, TypeAlias
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from sqlalchemy import Column, ColumnElement, Select, func, insert, schema, select
+from sqlalchemy.engine import Connection, Dialect, Engine, RowMapping, make_url
+from sqlalchemy.exc import DBAPIError
+
+from memstate_sa.capture.listeners import Capture
+from memstate_sa.db import engines, statements
+from memstate_sa.db.codec import FactKey, Image, decode_image, decode_key, encode, encode_key, to_json
+from memstate_sa.db.json_params import as_array, unnest_strings
+from memstate_sa.db.tables import log, transaction, unique, utcnow
+from memstate_sa.errors import ConflictError, MemstateError
+from memstate_sa.log import outbox, unlogged
+from memstate_sa.log.absent_keys import require_absent
+from memstate_sa.log.changes import REDACTED, Op, new_tx
+from memstate_sa.maintenance.progress import Progress
+from memstate_sa.tracking.inheritance import image_name
+from memstate_sa.tracking.registry import Registry
+from memstate_sa.tracking.tracked import Tracked, unique_value
+from memstate_sa.undo.restore import read_facts, restore
+
+FORMAT = 1
+
+_PAGE = 1000
+# What JSON leaves as it is, and some readers end a line at.
+_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+_DRIVERS = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}
+
+
+# -- lines -------------------------------------------------------------------------------------------------------------
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+_Tx = Annotated[str, Field(min_length=1, max_length=32)]
+
+
+class _Header(_Line):
+    line: Literal["header"] = "header"
+    format: int = FORMAT
+    dialect: Literal["sqlite", "postgresql"]
+    entities: dict[str, int]  # and of which shape their newest images are
+    expected: int  # about how many lines follow
+
+
+class _Labels(_Line):
+    line: Literal["transaction"] = "transaction"
+    tx: _Tx
+    at: AwareDatetime
+    actor: str | None = None
+    reason: str | None = None
+    session_id: str | None = None
+
+
+class _Logged(_Line):
+    line: Literal["entry"] = "entry"
+    tx: _Tx
+    at: AwareDatetime
+    entity: str
+    key: str
+    op: Op
+    image: dict[str, Any] | None = None
+    version: int
+    reverts: _Tx | None = None
+    step: bool
+
+
+class _End(_Line):
+    line: Literal["end"] = "end"
+    lines: int
+
+
+_AnyLine: TypeAlias = Annotated[_Header | _Labels | _Logged | _End, Field(discriminator="line")]
+_any_line: TypeAdapter[_Header | _Labels | _Logged | _End] = TypeAdapter(_AnyLine)
+_keys = unnest_strings("keys")
+
+
+# -- export ------------------------------------------------------------------------------------------------------------
+
+
+def export_facts(engine: Engine, tracked: Sequence[Tracked], file: TextIO, progress: Progress | None = None) -> int:
+    """Write what there is of the classes *tracked*, all of it as at one moment; returns how many entries."""
+    entries = 0
+    with engines.snapshot(engine) as connection:
+        entities = {one.entity: one.version for one in tracked}
+        mine = _of(entities)
+        expected = sum(
+            connection.execute(select(func.count()).select_from(statement.subquery())).scalar_one()
+            for statement in (_labels(mine), select(log.c.id).where(mine))
+        )
+        _write(file, _Header(dialect=engine.dialect.name, entities=entities, expected=expected))  # type: ignore[arg-type]
+        number = 1
+        for number, line in enumerate(_lines(connection, tracked, mine), start=2):
+            _write(file, line)
+            entries += isinstance(line, _Logged)
+            if progress is not None and number % _PAGE == 0:
+                progress(number, max(number, expected))
+        _write(file, _End(lines=number))
+    if progress is not None:
+        progress(number, number)
+    return entries
+
+
+def _write(file: TextIO, line: _Line) -> None:
+    values = line.model_dump(exclude_none=True)
+    if "at" in values:
+        values["at"] = values["at"].isoformat()
+    if "image" in values:  # JSONB does not keep the order
+        values["image"] = dict(sorted(values["image"].items()))
+    file.write(to_json(values).translate(_BREAKS) + "\n")
+
+
+def _of(entities: Iterable[str]) -> ColumnElement[bool]:
+    return log.c.entity.in_(list(entities))
+
+
+def _labels(mine: ColumnElement[bool]) -> Select[Any]:
+    return select(transaction).where(select(log.c.id).where(log.c.tx == transaction.c.tx, mine).exists())
+
+
+def _lines(
+    connection: Connection, tracked: Sequence[Tracked], mine: ColumnElement[bool]
+) -> Iterator[_Labels | _Logged]:
+    for row in _pages(connection, _labels(mine), transaction.c.tx, ""):
+        yield _Labels.model_construct(**row)
+    for row in _pages(connection, select(log).where(mine), log.c.id, 0):
+        yield _Logged.model_construct(**{name: value for name, value in row.items() if name in _Logged.model_fields})
+    tx, at = new_tx(), utcnow()
+    for one in tracked:
+        for images in unlogged.unlogged(connection, one):
+            for key, image in images.items():
+                yield _Logged.model_construct(
+                    tx=tx,
+                    at=at,
+                    entity=one.entity,
+                    key=key,
+                    op="baseline",
+                    image=image,
+                    version=one.version,
+                    step=False,
+                )
+
+
+def _pages(connection: Connection, statement: Select[Any], by: Column[Any], after: Any) -> Iterator[RowMapping]:
+    """The rows of *statement* in the order of its column *by*, from *after* on: never more than a page of them."""
+    statement = statement.order_by(by).limit(_PAGE)
+    while rows := connection.execute(statement.where(by > after)).mappings().all():
+        yield from rows
+        after = rows[-1][by.name]
+
+
+# -- import ------------------------------------------------------------------------------------------------------------
+
+
+def import_facts(
+    engine: Engine, registry: Registry, capture: Capture, file: Iterable[str], progress: Progress | None = None
+) -> int:
+    """Take in what `export_facts` wrote, in one transaction; returns how many entries. Nothing is written on errors."""
+    with _writing(engine) as connection:
+        return _Import(connection, registry, capture).run(file, progress)
+
+
+@contextmanager
+def _writing(engine: Engine) -> Iterator[Connection]:
+    """On PostgreSQL in one snapshot: what appears in the log after it was taken is ours."""
+    options = {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
+    with engine.connect().execution_options(**options) as connection, connection.begin():
+        statements.take_write_lock(connection)
+        yield connection
+
+
+class _Import:
+    def __init__(self, connection: Connection, registry: Registry, capture: Capture) -> None:
+        self._connection = connection
+        self._registry = registry
+        self._capture = capture
+        self._tx, self._at = new_tx(), utcnow()
+        self._since = connection.execute(select(func.coalesce(func.max(log.c.id), 0))).scalar_one()
+        self._translations: dict[str, _Translation] = {}
+        self._highest: dict[str, int] = {}  # of integer keys
+        self._deleted: dict[str, list[str]] = {}  # keys that have no row at the end, by entity
+
+    def run(self, file: Iterable[str], progress: Progress | None) -> int:
+        lines = _read(file)
+        header = self._begin(next(lines)[1])
+        entries = 0
+        for batch in _batches(lines):
+            labels = [line for _, line in batch if isinstance(line, _Labels)]
+            logged = [(number, line) for number, line in batch if isinstance(line, _Logged)]
+            self._add_labels(labels)
+            self._add_entries([self._row(number, line, header) for number, line in logged])
+            entries += len(logged)
+            if progress is not None:
+                progress(batch[-1][0], max(header.expected + 1, batch[-1][0]))
+        for group in _parents_first([self._registry.by_entity[entity] for entity in header.entities]):
+            pages = (page for tracked in group.members for page in self._last_entries(tracked))
+            for some in [list(chain.from_iterable(pages))] if group.is_circular else pages:
+                self._write_rows(some)
+        for entity, keys in self._deleted.items():
+            require_absent(self._connection, self._registry.by_entity[entity], keys)
+        self._move_sequences()
+        return entries
+
+    def _begin(self, header: _Header) -> _Header:
+        if unknown := sorted(header.entities.keys() - self._registry.by_entity.keys()):
+            raise MemstateError(f"line 1: no class is tracked as {', '.join(unknown)}")
+        for entity, version in header.entities.items():
+            if version > (ours := self._registry.by_entity[entity].version):
+                raise MemstateError(f"line 1: {entity} is of version {version} there, and only of {ours} here")
+        if header.dialect != self._connection.dialect.name:
+            for entity in header.entities:
+                tracked = self._registry.by_entity[entity]
+                self._translations[entity] = _Translation(tracked, header.dialect, self._connection.dialect)
+        return header
+
+    # -- log -----------------------------------------------------------------------------------------------------------
+
+    def _row(self, number: int, entry: _Logged, header: _Header) -> dict[str, Any]:
+        """*entry* as a row of the log. Raises MemstateError for what could not be read again."""
+        known = header.entities.get(entry.entity)
+        if known is None:
+            raise MemstateError(f"line {number}: the header does not name the entity {entry.entity!r}")
+        if not REDACTED <= entry.version <= known or (entry.image is None) is not (
+            entry.op == "delete" or entry.version == REDACTED
+        ):
+            raise MemstateError(f"line {number}: op, image and version do not fit together")
+        row = {name: value for name, value in entry if name != "line"}
+        try:
+            is_key = encode_key(decode_key(entry.key)) == entry.key
+            decode_image(entry.image or {})
+            if entry.entity in self._translations:
+                row |= self._translations[entry.entity].translate(entry)
+        except Exception as error:  # an upgrade is the application's own; what is broken may raise anything
+            raise MemstateError(f"line {number}: {error!r}") from error
+        if not is_key:
+            raise MemstateError(f"line {number}: {entry.key!r} is no key as the log has it")
+        [first, *others] = decode_key(row["key"])
+        if isinstance(first, int) and not others:
+            self._highest[entry.entity] = max(first, self._highest.get(entry.entity, 0))
+        return row
+
+    def _add_labels(self, labels: Sequence[_Labels]) -> None:
+        txs = [line.tx for line in labels]
+        self._require_new(select(transaction.c.tx).where(transaction.c.tx.in_(select(_keys.c.value))), txs)
+        if len(set(txs)) < len(txs):
+            raise MemstateError("a transaction has labels twice")
+        if labels:
+            rows = [{name: value for name, value in line if name != "line"} for line in labels]
+            self._connection.execute(insert(transaction), rows)
+
+    def _add_entries(self, rows: Sequence[dict[str, Any]]) -> None:
+        keys: dict[str, set[str]] = {}
+        for row in rows:
+            keys.setdefault(row["entity"], set()).add(row["key"])
+        older = log.c.id <= self._since
+        self._require_new(select(log.c.tx).where(log.c.tx.in_(select(_keys.c.value)), older), [r["tx"] for r in rows])
+        for entity, some in keys.items():
+            logged = select(log.c.key).where(log.c.entity == entity, log.c.key.in_(select(_keys.c.value)), older)
+            there = set(self._connection.scalars(logged, {"keys": as_array(some)}))
+            present = read_facts(self._connection, self._registry, [(entity, key) for key in some])
+            there |= {key for (_, key), image in present.items() if image is not None}
+            if there:
+                raise ConflictError(f"{entity} {min(there)} is in this database already, or was")
+        if rows:
+            self._connection.execute(insert(log), list(rows))
+
+    def _require_new(self, statement: Select[Any], txs: Sequence[str]) -> None:
+        if found := set(self._connection.scalars(statement, {"keys": as_array(txs)})):
+            raise ConflictError(f"transaction {min(found)} is in this database already: was this imported before?")
+
+    # -- tables --------------------------------------------------------------------------------------------------------
+
+    def _last_entries(self, tracked: Tracked) -> Iterator[Sequence[RowMapping]]:
+        """What the imported entries say last of each key, in pages."""
+        newest = (
+            select(func.max(log.c.id))
+            .where(log.c.entity == tracked.entity, log.c.id > self._since)
+            .group_by(log.c.key)
+            .order_by(log.c.key)
+            .limit(_PAGE)
+        )
+        after = ""
+        last = select(log).order_by(log.c.key)
+        while (
+            rows := self._connection.execute(last.where(log.c.id.in_(newest.where(log.c.key > after)))).mappings().all()
+        ):
+            yield rows
+            after = rows[-1]["key"]
+
+    def _write_rows(self, page: Sequence[RowMapping]) -> None:
+        connection, dialect = self._connection, self._connection.dialect
+        outbox.add(connection, (), [(row["entity"], row["key"]) for row in page], self._tx, self._at, {})
+        last = {(row["entity"], row["key"]): row for row in page if row["image"] is not None}
+        for fact in page:
+            if fact["image"] is None:
+                self._deleted.setdefault(fact["entity"], []).append(fact["key"])
+        wanted: dict[FactKey, Image] = {
+            (entity, key): self._registry.by_entity[entity].upcast(row["image"], row["version"], dialect)
+            for (entity, key), row in last.items()
+        }
+        try:
+            with self._capture.undoing(connection, self._tx, wanted):
+                present = restore(connection, self._registry, wanted)
+            self._add_unique(present)
+        except (ConflictError, DBAPIError) as error:
+            cause = error if isinstance(error, DBAPIError) else error.__cause__
+            names = ", ".join(sorted({entity for entity, _ in wanted}))
+            raise ConflictError(f"rows of {names} cannot be written: {getattr(cause, 'orig', error)}") from error
+        amended = []
+        for (entity, key), image in wanted.items():
+            now = present[entity, key]
+            if now is None:
+                raise MemstateError(f"the last image of {entity} {key} is not of this key")
+            if self._differs(entity, image, now):
+                row = {name: value for name, value in last[entity, key].items() if name in _Logged.model_fields}
+                # In the transaction that it is of: so it is no later change, and undone with it.
+                amended.append({**row, "op": "update", "image": now, "version": self._registry.versions[entity]})
+        if amended:
+            connection.execute(insert(log), amended)
+
+    def _differs(self, entity: str, image: Image, now: Image) -> bool:
+        """Whether the database has made something else of a value: the log has to say so."""
+        columns = self._registry.by_entity[entity].on(self._connection.dialect)
+        names = [name for name in image if name in now and image[name] != now[name]]
+        one, other = (columns.values({name: row[name] for name in names}) for row in (image, now))
+        return one != other
+
+    def _add_unique(self, present: Mapping[FactKey, Image | None]) -> None:
+        rows = []
+        for (entity, key), image in present.items():
+            tracked = self._registry.by_entity[entity]
+            if tracked.unique_values is not None and image is not None:
+                value = unique_value(tracked, tracked.on(self._connection.dialect).values(dict(image)))
+                rows += [] if value is None else [{"entity": entity, "value": value, "key": key}]
+        if rows:
+            self._connection.execute(insert(unique), rows)
+
+    def _move_sequences(self) -> None:
+        """PostgreSQL gives out no key that an imported fact has, or had. (SQLite sees to it by itself.)"""
+        if self._connection.dialect.name != "postgresql":
+            return
+        prepare = self._connection.dialect.identifier_preparer
+        for entity, highest in self._highest.items():
+            table = self._registry.by_entity[entity].table
+            name = prepare.format_table(table).replace("%%", "%")
+            [column] = table.primary_key.columns
+            sequences = [func.pg_get_serial_sequence(name, column.name)]
+            if isinstance(column.default, schema.Sequence):  # which the table need not own
+                sequences.append(func.to_regclass(prepare.format_sequence(column.default).replace("%%", "%")))
+            for sequence in sequences:
+                if self._connection.scalar(select(sequence)) is not None:
+                    moved = func.setval(sequence, func.greatest(highest, func.nextval(sequence)))
+                    self._connection.execute(select(moved))
+
+
+def _read(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    """The lines of a whole file, checked: the header, then labels and entries."""
+    number, is_ended = 0, False
+    try:
+        for number, text in enumerate(file, start=1):
+            line = _parse(number, text)
+            if is_ended or isinstance(line, _Header) is (number > 1):
+                raise MemstateError(f"line {number}: after the end" if is_ended else f"line {number}: a second header")
+            is_ended = isinstance(line, _End)
+            if isinstance(line, _End) and line.lines != number - 1:
+                raise MemstateError(f"line {number}: {line.lines} lines were written, and {number - 1} are here")
+            if not is_ended:
+                yield number, line
+    except UnicodeDecodeError as error:
+        raise MemstateError(f"line {number + 1}: not UTF-8") from error
+    if not is_ended:
+        raise MemstateError(f"line {number + 1}: there is none, but the last one says that it is the last: cut off")
+
+
+def _parse(number: int, text: str) -> Any:
+    if number == 1:
+        try:
+            written = json.loads(text)["format"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise MemstateError("line 1: not an export of facts") from error
+        if written != FORMAT:
+            raise MemstateError(f"line 1: an export of format {written!r}; this version reads format {FORMAT}")
+    try:
+        return _any_line.validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"][1:]))
+        raise MemstateError(f"line {number}: {where + ': ' if where else ''}{first['msg']}") from error
+
+
+def _batches(lines: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
+    while batch := list(islice(lines, _PAGE)):
+        yield batch
+
+
+# -- which rows come first ---------------------------------------------------------------------------------------------
+
+
+class _Group(NamedTuple):
+    """Classes to be written together; *is_circular* when their rows refer to each other, and so are written at once."""
+
+    members: list[Tracked]
+    is_circular: bool
+
+
+def _parents_first(tracked: Sequence[Tracked]) -> list[_Group]:
+    """Ordered so that a class comes after those whose rows its own refer to."""
+    reached = {one: frozenset(_referred(one, tracked)) for one in tracked}
+    for _ in tracked:
+        reached = {one: found.union(*(reached[other] for other in found)) for one, found in reached.items()}
+    groups: list[_Group] = []
+    circular: dict[frozenset[Tracked], _Group] = {}
+    # With itself, who refers to another reaches more than that one does; those that refer to each other reach the same.
+    for one in sorted(tracked, key=lambda one: len(reached[one] | {one})):
+        is_circular = one in reached[one]
+        if is_circular and reached[one] in circular:
+            circular[reached[one]].members.append(one)
+            continue
+        groups.append(_Group([one], is_circular))
+        if is_circular:
+            circular[reached[one]] = groups[-1]
+    return groups
+
+
+def _referred(tracked: Tracked, among: Sequence[Tracked]) -> set[Tracked]:
+    found: set[Tracked] = set()
+    for table in tracked.tables:
+        for fk in table.foreign_key_constraints:
+            is_inheritance = fk.referred_table is not table and set(fk.columns) == set(table.primary_key.columns)
+            if fk.referred_table not in tracked.tables or not is_inheritance:
+                found.update(one for one in among if fk.referred_table in one.tables)
+    return found
+
+
+# -- from one database's driver to another's ---------------------------------------------------------------------------
+
+
+class _Translation:
+    """What the driver of one dialect reads of a class, as that of another would read it."""
+
+    def __init__(self, tracked: Tracked, source: str, target: Dialect) -> None:
+        self._tracked = tracked
+        # A copy, as it keeps what it learns of a dialect under its name, and this one has no driver.
+        self._source = replace(tracked, hydrations={}, _columns={})
+        self._dialect = make_url(f"{_DRIVERS[source]}://").get_dialect()()
+        self._target = tracked.on(target)
+        of_table = self._target.of_table
+        self._zoned = {
+            image_name(column, tracked.table)
+            for table in tracked.tables
+            for column in table.columns
+            if getattr(of_table[table].implementation(column), "timezone", False)
+        }
+
+    def translate(self, entry: _Logged) -> dict[str, Any]:
+        source, target = self._source.on(self._dialect), self._target
+        found: dict[str, Any] = {"key": target.encode_key(target.raw_key(source.identity(entry.key)))}
+        if entry.image is not None:
+            # In today's shape: upgrades of older ones take what the driver of their time read.
+            image = dict(self._source.upcast(entry.image, entry.version, self._dialect))
+            values = source.values(image)
+            found["image"] = {name: encode(self._raw(name, image[name], value)) for name, value in values.items()}
+            found["version"] = self._tracked.version
+        return found
+
+    def _raw(self, name: str, encoded: Any, value: Any) -> Any:
+        if encoded is None:  # SQL NULL, of which a JSON type would make 'null'
+            return None
+        raw = self._target.to_raw(name, value)
+        if name in self._zoned and isinstance(raw, datetime) and raw.tzinfo is None:
+            return raw.replace(tzinfo=UTC)  # SQLite keeps no offset
+        return raw

@@ -1,0 +1,165 @@
+"""Comparing an index with the table, by content, a page at a time; and putting right what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from sqlalchemy import and_, select
+from sqlalchemy.engine import Connection, Engine
+
+from memstate_sa.db.codec import FactKey, by_entity
+from memstate_sa.db.json_params import as_array, unnest_strings
+from memstate_sa.db.statements import batches
+from memstate_sa.db.tables import outbox
+from memstate_sa.embedding.batches import Destination
+from memstate_sa.log.outbox import ALL, position_parameters, undelivered
+from memstate_sa.log.positions import Position, meet
+from memstate_sa.maintenance.progress import Progress
+from memstate_sa.relay import ledger
+from memstate_sa.relay.backlog import read_positions
+from memstate_sa.relay.index_key import IndexKey
+from memstate_sa.relay.plan import AGAIN, Parked
+from memstate_sa.tracking import committed
+from memstate_sa.tracking.projection import Projection, split_point_id
+from memstate_sa.tracking.tracked import Tracked
+
+
+@dataclass
+class DriftReport:
+    """How the indexes differ from the tables, as (entity, primary key).
+
+    ``missing``: a row without a vector · ``ghost``: a vector without a row · ``stale``: a vector of other content ·
+    ``pending``: not compared, its change is still on its way.
+    """
+
+    checked: int = 0
+    missing: list[tuple[str, object]] = field(default_factory=list)
+    ghost: list[tuple[str, object]] = field(default_factory=list)
+    stale: list[tuple[str, object]] = field(default_factory=list)
+    pending: list[tuple[str, object]] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        """Nothing differs, or differed before ``repair=True``; what is pending does not count."""
+        return not (self.missing or self.ghost or self.stale)
+
+
+class Verify:
+    """One comparison of one index with one database."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        destination: Destination,
+        tracked: Mapping[str, Tracked],
+        *,
+        intended: Callable[[], Collection[FactKey]] = set,
+        page_size: int = 500,
+    ) -> None:
+        """*intended*: what an index may have been given that is committed only then."""
+        self._engine = engine
+        self._intended = intended
+        self._index = destination.index
+        self._tracked = tracked
+        self._embedder = destination.vectors.embedder.fingerprint
+        self._key = IndexKey(name, destination.open())
+        self._page_size = min(page_size, self._index.max_batch)
+
+    def run(self, report: DriftReport, *, repair: bool, progress: Progress | None = None) -> None:
+        for kind, facts in self._differences(report, progress):
+            at = self._position() if facts else None
+            late = self._pending(facts, at)
+            drifted = self._confirmed([fact for fact in facts if fact not in late])
+            # Changed between the two looks, and perhaps delivered by now. Who announces no more, is in the outbox.
+            since = set(self._intended()).intersection(drifted) if drifted else set()
+            since |= self._pending(drifted, at)
+            late |= since
+            drifted = [fact for fact in drifted if fact not in since]
+            if late:
+                report.pending += map(self._shown, late)
+            if not drifted:
+                continue
+            getattr(report, kind).extend(map(self._shown, drifted))
+            if repair:
+                # A parked key is written whatever the ledger says of it.
+                with self._engine.begin() as connection:
+                    again = Parked(0, 0.0, AGAIN, f"drift: {kind}")
+                    ledger.redirty(connection, self._key, dict.fromkeys(drifted, again))
+
+    def _differences(self, report: DriftReport, progress: Progress | None) -> Iterator[tuple[str, list[FactKey]]]:
+        after: str | None = None
+        while entries := self._index.scan(after, self._page_size):
+            after = entries[-1].id
+            stored = {
+                fact: e.fingerprint for e in entries if (fact := split_point_id(e.id)) and fact[0] in self._tracked
+            }
+            held = self._truth(stored)
+            ghosts = [fact for fact in stored if fact not in held]
+            stale = [fact for fact, fingerprint in stored.items() if held.get(fact, fingerprint) != fingerprint]
+            yield "ghost", ghosts
+            yield "stale", stale
+        for entity, tracked in self._tracked.items():
+            last: str | None = None
+            while True:
+                with self._engine.connect() as connection:
+                    keys = committed.page(connection, tracked, last, self._page_size)
+                if not keys:
+                    break
+                last = keys[-1]
+                held = self._truth([(entity, key) for key in keys])
+                present = {stored.id for stored in self._index.get([tracked.point_id(key) for _, key in held])}
+                report.checked += len(keys)
+                yield "missing", [fact for fact in held if tracked.point_id(fact[1]) not in present]
+                if progress is not None:
+                    progress(report.checked, None)
+
+    def _confirmed(self, facts: list[FactKey]) -> list[FactKey]:
+        """Those of *facts* that still differ at a second look: a delivery may have come between row and vector."""
+        if not facts:
+            return facts
+        ids = {fact: self._tracked[fact[0]].point_id(fact[1]) for fact in facts}
+        stored = {point.id: point.fingerprint for point in self._index.get(list(ids.values()))}
+        held = self._truth(facts)
+        return [fact for fact in facts if stored.get(ids[fact]) != held.get(fact)]
+
+    def _truth(self, facts: Iterable[FactKey]) -> dict[FactKey, str]:
+        """The fingerprints that the index should hold for *facts*."""
+        held = {}
+        with self._engine.connect() as connection:
+            for entity, keys in by_entity(facts).items():
+                for found in committed.project(connection, self._tracked[entity], keys, self._embedder):
+                    if isinstance(found, Projection) and found.fingerprint is not None:
+                        held[entity, found.key] = found.fingerprint
+        return held
+
+    def _position(self) -> Position | None:
+        """Where the relay is."""
+        with self._engine.connect() as connection:
+            places = read_positions(connection, self._key)
+        return meet(places) if places else None
+
+    def _pending(self, facts: Collection[FactKey], at: Position | None) -> set[FactKey]:
+        """Those of *facts* that a relay has not come to that is *at* a position."""
+        if not facts or at is None:
+            return set()
+        with self._engine.connect() as connection:
+            return {
+                (entity, key)
+                for entity, group in by_entity(facts).items()
+                for page in batches(group, self._page_size)
+                for key in self._dirty(connection, at, entity, page)
+            }
+
+    @staticmethod
+    def _dirty(connection: Connection, at: Position, entity: str, group: Iterable[str]) -> Iterable[str]:
+        among = outbox.c.key.in_(select(unnest_strings("keys").c.value))
+        entries = undelivered(connection.dialect.name, outbox.c.key, where=and_(outbox.c.entity == entity, among))
+        parameters = {**position_parameters(at), "keys": as_array(group), "limit": ALL}
+        return connection.scalars(select(entries.c.key), parameters).all()
+
+    def _shown(self, fact: FactKey) -> tuple[str, object]:
+        entity, key = fact
+        identity = self._tracked[entity].on(self._engine.dialect).identity(key)
+        return entity, identity[0] if len(identity) == 1 else identity

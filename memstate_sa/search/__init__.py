@@ -1,0 +1,1 @@
+"""The read path: search now, and as of a moment."""

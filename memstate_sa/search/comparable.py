@@ -1,0 +1,137 @@
+"""What a criterion compares in the database: how a column is stored, and the value that is sent for a parameter.
+
+A model says how a column should be stored. A collation, an extension or an older migration may have made it otherwise,
+and then the database finds other rows than an index filter does. So the database itself is asked, once per pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import (
+    BindParameter,
+    Boolean,
+    Column,
+    String,
+    Table,
+    Text,
+    and_,
+    bindparam,
+    func,
+    select,
+    text,
+    type_coerce,
+)
+from sqlalchemy import column as sql_column
+from sqlalchemy import table as table_clause
+from sqlalchemy import types as sqltypes
+from sqlalchemy.engine import Connection
+from sqlalchemy.pool import Pool
+from sqlalchemy.types import TypeEngine
+
+from memstate_sa.db.raw_values import RAW
+from memstate_sa.indexes.base import Scalar
+
+Kind: TypeAlias = type[str] | type[int] | type[bool]
+"""How a column compares: as text by its code points, as whole numbers, or as booleans."""
+
+_KINDS: Mapping[type[TypeEngine[Any]], Kind] = {
+    **dict.fromkeys((String, Text, sqltypes.Unicode, sqltypes.UnicodeText, sqltypes.VARCHAR, sqltypes.TEXT), str),
+    **dict.fromkeys((sqltypes.Integer, sqltypes.SmallInteger, sqltypes.BigInteger), int),
+    **dict.fromkeys((sqltypes.INTEGER, sqltypes.SMALLINT, sqltypes.BIGINT), int),
+    **dict.fromkeys((Boolean, sqltypes.BOOLEAN), bool),
+}
+"""The types of SQLAlchemy that compare so. A subclass may say anything, so it is none of them."""
+
+_POSTGRESQL_KINDS: Mapping[str, Kind] = {
+    **dict.fromkeys(("text", "varchar"), str),
+    **dict.fromkeys(("int2", "int4", "int8"), int),
+    "bool": bool,
+}
+
+
+class Comparable:
+    """The columns of one table, as one connection's database compares them."""
+
+    def __init__(self, connection: Connection, table: Table) -> None:
+        self._connection = connection
+        self._table = table
+
+    def kind(self, column: Column[Any]) -> Kind | None:
+        """How *column* compares; None when the model or the database says something that we do not know."""
+        kind = _kind_of(column.type, self._connection)
+        return kind if kind is not None and kind in self._stored().get(column.name, ()) else None
+
+    def values(self, parameter: BindParameter[Any], kind: Kind) -> list[Scalar] | None:
+        """The values of *parameter* as the database gets them; None when one of them is not of *kind*."""
+        if _kind_of(parameter.type, self._connection) is not kind:
+            return None
+        value: Any = parameter.effective_value
+        given = list(value) if parameter.expanding else [value]
+        if not all(type(value) is kind for value in given):
+            # A driver may adapt a subclass as it likes, an enum for example: the database shows what it was sent.
+            given = self._echo(parameter.type, given)
+        if kind is bool and self._connection.dialect.name == "sqlite":
+            given = [bool(value) if value in (0, 1) else value for value in given]
+        return given if all(type(value) is kind for value in given) else None
+
+    def _echo(self, type_: TypeEngine[Any], given: Sequence[Any]) -> list[Any]:
+        sent = (type_coerce(bindparam(None, value, type_=type_, unique=True), RAW) for value in given)
+        return list(self._connection.execute(select(*sent)).one())
+
+    def _stored(self) -> Mapping[str, Sequence[Kind]]:
+        tables = _stored_kinds.setdefault(self._connection.engine.pool, {})
+        if self._table not in tables:
+            read = {"postgresql": _read_postgresql, "sqlite": _read_sqlite}[self._connection.dialect.name]
+            tables[self._table] = read(self._connection, self._table)
+        return tables[self._table]
+
+
+_stored_kinds: WeakKeyDictionary[Pool, dict[Table, Mapping[str, Sequence[Kind]]]] = WeakKeyDictionary()
+
+
+def _kind_of(type_: TypeEngine[Any], connection: Connection) -> Kind | None:
+    kind = _KINDS.get(type(type_))
+    if kind is None or getattr(type_, "collation", None) is not None:
+        return None
+    # The dialect makes another type of it where the model names a variant.
+    inner, plain = (each.dialect_impl(connection.dialect) for each in (type_, type(type_)()))
+    same = type(inner) is type(plain) or _KINDS.get(type(inner)) is kind
+    return kind if same and getattr(inner, "collation", None) is None else None
+
+
+_postgresql_columns = text(
+    "SELECT a.attname, t.typname FROM pg_catalog.pg_attribute a"
+    " JOIN pg_catalog.pg_type t ON t.oid = a.atttypid"
+    " LEFT JOIN pg_catalog.pg_collation c ON c.oid = a.attcollation"
+    " WHERE a.attrelid = pg_catalog.to_regclass(:table) AND a.attnum > 0 AND NOT a.attisdropped"
+    " AND t.typnamespace = 'pg_catalog'::pg_catalog.regnamespace AND coalesce(c.collisdeterministic, true)"
+)
+
+
+def _read_postgresql(connection: Connection, table: Table) -> dict[str, Sequence[Kind]]:
+    name = connection.dialect.identifier_preparer.format_table(table).replace("%%", "%")
+    rows = connection.execute(_postgresql_columns, {"table": name}).all()
+    return {name: (_POSTGRESQL_KINDS[kind],) for name, kind in rows if kind in _POSTGRESQL_KINDS}
+
+
+def _read_sqlite(connection: Connection, table: Table) -> dict[str, Sequence[Kind]]:
+    """By each column's affinity; a table that names a collation anywhere has no column that compares as text."""
+    schema = table.schema or "main"
+    column = func.pragma_table_info(table.name, schema).table_valued("name", "type")
+    catalog = table_clause("sqlite_master", sql_column("type"), sql_column("name"), sql_column("sql"), schema=schema)
+    is_it = and_(catalog.c.type == "table", func.lower(catalog.c.name) == func.lower(table.name))
+    statement = select(column.c.name, column.c.type, catalog.c.sql).join_from(column, catalog, is_it)
+    rows = connection.execute(statement).all()
+    found: dict[str, Sequence[Kind]] = {}
+    for name, declared, made_by in rows:
+        upper = declared.upper()
+        if "INT" in upper:
+            found[name] = (int, bool)
+        elif any(word in upper for word in ("CHAR", "CLOB", "TEXT")):
+            found[name] = () if "COLLATE" in made_by.upper() else (str,)
+        elif "BOOL" in upper or "NUM" in upper or "DEC" in upper:
+            found[name] = (int, bool)
+    return found

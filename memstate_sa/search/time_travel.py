@@ -1,0 +1,190 @@
+"""The tables as they were: a read-only Session in which tracked classes have the rows of a moment.
+
+Each tracked table is hidden by a temporary one of its name, on a connection of the Session's own, filled from the log.
+So any select() works, in the database's own dialect, and gives ordinary instances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+from sqlalchemy import BigInteger, Column, Integer, MetaData, Select, Table, and_, event, func, select, text, true
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.orm import ORMExecuteState, Session
+from sqlalchemy.schema import CreateTable
+from sqlalchemy.types import TypeEngine
+
+from memstate_sa.db import engines
+from memstate_sa.db.codec import decode, decode_key, encode_key
+from memstate_sa.db.rows import TableColumns, stored_columns
+from memstate_sa.db.sqlite import is_in_memory
+from memstate_sa.db.statements import batches, upsert
+from memstate_sa.embedding import cache
+from memstate_sa.embedding.batches import Vectors
+from memstate_sa.errors import MemstateError
+from memstate_sa.log import unlogged as unlogged_module
+from memstate_sa.log.history import Moment, images_at, until
+from memstate_sa.search.search import Call, Hit, Hits, cosine_distance, keys_of
+from memstate_sa.tracking import committed
+from memstate_sa.tracking.committed import raw_key_columns
+from memstate_sa.tracking.tracked import Tracked
+
+_READ_ONLY = "the past is read-only: write with a Session of the present"
+
+
+class PastSession(Session):
+    """A Session on the tables as they were. Whatever would write raises."""
+
+    def flush(self, objects: Sequence[Any] | None = None) -> None:  # noqa: ARG002  # as Session has it
+        if not self._is_clean():
+            raise MemstateError(_READ_ONLY)
+
+
+@event.listens_for(PastSession, "do_orm_execute")
+def _refuse_to_write(state: ORMExecuteState) -> None:
+    if state.is_insert or state.is_update or state.is_delete:
+        raise MemstateError(_READ_ONLY)
+
+
+def take_criteria(past: PastSession, session: Session) -> None:
+    """Have *past* select as *session* does: the listeners that add criteria to a statement, and the info they go by."""
+    past.info.update(session.info)
+    for listener in set(session.dispatch.do_orm_execute).difference(past.dispatch.do_orm_execute):
+        event.listen(past, "do_orm_execute", listener)
+
+
+@contextmanager
+def as_of_session(engine: Engine, tracked: Iterable[Tracked], at: Moment) -> Iterator[PastSession]:
+    """A Session in which the classes of *tracked* have the rows of the moment *at*; other tables are as they are now.
+
+    It holds one connection, in one snapshot, and takes the time and space of writing those rows once.
+    """
+    is_sqlite = engine.dialect.name == "sqlite"
+    if is_in_memory(engine):
+        raise MemstateError(
+            "an in-memory SQLite has one connection, on which the past would hide the present: use a file"
+        )
+    tracked = list(tracked)
+    for table in (table for each in tracked for table in each.tables if table.schema is not None):
+        raise MemstateError(f"{table.fullname} names its schema, so no temporary table can stand for it: use as_of()")
+    with engines.snapshot(engine) as connection:
+        try:
+            # Asked before any table is hidden.
+            until(connection, at)
+            filled = [_rows_at(connection, each, at) for each in tracked]
+            if not is_sqlite:  # whatever the path says of temporary tables
+                path = connection.execute(select(func.current_setting("search_path"))).scalar_one()
+                connection.execute(select(func.set_config("search_path", f"pg_temp, {path}", true())))
+            for own, rows in (item for each in filled for item in each.items()):
+                _hide(connection, own, rows)
+            if is_sqlite:
+                connection.exec_driver_sql("PRAGMA query_only = ON")
+            else:
+                connection.execute(text("SET TRANSACTION READ ONLY"))
+            # Its rollback() ends a SAVEPOINT, not the snapshot.
+            with PastSession(connection, autoflush=False, join_transaction_mode="create_savepoint") as session:
+                yield session
+        finally:
+            if is_sqlite:
+                connection.exec_driver_sql("PRAGMA query_only = OFF")
+
+
+Rows: TypeAlias = dict[TableColumns, list[Sequence[Any]]]
+"""Values as the driver takes them, by table, in the order of `stored_columns`."""
+
+
+def _rows_at(connection: Connection, tracked: Tracked, at: Moment) -> Rows:
+    """The rows of the class at a moment, and those in its tables that are of other classes, as they are now."""
+    columns = tracked.on(connection.dialect)
+    images = dict(images_at(connection, tracked, at))
+    # Of a key that no row can have any more, the table of today cannot hold the row of then.
+    images = {key: images[key] for key in columns.possible(connection, images)}
+    for unlogged in unlogged_module.unlogged(connection, tracked):  # which were always as they are
+        images |= unlogged
+    found: Rows = {}
+    for table, own in columns.of_table.items():
+        found[own] = [row for key, row in _rows_of_others(connection, tracked, own) if key not in images]
+        parts = (part for image in images.values() if (part := columns.parts(image)[table]) is not None)
+        names = [column.name for column in stored_columns(own.table)]
+        found[own] += [[decode(part.get(name)) for name in names] for part in parts]
+    return found
+
+
+def _rows_of_others(connection: Connection, tracked: Tracked, own: TableColumns) -> Iterator[tuple[str, Sequence[Any]]]:
+    """The rows, by key, of a table that the class shares: with others of one table, or with its base class."""
+    if tracked.criterion is None and own.table not in tracked.tables[: tracked.inherited]:
+        return
+    keys = select(*tracked.key_columns).select_from(tracked.rows)
+    ours = (keys if tracked.criterion is None else keys.where(tracked.criterion)).subquery()
+    key = list(own.table.primary_key.columns)
+    same = and_(*(one == other for one, other in zip(key, ours.columns, strict=True)))
+    others = select(*map(own.raw, [*key, *stored_columns(own.table)])).select_from(own.table.outerjoin(ours, same))
+    for row in connection.execute(others.where(ours.columns[0].is_(None))):
+        yield own.encode_key(row[: len(key)]), row[len(key) :]
+
+
+def _hide(connection: Connection, own: TableColumns, rows: Sequence[Sequence[Any]]) -> None:
+    columns = stored_columns(own.table)
+    past = Table(
+        own.table.name,
+        MetaData(),
+        *(Column(c.name, _wide(c.type), primary_key=c.primary_key, autoincrement=False) for c in columns),
+        prefixes=["TEMPORARY"],
+    )
+    connection.execute(CreateTable(past))
+    names = [f"memstate_{n}" for n in range(len(columns))]
+    values = {c.name: own.raw_parameter(c, name) for c, name in zip(past.columns, names, strict=True)}
+    for some in batches(rows):
+        # SQLite takes 1 and "1" for one key of a text column: a key of before its type was changed.
+        statement = upsert(connection.dialect.name, past).values(values).on_conflict_do_nothing()
+        connection.execute(statement, [dict(zip(names, row, strict=True)) for row in some])
+
+
+def _wide(type_: TypeEngine[Any]) -> TypeEngine[Any]:
+    """A type that holds what *type_* held before it was changed: not fewer bits, and in SQLite no alias of rowid."""
+    return BigInteger() if isinstance(type_, Integer) else type_
+
+
+def search_past(
+    session: PastSession,
+    tracked: Tracked,
+    statement: Select[Any],
+    vectors: Vectors,
+    query: str,
+    limit: int,
+    max_distance: float | None,
+    call: Call,
+) -> Hits[Any]:
+    """The facts nearest to *query* among the rows that *statement* selects in *session*: all of them are measured."""
+    connection = session.connection()
+    found = [encode_key(row) for row in connection.execute(keys_of(statement, tracked))]
+    embedder = vectors.embedder.fingerprint
+    projections = [
+        tracked.project(key, row, embedder) for key, row in committed.read(connection, tracked, found).items()
+    ]
+    texts = {p.text_fingerprint: p.text for p in projections if p.text_fingerprint and p.text}
+    wanted = np.asarray(call(vectors.of_query, query), dtype=np.float32)
+    known = cache.known(connection, vectors, texts)
+    unknown = {digest: words for digest, words in texts.items() if digest not in known}
+    known |= call(vectors.embed, unknown, remember=True)
+    distances = sorted(
+        (cosine_distance(wanted, known[p.text_fingerprint]), p.key) for p in projections if p.text_fingerprint
+    )
+    near = [pair for pair in distances if max_distance is None or pair[0] <= max_distance]
+    columns = tracked.on(connection.dialect)
+    hydration = statement.order_by(None).add_columns(*raw_key_columns(tracked)).where(columns.key_in)
+    hydration._for_update_arg = None  # noqa: SLF001  # nobody changes the past
+    hits: Hits[Any] = Hits()
+    for some in filter(None, (near[:limit], *batches(near[limit:]))):
+        given = columns.key_parameters([decode_key(key) for _, key in some])
+        rows = session.execute(hydration, given).unique(lambda row: tuple(row[1:]))
+        facts = {encode_key(row[1:]): row[0] for row in rows}
+        # What listeners of the application's leave out, only this select() does not have.
+        hits += [Hit(facts[key], distance) for distance, key in some if key in facts]
+        if len(hits) >= limit:
+            break
+    del hits[limit:]
+    return hits

@@ -1,0 +1,1 @@
+"""Which classes are facts, and what an index sees of them."""

@@ -1,0 +1,100 @@
+"""The rows as they are committed, by themselves or projected to what an index should hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, func, select, tuple_, type_coerce
+from sqlalchemy.engine import Connection, Row
+from sqlalchemy.sql import operators
+
+from memstate_sa.db.codec import encode_key
+from memstate_sa.db.raw_values import RAW
+from memstate_sa.db.statements import batches
+from memstate_sa.tracking.projection import Projection
+from memstate_sa.tracking.tracked import Tracked
+
+
+def raw_key_columns(tracked: Tracked) -> list[ColumnElement[Any]]:
+    return [type_coerce(column, RAW).label(f"memstate_key_{n}") for n, column in enumerate(tracked.key_columns)]
+
+
+def _rows(tracked: Tracked) -> Select[Any]:
+    statement = select(*raw_key_columns(tracked), *tracked.projected_columns).select_from(tracked.rows)
+    criterion = tracked.criterion
+    return statement if criterion is None else statement.where(criterion)
+
+
+def _split(tracked: Tracked, row: Row[Any]) -> tuple[str, Sequence[Any]]:
+    width = len(tracked.key_columns)
+    return encode_key(row[:width]), row[width:]
+
+
+def read(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> dict[str, Sequence[Any]]:
+    """The rows of *keys* that exist, each as the values `Tracked.project` takes."""
+    columns = tracked.on(connection.dialect)
+    statement = _rows(tracked).where(columns.key_in)
+    found: dict[str, Sequence[Any]] = {}
+    for some in batches(keys):
+        possible = columns.possible(connection, some)
+        rows = connection.execute(statement, columns.key_parameters(possible.values())).all() if possible else []
+        found.update(_split(tracked, row) for row in rows)
+    return found
+
+
+def project(
+    connection: Connection, tracked: Tracked, keys: Sequence[str], embedder: str
+) -> Iterator[Projection | tuple[str, Exception]]:
+    """What an index should hold for each of *keys* that exists, or (key, what its text callable raised)."""
+    for key, row in read(connection, tracked, keys).items():
+        try:
+            yield tracked.project(key, row, embedder)
+        except Exception as error:  # noqa: BLE001  # the application's own callable: one bad row stops no other
+            yield key, error
+
+
+def count(connection: Connection, tracked: Tracked) -> int:
+    """How many rows the class has."""
+    rows = select(func.count()).select_from(tracked.rows)
+    found: int = connection.scalars(rows if tracked.criterion is None else rows.where(tracked.criterion)).one()
+    return found
+
+
+def page(
+    connection: Connection,
+    tracked: Tracked,
+    after: str | None,
+    limit: int,
+    *,
+    until: str | None = None,
+    skip: int = 0,
+) -> list[str]:
+    """Up to *limit* keys in primary-key order, after the key *after* and *skip* more, up to the key *until*.
+
+    A bound that no row can have, as the type of the key has changed, is none.
+    """
+    possible = tracked.on(connection.dialect).possible(connection, filter(None, (after, until)))
+    statement = select(*raw_key_columns(tracked)).select_from(tracked.rows)
+    statement = statement.order_by(*tracked.key_columns).limit(limit)
+    if tracked.criterion is not None:
+        statement = statement.where(tracked.criterion)
+    if after in possible:
+        statement = statement.where(operators.gt(*_compared(connection, tracked, possible[after])))
+    if until in possible:
+        statement = statement.where(operators.le(*_compared(connection, tracked, possible[until])))
+    if skip:
+        statement = statement.offset(skip)
+    return list(map(tracked.on(connection.dialect).encode_key, connection.execute(statement).all()))
+
+
+def _compared(connection: Connection, tracked: Tracked, key: Sequence[Any]) -> tuple[Any, Any]:
+    """The primary key's columns and the values of *key*, to be compared by the database, in its collations."""
+    columns = tracked.on(connection.dialect)
+    sides = [
+        (type_coerce(column, RAW), columns.raw_bind(column, value))
+        for column, value in zip(tracked.key_columns, key, strict=True)
+    ]
+    if len(sides) == 1:
+        return sides[0]
+    return tuple_(*(column for column, _ in sides)), tuple_(*(value for _, value in sides))

@@ -1,0 +1,337 @@
+"""`Tracked`: what `Memory.track` records about a mapped class."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from time import monotonic
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    FromClause,
+    Select,
+    Table,
+    and_,
+    func,
+    inspect,
+    select,
+)
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import (
+    Mapper,
+    configure_mappers,
+    make_transient_to_detached,
+)
+from sqlalchemy.orm.attributes import set_committed_value
+
+from memstate_sa.db.codec import Image, decode_image, encode, encode_key
+from memstate_sa.db.joined_rows import JoinedColumns
+from memstate_sa.db.json_params import as_json
+from memstate_sa.db.rows import TableColumns
+from memstate_sa.errors import MemstateError
+from memstate_sa.tracking.inheritance import (
+    check_tables,
+    check_trigger_table,
+    image_name,
+    inheritance_criterion,
+    is_concrete_below,
+    tables_of,
+)
+from memstate_sa.tracking.projection import PLAIN_TYPES, Projection, digest_of, part_of, point_id, to_scalar
+from memstate_sa.tracking.validation import Validate
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+# Values of these types may be one object wherever they are equal; a copy is known again. (There are two of bool.)
+_COPIES: Mapping[type, Callable[[Any], Any]] = {kind: type(kind.__name__, (kind,), {}) for kind in (int, str, bytes)}
+
+
+TRACKED = "memstate_sa"
+"""The key in a MetaData's ``info``: of each table that triggers capture, the class and its version, by entity."""
+
+
+Upgrade = Callable[[dict[str, Any]], Mapping[str, Any]]
+
+
+UniqueValues = Callable[[Mapping[str, Any]], Sequence[Any] | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Tracked:
+    """One tracked class: where its rows are, which of their columns an index sees, what may be written."""
+
+    model: type[Any]
+    entity: str
+    text: str | Callable[[Any], str | None] | None
+    metadata: tuple[str, ...] = ()
+    validate: Validate | None = None
+    indexes: tuple[str, ...] = ()
+    unique_values: UniqueValues | None = None
+    immutable: Callable[[Mapping[str, Any]], bool] | None = None
+    on_untracked: str = "raise"
+    by_trigger: bool = False
+    derived: bool = False  # of a base class that was tracked
+    unique_names: tuple[str, ...] = ()
+    expires: str | None = None
+    version: int = 1
+    upgrade: Mapping[int, Upgrade] = field(default_factory=dict, repr=False)
+    text_version: int = 1
+    withdrawn: bool = False  # from an index: it is to hold no point of the class any more
+    since: float = field(default_factory=monotonic, repr=False)  # when it was tracked
+    hydrations: dict[str, Select[Any]] = field(default_factory=dict, repr=False)
+    _columns: dict[str, TableColumns] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def everything(self) -> Select[Any]:
+        return select(self.model)
+
+    @property
+    def mapper(self) -> Mapper[Any]:
+        mapper: Mapper[Any] = inspect(self.model)
+        return mapper
+
+    @cached_property
+    def tables(self) -> tuple[Table, ...]:
+        """Where rows of the class are: the table that gives them their key, and what joined inheritance adds to it."""
+        mappers = [each for each in self.mapper.self_and_descendants if not is_concrete_below(each, self.mapper)]
+        return tuple(dict.fromkeys(table for mapper in mappers for table in tables_of(mapper)))
+
+    @cached_property
+    def inherited(self) -> int:
+        """How many of the tables are of base classes: without a row in the next one, there is no fact."""
+        return len(tables_of(self.mapper)) - 1
+
+    @property
+    def table(self) -> Table:
+        return self.tables[0]
+
+    def check(self, mapper: Mapper[Any]) -> None:
+        """Raise MemstateError when rows of *mapper*, a subclass, cannot be tracked along."""
+        check_tables(mapper)
+        if self.by_trigger:
+            check_trigger_table(mapper, self.table)
+
+    def tell_alembic(self) -> None:
+        """Leave in the MetaData what autogenerate makes triggers from: `triggers.captured_in` finds it.
+
+        Not in the Table's own ``info``, which Alembic prints into the migration that creates it.
+        """
+        if self.by_trigger:
+            of_tables = self.table.metadata.info.setdefault(TRACKED, {})
+            of_tables.setdefault(self.table.fullname, {})[self.entity] = (self.model, self.version)
+
+    @property
+    def expiry(self) -> tuple[str, ...]:
+        return () if self.expires is None else (self.expires,)
+
+    def forget(self) -> None:
+        """Another subclass was mapped: work out anew what depends on the tables."""
+        for name in (
+            "tables",
+            "attributes",
+            "_names",
+            "_attribute_columns",
+            "_projected",
+            "projected_columns",
+            "rows",
+            "criterion",
+        ):
+            self.__dict__.pop(name, None)
+        self._columns.clear()
+        self.hydrations.clear()
+
+    def on(self, dialect: Dialect) -> TableColumns:
+        """This class's statements and conversions for *dialect*."""
+        # Keyed by name: dialect instances of one database differ only in what they learnt from their server.
+        columns = self._columns.get(dialect.name)
+        if columns is None:
+            if len(self.tables) > 1:
+                columns = JoinedColumns(self.tables, dialect, required=self.inherited)
+            else:
+                columns = TableColumns(self.table, dialect)
+            self._columns[dialect.name] = columns
+        return columns
+
+    @cached_property
+    def attributes(self) -> dict[str, str]:
+        """Attribute name by the name of a column in an image."""
+        return {self._names[column]: name for name, columns in self._attribute_columns.items() for column in columns}
+
+    @cached_property
+    def _names(self) -> dict[Column[Any], str]:
+        """Each column's name in an image."""
+        return {column: image_name(column, self.table) for table in self.tables for column in table.columns}
+
+    @cached_property
+    def _attribute_columns(self) -> dict[str, list[Column[Any]]]:
+        """The columns behind each attribute of the class, and of the subclasses in its tables."""
+        found: dict[str, list[Column[Any]]] = {}
+        for mapper in self.mapper.self_and_descendants:
+            for name, column in mapper.columns.items():
+                if column in self._names and column not in (columns := found.setdefault(name, [])):
+                    columns.append(column)
+        return found
+
+    def by_attribute(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Column values by attribute name."""
+        return {self.attributes.get(name, name): value for name, value in values.items()}
+
+    def upcast(self, image: Image, version: int, dialect: Dialect) -> Image:
+        """An image of an older shape, of which *version* says which, in today's.
+
+        What a function was given stays the driver's, whatever it is named now; what it made is as the ORM takes it.
+        """
+        if version >= self.version or not self.upgrade:
+            return image
+        stored = decode_image(image)
+        given = {name: _COPIES.get(type(value), _same)(value) for name, value in stored.items()}
+        values: Mapping[str, Any] = given
+        for shape in range(version, self.version):
+            if shape in self.upgrade:
+                values = self.upgrade[shape](dict(values))
+                if not isinstance(values, Mapping):
+                    raise MemstateError(
+                        f"upgrade[{shape}] of {self.entity} returned {values!r}: give a dict of columns"
+                    )
+        columns, sources = self.on(dialect), {id(value): name for name, value in given.items()}
+        upgraded: dict[str, Any] = {}
+        for name, value in values.items():
+            source = name if isinstance(value, bool) else sources.get(id(value))
+            if value is None:
+                upgraded[name] = None
+            elif source in given and given[source] is value:
+                upgraded[name] = encode(stored[source])
+            else:
+                upgraded[name] = encode(columns.to_raw(name, value))
+        return upgraded
+
+    # -- what an index sees ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def from_no_index(self) -> Tracked:
+        """The same class, for an index that it does not go to: no row of it has a vector there."""
+        return replace(self, text=None, metadata=(), text_version=1, withdrawn=True, hydrations={}, _columns={})
+
+    @cached_property
+    def projection(self) -> str:
+        """What an index holds of each row, as JSON: with another one, every row has to be delivered again.
+
+        Of a function it says only that there is one, and which `text_version`: nothing tells what a function does.
+        """
+        if self.text is None:
+            return json.dumps({"text": None})
+        columns = self.mapper.columns
+        kinds = {
+            name: type(columns[name].type).__name__ for name in (*attributes_of(self.text), *self._sorted_metadata)
+        }
+        text = "a function" if callable(self.text) else {self.text: kinds[self.text]}
+        metadata = {name: kinds[name] for name in self._sorted_metadata}
+        return json.dumps({"text": text, "version": self.text_version, "metadata": metadata})
+
+    @cached_property
+    def _projected(self) -> tuple[str, ...]:
+        if callable(self.text):
+            configure_mappers()  # a process that only relays has loaded no instance yet
+            return tuple(self._attribute_columns)
+        return (*attributes_of(self.text), *self.metadata)
+
+    @cached_property
+    def key_attributes(self) -> tuple[str, ...]:
+        return tuple(self.attributes[column.name] for column in self.key_columns)
+
+    @cached_property
+    def key_columns(self) -> tuple[Column[Any], ...]:
+        return tuple(self.table.primary_key.columns)
+
+    @cached_property
+    def _sorted_metadata(self) -> list[str]:
+        """Whatever the order in which they are declared, the fingerprint is the same."""
+        return sorted(self.metadata)
+
+    @cached_property
+    def criterion(self) -> ColumnElement[bool] | None:
+        return inheritance_criterion(self.mapper)
+
+    @cached_property
+    def projected_columns(self) -> tuple[ColumnElement[Any], ...]:
+        """What `project` needs, in its order, of a row of `rows`."""
+        return tuple(self._projected_column(self._attribute_columns[name]) for name in self._projected)
+
+    def _projected_column(self, columns: Sequence[Column[Any]]) -> ColumnElement[Any]:
+        # Of the same name in several subclasses: a row is of one of them.
+        only = len(columns) == 1 or columns[0].table in self.tables[: self.inherited + 1]
+        return columns[0] if only else func.coalesce(*columns)
+
+    @cached_property
+    def rows(self) -> FromClause:
+        """The tables that tell whether there is a row, and what an index should hold for it."""
+        if not self.is_projected_of_many:
+            return self.table
+        rows: FromClause = self.table
+        for position, table in enumerate(self.tables[1:], start=1):
+            same = and_(*(a == b for a, b in zip(self.key_columns, table.primary_key.columns, strict=True)))
+            if position <= self.inherited or callable(self.text):
+                rows = rows.join(table, same, isouter=position > self.inherited)
+        return rows
+
+    @property
+    def is_projected_of_many(self) -> bool:
+        """Whether `rows` are of more than one table."""
+        return self.inherited > 0 or (len(self.tables) > 1 and callable(self.text))
+
+    def project(self, key: str, row: Sequence[Any], embedder: str) -> Projection:
+        """What an index should hold for a row of `projected_columns`; *embedder* is the embedder's fingerprint."""
+        values = dict(zip(self._projected, row, strict=True))
+        text = self.text
+        if text is not None:
+            text = text(self._detached(values)) if callable(text) else values[text]
+        if text is None or not str(text).strip():
+            return Projection(key, None, {}, None, None)
+        text = str(text)
+        metadata = {
+            name: value if type(value := values[name]) in PLAIN_TYPES else to_scalar(value)
+            for name in self._sorted_metadata
+        }
+        digest = digest_of(embedder).copy()
+        digest.update(part_of(text))
+        text_fingerprint = digest.hexdigest()
+        digest.update(part_of(as_json(metadata)))
+        return Projection(key, text, metadata, digest.hexdigest(), text_fingerprint)
+
+    def _detached(self, values: Mapping[str, Any]) -> Any:
+        """A detached instance of the row: its own columns are loaded, touching anything else raises."""
+        mapper = self.mapper
+        if mapper.polymorphic_on is not None:
+            discriminator = values.get(mapper.get_property_by_column(mapper.polymorphic_on).key)
+            mapper = mapper.polymorphic_map.get(discriminator, mapper)
+        instance = mapper.class_manager.new_instance()
+        for name, value in values.items():
+            if name in mapper.columns:
+                set_committed_value(instance, name, value)
+        make_transient_to_detached(instance)
+        return instance
+
+    def point_id(self, key: str) -> str:
+        return point_id(self.entity, key)
+
+
+def attributes_of(text: Any) -> tuple[str, ...]:
+    """The attribute that is embedded, where it is one."""
+    return () if text is None or callable(text) else (text,)
+
+
+def unique_value(tracked: Tracked, values: Mapping[str, Any]) -> str | None:
+    """The row's entry in the table of unique values; None where it has none."""
+    found = None if tracked.unique_values is None else tracked.unique_values(tracked.by_attribute(values))
+    if found is None:
+        return None
+    value = encode_key(found)
+    # It is a key of a B-tree, which on PostgreSQL takes about 2,700 bytes.
+    return value if len(value) <= 500 else f"[{digest_of(value).hexdigest()}]"

@@ -1,0 +1,62 @@
+"""What may be remembered: Pydantic models bound to tracked classes, and their errors as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from pydantic import AliasChoices, AliasPath, BaseModel, ValidationError
+
+from memstate_sa.errors import MemstateError, ValidationFailed
+
+Validate: TypeAlias = Callable[[Mapping[str, Any]], None]
+"""Raises pydantic.ValidationError when these values (by attribute name) may not be remembered."""
+
+
+def validator(schema: Any) -> Validate:
+    """The check that *schema*, a Pydantic model or a `Validate`, makes of a row.
+
+    A model sees the fields it declares; other columns are not its business.
+    """
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        wanted = set(schema.model_fields)
+        for field in schema.model_fields:
+            names = read_names(schema, field)
+            wanted.update(str(name.path[0]) if isinstance(name, AliasPath) else name for name in names)
+
+        def check(values: Mapping[str, Any]) -> None:
+            schema.model_validate({name: value for name, value in values.items() if name in wanted})
+
+        return check
+    if callable(schema):
+        return schema  # type: ignore[no-any-return]  # any callable is taken at its word
+    raise MemstateError(f"schema={schema!r}: give a Pydantic model class")
+
+
+def read_names(model: type[BaseModel], field: str) -> tuple[str | AliasPath, ...]:
+    """The names under which *model* reads a field, in the order in which it looks for them."""
+    config, alias = model.model_config, model.model_fields[field].validation_alias
+    if alias is None:
+        return (field,)
+    names = tuple(alias.choices) if isinstance(alias, AliasChoices) else (alias,)
+    by_name = bool(config.get("populate_by_name") or config.get("validate_by_name"))
+    return (names if config.get("validate_by_alias") is not False else ()) + (field,) * by_name
+
+
+def to_validation_failed(
+    subject: str, error: ValidationError, *, ignoring: frozenset[str] = frozenset()
+) -> ValidationFailed | None:
+    """*error* as ours, or None when it only concerns fields in *ignoring*, which are not known yet."""
+    # Without input and context: they repeat the caller's data, and may not be JSON.
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    errors = [item for item in errors if not (item["loc"] and item["loc"][0] in ignoring)]
+    if not errors:
+        return None
+    where = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg']}" for item in errors[:3])
+    return ValidationFailed(f"{subject} may not be remembered: {where}", errors=errors)
+
+
+def require_count(name: str, value: Any, meaning: str) -> None:
+    """Raise MemstateError unless *value* is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise MemstateError(f"{name}={value!r}: {meaning}")

@@ -1,0 +1,461 @@
+"""`memstate-sa init`: what is still to be done, and done where it can be."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine, create_engine, inspect
+
+from memstate_sa import metadata
+from memstate_sa.cli.alembic_project import AlembicProject, edited, find_alembic, find_memories
+from tests.adapters.alembic.application import HEAD, contents
+from tests.support.commands import invoke
+
+SHOP = (
+    HEAD
+    + """
+class Note(Base):
+    __tablename__ = "note"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[Optional[str]]
+
+memory.track(Note, text="text", capture="trigger")
+"""
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of an application, which is the working directory."""
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "__init__.py").write_text("")
+    (tmp_path / "shop" / "facts.py").write_text(SHOP)
+    (tmp_path / "shop" / "other.py").write_text("raise RuntimeError('nobody has a reason to import this')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.split(".")[0] == "shop"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def url(folder: Path) -> str:
+    """Of a database that has the application's table."""
+    made = f"sqlite:///{folder / 'shop.db'}"
+    engine = create_engine(made)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE note (id INTEGER NOT NULL, text VARCHAR, PRIMARY KEY (id))")
+    engine.dispose()
+    return made
+
+
+def tables(url: str) -> set[str]:
+    engine = create_engine(url)
+    found = set(contents(engine, ours=True))
+    engine.dispose()
+    return found
+
+
+def run_alembic(folder: Path, function: object, *arguments: str, **options: object) -> None:
+    """By its alembic.ini."""
+    function(Config(folder / "alembic.ini", stdout=io.StringIO()), *arguments, **options)  # type: ignore[operator]
+
+
+def test_without_alembic_tables_and_triggers_are_created(url: str) -> None:
+    """The Memory is found by itself; a dry run does nothing."""
+    shown = invoke("init", "--url", url, "--dry-run")
+    assert "--app shop.facts:memory" in shown
+    assert "✓ a Memory that tracks note" in shown
+    assert "✗ tables and triggers in the database" in shown and "memstate_log" in shown
+    assert tables(url) == {"note"}
+    assert "There is nothing left to do" in invoke("init", "--url", url)
+    assert tables(url) > {"note", "memstate_log"}
+    assert "There is nothing left to do" in invoke("init", "--url", url, "--dry-run")
+
+
+MORE = """
+class Tag(Base):
+    __tablename__ = "tag"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+class Word(Base):
+    __tablename__ = "word"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+memory.track(Tag, text=None, capture="trigger")
+memory.track(Word, text=None, capture="trigger")
+"""
+
+
+def test_what_is_missing_is_told_once_for_all_of_which_it_is_to_be_said(folder: Path, url: str) -> None:
+    """By the names of all: of tables, the application's own too, and of triggers; one that is changed is named."""
+    (folder / "shop" / "facts.py").write_text(SHOP + MORE)
+    shown = invoke("init", "--url", url, "--dry-run")
+    to_do = shown[shown.index("✗ tables and triggers") :]
+    assert to_do.count("is not there") == to_do.count("has no table") == 1
+    assert all(name in to_do for name in metadata.tables) and "tag, word" in to_do
+    assert max(map(len, to_do.splitlines())) < 100
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE tag (id INTEGER NOT NULL, PRIMARY KEY (id))")
+        connection.exec_driver_sql("CREATE TABLE word (id INTEGER NOT NULL, PRIMARY KEY (id))")
+        metadata.create_all(connection)
+    untriggered = invoke("init", "--url", url, "--dry-run")
+    assert untriggered.count("has none of its triggers") == 1 and "note, tag, word" in untriggered
+    invoke("init", "--url", url)
+    with engine.begin() as connection:
+        named = "SELECT name FROM sqlite_master WHERE name LIKE 'memstate%delete%' AND tbl_name = 'tag'"
+        gone = connection.exec_driver_sql(named).scalar_one()
+        connection.exec_driver_sql(f"DROP TRIGGER {gone}")
+    engine.dispose()
+    assert f"tag has no trigger {gone} as it should be" in invoke("init", "--url", url, "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "with_ours"),
+    [
+        ("Base.metadata", "[Base.metadata, memstate_sa.metadata]"),
+        ("(Base.metadata,)", "(Base.metadata, memstate_sa.metadata)"),
+    ],
+)
+def test_with_alembic_a_migration_creates_them(
+    folder: Path, url: str, metadata: str, with_ours: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a project as `alembic init` makes it: init adds two lines to env.py, and the revision does the rest."""
+    # Such an env.py calls it, and it switches off every logger that this process has.
+    monkeypatch.setattr("logging.config.fileConfig", lambda _: None)
+    run_alembic(folder, command.init, directory=str(folder / "migrations"))
+    ini, env = folder / "alembic.ini", folder / "migrations" / "env.py"
+    config = ini.read_text().replace("driver://user:pass@localhost/dbname", url)
+    ini.write_text(config.replace(str(folder), "%(here)s"))
+    written = env.read_text()
+    env.write_text(
+        written.replace("target_metadata = None", f"from shop.facts import Base\n\ntarget_metadata = {metadata}")
+    )
+    before = env.read_text()
+
+    shown = invoke("init", "--url", url)
+    assert "3 of 5 steps are left" in shown
+    assert "memstate_sa.metadata" in shown and "alembic revision --autogenerate" in shown
+    assert f"+target_metadata = {with_ours}" in invoke("init", "--url", url, "--apply", "--dry-run")
+    assert "Edit" in invoke("init", "--url", url, "--apply", input="n\n", exit_code=0)
+    assert (env.read_text(), tables(url)) == (before, {"note"})
+
+    assert "1 of 5 steps are left" in invoke("init", "--url", url, "--apply", "--yes")
+    assert env.read_text().count("autogenerate_plugins") == 2  # online and offline
+    run_alembic(folder, command.stamp, "base")
+    run_alembic(folder, command.revision, message="memstate_sa", autogenerate=True)
+    run_alembic(folder, command.upgrade, "head")
+    run_alembic(folder, command.check)
+    assert "There is nothing left to do" in invoke("init", "--url", url)
+    edited_once = env.read_text()
+    assert "There is nothing left to do" in invoke("init", "--url", url, "--apply", "--yes")
+    assert env.read_text() == edited_once
+
+
+def test_create_tables_goes_past_alembic_when_it_is_told_to(folder: Path, url: str) -> None:
+    """For a prototype."""
+    (folder / "migrations").mkdir()
+    (folder / "migrations" / "env.py").write_text("")
+    (folder / "pyproject.toml").write_text('[tool.alembic]\nscript_location = "%(here)s/migrations"\n')
+    invoke("init", "--url", url)
+    assert tables(url) == {"note"}
+    invoke("init", "--url", url, "--create-tables")
+    assert tables(url) > {"note", "memstate_log"}
+
+
+LOCATIONS = {
+    "a path": ("alembic.ini", "[alembic]\nscript_location = %(here)s/shop/migrations\n"),
+    "a package": ("alembic.ini", "[alembic]\nscript_location = shop:migrations\n"),
+    "inside of a package": ("alembic.ini", "[alembic]\nscript_location = shop.migrations:\n"),
+    "pyproject.toml": ("pyproject.toml", '[tool.alembic]\nscript_location = "shop:migrations"\n'),
+}
+
+
+@pytest.mark.parametrize("src", ["", "src"])
+@pytest.mark.parametrize("location", LOCATIONS)
+def test_alembic_is_found_where_it_finds_itself(folder: Path, url: str, location: str, src: str) -> None:
+    """And then no table is created; a package that it is in is not imported for that."""
+    name, content = LOCATIONS[location]
+    if src:
+        (folder / src).mkdir()
+        (folder / "shop").rename(folder / src / "shop")
+        content = content.replace("%(here)s/", "%(here)s/src/")
+    env = folder / src / "shop" / "migrations" / "env.py"
+    env.parent.mkdir()
+    env.write_text("")
+    (folder / name).write_text(content)
+    found = find_alembic(folder)
+    assert found is not None and "shop" not in sys.modules
+    assert found.env.resolve() == env.resolve()
+    if name == "alembic.ini":
+        assert Path(ScriptDirectory.from_config(Config(folder / name)).dir).resolve() == env.parent.resolve()
+    invoke("init", "--url", url)
+    assert tables(url) == {"note"}
+
+
+FLASK_MIGRATE = """from flask import current_app
+
+from alembic import context
+
+target_db = current_app.extensions['migrate'].db
+
+def get_metadata():
+    return target_db.metadata
+
+def run_migrations_online():
+    conf_args = current_app.extensions['migrate'].configure_args
+    with get_engine().connect() as connection:
+        context.configure(
+            connection=connection,
+            target_metadata=get_metadata(),
+            **conf_args
+        )
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "config", "to_do"),
+    [
+        ("migrations", "migrations/alembic.ini", "flask db migrate"),
+        ("db/versioned", "db/alembic.ini", "flask db migrate"),
+        ("migrations", None, "flask db migrate"),
+    ],
+)
+def test_an_env_py_is_a_sign_of_alembic(folder: Path, url: str, place: str, config: str | None, to_do: str) -> None:
+    """Flask-Migrate has no alembic.ini that says where; others have it elsewhere."""
+    env = folder / place / "env.py"
+    env.parent.mkdir(parents=True)
+    env.write_text(FLASK_MIGRATE)
+    if config is not None:
+        (folder / config).write_text("[alembic]\n# file_template = %%(rev)s_%%(slug)s\n")
+    for elsewhere in ("tests", ".venv/lib", "node_modules/x"):
+        (folder / elsewhere).mkdir(parents=True)
+        (folder / elsewhere / "env.py").write_text("from alembic import context\n")
+    assert to_do in invoke("init", "--url", url, "--apply", "--yes")
+    assert tables(url) == {"note"}
+    assert "target_metadata=[get_metadata(), memstate_sa.metadata],\n" in env.read_text()
+    assert find_alembic(folder) is not None
+    if config is not None:  # our own migrations, in place of the metadata
+        env.write_text(FLASK_MIGRATE)
+        (folder / config).write_text("[alembic]\nversion_locations = v memstate_sa:_migrations/versions\n")
+        assert "alembic upgrade heads" in invoke("init", "--url", url, "--apply", "--yes")
+        assert "memstate_sa.metadata" not in env.read_text()
+
+
+def test_an_env_py_that_is_missed_is_no_sign_against_it(folder: Path, url: str) -> None:
+    """It may be in a package that is installed elsewhere."""
+    (folder / "alembic.ini").write_text("[alembic]\nscript_location = elsewhere:migrations\n")
+    assert "✗ our tables in env.py" in invoke("init", "--url", url, "--apply", "--yes")
+    assert tables(url) == {"note"}
+
+
+def test_an_env_py_of_something_else_is_no_sign(folder: Path, url: str) -> None:
+    (folder / "shop" / "env.py").write_text("import os\n\nDEBUG = 'alembic' in os.environ\n")
+    assert find_alembic(folder) is None
+    assert "There is nothing left to do" in invoke("init", "--url", url)
+
+
+def test_a_database_that_alembic_made_is_left_to_it(folder: Path, engine: Engine) -> None:
+    """Whoever runs its migrations may have them elsewhere."""
+    url = engine.url.render_as_string(hide_password=False)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE note (id INTEGER NOT NULL, text VARCHAR, PRIMARY KEY (id))")
+        connection.exec_driver_sql("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
+    assert "Alembic has been here" in invoke("init", "--url", url)
+    assert set(inspect(engine).get_table_names()) == {"note", "alembic_version"}
+    assert "There is nothing left to do" in invoke("init", "--url", url, "--create-tables")
+    assert set(inspect(engine).get_table_names()) > {"note", "alembic_version", "memstate_log"}
+
+
+@pytest.mark.parametrize("migrated", [True, False])
+def test_an_sqlite_file_is_not_made_by_being_looked_at(folder: Path, migrated: bool) -> None:
+    """Where Alembic makes it, not by `init` either."""
+    options = [] if migrated else ["--dry-run"]
+    if migrated:
+        (folder / "env.py").write_text("from alembic import context\n")
+    shown = invoke("init", "--url", f"sqlite:///{folder / 'new.db'}", *options)
+    assert "✗ tables and triggers in the database" in shown and "memstate_log" in shown
+    assert not (folder / "new.db").exists()
+
+
+def test_an_env_py_that_nothing_can_be_added_to_is_named(folder: Path, url: str) -> None:
+    env = folder / "migrations" / "env.py"
+    env.parent.mkdir()
+    env.write_text("from alembic import context\n\ncontext.configure(*everything())\n")
+    shown = invoke("init", "--url", url, "--apply", "--yes")
+    assert f"{env} is written in a way of its own" in shown
+    assert "✗ our tables in env.py" in shown and "✗ our plugin in env.py" in shown
+
+
+def test_what_cannot_be_found_is_said(folder: Path, url: str) -> None:
+    """No Memory, and several."""
+    (folder / "shop" / "facts.py").rename(folder / "shop" / "memories.py")
+    second = (
+        folder / "shop" / "memories.py"
+    ).read_text() + "another = Memory(InMemoryIndex(), embedder=HashEmbedder())\n"
+    (folder / "shop" / "memories.py").write_text(second)
+    assert "there are several" in invoke("init", "--url", url, exit_code=2)
+    assert "✓ a Memory" in invoke("init", "--url", url, "--dry-run", "--app", "shop.memories:memory")
+    (folder / "shop" / "memories.py").unlink()
+    assert "no module of this folder has a Memory" in invoke("init", "--url", url, exit_code=2)
+
+
+def test_a_module_that_cannot_be_imported_is_named(folder: Path, url: str) -> None:
+    (folder / "shop" / "broken.py").write_text("from memstate_sa import Memory\nimport nowhere\nmemory = Memory(1)\n")
+    shown = invoke("init", "--url", url, exit_code=1)
+    assert "shop.broken cannot be imported" in shown and "nowhere" in shown
+
+
+@pytest.mark.parametrize(
+    ("locations", "to_do"),
+    [
+        ("%(here)s/migrations/versions", "revision --autogenerate"),
+        ("a memstate_sa:_migrations/versions", "upgrade heads"),
+    ],
+)
+def test_our_branch_needs_no_metadata(folder: Path, url: str, locations: str, to_do: str) -> None:
+    """Whose revisions are among the application's, is told to upgrade to all heads."""
+    (folder / "migrations").mkdir()
+    (folder / "migrations" / "env.py").write_text("")
+    config = f"[alembic]\nscript_location = migrations\nversion_locations = {locations}\nsqlalchemy.url = memstate_sa\n"
+    (folder / "alembic.ini").write_text(config)
+    assert to_do in invoke("init", "--url", url)
+
+
+def test_only_modules_that_make_a_memory_are_imported(folder: Path) -> None:
+    """A script runs when it is imported, and one that only uses a Memory, or makes one when it is run, need not be."""
+    for name, content in {
+        "seed": "from memstate_sa import Memory\nfrom shop.facts import memory\nhow = 'by Memory(…)'\n",
+        "demo": "from memstate_sa import Memory\ndef main():\n    memory = Memory(1)\n",
+        "main": "from memstate_sa import Memory\nif __name__ == '__main__':\n    memory = Memory(1)\n",
+        "broken": "from memstate_sa import Memory\nmemory = Memory(\n",
+    }.items():
+        (folder / "shop" / f"{name}.py").write_text(
+            f"{content}raise RuntimeError('nobody has a reason to import this')\n"
+        )
+    assert find_memories(folder) == ["shop.facts:memory"]
+
+
+@pytest.mark.parametrize(
+    ("imported", "made"),
+    [
+        ("from memstate_sa import Memory as Remembering", "memory: Remembering = Remembering"),
+        ("import memstate_sa", "memory = memstate_sa.Memory"),
+        ("from memstate_sa.memory import Memory", "memory = same = Memory"),
+    ],
+)
+def test_a_memory_has_many_ways_to_be_made(folder: Path, imported: str, made: str) -> None:
+    facts = folder / "shop" / "facts.py"
+    facts.write_text(facts.read_text().replace("memory = Memory", f"{imported}\n{made}"))
+    assert find_memories(folder) == ["shop.facts:memory"]
+
+
+def test_modules_in_src_are_found(folder: Path) -> None:
+    """By the name under which the application imports them."""
+    (folder / "src").mkdir()
+    (folder / "shop").rename(folder / "src" / "shop")
+    assert find_memories(folder) == ["shop.facts:memory"]
+
+
+def test_a_project_that_is_none() -> None:
+    assert find_alembic(Path(__file__).parent) is None
+
+
+CONFIGURED = """import os
+from alembic import context
+from shop import (
+    Base,
+    more,
+)
+
+target_metadata = {before}  # all of it
+
+def online():
+    context.configure(connection=connection, target_metadata=target_metadata)
+
+def offline():
+    context.configure(
+        url=url,
+        target_metadata=target_metadata,
+    )
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("Base.metadata", "[Base.metadata, memstate_sa.metadata]"),
+        ("[Base.metadata, more]", "[Base.metadata, more, memstate_sa.metadata]"),
+        ("[Base.metadata,]", "[Base.metadata, memstate_sa.metadata]"),
+        ("(Base.metadata,)", "(Base.metadata, memstate_sa.metadata)"),
+        ("Base.metadata, more", "Base.metadata, more, memstate_sa.metadata"),
+        ("[\n    Base.metadata,  # ours\n]", "[\n    Base.metadata, memstate_sa.metadata  # ours\n]"),
+        ("{'é': Base.metadata}['é']", "[{'é': Base.metadata}['é'], memstate_sa.metadata]"),
+    ],
+)
+@pytest.mark.parametrize("has_plugins", [True, False])
+def test_what_becomes_of_an_env_py(before: str, after: str, has_plugins: bool) -> None:
+    """Its own lines stay; edited twice, it is as edited once."""
+    source = CONFIGURED.format(before=before).replace("  # all of it", "")
+    new = edited(source, has_plugins=has_plugins)
+    assert f"target_metadata = {after}\n" in new
+    kept = [
+        line
+        for line in source.replace(before, "").splitlines()
+        if line and not line.startswith("target_metadata = ") and "configure(connection" not in line
+    ]
+    remaining = iter(new.splitlines())
+    assert all(line in remaining for line in kept)
+    assert "import memstate_sa\n" in new or "import memstate_sa.migrations\n" in new
+    if has_plugins:
+        named = 'autogenerate_plugins=["alembic.autogenerate.*", "memstate_sa"],'
+        assert f"context.configure({named} connection=connection" in new
+        assert f"context.configure(\n        {named}\n        url=url,\n" in new
+    else:
+        assert "memstate_sa.migrations.register()\n" in new
+    assert edited(new, has_plugins=has_plugins) == new
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("['alembic.autogenerate.*', 'audit']", "['alembic.autogenerate.*', 'audit', \"memstate_sa\"]"),
+        ('[\n        "audit",\n    ]', '[\n        "audit", "memstate_sa"\n    ]'),
+        ('[\n        "audit",\n        "memstate_sa",\n    ]', '[\n        "audit",\n        "memstate_sa",\n    ]'),
+        ("PLUGINS", "PLUGINS"),
+    ],
+)
+def test_other_plugins_stay(tmp_path: Path, before: str, after: str) -> None:
+    """In the form that formatters write, too; what is made elsewhere is left to the reader, unless we are in it."""
+    source = f"target_metadata = memstate_sa.metadata\ncontext.configure(autogenerate_plugins={before})\n"
+    new = edited(source, has_plugins=True)
+    assert new == source.replace(before, after)
+    (tmp_path / "env.py").write_text(new)
+    assert AlembicProject(tmp_path, tmp_path / "env.py").knows_plugin == ("memstate_sa" in after)
+    (tmp_path / "env.py").write_text(f"{new}\nPLUGINS = ['memstate_sa']\n")
+    assert AlembicProject(tmp_path, tmp_path / "env.py").knows_plugin
+
+
+def test_what_is_commented_out_is_not_there(tmp_path: Path) -> None:
+    env = tmp_path / "env.py"
+    env.write_text("# target_metadata = memstate_sa.metadata\n# autogenerate_plugins=['memstate_sa']\n")
+    project = AlembicProject(tmp_path / "alembic.ini", env)
+    assert not (project.knows_tables or project.knows_plugin)
+
+
+@pytest.mark.parametrize(
+    "source", ["", "target_metadata = None\n", "context.configure(*arguments)\ntarget_metadata: X = Y\n"]
+)
+def test_an_env_py_that_is_not_understood_stays_as_it_is(source: str) -> None:
+    """Half an edit would be worse."""
+    assert "target_metadata = [" not in edited(source, has_plugins=True)
+    compile(edited(source, has_plugins=True), "env.py", "exec")

@@ -1,0 +1,123 @@
+"""Our own migrations: what they make is what the metadata says, and nothing is left when they are undone."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from sqlalchemy import Engine, inspect
+from sqlalchemy.orm import sessionmaker
+
+import memstate_sa
+from memstate_sa import Memory
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.migrations import VERSION_TABLE, __main__, location
+from memstate_sa.testing import HashEmbedder
+from tests.adapters.alembic.application import contents, routines
+
+pytestmark = pytest.mark.sa20
+
+
+@pytest.fixture
+def engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    monkeypatch.setenv("MEMSTATE_URL", engine.url.render_as_string(hide_password=False))
+    return engine
+
+
+def differences(engine: Engine) -> Any:
+    with engine.connect() as connection:
+        has_identity = engine.dialect.name == "postgresql"
+        known = {"compare_type": True, "compare_server_default": has_identity, "version_table": VERSION_TABLE}
+        return compare_metadata(MigrationContext.configure(connection, opts=known), memstate_sa.metadata)
+
+
+def emptied(engine: Engine) -> None:
+    if engine.dialect.name == "postgresql":
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    else:
+        memstate_sa.metadata.drop_all(engine)
+
+
+def test_they_make_what_the_metadata_says(engine: Engine) -> None:
+    """Both ways: nothing is missing, nothing is too much, and each column, index and trigger is the same."""
+    __main__.main(["upgrade", "head"])
+    assert differences(engine) == []
+    migrated = (contents(engine, ours=True), routines(engine))
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.attach(sessionmaker(engine))
+    assert memory.doctor(engine).healthy
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"DROP TABLE {VERSION_TABLE}")
+    emptied(engine)
+    memstate_sa.metadata.create_all(engine)
+    created = (contents(engine, ours=True), routines(engine))
+    assert migrated == created
+    assert set(created[0]) == set(memstate_sa.metadata.tables)
+
+
+def test_downgrading_leaves_nothing(engine: Engine) -> None:
+    """No table, and no function; and it can be upgraded again."""
+    before = routines(engine)
+    for _ in range(2):
+        __main__.main(["upgrade", "head"])
+        __main__.main(["downgrade", "base"])
+        assert contents(engine, ours=True) == {}
+        assert routines(engine) == before
+    assert inspect(engine).get_table_names() == [VERSION_TABLE]
+
+
+def test_offline_is_the_same(engine: Engine) -> None:
+    """`--sql` connects to nothing; what it prints makes what the migrations make, and unmakes it."""
+
+    def printed(run: Any, revisions: str) -> str:
+        out = io.StringIO()
+        config = Config(output_buffer=out)
+        config.set_main_option("script_location", str(location()))
+        run(config, revisions, sql=True)
+        return out.getvalue()
+
+    def execute(script: str) -> None:
+        connection: Any = engine.raw_connection()
+        if engine.dialect.name == "sqlite":
+            connection.driver_connection.executescript(script)
+        else:
+            connection.cursor().execute(script)
+        connection.commit()
+        connection.close()
+
+    before = routines(engine)
+    execute(printed(command.upgrade, "head"))
+    assert differences(engine) == []
+    offline = (contents(engine, ours=True), routines(engine))
+    execute(printed(command.downgrade, "head:base"))
+    assert (contents(engine, ours=True), routines(engine)) == ({}, before)
+    __main__.main(["upgrade", "head"])
+    assert (contents(engine, ours=True), routines(engine)) == offline
+
+
+def test_an_application_s_tables_are_nothing_to_them(engine: Engine) -> None:
+    """`check` of our migrations says nothing of what is not ours; its own alembic_version stays as it is."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
+        connection.exec_driver_sql("INSERT INTO alembic_version VALUES ('theirs')")
+        connection.exec_driver_sql("CREATE TABLE theirs (id INTEGER PRIMARY KEY)")
+    __main__.main(["upgrade", "head"])
+    __main__.main(["check"])
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT * FROM alembic_version").scalars().all() == ["theirs"]
+    assert set(contents(engine)) == {"theirs"}
+
+
+def test_without_a_url_it_says_what_to_give(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.delenv("MEMSTATE_URL", raising=False)
+    with pytest.raises(SystemExit):
+        __main__.main(["upgrade", "head"])
+    assert "MEMSTATE_URL" in "".join(capsys.readouterr())
+    with pytest.raises(SystemExit):
+        __main__.main([])

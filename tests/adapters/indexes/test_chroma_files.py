@@ -1,0 +1,102 @@
+"""Files of a Chroma collection that a crash has damaged: they are found, and the collection is made anew."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+chromadb = pytest.importorskip("chromadb")
+ROOT = Path(__file__).resolve().parents[3]
+FILES = ("header.bin", "data_level0.bin", "length.bin", "link_lists.bin", "index_metadata.pickle")
+
+# A process of its own: Chroma keeps what it has read for as long as its process lives, and damaged files may crash it.
+SCRIPT = """
+import sys, chromadb
+from sqlalchemy import create_engine
+from memstate_sa import sqlite
+from memstate_sa.errors import IndexBroken
+from memstate_sa.indexes import ChromaIndex
+from tests.support import Tag, World
+
+folder, url, mode = sys.argv[1:]
+client = chromadb.PersistentClient(folder)
+engine = sqlite.configure(create_engine(url))
+world = World(engine, ChromaIndex(client, "memory"))
+if mode == "fill":
+    with world.session() as session:
+        session.add_all(Tag(name=f"n{n}", meaning=f"m{n * 7919 % 1000}") for n in range(1050))
+        session.commit()
+    world.relay.drain(60)
+else:
+    session = world.session()
+    for call in (lambda: world.memory.verify(engine), lambda: world.memory.search(session, "n5 means m595", Tag)):
+        try:
+            call()
+        except IndexBroken as error:
+            print(error)
+    world.memory.verify(engine, repair=True)
+    world.assert_in_step()
+    print([hit.fact.name for hit in world.memory.search(world.session(), "n5 means m595", Tag, limit=1)])
+world.memory.close()
+"""
+
+
+def run(folder: Path, mode: str) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder / "chroma"), f"sqlite:///{folder / 'a.db'}"]
+    done = subprocess.run([*command, mode], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("filled")
+    run(folder, "fill")
+    return folder
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def zero(file: Path) -> None:
+    """As a file system does that had made room for what was never written."""
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [cut, zero, empty, Path.unlink])
+def test_damage_is_found(filled: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
+    """Before Chroma reads the files. Its kind: a disk that was full, a restored backup that is not whole."""
+    from memstate_sa.indexes._chroma_files import _damage
+
+    [segment] = [path for path in (filled / "chroma").iterdir() if path.is_dir()]
+    copy = Path(shutil.copytree(segment, tmp_path / "segment"))
+    assert _damage(copy) is None
+    damage(copy / name)
+    found = _damage(copy)
+    if (name, damage) == ("length.bin", zero):
+        assert found is None  # Chroma does not read what it holds
+    else:
+        assert found is not None
+        assert name in found
+
+
+def test_damaged_collection_is_told_and_made_anew(filled: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(filled, tmp_path / "copy"))
+    [data] = (folder / "chroma").glob("*/data_level0.bin")
+    cut(data)
+    *told, found = run(folder, "repair").splitlines()
+    assert len(told) == 2
+    assert all("data_level0.bin has" in line and "verify(engine, repair=True)" in line for line in told)
+    assert found == "['n5']"

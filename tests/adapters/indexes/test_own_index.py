@@ -1,0 +1,51 @@
+"""What docs/indexes.md shows runs, and its index of one's own passes the suite, in the words of the document."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BLOCKS = re.findall(
+    r"^```python\n(.*?)^```$", (Path(__file__).parents[3] / "docs" / "indexes.md").read_text(), re.MULTILINE | re.DOTALL
+)
+[SOURCE] = [block for block in BLOCKS if "class SqliteIndex" in block]
+[TEST] = [block for block in BLOCKS if "class TestSqliteIndex" in block]
+
+FOLDER = tempfile.TemporaryDirectory(prefix="memstate-docs-")
+Path(FOLDER.name, "my_index.py").write_text(SOURCE)
+
+
+def documented() -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": __name__}
+    sys.path.insert(0, FOLDER.name)
+    try:
+        exec(compile(TEST, "docs/indexes.md", "exec"), names)
+    finally:
+        sys.path.remove(FOLDER.name)
+    return names
+
+
+class TestSqliteIndex(documented()["TestSqliteIndex"]):  # type: ignore[misc]
+    @pytest.fixture(autouse=True)
+    def _importable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """For the process that is killed."""
+        monkeypatch.setenv("PYTHONPATH", FOLDER.name)
+
+
+def test_the_other_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is opened there yet."""
+    for package in ("faiss", "psycopg", "qdrant_client", "redis"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    others = [block for block in BLOCKS if block not in (SOURCE, TEST)]
+    assert others
+    for block in others:
+        names: dict[str, Any] = {}
+        exec(block, names)
+        if "client" in names:
+            names["client"].close()

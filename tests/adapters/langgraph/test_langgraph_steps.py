@@ -1,0 +1,770 @@
+"""What a node writes to the application's tables commits with what it writes to the state, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import operator
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import pytest
+from sqlalchemy import Engine, create_engine, insert, select
+from sqlalchemy.orm import Session
+
+pytest.importorskip("langgraph.graph")
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.config import get_config
+from langgraph.graph import START, StateGraph
+from langgraph.types import Command, RetryPolicy, interrupt
+
+from memstate_sa import ConflictError, Fact, MemoryStore, MemstateError, sqlite
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.integrations.langgraph import MemStateCheckpointer, checkpoint_rows
+from memstate_sa.integrations.langgraph.checkpoint_rows import Place
+from memstate_sa.integrations.langgraph.fair_semaphore import FairSemaphore
+from memstate_sa.integrations.langgraph.node_transactions import Life, Steps, Task
+from memstate_sa.testing import HashEmbedder
+from tests.support import Tag, World
+
+
+class State(TypedDict, total=False):
+    trail: Annotated[list[str], operator.add]
+
+
+CONFIG: Any = {"configurable": {"thread_id": "t"}}
+
+
+class Agent:
+    """A graph whose nodes write facts, and what became of them."""
+
+    def __init__(self, world: World, **options: Any) -> None:
+        self.world = world
+        self.saver = MemStateCheckpointer(world.engine, memory=world.memory, **options)
+        self.saver.setup()
+        self.ran: list[str] = []
+
+    def graph(self, *nodes: Any, parallel: bool = False, retry: bool = False) -> Any:
+        builder = StateGraph(State)
+        before = START
+        for node in nodes:
+            policy = RetryPolicy(initial_interval=0.001, jitter=False, retry_on=ConnectionError) if retry else None
+            builder.add_node(node.__name__, node, retry_policy=policy)
+            builder.add_edge(before, node.__name__)
+            before = START if parallel else node.__name__
+        return builder.compile(checkpointer=self.saver)
+
+    def tags(self) -> list[str]:
+        with self.world.session() as session:
+            return sorted(session.scalars(select(Tag.name)))
+
+    def saved_writes(self, graph: Any) -> list[str]:
+        """What tasks have written at the latest checkpoint, as it is stored."""
+        found = self.saver.get_tuple(CONFIG)
+        assert found is not None
+        return [value for _, channel, values in found.pending_writes or () if channel == "trail" for value in values]
+
+    def writer(self, name: str, then: Any = None) -> Any:
+        def node(state: State) -> State:
+            self.ran.append(name)
+            with self.saver.step() as session:
+                session.add(Tag(name=f"{name} {len(self.ran)}"))
+            if then is not None:
+                then()
+            return {"trail": [name]}
+
+        node.__name__ = name
+        return node
+
+
+@pytest.fixture
+def agent(world: World) -> Agent:
+    return Agent(world)
+
+
+def fail_once(error: type[Exception] = ValueError) -> Any:
+    failures = [error("once")]
+
+    def fail() -> None:
+        if failures:
+            raise failures.pop()
+
+    return fail
+
+
+def test_facts_commit_with_the_writes(agent: Agent) -> None:
+    """Not when the block ends: when the node's writes are saved; and others see nothing of it before."""
+    seen: list[Any] = []
+    graph = agent.graph(agent.writer("a", lambda: seen.append(agent.tags())), agent.writer("b"))
+    assert graph.invoke({"trail": []}, CONFIG)["trail"] == ["a", "b"]
+    assert seen == [[]] and agent.tags() == ["a 1", "b 2"]
+    agent.world.assert_in_step()
+
+
+def test_they_are_labelled(agent: Agent) -> None:
+    """With the thread and the node, so that a thread can be undone alone."""
+    with agent.world.session() as session:
+        session.add(Tag(name="somebody else's"))
+        session.commit()
+    agent.graph(agent.writer("a"), agent.writer("b")).invoke({"trail": []}, CONFIG)
+    with agent.world.session() as session:
+        changes = agent.world.memory.history(session, Tag, session_id="t")
+        assert [(c.key, c.reason) for c in changes] == [("a 1", "node a"), ("b 2", "node b")]
+        agent.world.memory.rollback(session, session_id="t")
+        session.commit()
+    assert agent.tags() == ["a 1", "somebody else's"]
+
+
+def test_a_node_that_fails_leaves_no_fact(agent: Agent) -> None:
+    """It will run again, and what it wrote would be there twice."""
+    graph = agent.graph(agent.writer("a"), agent.writer("b", fail_once()))
+    with pytest.raises(ValueError, match="once"):
+        graph.invoke({"trail": []}, CONFIG)
+    assert agent.tags() == ["a 1"]
+    graph.invoke(None, CONFIG)
+    assert agent.tags() == ["a 1", "b 3"]
+
+
+def test_an_attempt_that_is_retried_leaves_no_fact(agent: Agent) -> None:
+    graph = agent.graph(agent.writer("a", fail_once(ConnectionError)), retry=True)
+    assert graph.invoke({"trail": []}, CONFIG)["trail"] == ["a"]
+    assert agent.ran == ["a", "a"] and agent.tags() == ["a 2"]
+
+
+def test_a_node_that_waits_for_an_answer_leaves_no_fact(agent: Agent) -> None:
+    """It begins anew when the answer is there."""
+    graph = agent.graph(agent.writer("a", lambda: interrupt("sure?")))
+    graph.invoke({"trail": []}, CONFIG)
+    assert agent.tags() == []
+    assert graph.invoke(Command(resume="yes"), CONFIG)["trail"] == ["a"]
+    assert agent.tags() == ["a 2"]
+
+
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_facts_that_cannot_be_committed_take_the_step_along(
+    agent: Agent, looked_at: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the node's writes nor the next checkpoint are saved; the next run has the node run again.
+
+    It does not matter who looks at the thread in between.
+    """
+    refused = [True]
+    if looked_at:
+        failed = agent.saver._steps.save_failed
+        look = lambda *given: (failed(*given), agent.saver.get_tuple(CONFIG))  # noqa: E731
+        monkeypatch.setattr(agent.saver._steps, "save_failed", look)
+
+    def refuse(session: Any) -> None:
+        if refused:
+            raise ConflictError("not now")
+
+    from sqlalchemy import event
+
+    def a(state: State) -> State:
+        with agent.saver.step() as session:
+            session.add(Tag(name="a"))
+            event.listen(session, "before_commit", refuse)
+        return {"trail": ["a"]}
+
+    def b(state: State) -> State:
+        agent.ran.append("b")
+        return {"trail": ["b"]}
+
+    graph = agent.graph(a, b)
+    with pytest.raises(ConflictError, match="not now"):
+        graph.invoke({"trail": []}, CONFIG)
+    assert agent.tags() == [] and graph.get_state(CONFIG).next == ("a",)
+    refused.clear()
+    assert graph.invoke(None, CONFIG)["trail"] == ["a", "b"]
+    assert agent.tags() == ["a"]
+
+
+def test_writes_that_cannot_be_saved_take_the_facts_along(agent: Agent) -> None:
+    """A value that has no msgpack, say."""
+
+    def bad(state: State) -> State:
+        with agent.saver.step() as session:
+            session.add(Tag(name="bad"))
+        return {"trail": [fail_once]}
+
+    graph = agent.graph(bad)
+    with pytest.raises(TypeError, match="serializable"):
+        graph.invoke({"trail": []}, CONFIG)
+    assert agent.tags() == [] and graph.get_state(CONFIG).next == ("bad",)
+
+
+def test_an_error_in_the_block_is_the_nodes_own(agent: Agent) -> None:
+    """It can catch it, and go on; what other blocks wrote before stays."""
+
+    def a(state: State) -> State:
+        with agent.saver.step() as session:
+            session.add(Tag(name="kept"))
+        with pytest.raises(ValueError, match="inside"), agent.saver.step() as session:
+            session.add(Tag(name="dropped"))
+            raise ValueError("inside")
+        with pytest.raises(Exception, match="name"), agent.saver.step() as session:
+            session.add(Tag(name=None))
+        with agent.saver.step() as session:
+            assert sorted(session.scalars(select(Tag.name))) == ["kept"]
+            session.add(Tag(name="also kept"))
+        return {"trail": ["a"]}
+
+    agent.graph(a).invoke({"trail": []}, CONFIG)
+    assert agent.tags() == ["also kept", "kept"]
+
+
+def test_nodes_at_the_same_time(agent: Agent) -> None:
+    """Each commits by itself; when one fails, the others' facts stay with their writes, and do not come twice."""
+    names = [f"n{n}" for n in range(4)]
+    nodes = [agent.writer(name) for name in names] + [agent.writer("bad", fail_once())]
+    graph = agent.graph(*nodes, parallel=True)
+    with pytest.raises(ValueError, match="once"):
+        graph.invoke({"trail": []}, CONFIG)
+    done = [tag.split()[0] for tag in agent.tags()]
+    assert sorted(agent.saved_writes(graph)) == sorted(done) and "bad" not in done
+    assert sorted(graph.invoke(None, CONFIG)["trail"]) == sorted([*names, "bad"])
+    assert sorted(tag.split()[0] for tag in agent.tags()) == sorted([*names, "bad"])
+    agent.world.assert_in_step()
+
+
+def test_tools_of_one_node_share_its_step(agent: Agent) -> None:
+    """They run in threads, and take turns."""
+
+    def a(state: State) -> State:
+        def tool(n: int) -> None:
+            with agent.saver.step() as session:
+                session.add(Tag(name=f"tool {n}"))
+                session.flush()
+
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(copy_context().run, tool, n) for n in range(8)]:
+                done.result()
+        return {"trail": ["a"]}
+
+    agent.graph(a).invoke({"trail": []}, CONFIG)
+    assert agent.tags() == [f"tool {n}" for n in range(8)]
+
+
+@pytest.mark.parametrize("durability", ["sync", "async"])
+async def test_in_coroutines(agent: Agent, durability: Any) -> None:
+    """The work is done in a thread; nodes that are no coroutines use `step` as ever."""
+
+    async def a(state: State) -> State:
+        with pytest.raises(MemstateError, match="astep"), agent.saver.step():
+            pass
+        name = await agent.saver.astep(lambda session: session.add(Tag(name="a")) or "a")
+        return {"trail": [name]}
+
+    graph = agent.graph(a, agent.writer("b"), agent.writer("c"))
+    assert (await graph.ainvoke({"trail": []}, CONFIG, durability=durability))["trail"] == ["a", "b", "c"]
+    assert agent.tags() == ["a", "b 1", "c 2"]
+
+
+async def test_many_graphs_in_one_loop(agent: Agent) -> None:
+    """More steps wait for their checkpoints than asyncio has threads: the saves they wait for go on all the same."""
+
+    async def a(state: State, config: RunnableConfig) -> State:
+        name = config["configurable"]["thread_id"]
+        await agent.saver.astep(lambda session: session.add(Tag(name=f"{name} {len(state['trail'])}")))
+        return {"trail": [name]}
+
+    async def b(state: State, config: RunnableConfig) -> State:
+        return await a(state, config)
+
+    graph = agent.graph(a, b)
+    threads = [str(n) for n in range(20)]
+    await asyncio.gather(*(graph.ainvoke({"trail": []}, {"configurable": {"thread_id": t}}) for t in threads))
+    assert agent.tags() == sorted(f"{thread} {n}" for thread in threads for n in (0, 1))
+
+
+@pytest.fixture
+def crowded(agent: Agent) -> Iterator[Agent]:
+    """With fewer connections than there are nodes."""
+    engine = create_engine(agent.world.engine.url, pool_size=3, max_overflow=1)
+    sqlite.configure(engine)
+    agent.saver = MemStateCheckpointer(engine, memory=agent.world.memory)
+    yield agent
+    agent.saver.close()
+    engine.dispose()
+
+
+async def look(agent: Agent) -> None:
+    """By a connection apart, as a search or a store's get would."""
+
+    def select_one() -> None:
+        with agent.saver.engine.connect() as connection:
+            connection.execute(select(Tag.name)).first()
+
+    await asyncio.to_thread(select_one)
+
+
+async def test_more_nodes_than_connections(crowded: Agent) -> None:
+    """Each has a step, reads by another connection, and goes on: there is one for whoever can end."""
+
+    def node(n: int) -> Any:
+        async def work(state: State) -> State:
+            await crowded.saver.astep(lambda session: session.add(Tag(name=f"{n}")))
+            await look(crowded)
+            await crowded.saver.astep(lambda session: session.add(Tag(name=f"{n} again")))
+            return {"trail": [str(n)]}
+
+        work.__name__ = f"n{n}"
+        return work
+
+    graph = crowded.graph(*map(node, range(9)), parallel=True)
+    assert sorted((await graph.ainvoke({"trail": []}, CONFIG))["trail"]) == [str(n) for n in range(9)]
+    assert crowded.tags() == sorted(name for n in range(9) for name in (f"{n}", f"{n} again"))
+    crowded.world.assert_in_step()
+
+
+async def test_subgraphs_of_more_nodes_than_connections(crowded: Agent) -> None:
+    """Steps further in have connections of their own, which those around them, that wait for them, cannot take."""
+
+    def inside(n: int) -> Any:
+        async def write(state: State) -> State:
+            await crowded.saver.astep(lambda session: session.add(Tag(name=f"inside {n}")))
+            await look(crowded)
+            return {"trail": []}
+
+        return StateGraph(State).add_node("write", write).add_edge(START, "write").compile()
+
+    def node(n: int) -> Any:
+        graph = inside(n)
+
+        async def around(state: State) -> State:
+            await crowded.saver.astep(lambda session: session.scalars(select(Tag.name)).first())
+            await graph.ainvoke({"trail": []})
+            return {"trail": [str(n)]}
+
+        around.__name__ = f"n{n}"
+        return around
+
+    graph = crowded.graph(*map(node, range(6)), parallel=True)
+    assert sorted((await graph.ainvoke({"trail": []}, CONFIG))["trail"]) == [str(n) for n in range(6)]
+    assert crowded.tags() == [f"inside {n}" for n in range(6)]
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_who_waits_for_a_step_lets_go(crowded: Agent, cancelled: bool) -> None:
+    """Of its turn, too, when the run fails or is cancelled: the next run has them all."""
+    begun, fails = asyncio.Event(), [True]
+
+    def node(n: int) -> Any:
+        async def work(state: State) -> State:
+            await crowded.saver.astep(lambda session: session.add(Tag(name=str(n))))
+            begun.set()
+            if fails:
+                await asyncio.sleep(60 if cancelled else 0.1)
+                raise ValueError("once")
+            return {"trail": [str(n)]}
+
+        work.__name__ = f"n{n}"
+        return work
+
+    graph = crowded.graph(*map(node, range(6)), parallel=True)
+    run = asyncio.create_task(graph.ainvoke({"trail": []}, CONFIG))
+    await begun.wait()
+    if cancelled:
+        run.cancel()
+    with pytest.raises((ValueError, asyncio.CancelledError)):
+        await run
+    await asyncio.to_thread(assert_nothing_is_left_open, crowded)
+    assert all(turns._asked == [] for turns in crowded.saver._steps._turns.values())
+    assert crowded.tags() == ["x"]
+    fails.clear()
+    await graph.ainvoke(None, CONFIG)
+    assert crowded.tags() == [*map(str, range(6)), "x"]
+
+
+async def test_a_node_that_waits_for_one_that_has_no_turn(crowded: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is told what is the matter, instead of waiting for ever."""
+    begun: list[int] = []
+    all_begun, done = threading.Event(), asyncio.Event()
+    turns, wait = 1 if crowded.world.engine.dialect.name == "sqlite" else 2, FairSemaphore.wait
+
+    async def impatiently(self: FairSemaphore, turn: Any, timeout_s: float) -> None:
+        if not turn.done():
+            await asyncio.to_thread(all_begun.wait, 60)
+        await wait(self, turn, 0.1)
+
+    monkeypatch.setattr(FairSemaphore, "wait", impatiently)
+
+    def begin(n: int) -> None:
+        begun.append(n)
+        if len(begun) >= turns:
+            all_begun.set()
+
+    def node(n: int) -> Any:
+        async def work(state: State) -> State:
+            try:
+                await crowded.saver.astep(lambda session: begin(n))
+                await asyncio.wait_for(done.wait(), 60)
+            finally:
+                done.set()
+            return {"trail": [str(n)]}
+
+        work.__name__ = f"n{n}"
+        return work
+
+    with pytest.raises(MemstateError, match="as many steps are open as may be"):
+        await crowded.graph(*map(node, range(4)), parallel=True).ainvoke({"trail": []}, CONFIG)
+    assert len(begun) == turns
+    await asyncio.to_thread(assert_nothing_is_left_open, crowded)
+
+
+def test_subgraphs(agent: Agent) -> None:
+    """Their steps are saved at checkpoints of their own; that of a Command to the parent, at the parent's."""
+
+    def leave(state: State) -> Any:
+        with agent.saver.step() as session:
+            session.add(Tag(name="leaving"))
+        return Command(graph=Command.PARENT, update={"trail": ["left"]})
+
+    inner = StateGraph(State).add_node("first", agent.writer("first")).add_node("leave", leave)
+    inner.add_edge(START, "first").add_edge("first", "leave")
+    outer = StateGraph(State).add_node("inner", inner.compile()).add_node("after", agent.writer("after"))
+    graph = outer.add_edge(START, "inner").add_edge("inner", "after").compile(checkpointer=agent.saver)
+    graph.invoke({"trail": []}, CONFIG)
+    assert agent.tags() == ["after 2", "first 1", "leaving"]
+
+
+@pytest.mark.parametrize("durability", ["sync", "async"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_subgraph_that_is_called_while_a_step_is_open(agent: Agent, durability: Any, inside: bool) -> None:
+    """SQLite has one writer, which the caller is: what it calls could only wait for it, in vain, and is told so."""
+    inner = StateGraph(State).add_node("inner", agent.writer("inner")).add_edge(START, "inner").compile()
+    writes = False
+
+    def outer(state: State) -> State:
+        with agent.saver.step() as session:
+            if writes:
+                session.add(Tag(name="outer"))
+                session.flush()
+            else:
+                assert session.scalars(select(Tag.name)).all() == []
+            if inside:
+                inner.invoke({"trail": []}, durability=durability)
+        if not inside:
+            inner.invoke({"trail": []}, durability=durability)
+        return {"trail": ["outer"]}
+
+    graph = agent.graph(outer)
+    assert graph.invoke({"trail": []}, CONFIG)["trail"] == ["outer"]  # who only reads is in nobody's way
+    assert agent.tags() == ["inner 1"]
+    writes = True
+    if agent.world.engine.dialect.name == "sqlite":
+        with pytest.raises(MemstateError, match="one writer"):
+            graph.invoke({"trail": []}, CONFIG)
+        assert agent.tags() == ["inner 1"]
+    else:
+        graph.invoke({"trail": []}, CONFIG)
+        assert agent.tags() == ["inner 1", "inner 2", "outer"]
+
+
+def test_who_rolled_back_is_in_nobodys_way(world: World) -> None:
+    """Its connection is another's now, whatever that writes by it; until it writes again, by another one."""
+    steps, run = Steps(world.session, 1.0), threading.Event()  # an object
+    task = Task(Place("t", "", "1"), "task", run, 1)
+
+    def is_in_the_way() -> bool:
+        try:
+            steps.check_around("t", "node:task")
+        except MemstateError:
+            return True
+        return False
+
+    def write(session: Session, name: str) -> None:
+        session.add(Tag(name=name))
+        session.flush()
+
+    only = world.engine.dialect.name == "sqlite"
+    with steps.step(task, lambda _: True, Life(run)) as (session, _):
+        write(session, "rolled back")
+        assert is_in_the_way() == only
+        session.rollback()
+        with world.engine.begin() as connection:
+            connection.execute(insert(Tag), {"name": "another's"})
+            assert not is_in_the_way()
+    assert not is_in_the_way()
+    with world.engine.connect() as connection:
+        connection.execute(select(Tag)).all()
+        with steps.step(task, lambda _: True, Life(run)) as (session, _):
+            write(session, "again")
+            session.begin_nested().rollback()
+            assert is_in_the_way() == only
+        assert is_in_the_way() == only
+    steps.give_up(task)
+    assert not is_in_the_way()
+
+
+def test_several_that_would_have_to_commit_together(agent: Agent) -> None:
+    """Are refused, and nothing of the step is saved."""
+
+    def leave(state: State) -> Any:
+        with agent.saver.step() as session:
+            session.add(Tag(name="leaving"))
+        return Command(graph=Command.PARENT, update={"trail": ["left"]})
+
+    inner = StateGraph(State).add_node("leave", leave).add_edge(START, "leave").compile()
+
+    def outer(state: State) -> Any:
+        with agent.saver.step() as session:
+            session.add(Tag(name="outer"))
+            if agent.world.engine.dialect.name == "sqlite":  # whose one writer this is, until the node returns
+                session.rollback()
+        return inner.invoke(state)
+
+    graph = agent.graph(outer)
+    with pytest.raises(MemstateError, match="together"):
+        graph.invoke({"trail": []}, CONFIG)
+    assert agent.tags() == [] and graph.get_state(CONFIG).next == ("outer",)
+
+
+def test_where_nothing_is_saved_there_is_no_step(world: World) -> None:
+    """Rather than losing facts, or committing them apart from the state."""
+    agent = Agent(world, step_timeout_s=0.05)
+    graph = agent.graph(agent.writer("a"))
+    with pytest.raises(MemstateError, match="durability='exit'"):
+        graph.invoke({"trail": []}, CONFIG, durability="exit")
+    with pytest.raises(MemstateError, match="not in a node"), agent.saver.step():
+        pass
+    inner = StateGraph(State).add_node("a", agent.writer("a")).add_edge(START, "a").compile(checkpointer=False)
+    outer = StateGraph(State).add_node("inner", inner).add_edge(START, "inner").compile(checkpointer=agent.saver)
+    with pytest.raises(MemstateError, match="checkpointer=False"):
+        outer.invoke({"trail": []}, CONFIG)
+    assert agent.tags() == []
+
+
+def test_a_step_waits_for_its_checkpoint(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a crash would have the node run again, at another checkpoint, beside what it has committed."""
+    graph = agent.graph(agent.writer("a"), agent.writer("b"))
+    order: list[str] = []
+    put, go_on = checkpoint_rows.put, threading.Event()
+
+    def slow(*given: Any, **options: Any) -> bool:
+        go_on.wait(0.2)  # a save that takes its time; nothing is asserted about how long
+        is_stored = put(*given, **options)
+        order.append("checkpoint")
+        return is_stored
+
+    monkeypatch.setattr(checkpoint_rows, "put", slow)
+    session = agent.saver._steps._sessions
+    monkeypatch.setattr(agent.saver._steps, "_sessions", lambda: (order.append("step"), session())[1])
+    graph.invoke({"trail": []}, CONFIG)
+    # The input's, the one that a runs at, a, the one that b runs at, b, the last.
+    assert order == ["checkpoint", "checkpoint", "step", "checkpoint", "step", "checkpoint"]
+
+
+def test_a_checkpoint_waits_for_its_tasks(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a crash would leave a state that says of a node that it is done, without its facts."""
+    graph = agent.graph(agent.writer("a"))
+    order: list[str] = []
+    put, put_writes, go_on = checkpoint_rows.put, checkpoint_rows.put_writes, threading.Event()
+
+    def slow(*given: Any, **options: Any) -> None:
+        is_a = given[2][0].task_path.endswith(", a")
+        if is_a:
+            go_on.wait(0.2)
+        put_writes(*given, **options)
+        order.extend(["writes"] * is_a)
+
+    monkeypatch.setattr(checkpoint_rows, "put_writes", slow)
+    monkeypatch.setattr(
+        checkpoint_rows, "put", lambda *args, **given: (put(*args, **given), order.append("checkpoint"))[0]
+    )
+    graph.invoke({"trail": []}, CONFIG)
+    assert order == ["checkpoint", "checkpoint", "writes", "checkpoint"]
+
+
+# -- a MemoryStore -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(engine: Engine, tmp_path: Path) -> Iterator[MemoryStore]:
+    with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as made:
+        yield made
+
+
+@pytest.mark.parametrize("by_engine", [False, True])
+def test_calls_of_a_store_join_the_step(store: MemoryStore, by_engine: bool) -> None:
+    """In the block; outside of it they commit by themselves, as ever."""
+    saver = MemStateCheckpointer(store.engine, memory=store.memory) if by_engine else MemStateCheckpointer(store)
+    saver.setup()
+    failures = fail_once()
+
+    def a(state: State) -> State:
+        with saver.step():
+            store.commit(Fact(type="note", payload={"text": "joined"}), reason="because")
+            assert [fact.payload["text"] for fact in store.query("note")] == ["joined"]
+        failures()
+        return {"trail": ["a"]}
+
+    graph = StateGraph(State).add_node("a", a).add_edge(START, "a").compile(checkpointer=saver)
+    with pytest.raises(ValueError, match="once"):
+        graph.invoke({"trail": []}, CONFIG)
+    assert store.query("note") == []
+    graph.invoke(None, CONFIG)
+    store.commit(Fact(type="note", payload={"text": "alone"}))
+    assert [fact.payload["text"] for fact in store.query("note")] == ["joined", "alone"]
+    store.rollback(session_id="t")
+    assert [fact.payload["text"] for fact in store.query("note")] == ["alone"]
+
+
+def test_items_by_engine_join_a_transaction_of_the_store(store: MemoryStore) -> None:
+    """Whichever way the two were made."""
+    from memstate_sa.integrations.langgraph import MemStateStore
+
+    items = MemStateStore(store.engine, memory=store.memory)
+    items.setup()
+    with pytest.raises(ValueError, match="once"), store.transaction():
+        items.put(("a",), "b", {"text": "rolled back with it"})
+        assert items.get(("a",), "b") is not None
+        raise ValueError("once")
+    assert items.get(("a",), "b") is None
+
+
+def test_deleting_a_thread(store: MemoryStore) -> None:
+    """Leaves the facts, unless they are to go, too; others' facts stay in any case."""
+    saver = MemStateCheckpointer(store)
+    saver.setup()
+
+    def a(state: State) -> State:
+        with saver.step():
+            store.commit(Fact(type="note", payload={"text": "the thread's"}))
+        return {"trail": ["a"]}
+
+    graph = StateGraph(State).add_node("a", a).add_edge(START, "a").compile(checkpointer=saver)
+    store.commit(Fact(type="note", payload={"text": "somebody's"}))
+    graph.invoke({"trail": []}, CONFIG)
+    saver.delete_thread("t")
+    assert graph.get_state(CONFIG).values == {} and len(store.query("note")) == 2
+    graph.invoke({"trail": []}, CONFIG)
+    saver.delete_thread("t", facts=True)
+    assert graph.get_state(CONFIG).values == {}
+    assert [fact.payload["text"] for fact in store.query("note")] == ["somebody's"]
+
+
+# -- nodes that are given up -------------------------------------------------------------------------------------------
+
+
+def assert_nothing_is_left_open(agent: Agent) -> None:
+    """No step, and no lock: somebody else can write. Soon: who gave it up is not who ends it."""
+    deadline = time.monotonic() + 60
+    while agent.saver._steps._open or agent.saver._steps._committing:
+        assert time.monotonic() < deadline, "a step is left open"
+        gc.collect()
+        time.sleep(0.01)
+    with agent.world.session() as session:
+        session.add(Tag(name="x"))
+        session.commit()
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_node_that_takes_too_long(agent: Agent, parallel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run has failed when its thread ends; its facts are there with its writes, or else it runs again."""
+    given_up, cancel = threading.Event(), Future.cancel
+
+    def give_up(future: Future[Any]) -> bool:
+        if future.running():
+            given_up.set()
+        return cancel(future)
+
+    monkeypatch.setattr(Future, "cancel", give_up)
+    other = agent.writer("b") if parallel else agent.writer("later")
+    graph = agent.graph(agent.writer("a", lambda: given_up.wait(60)), other, parallel=parallel)
+    graph.step_timeout = 0.1
+    with pytest.raises(TimeoutError):
+        graph.invoke({"trail": []}, CONFIG)
+    assert_nothing_is_left_open(agent)
+    graph.step_timeout = None
+    trail = graph.invoke(None, CONFIG)["trail"]
+    assert sorted(trail) == sorted(tag.split()[0] for tag in agent.tags() if tag != "x")
+
+
+async def test_a_run_that_is_timed_out_after_a_step(agent: Agent) -> None:
+    """No asyncio.Task ends as cancelled, so that only the end of the node's life tells."""
+
+    async def a(state: State) -> State:
+        await agent.saver.astep(lambda session: session.add(Tag(name="a")))
+        limit.reschedule(asyncio.get_running_loop().time())
+        await asyncio.sleep(60)
+        return {"trail": ["a"]}
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(None) as limit:
+            await agent.graph(a).ainvoke({"trail": []}, CONFIG)
+    await asyncio.to_thread(assert_nothing_is_left_open, agent)
+    assert agent.tags() == ["x"]
+
+
+async def test_a_coroutine_that_is_cancelled(agent: Agent) -> None:
+    """While its step is being written, in a thread that nobody can stop. Nothing waits for the collector of garbage."""
+    begun, go_on, kept = threading.Event(), threading.Event(), []
+
+    def work(session: Any) -> None:
+        session.add(Tag(name="a"))
+        session.flush()
+        begun.set()
+        go_on.wait(60)
+
+    async def a(state: State) -> State:
+        kept.append(get_config())
+        await agent.saver.astep(work)
+        return {"trail": ["a"]}
+
+    run = asyncio.create_task(agent.graph(a).ainvoke({"trail": []}, CONFIG))
+    await asyncio.to_thread(begun.wait, 60)
+    run.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    await asyncio.to_thread(assert_nothing_is_left_open, agent)
+    assert agent.tags() == ["x"]
+
+
+async def test_a_cancellation_that_is_caught(agent: Agent) -> None:
+    """The node's earlier writes went with it: it is not done, however it goes on."""
+    catches = [True]
+
+    async def a(state: State) -> State:
+        await agent.saver.astep(lambda session: session.add(Tag(name="before")))
+        if catches:
+            begun, go_on = threading.Event(), threading.Event()
+            inner = asyncio.create_task(agent.saver.astep(lambda session: (begun.set(), go_on.wait(60))))
+            await asyncio.to_thread(begun.wait, 60)
+            inner.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await inner
+            go_on.set()
+        return {"trail": ["a"]}
+
+    graph = agent.graph(a)
+    with pytest.raises(MemstateError, match="cancelled"):
+        await graph.ainvoke({"trail": []}, CONFIG)
+    assert agent.tags() == []
+    catches.clear()
+    assert (await graph.ainvoke(None, CONFIG))["trail"] == ["a"]
+    await asyncio.to_thread(assert_nothing_is_left_open, agent)
+    assert agent.tags() == ["before", "x"]
+
+
+def test_a_task_that_is_gone(agent: Agent) -> None:
+    """Whoever might have settled its step: the end of what holds its writes is the end of the step."""
+
+    class Writes: ...
+
+    writes = Writes()
+    task = Task(Place("t", "", "1"), "task", object(), 1)
+    with agent.saver._steps.step(task, lambda place: True, Life(writes)) as (session, _):
+        session.add(Tag(name="a"))
+    assert agent.saver._steps.is_open("t", "task")
+    del writes
+    assert_nothing_is_left_open(agent)
+    assert agent.tags() == ["x"]

@@ -1,0 +1,1127 @@
+"""MemoryStore: facts for people without models, and everything they may do with them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import pytest
+from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field, ValidationError, computed_field
+from sqlalchemy import Engine, create_engine, select, text
+from sqlalchemy.orm import Session
+
+import memstate_sa.store
+from memstate_sa import ConflictError, Fact, MemoryStore, MemstateError, MissingExtra, NotFound, ValidationFailed
+from memstate_sa.db.codec import encode_key
+from memstate_sa.db.tables import log, outbox, unique
+from memstate_sa.indexes import InMemoryIndex, VectorIndex
+from memstate_sa.log.changes import replay
+from memstate_sa.testing import FlakyIndex, HashEmbedder
+from tests.support import Base, Tag, assert_index_holds, in_threads
+from tests.support.relays import eventually
+
+pytestmark = pytest.mark.sa20
+
+
+class Preference(BaseModel):
+    content: str = Field(min_length=3)
+    strength: int = Field(5, ge=0, le=10)
+
+
+class Profile(BaseModel):
+    user: str
+    city: str | None = None
+
+
+class Event(BaseModel):
+    on: date
+    where: str = Field(alias="location")
+
+
+def opened(engine: Engine | str, index: VectorIndex | None = None, **options: Any) -> MemoryStore:
+    options = {"background": False, **options}
+    return MemoryStore(engine, index or InMemoryIndex(), embedder=HashEmbedder(), **options)
+
+
+@pytest.fixture
+def store(engine: Engine) -> Iterator[MemoryStore]:
+    with opened(engine) as made:
+        yield made
+
+
+def note(content: str, **more: Any) -> Fact:
+    return Fact(type="note", payload={"content": content, **more})
+
+
+def contents(store: MemoryStore, **criteria: Any) -> list[str]:
+    return [fact.payload["content"] for fact in store.query(**criteria)]
+
+
+def ops(store: MemoryStore, id: str) -> list[str]:
+    return [change.op for change in store.history(id)]
+
+
+def point_of(id: str) -> str:
+    return Fact.__tablename__ + encode_key([id])
+
+
+def assert_holds(store: MemoryStore, expected: dict[str, str]) -> None:
+    """Exactly these facts, by id, are in the index as these texts ("" for none); the rows are those of the log."""
+    store.memory.relay(store.engine).drain()
+    embedded = {point_of(id_): words for id_, words in expected.items() if words}
+    assert_index_holds(store.memory.indexes["memory"], HashEmbedder(), embedded)
+    with Session(store.engine) as session:
+        replayed = {key: dict(row) for (_, key), row in replay(store.memory.history(session, Fact)).items()}
+        rows = session.execute(select(Fact.__table__)).mappings()
+        assert replayed == {row["id"]: dict(row) for row in rows}
+        assert set(replayed) == set(expected)
+
+
+# -- facts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_fact_from_commit_to_delete(store: MemoryStore) -> None:
+    """Rows, log and index agree after every step; the history tells all of it, with its labels."""
+    id_ = store.commit(note("likes tea", sugar=True), actor="ada", reason="said so", session_id="s1")
+    other = store.commit(note("likes rain"))
+    assert_holds(store, {id_: "content: likes tea\nsugar: True", other: "content: likes rain"})
+
+    assert store.update(id_, {"payload": {"content": "likes coffee", "cups": 3}}, actor="bob") == id_
+    fact = store.get(id_)
+    assert fact is not None
+    assert (fact.type, fact.session_id, fact.ephemeral) == ("note", "s1", False)
+    assert fact.payload == {"content": "likes coffee", "sugar": True, "cups": 3}
+    assert_holds(store, {id_: "content: likes coffee\nsugar: True\ncups: 3", other: "content: likes rain"})
+
+    assert store.delete(id_, reason="wrong") == id_
+    assert store.get(id_) is None
+    assert_holds(store, {other: "content: likes rain"})
+
+    changes = store.history(id_)
+    assert [(c.op, c.actor, c.reason, c.session_id) for c in changes] == [
+        ("insert", "ada", "said so", "s1"),
+        ("update", "bob", None, None),
+        ("delete", None, "wrong", None),
+    ]
+    assert [c.after and c.after["payload"] for c in changes] == [
+        {"content": "likes tea", "sugar": True},
+        {"content": "likes coffee", "sugar": True, "cups": 3},
+        None,
+    ]
+
+
+def test_update_changes_nothing_but_the_payload(store: MemoryStore) -> None:
+    """It merges into the payload; a patch of anything else is refused, and changes nothing."""
+    id_ = store.commit(note("likes tea"))
+    for patch in ({"type": "x"}, {"payload": {"a": 1}, "id": "x"}, {"payload": "x"}, {}, None):
+        with pytest.raises(MemstateError, match=r"update takes \{'payload': \{…\}\}"):
+            store.update(id_, patch)  # type: ignore[arg-type]
+    store.update(id_, {"payload": {"content": None}})
+    assert [c.after["payload"] for c in store.history(id_) if c.after] == [{"content": "likes tea"}, {"content": None}]
+    assert_holds(store, {id_: ""})
+
+
+def test_concurrent_updates_are_all_merged(store: MemoryStore) -> None:
+    """Each reads what the one before has committed: no field is lost."""
+    id_ = store.commit(note("counts"))
+    assert in_threads(8, lambda n: store.update(id_, {"payload": {f"field{n}": n}}) and None) == []
+    fact = store.get(id_)
+    assert fact is not None
+    assert fact.payload == {"content": "counts", **{f"field{n}": n for n in range(8)}}
+    assert ops(store, id_) == ["insert"] + ["update"] * 8
+
+
+def test_concurrent_deletes_are_one(store: MemoryStore) -> None:
+    """One deletes the fact, for the others there is none; the log has one delete, which rollback undoes."""
+    id_ = store.commit(note("likes tea"))
+    errors = in_threads(6, lambda n: store.delete(id_) and None)
+    assert [type(error) for error in errors] == [NotFound] * 5
+    assert ops(store, id_) == ["insert", "delete"]
+    store.rollback()
+    assert_holds(store, {id_: "content: likes tea"})
+
+
+def test_an_id_of_ones_own(store: MemoryStore) -> None:
+    """It is kept; a second fact with it is a conflict, and the first stays."""
+    assert store.commit(Fact(id="mine", type="note", payload={"content": "first"})) == "mine"
+    with pytest.raises(ConflictError, match="a fact 'mine' already"):
+        store.commit(Fact(id="mine", type="note", payload={"content": "second"}))
+    assert_holds(store, {"mine": "content: first"})
+
+
+def test_a_committed_fact_is_copied(store: MemoryStore) -> None:
+    """A fact that was read can be committed again under another id; the caller's object stays the caller's."""
+    first = store.get(store.commit(note("likes tea")))
+    assert first is not None
+    given = note("likes tea")
+    second = store.commit(given)
+    assert (second != first.id, given.id) == (True, None)
+    assert_holds(store, {first.id: "content: likes tea", second: "content: likes tea"})
+
+
+def test_commit_model(store: MemoryStore) -> None:
+    """Stored as JSON under its registered type, aliases included; with fact_id it replaces the whole payload."""
+    store.register_schema("event", Event)
+    store.register_schema("preference", Preference)
+    id_ = store.commit_model(Event(on=date(2026, 1, 2), location="Graz"), actor="ada")
+    fact = store.get(id_)
+    assert fact is not None
+    assert (fact.type, fact.payload) == ("event", {"on": "2026-01-02", "location": "Graz"})
+    assert store.commit_model(Event(on=date(2026, 3, 4), location="Linz"), fact_id=id_) == id_
+    assert [c.after["payload"] for c in store.history(id_) if c.after] == [
+        {"on": "2026-01-02", "location": "Graz"},
+        {"on": "2026-03-04", "location": "Linz"},
+    ]
+    with pytest.raises(MemstateError, match="is of type 'event', not 'preference'"):
+        store.commit_model(Preference(content="tea"), fact_id=id_)
+    with pytest.raises(MemstateError, match="Profile is not registered"):
+        store.commit_model(Profile(user="u"))
+    assert_holds(store, {id_: "on: 2026-03-04\nlocation: Linz"})
+
+
+class Split(BaseModel):
+    """Written under other names than it is read."""
+
+    model_config = ConfigDict(extra="forbid")
+    a: str = Field("default", validation_alias="in", serialization_alias="out")
+    b: str = Field("default", validation_alias=AliasChoices("first", "second"))
+    c: str = Field("default", serialization_alias="in_c")
+    secret: str = Field("left out", exclude=True)
+
+    @computed_field
+    def both(self) -> str:
+        return self.a + self.b
+
+
+class ByPath(BaseModel):
+    a: str = Field("default", validation_alias=AliasPath("list", 0))
+
+
+class Around(BaseModel):
+    split: Split
+
+
+def test_commit_model_writes_what_the_model_reads(store: MemoryStore) -> None:
+    """Whatever its aliases; with a field that its class excludes, and computed ones, left out."""
+    store.register_schema("split", Split)
+    model = Split(**{"in": "x", "second": "y", "c": "z", "secret": "s"})
+    fact = store.get(store.commit_model(model))
+    assert fact is not None and fact.payload == {"in": "x", "first": "y", "c": "z"}
+    assert Split.model_validate(fact.payload) == model.model_copy(update={"secret": "left out"})
+
+
+@pytest.mark.parametrize("model", [ByPath(list=["x"]), Around(split=Split(**{"in": "x"}))])
+def test_commit_model_refuses_what_would_be_read_as_something_else(store: MemoryStore, model: BaseModel) -> None:
+    """Rather than storing a default in place of the value."""
+    store.register_schema("model", type(model))
+    with pytest.raises(ValidationFailed) as caught:
+        store.commit_model(model)
+    assert caught.value.errors and store.query() == []
+
+
+@pytest.mark.parametrize(
+    ("by", "payloads"),
+    [
+        ("a", [{"in": "x"}, {"in": "x", "first": "1"}]),
+        ("b", [{"first": "x"}, {"second": "x"}]),
+        ("c", [{"c": "x"}, {"c": "x", "in": "y"}]),
+    ],
+)
+def test_unique_by_looks_where_the_model_does(store: MemoryStore, by: str, payloads: list[dict[str, str]]) -> None:
+    """Under any name by which it is read, the first one first, and by which commit_model writes."""
+    store.register_schema("split", Split, unique_by=by)
+    ids = {store.commit(Fact(type="split", payload=payload)) for payload in payloads}
+    ids.add(store.commit_model(Split.model_validate(payloads[0])))
+    assert [fact.id for fact in store.query()] == list(ids)
+
+
+def test_unique_by_takes_no_path(store: MemoryStore) -> None:
+    with pytest.raises(MemstateError, match=r"unique_by='a': its alias is a path \(AliasPath\)"):
+        store.register_schema("path", ByPath, unique_by="a")
+
+
+@pytest.mark.parametrize("call", ["update", "delete", "commit_model"])
+def test_unknown_ids(store: MemoryStore, call: str) -> None:
+    """NotFound with the id, and nothing written; get() says None, history() nothing."""
+    store.register_schema("preference", Preference)
+    calls: dict[str, Callable[[], Any]] = {
+        "update": lambda: store.update("nope", {"payload": {"content": "x"}}),
+        "delete": lambda: store.delete("nope"),
+        "commit_model": lambda: store.commit_model(Preference(content="tea"), fact_id="nope"),
+    }
+    with pytest.raises(NotFound, match="no fact 'nope'"):
+        calls[call]()
+    assert (store.get("nope"), store.history("nope")) == (None, [])
+    assert_holds(store, {})
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+VALUES: dict[str, Any] = {
+    "int": 5,
+    "text of int": "5",
+    "float": 4.5,
+    "one": 1,
+    "true": True,
+    "false": False,
+    "text of true": "true",
+    "zero": 0,
+    "null": None,
+    "text": "tea",
+    "text of null": "null",
+    "not ascii": "Kräutertee ☕",
+    "empty": "",
+    "large": 2**40,
+    "larger": 2**70,
+    "list": [5],
+    "object": {"x": 5},
+}
+
+
+FOUND: dict[Any, list[str]] = {
+    5: ["int"],
+    "5": ["text of int"],
+    4.5: ["float"],
+    "true": ["text of true"],
+    None: ["null", "absent"],
+    "tea": ["text"],
+    "null": ["text of null"],
+    "Kräutertee ☕": ["not ascii"],
+    "": ["empty"],
+    2**40: ["large"],
+    2**70: ["larger"],
+    7: [],
+}
+
+
+def test_filters_compare_json_values(store: MemoryStore) -> None:
+    """Of each JSON type, the same on both databases: nothing matches that would only cast to the value."""
+    with store.transaction():
+        for name, field in VALUES.items():
+            store.commit(Fact(type="note", payload={"content": name, "x": field}))
+        store.commit(Fact(type="note", payload={"content": "absent"}))
+    assert {value: contents(store, filters={"x": value}) for value in FOUND} == FOUND
+    # Equal to each other in Python, so not in one dict.
+    for value, names in [(5.0, ["int"]), (1, ["one"]), (True, ["true"]), (0, ["zero"]), (False, ["false"])]:
+        assert contents(store, filters={"x": value}) == names
+        hits = store.search("anything", limit=20, filters={"x": value})
+        assert [hit.fact.payload["content"] for hit in hits] == names
+
+
+def test_filters_by_any_field_name(store: MemoryStore) -> None:
+    """Names that would need quoting in a JSON path, and several at once."""
+    odd = ['a"b', "a.b", "$", "a'b", "[0]", "ä", "", "%s", ":x"]
+    for name in odd:
+        store.commit(Fact(type="note", payload={"content": name, name: 1, "both": 2}))
+    for name in odd:
+        assert contents(store, filters={name: 1, "both": 2}) == [name]
+    assert contents(store, filters={'a"b': 1, "both": 3}) == []
+
+
+def test_filters_that_no_payload_can_hold(store: MemoryStore) -> None:
+    """A clear error instead of the driver's."""
+    for value in ([1], {"a": 1}, b"x", float("nan"), float("inf"), "a\x00b", "\ud800"):
+        with pytest.raises(MemstateError, match=r"filter '?x"):
+            store.query(filters={"x": value})
+    for name in ("a\x00b", "\ud800", 5):
+        with pytest.raises(MemstateError, match="filter"):
+            store.query(filters={name: 1})  # type: ignore[dict-item]
+
+
+def test_query(store: MemoryStore) -> None:
+    """By type, session and payload, in any combination, oldest first."""
+    for n, (kind, session_id) in enumerate([("note", "s1"), ("note", "s2"), ("tip", "s1"), ("note", "s1")]):
+        store.commit(Fact(type=kind, payload={"content": f"c{n}", "even": n % 2 == 0}), session_id=session_id)
+    assert contents(store) == ["c0", "c1", "c2", "c3"]
+    assert contents(store, type="note") == ["c0", "c1", "c3"]
+    assert contents(store, session_id="s1") == ["c0", "c2", "c3"]
+    assert contents(store, type="note", session_id="s1", filters={"even": False}) == ["c3"]
+    assert contents(store, type="other") == []
+
+
+def test_search(store: MemoryStore) -> None:
+    """Nearest first, within type, session, payload and distance; fresh unless told otherwise."""
+    store.commit(note("green tea every morning", user="u1"), session_id="s1")
+    store.commit(note("green tea", user="u2"), session_id="s2")
+    store.commit(Fact(type="tip", payload={"content": "green tea is healthy", "user": "u1"}))
+    store.commit(note("a blue bicycle", user="u1"))
+
+    def found(query: str, **options: Any) -> list[str]:
+        return [hit.fact.payload["content"] for hit in store.search(query, **options)]
+
+    store.memory.relay(store.engine).drain()
+    everything = found("green tea", limit=10)
+    assert everything[0] == "green tea" and everything[-1] == "a blue bicycle"
+    assert found("green tea", limit=1) == ["green tea"]
+    assert found("green tea", type="tip") == ["green tea is healthy"]
+    assert found("green tea", session_id="s1") == ["green tea every morning"]
+    assert (
+        found("green tea", filters={"user": "u1"}, limit=2) == [near for near in everything if near != "green tea"][:2]
+    )
+    distances = [hit.distance for hit in store.search("green tea", limit=10)]
+    assert distances == sorted(distances)
+    assert found("green tea", limit=10, max_distance=distances[1]) == everything[:2]
+
+    store.commit(note("purple zebra"))
+    assert found("purple zebra", limit=1) == ["purple zebra"]
+    assert "purple zebra" not in found("purple zebra", limit=10, consistency="eventual")
+
+
+def test_search_sees_the_open_transaction(store: MemoryStore) -> None:
+    """What the transaction wrote is found, what it deleted is not; after it failed, neither ever happened."""
+    kept = store.commit(note("old tea"))
+    with pytest.raises(RuntimeError), store.transaction():
+        store.commit(note("new tea"))
+        store.delete(kept)
+        assert [hit.fact.payload["content"] for hit in store.search("tea")] == ["new tea"]
+        raise RuntimeError
+    assert [hit.fact.payload["content"] for hit in store.search("tea")] == ["old tea"]
+
+
+# -- undo -------------------------------------------------------------------------------------------------------------
+
+
+def test_rollback(store: MemoryStore) -> None:
+    """The last transactions, newest first; each call walks on."""
+    a = store.commit(note("a1"))
+    with store.transaction():
+        store.update(a, {"payload": {"content": "a2"}})
+        b = store.commit(note("b1"))
+    store.delete(a)
+    assert_holds(store, {b: "content: b1"})
+    assert [(c.op, c.key) for c in store.rollback()] == [("insert", a)]
+    assert_holds(store, {a: "content: a2", b: "content: b1"})
+    assert sorted((c.op, c.key) for c in store.rollback(2)) == sorted([("delete", b), ("update", a), ("delete", a)])
+    assert_holds(store, {})
+    assert store.rollback() == []
+
+
+def test_rollback_of_a_session(store: MemoryStore) -> None:
+    """Only its transactions count; where another session changed a fact since, nothing is undone."""
+    a = store.commit(note("a"), session_id="s1")
+    b = store.commit(note("b"), session_id="s2")
+    store.update(a, {"payload": {"content": "a by s2"}}, session_id="s2")
+    with pytest.raises(ConflictError) as caught:
+        store.rollback(session_id="s1")
+    assert [(c.key, c.session_id) for c in caught.value.changes] == [(a, "s2")]
+    assert_holds(store, {a: "content: a by s2", b: "content: b"})
+    store.rollback(2, session_id="s2")
+    assert_holds(store, {a: "content: a"})
+    store.rollback(session_id="s1")
+    assert_holds(store, {})
+
+
+def test_promote_session(store: MemoryStore) -> None:
+    """The ephemeral facts that the selector picks outlive the session; the others go with it."""
+    ids = [store.commit(note(f"n{n}"), session_id="s1", ephemeral=True) for n in range(3)]
+    durable = store.commit(note("durable"), session_id="s1")
+    other = store.commit(note("other"), session_id="s2", ephemeral=True)
+    assert store.promote_session("s1", lambda fact: fact.payload["content"] == "n1") == [ids[1]]
+    assert store.discard_session("s1") == [ids[0], ids[2]]
+    assert_holds(store, {ids[1]: "content: n1", durable: "content: durable", other: "content: other"})
+    assert store.promote_session("s2") == [other]
+    assert store.discard_session("s2") == []
+    assert [fact.ephemeral for fact in store.query()] == [False, False, False]
+
+
+def test_discard_session_can_be_undone(store: MemoryStore) -> None:
+    """It is a transaction like any other: facts and vectors come back, ephemeral as they were."""
+    a = store.commit(note("a"), session_id="s1", ephemeral=True)
+    b = store.commit(note("b"), session_id="s1", ephemeral=True)
+    assert store.discard_session("s1") == [a, b]
+    assert_holds(store, {})
+    store.rollback()
+    assert_holds(store, {a: "content: a", b: "content: b"})
+    assert store.discard_session("s1") == [a, b]
+
+
+# -- transactions -----------------------------------------------------------------------------------------------------
+
+
+def test_a_transaction_is_all_or_nothing(store: MemoryStore) -> None:
+    """Calls of every kind join it; it is one entry to rollback, or it never happened."""
+    a = store.commit(note("a"))
+    e = store.commit(note("e"), session_id="s1", ephemeral=True)
+    before = [c.id for c in store.history(a) + store.history(e)]
+
+    def work() -> str:
+        store.update(a, {"payload": {"content": "a2"}})
+        new = store.commit(note("new"))
+        store.discard_session("s1")
+        with store.transaction():
+            store.update(new, {"payload": {"more": 1}})
+        assert contents(store) == ["a2", "new"]
+        return new
+
+    with pytest.raises(RuntimeError, match="late"), store.transaction():
+        work()
+        raise RuntimeError("late")
+    assert_holds(store, {a: "content: a", e: "content: e"})
+    assert [c.id for c in store.history(a) + store.history(e)] == before
+
+    with store.transaction(actor="ada"):
+        new = work()
+    assert_holds(store, {a: "content: a2", new: "content: new\nmore: 1"})
+    assert {(c.tx, c.actor) for c in store.history(new)} == {(store.history(a)[-1].tx, "ada")}
+    store.rollback()
+    assert_holds(store, {a: "content: a", e: "content: e"})
+
+
+def test_a_refused_call_leaves_the_others(store: MemoryStore) -> None:
+    """Whoever catches its error goes on in the same transaction, without anything of that call."""
+    store.register_schema("preference", Preference, immutable=True)
+    store.register_schema("profile", Profile, unique_by="user")
+    fixed = store.commit(Fact(type="preference", payload={"content": "tea"}))
+    u1, u2 = (store.commit(Fact(type="profile", payload={"user": user})) for user in ("u1", "u2"))
+    with store.transaction():
+        first = store.commit(note("first"))
+        with pytest.raises(ConflictError, match="immutable"):
+            store.update(fixed, {"payload": {"content": "coffee"}})
+        with pytest.raises(ConflictError, match="unique"):
+            store.update(u2, {"payload": {"user": "u1"}})
+        with pytest.raises(ValidationFailed):
+            store.update(u2, {"payload": {"user": 7}})
+        with pytest.raises(NotFound):
+            store.delete("nope")
+        with pytest.raises(RuntimeError), store.transaction():
+            store.commit(note("inner"))
+            raise RuntimeError
+        last = store.commit(note("last"))
+    assert_holds(
+        store,
+        {fixed: "content: tea", u1: "user: u1", u2: "user: u2", first: "content: first", last: "content: last"},
+    )
+
+
+def test_a_call_that_failed_leaves_neither_facts_nor_labels(store: MemoryStore) -> None:
+    """Whoever catches its error goes on with the others."""
+    with store.transaction(actor="ada"):
+        with pytest.raises(RuntimeError), store.transaction(actor="bob", reason="try"):
+            store.commit(note("bob's"))
+            raise RuntimeError
+        a = store.commit(note("ada's"))
+    assert_holds(store, {a: "content: ada's"})
+    assert [(c.actor, c.reason) for c in store.history(a)] == [("ada", None)]
+
+
+def test_threads_have_transactions_of_their_own(store: MemoryStore) -> None:
+    """A call in another thread neither joins this thread's transaction nor sees it."""
+    seen: list[Any] = []
+
+    def other(work: Callable[[], Any]) -> None:
+        assert in_threads(1, lambda _: seen.append(work())) == []
+
+    with pytest.raises(RuntimeError), store.transaction():
+        other(lambda: store.commit(note("theirs")))
+        mine = store.commit(note("mine"))
+        other(lambda: (store.get(mine), contents(store)))
+        raise RuntimeError
+    theirs, (invisible, what_they_saw) = seen
+    assert (invisible, what_they_saw) == (None, ["theirs"])
+    assert_holds(store, {theirs: "content: theirs"})
+
+
+async def test_a_transaction_across_an_await_belongs_to_its_task(store: MemoryStore) -> None:
+    """Another task of the loop is refused, rather than losing what it was told is committed; in a thread it waits."""
+    begun, refused = asyncio.Event(), asyncio.Event()
+
+    async def fails() -> None:
+        with store.transaction():
+            store.commit(note("rolled back"))
+            begun.set()
+            await refused.wait()
+            assert contents(store) == ["rolled back"]
+            raise RuntimeError
+
+    async def other() -> str:
+        await begun.wait()
+        try:
+            for call in (lambda: store.commit(note("other")), store.query):
+                with pytest.raises(MemstateError, match="another asyncio task of this thread is in a transaction"):
+                    call()
+            waiting = asyncio.create_task(asyncio.to_thread(store.commit, note("waited")))
+        finally:
+            refused.set()
+        return await waiting
+
+    failed, waited = await asyncio.gather(fails(), other(), return_exceptions=True)
+    assert isinstance(failed, RuntimeError) and isinstance(waited, str)
+    again = store.commit(note("again"))
+    assert_holds(store, {waited: "content: waited", again: "content: again"})
+
+
+def test_tasks_join_the_transaction_around_their_loop(store: MemoryStore) -> None:
+    """It is the thread's, not one of theirs."""
+
+    async def commit(content: str) -> str:
+        return store.commit(note(content))
+
+    async def main() -> list[str]:
+        return await asyncio.gather(commit("a"), commit("b"))
+
+    with pytest.raises(RuntimeError), store.transaction():
+        asyncio.run(main())
+        assert contents(store) == ["a", "b"]
+        raise RuntimeError
+    assert_holds(store, {})
+
+
+async def test_transactions_of_two_stores_end_in_any_order(engine: Engine, tmp_path: Path) -> None:
+    """Each task's calls join its own, and nothing joins one that is over."""
+    with opened(engine) as one, opened(f"sqlite:///{tmp_path / 'other.db'}") as two:
+        second, first_ended = asyncio.Event(), asyncio.Event()
+
+        async def first() -> None:
+            with one.transaction():
+                await second.wait()
+            first_ended.set()
+
+        async def other() -> None:
+            with two.transaction():
+                second.set()
+                await first_ended.wait()
+                two.commit(note("joined"))
+                raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            await asyncio.gather(first(), other())
+        kept = one.commit(note("kept"))
+        assert_holds(one, {kept: "content: kept"})
+        assert_holds(two, {})
+
+
+def test_a_transaction_that_another_thread_ends(store: MemoryStore) -> None:
+    """As frameworks do with generators: the thread that began it joins nothing that is over."""
+    around = store.transaction()
+    around.__enter__()
+    first = store.commit(note("first"))
+    assert in_threads(1, lambda _: around.__exit__(None, None, None)) == []
+    second = store.commit(note("second"))
+    assert_holds(store, {first: "content: first", second: "content: second"})
+
+
+# -- schemas ----------------------------------------------------------------------------------------------------------
+
+
+def test_validation_errors_are_pydantics(store: MemoryStore) -> None:
+    """The error list says field and rule, nothing is written by any call, and what was there stays."""
+    store.register_schema("preference", Preference)
+    id_ = store.commit(Fact(type="preference", payload={"content": "tea", "strength": 3}))
+    broken = Preference.model_construct(content="x", strength=11)
+    calls: list[Callable[[], Any]] = [
+        lambda: store.commit(Fact(type="preference", payload={"content": "x", "strength": 11})),
+        lambda: store.update(id_, {"payload": {"content": "x", "strength": 11}}),
+        lambda: store.commit_model(broken),
+        lambda: store.commit_model(broken, fact_id=id_),
+    ]
+    for call in calls:
+        with pytest.raises(ValidationFailed, match="Fact may not be remembered: content: ") as caught:
+            call()
+        assert [(e["type"], e["loc"]) for e in caught.value.errors] == [
+            ("string_too_short", ("content",)),
+            ("less_than_equal", ("strength",)),
+        ]
+        assert isinstance(caught.value.__cause__, ValidationError)
+    assert ops(store, id_) == ["insert"]
+    assert_holds(store, {id_: "content: tea\nstrength: 3"})
+
+
+def test_nothing_is_sent_for_an_invalid_fact(store: MemoryStore) -> None:
+    """Log and outbox stay empty, too."""
+    store.register_schema("preference", Preference)
+    with pytest.raises(ValidationFailed):
+        store.commit(Fact(type="preference", payload={}))
+    with store.engine.connect() as connection:
+        for table in (Fact.__table__, log, outbox, unique):
+            assert connection.execute(select(table)).all() == []
+
+
+WRONG = [
+    ("type", Fact(type="", payload={})),
+    ("type", Fact(type="x" * 129, payload={})),
+    ("type", Fact(type=5, payload={})),
+    ("type", Fact(payload={})),
+    ("type", Fact(type="a\x00b", payload={})),
+    ("payload", Fact(type="note")),
+    ("payload", Fact(type="note", payload=[1])),
+    ("payload", Fact(type="note", payload="x")),
+    ("payload", Fact(type="note", payload={"x": object()})),
+    ("payload", Fact(type="note", payload={"x": float("nan")})),
+    ("id", Fact(id="x" * 65, type="note", payload={})),
+    ("id", Fact(id=5, type="note", payload={})),
+    ("id", Fact(id="", type="note", payload={})),
+    ("session_id", Fact(type="note", payload={}, session_id=5)),
+    ("session_id", Fact(type="note", payload={}, session_id="a\x00")),
+]
+
+
+def test_facts_of_wrong_shape(store: MemoryStore) -> None:
+    """Refused by both databases alike, with the field at fault."""
+    for field, fact in WRONG:
+        with pytest.raises(ValidationFailed) as caught:
+            store.commit(fact)
+        assert [e["loc"] for e in caught.value.errors] == [(field,)]
+    assert_holds(store, {})
+
+
+def test_strict_types(engine: Engine) -> None:
+    """With it only registered types may be remembered; without it any may."""
+    with opened(engine, strict_types=True) as store:
+        store.register_schema("preference", Preference)
+        known = store.commit(Fact(type="preference", payload={"content": "tea"}))
+        with pytest.raises(ValidationFailed, match=r"unknown fact type 'note'; register_schema\(\) declares one"):
+            store.commit(note("tea"))
+        assert_holds(store, {known: "content: tea"})
+    with opened(engine) as store:
+        unknown = store.commit(note("tea"))
+        assert_holds(store, {known: "content: tea", unknown: "content: tea"})
+
+
+def test_immutable(store: MemoryStore) -> None:
+    """Such a fact can be added, promoted, deleted and restored, not changed."""
+    store.register_schema("preference", Preference, immutable=True)
+    id_ = store.commit(Fact(type="preference", payload={"content": "tea"}), session_id="s1", ephemeral=True)
+    with pytest.raises(ConflictError, match="immutable: delete it and add another"):
+        store.update(id_, {"payload": {"content": "coffee"}})
+    with pytest.raises(ConflictError, match="immutable"):
+        store.commit_model(Preference(content="coffee"), fact_id=id_)
+    assert store.promote_session("s1") == [id_]
+    with pytest.raises(ConflictError, match="immutable"):
+        store.update(id_, {"payload": {"content": "coffee"}})
+    store.delete(id_)
+    store.rollback()
+    assert ops(store, id_) == ["insert", "update", "delete", "insert"]
+    assert_holds(store, {id_: "content: tea"})
+
+
+def test_register_schema_says_what_is_wrong(store: MemoryStore) -> None:
+    """A model class, fields that it has, a type that can be stored."""
+    for wrong in (dict, Preference(content="tea"), None, "Preference"):
+        with pytest.raises(MemstateError, match="give a Pydantic model class"):
+            store.register_schema("preference", wrong)  # type: ignore[arg-type]
+    with pytest.raises(MemstateError, match="Preference has no field 'nope'"):
+        store.register_schema("preference", Preference, unique_by=("content", "nope"))
+    with pytest.raises(MemstateError, match="type=5: give a string"):
+        store.register_schema(5, Preference)  # type: ignore[arg-type]
+
+
+# -- unique facts -----------------------------------------------------------------------------------------------------
+
+
+def test_committing_what_exists_updates_it(store: MemoryStore) -> None:
+    """By the fields that must be unique together; None among them is equal to nothing."""
+    store.register_schema("profile", Profile, unique_by="user")
+    store.register_schema("event", Event, unique_by=("on", "where"))
+    first = store.commit(Fact(type="profile", payload={"user": "u1", "city": "Graz"}))
+    assert store.commit(Fact(type="profile", payload={"user": "u1", "city": "Linz"}), actor="bob") == first
+    assert store.commit_model(Profile(user="u1", city="Wien")) == first
+    other = store.commit(Fact(type="profile", payload={"user": "u2"}))
+    untyped = store.commit(Fact(type="note", payload={"user": "u1"}))
+    assert [(c.op, c.actor) for c in store.history(first)] == [("insert", None), ("update", "bob"), ("update", None)]
+    event = store.commit_model(Event(on=date(2026, 1, 2), location="Graz"))
+    assert store.commit_model(Event(on=date(2026, 1, 2), location="Graz")) == event
+    elsewhere = store.commit_model(Event(on=date(2026, 1, 2), location="Linz"))
+    assert ops(store, event) == ["insert"]
+    assert_holds(
+        store,
+        {
+            first: "user: u1\ncity: Wien",
+            other: "user: u2",
+            untyped: "user: u1",
+            event: "on: 2026-01-02\nlocation: Graz",
+            elsewhere: "on: 2026-01-02\nlocation: Linz",
+        },
+    )
+
+
+def test_sixteen_writers_of_one_unique_value(store: MemoryStore) -> None:
+    """One inserts, the others update that fact; none fails, and all get its id."""
+    store.register_schema("profile", Profile, unique_by="user")
+    ids: list[str] = []
+
+    def write(n: int) -> None:
+        ids.append(store.commit(Fact(type="profile", payload={"user": "u1", "city": f"city {n}"})))
+
+    assert in_threads(16, write) == []
+    assert len(ids) == 16
+    changes = store.history(ids[0])
+    assert [c.op for c in changes] == ["insert"] + ["update"] * 15
+    assert sorted(c.after["payload"]["city"] for c in changes if c.after) == sorted(f"city {n}" for n in range(16))
+    (fact,) = store.query("profile")
+    assert {*ids} == {fact.id}
+    assert changes[-1].after is not None and fact.payload == changes[-1].after["payload"]
+    assert_holds(store, {fact.id: f"user: u1\ncity: {fact.payload['city']}"})
+
+
+def test_a_deleted_value_is_free_and_rollback_takes_it_again(store: MemoryStore) -> None:
+    """Undoing the delete makes it taken; while another fact holds it, the delete cannot be undone."""
+    store.register_schema("profile", Profile, unique_by="user")
+    first = store.commit(Fact(type="profile", payload={"user": "u1", "city": "Graz"}))
+    store.delete(first)
+    store.rollback()
+    assert store.commit(Fact(type="profile", payload={"user": "u1", "city": "Linz"})) == first
+
+    store.delete(first)
+    deleted = store.history(first)[-1].tx
+    second = store.commit(Fact(type="profile", payload={"user": "u1", "city": "Wien"}))
+    assert second != first
+    with pytest.raises(ConflictError), store.transaction() as session:
+        store.memory.rollback(session, tx=deleted)
+    assert_holds(store, {second: "user: u1\ncity: Wien"})
+    store.rollback(2)
+    assert_holds(store, {first: "user: u1\ncity: Linz"})
+    assert store.commit(Fact(type="profile", payload={"user": "u1"})) == first
+
+
+def test_update_into_a_taken_value_is_a_conflict(store: MemoryStore) -> None:
+    """Two facts are not merged behind the caller's back; both stay as they were."""
+    store.register_schema("profile", Profile, unique_by="user")
+    u1, u2 = (store.commit(Fact(type="profile", payload={"user": user})) for user in ("u1", "u2"))
+    with pytest.raises(ConflictError, match="same value of what must be unique"):
+        store.update(u2, {"payload": {"user": "u1"}})
+    assert_holds(store, {u1: "user: u1", u2: "user: u2"})
+    store.update(u2, {"payload": {"user": "u3"}})
+    assert store.commit(Fact(type="profile", payload={"user": "u2"})) not in (u1, u2)
+
+
+def shortly(value: Any) -> str:
+    return repr(value)[:12]
+
+
+LONG = "".join(chr(0x4E00 + n * 7919 % 20000) for n in range(9000))  # no compression makes it fit an index
+
+
+@pytest.mark.parametrize(
+    "value", [1e16, 1e300, -0.0, 0.1 + 0.2, 2**70, True, "ä☕", LONG, [1.0, {"b": 2e20}]], ids=shortly
+)
+def test_unique_values_of_any_kind(store: MemoryStore, value: Any) -> None:
+    """JSONB writes some numbers differently, and an index takes no long text: still one fact each."""
+
+    class Anything(BaseModel):
+        x: Any
+
+    store.register_schema("any", Anything, unique_by="x")
+    first = store.commit(Fact(type="any", payload={"x": value, "n": 1}))
+    assert store.commit(Fact(type="any", payload={"x": value, "n": 2})) == first
+    other = store.commit(Fact(type="any", payload={"x": "other"}))
+    assert [fact.id for fact in store.query()] == [first, other]
+    assert store.query(filters={"n": 2})[0].id == first
+
+
+def test_a_durable_fact_takes_over_an_ephemeral_one(store: MemoryStore) -> None:
+    """It stays when the ephemeral one's session is discarded, and is a fact of the session that committed it."""
+    store.register_schema("profile", Profile, unique_by="user", immutable=True)
+    mine, nobodys = Fact(type="profile", payload={"user": "u1"}), Fact(type="profile", payload={"user": "u2"})
+    ids = [store.commit(fact, session_id="s1", ephemeral=True) for fact in (mine, nobodys)]
+    assert [store.commit(mine, session_id="s2"), store.commit(nobodys)] == ids
+    assert store.discard_session("s1") == store.discard_session("s2") == store.query(session_id="s1") == []
+    assert [fact.id for fact in store.query(session_id="s2")] == ids[:1]
+    assert_holds(store, {ids[0]: "user: u1", ids[1]: "user: u2"})
+
+
+@pytest.mark.parametrize("holder", ["durable", "ephemeral in session 's1'"])
+@pytest.mark.parametrize("ttl", [None, timedelta(minutes=1)])
+def test_an_ephemeral_fact_replaces_its_own_kind_alone(store: MemoryStore, holder: str, ttl: timedelta | None) -> None:
+    """A durable one, and that of another session, keep their payload, their session and their life."""
+    store.register_schema("profile", Profile, unique_by="user")
+    ephemeral = holder != "durable"
+    held = Fact(type="profile", payload={"user": "u1", "city": "Rome"})
+    id_ = store.commit(held, session_id="s1", ephemeral=ephemeral)
+    other = Fact(type="profile", payload={"user": "u1", "city": "Oslo"})
+    with pytest.raises(ConflictError, match=f"fact '{id_}' has the same unique values, and is {holder}"):
+        store.commit(other, session_id="s2", ephemeral=True, ttl=ttl)
+    [found] = store.query("profile")
+    assert (found.payload["city"], found.session_id, found.expires_at) == ("Rome", "s1", None)
+    if ephemeral:
+        assert store.commit(other, session_id="s1", ephemeral=True, ttl=ttl) == id_
+        assert store.discard_session("s1") == [id_]
+
+
+@pytest.mark.parametrize("ephemeral", [False, True])
+def test_what_has_expired_is_in_nobodys_way(store: MemoryStore, ephemeral: bool) -> None:
+    """Swept or not: what comes after it is another fact, also of what may not be changed."""
+    store.register_schema("profile", Profile, unique_by="user", immutable=True)
+    past = datetime(2000, 1, 1, tzinfo=UTC)
+    old = store.commit(Fact(type="profile", payload={"user": "u1"}, expires_at=past), session_id="s1")
+    new = store.commit(Fact(type="profile", payload={"user": "u1"}), session_id="s2", ephemeral=ephemeral)
+    assert old != new and ops(store, old) == ["insert", "delete"]
+    assert [(fact.id, fact.session_id, fact.ephemeral) for fact in store.query()] == [(new, "s2", ephemeral)]
+    assert_holds(store, {new: "user: u1"})
+
+
+def test_the_last_commit_says_how_long_a_fact_lives(store: MemoryStore) -> None:
+    """A durable one may shorten, or prolong, a durable one's life."""
+    store.register_schema("profile", Profile, unique_by="user")
+    for ttl in (None, timedelta(minutes=1), None):
+        store.commit(Fact(type="profile", payload={"user": "u1"}), ttl=ttl)
+        [fact] = store.query()
+        assert (fact.expires_at is None) == (ttl is None)
+
+
+# -- life -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_read_is_usable_after_close(engine: Engine) -> None:
+    """Facts are detached and complete, whether read alone, in a transaction or as hits."""
+    with opened(engine) as store:
+        id_ = store.commit(note("likes tea"), session_id="s1")
+        with store.transaction():
+            joined = store.get(id_)
+            store.update(id_, {"payload": {"cups": 2}})
+        facts = [store.get(id_), store.query()[0], store.search("tea")[0].fact, joined]
+        changes = store.history(id_)
+    for fact in facts:
+        assert fact is not None
+        assert fact.payload == {"content": "likes tea", "cups": 2}
+        assert (fact.id, fact.type, fact.session_id, fact.ephemeral) == (id_, "note", "s1", False)
+        assert fact.updated_at >= fact.created_at
+        assert fact not in Session(engine)
+    assert [c.op for c in changes] == ["insert", "update"]
+
+
+def test_a_closed_store_says_so(engine: Engine) -> None:
+    """Closing twice does no harm; the caller's engine stays open."""
+    store = opened(engine)
+    id_ = store.commit(note("likes tea"))
+    store.close()
+    store.close()
+    for call in (lambda: store.commit(note("x")), lambda: store.get(id_), store.query, lambda: store.search("tea")):
+        with pytest.raises(MemstateError, match="this MemoryStore is closed"):
+            call()
+    with engine.connect() as connection:
+        assert connection.scalars(select(Fact.id)).all() == [id_]
+
+
+def relay_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "memstate-relay-memory"}
+
+
+def test_a_relay_runs_in_the_background(engine: Engine) -> None:
+    """From the URL alone: what is committed reaches the index by itself, and closing ends the thread."""
+    url = engine.url.render_as_string(hide_password=False)
+    index, before = InMemoryIndex(), relay_threads()
+    with MemoryStore(url, index, embedder=HashEmbedder()) as store:
+        assert len(relay_threads() - before) == 1
+        id_ = store.commit(note("likes tea"))
+        point = point_of(id_)
+        eventually(lambda: [entry.id for entry in index.scan(None, 5)] == [point])
+        store.update(id_, {"payload": {"content": "likes coffee"}})
+        embedded = HashEmbedder().embed(["content: likes coffee"])[0]
+        eventually(lambda: bool((abs(index.get([point])[0].vector - embedded) < 1e-5).all()))
+        hits = store.search("coffee")
+        assert [hit.fact.payload["content"] for hit in hits] == ["likes coffee"]
+        eventually(lambda: store.search("coffee").complete)
+    assert not relay_threads() - before
+
+
+def test_facts_outlive_the_store(engine: Engine) -> None:
+    """The next store delivers what was left, finds what is unique, and undoes what the last one did."""
+    with opened(engine) as store:
+        store.register_schema("profile", Profile, unique_by="user")
+        id_ = store.commit(Fact(type="profile", payload={"user": "u1", "city": "Graz"}))
+    with opened(engine) as store:
+        store.register_schema("profile", Profile, unique_by="user")
+        assert_holds(store, {id_: "user: u1\ncity: Graz"})
+        assert store.commit(Fact(type="profile", payload={"user": "u1", "city": "Linz"})) == id_
+        store.rollback(2)
+        assert_holds(store, {})
+
+
+def test_a_postgresql_url_without_driver(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """psycopg is meant, whatever the scheme is called; without it the error names the extra."""
+    url = postgres_engine.url.render_as_string(hide_password=False).partition("://")[2]
+    for scheme in ("postgresql", "postgres", "postgresql+psycopg"):
+        with opened(f"{scheme}://{url}") as store:
+            assert store.engine.url.drivername == "postgresql+psycopg"
+            id_ = store.commit(note(scheme))
+            assert_holds(store, {id_: f"content: {scheme}"})
+            store.delete(id_)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "psycopg"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(MissingExtra, match=r"memstate-sa\[postgres\]"):
+        opened(f"postgresql://{url}")
+
+
+def test_an_async_engine(engine: Engine) -> None:
+    """The store is synchronous: it works on the same database through a sync engine of its own."""
+    asyncio = pytest.importorskip("sqlalchemy.ext.asyncio")
+    driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}[engine.dialect.name]
+    with opened(asyncio.create_async_engine(engine.url.set(drivername=driver))) as store:
+        with pytest.raises(RuntimeError), store.transaction():
+            store.commit(note("lost"))
+            raise RuntimeError
+        id_ = store.commit(note("likes tea"))
+        assert_holds(store, {id_: "content: likes tea"})
+
+
+# -- an in-memory SQLite ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_in_memory_drains_after_each_commit(url: str) -> None:
+    """No thread: when the call returns, the index has it; within a transaction only at its end."""
+    index, before = InMemoryIndex(), relay_threads()
+    with MemoryStore(url, index, embedder=HashEmbedder()) as store:
+
+        def delivered() -> list[str]:
+            return [entry.id for entry in index.scan(None, 9)]
+
+        assert not relay_threads() - before
+        id_ = store.commit(note("likes tea"))
+        point = point_of(id_)
+        assert delivered() == [point]
+        with store.transaction():
+            store.delete(id_)
+            store.commit(note("likes coffee"))
+            assert delivered() == [point]
+        assert len(delivered()) == 1 and point not in delivered()
+        store.rollback()
+        assert delivered() == [point]
+        with pytest.raises(RuntimeError), store.transaction():
+            store.delete(id_)
+            raise RuntimeError
+        assert_holds(store, {id_: "content: likes tea"})
+
+
+def test_in_memory_without_background() -> None:
+    """Nothing is delivered that nobody asked for."""
+    index = InMemoryIndex()
+    with opened("sqlite://", index) as store:
+        id_ = store.commit(note("likes tea"))
+        assert index.scan(None, 5) == []
+        assert_holds(store, {id_: "content: likes tea"})
+
+
+def test_in_memory_is_thread_safe() -> None:
+    """All threads share one connection: each waits for the others' transactions, and fails alone."""
+    with opened("sqlite://", background=True) as store:
+
+        def work(n: int) -> None:
+            for round in range(5):
+                try:
+                    with store.transaction():
+                        store.commit(note(f"{n} {round} a"))
+                        contents(store)
+                        store.commit(note(f"{n} {round} b"))
+                        if (n + round) % 2:
+                            raise KeyError
+                except KeyError:
+                    pass
+                store.search(f"{n} {round}")
+
+        assert in_threads(6, work) == []
+        kept = {f"{n} {r} {half}" for n in range(6) for r in range(5) for half in "ab" if (n + r) % 2 == 0}
+        facts = store.query()
+        assert sorted(fact.payload["content"] for fact in facts) == sorted(kept)
+        assert_holds(store, {fact.id: f"content: {fact.payload['content']}" for fact in facts})
+
+
+def test_in_memory_with_an_index_that_is_down(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """The commit stands, says in the log that it is not delivered, and the next one delivers both."""
+    monkeypatch.setattr(memstate_sa.store, "_DRAIN_TIMEOUT_S", 0.0)
+    index = FlakyIndex(InMemoryIndex(), rate=0, partial=False)
+    with opened("sqlite://", index, background=True) as store:
+        index.rate = 1
+        with caplog.at_level(logging.WARNING, "memstate_sa.store"):
+            first = store.commit(note("likes tea"))
+        assert "not delivered yet" in caplog.text
+        index.rate = 0
+        monkeypatch.undo()
+        assert contents(store) == ["likes tea"]
+        second = store.commit(note("likes rain"))
+        assert_index_holds(
+            index,
+            HashEmbedder(),
+            {point_of(first): "content: likes tea", point_of(second): "content: likes rain"},
+        )
+
+
+def test_in_memory_beside_a_class_whose_table_is_made_later(caplog: Any) -> None:
+    """What was committed is committed, and delivered as soon as all can be read."""
+    index = InMemoryIndex()
+    with opened("sqlite://", index, background=True) as store:
+        store.memory.track(Tag, text="meaning")
+        with caplog.at_level(logging.WARNING, "memstate_sa.store"):
+            first = store.commit(note("likes tea"))
+        assert "not delivered yet: OperationalError" in caplog.text
+        assert contents(store) == ["likes tea"]
+        Base.metadata.create_all(store.engine)
+        second = store.commit(note("likes rain"))
+        expected = {point_of(first): "content: likes tea", point_of(second): "content: likes rain"}
+        assert_index_holds(index, HashEmbedder(), expected)
+
+
+@pytest.mark.filterwarnings("ignore::memstate_sa.db.sqlite.SavepointWarning")
+def test_a_plain_sqlite_engine_of_the_callers(tmp_path: Path) -> None:
+    """Not configured by sqlite.configure(): transactions are still all or nothing."""
+    engine = create_engine(f"sqlite:///{tmp_path / 'plain.db'}")
+    with opened(engine) as store:
+        store.register_schema("profile", Profile, unique_by="user")
+        with pytest.raises(RuntimeError), store.transaction():
+            store.commit(Fact(type="profile", payload={"user": "u1"}))
+            raise RuntimeError
+        id_ = store.commit(Fact(type="profile", payload={"user": "u1"}))
+        assert store.commit(Fact(type="profile", payload={"user": "u1", "city": "Graz"})) == id_
+        assert_holds(store, {id_: "user: u1\ncity: Graz"})
+        with engine.connect() as connection:
+            assert connection.execute(text("SELECT count(*) FROM memstate_unique")).scalar_one() == 1
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("payload", "told"),
+    [
+        ({"a": {"b": [1, np.int64(2)]}}, "a.b.1 is a numpy.int64"),
+        ({"a": np.array([1.0])}, "a is a numpy.ndarray"),
+        ({"a": [object()]}, "a.0 is a object"),
+        ({"a": {"b": float("nan")}}, "a.b is a float"),
+        ({"a": {np.int64(1): 2}}, "a is a dict"),
+    ],
+    ids=["in a list", "array", "object", "nan", "as a name"],
+)
+def test_payload_that_is_no_json_is_named(store: MemoryStore, payload: dict[str, Any], told: str) -> None:
+    """By its keys and its type, in a commit and in an update.
+
+    The same kind: a function, a complex number, a lone surrogate, a payload that contains itself.
+    """
+    kept = store.commit(Fact(type="note", payload={"content": "x"}))
+    for change in (
+        lambda: store.commit(Fact(type="note", payload=payload)),
+        lambda: store.update(kept, {"payload": payload}),
+    ):
+        with pytest.raises(ValidationFailed, match=re.escape(told)):
+            change()
+    itself: dict[str, Any] = {}
+    itself["a"] = itself
+    with pytest.raises(ValidationFailed, match="is a dict"):
+        store.commit(Fact(type="note", payload=itself))
+    assert contents(store) == ["x"]
+
+
+def test_payload_takes_what_pydantic_takes_as_json(store: MemoryStore) -> None:
+    """A date as its ISO text, a Decimal as its digits, a set as a list; filters and updates take the same."""
+    at = datetime(2026, 1, 2, 3, tzinfo=UTC)
+    given = {"content": "x", "at": at, "price": Decimal("1.50"), "tags": {"a"}, "id": UUID(int=1), "n": np.float64(0.5)}
+    kept = store.commit(Fact(type="note", payload=given))
+    store.update(kept, {"payload": {"day": at.date()}})
+    [fact] = store.query(filters={"at": at, "price": Decimal("1.50"), "day": at.date(), "id": UUID(int=1), "n": 0.5})
+    assert fact.payload == {
+        "content": "x",
+        "at": "2026-01-02T03:00:00Z",
+        "price": "1.50",
+        "tags": ["a"],
+        "id": str(UUID(int=1)),
+        "n": 0.5,
+        "day": "2026-01-02",
+    }

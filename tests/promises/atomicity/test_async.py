@@ -1,0 +1,241 @@
+"""AsyncSession: captured by the same listeners, with no other Session touched."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, event, insert, select, text, update
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import Session
+
+from memstate_sa import MemstateError, UntrackedWrite
+from memstate_sa.db import engines, sqlite
+from tests.support import Note, Person, Tag, World
+
+pytestmark = pytest.mark.sa20
+
+
+@pytest.fixture
+async def async_engine(engine: Engine) -> AsyncIterator[AsyncEngine]:
+    url = engine.url.set(drivername="sqlite+aiosqlite") if engine.dialect.name == "sqlite" else engine.url
+    made = create_async_engine(url)
+    if engine.dialect.name == "sqlite":
+        sqlite.configure(made)
+    yield made
+    await made.dispose()
+
+
+@pytest.fixture
+def sessions(world: World, async_engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+    maker = async_sessionmaker(async_engine, expire_on_commit=False)
+    world.memory.attach(maker)
+    world.memory.attach(maker)
+    return maker
+
+
+async def test_what_waits_for_the_database_says_how_to_wait(
+    world: World, sessions: async_sessionmaker[AsyncSession]
+) -> None:
+    """An AsyncSession where a Session is needed: an error that names run_sync, and no coroutine left behind."""
+    memory = world.memory
+    async with sessions() as session:
+        session.add(Person(id=1, name="p", about="green tea"))
+        await session.commit()
+        calls: list[tuple[Any, ...]] = [
+            (memory.history, Person, 1),
+            (memory.rollback,),
+            (memory.as_of, Person, 1, "x"),
+            (memory.diff, "x"),
+            (memory.erase, Person, 1),
+            (memory.search, "tea", Person),
+        ]
+        for method, *arguments in calls:
+            with pytest.raises(MemstateError, match=r"await session.run_sync\(memory.history, Model, key\)"):
+                method(session, *arguments)
+        with pytest.raises(MemstateError, match="run_sync"):
+            memory.revoke(session, actor="a")
+        assert [change.op for change in await session.run_sync(memory.history, Person, 1)] == ["insert"]
+
+
+async def test_a_sync_engine_of_ones_own(world: World, async_engine: AsyncEngine) -> None:
+    """What a URL does not say, the application's own engine has; one that was derived is closed with the memory."""
+    own = create_engine(world.engine.url)
+    assert world.memory.sync_engine(async_engine, use=own) is own
+    assert world.memory.sync_engine(async_engine) is own
+    other = World(world.engine)
+    derived = other.memory.sync_engine(async_engine)
+    with derived.connect():
+        pass
+    pool = derived.pool
+    other.memory.close()
+    assert derived.pool is not pool, "dispose() makes another"
+    own.dispose()
+
+
+async def test_captured_searched_and_undone(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
+    """The whole round, on aiosqlite and on psycopg's async driver."""
+    async with sessions() as session:
+        world.memory.annotate(session, actor="ada")
+        session.add(Person(name="p", about="green tea", notes=[Note(topic="t", number=1, content="x")]))
+        session.add(Person(name="q", about="snow"))
+        await session.commit()
+        hits = await world.memory.asearch(session, "green tea", Person, limit=1)
+        assert [hit.fact.about for hit in hits] == ["green tea"]
+        await session.execute(update(Person).where(Person.name == "q").values(about="green bicycle"))
+        await session.execute(insert(Tag), [{"name": "t", "meaning": "m"}])
+        await session.commit()
+        await asyncio.to_thread(world.relay.drain)
+        hits = await world.memory.asearch(session, "bicycle", select(Person).where(Person.name == "q"))
+        assert [hit.fact.about for hit in hits] == ["green bicycle"] and hits.complete
+        changes = await session.run_sync(lambda sync: world.memory.history(sync, Person))
+        assert [(c.op, c.actor) for c in changes] == [("insert", "ada"), ("insert", "ada"), ("update", None)]
+        await session.run_sync(lambda sync: world.memory.rollback(sync))
+        await session.commit()
+        assert (await session.scalars(select(Person.about).order_by(Person.id))).all() == ["green tea", "snow"]
+    await asyncio.to_thread(world.assert_in_step)
+
+
+async def test_a_search_in_the_past(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
+    """On a connection beside the Session's, of the same driver."""
+    async with sessions() as session:
+        session.add(Person(id=1, name="p", about="green tea"))
+        await session.commit()
+        then = world.memory.token(session)
+        (await session.get_one(Person, 1)).about = "coffee"
+        await session.flush()
+        hits = await world.memory.asearch(session, "tea", Person, as_of=then)
+        assert [hit.fact.about for hit in hits] == ["green tea"]
+
+
+async def test_an_async_scoped_session_is_used_as_it_is(world: World, async_engine: AsyncEngine) -> None:
+    scoped = async_scoped_session(async_sessionmaker(async_engine), scopefunc=asyncio.current_task)
+    world.memory.attach(scoped)
+    world.memory.annotate(scoped, actor="ann")
+    scoped.add(Person(id=1, name="p", about="green tea"))
+    hits = await world.memory.asearch(scoped, "tea", Person)
+    assert [hit.fact.about for hit in hits] == ["green tea"]
+    await scoped.commit()
+    assert world.memory.token(scoped)
+    with pytest.raises(MemstateError, match="this waits for the database"):
+        world.memory.history(scoped, Person, 1)
+    await scoped.remove()
+    with world.session() as session:
+        assert [change.actor for change in world.memory.history(session, Person, 1)] == ["ann"]
+        with pytest.raises(MemstateError, match=r"is not an AsyncSession; memory.search\(\)"):
+            await world.memory.asearch(session, "tea", Person)  # type: ignore[call-overload]
+
+
+def test_what_asyncpg_alone_takes_is_translated(postgres_engine: Engine) -> None:
+    """As it is given behind PgBouncer, where no driver may prepare statements."""
+    options = {"prepared_statement_cache_size": "0", "ssl": "disable", "command_timeout": "5"}
+    url = postgres_engine.url.set(drivername="postgresql+asyncpg").update_query_dict(options)
+    engine = engines.blocking_engine(url)
+    with engine.connect() as connection:
+        assert connection.scalar(select(1)) == 1
+        driver: Any = connection.connection.driver_connection
+        assert driver.prepare_threshold is None
+        assert driver.info.get_parameters()["sslmode"] == "disable"
+    engine.dispose()
+
+
+async def test_no_other_session_is_touched(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
+    """By default an async_sessionmaker uses SQLAlchemy's own Session class: that one gets no listeners."""
+    assert not event.contains(Session, "after_flush", world.memory._capture.session_listeners["after_flush"])
+    other = async_sessionmaker(sessions.kw["bind"])
+    for plain in (Session(world.engine), other().sync_session):
+        assert not world.memory._capture.is_attached(plain)
+    with Session(world.engine) as session:
+        session.add(Tag(name="unseen"))
+        session.commit()
+    with world.session() as session:
+        assert world.memory.history(session, Tag) == []
+
+
+async def test_refusals_reach_the_caller(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
+    """UntrackedWrite from an await, like anywhere."""
+    async with sessions() as session:
+        with pytest.raises(UntrackedWrite):
+            await session.run_sync(lambda sync: sync.bulk_save_objects([Tag(name="x")]))
+
+
+async def test_cancellation_leaves_nothing(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
+    """A task that is cancelled with work flushed fires neither commit nor rollback; all of it is gone."""
+    flushed = asyncio.Event()
+
+    async def work() -> None:
+        async with sessions() as session:
+            world.memory.annotate(session, actor="cancelled")
+            session.add(Tag(name="t"))
+            await session.flush()
+            flushed.set()
+            await asyncio.sleep(60)
+
+    task = asyncio.create_task(work())
+    await flushed.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    async with sessions() as session:
+        session.add(Tag(name="u"))
+        await session.commit()
+        changes = await session.run_sync(lambda sync: world.memory.history(sync, Tag))
+        assert [(c.key, c.actor) for c in changes] == [("u", None)]
+    await asyncio.to_thread(world.assert_in_step)
+
+
+async def test_the_event_loop_goes_on_during_a_search(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
+    """The index and the embedder are called in threads."""
+    import threading
+
+    callers: list[Any] = []
+    query = world.index.query
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        callers.append(threading.current_thread())
+        return query(*args, **kwargs)
+
+    world.index.query = watched  # type: ignore[method-assign]
+    async with sessions() as session:
+        session.add(Person(name="p", about="green tea"))
+        await session.commit()
+        await world.memory.asearch(session, "green tea", Person)
+    assert callers and threading.main_thread() not in callers
+
+
+async def test_engine_arguments_take_an_async_engine(world: World, async_engine: AsyncEngine) -> None:
+    """The relay is a thread: it gets a sync engine on the same URL."""
+    with world.session() as session:
+        session.add(Person(name="p", about="green tea"))
+        session.commit()
+    memory = world.memory
+    memory.create_tables(async_engine)
+    with memory.relay(async_engine) as relay:
+        await asyncio.to_thread(relay.drain)
+    assert memory.verify(async_engine).clean
+    assert memory.status(async_engine)["memory"].pending == 0
+    memory.sync_engine(async_engine).dispose()
+
+
+async def test_triggers_know_the_labels_of_an_async_session(engine: Engine, async_engine: AsyncEngine) -> None:
+    """They are told on the connection that the AsyncSession writes on."""
+    world = World(engine, capture="trigger")
+    maker = async_sessionmaker(async_engine)
+    world.memory.attach(maker)
+    async with maker() as session:
+        world.memory.annotate(session, actor="ada")
+        await session.execute(text("INSERT INTO tag (name, meaning) VALUES ('a', 'x')"))
+        session.add(Tag(name="b"))
+        await session.commit()
+        changes = await session.run_sync(lambda sync: world.memory.history(sync, Tag))
+        assert [(change.key, change.actor) for change in changes] == [("a", "ada"), ("b", "ada")]
+        assert world.memory.token(session) == changes[0].tx == changes[1].tx
+    await asyncio.to_thread(world.assert_in_step)

@@ -1,0 +1,665 @@
+"""What cannot work says so, in words that help, and takes nothing else with it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sqlalchemy import Engine, ForeignKey, Text, insert, select
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
+
+from memstate_sa import (
+    DeliveryRejected,
+    Fact,
+    IndexMismatch,
+    Memory,
+    MemoryStore,
+    MemstateError,
+    NotFound,
+    ValidationFailed,
+)
+from memstate_sa.db.tables import log, outbox, parked
+from memstate_sa.indexes import ChromaIndex, InMemoryIndex
+from memstate_sa.relay import RetryPolicy
+from memstate_sa.testing import HashEmbedder
+from tests.support import Note, Person, Tag, World, assert_index_holds
+from tests.support.chroma import persistent
+from tests.support.relays import eventually
+
+
+def say(world: World, **tags: str) -> None:
+    with world.session() as session:
+        session.add_all([Tag(name=name, meaning=meaning) for name, meaning in tags.items()])
+        session.commit()
+
+
+def untracked() -> Memory:
+    return Memory(InMemoryIndex(), embedder=HashEmbedder())
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Page(Base):
+    """A fact with a key of any length, and a relationship."""
+
+    __tablename__ = "page"
+    path: Mapped[str] = mapped_column(Text, primary_key=True)
+    content: Mapped[str]
+    parent_path: Mapped[str | None] = mapped_column(ForeignKey("page.path"))
+    parent: Mapped[Page | None] = relationship(remote_side=path)
+
+
+class PageWorld:
+    """An application with pages, its memory and its database."""
+
+    def __init__(self, engine: Engine, **tracking: Any) -> None:
+        self.engine, self.index, self.embedder = engine, InMemoryIndex(), HashEmbedder()
+        self.memory = Memory(self.index, embedder=self.embedder)
+        self.memory.track(Page, **{"text": "content", **tracking})
+        self.sessions = sessionmaker(engine)
+        self.memory.attach(self.sessions)
+        Base.metadata.create_all(engine)
+        self.memory.create_tables(engine)
+        self.relay = self.memory.relay(engine, policy=RetryPolicy(delay_s=0.001))
+
+
+@pytest.fixture
+def pages(engine: Engine) -> Iterator[PageWorld]:
+    world = PageWorld(engine)
+    yield world
+    world.memory.close()
+
+
+# -- tracking --------------------------------------------------------------------------------------------------------
+
+
+class Plain:
+    name = "not mapped"
+
+
+class Reserved(DeclarativeBase):
+    """A base of its own: the other tests create the tables of theirs."""
+
+
+class ReservedName(Reserved):
+    __tablename__ = "reserved_name"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    memstate_x: Mapped[str]
+
+
+TRACKING: dict[str, tuple[Callable[[Memory], Any], str]] = {
+    "an unmapped class": (lambda m: m.track(Plain, text="name"), "Plain'> is not a mapped class"),
+    "an instance": (lambda m: m.track(Person(), text="about"), "is not a mapped class"),
+    "a table": (lambda m: m.track(Person.__table__, text="about"), "is not a mapped class"),
+    "no column": (lambda m: m.track(Person, text="abuot"), "Person has no column attribute 'abuot'; it has about, id"),
+    "a relationship": (lambda m: m.track(Person, text="notes"), "no column attribute 'notes'"),
+    "text of another kind": (lambda m: m.track(Person, text=3), "the text comes from one column or from a function"),
+    "no such metadata": (lambda m: m.track(Person, text="about", metadata=("naem",)), "no column attribute 'naem'"),
+    "metadata as a string": (lambda m: m.track(Person, text="about", metadata="name"), r"for example \('name',\)"),
+    "unique_by as a string": (lambda m: m.track(Person, text="about", unique_by="name"), r"for example \('name',\)"),
+    "a reserved name": (lambda m: m.track(ReservedName, text="id", metadata=("memstate_x",)), "memstate_ are ours"),
+    "no such unique": (lambda m: m.track(Person, text="about", unique_by=("naem",)), "no column attribute 'naem'"),
+    "entity with a bracket": (lambda m: m.track(Person, text="about", entity="a[b"), r"without '\['"),
+    "entity that is no name": (lambda m: m.track(Person, text="about", entity=5), "entity=5: give a name"),
+    "empty entity": (lambda m: m.track(Person, text="about", entity=""), "1 to 128 characters"),
+    "long entity": (lambda m: m.track(Person, text="about", entity="x" * 129), "1 to 128 characters"),
+    "no such index": (lambda m: m.track(Person, text="about", index="other"), "this Memory has memory"),
+    "no index": (lambda m: m.track(Person, text="about", index=()), "this Memory has memory"),
+    "no schema": (lambda m: m.track(Person, text="about", schema=5), "give a Pydantic model class"),
+    "no such way": (lambda m: m.track(Person, text="about", on_untracked="log"), "choose 'raise' or 'warn'"),
+}
+
+
+@pytest.mark.parametrize("kind", TRACKING)
+def test_what_cannot_be_tracked(kind: str) -> None:
+    """The error names what is wrong and what there is; the class can be tracked rightly afterwards."""
+    memory = untracked()
+    track, message = TRACKING[kind]
+    with pytest.raises(MemstateError, match=message):
+        track(memory)
+    assert memory.track(Person, text="about", metadata=("name",)) is Person
+
+
+def test_tracking_twice() -> None:
+    """Neither a class, nor an entity, nor a table; the first stays as it was."""
+    memory = untracked()
+    memory.track(Tag, text="meaning", entity="word")
+    with pytest.raises(MemstateError, match="entity 'word' is already tracked, by Tag"):
+        memory.track(Tag, text="name", entity="word")
+    with pytest.raises(MemstateError, match="table tag is already tracked, by Tag"):
+        memory.track(Tag, text="name")
+    with pytest.raises(MemstateError, match="entity 'word' is already tracked, by Tag"):
+        memory.track(Person, text="about", entity="word")
+    memory.track(Person, text="about")
+
+
+def test_a_memory_without_parts() -> None:
+    """No index at all, and a way of delivery that there is not."""
+    with pytest.raises(MemstateError, match="give at least one index"):
+        Memory({}, embedder=HashEmbedder())
+    for index in (None, "chroma", {"memory": None}, {1: InMemoryIndex()}, InMemoryIndex):
+        with pytest.raises(MemstateError, match="give a VectorIndex"):
+            Memory(index, embedder=HashEmbedder())  # type: ignore[arg-type]
+    with pytest.raises(MemstateError, match="embedder=5: give an Embedder"):
+        Memory(InMemoryIndex(), embedder=5)  # type: ignore[arg-type]
+    with pytest.raises(MemstateError, match="delivery='soon'"):
+        Memory(InMemoryIndex(), embedder=HashEmbedder(), delivery="soon")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [None, "sqlite://", 5, Session])
+def test_what_is_no_engine(wrong: Any) -> None:
+    """Everything that takes an engine says how one is made."""
+    memory = untracked()
+    memory.track(Tag, text="meaning")
+    calls: list[Callable[[Any], Any]] = [
+        memory.create_tables,
+        memory.relay,
+        memory.verify,
+        memory.status,
+        lambda engine: memory.backfill(engine, Tag),
+    ]
+    for call in calls:
+        with pytest.raises(MemstateError, match=r"is not an Engine; sqlalchemy.create_engine\(url\) makes one"):
+            call(wrong)
+
+
+def test_classes_that_are_not_tracked(world: World) -> None:
+    """Search, history and backfill name the call that is missing."""
+    with world.session() as session:
+        for call in (
+            lambda: world.memory.search(session, "tea", Page),
+            lambda: world.memory.search(session, "tea", select(Page)),
+            lambda: world.memory.history(session, Page),
+            lambda: world.memory.history(session, Page(path="x", content="y")),
+            lambda: world.memory.backfill(world.engine, Page),
+        ):
+            with pytest.raises(MemstateError, match=r"Page is not tracked by this Memory; memory.track\(Page, text="):
+                call()
+        for wrong in (int, 5, "tag"):
+            with pytest.raises(MemstateError, match="is not tracked by this Memory"):
+                world.memory.history(session, wrong)
+
+
+def test_keys_of_the_wrong_shape(world: World) -> None:
+    """A composite key that is not whole, and an instance that has none yet."""
+    with world.session() as session:
+        with pytest.raises(MemstateError, match=r"key='a': note is keyed by topic, number"):
+            world.memory.history(session, Note, "a")
+        with pytest.raises(MemstateError, match=r"person is keyed by id"):
+            world.memory.history(session, Person, (1, 2))
+        with pytest.raises(MemstateError, match="was never flushed, so it has no history"):
+            world.memory.history(session, Person(name="x"))
+        assert world.memory.history(session, Note, ("a", 1)) == []
+
+
+# -- sessions --------------------------------------------------------------------------------------------------------
+
+
+def test_an_unattached_session(world: World) -> None:
+    """It may search and read history; what would have to be captured is refused, and nothing is written."""
+    say(world, tea="a drink")
+    with Session(world.engine) as session:
+        assert [hit.fact.name for hit in world.memory.search(session, "drink", Tag)] == ["tea"]
+        assert [c.op for c in world.memory.history(session, Tag)] == ["insert"]
+        for call in (
+            lambda: world.memory.annotate(session, actor="ada"),
+            lambda: world.memory.rollback(session),
+            lambda: world.memory.rollback(session, tx="x"),
+        ):
+            with pytest.raises(MemstateError, match=r"not attached: call memory.attach\(\) with its sessionmaker"):
+                call()
+        session.commit()
+    world.assert_in_step()
+
+
+def test_a_closed_session_begins_anew(world: World) -> None:
+    """As SQLAlchemy has it; labels given before the close are gone."""
+    say(world, tea="a drink")
+    session = world.session()
+    session.scalars(select(Tag)).all()
+    world.memory.annotate(session, actor="ada")
+    session.close()
+    assert [hit.fact.name for hit in world.memory.search(session, "drink", Tag)] == ["tea"]
+    session.close()
+    assert [(c.op, c.actor) for c in world.memory.rollback(session)] == [("delete", None)]
+    session.close()  # not committed
+    session.add(Tag(name="rain"))
+    session.commit()
+    assert [(c.op, c.key, c.actor) for c in world.memory.history(session, Tag)] == [
+        ("insert", "tea", None),
+        ("insert", "rain", None),
+    ]
+    session.close()
+    world.assert_in_step()
+
+
+def test_a_session_closed_for_good(world: World) -> None:
+    """SQLAlchemy's own error, and nothing written."""
+    say(world, tea="a drink")
+    session = sessionmaker(world.engine, class_=world.sessions.class_, close_resets_only=False)()
+    session.close()
+    for call in (
+        lambda: world.memory.search(session, "drink", Tag),
+        lambda: world.memory.rollback(session),
+        lambda: world.memory.history(session, Tag),
+    ):
+        with pytest.raises(InvalidRequestError, match="closed"):
+            call()
+    world.assert_in_step()
+
+
+@pytest.mark.parametrize("call", ["search", "history", "annotate", "rollback"])
+def test_what_is_no_session(world: World, call: str) -> None:
+    """Everything that takes a Session says so."""
+    calls: dict[str, Callable[[Any], Any]] = {
+        "search": lambda wrong: world.memory.search(wrong, "tea", Tag),
+        "history": lambda wrong: world.memory.history(wrong, Tag),
+        "annotate": lambda wrong: world.memory.annotate(wrong, actor="ada"),
+        "rollback": world.memory.rollback,
+    }
+    for wrong in (None, 5, "session", world.engine):
+        with pytest.raises(MemstateError, match="Session"):
+            calls[call](wrong)
+
+
+@pytest.mark.parametrize("name", ["actor", "reason", "session_id"])
+def test_labels_that_are_no_text(world: World, name: str) -> None:
+    """Refused where they are given, not when the transaction commits: that would take the facts with it."""
+    with world.session() as session:
+        for label in (5, object(), "a\x00b", "\ud800"):
+            with pytest.raises(MemstateError, match=name):
+                world.memory.annotate(session, **{name: label})  # type: ignore[arg-type]
+        session.add(Tag(name="tea"))
+        session.commit()
+    world.assert_in_step()
+
+
+def test_scopes_that_are_no_text(world: World) -> None:
+    """A transaction, session or actor of another type is refused alike on both databases."""
+    say(world, tea="a drink")
+    with world.session() as session:
+        for scope in ({"tx": 5}, {"session_id": 5}, {"actor": 5}):
+            with pytest.raises((MemstateError, NotFound), match="5"):
+                world.memory.rollback(session, **scope)  # type: ignore[arg-type]
+            session.rollback()
+    world.assert_in_step()
+
+
+# -- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_of_ten_megabytes(world: World) -> None:
+    """Delivered, found, and in the history as it was and as it became."""
+    embed = world.embedder.embed  # as models do: the beginning counts
+    world.embedder.embed = lambda texts: embed([text[:200] for text in texts])  # type: ignore[method-assign]
+    long = "mint tea " + "x" * 10_000_000
+    with world.session() as session:
+        session.add_all([Person(id=1, name="ada", about=long), Person(id=2, name="bob", about="rain")])
+        session.commit()
+        assert [hit.fact.id for hit in world.memory.search(session, "mint tea", Person, limit=1)] == [1]
+        world.assert_in_step()
+        assert [hit.fact.id for hit in world.memory.search(session, "mint tea", Person, limit=1)] == [1]
+        session.get_one(Person, 1).about = long + "!"
+        session.commit()
+        changes = world.memory.history(session, Person, 1)
+        assert [c.after and c.after["about"][9_999_990:] for c in changes] == [long[9_999_990:], long[9_999_990:] + "!"]
+        world.memory.rollback(session)
+        session.commit()
+        assert session.get_one(Person, 1).about == long
+    world.assert_in_step()
+
+
+def test_a_nul_byte_in_a_text_column(world: World) -> None:
+    """SQLite stores it, so it is delivered, found and logged; PostgreSQL cannot, and nothing else is lost."""
+    say(world, tea="a drink")
+    with world.session() as session:
+        session.add(Person(id=1, name="ada", about="mint\x00tea"))
+        if world.engine.dialect.name == "postgresql":
+            with pytest.raises(DBAPIError, match="NUL"):
+                session.commit()
+            session.rollback()
+            assert world.memory.history(session, Person) == []
+        else:
+            session.commit()
+            assert [c.after["about"] for c in world.memory.history(session, Person) if c.after] == ["mint\x00tea"]
+            hits = world.memory.search(session, "mint\x00tea", Person)
+            assert [hit.fact.about for hit in hits] == ["mint\x00tea"]
+    world.assert_in_step()
+
+
+def test_a_lone_surrogate_in_a_text_column(world: World) -> None:
+    """No driver can encode it: its own error at the flush, and nothing else is lost."""
+    say(world, tea="a drink")
+    with world.session() as session:
+        session.add(Person(id=1, name="ada", about="mint \ud800 tea"))
+        with pytest.raises(UnicodeEncodeError):
+            session.commit()
+        session.rollback()
+        session.add(Person(id=1, name="ada", about="mint tea"))
+        session.commit()
+        assert [c.after["about"] for c in world.memory.history(session, Person) if c.after] == ["mint tea"]
+        hits = world.memory.search(session, "mint \ud800 tea", Person)
+        assert [hit.fact.about for hit in hits] == ["mint tea"]
+    world.assert_in_step()
+
+
+@pytest.mark.parametrize("bad", ["a\x00b", "\ud800"], ids=["NUL", "surrogate"])
+def test_payloads_that_jsonb_cannot_hold(engine: Engine, bad: str) -> None:
+    """Wherever in the payload they are: the same clear error on both databases, before anything is sent."""
+    with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as store:
+        kept = store.commit(Fact(type="note", payload={"text": "a\\u0000b, spelled out"}))
+        payloads: list[Any] = [{"x": bad}, {bad: 1}, {"x": [{"y": bad}]}, {"x": ("y", bad)}, {"x": {5: bad}}]
+        for payload in payloads:
+            with pytest.raises(ValidationFailed, match=r"payload: (contains a NUL character|not JSON)") as caught:
+                store.commit(Fact(type="note", payload=payload))
+            assert [e["loc"] for e in caught.value.errors] == [("payload",)]
+            with pytest.raises(ValidationFailed):
+                store.update(kept, {"payload": payload})
+        assert [fact.payload for fact in store.query()] == [{"text": "a\\u0000b, spelled out"}]
+        assert [c.op for c in store.history(kept)] == ["insert"]
+
+
+def test_a_primary_key_that_is_too_long(pages: PageWorld) -> None:
+    """Refused when it is flushed, naming table and limit; the longest that fits works, and nothing is left of it."""
+    fits = "x" * 1990
+    with pages.sessions() as session:
+        session.add(Page(path=fits, content="fits"))
+        session.commit()
+        session.add_all([Page(path="y" * 2001, content="too long"), Page(path="short", content="in the same flush")])
+        with pytest.raises(MemstateError, match="a primary key of page takes 2005 characters; at most 2000"):
+            session.commit()
+        session.rollback()
+        with pytest.raises(MemstateError, match="at most 2000"):
+            session.execute(insert(Page), [{"path": "z" * 2001, "content": "too long"}])
+        session.commit()
+        assert session.scalars(select(Page.path)).all() == [fits]
+        assert [c.key for c in pages.memory.history(session, Page)] == [fits]
+    pages.relay.drain()
+    assert_index_holds(pages.index, pages.embedder, {f'page["{fits}"]': "fits"})
+
+
+def test_a_unique_value_that_is_too_long(postgres_engine: Engine) -> None:
+    """Of any length, or refused in our words."""
+    world = PageWorld(postgres_engine, unique_by=("content",))
+    long = "".join(chr(0x4E00 + n * 7919 % 20000) for n in range(9000))
+    with world.sessions() as session:
+        session.add(Page(path="a", content=long))
+        session.commit()
+        session.add(Page(path="b", content=long))
+        with pytest.raises(MemstateError, match="unique"):
+            session.commit()
+
+
+# -- text callables --------------------------------------------------------------------------------------------------
+
+
+def by_parent(page: Page) -> str:
+    return f"{page.content} below {page.parent.content}" if page.content == "child" and page.parent else page.content
+
+
+@pytest.fixture
+def family(engine: Engine) -> Iterator[PageWorld]:
+    """Pages whose text callable touches a relationship, for one of them."""
+    world = PageWorld(engine, text=by_parent)
+    with world.sessions() as session:
+        root = Page(path="root", content="green tea")
+        session.add_all([root, Page(path="child", content="child", parent=root), Page(path="other", content="rain")])
+        session.commit()
+    yield world
+    world.memory.close()
+
+
+def test_a_text_callable_that_touches_a_relationship(family: PageWorld) -> None:
+    """Its row alone waits, the operator sees why without seeing the fact, and a change of the row mends it."""
+    family.relay.drain()
+    assert_index_holds(family.index, family.embedder, {'page["root"]': "green tea", 'page["other"]': "rain"})
+    with family.engine.connect() as connection:
+        row = connection.execute(select(parked)).one()
+    assert row.key == '["child"]'
+    assert "text callable: DetachedInstanceError" in row.error
+    with family.sessions() as session:
+        session.get_one(Page, "child").content = "mint tea"
+        session.commit()
+    family.relay.drain()
+    assert_index_holds(
+        family.index,
+        family.embedder,
+        {'page["root"]': "green tea", 'page["other"]': "rain", 'page["child"]': "mint tea"},
+    )
+    assert family.memory.status(family.engine)["memory"].parked == 0
+
+
+@pytest.mark.parametrize("delivered", [False, True])
+def test_a_text_callable_that_raises_hides_its_row_alone(family: PageWorld, delivered: bool) -> None:
+    """Search finds the others, and says that it is not complete."""
+    if delivered:
+        family.relay.drain()
+    with family.sessions() as session:
+        hits = family.memory.search(session, "green tea", Page)
+        assert [hit.fact.path for hit in hits] == ["root", "other"]
+        assert not hits.complete
+
+
+# -- embedders -------------------------------------------------------------------------------------------------------
+
+
+def poison(world: World, vector: Callable[[np.ndarray[Any, Any]], Any]) -> Callable[[], None]:
+    """Make the embedder return *vector(true one)* for texts that hold "poison"; returns the cure."""
+    embed = world.embedder.embed
+
+    def poisoned(texts: Any) -> Any:
+        vectors = embed(texts)
+        for row, text in enumerate(texts):
+            if "poison" in text:
+                vectors[row] = vector(vectors[row])
+        return vectors
+
+    world.embedder.embed = poisoned  # type: ignore[method-assign]
+
+    def cure() -> None:
+        world.embedder.embed = embed  # type: ignore[method-assign]
+
+    return cure
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_embedder_that_returns_nan(world: World, value: float) -> None:
+    """The text at fault is parked, all others are delivered and found; healed, everything is in step."""
+    world.relay = world.memory.relay(world.engine, policy=RetryPolicy(delay_s=0.001, max_attempts=10**6))
+    cure = poison(world, lambda vector: np.full_like(vector, value))
+    names = [f"t{n}" for n in range(9)]
+    say(world, **{name: "poison" if name == "t4" else f"meaning {name}" for name in names})
+    world.relay.drain()
+    assert [entry.id for entry in world.index.scan(None, 20)] == [f'tag["{name}"]' for name in names if name != "t4"]
+    with world.engine.connect() as connection:
+        row = connection.execute(select(parked)).one()
+    assert (row.key, "returned NaN or infinity" in row.error) == ('["t4"]', True)
+    with world.session() as session:
+        hits = world.memory.search(session, "t7 means meaning t7", Tag, limit=1)
+        assert [hit.fact.name for hit in hits] == ["t7"]
+        assert not hits.complete
+    cure()
+    eventually(lambda: world.relay.run_once() == 1)
+    world.assert_in_step()
+
+
+def test_one_bad_text_does_not_hide_what_else_is_undelivered(world: World) -> None:
+    """Fresh: what the embedder takes is found, only the text at fault is missing."""
+    poison(world, lambda vector: np.full_like(vector, np.nan))
+    say(world, bad="poison", good="mint tea")
+    with world.session() as session:
+        hits = world.memory.search(session, "mint tea", Tag)
+        assert [hit.fact.name for hit in hits] == ["good"]
+        assert not hits.complete
+
+
+def test_an_embedder_of_wrong_dimensions(world: World) -> None:
+    """Search names the embedder and what it returned, delivery parks the key; healed, nothing is lost."""
+    policy = RetryPolicy(delay_s=0.001, max_attempts=10**6)
+    world.relay = world.memory.relay(world.engine, policy=policy)
+    embed = world.embedder.embed
+    say(world, tea="a drink")
+    world.relay.drain()
+    wrong: dict[str, Callable[[Any], Any]] = {
+        "shape (1, 63)": lambda vectors: vectors[:, :-1],
+        "shape (64,)": lambda vectors: vectors[0],
+        "shape (0, 64)": lambda vectors: vectors[:-1],
+        "shape (0,)": lambda vectors: [],
+        "shape ()": lambda vectors: None,
+        "no array of numbers": lambda vectors: "x",
+    }
+    for number, (told, change) in enumerate(wrong.items()):
+        world.embedder.embed = lambda texts, change=change: change(embed(texts))  # type: ignore[method-assign]
+        say(world, **{f"t{number}": f"meaning {number}"})
+        world.relay.drain()
+        with world.engine.connect() as connection:
+            parking = {row.key: row.error for row in connection.execute(select(parked))}
+        assert parking.keys() == {f'["t{n}"]' for n in range(number + 1)}
+        assert told in parking[f'["t{number}"]']
+        with world.session() as session, pytest.raises(DeliveryRejected, match="embedder 'hash:64' returned") as caught:
+            world.memory.search(session, "drink", Tag)
+        assert told in str(caught.value)
+    world.embedder.embed = embed  # type: ignore[method-assign]
+    eventually(lambda: world.relay.run_once() >= 0 and world.memory.status(world.engine)["memory"].parked == 0)
+    world.assert_in_step()
+
+
+# -- indexes ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_index_of_another_embedder(engine: Engine, tmp_path: Path) -> None:
+    """Every way in names both embedders, and neither facts nor index are touched; with the right one all is well."""
+    text = "green tea"
+
+    def store(client: Any, embedder: HashEmbedder, **options: Any) -> MemoryStore:
+        return MemoryStore(engine, ChromaIndex(client, "memory"), embedder=embedder, **{"background": False, **options})
+
+    with persistent(tmp_path / "chroma") as client:
+        with store(client, HashEmbedder(64)) as right:
+            id_ = right.commit(Fact(type="note", payload={"text": text}))
+            right.memory.relay(engine).drain()
+        both = r"embedder 'hash:64', 64 dimensions.* 'hash:32', 32 dimensions"
+        with pytest.raises(IndexMismatch, match=both):
+            store(client, HashEmbedder(32), background=True)
+        with store(client, HashEmbedder(32)) as wrong:
+            new = wrong.commit(Fact(type="note", payload={"text": "mint tea"}))
+            relay = wrong.memory.relay(engine)
+            calls: list[Callable[[], Any]] = [
+                relay.start,
+                relay.run_once,
+                lambda: relay.drain(timeout=1),
+                lambda: wrong.search("tea"),
+                lambda: wrong.memory.verify(engine),
+                lambda: wrong.memory.status(engine),
+            ]
+            for call in calls:
+                with pytest.raises(IndexMismatch, match=both):
+                    call()
+        with store(client, HashEmbedder(64)) as right:
+            assert [hit.fact.id for hit in right.search("green tea", limit=1)] == [id_]
+            right.memory.relay(engine).drain()
+            assert_index_holds(
+                right.memory.indexes["memory"],
+                HashEmbedder(64),
+                {f'memstate_fact["{id_}"]': "text: green tea", f'memstate_fact["{new}"]': "text: mint tea"},
+            )
+
+
+def test_a_collection_of_another_distance(tmp_path: Path, sqlite_engine: Engine) -> None:
+    """Refused when the store is made, on an in-memory SQLite too; nothing is written to it."""
+    with persistent(tmp_path / "chroma") as client:
+        client.create_collection("theirs", configuration={"hnsw": {"space": "l2"}}, embedding_function=None)
+        for where in ("sqlite://", sqlite_engine):
+            with pytest.raises(IndexMismatch, match="l2 distance"):
+                MemoryStore(where, ChromaIndex(client, "theirs"), embedder=HashEmbedder())
+        collection = client.get_collection("theirs", embedding_function=None)
+        assert (collection.metadata, collection.get()["ids"]) == (None, [])
+
+
+# -- URLs ------------------------------------------------------------------------------------------------------------
+
+SECRET = "s3cr3t"
+
+URLS = {
+    "nobody listens": (f"postgresql://ada:{SECRET}@127.0.0.1:1/db", "cannot open postgresql.*127.0.0.1"),
+    "in the query": (f"postgresql://ada@127.0.0.1:1/db?password={SECRET}", "cannot open postgresql.*127.0.0.1"),
+    "no port": (f"postgresql://ada:x@127.0.0.1:{SECRET}/db", "not a database URL"),
+    "no URL": (SECRET, "not a database URL"),
+    "empty": ("", "not a database URL"),
+    "no such dialect": (f"nosql://ada:{SECRET}@host/db", "nosql: no such dialect"),
+    "no such driver": (f"postgresql+nope://ada:{SECRET}@host/db", r"postgresql\+nope: no such dialect, or its driver"),
+    "no such folder": ("sqlite:////nowhere/at/all.db", "cannot open sqlite:////nowhere"),
+}
+
+
+@pytest.mark.parametrize("kind", URLS)
+def test_urls_that_do_not_connect(kind: str) -> None:
+    """Said at once, without the password: not in the message, not in what it is chained from."""
+    url, message = URLS[kind]
+    with pytest.raises(MemstateError, match=message) as caught:
+        MemoryStore(url, InMemoryIndex(), embedder=HashEmbedder())
+    shown = traceback.format_exception(caught.value)
+    assert not [line for line in shown if SECRET in line]
+
+
+@pytest.mark.parametrize("content", [b"this is no database, but it is long enough to look like one" * 20, None])
+def test_sqlite_files_that_are_none(tmp_path: Path, content: bytes | None) -> None:
+    """Another file, or a folder: a clear error, and it is left as it was."""
+    path = tmp_path / "facts.db"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(MemstateError, match="cannot open sqlite"):
+        MemoryStore(f"sqlite:///{path}", InMemoryIndex(), embedder=HashEmbedder())
+    assert path.is_dir() if content is None else path.read_bytes() == content
+
+
+@pytest.mark.parametrize("wrong", [None, 5, object(), Path("x.db")], ids=lambda value: type(value).__name__)
+def test_what_is_neither_url_nor_engine(wrong: Any) -> None:
+    """The error says what to give."""
+    with pytest.raises(MemstateError, match="is not an Engine"):
+        MemoryStore(wrong, InMemoryIndex(), embedder=HashEmbedder())
+
+
+# -- calls of the store -----------------------------------------------------------------------------------------------
+
+
+def test_wrong_types_in_calls_of_the_store(engine: Engine) -> None:
+    """Each names the argument, and nothing is written."""
+    with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as store:
+        kept = store.commit(Fact(type="note", payload={"text": "green tea"}))
+        before = everything(store)
+        fact = Fact(type="note", payload={"text": "mint tea"})
+        calls: dict[str, Callable[[], Any]] = {
+            r"give a Fact\(type=…": lambda: store.commit({"type": "note"}),  # type: ignore[arg-type]
+            "actor=5": lambda: store.commit(fact, actor=5),  # type: ignore[arg-type]
+            "reason=": lambda: store.commit(fact, reason="a\x00"),
+            "session_id: a string": lambda: store.commit(fact, session_id=5),  # type: ignore[arg-type]
+            "session_id=5": lambda: store.discard_session(5),  # type: ignore[arg-type]
+            "id=5": lambda: store.delete(5),  # type: ignore[arg-type]
+            "id=None": lambda: store.get(None),  # type: ignore[arg-type]
+            r"id=\[\]": lambda: store.history([]),  # type: ignore[arg-type]
+            "id='a": lambda: store.update("a\x00", {"payload": {}}),
+            "dict is not registered": lambda: store.commit_model({}),  # type: ignore[arg-type]
+            "type=5": lambda: store.query(5),  # type: ignore[arg-type]
+            "query=None": lambda: store.search(None),  # type: ignore[arg-type]
+            "limit=0": lambda: store.search("tea", 0),
+            "consistency=": lambda: store.search("tea", consistency="strong"),  # type: ignore[arg-type]
+            "steps='x'": lambda: store.rollback("x"),  # type: ignore[arg-type]
+            "steps=0": lambda: store.rollback(0),
+        }
+        for message, call in calls.items():
+            with pytest.raises(MemstateError, match=message):
+                call()
+        assert everything(store) == before
+        assert [fact.id for fact in store.query()] == [kept]
+
+
+def everything(store: MemoryStore) -> list[Any]:
+    with store.engine.connect() as connection:
+        return [connection.execute(select(table)).all() for table in (Fact.__table__, log, outbox)]

@@ -1,0 +1,64 @@
+"""A process that forks: gunicorn --preload, uWSGI, multiprocessing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine
+
+pytestmark = pytest.mark.sa20
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run(scenario: str, engine: Engine) -> dict[str, Any]:
+    url = engine.url.render_as_string(hide_password=False)
+    command = [sys.executable, "-W", "ignore", "-m", "tests.promises.atomicity.fork_master", scenario, url]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def test_child_that_closes_its_memory_leaves_the_parents_relay_alone(engine: Engine) -> None:
+    """Its kind: stop(), drain() and run_once() in a child, a child that exits, and one that is forked by a child."""
+    seen = run("relay", engine)
+    assert seen == {
+        "the lease stays": True,
+        "the listener was not woken": True,
+        "the child has another name": True,
+        "slots lost": 0,
+        "indexed": ['tag["after"]', 'tag["before"]', 'tag["in the child"]'],
+    }
+
+
+def test_children_have_connections_of_their_own(engine: Engine) -> None:
+    """Its kind: the checkpointer's and the store's engines, those beside an AsyncEngine, and own pools."""
+    assert run("store", engine) == {"children": [[0, 1, 2, 3, 4]] * 2, "parent": 11}
+
+
+def test_search_in_a_child_does_not_believe_the_parents_index(engine: Engine) -> None:
+    """An index in memory is copied by a fork, and goes on by itself. Its kind: any state of this process's alone."""
+    seen = run("search", engine)
+    assert "late" in seen["found"]
+    assert seen["complete"] is False
+
+
+def test_parent_that_closes_sqlite_leaves_a_child_its_log(sqlite_engine: Engine) -> None:
+    """SQLite would take the child's connections for closed, and delete the file that they write to."""
+    assert run("wal", sqlite_engine) == {"found": [0, 1, 2]}
+
+
+def test_child_does_not_wait_for_a_lock_of_a_database_in_memory() -> None:
+    assert run("memory", create_engine("sqlite://")) == {"child": [True, 1], "parent": 0}
+
+
+def test_graphs_of_a_child_have_threads_of_their_own(engine: Engine) -> None:
+    """Threads of the parent's checkpointer are not there, nor who has its locks. Its kind: whatever keeps threads."""
+    pytest.importorskip("langgraph.graph")
+    assert run("graph", engine) == {"child": ["before", "child"], "parent": ["before", "child", "parent"]}

@@ -1,0 +1,217 @@
+"""What was closed is given back, and what the application dropped is not kept."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from sqlalchemy import Engine, create_engine, event, insert, select
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from memstate_sa import Fact, Memory, MemoryStore, sqlite
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.testing import HashEmbedder
+from tests.support import Base, Note, Person, Tag, World
+
+pytestmark = pytest.mark.sa20
+
+
+def listeners(target: Any, *names: str) -> int:
+    return sum(len(list(getattr(target.dispatch, name))) for name in names)
+
+
+def open_store(engine: Engine) -> weakref.ref[Any]:
+    with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder()) as store:
+        store.commit(Fact(type="n", payload={"text": "x"}))
+        store.search("x")
+    return weakref.ref(store.memory)
+
+
+def open_memory(engine: Engine, capture: Literal["session", "trigger"] = "session") -> weakref.ref[Any]:
+    """On classes that stay, with a relay, a Session class and a strict delivery of its own."""
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder(), delivery="strict")
+    memory.track(Tag, text="meaning", capture=capture)
+    sessions = sessionmaker(engine)
+    memory.attach(sessions)
+    memory.attach(shared)
+    memory.create_tables(engine)
+    with memory.relay(engine), sessions() as session:
+        session.add(Tag(name="a", meaning="b"))
+        session.flush()
+        session.rollback()
+    memory.close()
+    return weakref.ref(memory)
+
+
+class shared(Session):  # noqa: N801
+    """A Session class that outlives the Memories."""
+
+
+def open_triggers(engine: Engine) -> weakref.ref[Any]:
+    return open_memory(engine, "trigger")
+
+
+@pytest.mark.parametrize("opened", [open_store, open_memory, open_triggers])
+def test_closed_memory_is_collected(engine: Engine, opened: Callable[[Engine], weakref.ref[Any]]) -> None:
+    """Though engine, mapped classes and Session class live on, with as many listeners as after the first.
+
+    Its kind: whatever a Memory adds to what is not its own, and threads, hooks and registries that refer to it.
+    """
+    Base.metadata.create_all(engine)
+    events = ("before_cursor_execute", "commit", "rollback", "rollback_savepoint", "engine_connect")
+    opened(engine)
+    before = listeners(engine, *events)
+    found = []
+    for _ in range(3):
+        gc.collect()
+        found.append(opened(engine))
+    gc.collect()
+    assert [each() for each in found] == [None] * 3
+    assert listeners(engine, *events) == before
+    assert listeners(shared(), "after_flush", "do_orm_execute") <= 2, "one for each event"
+
+
+def test_closed_checkpointer_and_store_are_collected(engine: Engine) -> None:
+    """The facts' Memory lives on."""
+    langgraph = pytest.importorskip("memstate_sa.integrations.langgraph.checkpointer")
+    stores = pytest.importorskip("memstate_sa.integrations.langgraph.store")
+    if engine.dialect.name == "sqlite":
+        sqlite.configure(engine)
+    with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as facts:
+
+        def opened() -> list[weakref.ref[Any]]:
+            store = stores.MemStateStore(facts)
+            store.setup()
+            store.put(("a",), "b", {"c": "d"})
+            with langgraph.MemStateCheckpointer(facts) as checkpointer:
+                checkpointer.get_tuple({"configurable": {"thread_id": "1"}})
+            return [weakref.ref(store), weakref.ref(checkpointer)]
+
+        found = opened()
+        gc.collect()
+        assert [each() for each in found] == [None, None]
+
+
+def add(session: Session) -> None:
+    session.add(Tag(name="seen", meaning="x"))
+
+
+def execute(session: Session) -> None:
+    session.execute(insert(Tag).values(name="seen", meaning="x"))
+
+
+@pytest.mark.parametrize("write", [add, execute])
+@pytest.mark.parametrize("is_open", [False, True])
+def test_closed_memory_captures_what_attached_sessions_write(
+    world: World, write: Callable[[Session], None], is_open: bool
+) -> None:
+    """No write is lost silently: the next use of an attached Session opens the Memory again.
+
+    Its kind: an application that closes its Memory at shutdown, or in a fixture, and goes on; a transaction that is
+    open when the Memory is closed; a service that is started again in the same process.
+    """
+    with world.session() as session:
+        if is_open:
+            session.add(Tag(name="before", meaning="x"))
+            session.flush()
+        world.memory.close()
+        write(session)
+        session.commit()
+    world.assert_in_step()
+    with world.session() as session:
+        assert [change.key for change in world.memory.history(session, Tag)] == ["before"] * is_open + ["seen"]
+
+
+def test_closed_memories_do_not_capture_beside_a_later_one(engine: Engine) -> None:
+    """As fixtures make them, one after the other on one sessionmaker. They are closed, and may not be collected yet."""
+    Base.metadata.create_all(engine)
+    sessions, closed = sessionmaker(engine), []
+    for number in range(3):
+        memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+        memory.track(Tag, text="meaning")
+        memory.attach(sessions)
+        memory.create_tables(engine)
+        with sessions.begin() as session:
+            session.add(Tag(name=f"open{number}", meaning="x"))
+        memory.close()
+        closed.append(memory)
+    for number, write in enumerate((add, execute)):
+        with sessions.begin() as session:
+            write(session)
+        with sessions() as session:
+            assert [change.key for change in closed[0].history(session, Tag)] == [
+                *("open0", "open1", "open2"), *["seen"] * (2 * number + 1)
+            ]  # fmt: skip
+        with sessions.begin() as session:
+            session.delete(session.get_one(Tag, "seen"))
+
+
+def read(session: Session) -> None:
+    session.scalars(select(Person)).all()
+
+
+def write(session: Session) -> None:
+    session.add(Person(id=1, name="Ada", about="x"))
+    session.flush()
+
+
+def fail_in_another_listener(session: Session) -> None:
+    """The event that comes after ours raises, so no other event says that there will be no flush."""
+
+    def refuse(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    session.connection()
+    event.listen(session, "before_flush", refuse)
+    session.add(Person(id=1, name="Ada", about="x"))
+    with pytest.raises(ZeroDivisionError):
+        session.flush()
+
+
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+@pytest.mark.parametrize("use", [read, write, fail_in_another_listener])
+def test_dropped_session_gives_its_connection_back(
+    engine: Engine, capture: Literal["session", "trigger"], use: Callable[[Session], None]
+) -> None:
+    """As soon as the garbage collector has been there once, as without memstate_sa.
+
+    Its kind: scoped_session, a Session in a failed flush, an AsyncSession, several Sessions on one connection.
+    """
+    world = World(engine, capture=capture)
+    before = engine.pool.checkedout()  # type: ignore[attr-defined]
+    for _ in range(3):
+        session = world.session()
+        use(session)
+        reference = weakref.ref(session)
+        del session
+        gc.collect()
+        assert reference() is None
+        assert engine.pool.checkedout() == before  # type: ignore[attr-defined]
+    world.memory.close()
+
+
+async def test_dropped_async_session_is_collected(tmp_path: Path) -> None:
+    url = f"{tmp_path / 'a.db'}"
+    engine = sqlite.configure(create_async_engine(f"sqlite+aiosqlite:///{url}"))
+    sync = sqlite.configure(create_engine(f"sqlite:///{url}"))
+    Base.metadata.create_all(sync)
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(Note, text="content")
+    sessions = async_sessionmaker(engine)
+    memory.attach(sessions)
+    memory.create_tables(sync)
+    session: AsyncSession = sessions()
+    await session.scalars(select(Note))
+    await session.close()
+    reference = weakref.ref(session.sync_session)
+    del session
+    gc.collect()
+    assert reference() is None
+    memory.close()
+    await engine.dispose()
+    sync.dispose()

@@ -1,0 +1,449 @@
+"""What is decided of two looks, between which somebody else acts: there, and nowhere else, the other one comes in."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from sqlalchemy import Connection, Engine, create_engine, insert, select
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+
+from memstate_sa import DeliveryRejected, Fact, HistoryMissing, Memory, MemoryStore, UntrackedWrite, memory, sqlite
+from memstate_sa.db.tables import parked
+from memstate_sa.indexes import ChromaIndex, InMemoryIndex, Point
+from memstate_sa.maintenance import doctor, erase
+from memstate_sa.maintenance.verify import Verify
+from memstate_sa.relay import RetryPolicy, ledger, waiting
+from memstate_sa.relay.index_key import IndexKey
+from memstate_sa.relay.plan import AGAIN, Parked
+from memstate_sa.relay.retention import fold_log
+from memstate_sa.runtime import listening
+from memstate_sa.search.search import Search
+from memstate_sa.testing import HashEmbedder
+from memstate_sa.undo import undo
+from memstate_sa.undo.undo import Undo
+from tests.support import Person, Tag, World, in_threads
+from tests.support.relays import Spy, say
+
+pytestmark = pytest.mark.sa20
+
+
+@contextmanager
+def switching_often() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+# -- threads of one process --------------------------------------------------------------------------------------------
+
+
+def test_commit_while_a_relay_is_made(sqlite_engine: Engine) -> None:
+    """What the commit wakes is a set to which another thread adds: that was an error, after the COMMIT."""
+    world = World(sqlite_engine)
+    held, until = [world.memory.relay(sqlite_engine) for _ in range(3)], time.monotonic() + 2.0
+
+    def work(number: int) -> None:
+        while time.monotonic() < until:
+            if number:
+                world.memory._wake()
+            else:
+                world.memory.relay(sqlite_engine)
+
+    with switching_often():
+        assert in_threads(2, work) == []
+    assert len(held) == 3
+
+
+def test_track_while_a_transaction_begins(engine: Engine) -> None:
+    """Which goes through the classes that are tracked by then."""
+
+    class Late(DeclarativeBase):
+        pass
+
+    class Row(Late):
+        __tablename__ = "late"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        content: Mapped[str]
+
+    Late.metadata.create_all(engine)
+    world = World(engine, capture="trigger")
+
+    class Tracking(Session):
+        def get_bind(self, mapper: Any = None, **options: Any) -> Any:
+            if getattr(mapper, "class_", None) is Person and world.memory._registry.by_entity.get("late") is None:
+                world.memory.track(Row, text="content")
+            return super().get_bind(mapper, **options)
+
+    sessions = sessionmaker(class_=Tracking, binds={Tag: engine})
+    world.memory.attach(sessions)
+    with sessions() as session:
+        session.add(Tag(name="a"))
+        session.commit()
+    assert "late" in world.memory._registry.by_entity
+    world.assert_in_step()
+
+
+def test_start_while_a_drain_ends(world: World) -> None:
+    """A drain lets go of what it holds, unless the relay runs: as it does by the time that it lets go."""
+    relay, stop = world.relay, world.relay.stop
+    starting = threading.Thread(target=relay.start)
+
+    def start_first() -> None:
+        if not starting.ident:
+            starting.start()
+            starting.join(0.5)
+        stop()
+
+    relay.stop = start_first  # type: ignore[method-assign]
+    relay.drain()
+    relay.stop = stop  # type: ignore[method-assign]
+    starting.join()
+    assert relay._running
+    say(world, a="x")
+    with world.session() as session:
+        session.get_one(Tag, "a").meaning = "y"
+        session.commit()
+        world.memory.wait(session, timeout=10)
+    relay.stop()
+
+
+def test_an_async_engine_is_seen_first_by_two_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each made an engine of it, and nobody could tell any more in which one a token's transaction is."""
+    pytest.importorskip("aiosqlite")
+    made, together = memory.blocking_engine, threading.Barrier(2)
+
+    def make_together(url: Any) -> Engine:
+        with suppress(threading.BrokenBarrierError):
+            together.wait(1)
+        return made(url)
+
+    monkeypatch.setattr(memory, "blocking_engine", make_together)
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'facts.db'}")
+    ours = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    relays = list[Any]()
+    assert in_threads(2, lambda _: relays.append(ours.relay(engine))) == []
+    assert relays[0]._engine is relays[1]._engine
+    assert ours._only_engine() is relays[0]._engine
+    ours.close()
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+class Resident(BaseModel):
+    name: str
+    city: str
+
+
+def test_commit_while_the_fact_gets_other_unique_values(
+    postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at which fact has them and the lock on it. It was overwritten: what it is now, was lost."""
+    with MemoryStore(postgres_engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as store:
+        store.register_schema("person", Resident, unique_by="name")
+        first = store.commit(Fact(type="person", payload={"name": "Ann", "city": "Rome"}))
+        locked, renamed = MemoryStore._locked, threading.Event()
+
+        def rename_first(session: Session, id: str) -> Fact | None:
+            if not renamed.is_set():
+                renamed.set()
+                in_a_thread(lambda: store.update(first, {"payload": {"name": "Bob"}}))
+            return locked(session, id)
+
+        monkeypatch.setattr(MemoryStore, "_locked", staticmethod(rename_first))
+        second = store.commit(Fact(type="person", payload={"name": "Ann", "city": "Oslo"}))
+        found = [(fact.id, fact.payload) for fact in store.query("person")]
+        assert found == [(first, {"name": "Bob", "city": "Rome"}), (second, {"name": "Ann", "city": "Oslo"})]
+
+
+def in_a_thread(work: Callable[[], object]) -> None:
+    assert in_threads(1, lambda _: work()) == []
+
+
+def test_repair_of_the_log_while_the_row_comes_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the looks at the table and at the log, which then says that it is there: it was logged as deleted."""
+    world = World(engine)
+    say(world, a="x")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM tag")
+    looks = doctor._rows
+
+    def add_after(connection: Any, tracked: Any, keys: Any, *, for_update: bool = False) -> Any:
+        found = looks(connection, tracked, keys, for_update=for_update)
+        if for_update and engine.dialect.name == "postgresql":  # SQLite's one writer is the doctor
+            in_a_thread(lambda: add(world, "a"))
+        return found
+
+    monkeypatch.setattr(doctor, "_rows", add_after)
+    assert world.memory.doctor(engine, repair=True).gone == [("tag", "a")]
+    if engine.dialect.name == "sqlite":
+        add(world, "a")
+    world.assert_in_step()
+
+
+def add(world: World, name: str) -> None:
+    with world.session() as session:
+        session.add(Tag(name=name, meaning="again"))
+        session.commit()
+
+
+def test_erase_while_the_row_comes_again(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that was not there to be deleted was logged as deleted, and stayed. It is erased as well."""
+    world = World(postgres_engine)
+    say(world, a="x")
+    with world.session() as session:
+        session.delete(session.get_one(Tag, "a"))
+        session.commit()
+    looks = erase._row
+
+    def add_after(*given: Any) -> Any:
+        monkeypatch.setattr(erase, "_row", looks)
+        found = looks(*given)
+        in_a_thread(lambda: add(world, "a"))
+        return found
+
+    monkeypatch.setattr(erase, "_row", add_after)
+    with world.session() as session:
+        assert world.memory.erase(session, Tag, "a") == 3
+        session.commit()
+        assert session.get(Tag, "a") is None
+    world.assert_in_step()
+
+
+@pytest.mark.parametrize("revoked", [False, True])
+def test_undo_of_what_is_being_folded(revoked: bool, postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the entries and those before them: without these, a row that was changed looked like one added."""
+    world = World(postgres_engine)
+    for meaning in ("one", "two", "three"):
+        say(world, a=meaning)
+    with world.session() as session:
+        changed = world.memory.history(session, Tag)[1].tx
+    execute, folded = Connection.execute, []
+
+    def fold_first(connection: Connection, statement: Any, *given: Any, **options: Any) -> Any:
+        if statement is undo._images and not folded:
+            folded.append(True)
+
+            def fold() -> None:
+                with postgres_engine.begin() as other:
+                    fold_log(other, timedelta(), 0)
+
+            in_a_thread(fold)
+        return execute(connection, statement, *given, **options)
+
+    monkeypatch.setattr(Connection, "execute", fold_first)
+    with world.session() as session:
+        with pytest.raises(HistoryMissing, match="folded"):
+            if revoked:
+                world.memory.revoke(session, tx=[changed], on_conflict="force")
+            else:
+                world.memory.rollback(session, tx=changed, on_conflict="force")
+        session.commit()
+        assert session.get_one(Tag, "a").meaning == "three"
+    assert folded
+
+
+def test_undo_of_two_steps_while_another_undoes_one(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at which they are and the locks: what is undone by then is none of the two."""
+    world = World(postgres_engine)
+    for name in "abcd":
+        say(world, **{name: "x"})
+    locks = Undo._lock
+
+    def undo_first(self: Undo, *given: Any) -> Any:
+        monkeypatch.setattr(Undo, "_lock", locks)
+
+        def undo_one() -> None:
+            with world.session() as session:
+                world.memory.rollback(session)
+                session.commit()
+
+        in_a_thread(undo_one)
+        return locks(self, *given)
+
+    monkeypatch.setattr(Undo, "_lock", undo_first)
+    with world.session() as session:
+        assert [change.key for change in world.memory.rollback(session, steps=2)] == ["c", "b"]
+        session.commit()
+        assert list(session.scalars(select(Tag.name))) == ["a"]
+    world.assert_in_step()
+
+
+# -- an index and the tables -------------------------------------------------------------------------------------------
+
+
+def test_verify_beside_a_relay_that_is_quick(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look finds a vector that was right a moment ago; and by the next, what made it wrong is delivered."""
+    world = World(engine)
+    say(world, a="one")
+    world.relay.drain()
+    looks, asked = Verify._truth, list[Any]()
+
+    def change_and_deliver(self: Verify, facts: Any) -> Any:
+        asked.append(facts)
+        say(world, a=f"changed {len(asked)}")
+        found = looks(self, facts)
+        world.relay.drain()
+        return found
+
+    monkeypatch.setattr(Verify, "_truth", change_and_deliver)
+    report = world.memory.verify(engine)
+    assert report.clean and report.pending == [("tag", "a")]
+    assert len(asked) > 1
+
+
+def test_retry_while_a_dead_key_is_refused_once_more(engine: Engine) -> None:
+    """Its row has changed, and the relay has read it; then somebody mends the index, and has its dead keys retried."""
+    world = World(engine, index := Spy())
+    relay = world.memory.relay(engine, policy=RetryPolicy(max_attempts=1))
+
+    def mended_meanwhile(point: Point) -> Exception:
+        index.refuse = lambda point: None
+        assert relay.retry_dead() == 1
+        return DeliveryRejected("no")
+
+    index.refuse = lambda point: DeliveryRejected("no")
+    say(world, a="one")
+    relay.drain()
+    assert len(relay.dead()) == 1
+    index.refuse = mended_meanwhile
+    say(world, a="two")
+    relay.drain()
+    relay.drain()
+    assert relay.dead() == []
+    world.assert_in_step()
+
+
+def test_refusal_of_what_another_worker_may_yet_write(engine: Engine) -> None:
+    """Who has lost the slot says so while its successor's call is under way: once more, when that can land no more."""
+    world = World(engine, index := Spy())
+    relay = world.memory.relay(engine, policy=RetryPolicy(max_attempts=2, delay_s=0))
+    may_land = {("tag", '["a"]'): Parked(0, 0.0, AGAIN, "lease lost", repeat=True)}
+
+    def told_meanwhile(point: Point) -> Exception:
+        index.refuse = lambda point: None
+        with engine.begin() as connection:
+            ledger.redirty(connection, IndexKey("memory", index.incarnation), may_land)
+        return DeliveryRejected("no")
+
+    index.refuse = told_meanwhile
+    say(world, a="one")
+    relay.drain()
+    with engine.connect() as connection:
+        left = connection.execute(select(parked.c.key, parked.c.state, parked.c.error)).all()
+    assert [tuple(row) for row in left] == [('["a"]', AGAIN, "may land late")]
+
+
+def test_wait_while_the_index_becomes_another(engine: Engine) -> None:
+    """As a purge leaves it: what is known of it before, is not kept up to date."""
+    world = World(engine, index := Spy())
+    with world.session() as session:
+        session.add(Tag(name="a"))
+        session.commit()
+
+    def replaced() -> None:
+        time.sleep(0.2)
+        index._incarnation = "another"
+        world.relay.drain()
+
+    thread = threading.Thread(target=replaced)
+    thread.start()
+    with world.session() as session:
+        world.memory.wait(world.memory.history(session, Tag)[0].tx)
+    thread.join()
+
+
+def test_wait_for_what_goes_on_changing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time that it looks, the key has changed once more, after what is waited for was delivered."""
+    world = World(engine)
+    with world.session() as session:
+        session.add(Tag(name="a"))
+        session.commit()
+        token = world.memory.token(session)
+    looks, changes = waiting.project, count()
+
+    def change_first(*given: Any) -> Any:
+        world.relay.drain()
+        say(world, a=f"changed {next(changes)}")
+        return looks(*given)
+
+    monkeypatch.setattr(waiting, "project", change_first)
+    world.memory.wait(token, engine=engine)
+    assert next(changes) > 1
+
+
+def test_purge_while_a_key_is_delivered(sqlite_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into the collection that is being replaced by its copy, to which a search comes that has seen it delivered."""
+    chromadb = pytest.importorskip("chromadb")
+    index = ChromaIndex(chromadb.PersistentClient(str(tmp_path / "chroma")))
+    world = World(sqlite_engine, index)
+    say(world, a="one")
+    world.relay.drain()
+    copies, looks, copied, going_on = index._copied, Search._restriction, threading.Event(), threading.Event()
+
+    def copy_slowly(collection: Any) -> Any:
+        copy = copies(collection)
+        copied.set()
+        assert going_on.wait(30)
+        return copy
+
+    def purge_first(self: Search) -> Any:
+        going_on.set()
+        purge.join()
+        return looks(self)
+
+    monkeypatch.setattr(index, "_copied", copy_slowly)
+    monkeypatch.setattr(Search, "_restriction", purge_first)
+    purge, delivery = threading.Thread(target=index.purge), threading.Thread(target=world.relay.drain)
+    purge.start()
+    assert copied.wait(30)
+    say(world, b="two")
+    delivery.start()
+    delivery.join(2)
+    with world.session() as session:
+        hits = world.memory.search(session, "b means two", Tag, limit=1)
+    assert [hit.fact.name for hit in hits] == ["b"]
+    delivery.join()
+    world.assert_in_step()
+    world.memory.close()
+
+
+def test_an_engine_that_two_threads_use_first(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the second one wrote past the log was not refused, as the first was just about to see to that."""
+    world = World(engine)
+    elsewhere: Engine = sqlite.configure(create_engine(engine.url))
+    before = len(elsewhere.dispatch.before_cursor_execute)
+    sessions = sessionmaker()
+    world.memory.attach(sessions)
+    listens, come_in = listening.listen, list[str]()
+
+    def write_first(target: Any, name: str, *given: Any, **options: Any) -> None:
+        if name == "before_cursor_execute" and not come_in:
+            come_in.append(name)
+            in_a_thread(write_past)
+        listens(target, name, *given, **options)
+
+    def write_past() -> None:
+        with sessions(bind=elsewhere) as session, pytest.raises(UntrackedWrite):
+            session.connection().execute(insert(Tag.__table__).values(name="a", meaning="x"))
+
+    monkeypatch.setattr(listening, "listen", write_first)
+    with sessions(bind=elsewhere) as session:
+        session.connection()
+        assert come_in
+    assert len(elsewhere.dispatch.before_cursor_execute) == before + 1  # not twice
+    elsewhere.dispose()

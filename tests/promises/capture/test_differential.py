@@ -1,0 +1,159 @@
+"""Random programs, played twice: captured by the Session, and by triggers. Both logs replay to their tables, which are
+the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, delete, event, insert, text
+from sqlalchemy.orm import Session
+
+from memstate_sa import sqlite
+from memstate_sa.capture.append_only import rewriting
+from memstate_sa.db.tables import log, outbox
+from tests.support import PATIENCE_S, Note, Person, Tag, World, explore, sizes
+from tests.support.programs import STEPS, UNSEEN_STEPS, Play, programs, small, wipe
+
+SEEN = {name: args for name, args in STEPS.items() if name != "relay"}
+
+
+class Stage:
+    """One world, and how a program is played on it."""
+
+    def __init__(self, engine: Engine, capture: Any, kind: str) -> None:
+        self.world = World(engine, capture=capture)
+        self._runner = asyncio.Runner() if kind == "AsyncSession" else None
+        if self._runner is not None:
+            from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+
+            url = engine.url
+            if engine.dialect.name == "sqlite":
+                url = url.set(drivername="sqlite+aiosqlite")
+            self._async_engine = create_async_engine(url, **_arguments(engine, capture))
+            if engine.dialect.name == "sqlite":
+                sqlite.configure(self._async_engine)
+                _relax(self._async_engine.sync_engine)
+            self._sessions = async_sessionmaker(self._async_engine)
+            self.world.memory.attach(self._sessions)
+
+    def play(self, steps: Any, untracked: int) -> None:
+        wipe(self.world.engine)
+        with self.world.engine.begin() as connection:  # rows that were there before they were tracked
+            if self.world.engine.dialect.name == "postgresql":
+                connection.execute(text("SET LOCAL session_replication_role = replica"))
+                connection.execute(text("ALTER SEQUENCE person_id_seq RESTART"))
+            for n in range(untracked):
+                connection.execute(insert(Person.__table__), {"name": f"old{n}", "about": f"was here {n}"})
+                connection.execute(insert(Tag.__table__), {"name": f"tag{n}", "meaning": f"was here {n}"})
+            if self.world.engine.dialect.name == "sqlite":  # as if there had been no triggers
+                with rewriting(connection):
+                    connection.execute(delete(log))
+                connection.execute(delete(outbox))
+
+        def run(session: Session) -> None:
+            Play(self.world, session).run(steps)
+
+        if self._runner is None:
+            with self.world.session() as session:
+                run(session)
+        else:
+            self._runner.run(self._run(run))
+        for model in (Person, Tag):
+            self.world.memory.backfill(self.world.engine, model)
+        self.world.assert_log_is_truth()
+
+    async def _run(self, run: Callable[[Session], None]) -> None:
+        async with self._sessions() as session:
+            await session.run_sync(run)
+
+    def content(self) -> list[Any]:
+        with self.world.session() as session:
+            return [self.world.rows(session, model) for model in (Person, Note, Tag)]
+
+    def close(self) -> None:
+        if self._runner is not None:
+            self._runner.run(self._async_engine.dispose())
+            self._runner.close()
+        self.world.memory.close()
+        self.world.engine.dispose()
+
+
+def _relax(engine: Engine) -> None:
+    """Programs are played, not power failures."""
+    event.listen(engine, "connect", lambda dbapi, record: dbapi.cursor().execute("PRAGMA synchronous = OFF"))
+
+
+def _arguments(engine: Engine, capture: str) -> dict[str, Any]:
+    """On PostgreSQL each world has a schema of its own."""
+    if engine.dialect.name == "sqlite":
+        return {}
+    return {"connect_args": {"options": f"-csearch_path={capture}_world"}}
+
+
+@contextmanager
+def stages(engine: Engine, folder: Path, kind: str, captures: tuple[str, ...]) -> Iterator[list[Stage]]:
+    made = []
+    for capture in captures:
+        if engine.dialect.name == "sqlite":
+            own = create_engine(f"sqlite:///{folder / capture}.db")
+            sqlite.configure(own)
+            _relax(own)
+        else:
+            with engine.begin() as connection:
+                connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {capture}_world"))
+            own = create_engine(engine.url, **_arguments(engine, capture))
+        made.append(Stage(own, capture, kind))
+    try:
+        yield made
+    finally:
+        for stage in made:
+            stage.close()
+        if engine.dialect.name == "postgresql":
+            with engine.begin() as connection:
+                for capture in captures:
+                    connection.execute(text(f"DROP SCHEMA {capture}_world CASCADE"))
+
+
+def differ(engine: Engine, folder: Path, kind: str, programs_played: int) -> None:
+    with stages(engine, folder, kind, ("session", "trigger")) as both:
+
+        @explore(programs_played, steps=programs(SEEN), untracked=small)
+        def _agree(steps: Any, untracked: int) -> None:
+            for stage in both:
+                stage.play(steps, untracked)
+            assert both[0].content() == both[1].content()
+
+
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("programs_played", sizes(12, 500))
+@pytest.mark.parametrize("kind", ["Session", "AsyncSession"])
+def test_captures_agree_on_sqlite(sqlite_engine: Engine, tmp_path: Path, kind: str, programs_played: int) -> None:
+    differ(sqlite_engine, tmp_path, kind, programs_played)
+
+
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("programs_played", sizes(8, 150))
+@pytest.mark.parametrize("kind", ["Session", "AsyncSession"])
+def test_captures_agree_on_postgres(postgres_engine: Engine, tmp_path: Path, kind: str, programs_played: int) -> None:
+    differ(postgres_engine, tmp_path, kind, programs_played)
+
+
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("programs_played", sizes(12, 300))
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+def test_triggers_see_what_no_session_does(
+    request: pytest.FixtureRequest, tmp_path: Path, database: str, programs_played: int
+) -> None:
+    """Text SQL, bulk_*(), statements on the connection, other programs, among all the others."""
+    engine = request.getfixturevalue(f"{database}_engine")
+    with stages(engine, tmp_path, "Session", ("trigger",)) as [stage]:
+
+        @explore(programs_played, steps=programs({**SEEN, **UNSEEN_STEPS}), untracked=small)
+        def _replays(steps: Any, untracked: int) -> None:
+            stage.play(steps, untracked)

@@ -1,0 +1,368 @@
+"""Keys that no row can have: in the outbox, the log, an index and the bookkeeping. None stops what is beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import date
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import BigInteger, Date, Engine, Enum, Integer, SmallInteger, String, Uuid, insert, select, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+
+from memstate_sa import HistoryMissing, Memory
+from memstate_sa.db.codec import decode_key, decoded, encode_key
+from memstate_sa.db.tables import backfill, log, outbox, refill, utcnow
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.testing import HashEmbedder
+from tests.support import Person, World, assert_index_holds, make_due
+
+IMPOSSIBLE = {
+    "a word": "not json",
+    "an object": '{"a": 1}',
+    "a text": '"5"',
+    "too large": "[99999999999999999999999]",
+    "too many digits": f"[{'9' * 5000}]",
+    "too many": "[1, 2]",
+    "none": "[]",
+    "an unknown tag": '[{"$": "x"}]',
+    "a broken tag": '[{"$uuid": 5}]',
+    "two tags": '[{"$uuid": "00", "$text": "00"}]',
+    "a boolean": "[true]",
+    "a list": "[[1]]",
+    "deep": "[" * 3000 + "1" + "]" * 3000,
+    "a NUL": '["a\\u0000b"]',
+    "half a character": '["\\ud800"]',
+    "not a number": '[{"$decimal": "NaN"}]',
+    "infinity": '[{"$float": "inf"}]',
+}
+_REFUSED_BY_POSTGRESQL = {"letters": '["abc"]', "null": "[null]", "bytes": '[{"$bytes": "00"}]'}
+_TAKEN_BY_SQLITE = {"infinity"}
+"""Any column of SQLite may hold it: no row has it, and nothing is refused."""
+
+
+def announce(engine: Engine, entity: str, *keys: str) -> None:
+    """As if a change of these keys had been committed."""
+    entry = {"slot": 1, "entity": entity, "tx": "x", "created_at": utcnow(), "intent": False}
+    with engine.begin() as connection:
+        connection.execute(insert(outbox), [{**entry, "key": key} for key in keys])
+
+
+def log_entry(engine: Engine, entity: str, *keys: str) -> None:
+    entry = {"tx": "poison", "entity": entity, "op": "insert", "version": 1, "step": True, "at": utcnow()}
+    with engine.begin() as connection:
+        connection.execute(insert(log), [{**entry, "key": key, "image": {"id": 1}} for key in keys])
+
+
+def impossible(engine: Engine) -> dict[str, str]:
+    if engine.dialect.name == "postgresql":
+        return {**IMPOSSIBLE, **_REFUSED_BY_POSTGRESQL}
+    return {name: key for name, key in IMPOSSIBLE.items() if name not in {"a NUL", *_TAKEN_BY_SQLITE}}
+
+
+def people(world: World, *ids: int) -> None:
+    with world.session() as session:
+        session.add_all([Person(id=id_, name="p", about=f"about {id_}") for id_ in ids])
+        session.commit()
+
+
+def test_relay_parks_impossible_keys_alone(world: World) -> None:
+    """What else is on their page is delivered; they are told of, and die like any key that is refused.
+
+    The same kind: keys of a class whose primary key got another column, or that another program wrote.
+    """
+    poison = impossible(world.engine)
+    people(world, 1)
+    world.relay.drain()
+    announce(world.engine, "person", *poison.values())
+    people(world, 2)
+    world.relay.drain()
+    assert_index_holds(world.index, world.embedder, {f"person[{n}]": f"about {n}" for n in (1, 2)})
+    status = world.memory.status(world.engine)["memory"]
+    assert (status.pending, status.parked) == (0, len(poison))
+    for _ in range(8):
+        make_due(world.engine)
+        world.relay.drain()
+    dead = {letter.key: letter.error for letter in world.relay.dead()}
+    assert dead.keys() == set(poison.values())
+    assert {"no row of person can have this key" in error for error in dead.values()} == {True}
+    people(world, 3)
+    world.relay.drain()
+    assert world.memory.verify(world.engine).clean
+
+
+def test_search_finds_rows_beside_impossible_keys(world: World) -> None:
+    """Undelivered, parked or dead: the rows are found, and the answer says that something is unknown."""
+    people(world, 1)
+    world.relay.drain()
+    announce(world.engine, "person", *impossible(world.engine).values())
+    people(world, 2)
+    for _ in range(2):
+        with world.session() as session:
+            hits = world.memory.search(session, "about 2", select(Person).where(Person.id > 0))
+            assert [hit.fact.id for hit in hits] == [2, 1]
+            assert not hits.complete
+        world.relay.drain()
+    make_due(world.engine)
+    for _ in range(8):
+        make_due(world.engine)
+        world.relay.drain()
+    world.relay.drop_dead()
+    with world.session() as session:
+        assert world.memory.search(session, "about 2", Person).complete
+
+
+def test_points_of_impossible_keys_are_ghosts(world: World) -> None:
+    """Searches pass them by; verify tells of them, and removes them for good."""
+    people(world, 1)
+    world.relay.drain()
+    keys = [key for key in impossible(world.engine).values() if key.startswith("[") and key.endswith("]")]
+    for key in keys:
+        [point] = world.index.get(["person[1]"])
+        world.index.upsert([_like(point, f"person{key}")])
+    with world.session() as session:
+        assert [hit.fact.id for hit in world.memory.search(session, "about 1", Person, limit=1)] == [1]
+    shown = {("person", _shown(key)) for key in keys}
+    report = world.memory.verify(world.engine, repair=True)
+    assert {(entity, repr(key)) for entity, key in report.ghost} == shown
+    world.relay.drain()
+    assert world.memory.verify(world.engine).clean
+    assert world.memory.status(world.engine)["memory"].parked == 0
+    assert_index_holds(world.index, world.embedder, {"person[1]": "about 1"})
+
+
+def _like(point: Any, id_: str) -> Any:
+    from memstate_sa.indexes import Point
+
+    return Point(id_, point.vector, "another")
+
+
+def _shown(key: str) -> str:
+    values = decoded(key) or (key,)
+    return repr(values[0] if len(values) == 1 else values)
+
+
+def test_maintenance_works_beside_impossible_keys(world: World) -> None:
+    """In the log: doctor, history, undo, past sessions and backfill go on, or say in our words why not."""
+    people(world, 1)
+    poison = impossible(world.engine)
+    log_entry(world.engine, "person", *poison.values())
+    memory, engine = world.memory, world.engine
+    assert {repr(key) for _, key in memory.doctor(engine).gone} == {_shown(key) for key in poison.values()}
+    with world.session() as session:
+        assert len(memory.history(session, Person)) == 1 + len(poison)
+        assert memory.as_of(session, Person, 10**30, utcnow()) is None
+        with pytest.raises(HistoryMissing, match="no row of person can have the key"):
+            memory.rollback(session, dry_run=True)
+        session.rollback()
+    with memory.as_of_session(engine, utcnow()) as session:
+        assert session.scalars(select(Person.id)).all() == [1]
+    memory.doctor(engine, repair=True)
+    assert memory.doctor(engine).gone == []
+    with world.session() as session:
+        memory.rollback(session, tx=memory.history(session, Person, 1)[0].tx)
+        session.commit()
+        assert session.scalars(select(Person.id)).all() == []
+
+
+@pytest.mark.parametrize("key", ["not json", '[{"$": "x"}]', "[99999999999999999999999]"])
+def test_progress_at_an_impossible_key_begins_again(world: World, key: str) -> None:
+    """How far a refill or a backfill was is a key as well, which the type of today may not have."""
+    with world.engine.begin() as connection:
+        connection.execute(insert(Person), [{"name": "p", "about": f"about {n}"} for n in (1, 2)])
+    assert world.memory.backfill(world.engine, Person, limit=1) == 1
+    with world.engine.begin() as connection:
+        connection.execute(backfill.update().values(position=key))
+    world.memory.backfill(world.engine, Person)
+    world.relay.run_once()
+    with world.engine.begin() as connection:
+        connection.execute(refill.update().where(refill.c.entity == "person").values(position=key, done=False))
+    world.relay.stop()
+    world.memory.relay(world.engine).drain()
+    assert world.memory.doctor(world.engine).unlogged == 0
+    assert_index_holds(world.index, world.embedder, {f"person[{n}]": f"about {n}" for n in (1, 2)})
+
+
+# -- the type of the key changes --------------------------------------------------------------------------------------
+
+
+class Before(DeclarativeBase):
+    pass
+
+
+class Numbered(Before):
+    __tablename__ = "thing"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    content: Mapped[str]
+
+
+class After(DeclarativeBase):
+    pass
+
+
+class Lettered(After):
+    __tablename__ = "thing"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    content: Mapped[str]
+
+
+_CHANGE = {
+    "postgresql": ["ALTER TABLE thing ALTER id DROP DEFAULT, ALTER id TYPE text USING id::text"],
+    "sqlite": [
+        "CREATE TABLE other (id VARCHAR PRIMARY KEY NOT NULL, content VARCHAR NOT NULL)",
+        "INSERT INTO other SELECT CAST(id AS TEXT), content FROM thing",
+        "DROP TABLE thing",
+        "ALTER TABLE other RENAME TO thing",
+    ],
+}
+
+
+def opened(engine: Engine, index: InMemoryIndex, model: type[Any]) -> tuple[Memory, sessionmaker[Any]]:
+    memory, sessions = Memory(index, embedder=HashEmbedder()), sessionmaker(engine)
+    memory.track(model, text="content")
+    memory.attach(sessions)
+    memory.create_tables(engine)
+    return memory, sessions
+
+
+def test_key_of_another_type_stops_nothing(engine: Engine) -> None:
+    """With an entry undelivered, points in the index and a log: what is written under the new type is served.
+
+    The same kind: int to UUID, one column to two, a narrower integer.
+    """
+    index = InMemoryIndex()
+    Before.metadata.create_all(engine)
+    memory, sessions = opened(engine, index, Numbered)
+    with sessions() as session:
+        session.add_all([Numbered(id=1, content="one"), Numbered(id=2, content="two")])
+        session.commit()
+    memory.relay(engine).drain()
+    with sessions() as session:
+        session.add(Numbered(id=3, content="three"))
+        session.commit()
+    memory.close()
+    with engine.begin() as connection:
+        for statement in _CHANGE[engine.dialect.name]:
+            connection.execute(text(statement))
+    memory, sessions = opened(engine, index, Lettered)
+    relay = memory.relay(engine)
+    with sessions() as session:
+        session.add(Lettered(id="new", content="four"))
+        session.commit()
+        hits = memory.search(session, "four", Lettered)
+        assert ("new", False) in {(hit.fact.id, hits.complete) for hit in hits}
+    relay.drain()
+    assert set(memory.verify(engine, repair=True).ghost) == {("thing", 1), ("thing", 2)}
+    memory.backfill(engine, Lettered)
+    relay.drain()
+    assert memory.verify(engine).clean
+    expected = {"1": "one", "2": "two", "3": "three", "new": "four"}
+    assert_index_holds(index, HashEmbedder(), {f"thing{encode_key([k])}": content for k, content in expected.items()})
+    with memory.as_of_session(engine, utcnow()) as past:
+        assert set(past.scalars(select(Lettered.id))) == set(expected)
+    memory.close()
+
+
+def with_key(type_: Any) -> Any:
+    """A class whose key is of *type_*, in a table that is always the same."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Thing(Base):
+        __tablename__ = "thing"
+        id: Mapped[Any] = mapped_column(type_, primary_key=True, autoincrement=False)
+        content: Mapped[str]
+
+    return Thing
+
+
+KEYS = {
+    "a word to an integer": (String(), ["1", "x"], Integer(), 7),
+    "an integer to a UUID": (Integer(), [1, 2], Uuid(), UUID(int=7)),
+    "a word to an enum": (String(), ["gone", "red"], Enum("red", "blue", name="colour", native_enum=False), "blue"),
+    "a word to a date": (String(), ["x", "9999999-01-01"], Date(), date(2026, 1, 1)),
+    "to fewer bits": (BigInteger(), [1, 2**40], SmallInteger(), 7),
+}
+
+
+@pytest.mark.parametrize("change", KEYS)
+def test_what_a_key_was_is_told_compared_and_erased(engine: Engine, change: str) -> None:
+    """Whatever its type is now: a value that this type refuses is shown as it is stored.
+
+    The same kind: intervals, types of the application's own; other columns than the key, whose type has changed.
+    """
+    old, keys, new, key = KEYS[change]
+    before, after = with_key(old), with_key(new)
+    before.metadata.create_all(engine)
+    memory, sessions = opened(engine, InMemoryIndex(), before)
+    with sessions() as session:
+        session.add_all(before(id=each, content=f"of {each}") for each in keys)
+        session.commit()
+        moment = memory.token(session)
+    memory.close()
+    before.metadata.drop_all(engine)
+    after.metadata.create_all(engine)
+    memory, sessions = opened(engine, InMemoryIndex(), after)
+    with sessions() as session:
+        session.add(after(id=key, content="new"))
+        session.commit()
+        assert [change.key for change in memory.history(session, after)] == [*keys, key]
+    with memory.as_of_session(engine, moment) as past:
+        assert set(past.scalars(select(after.content))) <= {f"of {each}" for each in keys}
+    memory.doctor(engine, repair=True)
+    assert memory.doctor(engine).healthy
+    with sessions() as session:
+        for each in keys:
+            assert memory.erase(session, after, each) > 0
+        session.commit()
+        assert [fact.id for fact in session.scalars(select(after))] == [key]
+    memory.close()
+
+
+# -- what only the database can tell ----------------------------------------------------------------------------------
+
+
+class Labelled(Before):
+    __tablename__ = "labelled"
+    id: Mapped[str] = mapped_column(Enum("a", "b", "gone", name="letters"), primary_key=True)
+    content: Mapped[str]
+
+
+@pytest.fixture
+def labelled(postgres_engine: Engine) -> Iterator[tuple[Memory, sessionmaker[Any]]]:
+    with postgres_engine.begin() as connection:
+        connection.execute(text("CREATE TYPE letters AS ENUM ('a', 'b')"))
+        connection.execute(text("CREATE TABLE labelled (id letters PRIMARY KEY, content varchar)"))
+    memory, sessions = opened(postgres_engine, InMemoryIndex(), Labelled)
+    yield memory, sessions
+    memory.close()
+
+
+def test_database_tells_which_keys_it_refuses(
+    postgres_engine: Engine, labelled: tuple[Memory, sessionmaker[Any]]
+) -> None:
+    """An enum whose labels are others than the model's: the caller's transaction goes on.
+
+    The same kind: a domain, an address, a type of an extension.
+    """
+    memory, sessions = labelled
+    memory.relay(postgres_engine).drain()
+    announce(postgres_engine, "labelled", '["gone"]', '["other"]', "[5]")
+    with sessions() as session:
+        session.add_all([Labelled(id="a", content="one"), Labelled(id="b", content="two")])
+        session.flush()
+        hits = memory.search(session, "one", Labelled)
+        assert ([hit.fact.id for hit in hits], hits.complete) == (["a", "b"], False)
+        session.commit()
+    memory.relay(postgres_engine).drain()
+    assert memory.status(postgres_engine)["memory"].parked == 3
+    assert memory.verify(postgres_engine).clean
+
+
+def test_key_is_a_json_array_and_nothing_else() -> None:
+    """The short form of a number is one as well."""
+    assert decode_key("[7]") == (7,)
+    for text_ in ('"7"', "x7y", '{"a": 7}', '"ab"', "7"):
+        assert decoded(text_) is None

@@ -1,0 +1,466 @@
+"""Roles of PostgreSQL: who may run functions of ours, and what an application and a relay need."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import Engine, select, text, update
+from sqlalchemy.exc import DBAPIError, ProgrammingError
+from sqlalchemy.orm import sessionmaker
+
+from memstate_sa import Memory, MemstateError
+from memstate_sa.capture import triggers
+from memstate_sa.db import functions
+from memstate_sa.db.tables import current, log, outbox
+from memstate_sa.db.tables import transaction as transactions
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.migrations import VERSION_TABLE, __main__
+from memstate_sa.testing import HashEmbedder
+from tests.support import Note, Person, Tag, World
+from tests.support.roles import Role, database, name_of, role, sql, values
+
+__all__ = ["role"]
+
+pytestmark = pytest.mark.sa20
+
+
+SECURITY = Path(__file__).parents[3] / "docs" / "security.md"
+
+
+OURS = "FROM pg_proc WHERE proname LIKE 'memstate\\_%' AND pronamespace = 'public'::regnamespace"
+
+
+def contents(engine: Engine) -> Any:
+    with engine.connect() as connection:
+        return [connection.execute(select(table).order_by(table.c.id)).all() for table in (log, outbox)]
+
+
+@pytest.fixture
+def world(postgres_engine: Engine) -> Iterator[World]:
+    made = World(postgres_engine, capture="trigger")
+    with made.session() as session:
+        session.add_all([Tag(name="a", meaning="one"), Person(name="Ann", about="of Ghent")])
+        session.commit()
+    yield made
+    made.memory.close()
+
+
+def problems(world: World) -> list[tuple[str, str]]:
+    return [(each.subject, each.message) for each in world.memory.doctor(world.engine).problems]
+
+
+# -- functions ---------------------------------------------------------------------------------------------------------
+
+BAIT = "CREATE TEMP TABLE tag (name text, meaning text, person_id int)"
+
+
+def attaching(function: str, table: str = "tag") -> str:
+    """A trigger that lets the function see what it wants to see."""
+    event = function.split("_")[1]
+    if event == "append":
+        return f"CREATE TRIGGER bait BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION public.{function}()"
+    rows = {"insert": "NEW TABLE AS new_rows", "delete": "OLD TABLE AS old_rows"}
+    rows["update"] = "OLD TABLE AS old_rows NEW TABLE AS new_rows"
+    when = f"AFTER {event} ON {table} REFERENCING {rows[event]}" if event in rows else f"BEFORE {event} ON {table}"
+    return f"CREATE TRIGGER bait {when} FOR EACH STATEMENT EXECUTE FUNCTION public.{function}()"
+
+
+WRITES = {
+    "insert": "INSERT INTO tag (name, meaning) VALUES ('b', 'forged')",
+    "update": "UPDATE tag SET meaning = 'forged'",
+    "delete": "DELETE FROM tag",
+    "truncate": "TRUNCATE tag",
+    "append": "INSERT INTO tag (name, meaning) VALUES ('b', 'forged')",
+}
+
+
+def test_no_other_role_may_attach_a_function_of_ours(world: World, role: Role) -> None:
+    """Each of them: those of tracked tables, by event, and those that protect the log."""
+    functions_ = values(world.engine, f"SELECT proname {OURS}")
+    assert {name.split("_")[1] for name in functions_} == set(WRITES)
+    before = contents(world.engine)
+    mallory = role(f"TEMPORARY ON DATABASE {database(world)}")
+    for function in functions_:
+        with pytest.raises(ProgrammingError, match="permission denied for function"):
+            sql(mallory, BAIT, attaching(function))
+    assert contents(world.engine) == before
+
+
+@pytest.mark.parametrize("place", ["a temporary table", "a table of another schema"])
+def test_a_function_that_others_may_attach_still_knows_its_table(world: World, role: Role, place: str) -> None:
+    """As ALTER DEFAULT PRIVILEGES, or a dump without privileges, may grant it.
+
+    Of the same kind: a renamed table, a partition, a table of another database's dump.
+    """
+    functions_ = [name for name in values(world.engine, f"SELECT proname {OURS}") if "append_only" not in name]
+    mallory = role(f"CREATE ON DATABASE {database(world)}")
+    sql(world.engine, *(f"GRANT EXECUTE ON FUNCTION {name}() TO PUBLIC" for name in functions_))
+    before = contents(world.engine)
+    schema = f"s{uuid4().hex[:8]}"
+    bait = BAIT if place == "a temporary table" else f"{BAIT.replace('TEMP ', '').replace('tag', f'{schema}.tag')}"
+    first = [] if place == "a temporary table" else [f"CREATE SCHEMA {schema}", f"SET LOCAL search_path = {schema}"]
+    for function in functions_:
+        with pytest.raises(DBAPIError, match="This function captures"):
+            sql(mallory, *first, bait, attaching(function), WRITES["insert"], WRITES[function.split("_")[1]])
+    assert contents(world.engine) == before
+
+
+def test_a_function_of_the_log_knows_its_table(world: World, role: Role) -> None:
+    """It moves a sequence, for an id of the future."""
+    mallory = role(f"TEMPORARY ON DATABASE {database(world)}")
+    sql(world.engine, "GRANT EXECUTE ON FUNCTION memstate_append_only_insert() TO PUBLIC")
+    with pytest.raises(DBAPIError, match="append-only"):
+        sql(
+            mallory,
+            "CREATE TEMP TABLE tag (id bigint)",
+            attaching("memstate_append_only_insert"),
+            "INSERT INTO tag VALUES (9)",
+        )
+
+
+@pytest.mark.parametrize("id_", [-5, 0, 2**62 + 1, 2**63 - 1])
+def test_who_may_add_entries_cannot_choose_their_place(world: World, role: Role, id_: int) -> None:
+    """Not before others, even as a role that tells what `rewriting` does; not so far ahead that no id is left.
+
+    Of the same kind: the id of a gap, an id that was deleted, several rows of which one is so.
+    """
+    app = role("SELECT, INSERT ON memstate_log")
+    before = contents(world.engine)
+    names = "id, tx, entity, key, op, version, step, at"
+    with pytest.raises(DBAPIError, match="append-only"), app.begin() as connection:
+        functions.tell(connection, "rewrite", "on")
+        connection.exec_driver_sql(
+            f"INSERT INTO memstate_log ({names}) VALUES ({id_}, 'x', 'tag', '[1]', 'delete', 1, true, now())"
+        )
+    assert contents(world.engine) == before
+    sql(world.engine, WRITES["update"])
+    assert [(row.key, row.op) for row in contents(world.engine)[0][len(before[0]) :]] == [('["a"]', "update")]
+
+
+def test_a_function_runs_for_its_event_only(world: World) -> None:
+    """Nor for each row, nor before the event; by the owner's mistake, for example."""
+    [insert_] = [name for name in triggers_of(world, "tag") if "insert" in name]
+    before = contents(world.engine)
+    for trigger in (
+        f"BEFORE UPDATE ON tag FOR EACH STATEMENT EXECUTE FUNCTION {insert_}()",
+        f"AFTER INSERT ON tag FOR EACH ROW EXECUTE FUNCTION {insert_}()",
+        f"AFTER INSERT ON note REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION {insert_}()",
+    ):
+        with pytest.raises(DBAPIError, match="This function captures INSERT"):
+            sql(
+                world.engine,
+                f"CREATE TRIGGER another {trigger}",
+                WRITES["update"],
+                "INSERT INTO tag (name, meaning) VALUES ('b', 'x')",
+                "INSERT INTO note (topic, number, person_id, content) VALUES ('x', 1, 1, 'x')",
+            )
+    assert contents(world.engine) == before
+
+
+def triggers_of(world: World, table: str) -> list[str]:
+    return values(
+        world.engine, f"SELECT tgname FROM pg_trigger WHERE tgrelid = '{table}'::regclass AND tgname LIKE 'memstate%'"
+    )
+
+
+def test_no_cast_of_another_role_runs_as_the_owner(world: World, role: Role) -> None:
+    """A table of a role's own, with a type and casts of its own, does not get as far as its casts."""
+    mallory = role(f"CREATE ON DATABASE {database(world)}")
+    name = name_of(mallory)
+    [insert_] = [each for each in triggers_of(world, "tag") if "insert" in each]
+    sql(world.engine, f"GRANT EXECUTE ON FUNCTION {insert_}() TO PUBLIC")
+    with pytest.raises(DBAPIError, match="This function captures"):
+        sql(
+            mallory,
+            "CREATE TYPE pg_temp.evil AS (x int)",
+            f"CREATE FUNCTION pg_temp.run(pg_temp.evil) RETURNS text LANGUAGE plpgsql AS "
+            f"$$BEGIN EXECUTE 'ALTER ROLE {name} SUPERUSER'; RETURN '1'; END$$",
+            "CREATE CAST (pg_temp.evil AS text) WITH FUNCTION pg_temp.run(pg_temp.evil) AS IMPLICIT",
+            "CREATE TEMP TABLE tag (name pg_temp.evil, meaning pg_temp.evil, person_id int)",
+            attaching(insert_),
+            "INSERT INTO tag VALUES (ROW(1), ROW(2), 3)",
+        )
+    assert values(world.engine, f"SELECT rolsuper FROM pg_roles WHERE rolname = '{name}'") == [False]
+
+
+def test_a_table_that_is_renamed_is_written_only_after_it_is_tracked_again(world: World) -> None:
+    """Otherwise the log would take another table of its old name for it. Dropped and made again it is the same."""
+    sql(world.engine, "ALTER TABLE tag RENAME TO label", "CREATE TABLE tag (LIKE label INCLUDING ALL)")
+    with pytest.raises(DBAPIError, match=r"captures INSERT of public.tag, not of public\.label"):
+        sql(world.engine, "INSERT INTO label (name, meaning) VALUES ('b', 'x')")
+    sql(world.engine, "DROP TABLE label CASCADE", "DELETE FROM memstate_outbox")
+    world.memory.create_tables(world.engine)
+    sql(world.engine, "INSERT INTO tag (name, meaning) VALUES ('b', 'x')")
+    assert [row.key for row in contents(world.engine)[1]] == ['["b"]']
+
+
+def open_up(world: World) -> None:
+    """As an earlier version left them: without a check, for everybody to attach."""
+    for name, source in sources(world):
+        start, end = source.index(f"  {functions.CHECK}"), source.index("  END IF;\n") + len("  END IF;\n")
+        body = functions.dollar_quoted(source[:start] + source[end:])
+        sql(
+            world.engine,
+            f"CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER "
+            f"SET search_path = pg_catalog, pg_temp AS {body}",
+            f"GRANT EXECUTE ON FUNCTION {name}() TO PUBLIC",
+        )
+
+
+def sources(world: World) -> list[tuple[str, str]]:
+    with world.engine.connect() as connection:
+        found = connection.exec_driver_sql(f"SELECT proname, prosrc {OURS}", execution_options={"no_parameters": True})
+        return [(name, source) for name, source in found if "append_only" not in name]
+
+
+def mend_by_another_memory(world: World) -> None:
+    """One that does not track what they capture, as it is another application's."""
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.create_tables(world.engine)
+
+
+def mend_by_migration(world: World) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEMSTATE_URL", world.engine.url.render_as_string(hide_password=False))
+        __main__.main(["stamp", "memstate_0002"])
+        __main__.main(["upgrade", "memstate_0003"])
+    sql(world.engine, f"DROP TABLE {VERSION_TABLE}")
+
+
+@pytest.mark.parametrize(
+    "mend", [lambda world: world.memory.create_tables(world.engine), mend_by_another_memory, mend_by_migration]
+)
+def test_functions_that_are_installed_are_closed(world: World, role: Role, mend: Callable[[World], None]) -> None:
+    """Those that tracked tables use, and what is attached to them by others fails. Those of dropped tables go."""
+    open_up(world)
+    mallory = role(f"CREATE ON DATABASE {database(world)}")
+    [truncate] = [name for name in triggers_of(world, "tag") if "truncate" in name]
+    schema = f"s{uuid4().hex[:8]}"
+    sql(mallory, f"CREATE SCHEMA {schema}", f"CREATE TABLE {schema}.tag (id int)", attaching(truncate, f"{schema}.tag"))
+    source = functions.dollar_quoted(dict(sources(world))[truncate])
+    of_dropped = "CREATE FUNCTION memstate_truncate_gone() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS"
+    sql(world.engine, f"{of_dropped} {source}")
+    named = {subject.removesuffix("()") for subject, message in problems(world) if "attach" in message}
+    assert named == {name for name, _ in sources(world)}
+    mend(world)
+    assert [each for each in problems(world) if "attach" in each[1]] == []
+    in_use = [name for table in ("tag", "person", "note") for name in triggers_of(world, table)]
+    assert {name for name, _ in sources(world)} == set(in_use)
+    assert not any(values(world.engine, f"SELECT has_function_privilege('public', oid, 'EXECUTE') {OURS}"))
+    with pytest.raises(DBAPIError, match=r"captures TRUNCATE of public\.tag, not of"):
+        sql(mallory, f"TRUNCATE {schema}.tag")
+    logged = len(contents(world.engine)[0])
+    sql(world.engine, *(WRITES[write] for write in ("insert", "update", "delete", "insert", "truncate")))
+    entries = [(row.key, row.op) for row in contents(world.engine)[0][logged:]]
+    assert entries[:2] == [('["b"]', "insert"), ('["a"]', "update")]
+    assert sorted(entries[2:4]) == [('["a"]', "delete"), ('["b"]', "delete")]
+    assert entries[4:] == [('["b"]', "insert"), ('["b"]', "delete")]
+
+
+def test_a_dump_without_privileges_is_told_and_mended(world: World) -> None:
+    """A function that everybody may execute is not as it should be, though its source is."""
+    for name in values(world.engine, f"SELECT proname {OURS}"):
+        sql(world.engine, f"GRANT EXECUTE ON FUNCTION {name}() TO PUBLIC")
+    assert {"memstate_log", "tag", "note", "person"} <= {subject for subject, _ in problems(world)}
+    world.memory.create_tables(world.engine)
+    assert problems(world) == []
+
+
+def test_a_table_of_another_owner_is_told(world: World, role: Role) -> None:
+    """Who owns the table can give a column a type whose casts run as the owner of the functions."""
+    owner = name_of(role())
+    sql(world.engine, f"ALTER TABLE tag OWNER TO {owner}")
+    [(subject, message)] = problems(world)
+    assert subject == "tag" and owner in message and "one owner" in message
+
+
+@pytest.mark.parametrize("kind", ["a partition", "a child", "a parent"])
+def test_a_table_of_several_is_refused_and_told(postgres_engine: Engine, kind: str) -> None:
+    """Writes to the other tables fire no trigger of it. It may become one when its triggers are there already."""
+    world = World(postgres_engine, capture="trigger")
+    statements = {
+        "a partition": (
+            "CREATE TABLE tags (LIKE tag INCLUDING ALL) PARTITION BY RANGE (name)",
+            "ALTER TABLE tags ATTACH PARTITION tag DEFAULT",
+        ),
+        "a child": ("CREATE TABLE tags (LIKE tag)", "ALTER TABLE tag INHERIT tags"),
+        "a parent": ("CREATE TABLE tags () INHERITS (tag)",),
+    }
+    sql(postgres_engine, *statements[kind])
+    [(subject, message)] = problems(world)
+    assert subject == "tag" and "partitions or children" in message
+    with pytest.raises(MemstateError, match="partitions or children"):
+        world.memory.create_tables(postgres_engine)
+    [offline] = triggers.creating(triggers.captured_in(Tag.__table__)["tag"], postgres_engine.dialect)
+    with pytest.raises(DBAPIError, match="is it there, and not partitioned"):
+        sql(postgres_engine, offline)
+    world.memory.close()
+
+
+@pytest.mark.parametrize("left_by", ["SET", "a role"])
+def test_settings_that_were_left_behind_say_nothing(world: World, role: Role, left_by: str) -> None:
+    """A pooled connection on which somebody said SET, or ALTER ROLE … SET: no transaction, no step, no permission."""
+    app = role("SELECT, INSERT, UPDATE, DELETE ON tag, memstate_log, memstate_current")
+    settings = {"tx": "forged", "step": "off", "skip": "on", "rewrite": "on"}
+    if left_by == "a role":  # of the role that logs in
+        me = values(world.engine, "SELECT session_user")[0]
+        for name, value in settings.items():
+            sql(world.engine, f"ALTER ROLE {me} SET memstate.{name} = '{value}'")
+    try:
+        with app.connect() as connection:
+            if left_by == "SET":
+                for name, value in settings.items():
+                    connection.exec_driver_sql(f"SET memstate.{name} = '{value}'")
+                connection.commit()
+            assert connection.scalar(text("SELECT current_setting('memstate.rewrite')")) == "on"
+            connection.exec_driver_sql("INSERT INTO memstate_current (name) VALUES ('skip tag[\"b\"]')")
+            connection.exec_driver_sql("INSERT INTO tag (name, meaning) VALUES ('b', 'x')")
+            connection.exec_driver_sql("DELETE FROM memstate_current")
+            connection.commit()
+            with pytest.raises(DBAPIError, match="append-only"):
+                connection.exec_driver_sql("DELETE FROM memstate_log")
+    finally:
+        for name in settings:
+            sql(world.engine, f"ALTER ROLE {values(world.engine, 'SELECT session_user')[0]} RESET memstate.{name}")
+    [entry] = [row for row in contents(world.engine)[0] if row.key == '["b"]']
+    assert entry.tx != "forged" and entry.step and entry.op == "insert"
+
+
+LABELS = [
+    "memstate.skip=on",
+    "on",
+    "'; SELECT set_config('memstate.skip', 'on', true); --",
+    'skip tag["b"]',
+    "tx",
+    "rewrite",
+    "$memstate$",
+    "%(tx)s %s :name",
+]
+
+
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+def test_no_label_keeps_a_change_from_the_log(engine: Engine, capture: Any) -> None:
+    """A label is stored as it is, whatever it says: of actor, reason and session alike."""
+    world = World(engine, capture=capture)
+    for number, label in enumerate(LABELS):
+        with world.session() as session:
+            world.memory.annotate(session, actor=label, reason=label, session_id=label)
+            session.add(Tag(name=str(number)))
+            session.commit()
+    with world.session() as session:
+        changes = world.memory.history(session, Tag)
+        assert [(change.key, change.actor, change.reason, change.session_id) for change in changes] == [
+            (str(number), label, label, label) for number, label in enumerate(LABELS)
+        ]
+        assert session.execute(select(current)).all() == []
+        assert len(session.execute(select(transactions)).all()) == len(LABELS)
+    world.assert_in_step()
+    world.memory.close()
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+NAMES = [
+    "do$memstate$llar",
+    "$memstate_$",
+    "$memstate",
+    "@its schema@",
+    "it's",
+    "\nBEGIN\n",
+    "%I %s {0}",
+    "a\\'b",
+    "$$",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_can_be_captured(postgres_engine: Engine, name: str) -> None:
+    """Of a schema, a table, a column and an entity; online and in a script that asks no database.
+
+    Of the same kind: quotes, dollar quotes, what is filled in, the check that is put into older functions.
+    """
+    import sqlalchemy as sa
+
+    metadata = sa.MetaData()
+    key, value = sa.Column(f"k{name}", sa.Integer, primary_key=True), sa.Column(name, sa.String)
+    table = sa.Table(name, metadata, key, value, schema=f"{name}s")
+    captured = triggers.Capture(table, name)
+    with postgres_engine.begin() as connection:
+        connection.execute(sa.schema.CreateSchema(f"{name}s"))
+        metadata.create_all(connection)
+    Memory(InMemoryIndex(), embedder=HashEmbedder()).create_tables(postgres_engine)
+    try:
+        [script] = triggers.creating(captured, postgres_engine.dialect)
+        sql(postgres_engine, script)
+        with postgres_engine.begin() as connection:
+            offline = triggers.installed(connection, table)
+            assert offline == {each.name: each.source for each in triggers.triggers(connection, captured)}
+            for statement in (sa.insert(table).values({key: 1, value: name}), sa.update(table).values({value: None})):
+                connection.execute(statement)
+            assert connection.execute(select(log.c.entity, log.c.op, log.c.image).order_by(log.c.id)).all() == [
+                (name, "insert", {f"k{name}": 1, name: name}),
+                (name, "update", {f"k{name}": 1, name: None}),
+            ]
+    finally:
+        with postgres_engine.begin() as connection:
+            connection.execute(sa.schema.DropSchema(f"{name}s", cascade=True))
+
+
+def granted(to: str, role: str) -> str:
+    """What docs/security.md grants, to *role*."""
+    blocks = re.findall(r"^```sql\n(.*?)^```$", SECURITY.read_text(), re.MULTILINE | re.DOTALL)
+    [block] = [block for block in blocks if f"TO {to};" in block]
+    return block.replace(f"TO {to};", f"TO {role};")
+
+
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+def test_an_application_and_a_relay_need_what_the_documentation_grants(
+    postgres_engine: Engine, role: Role, capture: Any
+) -> None:
+    """Writing, labels, search, history and undo; delivery by another role. And no more than that."""
+    world = World(postgres_engine, capture=capture)
+    app, relay = role(), role()
+    sql(postgres_engine, granted("app", name_of(app)), granted("relay", name_of(relay)))
+    sessions = sessionmaker(app)
+    world.memory.attach(sessions)
+    with sessions() as session:
+        world.memory.annotate(session, actor="agent", session_id="s1")
+        ann = Person(name="Ann", about="cycles")
+        session.add_all([ann, Tag(name="a", meaning="one"), Note(topic="t", number=1, person=ann, content="tea")])
+        session.commit()
+        ann.about = "swims"
+        session.commit()
+        session.execute(update(Tag).values(meaning="two"))
+        session.delete(session.get(Note, ("t", 1)))
+        session.commit()
+        world.memory.rollback(session)
+        session.commit()
+        assert [hit.fact for hit in world.memory.search(session, "swims", Person)] == [ann]
+        assert [change.op for change in world.memory.history(session, ann)] == ["insert", "update"]
+        assert session.get(Tag, "a").meaning == "one"
+    world.memory.relay(relay).drain()
+    with sessions() as session:
+        assert world.memory.search(session, "swims", Person, limit=1).complete
+    assert world.memory.doctor(app, rows=False).problems == []
+    world.assert_in_step()
+    for statement in ("DELETE FROM memstate_log", "UPDATE memstate_log SET op = 'delete'", "TRUNCATE memstate_log"):
+        with pytest.raises(ProgrammingError, match="permission denied"):
+            sql(app, statement)
+    with pytest.raises(ProgrammingError, match="permission denied"):
+        sql(relay, "INSERT INTO tag (name, meaning) VALUES ('b', 'x')")
+    world.memory.close()
+
+
+def test_a_program_that_only_writes_tables_needs_no_right_on_ours(world: World, role: Role) -> None:
+    """And cannot make up entries, nor keep its own from the log."""
+    app = role("INSERT, UPDATE, DELETE, SELECT ON tag")
+    sql(app, WRITES["insert"], "UPDATE tag SET meaning = 'x' WHERE name = 'b'")
+    for table in (log, outbox, current, transactions):
+        with pytest.raises(ProgrammingError, match="permission denied"):
+            sql(app, f"INSERT INTO {table.name} DEFAULT VALUES")
+    world.assert_in_step()

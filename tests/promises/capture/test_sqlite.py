@@ -1,0 +1,148 @@
+"""sqlite.configure(): transactions that begin when, and as strongly as, they must."""
+
+from __future__ import annotations
+
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, create_engine, event, insert, select, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session, sessionmaker
+
+from memstate_sa import Memory
+from memstate_sa.db import sqlite
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.testing import HashEmbedder
+from tests.support import Base, Tag, World
+
+pytestmark = pytest.mark.sa20
+
+
+@pytest.fixture
+def configured(tmp_path: Path) -> Engine:
+    engine: Engine = sqlite.configure(create_engine(f"sqlite:///{tmp_path / 'x.db'}"), busy_timeout_s=0.2)
+    Base.metadata.create_all(engine)
+    return engine
+
+
+def test_a_savepoint_first_does_not_leak(configured: Engine) -> None:
+    """In the driver's own mode these rows survive the rollback."""
+    with Session(configured) as session:
+        with session.begin_nested():
+            session.add(Tag(name="t"))
+        session.rollback()
+        assert session.scalars(select(Tag)).all() == []
+
+
+def test_an_engine_that_would_leak_is_warned_of(tmp_path: Path) -> None:
+    """Once, with the line that mends it; doctor tries it out, and says so too. A recipe of one's own is fine."""
+    leaking, own = (create_engine(f"sqlite:///{tmp_path / name}.db") for name in ("leaking", "own"))
+    event.listen(own, "connect", lambda dbapi, record: setattr(dbapi, "isolation_level", None))
+    event.listen(own, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+    for engine, leaks in ((leaking, True), (own, False)):
+        memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+        memory.track(Tag, text="meaning")
+        Base.metadata.create_all(engine)
+        memory.create_tables(engine)
+        memory.attach(sessions := sessionmaker(engine))
+        for first in (True, False):
+            with sessions() as session, warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                session.execute(select(Tag))
+                assert [each.category for each in caught] == ([sqlite.SavepointWarning] if leaks and first else [])
+        assert sqlite.leaks_savepoints(engine) is leaks
+        problems = [problem.subject for problem in memory.doctor(engine).problems]
+        assert problems == (["SAVEPOINTs"] if leaks else [])
+        engine.dispose()
+
+
+def test_commits_beside_a_writing_relay(tmp_path: Path) -> None:
+    """A thousand transactions that read and then write, in four threads: none fails."""
+    engine = sqlite.configure(create_engine(f"sqlite:///{tmp_path / 'x.db'}"))
+    world = World(engine)
+    with world.session() as session:
+        session.add_all(Tag(name=f"t{n}", meaning="0") for n in range(4))
+        session.commit()
+
+    def write(name: str) -> None:
+        for _ in range(250):
+            with world.session() as session:
+                tag = session.get_one(Tag, name)
+                tag.meaning = str(int(tag.meaning) + 1)
+                session.commit()
+
+    with world.memory.relay(engine), ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, [f"t{n}" for n in range(4)]))
+    with world.session() as session:
+        assert {tag.meaning for tag in session.scalars(select(Tag))} == {"250"}
+    world.assert_in_step()
+    engine.dispose()
+
+
+def test_a_transaction_that_reads_first_can_write_beside_another_writer(configured: Engine) -> None:
+    """A deferred BEGIN fails here with 'database is locked' whatever the timeout."""
+    with configured.connect() as reader, configured.connect() as writer:
+        reader.execute(select(Tag)).all()
+        writer.execute(insert(Tag), {"name": "w"})
+        writer.commit()
+        reader.execute(insert(Tag), {"name": "r"})
+        reader.commit()
+        assert sorted(writer.scalars(select(Tag.name))) == ["r", "w"]
+
+
+def test_readers_do_not_hold_the_write_lock(configured: Engine) -> None:
+    """Two may read at once; the second writer waits, and is told after the timeout."""
+    with configured.connect() as one, configured.connect() as two:
+        one.execute(select(Tag)).all()
+        two.execute(insert(Tag), {"name": "w"})
+        with pytest.raises(OperationalError, match="locked"):
+            one.execute(insert(Tag), {"name": "r"})
+
+
+def test_a_read_with_a_common_table_expression_is_a_read(configured: Engine) -> None:
+    """What may follow WITH in a text is taken for a write."""
+    names = select(Tag.name).cte("names")
+    with configured.connect() as one, configured.connect() as two:
+        two.execute(insert(Tag), {"name": "w"})
+        assert one.scalars(select(names)).all() == []
+        with pytest.raises(OperationalError, match="locked"):
+            one.execute(text("WITH old AS (SELECT * FROM tag) DELETE FROM tag WHERE name IN (SELECT name FROM old)"))
+
+
+@pytest.mark.parametrize("told", ["engine", "connection"])
+def test_autocommit_is_left_alone(tmp_path: Path, told: str) -> None:
+    """Nobody commits there, so a transaction would be rolled back with the connection's return."""
+    given = {"isolation_level": "AUTOCOMMIT"}
+    engine = sqlite.configure(create_engine(f"sqlite:///{tmp_path / 'x.db'}", **given if told == "engine" else {}))
+    Tag.metadata.create_all(engine)
+    with engine.connect().execution_options(**given if told == "connection" else {}) as connection:
+        connection.execute(insert(Tag), {"name": "kept"})
+    with engine.connect() as connection:
+        assert connection.scalars(select(Tag.name)).all() == ["kept"]
+    engine.dispose()
+
+
+def test_wal_and_idempotence(configured: Engine) -> None:
+    """Configured once, however often it is called; an engine of another database is left alone."""
+    assert sqlite.configure(configured) is configured
+    with configured.connect() as connection:
+        assert connection.scalar(text("PRAGMA journal_mode")) == "wal"
+        assert connection.scalar(text("PRAGMA busy_timeout")) == 200
+    other = create_engine("postgresql+psycopg://nowhere/x")
+    assert sqlite.configure(other) is other and not other.dispatch.before_cursor_execute
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("sqlite://", True),
+        ("sqlite:///:memory:", True),
+        ("sqlite:///x.db", False),
+        ("postgresql+psycopg://nowhere/x", False),
+    ],
+)
+def test_in_memory_databases_are_recognised(url: str, expected: bool) -> None:
+    """By their URL or their pool."""
+    assert sqlite.is_in_memory(create_engine(url)) is expected

@@ -1,0 +1,204 @@
+"""Doctor: what came past the log, and what would let more of it pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, select, text, update
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+
+from memstate_sa import ConflictError, Memory
+from memstate_sa.capture.append_only import rewriting
+from memstate_sa.db.tables import log, unique
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.testing import HashEmbedder
+from tests.support import Base, Note, Person, Tag, World
+from tests.support.relays import say
+
+pytestmark = pytest.mark.sa20
+
+
+def run(world: World, *statements: str) -> None:
+    with world.engine.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+
+
+def test_rows_changed_past_the_log(world: World) -> None:
+    """Changed, gone, come again, and never logged: each is told; repair logs all but the last, and vectors follow."""
+    with world.session() as session:
+        session.add_all(Tag(name=name, meaning="one") for name in "abcd")
+        session.add(Note(topic="t", number=1, content="x", person=Person(name="p", about="y")))
+        session.commit()
+        session.delete(session.get_one(Tag, "d"))
+        session.commit()
+    assert world.memory.doctor(world.engine).healthy
+    run(
+        world,
+        "UPDATE tag SET meaning = 'two' WHERE name = 'a'",
+        "DELETE FROM tag WHERE name = 'b'",
+        "INSERT INTO tag (name, meaning) VALUES ('d', 'again'), ('e', 'new')",
+        "UPDATE note SET content = 'z'",
+    )
+    for repair in (False, True):
+        found = world.memory.doctor(world.engine, repair=repair)
+        assert sorted(found.changed) == [("note", ("t", 1)), ("tag", "a"), ("tag", "d")]
+        assert (found.gone, found.unlogged, found.checked) == ([("tag", "b")], 1, 6)
+        assert not found.healthy
+    healed = world.memory.doctor(world.engine)
+    assert healed.healthy and healed.unlogged == 1
+    with world.session() as session:
+        changes = [change for change in world.memory.history(session, Tag) if change.reason == "reconciled"]
+        assert [(change.op, change.key) for change in changes] == [("update", "a"), ("insert", "d"), ("delete", "b")]
+        with pytest.raises(ConflictError, match="tag 'd'"):  # the last step deleted it, and it has come again since
+            world.memory.rollback(session)
+    world.memory.backfill(world.engine, Tag)
+    world.assert_in_step()
+
+
+def test_what_must_be_unique_and_is_not(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """Repair logs it as it is, the rest of its page too, and warns: the first row has the value, others have none."""
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(Tag, text="meaning", unique_by=("meaning",))
+    sessions = sessionmaker(engine)
+    memory.attach(sessions)
+    Base.metadata.create_all(engine)
+    memory.create_tables(engine)
+    with sessions() as session:
+        session.add_all(Tag(name=name, meaning=name) for name in "abcd")
+        session.commit()
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE tag SET meaning = 'a' WHERE name IN ('b', 'c')"))
+        connection.execute(text("UPDATE tag SET meaning = 'new' WHERE name = 'd'"))
+    with caplog.at_level("WARNING"):
+        assert len(memory.doctor(engine, repair=True).changed) == 3
+    [warning] = [record.getMessage() for record in caplog.records if record.name == "memstate_sa.capture.recorder"]
+    assert (
+        "2 rows that are older than tracking or than unique_by, or were changed past it," in warning
+        and '["b"], ["c"]' in warning
+    )
+    assert memory.doctor(engine).healthy
+    with engine.connect() as connection:
+        assert {row.value: row.key for row in connection.execute(select(unique))} == {
+            '["a"]': '["a"]',
+            '["new"]': '["d"]',
+        }
+    with sessions() as session:
+        session.get_one(Tag, "b").meaning = "b"
+        session.commit()
+        assert memory.history(session, Tag, "b")[-1].before == {"name": "b", "meaning": "a", "person_id": None}
+    memory.close()
+
+
+def test_a_page_is_not_all(world: World) -> None:
+    """Both walks, of rows and of keys, go on where a page ended."""
+    from memstate_sa.maintenance.doctor import Doctor
+
+    say(world, **{f"t{n:02}": "x" for n in range(25)})
+    run(world, "UPDATE tag SET meaning = 'y' WHERE name > 't20'", "DELETE FROM tag WHERE name < 't05'")
+    doctor = Doctor(
+        world.engine, world.memory._registry, world.memory._capture, world.memory._recorder, {}, page_size=4
+    )
+    seen: list[int] = []
+    found = doctor.run(repair=False, progress=lambda done, total: seen.append(done))
+    assert found.changed == [("tag", f"t{n}") for n in range(21, 25)]
+    assert found.gone == [("tag", f"t0{n}") for n in range(5)]
+    assert seen == [4, 8, 12, 16, 20]
+
+
+def test_columns_that_came_and_went_are_no_difference(world: World) -> None:
+    """Nobody has changed the row."""
+    say(world, a="x")
+    with world.engine.begin() as connection, rewriting(connection):
+        connection.execute(update(log).values(image={"name": "a", "meaning": "x", "dropped": 1}))
+    assert world.memory.doctor(world.engine).healthy
+
+
+def test_what_makes_an_index_differ_later(engine: Engine) -> None:
+    """Tables, columns and indexes of ours that are not there; nobody attached; a tracked table that is not there."""
+
+    class Local(DeclarativeBase):
+        pass
+
+    class Nowhere(Local):
+        __tablename__ = "nowhere"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        text: Mapped[str]
+
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(Tag, text="meaning")
+    Base.metadata.create_all(engine)
+    first = memory.doctor(engine)
+    assert {problem.subject for problem in first.problems} > {"memstate_log", "memstate_outbox", "Sessions"}
+    memory.create_tables(engine)
+    sessions = sessionmaker(engine)
+    memory.attach(sessions)
+    assert memory.doctor(engine).healthy
+    with engine.begin() as connection:
+        connection.execute(text("DROP INDEX ix_memstate_log_key"))
+        connection.execute(text("ALTER TABLE memstate_outbox DROP COLUMN intent"))
+    memory.track(Nowhere, text="text")
+    told = {problem.subject: problem.message for problem in memory.doctor(engine).problems}
+    assert set(told) == {"memstate_log", "memstate_outbox", "nowhere"}
+    assert "no index ix_memstate_log_key" in told["memstate_log"]
+    assert "lacks intent" in told["memstate_outbox"]
+
+
+def test_triggers_that_are_missing_or_of_another_version(engine: Engine) -> None:
+    """Told, and put right by create_tables."""
+    world = World(engine, capture="trigger")
+    assert world.memory.doctor(engine).healthy
+    if engine.dialect.name == "postgresql":
+        with engine.connect() as connection:
+            named = "SELECT tgname FROM pg_trigger WHERE tgrelid = '{}'::regclass AND tgname LIKE 'memstate_{}%'"
+            gone = connection.scalar(text(named.format("tag", "delete")))
+            off = connection.scalar(text(named.format("note", "insert")))
+        run(world, f"DROP TRIGGER {gone} ON tag", f"ALTER TABLE note DISABLE TRIGGER {off}")
+    else:
+        with engine.connect() as connection:
+            names = connection.scalars(
+                text("SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name IN ('tag', 'note')")
+            ).all()
+        run(world, *(f"DROP TRIGGER {name}" for name in names if "after_delete" in name or "after_insert" in name))
+    found = world.memory.doctor(engine)
+    assert [problem.subject for problem in found.problems] == ["note", "tag"]
+    world.memory.create_tables(engine)
+    assert world.memory.doctor(engine).healthy
+
+
+def test_what_triggers_were_told_and_is_left(engine: Engine) -> None:
+    """Whoever writes next would be taken for that transaction."""
+    world = World(engine)
+    run(world, "INSERT INTO memstate_current (name, value) VALUES ('tx', 'x')")
+    assert [problem.subject for problem in world.memory.doctor(engine).problems] == ["memstate_current"]
+
+
+def test_what_the_columns_of_a_trigger_were(engine: Engine) -> None:
+    """A column that is added is not logged until create_tables is called again; doctor says so."""
+
+    def app(*names: str) -> tuple[Memory, Any]:
+        class Local(DeclarativeBase):
+            pass
+
+        body = {name: mapped_column(default="x") for name in names}
+        annotations = {"id": Mapped[int], **dict.fromkeys(names, Mapped[str])}
+        keyed = {"__tablename__": "thing", "id": mapped_column(primary_key=True), "__annotations__": annotations}
+        model = type("Thing", (Local,), {**keyed, **body})
+        memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+        memory.track(model, text="one", capture="trigger")
+        return memory, model
+
+    before, old = app("one")
+    old.metadata.create_all(engine)
+    before.create_tables(engine)
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE thing ADD COLUMN two VARCHAR DEFAULT 'x' NOT NULL"))
+    after, _ = app("one", "two")
+    assert [problem.subject for problem in after.doctor(engine).problems] == ["thing"]
+    after.create_tables(engine)
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO thing (id, one, two) VALUES (1, 'a', 'b')"))
+        image = connection.scalars(select(log.c.image)).one()
+    assert image == {"id": 1, "one": "a", "two": "b"}
+    assert after.doctor(engine).healthy

@@ -1,0 +1,204 @@
+"""The moment after a transaction is what that one saw, and did. Who commits later is of later, and it never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, delete, func, select, text, update
+from sqlalchemy.orm import Session
+
+from memstate_sa.capture.append_only import rewriting
+from memstate_sa.db.tables import log, utcnow
+from memstate_sa.integrations.langgraph.checkpoint_rows import _present
+from memstate_sa.log.history import SNAPSHOT_MARK
+from memstate_sa.undo import undo
+from tests.support import Tag, World
+
+pytestmark = pytest.mark.sa20
+both_ways = pytest.mark.parametrize("capture", ["session", "trigger"])
+
+
+def tags(world: World, **meanings: str) -> str:
+    with world.session() as session:
+        for name, meaning in meanings.items():
+            session.merge(Tag(name=name, meaning=meaning))
+        session.commit()
+        return str(world.memory.token(session))
+
+
+def then(world: World, moment: str) -> dict[str, str]:
+    """Every way of asking for the tags of a moment has one answer."""
+    with world.memory.as_of_session(world.engine, moment) as past:
+        found = {tag.name: tag.meaning for tag in past.scalars(select(Tag))}
+    with world.session() as session:
+        for name in ("a", "b", "c"):
+            image = world.memory.as_of(session, Tag, name, moment)
+            assert found.get(name) == (image and image["meaning"])
+    return found
+
+
+def undo_to(world: World, moment: str, **scope: Any) -> set[str]:
+    with world.session() as session:
+        changed = {change.key for change in world.memory.rollback(session, to=moment, **scope)}
+        session.commit()
+    return changed
+
+
+def changing(name: str, meaning: str) -> Callable[[Session], Any]:
+    return lambda session: session.execute(update(Tag).where(Tag.name == name).values(meaning=meaning))
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("write", "outcome"),
+    [
+        (changing("a", "late"), {"a": "late", "b": "2"}),
+        (lambda session: session.execute(delete(Tag).where(Tag.name == "a")), {"b": "2"}),
+        (lambda session: session.add(Tag(name="c", meaning="late")), {"a": "1", "b": "2", "c": "late"}),
+    ],
+    ids=["update", "delete", "insert"],
+)
+def test_a_moment_leaves_out_what_was_not_committed_then(
+    postgres_engine: Engine, capture: Any, write: Callable[[Session], Any], outcome: dict[str, str]
+) -> None:
+    """Its id is lower. The same for several statements, SAVEPOINTs, and labels or none."""
+    world = World(postgres_engine, capture=capture)
+    tags(world, a="1", b="1")
+    with world.session() as late:
+        write(late)
+        late.flush()
+        moment = tags(world, b="2")
+        assert then(world, moment) == {"a": "1", "b": "2"}
+        late.commit()
+    assert then(world, moment) == {"a": "1", "b": "2"}
+    with world.session() as session:
+        assert {tag.name: tag.meaning for tag in session.scalars(select(Tag))} == outcome
+        [difference] = world.memory.diff(session, moment, utcnow())
+        assert difference.key in {"a", "c"}
+    assert undo_to(world, moment) == {difference.key}
+    assert then(world, moment) == {"a": "1", "b": "2"}
+    with world.session() as session:
+        assert {tag.name: tag.meaning for tag in session.scalars(select(Tag))} == {"a": "1", "b": "2"}
+    world.assert_in_step()
+
+
+@both_ways
+def test_a_baseline_of_a_late_transaction_is_how_the_row_was(postgres_engine: Engine, capture: Any) -> None:
+    """It is older than tracking, or came past it: before its first change it was as the baseline says."""
+    world = World(postgres_engine, capture=capture)
+    with postgres_engine.begin() as connection:
+        connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
+        connection.exec_driver_sql("INSERT INTO tag (name, meaning) VALUES ('a', 'old')")
+    with world.session() as late:
+        changing("a", "late")(late)
+        moment = tags(world, b="1")
+        late.commit()
+    assert then(world, moment) == {"a": "old", "b": "1"}
+    assert undo_to(world, moment) == {"a"}
+    assert then(world, moment) == {"a": "old", "b": "1"}
+
+
+def test_moments_of_two_transactions_that_ran_at_once(postgres_engine: Engine) -> None:
+    """Neither saw the other, so each one's moment lacks the other, and both differ."""
+    world = World(postgres_engine)
+    with world.session() as one, world.session() as other:
+        for session, name in ((one, "a"), (other, "b")):
+            session.add(Tag(name=name, meaning=name))
+            session.flush()
+        one.commit()
+        other.commit()
+        first, second = world.memory.token(one), world.memory.token(other)
+    assert (then(world, str(first)), then(world, str(second))) == ({"a": "a"}, {"b": "b"})
+    with world.session() as session:
+        found = world.memory.diff(session, str(first), str(second))
+    assert {(change.op, change.key) for change in found} == {("delete", "a"), ("insert", "b")}
+
+
+def test_a_position_has_what_was_committed_by_then(postgres_engine: Engine) -> None:
+    """Its last transaction did not see all of it: two steps of a graph ran at once."""
+    world = World(postgres_engine)
+    with world.session() as one, world.session() as other, world.session() as late:
+        for session, name in ((late, "c"), (one, "a"), (other, "b")):
+            session.add(Tag(name=name, meaning=name))
+            session.flush()
+        other.commit()
+        one.commit()
+        with postgres_engine.connect() as connection:
+            position = SNAPSHOT_MARK.join(connection.execute(select(*_present("postgresql").values())).one())
+        late.commit()
+    assert then(world, position) == {"a": "a", "b": "b"}
+    assert undo_to(world, position) == {"c"}
+
+
+def test_rollback_to_a_moment_finds_a_transaction_that_began_long_before(
+    postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its entries are pages behind those of the moment."""
+    monkeypatch.setattr(undo, "_PAGES", (2, 2))
+    world = World(postgres_engine)
+    tags(world, a="1", b="1")
+    with world.session() as late:
+        changing("a", "late")(late)
+        for meaning in "23456789":
+            tags(world, c=meaning)
+        moment = tags(world, b="2")
+        for meaning in "23456789":
+            tags(world, d=meaning)
+        late.commit()
+    assert undo_to(world, moment) == {"a", "d"}
+    assert then(world, moment) == {"a": "1", "b": "2", "c": "9"}
+    world.assert_in_step()
+
+
+def test_a_moment_is_a_transaction_with_its_undos(engine: Engine) -> None:
+    """Two transactions of the log in one of the database: the second one's moment has both."""
+    world = World(engine)
+    tags(world, a="1")
+    tags(world, a="2")
+    with world.session() as session:
+        session.add(Tag(name="b", meaning="1"))
+        world.memory.rollback(session, steps=1)
+        session.commit()
+        moment = world.memory.token(session)
+    assert then(world, str(moment)) == {"a": "1", "b": "1"}
+
+
+def test_moments_of_a_log_that_was_restored_elsewhere(postgres_engine: Engine) -> None:
+    """The numbers of the other cluster's transactions are greater, or smaller, than those of this one."""
+    world = World(postgres_engine)
+    for ahead in (10**9, -(10**3)):
+        world = World(postgres_engine)
+        with postgres_engine.begin() as connection:
+            connection.execute(text("TRUNCATE tag"))
+        old = tags(world, a=f"old {ahead}")
+        with world.session() as session:
+            changed = world.memory.history(session, Tag)[-1].id
+        with postgres_engine.begin() as connection, rewriting(connection):
+            snapshot = func.concat(log.c.xid + ahead, ":", log.c.xid + ahead + 1, ":", log.c.xid + ahead)
+            moved = {"xid": log.c.xid + ahead, "snapshot": snapshot}
+            connection.execute(update(log).where(log.c.id <= changed).values(moved))
+        new = tags(world, b="new")
+        assert then(world, old)["a"] == f"old {ahead}"
+        assert then(world, new) == {"a": f"old {ahead}", "b": "new"}
+        with world.session() as session:
+            session.execute(delete(Tag))
+            session.commit()
+
+
+def test_a_log_of_the_version_before_gets_its_columns(engine: Engine) -> None:
+    """Its moments go by ids, as they did; those of what is written from now on do not."""
+    world = World(engine)
+    before = tags(world, a="1")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE memstate_log DROP COLUMN snapshot")
+        connection.exec_driver_sql("ALTER TABLE memstate_log DROP COLUMN xid")
+        connection.exec_driver_sql("ALTER TABLE memstate_checkpoint DROP COLUMN snapshot")
+    assert not world.memory.doctor(engine).healthy
+    world.memory.create_tables(engine)
+    assert world.memory.doctor(engine).healthy
+    after = tags(world, b="2")
+    assert then(world, before) == {"a": "1"}
+    assert then(world, after) == {"a": "1", "b": "2"}
+    world.assert_in_step()

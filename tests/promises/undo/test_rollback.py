@@ -1,0 +1,295 @@
+"""Undo: the last transactions, as new entries, in the caller's transaction; the vectors follow."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import Engine, ForeignKey, String, delete, func, insert, select, update
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+
+from memstate_sa import ConflictError, HistoryMissing, Memory, MemstateError, NotFound
+from memstate_sa.db.tables import log
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.testing import HashEmbedder
+from tests.support import Note, Person, Tag, World
+from tests.support.statements import statements
+from tests.support.tags import say, tags
+
+pytestmark = pytest.mark.sa20
+
+
+def undo(world: World, steps: int = 1, **scope: str) -> list[tuple[str, str]]:
+    with world.session() as session:
+        changes = world.memory.rollback(session, steps, **scope)
+        session.commit()
+        return [(change.op, change.key) for change in changes]
+
+
+def test_undo_moves_sql_and_vectors(world: World) -> None:
+    """Inserts, updates and deletes of the last transactions, newest first."""
+    say(world, a="1", b="1")
+    say(world, a="2", c="1")
+    say(world, b=None)
+    world.assert_in_step()
+    assert sorted(undo(world, 2)) == [("delete", "c"), ("insert", "b"), ("update", "a")]
+    assert tags(world) == {"a": "1", "b": "1"}
+    world.assert_in_step()
+
+
+def test_undo_is_part_of_the_callers_transaction(world: World) -> None:
+    """Nothing is committed on its behalf: the caller's rollback takes it back."""
+    say(world, a="1")
+    say(world, a="2")
+    with world.session() as session:
+        world.memory.rollback(session)
+        assert session.get_one(Tag, "a").meaning == "1"
+        session.rollback()
+        assert session.get_one(Tag, "a").meaning == "2"
+    world.assert_in_step()
+
+
+def test_the_log_only_grows(world: World) -> None:
+    """Compensating entries say what they revert; nothing is erased."""
+    first = say(world, a="1")
+    with world.session() as session:
+        before = world.memory.history(session, Tag)
+        (change,) = world.memory.rollback(session)
+        session.commit()
+        assert (change.op, change.key, change.reverts, change.reason) == ("delete", "a", first, "rollback")
+        assert (change.before, change.after) == ({"name": "a", "meaning": "1", "person_id": None}, None)
+        assert world.memory.history(session, Tag) == [*before, change]
+
+
+def test_one_step_twice_walks_back_two(world: World) -> None:
+    """What is undone does not count again, nor does an undo."""
+    say(world, a="1")
+    say(world, a="2")
+    say(world, a="3")
+    undo(world)
+    assert tags(world) == {"a": "2"}
+    undo(world)
+    assert tags(world) == {"a": "1"}
+    say(world, a="4")
+    undo(world, 2)
+    assert tags(world) == {}
+    world.assert_in_step()
+    assert undo(world) == []
+
+
+def test_undoing_an_undo_redoes(world: World) -> None:
+    """rollback(tx=…) of a rollback; and once redone, the step counts again."""
+    say(world, a="1")
+    say(world, a="2")
+    with world.session() as session:
+        tx = world.memory.rollback(session)[0].tx
+        session.commit()
+        assert tags(world) == {"a": "1"}
+        redo = world.memory.rollback(session, tx=tx)[0].tx
+        session.commit()
+        assert tags(world) == {"a": "2"}
+        with pytest.raises(ConflictError, match="already undone"):
+            world.memory.rollback(session, tx=tx)
+        world.memory.rollback(session, tx=redo)
+        session.commit()
+        assert tags(world) == {"a": "1"}
+    world.assert_in_step()
+
+
+def test_baselines_and_backfill_do_not_count(world: World) -> None:
+    """A million of them after the last change change nothing about what the last change is."""
+    with world.engine.begin() as connection:
+        connection.execute(insert(Tag.__table__), [{"name": f"old{n}", "meaning": "x"} for n in range(5)])
+    say(world, old0="changed")
+    world.memory.backfill(world.engine, Tag)
+    assert undo(world) == [("update", "old0")]
+    assert tags(world)["old0"] == "x"
+    assert undo(world) == []
+    world.assert_in_step()
+
+
+def test_the_callers_own_uncommitted_work_is_not_undone(world: World) -> None:
+    """It is not a step: session.rollback() is there for that."""
+    say(world, a="1")
+    with world.session() as session:
+        session.add(Tag(name="mine"))
+        world.memory.rollback(session)
+        session.commit()
+    assert tags(world) == {"mine": "unsaid"}
+    world.assert_in_step()
+
+
+def test_steps_of_a_session_or_an_actor(world: World) -> None:
+    """The transactions of others are skipped over, and stay."""
+    say(world, actor="ada", session_id="s1", a="1")
+    say(world, actor="bob", session_id="s1", b="1")
+    say(world, actor="ada", session_id="s2", c="1")
+    say(world, d="1")
+    assert undo(world, session_id="s1") == [("delete", "b")]
+    assert undo(world, actor="ada") == [("delete", "c")]
+    with world.session() as session:
+        world.memory.annotate(session, session_id="s1")
+        assert [c.key for c in world.memory.rollback(session)] == ["a"]  # the scope it is annotated with
+        session.commit()
+    assert tags(world) == {"d": "1"}
+    world.assert_in_step()
+
+
+def test_a_later_change_by_someone_else_is_a_conflict(world: World) -> None:
+    """Nothing is written; the error holds the changes in the way."""
+    say(world, actor="ada", a="1", b="1")
+    say(world, actor="bob", a="2")
+    with world.session() as session:
+        with pytest.raises(ConflictError, match=r"tag 'a' \(update by bob") as caught:
+            world.memory.rollback(session, actor="ada")
+        assert [(c.key, c.actor, c.op) for c in caught.value.changes] == [("a", "bob", "update")]
+        session.commit()
+    assert tags(world) == {"a": "2", "b": "1"}
+    assert undo(world, actor="bob") == [("update", "a")]
+    assert sorted(undo(world, actor="ada")) == [("delete", "a"), ("delete", "b")]
+    world.assert_in_step()
+
+
+def test_parents_come_back_before_children_and_go_after_them(world: World) -> None:
+    """Foreign keys hold at every statement of an undo."""
+    if world.engine.dialect.name == "sqlite":
+        from sqlalchemy import event
+
+        event.listen(world.engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA foreign_keys = ON"))
+        world.engine.dispose()
+    with world.session() as session:
+        session.add(Person(name="p", about="tea", notes=[Note(topic="t", number=n, content=f"n{n}") for n in (1, 2)]))
+        session.commit()
+        session.delete(session.get_one(Person, 1))
+        session.commit()
+        assert {c.entity for c in world.memory.rollback(session)} == {"person", "note"}
+        session.commit()
+        assert sorted(note.number for note in session.get_one(Person, 1).notes) == [1, 2]
+        session.close()
+        world.assert_in_step()
+        world.memory.rollback(session)
+        session.commit()
+        assert session.scalars(select(Note)).all() == session.scalars(select(Person)).all() == []
+    world.assert_in_step()
+
+
+def test_loaded_instances_are_expired(world: World) -> None:
+    """An instance in the session shows what was restored."""
+    say(world, a="1")
+    with world.session() as session:
+        tag = session.get_one(Tag, "a")
+        tag.meaning = "2"
+        session.commit()
+        assert tag.meaning == "2"
+        world.memory.rollback(session)
+        assert tag.meaning == "1"
+        session.commit()
+
+
+def test_cost_depends_on_the_steps_not_on_the_history(world: World) -> None:
+    """The same statements undo one step of a long history and of a short one."""
+    costs = []
+    for length in (10, 10, 60):
+        for n in range(length):
+            say(world, **{f"t{n % 7}": f"meaning {length} {n}"})
+        with world.session() as session:
+            session.connection()
+            seen = statements(world.engine)
+            world.memory.rollback(session)
+            costs.append(len(seen))
+            session.commit()
+    assert costs[1] == costs[2]  # the first has no earlier undo to look at
+
+
+def test_a_bulk_statement_is_one_step(world: World) -> None:
+    """However many rows it changed."""
+    say(world, **{f"t{n}": str(n) for n in range(6)})
+    with world.session() as session:
+        session.execute(update(Tag).values(meaning="flat"))
+        session.execute(delete(Tag).where(Tag.name == "t5"))
+        session.commit()
+    undo(world)
+    assert tags(world) == {f"t{n}": str(n) for n in range(6)}
+    world.assert_in_step()
+
+
+@pytest.mark.parametrize("steps", [0, -1, "1", 1.5, True])
+def test_steps_must_be_a_positive_number(world: World, steps: object) -> None:
+    """A clear error."""
+    with world.session() as session, pytest.raises(MemstateError, match="at least 1"):
+        world.memory.rollback(session, steps)  # type: ignore[arg-type]
+
+
+def test_unknown_and_open_transactions(world: World) -> None:
+    """A transaction that is not there, and the one that is still open."""
+    with world.session() as session:
+        with pytest.raises(NotFound, match="no transaction 'x'"):
+            world.memory.rollback(session, tx="x")
+        session.add(Tag(name="t"))
+        session.flush()
+        open_tx = session.scalars(select(log.c.tx)).one()
+        with pytest.raises(MemstateError, match="still open"):
+            world.memory.rollback(session, tx=open_tx)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Tree(Base):
+    """A row that refers to rows of its own table; with a version counter, a generated and an onupdate column."""
+
+    __tablename__ = "tree"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    parent_id: Mapped[int | None] = mapped_column(ForeignKey("tree.id"))
+    label: Mapped[str] = mapped_column(String(50))
+    version: Mapped[int] = mapped_column()
+    touched: Mapped[int] = mapped_column(default=0, onupdate=lambda: 99)
+    __mapper_args__ = {"version_id_col": version}  # noqa: RUF012  # SQLAlchemy's own form
+
+
+def test_self_references_versions_and_onupdate(engine: Engine) -> None:
+    """Parents first within a table; the version counter moves on; onupdate does not overwrite what is restored."""
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(Tree, text="label")
+    sessions = sessionmaker(engine)
+    memory.attach(sessions)
+    Base.metadata.create_all(engine)
+    memory.create_tables(engine)
+    with sessions() as session, sessions() as stale:
+        session.add_all([Tree(id=3, label="root"), Tree(id=2, parent_id=3, label="twig")])
+        session.flush()
+        session.add(Tree(id=1, parent_id=2, label="leaf"))
+        session.commit()
+        leaf = stale.get_one(Tree, 1)
+        stale.commit()
+        stale.refresh(leaf)
+        stale.rollback()
+        for id_ in (1, 2, 3):
+            session.delete(session.get_one(Tree, id_))
+            session.flush()
+        session.commit()
+        memory.rollback(session)
+        session.commit()
+        assert dict(session.execute(select(Tree.id, Tree.parent_id)).all()) == {1: 2, 2: 3, 3: None}
+        session.get_one(Tree, 1).label = "renamed"
+        session.commit()
+        assert session.execute(select(Tree.version, Tree.touched).where(Tree.id == 1)).one() == (2, 99)
+        memory.rollback(session)
+        session.commit()
+        row = session.execute(select(Tree.label, Tree.version, Tree.touched).where(Tree.id == 1)).one()
+        assert row == ("leaf", 3, 0)
+        assert memory.history(session, Tree, 1)[-1].after["version"] == 3  # type: ignore[index]
+        relay = memory.relay(engine)
+        relay.drain()
+        assert memory.verify(engine).clean
+        assert session.scalar(select(func.count()).select_from(Tree)) == 3
+
+
+def test_an_entity_that_is_no_longer_tracked(world: World) -> None:
+    """Its rows cannot be written back, and the error says so."""
+    say(world, a="1")
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.track(Person, text="about")
+    sessions = sessionmaker(world.engine)
+    memory.attach(sessions)
+    with sessions() as session, pytest.raises(HistoryMissing, match="tag: no longer tracked"):
+        memory.rollback(session)

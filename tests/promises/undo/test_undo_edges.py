@@ -1,0 +1,493 @@
+"""Undo and time travel where types, mappings and other transactions are not the ordinary ones."""
+
+from __future__ import annotations
+
+import enum
+import threading
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any, ClassVar
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import Engine, ForeignKey, create_engine, event, func, insert, literal, select, type_coerce, update
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, sessionmaker
+from sqlalchemy.orm.exc import StaleDataError
+
+from memstate_sa import Memory, MemstateError
+from memstate_sa.db.tables import log, transaction, utcnow
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.testing import HashEmbedder
+from memstate_sa.undo.undo import undone
+from tests.support import Tag, World, assert_index_holds
+
+pytestmark = pytest.mark.sa20
+
+
+class App:
+    def __init__(self, engine: Engine, base: Any, **tracked: dict[str, Any]) -> None:
+        self.engine, self.index, self.embedder = engine, InMemoryIndex(), HashEmbedder()
+        self.memory = Memory(self.index, embedder=self.embedder)
+        for mapper in base.registry.mappers:
+            if mapper.class_.__name__ in tracked:
+                self.memory.track(mapper.class_, **{"text": "text", **tracked[mapper.class_.__name__]})
+        self.sessions = sessionmaker(engine)
+        self.memory.attach(self.sessions)
+        base.metadata.create_all(engine)
+        self.memory.create_tables(engine)
+
+
+class Prefixed(sa.TypeDecorator[str]):
+    """Stored in another form than it is read, by expressions of the database."""
+
+    impl = sa.String
+    cache_ok = True
+
+    def bind_expression(self, bindparam: Any) -> Any:
+        return literal("x:", sa.String) + type_coerce(bindparam, sa.String)
+
+    def column_expression(self, column: Any) -> Any:
+        return func.substr(type_coerce(column, sa.String), 3)
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+    GREEN = "green"
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Thing(Base):
+    __tablename__ = "thing"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    text: Mapped[str] = mapped_column(default="thing")
+    secret: Mapped[str | None] = mapped_column(Prefixed)
+    small: Mapped[int] = mapped_column(sa.SmallInteger, unique=True)
+    colour: Mapped[Colour] = mapped_column(unique=True)
+
+
+def test_a_type_that_reads_and_writes_by_expressions(engine: Engine) -> None:
+    """Its stored form is logged and written back; the past shows it as the present does."""
+    app = App(engine, Base, Thing={})
+    with app.sessions() as session:
+        session.add(Thing(id=1, small=1, colour=Colour.RED, secret="one"))
+        session.commit()
+        first = app.memory.token(session) or ""
+        session.get_one(Thing, 1).secret = "two"
+        session.commit()
+        with app.memory.as_of_session(engine, first) as past:
+            assert past.get_one(Thing, 1).secret == "one"
+        app.memory.rollback(session)
+        session.commit()
+        assert session.get_one(Thing, 1).secret == "one"
+        assert session.execute(sa.text("SELECT secret FROM thing")).scalar_one() == "x:one"
+
+
+def test_swapped_small_integers_and_enums(engine: Engine) -> None:
+    """No value stands in for another that the type would refuse."""
+    app = App(engine, Base, Thing={})
+    with app.sessions() as session:
+        session.add_all([Thing(id=1, small=1, colour=Colour.RED), Thing(id=2, small=2, colour=Colour.BLUE)])
+        session.commit()
+        one, two = session.get_one(Thing, 1), session.get_one(Thing, 2)
+        one.small = -5
+        session.flush()
+        two.small = 1
+        session.flush()
+        one.small = 2
+        session.commit()
+        app.memory.rollback(session)
+        session.commit()
+        assert (one.small, two.small) == (1, 2)
+
+
+class Versioned(DeclarativeBase):
+    pass
+
+
+class Employee(Versioned):
+    __tablename__ = "employee"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(sa.String(20))
+    text: Mapped[str] = mapped_column(default="employee")
+    version: Mapped[int] = mapped_column()
+    __mapper_args__: ClassVar[dict[str, Any]] = {
+        "polymorphic_on": "kind",
+        "polymorphic_identity": "employee",
+        "version_id_col": version,
+    }
+
+
+class Engineer(Employee):
+    __tablename__ = "engineer"
+    id: Mapped[int] = mapped_column(ForeignKey("employee.id"), primary_key=True)
+    skill: Mapped[str]
+    __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "engineer"}
+
+
+def test_a_stale_copy_notices_an_undo_in_another_table(engine: Engine) -> None:
+    app = App(engine, Versioned, Employee={})
+    with app.sessions() as session, app.sessions() as other:
+        session.add(Engineer(id=1, skill="one"))
+        session.commit()
+        session.get_one(Engineer, 1).skill = "two"
+        session.commit()
+        stale = other.get_one(Engineer, 1)
+        other.commit()
+        other.expire_on_commit = False
+        assert (stale.skill, stale.version) == ("two", stale.version)
+        other.commit()
+        app.memory.rollback(session)
+        session.commit()
+        stale.skill = "three"
+        with pytest.raises(StaleDataError):
+            other.commit()
+        other.rollback()
+        with pytest.raises(MemstateError, match="tracked along with Employee"):
+            app.memory.rollback(session, model=Engineer)
+
+
+def test_a_renamed_json_column_is_upgraded_as_it_is(engine: Engine) -> None:
+    class Old(DeclarativeBase):
+        pass
+
+    class Doc(Old):
+        __table__ = sa.Table(
+            "doc", Old.metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("data", sa.JSON)
+        )
+
+    app = App(engine, Old, Doc={"text": "id"})
+    with app.sessions() as session:
+        session.add(Doc(id=1, data={"a": [1]}))
+        session.commit()
+        session.delete(session.get_one(Doc, 1))
+        session.commit()
+    with engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE doc RENAME COLUMN data TO content"))
+
+    class New(DeclarativeBase):
+        pass
+
+    class Renamed(New):
+        __table__ = sa.Table(
+            "doc", New.metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("content", sa.JSON)
+        )
+
+    def rename(old: dict[str, Any]) -> dict[str, Any]:
+        return {"id": old["id"], "content": old["data"]}
+
+    app = App(engine, New, Renamed={"text": "id", "version": 2, "upgrade": {1: rename}})
+    with app.sessions() as session:
+        assert app.memory.history(session, Renamed, 1)[0].after == {"id": 1, "content": {"a": [1]}}
+        app.memory.rollback(session)
+        session.commit()
+        assert session.get_one(Renamed, 1).content == {"a": [1]}
+
+
+# -- other transactions ------------------------------------------------------------------------------------------------
+
+
+class Family(DeclarativeBase):
+    pass
+
+
+class Parent(Family):
+    __tablename__ = "parent"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    text: Mapped[str] = mapped_column(default="parent")
+    count: Mapped[int] = mapped_column(default=0)
+    children: Mapped[list[Child]] = relationship(lazy="joined")
+
+
+class Child(Family):
+    __tablename__ = "child"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    text: Mapped[str] = mapped_column(default="child")
+    parent_id: Mapped[int] = mapped_column(ForeignKey("parent.id"))
+    expires_at: Mapped[datetime | None] = mapped_column(sa.DateTime(timezone=False))
+
+
+def test_no_deadlock_that_the_application_has_not(postgres_engine: Engine) -> None:
+    """Two add a child to one parent, which locks it against deletion; then both change it."""
+    app = App(postgres_engine, Family, Parent={}, Child={})
+    with app.sessions() as session:
+        session.add(Parent(id=1))
+        session.commit()
+    barrier, errors = threading.Barrier(2), list[Exception]()
+
+    def work(number: int) -> None:
+        try:
+            with app.sessions() as session:
+                session.add(Child(id=number, parent_id=1))
+                session.flush()
+                barrier.wait(60)
+                session.execute(update(Parent).where(Parent.id == 1).values(count=Parent.count + 1))
+                session.commit()
+        except sa.exc.SQLAlchemyError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    with app.sessions() as session:
+        assert session.get_one(Parent, 1).count == 2
+        assert [change.after["count"] for change in app.memory.history(session, Parent, 1) if change.after] == [0, 1, 2]
+
+
+def test_waiting_for_an_undo(engine: Engine) -> None:
+    """A token names what the log has; a dry run leaves nothing, no label either."""
+    app = App(engine, Family, Parent={})
+    with app.sessions() as session:
+        session.add(Parent(id=1, text="first"))
+        session.commit()
+        session.get_one(Parent, 1).text = "second"
+        session.commit()
+        token = app.memory.token(session)
+        app.memory.annotate(session, actor="me")
+        app.memory.rollback(session, dry_run=True)
+        session.commit()
+        assert app.memory.token(session) == token
+        assert session.execute(select(transaction)).all() == []
+        undo = app.memory.rollback(session)[0].tx
+        session.commit()
+        assert app.memory.token(session) == undo
+        with app.memory.relay(engine):
+            app.memory.wait(session, 60)
+            assert_index_holds(app.index, app.embedder, {"parent[1]": "first"})
+
+
+def test_the_next_undo_sends_as_many_statements_however_often_it_was_toggled(world: World) -> None:
+    """By steps, by transaction, or back to a moment; it was three more for each undo and redo of the past."""
+    with world.session() as session:
+        session.add(Tag(name="a", meaning="x"))
+        session.commit()
+        first = last = world.memory.token(session)
+        counts: list[dict[str, int]] = []
+        for _ in range(2):
+            for _ in range(8):
+                world.memory.rollback(session, tx=last)
+                session.commit()
+                last = world.memory.token(session)
+            sent: dict[str, int] = {}
+            for name, what in (("steps", {"steps": 1}), ("tx", {"tx": last}), ("first", {"tx": first})):
+                statements: list[str] = []
+                count = partial(_note, statements)
+                event.listen(world.engine, "before_cursor_execute", count)
+                world.memory.rollback(session, dry_run=True, **what)
+                event.remove(world.engine, "before_cursor_execute", count)
+                sent[name] = len(statements)
+            session.commit()
+            counts.append(sent)
+    assert counts[0] == counts[1]
+
+
+def _note(statements: list[str], connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+    statements.append(statement)
+
+
+def test_an_undo_that_was_redone_very_often(engine: Engine) -> None:
+    app = App(engine, Family, Parent={})
+    depth = 1500
+    rows: list[dict[str, Any]] = [
+        {
+            "tx": f"{n:032}", "entity": "parent", "key": "[1]", "op": "delete" if n % 2 else "insert", "version": 1,
+            "image": None if n % 2 else {"id": 1, "text": "x", "count": 0}, "step": n == 0, "at": utcnow(),
+            "reverts": f"{n - 1:032}" if n else None,
+        }
+        for n in range(depth)
+    ]  # fmt: skip
+    with engine.begin() as connection:
+        connection.execute(insert(log), rows)
+        assert undone(connection, {f"{0:032}"}) == {(f"{0:032}", ("parent", "[1]"))}
+        assert undone(connection, {f"{1:032}"}) == set()
+    assert app.memory is not None
+
+
+def test_a_time_without_a_zone_is_utc_to_the_sweeper(postgres_url: str, postgres_engine: Engine) -> None:
+    """Wherever the connection believes to be."""
+    engine = create_engine(postgres_url, connect_args={"options": "-c timezone=Asia/Tokyo"})
+    app = App(engine, Family, Parent={}, Child={"expires": "expires_at"})
+    now = utcnow().replace(tzinfo=None)
+    with app.sessions() as session:
+        session.add(Parent(id=1))
+        session.flush()
+        for n, hours in ((1, -1), (2, 3)):
+            session.add(Child(id=n, parent_id=1, expires_at=now + timedelta(hours=hours)))
+        session.commit()
+    assert app.memory.sweep(engine) == 1
+    with app.sessions() as session:
+        assert session.scalars(select(Child.id)).all() == [2]
+    engine.dispose()
+
+
+# -- the past ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_past_stays_the_past_after_a_rollback(engine: Engine) -> None:
+    app = App(engine, Family, Parent={}, Child={})
+    with app.sessions() as session:
+        session.add(Parent(id=1, text="then", children=[Child(id=1), Child(id=2)]))
+        session.commit()
+        then = app.memory.token(session) or ""
+        session.get_one(Parent, 1).text = "now"
+        session.commit()
+        with app.memory.as_of_session(engine, then) as past:
+            assert past.get_one(Parent, 1).text == "then"
+            past.rollback()
+            assert past.get_one(Parent, 1).text == "then"
+            past.commit()
+            assert len(past.get_one(Parent, 1).children) == 2
+        hits = app.memory.search(session, "then", Parent, as_of=then)
+        assert [(hit.fact.text, len(hit.fact.children)) for hit in hits] == [("then", 2)]
+
+
+def test_the_past_on_a_hardened_search_path(postgres_url: str, postgres_engine: Engine) -> None:
+    engine = create_engine(postgres_url, connect_args={"options": "-c search_path=public,pg_temp"})
+    app = App(engine, Family, Parent={})
+    with app.sessions() as session:
+        session.add(Parent(id=1, text="then"))
+        session.commit()
+        then = app.memory.token(session) or ""
+        session.add(Parent(id=2, text="now"))
+        session.commit()
+    with app.memory.as_of_session(engine, then) as past:
+        assert past.scalars(select(Parent.text)).unique().all() == ["then"]
+    engine.dispose()
+
+
+def test_the_past_needs_a_connection_of_its_own() -> None:
+    engine = create_engine("sqlite://", poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False})
+    app = App(engine, Family, Parent={})
+    with pytest.raises(MemstateError, match="in-memory"), app.memory.as_of_session(engine, utcnow()):
+        pass
+    engine.dispose()
+
+
+def test_a_search_in_the_past_needs_no_other_class(engine: Engine) -> None:
+    """One that names its schema, which no temporary table can stand for."""
+
+    class Other(DeclarativeBase):
+        pass
+
+    class Elsewhere(Other):
+        __table__ = sa.Table("elsewhere", Other.metadata, sa.Column("id", sa.Integer, primary_key=True), schema="main")
+
+    app = App(engine, Family, Parent={})
+    app.memory.track(Elsewhere, text="id")
+    with app.sessions() as session:
+        session.add(Parent(id=1, text="then"))
+        session.commit()
+        then = app.memory.token(session) or ""
+        assert [hit.fact.text for hit in app.memory.search(session, "then", Parent, as_of=then)] == ["then"]
+        with pytest.raises(MemstateError, match="names its schema"), app.memory.as_of_session(engine, then):
+            pass
+
+
+# -- subclasses --------------------------------------------------------------------------------------------------------
+
+
+def test_a_concrete_subclass_lacks_what_its_base_is_tracked_by() -> None:
+    class Own(DeclarativeBase):
+        pass
+
+    class Page(Own):
+        __tablename__ = "page"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        text: Mapped[str]
+        expires_at: Mapped[datetime | None] = mapped_column(sa.DateTime(timezone=True))
+
+    class Leaf(Page):
+        __tablename__ = "leaf"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        text: Mapped[str]
+        __mapper_args__: ClassVar[dict[str, Any]] = {"concrete": True}
+
+    for options in ({"expires": "expires_at"}, {"unique_by": ("expires_at",)}):
+        memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+        with pytest.raises(MemstateError, match="Leaf has no column attribute 'expires_at'"):
+            memory.track(Page, text="text", **options)  # type: ignore[call-overload]
+
+
+def test_a_subclass_in_the_same_table_that_comes_late_is_delivered(engine: Engine) -> None:
+    class Own(DeclarativeBase):
+        pass
+
+    class Root(Own):
+        __tablename__ = "root"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        kind: Mapped[str] = mapped_column(sa.String(10))
+        text: Mapped[str]
+        __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_on": "kind", "polymorphic_identity": "root"}
+
+    class Middle(Root):
+        __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "middle"}
+
+    app = App(engine, Own, Middle={})
+    with app.sessions() as session:
+        session.add(Middle(id=1, text="first"))
+        session.commit()
+    app.memory.relay(engine).drain()
+
+    class Late(Middle):
+        __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "late"}
+
+    with app.sessions() as session:
+        session.add(Late(id=2, text="second"))
+        session.commit()
+    app.memory.relay(engine).drain()
+    assert_index_holds(app.index, app.embedder, {"root[1]": "first", "root[2]": "second"})
+
+
+class Xid(sa.types.UserDefinedType[str]):
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "xid"
+
+
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+def test_the_databases_own_column_as_version_counter(postgres_engine: Engine, capture: str) -> None:
+    """xmin is nothing that a row brings back, and nothing that was changed; a stale copy notices nevertheless."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Thing(Base):
+        __tablename__ = "thing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        text: Mapped[str]
+        xmin: Mapped[str] = mapped_column("xmin", Xid, system=True, server_default=sa.FetchedValue())
+        __mapper_args__: ClassVar[dict[str, Any]] = {"version_id_col": xmin, "version_id_generator": False}
+
+    app = App(postgres_engine, Base, Thing={"capture": capture})
+    with app.sessions() as session, app.sessions() as other:
+        session.add(Thing(id=1, text="one"))
+        session.commit()
+        first = app.memory.token(session) or ""
+        session.get_one(Thing, 1).text = "two"
+        session.commit()
+        stale = other.get_one(Thing, 1)
+        app.memory.rollback(session)
+        session.commit()
+        stale.text = "stale"
+        with pytest.raises(StaleDataError):
+            other.commit()
+        other.rollback()
+        assert session.get_one(Thing, 1).text == "one"
+        session.delete(session.get_one(Thing, 1))
+        session.commit()
+        app.memory.rollback(session)
+        session.commit()
+        assert session.get_one(Thing, 1).text == "one"
+        for change in app.memory.history(session, Thing, 1):
+            assert set(change.before or change.after or ()) == {"id", "text"}
+        session.get_one(Thing, 1).text = "three"
+        session.commit()
+        assert (app.memory.as_of(session, Thing, 1, first) or {})["text"] == "one"
+    assert app.memory.doctor(postgres_engine).healthy
