@@ -39,7 +39,7 @@ def test_criteria_by_any_type_find_what_sql_finds(engine: Engine, index: VectorI
     """Each type with a bind processor, each subclass of str, int and float.
 
     The same kind: a Flag, a NewType, a parameter with a type of its own, an ORM comparator, a value in a list. The
-    other indexes do the same in tests/conformance.
+    other indexes do the same in tests/adapters/indexes.
     """
     numbers = [Everything.whole.in_([True])] if engine.dialect.name == "sqlite" else []
     assert_agrees_with_sql(engine, index, numbers)
