@@ -985,7 +985,7 @@ class Memory:
         if name in self.indexes:
             raise MemstateError(f"this Memory has the index {name!r}: take it out first")
         with self.sync_engine(engine).begin() as connection:
-            reindex.forget(connection, name)
+            reindex.delete_index_state(connection, name)
 
     def _succession(self, index: str | None) -> tuple[str, str]:
         if index is None and len(self.successors) == 1:

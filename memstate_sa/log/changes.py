@@ -73,7 +73,7 @@ def fold(existed: Mapping[str, bool], images: Mapping[str, Image]) -> Iterable[t
             yield key, "delete", None
 
 
-class Step(NamedTuple):
+class LoggedChange(NamedTuple):
     """One logged change that is to be undone; ``before`` and ``after`` are encoded images."""
 
     id: int
@@ -88,7 +88,7 @@ class Step(NamedTuple):
         return self.entity, self.key
 
 
-def invert(steps: Sequence[Step]) -> tuple[list[LogEntry], dict[FactKey, Image | None]]:
+def invert(steps: Sequence[LoggedChange]) -> tuple[list[LogEntry], dict[FactKey, Image | None]]:
     """The compensating log entries for *steps* (newest first), and the row each fact must end up with.
 
     Every step is undone by an entry of its own, so that the log says which transaction each entry reverts; the table
@@ -105,7 +105,7 @@ def invert(steps: Sequence[Step]) -> tuple[list[LogEntry], dict[FactKey, Image |
     return entries, final
 
 
-class Later(NamedTuple):
+class LaterEntry(NamedTuple):
     """An entry of a fact, later than the first of its steps that are to be undone."""
 
     id: int
@@ -115,7 +115,7 @@ class Later(NamedTuple):
 
 
 def conflicting_entries(
-    later: Sequence[Later], targets: Collection[str], undone: Collection[tuple[str, FactKey]]
+    later: Sequence[LaterEntry], targets: Collection[str], undone: Collection[tuple[str, FactKey]]
 ) -> dict[FactKey, list[int]]:
     """The ids of those *later* entries, by fact, that undoing the transactions *targets* would lose.
 

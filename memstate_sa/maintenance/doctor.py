@@ -23,7 +23,7 @@ from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import current, log, metadata
 from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import ConflictError, MemstateError
-from memstate_sa.log.absent_keys import Taken, require_absent
+from memstate_sa.log.absent_keys import KeyInserted, require_absent
 from memstate_sa.log.changes import LogEntry, new_tx
 from memstate_sa.log.history import LastEntry, last_entries
 from memstate_sa.maintenance import releases
@@ -194,7 +194,7 @@ class Doctor:
             try:
                 with self._writing() as connection:
                     self._log_differences(connection, tracked, {key: before[key] for key in keys})
-            except Taken as taken:  # they are there again, and logged
+            except KeyInserted as taken:  # they are there again, and logged
                 keys = [key for key in keys if key not in taken.keys]
             except ConflictError:  # they may come: another examination finds what has become of them
                 logger.warning(_UNSURE, tracked.entity)

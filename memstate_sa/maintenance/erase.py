@@ -23,9 +23,9 @@ from memstate_sa.db.tables import embedding, index_state, ledger, log, outbox, p
 from memstate_sa.embedders import Embedder
 from memstate_sa.embedding import cache
 from memstate_sa.errors import ConflictError, MemstateError, NotFound
-from memstate_sa.log.absent_keys import Taken, hold, open_to_others, require_absent
+from memstate_sa.log.absent_keys import KeyInserted, keys_others_can_insert, lock_absent_keys, require_absent
 from memstate_sa.log.changes import REDACTED, LogEntry, new_tx
-from memstate_sa.log.history import shown, stored_key
+from memstate_sa.log.history import loaded_image, stored_key
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
@@ -62,7 +62,7 @@ class Eraser:
                     with connection.begin_nested():
                         redacted = self._erase(connection, unit, tracked, fact, reason)
                     break
-                except Taken:
+                except KeyInserted:
                     unit.back_to(before)
                     if not left:
                         raise
@@ -74,9 +74,9 @@ class Eraser:
     ) -> int:
         tx = new_tx()
         row = _row(connection, tracked, fact)
-        vacant = [] if row else open_to_others(connection, tracked, [fact], unit.logged_under)
+        vacant = [] if row else keys_others_can_insert(connection, tracked, [fact], unit.logged_under)
         if vacant:
-            hold(connection, [(tracked.entity, fact)])
+            lock_absent_keys(connection, [(tracked.entity, fact)])
             row = _row(connection, tracked, fact)  # whoever held the key may have added it
         mine = (log.c.entity == tracked.entity, log.c.key == fact)
         if not row and connection.execute(select(log.c.id).where(*mine).limit(1)).first() is None:
@@ -206,7 +206,7 @@ def _texts(
     for image, version in images:
         for shape in {version, tracked.version}:  # in today's shape, and in the one that it had
             try:
-                row = _projectable(tracked, shown(connection, tracked, image, shape) or {})
+                row = _projectable(tracked, loaded_image(connection, tracked, image, shape) or {})
                 found = [tracked.project(key, row, embedder).text_fingerprint for embedder in embedders]
             except Exception:  # noqa: BLE001, S112  # the application's own callables, which need not know such rows
                 continue

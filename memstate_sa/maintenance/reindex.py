@@ -99,7 +99,7 @@ def switch_back(connection: Connection, name: str) -> None:
     connection.execute(delete(successor).where(successor.c.index == name))
 
 
-def forget(connection: Connection, name: str) -> None:
+def delete_index_state(connection: Connection, name: str) -> None:
     """Forget what relays know of the index *name*.
 
     Raises NotFound for one that was never delivered to, and MemstateError while a relay holds it.

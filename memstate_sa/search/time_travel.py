@@ -26,7 +26,7 @@ from memstate_sa.embedding import cache
 from memstate_sa.embedding.batches import Vectors
 from memstate_sa.errors import MemstateError
 from memstate_sa.log import unlogged as unlogged_module
-from memstate_sa.log.history import Moment, images_at, until
+from memstate_sa.log.history import Moment, images_at, log_at
 from memstate_sa.search.search import Call, Hit, Hits, cosine_distance, keys_of
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.committed import raw_key_columns
@@ -73,7 +73,7 @@ def as_of_session(engine: Engine, tracked: Iterable[Tracked], at: Moment) -> Ite
     with engines.snapshot(engine) as connection:
         try:
             # Asked before any table is hidden.
-            until(connection, at)
+            log_at(connection, at)
             filled = [_rows_at(connection, each, at) for each in tracked]
             if not is_sqlite:  # whatever the path says of temporary tables
                 path = connection.execute(select(func.current_setting("search_path"))).scalar_one()

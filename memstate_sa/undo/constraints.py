@@ -19,9 +19,9 @@ from memstate_sa.db.rows import TableColumns, columns_of, values_of
 from memstate_sa.db.tables import unique
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked, unique_value
-from memstate_sa.undo.restore import unique_columns, wanted_rows
+from memstate_sa.undo.restore import rows_by_table, unique_columns
 
-Obstacles: TypeAlias = dict[FactKey, FactKey | None]
+BlockedFacts: TypeAlias = dict[FactKey, FactKey | None]
 """Facts that cannot be as they are wanted, each with a fact because of which; None: of a row that no key tells."""
 
 _Facts: TypeAlias = dict[FactKey, None]
@@ -30,7 +30,7 @@ _Facts: TypeAlias = dict[FactKey, None]
 # -- what follows from what (pure) -------------------------------------------------------------------------------------
 
 
-class Having:
+class FactsByValue:
     """Which facts have which value: now, and as they are wanted, which for most facts is the same."""
 
     def __init__(self) -> None:
@@ -58,16 +58,16 @@ class Having:
 
 
 @dataclass(eq=False)
-class Unique:
+class Uniqueness:
     """At most one fact has a value."""
 
-    having: Having
+    having: FactsByValue
 
     @property
-    def sides(self) -> tuple[Having, ...]:
+    def sides(self) -> tuple[FactsByValue, ...]:
         return (self.having,)
 
-    def obstacles(self, value: Hashable, left_out: Collection[FactKey]) -> Obstacles:
+    def obstacles(self, value: Hashable, left_out: Collection[FactKey]) -> BlockedFacts:
         arriving = self.having.arriving(value, left_out)
         first = next(iter(self.having.after(value, left_out)), None) if arriving else None
         return {fact: first for fact in arriving if fact != first}
@@ -77,15 +77,15 @@ class Unique:
 class Reference:
     """What somebody refers to is there. *entity*: whose keys the values are; None: they are no keys."""
 
-    referring: Having
-    referred: Having
+    referring: FactsByValue
+    referred: FactsByValue
     entity: str | None = None
 
     @property
-    def sides(self) -> tuple[Having, ...]:
+    def sides(self) -> tuple[FactsByValue, ...]:
         return self.referring, self.referred
 
-    def obstacles(self, value: Hashable, left_out: Collection[FactKey]) -> Obstacles:
+    def obstacles(self, value: Hashable, left_out: Collection[FactKey]) -> BlockedFacts:
         if self.referred.after(value, left_out):
             return {}
         referring = self.referring.after(value, left_out)
@@ -99,14 +99,14 @@ class Reference:
         return next(iter(self.referred.then.get(value, ())), key)
 
 
-Rule: TypeAlias = Unique | Reference
+Constraint: TypeAlias = Uniqueness | Reference
 
 
-class Rules:
+class Constraints:
     """All that an undo must keep."""
 
-    def __init__(self, rules: Iterable[Rule]) -> None:
-        self._of: dict[FactKey, list[tuple[Rule, Hashable]]] = {}
+    def __init__(self, rules: Iterable[Constraint]) -> None:
+        self._of: dict[FactKey, list[tuple[Constraint, Hashable]]] = {}
         """Where a fact has a say."""
         for rule in rules:
             for side in rule.sides:
@@ -115,9 +115,9 @@ class Rules:
                         for fact in facts:
                             self._of.setdefault(fact, []).append((rule, value))
 
-    def obstacles(self, left_out: Collection[FactKey]) -> Obstacles:
+    def obstacles(self, left_out: Collection[FactKey]) -> BlockedFacts:
         """What must be left out, too, when the facts *left_out* stay as they are."""
-        found: Obstacles = {}
+        found: BlockedFacts = {}
         out = set(left_out)
         waiting = dict.fromkeys(place for places in self._of.values() for place in places)
         while waiting:
@@ -132,10 +132,10 @@ class Rules:
 # -- what is there -----------------------------------------------------------------------------------------------------
 
 
-def read_rules(connection: Connection, registry: Registry, final: Mapping[FactKey, Image | None]) -> Rules:
+def read_constraints(connection: Connection, registry: Registry, final: Mapping[FactKey, Image | None]) -> Constraints:
     """What foreign keys and unique values of tracked tables ask of *final*."""
-    reader = _Reader(connection, registry, final)
-    return Rules([*reader.references(), *reader.constraints(), *reader.declared()])
+    reader = _ConstraintReader(connection, registry, final)
+    return Constraints([*reader.references(), *reader.constraints(), *reader.declared()])
 
 
 _keys = unnest_strings("keys")
@@ -143,14 +143,14 @@ _kept = select(unique.c.key, unique.c.value)
 
 
 @dataclass
-class _Reader:
+class _ConstraintReader:
     connection: Connection
     registry: Registry
     final: Mapping[FactKey, Image | None]
     _there: dict[Table, Mapping[str, Image]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._wanted = wanted_rows(self.connection, self.registry, self.final)
+        self._wanted = rows_by_table(self.connection, self.registry, self.final)
 
     def references(self) -> list[Reference]:
         """Rows that refer to one that is to go, or to have another value; and what those that come are to refer to."""
@@ -182,23 +182,23 @@ class _Reader:
         entity = self.registry.by_table[parent].entity if is_key else None
         return Reference(self._having(fk.table, local), self._having(parent, remote), entity)
 
-    def constraints(self) -> Iterator[Unique]:
+    def constraints(self) -> Iterator[Uniqueness]:
         """Rows that have a unique value which one of the table is to get."""
         for table in self._wanted:
             for columns in unique_columns(table, partial=False):
-                rule = Unique(self._having(table, columns))
+                rule = Uniqueness(self._having(table, columns))
                 self._look_for(rule.having, table, columns, filter(rule.having.arriving, rule.having.then))
                 yield rule
 
-    def declared(self) -> Iterator[Unique]:
+    def declared(self) -> Iterator[Uniqueness]:
         """The same of values that `track` was told to be unique."""
         for entity, keys in by_entity(self.final).items():
             tracked = self.registry.by_entity[entity]
             if tracked.unique_values is not None:
                 yield self._declared(tracked, keys)
 
-    def _declared(self, tracked: Tracked, keys: Sequence[str]) -> Unique:
-        rule = Unique(Having())
+    def _declared(self, tracked: Tracked, keys: Sequence[str]) -> Uniqueness:
+        rule = Uniqueness(FactsByValue())
         kept, columns = _kept.where(unique.c.entity == tracked.entity), tracked.on(self.connection.dialect)
         of_these = kept.where(unique.c.key.in_(select(_keys.c.value)))
         now = {row.key: row.value for row in self.connection.execute(of_these, {"keys": as_array(keys)})}
@@ -213,15 +213,15 @@ class _Reader:
                     rule.having.add((tracked.entity, key), value, value)
         return rule
 
-    def _having(self, table: Table, columns: Sequence[Column[Any]]) -> Having:
+    def _having(self, table: Table, columns: Sequence[Column[Any]]) -> FactsByValue:
         """What those of the facts have that are rows of *table*."""
-        having, there = Having(), self._now(table)
+        having, there = FactsByValue(), self._now(table)
         for key, image in self._wanted.get(table, {}).items():
             having.add(self._fact(table, key), values_of(there.get(key), columns), values_of(image, columns))
         return having
 
     def _look_for(
-        self, having: Having, table: Table, columns: Sequence[Column[Any]], values: Iterable[Hashable]
+        self, having: FactsByValue, table: Table, columns: Sequence[Column[Any]], values: Iterable[Hashable]
     ) -> None:
         """Add whoever else has *values* now."""
         there, wanted = self._now(table), self._wanted.get(table, {})

@@ -54,11 +54,11 @@ def restore(
     Raises ConflictError when a constraint allows it in no order; the caller's SAVEPOINT takes back what was written.
     """
     if final:
-        _Restoration(connection, registry, wanted_rows(connection, registry, final)).run()
+        _Restoration(connection, registry, rows_by_table(connection, registry, final)).run()
     return read_facts(connection, registry, final)
 
 
-def wanted_rows(connection: Connection, registry: Registry, final: Mapping[FactKey, Image | None]) -> Rows:
+def rows_by_table(connection: Connection, registry: Registry, final: Mapping[FactKey, Image | None]) -> Rows:
     """What *final* says of each table: a fact may be rows in several."""
     wanted: Rows = {}
     for (entity, key), image in final.items():
@@ -87,7 +87,7 @@ class _Restoration:
         self._parked: dict[tuple[Table, str], dict[str, Any]] = {}
         for table, constraints in sorted_tables(list(wanted)):
             if table is None:
-                self._circular.update(fk for fk in constraints if _can_wait(fk))
+                self._circular.update(fk for fk in constraints if _can_be_null(fk))
             else:
                 self._tables.append(table)
         dialect = connection.dialect
@@ -335,7 +335,7 @@ class _Restoration:
             return list(images)
 
 
-def _can_wait(fk: ForeignKeyConstraint) -> bool:
+def _can_be_null(fk: ForeignKeyConstraint) -> bool:
     """Whether it can be NULL until the row that it refers to is there."""
     return any(column.nullable for column in fk.columns)
 
@@ -343,11 +343,11 @@ def _can_wait(fk: ForeignKeyConstraint) -> bool:
 def sorted_tables(tables: Sequence[Table]) -> list[tuple[Table | None, Collection[ForeignKeyConstraint]]]:
     """Parents first. In a circle the foreign keys that can wait give way: they are what comes with None, at the end."""
     sort: Any = sort_tables_and_constraints
-    firm = [fk for table in tables for fk in table.foreign_key_constraints if not _can_wait(fk)]
+    firm = [fk for table in tables for fk in table.foreign_key_constraints if not _can_be_null(fk)]
     # As dependencies, too: what says use_alter is none by itself.
     parents = [(fk.referred_table, fk.table) for fk in firm if fk.referred_table is not fk.table]
     try:
-        return list(sort(tables, filter_fn=lambda fk: None if _can_wait(fk) else False, extra_dependencies=parents))
+        return list(sort(tables, filter_fn=lambda fk: None if _can_be_null(fk) else False, extra_dependencies=parents))
     except CircularDependencyError:  # of keys that are checked at COMMIT
         return list(sort(tables))
 

@@ -29,13 +29,22 @@ from memstate_sa.db.statements import batches, take_write_lock
 from memstate_sa.db.tables import log, transaction
 from memstate_sa.errors import ConflictError, HistoryMissing, MemstateError, NotFound
 from memstate_sa.log import absent_keys
-from memstate_sa.log.changes import REDACTED, Change, Later, LogEntry, Step, conflicting_entries, invert, new_tx
-from memstate_sa.log.history import Moment, read_changes, until
+from memstate_sa.log.changes import (
+    REDACTED,
+    Change,
+    LaterEntry,
+    LogEntry,
+    LoggedChange,
+    conflicting_entries,
+    invert,
+    new_tx,
+)
+from memstate_sa.log.history import Moment, log_at, read_changes
 from memstate_sa.log.positions import Snapshot
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
 from memstate_sa.tracking.validation import require_count
-from memstate_sa.undo.constraints import Obstacles, Rules, read_rules
+from memstate_sa.undo.constraints import BlockedFacts, Constraints, read_constraints
 from memstate_sa.undo.restore import read_facts, restore, sorted_tables
 
 OnConflict: TypeAlias = Literal["raise", "skip", "force"]
@@ -80,19 +89,19 @@ class Plan:
     entries. *vacant* facts had no row: others may be adding one.
     """
 
-    steps: list[Step]
+    steps: list[LoggedChange]
     vacant: Collection[FactKey]
     wanted: dict[FactKey, Image | None]
-    rules: Rules
+    rules: Constraints
     moved_on: Collection[FactKey]
     left_out: dict[FactKey, set[int]]
 
     @property
-    def going(self) -> list[Step]:
+    def going(self) -> list[LoggedChange]:
         return [step for step in self.steps if step.fact not in self.left_out]
 
     @property
-    def kept(self) -> list[Step]:
+    def kept(self) -> list[LoggedChange]:
         return [step for step in self.steps if step.fact in self.left_out]
 
     def possible(self, facts: Collection[FactKey]) -> set[FactKey]:
@@ -133,7 +142,9 @@ def undone(connection: Connection, txs: Collection[str]) -> Undone:
     return {(tx, fact) for tx, fact in found if tx in asked}
 
 
-def effective(connection: Connection, own: Collection[str], scope: Scope, wanted: int = _PAGES[1]) -> Iterator[str]:
+def effective_transactions(
+    connection: Connection, own: Collection[str], scope: Scope, wanted: int = _PAGES[1]
+) -> Iterator[str]:
     """Transactions of *scope* with something to undo, the last one first, about *wanted*; *own* are passed by."""
     seen = set(own)
     walk = _labelled if scope.labels else _all
@@ -222,7 +233,7 @@ class Undo:
         unit, connection = self._prepare(session)
         scope = self._default(scope, unit)
         for left in reversed(range(_ATTEMPTS)):
-            targets = list(islice(effective(connection, {unit.tx}, scope, steps), steps))
+            targets = list(islice(effective_transactions(connection, {unit.tx}, scope, steps), steps))
             result = self._run(
                 session, connection, unit, targets, scope, on_conflict, dry_run=dry_run, all_or_none=left > 0
             )
@@ -256,7 +267,7 @@ class Undo:
         unit, connection = self._prepare(session)
         for tx in txs:
             self._require_closed(connection, unit, tx)
-        targets = list(dict.fromkeys(txs)) if txs else list(effective(connection, {unit.tx}, scope))
+        targets = list(dict.fromkeys(txs)) if txs else list(effective_transactions(connection, {unit.tx}, scope))
         return self._run(session, connection, unit, targets, scope, on_conflict, dry_run=dry_run, reason="revoke")
 
     # -- what is asked for ---------------------------------------------------------------------------------------------
@@ -293,11 +304,11 @@ class Undo:
 
     @staticmethod
     def _since(connection: Connection, unit: OpenTransaction, scope: Scope, to: Moment) -> list[str]:
-        reached = until(connection, to)
+        reached = log_at(connection, to)
         of_page = select(log.c.tx, log.c.snapshot, (~reached.criterion).label("since"))
         of_page = of_page.where(log.c.tx.in_(select(_keys.c.value)))
         found: list[str] = []
-        candidates = effective(connection, {unit.tx}, scope)
+        candidates = effective_transactions(connection, {unit.tx}, scope)
         # Transactions that ran at once are in no order: so it ends with a page that has none.
         while some := list(islice(candidates, _PAGES[1])):
             rows = connection.execute(of_page, {"keys": as_array(some)}).all()
@@ -407,7 +418,7 @@ class Undo:
     def _plan(
         self,
         connection: Connection,
-        steps: list[Step],
+        steps: list[LoggedChange],
         vacant: Collection[FactKey],
         targets: Sequence[str],
         on_conflict: OnConflict,
@@ -434,13 +445,13 @@ class Undo:
             }
         if conflicts and on_conflict == "raise":
             self._raise(connection, set().union(*conflicts.values()))
-        plan = Plan(steps, vacant, wanted, read_rules(connection, self._registry, wanted), moved_on, conflicts)
+        plan = Plan(steps, vacant, wanted, read_constraints(connection, self._registry, wanted), moved_on, conflicts)
         obstacles = self._leave_out(connection, plan)
         if obstacles and on_conflict != "skip":
             self._raise(connection, set().union(*(plan.left_out[fact] for fact in obstacles)))
         return plan
 
-    def _leave_out(self, connection: Connection, plan: Plan) -> Obstacles:
+    def _leave_out(self, connection: Connection, plan: Plan) -> BlockedFacts:
         """Leave out of *plan* what cannot be, because of others or of what is left out already; returns that."""
         obstacles = plan.rules.obstacles(plan.left_out)
         # What is left out may be what others need. They are told why it is, not that it is.
@@ -450,7 +461,7 @@ class Undo:
             plan.left_out[fact] = {entries[by]} if by in entries else set()
         return obstacles
 
-    def _steps(self, connection: Connection, targets: Sequence[str], scope: Scope) -> list[Step]:
+    def _steps(self, connection: Connection, targets: Sequence[str], scope: Scope) -> list[LoggedChange]:
         """The changes of *targets* that are neither undone nor redacted, newest first."""
         rows = connection.execute(_entries, {"keys": as_array(targets)}).all()
         images: dict[int | None, Any] = {row.id: row for row in rows}
@@ -476,7 +487,7 @@ class Undo:
                 None if it is None or it.image is None else upcast(it.image, it.version, connection.dialect)
                 for it in (previous, row)
             )
-            steps.append(Step(row.id, row.tx, row.entity, row.key, before, after))
+            steps.append(LoggedChange(row.id, row.tx, row.entity, row.key, before, after))
         return steps
 
     def _lock(self, connection: Connection, unit: OpenTransaction, targets: Sequence[str]) -> set[FactKey]:
@@ -498,8 +509,8 @@ class Undo:
                 )
             there = columns.lock(connection, list(possible.values()))
             missing = [key for key in keys if key not in there]
-            open_keys = absent_keys.open_to_others(connection, tracked, missing, unit.logged_under)
-            absent_keys.hold(connection, [(entity, key) for key in open_keys])
+            open_keys = absent_keys.keys_others_can_insert(connection, tracked, missing, unit.logged_under)
+            absent_keys.lock_absent_keys(connection, [(entity, key) for key in open_keys])
             absent_keys.require_current(connection, tracked, open_keys)
             vacant.update((entity, key) for key in open_keys)
         return vacant
@@ -515,12 +526,12 @@ class Undo:
         return sorted(found, key=lambda tracked: tables.index(tracked.table))
 
     @staticmethod
-    def _later_entries(connection: Connection, steps: Sequence[Step]) -> list[Later]:
+    def _later_entries(connection: Connection, steps: Sequence[LoggedChange]) -> list[LaterEntry]:
         """Entries of the same facts that came after the first of their *steps*, further steps among them."""
         first: dict[FactKey, int] = {}
         for step in steps:
             first[step.fact] = min(step.id, first.get(step.fact, step.id))
-        later: list[Later] = []
+        later: list[LaterEntry] = []
         for entity, group in by_entity(first).items():
             rows = connection.execute(
                 select(log.c.id, log.c.tx, log.c.key, log.c.reverts).where(
@@ -532,7 +543,9 @@ class Undo:
                 {"keys": as_array(group)},
             )
             later += [
-                Later(id_, tx, (entity, key), reverts) for id_, tx, key, reverts in rows if id_ > first[entity, key]
+                LaterEntry(id_, tx, (entity, key), reverts)
+                for id_, tx, key, reverts in rows
+                if id_ > first[entity, key]
             ]
         return later
 
@@ -586,7 +599,7 @@ class Undo:
     def _as_changes(
         self,
         connection: Connection,
-        steps: Sequence[Step],
+        steps: Sequence[LoggedChange],
         entries: Sequence[LogEntry],
         written: Sequence[Any],
         labels: Mapping[str, str | None],
