@@ -58,7 +58,8 @@ from memstate_sa.tracking.options import describe
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked, Upgrade
 from memstate_sa.tracking.validation import require_count
-from memstate_sa.undo.undo import OnConflict, Revocation, Scope, Undo
+from memstate_sa.undo.selection import Scope
+from memstate_sa.undo.undo import OnConflict, Revocation, Undo
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -552,7 +553,7 @@ class Memory:
             return self._undo.transaction(session, tx, scope, on_conflict, dry_run=dry_run)
         if to is not None:
             return self._undo.back_to(session, to, scope, on_conflict, dry_run=dry_run)
-        return self._undo.steps(session, steps, scope, on_conflict, dry_run=dry_run)
+        return self._undo.last_steps(session, steps, scope, on_conflict, dry_run=dry_run)
 
     def revoke(
         self,

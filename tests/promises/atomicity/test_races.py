@@ -31,7 +31,7 @@ from memstate_sa.runtime import listening
 from memstate_sa.search.search import Search
 from memstate_sa.testing import HashEmbedder
 from memstate_sa.undo import undo
-from memstate_sa.undo.undo import Undo
+from memstate_sa.undo.undo import Undoing
 from tests.support import Person, Tag, World, in_threads
 from tests.support.relays import Spy, say
 
@@ -262,10 +262,10 @@ def test_undo_of_two_steps_while_another_undoes_one(postgres_engine: Engine, mon
     world = World(postgres_engine)
     for name in "abcd":
         say(world, **{name: "x"})
-    locks = Undo._lock
+    locks = Undoing._lock
 
-    def undo_first(self: Undo, *given: Any) -> Any:
-        monkeypatch.setattr(Undo, "_lock", locks)
+    def undo_first(self: Undoing, *given: Any) -> Any:
+        monkeypatch.setattr(Undoing, "_lock", locks)
 
         def undo_one() -> None:
             with world.session() as session:
@@ -275,7 +275,7 @@ def test_undo_of_two_steps_while_another_undoes_one(postgres_engine: Engine, mon
         in_a_thread(undo_one)
         return locks(self, *given)
 
-    monkeypatch.setattr(Undo, "_lock", undo_first)
+    monkeypatch.setattr(Undoing, "_lock", undo_first)
     with world.session() as session:
         assert [change.key for change in world.memory.rollback(session, steps=2)] == ["c", "b"]
         session.commit()

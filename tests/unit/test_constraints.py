@@ -14,10 +14,10 @@ _states = st.lists(st.tuples(_values, _values, _values, _values), min_size=len(_
 
 
 def _side(now: list[int | None], then: list[int | None]) -> FactsByValue:
-    having = FactsByValue()
+    facts = FactsByValue()
     for fact, before, after in zip(_FACTS, now, then, strict=True):
-        having.add(fact, before, after)
-    return having
+        facts.add(fact, before, after)
+    return facts
 
 
 @given(states=_states, out=st.sets(st.sampled_from(_FACTS)))
@@ -26,9 +26,9 @@ def test_what_is_not_left_out_is_allowed(states: list[tuple[int | None, ...]], o
     own, own_then, refers, refers_then = ([state[n] for state in states] for n in range(4))
     unique = Uniqueness(_side(own, own_then))
     reference = Reference(_side(refers, refers_then), _side(own, own_then))
-    found = Constraints([unique, reference]).obstacles(out)
-    assert found.keys().isdisjoint(out)
-    left_out = out | found.keys()
+    blocked = Constraints([unique, reference]).blocked_facts(out)
+    assert blocked.keys().isdisjoint(out)
+    left_out = out | blocked.keys()
     value_of = [n if fact in left_out else t for fact, n, t in zip(_FACTS, own, own_then, strict=True)]
     refers_to = [n if fact in left_out else t for fact, n, t in zip(_FACTS, refers, refers_then, strict=True)]
     for n, fact in enumerate(_FACTS):
@@ -39,7 +39,7 @@ def test_what_is_not_left_out_is_allowed(states: list[tuple[int | None, ...]], o
                 assert refers_then[n] in value_of
             if own[n] is not None and own[n] not in value_of:
                 assert own[n] not in refers_to
-    assert Constraints([unique, reference]).obstacles(left_out) == {}
+    assert Constraints([unique, reference]).blocked_facts(left_out) == {}
 
 
 def test_a_chain_is_left_out_whole_and_a_bystander_is_not() -> None:
@@ -50,7 +50,7 @@ def test_a_chain_is_left_out_whole_and_a_bystander_is_not() -> None:
         referred.add(("node", str(n)), n, None)
     referring.add(("node", "theirs"), 3, 3)
     referred.add(("node", "9"), 9, None)
-    assert Constraints([Reference(referring, referred)]).obstacles(()) == {
+    assert Constraints([Reference(referring, referred)]).blocked_facts(()) == {
         ("node", "3"): ("node", "theirs"),
         ("node", "2"): ("node", "3"),
         ("node", "1"): ("node", "2"),
