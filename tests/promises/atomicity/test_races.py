@@ -30,7 +30,7 @@ from memstate_sa.relay.retention import fold_log
 from memstate_sa.runtime import listening
 from memstate_sa.search.search import Search
 from memstate_sa.testing import HashEmbedder
-from memstate_sa.undo import undo
+from memstate_sa.undo import selection
 from memstate_sa.undo.undo import Undoing
 from tests.support import Person, Tag, World, in_threads
 from tests.support.relays import Spy, say
@@ -235,7 +235,7 @@ def test_undo_of_what_is_being_folded(revoked: bool, postgres_engine: Engine, mo
     execute, folded = Connection.execute, []
 
     def fold_first(connection: Connection, statement: Any, *given: Any, **options: Any) -> Any:
-        if statement is undo._images and not folded:
+        if statement is selection._images and not folded:
             folded.append(True)
 
             def fold() -> None:
