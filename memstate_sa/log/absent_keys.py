@@ -121,7 +121,7 @@ def require_absent(connection: Connection, tracked: Tracked, keys: Collection[st
     if not keys or connection.dialect.name != "postgresql":
         return
     _wait_for_writers(connection, tracked)
-    columns = tracked.on(connection.dialect)
+    columns = tracked.columns_for(connection.dialect)
     with _connection_to_committed(connection) as present:
         there = columns.find_rows(present, keys)
     if there:

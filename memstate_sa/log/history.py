@@ -146,7 +146,7 @@ def stored_key(connection: Connection, tracked: Tracked, key: Any) -> str:
 
     CHAR is padded, 1.5 may be 1.50. The log knows one form, and so does a row; else the database is asked for it.
     """
-    columns = tracked.on(connection.dialect)
+    columns = tracked.columns_for(connection.dialect)
     asked = columns.canonical(key)
     if not connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array([asked])}).all():
         return asked
@@ -162,7 +162,7 @@ def stored_key(connection: Connection, tracked: Tracked, key: Any) -> str:
 
 def _change(row: Row[Any], registry: Registry, connection: Connection) -> Change:
     tracked = registry.by_entity.get(row.entity)
-    columns = None if tracked is None else tracked.on(connection.dialect)
+    columns = None if tracked is None else tracked.columns_for(connection.dialect)
     key = decoded(row.key) or (row.key,) if columns is None else columns.identity(row.key)
     return Change(
         id=row.id,
@@ -188,7 +188,7 @@ def loaded_image(
         return None
     if tracked is None:
         return decode_image(image)
-    return tracked.on(connection.dialect).values(dict(tracked.upcast(image, version, connection.dialect)))
+    return tracked.columns_for(connection.dialect).values(dict(tracked.upcast(image, version, connection.dialect)))
 
 
 # -- moments -----------------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def image_at(connection: Connection, tracked: Tracked, key: str, at: Moment) -> 
     if row is None:
         row = connection.execute(entry.order_by(log.c.id).limit(1)).one_or_none()
         if row is None:
-            return tracked.on(connection.dialect).find_rows(connection, [key]).get(key)
+            return tracked.columns_for(connection.dialect).find_rows(connection, [key]).get(key)
         if row.op != "baseline":
             return None
     if row.version == REDACTED:
@@ -295,7 +295,7 @@ def differences(
     between = or_(and_(later, ~earlier), and_(earlier, ~later))  # two that ran at once did not see each other
     for entity in entities:
         tracked = registry.by_entity[entity]
-        columns = tracked.on(connection.dialect)
+        columns = tracked.columns_for(connection.dialect)
         newest = select(func.max(log.c.id)).where(log.c.entity == entity, between).group_by(log.c.key)
         rows = connection.execute(select(log.c.key, log.c.id).where(log.c.id.in_(newest))).all()
         last: dict[str, int] = {row.key: row.id for row in rows}

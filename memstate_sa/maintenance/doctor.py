@@ -134,7 +134,7 @@ class Doctor:
 
     def _shown(self, tracked: Tracked, keys: Collection[str]) -> Iterator[tuple[str, object]]:
         for key in keys:
-            identity = tracked.on(self._engine.dialect).identity(key)
+            identity = tracked.columns_for(self._engine.dialect).identity(key)
             yield tracked.entity, identity[0] if len(identity) == 1 else identity
 
     # -- log and tables ----------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class Doctor:
             rows = _rows(connection, tracked, keys)
             after = last_entries(connection, tracked, keys)
         same = [key for key, last in before.items() if key in after and after[key].id == last.id]
-        columns = tracked.on(self._engine.dialect)
+        columns = tracked.columns_for(self._engine.dialect)
         return {key: before[key] for key in same if _differs(before[key], rows.get(key), columns)}
 
     def _reconcile(self, tracked: Tracked, before: Mapping[str, LastEntry]) -> None:
@@ -217,7 +217,7 @@ class Doctor:
         for key, last in last_entries(connection, tracked, keys).items():
             row = rows.get(key)
             # A row that is not there is not locked: it may have come again since, and been logged.
-            if last.id == before[key].id and _differs(last, row, tracked.on(connection.dialect)):
+            if last.id == before[key].id and _differs(last, row, tracked.columns_for(connection.dialect)):
                 op = "delete" if row is None else "insert" if last.op == "delete" else "update"
                 entries.append(LogEntry(tracked.entity, key, op, row, step=False))  # type: ignore[arg-type]
         if entries:
@@ -367,7 +367,7 @@ _logged_keys = (
 def _rows(
     connection: Connection, tracked: Tracked, keys: Sequence[str], *, for_update: bool = False
 ) -> dict[str, dict[str, Any]]:
-    return tracked.on(connection.dialect).find_rows(connection, keys, for_update=for_update)
+    return tracked.columns_for(connection.dialect).find_rows(connection, keys, for_update=for_update)
 
 
 def _differs(last: LastEntry, row: Image | None, columns: TableColumns) -> bool:

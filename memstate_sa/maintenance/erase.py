@@ -80,7 +80,7 @@ class Eraser:
             row = _row(connection, tracked, fact)  # whoever held the key may have added it
         mine = (log.c.entity == tracked.entity, log.c.key == fact)
         if not row and connection.execute(select(log.c.id).where(*mine).limit(1)).first() is None:
-            identity = tracked.on(connection.dialect).identity(fact)
+            identity = tracked.columns_for(connection.dialect).identity(fact)
             key = identity[0] if len(identity) == 1 else identity
             raise NotFound(f"neither {tracked.table.fullname} nor its history has a row with the key {key!r}")
         if row:
@@ -109,7 +109,7 @@ class Eraser:
 
     def _forget_instances(self, session: Session, connection: Connection, tracked: Tracked, key: str) -> None:
         """As the ORM does after a DELETE of its own: deleted, and there again when the transaction rolls back."""
-        columns, erased = tracked.on(connection.dialect), normalized_key(decode_key(key))
+        columns, erased = tracked.columns_for(connection.dialect), normalized_key(decode_key(key))
         for instance in list(session.identity_map.values()):
             state: Any = inspect(instance)
             if self._registry.find(state.mapper) is tracked and normalized_key(columns.raw_key(state.key[1])) == erased:
@@ -141,7 +141,7 @@ class Eraser:
 def _row(connection: Connection, tracked: Tracked, key: str) -> dict[str, dict[str, Any]]:
     """The image of the fact's row, locked, by the key that it has in the log; empty when there is none."""
     try:
-        found = tracked.on(connection.dialect).find_rows(connection, [key], for_update=True)
+        found = tracked.columns_for(connection.dialect).find_rows(connection, [key], for_update=True)
         if tracked.criterion is not None:  # the table has rows of other classes, too
             ours = committed.read(connection, tracked, list(found))
             return {key: image for key, image in found.items() if key in ours}
@@ -172,7 +172,7 @@ def _require_unreferred(connection: Connection, registry: Registry, tracked: Tra
 def _referring(connection: Connection, registry: Registry, fk: ForeignKeyConstraint, keys: Sequence[str]) -> set[str]:
     """The keys of the rows that refer to those of *keys*, to which nobody can add one until the transaction ends."""
     tables = (fk.referred_table, fk.table)
-    referred, other = (registry.by_table[table].on(connection.dialect).of_table[table] for table in tables)
+    referred, other = (registry.by_table[table].columns_for(connection.dialect).of_table[table] for table in tables)
     local, remote = columns_of(fk)
     values = []
     for some in batches([decode_key(key) for key in keys]):
@@ -183,7 +183,7 @@ def _referring(connection: Connection, registry: Registry, fk: ForeignKeyConstra
 
 
 def _delete(connection: Connection, tracked: Tracked, key: str) -> None:
-    columns = tracked.on(connection.dialect).of_table
+    columns = tracked.columns_for(connection.dialect).of_table
     try:
         for table in reversed(tracked.tables):
             statement = delete(table).where(columns[table].key_in)
@@ -220,7 +220,7 @@ def _projectable(tracked: Tracked, values: Image) -> list[Any]:
         attribute = tracked.attributes.get(name, name)
         if attributes.get(attribute) is None:  # of the same name in several subclasses
             attributes[attribute] = value
-    return [attributes.get(name) for name in tracked._projected]  # noqa: SLF001  # their order is nobody else's matter
+    return [attributes.get(name) for name in tracked.projected_attributes]
 
 
 _OLDER = text(

@@ -65,7 +65,7 @@ class Sweeper:
 
     def _page(self, engine: Engine, tracked: Tracked, held: set[str], chosen: list[str], limit: int) -> None:
         """Delete up to *limit* expired facts that are not *held*. Puts their keys in *chosen*, first."""
-        columns = tracked.on(engine.dialect)
+        columns = tracked.columns_for(engine.dialect)
         expires = tracked.mapper.columns[tracked.expires or ""]
         now = utcnow() if getattr(expires.type, "timezone", True) else utcnow().replace(tzinfo=None)
         keys = select(*raw_key_columns(tracked)).select_from(tracked.rows).where(expires <= now)

@@ -338,7 +338,7 @@ class _Import:
 
     def _differs(self, entity: str, image: Image, now: Image) -> bool:
         """Whether the database has made something else of a value: the log has to say so."""
-        columns = self._registry.by_entity[entity].on(self._connection.dialect)
+        columns = self._registry.by_entity[entity].columns_for(self._connection.dialect)
         names = [name for name in image if name in now and image[name] != now[name]]
         one, other = (columns.values({name: row[name] for name in names}) for row in (image, now))
         return one != other
@@ -348,7 +348,7 @@ class _Import:
         for (entity, key), image in present.items():
             tracked = self._registry.by_entity[entity]
             if tracked.unique_values is not None and image is not None:
-                value = unique_value(tracked, tracked.on(self._connection.dialect).values(dict(image)))
+                value = unique_value(tracked, tracked.columns_for(self._connection.dialect).values(dict(image)))
                 rows += [] if value is None else [{"entity": entity, "value": value, "key": key}]
         if rows:
             self._connection.execute(insert(unique), rows)
@@ -461,7 +461,7 @@ class _Translation:
         # A copy, as it keeps what it learns of a dialect under its name, and this one has no driver.
         self._source = replace(tracked, hydrations={}, _columns={})
         self._dialect = make_url(f"{_DRIVERS[source]}://").get_dialect()()
-        self._target = tracked.on(target)
+        self._target = tracked.columns_for(target)
         of_table = self._target.of_table
         self._zoned = {
             image_name(column, tracked.table)
@@ -471,7 +471,7 @@ class _Translation:
         }
 
     def translate(self, entry: _Logged) -> dict[str, Any]:
-        source, target = self._source.on(self._dialect), self._target
+        source, target = self._source.columns_for(self._dialect), self._target
         found: dict[str, Any] = {"key": target.encode_key(target.raw_key(source.identity(entry.key)))}
         if entry.image is not None:
             # In today's shape: upgrades of older ones take what the driver of their time read.

@@ -161,5 +161,5 @@ class Verify:
 
     def _shown(self, fact: FactKey) -> tuple[str, object]:
         entity, key = fact
-        identity = self._tracked[entity].on(self._engine.dialect).identity(key)
+        identity = self._tracked[entity].columns_for(self._engine.dialect).identity(key)
         return entity, identity[0] if len(identity) == 1 else identity

@@ -98,7 +98,7 @@ Rows: TypeAlias = dict[TableColumns, list[Sequence[Any]]]
 
 def _rows_at(connection: Connection, tracked: Tracked, at: Moment) -> Rows:
     """The rows of the class at a moment, and those in its tables that are of other classes, as they are now."""
-    columns = tracked.on(connection.dialect)
+    columns = tracked.columns_for(connection.dialect)
     images = dict(images_at(connection, tracked, at))
     # Of a key that no row can have any more, the table of today cannot hold the row of then.
     images = {key: images[key] for key in columns.possible(connection, images)}
@@ -115,7 +115,7 @@ def _rows_at(connection: Connection, tracked: Tracked, at: Moment) -> Rows:
 
 def _rows_of_others(connection: Connection, tracked: Tracked, own: TableColumns) -> Iterator[tuple[str, Sequence[Any]]]:
     """The rows, by key, of a table that the class shares: with others of one table, or with its base class."""
-    if tracked.criterion is None and own.table not in tracked.tables[: tracked.inherited]:
+    if tracked.criterion is None and own.table not in tracked.tables[: tracked.base_table_count]:
         return
     keys = select(*tracked.key_columns).select_from(tracked.rows)
     ours = (keys if tracked.criterion is None else keys.where(tracked.criterion)).subquery()
@@ -174,7 +174,7 @@ def search_past(
         (cosine_distance(wanted, known[p.text_fingerprint]), p.key) for p in projections if p.text_fingerprint
     )
     near = [pair for pair in distances if max_distance is None or pair[0] <= max_distance]
-    columns = tracked.on(connection.dialect)
+    columns = tracked.columns_for(connection.dialect)
     hydration = statement.order_by(None).add_columns(*raw_key_columns(tracked)).where(columns.key_in)
     hydration._for_update_arg = None  # noqa: SLF001  # nobody changes the past
     hits: Hits[Any] = Hits()

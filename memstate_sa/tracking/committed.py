@@ -33,7 +33,7 @@ def _split(tracked: Tracked, row: Row[Any]) -> tuple[str, Sequence[Any]]:
 
 def read(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> dict[str, Sequence[Any]]:
     """The rows of *keys* that exist, each as the values `Tracked.project` takes."""
-    columns = tracked.on(connection.dialect)
+    columns = tracked.columns_for(connection.dialect)
     statement = _rows(tracked).where(columns.key_in)
     found: dict[str, Sequence[Any]] = {}
     for some in batches(keys):
@@ -74,7 +74,7 @@ def page(
 
     A bound that no row can have, as the type of the key has changed, is none.
     """
-    possible = tracked.on(connection.dialect).possible(connection, filter(None, (after, until)))
+    possible = tracked.columns_for(connection.dialect).possible(connection, filter(None, (after, until)))
     statement = select(*raw_key_columns(tracked)).select_from(tracked.rows)
     statement = statement.order_by(*tracked.key_columns).limit(limit)
     if tracked.criterion is not None:
@@ -85,12 +85,12 @@ def page(
         statement = statement.where(operators.le(*_compared(connection, tracked, possible[until])))
     if skip:
         statement = statement.offset(skip)
-    return list(map(tracked.on(connection.dialect).encode_key, connection.execute(statement).all()))
+    return list(map(tracked.columns_for(connection.dialect).encode_key, connection.execute(statement).all()))
 
 
 def _compared(connection: Connection, tracked: Tracked, key: Sequence[Any]) -> tuple[Any, Any]:
     """The primary key's columns and the values of *key*, to be compared by the database, in its collations."""
-    columns = tracked.on(connection.dialect)
+    columns = tracked.columns_for(connection.dialect)
     sides = [
         (type_coerce(column, RAW), columns.raw_bind(column, value))
         for column, value in zip(tracked.key_columns, key, strict=True)

@@ -53,7 +53,7 @@ class Registry:
         if mapper.concrete:
             self.add(derive(base, mapper))
         else:
-            base.forget()
+            base.clear_caches()
             base.check(mapper)
             self._claim_tables(base)
 

@@ -199,7 +199,7 @@ class _ConstraintReader:
                 yield self._declared(tracked, keys)
 
     def _declared(self, tracked: Tracked, keys: Sequence[str]) -> Uniqueness:
-        facts, columns = FactsByValue(), tracked.on(self.connection.dialect)
+        facts, columns = FactsByValue(), tracked.columns_for(self.connection.dialect)
         of_class = _unique_values.where(unique.c.entity == tracked.entity)
         of_keys = of_class.where(unique.c.key.in_(select(_keys.c.value)))
         current = {row.key: row.value for row in self.connection.execute(of_keys, {"keys": as_array(keys)})}
@@ -242,7 +242,7 @@ class _ConstraintReader:
                 yield from ((value, key) for key, _ in find(self.connection, columns, [value]))
 
     def _columns(self, table: Table) -> TableColumns:
-        return self.registry.by_table[table].on(self.connection.dialect).of_table[table]
+        return self.registry.by_table[table].columns_for(self.connection.dialect).of_table[table]
 
     def _rows_now(self, table: Table) -> Mapping[str, Image]:
         """The rows as they are, read when they are first asked for: of many tables nothing has to be known."""

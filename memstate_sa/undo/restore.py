@@ -62,7 +62,7 @@ def rows_by_table(connection: Connection, registry: Registry, final: Mapping[Fac
     """The rows of *final*, by table: a fact may be rows in several."""
     rows: Rows = {}
     for (entity, key), image in final.items():
-        for table, part in registry.by_entity[entity].on(connection.dialect).parts(image).items():
+        for table, part in registry.by_entity[entity].columns_for(connection.dialect).parts(image).items():
             rows.setdefault(table, {})[key] = part
     return rows
 
@@ -71,7 +71,7 @@ def read_facts(connection: Connection, registry: Registry, facts: Iterable[FactK
     """The facts as they are; None for those that are not."""
     present: dict[FactKey, Image | None] = dict.fromkeys(facts)
     for entity, keys in by_entity(present).items():
-        columns = registry.by_entity[entity].on(connection.dialect)
+        columns = registry.by_entity[entity].columns_for(connection.dialect)
         images = columns.read(connection, [decode_key(key) for key in keys])
         present.update({(entity, key): image for key, image in images.items()})
     return present
@@ -91,7 +91,9 @@ class _Restoration:
             else:
                 self._tables.append(table)
         dialect = connection.dialect
-        self._by_table = {table: registry.by_table[table].on(dialect).of_table[table] for table in self._tables}
+        self._by_table = {
+            table: registry.by_table[table].columns_for(dialect).of_table[table] for table in self._tables
+        }
         self._current = {table: self._read(table) for table in self._tables}
 
     def run(self) -> None:

@@ -194,7 +194,7 @@ class Undoing:
         keys_of = changed_facts(self.connection, targets)
         for tracked in self._in_flush_order(keys_of):
             entity, keys = tracked.entity, keys_of[tracked.entity]
-            columns = tracked.on(self.connection.dialect)
+            columns = tracked.columns_for(self.connection.dialect)
             possible = columns.possible(self.connection, keys)
             if lost := set(keys) - possible.keys():
                 raise HistoryMissing(
@@ -366,7 +366,7 @@ class Undoing:
         for instance in list(self.session.identity_map.values()):
             state: Any = inspect(instance)
             tracked = self.registry.find(state.mapper)
-            if tracked in keys and tracked.on(self.connection.dialect).raw_key(state.key[1]) in keys[tracked]:
+            if tracked in keys and tracked.columns_for(self.connection.dialect).raw_key(state.key[1]) in keys[tracked]:
                 self.session.expire(instance)
 
     def _changes(self, ids: Collection[int]) -> list[Change]:
@@ -376,7 +376,7 @@ class Undoing:
         return changes
 
     def _columns(self, entity: str) -> TableColumns:
-        return self.registry.by_entity[entity].on(self.connection.dialect)
+        return self.registry.by_entity[entity].columns_for(self.connection.dialect)
 
 
 _written = (
