@@ -13,6 +13,8 @@ from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.statements import batches
 from memstate_sa.db.tables import outbox
 from memstate_sa.embedding.batches import Destination
+from memstate_sa.errors import IndexBroken
+from memstate_sa.indexes.base import RemakableIndex
 from memstate_sa.log.outbox import ALL, position_parameters, undelivered
 from memstate_sa.log.positions import Position, meet
 from memstate_sa.maintenance.progress import Progress
@@ -20,9 +22,12 @@ from memstate_sa.relay import ledger
 from memstate_sa.relay.backlog import read_positions
 from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.plan import AGAIN, Parked
+from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.projection import Projection, split_point_id
 from memstate_sa.tracking.tracked import Tracked
+
+logger = printable_logger("memstate_sa.maintenance.verify")
 
 
 @dataclass
@@ -43,6 +48,18 @@ class DriftReport:
     def clean(self) -> bool:
         """Nothing differs, or differed before ``repair=True``; what is pending does not count."""
         return not (self.missing or self.ghost or self.stale)
+
+
+def remake_if_broken(name: str, destination: Destination) -> None:
+    """Make the index *name* anew if its files are damaged. Raises IndexBroken where it cannot be remade."""
+    index = destination.index
+    try:
+        destination.open()
+    except IndexBroken:
+        if not isinstance(index, RemakableIndex):
+            raise
+        logger.warning("index %r is damaged, and made anew", name)
+        index.remake()
 
 
 class Verify:

@@ -7,6 +7,7 @@ key that is delivered between two of these steps is found either among the undel
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -109,6 +110,12 @@ class Call(Protocol):
 
 def call_directly(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     return function(*args, **kwargs)
+
+
+def call_in_thread(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    from sqlalchemy.util import await_only
+
+    return await_only(asyncio.to_thread(function, *args, **kwargs))
 
 
 _RECENT = 10 * OVERLAY_LIMIT

@@ -118,6 +118,20 @@ class Registry:
             raise MemstateError(f"{name} is not tracked by this Memory; memory.track({name}, text=…) does that")
         return found
 
+    def of_whole(self, model: type[Any]) -> Tracked:
+        """What tracks the class *model*. Raises MemstateError when that has facts of other classes, too."""
+        tracked = self.of(model)
+        if tracked.model is not model:
+            raise MemstateError(
+                f"{model.__name__} is tracked along with {tracked.model.__name__}, whose changes are not told apart: "
+                f"model={tracked.model.__name__}"
+            )
+        return tracked
+
+    def require_any(self) -> None:
+        if not self.by_entity:
+            raise MemstateError("no class is tracked")
+
 
 def unaliased(table: Any) -> Any:
     """The table of which *table* is an alias, or itself."""

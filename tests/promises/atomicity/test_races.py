@@ -18,7 +18,8 @@ from sqlalchemy import Connection, Engine, create_engine, insert, select
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from memstate_sa import DeliveryRejected, Fact, HistoryMissing, Memory, MemoryStore, UntrackedWrite, memory, sqlite
+from memstate_sa import DeliveryRejected, Fact, HistoryMissing, Memory, MemoryStore, UntrackedWrite, sqlite
+from memstate_sa.db import sync_engines
 from memstate_sa.db.tables import parked
 from memstate_sa.indexes import ChromaIndex, InMemoryIndex, Point
 from memstate_sa.maintenance import doctor, erase
@@ -59,7 +60,7 @@ def test_commit_while_a_relay_is_made(sqlite_engine: Engine) -> None:
     def work(number: int) -> None:
         while time.monotonic() < until:
             if number:
-                world.memory._wake()
+                world.memory._relays.wake()
             else:
                 world.memory.relay(sqlite_engine)
 
@@ -124,14 +125,14 @@ def test_start_while_a_drain_ends(world: World) -> None:
 def test_an_async_engine_is_seen_first_by_two_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each made an engine of it, and nobody could tell any more in which one a token's transaction is."""
     pytest.importorskip("aiosqlite")
-    made, together = memory.blocking_engine, threading.Barrier(2)
+    made, together = sync_engines.blocking_engine, threading.Barrier(2)
 
     def make_together(url: Any) -> Engine:
         with suppress(threading.BrokenBarrierError):
             together.wait(1)
         return made(url)
 
-    monkeypatch.setattr(memory, "blocking_engine", make_together)
+    monkeypatch.setattr(sync_engines, "blocking_engine", make_together)
     engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'facts.db'}")
     ours = Memory(InMemoryIndex(), embedder=HashEmbedder())
     relays = list[Any]()

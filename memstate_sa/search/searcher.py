@@ -1,0 +1,103 @@
+"""`Searcher`: the searches of one Memory, in the present and in the past."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from sqlalchemy import Select, Table
+from sqlalchemy.orm import Session
+from sqlalchemy.sql import visitors
+
+from memstate_sa.capture.listeners import Capture
+from memstate_sa.db import missing_tables
+from memstate_sa.db.engines import with_separate_pool
+from memstate_sa.db.sqlite import require_no_transaction
+from memstate_sa.embedding.batches import Destination
+from memstate_sa.errors import MemstateError
+from memstate_sa.search.search import Call, Hits, Opened, Search, resolve_target
+from memstate_sa.search.succession import Succession
+from memstate_sa.search.time_travel import as_of_session, search_past, take_criteria
+from memstate_sa.tracking.registry import Registry
+from memstate_sa.tracking.tracked import Tracked
+from memstate_sa.tracking.validation import require_count
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What `Memory.search` was asked, but for the Session and the target. Raises MemstateError for a bad argument."""
+
+    text: str
+    limit: int
+    max_distance: float | None
+    consistency: str
+    index: str | None
+    as_of: datetime | str | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise MemstateError(f"query={self.text!r}: a string to search for")
+        require_count("limit", self.limit, "how many hits, at least 1")
+        distance = self.max_distance
+        if distance is not None and (
+            isinstance(distance, bool) or not isinstance(distance, (int, float)) or math.isnan(distance)
+        ):
+            raise MemstateError(f"max_distance={distance!r}: a cosine distance, from 0 (identical) to 2 (opposite)")
+        if self.consistency not in ("fresh", "eventual"):
+            raise MemstateError(f"consistency={self.consistency!r}: 'fresh' or 'eventual'")
+
+
+class Searcher:
+    """Search for one Memory."""
+
+    def __init__(
+        self, registry: Registry, capture: Capture, destinations: Mapping[str, Destination], succession: Succession
+    ) -> None:
+        self._registry = registry
+        self._capture = capture
+        self._destinations = destinations
+        self._succession = succession
+        self._opened: dict[str, Opened] = {}  # indexes that a search has opened
+        self._last_asked: dict[str, str] = {}  # the index that the last search of each has asked
+
+    def search(self, call: Call, session: Session, target: Any, query: Query) -> Hits[Any]:
+        """The hits of *query* among the rows that *target* selects. *call* calls indexes and embedders."""
+        statement, tracked = resolve_target(self._registry, target)
+        name = self._succession.index_for(tracked, query.index)
+        asked = self._last_asked.get(name, name)
+        if query.as_of is not None:
+            return self._search_past(call, session, statement, tracked, asked, query)
+        search = Search(
+            session,
+            self._capture,
+            self._destinations,
+            asked,
+            self._opened,
+            statement,
+            tracked,
+            resolve=partial(self._succession.current, name=name) if self._succession.has_successor(name) else None,
+            call=call,
+        )
+        hits = search.run(query.text, query.limit, query.max_distance, fresh=query.consistency == "fresh")
+        self._last_asked[name] = search.name
+        return hits
+
+    def _search_past(
+        self, call: Call, session: Session, statement: Select[Any], tracked: Tracked, index: str, query: Query
+    ) -> Hits[Any]:
+        assert query.as_of is not None
+        engine = with_separate_pool(session.get_bind(tracked.mapper).engine)  # the Session may hold a connection
+        missing_tables.explain(engine)
+        require_no_transaction(engine)
+        read = {self._registry.named(table, None) for table in visitors.iterate(statement) if isinstance(table, Table)}
+        classes = [one for one in {tracked, *read} if one is not None]
+        with as_of_session(engine, classes, query.as_of) as past:
+            take_criteria(past, session)
+            vectors = self._destinations[index].vectors
+            hits = search_past(past, tracked, statement, vectors, query.text, query.limit, query.max_distance, call)
+            past.expunge_all()
+        return hits
