@@ -72,18 +72,18 @@ def with_separate_pool(engine: Engine) -> Engine:
         # What the first connection finds out is found out once; one of another pool would not wait for it.
         engine.connect().close()
     with _making:
-        made: Engine | None = getattr(engine, _MADE, None)
-        if made is None:
-            made = _SeparatePool(engine)
-            setattr(engine, _MADE, made)
-            event.listen(engine, "engine_disposed", partial(_dispose, made))
-            forks.in_child(made, _renew_pool)
-        return made
+        separate: Engine | None = getattr(engine, _MADE, None)
+        if separate is None:
+            separate = _SeparatePool(engine)
+            setattr(engine, _MADE, separate)
+            event.listen(engine, "engine_disposed", partial(_dispose, separate))
+            forks.in_child(separate, _renew_pool)
+        return separate
 
 
-def _dispose(made: Engine, engine: Engine) -> None:
-    if engine is not made:
-        made.dispose()
+def _dispose(separate: Engine, engine: Engine) -> None:
+    if engine is not separate:
+        separate.dispose()
 
 
 def blocking_engine(url: URL) -> Engine:

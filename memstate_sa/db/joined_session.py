@@ -50,15 +50,15 @@ def current_session(memory: object, engine: Engine) -> Session | None:
     with what it knows nothing of; and in a Session of its own it could wait, with the loop, for the first.
     """
     every = reversed(_here.entered)
-    found = next((each for each in every if each.memory is memory and is_same_database(each.engine, engine)), None)
-    if found is None:
+    block = next((one for one in every if one.memory is memory and is_same_database(one.engine, engine)), None)
+    if block is None:
         return None
-    if found.task is not None and found.task is not _task():
+    if block.task is not None and block.task is not _task():
         raise MemstateError(
             "another asyncio task of this thread is in a transaction, which is its own: await its end, or call this in "
             "a thread (asyncio.to_thread)"
         )
-    return found.session
+    return block.session
 
 
 def _task() -> object:

@@ -123,10 +123,10 @@ def require_absent(connection: Connection, tracked: Tracked, keys: Collection[st
     _wait_for_writers(connection, tracked)
     columns = tracked.columns_for(connection.dialect)
     with _connection_to_committed(connection) as present:
-        there = columns.find_rows(present, keys)
-    if there:
+        rows = columns.find_rows(present, keys)
+    if rows:
         raise KeyInserted(
-            f"{tracked.entity} {min(there)} was added again by another transaction. Run this one again.", there
+            f"{tracked.entity} {min(rows)} was added again by another transaction. Run this one again.", rows
         )
     require_current(connection, tracked, keys)
 
@@ -134,13 +134,13 @@ def require_absent(connection: Connection, tracked: Tracked, keys: Collection[st
 def _wait_for_writers(connection: Connection, tracked: Tracked) -> None:
     table = connection.dialect.identifier_preparer.format_table(tracked.table).replace("%%", "%")
     deadline = time.monotonic() + LOCK_WAIT_S
-    left: set[str] | None = None
+    writers: set[str] | None = None
     while True:
         waits_for_us: dict[str, bool] = dict(map(tuple, connection.execute(_writers, {"table": table})))
-        left = set(waits_for_us) if left is None else left & waits_for_us.keys()
-        if not left:
+        writers = set(waits_for_us) if writers is None else writers & waits_for_us.keys()
+        if not writers:
             return
-        if time.monotonic() > deadline or any(waits_for_us[writer] for writer in left):
+        if time.monotonic() > deadline or any(waits_for_us[writer] for writer in writers):
             raise ConflictError(
                 f"Cannot write the history of a key of {tracked.entity} that has no row. Another transaction is "
                 "writing to the table, and may be adding it. Run this transaction again when that one has ended."
@@ -158,10 +158,10 @@ def require_current(connection: Connection, tracked: Tracked, keys: Collection[s
     entries = select(log.c.id, log.c.version).where(
         log.c.entity == tracked.entity, log.c.key.in_(select(_keys.c.value))
     )
-    given = {"keys": as_array(keys)}
+    parameters = {"keys": as_array(keys)}
     with _connection_to_committed(connection) as present:
-        committed = set(map(tuple, present.execute(entries, given)))
-    if not committed.issubset(map(tuple, connection.execute(entries, given))):
+        committed = set(map(tuple, present.execute(entries, parameters)))
+    if not committed.issubset(map(tuple, connection.execute(entries, parameters))):
         raise ConflictError(
             f"Cannot write the history of {tracked.entity}: others changed these facts after the snapshot of this "
             "transaction was taken. Run the transaction again."
@@ -203,6 +203,6 @@ def keys_others_can_insert(
     """
     if not keys or connection.dialect.name != "postgresql":
         return []
-    given = {"entity": tracked.entity, "keys": as_array(keys)}
-    ours = {row.key for row in connection.execute(_deleted, given) if row.tx in own}
+    parameters = {"entity": tracked.entity, "keys": as_array(keys)}
+    ours = {row.key for row in connection.execute(_deleted, parameters) if row.tx in own}
     return [key for key in keys if key not in ours]

@@ -106,8 +106,8 @@ def last_entries(connection: Connection, tracked: Tracked, keys: Sequence[str]) 
         row.key: LastEntry(
             row.id, row.op, None if row.image is None else tracked.upcast(row.image, row.version, connection.dialect)
         )
-        for some in batches(keys)
-        for row in connection.execute(_last, {"entity": tracked.entity, "keys": as_array(some)}).all()
+        for batch in batches(keys)
+        for row in connection.execute(_last, {"entity": tracked.entity, "keys": as_array(batch)}).all()
     }
 
 
@@ -122,8 +122,8 @@ def find_changes(
     limit: int | None = None,
 ) -> list[Change]:
     """The last *limit* changes with all of what is given, oldest first."""
-    wanted = ((log.c.entity, entity), (log.c.key, key))
-    criteria = [column == value for column, value in wanted if value is not None]
+    columns = ((log.c.entity, entity), (log.c.key, key))
+    criteria = [column == value for column, value in columns if value is not None]
     labels = ((transaction.c.actor, actor), (transaction.c.session_id, session_id))
     labelled = [column == value for column, value in labels if value is not None]
     if labelled:
@@ -153,9 +153,9 @@ def stored_key(connection: Connection, tracked: Tracked, key: Any) -> str:
     values = decode_key(asked)
     try:
         with contained(connection):
-            there = columns.read(connection, [values])
+            rows = columns.read(connection, [values])
             forms = (_as_stored(columns, *item) for item in zip(tracked.key_columns, values, strict=True))
-            return next(iter(there), None) or columns.encode_key(connection.execute(select(*forms)).one())
+            return next(iter(rows), None) or columns.encode_key(connection.execute(select(*forms)).one())
     except (DataError, ProgrammingError, OverflowError, UnicodeError):
         return asked  # which no row can have
 
@@ -290,7 +290,7 @@ def differences(
     connection: Connection, registry: Registry, entities: Sequence[str], a: Moment, b: Moment
 ) -> list[Change]:
     """What became of each fact between two moments, as one change; facts that are the same at both are left out."""
-    found = []
+    changes = []
     earlier, later = (log_at(connection, moment).criterion for moment in (a, b))
     between = or_(and_(later, ~earlier), and_(earlier, ~later))  # two that ran at once did not see each other
     for entity in entities:
@@ -306,5 +306,5 @@ def differences(
                 images = [images.get(differing[change.id]) for images in (before, after)]
                 was, is_ = (None if image is None else columns.values(dict(image)) for image in images)
                 op: Op = "insert" if was is None else "delete" if is_ is None else "update"
-                found.append(replace(change, op=op, before=was, after=is_))
-    return sorted(found, key=lambda change: change.id)
+                changes.append(replace(change, op=op, before=was, after=is_))
+    return sorted(changes, key=lambda change: change.id)

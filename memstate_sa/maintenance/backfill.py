@@ -53,7 +53,7 @@ class Backfill:
     ) -> None:
         self._engine = engine
         self._recorder = recorder
-        self._tracked = {each.entity: each for each in tracked}
+        self._tracked = {one.entity: one for one in tracked}
         self._batch_size = batch_size
         self._rate = rate
 

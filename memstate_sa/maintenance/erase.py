@@ -56,7 +56,7 @@ class Eraser:
         with unit.writing():
             take_write_lock(connection)
             fact = stored_key(connection, tracked, key)
-            for left in reversed(range(_ATTEMPTS)):
+            for attempts_left in reversed(range(_ATTEMPTS)):
                 before = unit.mark
                 try:
                     with connection.begin_nested():
@@ -64,9 +64,9 @@ class Eraser:
                     break
                 except KeyInserted:
                     unit.back_to(before)
-                    if not left:
+                    if not attempts_left:
                         raise
-        self._forget_instances(session, connection, tracked, fact)
+        self._mark_instances_deleted(session, connection, tracked, fact)
         return redacted
 
     def _erase(
@@ -107,7 +107,7 @@ class Eraser:
         cache.forget(connection, set(_texts(connection, tracked, fact, images, embedders)))
         return len(entries)
 
-    def _forget_instances(self, session: Session, connection: Connection, tracked: Tracked, key: str) -> None:
+    def _mark_instances_deleted(self, session: Session, connection: Connection, tracked: Tracked, key: str) -> None:
         """As the ORM does after a DELETE of its own: deleted, and there again when the transaction rolls back."""
         columns, erased = tracked.columns_for(connection.dialect), normalized_key(decode_key(key))
         for instance in list(session.identity_map.values()):
@@ -123,8 +123,8 @@ class Eraser:
         with engine.begin() as connection:
             take_write_lock(connection)
             # A delivery that was under way may have kept a vector anew: what no index holds now, goes.
-            held = select(ledger.c.text_fingerprint).where(ledger.c.text_fingerprint.is_not(None))
-            connection.execute(delete(embedding).where(embedding.c.text_fingerprint.not_in(held)))
+            used = select(ledger.c.text_fingerprint).where(ledger.c.text_fingerprint.is_not(None))
+            connection.execute(delete(embedding).where(embedding.c.text_fingerprint.not_in(used)))
         if engine.dialect.name == "postgresql":
             _vacuum_postgresql(engine, self._tables(engine), time.monotonic() + timeout)
         elif not is_in_memory(engine):
@@ -135,17 +135,17 @@ class Eraser:
         with engine.connect() as connection:
             erased = set(connection.scalars(select(log.c.entity).where(log.c.version == REDACTED).distinct()))
         tracked = [self._registry.by_entity[entity] for entity in sorted(erased) if entity in self._registry.by_entity]
-        return [log, ledger, outbox, parked, unique, embedding, *(table for each in tracked for table in each.tables)]
+        return [log, ledger, outbox, parked, unique, embedding, *(table for one in tracked for table in one.tables)]
 
 
 def _row(connection: Connection, tracked: Tracked, key: str) -> dict[str, dict[str, Any]]:
     """The image of the fact's row, locked, by the key that it has in the log; empty when there is none."""
     try:
-        found = tracked.columns_for(connection.dialect).find_rows(connection, [key], for_update=True)
+        images = tracked.columns_for(connection.dialect).find_rows(connection, [key], for_update=True)
         if tracked.criterion is not None:  # the table has rows of other classes, too
-            ours = committed.read(connection, tracked, list(found))
-            return {key: image for key, image in found.items() if key in ours}
-        return found
+            ours = committed.read(connection, tracked, list(images))
+            return {key: image for key, image in images.items() if key in ours}
+        return images
     except DataError as error:
         raise NotFound(f"{key} cannot be a key of {tracked.table.fullname}") from error
 
@@ -156,17 +156,17 @@ def _require_unreferred(connection: Connection, registry: Registry, tracked: Tra
     The database would delete such a row along, or set its foreign key to NULL, and nobody would log that.
     """
     going = {table: {key} for table in tracked.tables}
-    left = list(going.items())
+    queue = list(going.items())
     referring = [fk for other in registry.by_table for fk in other.foreign_key_constraints]
-    for table, keys in left:
+    for table, keys in queue:
         for fk in (fk for fk in referring if fk.referred_table is table):
             owner = registry.by_table[fk.table]
-            found = _referring(connection, registry, fk, list(keys)) - going.get(fk.table, set())
-            if found and not owner.by_trigger:
-                raise ConflictError(_REFERRED.format(tracked.entity, key, f" ({owner.entity} {min(found)})"))
-            if found and (fk.ondelete or "").upper() == "CASCADE":
-                going.setdefault(fk.table, set()).update(found)
-                left.append((fk.table, found))
+            referring_keys = _referring(connection, registry, fk, list(keys)) - going.get(fk.table, set())
+            if referring_keys and not owner.by_trigger:
+                raise ConflictError(_REFERRED.format(tracked.entity, key, f" ({owner.entity} {min(referring_keys)})"))
+            if referring_keys and (fk.ondelete or "").upper() == "CASCADE":
+                going.setdefault(fk.table, set()).update(referring_keys)
+                queue.append((fk.table, referring_keys))
 
 
 def _referring(connection: Connection, registry: Registry, fk: ForeignKeyConstraint, keys: Sequence[str]) -> set[str]:
@@ -175,9 +175,9 @@ def _referring(connection: Connection, registry: Registry, fk: ForeignKeyConstra
     referred, other = (registry.by_table[table].columns_for(connection.dialect).of_table[table] for table in tables)
     local, remote = columns_of(fk)
     values = []
-    for some in batches([decode_key(key) for key in keys]):
-        referred.lock(connection, some, leaving=True)
-        images = referred.read(connection, some).values()
+    for batch in batches([decode_key(key) for key in keys]):
+        referred.lock(connection, batch, leaving=True)
+        images = referred.read(connection, batch).values()
         values += [value for image in images if (value := values_of(image, remote)) is not None]
     return {key for key, _ in other.find(connection, local, values)}
 
@@ -207,10 +207,10 @@ def _texts(
         for shape in {version, tracked.version}:  # in today's shape, and in the one that it had
             try:
                 row = _projectable(tracked, loaded_image(connection, tracked, image, shape) or {})
-                found = [tracked.project(key, row, embedder).text_fingerprint for embedder in embedders]
+                fingerprints = [tracked.project(key, row, embedder).text_fingerprint for embedder in embedders]
             except Exception:  # noqa: BLE001, S112  # the application's own callables, which need not know such rows
                 continue
-            yield from filter(None, found)
+            yield from filter(None, fingerprints)
 
 
 def _projectable(tracked: Tracked, values: Image) -> list[Any]:

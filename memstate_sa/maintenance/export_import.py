@@ -212,8 +212,8 @@ class _Import:
                 progress(batch[-1][0], max(header.expected + 1, batch[-1][0]))
         for group in _parents_first([self._registry.by_entity[entity] for entity in header.entities]):
             pages = (page for tracked in group.members for page in self._last_entries(tracked))
-            for some in [list(chain.from_iterable(pages))] if group.is_circular else pages:
-                self._write_rows(some)
+            for page in [list(chain.from_iterable(pages))] if group.is_circular else pages:
+                self._write_rows(page)
         for entity, keys in self._deleted.items():
             require_absent(self._connection, self._registry.by_entity[entity], keys)
         self._move_sequences()
@@ -272,19 +272,19 @@ class _Import:
             keys.setdefault(row["entity"], set()).add(row["key"])
         older = log.c.id <= self._since
         self._require_new(select(log.c.tx).where(log.c.tx.in_(select(_keys.c.value)), older), [r["tx"] for r in rows])
-        for entity, some in keys.items():
+        for entity, entity_keys in keys.items():
             logged = select(log.c.key).where(log.c.entity == entity, log.c.key.in_(select(_keys.c.value)), older)
-            there = set(self._connection.scalars(logged, {"keys": as_array(some)}))
-            present = read_facts(self._connection, self._registry, [(entity, key) for key in some])
-            there |= {key for (_, key), image in present.items() if image is not None}
-            if there:
-                raise ConflictError(f"{entity} {min(there)} is in this database already, or was")
+            known_keys = set(self._connection.scalars(logged, {"keys": as_array(entity_keys)}))
+            present = read_facts(self._connection, self._registry, [(entity, key) for key in entity_keys])
+            known_keys |= {key for (_, key), image in present.items() if image is not None}
+            if known_keys:
+                raise ConflictError(f"{entity} {min(known_keys)} is in this database already, or was")
         if rows:
             self._connection.execute(insert(log), list(rows))
 
     def _require_new(self, statement: Select[Any], txs: Sequence[str]) -> None:
-        if found := set(self._connection.scalars(statement, {"keys": as_array(txs)})):
-            raise ConflictError(f"transaction {min(found)} is in this database already: was this imported before?")
+        if known_txs := set(self._connection.scalars(statement, {"keys": as_array(txs)})):
+            raise ConflictError(f"transaction {min(known_txs)} is in this database already: was this imported before?")
 
     # -- tables --------------------------------------------------------------------------------------------------------
 
@@ -312,20 +312,20 @@ class _Import:
         for fact in page:
             if fact["image"] is None:
                 self._deleted.setdefault(fact["entity"], []).append(fact["key"])
-        wanted: dict[FactKey, Image] = {
+        final: dict[FactKey, Image] = {
             (entity, key): self._registry.by_entity[entity].upcast(row["image"], row["version"], dialect)
             for (entity, key), row in last.items()
         }
         try:
-            with self._capture.undoing(connection, self._tx, wanted):
-                present = restore(connection, self._registry, wanted)
+            with self._capture.undoing(connection, self._tx, final):
+                present = restore(connection, self._registry, final)
             self._add_unique(present)
         except (ConflictError, DBAPIError) as error:
             cause = error if isinstance(error, DBAPIError) else error.__cause__
-            names = ", ".join(sorted({entity for entity, _ in wanted}))
+            names = ", ".join(sorted({entity for entity, _ in final}))
             raise ConflictError(f"rows of {names} cannot be written: {getattr(cause, 'orig', error)}") from error
         amended = []
-        for (entity, key), image in wanted.items():
+        for (entity, key), image in final.items():
             now = present[entity, key]
             if now is None:
                 raise MemstateError(f"the last image of {entity} {key} is not of this key")
@@ -425,7 +425,7 @@ def _parents_first(tracked: Sequence[Tracked]) -> list[_Group]:
     """Ordered so that a class comes after those whose rows its own refer to."""
     reached = {one: frozenset(_referred(one, tracked)) for one in tracked}
     for _ in tracked:
-        reached = {one: found.union(*(reached[other] for other in found)) for one, found in reached.items()}
+        reached = {one: parents.union(*(reached[other] for other in parents)) for one, parents in reached.items()}
     groups: list[_Group] = []
     circular: dict[frozenset[Tracked], _Group] = {}
     # With itself, who refers to another reaches more than that one does; those that refer to each other reach the same.
@@ -441,13 +441,13 @@ def _parents_first(tracked: Sequence[Tracked]) -> list[_Group]:
 
 
 def _referred(tracked: Tracked, among: Sequence[Tracked]) -> set[Tracked]:
-    found: set[Tracked] = set()
+    referred: set[Tracked] = set()
     for table in tracked.tables:
         for fk in table.foreign_key_constraints:
             is_inheritance = fk.referred_table is not table and set(fk.columns) == set(table.primary_key.columns)
             if fk.referred_table not in tracked.tables or not is_inheritance:
-                found.update(one for one in among if fk.referred_table in one.tables)
-    return found
+                referred.update(one for one in among if fk.referred_table in one.tables)
+    return referred
 
 
 # -- from one database's driver to another's ---------------------------------------------------------------------------
@@ -472,14 +472,14 @@ class _Translation:
 
     def translate(self, entry: _Logged) -> dict[str, Any]:
         source, target = self._source.columns_for(self._dialect), self._target
-        found: dict[str, Any] = {"key": target.encode_key(target.raw_key(source.identity(entry.key)))}
+        changes: dict[str, Any] = {"key": target.encode_key(target.raw_key(source.identity(entry.key)))}
         if entry.image is not None:
             # In today's shape: upgrades of older ones take what the driver of their time read.
             image = dict(self._source.upcast(entry.image, entry.version, self._dialect))
             values = source.values(image)
-            found["image"] = {name: encode(self._raw(name, image[name], value)) for name, value in values.items()}
-            found["version"] = self._tracked.version
-        return found
+            changes["image"] = {name: encode(self._raw(name, image[name], value)) for name, value in values.items()}
+            changes["version"] = self._tracked.version
+        return changes
 
     def _raw(self, name: str, encoded: Any, value: Any) -> Any:
         if encoded is None:  # SQL NULL, of which a JSON type would make 'null'

@@ -112,9 +112,9 @@ class Verify:
             stored = {
                 fact: e.fingerprint for e in entries if (fact := split_point_id(e.id)) and fact[0] in self._tracked
             }
-            held = self._truth(stored)
-            ghosts = [fact for fact in stored if fact not in held]
-            stale = [fact for fact, fingerprint in stored.items() if held.get(fact, fingerprint) != fingerprint]
+            truth = self._truth(stored)
+            ghosts = [fact for fact in stored if fact not in truth]
+            stale = [fact for fact, fingerprint in stored.items() if truth.get(fact, fingerprint) != fingerprint]
             yield "ghost", ghosts
             yield "stale", stale
         for entity, tracked in self._tracked.items():
@@ -125,10 +125,10 @@ class Verify:
                 if not keys:
                     break
                 last = keys[-1]
-                held = self._truth([(entity, key) for key in keys])
-                present = {stored.id for stored in self._index.get([tracked.point_id(key) for _, key in held])}
+                truth = self._truth([(entity, key) for key in keys])
+                present = {stored.id for stored in self._index.get([tracked.point_id(key) for _, key in truth])}
                 report.checked += len(keys)
-                yield "missing", [fact for fact in held if tracked.point_id(fact[1]) not in present]
+                yield "missing", [fact for fact in truth if tracked.point_id(fact[1]) not in present]
                 if progress is not None:
                     progress(report.checked, None)
 
@@ -138,18 +138,18 @@ class Verify:
             return facts
         ids = {fact: self._tracked[fact[0]].point_id(fact[1]) for fact in facts}
         stored = {point.id: point.fingerprint for point in self._index.get(list(ids.values()))}
-        held = self._truth(facts)
-        return [fact for fact in facts if stored.get(ids[fact]) != held.get(fact)]
+        truth = self._truth(facts)
+        return [fact for fact in facts if stored.get(ids[fact]) != truth.get(fact)]
 
     def _truth(self, facts: Iterable[FactKey]) -> dict[FactKey, str]:
         """The fingerprints that the index should hold for *facts*."""
-        held = {}
+        truth = {}
         with self._engine.connect() as connection:
             for entity, keys in by_entity(facts).items():
-                for found in committed.project(connection, self._tracked[entity], keys, self._embedder):
-                    if isinstance(found, Projection) and found.fingerprint is not None:
-                        held[entity, found.key] = found.fingerprint
-        return held
+                for projection in committed.project(connection, self._tracked[entity], keys, self._embedder):
+                    if isinstance(projection, Projection) and projection.fingerprint is not None:
+                        truth[entity, projection.key] = projection.fingerprint
+        return truth
 
     def _position(self) -> Position | None:
         """Where the relay is."""

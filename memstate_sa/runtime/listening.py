@@ -55,7 +55,7 @@ def listen(target: Any, name: str, function: Function, **options: Any) -> None:
             hub = hubs[name] = _Hub()
             event.listen(target, name, hub.__call__, **options)
         if function not in hub.functions:
-            hub.functions = (*(each for each in hub.functions if not _is_over(each)), function)
+            hub.functions = (*(existing for existing in hub.functions if not _is_over(existing)), function)
 
 
 def _take_slot(target: Any, function: Function) -> None:
@@ -83,4 +83,4 @@ def stop(target: Any, name: str, function: Function) -> None:
                 slot.function = None
         hub = _hubs.get(target, {}).get(name)
         if hub is not None:
-            hub.functions = tuple(each for each in hub.functions if each != function)
+            hub.functions = tuple(existing for existing in hub.functions if existing != function)

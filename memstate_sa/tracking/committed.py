@@ -35,12 +35,12 @@ def read(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> dict[
     """The rows of *keys* that exist, each as the values `Tracked.project` takes."""
     columns = tracked.columns_for(connection.dialect)
     statement = _rows(tracked).where(columns.key_in)
-    found: dict[str, Sequence[Any]] = {}
-    for some in batches(keys):
-        possible = columns.possible(connection, some)
+    values: dict[str, Sequence[Any]] = {}
+    for batch in batches(keys):
+        possible = columns.possible(connection, batch)
         rows = connection.execute(statement, columns.key_parameters(possible.values())).all() if possible else []
-        found.update(_split(tracked, row) for row in rows)
-    return found
+        values.update(_split(tracked, row) for row in rows)
+    return values
 
 
 def project(
@@ -57,8 +57,8 @@ def project(
 def count(connection: Connection, tracked: Tracked) -> int:
     """How many rows the class has."""
     rows = select(func.count()).select_from(tracked.rows)
-    found: int = connection.scalars(rows if tracked.criterion is None else rows.where(tracked.criterion)).one()
-    return found
+    row_count: int = connection.scalars(rows if tracked.criterion is None else rows.where(tracked.criterion)).one()
+    return row_count
 
 
 def page(

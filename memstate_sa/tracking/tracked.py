@@ -100,7 +100,7 @@ class Tracked:
     @cached_property
     def tables(self) -> tuple[Table, ...]:
         """Where rows of the class are: the table that gives them their key, and what joined inheritance adds to it."""
-        mappers = [each for each in self.mapper.self_and_descendants if not is_concrete_below(each, self.mapper)]
+        mappers = [mapper for mapper in self.mapper.self_and_descendants if not is_concrete_below(mapper, self.mapper)]
         return tuple(dict.fromkeys(table for mapper in mappers for table in tables_of(mapper)))
 
     @cached_property
@@ -172,12 +172,12 @@ class Tracked:
     @cached_property
     def _attribute_columns(self) -> dict[str, list[Column[Any]]]:
         """The columns behind each attribute of the class, and of the subclasses in its tables."""
-        found: dict[str, list[Column[Any]]] = {}
+        columns_of: dict[str, list[Column[Any]]] = {}
         for mapper in self.mapper.self_and_descendants:
             for name, column in mapper.columns.items():
-                if column in self._names and column not in (columns := found.setdefault(name, [])):
+                if column in self._names and column not in (columns := columns_of.setdefault(name, [])):
                     columns.append(column)
-        return found
+        return columns_of
 
     def by_attribute(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Column values by attribute name."""
@@ -191,8 +191,8 @@ class Tracked:
         if version >= self.version or not self.upgrade:
             return image
         stored = decode_image(image)
-        given = {name: _COPIES.get(type(value), _same)(value) for name, value in stored.items()}
-        values: Mapping[str, Any] = given
+        copies = {name: _COPIES.get(type(value), _same)(value) for name, value in stored.items()}
+        values: Mapping[str, Any] = copies
         for shape in range(version, self.version):
             if shape in self.upgrade:
                 values = self.upgrade[shape](dict(values))
@@ -200,13 +200,13 @@ class Tracked:
                     raise MemstateError(
                         f"upgrade[{shape}] of {self.entity} returned {values!r}: give a dict of columns"
                     )
-        columns, sources = self.columns_for(dialect), {id(value): name for name, value in given.items()}
+        columns, sources = self.columns_for(dialect), {id(value): name for name, value in copies.items()}
         upgraded: dict[str, Any] = {}
         for name, value in values.items():
             source = name if isinstance(value, bool) else sources.get(id(value))
             if value is None:
                 upgraded[name] = None
-            elif source in given and given[source] is value:
+            elif source in copies and copies[source] is value:
                 upgraded[name] = encode(stored[source])
             else:
                 upgraded[name] = encode(columns.to_raw(name, value))
@@ -329,9 +329,9 @@ def attributes_of(text: Any) -> tuple[str, ...]:
 
 def unique_value(tracked: Tracked, values: Mapping[str, Any]) -> str | None:
     """The row's entry in the table of unique values; None where it has none."""
-    found = None if tracked.unique_values is None else tracked.unique_values(tracked.by_attribute(values))
-    if found is None:
+    parts = None if tracked.unique_values is None else tracked.unique_values(tracked.by_attribute(values))
+    if parts is None:
         return None
-    value = encode_key(found)
+    value = encode_key(parts)
     # It is a key of a B-tree, which on PostgreSQL takes about 2,700 bytes.
     return value if len(value) <= 500 else f"[{digest_of(value).hexdigest()}]"

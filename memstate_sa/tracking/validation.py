@@ -20,13 +20,13 @@ def validator(schema: Any) -> Validate:
     A model sees the fields it declares; other columns are not its business.
     """
     if isinstance(schema, type) and issubclass(schema, BaseModel):
-        wanted = set(schema.model_fields)
+        field_names = set(schema.model_fields)
         for field in schema.model_fields:
             names = read_names(schema, field)
-            wanted.update(str(name.path[0]) if isinstance(name, AliasPath) else name for name in names)
+            field_names.update(str(name.path[0]) if isinstance(name, AliasPath) else name for name in names)
 
         def check(values: Mapping[str, Any]) -> None:
-            schema.model_validate({name: value for name, value in values.items() if name in wanted})
+            schema.model_validate({name: value for name, value in values.items() if name in field_names})
 
         return check
     if callable(schema):
