@@ -48,7 +48,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
 from memstate_sa.db.codec import decode, decoded, differ, encode_image, encode_key
-from memstate_sa.db.key_values import DoesNotFit, contained, fitted, is_int64, is_read_by_database, types_of
+from memstate_sa.db.key_values import DoesNotFit, fitted, is_int64, is_read_by_database, tolerate_refusal, types_of
 from memstate_sa.db.raw_values import RAW, hashable, implementation
 from memstate_sa.db.statements import batches
 from memstate_sa.errors import MemstateError
@@ -272,7 +272,7 @@ class TableColumns:
         """Those of *keys* that the database does not refuse, found by halving."""
         statement: Select[Any] = select(literal_column("1")).select_from(self.table).where(self.key_in).limit(1)
         try:
-            with contained(connection):
+            with tolerate_refusal(connection):
                 connection.execute(statement, self.key_parameters(keys.values()))
         except DataError:
             names = list(keys)

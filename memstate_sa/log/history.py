@@ -27,7 +27,7 @@ from sqlalchemy.exc import DataError, ProgrammingError
 
 from memstate_sa.db.codec import Image, decode_image, decode_key, decoded
 from memstate_sa.db.json_params import as_array, unnest_strings
-from memstate_sa.db.key_values import contained
+from memstate_sa.db.key_values import tolerate_refusal
 from memstate_sa.db.raw_values import RAW
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import batches
@@ -152,7 +152,7 @@ def stored_key(connection: Connection, tracked: Tracked, key: Any) -> str:
         return asked
     values = decode_key(asked)
     try:
-        with contained(connection):
+        with tolerate_refusal(connection):
             rows = columns.read(connection, [values])
             forms = (_as_stored(columns, *item) for item in zip(tracked.key_columns, values, strict=True))
             return next(iter(rows), None) or columns.encode_key(connection.execute(select(*forms)).one())

@@ -30,7 +30,7 @@ _BATCHES = 20
 _BEGINNING = ""
 
 
-class State(NamedTuple):
+class BackfillState(NamedTuple):
     """How far the backfill of some classes is, whoever works on it: rows seen, of how many; those new to the log."""
 
     seen: int
@@ -114,10 +114,10 @@ class Backfill:
                 time.sleep(pause)
         return added
 
-    def state(self, connection: Connection) -> State:
+    def state(self, connection: Connection) -> BackfillState:
         *numbers, unfinished = connection.execute(_state, {"entities": list(self._tracked)}).one()
         seen, total, added = map(int, numbers)
-        return State(seen, max(seen, total) if unfinished else seen, added, not unfinished)
+        return BackfillState(seen, max(seen, total) if unfinished else seen, added, not unfinished)
 
     def _tell(self, progress: Progress | None) -> None:
         if progress is not None:

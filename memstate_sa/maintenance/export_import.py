@@ -70,7 +70,7 @@ class _Labels(_Line):
     session_id: str | None = None
 
 
-class _Logged(_Line):
+class _LoggedEntry(_Line):
     line: Literal["entry"] = "entry"
     tx: _Tx
     at: AwareDatetime
@@ -88,8 +88,8 @@ class _End(_Line):
     lines: int
 
 
-_AnyLine: TypeAlias = Annotated[_Header | _Labels | _Logged | _End, Field(discriminator="line")]
-_any_line: TypeAdapter[_Header | _Labels | _Logged | _End] = TypeAdapter(_AnyLine)
+_AnyLine: TypeAlias = Annotated[_Header | _Labels | _LoggedEntry | _End, Field(discriminator="line")]
+_any_line: TypeAdapter[_Header | _Labels | _LoggedEntry | _End] = TypeAdapter(_AnyLine)
 _keys = unnest_strings("keys")
 
 
@@ -110,7 +110,7 @@ def export_facts(engine: Engine, tracked: Sequence[Tracked], file: TextIO, progr
         number = 1
         for number, line in enumerate(_lines(connection, tracked, mine), start=2):
             _write(file, line)
-            entries += isinstance(line, _Logged)
+            entries += isinstance(line, _LoggedEntry)
             if progress is not None and number % _PAGE == 0:
                 progress(number, max(number, expected))
         _write(file, _End(lines=number))
@@ -138,16 +138,18 @@ def _labels(mine: ColumnElement[bool]) -> Select[Any]:
 
 def _lines(
     connection: Connection, tracked: Sequence[Tracked], mine: ColumnElement[bool]
-) -> Iterator[_Labels | _Logged]:
+) -> Iterator[_Labels | _LoggedEntry]:
     for row in _pages(connection, _labels(mine), transaction.c.tx, ""):
         yield _Labels.model_construct(**row)
     for row in _pages(connection, select(log).where(mine), log.c.id, 0):
-        yield _Logged.model_construct(**{name: value for name, value in row.items() if name in _Logged.model_fields})
+        yield _LoggedEntry.model_construct(
+            **{name: value for name, value in row.items() if name in _LoggedEntry.model_fields}
+        )
     tx, at = new_tx(), utcnow()
     for one in tracked:
         for images in unlogged.unlogged(connection, one):
             for key, image in images.items():
-                yield _Logged.model_construct(
+                yield _LoggedEntry.model_construct(
                     tx=tx,
                     at=at,
                     entity=one.entity,
@@ -194,7 +196,7 @@ class _Import:
         self._capture = capture
         self._tx, self._at = new_tx(), utcnow()
         self._since = connection.execute(select(func.coalesce(func.max(log.c.id), 0))).scalar_one()
-        self._translations: dict[str, _Translation] = {}
+        self._translations: dict[str, _EntryTranslation] = {}
         self._highest: dict[str, int] = {}  # of integer keys
         self._deleted: dict[str, list[str]] = {}  # keys that have no row at the end, by entity
 
@@ -204,7 +206,7 @@ class _Import:
         entries = 0
         for batch in _batches(lines):
             labels = [line for _, line in batch if isinstance(line, _Labels)]
-            logged = [(number, line) for number, line in batch if isinstance(line, _Logged)]
+            logged = [(number, line) for number, line in batch if isinstance(line, _LoggedEntry)]
             self._add_labels(labels)
             self._add_entries([self._row(number, line, header) for number, line in logged])
             entries += len(logged)
@@ -228,12 +230,12 @@ class _Import:
         if header.dialect != self._connection.dialect.name:
             for entity in header.entities:
                 tracked = self._registry.by_entity[entity]
-                self._translations[entity] = _Translation(tracked, header.dialect, self._connection.dialect)
+                self._translations[entity] = _EntryTranslation(tracked, header.dialect, self._connection.dialect)
         return header
 
     # -- log -----------------------------------------------------------------------------------------------------------
 
-    def _row(self, number: int, entry: _Logged, header: _Header) -> dict[str, Any]:
+    def _row(self, number: int, entry: _LoggedEntry, header: _Header) -> dict[str, Any]:
         """*entry* as a row of the log. Raises MemstateError for what could not be read again."""
         known = header.entities.get(entry.entity)
         if known is None:
@@ -330,7 +332,7 @@ class _Import:
             if now is None:
                 raise MemstateError(f"the last image of {entity} {key} is not of this key")
             if self._differs(entity, image, now):
-                row = {name: value for name, value in last[entity, key].items() if name in _Logged.model_fields}
+                row = {name: value for name, value in last[entity, key].items() if name in _LoggedEntry.model_fields}
                 # In the transaction that it is of: so it is no later change, and undone with it.
                 amended.append({**row, "op": "update", "image": now, "version": self._registry.versions[entity]})
         if amended:
@@ -453,7 +455,7 @@ def _referred(tracked: Tracked, among: Sequence[Tracked]) -> set[Tracked]:
 # -- from one database's driver to another's ---------------------------------------------------------------------------
 
 
-class _Translation:
+class _EntryTranslation:
     """What the driver of one dialect reads of a class, as that of another would read it."""
 
     def __init__(self, tracked: Tracked, source: str, target: Dialect) -> None:
@@ -470,7 +472,7 @@ class _Translation:
             if getattr(of_table[table].implementation(column), "timezone", False)
         }
 
-    def translate(self, entry: _Logged) -> dict[str, Any]:
+    def translate(self, entry: _LoggedEntry) -> dict[str, Any]:
         source, target = self._source.columns_for(self._dialect), self._target
         changes: dict[str, Any] = {"key": target.encode_key(target.raw_key(source.identity(entry.key)))}
         if entry.image is not None:

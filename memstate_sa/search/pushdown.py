@@ -34,7 +34,7 @@ def push_down(tracked: Tracked, criteria: Sequence[ColumnElement[bool]], compara
     """
     if sum(map(_size, criteria)) > _MOST_VALUES:
         return None
-    translation = _Translation(tracked, comparable)
+    translation = _FilterTranslation(tracked, comparable)
     parts = [translation.of(criterion) for criterion in criteria]
     return _all([part for part in parts if part is not None]) if parts and None not in parts else None
 
@@ -53,7 +53,7 @@ def _all(parts: list[Filter]) -> Filter:
     return parts[0] if len(parts) == 1 else {"$and": parts}
 
 
-class _Translation:
+class _FilterTranslation:
     """Of criteria on the metadata of one class; None stands for what an index cannot be asked."""
 
     def __init__(self, tracked: Tracked, comparable: Comparable) -> None:
