@@ -97,14 +97,14 @@ class Backfill:
     def run(self, *, limit: int | None = None, progress: Progress | None = None) -> int:
         """Work until nothing is left, or *limit* rows were looked at; how many of them were new to the log."""
         added = seen = 0
-        self._tell(progress)
+        self._report(progress)
         while limit is None or seen < limit:
             since = time.monotonic()
             turn = self._turn(self._batch_size if limit is None else min(self._batch_size, limit - seen))
             if turn is None:
                 break
             added, seen = added + turn[1], seen + turn[0]
-            self._tell(progress)
+            self._report(progress)
             now = time.monotonic()
             pause = 0.0 if self._rate is None else turn[0] / self._rate - (now - since)
             if self._engine.dialect.name == "sqlite":
@@ -119,7 +119,7 @@ class Backfill:
         seen, total, added = map(int, numbers)
         return BackfillState(seen, max(seen, total) if unfinished else seen, added, not unfinished)
 
-    def _tell(self, progress: Progress | None) -> None:
+    def _report(self, progress: Progress | None) -> None:
         if progress is not None:
             with self._engine.connect() as connection:
                 state = self.state(connection)

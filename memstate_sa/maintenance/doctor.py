@@ -286,7 +286,7 @@ class Doctor:
                 "SAVEPOINTs",
                 "survive the ROLLBACK of their transaction: memstate_sa.db.sqlite.configure(engine) mends it",
             )
-        if current.name in tables and self._left_told():
+        if current.name in tables and self._has_leftover_context():
             yield Problem(current.name, "holds what a transaction has left there, so others are taken for it: empty it")
         yield from self._hazards()
         for tracked in self._registry.by_entity.values():
@@ -339,7 +339,7 @@ class Doctor:
         with self._engine.connect() as connection:
             return append_only.missing(connection)
 
-    def _left_told(self) -> bool:
+    def _has_leftover_context(self) -> bool:
         with self._engine.connect() as connection:
             return connection.execute(select(current.c.name).limit(1)).first() is not None
 

@@ -34,7 +34,7 @@ class Registry:
             raise MemstateError(f"entity {tracked.entity!r} is already tracked, by {other.model.__name__}")
         self._claim_tables(tracked)
         self.by_entity = {**self.by_entity, tracked.entity: tracked}
-        tracked.tell_alembic()
+        tracked.record_for_autogenerate()
         self.versions[tracked.entity] = tracked.version
         self.validates |= tracked.validate is not None or tracked.expires is not None
         self.by_trigger |= tracked.by_trigger

@@ -118,7 +118,7 @@ class Tracked:
         if self.by_trigger:
             check_trigger_table(mapper, self.table)
 
-    def tell_alembic(self) -> None:
+    def record_for_autogenerate(self) -> None:
         """Leave in the MetaData what autogenerate makes triggers from: `triggers.captured_in` finds it.
 
         Not in the Table's own ``info``, which Alembic prints into the migration that creates it.
