@@ -14,7 +14,7 @@ from memstate_sa.tracking.committed import page
 from memstate_sa.tracking.tracked import Tracked
 
 
-def unlogged(connection: Connection, tracked: Tracked) -> Iterator[Mapping[str, Image]]:
+def unlogged_rows(connection: Connection, tracked: Tracked) -> Iterator[Mapping[str, Image]]:
     """The rows that no entry of the log tells of, by key, in pages: they are older than tracking, or came past it."""
     after: str | None = None
     columns = tracked.columns_for(connection.dialect)

@@ -131,19 +131,19 @@ class Backfill:
         """How many rows were looked at, and how many of them were logged; None when nothing is left."""
         with self._transaction() as connection:
             take_write_lock(connection)
-            claimed = self._claim(connection)
-            if claimed is None:
+            range_row = self._lock_range(connection)
+            if range_row is None:
                 return None
-            tracked, after = self._tracked[claimed.entity], claimed.position or None
-            this = and_(backfill.c.entity == claimed.entity, backfill.c.start == claimed.start)
-            if claimed.until is None:
+            tracked, after = self._tracked[range_row.entity], range_row.position or None
+            this = and_(backfill.c.entity == range_row.entity, backfill.c.start == range_row.start)
+            if range_row.until is None:
                 skip = _BATCHES * self._batch_size - 1
                 boundary = committed.page(connection, tracked, after, 1, skip=skip)
                 if boundary:  # what is beyond is for whoever comes next
                     connection.execute(update(backfill).where(this).values(until=boundary[0]))
-                    connection.execute(insert(backfill), _range(claimed.entity, boundary[0]))
+                    connection.execute(insert(backfill), _range(range_row.entity, boundary[0]))
                     return 0, 0
-            keys = committed.page(connection, tracked, after, size, until=claimed.until)
+            keys = committed.page(connection, tracked, after, size, until=range_row.until)
             added = passed = 0
             if keys:
                 added, passed = self._recorder.log_baselines(connection, tracked, keys)
@@ -151,7 +151,7 @@ class Backfill:
                 update(backfill)
                 .where(this)
                 .values(
-                    position=keys[passed - 1] if passed else claimed.position,
+                    position=keys[passed - 1] if passed else range_row.position,
                     seen=backfill.c.seen + passed,
                     added=backfill.c.added + added,
                     done=len(keys) < size and passed == len(keys),
@@ -159,13 +159,13 @@ class Backfill:
             )
             return passed, added
 
-    def _claim(self, connection: Connection) -> Row[Any] | None:
+    def _lock_range(self, connection: Connection) -> Row[Any] | None:
         """Lock a range, that is not worked on, if there is one; None when all are done."""
         entities = {"entities": list(self._tracked)}
         while True:
             for statement in (_unlocked, _any):
-                if claimed := connection.execute(statement, entities).first():
-                    return claimed
+                if range_row := connection.execute(statement, entities).first():
+                    return range_row
             # Nothing, or what was waited for is done now, and others are not.
             if self.state(connection).done:
                 return None

@@ -147,7 +147,7 @@ def _lines(
         )
     tx, at = new_tx(), utcnow()
     for one in tracked:
-        for images in unlogged.unlogged(connection, one):
+        for images in unlogged.unlogged_rows(connection, one):
             for key, image in images.items():
                 yield _LoggedEntry.model_construct(
                     tx=tx,

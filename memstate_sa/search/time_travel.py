@@ -25,8 +25,8 @@ from memstate_sa.db.statements import batches, upsert
 from memstate_sa.embedding import cache
 from memstate_sa.embedding.batches import Vectors
 from memstate_sa.errors import MemstateError
-from memstate_sa.log import unlogged as unlogged_module
 from memstate_sa.log.history import Moment, images_at, log_at
+from memstate_sa.log.unlogged import unlogged_rows
 from memstate_sa.search.search import Call, Hit, Hits, cosine_distance, keys_of
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.committed import raw_key_columns
@@ -102,7 +102,7 @@ def _rows_at(connection: Connection, tracked: Tracked, at: Moment) -> Rows:
     images = dict(images_at(connection, tracked, at))
     # Of a key that no row can have any more, the table of today cannot hold the row of then.
     images = {key: images[key] for key in columns.possible(connection, images)}
-    for unlogged in unlogged_module.unlogged(connection, tracked):  # which were always as they are
+    for unlogged in unlogged_rows(connection, tracked):  # which were always as they are
         images |= unlogged
     rows: Rows = {}
     for table, own in columns.of_table.items():
