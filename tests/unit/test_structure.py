@@ -83,12 +83,14 @@ def _private_names(module: str) -> Iterator[str]:
 
 
 def test_no_module_uses_a_private_name_of_another() -> None:
-    assert [name for module in FILES for name in _private_names(module)] == []
+    private_names = [name for module in FILES for name in _private_names(module)]
+    assert not private_names, "\n".join(private_names)
 
 
 def test_no_file_is_too_long() -> None:
     lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in FILES.values()}
-    assert {name: n for name, n in lengths.items() if n > MOST_LINES and name not in CATALOGUES} == {}
+    too_long = [f"{name}: {n} lines" for name, n in lengths.items() if n > MOST_LINES and name not in CATALOGUES]
+    assert not too_long, "\n".join(too_long)
 
 
 def test_the_package_shows_few_files_beside_its_folders() -> None:
