@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -18,37 +15,12 @@ from memstate_sa.db import missing_tables
 from memstate_sa.db.engines import with_separate_pool
 from memstate_sa.db.sqlite import require_no_transaction
 from memstate_sa.embedding.batches import Destination
-from memstate_sa.errors import MemstateError
+from memstate_sa.search.query import Query
 from memstate_sa.search.search import Call, Hits, Opened, Search, resolve_target
 from memstate_sa.search.succession import Succession
 from memstate_sa.search.time_travel import as_of_session, search_past, take_criteria
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
-from memstate_sa.tracking.validation import require_count
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """What `Memory.search` was asked, but for the Session and the target. Raises MemstateError for a bad argument."""
-
-    text: str
-    limit: int
-    max_distance: float | None
-    consistency: str
-    index: str | None
-    as_of: datetime | str | None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.text, str):
-            raise MemstateError(f"query={self.text!r}: a string to search for")
-        require_count("limit", self.limit, "how many hits, at least 1")
-        distance = self.max_distance
-        if distance is not None and (
-            isinstance(distance, bool) or not isinstance(distance, (int, float)) or math.isnan(distance)
-        ):
-            raise MemstateError(f"max_distance={distance!r}: a cosine distance, from 0 (identical) to 2 (opposite)")
-        if self.consistency not in ("fresh", "eventual"):
-            raise MemstateError(f"consistency={self.consistency!r}: 'fresh' or 'eventual'")
 
 
 class Searcher:
@@ -98,6 +70,6 @@ class Searcher:
         with as_of_session(engine, classes, query.as_of) as past:
             take_criteria(past, session)
             vectors = self._destinations[index].vectors
-            hits = search_past(past, tracked, statement, vectors, query.text, query.limit, query.max_distance, call)
+            hits = search_past(past, tracked, statement, vectors, query, call)
             past.expunge_all()
         return hits

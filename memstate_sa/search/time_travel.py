@@ -27,6 +27,7 @@ from memstate_sa.embedding.batches import Vectors
 from memstate_sa.errors import MemstateError
 from memstate_sa.log.history import Moment, images_at, log_at
 from memstate_sa.log.unlogged import unlogged_rows
+from memstate_sa.search.query import Query
 from memstate_sa.search.search import Call, Hit, Hits, cosine_distance, keys_of
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.committed import raw_key_columns
@@ -153,9 +154,7 @@ def search_past(
     tracked: Tracked,
     statement: Select[Any],
     vectors: Vectors,
-    query: str,
-    limit: int,
-    max_distance: float | None,
+    query: Query,
     call: Call,
 ) -> Hits[Any]:
     """The facts nearest to *query* among the rows that *statement* selects in *session*: all of them are measured."""
@@ -166,13 +165,14 @@ def search_past(
         tracked.project(key, row, embedder) for key, row in committed.read(connection, tracked, keys).items()
     ]
     texts = {p.text_fingerprint: p.text for p in projections if p.text_fingerprint and p.text}
-    query_vector = np.asarray(call(vectors.of_query, query), dtype=np.float32)
+    query_vector = np.asarray(call(vectors.of_query, query.text), dtype=np.float32)
     known = cache.known(connection, vectors, texts)
     unknown = {digest: words for digest, words in texts.items() if digest not in known}
     known |= call(vectors.embed, unknown, remember=True)
     distances = sorted(
         (cosine_distance(query_vector, known[p.text_fingerprint]), p.key) for p in projections if p.text_fingerprint
     )
+    limit, max_distance = query.limit, query.max_distance
     near = [pair for pair in distances if max_distance is None or pair[0] <= max_distance]
     columns = tracked.columns_for(connection.dialect)
     hydration = statement.order_by(None).add_columns(*raw_key_columns(tracked)).where(columns.key_in)
