@@ -478,7 +478,7 @@ class Capture:
             if mapper not in found:
                 continue
             tracked = found[mapper]
-            raw_keys = list(map(tracked.on(connection.dialect).raw_key, of_mapper))
+            raw_keys = list(map(tracked.columns_for(connection.dialect).raw_key, of_mapper))
             changing.setdefault(tracked, []).extend(raw_keys)
             if len(tracked.tables) > 1:
                 flush.parts.setdefault((tracked, is_delete), []).extend(raw_keys)
@@ -495,7 +495,7 @@ class Capture:
         tracked = self._registry.find(mapper)
         keys = None if tracked is None else flush.parts.pop((tracked, going), None)
         if tracked is not None and keys:
-            tracked.on(connection.dialect).of_table[tracked.table].lock(connection, keys, leaving=going)
+            tracked.columns_for(connection.dialect).of_table[tracked.table].lock(connection, keys, leaving=going)
 
     def _after_flush(self, session: Session, context: Any) -> None:
         flush = self._end_flush(session)
@@ -513,7 +513,7 @@ class Capture:
             if state.mapper is not mapper:
                 mapper = state.mapper
                 tracked = self._registry.of(mapper.class_)
-                raw_key = tracked.on(connection.dialect).raw_key
+                raw_key = tracked.columns_for(connection.dialect).raw_key
                 existed, written = touched.setdefault(tracked, {}), flush.written.setdefault(tracked, [])
                 certain = flush.certain.setdefault(tracked, set())
             if op == "delete":
@@ -574,7 +574,7 @@ class Capture:
         if statement._prefixes:
             self._refuse(connection, statement, "OR REPLACE and the like change rows unseen; on_conflict_do_update()")
             return self._invoke_unseen(state)
-        if state.is_delete and tracked.inherited:
+        if state.is_delete and tracked.base_table_count:
             self._refuse(connection, statement, "it leaves the base class' row; delete the objects")
         if not state.is_insert:
             return partial(self._bulk_change, state, mapper, tracked, connection)
@@ -602,7 +602,11 @@ class Capture:
         tracked = self._registry.by_table.get(statement.table)
         # Of one class among several in a table, or with a WHERE for each set of parameters: left to the guard. So is
         # an INSERT of a part of a row.
-        if tracked is None or tracked.criterion is not None or statement.table in tracked.tables[: tracked.inherited]:
+        if (
+            tracked is None
+            or tracked.criterion is not None
+            or statement.table in tracked.tables[: tracked.base_table_count]
+        ):
             return None
         if state.is_insert:
             return tracked if len(tracked.tables) == 1 or statement.table is tracked.table else None
@@ -621,7 +625,7 @@ class Capture:
     ) -> tuple[Result[Any], list[tuple[Any, ...]]]:
         """Run an INSERT; its result as the caller wants it, and the keys of the rows that it inserted or changed."""
         statement: Any = state.statement
-        columns = tracked.on(connection.dialect)
+        columns = tracked.columns_for(connection.dialect)
         keys = [getattr(mapper.class_, name) for name in tracked.key_attributes]
         with self.unit(state.session).writing():
             result: Any = state.invoke_statement(statement=statement.returning(*keys))
@@ -645,7 +649,7 @@ class Capture:
 
         Which rows it changes is known when it has run; what they were, only before.
         """
-        unit, columns = self.unit(state.session), tracked.on(connection.dialect)
+        unit, columns = self.unit(state.session), tracked.columns_for(connection.dialect)
         baselines = self._recorder.baselines(connection, unit, tracked, list(suspects.values())) if suspects else []
         result, raw_keys = self._returning_keys(state, mapper, tracked, connection)
         by_key = {columns.encode_key(raw): raw for raw in raw_keys}
@@ -667,7 +671,7 @@ class Capture:
         """None when others committed matching rows between our look and the statement: look again."""
         unit = self.unit(state.session)
         statement: Any = state.statement
-        columns = tracked.on(connection.dialect)
+        columns = tracked.columns_for(connection.dialect)
         table: Any = mapper.local_table if state.is_orm_statement else statement.table
         key_columns = list(table.primary_key.columns)
         if state.is_update and _sets_any(statement, key_columns):

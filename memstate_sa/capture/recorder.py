@@ -130,7 +130,7 @@ class Recorder:
         than is stored: Decimal("1.5") for 1.50, "a" for a padded CHAR. Such a key is unknown to the log, and read here.
         """
         require_supported(connection, unit)
-        columns = tracked.on(connection.dialect)
+        columns = tracked.columns_for(connection.dialect)
         with unit.writing():
             take_write_lock(connection)
         by_key = {columns.encode_key(raw): raw for raw in raw_keys}
@@ -177,7 +177,7 @@ class Recorder:
     def _log_baselines(
         self, connection: Connection, tracked: Tracked, keys: Sequence[str], *, hurry: bool = False
     ) -> tuple[int, int]:
-        unit, columns = OpenTransaction(), tracked.on(connection.dialect)
+        unit, columns = OpenTransaction(), tracked.columns_for(connection.dialect)
         take_write_lock(connection)
         unknown = set(self.unknown(connection, tracked, keys))
         first, others = ([decode_key(key) for key in some if key in unknown] for some in (keys[:1], keys[1:]))
@@ -197,7 +197,7 @@ class Recorder:
 
     def _take_in_values(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> set[str]:
         """Give rows their unique values whose history is older than these. Returns the keys of rows that are locked."""
-        columns = tracked.on(connection.dialect)
+        columns = tracked.columns_for(connection.dialect)
         seen = unique_values.differences(
             connection, tracked, columns.read(connection, [decode_key(key) for key in keys])
         )
@@ -235,7 +235,7 @@ class Recorder:
         baselines = self._still_unknown(connection, baselines)
         entries = list(baselines)
         for tracked, existed in touched.items():
-            columns = tracked.on(connection.dialect)
+            columns = tracked.columns_for(connection.dialect)
             images = columns.read(connection, list(existed))
             canonical = {} if flush is None else dict(flush.canonical.get(tracked, {}))
             canonical |= {raw: columns.encode_key(raw) for raw in existed if raw not in canonical}

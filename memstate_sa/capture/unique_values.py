@@ -36,7 +36,7 @@ class Differences(NamedTuple):
 
 def values_of(connection: Connection, tracked: Tracked, images: Mapping[str, Image]) -> dict[str, str]:
     """The value of each of *images*, by key; a row may have none."""
-    columns = tracked.on(connection.dialect)
+    columns = tracked.columns_for(connection.dialect)
     found = ((key, unique_value(tracked, columns.values(dict(image)))) for key, image in images.items())
     return {key: value for key, value in found if value is not None}
 
@@ -45,7 +45,9 @@ def differences(connection: Connection, tracked: Tracked, images: Mapping[str, I
     """How the table of unique values differs from *images*, all those of the rows that are there."""
     wanted = values_of(connection, tracked, images)
     held = _held(connection, tracked, images, wanted.values())
-    others = tracked.on(connection.dialect).read(connection, [decode_key(key) for _, key in held if key not in images])
+    others = tracked.columns_for(connection.dialect).read(
+        connection, [decode_key(key) for _, key in held if key not in images]
+    )
     known, there = wanted | values_of(connection, tracked, others), {*images, *others}
     stale = [(value, key) for value, key in held if _is_stale(tracked, value, known.get(key), is_there=key in there)]
     holders = dict(set(held) - set(stale))
@@ -106,5 +108,7 @@ def of_no_row(
     """A page of the table after a (value, key): what is there of rows that are gone, and where to go on."""
     given = {"entity": tracked.entity, "value": after[0], "key": after[1]}
     page: Sequence[tuple[Any, Any]] = [(value, key) for value, key in connection.execute(_page, given)]
-    there = tracked.on(connection.dialect).read(connection, [decode_key(key) for key in {key for _, key in page}])
+    there = tracked.columns_for(connection.dialect).read(
+        connection, [decode_key(key) for key in {key for _, key in page}]
+    )
     return [(value, key) for value, key in page if key not in there], page[-1] if len(page) == READ_CHUNK else None

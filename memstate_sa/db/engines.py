@@ -15,7 +15,7 @@ from sqlalchemy.engine.base import OptionEngine
 from memstate_sa.db import sqlite
 from memstate_sa.runtime import forks
 
-_MADE = "memstate_own_pool"
+_ATTRIBUTE = "memstate_own_pool"
 _making = threading.Lock()
 _BLOCKING = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}
 _OF_ASYNCPG = {
@@ -45,7 +45,7 @@ def _renew_pool(engine: Engine) -> None:
 
 
 class _SeparatePool(OptionEngine):
-    """As an engine is, with its events and its options, but for the pool."""
+    """An engine with a pool of its own. It shares events and options with the engine that it was made of."""
 
     def __init__(self, engine: Engine) -> None:
         self._own = engine.pool.recreate()
@@ -66,28 +66,29 @@ class _SeparatePool(OptionEngine):
 def with_separate_pool(engine: Engine) -> Engine:
     """*engine* with a pool of its own, which is disposed of with the engine.
 
-    Who holds a connection while waiting for a second one of the same pool waits for ever, once enough others do.
+    Use it where a thread may hold a connection while it needs a second one. If enough threads do that with one pool,
+    each waits for ever for the others.
     """
     if engine.dialect.server_version_info is None:
-        # What the first connection finds out is found out once; one of another pool would not wait for it.
+        # An engine's first connection asks for the server's version. One of another pool would not wait for that.
         engine.connect().close()
     with _making:
-        made: Engine | None = getattr(engine, _MADE, None)
-        if made is None:
-            made = _SeparatePool(engine)
-            setattr(engine, _MADE, made)
-            event.listen(engine, "engine_disposed", partial(_dispose, made))
-            forks.in_child(made, _renew_pool)
-        return made
+        separate: Engine | None = getattr(engine, _ATTRIBUTE, None)
+        if separate is None:
+            separate = _SeparatePool(engine)
+            setattr(engine, _ATTRIBUTE, separate)
+            event.listen(engine, "engine_disposed", partial(_dispose, separate))
+            forks.in_child(separate, _renew_pool)
+        return separate
 
 
-def _dispose(made: Engine, engine: Engine) -> None:
-    if engine is not made:
-        made.dispose()
+def _dispose(separate: Engine, engine: Engine) -> None:
+    if engine is not separate:
+        separate.dispose()
 
 
 def blocking_engine(url: URL) -> Engine:
-    """An engine on *url* with a driver that a thread can use; what only asyncpg takes is translated, or left out."""
+    """An engine on *url* with a driver that a thread can use. Options of asyncpg are translated, or left out."""
     backend, query, arguments = url.get_backend_name(), dict(url.query), dict[str, Any]()
     if url.drivername == "postgresql+asyncpg":
         if "ssl" in query:

@@ -57,9 +57,9 @@ class JoinedColumns(TableColumns):
         return locked
 
     def parts(self, image: Mapping[str, Any] | None) -> dict[Table, Mapping[str, Any] | None]:
-        found: dict[Table, Mapping[str, Any] | None] = dict.fromkeys(self._of_table)
-        found.update({self._prefixes.get(prefix, self.table): part for prefix, part in self._divide(image or {})})
-        return found
+        parts: dict[Table, Mapping[str, Any] | None] = dict.fromkeys(self._of_table)
+        parts.update({self._prefixes.get(prefix, self.table): part for prefix, part in self._divide(image or {})})
+        return parts
 
     def values(self, image: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -16,49 +16,51 @@ from memstate_sa.errors import MemstateError
 
 
 @dataclass(eq=False)
-class _Entered:
+class _SessionBlock:
+    """A ``with use_session(…)`` that has not ended."""
+
     memory: object
     engine: Engine
     session: Session
     task: object
-    """The asyncio.Task that entered it; None: the thread itself, and whatever it calls."""
+    """The asyncio.Task that began it; None: the thread itself, and whatever it calls."""
 
 
-class _Here(threading.local):
+class _ThreadBlocks(threading.local):
     def __init__(self) -> None:
-        self.entered: list[_Entered] = []
+        self.blocks: list[_SessionBlock] = []
 
 
-_here = _Here()
+_thread = _ThreadBlocks()
 
 
 @contextmanager
 def use_session(memory: object, engine: Engine, session: Session) -> Iterator[None]:
-    """What this thread does with *memory* in *engine*'s database is to join *session*: see `joined`."""
-    mine, entered = _Entered(memory, engine, session, _task()), _here.entered
-    entered.append(mine)
+    """Have what this thread does with *memory* in *engine*'s database join *session*: see `current_session`."""
+    block, blocks = _SessionBlock(memory, engine, session, _task()), _thread.blocks
+    blocks.append(block)
     try:
         yield
     finally:
-        entered.remove(mine)  # not the last: another task's block may have begun since, and another thread may end this
+        blocks.remove(block)  # not the last: another task's block may have begun since, and another thread may end this
 
 
 def current_session(memory: object, engine: Engine) -> Session | None:
-    """The Session that this thread entered last, of those with *memory* in *engine*'s database.
+    """The Session that this thread joined last, of those with *memory* in *engine*'s database.
 
-    Raises MemstateError where an asyncio task entered it, and another one asks: what that commits would be rolled back
+    Raises MemstateError where an asyncio task joined it, and another one asks: what that commits would be rolled back
     with what it knows nothing of; and in a Session of its own it could wait, with the loop, for the first.
     """
-    every = reversed(_here.entered)
-    found = next((each for each in every if each.memory is memory and is_same_database(each.engine, engine)), None)
-    if found is None:
+    newest_first = reversed(_thread.blocks)
+    block = next((one for one in newest_first if one.memory is memory and is_same_database(one.engine, engine)), None)
+    if block is None:
         return None
-    if found.task is not None and found.task is not _task():
+    if block.task is not None and block.task is not _task():
         raise MemstateError(
             "another asyncio task of this thread is in a transaction, which is its own: await its end, or call this in "
             "a thread (asyncio.to_thread)"
         )
-    return found.session
+    return block.session
 
 
 def _task() -> object:

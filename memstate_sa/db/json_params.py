@@ -98,11 +98,11 @@ def _typed_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
 
 
 def unnest_rows(parameter: str) -> FromClause:
-    """A FROM element of the rows in *parameter*, whose columns are `item`; bind it with a JSON array of arrays."""
+    """A FROM element of the rows in *parameter*, whose columns are `row_value`; bind it with a JSON array of arrays."""
     return _elements(bindparam(parameter, type_=Text())).table_valued("value", name=f"{parameter}_given")
 
 
 def row_value(of: FromClause, n: int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
-    """Item *n* of each of `rows`, as *type_*; JSON null is NULL."""
+    """Item *n* of each row of `unnest_rows`, as *type_*; JSON null is NULL."""
     # Strings as TEXT: one that is too long is refused by the column, not cut by the cast.
     return _typed(_element(of.c.value, n), Text() if isinstance(type_, String) else type_)

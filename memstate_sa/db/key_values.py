@@ -73,7 +73,7 @@ def is_int64(value: int) -> bool:
     return -_INT64 <= value < _INT64
 
 
-def contained(connection: Connection) -> AbstractContextManager[Any]:
+def tolerate_refusal(connection: Connection) -> AbstractContextManager[Any]:
     """Let the transaction go on after a statement that is refused: on PostgreSQL a refusal ends it otherwise."""
     ends = connection.dialect.name == "postgresql" and not connection._is_autocommit_isolation()  # noqa: SLF001
     return connection.begin_nested() if ends else nullcontext()

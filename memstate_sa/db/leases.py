@@ -64,8 +64,8 @@ def is_gone(owner: str) -> bool:
 
     Its lease is not waited for. False wherever it may live elsewhere.
     """
-    machine, _, rest = owner.partition(" ")
-    pid, *details = rest.split(" ")
+    machine, _, process = owner.partition(" ")
+    pid, *details = process.split(" ")
     if len(details) != 2 or _UNKNOWN in (machine, details[0]) or machine != _machine() or not pid.isdigit():
         return False
     try:

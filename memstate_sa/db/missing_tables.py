@@ -12,8 +12,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from memstate_sa.db.tables import metadata
 from memstate_sa.errors import MemstateError
 
-_NOT_THERE = {"42P01": "is not in this database", "42703": "is of another version of memstate_sa"}
-_SAID_BY_SQLITE = {"no such table": "42P01", "no such column": "42703", "has no column": "42703"}
+_PROBLEMS = {"42P01": "is not in this database", "42703": "is of another version of memstate_sa"}
+_SQLITE_MESSAGES = {"no such table": "42P01", "no such column": "42703", "has no column": "42703"}
 _NAME = re.compile(r"memstate_\w+")
 
 
@@ -32,9 +32,9 @@ def _explained(context: ExceptionContext) -> TablesMissing | None:
     error: Any = context.original_exception
     message = str(error)
     state = getattr(error, "sqlstate", None) or next(
-        (state for said, state in _SAID_BY_SQLITE.items() if said in message), None
+        (state for said, state in _SQLITE_MESSAGES.items() if said in message), None
     )
-    if state not in _NOT_THERE:
+    if state not in _PROBLEMS:
         return None
     # SQLite makes this table, of the counters of ids, along with the first of ours.
     names = ["memstate_outbox"] if "sqlite_sequence" in message else _NAME.findall(message)
@@ -42,6 +42,6 @@ def _explained(context: ExceptionContext) -> TablesMissing | None:
     if name is None:
         return None
     return TablesMissing(
-        f"The table {name} {_NOT_THERE[state]}. Create or upgrade the tables with memory.create_tables(engine), "
+        f"The table {name} {_PROBLEMS[state]}. Create or upgrade the tables with memory.create_tables(engine), "
         "`memstate-sa init` or an Alembic migration; setup() does it for a LangGraph checkpointer or store."
     )

@@ -48,7 +48,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
 from memstate_sa.db.codec import decode, decoded, differ, encode_image, encode_key
-from memstate_sa.db.key_values import DoesNotFit, contained, fitted, is_int64, is_read_by_database, types_of
+from memstate_sa.db.key_values import DoesNotFit, fitted, is_int64, is_read_by_database, tolerate_refusal, types_of
 from memstate_sa.db.raw_values import RAW, hashable, implementation
 from memstate_sa.db.statements import batches
 from memstate_sa.errors import MemstateError
@@ -154,8 +154,8 @@ class TableColumns:
 
     def differ(self, one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
         """Whether two images say that a row, in any of its tables, is another one."""
-        left, right = self.parts(one), self.parts(other)
-        return any(differ(left[table], right[table]) for table in left)
+        parts, other_parts = self.parts(one), self.parts(other)
+        return any(differ(parts[table], other_parts[table]) for table in parts)
 
     def implementation(self, column: Column[Any]) -> TypeEngine[Any]:
         """The dialect's type of *column*, below any TypeDecorator."""
@@ -194,20 +194,22 @@ class TableColumns:
     ) -> list[tuple[str, tuple[Any, ...]]]:
         """The keys of the rows that have one of *values* (driver-level) in *columns*, and which."""
         names = [column.name for column in columns]
-        wanted = [*self.key_names, *names]
-        statement: Select[Any] = select(*(self.raw(self.by_name[name]).label(f"n{n}") for n, name in enumerate(wanted)))
-        found = []
-        for some in batches(list(dict.fromkeys(values))):
-            rows = connection.execute(statement.where(self._having(columns, some))).all()
+        selected = [*self.key_names, *names]
+        statement: Select[Any] = select(
+            *(self.raw(self.by_name[name]).label(f"n{n}") for n, name in enumerate(selected))
+        )
+        pairs = []
+        for batch in batches(list(dict.fromkeys(values))):
+            rows = connection.execute(statement.where(self._having(columns, batch))).all()
             width = len(self.key_names)
-            found += [(self.encode_key(row[:width]), hashable(row[width:])) for row in rows]
-        return found
+            pairs += [(self.encode_key(row[:width]), hashable(row[width:])) for row in rows]
+        return pairs
 
     def _having(self, columns: Sequence[Column[Any]], values: Sequence[tuple[Any, ...]]) -> ColumnElement[bool]:
         """One of *values* in *columns*."""
         if not any(isinstance(self._impl[column.name], sqltypes.ARRAY) for column in columns):
-            given: BindParameter[Any] = bindparam("values", list(values), expanding=True)
-            return tuple_(*(type_coerce(column, RAW) for column in columns)).in_(given)
+            parameter: BindParameter[Any] = bindparam("values", list(values), expanding=True)
+            return tuple_(*(type_coerce(column, RAW) for column in columns)).in_(parameter)
         # What an array is of, PostgreSQL knows of a parameter by itself, not of one in a row.
         rows = [zip(columns, map(_listed, value), strict=True) for value in values]
         return or_(*(and_(*(column == self.raw_bind(column, item) for column, item in row)) for row in rows))
@@ -263,14 +265,14 @@ class TableColumns:
 
         The database is asked where only it can tell.
         """
-        found = {key: values for key in keys if (values := self.driver_key(key)) is not None}
-        return self._accepted(connection, found) if found and self._is_read_by_database else found
+        readable = {key: values for key in keys if (values := self.driver_key(key)) is not None}
+        return self._accepted(connection, readable) if readable and self._is_read_by_database else readable
 
     def _accepted(self, connection: Connection, keys: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
         """Those of *keys* that the database does not refuse, found by halving."""
         statement: Select[Any] = select(literal_column("1")).select_from(self.table).where(self.key_in).limit(1)
         try:
-            with contained(connection):
+            with tolerate_refusal(connection):
                 connection.execute(statement, self.key_parameters(keys.values()))
         except DataError:
             names = list(keys)
@@ -305,8 +307,8 @@ class TableColumns:
             statement = statement.order_by(*self._key_order)
             statement = statement.with_for_update(key_share=True, skip_locked=skip_locked)
         images: dict[str, dict[str, Any]] = {}
-        for some in batches(keys):
-            rows = connection.execute(statement, self.key_parameters(some)).all()  # iterated, it is a fetch a row
+        for batch in batches(keys):
+            rows = connection.execute(statement, self.key_parameters(batch)).all()  # iterated, it is a fetch a row
             try:
                 images.update({self.key_of(row): encode_image(self.names, row) for row in rows})
             except TypeError as error:
@@ -334,8 +336,8 @@ class TableColumns:
         statement = statement.with_for_update(key_share=not leaving)
         return {
             self.encode_key(row)
-            for some in batches(keys)
-            for row in connection.execute(statement, self.key_parameters(some)).all()
+            for batch in batches(keys)
+            for row in connection.execute(statement, self.key_parameters(batch)).all()
         }
 
     @cached_property

@@ -46,13 +46,13 @@ def watch(watcher: Watcher) -> None:
     """
     global _watchers  # noqa: PLW0603  # replaced as a whole: it is read without the lock
     with _watching:
-        _watchers = (*(each for each in _watchers if each() is not None), weakref.ref(watcher))
+        _watchers = (*(reference for reference in _watchers if reference() is not None), weakref.ref(watcher))
 
 
 def unwatch(watcher: Watcher) -> None:
     global _watchers  # noqa: PLW0603
     with _watching:
-        _watchers = tuple(each for each in _watchers if each() not in (None, watcher))
+        _watchers = tuple(reference for reference in _watchers if reference() not in (None, watcher))
 
 
 def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:

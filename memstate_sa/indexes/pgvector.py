@@ -25,10 +25,17 @@ from sqlalchemy.schema import CreateIndex, CreateTable, DropIndex
 from memstate_sa.db.engines import blocking_engine, with_separate_pool
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, MissingExtra
 from memstate_sa.indexes._filters import canonical
-from memstate_sa.indexes._pgvector import EXACT_UP_TO, ONE_AT_A_TIME, Statements, key_of, value_of, vectors_text
 from memstate_sa.indexes._tags import stored
 from memstate_sa.indexes._units import at_length, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
+from memstate_sa.indexes.pgvector_statements import (
+    EXACT_UP_TO,
+    ONE_AT_A_TIME,
+    Statements,
+    key_of,
+    value_of,
+    vectors_text,
+)
 from memstate_sa.indexes.provider_errors import delivery_error
 
 if TYPE_CHECKING:

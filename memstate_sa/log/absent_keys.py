@@ -3,7 +3,7 @@
 A row can be locked, an absent one cannot. An undo, an erasure, an import and `doctor` write history for such keys. They
 do three things, and ordinary writers do nothing for it:
 
-1. They `hold` the key against each other, by an advisory lock that ends with the transaction.
+1. They lock the key against each other (`lock_absent_keys`), by an advisory lock that ends with the transaction.
 2. They write their entries of the log.
 3. They wait for the transactions that are writing to the table by then, and look for the row: `require_absent`.
 
@@ -28,7 +28,7 @@ from memstate_sa.db.tables import log
 from memstate_sa.errors import ConflictError
 from memstate_sa.tracking.tracked import Tracked
 
-PATIENCE_S = 5.0
+LOCK_WAIT_S = 5.0
 """How long to wait for others, before we give up with a ConflictError."""
 
 _PAUSE_S = 0.02
@@ -37,7 +37,7 @@ _MOST_KEYS = 500
 """Each lock takes shared memory of PostgreSQL, so more keys than these are one lock of their class."""
 
 
-class Taken(ConflictError):
+class KeyInserted(ConflictError):
     """A row appeared under a key that had none."""
 
     def __init__(self, message: str, keys: Collection[str]) -> None:
@@ -57,7 +57,7 @@ _lock_timeout = select(func.current_setting("lock_timeout"))
 _set_lock_timeout = select(func.set_config("lock_timeout", bindparam("timeout"), True))
 
 
-def hold(connection: Connection, facts: Iterable[FactKey]) -> None:
+def lock_absent_keys(connection: Connection, facts: Iterable[FactKey]) -> None:
     """Keep other undos and erasures away from *facts* until the transaction ends. Raise ConflictError if it takes long.
 
     SQLite has one writer: there is nothing to do.
@@ -66,7 +66,7 @@ def hold(connection: Connection, facts: Iterable[FactKey]) -> None:
     if not groups or connection.dialect.name != "postgresql":
         return
     try:
-        with _patiently(connection):
+        with _limited_lock_wait(connection):
             for entity, keys in groups:
                 number = {"number": _number(entity)}
                 if len(keys) > _MOST_KEYS:
@@ -90,12 +90,12 @@ def _number(name: str) -> int:
 
 
 @contextmanager
-def _patiently(connection: Connection) -> Iterator[None]:
-    """Wait for locks in here for `PATIENCE_S` at most, where the application has set no limit."""
+def _limited_lock_wait(connection: Connection) -> Iterator[None]:
+    """Wait for locks in here for `LOCK_WAIT_S` at most, where the application has set no limit."""
     with connection.begin_nested():
         unlimited = connection.scalar(_lock_timeout) == "0"
         if unlimited:
-            connection.execute(_set_lock_timeout, {"timeout": f"{int(PATIENCE_S * 1000)}ms"})
+            connection.execute(_set_lock_timeout, {"timeout": f"{int(LOCK_WAIT_S * 1000)}ms"})
         yield
         if unlimited:
             connection.execute(_set_lock_timeout, {"timeout": "0"})
@@ -114,31 +114,33 @@ _sleep = select(func.pg_sleep(_PAUSE_S))  # in the database: a coroutine's threa
 
 
 def require_absent(connection: Connection, tracked: Tracked, keys: Collection[str]) -> None:
-    """Raise `Taken` if a row has one of *keys*. Raise ConflictError if that stays open.
+    """Raise `KeyInserted` if a row has one of *keys*. Raise ConflictError if that stays open.
 
     Call it after the entries of *keys* are written. See this module for why.
     """
     if not keys or connection.dialect.name != "postgresql":
         return
     _wait_for_writers(connection, tracked)
-    columns = tracked.on(connection.dialect)
-    with _present(connection) as present:
-        there = columns.find_rows(present, keys)
-    if there:
-        raise Taken(f"{tracked.entity} {min(there)} was added again by another transaction. Run this one again.", there)
+    columns = tracked.columns_for(connection.dialect)
+    with _connection_to_committed(connection) as present:
+        rows = columns.find_rows(present, keys)
+    if rows:
+        raise KeyInserted(
+            f"{tracked.entity} {min(rows)} was added again by another transaction. Run this one again.", rows
+        )
     require_current(connection, tracked, keys)
 
 
 def _wait_for_writers(connection: Connection, tracked: Tracked) -> None:
     table = connection.dialect.identifier_preparer.format_table(tracked.table).replace("%%", "%")
-    deadline = time.monotonic() + PATIENCE_S
-    left: set[str] | None = None
+    deadline = time.monotonic() + LOCK_WAIT_S
+    writers: set[str] | None = None
     while True:
         waits_for_us: dict[str, bool] = dict(map(tuple, connection.execute(_writers, {"table": table})))
-        left = set(waits_for_us) if left is None else left & waits_for_us.keys()
-        if not left:
+        writers = set(waits_for_us) if writers is None else writers & waits_for_us.keys()
+        if not writers:
             return
-        if time.monotonic() > deadline or any(waits_for_us[writer] for writer in left):
+        if time.monotonic() > deadline or any(waits_for_us[writer] for writer in writers):
             raise ConflictError(
                 f"Cannot write the history of a key of {tracked.entity} that has no row. Another transaction is "
                 "writing to the table, and may be adding it. Run this transaction again when that one has ended."
@@ -156,10 +158,10 @@ def require_current(connection: Connection, tracked: Tracked, keys: Collection[s
     entries = select(log.c.id, log.c.version).where(
         log.c.entity == tracked.entity, log.c.key.in_(select(_keys.c.value))
     )
-    given = {"keys": as_array(keys)}
-    with _present(connection) as present:
-        committed = set(map(tuple, present.execute(entries, given)))
-    if not committed.issubset(map(tuple, connection.execute(entries, given))):
+    parameters = {"keys": as_array(keys)}
+    with _connection_to_committed(connection) as present:
+        committed = set(map(tuple, present.execute(entries, parameters)))
+    if not committed.issubset(map(tuple, connection.execute(entries, parameters))):
         raise ConflictError(
             f"Cannot write the history of {tracked.entity}: others changed these facts after the snapshot of this "
             "transaction was taken. Run the transaction again."
@@ -174,7 +176,7 @@ def _is_in_snapshot(connection: Connection) -> bool:
 
 
 @contextmanager
-def _present(connection: Connection) -> Iterator[Connection]:
+def _connection_to_committed(connection: Connection) -> Iterator[Connection]:
     """A connection that sees what is committed now."""
     if not _is_in_snapshot(connection):
         yield connection
@@ -192,13 +194,15 @@ _deleted = select(log.c.key, log.c.tx).where(
 )
 
 
-def open_to_others(connection: Connection, tracked: Tracked, keys: Collection[str], own: Collection[str]) -> list[str]:
+def keys_others_can_insert(
+    connection: Connection, tracked: Tracked, keys: Collection[str], own: Collection[str]
+) -> list[str]:
     """Those of *keys*, which have no row, that others can add one of.
 
     They cannot where one of *own*, which are this transaction, deleted the row: whoever adds it waits for us.
     """
     if not keys or connection.dialect.name != "postgresql":
         return []
-    given = {"entity": tracked.entity, "keys": as_array(keys)}
-    ours = {row.key for row in connection.execute(_deleted, given) if row.tx in own}
+    parameters = {"entity": tracked.entity, "keys": as_array(keys)}
+    ours = {row.key for row in connection.execute(_deleted, parameters) if row.tx in own}
     return [key for key in keys if key not in ours]

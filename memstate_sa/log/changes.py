@@ -73,7 +73,7 @@ def fold(existed: Mapping[str, bool], images: Mapping[str, Image]) -> Iterable[t
             yield key, "delete", None
 
 
-class Step(NamedTuple):
+class LoggedChange(NamedTuple):
     """One logged change that is to be undone; ``before`` and ``after`` are encoded images."""
 
     id: int
@@ -88,25 +88,25 @@ class Step(NamedTuple):
         return self.entity, self.key
 
 
-def invert(steps: Sequence[Step]) -> tuple[list[LogEntry], dict[FactKey, Image | None]]:
-    """The compensating log entries for *steps* (newest first), and the row each fact must end up with.
+def invert(changes: Sequence[LoggedChange]) -> tuple[list[LogEntry], dict[FactKey, Image | None]]:
+    """The compensating log entries for *changes* (newest first), and the row each fact must end up with.
 
-    Every step is undone by an entry of its own, so that the log says which transaction each entry reverts; the table
+    Every change is undone by an entry of its own, so that the log says which transaction each entry reverts; the table
     only needs the last of them.
     """
     entries = []
     final: dict[FactKey, Image | None] = {}
-    for step in steps:
-        if step.before is None and step.after is None:
+    for change in changes:
+        if change.before is None and change.after is None:
             continue
-        op: Op = "insert" if step.after is None else "delete" if step.before is None else "update"
-        entries.append(LogEntry(step.entity, step.key, op, step.before, reverts=step.tx))
-        final[step.fact] = step.before
+        op: Op = "insert" if change.after is None else "delete" if change.before is None else "update"
+        entries.append(LogEntry(change.entity, change.key, op, change.before, reverts=change.tx))
+        final[change.fact] = change.before
     return entries, final
 
 
-class Later(NamedTuple):
-    """An entry of a fact, later than the first of its steps that are to be undone."""
+class LaterEntry(NamedTuple):
+    """An entry of a fact, later than the first of its changes that are to be undone."""
 
     id: int
     tx: str
@@ -115,7 +115,7 @@ class Later(NamedTuple):
 
 
 def conflicting_entries(
-    later: Sequence[Later], targets: Collection[str], undone: Collection[tuple[str, FactKey]]
+    later: Sequence[LaterEntry], targets: Collection[str], undone: Collection[tuple[str, FactKey]]
 ) -> dict[FactKey, list[int]]:
     """The ids of those *later* entries, by fact, that undoing the transactions *targets* would lose.
 
@@ -123,12 +123,12 @@ def conflicting_entries(
     nothing behind, and neither does what it undid; an undo of something older is a change like any other.
     """
     since = {(entry.tx, entry.fact) for entry in later}
-    found: dict[FactKey, list[int]] = {}
+    conflicts: dict[FactKey, list[int]] = {}
     for entry in later:
         reverts_since = entry.reverts is not None and (entry.reverts in targets or (entry.reverts, entry.fact) in since)
         if entry.tx not in targets and (entry.tx, entry.fact) not in undone and not reverts_since:
-            found.setdefault(entry.fact, []).append(entry.id)
-    return found
+            conflicts.setdefault(entry.fact, []).append(entry.id)
+    return conflicts
 
 
 def replay(changes: Iterable[Change]) -> dict[tuple[str, Any], Image]:

@@ -27,7 +27,7 @@ from sqlalchemy.exc import DataError, ProgrammingError
 
 from memstate_sa.db.codec import Image, decode_image, decode_key, decoded
 from memstate_sa.db.json_params import as_array, unnest_strings
-from memstate_sa.db.key_values import contained
+from memstate_sa.db.key_values import tolerate_refusal
 from memstate_sa.db.raw_values import RAW
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import batches
@@ -69,10 +69,10 @@ _changes = (
 def read_changes(connection: Connection, registry: Registry, *criteria: ColumnElement[bool]) -> list[Change]:
     """The log entries that satisfy *criteria*, oldest first."""
     rows = connection.execute(_changes.where(*criteria))
-    return [_change(row, registry, connection) for row in rows if not _is_known(row)]
+    return [_change(row, registry, connection) for row in rows if not _is_repeated_baseline(row)]
 
 
-def _is_known(row: Row[Any]) -> bool:
+def _is_repeated_baseline(row: Row[Any]) -> bool:
     """Of a baseline that says what the entry before it says.
 
     A transaction logs one whose snapshot (REPEATABLE READ, SERIALIZABLE) is older than the backfill of that row. A
@@ -106,8 +106,8 @@ def last_entries(connection: Connection, tracked: Tracked, keys: Sequence[str]) 
         row.key: LastEntry(
             row.id, row.op, None if row.image is None else tracked.upcast(row.image, row.version, connection.dialect)
         )
-        for some in batches(keys)
-        for row in connection.execute(_last, {"entity": tracked.entity, "keys": as_array(some)}).all()
+        for batch in batches(keys)
+        for row in connection.execute(_last, {"entity": tracked.entity, "keys": as_array(batch)}).all()
     }
 
 
@@ -122,8 +122,8 @@ def find_changes(
     limit: int | None = None,
 ) -> list[Change]:
     """The last *limit* changes with all of what is given, oldest first."""
-    wanted = ((log.c.entity, entity), (log.c.key, key))
-    criteria = [column == value for column, value in wanted if value is not None]
+    columns = ((log.c.entity, entity), (log.c.key, key))
+    criteria = [column == value for column, value in columns if value is not None]
     labels = ((transaction.c.actor, actor), (transaction.c.session_id, session_id))
     labelled = [column == value for column, value in labels if value is not None]
     if labelled:
@@ -146,23 +146,23 @@ def stored_key(connection: Connection, tracked: Tracked, key: Any) -> str:
 
     CHAR is padded, 1.5 may be 1.50. The log knows one form, and so does a row; else the database is asked for it.
     """
-    columns = tracked.on(connection.dialect)
+    columns = tracked.columns_for(connection.dialect)
     asked = columns.canonical(key)
     if not connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array([asked])}).all():
         return asked
     values = decode_key(asked)
     try:
-        with contained(connection):
-            there = columns.read(connection, [values])
+        with tolerate_refusal(connection):
+            rows = columns.read(connection, [values])
             forms = (_as_stored(columns, *item) for item in zip(tracked.key_columns, values, strict=True))
-            return next(iter(there), None) or columns.encode_key(connection.execute(select(*forms)).one())
+            return next(iter(rows), None) or columns.encode_key(connection.execute(select(*forms)).one())
     except (DataError, ProgrammingError, OverflowError, UnicodeError):
         return asked  # which no row can have
 
 
 def _change(row: Row[Any], registry: Registry, connection: Connection) -> Change:
     tracked = registry.by_entity.get(row.entity)
-    columns = None if tracked is None else tracked.on(connection.dialect)
+    columns = None if tracked is None else tracked.columns_for(connection.dialect)
     key = decoded(row.key) or (row.key,) if columns is None else columns.identity(row.key)
     return Change(
         id=row.id,
@@ -170,8 +170,8 @@ def _change(row: Row[Any], registry: Registry, connection: Connection) -> Change
         entity=row.entity,
         key=key[0] if len(key) == 1 else key,
         op=row.op,
-        before=shown(connection, tracked, row.before, row.before_version),
-        after=shown(connection, tracked, row.image, row.version),
+        before=loaded_image(connection, tracked, row.before, row.before_version),
+        after=loaded_image(connection, tracked, row.image, row.version),
         at=row.at,
         actor=row.actor,
         reason=row.reason,
@@ -180,26 +180,28 @@ def _change(row: Row[Any], registry: Registry, connection: Connection) -> Change
     )
 
 
-def shown(connection: Connection, tracked: Tracked | None, image: Image | None, version: int | None) -> Image | None:
+def loaded_image(
+    connection: Connection, tracked: Tracked | None, image: Image | None, version: int | None
+) -> Image | None:
     """A logged image as the values that the ORM would load, in the shape that the class has today."""
     if image is None or version is None:
         return None
     if tracked is None:
         return decode_image(image)
-    return tracked.on(connection.dialect).values(dict(tracked.upcast(image, version, connection.dialect)))
+    return tracked.columns_for(connection.dialect).values(dict(tracked.upcast(image, version, connection.dialect)))
 
 
 # -- moments -----------------------------------------------------------------------------------------------------------
 
 
-class Reached(NamedTuple):
+class LogAtMoment(NamedTuple):
     """Which entries there were at a moment. *snapshot* is what the moment's transaction saw, where that is known."""
 
     criterion: ColumnElement[bool]
     snapshot: Snapshot | None = None
 
 
-def until(connection: Connection, at: Moment) -> Reached:
+def log_at(connection: Connection, at: Moment) -> LogAtMoment:
     """What the log was at a moment.
 
     Transactions commit in another order than that of their ids. So the moment after a transaction is what this one saw,
@@ -209,7 +211,7 @@ def until(connection: Connection, at: Moment) -> Reached:
     if isinstance(at, datetime):
         if at.utcoffset() is None:
             raise MemstateError(f"at={at!r}: give an aware datetime, for example datetime.now(UTC)")
-        return Reached(log.c.at <= at)
+        return LogAtMoment(log.c.at <= at)
     if not isinstance(at, str):
         raise MemstateError(f"at={at!r}: give an aware datetime, or a transaction (Change.tx)")
     tx, _, shown = at.partition(SNAPSHOT_MARK)
@@ -217,11 +219,11 @@ def until(connection: Connection, at: Moment) -> Reached:
     if last is None:
         raise NotFound(f"the log has no transaction {tx!r}")
     if connection.dialect.name != "postgresql":
-        return Reached(log.c.id <= last)
+        return LogAtMoment(log.c.id <= last)
     its = select(log.c.xid, log.c.snapshot, _is_of_another_cluster).where(log.c.tx == tx, log.c.snapshot.is_not(None))
     own = connection.execute(its.order_by(log.c.id.desc()).limit(1)).one_or_none()
     if own is None:  # older than the column
-        return Reached(log.c.id <= last)
+        return LogAtMoment(log.c.id <= last)
     snapshot = Snapshot.parse(shown or own.snapshot)
     seen = or_(
         log.c.xid.is_(None),
@@ -231,7 +233,7 @@ def until(connection: Connection, at: Moment) -> Reached:
         # Ids of a cluster that this database was restored from are no numbers of this one's: those entries are older.
         false() if own[2] else _is_of_another_cluster,
     )
-    return Reached(and_(log.c.id <= last, seen), snapshot)
+    return LogAtMoment(and_(log.c.id <= last, seen), snapshot)
 
 
 SNAPSHOT_MARK = "@"
@@ -250,12 +252,12 @@ def image_at(connection: Connection, tracked: Tracked, key: str, at: Moment) -> 
     mine = (log.c.entity == tracked.entity, log.c.key == key)
     entry = select(log.c.op, log.c.image, log.c.version).where(*mine)
     row = connection.execute(
-        entry.where(until(connection, at).criterion).order_by(log.c.id.desc()).limit(1)
+        entry.where(log_at(connection, at).criterion).order_by(log.c.id.desc()).limit(1)
     ).one_or_none()
     if row is None:
         row = connection.execute(entry.order_by(log.c.id).limit(1)).one_or_none()
         if row is None:
-            return tracked.on(connection.dialect).find_rows(connection, [key]).get(key)
+            return tracked.columns_for(connection.dialect).find_rows(connection, [key]).get(key)
         if row.op != "baseline":
             return None
     if row.version == REDACTED:
@@ -270,7 +272,7 @@ def images_at(
 
     Erased facts are left out.
     """
-    mine, reached = [log.c.entity == tracked.entity], until(connection, at).criterion
+    mine, reached = [log.c.entity == tracked.entity], log_at(connection, at).criterion
     if keys is not None:
         mine.append(log.c.key.in_(select(_keys.c.value)))
     parameters = {} if keys is None else {"keys": as_array(keys)}
@@ -288,12 +290,12 @@ def differences(
     connection: Connection, registry: Registry, entities: Sequence[str], a: Moment, b: Moment
 ) -> list[Change]:
     """What became of each fact between two moments, as one change; facts that are the same at both are left out."""
-    found = []
-    earlier, later = (until(connection, moment).criterion for moment in (a, b))
+    changes = []
+    earlier, later = (log_at(connection, moment).criterion for moment in (a, b))
     between = or_(and_(later, ~earlier), and_(earlier, ~later))  # two that ran at once did not see each other
     for entity in entities:
         tracked = registry.by_entity[entity]
-        columns = tracked.on(connection.dialect)
+        columns = tracked.columns_for(connection.dialect)
         newest = select(func.max(log.c.id)).where(log.c.entity == entity, between).group_by(log.c.key)
         rows = connection.execute(select(log.c.key, log.c.id).where(log.c.id.in_(newest))).all()
         last: dict[str, int] = {row.key: row.id for row in rows}
@@ -304,5 +306,5 @@ def differences(
                 images = [images.get(differing[change.id]) for images in (before, after)]
                 was, is_ = (None if image is None else columns.values(dict(image)) for image in images)
                 op: Op = "insert" if was is None else "delete" if is_ is None else "update"
-                found.append(replace(change, op=op, before=was, after=is_))
-    return sorted(found, key=lambda change: change.id)
+                changes.append(replace(change, op=op, before=was, after=is_))
+    return sorted(changes, key=lambda change: change.id)

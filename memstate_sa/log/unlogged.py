@@ -14,10 +14,10 @@ from memstate_sa.tracking.committed import page
 from memstate_sa.tracking.tracked import Tracked
 
 
-def unlogged(connection: Connection, tracked: Tracked) -> Iterator[Mapping[str, Image]]:
+def unlogged_rows(connection: Connection, tracked: Tracked) -> Iterator[Mapping[str, Image]]:
     """The rows that no entry of the log tells of, by key, in pages: they are older than tracking, or came past it."""
     after: str | None = None
-    columns = tracked.on(connection.dialect)
+    columns = tracked.columns_for(connection.dialect)
     while keys := page(connection, tracked, after, READ_CHUNK):
         after = keys[-1]
         unknown = connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array(keys)}).all()

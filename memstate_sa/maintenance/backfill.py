@@ -30,7 +30,7 @@ _BATCHES = 20
 _BEGINNING = ""
 
 
-class State(NamedTuple):
+class BackfillState(NamedTuple):
     """How far the backfill of some classes is, whoever works on it: rows seen, of how many; those new to the log."""
 
     seen: int
@@ -53,7 +53,7 @@ class Backfill:
     ) -> None:
         self._engine = engine
         self._recorder = recorder
-        self._tracked = {each.entity: each for each in tracked}
+        self._tracked = {one.entity: one for one in tracked}
         self._batch_size = batch_size
         self._rate = rate
 
@@ -97,14 +97,14 @@ class Backfill:
     def run(self, *, limit: int | None = None, progress: Progress | None = None) -> int:
         """Work until nothing is left, or *limit* rows were looked at; how many of them were new to the log."""
         added = seen = 0
-        self._tell(progress)
+        self._report(progress)
         while limit is None or seen < limit:
             since = time.monotonic()
             turn = self._turn(self._batch_size if limit is None else min(self._batch_size, limit - seen))
             if turn is None:
                 break
             added, seen = added + turn[1], seen + turn[0]
-            self._tell(progress)
+            self._report(progress)
             now = time.monotonic()
             pause = 0.0 if self._rate is None else turn[0] / self._rate - (now - since)
             if self._engine.dialect.name == "sqlite":
@@ -114,12 +114,12 @@ class Backfill:
                 time.sleep(pause)
         return added
 
-    def state(self, connection: Connection) -> State:
+    def state(self, connection: Connection) -> BackfillState:
         *numbers, unfinished = connection.execute(_state, {"entities": list(self._tracked)}).one()
         seen, total, added = map(int, numbers)
-        return State(seen, max(seen, total) if unfinished else seen, added, not unfinished)
+        return BackfillState(seen, max(seen, total) if unfinished else seen, added, not unfinished)
 
-    def _tell(self, progress: Progress | None) -> None:
+    def _report(self, progress: Progress | None) -> None:
         if progress is not None:
             with self._engine.connect() as connection:
                 state = self.state(connection)
@@ -131,19 +131,19 @@ class Backfill:
         """How many rows were looked at, and how many of them were logged; None when nothing is left."""
         with self._transaction() as connection:
             take_write_lock(connection)
-            claimed = self._claim(connection)
-            if claimed is None:
+            range_row = self._lock_range(connection)
+            if range_row is None:
                 return None
-            tracked, after = self._tracked[claimed.entity], claimed.position or None
-            this = and_(backfill.c.entity == claimed.entity, backfill.c.start == claimed.start)
-            if claimed.until is None:
+            tracked, after = self._tracked[range_row.entity], range_row.position or None
+            this = and_(backfill.c.entity == range_row.entity, backfill.c.start == range_row.start)
+            if range_row.until is None:
                 skip = _BATCHES * self._batch_size - 1
                 boundary = committed.page(connection, tracked, after, 1, skip=skip)
                 if boundary:  # what is beyond is for whoever comes next
                     connection.execute(update(backfill).where(this).values(until=boundary[0]))
-                    connection.execute(insert(backfill), _range(claimed.entity, boundary[0]))
+                    connection.execute(insert(backfill), _range(range_row.entity, boundary[0]))
                     return 0, 0
-            keys = committed.page(connection, tracked, after, size, until=claimed.until)
+            keys = committed.page(connection, tracked, after, size, until=range_row.until)
             added = passed = 0
             if keys:
                 added, passed = self._recorder.log_baselines(connection, tracked, keys)
@@ -151,7 +151,7 @@ class Backfill:
                 update(backfill)
                 .where(this)
                 .values(
-                    position=keys[passed - 1] if passed else claimed.position,
+                    position=keys[passed - 1] if passed else range_row.position,
                     seen=backfill.c.seen + passed,
                     added=backfill.c.added + added,
                     done=len(keys) < size and passed == len(keys),
@@ -159,13 +159,13 @@ class Backfill:
             )
             return passed, added
 
-    def _claim(self, connection: Connection) -> Row[Any] | None:
+    def _lock_range(self, connection: Connection) -> Row[Any] | None:
         """Lock a range, that is not worked on, if there is one; None when all are done."""
         entities = {"entities": list(self._tracked)}
         while True:
             for statement in (_unlocked, _any):
-                if claimed := connection.execute(statement, entities).first():
-                    return claimed
+                if range_row := connection.execute(statement, entities).first():
+                    return range_row
             # Nothing, or what was waited for is done now, and others are not.
             if self.state(connection).done:
                 return None

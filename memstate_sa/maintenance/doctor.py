@@ -23,7 +23,7 @@ from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import current, log, metadata
 from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import ConflictError, MemstateError
-from memstate_sa.log.absent_keys import Taken, require_absent
+from memstate_sa.log.absent_keys import KeyInserted, require_absent
 from memstate_sa.log.changes import LogEntry, new_tx
 from memstate_sa.log.history import LastEntry, last_entries
 from memstate_sa.maintenance import releases
@@ -118,29 +118,29 @@ class Doctor:
 
     def run(self, *, repair: bool, rows: bool = True, progress: Progress | None = None) -> Diagnosis:
         inspector = inspect(self._engine)
-        found = Diagnosis(problems=[*self._problems(), *self._changed(inspector)])
+        diagnosis = Diagnosis(problems=[*self._problems(), *self._changed(inspector)])
         if not rows or not inspector.has_table(log.name):
-            return found
+            return diagnosis
         hidden = self._hidden()
         for tracked in self._registry.by_entity.values():
             if _absent(inspector, tracked) or any(table.fullname in hidden for table in tracked.tables):
                 continue
-            for differing, gone in self._differences(tracked, found, progress):
-                (found.gone if gone else found.changed).extend(self._shown(tracked, differing))
+            for differing, gone in self._differences(tracked, diagnosis, progress):
+                (diagnosis.gone if gone else diagnosis.changed).extend(self._shown(tracked, differing))
                 if repair:
                     self._reconcile(tracked, differing)
-            found.problems += self._unique_values(tracked)
-        return found
+            diagnosis.problems += self._unique_values(tracked)
+        return diagnosis
 
     def _shown(self, tracked: Tracked, keys: Collection[str]) -> Iterator[tuple[str, object]]:
         for key in keys:
-            identity = tracked.on(self._engine.dialect).identity(key)
+            identity = tracked.columns_for(self._engine.dialect).identity(key)
             yield tracked.entity, identity[0] if len(identity) == 1 else identity
 
     # -- log and tables ----------------------------------------------------------------------------------------------
 
     def _differences(
-        self, tracked: Tracked, found: Diagnosis, progress: Progress | None
+        self, tracked: Tracked, diagnosis: Diagnosis, progress: Progress | None
     ) -> Iterator[tuple[dict[str, LastEntry], bool]]:
         """The last entries of which rows differ, page by page, and whether that is because the row is gone."""
         after: str | None = None
@@ -151,13 +151,15 @@ class Doctor:
             if not keys:
                 break
             after = keys[-1]
-            found.checked += len(keys)
+            diagnosis.checked += len(keys)
             if unlogged := len(keys) - len(known):
-                found.unlogged_by_class[tracked.model] = found.unlogged_by_class.get(tracked.model, 0) + unlogged
+                diagnosis.unlogged_by_class[tracked.model] = (
+                    diagnosis.unlogged_by_class.get(tracked.model, 0) + unlogged
+                )
             if differing := self._confirmed(tracked, known):
                 yield differing, False
             if progress is not None:
-                progress(found.checked, None)
+                progress(diagnosis.checked, None)
         after = ""
         while True:
             with self._engine.connect() as connection:
@@ -165,11 +167,11 @@ class Doctor:
                 keys = list(connection.scalars(_logged_keys, page))
                 entries = last_entries(connection, tracked, keys)
                 living = {key: last for key, last in entries.items() if last.op != "delete"}
-                there = _rows(connection, tracked, list(living))
+                rows = _rows(connection, tracked, list(living))
             if not keys:
                 break
             after = keys[-1]
-            if lost := self._confirmed(tracked, {key: last for key, last in living.items() if key not in there}):
+            if lost := self._confirmed(tracked, {key: last for key, last in living.items() if key not in rows}):
                 yield lost, True
 
     def _confirmed(self, tracked: Tracked, before: Mapping[str, LastEntry]) -> dict[str, LastEntry]:
@@ -181,7 +183,7 @@ class Doctor:
             rows = _rows(connection, tracked, keys)
             after = last_entries(connection, tracked, keys)
         same = [key for key, last in before.items() if key in after and after[key].id == last.id]
-        columns = tracked.on(self._engine.dialect)
+        columns = tracked.columns_for(self._engine.dialect)
         return {key: before[key] for key in same if _differs(before[key], rows.get(key), columns)}
 
     def _reconcile(self, tracked: Tracked, before: Mapping[str, LastEntry]) -> None:
@@ -194,7 +196,7 @@ class Doctor:
             try:
                 with self._writing() as connection:
                     self._log_differences(connection, tracked, {key: before[key] for key in keys})
-            except Taken as taken:  # they are there again, and logged
+            except KeyInserted as taken:  # they are there again, and logged
                 keys = [key for key in keys if key not in taken.keys]
             except ConflictError:  # they may come: another examination finds what has become of them
                 logger.warning(_UNSURE, tracked.entity)
@@ -217,7 +219,7 @@ class Doctor:
         for key, last in last_entries(connection, tracked, keys).items():
             row = rows.get(key)
             # A row that is not there is not locked: it may have come again since, and been logged.
-            if last.id == before[key].id and _differs(last, row, tracked.on(connection.dialect)):
+            if last.id == before[key].id and _differs(last, row, tracked.columns_for(connection.dialect)):
                 op = "delete" if row is None else "insert" if last.op == "delete" else "update"
                 entries.append(LogEntry(tracked.entity, key, op, row, step=False))  # type: ignore[arg-type]
         if entries:
@@ -259,9 +261,9 @@ class Doctor:
     def _problems(self) -> Iterator[Problem]:
         inspector = inspect(self._engine)
         dialect = self._engine.dialect.name
-        there = set(inspector.get_table_names())
+        tables = set(inspector.get_table_names())
         for table in metadata.sorted_tables:
-            if table.name not in there:
+            if table.name not in tables:
                 yield Problem(table.name, "is not there: memory.create_tables(engine), or a migration, creates it")
                 continue
             lacking = {column.name for column in table.columns} - {c["name"] for c in inspector.get_columns(table.name)}
@@ -271,7 +273,7 @@ class Doctor:
             for index in table.indexes:
                 if index.name not in indexes:
                     yield Problem(table.name, f"has no index {index.name}: what reads it, reads it all; create it")
-        if log.name in there and (lost := self._lost_protection()):
+        if log.name in tables and (lost := self._lost_protection()):
             yield Problem(
                 log.name,
                 f"may be rewritten by anybody, as it has no trigger {', '.join(lost)}: memory.create_tables(engine), "
@@ -284,11 +286,11 @@ class Doctor:
                 "SAVEPOINTs",
                 "survive the ROLLBACK of their transaction: memstate_sa.db.sqlite.configure(engine) mends it",
             )
-        if current.name in there and self._left_told():
+        if current.name in tables and self._has_leftover_context():
             yield Problem(current.name, "holds what a transaction has left there, so others are taken for it: empty it")
         yield from self._hazards()
         for tracked in self._registry.by_entity.values():
-            yield from self._of_class(inspector, tracked, has_log=log.name in there)
+            yield from self._of_class(inspector, tracked, has_log=log.name in tables)
 
     def _of_class(self, inspector: Inspector, tracked: Tracked, *, has_log: bool) -> Iterator[Problem]:
         if absent := _absent(inspector, tracked):
@@ -310,21 +312,21 @@ class Doctor:
     def _hazards(self) -> Sequence[Problem]:
         with self._engine.connect() as connection:
             tables = self._tracked_tables().values()
-            return [Problem(*found) for found in hazards.hazards(connection, tables, metadata.sorted_tables)]
+            return [Problem(*hazard) for hazard in hazards.hazards(connection, tables, metadata.sorted_tables)]
 
     def _changed(self, inspector: Inspector) -> Iterator[Problem]:
         """What another release has left behind."""
         if not {table.name for table in metadata.sorted_tables}.issubset(inspector.get_table_names()):
             return
         with self._engine.connect() as connection:
-            for found in releases.problems(connection, self._registry, self._destinations):
-                yield Problem(*found)
+            for problem in releases.problems(connection, self._registry, self._destinations):
+                yield Problem(*problem)
             for tracked in self._registry.by_entity.values():
                 if not _absent(inspector, tracked):
-                    for found in releases.left_triggers(connection, self._registry, tracked):
-                        yield Problem(*found)
-                    for found in releases.renamed(connection, self._registry, tracked):
-                        yield Problem(*found)
+                    for problem in releases.left_triggers(connection, self._registry, tracked):
+                        yield Problem(*problem)
+                    for problem in releases.renamed(connection, self._registry, tracked):
+                        yield Problem(*problem)
 
     def _cascades(self, tracked: Tracked) -> Iterator[Problem]:
         configure_mappers()  # a process that only looks has loaded no instance yet
@@ -337,7 +339,7 @@ class Doctor:
         with self._engine.connect() as connection:
             return append_only.missing(connection)
 
-    def _left_told(self) -> bool:
+    def _has_leftover_context(self) -> bool:
         with self._engine.connect() as connection:
             return connection.execute(select(current.c.name).limit(1)).first() is not None
 
@@ -348,10 +350,10 @@ class Doctor:
                 expected = {trigger.name: trigger.source for trigger in triggers.triggers(connection, tracked)}
             except MemstateError as error:  # it has become what triggers cannot capture: a partition, for example
                 return f"cannot be captured by triggers: {error}"
-            there = triggers.installed(connection, tracked.table)
-        if not expected.keys() & there.keys():
+            installed = triggers.installed(connection, tracked.table)
+        if not expected.keys() & installed.keys():
             return f"has none of its triggers: {way_out}"
-        wrong = [f"trigger {name}" for name, source in expected.items() if there.get(name) != source]
+        wrong = [f"trigger {name}" for name, source in expected.items() if installed.get(name) != source]
         return f"has no {', '.join(wrong)} as it should be: {way_out}" if wrong else ""
 
 
@@ -367,7 +369,7 @@ _logged_keys = (
 def _rows(
     connection: Connection, tracked: Tracked, keys: Sequence[str], *, for_update: bool = False
 ) -> dict[str, dict[str, Any]]:
-    return tracked.on(connection.dialect).find_rows(connection, keys, for_update=for_update)
+    return tracked.columns_for(connection.dialect).find_rows(connection, keys, for_update=for_update)
 
 
 def _differs(last: LastEntry, row: Image | None, columns: TableColumns) -> bool:

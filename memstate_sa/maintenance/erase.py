@@ -23,9 +23,9 @@ from memstate_sa.db.tables import embedding, index_state, ledger, log, outbox, p
 from memstate_sa.embedders import Embedder
 from memstate_sa.embedding import cache
 from memstate_sa.errors import ConflictError, MemstateError, NotFound
-from memstate_sa.log.absent_keys import Taken, hold, open_to_others, require_absent
+from memstate_sa.log.absent_keys import KeyInserted, keys_others_can_insert, lock_absent_keys, require_absent
 from memstate_sa.log.changes import REDACTED, LogEntry, new_tx
-from memstate_sa.log.history import shown, stored_key
+from memstate_sa.log.history import loaded_image, stored_key
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
@@ -56,17 +56,17 @@ class Eraser:
         with unit.writing():
             take_write_lock(connection)
             fact = stored_key(connection, tracked, key)
-            for left in reversed(range(_ATTEMPTS)):
+            for attempts_left in reversed(range(_ATTEMPTS)):
                 before = unit.mark
                 try:
                     with connection.begin_nested():
                         redacted = self._erase(connection, unit, tracked, fact, reason)
                     break
-                except Taken:
+                except KeyInserted:
                     unit.back_to(before)
-                    if not left:
+                    if not attempts_left:
                         raise
-        self._forget_instances(session, connection, tracked, fact)
+        self._mark_instances_deleted(session, connection, tracked, fact)
         return redacted
 
     def _erase(
@@ -74,13 +74,13 @@ class Eraser:
     ) -> int:
         tx = new_tx()
         row = _row(connection, tracked, fact)
-        vacant = [] if row else open_to_others(connection, tracked, [fact], unit.logged_under)
+        vacant = [] if row else keys_others_can_insert(connection, tracked, [fact], unit.logged_under)
         if vacant:
-            hold(connection, [(tracked.entity, fact)])
+            lock_absent_keys(connection, [(tracked.entity, fact)])
             row = _row(connection, tracked, fact)  # whoever held the key may have added it
         mine = (log.c.entity == tracked.entity, log.c.key == fact)
         if not row and connection.execute(select(log.c.id).where(*mine).limit(1)).first() is None:
-            identity = tracked.on(connection.dialect).identity(fact)
+            identity = tracked.columns_for(connection.dialect).identity(fact)
             key = identity[0] if len(identity) == 1 else identity
             raise NotFound(f"neither {tracked.table.fullname} nor its history has a row with the key {key!r}")
         if row:
@@ -107,9 +107,9 @@ class Eraser:
         cache.forget(connection, set(_texts(connection, tracked, fact, images, embedders)))
         return len(entries)
 
-    def _forget_instances(self, session: Session, connection: Connection, tracked: Tracked, key: str) -> None:
+    def _mark_instances_deleted(self, session: Session, connection: Connection, tracked: Tracked, key: str) -> None:
         """As the ORM does after a DELETE of its own: deleted, and there again when the transaction rolls back."""
-        columns, erased = tracked.on(connection.dialect), normalized_key(decode_key(key))
+        columns, erased = tracked.columns_for(connection.dialect), normalized_key(decode_key(key))
         for instance in list(session.identity_map.values()):
             state: Any = inspect(instance)
             if self._registry.find(state.mapper) is tracked and normalized_key(columns.raw_key(state.key[1])) == erased:
@@ -123,8 +123,8 @@ class Eraser:
         with engine.begin() as connection:
             take_write_lock(connection)
             # A delivery that was under way may have kept a vector anew: what no index holds now, goes.
-            held = select(ledger.c.text_fingerprint).where(ledger.c.text_fingerprint.is_not(None))
-            connection.execute(delete(embedding).where(embedding.c.text_fingerprint.not_in(held)))
+            used = select(ledger.c.text_fingerprint).where(ledger.c.text_fingerprint.is_not(None))
+            connection.execute(delete(embedding).where(embedding.c.text_fingerprint.not_in(used)))
         if engine.dialect.name == "postgresql":
             _vacuum_postgresql(engine, self._tables(engine), time.monotonic() + timeout)
         elif not is_in_memory(engine):
@@ -135,17 +135,17 @@ class Eraser:
         with engine.connect() as connection:
             erased = set(connection.scalars(select(log.c.entity).where(log.c.version == REDACTED).distinct()))
         tracked = [self._registry.by_entity[entity] for entity in sorted(erased) if entity in self._registry.by_entity]
-        return [log, ledger, outbox, parked, unique, embedding, *(table for each in tracked for table in each.tables)]
+        return [log, ledger, outbox, parked, unique, embedding, *(table for one in tracked for table in one.tables)]
 
 
 def _row(connection: Connection, tracked: Tracked, key: str) -> dict[str, dict[str, Any]]:
     """The image of the fact's row, locked, by the key that it has in the log; empty when there is none."""
     try:
-        found = tracked.on(connection.dialect).find_rows(connection, [key], for_update=True)
+        images = tracked.columns_for(connection.dialect).find_rows(connection, [key], for_update=True)
         if tracked.criterion is not None:  # the table has rows of other classes, too
-            ours = committed.read(connection, tracked, list(found))
-            return {key: image for key, image in found.items() if key in ours}
-        return found
+            ours = committed.read(connection, tracked, list(images))
+            return {key: image for key, image in images.items() if key in ours}
+        return images
     except DataError as error:
         raise NotFound(f"{key} cannot be a key of {tracked.table.fullname}") from error
 
@@ -156,34 +156,34 @@ def _require_unreferred(connection: Connection, registry: Registry, tracked: Tra
     The database would delete such a row along, or set its foreign key to NULL, and nobody would log that.
     """
     going = {table: {key} for table in tracked.tables}
-    left = list(going.items())
+    queue = list(going.items())
     referring = [fk for other in registry.by_table for fk in other.foreign_key_constraints]
-    for table, keys in left:
+    for table, keys in queue:
         for fk in (fk for fk in referring if fk.referred_table is table):
             owner = registry.by_table[fk.table]
-            found = _referring(connection, registry, fk, list(keys)) - going.get(fk.table, set())
-            if found and not owner.by_trigger:
-                raise ConflictError(_REFERRED.format(tracked.entity, key, f" ({owner.entity} {min(found)})"))
-            if found and (fk.ondelete or "").upper() == "CASCADE":
-                going.setdefault(fk.table, set()).update(found)
-                left.append((fk.table, found))
+            referring_keys = _referring(connection, registry, fk, list(keys)) - going.get(fk.table, set())
+            if referring_keys and not owner.by_trigger:
+                raise ConflictError(_REFERRED.format(tracked.entity, key, f" ({owner.entity} {min(referring_keys)})"))
+            if referring_keys and (fk.ondelete or "").upper() == "CASCADE":
+                going.setdefault(fk.table, set()).update(referring_keys)
+                queue.append((fk.table, referring_keys))
 
 
 def _referring(connection: Connection, registry: Registry, fk: ForeignKeyConstraint, keys: Sequence[str]) -> set[str]:
     """The keys of the rows that refer to those of *keys*, to which nobody can add one until the transaction ends."""
     tables = (fk.referred_table, fk.table)
-    referred, other = (registry.by_table[table].on(connection.dialect).of_table[table] for table in tables)
+    referred, other = (registry.by_table[table].columns_for(connection.dialect).of_table[table] for table in tables)
     local, remote = columns_of(fk)
     values = []
-    for some in batches([decode_key(key) for key in keys]):
-        referred.lock(connection, some, leaving=True)
-        images = referred.read(connection, some).values()
+    for batch in batches([decode_key(key) for key in keys]):
+        referred.lock(connection, batch, leaving=True)
+        images = referred.read(connection, batch).values()
         values += [value for image in images if (value := values_of(image, remote)) is not None]
     return {key for key, _ in other.find(connection, local, values)}
 
 
 def _delete(connection: Connection, tracked: Tracked, key: str) -> None:
-    columns = tracked.on(connection.dialect).of_table
+    columns = tracked.columns_for(connection.dialect).of_table
     try:
         for table in reversed(tracked.tables):
             statement = delete(table).where(columns[table].key_in)
@@ -206,11 +206,11 @@ def _texts(
     for image, version in images:
         for shape in {version, tracked.version}:  # in today's shape, and in the one that it had
             try:
-                row = _projectable(tracked, shown(connection, tracked, image, shape) or {})
-                found = [tracked.project(key, row, embedder).text_fingerprint for embedder in embedders]
+                row = _projectable(tracked, loaded_image(connection, tracked, image, shape) or {})
+                fingerprints = [tracked.project(key, row, embedder).text_fingerprint for embedder in embedders]
             except Exception:  # noqa: BLE001, S112  # the application's own callables, which need not know such rows
                 continue
-            yield from filter(None, found)
+            yield from filter(None, fingerprints)
 
 
 def _projectable(tracked: Tracked, values: Image) -> list[Any]:
@@ -220,7 +220,7 @@ def _projectable(tracked: Tracked, values: Image) -> list[Any]:
         attribute = tracked.attributes.get(name, name)
         if attributes.get(attribute) is None:  # of the same name in several subclasses
             attributes[attribute] = value
-    return [attributes.get(name) for name in tracked._projected]  # noqa: SLF001  # their order is nobody else's matter
+    return [attributes.get(name) for name in tracked.projected_attributes]
 
 
 _OLDER = text(

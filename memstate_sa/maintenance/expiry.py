@@ -33,20 +33,20 @@ class Sweeper:
 
     def sweep(self, engine: Engine, tracked: Iterable[Tracked]) -> int:
         """Returns how many facts it deleted. One that cannot be deleted is left, and a warning logged."""
-        expiring = [each for each in tracked if each.expires is not None]
+        expiring = [one for one in tracked if one.expires is not None]
         if not expiring:
             return 0
         self._capture.attach(self._session_class)
-        return sum(self._sweep(engine, each) for each in expiring)
+        return sum(self._sweep(engine, one) for one in expiring)
 
     def _sweep(self, engine: Engine, tracked: Tracked) -> int:
-        count, held = 0, set[str]()
+        count, refused = 0, set[str]()
         halves: list[int] = []  # how many facts each part has of a page that was refused
         while True:
             chosen: list[str] = []
             size = halves.pop() if halves else _PAGE
             try:
-                self._page(engine, tracked, held, chosen, size)
+                self._page(engine, tracked, refused, chosen, size)
             except Exception as error:  # the application's own cascades and constraints
                 if not chosen:
                     raise
@@ -54,7 +54,7 @@ class Sweeper:
                 if half:
                     halves += [len(chosen) - half, half]
                 else:
-                    held.update(chosen)
+                    refused.update(chosen)
                     logger.warning(
                         "%s %s has expired, but cannot be deleted (%s)", tracked.entity, *chosen, type(error).__name__
                     )
@@ -63,9 +63,9 @@ class Sweeper:
             if len(chosen) < size:
                 return count
 
-    def _page(self, engine: Engine, tracked: Tracked, held: set[str], chosen: list[str], limit: int) -> None:
+    def _page(self, engine: Engine, tracked: Tracked, refused: set[str], chosen: list[str], limit: int) -> None:
         """Delete up to *limit* expired facts that are not *held*. Puts their keys in *chosen*, first."""
-        columns = tracked.on(engine.dialect)
+        columns = tracked.columns_for(engine.dialect)
         expires = tracked.mapper.columns[tracked.expires or ""]
         now = utcnow() if getattr(expires.type, "timezone", True) else utcnow().replace(tzinfo=None)
         keys = select(*raw_key_columns(tracked)).select_from(tracked.rows).where(expires <= now)
@@ -78,11 +78,11 @@ class Sweeper:
             connection = session.connection(bind_arguments={"mapper": tracked.mapper})
             with unit.writing():
                 take_write_lock(connection)
-            found = [columns.encode_key(row) for row in connection.execute(keys.limit(limit + len(held)))]
-            chosen += [key for key in found if key not in held][:limit]
+            page = [columns.encode_key(row) for row in connection.execute(keys.limit(limit + len(refused)))]
+            chosen += [key for key in page if key not in refused][:limit]
             if chosen:
                 facts = select(tracked.model).where(columns.key_in).options(lazyload("*"))
-                given = columns.key_parameters([decode_key(key) for key in chosen])
-                for fact in session.scalars(facts, given).all():
+                parameters = columns.key_parameters([decode_key(key) for key in chosen])
+                for fact in session.scalars(facts, parameters).all():
                     session.delete(fact)
             session.commit()

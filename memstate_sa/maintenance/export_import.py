@@ -70,7 +70,7 @@ class _Labels(_Line):
     session_id: str | None = None
 
 
-class _Logged(_Line):
+class _LoggedEntry(_Line):
     line: Literal["entry"] = "entry"
     tx: _Tx
     at: AwareDatetime
@@ -88,8 +88,8 @@ class _End(_Line):
     lines: int
 
 
-_AnyLine: TypeAlias = Annotated[_Header | _Labels | _Logged | _End, Field(discriminator="line")]
-_any_line: TypeAdapter[_Header | _Labels | _Logged | _End] = TypeAdapter(_AnyLine)
+_AnyLine: TypeAlias = Annotated[_Header | _Labels | _LoggedEntry | _End, Field(discriminator="line")]
+_any_line: TypeAdapter[_Header | _Labels | _LoggedEntry | _End] = TypeAdapter(_AnyLine)
 _keys = unnest_strings("keys")
 
 
@@ -110,7 +110,7 @@ def export_facts(engine: Engine, tracked: Sequence[Tracked], file: TextIO, progr
         number = 1
         for number, line in enumerate(_lines(connection, tracked, mine), start=2):
             _write(file, line)
-            entries += isinstance(line, _Logged)
+            entries += isinstance(line, _LoggedEntry)
             if progress is not None and number % _PAGE == 0:
                 progress(number, max(number, expected))
         _write(file, _End(lines=number))
@@ -138,16 +138,18 @@ def _labels(mine: ColumnElement[bool]) -> Select[Any]:
 
 def _lines(
     connection: Connection, tracked: Sequence[Tracked], mine: ColumnElement[bool]
-) -> Iterator[_Labels | _Logged]:
+) -> Iterator[_Labels | _LoggedEntry]:
     for row in _pages(connection, _labels(mine), transaction.c.tx, ""):
         yield _Labels.model_construct(**row)
     for row in _pages(connection, select(log).where(mine), log.c.id, 0):
-        yield _Logged.model_construct(**{name: value for name, value in row.items() if name in _Logged.model_fields})
+        yield _LoggedEntry.model_construct(
+            **{name: value for name, value in row.items() if name in _LoggedEntry.model_fields}
+        )
     tx, at = new_tx(), utcnow()
     for one in tracked:
-        for images in unlogged.unlogged(connection, one):
+        for images in unlogged.unlogged_rows(connection, one):
             for key, image in images.items():
-                yield _Logged.model_construct(
+                yield _LoggedEntry.model_construct(
                     tx=tx,
                     at=at,
                     entity=one.entity,
@@ -194,7 +196,7 @@ class _Import:
         self._capture = capture
         self._tx, self._at = new_tx(), utcnow()
         self._since = connection.execute(select(func.coalesce(func.max(log.c.id), 0))).scalar_one()
-        self._translations: dict[str, _Translation] = {}
+        self._translations: dict[str, _EntryTranslation] = {}
         self._highest: dict[str, int] = {}  # of integer keys
         self._deleted: dict[str, list[str]] = {}  # keys that have no row at the end, by entity
 
@@ -204,7 +206,7 @@ class _Import:
         entries = 0
         for batch in _batches(lines):
             labels = [line for _, line in batch if isinstance(line, _Labels)]
-            logged = [(number, line) for number, line in batch if isinstance(line, _Logged)]
+            logged = [(number, line) for number, line in batch if isinstance(line, _LoggedEntry)]
             self._add_labels(labels)
             self._add_entries([self._row(number, line, header) for number, line in logged])
             entries += len(logged)
@@ -212,8 +214,8 @@ class _Import:
                 progress(batch[-1][0], max(header.expected + 1, batch[-1][0]))
         for group in _parents_first([self._registry.by_entity[entity] for entity in header.entities]):
             pages = (page for tracked in group.members for page in self._last_entries(tracked))
-            for some in [list(chain.from_iterable(pages))] if group.is_circular else pages:
-                self._write_rows(some)
+            for page in [list(chain.from_iterable(pages))] if group.is_circular else pages:
+                self._write_rows(page)
         for entity, keys in self._deleted.items():
             require_absent(self._connection, self._registry.by_entity[entity], keys)
         self._move_sequences()
@@ -228,12 +230,12 @@ class _Import:
         if header.dialect != self._connection.dialect.name:
             for entity in header.entities:
                 tracked = self._registry.by_entity[entity]
-                self._translations[entity] = _Translation(tracked, header.dialect, self._connection.dialect)
+                self._translations[entity] = _EntryTranslation(tracked, header.dialect, self._connection.dialect)
         return header
 
     # -- log -----------------------------------------------------------------------------------------------------------
 
-    def _row(self, number: int, entry: _Logged, header: _Header) -> dict[str, Any]:
+    def _row(self, number: int, entry: _LoggedEntry, header: _Header) -> dict[str, Any]:
         """*entry* as a row of the log. Raises MemstateError for what could not be read again."""
         known = header.entities.get(entry.entity)
         if known is None:
@@ -272,19 +274,19 @@ class _Import:
             keys.setdefault(row["entity"], set()).add(row["key"])
         older = log.c.id <= self._since
         self._require_new(select(log.c.tx).where(log.c.tx.in_(select(_keys.c.value)), older), [r["tx"] for r in rows])
-        for entity, some in keys.items():
+        for entity, entity_keys in keys.items():
             logged = select(log.c.key).where(log.c.entity == entity, log.c.key.in_(select(_keys.c.value)), older)
-            there = set(self._connection.scalars(logged, {"keys": as_array(some)}))
-            present = read_facts(self._connection, self._registry, [(entity, key) for key in some])
-            there |= {key for (_, key), image in present.items() if image is not None}
-            if there:
-                raise ConflictError(f"{entity} {min(there)} is in this database already, or was")
+            known_keys = set(self._connection.scalars(logged, {"keys": as_array(entity_keys)}))
+            present = read_facts(self._connection, self._registry, [(entity, key) for key in entity_keys])
+            known_keys |= {key for (_, key), image in present.items() if image is not None}
+            if known_keys:
+                raise ConflictError(f"{entity} {min(known_keys)} is in this database already, or was")
         if rows:
             self._connection.execute(insert(log), list(rows))
 
     def _require_new(self, statement: Select[Any], txs: Sequence[str]) -> None:
-        if found := set(self._connection.scalars(statement, {"keys": as_array(txs)})):
-            raise ConflictError(f"transaction {min(found)} is in this database already: was this imported before?")
+        if known_txs := set(self._connection.scalars(statement, {"keys": as_array(txs)})):
+            raise ConflictError(f"transaction {min(known_txs)} is in this database already: was this imported before?")
 
     # -- tables --------------------------------------------------------------------------------------------------------
 
@@ -312,25 +314,25 @@ class _Import:
         for fact in page:
             if fact["image"] is None:
                 self._deleted.setdefault(fact["entity"], []).append(fact["key"])
-        wanted: dict[FactKey, Image] = {
+        final: dict[FactKey, Image] = {
             (entity, key): self._registry.by_entity[entity].upcast(row["image"], row["version"], dialect)
             for (entity, key), row in last.items()
         }
         try:
-            with self._capture.undoing(connection, self._tx, wanted):
-                present = restore(connection, self._registry, wanted)
+            with self._capture.undoing(connection, self._tx, final):
+                present = restore(connection, self._registry, final)
             self._add_unique(present)
         except (ConflictError, DBAPIError) as error:
             cause = error if isinstance(error, DBAPIError) else error.__cause__
-            names = ", ".join(sorted({entity for entity, _ in wanted}))
+            names = ", ".join(sorted({entity for entity, _ in final}))
             raise ConflictError(f"rows of {names} cannot be written: {getattr(cause, 'orig', error)}") from error
         amended = []
-        for (entity, key), image in wanted.items():
+        for (entity, key), image in final.items():
             now = present[entity, key]
             if now is None:
                 raise MemstateError(f"the last image of {entity} {key} is not of this key")
             if self._differs(entity, image, now):
-                row = {name: value for name, value in last[entity, key].items() if name in _Logged.model_fields}
+                row = {name: value for name, value in last[entity, key].items() if name in _LoggedEntry.model_fields}
                 # In the transaction that it is of: so it is no later change, and undone with it.
                 amended.append({**row, "op": "update", "image": now, "version": self._registry.versions[entity]})
         if amended:
@@ -338,7 +340,7 @@ class _Import:
 
     def _differs(self, entity: str, image: Image, now: Image) -> bool:
         """Whether the database has made something else of a value: the log has to say so."""
-        columns = self._registry.by_entity[entity].on(self._connection.dialect)
+        columns = self._registry.by_entity[entity].columns_for(self._connection.dialect)
         names = [name for name in image if name in now and image[name] != now[name]]
         one, other = (columns.values({name: row[name] for name in names}) for row in (image, now))
         return one != other
@@ -348,7 +350,7 @@ class _Import:
         for (entity, key), image in present.items():
             tracked = self._registry.by_entity[entity]
             if tracked.unique_values is not None and image is not None:
-                value = unique_value(tracked, tracked.on(self._connection.dialect).values(dict(image)))
+                value = unique_value(tracked, tracked.columns_for(self._connection.dialect).values(dict(image)))
                 rows += [] if value is None else [{"entity": entity, "value": value, "key": key}]
         if rows:
             self._connection.execute(insert(unique), rows)
@@ -425,7 +427,7 @@ def _parents_first(tracked: Sequence[Tracked]) -> list[_Group]:
     """Ordered so that a class comes after those whose rows its own refer to."""
     reached = {one: frozenset(_referred(one, tracked)) for one in tracked}
     for _ in tracked:
-        reached = {one: found.union(*(reached[other] for other in found)) for one, found in reached.items()}
+        reached = {one: parents.union(*(reached[other] for other in parents)) for one, parents in reached.items()}
     groups: list[_Group] = []
     circular: dict[frozenset[Tracked], _Group] = {}
     # With itself, who refers to another reaches more than that one does; those that refer to each other reach the same.
@@ -441,19 +443,19 @@ def _parents_first(tracked: Sequence[Tracked]) -> list[_Group]:
 
 
 def _referred(tracked: Tracked, among: Sequence[Tracked]) -> set[Tracked]:
-    found: set[Tracked] = set()
+    referred: set[Tracked] = set()
     for table in tracked.tables:
         for fk in table.foreign_key_constraints:
             is_inheritance = fk.referred_table is not table and set(fk.columns) == set(table.primary_key.columns)
             if fk.referred_table not in tracked.tables or not is_inheritance:
-                found.update(one for one in among if fk.referred_table in one.tables)
-    return found
+                referred.update(one for one in among if fk.referred_table in one.tables)
+    return referred
 
 
 # -- from one database's driver to another's ---------------------------------------------------------------------------
 
 
-class _Translation:
+class _EntryTranslation:
     """What the driver of one dialect reads of a class, as that of another would read it."""
 
     def __init__(self, tracked: Tracked, source: str, target: Dialect) -> None:
@@ -461,7 +463,7 @@ class _Translation:
         # A copy, as it keeps what it learns of a dialect under its name, and this one has no driver.
         self._source = replace(tracked, hydrations={}, _columns={})
         self._dialect = make_url(f"{_DRIVERS[source]}://").get_dialect()()
-        self._target = tracked.on(target)
+        self._target = tracked.columns_for(target)
         of_table = self._target.of_table
         self._zoned = {
             image_name(column, tracked.table)
@@ -470,16 +472,16 @@ class _Translation:
             if getattr(of_table[table].implementation(column), "timezone", False)
         }
 
-    def translate(self, entry: _Logged) -> dict[str, Any]:
-        source, target = self._source.on(self._dialect), self._target
-        found: dict[str, Any] = {"key": target.encode_key(target.raw_key(source.identity(entry.key)))}
+    def translate(self, entry: _LoggedEntry) -> dict[str, Any]:
+        source, target = self._source.columns_for(self._dialect), self._target
+        changes: dict[str, Any] = {"key": target.encode_key(target.raw_key(source.identity(entry.key)))}
         if entry.image is not None:
             # In today's shape: upgrades of older ones take what the driver of their time read.
             image = dict(self._source.upcast(entry.image, entry.version, self._dialect))
             values = source.values(image)
-            found["image"] = {name: encode(self._raw(name, image[name], value)) for name, value in values.items()}
-            found["version"] = self._tracked.version
-        return found
+            changes["image"] = {name: encode(self._raw(name, image[name], value)) for name, value in values.items()}
+            changes["version"] = self._tracked.version
+        return changes
 
     def _raw(self, name: str, encoded: Any, value: Any) -> Any:
         if encoded is None:  # SQL NULL, of which a JSON type would make 'null'

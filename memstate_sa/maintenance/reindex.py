@@ -6,51 +6,48 @@ process, which of the two searches ask: a search asks one index, with the embedd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection
 
 from sqlalchemy import bindparam, delete, not_, or_, select
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa.db import leases
 from memstate_sa.db.codec import FactKey
 from memstate_sa.db.statements import take_write_lock, upsert
 from memstate_sa.db.tables import holder, index_state, ledger, parked, refill, successor, utcnow
+from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import DeliveryError, MemstateError, NotFound
-from memstate_sa.relay import claims
+from memstate_sa.maintenance.progress import Progress
+from memstate_sa.relay import Relay, claims
 from memstate_sa.relay.index_key import IndexKey, of_index
 from memstate_sa.relay.plan import AGAIN
+from memstate_sa.tracking import committed
+from memstate_sa.tracking.tracked import Tracked
 
-_switched = select(successor.c.successor, successor.c.incarnation).where(successor.c.index == bindparam("index"))
 _refused = select(parked.c.entity, parked.c.key).where(of_index(parked), parked.c.state != AGAIN)
 
 
-def check(successors: Mapping[str, str], indexes: Mapping[str, object]) -> None:
-    """Raise MemstateError when *successors* are not among *indexes*, or go in a circle."""
-    for name, other in successors.items():
-        for each in (name, other):
-            if each not in indexes:
-                raise MemstateError(f"successors={dict(successors)!r}: this Memory has no index {each!r}")
-        seen = {name}
-        while other not in seen and other in successors:
-            seen.add(other)
-            other = successors[other]  # noqa: PLW2901
-        if other in seen:
-            raise MemstateError(f"successors={dict(successors)!r}: {other!r} would be its own successor")
-
-
-def searched(
-    connection: Connection, name: str, successors: Mapping[str, str], incarnation_of: Callable[[str], str]
-) -> str:
-    """The index that searches of *name* ask: itself, or the one that has taken its place.
-
-    One that was lost or made anew since has not: the old one is asked until it is filled, and takes its place again.
-    """
-    while name in successors:
-        found = connection.execute(_switched, {"index": name}).one_or_none()
-        if found is None or tuple(found) != (successors[name], incarnation_of(successors[name])):
-            return name
-        name = successors[name]
-    return name
+def fill_and_switch(
+    engine: Engine,
+    relay: Relay,
+    tracked: Collection[Tracked],
+    old: tuple[str, Destination],
+    new: tuple[str, Destination],
+    *,
+    timeout: float,
+    progress: Progress | None,
+) -> None:
+    """Have *relay* fill the index *new*, then have searches ask it instead of *old*. Both are a name and an index."""
+    total = 0
+    if progress is not None:
+        with engine.connect() as connection:
+            total = sum(committed.count(connection, one) for one in tracked)
+    relay.drain(timeout, progress=None if progress is None else lambda done: progress(min(done, total), total))
+    keys = [IndexKey(name, destination.open()) for name, destination in (old, new)]
+    with engine.begin() as connection:
+        switch(connection, *keys)
+    if progress is not None:
+        progress(total, total)
 
 
 def switch(connection: Connection, old: IndexKey, new: IndexKey) -> None:
@@ -99,7 +96,7 @@ def switch_back(connection: Connection, name: str) -> None:
     connection.execute(delete(successor).where(successor.c.index == name))
 
 
-def forget(connection: Connection, name: str) -> None:
+def delete_index_state(connection: Connection, name: str) -> None:
     """Forget what relays know of the index *name*.
 
     Raises NotFound for one that was never delivered to, and MemstateError while a relay holds it.

@@ -44,12 +44,12 @@ def problems(connection: Connection, registry: Registry, destinations: Mapping[s
         if index is None:
             continue
         classes = registry.delivered(name)
-        wanted = {entity: tracked.projection for entity, tracked in classes.items()}
-        differing = projections.differing(connection, index, wanted)
+        current = {entity: tracked.projection for entity, tracked in classes.items()}
+        differing = projections.differing(connection, index, current)
         for entity, was in differing.items():
             yield Finding(
                 f"{entity} in index {name!r}",
-                f"is delivered as {_shown(was)}, and tracked as {_shown(wanted[entity])}: a relay of this release "
+                f"is delivered as {_shown(was)}, and tracked as {_shown(current[entity])}: a relay of this release "
                 "delivers it again, once those of the other release have ended",
             )
         for entity, tracked in classes.items():
@@ -65,12 +65,12 @@ def problems(connection: Connection, registry: Registry, destinations: Mapping[s
 
 
 def _shown(projection: str) -> str:
-    told = json.loads(projection)
-    if told["text"] is None:
+    content = json.loads(projection)
+    if content["text"] is None:
         return "no text"
-    text = told["text"] if isinstance(told["text"], str) else "column " + ", ".join(told["text"])
-    version = "" if told["version"] == 1 else f" of version {told['version']}"
-    return f"text from {text}{version}, metadata ({', '.join(told['metadata'])})"
+    text = content["text"] if isinstance(content["text"], str) else "column " + ", ".join(content["text"])
+    version = "" if content["version"] == 1 else f" of version {content['version']}"
+    return f"text from {text}{version}, metadata ({', '.join(content['metadata'])})"
 
 
 def _latest(connection: Connection, name: str) -> IndexKey | None:
@@ -99,8 +99,8 @@ def _stale(connection: Connection, index: IndexKey, tracked: Tracked, embedder: 
         for row in committed.project(connection, tracked, keys, embedder)
         if isinstance(row, Projection)
     }
-    given = ledger.read_ledger(connection, index, now)
-    differing = [key for (entity, key), held in given.items() if held.fingerprint != now[entity, key]]
+    delivered = ledger.read_ledger(connection, index, now)
+    differing = [key for (entity, key), entry in delivered.items() if entry.fingerprint != now[entity, key]]
     if not differing:
         return 0
     entries = undelivered(
@@ -108,9 +108,9 @@ def _stale(connection: Connection, index: IndexKey, tracked: Tracked, embedder: 
         outbox.c.key,
         where=(outbox.c.entity == tracked.entity) & outbox.c.key.in_(select(unnest_strings("keys").c.value)),
     )
-    some = {"keys": as_array(differing), "limit": ALL}
-    late = set(connection.scalars(select(entries.c.key), {**position_parameters(meet(places)), **some}))
-    late |= set(connection.scalars(_parked, {**index.values(), "entity": tracked.entity, **some}))
+    parameters = {"keys": as_array(differing), "limit": ALL}
+    late = set(connection.scalars(select(entries.c.key), {**position_parameters(meet(places)), **parameters}))
+    late |= set(connection.scalars(_parked, {**index.values(), "entity": tracked.entity, **parameters}))
     return len(set(differing) - late)
 
 

@@ -13,6 +13,8 @@ from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.statements import batches
 from memstate_sa.db.tables import outbox
 from memstate_sa.embedding.batches import Destination
+from memstate_sa.errors import IndexBroken
+from memstate_sa.indexes.base import RemakableIndex
 from memstate_sa.log.outbox import ALL, position_parameters, undelivered
 from memstate_sa.log.positions import Position, meet
 from memstate_sa.maintenance.progress import Progress
@@ -20,9 +22,12 @@ from memstate_sa.relay import ledger
 from memstate_sa.relay.backlog import read_positions
 from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.plan import AGAIN, Parked
+from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.projection import Projection, split_point_id
 from memstate_sa.tracking.tracked import Tracked
+
+logger = printable_logger("memstate_sa.maintenance.verify")
 
 
 @dataclass
@@ -43,6 +48,18 @@ class DriftReport:
     def clean(self) -> bool:
         """Nothing differs, or differed before ``repair=True``; what is pending does not count."""
         return not (self.missing or self.ghost or self.stale)
+
+
+def remake_if_broken(name: str, destination: Destination) -> None:
+    """Make the index *name* anew if its files are damaged. Raises IndexBroken where it cannot be remade."""
+    index = destination.index
+    try:
+        destination.open()
+    except IndexBroken:
+        if not isinstance(index, RemakableIndex):
+            raise
+        logger.warning("index %r is damaged, and made anew", name)
+        index.remake()
 
 
 class Verify:
@@ -95,9 +112,9 @@ class Verify:
             stored = {
                 fact: e.fingerprint for e in entries if (fact := split_point_id(e.id)) and fact[0] in self._tracked
             }
-            held = self._truth(stored)
-            ghosts = [fact for fact in stored if fact not in held]
-            stale = [fact for fact, fingerprint in stored.items() if held.get(fact, fingerprint) != fingerprint]
+            truth = self._truth(stored)
+            ghosts = [fact for fact in stored if fact not in truth]
+            stale = [fact for fact, fingerprint in stored.items() if truth.get(fact, fingerprint) != fingerprint]
             yield "ghost", ghosts
             yield "stale", stale
         for entity, tracked in self._tracked.items():
@@ -108,10 +125,10 @@ class Verify:
                 if not keys:
                     break
                 last = keys[-1]
-                held = self._truth([(entity, key) for key in keys])
-                present = {stored.id for stored in self._index.get([tracked.point_id(key) for _, key in held])}
+                truth = self._truth([(entity, key) for key in keys])
+                present = {stored.id for stored in self._index.get([tracked.point_id(key) for _, key in truth])}
                 report.checked += len(keys)
-                yield "missing", [fact for fact in held if tracked.point_id(fact[1]) not in present]
+                yield "missing", [fact for fact in truth if tracked.point_id(fact[1]) not in present]
                 if progress is not None:
                     progress(report.checked, None)
 
@@ -121,18 +138,18 @@ class Verify:
             return facts
         ids = {fact: self._tracked[fact[0]].point_id(fact[1]) for fact in facts}
         stored = {point.id: point.fingerprint for point in self._index.get(list(ids.values()))}
-        held = self._truth(facts)
-        return [fact for fact in facts if stored.get(ids[fact]) != held.get(fact)]
+        truth = self._truth(facts)
+        return [fact for fact in facts if stored.get(ids[fact]) != truth.get(fact)]
 
     def _truth(self, facts: Iterable[FactKey]) -> dict[FactKey, str]:
         """The fingerprints that the index should hold for *facts*."""
-        held = {}
+        truth = {}
         with self._engine.connect() as connection:
             for entity, keys in by_entity(facts).items():
-                for found in committed.project(connection, self._tracked[entity], keys, self._embedder):
-                    if isinstance(found, Projection) and found.fingerprint is not None:
-                        held[entity, found.key] = found.fingerprint
-        return held
+                for projection in committed.project(connection, self._tracked[entity], keys, self._embedder):
+                    if isinstance(projection, Projection) and projection.fingerprint is not None:
+                        truth[entity, projection.key] = projection.fingerprint
+        return truth
 
     def _position(self) -> Position | None:
         """Where the relay is."""
@@ -161,5 +178,5 @@ class Verify:
 
     def _shown(self, fact: FactKey) -> tuple[str, object]:
         entity, key = fact
-        identity = self._tracked[entity].on(self._engine.dialect).identity(key)
+        identity = self._tracked[entity].columns_for(self._engine.dialect).identity(key)
         return entity, identity[0] if len(identity) == 1 else identity

@@ -18,7 +18,7 @@ from memstate_sa.capture import append_only, triggers
 from memstate_sa.capture.triggers import Capture
 from memstate_sa.db.rows import stored_columns
 from memstate_sa.db.tables import current, log, outbox
-from memstate_sa.indexes._pgvector import COLUMNS
+from memstate_sa.indexes.pgvector_statements import COLUMNS
 from memstate_sa.migrations import is_ours
 from memstate_sa.migrations.operations import (
     CountingTableOps,

@@ -321,7 +321,7 @@ class Delivery:
         embedder = self._vectors.embedder.fingerprint
         with self._reading() as connection:
             for entity, keys in by_entity(request.facts).items():
-                columns = self._tracked[entity].on(connection.dialect)
+                columns = self._tracked[entity].columns_for(connection.dialect)
                 lost = set(keys) - columns.possible(connection, keys).keys()
                 why = DeliveryRejected(f"no row of {columns.table.fullname} can have this key; was its type changed?")
                 impossible.update(((entity, key), why) for key in lost)

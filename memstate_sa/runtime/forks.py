@@ -59,7 +59,7 @@ class _Gate:
         me = threading.get_ident()
         with self._changed:
             self._is_forking = True
-            self._changed.wait_for(lambda: not any(each != me for each in self._inside), _PATIENCE_S)
+            self._changed.wait_for(lambda: not any(thread != me for thread in self._inside), _PATIENCE_S)
 
     def open(self) -> None:
         with self._changed:
@@ -70,7 +70,7 @@ class _Gate:
         """In the child, which has this thread alone."""
         me = threading.get_ident()
         self._changed, self._is_forking = threading.Condition(), False
-        self._inside = [each for each in self._inside if each == me]
+        self._inside = [thread for thread in self._inside if thread == me]
 
 
 _PATIENCE_S = 5.0

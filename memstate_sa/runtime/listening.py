@@ -4,7 +4,7 @@ SQLAlchemy's own collections must not change while another thread goes through t
 stays there, and what it calls is replaced as a whole: one hub for each event, for all Memories together.
 
 A listener of ``do_orm_execute`` runs the later ones itself, by what it is given, and answers for all of them. So each
-Memory has a slot of its own there, which the next Memory takes when it is free.
+Memory has a place of its own there, which the next Memory takes when it is free.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Hub:
             function(*arguments)
 
 
-class _Slot:
+class _Place:
     def __init__(self) -> None:
         self.function: Function | None = None
 
@@ -38,7 +38,7 @@ class _Slot:
 
 
 _hubs: WeakKeyDictionary[Any, dict[str, _Hub]] = WeakKeyDictionary()
-_slots: WeakKeyDictionary[Any, list[_Slot]] = WeakKeyDictionary()
+_places: WeakKeyDictionary[Any, list[_Place]] = WeakKeyDictionary()
 _changing = threading.Lock()
 _ANSWERED = "do_orm_execute"
 
@@ -47,7 +47,7 @@ def listen(target: Any, name: str, function: Function, **options: Any) -> None:
     """Call *function* at each event *name* of *target*, until `stop`. Only ``do_orm_execute`` heeds what it returns."""
     with _changing:
         if name == _ANSWERED:
-            _take_slot(target, function)
+            _take_place(target, function)
             return
         hubs = _hubs.setdefault(target, {})
         hub = hubs.get(name)
@@ -55,17 +55,17 @@ def listen(target: Any, name: str, function: Function, **options: Any) -> None:
             hub = hubs[name] = _Hub()
             event.listen(target, name, hub.__call__, **options)
         if function not in hub.functions:
-            hub.functions = (*(each for each in hub.functions if not _is_over(each)), function)
+            hub.functions = (*(existing for existing in hub.functions if not _is_over(existing)), function)
 
 
-def _take_slot(target: Any, function: Function) -> None:
-    slots = _slots.setdefault(target, [])
-    if any(slot.function == function for slot in slots):
+def _take_place(target: Any, function: Function) -> None:
+    places = _places.setdefault(target, [])
+    if any(place.function == function for place in places):
         return
-    free = next((slot for slot in slots if slot.function is None or _is_over(slot.function)), None)
+    free = next((place for place in places if place.function is None or _is_over(place.function)), None)
     if free is None:
-        free = _Slot()
-        slots.append(free)
+        free = _Place()
+        places.append(free)
         event.listen(target, _ANSWERED, free.__call__)
     free.function = function
 
@@ -78,9 +78,9 @@ def _is_over(function: Function) -> bool:
 def stop(target: Any, name: str, function: Function) -> None:
     """Do not call *function* any more."""
     with _changing:
-        for slot in _slots.get(target, ()) if name == _ANSWERED else ():
-            if slot.function == function:
-                slot.function = None
+        for place in _places.get(target, ()) if name == _ANSWERED else ():
+            if place.function == function:
+                place.function = None
         hub = _hubs.get(target, {}).get(name)
         if hub is not None:
-            hub.functions = tuple(each for each in hub.functions if each != function)
+            hub.functions = tuple(existing for existing in hub.functions if existing != function)

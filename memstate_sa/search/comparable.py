@@ -69,16 +69,16 @@ class Comparable:
         if _kind_of(parameter.type, self._connection) is not kind:
             return None
         value: Any = parameter.effective_value
-        given = list(value) if parameter.expanding else [value]
-        if not all(type(value) is kind for value in given):
+        operands = list(value) if parameter.expanding else [value]
+        if not all(type(value) is kind for value in operands):
             # A driver may adapt a subclass as it likes, an enum for example: the database shows what it was sent.
-            given = self._echo(parameter.type, given)
+            operands = self._echo(parameter.type, operands)
         if kind is bool and self._connection.dialect.name == "sqlite":
-            given = [bool(value) if value in (0, 1) else value for value in given]
-        return given if all(type(value) is kind for value in given) else None
+            operands = [bool(value) if value in (0, 1) else value for value in operands]
+        return operands if all(type(value) is kind for value in operands) else None
 
-    def _echo(self, type_: TypeEngine[Any], given: Sequence[Any]) -> list[Any]:
-        sent = (type_coerce(bindparam(None, value, type_=type_, unique=True), RAW) for value in given)
+    def _echo(self, type_: TypeEngine[Any], values: Sequence[Any]) -> list[Any]:
+        sent = (type_coerce(bindparam(None, value, type_=type_, unique=True), RAW) for value in values)
         return list(self._connection.execute(select(*sent)).one())
 
     def _stored(self) -> Mapping[str, Sequence[Kind]]:
@@ -97,7 +97,7 @@ def _kind_of(type_: TypeEngine[Any], connection: Connection) -> Kind | None:
     if kind is None or getattr(type_, "collation", None) is not None:
         return None
     # The dialect makes another type of it where the model names a variant.
-    inner, plain = (each.dialect_impl(connection.dialect) for each in (type_, type(type_)()))
+    inner, plain = (one.dialect_impl(connection.dialect) for one in (type_, type(type_)()))
     same = type(inner) is type(plain) or _KINDS.get(type(inner)) is kind
     return kind if same and getattr(inner, "collation", None) is None else None
 
@@ -125,13 +125,13 @@ def _read_sqlite(connection: Connection, table: Table) -> dict[str, Sequence[Kin
     is_it = and_(catalog.c.type == "table", func.lower(catalog.c.name) == func.lower(table.name))
     statement = select(column.c.name, column.c.type, catalog.c.sql).join_from(column, catalog, is_it)
     rows = connection.execute(statement).all()
-    found: dict[str, Sequence[Kind]] = {}
+    kinds: dict[str, Sequence[Kind]] = {}
     for name, declared, made_by in rows:
         upper = declared.upper()
         if "INT" in upper:
-            found[name] = (int, bool)
+            kinds[name] = (int, bool)
         elif any(word in upper for word in ("CHAR", "CLOB", "TEXT")):
-            found[name] = () if "COLLATE" in made_by.upper() else (str,)
+            kinds[name] = () if "COLLATE" in made_by.upper() else (str,)
         elif "BOOL" in upper or "NUM" in upper or "DEC" in upper:
-            found[name] = (int, bool)
-    return found
+            kinds[name] = (int, bool)
+    return kinds

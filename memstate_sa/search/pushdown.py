@@ -34,7 +34,7 @@ def push_down(tracked: Tracked, criteria: Sequence[ColumnElement[bool]], compara
     """
     if sum(map(_size, criteria)) > _MOST_VALUES:
         return None
-    translation = _Translation(tracked, comparable)
+    translation = _FilterTranslation(tracked, comparable)
     parts = [translation.of(criterion) for criterion in criteria]
     return _all([part for part in parts if part is not None]) if parts and None not in parts else None
 
@@ -53,7 +53,7 @@ def _all(parts: list[Filter]) -> Filter:
     return parts[0] if len(parts) == 1 else {"$and": parts}
 
 
-class _Translation:
+class _FilterTranslation:
     """Of criteria on the metadata of one class; None stands for what an index cannot be asked."""
 
     def __init__(self, tracked: Tracked, comparable: Comparable) -> None:
@@ -76,18 +76,23 @@ class _Translation:
         return None
 
     def _comparison(self, criterion: BinaryExpression[Any]) -> Filter | None:
-        left, right, mirrored = criterion.left, criterion.right, False
-        if isinstance(left, BindParameter):
-            left, right, mirrored = right, left, True
+        column_side, value_side, mirrored = criterion.left, criterion.right, False
+        if isinstance(column_side, BindParameter):
+            column_side, value_side, mirrored = value_side, column_side, True
         among = criterion.operator is operators.in_op and not mirrored
         operator = "$in" if among else _COMPARISONS.get(criterion.operator)
-        name = self._metadata_name(left)
-        if name is None or operator is None or not isinstance(right, BindParameter) or right.expanding is not among:
+        name = self._metadata_name(column_side)
+        if (
+            name is None
+            or operator is None
+            or not isinstance(value_side, BindParameter)
+            or value_side.expanding is not among
+        ):
             return None
         kind = self._comparable.kind(self._tracked.mapper.columns[name])
         if kind is None or (kind is not int and operator not in ("$eq", "$in")):
             return None
-        values = self._comparable.values(right, kind)
+        values = self._comparable.values(value_side, kind)
         if not values or (kind is int and not all(-_INT64 <= value < _INT64 for value in values)):  # type: ignore[operator]
             return None
         return {name: {"$in": values}} if among else {name: {_MIRRORED[operator] if mirrored else operator: values[0]}}

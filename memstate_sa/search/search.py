@@ -7,6 +7,7 @@ key that is delivered between two of these steps is found either among the undel
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -109,6 +110,12 @@ class Call(Protocol):
 
 def call_directly(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     return function(*args, **kwargs)
+
+
+def call_in_thread(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    from sqlalchemy.util import await_only
+
+    return await_only(asyncio.to_thread(function, *args, **kwargs))
 
 
 _RECENT = 10 * OVERLAY_LIMIT
@@ -329,7 +336,7 @@ class Search:
         if len(keys) > OVERLAY_LIMIT:
             self._complete = False
             del keys[OVERLAY_LIMIT:]
-        if len(self._tracked.on(connection.dialect).possible(connection, keys)) < len(keys):
+        if len(self._tracked.columns_for(connection.dialect).possible(connection, keys)) < len(keys):
             self._complete = False  # something has changed, and no row has such a key
         return keys
 
@@ -406,7 +413,7 @@ class Search:
         wanted = [key for key in dict.fromkeys(keys) if key not in self._rows]
         if not wanted:
             return
-        columns = self._tracked.on(self._connection().dialect)
+        columns = self._tracked.columns_for(self._connection().dialect)
         width = len(self._tracked.key_columns)
         statement = _hydration(self._statement, self._tracked, columns)
         embedder = self._vectors.embedder.fingerprint
@@ -494,7 +501,7 @@ class Search:
 
 def _hydration(statement: Select[Any], tracked: Tracked, columns: TableColumns) -> Select[Any]:
     """*statement* for the rows of some keys, with what tells their content beside the entity."""
-    plain = statement is tracked.everything
+    plain = statement is tracked.select_all
     cached: Select[Any] | None = tracked.hydrations.get(columns.dialect.name) if plain else None
     if cached is not None:
         return cached
@@ -524,7 +531,7 @@ def resolve_target(registry: Registry, target: Any) -> tuple[Select[Any], Tracke
     """The select() that *target* is, or stands for. Raises MemstateError for what cannot be searched."""
     if isinstance(target, type):
         tracked = registry.of(target)
-        return (tracked.everything if target is tracked.model else select(target)), tracked
+        return (tracked.select_all if target is tracked.model else select(target)), tracked
     if not isinstance(target, Select):
         raise MemstateError(f"search {target!r}: give a tracked class or a select() of one")
     described = target.column_descriptions

@@ -25,8 +25,9 @@ from memstate_sa.db.statements import batches, upsert
 from memstate_sa.embedding import cache
 from memstate_sa.embedding.batches import Vectors
 from memstate_sa.errors import MemstateError
-from memstate_sa.log import unlogged as unlogged_module
-from memstate_sa.log.history import Moment, images_at, until
+from memstate_sa.log.history import Moment, images_at, log_at
+from memstate_sa.log.unlogged import unlogged_rows
+from memstate_sa.search.query import Query
 from memstate_sa.search.search import Call, Hit, Hits, cosine_distance, keys_of
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.committed import raw_key_columns
@@ -68,17 +69,17 @@ def as_of_session(engine: Engine, tracked: Iterable[Tracked], at: Moment) -> Ite
             "an in-memory SQLite has one connection, on which the past would hide the present: use a file"
         )
     tracked = list(tracked)
-    for table in (table for each in tracked for table in each.tables if table.schema is not None):
+    for table in (table for one in tracked for table in one.tables if table.schema is not None):
         raise MemstateError(f"{table.fullname} names its schema, so no temporary table can stand for it: use as_of()")
     with engines.snapshot(engine) as connection:
         try:
             # Asked before any table is hidden.
-            until(connection, at)
-            filled = [_rows_at(connection, each, at) for each in tracked]
+            log_at(connection, at)
+            filled = [_rows_at(connection, one, at) for one in tracked]
             if not is_sqlite:  # whatever the path says of temporary tables
                 path = connection.execute(select(func.current_setting("search_path"))).scalar_one()
                 connection.execute(select(func.set_config("search_path", f"pg_temp, {path}", true())))
-            for own, rows in (item for each in filled for item in each.items()):
+            for own, rows in (item for one in filled for item in one.items()):
                 _hide(connection, own, rows)
             if is_sqlite:
                 connection.exec_driver_sql("PRAGMA query_only = ON")
@@ -98,24 +99,24 @@ Rows: TypeAlias = dict[TableColumns, list[Sequence[Any]]]
 
 def _rows_at(connection: Connection, tracked: Tracked, at: Moment) -> Rows:
     """The rows of the class at a moment, and those in its tables that are of other classes, as they are now."""
-    columns = tracked.on(connection.dialect)
+    columns = tracked.columns_for(connection.dialect)
     images = dict(images_at(connection, tracked, at))
     # Of a key that no row can have any more, the table of today cannot hold the row of then.
     images = {key: images[key] for key in columns.possible(connection, images)}
-    for unlogged in unlogged_module.unlogged(connection, tracked):  # which were always as they are
+    for unlogged in unlogged_rows(connection, tracked):  # which were always as they are
         images |= unlogged
-    found: Rows = {}
+    rows: Rows = {}
     for table, own in columns.of_table.items():
-        found[own] = [row for key, row in _rows_of_others(connection, tracked, own) if key not in images]
+        rows[own] = [row for key, row in _rows_of_others(connection, tracked, own) if key not in images]
         parts = (part for image in images.values() if (part := columns.parts(image)[table]) is not None)
         names = [column.name for column in stored_columns(own.table)]
-        found[own] += [[decode(part.get(name)) for name in names] for part in parts]
-    return found
+        rows[own] += [[decode(part.get(name)) for name in names] for part in parts]
+    return rows
 
 
 def _rows_of_others(connection: Connection, tracked: Tracked, own: TableColumns) -> Iterator[tuple[str, Sequence[Any]]]:
     """The rows, by key, of a table that the class shares: with others of one table, or with its base class."""
-    if tracked.criterion is None and own.table not in tracked.tables[: tracked.inherited]:
+    if tracked.criterion is None and own.table not in tracked.tables[: tracked.base_table_count]:
         return
     keys = select(*tracked.key_columns).select_from(tracked.rows)
     ours = (keys if tracked.criterion is None else keys.where(tracked.criterion)).subquery()
@@ -137,10 +138,10 @@ def _hide(connection: Connection, own: TableColumns, rows: Sequence[Sequence[Any
     connection.execute(CreateTable(past))
     names = [f"memstate_{n}" for n in range(len(columns))]
     values = {c.name: own.raw_parameter(c, name) for c, name in zip(past.columns, names, strict=True)}
-    for some in batches(rows):
+    for batch in batches(rows):
         # SQLite takes 1 and "1" for one key of a text column: a key of before its type was changed.
         statement = upsert(connection.dialect.name, past).values(values).on_conflict_do_nothing()
-        connection.execute(statement, [dict(zip(names, row, strict=True)) for row in some])
+        connection.execute(statement, [dict(zip(names, row, strict=True)) for row in batch])
 
 
 def _wide(type_: TypeEngine[Any]) -> TypeEngine[Any]:
@@ -153,37 +154,36 @@ def search_past(
     tracked: Tracked,
     statement: Select[Any],
     vectors: Vectors,
-    query: str,
-    limit: int,
-    max_distance: float | None,
+    query: Query,
     call: Call,
 ) -> Hits[Any]:
     """The facts nearest to *query* among the rows that *statement* selects in *session*: all of them are measured."""
     connection = session.connection()
-    found = [encode_key(row) for row in connection.execute(keys_of(statement, tracked))]
+    keys = [encode_key(row) for row in connection.execute(keys_of(statement, tracked))]
     embedder = vectors.embedder.fingerprint
     projections = [
-        tracked.project(key, row, embedder) for key, row in committed.read(connection, tracked, found).items()
+        tracked.project(key, row, embedder) for key, row in committed.read(connection, tracked, keys).items()
     ]
     texts = {p.text_fingerprint: p.text for p in projections if p.text_fingerprint and p.text}
-    wanted = np.asarray(call(vectors.of_query, query), dtype=np.float32)
+    query_vector = np.asarray(call(vectors.of_query, query.text), dtype=np.float32)
     known = cache.known(connection, vectors, texts)
     unknown = {digest: words for digest, words in texts.items() if digest not in known}
     known |= call(vectors.embed, unknown, remember=True)
     distances = sorted(
-        (cosine_distance(wanted, known[p.text_fingerprint]), p.key) for p in projections if p.text_fingerprint
+        (cosine_distance(query_vector, known[p.text_fingerprint]), p.key) for p in projections if p.text_fingerprint
     )
+    limit, max_distance = query.limit, query.max_distance
     near = [pair for pair in distances if max_distance is None or pair[0] <= max_distance]
-    columns = tracked.on(connection.dialect)
+    columns = tracked.columns_for(connection.dialect)
     hydration = statement.order_by(None).add_columns(*raw_key_columns(tracked)).where(columns.key_in)
     hydration._for_update_arg = None  # noqa: SLF001  # nobody changes the past
     hits: Hits[Any] = Hits()
-    for some in filter(None, (near[:limit], *batches(near[limit:]))):
-        given = columns.key_parameters([decode_key(key) for _, key in some])
-        rows = session.execute(hydration, given).unique(lambda row: tuple(row[1:]))
+    for batch in filter(None, (near[:limit], *batches(near[limit:]))):
+        parameters = columns.key_parameters([decode_key(key) for _, key in batch])
+        rows = session.execute(hydration, parameters).unique(lambda row: tuple(row[1:]))
         facts = {encode_key(row[1:]): row[0] for row in rows}
         # What listeners of the application's leave out, only this select() does not have.
-        hits += [Hit(facts[key], distance) for distance, key in some if key in facts]
+        hits += [Hit(facts[key], distance) for distance, key in batch if key in facts]
         if len(hits) >= limit:
             break
     del hits[limit:]

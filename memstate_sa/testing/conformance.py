@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 from memstate_sa.errors import DeliveryError, DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError
-from memstate_sa.indexes._filters import canonical, matches
+from memstate_sa.indexes import canonical, matches
 from memstate_sa.indexes.base import (
     Entry,
     FencedIndex,

@@ -33,14 +33,14 @@ def _split(tracked: Tracked, row: Row[Any]) -> tuple[str, Sequence[Any]]:
 
 def read(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> dict[str, Sequence[Any]]:
     """The rows of *keys* that exist, each as the values `Tracked.project` takes."""
-    columns = tracked.on(connection.dialect)
+    columns = tracked.columns_for(connection.dialect)
     statement = _rows(tracked).where(columns.key_in)
-    found: dict[str, Sequence[Any]] = {}
-    for some in batches(keys):
-        possible = columns.possible(connection, some)
+    values: dict[str, Sequence[Any]] = {}
+    for batch in batches(keys):
+        possible = columns.possible(connection, batch)
         rows = connection.execute(statement, columns.key_parameters(possible.values())).all() if possible else []
-        found.update(_split(tracked, row) for row in rows)
-    return found
+        values.update(_split(tracked, row) for row in rows)
+    return values
 
 
 def project(
@@ -57,8 +57,8 @@ def project(
 def count(connection: Connection, tracked: Tracked) -> int:
     """How many rows the class has."""
     rows = select(func.count()).select_from(tracked.rows)
-    found: int = connection.scalars(rows if tracked.criterion is None else rows.where(tracked.criterion)).one()
-    return found
+    row_count: int = connection.scalars(rows if tracked.criterion is None else rows.where(tracked.criterion)).one()
+    return row_count
 
 
 def page(
@@ -74,7 +74,7 @@ def page(
 
     A bound that no row can have, as the type of the key has changed, is none.
     """
-    possible = tracked.on(connection.dialect).possible(connection, filter(None, (after, until)))
+    possible = tracked.columns_for(connection.dialect).possible(connection, filter(None, (after, until)))
     statement = select(*raw_key_columns(tracked)).select_from(tracked.rows)
     statement = statement.order_by(*tracked.key_columns).limit(limit)
     if tracked.criterion is not None:
@@ -85,12 +85,12 @@ def page(
         statement = statement.where(operators.le(*_compared(connection, tracked, possible[until])))
     if skip:
         statement = statement.offset(skip)
-    return list(map(tracked.on(connection.dialect).encode_key, connection.execute(statement).all()))
+    return list(map(tracked.columns_for(connection.dialect).encode_key, connection.execute(statement).all()))
 
 
 def _compared(connection: Connection, tracked: Tracked, key: Sequence[Any]) -> tuple[Any, Any]:
     """The primary key's columns and the values of *key*, to be compared by the database, in its collations."""
-    columns = tracked.on(connection.dialect)
+    columns = tracked.columns_for(connection.dialect)
     sides = [
         (type_coerce(column, RAW), columns.raw_bind(column, value))
         for column, value in zip(tracked.key_columns, key, strict=True)

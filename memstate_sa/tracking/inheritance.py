@@ -25,7 +25,7 @@ def inheritance_criterion(mapper: Mapper[Any]) -> ColumnElement[bool] | None:
     """Which rows of a table shared by single-table inheritance are of this class; None for all of them."""
     if mapper.polymorphic_on is None or not mapper.single:
         return None
-    return mapper.polymorphic_on.in_([each.polymorphic_identity for each in mapper.self_and_descendants])
+    return mapper.polymorphic_on.in_([subclass.polymorphic_identity for subclass in mapper.self_and_descendants])
 
 
 def tables_of(mapper: Mapper[Any]) -> tuple[Table, ...]:
@@ -61,7 +61,7 @@ def check_tables(mapper: Mapper[Any]) -> Table:
     if mapper.single or len(tables) == 1:
         return tables[0]
     keys = [tuple(table.primary_key.columns) for table in tables]
-    same = {frozenset((left, right)) for each in mapper.iterate_to_root() for left, right in _equated(each)}
+    same = {frozenset((one, other)) for base in mapper.iterate_to_root() for one, other in _equated(base)}
     for above, below in pairwise(keys):
         if len(above) != len(below) or any(frozenset(pair) not in same for pair in zip(above, below, strict=True)):
             raise MemstateError(
@@ -81,11 +81,11 @@ def _equated(mapper: Mapper[Any]) -> Iterator[tuple[Any, Any]]:
 def check_all_tables(mapper: Mapper[Any], *, by_trigger: bool) -> Table:
     """The table of the keys of *mapper*, whose subclasses can be tracked along. Raises MemstateError otherwise."""
     table = check_tables(mapper)
-    for each in mapper.self_and_descendants:
-        if not is_concrete_below(each, mapper):
-            check_tables(each)
+    for subclass in mapper.self_and_descendants:
+        if not is_concrete_below(subclass, mapper):
+            check_tables(subclass)
             if by_trigger:
-                check_trigger_table(each, table)
+                check_trigger_table(subclass, table)
     return table
 
 

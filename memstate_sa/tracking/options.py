@@ -49,9 +49,9 @@ def describe(
         raise MemstateError(f"{model!r} is not a mapped class; track() takes SQLAlchemy ORM models")
     check_all_tables(mapper, by_trigger=capture == "trigger")
     source = _text_source(model, text, text_version)
-    for option, given in (("metadata", metadata), ("unique_by", unique_by)):
-        if isinstance(given, str):
-            raise MemstateError(f"{option}={given!r}: give a tuple of column attributes, for example ({given!r},)")
+    for option, names in (("metadata", metadata), ("unique_by", unique_by)):
+        if isinstance(names, str):
+            raise MemstateError(f"{option}={names!r}: give a tuple of column attributes, for example ({names!r},)")
     unique_names = () if callable(unique_by) else tuple(unique_by)
     require_attributes(mapper, *attributes_of(source), *metadata, *unique_names)
     if reserved := [name for name in metadata if name.startswith("memstate_")]:
@@ -150,7 +150,7 @@ def _unique_values(names: tuple[str, ...]) -> UniqueValues | None:
         return None
 
     def values(row: Mapping[str, Any]) -> Sequence[Any] | None:
-        found = [row[name] for name in names]
-        return None if None in found else found  # as in SQL, NULL equals nothing
+        unique = [row[name] for name in names]
+        return None if None in unique else unique  # as in SQL, NULL equals nothing
 
     return values

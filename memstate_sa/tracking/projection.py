@@ -60,5 +60,5 @@ def point_id(entity: str, key: str) -> str:
 
 def split_point_id(point_id: str) -> tuple[str, str] | None:
     """(entity, key) of a point id, or None for a point that is not ours."""
-    entity, bracket, rest = point_id.partition("[")
-    return (entity, bracket + rest) if entity and rest.endswith("]") else None
+    entity, bracket, values = point_id.partition("[")
+    return (entity, bracket + values) if entity and values.endswith("]") else None

@@ -34,7 +34,7 @@ class Registry:
             raise MemstateError(f"entity {tracked.entity!r} is already tracked, by {other.model.__name__}")
         self._claim_tables(tracked)
         self.by_entity = {**self.by_entity, tracked.entity: tracked}
-        tracked.tell_alembic()
+        tracked.record_for_autogenerate()
         self.versions[tracked.entity] = tracked.version
         self.validates |= tracked.validate is not None or tracked.expires is not None
         self.by_trigger |= tracked.by_trigger
@@ -53,7 +53,7 @@ class Registry:
         if mapper.concrete:
             self.add(derive(base, mapper))
         else:
-            base.forget()
+            base.clear_caches()
             base.check(mapper)
             self._claim_tables(base)
 
@@ -70,11 +70,11 @@ class Registry:
 
     def _drop_derived(self, mapper: Mapper[Any]) -> None:
         """Who tracks a concrete subclass by itself does not want it as its base class is tracked."""
-        found = self._by_mapper.get(mapper)
-        if found is not None and found.derived:
+        derived = self._by_mapper.get(mapper)
+        if derived is not None and derived.derived:
             del self._by_mapper[mapper]
-            self.by_entity = {name: each for name, each in self.by_entity.items() if each is not found}
-            self.by_table = {table: each for table, each in self.by_table.items() if each is not found}
+            self.by_entity = {name: tracked for name, tracked in self.by_entity.items() if tracked is not derived}
+            self.by_table = {table: tracked for table, tracked in self.by_table.items() if tracked is not derived}
 
     def publish(self) -> None:
         """Let relays, in their threads, see what was added: not before its changes are captured."""
@@ -82,11 +82,14 @@ class Registry:
 
     def published(self, index: str | None = None) -> dict[str, Tracked]:
         """By entity, all or those that go to an *index*."""
-        return {name: each for name, each in self._published.items() if index is None or index in each.indexes}
+        return {name: tracked for name, tracked in self._published.items() if index is None or index in tracked.indexes}
 
     def delivered(self, index: str) -> dict[str, Tracked]:
         """By entity, all that a relay to *index* has to know: those that go there, and those that do no longer."""
-        return {name: each if index in each.indexes else each.from_no_index for name, each in self._published.items()}
+        return {
+            name: tracked if index in tracked.indexes else tracked.from_no_index
+            for name, tracked in self._published.items()
+        }
 
     def find(self, mapper: Mapper[Any]) -> Tracked | None:
         """What tracks *mapper*, itself or through a base class."""
@@ -104,19 +107,33 @@ class Registry:
         name, schema = getattr(table, "name", None), getattr(table, "schema", None)
         if not isinstance(name, str):
             return None
-        found = self.by_table_name.get((schema, name))
-        if found is None and schema in (None, default_schema):
-            found = self.by_table_name.get((default_schema if schema is None else None, name))
-        return found
+        tracked = self.by_table_name.get((schema, name))
+        if tracked is None and schema in (None, default_schema):
+            tracked = self.by_table_name.get((default_schema if schema is None else None, name))
+        return tracked
 
     def of(self, model: type[Any]) -> Tracked:
         """What tracks the class *model*. Raises MemstateError when nothing does."""
         mapper = inspect(model, raiseerr=False)
-        found = self.find(mapper) if isinstance(mapper, Mapper) else None
-        if found is None:
+        tracked = self.find(mapper) if isinstance(mapper, Mapper) else None
+        if tracked is None:
             name = getattr(model, "__name__", repr(model))
             raise MemstateError(f"{name} is not tracked by this Memory; memory.track({name}, text=…) does that")
-        return found
+        return tracked
+
+    def of_whole(self, model: type[Any]) -> Tracked:
+        """What tracks the class *model*. Raises MemstateError when that has facts of other classes, too."""
+        tracked = self.of(model)
+        if tracked.model is not model:
+            raise MemstateError(
+                f"{model.__name__} is tracked along with {tracked.model.__name__}, whose changes are not told apart: "
+                f"model={tracked.model.__name__}"
+            )
+        return tracked
+
+    def require_any(self) -> None:
+        if not self.by_entity:
+            raise MemstateError("no class is tracked")
 
 
 def unaliased(table: Any) -> Any:

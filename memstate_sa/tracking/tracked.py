@@ -89,7 +89,7 @@ class Tracked:
     _columns: dict[str, TableColumns] = field(default_factory=dict, repr=False)
 
     @cached_property
-    def everything(self) -> Select[Any]:
+    def select_all(self) -> Select[Any]:
         return select(self.model)
 
     @property
@@ -100,11 +100,11 @@ class Tracked:
     @cached_property
     def tables(self) -> tuple[Table, ...]:
         """Where rows of the class are: the table that gives them their key, and what joined inheritance adds to it."""
-        mappers = [each for each in self.mapper.self_and_descendants if not is_concrete_below(each, self.mapper)]
+        mappers = [mapper for mapper in self.mapper.self_and_descendants if not is_concrete_below(mapper, self.mapper)]
         return tuple(dict.fromkeys(table for mapper in mappers for table in tables_of(mapper)))
 
     @cached_property
-    def inherited(self) -> int:
+    def base_table_count(self) -> int:
         """How many of the tables are of base classes: without a row in the next one, there is no fact."""
         return len(tables_of(self.mapper)) - 1
 
@@ -118,7 +118,7 @@ class Tracked:
         if self.by_trigger:
             check_trigger_table(mapper, self.table)
 
-    def tell_alembic(self) -> None:
+    def record_for_autogenerate(self) -> None:
         """Leave in the MetaData what autogenerate makes triggers from: `triggers.captured_in` finds it.
 
         Not in the Table's own ``info``, which Alembic prints into the migration that creates it.
@@ -131,14 +131,14 @@ class Tracked:
     def expiry(self) -> tuple[str, ...]:
         return () if self.expires is None else (self.expires,)
 
-    def forget(self) -> None:
+    def clear_caches(self) -> None:
         """Another subclass was mapped: work out anew what depends on the tables."""
         for name in (
             "tables",
             "attributes",
             "_names",
             "_attribute_columns",
-            "_projected",
+            "projected_attributes",
             "projected_columns",
             "rows",
             "criterion",
@@ -147,13 +147,13 @@ class Tracked:
         self._columns.clear()
         self.hydrations.clear()
 
-    def on(self, dialect: Dialect) -> TableColumns:
+    def columns_for(self, dialect: Dialect) -> TableColumns:
         """This class's statements and conversions for *dialect*."""
         # Keyed by name: dialect instances of one database differ only in what they learnt from their server.
         columns = self._columns.get(dialect.name)
         if columns is None:
             if len(self.tables) > 1:
-                columns = JoinedColumns(self.tables, dialect, required=self.inherited)
+                columns = JoinedColumns(self.tables, dialect, required=self.base_table_count)
             else:
                 columns = TableColumns(self.table, dialect)
             self._columns[dialect.name] = columns
@@ -172,12 +172,12 @@ class Tracked:
     @cached_property
     def _attribute_columns(self) -> dict[str, list[Column[Any]]]:
         """The columns behind each attribute of the class, and of the subclasses in its tables."""
-        found: dict[str, list[Column[Any]]] = {}
+        columns_of: dict[str, list[Column[Any]]] = {}
         for mapper in self.mapper.self_and_descendants:
             for name, column in mapper.columns.items():
-                if column in self._names and column not in (columns := found.setdefault(name, [])):
+                if column in self._names and column not in (columns := columns_of.setdefault(name, [])):
                     columns.append(column)
-        return found
+        return columns_of
 
     def by_attribute(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Column values by attribute name."""
@@ -191,8 +191,8 @@ class Tracked:
         if version >= self.version or not self.upgrade:
             return image
         stored = decode_image(image)
-        given = {name: _COPIES.get(type(value), _same)(value) for name, value in stored.items()}
-        values: Mapping[str, Any] = given
+        copies = {name: _COPIES.get(type(value), _same)(value) for name, value in stored.items()}
+        values: Mapping[str, Any] = copies
         for shape in range(version, self.version):
             if shape in self.upgrade:
                 values = self.upgrade[shape](dict(values))
@@ -200,13 +200,13 @@ class Tracked:
                     raise MemstateError(
                         f"upgrade[{shape}] of {self.entity} returned {values!r}: give a dict of columns"
                     )
-        columns, sources = self.on(dialect), {id(value): name for name, value in given.items()}
+        columns, sources = self.columns_for(dialect), {id(value): name for name, value in copies.items()}
         upgraded: dict[str, Any] = {}
         for name, value in values.items():
             source = name if isinstance(value, bool) else sources.get(id(value))
             if value is None:
                 upgraded[name] = None
-            elif source in given and given[source] is value:
+            elif source in copies and copies[source] is value:
                 upgraded[name] = encode(stored[source])
             else:
                 upgraded[name] = encode(columns.to_raw(name, value))
@@ -236,7 +236,7 @@ class Tracked:
         return json.dumps({"text": text, "version": self.text_version, "metadata": metadata})
 
     @cached_property
-    def _projected(self) -> tuple[str, ...]:
+    def projected_attributes(self) -> tuple[str, ...]:
         if callable(self.text):
             configure_mappers()  # a process that only relays has loaded no instance yet
             return tuple(self._attribute_columns)
@@ -262,11 +262,11 @@ class Tracked:
     @cached_property
     def projected_columns(self) -> tuple[ColumnElement[Any], ...]:
         """What `project` needs, in its order, of a row of `rows`."""
-        return tuple(self._projected_column(self._attribute_columns[name]) for name in self._projected)
+        return tuple(self._projected_column(self._attribute_columns[name]) for name in self.projected_attributes)
 
     def _projected_column(self, columns: Sequence[Column[Any]]) -> ColumnElement[Any]:
         # Of the same name in several subclasses: a row is of one of them.
-        only = len(columns) == 1 or columns[0].table in self.tables[: self.inherited + 1]
+        only = len(columns) == 1 or columns[0].table in self.tables[: self.base_table_count + 1]
         return columns[0] if only else func.coalesce(*columns)
 
     @cached_property
@@ -277,18 +277,18 @@ class Tracked:
         rows: FromClause = self.table
         for position, table in enumerate(self.tables[1:], start=1):
             same = and_(*(a == b for a, b in zip(self.key_columns, table.primary_key.columns, strict=True)))
-            if position <= self.inherited or callable(self.text):
-                rows = rows.join(table, same, isouter=position > self.inherited)
+            if position <= self.base_table_count or callable(self.text):
+                rows = rows.join(table, same, isouter=position > self.base_table_count)
         return rows
 
     @property
     def is_projected_of_many(self) -> bool:
         """Whether `rows` are of more than one table."""
-        return self.inherited > 0 or (len(self.tables) > 1 and callable(self.text))
+        return self.base_table_count > 0 or (len(self.tables) > 1 and callable(self.text))
 
     def project(self, key: str, row: Sequence[Any], embedder: str) -> Projection:
         """What an index should hold for a row of `projected_columns`; *embedder* is the embedder's fingerprint."""
-        values = dict(zip(self._projected, row, strict=True))
+        values = dict(zip(self.projected_attributes, row, strict=True))
         text = self.text
         if text is not None:
             text = text(self._detached(values)) if callable(text) else values[text]
@@ -329,9 +329,9 @@ def attributes_of(text: Any) -> tuple[str, ...]:
 
 def unique_value(tracked: Tracked, values: Mapping[str, Any]) -> str | None:
     """The row's entry in the table of unique values; None where it has none."""
-    found = None if tracked.unique_values is None else tracked.unique_values(tracked.by_attribute(values))
-    if found is None:
+    parts = None if tracked.unique_values is None else tracked.unique_values(tracked.by_attribute(values))
+    if parts is None:
         return None
-    value = encode_key(found)
+    value = encode_key(parts)
     # It is a key of a B-tree, which on PostgreSQL takes about 2,700 bytes.
     return value if len(value) <= 500 else f"[{digest_of(value).hexdigest()}]"

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from pydantic import AliasChoices, AliasPath, BaseModel, ValidationError
 
+from memstate_sa.db.codec import is_text
 from memstate_sa.errors import MemstateError, ValidationFailed
 
 Validate: TypeAlias = Callable[[Mapping[str, Any]], None]
@@ -19,13 +20,13 @@ def validator(schema: Any) -> Validate:
     A model sees the fields it declares; other columns are not its business.
     """
     if isinstance(schema, type) and issubclass(schema, BaseModel):
-        wanted = set(schema.model_fields)
+        field_names = set(schema.model_fields)
         for field in schema.model_fields:
             names = read_names(schema, field)
-            wanted.update(str(name.path[0]) if isinstance(name, AliasPath) else name for name in names)
+            field_names.update(str(name.path[0]) if isinstance(name, AliasPath) else name for name in names)
 
         def check(values: Mapping[str, Any]) -> None:
-            schema.model_validate({name: value for name, value in values.items() if name in wanted})
+            schema.model_validate({name: value for name, value in values.items() if name in field_names})
 
         return check
     if callable(schema):
@@ -60,3 +61,9 @@ def require_count(name: str, value: Any, meaning: str) -> None:
     """Raise MemstateError unless *value* is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise MemstateError(f"{name}={value!r}: {meaning}")
+
+
+def require_label(name: str, value: Any) -> None:
+    """Raise MemstateError unless *value* is None, or text that both databases hold."""
+    if value is not None and not is_text(value):
+        raise MemstateError(f"{name}={value!r}: give a string without NUL or lone surrogates")

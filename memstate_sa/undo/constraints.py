@@ -1,7 +1,7 @@
-"""What stands in the way of an undo, told before it is tried: rows that refer, that are missing, or that hold a value.
+"""The constraints that may block an undo, checked before it is tried: foreign keys and unique values.
 
-The database would only say that it refuses. For tracked tables this says which fact refuses, so that whoever changed it
-can be named. What constraints will compare is read once; what follows from leaving a fact out is decided in memory.
+The database would only say that it refuses. For tracked tables this says which fact blocks, so that the error can
+name its author. The values that constraints compare are read once; the rest is decided in memory.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from memstate_sa.db.rows import TableColumns, columns_of, values_of
 from memstate_sa.db.tables import unique
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked, unique_value
-from memstate_sa.undo.restore import unique_columns, wanted_rows
+from memstate_sa.undo.restore import rows_by_table, unique_columns
 
-Obstacles: TypeAlias = dict[FactKey, FactKey | None]
-"""Facts that cannot be as they are wanted, each with a fact because of which; None: of a row that no key tells."""
+BlockedFacts: TypeAlias = dict[FactKey, FactKey | None]
+"""Facts that cannot be restored, each with the fact that blocks it; None: a row that no key tells."""
 
 _Facts: TypeAlias = dict[FactKey, None]
 
@@ -30,230 +30,231 @@ _Facts: TypeAlias = dict[FactKey, None]
 # -- what follows from what (pure) -------------------------------------------------------------------------------------
 
 
-class Having:
-    """Which facts have which value: now, and as they are wanted, which for most facts is the same."""
+class FactsByValue:
+    """The facts that have a value: currently, and in the end, when all facts are restored. For most it is the same."""
 
     def __init__(self) -> None:
-        self.now: dict[Hashable, _Facts] = {}
-        self.then: dict[Hashable, _Facts] = {}
+        self.current: dict[Hashable, _Facts] = {}
+        self.final: dict[Hashable, _Facts] = {}
 
-    def add(self, fact: FactKey, now: Hashable | None, then: Hashable | None) -> None:
-        for facts, value in ((self.now, now), (self.then, then)):
+    def add(self, fact: FactKey, current: Hashable | None, final: Hashable | None) -> None:
+        for facts, value in ((self.current, current), (self.final, final)):
             if value is not None:  # NULL equals nothing, and refers to nothing
                 facts.setdefault(value, {})[fact] = None
 
-    def arriving(self, value: Hashable, left_out: Collection[FactKey] = ()) -> list[FactKey]:
-        now = self.now.get(value, ())
-        return [fact for fact in self.then.get(value, ()) if fact not in now and fact not in left_out]
+    def gaining(self, value: Hashable, left_out: Collection[FactKey] = ()) -> list[FactKey]:
+        current = self.current.get(value, ())
+        return [fact for fact in self.final.get(value, ()) if fact not in current and fact not in left_out]
 
-    def departing(self, value: Hashable, left_out: Collection[FactKey] = ()) -> list[FactKey]:
-        then = self.then.get(value, ())
-        return [fact for fact in self.now.get(value, ()) if fact not in then and fact not in left_out]
+    def losing(self, value: Hashable, left_out: Collection[FactKey] = ()) -> list[FactKey]:
+        final = self.final.get(value, ())
+        return [fact for fact in self.current.get(value, ()) if fact not in final and fact not in left_out]
 
-    def after(self, value: Hashable, left_out: Collection[FactKey]) -> list[FactKey]:
-        """Those that have it in the end, when the facts that are *left_out* stay as they are."""
-        then = self.then.get(value, ())
-        staying = [fact for fact in self.now.get(value, ()) if fact in then or fact in left_out]
-        return staying + self.arriving(value, left_out)
+    def having_in_the_end(self, value: Hashable, left_out: Collection[FactKey]) -> list[FactKey]:
+        """The facts that have *value* in the end, when the facts that are *left_out* stay as they are."""
+        final = self.final.get(value, ())
+        keeping = [fact for fact in self.current.get(value, ()) if fact in final or fact in left_out]
+        return keeping + self.gaining(value, left_out)
 
 
 @dataclass(eq=False)
-class Unique:
+class Uniqueness:
     """At most one fact has a value."""
 
-    having: Having
+    facts: FactsByValue
 
     @property
-    def sides(self) -> tuple[Having, ...]:
-        return (self.having,)
+    def sides(self) -> tuple[FactsByValue, ...]:
+        return (self.facts,)
 
-    def obstacles(self, value: Hashable, left_out: Collection[FactKey]) -> Obstacles:
-        arriving = self.having.arriving(value, left_out)
-        first = next(iter(self.having.after(value, left_out)), None) if arriving else None
-        return {fact: first for fact in arriving if fact != first}
+    def blocked_facts(self, value: Hashable, left_out: Collection[FactKey]) -> BlockedFacts:
+        gaining = self.facts.gaining(value, left_out)
+        first = next(iter(self.facts.having_in_the_end(value, left_out)), None) if gaining else None
+        return {fact: first for fact in gaining if fact != first}
 
 
 @dataclass(eq=False)
 class Reference:
-    """What somebody refers to is there. *entity*: whose keys the values are; None: they are no keys."""
+    """A value that a fact refers to exists. *entity*: whose keys the values are; None: they are no keys."""
 
-    referring: Having
-    referred: Having
+    referring: FactsByValue
+    referred: FactsByValue
     entity: str | None = None
 
     @property
-    def sides(self) -> tuple[Having, ...]:
+    def sides(self) -> tuple[FactsByValue, ...]:
         return self.referring, self.referred
 
-    def obstacles(self, value: Hashable, left_out: Collection[FactKey]) -> Obstacles:
-        if self.referred.after(value, left_out):
+    def blocked_facts(self, value: Hashable, left_out: Collection[FactKey]) -> BlockedFacts:
+        if self.referred.having_in_the_end(value, left_out):
             return {}
-        referring = self.referring.after(value, left_out)
-        if referring and (departing := self.referred.departing(value, left_out)):
-            because_of = next((fact for fact in referring if fact not in left_out), referring[0])
-            return dict.fromkeys(departing, because_of)
-        return dict.fromkeys(self.referring.arriving(value, left_out), self._parent(value))
+        referring = self.referring.having_in_the_end(value, left_out)
+        if referring and (losing := self.referred.losing(value, left_out)):
+            blocking = next((fact for fact in referring if fact not in left_out), referring[0])
+            return dict.fromkeys(losing, blocking)
+        return dict.fromkeys(self.referring.gaining(value, left_out), self._parent(value))
 
     def _parent(self, value: Any) -> FactKey | None:
         key = None if self.entity is None else (self.entity, encode_key(value))
-        return next(iter(self.referred.then.get(value, ())), key)
+        return next(iter(self.referred.final.get(value, ())), key)
 
 
-Rule: TypeAlias = Unique | Reference
+Constraint: TypeAlias = Uniqueness | Reference
 
 
-class Rules:
-    """All that an undo must keep."""
+class Constraints:
+    """All constraints that an undo must keep."""
 
-    def __init__(self, rules: Iterable[Rule]) -> None:
-        self._of: dict[FactKey, list[tuple[Rule, Hashable]]] = {}
-        """Where a fact has a say."""
-        for rule in rules:
-            for side in rule.sides:
-                for facts_of in (side.now, side.then):
+    def __init__(self, constraints: Iterable[Constraint]) -> None:
+        self._of_fact: dict[FactKey, list[tuple[Constraint, Hashable]]] = {}
+        """The constraints that a fact takes part in, with the value by which it does."""
+        for constraint in constraints:
+            for side in constraint.sides:
+                for facts_of in (side.current, side.final):
                     for value, facts in facts_of.items():
                         for fact in facts:
-                            self._of.setdefault(fact, []).append((rule, value))
+                            self._of_fact.setdefault(fact, []).append((constraint, value))
 
-    def obstacles(self, left_out: Collection[FactKey]) -> Obstacles:
-        """What must be left out, too, when the facts *left_out* stay as they are."""
-        found: Obstacles = {}
-        out = set(left_out)
-        waiting = dict.fromkeys(place for places in self._of.values() for place in places)
+    def blocked_facts(self, left_out: Collection[FactKey]) -> BlockedFacts:
+        """The facts that must be left out, too, when the facts *left_out* stay as they are."""
+        blocked: BlockedFacts = {}
+        staying = set(left_out)
+        waiting = dict.fromkeys(pair for pairs in self._of_fact.values() for pair in pairs)
         while waiting:
-            (rule, value), _ = waiting.popitem()
-            for fact, because_of in rule.obstacles(value, out).items():
-                found[fact] = because_of
-                out.add(fact)
-                waiting.update(dict.fromkeys(self._of[fact]))  # it may be what others need
-        return found
+            (constraint, value), _ = waiting.popitem()
+            for fact, blocking in constraint.blocked_facts(value, staying).items():
+                blocked[fact] = blocking
+                staying.add(fact)
+                waiting.update(dict.fromkeys(self._of_fact[fact]))  # it may be what others need
+        return blocked
 
 
-# -- what is there -----------------------------------------------------------------------------------------------------
+# -- what the database has ---------------------------------------------------------------------------------------------
 
 
-def read_rules(connection: Connection, registry: Registry, final: Mapping[FactKey, Image | None]) -> Rules:
+def read_constraints(connection: Connection, registry: Registry, final: Mapping[FactKey, Image | None]) -> Constraints:
     """What foreign keys and unique values of tracked tables ask of *final*."""
-    reader = _Reader(connection, registry, final)
-    return Rules([*reader.references(), *reader.constraints(), *reader.declared()])
+    reader = _ConstraintReader(connection, registry, final)
+    return Constraints([*reader.references(), *reader.unique_constraints(), *reader.declared_unique_values()])
 
 
 _keys = unnest_strings("keys")
-_kept = select(unique.c.key, unique.c.value)
+_unique_values = select(unique.c.key, unique.c.value)
 
 
 @dataclass
-class _Reader:
+class _ConstraintReader:
     connection: Connection
     registry: Registry
     final: Mapping[FactKey, Image | None]
-    _there: dict[Table, Mapping[str, Image]] = field(default_factory=dict)
+    _current_rows: dict[Table, Mapping[str, Image]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._wanted = wanted_rows(self.connection, self.registry, self.final)
+        self._final_rows = rows_by_table(self.connection, self.registry, self.final)
 
     def references(self) -> list[Reference]:
         """Rows that refer to one that is to go, or to have another value; and what those that come are to refer to."""
         tracked = self.registry.by_table
-        found = [
+        references = [
             (fk, self._reference(fk))
             for table in list(tracked)
             for fk in table.foreign_key_constraints
-            if fk.referred_table in tracked and (table in self._wanted or fk.referred_table in self._wanted)
+            if fk.referred_table in tracked and (table in self._final_rows or fk.referred_table in self._final_rows)
         ]
-        departing: dict[Table, set[str]] = {}
-        for fk, rule in found:
-            keys = {key for value in rule.referred.now for _, key in rule.referred.departing(value)}
-            departing.setdefault(fk.referred_table, set()).update(keys)
-        for table, keys in departing.items():
+        losing_keys: dict[Table, set[str]] = {}
+        for fk, reference in references:
+            keys = {key for value in reference.referred.current for _, key in reference.referred.losing(value)}
+            losing_keys.setdefault(fk.referred_table, set()).update(keys)
+        for table, keys in losing_keys.items():
             if keys:
                 self._columns(table).lock(self.connection, [decode_key(key) for key in keys], leaving=True)
-        for fk, rule in found:
+        for fk, reference in references:
             local, remote = columns_of(fk)
-            self._look_for(rule.referring, fk.table, local, filter(rule.referred.departing, rule.referred.now))
-            arriving = list(filter(rule.referring.arriving, rule.referring.then))
-            self._look_for(rule.referred, fk.referred_table, remote, arriving)
-        return [rule for _, rule in found]
+            lost_values = list(filter(reference.referred.losing, reference.referred.current))
+            self._add_others(reference.referring, fk.table, local, lost_values)
+            gained_values = list(filter(reference.referring.gaining, reference.referring.final))
+            self._add_others(reference.referred, fk.referred_table, remote, gained_values)
+        return [reference for _, reference in references]
 
     def _reference(self, fk: ForeignKeyConstraint) -> Reference:
         parent = fk.referred_table
         local, remote = columns_of(fk)
         is_key = [column.name for column in remote] == [column.name for column in parent.primary_key.columns]
         entity = self.registry.by_table[parent].entity if is_key else None
-        return Reference(self._having(fk.table, local), self._having(parent, remote), entity)
+        return Reference(self._facts_by_value(fk.table, local), self._facts_by_value(parent, remote), entity)
 
-    def constraints(self) -> Iterator[Unique]:
+    def unique_constraints(self) -> Iterator[Uniqueness]:
         """Rows that have a unique value which one of the table is to get."""
-        for table in self._wanted:
+        for table in self._final_rows:
             for columns in unique_columns(table, partial=False):
-                rule = Unique(self._having(table, columns))
-                self._look_for(rule.having, table, columns, filter(rule.having.arriving, rule.having.then))
-                yield rule
+                facts = self._facts_by_value(table, columns)
+                self._add_others(facts, table, columns, list(filter(facts.gaining, facts.final)))
+                yield Uniqueness(facts)
 
-    def declared(self) -> Iterator[Unique]:
+    def declared_unique_values(self) -> Iterator[Uniqueness]:
         """The same of values that `track` was told to be unique."""
         for entity, keys in by_entity(self.final).items():
             tracked = self.registry.by_entity[entity]
             if tracked.unique_values is not None:
                 yield self._declared(tracked, keys)
 
-    def _declared(self, tracked: Tracked, keys: Sequence[str]) -> Unique:
-        rule = Unique(Having())
-        kept, columns = _kept.where(unique.c.entity == tracked.entity), tracked.on(self.connection.dialect)
-        of_these = kept.where(unique.c.key.in_(select(_keys.c.value)))
-        now = {row.key: row.value for row in self.connection.execute(of_these, {"keys": as_array(keys)})}
+    def _declared(self, tracked: Tracked, keys: Sequence[str]) -> Uniqueness:
+        facts, columns = FactsByValue(), tracked.columns_for(self.connection.dialect)
+        of_class = _unique_values.where(unique.c.entity == tracked.entity)
+        of_keys = of_class.where(unique.c.key.in_(select(_keys.c.value)))
+        current = {row.key: row.value for row in self.connection.execute(of_keys, {"keys": as_array(keys)})}
         for key in keys:
             image = self.final[tracked.entity, key]
-            then = None if image is None else unique_value(tracked, columns.values(dict(image)))
-            rule.having.add((tracked.entity, key), now.get(key), then)
-        if arriving := [str(value) for value in rule.having.then if rule.having.arriving(value)]:
-            having = kept.where(unique.c.value.in_(select(_keys.c.value)))
-            for key, value in self.connection.execute(having, {"keys": as_array(arriving)}):
-                if key not in now:
-                    rule.having.add((tracked.entity, key), value, value)
-        return rule
+            final = None if image is None else unique_value(tracked, columns.values(dict(image)))
+            facts.add((tracked.entity, key), current.get(key), final)
+        if gained_values := [str(value) for value in facts.final if facts.gaining(value)]:
+            having_them = of_class.where(unique.c.value.in_(select(_keys.c.value)))
+            for key, value in self.connection.execute(having_them, {"keys": as_array(gained_values)}):
+                if key not in current:
+                    facts.add((tracked.entity, key), value, value)
+        return Uniqueness(facts)
 
-    def _having(self, table: Table, columns: Sequence[Column[Any]]) -> Having:
-        """What those of the facts have that are rows of *table*."""
-        having, there = Having(), self._now(table)
-        for key, image in self._wanted.get(table, {}).items():
-            having.add(self._fact(table, key), values_of(there.get(key), columns), values_of(image, columns))
-        return having
+    def _facts_by_value(self, table: Table, columns: Sequence[Column[Any]]) -> FactsByValue:
+        """The facts to be restored that are rows of *table*, by their values of *columns*."""
+        facts, current = FactsByValue(), self._rows_now(table)
+        for key, image in self._final_rows.get(table, {}).items():
+            facts.add(self._fact(table, key), values_of(current.get(key), columns), values_of(image, columns))
+        return facts
 
-    def _look_for(
-        self, having: Having, table: Table, columns: Sequence[Column[Any]], values: Iterable[Hashable]
+    def _add_others(
+        self, facts: FactsByValue, table: Table, columns: Sequence[Column[Any]], values: Sequence[Hashable]
     ) -> None:
-        """Add whoever else has *values* now."""
-        there, wanted = self._now(table), self._wanted.get(table, {})
-        for value, key in self._find(table, columns, list(values)):
-            moves = key in wanted and values_of(wanted[key], columns) != values_of(there.get(key), columns)
-            having.add(self._fact(table, key), value, None if moves else value)
+        """Add to *facts* all others that have one of *values* now."""
+        current, final = self._rows_now(table), self._final_rows.get(table, {})
+        for value, key in self._find(table, columns, values):
+            moves = key in final and values_of(final[key], columns) != values_of(current.get(key), columns)
+            facts.add(self._fact(table, key), value, None if moves else value)
 
     def _find(self, table: Table, columns: Sequence[Column[Any]], values: Sequence[Any]) -> Iterator[tuple[Any, str]]:
         if not values:
             return
         find = self._columns(table).find
-        found = find(self.connection, columns, values)
-        if {value for _, value in found} <= set(values):
-            yield from ((value, key) for key, value in found)
+        keys = find(self.connection, columns, values)
+        if {value for _, value in keys} <= set(values):
+            yield from ((value, key) for key, value in keys)
         else:  # a collation finds a value in another form, too: of which, each of them says when asked by itself
             for value in values:
                 yield from ((value, key) for key, _ in find(self.connection, columns, [value]))
 
     def _columns(self, table: Table) -> TableColumns:
-        return self.registry.by_table[table].on(self.connection.dialect).of_table[table]
+        return self.registry.by_table[table].columns_for(self.connection.dialect).of_table[table]
 
-    def _now(self, table: Table) -> Mapping[str, Image]:
+    def _rows_now(self, table: Table) -> Mapping[str, Image]:
         """The rows as they are, read when they are first asked for: of many tables nothing has to be known."""
-        if table not in self._wanted:
+        if table not in self._final_rows:
             return {}
-        if table not in self._there:
-            keys = [decode_key(key) for key in self._wanted[table]]
-            there = self._there[table] = self._columns(table).read(self.connection, keys)
-            for key, image in self._wanted[table].items():
+        if table not in self._current_rows:
+            keys = [decode_key(key) for key in self._final_rows[table]]
+            current = self._current_rows[table] = self._columns(table).read(self.connection, keys)
+            for key, image in self._final_rows[table].items():
                 if image is not None:  # columns that it does not know stay as they are
-                    self._wanted[table][key] = {**there.get(key, {}), **image}
-        return self._there[table]
+                    self._final_rows[table][key] = {**current.get(key, {}), **image}
+        return self._current_rows[table]
 
     def _fact(self, table: Table, key: str) -> FactKey:
         return self.registry.by_table[table].entity, key

@@ -54,55 +54,63 @@ def restore(
     Raises ConflictError when a constraint allows it in no order; the caller's SAVEPOINT takes back what was written.
     """
     if final:
-        _Restoration(connection, registry, wanted_rows(connection, registry, final)).run()
+        _Restoration(connection, registry, rows_by_table(connection, registry, final)).run()
     return read_facts(connection, registry, final)
 
 
-def wanted_rows(connection: Connection, registry: Registry, final: Mapping[FactKey, Image | None]) -> Rows:
-    """What *final* says of each table: a fact may be rows in several."""
-    wanted: Rows = {}
+def rows_by_table(connection: Connection, registry: Registry, final: Mapping[FactKey, Image | None]) -> Rows:
+    """The rows of *final*, by table: a fact may be rows in several."""
+    rows: Rows = {}
     for (entity, key), image in final.items():
-        for table, part in registry.by_entity[entity].on(connection.dialect).parts(image).items():
-            wanted.setdefault(table, {})[key] = part
-    return wanted
+        for table, part in registry.by_entity[entity].columns_for(connection.dialect).parts(image).items():
+            rows.setdefault(table, {})[key] = part
+    return rows
 
 
 def read_facts(connection: Connection, registry: Registry, facts: Iterable[FactKey]) -> dict[FactKey, Image | None]:
     """The facts as they are; None for those that are not."""
     present: dict[FactKey, Image | None] = dict.fromkeys(facts)
     for entity, keys in by_entity(present).items():
-        columns = registry.by_entity[entity].on(connection.dialect)
+        columns = registry.by_entity[entity].columns_for(connection.dialect)
         images = columns.read(connection, [decode_key(key) for key in keys])
         present.update({(entity, key): image for key, image in images.items()})
     return present
 
 
 class _Restoration:
-    def __init__(self, connection: Connection, registry: Registry, wanted: Rows) -> None:
+    def __init__(self, connection: Connection, registry: Registry, final: Rows) -> None:
         self._connection = connection
         self._registry = registry
-        self._wanted = wanted
+        self._final = final
         self._tables: list[Table] = []
         self._circular: set[ForeignKeyConstraint] = set()  # no order satisfies them: their columns are set last
-        self._parked: dict[tuple[Table, str], dict[str, Any]] = {}
-        for table, constraints in sorted_tables(list(wanted)):
+        self._placeholders: dict[tuple[Table, str], dict[str, Any]] = {}
+        for table, constraints in sorted_tables(list(final)):
             if table is None:
-                self._circular.update(fk for fk in constraints if _can_wait(fk))
+                self._circular.update(fk for fk in constraints if _can_be_null(fk))
             else:
                 self._tables.append(table)
         dialect = connection.dialect
-        self._by_table = {table: registry.by_table[table].on(dialect).of_table[table] for table in self._tables}
-        self._there = {table: self._read(table) for table in self._tables}
+        self._by_table = {
+            table: registry.by_table[table].columns_for(dialect).of_table[table] for table in self._tables
+        }
+        self._current = {table: self._read(table) for table in self._tables}
 
     def run(self) -> None:
-        """In the first of these orders that no constraint refuses."""
+        """Write the rows in the first of these orders that no constraint refuses."""
         orders: tuple[tuple[Callable[[], None], ...], ...] = (
-            (self._bring_back, self._change, self._remove),
-            # A unique value that moves on from one row to another is first taken away from where it is.
-            (self._park, self._bring_back, self._change, self._remove),
-            (self._remove, self._change, self._bring_back),
-            # So is what refers to it.
-            (self._let_go, self._park, self._bring_back, self._change, self._remove),
+            (self._insert_missing, self._update_differing, self._delete_unwanted),
+            # First free the unique values that move from one row to another.
+            (self._free_unique_values, self._insert_missing, self._update_differing, self._delete_unwanted),
+            (self._delete_unwanted, self._update_differing, self._insert_missing),
+            # First clear the references to such values, too.
+            (
+                self._clear_references,
+                self._free_unique_values,
+                self._insert_missing,
+                self._update_differing,
+                self._delete_unwanted,
+            ),
         )
         for order in orders:
             try:
@@ -117,95 +125,93 @@ class _Restoration:
                 return
         raise ConflictError("the rows that are there now stand in the way of undoing this") from refused
 
-    # -- the steps ---------------------------------------------------------------------------------------------------
+    # -- acts ----------------------------------------------------------------------------------------------------------
 
-    def _bring_back(self) -> None:
-        tied: list[tuple[Table, dict[str, Image], list[str]]] = []
+    def _insert_missing(self) -> None:
+        inserted: list[tuple[Table, dict[str, Image], list[str]]] = []
         for table in self._tables:
-            gone = {
+            missing = {
                 key: image
-                for key, image in self._wanted[table].items()
-                if image is not None and key not in self._there[table]
+                for key, image in self._final[table].items()
+                if image is not None and key not in self._current[table]
             }
-            order = self._parents_first(table, gone)
-            loose = self._loose(table)
-            always = [column.name for column in _generated_always(self._connection, table)]
-            if gone and always:
+            order = self._parents_first(table, missing)
+            deferred = self._deferred_columns(table)
+            generated = [column.name for column in _generated_always(self._connection, table)]
+            if missing and generated:
                 raise ConflictError(
-                    f"{table.name}.{always[0]} is GENERATED ALWAYS: a deleted row cannot be brought back"
+                    f"{table.name}.{generated[0]} is GENERATED ALWAYS: a deleted row cannot be brought back"
                 )
             rows = []
             for key in order:
-                values = self._values(table, gone[key])
-                rows.append((key, values | {name: None for name in loose if name in values}))
+                values = self._values(table, missing[key])
+                rows.append((key, values | {name: None for name in deferred if name in values}))
             self._insert(table, rows)
-            if loose:
-                tied.append((table, gone, loose))
-        for table, gone, loose in tied:
-            self._update(table, [(key, self._values(table, image, only=loose)) for key, image in gone.items()])
+            if deferred:
+                inserted.append((table, missing, deferred))
+        for table, images, deferred in inserted:
+            self._update(table, [(key, self._values(table, image, only=deferred)) for key, image in images.items()])
 
-    def _change(self) -> None:
+    def _update_differing(self) -> None:
         differing = {table: self._differing(table) for table in self._tables}
         for table in self._tables:
             rows = []
             for key, names in differing[table].items():
-                image = self._wanted[table][key]
+                image = self._final[table][key]
                 assert image is not None
                 entity = self._registry.by_table[table]
                 changes = any(
                     of.get(key) for other, of in differing.items() if self._registry.by_table[other] is entity
                 )
                 values = self._values(table, image, only=names)
-                rows.append((key, self._with_version(table, values, self._there[table][key]) if changes else values))
+                rows.append((key, self._with_version(table, values, self._current[table][key]) if changes else values))
             self._update(table, rows)
 
     def _differing(self, table: Table) -> dict[str, list[str]]:
-        """The columns that are to change, of each row that is there and is to stay."""
-        found: dict[str, list[str]] = {}
+        """The columns that are to change, of each row that exists and is to stay."""
+        differing: dict[str, list[str]] = {}
         version = self._registry.by_table[table].mapper.version_id_col
-        counted = version.name if version is not None and version.table is table else None
-        for key, image in self._wanted[table].items():
-            now = self._there[table].get(key)
-            if image is not None and now is not None:
-                parked = self._parked.get((table, key), {})
-                names = (name for name in image if name in now and name != counted)
-                found[key] = [name for name in names if name in parked or not same(now[name], image[name])]
-        return found
+        counter = version.name if version is not None and version.table is table else None
+        for key, image in self._final[table].items():
+            current = self._current[table].get(key)
+            if image is not None and current is not None:
+                placeholders = self._placeholders.get((table, key), {})
+                names = (name for name in image if name in current and name != counter)
+                differing[key] = [n for n in names if n in placeholders or not same(current[n], image[n])]
+        return differing
 
-    def _remove(self) -> None:
+    def _delete_unwanted(self) -> None:
         for table in self._tables:
-            if loose := self._loose(table):
-                self._update(table, [(key, dict.fromkeys(loose)) for key in self._leaving(table)])
+            if deferred := self._deferred_columns(table):
+                self._update(table, [(key, dict.fromkeys(deferred)) for key in self._deleted_keys(table)])
         for table in reversed(self._tables):
-            leaving = {key: self._there[table][key] for key in self._leaving(table)}
-            rows: list[tuple[str, dict[str, Any]]] = [
-                (key, {}) for key in reversed(self._parents_first(table, leaving))
-            ]
+            images = {key: self._current[table][key] for key in self._deleted_keys(table)}
+            rows: list[tuple[str, dict[str, Any]]] = [(key, {}) for key in reversed(self._parents_first(table, images))]
             self._execute(rows, partial(self._deletion, table), table)
 
-    def _let_go(self) -> None:
+    def _clear_references(self) -> None:
         """Give foreign keys that may be NULL, and are to change, no value."""
         for table in self._tables:
-            self._set_aside(table, [tuple(fk.columns) for fk in table.foreign_key_constraints])
+            self._set_placeholders(table, [tuple(fk.columns) for fk in table.foreign_key_constraints])
 
-    def _park(self) -> None:
-        """Give unique columns whose value is to change one that nobody has."""
+    def _free_unique_values(self) -> None:
+        """Give unique columns whose value is to change a value that no row has."""
         for table in self._tables:
-            self._set_aside(table, unique_columns(table))
+            self._set_placeholders(table, unique_columns(table))
 
-    def _set_aside(self, table: Table, groups: Iterable[tuple[Column[Any], ...]]) -> None:
+    def _set_placeholders(self, table: Table, groups: Iterable[tuple[Column[Any], ...]]) -> None:
         rows = []
-        for key, image in self._there[table].items():
-            wanted = self._wanted[table][key]
-            moving = [
+        for key, current in self._current[table].items():
+            final = self._final[table][key]
+            differing = [
                 columns
                 for columns in groups
-                if wanted is None or not all(same(wanted.get(c.name, image[c.name]), image[c.name]) for c in columns)
+                if final is None or not all(same(final.get(c.name, current[c.name]), current[c.name]) for c in columns)
             ]
-            parked = dict(self._placeholder(table, columns) for columns in moving)
-            parked.pop("", None)
-            self._parked.setdefault((table, key), {}).update(parked)
-            rows.append((key, parked))
+            placeholders = dict(self._placeholder(table, columns) for columns in differing)
+            placeholders.pop("", None)
+            self._placeholders.setdefault((table, key), {}).update(placeholders)
+            rows.append((key, placeholders))
         self._update(table, rows)
 
     def _placeholder(self, table: Table, columns: Sequence[Column[Any]]) -> tuple[str, Any]:
@@ -224,7 +230,7 @@ class _Restoration:
     # -- statements --------------------------------------------------------------------------------------------------
 
     def _deletion(self, table: Table, _: Sequence[str]) -> Any:
-        return delete(table).where(self._is(table))
+        return delete(table).where(self._key_criterion(table))
 
     def _insert(self, table: Table, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         by_name = self._columns(table).by_name
@@ -241,8 +247,8 @@ class _Restoration:
         def statement(names: Sequence[str]) -> Any:
             values: dict[str, Any] = {by_name[name].key: self._bind(table, name) for name in names}
             # onupdate would overwrite what is being restored.
-            kept = {c.key: c for c in table.columns if c.onupdate is not None and c.key not in values}
-            return update(table).where(self._is(table)).values({**kept, **values})
+            unchanged = {c.key: c for c in table.columns if c.onupdate is not None and c.key not in values}
+            return update(table).where(self._key_criterion(table)).values({**unchanged, **values})
 
         changes = [(key, {n: v for n, v in values.items() if n not in fixed}) for key, values in rows]
         # Of those that set the same columns, one executemany: their order is of no matter.
@@ -270,7 +276,7 @@ class _Restoration:
         """By number: a column's own name would be taken for its value, and may hold anything."""
         return f"memstate_{self._columns(table).names.index(name)}"
 
-    def _is(self, table: Table) -> ColumnElement[bool]:
+    def _key_criterion(self, table: Table) -> ColumnElement[bool]:
         columns = self._columns(table)
         return and_(
             *(
@@ -285,11 +291,11 @@ class _Restoration:
         return self._by_table[table]
 
     def _read(self, table: Table) -> dict[str, dict[str, Any]]:
-        keys = [decode_key(key) for key in self._wanted[table]]
+        keys = [decode_key(key) for key in self._final[table]]
         return self._columns(table).read(self._connection, keys, for_update=True)
 
-    def _leaving(self, table: Table) -> list[str]:
-        return [key for key, image in self._wanted[table].items() if image is None and key in self._there[table]]
+    def _deleted_keys(self, table: Table) -> list[str]:
+        return [key for key, image in self._final[table].items() if image is None and key in self._current[table]]
 
     def _values(self, table: Table, image: Image, *, only: Sequence[str] | None = None) -> dict[str, Any]:
         """What of *image* can be written, by column name: columns that are still there and not computed."""
@@ -310,7 +316,7 @@ class _Restoration:
         newest = columns.to_python(version.name, decode(current.get(version.name)))
         return values | {version.name: columns.to_raw(version.name, generate(newest))}
 
-    def _loose(self, table: Table) -> list[str]:
+    def _deferred_columns(self, table: Table) -> list[str]:
         """The columns of circular foreign keys that can be set later."""
         return [c.name for fk in self._circular if fk.table is table for c in fk.columns if c.nullable]
 
@@ -335,7 +341,7 @@ class _Restoration:
             return list(images)
 
 
-def _can_wait(fk: ForeignKeyConstraint) -> bool:
+def _can_be_null(fk: ForeignKeyConstraint) -> bool:
     """Whether it can be NULL until the row that it refers to is there."""
     return any(column.nullable for column in fk.columns)
 
@@ -343,26 +349,26 @@ def _can_wait(fk: ForeignKeyConstraint) -> bool:
 def sorted_tables(tables: Sequence[Table]) -> list[tuple[Table | None, Collection[ForeignKeyConstraint]]]:
     """Parents first. In a circle the foreign keys that can wait give way: they are what comes with None, at the end."""
     sort: Any = sort_tables_and_constraints
-    firm = [fk for table in tables for fk in table.foreign_key_constraints if not _can_wait(fk)]
+    firm = [fk for table in tables for fk in table.foreign_key_constraints if not _can_be_null(fk)]
     # As dependencies, too: what says use_alter is none by itself.
     parents = [(fk.referred_table, fk.table) for fk in firm if fk.referred_table is not fk.table]
     try:
-        return list(sort(tables, filter_fn=lambda fk: None if _can_wait(fk) else False, extra_dependencies=parents))
+        return list(sort(tables, filter_fn=lambda fk: None if _can_be_null(fk) else False, extra_dependencies=parents))
     except CircularDependencyError:  # of keys that are checked at COMMIT
         return list(sort(tables))
 
 
 def unique_columns(table: Table, *, partial: bool = True) -> list[tuple[Column[Any], ...]]:
     """The columns of each unique constraint and unique index, beside the primary key; *partial* ones included."""
-    found = [tuple(c.columns) for c in table.constraints if isinstance(c, UniqueConstraint)]
+    groups = [tuple(c.columns) for c in table.constraints if isinstance(c, UniqueConstraint)]
     for index in table.indexes:
         columns = tuple(column for column in index.columns if isinstance(column, Column))
         is_whole = len(columns) == len(index.expressions) and not any(
             index.dialect_options[name].get("where") is not None for name in ("postgresql", "sqlite")
         )
         if index.unique and columns and (partial or is_whole):
-            found.append(columns)
-    return found
+            groups.append(columns)
+    return groups
 
 
 _SPAN_US = 900 * 365 * 24 * 3600 * 10**6

@@ -84,7 +84,7 @@ def _expected(app: App) -> dict[str, Held]:
             if content is None or not content.strip():
                 continue
             tracked = app.memory._registry.of(model)
-            values = [getattr(row, name) for name in tracked._projected]
+            values = [getattr(row, name) for name in tracked.projected_attributes]
             projection = tracked.project(encode_key(key), values, app.embedder.fingerprint)
             assert projection.text == content
             assert projection.fingerprint is not None

@@ -418,7 +418,7 @@ def test_a_table_that_has_grown_is_searched_by_its_graph(
     engine, _, name = large
     near = np.ones(8, dtype=np.float32)
     for limit, uses_graph in ((1_999, True), (2_000, False)):
-        monkeypatch.setattr("memstate_sa.indexes._pgvector.EXACT_UP_TO", limit)
+        monkeypatch.setattr("memstate_sa.indexes.pgvector_statements.EXACT_UP_TO", limit)
         monkeypatch.setattr("memstate_sa.indexes.pgvector.EXACT_UP_TO", limit)
         index = PgVectorIndex(engine, name)
         index.open(embedder="e", dimension=8)

@@ -18,7 +18,8 @@ from sqlalchemy import Connection, Engine, create_engine, insert, select
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from memstate_sa import DeliveryRejected, Fact, HistoryMissing, Memory, MemoryStore, UntrackedWrite, memory, sqlite
+from memstate_sa import DeliveryRejected, Fact, HistoryMissing, Memory, MemoryStore, UntrackedWrite, sqlite
+from memstate_sa.db import sync_engines
 from memstate_sa.db.tables import parked
 from memstate_sa.indexes import ChromaIndex, InMemoryIndex, Point
 from memstate_sa.maintenance import doctor, erase
@@ -30,8 +31,8 @@ from memstate_sa.relay.retention import fold_log
 from memstate_sa.runtime import listening
 from memstate_sa.search.search import Search
 from memstate_sa.testing import HashEmbedder
-from memstate_sa.undo import undo
-from memstate_sa.undo.undo import Undo
+from memstate_sa.undo import selection
+from memstate_sa.undo.undo import Undoing
 from tests.support import Person, Tag, World, in_threads
 from tests.support.relays import Spy, say
 
@@ -59,7 +60,7 @@ def test_commit_while_a_relay_is_made(sqlite_engine: Engine) -> None:
     def work(number: int) -> None:
         while time.monotonic() < until:
             if number:
-                world.memory._wake()
+                world.memory._relays.wake()
             else:
                 world.memory.relay(sqlite_engine)
 
@@ -124,14 +125,14 @@ def test_start_while_a_drain_ends(world: World) -> None:
 def test_an_async_engine_is_seen_first_by_two_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each made an engine of it, and nobody could tell any more in which one a token's transaction is."""
     pytest.importorskip("aiosqlite")
-    made, together = memory.blocking_engine, threading.Barrier(2)
+    made, together = sync_engines.blocking_engine, threading.Barrier(2)
 
     def make_together(url: Any) -> Engine:
         with suppress(threading.BrokenBarrierError):
             together.wait(1)
         return made(url)
 
-    monkeypatch.setattr(memory, "blocking_engine", make_together)
+    monkeypatch.setattr(sync_engines, "blocking_engine", make_together)
     engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'facts.db'}")
     ours = Memory(InMemoryIndex(), embedder=HashEmbedder())
     relays = list[Any]()
@@ -235,7 +236,7 @@ def test_undo_of_what_is_being_folded(revoked: bool, postgres_engine: Engine, mo
     execute, folded = Connection.execute, []
 
     def fold_first(connection: Connection, statement: Any, *given: Any, **options: Any) -> Any:
-        if statement is undo._images and not folded:
+        if statement is selection._images and not folded:
             folded.append(True)
 
             def fold() -> None:
@@ -262,10 +263,10 @@ def test_undo_of_two_steps_while_another_undoes_one(postgres_engine: Engine, mon
     world = World(postgres_engine)
     for name in "abcd":
         say(world, **{name: "x"})
-    locks = Undo._lock
+    locks = Undoing._lock
 
-    def undo_first(self: Undo, *given: Any) -> Any:
-        monkeypatch.setattr(Undo, "_lock", locks)
+    def undo_first(self: Undoing, *given: Any) -> Any:
+        monkeypatch.setattr(Undoing, "_lock", locks)
 
         def undo_one() -> None:
             with world.session() as session:
@@ -275,7 +276,7 @@ def test_undo_of_two_steps_while_another_undoes_one(postgres_engine: Engine, mon
         in_a_thread(undo_one)
         return locks(self, *given)
 
-    monkeypatch.setattr(Undo, "_lock", undo_first)
+    monkeypatch.setattr(Undoing, "_lock", undo_first)
     with world.session() as session:
         assert [change.key for change in world.memory.rollback(session, steps=2)] == ["c", "b"]
         session.commit()

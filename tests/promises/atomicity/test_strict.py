@@ -624,7 +624,7 @@ async def test_an_async_session_is_served_and_the_loop_goes_on(engine: Engine) -
     app.assert_holds(index, a="one")
     await async_engine.dispose()
     app.memory.close()
-    for made in app.memory._engines.values():
+    for made in app.memory._engines.by_url.values():
         made.dispose()
 
 
@@ -652,7 +652,6 @@ def test_a_crash_is_recovered(engine: Engine, point: str, monkeypatch: pytest.Mo
             before(self, *args)
         raise Crash
 
-    monkeypatch.setattr(app.memory, "_committed", lambda engine: None)
     monkeypatch.setattr(Strict, "ended", lambda self, unit: None)
     monkeypatch.setattr(Strict, method, crash)
     with app.sessions() as session:

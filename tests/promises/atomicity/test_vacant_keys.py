@@ -23,7 +23,7 @@ any_isolation = pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATA
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine may let the other transaction end late."""
-    monkeypatch.setattr(absent_keys, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(absent_keys, "LOCK_WAIT_S", 60.0)
 
 
 def forgotten(world: World, content: str = "secret") -> bool:
@@ -123,7 +123,7 @@ def test_erase_of_a_row_that_the_transaction_itself_deleted(
 
 def test_erase_is_refused_while_a_writer_stays_open(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says so, and has written nothing. The same for a writer that itself waits for the erasing transaction."""
-    monkeypatch.setattr(absent_keys, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(absent_keys, "LOCK_WAIT_S", 0.1)
     world = World(postgres_engine)
     add(world)
     remove(world)
@@ -275,7 +275,7 @@ def test_doctor_waits_for_a_row_that_is_being_added(
 def test_doctor_leaves_a_key_for_later_while_a_writer_stays_open(
     postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(absent_keys, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(absent_keys, "LOCK_WAIT_S", 0.1)
     world = World(postgres_engine)
     add(world, 5)
     with postgres_engine.begin() as connection:

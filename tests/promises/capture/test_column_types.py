@@ -173,7 +173,7 @@ def check(engine: Engine, models: dict[str, Any], capture: Any, values: dict[str
         after = memory.history(session, model, 1)[-1].after
         assert list(after or {}) == list(loaded)
         [image] = session.scalars(select(log.c.image).order_by(log.c.id.desc()).limit(1))
-        [row] = memory._registry.of(model).on(engine.dialect).read(session.connection(), [(1,)]).values()
+        [row] = memory._registry.of(model).columns_for(engine.dialect).read(session.connection(), [(1,)]).values()
         assert capture == "session" or decode_image(image).items() >= decode_image(row).items() or "double" in values
         wrong = {name: (after[name], loaded[name]) for name in loaded if not same(name, after[name], loaded[name])}
         assert wrong == {}

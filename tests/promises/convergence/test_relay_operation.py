@@ -180,7 +180,7 @@ def test_a_slow_index_does_not_hold_the_others(engine: Engine) -> None:
     with memory.relay(engine):
         for n in range(3):
             say(world, **{f"t{n}": "x"})
-            memory._wake()
+            memory._relays.wake()
             eventually(lambda n=n: holds(fast, means(*(f"t{m}" for m in range(n + 1)))))  # type: ignore[misc]
         assert slow.scan(None, 5) == []
         go.set()

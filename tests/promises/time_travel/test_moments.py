@@ -13,7 +13,7 @@ from memstate_sa.capture.append_only import rewriting
 from memstate_sa.db.tables import log, utcnow
 from memstate_sa.integrations.langgraph.checkpoint_rows import _present
 from memstate_sa.log.history import SNAPSHOT_MARK
-from memstate_sa.undo import undo
+from memstate_sa.undo import selection
 from tests.support import Tag, World
 
 pytestmark = pytest.mark.sa20
@@ -136,7 +136,7 @@ def test_rollback_to_a_moment_finds_a_transaction_that_began_long_before(
     postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its entries are pages behind those of the moment."""
-    monkeypatch.setattr(undo, "_PAGES", (2, 2))
+    monkeypatch.setattr(selection, "_PAGES", (2, 2))
     world = World(postgres_engine)
     tags(world, a="1", b="1")
     with world.session() as late:

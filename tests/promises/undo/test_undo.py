@@ -18,7 +18,7 @@ from memstate_sa import ConflictError, Memory, MemstateError, NotFound
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.log.changes import replay
 from memstate_sa.testing import HashEmbedder
-from memstate_sa.undo.undo import Undo
+from memstate_sa.undo import undo as undo_module
 from tests.support import PATIENCE_S, assert_index_holds, explore, sizes
 from tests.support.statements import statements
 
@@ -626,7 +626,7 @@ def test_nobody_changes_a_fact_between_the_look_and_the_undo(
     app = App(postgres_engine)
     app.write(player(1), player(2))
     app.write(player_1={"text": "mine"})
-    look = Undo._later_entries
+    look = undo_module.later_entries
 
     def interrupted(*args: Any) -> Any:
         found = look(*args)
@@ -638,7 +638,7 @@ def test_nobody_changes_a_fact_between_the_look_and_the_undo(
             other.rollback()
         return found
 
-    monkeypatch.setattr(Undo, "_later_entries", staticmethod(interrupted))
+    monkeypatch.setattr(undo_module, "later_entries", interrupted)
     [change] = app.rollback(1)
     assert change.before["text"] == "mine" and change.after["text"] == "player"
     app.check()

@@ -18,7 +18,7 @@ from memstate_sa import Memory, MemstateError
 from memstate_sa.db.tables import log, transaction, utcnow
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
-from memstate_sa.undo.undo import undone
+from memstate_sa.undo.selection import undone
 from tests.support import Tag, World, assert_index_holds
 
 pytestmark = pytest.mark.sa20

@@ -6,29 +6,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memstate_sa.db.codec import FactKey
-from memstate_sa.undo.constraints import Having, Reference, Rules, Unique
+from memstate_sa.undo.constraints import Constraints, FactsByValue, Reference, Uniqueness
 
 _FACTS = [("fact", str(n)) for n in range(6)]
 _values = st.one_of(st.none(), st.integers(0, 3))
 _states = st.lists(st.tuples(_values, _values, _values, _values), min_size=len(_FACTS), max_size=len(_FACTS))
 
 
-def _side(now: list[int | None], then: list[int | None]) -> Having:
-    having = Having()
+def _side(now: list[int | None], then: list[int | None]) -> FactsByValue:
+    facts = FactsByValue()
     for fact, before, after in zip(_FACTS, now, then, strict=True):
-        having.add(fact, before, after)
-    return having
+        facts.add(fact, before, after)
+    return facts
 
 
 @given(states=_states, out=st.sets(st.sampled_from(_FACTS)))
 def test_what_is_not_left_out_is_allowed(states: list[tuple[int | None, ...]], out: set[FactKey]) -> None:
     """Nobody arrives at a value that somebody has or that is not there, and nobody leaves one that is referred to."""
     own, own_then, refers, refers_then = ([state[n] for state in states] for n in range(4))
-    unique = Unique(_side(own, own_then))
+    unique = Uniqueness(_side(own, own_then))
     reference = Reference(_side(refers, refers_then), _side(own, own_then))
-    found = Rules([unique, reference]).obstacles(out)
-    assert found.keys().isdisjoint(out)
-    left_out = out | found.keys()
+    blocked = Constraints([unique, reference]).blocked_facts(out)
+    assert blocked.keys().isdisjoint(out)
+    left_out = out | blocked.keys()
     value_of = [n if fact in left_out else t for fact, n, t in zip(_FACTS, own, own_then, strict=True)]
     refers_to = [n if fact in left_out else t for fact, n, t in zip(_FACTS, refers, refers_then, strict=True)]
     for n, fact in enumerate(_FACTS):
@@ -39,18 +39,18 @@ def test_what_is_not_left_out_is_allowed(states: list[tuple[int | None, ...]], o
                 assert refers_then[n] in value_of
             if own[n] is not None and own[n] not in value_of:
                 assert own[n] not in refers_to
-    assert Rules([unique, reference]).obstacles(left_out) == {}
+    assert Constraints([unique, reference]).blocked_facts(left_out) == {}
 
 
 def test_a_chain_is_left_out_whole_and_a_bystander_is_not() -> None:
     """Each link because of the next one, which refers to it; the last because of a row of somebody else."""
-    referring, referred = Having(), Having()
+    referring, referred = FactsByValue(), FactsByValue()
     for n in range(1, 4):
         referring.add(("node", str(n)), n - 1 or None, None)
         referred.add(("node", str(n)), n, None)
     referring.add(("node", "theirs"), 3, 3)
     referred.add(("node", "9"), 9, None)
-    assert Rules([Reference(referring, referred)]).obstacles(()) == {
+    assert Constraints([Reference(referring, referred)]).blocked_facts(()) == {
         ("node", "3"): ("node", "theirs"),
         ("node", "2"): ("node", "3"),
         ("node", "1"): ("node", "2"),

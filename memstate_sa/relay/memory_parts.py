@@ -1,0 +1,59 @@
+"""`MemoryParts`: what the methods of `Memory` share, wherever they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session
+
+from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.recorder import Recorder
+from memstate_sa.capture.transaction import OpenTransaction
+from memstate_sa.db.sync_engines import SyncEngines
+from memstate_sa.embedding.batches import Destination
+from memstate_sa.errors import MemstateError
+from memstate_sa.indexes.base import VectorIndex
+from memstate_sa.relay.relays import Relays
+from memstate_sa.relay.strict import Strict
+from memstate_sa.relay.wakeup import Notifier
+from memstate_sa.tracking.registry import Registry
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+
+class MemoryParts:
+    """The parts of a `Memory`, which makes them.
+
+    Its methods are in classes of the folders that they belong to: `SearchMethods`, `UndoMethods`, `MaintenanceMethods`.
+    """
+
+    indexes: dict[str, VectorIndex]
+    successors: dict[str, str]
+    _destinations: dict[str, Destination]
+    _engines: SyncEngines
+    _registry: Registry
+    _recorder: Recorder
+    _capture: Capture
+    _notifier: Notifier
+    _relays: Relays
+    _strict: Strict
+
+    def sync_engine(self, engine: Engine | AsyncEngine, *, use: Engine | None = None) -> Engine:
+        """*engine*, or a sync engine on the URL of an AsyncEngine: the relay is a thread, not a coroutine.
+
+        Of an AsyncEngine the URL alone is known: where ``connect_args``, a ``creator`` or listeners say more, give one
+        that has them too, before anything else: ``memory.sync_engine(async_engine, use=engine)``.
+        """
+        return self._engines.sync_engine(engine, use)
+
+    def _open(self) -> None:
+        """Go on after `close`."""
+        self._capture.resume()
+        self._notifier.open()
+
+    def _unit(self, session: Session) -> OpenTransaction:
+        if not self._capture.is_attached(session):
+            raise MemstateError("this Session is not attached: call memory.attach() with its sessionmaker first")
+        return self._capture.unit(session)

@@ -1,0 +1,119 @@
+"""`Relays`: the relays of one Memory. What wakes them, what they deliver, how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from sqlalchemy.engine import Connection, Engine
+
+from memstate_sa.db.sync_engines import SyncEngines
+from memstate_sa.embedding.batches import Destination
+from memstate_sa.errors import DeliveryError
+from memstate_sa.indexes.base import VectorIndex
+from memstate_sa.relay.backlog import Backlog, backlog
+from memstate_sa.relay.index_key import IndexKey
+from memstate_sa.relay.loop import Relay
+from memstate_sa.relay.wakeup import Notifier
+from memstate_sa.runtime import forks
+from memstate_sa.tracking.registry import Registry
+from memstate_sa.tracking.tracked import Tracked
+
+
+class Relays:
+    """The relays of one Memory, on any number of databases. It keeps none of them alive."""
+
+    def __init__(
+        self, registry: Registry, destinations: Mapping[str, Destination], engines: SyncEngines, notifier: Notifier
+    ) -> None:
+        self._registry = registry
+        self._destinations = destinations
+        self._engines = engines
+        self._notifier = notifier
+        self._relays: weakref.WeakSet[Relay] = weakref.WeakSet()
+        self._make_lock()
+        forks.in_child(self, Relays._make_lock)
+
+    def _make_lock(self) -> None:
+        self._listing = threading.RLock()  # a relay that is made while a commit wakes the others would fail that commit
+
+    def make(self, engine: Engine, names: Iterable[str], **options: Any) -> Relay:
+        """A relay from *engine*'s database to the indexes *names*. A commit does not wake it."""
+        delivered = self._registry.delivered
+        destinations = {name: (self._destinations[name], partial(delivered, name)) for name in names}
+        return Relay(engine, destinations, notifier=self._notifier, **options)
+
+    def add(self, engine: Engine, **options: Any) -> Relay:
+        """A relay from *engine*'s database to all indexes."""
+        relay = self.make(engine, self._destinations, **options)
+        with self._listing:
+            self._relays.add(relay)
+        return relay
+
+    def all(self) -> list[Relay]:
+        with self._listing:
+            return list(self._relays)
+
+    def by_index(self) -> dict[str, tuple[Destination, dict[str, Tracked]]]:
+        """Each index, and the classes that it gets."""
+        return {name: (destination, self._registry.published(name)) for name, destination in self._destinations.items()}
+
+    # -- what wakes them -----------------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        for relay in self.all():
+            relay.wake()
+
+    def committed(self, engine: Engine) -> None:
+        """Wake the relays, those of other processes too: something is committed in *engine*'s database."""
+        self.wake()
+        if engine.dialect.name == "postgresql":
+            with contextlib.suppress(ImportError):  # of a driver that blocks: relays elsewhere find it by polling
+                self._notifier.committed(self._engines.for_threads(engine))
+
+    # -- what they deliver ---------------------------------------------------------------------------------------------
+
+    def backlogs(self, connection: Connection) -> Iterator[tuple[str, Backlog]]:
+        """What each index has not been given yet."""
+        problems = {name: why for relay in self.all() for name, why in relay.problems().items()}
+        for name, (destination, tracked) in self.by_index().items():
+            pending = backlog(connection, IndexKey(name, destination.open()), list(tracked))
+            yield name, replace(pending, problem=problems.get(name, pending.problem))
+
+    def deliver(self, engine: Engine, relay: Relay, timeout: float) -> None:
+        """Deliver what is due: by *relay*, or by whoever holds the lease."""
+        deadline = time.monotonic() + timeout
+        self.wake()
+        relay.drain(timeout)
+        while self._is_due(engine):
+            if time.monotonic() > deadline:
+                raise DeliveryError(f"what is due was not delivered within {timeout:g} s; is a relay stuck?")
+            relay.drain(timeout)
+            time.sleep(0.02)
+
+    def _is_due(self, engine: Engine) -> bool:
+        with engine.connect() as connection:
+            return any(pending.due for _, pending in list(self.backlogs(connection)))
+
+    # -- how they end --------------------------------------------------------------------------------------------------
+
+    def stop(self, deadline: float) -> list[Relay]:
+        """Stop all relays, and return them. *deadline* is a time of `time.monotonic`."""
+        relays = self.all()
+        for relay in relays:
+            relay.stop(max(0.0, deadline - time.monotonic()))
+        return relays
+
+
+def close_after(relays: Sequence[Relay], name: str, index: VectorIndex) -> None:
+    """Close *index* when none of *relays* uses it. Another process might open its folder beside a late write."""
+    if relays:
+        relays[0].after_stop(name, partial(close_after, relays[1:], name, index))
+    else:
+        index.close()

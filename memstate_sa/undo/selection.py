@@ -1,0 +1,292 @@
+"""Which transactions an undo takes back, and which of their changes.
+
+Statements that read the log, and decisions about what they return. Nothing here writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeAlias
+
+from sqlalchemy import BigInteger, Column, ColumnElement, Select, and_, cast, func, select
+from sqlalchemy.engine import Connection
+
+from memstate_sa.db.codec import FactKey, Image, by_entity
+from memstate_sa.db.json_params import as_array, unnest_strings
+from memstate_sa.db.tables import log, transaction
+from memstate_sa.errors import HistoryMissing, MemstateError, NotFound
+from memstate_sa.log.changes import REDACTED, LaterEntry, LoggedChange
+from memstate_sa.log.history import Moment, log_at
+from memstate_sa.log.positions import Snapshot
+from memstate_sa.tracking.registry import Registry
+from memstate_sa.undo.constraints import BlockedFacts, Constraints
+
+Undone: TypeAlias = set[tuple[str, FactKey]]
+"""(transaction, fact) whose change was undone, and not redone."""
+
+_PAGES = (100, 1000)
+"""Entries or headers a SELECT: a walk begins with what it probably needs, and goes on with the most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Whose transactions count, and what of them: all, or those with these labels; all facts, or those of one class."""
+
+    session_id: str | None = None
+    actor: str | None = None
+    entity: str | None = None
+
+    @property
+    def labels(self) -> list[ColumnElement[bool]]:
+        criteria = [transaction.c.session_id == self.session_id] if self.session_id is not None else []
+        return criteria + ([transaction.c.actor == self.actor] if self.actor is not None else [])
+
+
+@dataclass
+class Plan:
+    """How to undo *changes*, newest first.
+
+    *final* has the row that each fact must end up with. Facts that are *left_out* stay as they are, each because of the
+    entries with these ids. Facts that were *changed_since* may have later entries than *changes*. The *absent_keys*
+    have no row: others may be adding one.
+    """
+
+    changes: list[LoggedChange]
+    absent_keys: Collection[FactKey]
+    final: dict[FactKey, Image | None]
+    constraints: Constraints
+    changed_since: Collection[FactKey]
+    left_out: dict[FactKey, set[int]]
+
+    @property
+    def selected(self) -> list[LoggedChange]:
+        """The changes that are undone."""
+        return [change for change in self.changes if change.fact not in self.left_out]
+
+    @property
+    def kept(self) -> list[LoggedChange]:
+        return [change for change in self.changes if change.fact in self.left_out]
+
+    @property
+    def conflicts(self) -> set[int]:
+        return set().union(*self.left_out.values())
+
+    def possible(self, facts: Collection[FactKey]) -> set[FactKey]:
+        """The facts among *facts* that can be restored when all others stay as they are."""
+        others = self.final.keys() - facts
+        return set(facts) - self.constraints.blocked_facts(others).keys()
+
+    def leave_out_blocked(self, connection: Connection) -> BlockedFacts:
+        """Leave out what other rows block, or what is left out already, and return that."""
+        blocked = self.constraints.blocked_facts(self.left_out)
+        # What is left out may be what others need. They are told why it is, not that it is.
+        causes = {by for by in blocked.values() if by is not None and by not in blocked and by not in self.left_out}
+        entries = _newest_entries(connection, causes) if causes else {}
+        for fact, by in blocked.items():
+            self.left_out[fact] = {entries[by]} if by in entries else set()
+        return blocked
+
+
+# -- which transactions ------------------------------------------------------------------------------------------------
+
+_keys = unnest_strings("keys")
+
+
+_reverting = select(log.c.id, log.c.reverts, log.c.tx, log.c.entity, log.c.key)
+_first = _reverting.where(log.c.reverts.in_(select(_keys.c.value)), log.c.reverts.is_not(None)).cte(recursive=True)
+_chain = select(
+    _first.union(
+        _reverting.join(
+            _first, and_(log.c.reverts == _first.c.tx, log.c.entity == _first.c.entity, log.c.key == _first.c.key)
+        )
+    )
+)
+"""The undos of ``keys``, the undos of those undos, and so on: a chain may have been toggled a thousand times."""
+
+
+def undone(connection: Connection, txs: Collection[str]) -> Undone:
+    """The changes of *txs* that a rollback has undone, and no rollback of that rollback has redone."""
+    rows = connection.execute(_chain, {"keys": as_array(txs)}).all()
+    undone_changes: Undone = set()
+    for row in sorted(rows, reverse=True):  # by id: what undoes an undo comes after it
+        if (row.tx, (row.entity, row.key)) not in undone_changes:
+            undone_changes.add((row.reverts, (row.entity, row.key)))
+    targets = set(txs)
+    return {(tx, fact) for tx, fact in undone_changes if tx in targets}
+
+
+def effective_transactions(
+    connection: Connection, own: Collection[str], scope: Scope, count: int = _PAGES[1]
+) -> Iterator[str]:
+    """Transactions of *scope* with something to undo, the last one first, except *own*. About *count* will be read."""
+    seen = set(own)
+    walk = _labelled if scope.labels else _all
+    least, most = _PAGES
+    for rows in walk(connection, scope, min(max(count + len(own), least), most)):
+        undone_changes = undone(connection, {row.tx for row in rows} - seen)
+        for row in rows:
+            if row.tx not in seen and (row.tx, (row.entity, row.key)) not in undone_changes:
+                seen.add(row.tx)
+                yield row.tx
+
+
+_changed = select(log.c.id, log.c.tx, log.c.entity, log.c.key, log.c.step)
+_changed_by = _changed.where(log.c.tx.in_(select(_keys.c.value)))
+
+
+def _all(connection: Connection, scope: Scope, page: int) -> Iterator[Sequence[Any]]:
+    """Entries of steps, backwards, page by page."""
+    steps = _changed.where(log.c.step)
+    if scope.entity is not None:
+        steps = steps.where(log.c.entity == scope.entity)
+    yield from _backwards(connection, steps.order_by(log.c.id.desc()), log.c.id, page)
+
+
+def _labelled(connection: Connection, scope: Scope, page: int) -> Iterator[Sequence[Any]]:
+    """The same of steps with the labels, found by their headers: there may be few of them in a long log."""
+    headers = select(transaction.c.at, transaction.c.tx).where(*scope.labels).order_by(transaction.c.at.desc())
+    for header_page in _backwards(connection, headers, transaction.c.at, page):
+        # Chosen and sorted here: for either, SQLite would walk all steps, or all of an entity, to find these.
+        rows = connection.execute(_changed_by, {"keys": as_array({row.tx for row in header_page})}).all()
+        steps = [row for row in rows if row.step and scope.entity in (None, row.entity)]
+        yield sorted(steps, key=lambda row: row.id, reverse=True)
+
+
+def _backwards(connection: Connection, statement: Select[Any], by: Column[Any], page: int) -> Iterator[Sequence[Any]]:
+    """Pages of *statement*, whose first column is *by*, from the greatest; rows of one value are on one page.
+
+    The first page has *page* rows.
+    """
+    rows = connection.execute(statement.limit(page)).all()
+    while len(rows) == page:
+        last = rows[-1][0]
+        if not by.primary_key:
+            same = connection.execute(statement.where(by == last)).all()
+            rows = [*(row for row in rows if row[0] != last), *same]
+        yield rows
+        page = _PAGES[1]
+        rows = connection.execute(statement.where(by < last).limit(page)).all()
+    yield rows
+
+
+def transactions_since(connection: Connection, own: Collection[str], scope: Scope, moment: Moment) -> list[str]:
+    """The effective transactions of *scope* since a moment, the last one first."""
+    at_moment = log_at(connection, moment)
+    of_page = select(log.c.tx, log.c.snapshot, (~at_moment.criterion).label("since"))
+    of_page = of_page.where(log.c.tx.in_(select(_keys.c.value)))
+    txs: list[str] = []
+    candidates = effective_transactions(connection, own, scope)
+    # Transactions that ran at once are in no order: so it ends with a page that has none.
+    while page := list(islice(candidates, _PAGES[1])):
+        rows = connection.execute(of_page, {"keys": as_array(page)}).all()
+        since = {row.tx for row in rows if row.since}
+        txs += [tx for tx in page if tx in since]
+        if not since and _is_before(at_moment.snapshot, [row.snapshot for row in rows]):
+            break
+    return txs
+
+
+def _is_before(moment: Snapshot | None, snapshots: Iterable[str | None]) -> bool:
+    """Whether one of *snapshots* was taken when nothing had begun that was open at *moment*, or none is known."""
+    known = [Snapshot.parse(snapshot) for snapshot in snapshots if snapshot is not None]
+    return moment is None or not known or any(snapshot.xmax <= moment.xmin for snapshot in known)
+
+
+def require_closed(connection: Connection, open_tx: str, tx: str) -> None:
+    """Raise MemstateError for the transaction that is open, and NotFound for one that the log does not have."""
+    if tx == open_tx:
+        raise MemstateError("this transaction is still open; session.rollback() undoes it")
+    if connection.execute(select(log.c.id).where(log.c.tx == tx).limit(1)).first() is None:
+        raise NotFound(f"the log has no transaction {tx!r}")
+
+
+# -- which of their changes --------------------------------------------------------------------------------------------
+
+_earlier = log.alias("earlier")
+_previous = (
+    select(func.max(_earlier.c.id))
+    .where(_earlier.c.entity == log.c.entity, _earlier.c.key == log.c.key, _earlier.c.id < log.c.id)
+    .scalar_subquery()
+)
+# The entry before each is looked up by another statement: joined, PostgreSQL reads all of a log of few large
+# transactions, as it expects as many rows of these.
+_entries = (
+    select(
+        log.c.id, log.c.tx, log.c.entity, log.c.key, log.c.op, log.c.image, log.c.version, _previous.label("previous")
+    )
+    .where(log.c.tx.in_(select(_keys.c.value)), log.c.op != "baseline")
+    .order_by(log.c.id.desc())
+)
+_facts = select(log.c.entity, log.c.key).where(log.c.tx.in_(select(_keys.c.value)), log.c.op != "baseline").distinct()
+_images = select(log.c.id, log.c.image, log.c.version).where(log.c.id.in_(select(cast(_keys.c.value, BigInteger))))
+
+
+def changed_facts(connection: Connection, targets: Sequence[str]) -> dict[str, list[str]]:
+    """The keys that the transactions *targets* changed, by entity."""
+    return by_entity(map(tuple, connection.execute(_facts, {"keys": as_array(targets)}).all()))
+
+
+def changes_to_undo(
+    connection: Connection, registry: Registry, targets: Sequence[str], scope: Scope
+) -> list[LoggedChange]:
+    """The changes of *targets* that are neither undone nor redacted, newest first."""
+    rows = connection.execute(_entries, {"keys": as_array(targets)}).all()
+    images: dict[int | None, Any] = {row.id: row for row in rows}
+    earlier = as_array({str(row.previous) for row in rows if row.previous is not None} - {str(id_) for id_ in images})
+    images.update({row.id: row for row in connection.execute(_images, {"keys": earlier})})
+    untracked = {row.entity for row in rows} - set(registry.by_entity)
+    if untracked:
+        raise HistoryMissing(f"{', '.join(sorted(untracked))}: no longer tracked, so it cannot be written back")
+    undone_changes = undone(connection, targets)
+    changes = []
+    for row in rows:
+        previous = images.get(row.previous)
+        outside = scope.entity is not None and row.entity != scope.entity
+        # After a redacted entry comes a tombstone: it is never what a living one goes back to.
+        if row.version == REDACTED or outside or (row.tx, (row.entity, row.key)) in undone_changes:
+            continue
+        if row.previous is not None and row.previous not in images:
+            raise HistoryMissing(f"{row.entity} {row.key}: what it was before has just been folded (Retention.log)")
+        upcast = registry.by_entity[row.entity].upcast
+        before, after = (
+            None if it is None or it.image is None else upcast(it.image, it.version, connection.dialect)
+            for it in (previous, row)
+        )
+        changes.append(LoggedChange(row.id, row.tx, row.entity, row.key, before, after))
+    return changes
+
+
+def later_entries(connection: Connection, changes: Sequence[LoggedChange]) -> list[LaterEntry]:
+    """Entries of the same facts that came after the first of *changes*, further ones of *changes* among them."""
+    first: dict[FactKey, int] = {}
+    for change in changes:
+        first[change.fact] = min(change.id, first.get(change.fact, change.id))
+    later: list[LaterEntry] = []
+    for entity, group in by_entity(first).items():
+        rows = connection.execute(
+            select(log.c.id, log.c.tx, log.c.key, log.c.reverts).where(
+                log.c.entity == entity,
+                log.c.key.in_(select(_keys.c.value)),
+                log.c.id > min(first[entity, key] for key in group),
+                log.c.op != "baseline",
+            ),
+            {"keys": as_array(group)},
+        )
+        later += [
+            LaterEntry(id_, tx, (entity, key), reverts) for id_, tx, key, reverts in rows if id_ > first[entity, key]
+        ]
+    return later
+
+
+def _newest_entries(connection: Connection, facts: Collection[FactKey]) -> dict[FactKey, int]:
+    """The id of the last entry of each fact."""
+    ids: dict[FactKey, int] = {}
+    for entity, keys in by_entity(facts).items():
+        newest = select(log.c.key, func.max(log.c.id)).where(
+            log.c.entity == entity, log.c.key.in_(select(_keys.c.value))
+        )
+        rows = connection.execute(newest.group_by(log.c.key), {"keys": as_array(set(keys))})
+        ids.update({(entity, key): id_ for key, id_ in rows})
+    return ids
