@@ -18,10 +18,10 @@ from memstate_sa.db.tables import holder, index_state, ledger, parked, refill, s
 from memstate_sa.errors import DeliveryError, MemstateError, NotFound
 from memstate_sa.relay import claims
 from memstate_sa.relay.index_key import IndexKey, of_index
-from memstate_sa.relay.plan import AGAIN
+from memstate_sa.relay.plan import ParkedState
 
 _switched = select(successor.c.successor, successor.c.incarnation).where(successor.c.index == bindparam("index"))
-_refused = select(parked.c.entity, parked.c.key).where(of_index(parked), parked.c.state != AGAIN)
+_refused = select(parked.c.entity, parked.c.key).where(of_index(parked), parked.c.state != ParkedState.AGAIN)
 
 
 def check(successors: Mapping[str, str], indexes: Mapping[str, object]) -> None:
@@ -114,5 +114,5 @@ def forget(connection: Connection, name: str) -> None:
     if not all(leases.is_gone(owner) or leases.is_dropped(owner) for owner in connection.scalars(live)):
         raise MemstateError(f"a relay delivers to index {name!r}: take the index out of that application first")
     for key in keys:
-        claims.forget(connection, key)
+        claims.forget_index(connection, key)
     connection.execute(delete(successor).where(or_(successor.c.index == name, successor.c.successor == name)))

@@ -48,9 +48,9 @@ from memstate_sa.log.positions import Position
 from memstate_sa.relay import marks, projections
 from memstate_sa.relay.index_key import IndexKey, of_index
 from memstate_sa.relay.marks import Past
-from memstate_sa.relay.plan import AGAIN, PARKED
+from memstate_sa.relay.plan import ParkedState
 from memstate_sa.relay.projections import Projected
-from memstate_sa.relay.protocol import Claimed, DatabaseState, HeldSlot, Refill
+from memstate_sa.relay.requests import Claimed, DatabaseState, HeldSlot, Refill
 from memstate_sa.runtime.printable import printable_logger
 
 logger = printable_logger("memstate_sa.relay")
@@ -98,7 +98,7 @@ def due_parking(dialect_name: str) -> ColumnElement[bool]:
     """Parked keys of ``slots`` and ``entities`` whose time has come."""
     return and_(
         of_index(parked),
-        parked.c.state.in_((AGAIN, PARKED)),
+        parked.c.state.in_((ParkedState.AGAIN, ParkedState.PARKED)),
         parked.c.next_at <= clock(dialect_name),
         parked.c.entity.in_(select(unnest_strings("entities").c.value)),
         in_slots(dialect_name, parked.c.slot),
@@ -170,7 +170,7 @@ def claim(
     live = _live(connection, index, owner, now, now + timedelta(seconds=lease_s), look_for_gone=in_process)
     delivered = known(connection, index)
     settled = projections.settle(connection, index, owner, live, delivered, classes, now)
-    marked = _refill_rows(connection, index, delivered, settled.mine, settled.changed)
+    marked = _refill_rows(connection, index, delivered, settled.delivered, settled.changed)
     rows = connection.execute(_cursors, index.parameters()).all()
     present = read_present(connection)
     in_future = any(_position(row).snapshot.xmax > present.snapshot.xmax for row in rows)
@@ -203,7 +203,7 @@ def claim(
         connection.execute(taking.values(owner=owner, epoch=epoch), index.parameters())
         _scan_again(connection, index, [row.slot for row in taken if row.owner is not None])
     fresh = {row.slot: HeldSlot(epoch, _position(row), True, settle=row.owner is not None) for row in taken}
-    return Claimed({**ours, **fresh}, present, len(live), quota, marked, settled.mine), now_at
+    return Claimed({**ours, **fresh}, present, len(live), quota, marked, settled.delivered), now_at
 
 
 def _touch(connection: Connection, index: IndexKey, now: datetime) -> bool:
@@ -287,7 +287,7 @@ def _is_registered(connection: Connection, index: IndexKey, embedder: str, dimen
     return row is not None
 
 
-def forget(connection: Connection, index: IndexKey) -> None:
+def forget_index(connection: Connection, index: IndexKey) -> None:
     """Delete what is known of *index*: as if nothing had ever been delivered to it."""
     for table in _OF_INDEX:
         connection.execute(delete(table).where(of_index(table)), index.parameters())

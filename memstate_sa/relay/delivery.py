@@ -28,9 +28,10 @@ from memstate_sa.log.positions import Page
 from memstate_sa.relay import claims, ledger, marks
 from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.marks import Bookmark
-from memstate_sa.relay.plan import AGAIN
+from memstate_sa.relay.plan import ParkedState
 from memstate_sa.relay.projections import Projected
-from memstate_sa.relay.protocol import (
+from memstate_sa.relay.protocol import SlotWorker
+from memstate_sa.relay.requests import (
     Acknowledge,
     Claim,
     Claimed,
@@ -52,7 +53,6 @@ from memstate_sa.relay.protocol import (
     Remove,
     Renew,
     Request,
-    SlotWorker,
     Steps,
     Upsert,
 )
@@ -105,7 +105,7 @@ class Delivery:
         self._room = 0  # how many may be kept until it is looked whether they are too many
         dialect = engine.dialect.name
         self._page_s = SAVE_EVERY_S if dialect == "postgresql" else 0.0
-        self.holder = SlotWorker(
+        self.slot_worker = SlotWorker(
             self._tracked,
             slots=len(slots(dialect)),
             page_size=page_size,
@@ -125,13 +125,13 @@ class Delivery:
             forks.leave_to_parent(self._reader)
         self._owner, self._key, self._reader = leases.new_owner(self), None, None
         self._unkept = {}
-        self.holder.stopping = False
-        self.holder.forget()
+        self.slot_worker.stopping = False
+        self.slot_worker.reset()
 
     def open(self) -> IndexKey:
         """Raises IndexMismatch when the index was built by another embedder."""
         incarnation = self._guarded(self._destination.open)
-        self.holder.max_batch = self._guarded(lambda: self._index.max_batch)
+        self.slot_worker.max_batch = self._guarded(lambda: self._index.max_batch)
         return IndexKey(self.name, incarnation)
 
     def step(self) -> int | None:
@@ -141,15 +141,15 @@ class Delivery:
         """
         key = self.open()
         if key != self._key:
-            self.holder.forget()
+            self.slot_worker.reset()
             self._key, self._bookmark = key, Bookmark()
         classes = self._classes()
         if classes != self._tracked:  # the next claim has the rows of what is new delivered
-            if self.holder.epochs:
-                self._run(self.holder.release())
+            if self.slot_worker.epochs:
+                self._run(self.slot_worker.release())
             self._know(classes)
-            self.holder.entities = classes
-        return self._run(self.holder.step())
+            self.slot_worker.entities = classes
+        return self._run(self.slot_worker.step())
 
     def _know(self, classes: Mapping[str, Tracked]) -> None:
         self._tracked = classes
@@ -162,18 +162,18 @@ class Delivery:
     def save(self) -> None:
         """Record how far each slot is, now."""
         if self._key is not None:
-            self._run(self.holder.save())
+            self._run(self.slot_worker.save())
 
     def keep(self) -> None:
         """Renew the lease if half of it is over."""
-        if self._key is not None and self.holder.epochs:
-            self._run(self.holder.keep())
+        if self._key is not None and self.slot_worker.epochs:
+            self._run(self.slot_worker.keep())
 
     def release(self) -> None:
         """Let others take over at once."""
         if self._key is None or (is_in_memory(self._engine) and open_transaction(self._engine)):
             return  # its connection is the application's, in the middle of something
-        self._run(self.holder.release())
+        self._run(self.slot_worker.release())
 
     def _run(self, steps: Steps[R]) -> R:
         try:
@@ -220,7 +220,7 @@ class Delivery:
                 reader.close()
 
     @property
-    def _at(self) -> IndexKey:
+    def _index_key(self) -> IndexKey:
         assert self._key is not None
         return self._key
 
@@ -231,13 +231,13 @@ class Delivery:
         raise NotImplementedError(type(request))
 
     @_do.register
-    def _(self, request: Claim) -> Claimed:
+    def _do_claim(self, request: Claim) -> Claimed:
         embedder = self._vectors.embedder
         kept = self._guarded(lambda: marks.kept_by(self._index))
         with self._writing() as connection:
             claimed, now = claims.claim(
                 connection,
-                self._at,
+                self._index_key,
                 self._owner,
                 self._lease_s,
                 epochs=request.epochs,
@@ -262,46 +262,48 @@ class Delivery:
         }
 
     @_do.register
-    def _(self, _: Renew) -> int:
+    def _do_renew(self, _: Renew) -> int:
         with self._writing() as connection:
-            return claims.renew(connection, self._at, self._owner, self._lease_s)
+            return claims.renew(connection, self._index_key, self._owner, self._lease_s)
 
     @_do.register
-    def _(self, request: Look) -> DatabaseState:
+    def _do_look(self, request: Look) -> DatabaseState:
         with self._reading() as connection:
             self._bookmark.end_page(time.monotonic())
-            seen, now = claims.look(connection, self._at, self._owner, self._entities, request.slots)
+            seen, now = claims.look(connection, self._index_key, self._owner, self._entities, request.slots)
         return seen if self._bookmark.sees(now) else seen._replace(elsewhere=True)
 
     @_do.register
-    def _(self, request: Release) -> None:
+    def _do_release(self, request: Release) -> None:
         with self._writing() as connection:
             if request.leave:
-                claims.leave(connection, self._at, self._owner)  # before the slots, as whoever claims
-            held = claims.still_held(connection, self._at, self._owner, request.epochs)
-            claims.move(connection, self._at, {slot: at for slot, at in request.positions.items() if slot in held})
-            ledger.redirty(connection, self._at, request.unsure)
-            claims.let_go(connection, self._at, held.difference(request.unsettled))
+                claims.leave(connection, self._index_key, self._owner)  # before the slots, as whoever claims
+            held = claims.still_held(connection, self._index_key, self._owner, request.epochs)
+            claims.move(
+                connection, self._index_key, {slot: at for slot, at in request.positions.items() if slot in held}
+            )
+            ledger.redirty(connection, self._index_key, request.unsure)
+            claims.let_go(connection, self._index_key, held.difference(request.unsettled))
 
     # -- sources of dirty keys -----------------------------------------------------------------------------------------
 
     @_do.register
-    def _(self, request: ReadPage) -> Page:
+    def _do_read_page(self, request: ReadPage) -> Page:
         with self._reading() as connection:
-            return read_page(connection, request.at, request.present, request.slots, request.limit)
+            return read_page(connection, request.position, request.present, request.slots, request.limit)
 
     @_do.register
-    def _(self, request: ReadDue) -> Any:
+    def _do_read_due(self, request: ReadDue) -> Any:
         with self._reading() as connection:
-            return ledger.due(connection, self._at, self._entities, request.slots, request.limit)
+            return ledger.due(connection, self._index_key, self._entities, request.slots, request.limit)
 
     @_do.register
-    def _(self, request: ReadRefill) -> Refill | None:
+    def _do_read_refill(self, request: ReadRefill) -> Refill | None:
         with self._reading() as connection:
-            return claims.next_refill(connection, self._at, request.slots, self._delivered)
+            return claims.next_refill(connection, self._index_key, request.slots, self._delivered)
 
     @_do.register
-    def _(self, request: ListFacts) -> KeyPage:
+    def _do_list_facts(self, request: ListFacts) -> KeyPage:
         size = request.limit
         if request.entity == claims.SCAN:
             entries = self._guarded(lambda: self._index.scan(request.after, size))
@@ -314,7 +316,7 @@ class Delivery:
     # -- one page ------------------------------------------------------------------------------------------------------
 
     @_do.register
-    def _(self, request: Read) -> PageState:
+    def _do_read(self, request: Read) -> PageState:
         projections: dict[FactKey, Projection] = {}
         failed: dict[FactKey, MemstateError] = {}
         impossible: dict[FactKey, MemstateError] = {}
@@ -330,12 +332,12 @@ class Delivery:
                         projections[entity, found.key] = found
                     else:
                         failed[entity, found[0]] = classify(found[1], "the text callable")
-            given = ledger.read_ledger(connection, self._at, request.facts)
-            parked = ledger.read_parked(connection, self._at, request.facts)
+            given = ledger.read_ledger(connection, self._index_key, request.facts)
+            parked = ledger.read_parked(connection, self._index_key, request.facts)
         return PageState(projections, failed, given, parked, impossible)
 
     @_do.register
-    def _(self, request: Embed) -> Embedded:
+    def _do_embed(self, request: Embed) -> Embedded:
         texts, vectors = request.texts, self._vectors
         known: dict[str, Vector] = {}
         if vectors.stored:
@@ -373,7 +375,7 @@ class Delivery:
         self._room = capacity // 10 if excess <= some else 0
 
     @_do.register
-    def _(self, request: Fetch) -> Mapping[FactKey, Stored]:
+    def _do_fetch(self, request: Fetch) -> Mapping[FactKey, Stored]:
         facts = {point_id(*fact): fact for fact in request.facts}
         return {facts[stored.id]: stored for stored in self._guarded(lambda: self._index.get(list(facts)))}
 
@@ -384,7 +386,7 @@ class Delivery:
             return
         if not bookmark.is_begun:  # else the index could not be told: to begin others would leave it behind
             with self._writing() as connection:
-                begun = marks.begin_page(connection, self._at)
+                begun = marks.begin_page(connection, self._index_key)
             if not bookmark.sees(begun):
                 raise DeliveryRetryable(f"index {self.name!r}: the database was restored meanwhile")
             bookmark.begun(time.monotonic() + self._page_s)
@@ -392,39 +394,39 @@ class Delivery:
         bookmark.is_told = True
 
     @_do.register
-    def _(self, request: Upsert) -> None:
+    def _do_upsert(self, request: Upsert) -> None:
         self._keep()
         self._mark_page()
-        points = [put.point for put in request.puts if put.point is not None]
+        points = [write.point for write in request.writes if write.point is not None]
         self._guarded(lambda: self._index.upsert(points))
 
     @_do.register
-    def _(self, request: Remove) -> None:
+    def _do_remove(self, request: Remove) -> None:
         self._mark_page()
         index = self._index
         if not is_fenced(index):
-            self._guarded(lambda: index.delete([point_id(*put.fact) for put in request.puts]))
+            self._guarded(lambda: index.delete([point_id(*write.fact) for write in request.writes]))
             return
         by_epoch: dict[int, list[str]] = {}
-        for put in request.puts:
-            by_epoch.setdefault(put.epoch, []).append(point_id(*put.fact))
+        for write in request.writes:
+            by_epoch.setdefault(write.epoch, []).append(point_id(*write.fact))
         for epoch, ids in by_epoch.items():
             self._guarded(partial(index.delete, ids, epoch=epoch))
 
     @_do.register
-    def _(self, request: Acknowledge) -> frozenset[int]:
+    def _do_acknowledge(self, request: Acknowledge) -> frozenset[int]:
         for fact, parking in request.parking.items():
-            if parking.state == AGAIN:
+            if parking.state == ParkedState.AGAIN:
                 continue
             logger.warning("%s: %s%s %s: %s", self.name, *fact, parking.state, parking.error)
         with self._writing() as connection:
-            return ledger.acknowledge(connection, self._at, self._owner, request)
+            return ledger.acknowledge(connection, self._index_key, self._owner, request)
 
     @_do.register
-    def _(self, request: Redirty) -> None:
+    def _do_redirty(self, request: Redirty) -> None:
         logger.warning("%s: the lease was lost; %d keys are delivered again", self.name, len(request.facts))
         with self._writing() as connection:
-            ledger.redirty(connection, self._at, request.facts)
+            ledger.redirty(connection, self._index_key, request.facts)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 

@@ -21,8 +21,8 @@ from memstate_sa.log.outbox import slot_array, slots
 from memstate_sa.log.positions import slot_of
 from memstate_sa.relay import claims
 from memstate_sa.relay.index_key import IndexKey, of_index
-from memstate_sa.relay.plan import AGAIN, Delivered, Parked
-from memstate_sa.relay.protocol import Acknowledge, ParkedKey
+from memstate_sa.relay.plan import Delivered, Parked, ParkedState
+from memstate_sa.relay.requests import Acknowledge, ParkedKey
 
 # Statements are built once: building one takes longer than running it, and the relay shares the interpreter with the
 # application.
@@ -43,7 +43,7 @@ _unpark = delete(parked).where(
 @cache
 def _stuck(dialect_name: str) -> Any:
     """What is to be delivered again later is not due to be noticed now."""
-    counts = or_(parked.c.state != AGAIN, parked.c.next_at <= leases.clock(dialect_name))
+    counts = or_(parked.c.state != ParkedState.AGAIN, parked.c.next_at <= leases.clock(dialect_name))
     mine = and_(of_index(parked), parked.c.entity == _entity, parked.c.key.in_(select(_keys.c.value)))
     return select(parked.c.key, parked.c.attempts, parked.c.mark, parked.c.repeat).where(mine, counts)
 
@@ -98,7 +98,7 @@ def acknowledge(connection: Connection, index: IndexKey, owner: str, record: Ack
     if record.foreign:
         # Keys of another Memory that shares this index: passed by here, so they wait for its relay, deleted ones too.
         known = claims.known(connection, index)
-        waiting = Parked(0, 0.0, AGAIN, "passed by")
+        waiting = Parked(0, 0.0, ParkedState.AGAIN, "passed by")
         park_all(connection, index, {fact: waiting for fact in record.foreign if fact[0] in known})
     claims.move(connection, index, {slot: at for slot, at in record.positions.items() if slot in held})
     if record.refill is not None:
@@ -144,7 +144,7 @@ def redirty(connection: Connection, index: IndexKey, facts: Mapping[FactKey, Par
     park_all(connection, index, facts)
 
 
-_instead_of: BindParameter[str | None] = bindparam("instead_of", type_=parked.c.mark.type)
+_expected_version: BindParameter[str | None] = bindparam("expected_version", type_=parked.c.mark.type)
 
 
 def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, Parked]) -> None:
@@ -153,18 +153,18 @@ def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, 
     statement = upsert(connection.dialect.name, parked)
     new = statement.excluded
     # A call may land until then, whatever else is the matter with the key.
-    lands = and_(parked.c.state == AGAIN, parked.c.next_at > new.next_at, not_(new.repeat))
+    lands = and_(parked.c.state == ParkedState.AGAIN, parked.c.next_at > new.next_at, not_(new.repeat))
     kept = {name: case((lands, parked.c[name]), else_=new[name]) for name in ("state", "next_at", "error")}
     now: datetime = database_now(connection)
     mark = uuid4().hex
     # What has to be repeated after it is delivered, still has to be when it is refused, or marked once more.
-    still = and_(parked.c.repeat, or_(new.state != AGAIN, new.next_at <= now))
+    still = and_(parked.c.repeat, or_(new.state != ParkedState.AGAIN, new.next_at <= now))
     repeat = case((or_(still, new.repeat), true()), (lands, parked.c.repeat), else_=false())
     connection.execute(
         statement.on_conflict_do_update(
             index_elements=list(parked.primary_key.columns),
             set_={"attempts": new.attempts, "mark": new.mark, "repeat": repeat, **kept},
-            where=or_(_instead_of.is_(None), parked.c.mark == _instead_of),
+            where=or_(_expected_version.is_(None), parked.c.mark == _expected_version),
         ),
         [
             {
@@ -177,8 +177,8 @@ def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, 
                 "state": given.state,
                 "error": given.error,
                 "mark": mark,
-                "repeat": given.repeat,
-                "instead_of": given.instead_of,
+                "repeat": given.deliver_again,
+                "expected_version": given.expected_version,
             }
             for (entity, key), given in sorted(parking.items())  # in this order: two may park the same keys
         ],

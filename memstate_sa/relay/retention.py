@@ -44,7 +44,7 @@ from memstate_sa.db.tables import (
 )
 from memstate_sa.log.changes import REDACTED
 from memstate_sa.log.positions import Position
-from memstate_sa.relay.claims import SCAN, forget
+from memstate_sa.relay.claims import SCAN, forget_index
 from memstate_sa.relay.index_key import IndexKey
 
 
@@ -102,7 +102,7 @@ def forget_idle_indexes(connection: Connection, keep: timedelta) -> int:
     idle = delete(index_state).where(index_state.c.active_at < before, not_(held))
     found = connection.execute(idle.returning(index_state.c.index, index_state.c.incarnation)).all()
     for key in found:
-        forget(connection, IndexKey(*key))
+        forget_index(connection, IndexKey(*key))
     return len(found)
 
 

@@ -36,7 +36,7 @@ from memstate_sa.log.outbox import slots
 from memstate_sa.log.positions import slot_of
 from memstate_sa.relay.claims import limit_transaction
 from memstate_sa.relay.index_key import IndexKey, of_index
-from memstate_sa.relay.protocol import ENTITY
+from memstate_sa.relay.points import ENTITY
 from memstate_sa.relay.retry import classify, guarded
 from memstate_sa.runtime import forks, listening
 from memstate_sa.runtime.printable import printable_logger
@@ -94,16 +94,16 @@ def intend(connection: Connection, tx: str, facts: Sequence[FactKey], **xid: str
         connection.execute(_intend[connection.dialect.name], given)
 
 
-class Standing(NamedTuple):
+class SlotEpochs(NamedTuple):
     """What relays know of an index: the epoch of each slot's claim, and whether points carry their entity."""
 
     epochs: Mapping[int, int]
     marked: bool
 
 
-def read_standing(connection: Connection, index: IndexKey) -> Standing:
+def read_slot_epochs(connection: Connection, index: IndexKey) -> SlotEpochs:
     slots = connection.execute(_standing, index.parameters()).all()
-    return Standing({slot: epoch for slot, epoch, _ in slots}, any(marked for _, _, marked in slots))
+    return SlotEpochs({slot: epoch for slot, epoch, _ in slots}, any(marked for _, _, marked in slots))
 
 
 class Strict:
@@ -230,7 +230,7 @@ class Strict:
         facts: Sequence[FactKey],
         keys: Mapping[str, IndexKey],
         call: Call,
-    ) -> dict[str, Standing]:
+    ) -> dict[str, SlotEpochs]:
         """Make the intent durable. Returns how the indexes stand once it is."""
         try:
             if connection.dialect.name == "postgresql":
@@ -241,19 +241,19 @@ class Strict:
             unit.intended = True
             call(journal.write, unit.tx, facts)
             intend(connection, unit.tx, facts)  # if this commits, they are delivered with it
-            return {name: read_standing(connection, key) for name, key in keys.items()}
+            return {name: read_slot_epochs(connection, key) for name, key in keys.items()}
         except (OSError, SQLAlchemyError) as error:
             raise DeliveryRetryable(f"the intent was not recorded: {type(error).__name__}") from error
 
     def _announce_beside(
         self, engine: Engine, xid: str, tx: str, facts: Sequence[FactKey], keys: Mapping[str, IndexKey]
-    ) -> dict[str, Standing]:
+    ) -> dict[str, SlotEpochs]:
         """PostgreSQL: committed at once, under the xid of the transaction: no window passes it before that ends."""
         with self._other(engine).begin() as connection:
             limit_transaction(connection, LOCK_TIMEOUT_S)
             intend(connection, tx, facts, the_xid=xid)
             # Read here: the transaction itself may look at an older snapshot.
-            return {name: read_standing(connection, key) for name, key in keys.items()}
+            return {name: read_slot_epochs(connection, key) for name, key in keys.items()}
 
     def committed(self, unit: OpenTransaction) -> None:
         """The intent of *unit* was committed with it, unless a transaction around it is still open (SQLite)."""

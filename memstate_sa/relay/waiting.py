@@ -20,7 +20,7 @@ from memstate_sa.log.outbox import in_slots, position_parameters, slot_array, sl
 from memstate_sa.relay import claims, ledger
 from memstate_sa.relay.backlog import BEGINNING, read_positions
 from memstate_sa.relay.index_key import IndexKey, of_index
-from memstate_sa.relay.plan import AGAIN, DEAD
+from memstate_sa.relay.plan import ParkedState
 from memstate_sa.tracking.committed import project
 from memstate_sa.tracking.projection import Projection
 from memstate_sa.tracking.tracked import Tracked
@@ -86,7 +86,7 @@ def _keys_of(connection: Connection, tx: str) -> Collection[FactKey] | None:
 
 _refused = (
     select(parked.c.entity, parked.c.key, parked.c.state, parked.c.error)
-    .where(of_index(parked), parked.c.state != AGAIN)
+    .where(of_index(parked), parked.c.state != ParkedState.AGAIN)
     .where(exists().where(log.c.entity == parked.c.entity, log.c.key == parked.c.key, log.c.tx == bindparam("tx")))
 )
 
@@ -121,11 +121,11 @@ class _Waiting:
         Raises DeliveryError for a key that it refused for good.
         """
         pending, refused = False, [] if facts is None else self._refused(connection)
-        if facts is None or any(row.state == DEAD for row in refused):
+        if facts is None or any(row.state == ParkedState.DEAD for row in refused):
             pending = self._is_pending(connection)  # what is pending is tried again
             # After that: a key that was delivered in between is not refused.
             refused = self._refused(connection)
-        dead = next((row for row in refused if row.state == DEAD), None)
+        dead = next((row for row in refused if row.state == ParkedState.DEAD), None)
         if dead is not None and not pending:
             raise DeliveryError(f"index {self.name!r} refused {dead.entity} {dead.key}: {dead.error}")
         if refused:

@@ -44,10 +44,10 @@ from memstate_sa.errors import DeliveryError, DeliveryRejected, MemstateError
 from memstate_sa.indexes.base import Filter, Match, Vector
 from memstate_sa.log.outbox import is_behind, position_parameters, undelivered
 from memstate_sa.relay import marks
-from memstate_sa.relay.backlog import Standing, read_standing, stuck
+from memstate_sa.relay.backlog import EntityCoverage, read_entity_coverage, refused_keys
 from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.marks import Past
-from memstate_sa.relay.protocol import ENTITY
+from memstate_sa.relay.points import ENTITY
 from memstate_sa.relay.retry import guarded, halves
 from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.search.comparable import Comparable
@@ -196,7 +196,7 @@ class Search:
         self._distances: dict[str, float] = {}
         self._of_texts: dict[str | None, float] = {}
         self._budget = OVERLAY_LIMIT
-        self._standing: Standing | None = None
+        self._standing: EntityCoverage | None = None
         self._mark = Opened(None)
         self._stale: list[str] = []  # found by content that they do not have
         self._too_many = False
@@ -308,13 +308,13 @@ class Search:
         connection = self._connection()
         index = self._index_key()
         standing = self._standing = self._read_standing(connection, index)
-        at = standing.at
+        at = standing.position
         if not standing.filled:
             # What was committed before the index's cursor began is delivered from the table: no position tells how far.
             at, self._complete = None, False
         keys: list[str] = []
         # One look for all: what is undelivered now may be refused, and its entry gone, by the next statement.
-        quiet = connection.dialect.name == "sqlite" and at is not None and at.id >= standing.newest
+        quiet = connection.dialect.name == "sqlite" and at is not None and at.id >= standing.newest_id
         if not quiet:
             unit = self._capture.open_unit(self._session)
             mine = {"entity": self._tracked.entity, "own_tx": unit.tx if unit is not None else "", "limit": _RECENT}
@@ -323,8 +323,8 @@ class Search:
             keys = [key for key, _ in rows]
             if sum(count for _, count in rows) >= _RECENT:
                 self._complete = False
-        if standing.stuck or not quiet:
-            keys += stuck(connection, index, self._tracked.entity, OVERLAY_LIMIT + 1)
+        if standing.has_refused_keys or not quiet:
+            keys += refused_keys(connection, index, self._tracked.entity, OVERLAY_LIMIT + 1)
         keys = list(dict.fromkeys(keys))
         if len(keys) > OVERLAY_LIMIT:
             self._complete = False
@@ -339,16 +339,16 @@ class Search:
         self._complete = standing.filled
         return []
 
-    def _read_standing(self, connection: Connection, index: IndexKey) -> Standing:
+    def _read_standing(self, connection: Connection, index: IndexKey) -> EntityCoverage:
         """How the index stands. It is not filled, either, when it was filled from something else than what is here now.
 
         That is another past of the database, or another projection of the class. No relay may have seen it yet.
         """
-        standing = read_standing(connection, index, self._tracked.entity)
+        standing = read_entity_coverage(connection, index, self._tracked.entity)
         if standing.past is not None and not self._mark.is_of(standing.past):
             self._opened.pop(self.name, None)
             self._open()  # the mark first: relays write it to the database before the index
-            standing = read_standing(connection, index, self._tracked.entity)
+            standing = read_entity_coverage(connection, index, self._tracked.entity)
         if standing.past is not None and not self._mark.is_of(standing.past):
             self._opened.pop(self.name, None)
             return standing._replace(filled=False)

@@ -23,7 +23,7 @@ from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Drif
 from memstate_sa.db.tables import cursor, outbox
 from memstate_sa.indexes import InMemoryIndex, Point, VectorIndex
 from memstate_sa.relay import strict
-from memstate_sa.relay.protocol import ENTITY
+from memstate_sa.relay.points import ENTITY
 from memstate_sa.relay.strict import Strict, _complete_lines
 from memstate_sa.testing import HashEmbedder
 from tests.support import assert_index_holds, make_due

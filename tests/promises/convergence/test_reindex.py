@@ -452,7 +452,7 @@ def test_a_relay_that_claims_an_index_while_it_is_forgotten(shop: Shop) -> None:
     def forget_first(connection: Any, index: Any, now: Any) -> bool:
         if not forgotten:
             forgotten.append(True)
-            claims.forget(connection, index)
+            claims.forget_index(connection, index)
         return touch(connection, index, now)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -17,7 +17,7 @@ from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Inde
 from memstate_sa.db.tables import cursor, ledger, outbox, parked
 from memstate_sa.indexes import InMemoryIndex, VectorIndex
 from memstate_sa.relay import RetryPolicy
-from memstate_sa.relay.protocol import Upsert
+from memstate_sa.relay.requests import Upsert
 from memstate_sa.testing import FlakyIndex, HashEmbedder
 from tests.support import (
     Base,
@@ -271,7 +271,7 @@ def test_a_lost_acknowledgement_is_settled_by_the_next_holder(spied: World, spy:
     say(spied, a="second")
     dying = spied.memory.relay(spied.engine)
     spied.relay.stop()
-    for delivery in (courier.delivery for courier in dying._couriers):
+    for delivery in (worker.delivery for worker in dying._workers):
         delivery._do_originally = delivery._do
 
         def write_and_die(request: Any, d: Any = delivery) -> Any:

@@ -136,7 +136,7 @@ def test_an_overtaken_relay_stops_between_two_batches(engine: Engine) -> None:
 
     def meddle(point: Point) -> None:
         index.refuse = lambda point: None
-        late._couriers[0].delivery.holder._renew_at = 0.0  # the write took longer than half of the lease
+        late._workers[0].delivery.slot_worker._renew_at = 0.0  # the write took longer than half of the lease
         overtake(engine)
 
     index.refuse = meddle
@@ -177,13 +177,13 @@ def test_two_relays_claim_a_new_index_at_once(postgres_engine: Engine) -> None:
     assert not [outcome for outcome in outcomes if not isinstance(outcome, int)]
     for relay in relays * 2:
         relay.run_once()
-    deliveries = [relay._couriers[0].delivery for relay in relays]
+    deliveries = [relay._workers[0].delivery for relay in relays]
     with postgres_engine.connect() as connection:
         owners = dict(connection.execute(select(cursor.c.slot, cursor.c.owner)).all())
-    assert [set(delivery.holder.epochs) for delivery in deliveries] == [
+    assert [set(delivery.slot_worker.epochs) for delivery in deliveries] == [
         {slot for slot, owner in owners.items() if owner == delivery._owner} for delivery in deliveries
     ]
-    assert [len(delivery.holder.epochs) for delivery in deliveries] == [32, 32]
+    assert [len(delivery.slot_worker.epochs) for delivery in deliveries] == [32, 32]
     say(world, c="z")
     eventually(lambda: sum(relay.run_once() for relay in relays) == 0)
     expected = {'tag["a"]': "a means x", 'tag["b"]': "b means y", 'tag["c"]': "c means z"}
@@ -345,7 +345,7 @@ def test_an_idle_relay_looks_less_and_less_often(postgres_engine: Engine) -> Non
 
     event.listen(postgres_engine, "before_cursor_execute", note)
     relay = world.memory.relay(postgres_engine, poll_s=(0.01, 600.0), lease_s=3600.0)
-    relay._couriers[0].woken = waits = Waits(short_s=2.0)
+    relay._workers[0].woken = waits = Waits(short_s=2.0)
     with relay:
         eventually(lambda: bool(waits.asked) and waits.asked[-1] >= waits.short_s)
         assert 0 < len(looks) <= len(waits.asked) + 2
@@ -478,7 +478,7 @@ def test_a_database_that_was_away_is_not_asked_all_the_time(engine: Engine) -> N
     statements: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
     relay = world.memory.relay(engine, policy=RetryPolicy(delay_s=0.01), poll_s=(0.05, 5.0))
-    delivery, failed = relay._couriers[0].delivery, threading.Event()
+    delivery, failed = relay._workers[0].delivery, threading.Event()
     step = delivery.step
 
     def fail_once() -> Any:

@@ -291,20 +291,20 @@ def test_a_key_that_is_refused_in_the_middle_of_a_search(world: World, monkeypat
     people(world, "green tea")
     world.relay.drain()
     people(world, "tea")
-    inner = search_module.read_standing
+    inner = search_module.read_entity_coverage
 
     def then_refuse(*arguments: Any) -> Any:
-        standing = inner(*arguments)
+        coverage = inner(*arguments)
         with monkeypatch.context() as patch:
             patch.setattr(type(world.index), "upsert", refuse)
             world.relay.run_once()
-        world.relay._forget()
-        return standing
+        world.relay._clean_up()
+        return coverage
 
     def refuse(self: Any, points: Any) -> None:
         raise DeliveryRejected("not this one")
 
-    monkeypatch.setattr(search_module, "read_standing", then_refuse)
+    monkeypatch.setattr(search_module, "read_entity_coverage", then_refuse)
     with world.session() as session:
         hits = world.memory.search(session, "tea", Person)
     assert [hit.fact.about for hit in hits] == ["tea", "green tea"]
