@@ -50,8 +50,9 @@ from memstate_sa.relay.strict import Strict
 from memstate_sa.relay.waiting import wait_for
 from memstate_sa.relay.wakeup import Notifier
 from memstate_sa.runtime import forks
+from memstate_sa.runtime.calls import Call, call_directly
 from memstate_sa.runtime.printable import printable_logger
-from memstate_sa.search.search import Call, Hits, Opened, Search, call_directly, resolve_target
+from memstate_sa.search.search import Hits, Opened, Search, resolve_target
 from memstate_sa.search.time_travel import PastSession, as_of_session, search_past, take_criteria
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.options import describe

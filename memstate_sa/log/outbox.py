@@ -50,7 +50,6 @@ from memstate_sa.log.positions import SLOTS, Page, Position, Snapshot, slot_of
 
 _keys = unnest_strings("keys")
 
-
 _entry = (
     select(literal_column("1"))
     .where(log.c.entity == bindparam("entity"), log.c.key == _keys.c.value)
@@ -58,13 +57,11 @@ _entry = (
     .scalar_subquery()
 )
 
-
 unknown_keys: Select[Any] = select(_keys.c.value).where(_entry.is_(None))
 """Which of ``keys`` of ``entity`` the log has not seen.
 
 One look into the index for each: NOT EXISTS is a join for PostgreSQL, which may hash all that the log has of it.
 """
-
 
 _last_op = (
     select(log.c.op)
@@ -74,7 +71,6 @@ _last_op = (
     .scalar_subquery()
 )
 
-
 deleted_keys: Select[Any] = select(_keys.c.value).where(_last_op == "delete")
 """Which of ``keys`` of ``entity`` are deleted, as far as the log goes."""
 
@@ -82,16 +78,9 @@ deleted_keys: Select[Any] = select(_keys.c.value).where(_last_op == "delete")
 # -- adding -----------------------------------------------------------------------------------------------------------
 
 _LOGGED = ("entity", "key", "op", "image", "version", "reverts", "step")
-
-
 _MARKED = ("slot", "entity", "key")
-
-
 _tx, _at = bindparam("tx", type_=log.c.tx.type), bindparam("at", type_=log.c.at.type)
-
-
 _logged, _marked = unnest_rows("logged"), unnest_rows("marked")
-
 
 _add_to_log: Insert = insert(log).from_select(
     ["tx", "at", "snapshot", *_LOGGED],
@@ -100,19 +89,15 @@ _add_to_log: Insert = insert(log).from_select(
     ),
 )
 
-
 _add_to_outbox: Insert = insert(outbox).from_select(
     ["tx", "created_at", *_MARKED],
     select(_tx, _at, *(row_value(_marked, n, outbox.c[name].type) for n, name in enumerate(_MARKED))),
 )
 
-
 _add_to_both: Insert = _add_to_outbox.add_cte(_add_to_log.cte("logging"))
-
 
 _CHARS = 16_000_000
 """About one statement's worth of text: PostgreSQL takes a JSONB value of 256 MB, SQLite a text of 1 GB."""
-
 
 _MARKS = 8_000
 """And of keys, which are short."""
@@ -162,8 +147,6 @@ def add(
 # -- what a snapshot of SQLite does not see ----------------------------------------------------------------------------
 
 _newest_given = text("SELECT seq FROM sqlite_sequence WHERE name = 'memstate_outbox'")
-
-
 _journal = text("PRAGMA journal_mode")
 
 
@@ -219,8 +202,6 @@ def _xid(value: ColumnElement[Any]) -> ColumnElement[Any]:
 
 
 _limit: BindParameter[int] = bindparam("limit", type_=BigInteger())
-
-
 _late = unnest_strings("late")
 
 

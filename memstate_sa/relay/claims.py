@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import cache
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
@@ -55,10 +55,8 @@ from memstate_sa.runtime.printable import printable_logger
 
 logger = printable_logger("memstate_sa.relay")
 
-
 SCAN = ""
 """The refill rows that stand for the scan of the index itself."""
-
 
 _limit = select(
     func.set_config("lock_timeout", bindparam("limit"), True),
@@ -76,8 +74,6 @@ def limit_transaction(connection: Connection, seconds: float) -> None:
 
 
 _owned = select(func.count()).where(of_index(cursor), cursor.c.owner == bindparam("me"))
-
-
 _one = select(literal(1).label("one")).subquery()
 
 
@@ -117,14 +113,8 @@ def look(
 # -- claiming ---------------------------------------------------------------------------------------------------------
 
 _cursors = select(cursor).where(of_index(cursor)).order_by(cursor.c.slot)
-
-
 _holders = select(holder.c.owner, holder.c.lease_until).where(of_index(holder))
-
-
 _me = and_(of_index(holder), holder.c.owner == bindparam("me"))
-
-
 _renew = update(holder).where(_me).values(lease_until=bindparam("until"))
 
 
@@ -345,7 +335,6 @@ def _refill_rows(
 
 _may_ask = select(func.has_function_privilege("pg_control_system()", "execute"))
 
-
 # The insertion point's timeline: it changes at once when a standby is promoted or a backup recovered.
 _cluster = text(
     "SELECT concat(system_identifier, '/', left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)) "
@@ -395,7 +384,6 @@ _mine = (
     .with_for_update(key_share=True)
 )
 
-
 _moving = (
     update(cursor)
     .where(of_index(cursor), cursor.c.slot.in_(bindparam("slots", expanding=True)))
@@ -416,6 +404,22 @@ def move(connection: Connection, index: IndexKey, positions: Mapping[int, Positi
     for at, group in groupby(by_position, key=lambda item: item[1]):
         new = {f"new_{name}": value for name, value in _columns(at).items()}
         connection.execute(_moving, {**index.parameters(), **new, "slots": [slot for slot, _ in group]})
+
+
+_index_is_marked = select(index_state.c.marked).where(of_index(index_state)).scalar_subquery()
+_slot_epochs = select(cursor.c.slot, cursor.c.epoch, _index_is_marked).where(of_index(cursor))
+
+
+class SlotEpochs(NamedTuple):
+    """The epoch of each slot's claim, and whether points carry their entity."""
+
+    epochs: Mapping[int, int]
+    marked: bool
+
+
+def read_slot_epochs(connection: Connection, index: IndexKey) -> SlotEpochs:
+    rows = connection.execute(_slot_epochs, index.parameters()).all()
+    return SlotEpochs({slot: epoch for slot, epoch, _ in rows}, any(marked for _, _, marked in rows))
 
 
 def let_go(connection: Connection, index: IndexKey, held: Collection[int]) -> None:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
 from sqlalchemy import (
@@ -49,6 +49,7 @@ from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.marks import Past
 from memstate_sa.relay.points import ENTITY
 from memstate_sa.relay.retry import guarded, halves
+from memstate_sa.runtime.calls import Call, call_directly
 from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.search.comparable import Comparable
 from memstate_sa.search.pushdown import push_down
@@ -58,22 +59,37 @@ from memstate_sa.tracking.projection import Projection, split_point_id
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
 
+P = ParamSpec("P")
+
+
+R = TypeVar("R")
+
+
 logger = printable_logger("memstate_sa.search.search")
 
+
 F = TypeVar("F")
-P = ParamSpec("P")
-R = TypeVar("R")
+
 
 OVERLAY_LIMIT = 500
 """The most rows that one search embeds because the index does not have them yet."""
 
+
 _IDS_LIMIT = 1000
+
+
 _DOUBTED = 100
 """So many hits by content that they do not have are looked at once more."""
+
+
 _LARGEST_ASK = 1 << 20
 """So many points at most are asked for: with a count that is beyond its integers, an index fails, or finds nothing."""
+
+
 _TIES = 10_000
 """So many facts at the distance of the last hit are put in order; of more, the index chooses."""
+
+
 _NOISE = 1e-6
 """An index computes a distance in single precision: the last digits depend on where the vector lies in memory."""
 
@@ -101,18 +117,9 @@ class Hits(list[Hit[F]]):
     complete: bool = True
 
 
-class Call(Protocol):
-    """How to call an index or an embedder: at once, or in a thread while the event loop goes on."""
-
-    def __call__(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
-
-
-def call_directly(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-    return function(*args, **kwargs)
-
-
 _RECENT = 10 * OVERLAY_LIMIT
 """The most outbox entries that one search looks at, newest first: a backlog may be long."""
+
 
 _own_xid = cast(cast(func.pg_current_xact_id_if_assigned(), Text), BigInteger)
 
