@@ -1,4 +1,4 @@
-"""Who delivers to an index, and how far it is: leases, slots, cursors, refills. One short transaction a call.
+"""The owners of an index and its positions: leases, slots, cursors, refills. One short transaction a call.
 
 Safety hangs on a slot's epoch alone, which grows whenever the slot changes hands; a lease only tells when it may.
 """
@@ -65,9 +65,9 @@ _limit = select(
 
 
 def limit_transaction(connection: Connection, seconds: float) -> None:
-    """Have PostgreSQL end this transaction if its process is stopped and others wait for its locks; and not wait long.
+    """Have PostgreSQL end this transaction if its process stops in it, and limit its waits for locks.
 
-    Only this transaction: the settings are local to it, as a pooler in transaction mode needs.
+    The settings are local to this transaction, as a pooler in transaction mode needs.
     """
     if connection.dialect.name == "postgresql":
         connection.execute(_limit, {"limit": f"{seconds * 1000:.0f}ms"})
@@ -86,8 +86,8 @@ def _look(dialect_name: str) -> Select[Any]:
     due = exists().where(due_parking(dialect_name))
     paused = select(index_state.c.paused).where(of_index(index_state))
     counts = (query.scalar_subquery() for query in (live, _owned))
-    looked = (present_column(dialect_name), *counts, free, due, paused.scalar_subquery())
-    return select(*looked, *marks.columns).select_from(_one.outerjoin(past, of_index(past)))
+    state = (present_column(dialect_name), *counts, free, due, paused.scalar_subquery())
+    return select(*state, *marks.columns).select_from(_one.outerjoin(past, of_index(past)))
 
 
 def due_parking(dialect_name: str) -> ColumnElement[bool]:
@@ -104,22 +104,22 @@ def due_parking(dialect_name: str) -> ColumnElement[bool]:
 def look(
     connection: Connection, index: IndexKey, owner: str, entities: str, slots: Iterable[int]
 ) -> tuple[DatabaseState, Past | None]:
-    """*entities* as an array parameter."""
-    given = {"me": owner, "now": utcnow(), "entities": entities, "slots": slot_array(slots)}
-    row = connection.execute(_look(connection.dialect.name), {**index.parameters(), **given}).one()
+    """Read the state of *index*, and its past. *entities* is an array parameter."""
+    parameters = {"me": owner, "now": utcnow(), "entities": entities, "slots": slot_array(slots)}
+    row = connection.execute(_look(connection.dialect.name), {**index.parameters(), **parameters}).one()
     return DatabaseState(to_position(row[0]), row[1], row[2], row[3], row[4], bool(row[5])), marks.as_past(row[6:])
 
 
 # -- claiming ---------------------------------------------------------------------------------------------------------
 
 _cursors = select(cursor).where(of_index(cursor)).order_by(cursor.c.slot)
-_holders = select(holder.c.owner, holder.c.lease_until).where(of_index(holder))
+_leases = select(holder.c.owner, holder.c.lease_until).where(of_index(holder))
 _me = and_(of_index(holder), holder.c.owner == bindparam("me"))
 _renew = update(holder).where(_me).values(lease_until=bindparam("until"))
 
 
 def renew(connection: Connection, index: IndexKey, owner: str, lease_s: float) -> int:
-    """Prolong the lease; how many slots are still *owner*'s, 0 when others took it for dead."""
+    """Prolong the lease. Returns how many slots *owner* still has, 0 when others took it for dead."""
     take_write_lock(connection)
     until = database_now(connection) + timedelta(seconds=lease_s)
     known = connection.execute(_renew, {**index.parameters(), "me": owner, "until": until}).rowcount
@@ -141,21 +141,21 @@ def claim(
     kept: str | None = None,
     went_back: bool = False,
 ) -> tuple[Claimed, Past]:
-    """Prolong the lease, and take slots that nobody holds until *owner* has its share.
+    """Prolong the lease, and take free slots until *owner* has its share.
 
-    *epochs* are those of the slots that *owner* knows to be its own. Of an index that is *in_process* nothing lands
-    once its process has ended, so its lease is not waited for; elsewhere a request may be waiting at a server. *kept*
-    is the mark that the index had before this transaction; *went_back* says that the database was restored (see
-    `marks`). Also returns where the index is.
+    *epochs* are those of the slots that *owner* knows to be its own. Nothing lands in an index that is *in_process*
+    once its process has ended, so its lease is not waited for. Elsewhere a request may be waiting at a server. *kept*
+    is the mark that the index had before this transaction. *went_back* says that the database was restored (see
+    `marks`). Also returns the past of the index.
 
     Raises IndexMismatch when another embedder filled the index, also for an index that does not keep this itself.
     """
     take_write_lock(connection)
     dialect, now = connection.dialect.name, database_now(connection)
     _require_registered(connection, index, now, embedder, dimension)
-    while not _touch(connection, index, now):  # somebody else was just forgetting it
+    while not _touch(connection, index, now):  # another process has just forgotten it
         _require_registered(connection, index, now, embedder, dimension)
-    # Everybody locks them in this order; whoever acknowledges meanwhile is waited for.
+    # All relays lock them in this order. This waits for those that acknowledge meanwhile.
     connection.execute(_cursors.with_for_update(), index.parameters()).all()
     live = _live(connection, index, owner, now, now + timedelta(seconds=lease_s), look_for_gone=in_process)
     delivered = known(connection, index)
@@ -164,7 +164,7 @@ def claim(
     rows = connection.execute(_cursors, index.parameters()).all()
     present = read_present(connection)
     in_future = any(_position(row).snapshot.xmax > present.snapshot.xmax for row in rows)
-    now_at, is_another = marks.compare(connection, index, kept, alone=len(live) == 1, went_back=went_back)
+    now_past, is_another = marks.compare(connection, index, kept, alone=len(live) == 1, went_back=went_back)
     if is_another and delivered:
         logger.warning(
             "index %r was filled from another past of this database: one of the two was restored, or two databases "
@@ -175,16 +175,16 @@ def claim(
         _rebase(connection, index, present)
         rows = connection.execute(_cursors, index.parameters()).all()
     quota = -(-len(slots(dialect)) // len(live))  # rounded up: no slot is left over
-    ours = {
+    own_slots = {
         row.slot: HeldSlot(row.epoch, _position(row), fresh=False, settle=False)
         for row in rows
         if row.owner == owner and epochs.get(row.slot) == row.epoch
     }
-    # Ours in the database but unknown to us: what was done under it is unknown, too.
-    strays = [row for row in rows if row.owner == owner and row.slot not in ours]
-    # Those furthest behind first: nobody has had time for them.
+    # Slots that are ours in the database, but unknown to us: our writes to them are unknown, too.
+    strays = [row for row in rows if row.owner == owner and row.slot not in own_slots]
+    # The slots that are furthest behind come first: no relay has had time for them.
     free = sorted((row for row in rows if row.owner not in live), key=lambda row: _position(row).floor)
-    taken = strays + free[: max(0, quota - len(ours) - len(strays))]
+    taken = strays + free[: max(0, quota - len(own_slots) - len(strays))]
     epoch = 0
     if taken:
         # By the clock, not only by counting: an index outlives a database that is restored or made anew.
@@ -193,7 +193,7 @@ def claim(
         connection.execute(taking.values(owner=owner, epoch=epoch), index.parameters())
         _scan_again(connection, index, [row.slot for row in taken if row.owner is not None])
     fresh = {row.slot: HeldSlot(epoch, _position(row), True, settle=row.owner is not None) for row in taken}
-    return Claimed({**ours, **fresh}, present, len(live), quota, marked, settled.delivered), now_at
+    return Claimed({**own_slots, **fresh}, present, len(live), quota, marked, settled.delivered), now_past
 
 
 def _touch(connection: Connection, index: IndexKey, now: datetime) -> bool:
@@ -202,7 +202,10 @@ def _touch(connection: Connection, index: IndexKey, now: datetime) -> bool:
 
 
 def _scan_again(connection: Connection, index: IndexKey, taken: Collection[int]) -> None:
-    """Of slots that were being filled: their last holder may have written rows that nobody lists any more."""
+    """Scan the index again for *taken* slots that were being filled.
+
+    Their last owner may have written points whose rows are no longer listed.
+    """
     undone = select(refill.c.slot).where(of_index(refill), not_(refill.c.done), refill.c.slot.in_(taken))
     slots = set(connection.scalars(undone.distinct(), index.parameters())) if taken else set()
     if slots:
@@ -223,13 +226,13 @@ def _live(
     *,
     look_for_gone: bool,
 ) -> set[str]:
-    """The owners whose lease runs, *owner* among them; the others are struck off."""
+    """The owners whose lease runs, *owner* among them. The others are deleted."""
     statement = upsert(connection.dialect.name, holder).on_conflict_do_update(
         index_elements=list(holder.primary_key.columns), set_={"lease_until": until}
     )
     connection.execute(statement, {**index.values(), "owner": owner, "lease_until": until})
-    known = connection.execute(_holders, index.parameters()).all()
-    others = [(name, lease_until) for name, lease_until in known if name != owner]
+    lease_rows = connection.execute(_leases, index.parameters()).all()
+    others = [(name, lease_until) for name, lease_until in lease_rows if name != owner]
     gone = [
         name
         for name, lease_until in others
@@ -237,14 +240,14 @@ def _live(
     ]
     if gone:
         connection.execute(delete(holder).where(of_index(holder), holder.c.owner.in_(gone)), index.parameters())
-    return {name for name, _ in known}.difference(gone)
+    return {name for name, _ in lease_rows}.difference(gone)
 
 
 _OF_INDEX = (index_state, refill, parked, cursor, ledger, holder, past, projection)
 
 
 def _require_registered(connection: Connection, index: IndexKey, now: datetime, embedder: str, dimension: int) -> None:
-    """A new lifetime of an index: its cursors start now, everything older comes by the refill."""
+    """Register a new lifetime of an index. Its cursors start now; the refill brings everything older."""
     if _is_registered(connection, index, embedder, dimension):
         return
     live = select(holder.c.incarnation).where(holder.c.index == index.name, holder.c.lease_until > now)
@@ -255,7 +258,7 @@ def _require_registered(connection: Connection, index: IndexKey, now: datetime, 
             delete(table).where(table.c.index == index.name, table.c.incarnation.not_in(live.scalar_subquery()))
         )
     dialect = connection.dialect.name
-    # Two may find it new: what one has inserted, the other leaves as it is.
+    # Two relays may find it new: the second one leaves the rows of the first.
     state = {"embedder": embedder, "dimension": dimension, "marked": False, "paused": paused}
     state |= {"created_at": now, "active_at": now, "cluster": _read_cluster(connection)}
     connection.execute(upsert(dialect, index_state).on_conflict_do_nothing(), {**index.values(), **state})
@@ -278,13 +281,13 @@ def _is_registered(connection: Connection, index: IndexKey, embedder: str, dimen
 
 
 def forget_index(connection: Connection, index: IndexKey) -> None:
-    """Delete what is known of *index*: as if nothing had ever been delivered to it."""
+    """Delete all state of *index*, as if it had never been delivered to."""
     for table in _OF_INDEX:
         connection.execute(delete(table).where(of_index(table)), index.parameters())
 
 
-def _columns(at: Position) -> dict[str, Any]:
-    return {"snapshot": str(at.snapshot), "xid": at.xid, "position": at.id}
+def _columns(position: Position) -> dict[str, Any]:
+    return {"snapshot": str(position.snapshot), "xid": position.xid, "position": position.id}
 
 
 def known(connection: Connection, index: IndexKey) -> set[str]:
@@ -299,24 +302,24 @@ def _refill_rows(
     entities: Collection[str],
     changed: Collection[str],
 ) -> bool:
-    """Have *entities* delivered in full that never were, or that *changed*. Returns whether points carry their entity.
+    """Refill *entities* that are new or *changed*. Returns whether points carry their entity.
 
-    They do from the day on which the index gets a second one, and not before: in Chroma a field costs a tenth of the
-    writing rate. What is there is then written again, without embedding it again.
+    They do when the index gets a second entity, and not before: in Chroma a field costs a tenth of the writing rate.
+    All points are then written again, without a new embedding.
     """
     dialect = connection.dialect.name
     if changed:
-        other = update(refill).where(of_index(refill), refill.c.entity.in_(changed))
-        connection.execute(other.values(done=False, position=None), index.parameters())
-    missing = [name for name in (SCAN, *entities) if name not in delivered]
-    if missing:
+        restart = update(refill).where(of_index(refill), refill.c.entity.in_(changed))
+        connection.execute(restart.values(done=False, position=None), index.parameters())
+    missing_names = [name for name in (SCAN, *entities) if name not in delivered]
+    if missing_names:
         rows = [
             {**index.values(), "entity": name, "slot": slot, "position": None, "done": False}
-            for name in missing
+            for name in missing_names
             for slot in slots(dialect)
         ]
         connection.execute(upsert(dialect, refill).on_conflict_do_nothing(), rows)
-        # The scan passed by the points of an entity that nobody knew.
+        # The scan passed by the points of an entity that was unknown.
         scan = update(refill).where(of_index(refill), refill.c.entity == SCAN).values(done=False, position=None)
         connection.execute(scan, index.parameters())
     is_marked = select(index_state.c.marked).where(of_index(index_state))
@@ -324,11 +327,11 @@ def _refill_rows(
     several = len({SCAN, *delivered, *entities}) > 2
     if several and not marked:
         marking = update(index_state).where(of_index(index_state)).values(marked=True)
-        again = update(refill).where(of_index(refill), refill.c.entity != SCAN).values(done=False, position=None)
-        other = update(ledger).where(of_index(ledger), not_(ledger.c.deleted)).values(fingerprint=None)
-        # What is under way without the mark is not acknowledged any more.
-        anew = update(cursor).where(of_index(cursor)).values(epoch=cursor.c.epoch + 1)
-        for statement in (marking, again, other, anew):
+        refilling = update(refill).where(of_index(refill), refill.c.entity != SCAN).values(done=False, position=None)
+        doubting = update(ledger).where(of_index(ledger), not_(ledger.c.deleted)).values(fingerprint=None)
+        # Writes under way without the entity are not acknowledged any more.
+        revoking = update(cursor).where(of_index(cursor)).values(epoch=cursor.c.epoch + 1)
+        for statement in (marking, refilling, doubting, revoking):
             connection.execute(statement, index.parameters())
     return marked or several
 
@@ -343,7 +346,7 @@ _cluster = text(
 
 
 def _read_cluster(connection: Connection) -> str | None:
-    """Of which cluster transaction ids are, and of which of its pasts; None where that is not told."""
+    """The cluster and timeline of transaction ids; None where the server does not tell them."""
     if connection.dialect.name != "postgresql" or not connection.execute(_may_ask).scalar_one():
         return None
     cluster: str = connection.execute(_cluster).scalar_one()
@@ -351,20 +354,20 @@ def _read_cluster(connection: Connection) -> str | None:
 
 
 def _is_elsewhere(connection: Connection, index: IndexKey) -> bool:
-    """Whether the database has moved since the positions were recorded; it is noted where to."""
+    """Whether the database has moved to another cluster since the positions were recorded. Records the new one."""
     known = connection.execute(select(index_state.c.cluster).where(of_index(index_state)), index.parameters()).scalar()
     cluster = _read_cluster(connection)
     if cluster is not None and cluster != known:
-        here = update(index_state).where(of_index(index_state)).values(cluster=cluster)
-        connection.execute(here, index.parameters())
+        recording = update(index_state).where(of_index(index_state)).values(cluster=cluster)
+        connection.execute(recording, index.parameters())
     return None not in (known, cluster) and known != cluster
 
 
 def _rebase(connection: Connection, index: IndexKey, present: Position) -> None:
-    """The database was restored, or a standby promoted: have the index compared in full.
+    """Have the index compared in full: the database was restored, or a standby promoted.
 
-    Another cluster's snapshots mean nothing here, those of the future would hide every entry, and what was delivered
-    last may never have been committed.
+    Another cluster's snapshots mean nothing here. Snapshots of the future would hide every entry. The last deliveries
+    may never have been committed.
     """
     statements = (
         update(cursor).where(of_index(cursor)).values(**_columns(present), owner=None, epoch=cursor.c.epoch + 1),
@@ -375,7 +378,7 @@ def _rebase(connection: Connection, index: IndexKey, present: Position) -> None:
         connection.execute(statement, index.parameters())
 
 
-# -- moving on --------------------------------------------------------------------------------------------------------
+# -- positions --------------------------------------------------------------------------------------------------------
 
 _mine = (
     select(cursor.c.slot, cursor.c.epoch)
@@ -392,17 +395,17 @@ _moving = (
 
 
 def still_held(connection: Connection, index: IndexKey, owner: str, epochs: Mapping[int, int]) -> set[int]:
-    """Which slots of *epochs* have not changed hands. They cannot, until this transaction ends."""
+    """The slots of *epochs* that have not changed owners. They cannot, until this transaction ends."""
     take_write_lock(connection)
     rows = connection.execute(_mine, {**index.parameters(), "me": owner, "slots": list(epochs)}).all()
     return {slot for slot, epoch in rows if epochs[slot] == epoch}
 
 
 def move(connection: Connection, index: IndexKey, positions: Mapping[int, Position]) -> None:
-    """Record how far slots are that are `still_held`."""
+    """Record the positions of slots that are `still_held`."""
     by_position = sorted(positions.items(), key=lambda item: (str(item[1]), item[0]))
-    for at, group in groupby(by_position, key=lambda item: item[1]):
-        new = {f"new_{name}": value for name, value in _columns(at).items()}
+    for position, group in groupby(by_position, key=lambda item: item[1]):
+        new = {f"new_{name}": value for name, value in _columns(position).items()}
         connection.execute(_moving, {**index.parameters(), **new, "slots": [slot for slot, _ in group]})
 
 
@@ -422,10 +425,10 @@ def read_slot_epochs(connection: Connection, index: IndexKey) -> SlotEpochs:
     return SlotEpochs({slot: epoch for slot, epoch, _ in rows}, any(marked for _, _, marked in rows))
 
 
-def let_go(connection: Connection, index: IndexKey, held: Collection[int]) -> None:
-    """Have no owner for slots that are `still_held`."""
-    going = update(cursor).where(of_index(cursor), cursor.c.slot.in_(held)).values(owner=None)
-    connection.execute(going, index.parameters())
+def free_slots(connection: Connection, index: IndexKey, held_slots: Collection[int]) -> None:
+    """Take the owner from slots that are `still_held`."""
+    statement = update(cursor).where(of_index(cursor), cursor.c.slot.in_(held_slots)).values(owner=None)
+    connection.execute(statement, index.parameters())
 
 
 def leave(connection: Connection, index: IndexKey, owner: str) -> None:
@@ -436,9 +439,9 @@ def leave(connection: Connection, index: IndexKey, owner: str) -> None:
 def next_refill(
     connection: Connection, index: IndexKey, slots: Collection[int], entities: Collection[str]
 ) -> Refill | None:
-    """What of delivering in full comes next: the index's own scan first, then entity by entity.
+    """The next part of a refill: the index's own scan first, then entity by entity.
 
-    Slots that are equally far go together; those that are furthest behind, first.
+    Slots at the same row go together. The slots that are furthest behind go first.
     """
     statement = (
         select(refill.c.entity, refill.c.position, refill.c.slot)
@@ -453,18 +456,20 @@ def next_refill(
     return Refill(entity, position, frozenset(row[2] for row in rows if row[:2] == (entity, position)))
 
 
-def save_refill(connection: Connection, index: IndexKey, step: Refill, held: Collection[int]) -> None:
+def save_refill(connection: Connection, index: IndexKey, progress: Refill, held_slots: Collection[int]) -> None:
     connection.execute(
         update(refill)
-        .where(of_index(refill), refill.c.entity == step.entity, refill.c.slot.in_(step.slots & set(held)))
-        .values(position=step.position, done=step.done),
+        .where(
+            of_index(refill), refill.c.entity == progress.entity, refill.c.slot.in_(progress.slots & set(held_slots))
+        )
+        .values(position=progress.position, done=progress.done),
         index.parameters(),
     )
 
 
 def is_filled(connection: Connection, index: IndexKey, entities: Sequence[str]) -> bool:
-    """Whether the index was once delivered in full, of each of *entities* and of its own past."""
-    known = select(refill.c.entity, refill.c.done).where(of_index(refill)).distinct()
-    rows = connection.execute(known, index.parameters()).all()
+    """Whether the refill of each of *entities*, and the scan of the index itself, are done."""
+    statement = select(refill.c.entity, refill.c.done).where(of_index(refill)).distinct()
+    rows = connection.execute(statement, index.parameters()).all()
     undone = {entity for entity, done in rows if not done}
     return {entity for entity, _ in rows}.difference(undone).issuperset((SCAN, *entities))

@@ -283,7 +283,7 @@ class Delivery:
                 connection, self._index_key, {slot: at for slot, at in request.positions.items() if slot in held}
             )
             ledger.redirty(connection, self._index_key, request.unsure)
-            claims.let_go(connection, self._index_key, held.difference(request.unsettled))
+            claims.free_slots(connection, self._index_key, held.difference(request.unsettled))
 
     # -- sources of dirty keys -----------------------------------------------------------------------------------------
 
