@@ -16,7 +16,7 @@ from memstate_sa.db.codec import FactKey
 from memstate_sa.db.statements import take_write_lock, upsert
 from memstate_sa.db.tables import holder, index_state, ledger, parked, refill, successor, utcnow
 from memstate_sa.errors import DeliveryError, MemstateError, NotFound
-from memstate_sa.relay import claims
+from memstate_sa.relay import refills, registration
 from memstate_sa.relay.index_key import IndexKey, of_index
 from memstate_sa.relay.plan import ParkedState
 
@@ -70,7 +70,7 @@ def switch(connection: Connection, old: IndexKey, new: IndexKey) -> None:
         entity
         for entity in connection.scalars(_entities, old.parameters()).all()
         if connection.scalar(_held, {**old.parameters(), "entity": entity})
-        and not claims.is_filled(connection, new, [entity])
+        and not refills.is_filled(connection, new, [entity])
     ]
     if of_others:
         raise DeliveryError(
@@ -82,7 +82,7 @@ def switch(connection: Connection, old: IndexKey, new: IndexKey) -> None:
     connection.execute(statement.on_conflict_do_update(index_elements=[successor.c.index], set_=values))
 
 
-_entities = select(refill.c.entity).where(of_index(refill), refill.c.entity != claims.SCAN).distinct()
+_entities = select(refill.c.entity).where(of_index(refill), refill.c.entity != refills.SCAN).distinct()
 _held = select(
     select(ledger.c.key)
     .where(of_index(ledger), ledger.c.entity == bindparam("entity"), not_(ledger.c.deleted))
@@ -114,5 +114,5 @@ def forget(connection: Connection, name: str) -> None:
     if not all(leases.is_gone(owner) or leases.is_dropped(owner) for owner in connection.scalars(live)):
         raise MemstateError(f"a relay delivers to index {name!r}: take the index out of that application first")
     for key in keys:
-        claims.forget_index(connection, key)
+        registration.forget_index(connection, key)
     connection.execute(delete(successor).where(or_(successor.c.index == name, successor.c.successor == name)))

@@ -14,12 +14,12 @@ from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.tables import cursor, index_state, outbox, parked, past, projection, refill, utcnow
 from memstate_sa.log.outbox import ALL, in_slots, position_parameters, slot_array, slots, undelivered
 from memstate_sa.log.positions import Position, Snapshot, meet
-from memstate_sa.relay import claims, ledger, marks
-from memstate_sa.relay.claims import SCAN
+from memstate_sa.relay import ledger, marks, refills
 from memstate_sa.relay.index_key import IndexKey, of_index
 from memstate_sa.relay.marks import Past
 from memstate_sa.relay.plan import ParkedState
 from memstate_sa.relay.projections import HELD_BY_INDEX
+from memstate_sa.relay.refills import SCAN
 
 _positions = select(cursor.c.snapshot, cursor.c.xid, cursor.c.position, cursor.c.slot).where(of_index(cursor))
 
@@ -153,7 +153,7 @@ def backlog(connection: Connection, index: IndexKey, entities: Sequence[str]) ->
         parked=counts.get(ParkedState.PARKED, 0),
         due=len(ledger.due(connection, index, names, slots(dialect), 1000)),
         dead=counts.get(ParkedState.DEAD, 0),
-        refilling=not claims.is_filled(connection, index, entities),
+        refilling=not refills.is_filled(connection, index, entities),
         paused=bool(connection.execute(_paused, index.parameters()).scalar()),
         problem=refusals.get(ParkedState.DEAD) or refusals.get(ParkedState.PARKED),
     )
@@ -168,6 +168,6 @@ def is_delivered(connection: Connection, index: IndexKey, entities: Sequence[str
     return (
         bool(positions)
         and all(position.covers(present) for position in positions)
-        and claims.is_filled(connection, index, entities)
+        and refills.is_filled(connection, index, entities)
         and not ledger.due(connection, index, as_array(entities), slots(connection.dialect.name), 1)
     )

@@ -6,43 +6,19 @@ Safety hangs on a slot's epoch alone, which grows whenever the slot changes hand
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from sqlalchemy import (
-    ColumnElement,
-    Row,
-    Select,
-    and_,
-    bindparam,
-    delete,
-    exists,
-    func,
-    literal,
-    not_,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import ColumnElement, Row, Select, and_, bindparam, delete, exists, func, literal, not_, select, update
 from sqlalchemy.engine import Connection
 
 from memstate_sa.db.json_params import unnest_strings
 from memstate_sa.db.leases import clock, database_now, is_dropped, is_gone
 from memstate_sa.db.statements import take_write_lock, upsert
-from memstate_sa.db.tables import (
-    cursor,
-    holder,
-    index_state,
-    ledger,
-    parked,
-    past,
-    projection,
-    refill,
-    utcnow,
-)
-from memstate_sa.errors import IndexMismatch
+from memstate_sa.db.tables import cursor, holder, index_state, ledger, parked, past, refill, utcnow
 from memstate_sa.log.outbox import in_slots, present_column, read_present, slot_array, slots, to_position
 from memstate_sa.log.positions import Position
 from memstate_sa.relay import marks, projections
@@ -50,13 +26,13 @@ from memstate_sa.relay.index_key import IndexKey, of_index
 from memstate_sa.relay.marks import Past
 from memstate_sa.relay.plan import ParkedState
 from memstate_sa.relay.projections import Projected
-from memstate_sa.relay.requests import Claimed, DatabaseState, HeldSlot, Refill
+from memstate_sa.relay.refills import read_entities, require_refills, restart_scan
+from memstate_sa.relay.registration import has_moved, position_columns, require_registered, touch
+from memstate_sa.relay.requests import Claimed, DatabaseState, HeldSlot
 from memstate_sa.runtime.printable import printable_logger
 
 logger = printable_logger("memstate_sa.relay")
 
-SCAN = ""
-"""The refill rows that stand for the scan of the index itself."""
 
 _limit = select(
     func.set_config("lock_timeout", bindparam("limit"), True),
@@ -74,6 +50,8 @@ def limit_transaction(connection: Connection, seconds: float) -> None:
 
 
 _owned = select(func.count()).where(of_index(cursor), cursor.c.owner == bindparam("me"))
+
+
 _one = select(literal(1).label("one")).subquery()
 
 
@@ -127,54 +105,64 @@ def renew(connection: Connection, index: IndexKey, owner: str, lease_s: float) -
     return count if known == 1 else 0
 
 
+@dataclass(frozen=True, slots=True)
+class Claimant:
+    """An owner, and the classes that it delivers to an index.
+
+    ``in_process``: nothing lands in the index once its process has ended, so the lease of a dead owner is not waited
+    for. Elsewhere a request may be waiting at a server.
+    """
+
+    owner: str
+    lease_s: float
+    in_process: bool
+    embedder: str
+    dimension: int
+    classes: Mapping[str, Projected]
+
+
 def claim(
     connection: Connection,
     index: IndexKey,
-    owner: str,
-    lease_s: float,
+    claimant: Claimant,
     *,
     epochs: Mapping[int, int],
-    in_process: bool,
-    embedder: str,
-    dimension: int,
-    classes: Mapping[str, Projected],
-    kept: str | None = None,
+    kept_mark: str | None = None,
     went_back: bool = False,
 ) -> tuple[Claimed, Past]:
-    """Prolong the lease, and take free slots until *owner* has its share.
+    """Prolong the lease, and take free slots until the claimant has its share.
 
-    *epochs* are those of the slots that *owner* knows to be its own. Nothing lands in an index that is *in_process*
-    once its process has ended, so its lease is not waited for. Elsewhere a request may be waiting at a server. *kept*
-    is the mark that the index had before this transaction. *went_back* says that the database was restored (see
-    `marks`). Also returns the past of the index.
+    *epochs* are those of the slots that the claimant knows to be its own. *kept_mark* is the mark that the index had
+    before this transaction. *went_back* says that the database was restored (see `marks`). Also returns the past of the
+    index.
 
     Raises IndexMismatch when another embedder filled the index, also for an index that does not keep this itself.
     """
     take_write_lock(connection)
-    dialect, now = connection.dialect.name, database_now(connection)
-    _require_registered(connection, index, now, embedder, dimension)
-    while not _touch(connection, index, now):  # another process has just forgotten it
-        _require_registered(connection, index, now, embedder, dimension)
+    dialect, now, owner = connection.dialect.name, database_now(connection), claimant.owner
+    require_registered(connection, index, now, claimant.embedder, claimant.dimension)
+    while not touch(connection, index, now):  # another process has just forgotten it
+        require_registered(connection, index, now, claimant.embedder, claimant.dimension)
     # All relays lock them in this order. This waits for those that acknowledge meanwhile.
     connection.execute(_cursors.with_for_update(), index.parameters()).all()
-    live = _live(connection, index, owner, now, now + timedelta(seconds=lease_s), look_for_gone=in_process)
-    delivered = known(connection, index)
-    settled = projections.settle(connection, index, owner, live, delivered, classes, now)
-    marked = _refill_rows(connection, index, delivered, settled.delivered, settled.changed)
+    live = _live(connection, index, claimant, now)
+    delivered = read_entities(connection, index)
+    settled = projections.settle(connection, index, owner, live, delivered, claimant.classes, now)
+    marked = require_refills(connection, index, delivered, settled.delivered, settled.changed)
     rows = connection.execute(_cursors, index.parameters()).all()
     present = read_present(connection)
     in_future = any(_position(row).snapshot.xmax > present.snapshot.xmax for row in rows)
-    now_past, is_another = marks.compare(connection, index, kept, alone=len(live) == 1, went_back=went_back)
+    now_past, is_another = marks.compare(connection, index, kept_mark, alone=len(live) == 1, went_back=went_back)
     if is_another and delivered:
         logger.warning(
             "index %r was filled from another past of this database: one of the two was restored, or two databases "
             "share the index. It is compared with the tables in full",
             index.name,
         )
-    if is_another or _is_elsewhere(connection, index) or in_future:
+    if is_another or has_moved(connection, index) or in_future:
         _rebase(connection, index, present)
         rows = connection.execute(_cursors, index.parameters()).all()
-    quota = -(-len(slots(dialect)) // len(live))  # rounded up: no slot is left over
+    quota = -(-len(slots(dialect)) // len(live))  # rounded up: no slot is unclaimed
     own_slots = {
         row.slot: HeldSlot(row.epoch, _position(row), fresh=False, settle=False)
         for row in rows
@@ -185,48 +173,31 @@ def claim(
     # The slots that are furthest behind come first: no relay has had time for them.
     free = sorted((row for row in rows if row.owner not in live), key=lambda row: _position(row).floor)
     taken = strays + free[: max(0, quota - len(own_slots) - len(strays))]
-    epoch = 0
-    if taken:
-        # By the clock, not only by counting: an index outlives a database that is restored or made anew.
-        epoch = max(int(now.timestamp() * 1000), *(row.epoch + 1 for row in taken))
-        taking = update(cursor).where(of_index(cursor), cursor.c.slot.in_([row.slot for row in taken]))
-        connection.execute(taking.values(owner=owner, epoch=epoch), index.parameters())
-        _scan_again(connection, index, [row.slot for row in taken if row.owner is not None])
-    fresh = {row.slot: HeldSlot(epoch, _position(row), True, settle=row.owner is not None) for row in taken}
-    return Claimed({**own_slots, **fresh}, present, len(live), quota, marked, settled.delivered), now_past
+    fresh_slots = _take(connection, index, owner, taken, now)
+    return Claimed({**own_slots, **fresh_slots}, present, len(live), quota, marked, settled.delivered), now_past
 
 
-def _touch(connection: Connection, index: IndexKey, now: datetime) -> bool:
-    touching = update(index_state).where(of_index(index_state)).values(active_at=now)
-    return connection.execute(touching, index.parameters()).rowcount > 0
-
-
-def _scan_again(connection: Connection, index: IndexKey, taken: Collection[int]) -> None:
-    """Scan the index again for *taken* slots that were being filled.
-
-    Their last owner may have written points whose rows are no longer listed.
-    """
-    undone = select(refill.c.slot).where(of_index(refill), not_(refill.c.done), refill.c.slot.in_(taken))
-    slots = set(connection.scalars(undone.distinct(), index.parameters())) if taken else set()
-    if slots:
-        again = update(refill).where(of_index(refill), refill.c.entity == SCAN, refill.c.slot.in_(slots))
-        connection.execute(again.values(done=False, position=None), index.parameters())
+def _take(
+    connection: Connection, index: IndexKey, owner: str, rows: Sequence[Row[Any]], now: datetime
+) -> dict[int, HeldSlot]:
+    """Make *owner* the owner of the slots of *rows*, under a new epoch."""
+    if not rows:
+        return {}
+    # By the clock, not only by counting: an index outlives a database that is restored or created again.
+    epoch = max(int(now.timestamp() * 1000), *(row.epoch + 1 for row in rows))
+    statement = update(cursor).where(of_index(cursor), cursor.c.slot.in_([row.slot for row in rows]))
+    connection.execute(statement.values(owner=owner, epoch=epoch), index.parameters())
+    restart_scan(connection, index, [row.slot for row in rows if row.owner is not None])
+    return {row.slot: HeldSlot(epoch, _position(row), True, settle=row.owner is not None) for row in rows}
 
 
 def _position(row: Row[Any]) -> Position:
     return Position.parse(row.snapshot, row.xid, row.position)
 
 
-def _live(
-    connection: Connection,
-    index: IndexKey,
-    owner: str,
-    now: datetime,
-    until: datetime,
-    *,
-    look_for_gone: bool,
-) -> set[str]:
-    """The owners whose lease runs, *owner* among them. The others are deleted."""
+def _live(connection: Connection, index: IndexKey, claimant: Claimant, now: datetime) -> set[str]:
+    """The owners whose lease runs, the claimant among them. The others are deleted."""
+    owner, until = claimant.owner, now + timedelta(seconds=claimant.lease_s)
     statement = upsert(connection.dialect.name, holder).on_conflict_do_update(
         index_elements=list(holder.primary_key.columns), set_={"lease_until": until}
     )
@@ -236,131 +207,11 @@ def _live(
     gone = [
         name
         for name, lease_until in others
-        if lease_until <= now or is_dropped(name) or (look_for_gone and is_gone(name))
+        if lease_until <= now or is_dropped(name) or (claimant.in_process and is_gone(name))
     ]
     if gone:
         connection.execute(delete(holder).where(of_index(holder), holder.c.owner.in_(gone)), index.parameters())
     return {name for name, _ in lease_rows}.difference(gone)
-
-
-_OF_INDEX = (index_state, refill, parked, cursor, ledger, holder, past, projection)
-
-
-def _require_registered(connection: Connection, index: IndexKey, now: datetime, embedder: str, dimension: int) -> None:
-    """Register a new lifetime of an index. Its cursors start now; the refill brings everything older."""
-    if _is_registered(connection, index, embedder, dimension):
-        return
-    live = select(holder.c.incarnation).where(holder.c.index == index.name, holder.c.lease_until > now)
-    was_paused = exists().where(index_state.c.index == index.name, index_state.c.paused)
-    paused = connection.execute(select(was_paused)).scalar_one()
-    for table in _OF_INDEX:
-        connection.execute(
-            delete(table).where(table.c.index == index.name, table.c.incarnation.not_in(live.scalar_subquery()))
-        )
-    dialect = connection.dialect.name
-    # Two relays may find it new: the second one leaves the rows of the first.
-    state = {"embedder": embedder, "dimension": dimension, "marked": False, "paused": paused}
-    state |= {"created_at": now, "active_at": now, "cluster": _read_cluster(connection)}
-    connection.execute(upsert(dialect, index_state).on_conflict_do_nothing(), {**index.values(), **state})
-    values = {**index.values(), **_columns(read_present(connection)), "owner": None, "epoch": 0}
-    connection.execute(
-        upsert(dialect, cursor).on_conflict_do_nothing(), [{**values, "slot": slot} for slot in slots(dialect)]
-    )
-    assert _is_registered(connection, index, embedder, dimension)
-
-
-def _is_registered(connection: Connection, index: IndexKey, embedder: str, dimension: int) -> bool:
-    filled_by = select(index_state.c.embedder, index_state.c.dimension).where(of_index(index_state))
-    row = connection.execute(filled_by, index.parameters()).one_or_none()
-    if row is not None and tuple(row) != (embedder, dimension):
-        raise IndexMismatch(
-            f"index {index.name!r} was filled by embedder {row.embedder!r} ({row.dimension} dimensions), not by "
-            f"{embedder!r} ({dimension}): give it another name, or delete it to have it filled anew"
-        )
-    return row is not None
-
-
-def forget_index(connection: Connection, index: IndexKey) -> None:
-    """Delete all state of *index*, as if it had never been delivered to."""
-    for table in _OF_INDEX:
-        connection.execute(delete(table).where(of_index(table)), index.parameters())
-
-
-def _columns(position: Position) -> dict[str, Any]:
-    return {"snapshot": str(position.snapshot), "xid": position.xid, "position": position.id}
-
-
-def known(connection: Connection, index: IndexKey) -> set[str]:
-    """The entities that the index has been delivered, and `SCAN`."""
-    return set(connection.scalars(select(refill.c.entity).where(of_index(refill)).distinct(), index.parameters()))
-
-
-def _refill_rows(
-    connection: Connection,
-    index: IndexKey,
-    delivered: Collection[str],
-    entities: Collection[str],
-    changed: Collection[str],
-) -> bool:
-    """Refill *entities* that are new or *changed*. Returns whether points carry their entity.
-
-    They do when the index gets a second entity, and not before: in Chroma a field costs a tenth of the writing rate.
-    All points are then written again, without a new embedding.
-    """
-    dialect = connection.dialect.name
-    if changed:
-        restart = update(refill).where(of_index(refill), refill.c.entity.in_(changed))
-        connection.execute(restart.values(done=False, position=None), index.parameters())
-    missing_names = [name for name in (SCAN, *entities) if name not in delivered]
-    if missing_names:
-        rows = [
-            {**index.values(), "entity": name, "slot": slot, "position": None, "done": False}
-            for name in missing_names
-            for slot in slots(dialect)
-        ]
-        connection.execute(upsert(dialect, refill).on_conflict_do_nothing(), rows)
-        # The scan passed by the points of an entity that was unknown.
-        scan = update(refill).where(of_index(refill), refill.c.entity == SCAN).values(done=False, position=None)
-        connection.execute(scan, index.parameters())
-    is_marked = select(index_state.c.marked).where(of_index(index_state))
-    marked: bool = connection.execute(is_marked, index.parameters()).scalar_one()
-    several = len({SCAN, *delivered, *entities}) > 2
-    if several and not marked:
-        marking = update(index_state).where(of_index(index_state)).values(marked=True)
-        refilling = update(refill).where(of_index(refill), refill.c.entity != SCAN).values(done=False, position=None)
-        doubting = update(ledger).where(of_index(ledger), not_(ledger.c.deleted)).values(fingerprint=None)
-        # Writes under way without the entity are not acknowledged any more.
-        revoking = update(cursor).where(of_index(cursor)).values(epoch=cursor.c.epoch + 1)
-        for statement in (marking, refilling, doubting, revoking):
-            connection.execute(statement, index.parameters())
-    return marked or several
-
-
-_may_ask = select(func.has_function_privilege("pg_control_system()", "execute"))
-
-# The insertion point's timeline: it changes at once when a standby is promoted or a backup recovered.
-_cluster = text(
-    "SELECT concat(system_identifier, '/', left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)) "
-    "FROM pg_control_system()"
-)
-
-
-def _read_cluster(connection: Connection) -> str | None:
-    """The cluster and timeline of transaction ids; None where the server does not tell them."""
-    if connection.dialect.name != "postgresql" or not connection.execute(_may_ask).scalar_one():
-        return None
-    cluster: str = connection.execute(_cluster).scalar_one()
-    return cluster
-
-
-def _is_elsewhere(connection: Connection, index: IndexKey) -> bool:
-    """Whether the database has moved to another cluster since the positions were recorded. Records the new one."""
-    known = connection.execute(select(index_state.c.cluster).where(of_index(index_state)), index.parameters()).scalar()
-    cluster = _read_cluster(connection)
-    if cluster is not None and cluster != known:
-        recording = update(index_state).where(of_index(index_state)).values(cluster=cluster)
-        connection.execute(recording, index.parameters())
-    return None not in (known, cluster) and known != cluster
 
 
 def _rebase(connection: Connection, index: IndexKey, present: Position) -> None:
@@ -370,7 +221,9 @@ def _rebase(connection: Connection, index: IndexKey, present: Position) -> None:
     may never have been committed.
     """
     statements = (
-        update(cursor).where(of_index(cursor)).values(**_columns(present), owner=None, epoch=cursor.c.epoch + 1),
+        update(cursor)
+        .where(of_index(cursor))
+        .values(**position_columns(present), owner=None, epoch=cursor.c.epoch + 1),
         update(refill).where(of_index(refill)).values(done=False, position=None),
         delete(ledger).where(of_index(ledger)),
     )
@@ -387,6 +240,7 @@ _mine = (
     .with_for_update(key_share=True)
 )
 
+
 _moving = (
     update(cursor)
     .where(of_index(cursor), cursor.c.slot.in_(bindparam("slots", expanding=True)))
@@ -401,15 +255,17 @@ def still_held(connection: Connection, index: IndexKey, owner: str, epochs: Mapp
     return {slot for slot, epoch in rows if epochs[slot] == epoch}
 
 
-def move(connection: Connection, index: IndexKey, positions: Mapping[int, Position]) -> None:
+def save_positions(connection: Connection, index: IndexKey, positions: Mapping[int, Position]) -> None:
     """Record the positions of slots that are `still_held`."""
     by_position = sorted(positions.items(), key=lambda item: (str(item[1]), item[0]))
     for position, group in groupby(by_position, key=lambda item: item[1]):
-        new = {f"new_{name}": value for name, value in _columns(position).items()}
+        new = {f"new_{name}": value for name, value in position_columns(position).items()}
         connection.execute(_moving, {**index.parameters(), **new, "slots": [slot for slot, _ in group]})
 
 
 _index_is_marked = select(index_state.c.marked).where(of_index(index_state)).scalar_subquery()
+
+
 _slot_epochs = select(cursor.c.slot, cursor.c.epoch, _index_is_marked).where(of_index(cursor))
 
 
@@ -432,44 +288,5 @@ def free_slots(connection: Connection, index: IndexKey, held_slots: Collection[i
 
 
 def leave(connection: Connection, index: IndexKey, owner: str) -> None:
-    _touch(connection, index, database_now(connection))
+    touch(connection, index, database_now(connection))
     connection.execute(delete(holder).where(_me), {**index.parameters(), "me": owner})
-
-
-def next_refill(
-    connection: Connection, index: IndexKey, slots: Collection[int], entities: Collection[str]
-) -> Refill | None:
-    """The next part of a refill: the index's own scan first, then entity by entity.
-
-    Slots at the same row go together. The slots that are furthest behind go first.
-    """
-    statement = (
-        select(refill.c.entity, refill.c.position, refill.c.slot)
-        .where(of_index(refill), not_(refill.c.done))
-        .where(refill.c.entity.in_([SCAN, *entities]), refill.c.slot.in_(slots))
-        .order_by(refill.c.entity, refill.c.position.is_not(None), refill.c.position, refill.c.slot)
-    )
-    rows = connection.execute(statement, index.parameters()).all()
-    if not rows:
-        return None
-    entity, position, _ = rows[0]
-    return Refill(entity, position, frozenset(row[2] for row in rows if row[:2] == (entity, position)))
-
-
-def save_refill(connection: Connection, index: IndexKey, progress: Refill, held_slots: Collection[int]) -> None:
-    connection.execute(
-        update(refill)
-        .where(
-            of_index(refill), refill.c.entity == progress.entity, refill.c.slot.in_(progress.slots & set(held_slots))
-        )
-        .values(position=progress.position, done=progress.done),
-        index.parameters(),
-    )
-
-
-def is_filled(connection: Connection, index: IndexKey, entities: Sequence[str]) -> bool:
-    """Whether the refill of each of *entities*, and the scan of the index itself, are done."""
-    statement = select(refill.c.entity, refill.c.done).where(of_index(refill)).distinct()
-    rows = connection.execute(statement, index.parameters()).all()
-    undone = {entity for entity, done in rows if not done}
-    return {entity for entity, _ in rows}.difference(undone).issuperset((SCAN, *entities))

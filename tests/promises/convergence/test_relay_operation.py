@@ -804,14 +804,14 @@ def test_wait_for_the_repair_of_a_dead_key(engine: Engine) -> None:
 def test_wait_while_a_dead_key_is_delivered(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the look at what was refused and the look at what is pending."""
     world, relay = dead_and_mended(engine)
-    asked, is_pending = [], waiting._Waiting._is_pending
+    asked, is_pending = [], waiting._IndexWait._is_pending
 
     def deliver_first(*args: Any) -> bool:
         relay.drain()
         asked.append(is_pending(*args))
         return asked[-1]
 
-    monkeypatch.setattr(waiting._Waiting, "_is_pending", deliver_first)
+    monkeypatch.setattr(waiting._IndexWait, "_is_pending", deliver_first)
     with world.session() as session:
         session.get_one(Tag, "a").meaning = "fine"
         session.commit()
