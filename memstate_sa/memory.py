@@ -52,7 +52,8 @@ from memstate_sa.relay.wakeup import Notifier
 from memstate_sa.runtime import forks
 from memstate_sa.runtime.calls import Call, call_directly
 from memstate_sa.runtime.printable import printable_logger
-from memstate_sa.search.search import Hits, Opened, Search, resolve_target
+from memstate_sa.search.hits import Hits
+from memstate_sa.search.search import OpenedIndex, Search, resolve_target
 from memstate_sa.search.time_travel import PastSession, as_of_session, search_past, take_criteria
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.options import describe
@@ -130,7 +131,7 @@ class Memory:
         forks.in_child(self, Memory._make_lock)
         self._engines: dict[URL, Engine] = {}  # for threads, by the URL of an AsyncEngine
         self._derived: list[Engine] = []
-        self._opened: dict[str, Opened] = {}  # indexes that a search has opened
+        self._opened: dict[str, OpenedIndex] = {}  # indexes that a search has opened
         self._asked: dict[str, str] = {}  # which one the last search of each has asked
 
     def _make_lock(self) -> None:

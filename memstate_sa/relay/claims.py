@@ -33,7 +33,6 @@ from memstate_sa.runtime.printable import printable_logger
 
 logger = printable_logger("memstate_sa.relay")
 
-
 _limit = select(
     func.set_config("lock_timeout", bindparam("limit"), True),
     func.set_config("idle_in_transaction_session_timeout", bindparam("limit"), True),
@@ -50,8 +49,6 @@ def limit_transaction(connection: Connection, seconds: float) -> None:
 
 
 _owned = select(func.count()).where(of_index(cursor), cursor.c.owner == bindparam("me"))
-
-
 _one = select(literal(1).label("one")).subquery()
 
 
@@ -240,7 +237,6 @@ _mine = (
     .with_for_update(key_share=True)
 )
 
-
 _moving = (
     update(cursor)
     .where(of_index(cursor), cursor.c.slot.in_(bindparam("slots", expanding=True)))
@@ -264,8 +260,6 @@ def save_positions(connection: Connection, index: IndexKey, positions: Mapping[i
 
 
 _index_is_marked = select(index_state.c.marked).where(of_index(index_state)).scalar_subquery()
-
-
 _slot_epochs = select(cursor.c.slot, cursor.c.epoch, _index_is_marked).where(of_index(cursor))
 
 

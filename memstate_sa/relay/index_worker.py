@@ -19,7 +19,6 @@ from memstate_sa.runtime import forks
 from memstate_sa.runtime.printable import printable_logger
 
 logger = printable_logger("memstate_sa.relay")
-
 _LONGEST_PAUSE_S = 0.1
 
 

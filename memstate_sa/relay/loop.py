@@ -34,7 +34,6 @@ from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.tracking.tracked import Tracked
 
 logger = printable_logger("memstate_sa.relay")
-
 T = TypeVar("T")
 
 STOP_TIMEOUT_S = 5.0

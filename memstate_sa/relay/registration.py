@@ -70,7 +70,6 @@ def position_columns(position: Position) -> dict[str, Any]:
 
 _may_ask = select(func.has_function_privilege("pg_control_system()", "execute"))
 
-
 # The insertion point's timeline: it changes at once when a standby is promoted or a backup recovered.
 _cluster = text(
     "SELECT concat(system_identifier, '/', left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)) "

@@ -24,9 +24,7 @@ from memstate_sa.runtime import forks
 from memstate_sa.runtime.printable import printable_logger
 
 logger = printable_logger("memstate_sa.relay")
-
 CHANNEL = "memstate"
-
 _COALESCE_S = 0.01
 _IDLE_S = 5.0
 _RETRY_S = 5.0

@@ -20,7 +20,7 @@ from memstate_sa import DeliveryError, DeliveryRejected, Hits, Memory, MemstateE
 from memstate_sa.db.tables import cursor, embedding, holder, index_state, ledger, parked, refill, successor
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.relay import RetryPolicy, claims, registration
-from memstate_sa.search.search import cosine_distance
+from memstate_sa.search.hits import cosine_distance
 from memstate_sa.testing import HashEmbedder
 from tests.support import PATIENCE_S, Person, Tag, assert_index_holds, in_threads, sizes, texts
 from tests.support.processes import EMBEDDERS, Process, Shop, embedded_by

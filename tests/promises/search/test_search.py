@@ -16,8 +16,9 @@ from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Memo
 from memstate_sa.indexes import InMemoryIndex, Match, Point
 from memstate_sa.search import search as search_module
 from memstate_sa.search.comparable import Comparable
+from memstate_sa.search.hits import cosine_distance
+from memstate_sa.search.overlay import OVERLAY_LIMIT
 from memstate_sa.search.pushdown import push_down
-from memstate_sa.search.search import OVERLAY_LIMIT, cosine_distance
 from memstate_sa.testing import HashEmbedder
 from tests.support import Base, Note, Person, Tag, World
 
