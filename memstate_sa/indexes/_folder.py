@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from filelock import BaseFileLock, FileLock, Timeout
 
 from memstate_sa.errors import DeliveryRetryable, MemstateError
+from memstate_sa.indexes._adapter import file_identity
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
@@ -61,7 +62,7 @@ class LockedFolder:
 
     def watch(self) -> None:
         """The file as it is now is the one that must stay."""
-        self._identity = _identity(self._file)
+        self._identity = file_identity(self._file)
 
     def acquire(self) -> None:
         try:
@@ -77,9 +78,9 @@ class LockedFolder:
         """Remove from the files what was deleted. Chroma's own connections wait meanwhile."""
         script = Path(__file__).with_name("_vacuum.py")
         command = [sys.executable, str(script), str(self._file.parent)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # no shell reads it
-        if done.returncode:
-            reason = done.stderr.strip().rpartition("\n")[2]
+        process = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # no shell reads it
+        if process.returncode:
+            reason = process.stderr.strip().rpartition("\n")[2]
             raise DeliveryRetryable(f"the Chroma folder {str(self._file.parent)!r} was not vacuumed: {reason}")
 
     def release(self) -> None:
@@ -93,16 +94,8 @@ class LockedFolder:
             raise MemstateError(
                 f"this index was opened before a fork, and its {self._kind} folder is the parent's: {self._advice}"
             )
-        if self._identity is None or _identity(self._file) != self._identity:
+        if self._identity is None or file_identity(self._file) != self._identity:
             raise DeliveryRetryable(
                 f"the {self._kind} folder {str(self._file.parent)!r} was deleted or replaced under its client; close "
                 "every client on it and open it anew"
             )
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino

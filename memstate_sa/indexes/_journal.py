@@ -111,10 +111,10 @@ class Journal:
         except OSError:
             self.close()
 
-    def _next(self, reader: BinaryIO, left: int) -> Record | None:
+    def _next(self, reader: BinaryIO, remaining: int) -> Record | None:
         """The next record; None, and `damaged` unless it may have been cut off by a kill, when it is not whole."""
         size = _HEADER.size + _CHECKSUM.size
-        if left < size:
+        if remaining < size:
             return None
         header = reader.read(_HEADER.size)
         # A checksum of its own: a length that is wrong would look like a record that was cut off.
@@ -122,7 +122,7 @@ class Journal:
             self.damaged = True
             return None
         data_size, json_size, checksum = _HEADER.unpack(header)
-        if left - size < json_size + data_size:
+        if remaining - size < json_size + data_size:
             return None
         text, data = reader.read(json_size), reader.read(data_size)
         if crc32(data, crc32(text)) != checksum:

@@ -57,7 +57,7 @@ def _message(answer: Any, depth: int) -> str | None:
         inner: Iterable[Any] = [answer[name] for name in _NAMES if name in answer]
     else:
         inner = answer if isinstance(answer, list) else []
-    return next((text for each in inner if (text := _message(each, depth - 1))), None)
+    return next((text for part in inner if (text := _message(part, depth - 1))), None)
 
 
 def _without(line: str, sent: Collection[str]) -> str:
