@@ -28,7 +28,7 @@ _PAUSES_S = (0.05, 0.2, 0.5)
 
 
 def find_damage(folder: Path, collection_id: str) -> str | None:
-    """What is wrong with the files of the collection in *folder*; None where nothing is, or nothing was written yet."""
+    """The damage of the collection's files in *folder*; None if they are whole, or not written yet."""
     with closing(sqlite3.connect(f"{(folder / 'chroma.sqlite3').as_uri()}?mode=ro", uri=True)) as connection:
         segments = [folder / id_ for (id_,) in connection.execute(_SEGMENTS, (collection_id,))]
     for pause in _PAUSES_S:

@@ -83,7 +83,7 @@ class Flat:
         return copied
 
     def nearest(self, query: NDArray[np.float32], limit: int, where: Mapping[str, Any]) -> list[Match]:
-        """Among all that satisfy the canonical filter *where*."""
+        """The nearest points that satisfy the canonical filter *where*."""
         if not where:
             return self._searched(query, limit)
         # Most often enough of the nearest few satisfy it; where few do, looking at all metadata is what remains.

@@ -42,11 +42,11 @@ from memstate_sa.db.json_params import as_json
 from memstate_sa.indexes.base import Scalar
 
 _PREFIX = 500
-"""So many characters of an id are in the index that lists ids: the entries of a B-tree have at most 2,700 bytes."""
+"""Characters of an id in the index that lists ids: the entries of a B-tree have at most 2,700 bytes."""
 _MOST_OF_VECTOR, _MOST_OF_HALFVEC = 2_000, 4_000
 """The dimensions that HNSW takes; what is longer is compared one by one."""
 EXACT_UP_TO = 5_000
-"""So many points are compared one by one, unless the index is told otherwise."""
+"""Up to so many points are compared one by one by default."""
 _STATE = b""
 """The key of the row that says what the table is. It goes when the content goes, however that is done."""
 _BETWEEN = ";"
@@ -127,7 +127,7 @@ class Statements:
 
     @property
     def _distance(self) -> ColumnElement[Any]:
-        """Of the full vectors. In this form no index sorts by it; the query is read once, not for each row."""
+        """The distance of the full vectors. No index sorts by this form; the query is read once, not for each row."""
         query = select(self._query).scalar_subquery()
         return (1 + self.points.c.unit.op("<#>", return_type=Double())(query)).label("distance")
 
@@ -135,7 +135,7 @@ class Statements:
         return select(*columns).where(self.has_content, *conditions)
 
     def nearest(self, conditions: Sequence[ColumnElement[bool]]) -> Select[Any]:
-        """By the graph, which may hold them in half precision, and in nearly the right order.
+        """The nearest points by the graph, which may hold them in half precision, and in nearly the right order.
 
         One statement, so one round trip: how the graph is searched is set first, for the time of the statement.
         """
@@ -249,14 +249,14 @@ class Statements:
 
     @cached_property
     def scan(self) -> Select[Any]:
-        """By the index on beginnings of ids; those that begin alike are sorted."""
+        """The next entries, by the index on beginnings of ids. Ids that begin alike are sorted."""
         c, after = self.points.c, bindparam("after", type_=Text)
         later = [self.prefix >= func.substr(after, 1, _PREFIX), c.id > after]
         return self._among([c.id, c.fingerprint], later).order_by(self.prefix, c.id).limit(bindparam("limit"))
 
 
 def vectors_text(vectors: NDArray[np.float32]) -> str:
-    """For `Statements.upsert`: a list of texts would be quoted by the driver, number by number."""
+    """The vectors for `Statements.upsert`. The driver would quote a list of texts number by number."""
     return _BETWEEN.join(map(as_json, vectors.tolist()))
 
 

@@ -24,5 +24,5 @@ def clipped_distance(distance: float) -> float:
 
 
 def at_length(unit: Vector, norm: float) -> Vector:
-    """What `unit_rows` made *unit* of, but for its last bit."""
+    """The vector that `unit_rows` made *unit* of, but for its last bit."""
     return (unit.astype(np.float64) * norm).astype(np.float32)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 # name is short: each field of a point costs 6 to 13 % of Chroma's writing rate.
 _FINGERPRINT = "memstate_sa"
 _PAUSES_S = (0.01, 0.05, 0.25)
-"""While a collection is first written to, its metadata is there before its vectors, and a query in between fails with
+"""In the first write to a collection, its metadata comes before its vectors. A query in between fails with
 InternalError ("Nothing found on disk"): ask again a little later."""
 _COPIED = 1000
 """Points that are copied at a time: a few MB."""
@@ -79,7 +79,7 @@ class ChromaIndex(Adapter):
         self._store_text = store_text
         self._make_mutex()
         forks.in_child(self, ChromaIndex._make_mutex)
-        self._copying = threading.Lock()  # what is written while the collection is copied would not be in the copy
+        self._copying = threading.Lock()  # a write during the copy would not be in it
         self._collection: Collection | None = None
         self._max_batch = 0
         self._folder: LockedFolder | None = None
@@ -197,7 +197,7 @@ class ChromaIndex(Adapter):
     def scan(self, after: str | None, limit: int) -> list[Entry]:
         """Up to *limit* entries with an id greater than *after*, ordered by id.
 
-        Chroma lists in order of insertion only, and its pages shift when points are deleted meanwhile. So a pass begins
+        Chroma lists in order of insertion only, and its pages shift when points are deleted. So a pass begins
         by listing the ids alone (27 ms for 10,000; some 100 bytes each), which is kept until its end; fingerprints are
         read page by page. A point first written during a pass may be missing from it: ask `get` before believing so.
         """
@@ -213,8 +213,8 @@ class ChromaIndex(Adapter):
     def purge(self) -> None:
         """Replace the collection by a copy, and rewrite the folder: what was deleted is not in its files any more.
 
-        The copy is another incarnation, so the relay compares it with the tables, and embeds nothing anew. Of a server
-        the files are out of reach: raises MemstateError.
+        The copy is another incarnation, so the relay compares it with the tables, without new embeddings. The files of
+        a server are out of reach: raises MemstateError.
         """
         settings = self._client.get_settings()
         if settings.chroma_server_host:
@@ -227,7 +227,7 @@ class ChromaIndex(Adapter):
         with self._copying:
             with self._using("copy") as collection:
                 copy = self._copied(collection)
-            with self._mutex, self._translated("replace"):  # who looks for the collection meanwhile waits
+            with self._mutex, self._translated("replace"):  # other threads wait for the collection
                 self._client.delete_collection(self._name)
                 copy.modify(name=self._name)
                 self._collection = copy
@@ -353,7 +353,7 @@ class ChromaIndex(Adapter):
         for start in range(0, len(ids), _COPIED):
             batch = ids[start : start + _COPIED]
             points: Any = collection.get(ids=batch, include=["embeddings", "metadatas", "documents"])
-            if points["ids"]:  # unless all of them were deleted meanwhile
+            if points["ids"]:  # unless all of them were deleted by now
                 copy.add(
                     ids=points["ids"],
                     embeddings=points["embeddings"],

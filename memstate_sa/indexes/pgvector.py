@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 _RECOUNT_S = 10.0
-"""How long the number of points counts as known: nobody adds so many meanwhile that comparing them takes long."""
+"""The number of points is read again after this time. Until then not so many are added that comparing takes long."""
 _REMEMBERED = timedelta(seconds=REMEMBERED_S)
 _SINCE = (0, 8)
 """pgvector's version: earlier ones do not look on where a filter leaves too little."""
@@ -200,9 +200,9 @@ class PgVectorIndex(Adapter):
         return [Entry(*row) for row in rows]
 
     def purge(self) -> None:
-        """Write the table anew, without what was deleted; writers and readers wait meanwhile.
+        """Rewrite the table without deleted points. Writers and readers wait.
 
-        What lies elsewhere is not reached: write-ahead logs, replicas, backups.
+        Write-ahead logs, replicas and backups are not reached.
         """
         with self._using("purge") as (connection, statements):
             table = connection.dialect.identifier_preparer.format_table(statements.points).replace("%%", "%")
@@ -243,7 +243,7 @@ class PgVectorIndex(Adapter):
 
     @contextmanager
     def _writer(self) -> Iterator[Connection]:
-        """What a fence compares is what is committed: a snapshot of before would not do."""
+        """A transaction whose fence compares with committed epochs, not with those of an older snapshot."""
         connected = with_separate_pool(self._engine).connect().execution_options(isolation_level="READ COMMITTED")
         with connected as connection, connection.begin():
             yield connection
@@ -275,7 +275,7 @@ class PgVectorIndex(Adapter):
             return self._prepared
 
     def _state(self, statements: Statements) -> dict[str, Any] | None:
-        """What the table says that it is; None when it is not there, or its content is gone."""
+        """The state that the table keeps of itself; None when the table, or its content, is gone."""
         try:
             with self._reader() as connection:
                 state: dict[str, Any] | None = connection.scalar(statements.state)
@@ -313,7 +313,7 @@ class PgVectorIndex(Adapter):
             connection.execute(CreateIndex(statements.graph, if_not_exists=True))
 
     def _lacks_graph(self, connection: Connection, statements: Statements) -> bool:
-        """As of a table that was made to be searched exactly."""
+        """Whether the graph is missing, as it is in a table that was made to be searched exactly."""
         if statements.graph is None or self._exact:
             return False
         quoted = connection.dialect.identifier_preparer.format_index(statements.graph)
@@ -351,5 +351,5 @@ def _matches(rows: Sequence[Any]) -> list[Match]:
 
 
 def _run(connection: Connection, statement: str) -> None:
-    """As it is: a name may hold what would be a parameter."""
+    """Run *statement* as it is: a name in it may look like a parameter."""
     connection.exec_driver_sql(statement, execution_options={"no_parameters": True})

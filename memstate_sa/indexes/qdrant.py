@@ -43,7 +43,7 @@ _OURS = "memstate"
 """The key in a point's payload, and in the collection's metadata, under which all is that only memstate_sa needs."""
 _MARK = "memstate_mark"
 _LARGEST_REQUEST = 500_000
-"""So many numbers are written at once: in JSON 10 MB, of the 32 MB that a server takes."""
+"""Numbers that are written at once: in JSON 10 MB, of the 32 MB that a server takes."""
 _LISTED = 10_000
 
 # Local mode has no locks of its own, and a client may be shared by several indexes.
@@ -378,7 +378,7 @@ class QdrantIndex(Adapter):
 
 
 class _Folder:
-    """What qdrant-client does not notice of its folder: that it is gone, or another process's."""
+    """The folder of a local client, which does not notice that it is gone, or another process's."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -408,7 +408,7 @@ def _stamp(embedder: str) -> dict[str, Any]:
 
 
 def _ours(record: Any) -> dict[str, Any] | None:
-    """What memstate_sa keeps of a point; None for a point of others, and for what a deleted one left behind."""
+    """The part of a payload that is ours; None for a foreign point, and for the epoch of a deleted one."""
     ours = (record.payload or {}).get(_OURS)
     return ours if isinstance(ours, dict) and "id" in ours else None
 

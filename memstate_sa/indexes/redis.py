@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 EXACT_UP_TO = 5_000
 """Up to so many points are compared one by one by default: 2 ms at 256 dimensions."""
 _EXPLORED = 200
-"""How far an approximate search looks (EF); Redis's own default is 100."""
+"""The candidates of an approximate search (EF). Redis's own default is 100."""
 _LARGEST_COUNT = 1 << 20
 """A COUNT that does not fit its integers makes the server find nothing, or abort."""
 _PER_SCRIPT = 32
@@ -144,7 +144,7 @@ class RedisIndex(Adapter):
 
     ``incarnation`` changes with every start of the server and with every failover: how much of what it had
     acknowledged a server has lost (without a file everything, with ``appendfsync everysec`` a second), nothing tells.
-    So the relay compares the index with the tables again, and embeds nothing anew that is still there. It changes,
+    So the relay compares the index with the tables again, and embeds again only points that are gone. It changes,
     too, when a key of the index was deleted or evicted: set ``maxmemory-policy noeviction``.
     """
 
@@ -280,7 +280,7 @@ class RedisIndex(Adapter):
             raise DeliveryRetryable(f"Redis could not rewrite its files: {outcome} is {state[outcome]!r}")
 
     def _run(self, script: str, action: str, *arguments: Any) -> Any:
-        """What *script* answers, if the index on the server is the one that was opened."""
+        """The answer of *script*, if the index on the server is the one that was opened."""
         opened = self._open_state
         answer = self._evaluate(script, action, [opened.incarnation, *arguments])
         if answer == 0:
@@ -353,10 +353,10 @@ class RedisIndex(Adapter):
             if "f" in attributes:  # a point of ours
                 distance = clipped_distance(2.0 - 2.0 * float(score))
                 candidates.append(Candidate(Match(_text(id_), distance, attributes["f"]), attributes["m"]))
-        return Answer(candidates, is_short=len(rows) < limit)  # an answer has never more than _LARGEST_COUNT
+        return Answer(candidates, is_short=len(rows) < limit)  # an answer has at most _LARGEST_COUNT rows
 
     def _searched(self, search: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """What the index is, what was found, and how many points had been replaced when it was.
+        """The state of the index, the answer of the search, and the number of replaced points after it.
 
         A search has a thread of its own, and may come in the middle of a script, where a point is that it removes and
         has not added again.
@@ -419,7 +419,7 @@ def _expression(condition: Mapping[str, Any], *, sure: bool = True) -> str:
 
 
 def _rows(answer: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Of VSIM: a flat list, or in RESP3 a map."""
+    """The rows of an answer to VSIM: a flat list, or in RESP3 a map."""
     if isinstance(answer, Mapping):
         for id_, (score, attributes) in answer.items():
             yield id_, score, attributes

@@ -31,7 +31,7 @@ class Snapshot:
 
     @classmethod
     def parse(cls, text: str) -> Snapshot:
-        """From PostgreSQL's ``xmin:xmax:xip,…``."""
+        """The snapshot in PostgreSQL's form, ``xmin:xmax:xip,…``."""
         _, xmax, running = text.split(":")
         return cls(int(xmax), tuple(map(int, running.split(","))) if running else ())
 

@@ -140,7 +140,7 @@ def claim(
     require_registered(connection, index, now, claimant.embedder, claimant.dimension)
     while not touch(connection, index, now):  # another process has just forgotten it
         require_registered(connection, index, now, claimant.embedder, claimant.dimension)
-    # All relays lock them in this order. This waits for those that acknowledge meanwhile.
+    # All relays lock them in this order. This waits for relays that acknowledge.
     connection.execute(_cursors.with_for_update(), index.parameters()).all()
     live = _live(connection, index, claimant, now)
     delivered = read_entities(connection, index)

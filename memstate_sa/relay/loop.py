@@ -37,7 +37,7 @@ logger = printable_logger("memstate_sa.relay")
 T = TypeVar("T")
 
 STOP_TIMEOUT_S = 5.0
-"""So long a relay that stops waits for a call under way. Docker, for example, kills a process after ten seconds."""
+"""The wait of a stopping relay for a call under way. Docker, for example, kills a process after ten seconds."""
 
 _CLEAN_UP_EVERY_S = 60.0
 
@@ -102,7 +102,7 @@ class Relay:
         self._clean_up_lock = threading.Lock()
 
     def _forked(self) -> None:
-        """Begin without threads: those are the parent's."""
+        """Begin without threads: they are the parent's."""
         self._make_locks()
         listener, self._listener = self._listener, None
         if listener is not None:
@@ -215,7 +215,7 @@ class Relay:
         return self._folded_up_to - before
 
     def counters(self) -> dict[str, Counters]:
-        """What this relay has done for each index since it was made."""
+        """The counters of each index since this relay was made."""
         return {worker.delivery.name: worker.delivery.slot_worker.counters for worker in self._workers}
 
     def problems(self) -> dict[str, str]:
@@ -256,7 +256,7 @@ class Relay:
         return sum(self._run_for(indexes, partial(deadletters.drop_dead, keys=keys)))
 
     def _run_for(self, names: Collection[str], work: Callable[[Connection, IndexKey], T]) -> list[T]:
-        """What *work* returns for each index of these *names* (default: all), in a transaction of its own."""
+        """The results of *work* for each index of these *names* (default: all), in a transaction of its own."""
         unknown = [name for name in names if name not in self._destinations]
         if unknown:
             raise MemstateError(f"no index {unknown[0]!r}; there are: {', '.join(self._destinations)}")

@@ -1,4 +1,4 @@
-"""What to do about a page of dirty keys, and about a failure. Pure: values and a clock in, decisions out."""
+"""Decisions about a page of dirty keys, and about a failure. Pure: values and a clock in, decisions out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memstate_sa.tracking.projection import Projection
 
 
 class Delivered(NamedTuple):
-    """What the ledger says that an index was last given for a key."""
+    """The last delivery of a key to an index, as the ledger has it."""
 
     fingerprint: str | None
     text_fingerprint: str | None

@@ -25,7 +25,7 @@ PATIENCE = timedelta(minutes=10)
 
 
 class Projected(NamedTuple):
-    """How a relay projects a class, and when it was tracked; ``withdrawn``: it goes to this index no longer."""
+    """A relay's projection of a class, and when it was tracked; ``withdrawn``: it goes to this index no longer."""
 
     projection: str
     since: datetime

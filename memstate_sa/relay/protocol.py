@@ -259,7 +259,7 @@ class SlotWorker(SlotOwner):
             fact: park(error, (parked[fact].attempts if fact in parked else 0) + 1, self._policy, self._jitter)
             for fact, error in page.failed.items()
         }
-        for fact in parking.keys() & parked.keys():  # unless an operator has it tried again meanwhile
+        for fact in parking.keys() & parked.keys():  # replace the row that was read, not a newer one
             parking[fact] = parking[fact]._replace(expected_version=parked[fact].version)
         for fact in self._landing(page):
             attempts = parking[fact].attempts if fact in parking else 0

@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 class Request(Generic[R]):
-    """Something to be done outside. Its outcome is an R or an exception."""
+    """A request to the world outside. Its outcome is an R or an exception."""
 
 
 Steps: TypeAlias = Generator[Request[Any], Any, R]
@@ -238,7 +238,7 @@ class Acknowledge(Request[frozenset[int]]):
     """Record a page, in one transaction. The reply is which of the slots in ``epochs`` are lost.
 
     Nothing is recorded for lost slots. ``resolved`` are parked keys that are delivered now, with the version of the
-    parked row that was read: a key that was parked again meanwhile stays parked. ``foreign`` keys are of entities that
+    parked row that was read: a key that was parked again since then stays parked. ``foreign`` keys are of entities that
     this owner does not know.
     """
 

@@ -51,7 +51,7 @@ from memstate_sa.relay.registration import forget_index
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How long to keep rows that delivery does not need; None is for ever.
+    """The time to keep rows that delivery does not need; None is for ever.
 
     ``log``: older changes of a row become one baseline. History, undo and time travel end there. ``ledger``: the ledger
     of deleted rows. ``index``: the state of an index that no relay delivers to. After that the index delays neither the

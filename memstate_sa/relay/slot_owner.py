@@ -41,7 +41,7 @@ class Move(NamedTuple):
 
 @dataclass
 class Counters:
-    """What a relay has done for an index since it began, in keys unless it says otherwise.
+    """The work of a relay for an index since it began, counted in keys unless it says otherwise.
 
     ``embedded``: texts given to the embedder · ``reused``: written with the vector that was there · ``unchanged``:
     not written at all · ``lost``: slots that another owner took before they were acknowledged.

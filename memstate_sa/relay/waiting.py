@@ -26,7 +26,7 @@ from memstate_sa.tracking.projection import Projection
 from memstate_sa.tracking.tracked import Tracked
 
 _FEW = 1000
-"""Up to so many keys are looked up in the ledger. It is written at once; positions are not."""
+"""The most keys that are looked up in the ledger. It is written at once; positions are not."""
 
 _PATIENCE_S = 1.0
 """The interval of the checks that take longer."""
@@ -51,7 +51,7 @@ def wait_for(
 
 
 def _unfinished(engine: Engine, tx: str, waits: Sequence[_IndexWait]) -> Iterator[_IndexWait]:
-    """After each look, yield a wait that goes on, until there is none."""
+    """Yield one of the waits that go on after each look, until none does."""
     with engine.connect() as connection:
         facts = _keys_of(connection, tx)
     pause, look_again = 0.001, time.monotonic() + _PATIENCE_S

@@ -1,4 +1,4 @@
-"""How a relay learns of commits before its next poll. All of it may fail: a poll finds every commit.
+"""News of commits, before the next poll of a relay. All of it may fail: a poll finds every commit.
 
 PostgreSQL: NOTIFY inside the application's transactions would have their commits wait for each other, cluster-wide; so
 a thread sends it, from a connection of its own, once for all commits of the last milliseconds.
@@ -132,7 +132,7 @@ class Listener:
             self._thread.start()
 
     def left_to_parent(self) -> None:
-        """In a forked child: close its copies of the sockets, and wake nobody."""
+        """Close the copies of the sockets in a forked child, and wake no relay."""
         if self._thread is not None:
             self._thread = None
             self._stop_sender.close()

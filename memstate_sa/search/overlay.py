@@ -86,7 +86,7 @@ def _undelivered_keys(dialect_name: str, *, everything: bool) -> Select[Any]:
     else:
         entries = undelivered(dialect_name, *columns, where=of_entity, newest_first=True)
         if dialect_name == "postgresql":
-            # The entries of a long transaction are older than entries that were committed meanwhile.
+            # The entries of a long transaction are older than entries that were committed after it began.
             own_entries = select(*columns).where(outbox.c.xid == _own_xid, of_entity)
             entries = union(select(entries), own_entries).subquery()
     order = (func.max(entries.c.own).desc(), func.max(entries.c.id).desc())

@@ -2,7 +2,7 @@
 
 1. Embed the query. 2. Read the undelivered keys (the overlay). 3. Query the index. 4. Hydrate through the caller's
 Session. 5. Keep rows whose fingerprint the index has, and embed newer ones. 6. Query for more when hits are missing.
-In that order: a key that is delivered meanwhile is found either in the overlay or in the index.
+In that order: a key that is delivered between two steps is found either in the overlay or in the index.
 """
 
 from __future__ import annotations

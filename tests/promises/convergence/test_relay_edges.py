@@ -90,15 +90,15 @@ def test_two_memories_share_an_index(engine: Engine) -> None:
 @pytest.mark.parametrize("fenced", [False, True])
 @pytest.mark.parametrize("meanwhile", ["changed", "deleted"])
 def test_the_late_write_of_an_overtaken_relay_is_put_right(engine: Engine, meanwhile: str, fenced: bool) -> None:
-    """The new holder has delivered the row before a stale write of the old one lands: it delivers it once more.
+    """The new owner has delivered the row before a stale write of the old one lands: it delivers it once more.
 
     An index that fences leaves the stale write out to begin with.
     """
     index = Interrupted(fenced=fenced)
     world = World(engine, index)
-    late, holder = world.memory.relay(engine), world.relay
+    late, current = world.memory.relay(engine), world.relay
     say(world, a="at first")
-    holder.drain()
+    current.drain()
     say(world, a="read by the late one", b="always the same")
 
     def overtake() -> None:
@@ -109,7 +109,7 @@ def test_the_late_write_of_an_overtaken_relay_is_put_right(engine: Engine, meanw
             with world.session() as session:
                 session.delete(session.get_one(Tag, "a"))
                 session.commit()
-        assert holder.run_once() >= 2
+        assert current.run_once() >= 2
         assert holds(index, truth)
 
     truth = {'tag["b"]': "b means always the same"}
@@ -121,13 +121,13 @@ def test_the_late_write_of_an_overtaken_relay_is_put_right(engine: Engine, meanw
     assert_index_holds(index, world.embedder, truth if fenced else stale)
     assert world.memory.status(engine)["memory"].due == 2
     assert late.run_once() == 0  # it is not its turn
-    assert holder.run_once() == 2
+    assert current.run_once() == 2
     assert_index_holds(index, world.embedder, truth)
     world.assert_in_step()
 
 
 def test_an_overtaken_relay_stops_between_two_batches(engine: Engine) -> None:
-    """It asks before each batch whether the index is still its own, and leaves what is left to the new holder."""
+    """It asks before each batch whether the index is still its own, and leaves what is left to the new owner."""
     index = Spy(max_batch=2)
     world = World(engine, index)
     late = world.memory.relay(engine)
@@ -443,12 +443,12 @@ def test_a_row_that_another_memory_deleted_leaves_no_ghost(engine: Engine) -> No
 
 
 def test_a_late_write_that_is_reported_as_failed(engine: Engine) -> None:
-    """A call times out after its lease, and lands after what the new holder wrote: it is put right."""
+    """A call times out after its lease, and lands after what the new owner wrote: it is put right."""
     index = Interrupted(fenced=False)
     world = World(engine, index)
-    late, holder = world.memory.relay(engine), world.relay
+    late, current = world.memory.relay(engine), world.relay
     say(world, a="at first")
-    holder.drain()
+    current.drain()
     say(world, a="read by the late one")
     upsert = index.upsert
 
@@ -456,7 +456,7 @@ def test_a_late_write_that_is_reported_as_failed(engine: Engine) -> None:
         index.upsert = upsert  # type: ignore[method-assign]
         expire_leases(engine)
         say(world, a="the truth")
-        assert holder.run_once() >= 1
+        assert current.run_once() >= 1
         upsert(points)
         raise DeliveryRetryable("timed out")
 
@@ -465,7 +465,7 @@ def test_a_late_write_that_is_reported_as_failed(engine: Engine) -> None:
         late.run_once()
     late.run_once()
     make_due(engine)  # when no call of that lease can land any more
-    assert holder.run_once() >= 1
+    assert current.run_once() >= 1
     late.stop()
     world.assert_in_step()
 

@@ -255,7 +255,7 @@ def test_an_answer_is_not_waited_for_again(engine: Engine) -> None:
 
 
 def test_settling_does_not_embed_again(engine: Engine) -> None:
-    """What the dead holder wrote is there: it is written again with its vector."""
+    """What the dead owner wrote is there: it is written again with its vector."""
     world = World(engine)
     say(world, a="x")
     world.relay.drain()
@@ -566,7 +566,7 @@ def test_the_ledger_forgets_deleted_rows(engine: Engine) -> None:
 
 
 def test_stopping_ends_after_the_batch_in_work(engine: Engine) -> None:
-    """What was written is recorded; the rest is the next holder's, at once."""
+    """What was written is recorded; the rest is the next owner's, at once."""
     index = Spy(max_batch=5)
     world = World(engine, index)
     world.relay.drain()
