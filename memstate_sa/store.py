@@ -39,7 +39,7 @@ from memstate_sa.relay import Relay
 from memstate_sa.relay.loop import STOP_TIMEOUT_S
 from memstate_sa.runtime import forks
 from memstate_sa.runtime.printable import printable_logger
-from memstate_sa.search.search import Hits
+from memstate_sa.search.hits import Hits
 from memstate_sa.tracking.validation import read_names, to_validation_failed
 from memstate_sa.undo.undo import Revocation
 

@@ -15,8 +15,10 @@ from memstate_sa.db import missing_tables
 from memstate_sa.db.engines import with_separate_pool
 from memstate_sa.db.sqlite import require_no_transaction
 from memstate_sa.embedding.batches import Destination
+from memstate_sa.runtime.calls import Call
+from memstate_sa.search.hits import Hits
 from memstate_sa.search.query import Query
-from memstate_sa.search.search import Call, Hits, Opened, Search, resolve_target
+from memstate_sa.search.search import OpenedIndex, Search, resolve_target
 from memstate_sa.search.succession import Succession
 from memstate_sa.search.time_travel import as_of_session, search_past, take_criteria
 from memstate_sa.tracking.registry import Registry
@@ -33,7 +35,7 @@ class Searcher:
         self._capture = capture
         self._destinations = destinations
         self._succession = succession
-        self._opened: dict[str, Opened] = {}  # indexes that a search has opened
+        self._opened: dict[str, OpenedIndex] = {}  # indexes that a search has opened
         self._last_asked: dict[str, str] = {}  # the index that the last search of each has asked
 
     def search(self, call: Call, session: Session, target: Any, query: Query) -> Hits[Any]:

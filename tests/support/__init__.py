@@ -197,8 +197,8 @@ def expire_leases(engine: Engine) -> None:
 
 def grow_older(engine: Engine, relay: Relay, by: timedelta) -> None:
     """As if *by* had passed since *relay* last renewed its lease."""
-    delivery = relay._couriers[0].delivery
-    delivery.holder._renew_at -= by.total_seconds()
+    delivery = relay._workers[0].delivery
+    delivery.slot_worker._renew_at -= by.total_seconds()
     its = holder.c.owner == delivery._owner
     with engine.begin() as connection:
         take_write_lock(connection)

@@ -26,7 +26,7 @@ from memstate_sa.maintenance import doctor, erase
 from memstate_sa.maintenance.verify import Verify
 from memstate_sa.relay import RetryPolicy, ledger, waiting
 from memstate_sa.relay.index_key import IndexKey
-from memstate_sa.relay.plan import AGAIN, Parked
+from memstate_sa.relay.plan import Parked, ParkedState
 from memstate_sa.relay.retention import fold_log
 from memstate_sa.runtime import listening
 from memstate_sa.search.search import Search
@@ -333,7 +333,7 @@ def test_refusal_of_what_another_worker_may_yet_write(engine: Engine) -> None:
     """Who has lost the slot says so while its successor's call is under way: once more, when that can land no more."""
     world = World(engine, index := Spy())
     relay = world.memory.relay(engine, policy=RetryPolicy(max_attempts=2, delay_s=0))
-    may_land = {("tag", '["a"]'): Parked(0, 0.0, AGAIN, "lease lost", repeat=True)}
+    may_land = {("tag", '["a"]'): Parked(0, 0.0, ParkedState.AGAIN, "lease lost", deliver_again=True)}
 
     def told_meanwhile(point: Point) -> Exception:
         index.refuse = lambda point: None
@@ -346,7 +346,7 @@ def test_refusal_of_what_another_worker_may_yet_write(engine: Engine) -> None:
     relay.drain()
     with engine.connect() as connection:
         left = connection.execute(select(parked.c.key, parked.c.state, parked.c.error)).all()
-    assert [tuple(row) for row in left] == [('["a"]', AGAIN, "may land late")]
+    assert [tuple(row) for row in left] == [('["a"]', ParkedState.AGAIN, "may land late")]
 
 
 def test_wait_while_the_index_becomes_another(engine: Engine) -> None:

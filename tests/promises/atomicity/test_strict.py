@@ -23,8 +23,9 @@ from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Drif
 from memstate_sa.db.tables import cursor, outbox
 from memstate_sa.indexes import InMemoryIndex, Point, VectorIndex
 from memstate_sa.relay import strict
-from memstate_sa.relay.protocol import ENTITY
-from memstate_sa.relay.strict import Strict, _complete_lines
+from memstate_sa.relay.intents import read_complete_lines
+from memstate_sa.relay.points import ENTITY
+from memstate_sa.relay.strict import Strict
 from memstate_sa.testing import HashEmbedder
 from tests.support import assert_index_holds, make_due
 
@@ -734,7 +735,7 @@ def test_sigkill_between_the_index_and_commit(engine: Engine, tmp_path: Path) ->
 def test_an_intent_that_was_cut_off_announces_nothing(sqlite_engine: Engine, tmp_path: Path) -> None:
     """The machine stopped before it was on the disk, and so before the index was written."""
     (tmp_path / "intents").write_bytes(b'[["tip","[1]"]]\n[["tip","[2]"]]\n[["tip","[3')
-    assert _complete_lines(tmp_path / "intents") == [("tip", "[1]"), ("tip", "[2]")]
+    assert read_complete_lines(tmp_path / "intents") == [("tip", "[1]"), ("tip", "[2]")]
     app = App(sqlite_engine)
     app.say(a="one")
     folder = tmp_path / "facts.db.memstate-intents"

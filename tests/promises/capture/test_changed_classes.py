@@ -15,7 +15,7 @@ from memstate_sa import ConflictError, Memory, MemoryStore
 from memstate_sa.db.tables import projection, refill, unique, utcnow
 from memstate_sa.indexes import InMemoryIndex, VectorIndex
 from memstate_sa.relay import Relay
-from memstate_sa.relay.projections import HELD
+from memstate_sa.relay.projections import HELD_BY_INDEX
 from memstate_sa.testing import HashEmbedder
 from tests.support import assert_index_holds
 from tests.support.indexes import KINDS, Make, storage
@@ -193,7 +193,7 @@ def refilling(engine: Engine) -> bool:
 def held(engine: Engine) -> str:
     """What the index holds of each row."""
     with engine.connect() as connection:
-        return connection.scalars(select(projection.c.projection).where(projection.c.owner == HELD)).one()
+        return connection.scalars(select(projection.c.projection).where(projection.c.owner == HELD_BY_INDEX)).one()
 
 
 def test_two_releases_do_not_refill_in_turns(engine: Engine) -> None:

@@ -19,8 +19,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from memstate_sa import DeliveryError, DeliveryRejected, Hits, Memory, MemstateError, NotFound
 from memstate_sa.db.tables import cursor, embedding, holder, index_state, ledger, parked, refill, successor
 from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.relay import RetryPolicy, claims
-from memstate_sa.search.search import cosine_distance
+from memstate_sa.relay import RetryPolicy, claims, registration
+from memstate_sa.search.hits import cosine_distance
 from memstate_sa.testing import HashEmbedder
 from tests.support import PATIENCE_S, Person, Tag, assert_index_holds, in_threads, sizes, texts
 from tests.support.processes import EMBEDDERS, Process, Shop, embedded_by
@@ -446,17 +446,17 @@ def test_a_relay_that_claims_an_index_while_it_is_forgotten(shop: Shop) -> None:
     after.say(**DRINKS)
     relay = after.memory.relay(shop.engine)
     relay.drain()
-    touch = claims._touch
+    touch = registration.touch
     forgotten: list[bool] = []
 
     def forget_first(connection: Any, index: Any, now: Any) -> bool:
         if not forgotten:
             forgotten.append(True)
-            claims.forget(connection, index)
+            registration.forget_index(connection, index)
         return touch(connection, index, now)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(claims, "_touch", forget_first)
+        patch.setattr(claims, "touch", forget_first)
         relay.drain()
     assert forgotten
     after.assert_in_step("memory_v2")

@@ -17,7 +17,7 @@ from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Inde
 from memstate_sa.db.tables import cursor, ledger, outbox, parked
 from memstate_sa.indexes import InMemoryIndex, VectorIndex
 from memstate_sa.relay import RetryPolicy
-from memstate_sa.relay.protocol import Upsert
+from memstate_sa.relay.requests import Upsert
 from memstate_sa.testing import FlakyIndex, HashEmbedder
 from tests.support import (
     Base,
@@ -264,14 +264,14 @@ def test_a_text_callable_that_raises_parks_its_row_alone(engine: Engine) -> None
     assert row.key == '["bad"]' and "KeyError" in row.error and "private" not in row.error
 
 
-def test_a_lost_acknowledgement_is_settled_by_the_next_holder(spied: World, spy: Spy) -> None:
+def test_a_lost_acknowledgement_is_settled_by_the_next_owner(spied: World, spy: Spy) -> None:
     """The index was written, the process died, and the row changed back: the ledger must not be believed."""
     say(spied, a="first")
     spied.relay.drain()
     say(spied, a="second")
     dying = spied.memory.relay(spied.engine)
     spied.relay.stop()
-    for delivery in (courier.delivery for courier in dying._couriers):
+    for delivery in (worker.delivery for worker in dying._workers):
         delivery._do_originally = delivery._do
 
         def write_and_die(request: Any, d: Any = delivery) -> Any:
@@ -290,7 +290,7 @@ def test_a_lost_acknowledgement_is_settled_by_the_next_holder(spied: World, spy:
 
 
 def test_a_relay_that_lost_its_lease_records_nothing(spied: World) -> None:
-    """The acknowledgement of a holder that was overtaken is refused; its keys are delivered again."""
+    """The acknowledgement of an owner that was overtaken is refused; its keys are delivered again."""
     say(spied, a="x")
     spied.relay.drain()
     spied.relay.run_once()
@@ -305,7 +305,7 @@ def test_a_relay_that_lost_its_lease_records_nothing(spied: World) -> None:
     spied.assert_in_step()
 
 
-def test_one_holder_at_a_time(spied: World) -> None:
+def test_one_owner_at_a_time(spied: World) -> None:
     """A second relay stands by while the first holds the lease, and takes over when it stops."""
     say(spied, a="x")
     spied.relay.drain()

@@ -90,15 +90,15 @@ def test_two_memories_share_an_index(engine: Engine) -> None:
 @pytest.mark.parametrize("fenced", [False, True])
 @pytest.mark.parametrize("meanwhile", ["changed", "deleted"])
 def test_the_late_write_of_an_overtaken_relay_is_put_right(engine: Engine, meanwhile: str, fenced: bool) -> None:
-    """The new holder has delivered the row before a stale write of the old one lands: it delivers it once more.
+    """The new owner has delivered the row before a stale write of the old one lands: it delivers it once more.
 
     An index that fences leaves the stale write out to begin with.
     """
     index = Interrupted(fenced=fenced)
     world = World(engine, index)
-    late, holder = world.memory.relay(engine), world.relay
+    late, current = world.memory.relay(engine), world.relay
     say(world, a="at first")
-    holder.drain()
+    current.drain()
     say(world, a="read by the late one", b="always the same")
 
     def overtake() -> None:
@@ -109,7 +109,7 @@ def test_the_late_write_of_an_overtaken_relay_is_put_right(engine: Engine, meanw
             with world.session() as session:
                 session.delete(session.get_one(Tag, "a"))
                 session.commit()
-        assert holder.run_once() >= 2
+        assert current.run_once() >= 2
         assert holds(index, truth)
 
     truth = {'tag["b"]': "b means always the same"}
@@ -121,13 +121,13 @@ def test_the_late_write_of_an_overtaken_relay_is_put_right(engine: Engine, meanw
     assert_index_holds(index, world.embedder, truth if fenced else stale)
     assert world.memory.status(engine)["memory"].due == 2
     assert late.run_once() == 0  # it is not its turn
-    assert holder.run_once() == 2
+    assert current.run_once() == 2
     assert_index_holds(index, world.embedder, truth)
     world.assert_in_step()
 
 
 def test_an_overtaken_relay_stops_between_two_batches(engine: Engine) -> None:
-    """It asks before each batch whether the index is still its own, and leaves what is left to the new holder."""
+    """It asks before each batch whether the index is still its own, and leaves what is left to the new owner."""
     index = Spy(max_batch=2)
     world = World(engine, index)
     late = world.memory.relay(engine)
@@ -136,7 +136,7 @@ def test_an_overtaken_relay_stops_between_two_batches(engine: Engine) -> None:
 
     def meddle(point: Point) -> None:
         index.refuse = lambda point: None
-        late._couriers[0].delivery.holder._renew_at = 0.0  # the write took longer than half of the lease
+        late._workers[0].delivery.slot_worker._renew_at = 0.0  # the write took longer than half of the lease
         overtake(engine)
 
     index.refuse = meddle
@@ -177,13 +177,13 @@ def test_two_relays_claim_a_new_index_at_once(postgres_engine: Engine) -> None:
     assert not [outcome for outcome in outcomes if not isinstance(outcome, int)]
     for relay in relays * 2:
         relay.run_once()
-    deliveries = [relay._couriers[0].delivery for relay in relays]
+    deliveries = [relay._workers[0].delivery for relay in relays]
     with postgres_engine.connect() as connection:
         owners = dict(connection.execute(select(cursor.c.slot, cursor.c.owner)).all())
-    assert [set(delivery.holder.epochs) for delivery in deliveries] == [
+    assert [set(delivery.slot_worker.epochs) for delivery in deliveries] == [
         {slot for slot, owner in owners.items() if owner == delivery._owner} for delivery in deliveries
     ]
-    assert [len(delivery.holder.epochs) for delivery in deliveries] == [32, 32]
+    assert [len(delivery.slot_worker.epochs) for delivery in deliveries] == [32, 32]
     say(world, c="z")
     eventually(lambda: sum(relay.run_once() for relay in relays) == 0)
     expected = {'tag["a"]': "a means x", 'tag["b"]': "b means y", 'tag["c"]': "c means z"}
@@ -345,7 +345,7 @@ def test_an_idle_relay_looks_less_and_less_often(postgres_engine: Engine) -> Non
 
     event.listen(postgres_engine, "before_cursor_execute", note)
     relay = world.memory.relay(postgres_engine, poll_s=(0.01, 600.0), lease_s=3600.0)
-    relay._couriers[0].woken = waits = Waits(short_s=2.0)
+    relay._workers[0].woken = waits = Waits(short_s=2.0)
     with relay:
         eventually(lambda: bool(waits.asked) and waits.asked[-1] >= waits.short_s)
         assert 0 < len(looks) <= len(waits.asked) + 2
@@ -443,12 +443,12 @@ def test_a_row_that_another_memory_deleted_leaves_no_ghost(engine: Engine) -> No
 
 
 def test_a_late_write_that_is_reported_as_failed(engine: Engine) -> None:
-    """A call times out after its lease, and lands after what the new holder wrote: it is put right."""
+    """A call times out after its lease, and lands after what the new owner wrote: it is put right."""
     index = Interrupted(fenced=False)
     world = World(engine, index)
-    late, holder = world.memory.relay(engine), world.relay
+    late, current = world.memory.relay(engine), world.relay
     say(world, a="at first")
-    holder.drain()
+    current.drain()
     say(world, a="read by the late one")
     upsert = index.upsert
 
@@ -456,7 +456,7 @@ def test_a_late_write_that_is_reported_as_failed(engine: Engine) -> None:
         index.upsert = upsert  # type: ignore[method-assign]
         expire_leases(engine)
         say(world, a="the truth")
-        assert holder.run_once() >= 1
+        assert current.run_once() >= 1
         upsert(points)
         raise DeliveryRetryable("timed out")
 
@@ -465,7 +465,7 @@ def test_a_late_write_that_is_reported_as_failed(engine: Engine) -> None:
         late.run_once()
     late.run_once()
     make_due(engine)  # when no call of that lease can land any more
-    assert holder.run_once() >= 1
+    assert current.run_once() >= 1
     late.stop()
     world.assert_in_step()
 
@@ -478,7 +478,7 @@ def test_a_database_that_was_away_is_not_asked_all_the_time(engine: Engine) -> N
     statements: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
     relay = world.memory.relay(engine, policy=RetryPolicy(delay_s=0.01), poll_s=(0.05, 5.0))
-    delivery, failed = relay._couriers[0].delivery, threading.Event()
+    delivery, failed = relay._workers[0].delivery, threading.Event()
     step = delivery.step
 
     def fail_once() -> Any:

@@ -146,7 +146,7 @@ def test_workers_share_the_keys(postgres_engine: Engine) -> None:
     relays = [world.memory.relay(postgres_engine, poll_s=(0.01, 0.05)) for _ in range(3)]
 
     def shares() -> list[int]:
-        return sorted(len(relay._couriers[0].delivery.holder.epochs) for relay in relays)
+        return sorted(len(relay._workers[0].delivery.slot_worker.epochs) for relay in relays)
 
     try:
         for count, relay in enumerate(relays, start=1):
@@ -255,7 +255,7 @@ def test_an_answer_is_not_waited_for_again(engine: Engine) -> None:
 
 
 def test_settling_does_not_embed_again(engine: Engine) -> None:
-    """What the dead holder wrote is there: it is written again with its vector."""
+    """What the dead owner wrote is there: it is written again with its vector."""
     world = World(engine)
     say(world, a="x")
     world.relay.drain()
@@ -264,8 +264,8 @@ def test_settling_does_not_embed_again(engine: Engine) -> None:
     world.embedder.embed = lambda texts: embedded.extend(texts) or embed(texts)  # type: ignore[method-assign,assignment,func-returns-value]
     say(world, b="y", c="z")
     dying = world.memory.relay(engine)
-    dying._couriers[0].step()
-    dying._couriers[0].delivery.holder.forget()
+    dying._workers[0].step()
+    dying._workers[0].delivery.slot_worker.reset()
     with engine.begin() as connection:  # the position was not recorded
         first = connection.scalar(select(func.min(outbox.c.id)))
         connection.execute(update(cursor).values(position=0 if engine.dialect.name == "sqlite" else first))
@@ -446,7 +446,7 @@ def test_an_idle_relay_costs_next_to_nothing(postgres_engine: Engine) -> None:
         return len(statements) - before
 
     relay = world.memory.relay(postgres_engine, poll_s=(5.0, 5.0))
-    relay._couriers[0].woken = waits = Waits(short_s=6.0)
+    relay._workers[0].woken = waits = Waits(short_s=6.0)
     event.listen(postgres_engine, "before_cursor_execute", note)
     with relay:
         eventually(lambda: holds(world.index, means("a")))
@@ -493,7 +493,7 @@ def test_an_index_that_nobody_delivers_to_is_forgotten(engine: Engine) -> None:
     relay.drain()
     with engine.connect() as connection:
         assert connection.scalars(select(cursor.c.index).distinct()).all() == ["memory"]
-    relay._forget_at = 0.0
+    relay._clean_up_at = 0.0
     relay.run_once()
     with engine.connect() as connection:
         assert connection.scalars(select(outbox.c.key)).all() == []
@@ -566,7 +566,7 @@ def test_the_ledger_forgets_deleted_rows(engine: Engine) -> None:
 
 
 def test_stopping_ends_after_the_batch_in_work(engine: Engine) -> None:
-    """What was written is recorded; the rest is the next holder's, at once."""
+    """What was written is recorded; the rest is the next owner's, at once."""
     index = Spy(max_batch=5)
     world = World(engine, index)
     world.relay.drain()
@@ -577,7 +577,7 @@ def test_stopping_ends_after_the_batch_in_work(engine: Engine) -> None:
 
     def slow(point: Point) -> None:
         writing.set()
-        eventually(lambda: relay._couriers[0].delivery.holder.stopping)
+        eventually(lambda: relay._workers[0].delivery.slot_worker.stopping)
 
     index.refuse = slow
     relay.start()
@@ -648,8 +648,8 @@ def test_a_database_that_is_away_is_not_hammered(engine: Engine) -> None:
     world = World(engine)
     world.relay.drain()
     relay = world.memory.relay(engine, lease_s=0.2, policy=RetryPolicy(delay_s=0.05))
-    courier = relay._couriers[0]
-    do, asked = courier.delivery._do, list[float]()
+    worker = relay._workers[0]
+    do, asked = worker.delivery._do, list[float]()
     away = threading.Event()
 
     def fail(request: Any) -> Any:
@@ -658,9 +658,9 @@ def test_a_database_that_is_away_is_not_hammered(engine: Engine) -> None:
             raise OperationalError("SELECT 1", {}, Exception("gone"))
         return do(request)
 
-    courier.delivery._do = fail  # type: ignore[method-assign]
+    worker.delivery._do = fail  # type: ignore[method-assign]
     with relay:
-        eventually(lambda: bool(courier.delivery.holder.epochs))
+        eventually(lambda: bool(worker.delivery.slot_worker.epochs))
         began = time.monotonic()
         away.set()
         say(world, a="x")
@@ -679,7 +679,7 @@ def test_a_relay_that_could_not_be_released_can_be_started_again(engine: Engine)
     world = World(engine)
     relay = world.memory.relay(engine)
     relay.run_once()
-    delivery = relay._couriers[0].delivery
+    delivery = relay._workers[0].delivery
     do = delivery._do
 
     def away(request: Any) -> Any:
@@ -749,7 +749,7 @@ def test_an_engine_in_autocommit_or_serializable_will_do(postgres_engine: Engine
         relays = [world.memory.relay(engine) for _ in range(2)]
         say(world, **{f"{level}{n}": "x" for n in range(20)})
         eventually(lambda relays=relays: sum(relay.run_once() for relay in relays) == 0)  # type: ignore[misc]
-        slots = [set(relay._couriers[0].delivery.holder.epochs) for relay in relays]
+        slots = [set(relay._workers[0].delivery.slot_worker.epochs) for relay in relays]
         assert not slots[0] & slots[1]
         for relay in relays:
             relay.stop()
@@ -804,14 +804,14 @@ def test_wait_for_the_repair_of_a_dead_key(engine: Engine) -> None:
 def test_wait_while_a_dead_key_is_delivered(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the look at what was refused and the look at what is pending."""
     world, relay = dead_and_mended(engine)
-    asked, is_pending = [], waiting._Waiting._is_pending
+    asked, is_pending = [], waiting._IndexWait._is_pending
 
     def deliver_first(*args: Any) -> bool:
         relay.drain()
         asked.append(is_pending(*args))
         return asked[-1]
 
-    monkeypatch.setattr(waiting._Waiting, "_is_pending", deliver_first)
+    monkeypatch.setattr(waiting._IndexWait, "_is_pending", deliver_first)
     with world.session() as session:
         session.get_one(Tag, "a").meaning = "fine"
         session.commit()

@@ -317,7 +317,7 @@ def test_crash_is_no_restore(engine: Engine, at: str) -> None:
         for _ in range(3):
             with pytest.raises(DeliveryRetryable):
                 relay.run_once()
-        relay._couriers[0].delivery.holder.forget()  # as a process that was killed
+        relay._workers[0].delivery.slot_worker.reset()  # as a process that was killed
         relay.stop()
         index.at = ""
         app.drain()

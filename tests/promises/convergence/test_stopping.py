@@ -94,7 +94,7 @@ def test_relay_that_is_started_again_goes_on_beside_the_thread_that_was_left(eng
     world = World(engine)
     embedder = hang(world)
     world.relay.stop(timeout=0.01)
-    left = world.relay._couriers[0]._left
+    left = world.relay._workers[0]._unjoined_thread
     world.relay.start()
     embedder.answer.set()
     assert left is not None

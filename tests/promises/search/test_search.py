@@ -16,8 +16,9 @@ from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Memo
 from memstate_sa.indexes import InMemoryIndex, Match, Point
 from memstate_sa.search import search as search_module
 from memstate_sa.search.comparable import Comparable
+from memstate_sa.search.hits import cosine_distance
+from memstate_sa.search.overlay import OVERLAY_LIMIT
 from memstate_sa.search.pushdown import push_down
-from memstate_sa.search.search import OVERLAY_LIMIT, cosine_distance
 from memstate_sa.testing import HashEmbedder
 from tests.support import Base, Note, Person, Tag, World
 
@@ -291,20 +292,20 @@ def test_a_key_that_is_refused_in_the_middle_of_a_search(world: World, monkeypat
     people(world, "green tea")
     world.relay.drain()
     people(world, "tea")
-    inner = search_module.read_standing
+    inner = search_module.read_entity_coverage
 
     def then_refuse(*arguments: Any) -> Any:
-        standing = inner(*arguments)
+        coverage = inner(*arguments)
         with monkeypatch.context() as patch:
             patch.setattr(type(world.index), "upsert", refuse)
             world.relay.run_once()
-        world.relay._forget()
-        return standing
+        world.relay._clean_up()
+        return coverage
 
     def refuse(self: Any, points: Any) -> None:
         raise DeliveryRejected("not this one")
 
-    monkeypatch.setattr(search_module, "read_standing", then_refuse)
+    monkeypatch.setattr(search_module, "read_entity_coverage", then_refuse)
     with world.session() as session:
         hits = world.memory.search(session, "tea", Person)
     assert [hit.fact.about for hit in hits] == ["tea", "green tea"]

@@ -21,7 +21,7 @@ from sqlalchemy.types import UserDefinedType
 
 from memstate_sa import Memory, MemstateError, NotFound, sqlite
 from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.search.search import cosine_distance
+from memstate_sa.search.hits import cosine_distance
 from memstate_sa.testing import HashEmbedder
 from tests.support import PATIENCE_S, Note, Person, Tag, World, explore, sizes
 
