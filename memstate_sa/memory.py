@@ -20,7 +20,7 @@ from sqlalchemy.orm import QueryableAttribute, Session
 from sqlalchemy.sql import visitors
 
 from memstate_sa.capture import append_only, triggers
-from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db import creation, functions, missing_tables
@@ -120,7 +120,7 @@ class Memory:
         self._strict = Strict(self._registry, self._destinations, blocking=self._blocking, wake=self._committed)
         veto = self._strict if delivery == "strict" else None
         self._recorder = Recorder(self._registry)
-        self._capture = Capture(self._registry, self._recorder, self._committed, veto)
+        self._capture = SessionCapture(self._registry, self._recorder, self._committed, veto)
         self._undo = Undo(self._registry, self._capture, self._recorder)
         self._sweeper = Sweeper(self._capture)
         self._eraser = Eraser(self._registry, self._capture, self._recorder, list(embedders.values()))
@@ -295,15 +295,15 @@ class Memory:
         """
         for name, value in (("actor", actor), ("reason", reason), ("session_id", session_id)):
             _check_label(name, value)
-        unit = self._unit(_sync_session(session))
+        unit = self._transaction(_sync_session(session))
         unit.actor = actor if actor is not None else unit.actor
         unit.reason = reason if reason is not None else unit.reason
         unit.session_id = session_id if session_id is not None else unit.session_id
 
-    def _unit(self, session: Session) -> OpenTransaction:
+    def _transaction(self, session: Session) -> OpenTransaction:
         if not self._capture.is_attached(session):
             raise MemstateError("this Session is not attached: call memory.attach() with its sessionmaker first")
-        return self._capture.unit(session)
+        return self._capture.transaction(session)
 
     # -- search ----------------------------------------------------------------------------------------------------
 
@@ -583,7 +583,7 @@ class Memory:
     def _scope(
         self, session: Session, session_id: str | None, actor: str | None, model: type[Any] | None, on_conflict: str
     ) -> Scope:
-        self._unit(session)
+        self._transaction(session)
         for name, value in (("session_id", session_id), ("actor", actor)):
             _check_label(name, value)
         self._require_tracked()
@@ -667,7 +667,7 @@ class Memory:
         _check_label("reason", reason)
         tracked = self._registry.of(model)
         session = _blocking_session(session)
-        self._unit(session)
+        self._transaction(session)
         return self._eraser.erase(session, tracked, key, reason)
 
     def purge(self, engine: Engine | AsyncEngine, timeout: float = 30.0) -> None:

@@ -56,7 +56,7 @@ class Recorder:
     def write(
         self,
         connection: Connection,
-        unit: OpenTransaction,
+        transaction: OpenTransaction,
         entries: Sequence[LogEntry],
         *,
         tx: str | None = None,
@@ -69,13 +69,12 @@ class Recorder:
         """
         if not entries:
             return
-        require_supported(connection, unit)
-        at, tx = utcnow(), tx or unit.tx
-        if not unit.step:
+        require_supported(connection, transaction)
+        at, tx = utcnow(), tx or transaction.tx
+        if not transaction.step:
             entries = [entry._replace(step=False) for entry in entries]
-        unit.logged, unit.written_on = True, connection
-        unit.txs[tx] = None
-        with unit.writing():
+        transaction.note_entries(connection, tx)
+        with transaction.writing():
             dirty = dict.fromkeys(
                 (entry.entity, entry.key) for entry in entries if deliver_baselines or entry.op != "baseline"
             )
@@ -116,7 +115,7 @@ class Recorder:
     def baselines(
         self,
         connection: Connection,
-        unit: OpenTransaction,
+        transaction: OpenTransaction,
         tracked: Tracked,
         raw_keys: Sequence[tuple[Any, ...]],
         canonical: dict[tuple[Any, ...], str] | None = None,
@@ -129,9 +128,9 @@ class Recorder:
         *canonical* gets each raw key as the text it has in the log, also of those that an object holds in another form
         than is stored: Decimal("1.5") for 1.50, "a" for a padded CHAR. Such a key is unknown to the log, and read here.
         """
-        require_supported(connection, unit)
+        require_supported(connection, transaction)
         columns = tracked.on(connection.dialect)
-        with unit.writing():
+        with transaction.writing():
             take_write_lock(connection)
         by_key = {columns.encode_key(raw): raw for raw in raw_keys}
         if canonical is not None:
@@ -177,7 +176,7 @@ class Recorder:
     def _log_baselines(
         self, connection: Connection, tracked: Tracked, keys: Sequence[str], *, hurry: bool = False
     ) -> tuple[int, int]:
-        unit, columns = OpenTransaction(), tracked.on(connection.dialect)
+        transaction, columns = OpenTransaction(), tracked.on(connection.dialect)
         take_write_lock(connection)
         unknown = set(self.unknown(connection, tracked, keys))
         first, others = ([decode_key(key) for key in some if key in unknown] for some in (keys[:1], keys[1:]))
@@ -188,7 +187,7 @@ class Recorder:
         entries = self._still_unknown(connection, read)
         if hurry:
             connection.execute(_hurry)
-        self.write(connection, unit, entries, deliver_baselines=True, refuse=False)
+        self.write(connection, transaction, entries, deliver_baselines=True, refuse=False)
         passed_by = {key for key in keys if key in unknown and key not in images}
         if tracked.unique_values is not None:
             passed_by |= self._take_in_values(connection, tracked, [key for key in keys if key not in unknown])
@@ -221,7 +220,7 @@ class Recorder:
     def log_touched(
         self,
         connection: Connection,
-        unit: OpenTransaction,
+        transaction: OpenTransaction,
         touched: Mapping[Tracked, Mapping[tuple[Any, ...], bool]],
         baselines: Sequence[LogEntry],
         flush: Flush | None = None,
@@ -264,7 +263,7 @@ class Recorder:
                 for change in changes:
                     self._check(tracked, columns, change)
             entries += changes
-        self.write(connection, unit, entries)
+        self.write(connection, transaction, entries)
 
     @staticmethod
     def _unchanged(
@@ -318,9 +317,9 @@ def require_no_translation(options: Mapping[str, Any]) -> None:
         raise MemstateError("schema_translate_map is not supported for tracked models")
 
 
-def require_supported(connection: Connection, unit: OpenTransaction) -> None:
+def require_supported(connection: Connection, transaction: OpenTransaction) -> None:
     require_no_translation(connection.get_execution_options())
-    if unit.written_on not in (None, connection):
+    if transaction.written_on not in (None, connection):
         raise MemstateError(TWO_DATABASES)
 
 

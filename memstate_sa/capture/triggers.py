@@ -1,99 +1,36 @@
 """Capture by the database: triggers that write log and outbox, whoever changes the table and by whatever means.
 
-What they write is what `columns` and `codec` would have: the image of a row as tagged JSON, and its canonical key. A
-Session tells them its transaction, so that actor, reason and session_id belong to what they log; what other programs
-write is a transaction of its own.
+What they write is what `columns` and `codec` would have: the image of a row as tagged JSON, and its canonical key. The
+trigger context names the transaction of a Session. What other programs write is a transaction of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from sqlalchemy import Column, ColumnElement, Executable, Table, bindparam, delete, insert, inspect, select, text
+from sqlalchemy import Column, ColumnElement, Table, inspect, text
 from sqlalchemy import types as sqltypes
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.sql.util import ClauseAdapter
 
+from memstate_sa.capture.trigger_context import SKIP
 from memstate_sa.db import functions
 from memstate_sa.db.codec import to_json
-from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.rows import TableColumns, stored_columns
-from memstate_sa.db.tables import current, log
+from memstate_sa.db.tables import log
 from memstate_sa.errors import MemstateError
 from memstate_sa.log.positions import SLOTS
 from memstate_sa.tracking.inheritance import inheritance_criterion
 from memstate_sa.tracking.tracked import TRACKED
 
-# -- what they are told ------------------------------------------------------------------------------------------------
-
-_READS = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN", "SAVEPOINT", "RELEASE", "ROLLBACK", "SHOW", "SET")
-_DEFINES = ("CREATE", "ALTER", "DROP")
-_put = insert(current).prefix_with("OR REPLACE")
-_clear = delete(current)
-_names = select(unnest_strings("names").c.value)
-_logged: Mapping[str, Executable] = {
-    "sqlite": select(select(log.c.id).where(log.c.tx == bindparam("tx")).exists()),
-    "postgresql": text(
-        "SELECT CASE WHEN position(:tx IN coalesce(current_setting('memstate.logged', true), '')) > 0 THEN true "
-        # Triggers of an earlier version do not say so.
-        "WHEN current_setting('transaction_isolation') = 'serializable' THEN false "
-        "ELSE EXISTS (SELECT FROM memstate_log WHERE tx = :tx) END"
-    ),
-}
-
-
-def may_write(statement: str) -> bool:
-    """By its first word; a SELECT of a function that writes is taken for a reader."""
-    return not statement.lstrip()[:9].upper().startswith((*_READS, *_DEFINES))
-
-
-def set_trigger_context(connection: Connection, tx: str, *, counts: bool = True) -> None:
-    """What triggers log from now on is of the transaction *tx*, which *counts* for rollback, or not."""
-    off = "off" if connection.dialect.name == "postgresql" else "0"
-    _tell(connection, {"tx": tx} if counts else {"tx": tx, "step": off})
-
-
-def set_undo_context(connection: Connection, tx: str, facts: Collection[tuple[str, str]]) -> None:
-    """So is the undo *tx*, which is no step; it logs *facts* itself, but not what follows from them."""
-    names = [_SKIP.format("".join(fact)) for fact in facts]
-    if connection.dialect.name == "postgresql":
-        # In rows, which are looked up: a list in a setting would be read anew for every row that is restored.
-        connection.execute(insert(current).from_select(["name"], _names), {"names": as_array(names)})
-        _tell(connection, {"tx": tx, "step": "off", "skip": "on"})
-    else:
-        _tell(connection, {"tx": tx, "step": "0", **dict.fromkeys(names)})
-
-
-def clear_trigger_context(connection: Connection) -> None:
-    """What they are told in a table has to be gone before a COMMIT."""
-    if connection.dialect.name == "postgresql":
-        _tell(connection, dict.fromkeys(("tx", "step", "skip"), ""))
-    connection.execute(_clear)
-
-
-def _tell(connection: Connection, settings: Mapping[str, str | None]) -> None:
-    if connection.dialect.name == "postgresql":
-        for name, value in settings.items():
-            functions.tell(connection, name, value or "")
-    else:
-        connection.execute(_put, [{"name": name, "value": value} for name, value in settings.items()])
-
-
-def have_logged(connection: Connection, tx: str) -> bool:
-    return bool(connection.execute(_logged[connection.dialect.name], {"tx": tx}).scalar_one())
-
-
-_SKIP = "skip {}"
-
-
 # -- what is captured --------------------------------------------------------------------------------------------------
 
 
-class Captured(Protocol):
+class Capturable(Protocol):
     """What the triggers of a table are made from: a tracked class has it, and a migration says it."""
 
     @property
@@ -110,8 +47,8 @@ Only = tuple[str, Sequence[Any]]
 """A column, and the values of it (as the driver gives them) that rows of single-table inheritance have."""
 
 
-class Capture(NamedTuple):
-    """`Captured`, by its parts."""
+class CapturedTable(NamedTuple):
+    """A table that triggers capture, by its parts."""
 
     table: Table
     entity: str
@@ -119,20 +56,20 @@ class Capture(NamedTuple):
     criterion: ColumnElement[bool] | None = None
 
     @classmethod
-    def restricted(cls, table: Table, entity: str, version: int, only: Only | None) -> Capture:
+    def restricted(cls, table: Table, entity: str, version: int, only: Only | None) -> CapturedTable:
         criterion = None if only is None else table.columns[only[0]].in_(only[1])
         return cls(table, entity, version, criterion)
 
 
-def captured_in(table: Table) -> dict[str, Capture]:
+def captured_in(table: Table) -> dict[str, CapturedTable]:
     """What `Memory.track` has asked to be captured of *table*, by entity."""
     return {
-        entity: Capture(table, entity, version, inheritance_criterion(inspect(model)))
+        entity: CapturedTable(table, entity, version, inheritance_criterion(inspect(model)))
         for entity, (model, version) in table.metadata.info.get(TRACKED, {}).get(table.fullname, {}).items()
     }
 
 
-def only(captured: Captured, dialect: Dialect) -> Only | None:
+def only(captured: Capturable, dialect: Dialect) -> Only | None:
     """The criterion as data."""
     if captured.criterion is None:
         return None
@@ -250,7 +187,7 @@ class _Source(NamedTuple):
 class _Writer:
     """Writes the SQL of one table's triggers."""
 
-    def __init__(self, captured: Captured, dialect: Dialect) -> None:
+    def __init__(self, captured: Capturable, dialect: Dialect) -> None:
         self.captured = captured
         self.dialect = dialect
         self.entity = _quoted(captured.entity)
@@ -340,7 +277,7 @@ class Trigger(NamedTuple):
     statements: tuple[str, ...]
 
 
-def triggers(connection: Connection, captured: Captured) -> list[Trigger]:
+def triggers(connection: Connection, captured: Capturable) -> list[Trigger]:
     """What captures *captured*. Raises MemstateError for what triggers cannot log, and when there is no table."""
     writer, table = _Writer(captured, connection.dialect), captured.table
     if not inspect(connection).has_table(table.name, schema=table.schema):
@@ -396,7 +333,7 @@ END
 """
 
 
-def creating(captured: Captured, dialect: Dialect) -> list[str]:
+def creating(captured: Capturable, dialect: Dialect) -> list[str]:
     """Statements that create the triggers of *captured* where nobody can be asked for the schemas of the tables."""
     writer = _Writer(captured, dialect)
     if dialect.name == "sqlite":
@@ -420,7 +357,7 @@ def _filled_in(statement: str, unknown: _Places) -> str:
     return statement
 
 
-def dropping(captured: Captured, dialect: Dialect) -> list[str]:
+def dropping(captured: Capturable, dialect: Dialect) -> list[str]:
     """Statements that drop the triggers of *captured*, and their functions, as far as they are there."""
     writer = _Writer(captured, dialect)
     if dialect.name == "sqlite":
@@ -623,7 +560,7 @@ def _on_sqlite(writer: _Writer) -> Iterator[Trigger]:
 
     def logs(key: str) -> str:
         return (
-            f"NOT EXISTS (SELECT 1 FROM memstate_current WHERE name = {_quoted(_SKIP.format(''))} || {entity} || {key})"
+            f"NOT EXISTS (SELECT 1 FROM memstate_current WHERE name = {_quoted(SKIP.format(''))} || {entity} || {key})"
         )
 
     def last(column: str, key: str) -> str:
@@ -674,12 +611,12 @@ def _on_sqlite(writer: _Writer) -> Iterator[Trigger]:
         yield Trigger(name, source, (f"DROP TRIGGER IF EXISTS {name}", source))
 
 
-def install(connection: Connection, captured: Captured) -> None:
+def install(connection: Connection, captured: Capturable) -> None:
     """Create the triggers of *captured*, or replace those that are not as they should be."""
     replace(connection, captured.table, triggers(connection, captured))
 
 
-def uninstall(connection: Connection, captured: Captured) -> None:
+def uninstall(connection: Connection, captured: Capturable) -> None:
     """Drop the triggers that log *captured*, if there are any: a Session logs it now, and each change only once."""
     if captured.entity in entities_of(connection, captured.table):
         run(connection, dropping(captured, connection.dialect))

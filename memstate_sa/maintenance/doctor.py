@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import configure_mappers
 
 from memstate_sa.capture import append_only, cascades, hazards, triggers, unique_values
-from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db import sqlite
@@ -103,7 +103,7 @@ class Doctor:
         self,
         engine: Engine,
         registry: Registry,
-        capture: Capture,
+        capture: SessionCapture,
         recorder: Recorder,
         destinations: Mapping[str, Destination],
         *,

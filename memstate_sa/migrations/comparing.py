@@ -15,7 +15,7 @@ from sqlalchemy import Identity, MetaData, Table, inspect
 from sqlalchemy.engine import Connection
 
 from memstate_sa.capture import append_only, triggers
-from memstate_sa.capture.triggers import Capture
+from memstate_sa.capture.triggers import CapturedTable
 from memstate_sa.db.rows import stored_columns
 from memstate_sa.db.tables import current, log, outbox
 from memstate_sa.indexes._pgvector import COLUMNS
@@ -159,7 +159,7 @@ class _Comparison:
         return None, ProtectLogOp() if is_missed else None
 
     def _table(
-        self, name: Name, there: Mapping[str, str], wanted: Mapping[str, Capture], changes: _Changes
+        self, name: Name, there: Mapping[str, str], wanted: Mapping[str, CapturedTable], changes: _Changes
     ) -> Iterator[tuple[Ours | None, Ours | None]]:
         old = _said(there)
         for entity in sorted({*old, *wanted}):
@@ -167,14 +167,14 @@ class _Comparison:
             if new is not None:
                 only = triggers.only(new, self._connection.dialect)
                 columns = frozen(new.table, stored_columns(new.table))
-                new = Capture.restricted(columns, new.entity, new.version, only)
+                new = CapturedTable.restricted(columns, new.entity, new.version, only)
                 is_same = bool(there) and _is_as_wanted(self._connection, there, new)
                 if is_same and name not in changes.of and not changes.are_of(*_NAMED):
                     continue
             undo = UntrackOp(*self._old(name, old[entity], changes)) if entity in old else None
             yield undo, None if new is None else TrackOp(new, only)
 
-    def _old(self, name: Name, said: Mapping[str, Any], changes: _Changes) -> tuple[Capture, Any]:
+    def _old(self, name: Name, said: Mapping[str, Any], changes: _Changes) -> tuple[CapturedTable, Any]:
         """What the triggers that are there were made from.
 
         The type of a column is the mapping's, unless it changes now: a database tells less of it.
@@ -188,7 +188,7 @@ class _Comparison:
         mapped = {} if name not in self._tables else {c.name: c for c in self._tables[name].columns}
         columns = [c if c.name in altered else mapped.get(c.name, c) for c in reflected.columns]
         only = None if said["only"] is None else (said["only"][0], said["only"][1])
-        return Capture.restricted(frozen(reflected, columns), said["entity"], said["version"], only), only
+        return CapturedTable.restricted(frozen(reflected, columns), said["entity"], said["version"], only), only
 
 
 def _tables_of_points(found: list[ops.MigrateOperation]) -> frozenset[Name]:
@@ -213,5 +213,5 @@ def _is_identity(op: ops.MigrateOperation) -> bool:
     return isinstance(op, ops.AlterColumnOp) and isinstance(op.modify_server_default, Identity)
 
 
-def _is_as_wanted(connection: Connection, there: Mapping[str, str], captured: Capture) -> bool:
+def _is_as_wanted(connection: Connection, there: Mapping[str, str], captured: CapturedTable) -> bool:
     return all(there.get(each.name) == each.source for each in triggers.triggers(connection, captured))

@@ -11,7 +11,7 @@ from types import FrameType
 
 import sqlalchemy
 
-_INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, sqlalchemy.__file__))
+_INSIDE = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(sqlalchemy.__file__).parent))
 """The folders whose frames are passed by."""
 
 

@@ -33,7 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
-from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.db.codec import encode_key
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import batches
@@ -169,7 +169,7 @@ class Search:
     def __init__(
         self,
         session: Session,
-        capture: Capture,
+        capture: SessionCapture,
         destinations: Mapping[str, Destination],
         name: str,
         opened: dict[str, Opened],
@@ -316,7 +316,7 @@ class Search:
         # One look for all: what is undelivered now may be refused, and its entry gone, by the next statement.
         quiet = connection.dialect.name == "sqlite" and at is not None and at.id >= standing.newest
         if not quiet:
-            unit = self._capture.open_unit(self._session)
+            unit = self._capture.open_transaction(self._session)
             mine = {"entity": self._tracked.entity, "own_tx": unit.tx if unit is not None else "", "limit": _RECENT}
             statement = _dirty(connection.dialect.name, everything=at is None)
             rows = connection.execute(statement, {**mine, **(position_parameters(at) if at is not None else {})}).all()

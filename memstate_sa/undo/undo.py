@@ -19,7 +19,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session
 
-from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db.codec import FactKey, Image, by_entity, decode_key
@@ -210,7 +210,7 @@ _images = select(log.c.id, log.c.image, log.c.version).where(log.c.id.in_(select
 class Undo:
     """Undo for one Memory."""
 
-    def __init__(self, registry: Registry, capture: Capture, recorder: Recorder) -> None:
+    def __init__(self, registry: Registry, capture: SessionCapture, recorder: Recorder) -> None:
         self._registry = registry
         self._capture = capture
         self._recorder = recorder
@@ -264,7 +264,7 @@ class Undo:
     def _prepare(self, session: Session) -> tuple[OpenTransaction, Connection]:
         session.flush()
         connection = self._connection(session)
-        unit = self._capture.unit(session)
+        unit = self._capture.transaction(session)
         with unit.writing():
             take_write_lock(connection)
         return unit, connection

@@ -389,7 +389,7 @@ def test_any_name_can_be_captured(postgres_engine: Engine, name: str) -> None:
     metadata = sa.MetaData()
     key, value = sa.Column(f"k{name}", sa.Integer, primary_key=True), sa.Column(name, sa.String)
     table = sa.Table(name, metadata, key, value, schema=f"{name}s")
-    captured = triggers.Capture(table, name)
+    captured = triggers.CapturedTable(table, name)
     with postgres_engine.begin() as connection:
         connection.execute(sa.schema.CreateSchema(f"{name}s"))
         metadata.create_all(connection)
