@@ -14,7 +14,7 @@ from sqlalchemy import DDL, delete, event, insert
 from sqlalchemy.engine import Connection
 
 from memstate_sa.capture import triggers
-from memstate_sa.capture.triggers import Trigger
+from memstate_sa.capture.captured_tables import Trigger
 from memstate_sa.db import functions
 from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import current, log

@@ -15,7 +15,7 @@ from sqlalchemy import Identity, MetaData, Table, inspect
 from sqlalchemy.engine import Connection
 
 from memstate_sa.capture import append_only, triggers
-from memstate_sa.capture.triggers import CapturedTable
+from memstate_sa.capture.captured_tables import CapturedTable, captured_in, read_header, restriction
 from memstate_sa.db.rows import stored_columns
 from memstate_sa.db.tables import current, log, outbox
 from memstate_sa.indexes._pgvector import COLUMNS
@@ -132,7 +132,7 @@ class _Comparison:
         wanted = {
             name: captured
             for name, table in self._tables.items()
-            if (captured := triggers.captured_in(table)) and self._is_included(name)
+            if (captured := captured_in(table)) and self._is_included(name)
         }
         for name in sorted({*there, *wanted}, key=lambda name: (name[0] or "", name[1])):
             yield from self._table(name, there.get(name, {}), wanted.get(name, {}), changes)
@@ -165,7 +165,7 @@ class _Comparison:
         for entity in sorted({*old, *wanted}):
             new = wanted.get(entity)
             if new is not None:
-                only = triggers.only(new, self._connection.dialect)
+                only = restriction(new, self._connection.dialect)
                 columns = frozen(new.table, stored_columns(new.table))
                 new = CapturedTable.restricted(columns, new.entity, new.version, only)
                 is_same = bool(there) and _is_as_wanted(self._connection, there, new)
@@ -206,7 +206,7 @@ def _altering(changes: ops.ModifyTableOps) -> list[ops.MigrateOperation]:
 
 def _said(there: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
     """What the triggers of a table say of themselves, by entity."""
-    return {said["entity"]: said for source in there.values() if (said := triggers.header(source)) is not None}
+    return {said["entity"]: said for source in there.values() if (said := read_header(source)) is not None}
 
 
 def _is_identity(op: ops.MigrateOperation) -> bool:

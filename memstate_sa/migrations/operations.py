@@ -13,7 +13,7 @@ from alembic.operations.ops import ModifyTableOps
 from sqlalchemy import Column, MetaData, PrimaryKeyConstraint, Table
 
 from memstate_sa.capture import append_only, triggers
-from memstate_sa.capture.triggers import CapturedTable, Only
+from memstate_sa.capture.captured_tables import CapturedTable, Only
 from memstate_sa.db.tables import log
 
 

@@ -15,6 +15,7 @@ from sqlalchemy.orm import sessionmaker
 
 from memstate_sa import Memory, MemstateError
 from memstate_sa.capture import triggers
+from memstate_sa.capture.captured_tables import CapturedTable, captured_in
 from memstate_sa.db import functions
 from memstate_sa.db.tables import current, log, outbox
 from memstate_sa.db.tables import transaction as transactions
@@ -296,7 +297,7 @@ def test_a_table_of_several_is_refused_and_told(postgres_engine: Engine, kind: s
     assert subject == "tag" and "partitions or children" in message
     with pytest.raises(MemstateError, match="partitions or children"):
         world.memory.create_tables(postgres_engine)
-    [offline] = triggers.creating(triggers.captured_in(Tag.__table__)["tag"], postgres_engine.dialect)
+    [offline] = triggers.creating(captured_in(Tag.__table__)["tag"], postgres_engine.dialect)
     with pytest.raises(DBAPIError, match="is it there, and not partitioned"):
         sql(postgres_engine, offline)
     world.memory.close()
@@ -389,7 +390,7 @@ def test_any_name_can_be_captured(postgres_engine: Engine, name: str) -> None:
     metadata = sa.MetaData()
     key, value = sa.Column(f"k{name}", sa.Integer, primary_key=True), sa.Column(name, sa.String)
     table = sa.Table(name, metadata, key, value, schema=f"{name}s")
-    captured = triggers.CapturedTable(table, name)
+    captured = CapturedTable(table, name)
     with postgres_engine.begin() as connection:
         connection.execute(sa.schema.CreateSchema(f"{name}s"))
         metadata.create_all(connection)
