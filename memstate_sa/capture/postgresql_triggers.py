@@ -61,7 +61,7 @@ def build(writer: TableWriter, places: Places) -> Iterator[Trigger]:
         name = writer.name(event)
         when = "BEFORE" if event == "truncate" else "AFTER"
         check = functions.check(places.its_name, literal(table_name), event.upper(), when)
-        context = {setting: functions.told(setting, "moment") for setting in ("tx", "step", "skip")}
+        context = {setting: functions.transaction_setting(setting, "moment") for setting in ("tx", "step", "skip")}
         parts = {"header": writer.header, "moment": functions.MOMENT, "check": check.rstrip("\n")}
         source = "\n" + _SQL.block("function", body=bodies[event], **parts, **context) + "\n"
         # As its owner: who may write the table, need not be allowed to write the log.

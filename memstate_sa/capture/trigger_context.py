@@ -17,15 +17,15 @@ from sqlalchemy.engine import Connection
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db import functions
 from memstate_sa.db.json_params import as_array, unnest_strings
-from memstate_sa.db.tables import current, log
+from memstate_sa.db.tables import log, trigger_context
 
 SKIP = "skip {}"
 """The name of a fact that triggers leave to an undo, by its entity and key."""
 
 _READS = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN", "SAVEPOINT", "RELEASE", "ROLLBACK", "SHOW", "SET")
 _DEFINES = ("CREATE", "ALTER", "DROP")
-_put = insert(current).prefix_with("OR REPLACE")
-_clear = delete(current)
+_put = insert(trigger_context).prefix_with("OR REPLACE")
+_clear = delete(trigger_context)
 _names = select(unnest_strings("names").c.value)
 _logged: Mapping[str, Executable] = {
     "sqlite": select(select(log.c.id).where(log.c.tx == bindparam("tx")).exists()),
@@ -54,7 +54,7 @@ def set_undo_context(connection: Connection, tx: str, facts: Collection[tuple[st
     names = [SKIP.format("".join(fact)) for fact in facts]
     if connection.dialect.name == "postgresql":
         # In rows, which are looked up: a list in a setting would be read again for every row that is restored.
-        connection.execute(insert(current).from_select(["name"], _names), {"names": as_array(names)})
+        connection.execute(insert(trigger_context).from_select(["name"], _names), {"names": as_array(names)})
         _set(connection, {"tx": tx, "step": "off", "skip": "on"})
     else:
         _set(connection, {"tx": tx, "step": "0", **dict.fromkeys(names)})
@@ -70,7 +70,7 @@ def clear_trigger_context(connection: Connection) -> None:
 def _set(connection: Connection, settings: Mapping[str, str | None]) -> None:
     if connection.dialect.name == "postgresql":
         for name, value in settings.items():
-            functions.tell(connection, name, value or "")
+            functions.set_transaction_setting(connection, name, value or "")
     else:
         connection.execute(_put, [{"name": name, "value": value} for name, value in settings.items()])
 

@@ -20,7 +20,7 @@ from memstate_sa.db import sqlite
 from memstate_sa.db.codec import Image
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import take_write_lock
-from memstate_sa.db.tables import current, log, metadata
+from memstate_sa.db.tables import log, metadata, trigger_context
 from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import ConflictError, MemstateError
 from memstate_sa.log.absent_keys import Taken, require_absent
@@ -284,8 +284,10 @@ class Doctor:
                 "SAVEPOINTs",
                 "survive the ROLLBACK of their transaction: memstate_sa.db.sqlite.configure(engine) mends it",
             )
-        if current.name in there and self._left_told():
-            yield Problem(current.name, "holds what a transaction has left there, so others are taken for it: empty it")
+        if trigger_context.name in there and self._has_left_context():
+            yield Problem(
+                trigger_context.name, "holds what a transaction has left there, so others are taken for it: empty it"
+            )
         yield from self._hazards()
         for tracked in self._registry.by_entity.values():
             yield from self._of_class(inspector, tracked, has_log=log.name in there)
@@ -337,9 +339,9 @@ class Doctor:
         with self._engine.connect() as connection:
             return append_only.missing(connection)
 
-    def _left_told(self) -> bool:
+    def _has_left_context(self) -> bool:
         with self._engine.connect() as connection:
-            return connection.execute(select(current.c.name).limit(1)).first() is not None
+            return connection.execute(select(trigger_context.c.name).limit(1)).first() is not None
 
     def _wrong_triggers(self, tracked: Tracked) -> str:
         way_out = "memory.create_tables(engine), or a migration, installs them"

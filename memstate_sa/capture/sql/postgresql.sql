@@ -39,14 +39,14 @@ END
     o.image::jsonb
   FROM ({old}) AS o LEFT JOIN ({new}) AS n ON n.key = o.key LEFT JOIN ({now}) AS t ON t.key = o.key
   WHERE (n.n IS NULL OR o.n <= n.n) AND o.image IS DISTINCT FROM t.image
-    AND NOT (undoes AND EXISTS (SELECT FROM {ours}.memstate_current AS c WHERE c.name = 'skip ' || {entity} || o.key))
+    AND NOT (undoes AND EXISTS (SELECT FROM {ours}.memstate_trigger_context AS c WHERE c.name = 'skip ' || {entity} || o.key))
     AND (SELECT true FROM {ours}.memstate_log WHERE entity = {entity} AND key = o.key ORDER BY id DESC LIMIT 1) IS NULL;
 
 -- name: changes
   WITH state AS (
     SELECT k.key, t.image::jsonb AS image, l.op AS last_op, l.image AS last_image
     FROM ({touched}) AS k LEFT JOIN ({now}) AS t ON t.key = k.key LEFT JOIN LATERAL ({last}) AS l ON true
-    WHERE NOT (undoes AND EXISTS (SELECT FROM {ours}.memstate_current AS c WHERE c.name = 'skip ' || {entity} || k.key))
+    WHERE NOT (undoes AND EXISTS (SELECT FROM {ours}.memstate_trigger_context AS c WHERE c.name = 'skip ' || {entity} || k.key))
   ), changed AS (
     SELECT key, image, CASE WHEN image IS NULL THEN 'delete' WHEN last_op IS DISTINCT FROM 'delete'
       AND last_op IS NOT NULL THEN 'update' ELSE 'insert' END AS op

@@ -44,7 +44,7 @@ CASE WHEN coalesce({last_op}, 'delete') = 'delete' THEN 'insert' ELSE 'update' E
 (SELECT {column} FROM memstate_log WHERE entity = {entity} AND key = {key} ORDER BY id DESC LIMIT 1)
 
 -- name: is_ours
-NOT EXISTS (SELECT 1 FROM memstate_current WHERE name = 'skip ' || {entity} || {key})
+NOT EXISTS (SELECT 1 FROM memstate_trigger_context WHERE name = 'skip ' || {entity} || {key})
 
 -- name: now
 strftime('%Y-%m-%d %H:%M:%f000', 'now')
@@ -52,12 +52,12 @@ strftime('%Y-%m-%d %H:%M:%f000', 'now')
 --- Who writes without a Session has no transaction that a trigger could know: what comes in one millisecond is one.
 
 -- name: tx
-coalesce((SELECT value FROM memstate_current WHERE name = 'tx'),
+coalesce((SELECT value FROM memstate_trigger_context WHERE name = 'tx'),
   (SELECT tx FROM memstate_log WHERE id = (SELECT max(id) FROM memstate_log) AND at = {now} AND tx LIKE 'outside-%'),
   'outside-' || lower(hex(randomblob(12))))
 
 -- name: step
-coalesce((SELECT value FROM memstate_current WHERE name = 'step'), 1)
+coalesce((SELECT value FROM memstate_trigger_context WHERE name = 'step'), 1)
 
 -- name: installed
 SELECT NULL, tbl_name, name, sql FROM sqlite_master
