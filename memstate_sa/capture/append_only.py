@@ -1,7 +1,7 @@
 """The log is append-only by the database: triggers refuse whoever changes, removes or backdates an entry.
 
-They keep out mistakes, and programs that have never heard of us. Who may drop a trigger, or knows how `rewriting` is
-told, can still rewrite the log: against those there are the rights that the database grants.
+They keep out mistakes, and programs that have never heard of us. A role that may drop a trigger, or that says what
+`rewriting` says, can still rewrite the log. Only the rights that the database grants keep it out.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ END
 
 # The sequence has just numbered an entry if its last value is the entry's id, or the last value of this session is:
 # others may have been quicker since. A log that has numbered no entry yet is being restored, and takes any id. An id of
-# the future moves the sequence, so that later entries still come after it. Half of all numbers stay for them. Nothing
-# that is told changes this: a role that may only add entries could tell it as well.
+# the future moves the sequence, so that later entries still come after it. Half of all numbers stay for them. No
+# setting changes this: a role that may only add entries could set it as well.
 _LAST_ID = 2**62
 _INSERT = f"""
 DECLARE
@@ -145,8 +145,8 @@ def install(connection: Connection) -> None:
 
 def missing(connection: Connection) -> list[str]:
     """Which of the log's triggers are not there, or not as they should be."""
-    there = triggers.installed(connection, log)
-    return [t.name for t in _TRIGGERS.get(connection.dialect.name, ()) if there.get(t.name) != t.source]
+    sources = triggers.installed(connection, log)
+    return [t.name for t in _TRIGGERS.get(connection.dialect.name, ()) if sources.get(t.name) != t.source]
 
 
 _put = insert(trigger_context).values(name=_REWRITE)

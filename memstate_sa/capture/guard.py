@@ -60,14 +60,13 @@ class Guard:
             self._check_origin(connection, context, transactions)
         self._check_ctes(connection, ctes or ())
         if has_triggers and may_write(statement):
-            self._contexts.name_transaction(
-                connection, [each for each in transactions if connection in each.trigger_connections]
-            )
+            with_triggers = [other for other in transactions if connection in other.trigger_connections]
+            self._contexts.name_transaction(connection, with_triggers)
 
     def _check_autocommit(
         self, connection: Connection, context: Any, transactions: Collection[OpenTransaction]
     ) -> None:
-        if connection._is_autocommit_isolation() and not all(each.own_writes for each in transactions):
+        if connection._is_autocommit_isolation() and not all(transaction.own_writes for transaction in transactions):
             self.refuse(connection, context.compiled.statement, _IN_AUTOCOMMIT)
 
     def _check_origin(self, connection: Connection, context: Any, transactions: Collection[OpenTransaction]) -> None:

@@ -96,10 +96,10 @@ class Recorder:
         images = {entry.key: entry.image for entry in ours}
         # An undo inserts into the log also what is there again, and has a value.
         keys = list({entry.key for entry in ours if entry.op != "insert" or entry.reverts})
-        for some in batches(keys, READ_CHUNK):
-            connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key.in_(some)))
-        there = {key: image for key, image in images.items() if image is not None}
-        values = unique_values.values_of(connection, tracked, there)
+        for batch in batches(keys, READ_CHUNK):
+            connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key.in_(batch)))
+        living = {key: image for key, image in images.items() if image is not None}
+        values = unique_values.values_of(connection, tracked, living)
         if values and refuse:
             rows = [{"entity": tracked.entity, "value": value, "key": key} for key, value in values.items()]
             rows.sort(key=itemgetter("value"))
@@ -148,11 +148,11 @@ class Recorder:
 
     def _still_unknown(self, connection: Connection, baselines: Sequence[LogEntry]) -> list[LogEntry]:
         """Those of *baselines* whose rows the log has not seen. Nobody else changes the rows now: we hold them."""
-        found: list[LogEntry] = []
+        unseen: list[LogEntry] = []
         for entity, entries in groupby(baselines, key=lambda entry: entry.entity):
             images = {entry.key: entry for entry in entries}
-            found += [images[key] for key in self.unknown(connection, self._registry.by_entity[entity], images)]
-        return found
+            unseen += [images[key] for key in self.unknown(connection, self._registry.by_entity[entity], images)]
+        return unseen
 
     def log_baselines(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> tuple[int, int]:
         """Log, and mark dirty, those rows of *keys* that the log has not seen, outside of any Session.
@@ -179,7 +179,7 @@ class Recorder:
         transaction, columns = OpenTransaction(), tracked.on(connection.dialect)
         take_write_lock(connection)
         unknown = set(self.unknown(connection, tracked, keys))
-        first, others = ([decode_key(key) for key in some if key in unknown] for some in (keys[:1], keys[1:]))
+        first, others = ([decode_key(key) for key in part if key in unknown] for part in (keys[:1], keys[1:]))
         images = columns.read(connection, first, for_update=True)
         images |= columns.read(connection, others, for_update=True, skip_locked=True)
         # Others that held these rows while we waited for them may have logged them.
@@ -191,8 +191,8 @@ class Recorder:
         passed_by = {key for key in keys if key in unknown and key not in images}
         if tracked.unique_values is not None:
             passed_by |= self._take_in_values(connection, tracked, [key for key in keys if key not in unknown])
-        left = (n for n, key in enumerate(keys) if n and key in passed_by)
-        return len(entries), next(left, len(keys))
+        not_done = (n for n, key in enumerate(keys) if n and key in passed_by)
+        return len(entries), next(not_done, len(keys))
 
     def _take_in_values(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> set[str]:
         """Give rows their unique values whose history is older than these. Returns the keys of rows that are locked."""
@@ -205,12 +205,12 @@ class Recorder:
         if not wrong:
             return set()
         # As of rows that the log has not seen: it waits for the first one alone.
-        first, others = ([decode_key(key) for key in some] for some in (wrong[:1], wrong[1:]))
+        first, others = ([decode_key(key) for key in part] for part in (wrong[:1], wrong[1:]))
         images = columns.read(connection, first, for_update=True)
         images |= columns.read(connection, others, for_update=True, skip_locked=True)
-        found = unique_values.differences(connection, tracked, images)
-        unique_values.take(connection, tracked, found.stale)
-        _warn_of(tracked, unique_values.give(connection, tracked, found.missing))
+        differences = unique_values.differences(connection, tracked, images)
+        unique_values.take(connection, tracked, differences.stale)
+        _warn_of(tracked, unique_values.give(connection, tracked, differences.missing))
         return set(wrong[1:]) & set(keys) - images.keys()
 
     def unknown(self, connection: Connection, tracked: Tracked, keys: Collection[str]) -> Sequence[str]:
