@@ -5,7 +5,7 @@ when it rolls back, none of them ever existed.
 """
 
 from memstate_sa import sqlite
-from memstate_sa.capture.listeners import UntrackedWriteWarning
+from memstate_sa.capture.guard import UntrackedWriteWarning
 from memstate_sa.db.tables import metadata
 from memstate_sa.errors import (
     ConflictError,

@@ -194,10 +194,10 @@ class Strict:
         try:
             if connection.dialect.name == "postgresql":
                 xid: str = connection.execute(_read_xid).scalar_one()
-                unit.intended = True
+                unit.has_intents = True
                 return call(self._announce_apart, connection.engine, xid, unit.tx, facts, keys)
             journal = self._journal(connection)
-            unit.intended = True
+            unit.has_intents = True
             call(journal.write, unit.tx, facts)
             add_intents(connection, unit.tx, facts)  # if this commits, they are delivered with it
             return {name: claims.read_slot_epochs(connection, key) for name, key in keys.items()}
@@ -219,20 +219,20 @@ class Strict:
 
     def committed(self, unit: OpenTransaction) -> None:
         """The intent of *unit* was committed with it, unless a transaction around it is still open (SQLite)."""
-        if unit.intended:
+        if unit.has_intents:
             assert unit.written_on is not None
             journal = self._journals.get(unit.written_on.engine)
             if journal is None:
-                unit.intended = False
+                unit.has_intents = False
             elif not sqlite.in_transaction(unit.written_on):
-                unit.intended = False
+                unit.has_intents = False
                 journal.drop(unit.tx)
 
     def ended(self, unit: OpenTransaction) -> None:
         """Leave the intent of *unit* to the relay: its transaction has ended."""
-        if unit.intended:
+        if unit.has_intents:
             assert unit.written_on is not None
-            unit.intended = False
+            unit.has_intents = False
             self._recover(unit.written_on.engine)
             self._wake(unit.written_on.engine)
 

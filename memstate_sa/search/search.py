@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
-from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.db.codec import encode_key
 from memstate_sa.embedding import cache as embeddings
 from memstate_sa.embedding.batches import Destination
@@ -84,7 +84,7 @@ class Search:
     def __init__(
         self,
         session: Session,
-        capture: Capture,
+        capture: SessionCapture,
         destinations: Mapping[str, Destination],
         name: str,
         opened: dict[str, OpenedIndex],
@@ -234,7 +234,7 @@ class Search:
         connection = self._connection()
         index = self._index_key()
         coverage = self._coverage = self._read_coverage(connection, index)
-        unit = self._capture.open_unit(self._session)
+        unit = self._capture.open_transaction(self._session)
         own_tx = unit.tx if unit is not None else ""
         overlay = read_overlay(connection, index, self._tracked.entity, coverage, own_tx)
         possible = self._tracked.columns_for(connection.dialect).possible(connection, overlay.keys)

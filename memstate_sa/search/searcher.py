@@ -10,7 +10,7 @@ from sqlalchemy import Select, Table
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import visitors
 
-from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.db import missing_tables
 from memstate_sa.db.engines import with_separate_pool
 from memstate_sa.db.sqlite import require_no_transaction
@@ -29,7 +29,11 @@ class Searcher:
     """Search for one Memory."""
 
     def __init__(
-        self, registry: Registry, capture: Capture, destinations: Mapping[str, Destination], succession: Succession
+        self,
+        registry: Registry,
+        capture: SessionCapture,
+        destinations: Mapping[str, Destination],
+        succession: Succession,
     ) -> None:
         self._registry = registry
         self._capture = capture

@@ -34,6 +34,7 @@ def test_the_wheel_carries_our_migrations(tmp_path: Path) -> None:
     there = {str(path.relative_to(ROOT / "alembic")) for path in (ROOT / "alembic").rglob("*") if path.is_file()}
     assert carried == {name for name in there if "__pycache__" not in name}
     assert not any(name.endswith("__init__.py") for name in carried)
+    assert {f"memstate_sa/capture/sql/{dialect}.sql" for dialect in ("postgresql", "sqlite")} <= set(names)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     shown = subprocess.run(
         [sys.executable, "-c", "from memstate_sa.migrations import location; print(location())"],

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from memstate_sa.db.tables import outbox
 from tests.adapters.alembic.application import HAS_PLUGINS, OURS_TOO, Application, contents, routines
+from tests.support.older import NEW, OLD, make_older
 from tests.support.triggers import images, operations, problems
 
 pytestmark = pytest.mark.sa20
@@ -457,7 +458,7 @@ def test_tables_of_ours_are_nobody_s_to_drop(notes: Application) -> None:
 OLDER = {
     "memstate_log": ("'tx', sa.String(length=32)", "'tx', sa.String(length=64)"),
     "memstate_outbox": ("'tx', sa.String(length=32)", "'tx', sa.String(length=64)"),
-    "memstate_current": ("'value', sa.Text()", "'value', sa.String(length=64)"),
+    "memstate_trigger_context": ("'value', sa.Text()", "'value', sa.String(length=64)"),
 }
 
 
@@ -509,6 +510,34 @@ def test_a_later_version_of_ours_that_changes_a_table(app: Application, name: st
         assert connection.scalars(select(outbox.c.id)).all() > [4], "nor does any later"
     with pytest.raises(Exception, match="append-only"):
         app.execute("DELETE FROM memstate_log")
+
+
+def test_a_table_of_ours_that_has_another_name_now(app: Application) -> None:
+    """One revision makes the new table and drops the old one; every trigger follows, of hidden tables too."""
+    hidden = NOTE.replace("Note", "Hidden").replace('"note"', '"hidden"')
+    app.write_models(NOTE + hidden + TRACKED + TRACKED.replace("Note", "Hidden"))
+    app.revise("r1")
+    app.upgrade()
+    before = (contents(app.engine, ours=True), routines(app.engine))
+    make_older(app.engine)
+    env = (app.folder / "env.py").read_text()
+    hides = "include_object=lambda o, name, type_, *_: name != 'hidden', "
+    (app.folder / "env.py").write_text(env.replace("render_as_batch", hides + "render_as_batch"))
+    source = app.revise("r2")
+    assert operations(source).count("memstate_track") == 2
+    assert f"op.drop_table('{OLD}')" in source and f"op.create_table('{NEW}'" in source
+    app.upgrade()
+    assert (contents(app.engine, ours=True), routines(app.engine)) == before
+    assert app.differences() == "" and problems(app) == []
+    app.execute("INSERT INTO note (id, text) VALUES (1, 'a')", "INSERT INTO hidden (id, text) VALUES (1, 'a')")
+    assert len(images(app)) == 2
+
+
+def test_an_old_table_of_ours_is_nobody_s_to_drop(notes: Application) -> None:
+    """An application whose metadata does not have our tables: our own migration renames it."""
+    make_older(notes.engine)
+    notes.write_env()
+    assert "memstate_current" not in notes.differences()
 
 
 def test_a_change_of_ours_that_was_written_on_the_other_database(

@@ -79,7 +79,7 @@ def test_a_change_reads_only_what_is_known_of_its_row(
             connection.execute(text(statement))
             found = locked(connection)
             assert "relation" not in {kind for name in ("memstate_log", "ix_memstate_log_key") for kind in found[name]}
-            assert not found.keys() & {"memstate_outbox", "memstate_transaction", "memstate_current"}
+            assert not found.keys() & {"memstate_outbox", "memstate_transaction", "memstate_trigger_context"}
             pages = (
                 "SELECT count(*) FROM pg_locks WHERE mode = 'SIReadLock' AND relation = 'ix_memstate_log_key'::regclass"
             )

@@ -13,7 +13,7 @@ from sqlalchemy.orm import DeclarativeBase
 
 from memstate_sa import metadata
 from memstate_sa.capture.append_only import rewriting
-from memstate_sa.db.tables import current, log, utcnow
+from memstate_sa.db.tables import log, trigger_context, utcnow
 from memstate_sa.relay import Retention
 from tests.support import Tag, World
 from tests.support.relays import say
@@ -238,7 +238,7 @@ def test_what_comes_after_an_id_of_the_future_is_after_it(world: World) -> None:
 def told(connection: Connection) -> Any:
     if connection.dialect.name == "postgresql":
         return connection.scalar(text("SELECT nullif(current_setting('memstate.rewrite', true), '')"))
-    return connection.scalar(select(current.c.name))
+    return connection.scalar(select(trigger_context.c.name))
 
 
 def test_only_inside_of_rewriting(world: World) -> None:

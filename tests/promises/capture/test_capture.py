@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from memstate_sa import Memory, MemstateError, UntrackedWrite
-from memstate_sa.capture.listeners import UntrackedWriteWarning
+from memstate_sa.capture.guard import UntrackedWriteWarning
 from memstate_sa.db.statements import upsert
 from memstate_sa.db.tables import log, outbox, transaction
 from memstate_sa.indexes import InMemoryIndex
@@ -392,8 +392,7 @@ def test_after_rollback_ends_the_flush_that_failed(world: World) -> None:
             session.execute(text("SELECT 1"))
             session.add(Person(id=1, name=None))
             session.flush()
-        unit = world.memory._capture.unit(session)
-        assert unit.flush is None
+        assert world.memory._capture.transaction(session).flush is None
         with pytest.raises(UntrackedWrite):
             session.bulk_insert_mappings(Tag, [{"name": "x", "meaning": "m"}])
         session.rollback()
@@ -402,7 +401,7 @@ def test_after_rollback_ends_the_flush_that_failed(world: World) -> None:
 def test_after_rollback_disarms_the_wake_up(world: World) -> None:
     """A commit that fails after it was sealed wakes nobody."""
     woken: list[bool] = []
-    world.memory._capture._committed = lambda engine: woken.append(True)  # type: ignore[method-assign]
+    world.memory._capture._on_commit = lambda engine: woken.append(True)  # type: ignore[method-assign]
     with world.session() as session:
 
         @event.listens_for(session, "before_commit")

@@ -11,7 +11,7 @@ from sqlalchemy import Engine, ForeignKey, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, sessionmaker
 
 from memstate_sa import Memory
-from memstate_sa.capture.listeners import UntrackedWriteWarning
+from memstate_sa.capture.guard import UntrackedWriteWarning
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.maintenance.doctor import Risk
 from memstate_sa.testing import HashEmbedder

@@ -15,8 +15,9 @@ from sqlalchemy.orm import sessionmaker
 
 from memstate_sa import Memory, MemstateError
 from memstate_sa.capture import triggers
+from memstate_sa.capture.captured_tables import CapturedTable, captured_in
 from memstate_sa.db import functions
-from memstate_sa.db.tables import current, log, outbox
+from memstate_sa.db.tables import log, outbox, trigger_context
 from memstate_sa.db.tables import transaction as transactions
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.migrations import VERSION_TABLE, __main__
@@ -296,7 +297,7 @@ def test_a_table_of_several_is_refused_and_told(postgres_engine: Engine, kind: s
     assert subject == "tag" and "partitions or children" in message
     with pytest.raises(MemstateError, match="partitions or children"):
         world.memory.create_tables(postgres_engine)
-    [offline] = triggers.creating(triggers.captured_in(Tag.__table__)["tag"], postgres_engine.dialect)
+    [offline] = triggers.creating(captured_in(Tag.__table__)["tag"], postgres_engine.dialect)
     with pytest.raises(DBAPIError, match="is it there, and not partitioned"):
         sql(postgres_engine, offline)
     world.memory.close()
@@ -305,7 +306,7 @@ def test_a_table_of_several_is_refused_and_told(postgres_engine: Engine, kind: s
 @pytest.mark.parametrize("left_by", ["SET", "a role"])
 def test_settings_that_were_left_behind_say_nothing(world: World, role: Role, left_by: str) -> None:
     """A pooled connection on which somebody said SET, or ALTER ROLE … SET: no transaction, no step, no permission."""
-    app = role("SELECT, INSERT, UPDATE, DELETE ON tag, memstate_log, memstate_current")
+    app = role("SELECT, INSERT, UPDATE, DELETE ON tag, memstate_log, memstate_trigger_context")
     settings = {"tx": "forged", "step": "off", "skip": "on", "rewrite": "on"}
     if left_by == "a role":  # of the role that logs in
         me = values(world.engine, "SELECT session_user")[0]
@@ -318,9 +319,9 @@ def test_settings_that_were_left_behind_say_nothing(world: World, role: Role, le
                     connection.exec_driver_sql(f"SET memstate.{name} = '{value}'")
                 connection.commit()
             assert connection.scalar(text("SELECT current_setting('memstate.rewrite')")) == "on"
-            connection.exec_driver_sql("INSERT INTO memstate_current (name) VALUES ('skip tag[\"b\"]')")
+            connection.exec_driver_sql("INSERT INTO memstate_trigger_context (name) VALUES ('skip tag[\"b\"]')")
             connection.exec_driver_sql("INSERT INTO tag (name, meaning) VALUES ('b', 'x')")
-            connection.exec_driver_sql("DELETE FROM memstate_current")
+            connection.exec_driver_sql("DELETE FROM memstate_trigger_context")
             connection.commit()
             with pytest.raises(DBAPIError, match="append-only"):
                 connection.exec_driver_sql("DELETE FROM memstate_log")
@@ -357,7 +358,7 @@ def test_no_label_keeps_a_change_from_the_log(engine: Engine, capture: Any) -> N
         assert [(change.key, change.actor, change.reason, change.session_id) for change in changes] == [
             (str(number), label, label, label) for number, label in enumerate(LABELS)
         ]
-        assert session.execute(select(current)).all() == []
+        assert session.execute(select(trigger_context)).all() == []
         assert len(session.execute(select(transactions)).all()) == len(LABELS)
     world.assert_in_step()
     world.memory.close()
@@ -389,7 +390,7 @@ def test_any_name_can_be_captured(postgres_engine: Engine, name: str) -> None:
     metadata = sa.MetaData()
     key, value = sa.Column(f"k{name}", sa.Integer, primary_key=True), sa.Column(name, sa.String)
     table = sa.Table(name, metadata, key, value, schema=f"{name}s")
-    captured = triggers.Capture(table, name)
+    captured = CapturedTable(table, name)
     with postgres_engine.begin() as connection:
         connection.execute(sa.schema.CreateSchema(f"{name}s"))
         metadata.create_all(connection)
@@ -460,7 +461,7 @@ def test_a_program_that_only_writes_tables_needs_no_right_on_ours(world: World, 
     """And cannot make up entries, nor keep its own from the log."""
     app = role("INSERT, UPDATE, DELETE, SELECT ON tag")
     sql(app, WRITES["insert"], "UPDATE tag SET meaning = 'x' WHERE name = 'b'")
-    for table in (log, outbox, current, transactions):
+    for table in (log, outbox, trigger_context, transactions):
         with pytest.raises(ProgrammingError, match="permission denied"):
             sql(app, f"INSERT INTO {table.name} DEFAULT VALUES")
     world.assert_in_step()

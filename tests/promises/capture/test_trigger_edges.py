@@ -13,7 +13,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship,
 
 from memstate_sa import ConflictError, Memory, MemstateError, UntrackedWrite, sqlite
 from memstate_sa.db.statements import upsert
-from memstate_sa.db.tables import current, log
+from memstate_sa.db.tables import log, trigger_context
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.log.changes import replay
 from memstate_sa.testing import HashEmbedder
@@ -55,7 +55,7 @@ class App:
                 key = model.__table__.primary_key.columns.values()[0].name
                 rows = {row[key]: dict(row) for row in session.execute(select(model.__table__)).mappings()}
                 assert {at: dict(row) for (_, at), row in replay(changes).items()} == rows
-            assert session.execute(select(current)).all() == []
+            assert session.execute(select(trigger_context)).all() == []
         assert self.memory.doctor(self.engine).healthy
 
 

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, select, text
 from sqlalchemy.exc import IntegrityError
 
-from memstate_sa.db.tables import current
+from memstate_sa.db.tables import trigger_context
 from tests.support import Person, Tag, World
 
 pytestmark = pytest.mark.sa20
@@ -19,7 +19,7 @@ def world(engine: Engine) -> Any:
     made = World(engine, capture="trigger")
     yield made
     with engine.connect() as connection:
-        assert connection.execute(select(current)).all() == []
+        assert connection.execute(select(trigger_context)).all() == []
     made.memory.close()
 
 

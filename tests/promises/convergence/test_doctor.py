@@ -170,8 +170,8 @@ def test_triggers_that_are_missing_or_of_another_version(engine: Engine) -> None
 def test_what_triggers_were_told_and_is_left(engine: Engine) -> None:
     """Whoever writes next would be taken for that transaction."""
     world = World(engine)
-    run(world, "INSERT INTO memstate_current (name, value) VALUES ('tx', 'x')")
-    assert [problem.subject for problem in world.memory.doctor(engine).problems] == ["memstate_current"]
+    run(world, "INSERT INTO memstate_trigger_context (name, value) VALUES ('tx', 'x')")
+    assert [problem.subject for problem in world.memory.doctor(engine).problems] == ["memstate_trigger_context"]
 
 
 def test_what_the_columns_of_a_trigger_were(engine: Engine) -> None:

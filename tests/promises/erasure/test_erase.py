@@ -29,7 +29,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from memstate_sa import ConflictError, Memory, MemstateError, NotFound, metadata, sqlite
 from memstate_sa.capture.append_only import rewriting
-from memstate_sa.db.tables import current, embedding, ledger, log, outbox, parked, unique, utcnow
+from memstate_sa.db.tables import embedding, ledger, log, outbox, parked, trigger_context, unique, utcnow
 from memstate_sa.indexes import ChromaIndex, InMemoryIndex, VectorIndex
 from memstate_sa.relay.retention import fold_log
 from memstate_sa.testing import HashEmbedder
@@ -112,7 +112,7 @@ class Accounts:
         diagnosis = self.memory.doctor(self.engine)
         assert diagnosis.healthy, diagnosis
         with self.engine.connect() as connection:
-            assert connection.execute(select(current)).all() == []
+            assert connection.execute(select(trigger_context)).all() == []
 
 
 @pytest.fixture(params=["session", "trigger"])
