@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
@@ -33,18 +34,29 @@ FULL_PRODUCT = 4
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave to `make test-deep` what a test's parameters are beyond each pair of their values."""
+    """Leave to `make test-deep` what a test's parameters are beyond each pair of their values, and what it says."""
+    for item in items:
+        for mark in item.iter_markers("deep_on"):
+            if isinstance(item, pytest.Function) and set(mark.args) & set(item.callspec.id.split("-")):
+                item.add_marker(pytest.mark.deep)
     cases = defaultdict[object, list[pytest.Function]](list)
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec") and not item.get_closest_marker("deep"):
             cases[item.path, item.cls, item.originalname].append(item)
     for functions in cases.values():
-        if len(functions) > FULL_PRODUCT:
+        once = functions[0].get_closest_marker("each_value_once") is not None
+        if once or len(functions) > FULL_PRODUCT:
             values = [{name: _identity(value) for name, value in item.callspec.params.items()} for item in functions]
-            chosen = set(covering(values)) or range(len(functions))
+            chosen = set(covering(values, size=1 if once else 2)) or range(len(functions))
             for number, item in enumerate(functions):
                 if number not in chosen:
                     item.add_marker(pytest.mark.deep)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector off thousands of tests and the libraries they import: it looks at what is new."""
+    gc.collect()
+    gc.freeze()
 
 
 def _identity(value: object) -> object:

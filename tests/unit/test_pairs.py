@@ -19,6 +19,13 @@ def test_covering_keeps_every_pair_of_values(sizes: list[int]) -> None:
             assert {(case[a], case[b]) for case in kept} == {(case[a], case[b]) for case in cases}
 
 
+def test_covering_of_single_values_keeps_each_value() -> None:
+    cases = [{"database": d, "index": n} for d, n in product("sp", range(5))]
+    kept = [cases[number] for number in covering(cases, size=1)]
+    assert len(kept) == 5
+    assert {case["database"] for case in kept} == set("sp") and {case["index"] for case in kept} == set(range(5))
+
+
 def test_covering_of_three_parameters_is_smaller_than_their_product() -> None:
     cases = [{"database": d, "capture": c, "cell": n} for d, c, n in product("sp", "ts", range(20))]
     assert len(covering(cases)) == 40

@@ -59,6 +59,7 @@ def test_importing_memstate_sa_imports_no_alembic() -> None:
     assert shown.stdout.strip() == "False"
 
 
+@pytest.mark.deep_on("comparing", "rendering")
 @pytest.mark.parametrize("missing", ["operations", "comparing", "rendering"])
 def test_what_fails_in_the_plugin_stops_nobody(missing: str) -> None:
     """An environment may hold our package, and an Alembic that has nothing to do with it."""

@@ -469,6 +469,7 @@ def made_older(source: str, name: str) -> str:
     return f"{head}op.create_table('{name}'{tail.replace(old, new, 1)}"
 
 
+@pytest.mark.deep_on("memstate_log", "memstate_outbox")
 @pytest.mark.parametrize("name", OLDER)
 def test_a_later_version_of_ours_that_changes_a_table(app: Application, name: str) -> None:
     """Triggers name these tables: SQLite's batch mode cannot make them anew while there is one, on whatever table."""

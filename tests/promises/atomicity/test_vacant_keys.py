@@ -178,6 +178,7 @@ def test_erase_waits_for_an_undo_of_the_deletion(
     world.assert_in_step()
 
 
+@pytest.mark.each_value_once
 @both_ways
 @any_isolation
 @pytest.mark.parametrize("on_conflict", ["raise", "force"])

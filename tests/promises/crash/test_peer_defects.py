@@ -246,6 +246,7 @@ store.memory.relay(store.engine).drain()
 """
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("moment", ["flushed", "committed", "written"])
 def test_5_a_kill_loses_no_vector(engine: Engine, tmp_path: Path, moment: str) -> None:
     """SIGKILL before COMMIT, after it, or between the index's write and our record of it: reopened, all agree."""
