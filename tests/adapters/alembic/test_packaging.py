@@ -48,6 +48,7 @@ def test_the_wheel_carries_our_migrations(tmp_path: Path) -> None:
     engine.dispose()
 
 
+@pytest.mark.deep_on("alembic", "alembic.autogenerate.render")
 @pytest.mark.parametrize("first", ["alembic", "alembic.autogenerate.render", "memstate_sa.migrations"])
 def test_whatever_is_imported_first_the_operations_are_there(first: str) -> None:
     """Alembic loads plugins in the middle of its own imports."""

@@ -335,6 +335,7 @@ def test_steps_pass_an_erasure_by(accounts: Accounts) -> None:
     accounts.assert_fine()
 
 
+@pytest.mark.each_value_once
 @pytest.mark.sa20
 def test_an_erasure_is_not_undone(accounts: Accounts) -> None:
     """Nor does undoing it remove what came later."""

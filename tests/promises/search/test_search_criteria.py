@@ -84,6 +84,7 @@ _POSTGRESQL = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("database", "columns"),
     [("sqlite", columns) for columns in _SQLITE.values()] + [("postgres", columns) for columns in _POSTGRESQL.values()],
