@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.deep_on("docs/reindex.md", "docs/langgraph.md")
 @pytest.mark.parametrize("document", ["README.md", "docs/reindex.md", "docs/langgraph.md"])
 def test_python_blocks_run(document: str, tmp_path: Path) -> None:
     """All blocks of a document, one after the other as one script in an empty folder; no warning either."""

@@ -49,6 +49,7 @@ def test_the_wheel_carries_our_migrations(tmp_path: Path) -> None:
     engine.dispose()
 
 
+@pytest.mark.deep_on("alembic", "alembic.autogenerate.render")
 @pytest.mark.parametrize("first", ["alembic", "alembic.autogenerate.render", "memstate_sa.migrations"])
 def test_whatever_is_imported_first_the_operations_are_there(first: str) -> None:
     """Alembic loads plugins in the middle of its own imports."""
@@ -60,6 +61,7 @@ def test_importing_memstate_sa_imports_no_alembic() -> None:
     assert shown.stdout.strip() == "False"
 
 
+@pytest.mark.deep_on("comparing", "rendering")
 @pytest.mark.parametrize("missing", ["operations", "comparing", "rendering"])
 def test_what_fails_in_the_plugin_stops_nobody(missing: str) -> None:
     """An environment may hold our package, and an Alembic that has nothing to do with it."""

@@ -441,6 +441,7 @@ def test_offline_says_what_is_not_there(tmp_path: Path, postgres_engine: Engine)
         app.execute(app.offline("head"))
 
 
+@pytest.mark.deep_on("sqlite")
 def test_tables_of_ours_are_nobody_s_to_drop(notes: Application) -> None:
     """An application whose metadata has never heard of them; without the plugin it would drop them all."""
     notes.write_env(knows_us=False)
@@ -470,6 +471,8 @@ def made_older(source: str, name: str) -> str:
     return f"{head}op.create_table('{name}'{tail.replace(old, new, 1)}"
 
 
+@pytest.mark.deep_on("postgres")
+@pytest.mark.deep_on("memstate_log", "memstate_outbox")
 @pytest.mark.parametrize("name", OLDER)
 def test_a_later_version_of_ours_that_changes_a_table(app: Application, name: str) -> None:
     """Triggers name these tables: SQLite's batch mode cannot make them anew while there is one, on whatever table."""
@@ -583,6 +586,7 @@ def test_tables_of_ours_in_a_schema_of_their_own(tmp_path: Path, postgres_engine
         app.execute("DROP SCHEMA ai CASCADE")
 
 
+@pytest.mark.deep
 def test_a_table_in_a_schema_of_its_own(tmp_path: Path, postgres_engine: Engine) -> None:
     """Where env.py includes schemas; our tables are in the default one."""
     app = Application(tmp_path / "app", postgres_engine)

@@ -138,6 +138,7 @@ def write_and_undo(app: Application) -> None:
     relay.stop()
 
 
+@pytest.mark.deep_on("sqlite")
 def test_our_tables_in_the_applications_migrations(app: Application, unharmed: Any) -> None:
     """The default: ``target_metadata=[Base.metadata, memstate_sa.metadata]``, and a revision like any other."""
     app.write_models(models() + TRACKED)
@@ -172,6 +173,7 @@ def test_a_revision_made_on_one_database_runs_on_the_other(
         assert [name for name, _ in routines(there) if name.startswith("memstate")] == []
 
 
+@pytest.mark.deep_on("sqlite")
 def test_our_own_migrations_as_a_branch(app: Application, unharmed: Any) -> None:
     """For those who prefer them: ``version_locations``, ``upgrade heads``, and metadata that need not know us."""
     docs = (Path(__file__).parents[3] / "docs" / "migrations.md").read_text()
@@ -194,6 +196,7 @@ def test_our_own_migrations_as_a_branch(app: Application, unharmed: Any) -> None
     assert set(contents(app.engine, ours=True)) == set(contents(app.engine))
 
 
+@pytest.mark.deep_on("postgres")
 def test_create_tables_for_a_prototype_and_then_a_revision(
     app: Application, unharmed: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

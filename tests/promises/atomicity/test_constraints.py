@@ -226,6 +226,7 @@ def test_what_others_refer_to_is_left(engine: Engine, caplog: pytest.LogCaptureF
     app.check()
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("referred", [1, 700, 1000])
 def test_what_is_left_does_not_slow_the_others(engine: Engine, referred: int) -> None:
     """Its page is bisected: some pages more, not as many as facts."""

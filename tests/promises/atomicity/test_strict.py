@@ -639,6 +639,7 @@ POINTS = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("point", POINTS)
 def test_a_crash_is_recovered(engine: Engine, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was committed is in the index in the end, and nothing else: though the ledger says that it is."""
@@ -705,6 +706,7 @@ def _chroma(folder: str) -> VectorIndex:
     return ChromaIndex(chromadb.PersistentClient(folder), "memory")
 
 
+@pytest.mark.deep_on("sqlite")
 def test_sigkill_between_the_index_and_commit(engine: Engine, tmp_path: Path) -> None:
     pytest.importorskip("chromadb")
     url, folder = engine.url.render_as_string(hide_password=False), str(tmp_path / "chroma")

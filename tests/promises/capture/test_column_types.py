@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, inspect, select, text
 from sqlalchemy.dialects import postgresql as pg
@@ -22,6 +21,7 @@ from memstate_sa.db.codec import decode_image
 from memstate_sa.db.tables import log
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
+from tests.support import explore, sizes
 
 pytestmark = pytest.mark.sa20
 
@@ -197,11 +197,6 @@ def rows(columns: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({}, optional={name: values | st.none() for name, (_, values) in columns.items()})
 
 
-relaxed = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-
-
 @pytest.fixture
 def prepared(engine: Engine) -> Engine:
     Memory(InMemoryIndex(), embedder=HashEmbedder()).create_tables(engine)
@@ -209,11 +204,13 @@ def prepared(engine: Engine) -> Engine:
 
 
 @both_ways
-@relaxed
-@given(values=rows(COLUMNS))
-def test_generic_types_round_trip(prepared: Engine, capture: str, values: dict[str, Any]) -> None:
+@pytest.mark.parametrize("examples", sizes(6, 25))
+def test_generic_types_round_trip(prepared: Engine, capture: str, examples: int) -> None:
     """Every generic type of SQLAlchemy, on both databases."""
-    check(prepared, GENERIC, capture, values)
+
+    @explore(examples, values=rows(COLUMNS))
+    def survives(values: dict[str, Any]) -> None:
+        check(prepared, GENERIC, capture, values)
 
 
 @pytest.fixture
@@ -223,11 +220,13 @@ def prepared_postgres(postgres_engine: Engine) -> Engine:
 
 
 @both_ways
-@relaxed
-@given(values=rows(POSTGRES))
-def test_postgres_types_round_trip(prepared_postgres: Engine, capture: str, values: dict[str, Any]) -> None:
+@pytest.mark.parametrize("examples", sizes(6, 25))
+def test_postgres_types_round_trip(prepared_postgres: Engine, capture: str, examples: int) -> None:
     """JSONB, ARRAY, UUID, timestamptz, and types that travel as the server's own text."""
-    check(prepared_postgres, ONLY_POSTGRES, capture, values)
+
+    @explore(examples, values=rows(POSTGRES))
+    def survives(values: dict[str, Any]) -> None:
+        check(prepared_postgres, ONLY_POSTGRES, capture, values)
 
 
 @pytest.mark.parametrize("name", sorted(BY_NO_TRIGGER))
@@ -269,6 +268,7 @@ KEYS = {
 }
 
 
+@pytest.mark.each_value_once
 @both_ways
 @pytest.mark.parametrize("kind", KEYS)
 def test_keys_of_any_type(engine: Engine, kind: str, capture: Any) -> None:

@@ -15,7 +15,7 @@ from memstate_sa import Memory
 from memstate_sa.db import sqlite
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
-from tests.support import Base, Tag, World
+from tests.support import Base, Tag, World, sizes
 
 pytestmark = pytest.mark.sa20
 
@@ -58,8 +58,9 @@ def test_an_engine_that_would_leak_is_warned_of(tmp_path: Path) -> None:
         engine.dispose()
 
 
-def test_commits_beside_a_writing_relay(tmp_path: Path) -> None:
-    """A thousand transactions that read and then write, in four threads: none fails."""
+@pytest.mark.parametrize("transactions", sizes(40, 250))
+def test_commits_beside_a_writing_relay(tmp_path: Path, transactions: int) -> None:
+    """Transactions that read and then write, in four threads: none fails."""
     engine = sqlite.configure(create_engine(f"sqlite:///{tmp_path / 'x.db'}"))
     world = World(engine)
     with world.session() as session:
@@ -67,7 +68,7 @@ def test_commits_beside_a_writing_relay(tmp_path: Path) -> None:
         session.commit()
 
     def write(name: str) -> None:
-        for _ in range(250):
+        for _ in range(transactions):
             with world.session() as session:
                 tag = session.get_one(Tag, name)
                 tag.meaning = str(int(tag.meaning) + 1)
@@ -76,7 +77,7 @@ def test_commits_beside_a_writing_relay(tmp_path: Path) -> None:
     with world.memory.relay(engine), ThreadPoolExecutor(4) as pool:
         list(pool.map(write, [f"t{n}" for n in range(4)]))
     with world.session() as session:
-        assert {tag.meaning for tag in session.scalars(select(Tag))} == {"250"}
+        assert {tag.meaning for tag in session.scalars(select(Tag))} == {str(transactions)}
     world.assert_in_step()
     engine.dispose()
 

@@ -716,7 +716,7 @@ def beside(engine: Engine) -> Iterator[Engine]:
 
 
 @pytest.mark.timeout(PATIENCE_S)
-@pytest.mark.parametrize("programs_played", sizes(4, 40))
+@pytest.mark.parametrize("programs_played", sizes(3, 40))
 @both_ways
 def test_random_interleavings(
     engine: Engine, beside: Engine, capture: Literal["session", "trigger"], programs_played: int

@@ -162,6 +162,7 @@ def poll(is_true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.deep
 @pytest.mark.timeout(5 * PATIENCE_S + 20 * KILLS)
 def test_sigkill_of_all_processes(make: Callable[[int], Application]) -> None:
     """Each run goes on where the last one was killed, while the application changes, deletes and adds rows."""
@@ -209,6 +210,7 @@ def test_sigkill_of_all_processes(make: Callable[[int], Application]) -> None:
     app.assert_taken_in()
 
 
+@pytest.mark.deep_on("postgres")
 def test_a_worker_that_is_killed_is_made_up_for(make: Callable[[int], Application]) -> None:
     """By the others, or at last by the process that started it."""
     app = make(1500)
@@ -225,6 +227,7 @@ def test_a_worker_that_is_killed_is_made_up_for(make: Callable[[int], Applicatio
     app.assert_taken_in()
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interruption_says_how_to_go_on(

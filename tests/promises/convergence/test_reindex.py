@@ -209,6 +209,7 @@ def distances(hits: Hits[Tag]) -> list[float]:
     return [round(hit.distance, 4) for hit in hits]
 
 
+@pytest.mark.deep_on("postgres")
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("kills", sizes(1, KILLS))
 def test_killed_again_and_again(tmp_path: Path, engine: Engine, kills: int) -> None:

@@ -42,7 +42,7 @@ def test_repair(drifted: World) -> None:
 
 def test_repair_while_another_relay_holds_the_lease(drifted: World) -> None:
     """Whoever holds it delivers; repair waits for that."""
-    with drifted.memory.relay(drifted.engine):
+    with drifted.memory.relay(drifted.engine, lease_s=3):
         drifted.memory.verify(drifted.engine, repair=True)
         assert drifted.memory.verify(drifted.engine).clean
 

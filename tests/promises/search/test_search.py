@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, func, insert, or_, select, text
 from sqlalchemy.orm import joinedload, sessionmaker
@@ -20,7 +19,7 @@ from memstate_sa.search.hits import cosine_distance
 from memstate_sa.search.overlay import OVERLAY_LIMIT
 from memstate_sa.search.pushdown import push_down
 from memstate_sa.testing import HashEmbedder
-from tests.support import Base, Note, Person, Tag, World
+from tests.support import Base, Note, Person, Tag, World, explore, sizes
 
 pytestmark = pytest.mark.sa20
 
@@ -120,43 +119,42 @@ def apply(world: World, session: Any, change: tuple[Any, ...]) -> None:
             session.delete(person)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    changes=st.lists(change, max_size=15),
-    query=st.sampled_from(WORDS),
-    which=st.sampled_from(sorted(STATEMENTS)),
-    limit=st.integers(1, 6),
-    midway=st.lists(change, max_size=4),
-)
-def test_equals_brute_force(
-    engine: Engine, changes: Any, query: str, which: str, limit: int, midway: list[tuple[Any, ...]]
-) -> None:
+@pytest.mark.parametrize("examples", sizes(8, 50))
+def test_equals_brute_force(engine: Engine, examples: int) -> None:
     """While the relay lags, vectors are stale, the transaction is open, and a delivery lands between its steps."""
-    world = _worlds.setdefault(engine.dialect.name + str(engine.url), World(engine, Meddling()))
+    world = World(engine, Meddling())
     index: Any = world.index
-    index.during = None  # what an earlier search has left, if it did not come to ask the index
-    world.relay.drain()
-    with world.session() as session:
-        for person in session.scalars(select(Person)):
-            session.delete(person)
-        for n in range(5):
-            session.add(Person(name=f"p{n % 3}", about=WORDS[n], notes=[Note(topic=f"t{n}", number=n, content="x")]))
-        session.commit()
-        for step in changes:
-            apply(world, session, step)
-        if midway:
-            session.commit()
-            for step in midway:
-                apply(world, session, step)
-            session.commit()
-            index.during = world.relay.drain
-        assert_exact(world, session, query, STATEMENTS[which], limit)
-        session.rollback()
+
+    @explore(
+        examples,
+        changes=st.lists(change, max_size=15),
+        query=st.sampled_from(WORDS),
+        which=st.sampled_from(sorted(STATEMENTS)),
+        limit=st.integers(1, 6),
+        midway=st.lists(change, max_size=4),
+    )
+    def agrees(changes: Any, query: str, which: str, limit: int, midway: list[tuple[Any, ...]]) -> None:
+        index.during = None  # what an earlier search has left, if it did not come to ask the index
         world.relay.drain()
-        assert_exact(world, session, query, STATEMENTS[which], limit)
-
-
-_worlds: dict[str, World] = {}
+        with world.session() as session:
+            for person in session.scalars(select(Person)):
+                session.delete(person)
+            for n in range(5):
+                notes = [Note(topic=f"t{n}", number=n, content="x")]
+                session.add(Person(name=f"p{n % 3}", about=WORDS[n], notes=notes))
+            session.commit()
+            for step in changes:
+                apply(world, session, step)
+            if midway:
+                session.commit()
+                for step in midway:
+                    apply(world, session, step)
+                session.commit()
+                index.during = world.relay.drain
+            assert_exact(world, session, query, STATEMENTS[which], limit)
+            session.rollback()
+            world.relay.drain()
+            assert_exact(world, session, query, STATEMENTS[which], limit)
 
 
 # -- the fence --------------------------------------------------------------------------------------------------------
@@ -493,6 +491,7 @@ def test_repeatable_read_cannot_promise_completeness(postgres_engine: Engine) ->
         assert not hits.complete
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -201,7 +201,7 @@ def round_trip(source: World, target: World, steps: Any, untracked: int) -> None
 
 
 @pytest.mark.timeout(PATIENCE_S)
-@pytest.mark.parametrize("histories", sizes(6, 60))
+@pytest.mark.parametrize("histories", sizes(3, 60))
 @pytest.mark.parametrize(("source", "target"), [("sqlite", "sqlite"), ("postgres", "postgres"), ("sqlite", "postgres")])
 def test_random_histories_survive_a_transfer(
     request: pytest.FixtureRequest, source: str, target: str, histories: int
@@ -604,6 +604,7 @@ def test_keys_of_a_sequence_of_ones_own(second: Engine, engine: Engine) -> None:
         memory.close()
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("page", [1, 1000])
 def test_trees_and_rows_in_several_tables(
     second: Engine, engine: Engine, monkeypatch: pytest.MonkeyPatch, page: int

@@ -164,6 +164,7 @@ def test_in_a_circle_that_is_checked_at_commit_any_order_will_do(engine: Engine)
 # -- values that change hands ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("type_", "values"),
     [
@@ -296,6 +297,7 @@ def test_a_value_that_track_was_told_to_be_unique(engine: Engine) -> None:
     app.check()
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("on_conflict", ["skip", "force"])
 def test_a_row_that_others_have_brought_back_themselves(engine: Engine, on_conflict: Any) -> None:
     """Undoing its deletion is a change of what they have left there: its unique value is its own."""
