@@ -11,6 +11,7 @@ from memstate_sa.db.tables import log
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from tests.support import Note, Person, Tag, World
+from tests.support.apps import enforce_foreign_keys
 from tests.support.statements import statements
 from tests.support.tags import say, tags
 
@@ -150,11 +151,7 @@ def test_a_later_change_by_someone_else_is_a_conflict(world: World) -> None:
 
 def test_parents_come_back_before_children_and_go_after_them(world: World) -> None:
     """Foreign keys hold at every statement of an undo."""
-    if world.engine.dialect.name == "sqlite":
-        from sqlalchemy import event
-
-        event.listen(world.engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA foreign_keys = ON"))
-        world.engine.dispose()
+    enforce_foreign_keys(world.engine)
     with world.session() as session:
         session.add(Person(name="p", about="tea", notes=[Note(topic="t", number=n, content=f"n{n}") for n in (1, 2)]))
         session.commit()
