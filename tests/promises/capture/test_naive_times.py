@@ -14,6 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 from memstate_sa import Fact, Memory, MemoryStore, MemstateError, ValidationFailed
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
+from tests.support.apps import make_app
 
 pytestmark = pytest.mark.sa20
 TOKYO = timezone(timedelta(hours=9))
@@ -166,18 +167,13 @@ def test_a_column_without_a_time_zone_holds_utc(engine: Engine) -> None:
         text: Mapped[str]
         ends: Mapped[datetime | None]
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Naive, text="text", expires="ends")
-    Own.metadata.create_all(engine)
-    memory.create_tables(engine)
-    own_sessions = sessionmaker(engine)
-    memory.attach(own_sessions)
-    with own_sessions.begin() as session:
+    app = make_app(engine, Naive, text="text", expires="ends")
+    with app.sessions.begin() as session:
         session.add(Naive(id=1, text="over", ends=(SOON - timedelta(hours=2)).astimezone(TOKYO)))
         session.add(Naive(id=2, text="living", ends=SOON.replace(tzinfo=None)))
-    memory.sweep(engine)
-    with own_sessions() as session:
+    app.memory.sweep(engine)
+    with app.session() as session:
         assert [(row.id, row.ends) for row in session.scalars(select(Naive))] == [(2, SOON.replace(tzinfo=None))]
-    with pytest.raises(ValidationFailed, match="aware datetime"), own_sessions.begin() as session:
+    with pytest.raises(ValidationFailed, match="aware datetime"), app.sessions.begin() as session:
         session.add(Naive(id=3, text="x", ends="soon"))
-    memory.close()
+    app.memory.close()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from sqlalchemy import Engine, func, insert, or_, select, text
-from sqlalchemy.orm import joinedload, sessionmaker
+from sqlalchemy.orm import joinedload
 
 from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Memory, MemstateError
 from memstate_sa.indexes import InMemoryIndex, Match, Point
@@ -18,7 +18,8 @@ from memstate_sa.search.comparable import Comparable
 from memstate_sa.search.pushdown import push_down
 from memstate_sa.search.search import OVERLAY_LIMIT, cosine_distance
 from memstate_sa.testing import HashEmbedder
-from tests.support import Base, Note, Person, Tag, World, explore, sizes
+from tests.support import Note, Person, Tag, World, explore, sizes
+from tests.support.apps import make_app
 
 pytestmark = pytest.mark.sa20
 
@@ -235,17 +236,12 @@ def test_other_entities_do_not_crowd_out(meddled: World, index: Meddling) -> Non
 
 def alone(engine: Engine, index: Meddling) -> tuple[Memory, Any]:
     """A Memory of people only, which are in the index, and its Sessions."""
-    memory = Memory(index, embedder=HashEmbedder())
-    memory.track(Person, text="about", metadata=("name",))
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Person, index=index, text="about", metadata=("name",))
+    with app.session() as session:
         session.add_all([Person(name="p", about=words) for words in WORDS])
         session.commit()
-    memory.relay(engine).drain()
-    return memory, sessions
+    app.memory.relay(engine).drain()
+    return app.memory, app.sessions
 
 
 def test_foreign_points_do_not_crowd_out(engine: Engine, index: Meddling) -> None:

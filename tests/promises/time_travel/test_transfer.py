@@ -17,15 +17,13 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import strategies as st
 from sqlalchemy import Engine, ForeignKey, create_engine, func, insert, select, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from memstate_sa import ConflictError, Memory, MemstateError, sqlite
 from memstate_sa.db.tables import log, outbox, transaction, unique
-from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.maintenance import export_import
-from memstate_sa.testing import HashEmbedder
 from tests.support import PATIENCE_S, Note, Person, Tag, World, explore, sizes
-from tests.support.apps import App
+from tests.support.apps import App, make_app
 from tests.support.programs import STEPS, Play, programs, small, wipe
 
 pytestmark = pytest.mark.sa20
@@ -557,31 +555,19 @@ def test_keys_of_a_sequence_of_ones_own(second: Engine, engine: Engine) -> None:
         __tablename__ = "seat"
         id: Mapped[int] = mapped_column(sa.Sequence("gone"), primary_key=True, autoincrement=False)
 
-    made: list[tuple[Memory, Any, Engine]] = []
-    for where in (second, engine):
-        memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        for model in (Ticket, Coupon, Seat):
-            memory.track(model, text=None)
-        sessions = sessionmaker(where)
-        memory.attach(sessions)
-        Local.metadata.create_all(where)
-        memory.create_tables(where)
-        made.append((memory, sessions, where))
-    (source, sessions, _), (target, others, _) = made
-    with sessions() as session:
-        session.add_all(model(id=n) for model in (Ticket, Coupon, Seat) for n in (1, 2, 7))
-        session.commit()
+    models = (Ticket, Coupon, Seat)
+    source, target = make_app(second, *models, text=None), make_app(engine, *models, text=None)
+    source.write(*(model(id=n) for model in models for n in (1, 2, 7)))
     if engine.dialect.name == "postgresql":
         with engine.begin() as connection:
             connection.execute(text("DROP SEQUENCE gone"))
-    take_in(target, engine, export(source, second))
-    with others() as session:
-        session.add_all([Ticket(), Coupon()])
-        session.commit()
+    take_in(target.memory, engine, export(source.memory, second))
+    target.write(Ticket(), Coupon())
+    with target.session() as session:
         for model in (Ticket, Coupon):
             assert set(session.scalars(select(model.id))) == {1, 2, 7, 8}
-    for memory, _, _ in made:
-        memory.close()
+    for app in (source, target):
+        app.memory.close()
 
 
 @pytest.mark.parametrize("page", [1, 1000])

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from hypothesis import strategies as st
 from sqlalchemy import Engine, ForeignKey, select, text, update
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from memstate_sa import ConflictError, Memory, MemstateError, NotFound
 from memstate_sa.indexes import InMemoryIndex
@@ -470,29 +470,27 @@ def test_diff_is_one_change_a_fact(app: App) -> None:
 # -- history that survives migrations ----------------------------------------------------------------------------------
 
 
-def thing(version: int, *columns: Any) -> tuple[Any, Any]:
+def thing(*columns: Any) -> Any:
     class Own(DeclarativeBase):
         pass
 
     class Thing(Own):
         __table__ = sa.Table("thing", Own.metadata, sa.Column("id", sa.Integer, primary_key=True), *columns)
 
-    return Own, Thing
+    return Thing
 
 
-def first_shape() -> tuple[Any, Any]:
+def first_shape() -> Any:
     return thing(
-        1,
         sa.Column("title", sa.String(50), nullable=False),
         sa.Column("price", sa.Integer, nullable=False),
         sa.Column("junk", sa.String(50)),
     )
 
 
-def second_shape() -> tuple[Any, Any]:
+def second_shape() -> Any:
     """A rename, a type change, a dropped column and a new NOT NULL column."""
     return thing(
-        2,
         sa.Column("name", sa.String(50), nullable=False),
         sa.Column("price", sa.Numeric(8, 2), nullable=False),
         sa.Column("state", sa.String(10), nullable=False),
@@ -521,14 +519,9 @@ MIGRATION = {
 
 
 def test_an_old_fact_is_shown_and_undone_in_todays_shape(engine: Engine) -> None:
-    base, model = first_shape()
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(model, text="title")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    model = first_shape()
+    app = apps.make_app(engine, model, text="title")
+    with app.session() as session:
         session.add_all([model(id=1, title="one", price=150, junk="j"), model(id=2, title="two", price=200)])
         session.commit()
         session.get_one(model, 1).title = "changed"
@@ -537,29 +530,26 @@ def test_an_old_fact_is_shown_and_undone_in_todays_shape(engine: Engine) -> None
     with engine.begin() as connection:
         for statement in MIGRATION[engine.dialect.name]:
             connection.execute(text(statement))
-    _, model = second_shape()
+    model = second_shape()
     with pytest.raises(MemstateError, match="upgrade=2"):
         Memory(InMemoryIndex(), embedder=HashEmbedder()).track(model, text="name", version=2, upgrade={2: upgrade})
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(model, text="name", version=2, upgrade={1: upgrade})
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    assert memory.doctor(engine).healthy
-    with sessions() as session:
-        first = memory.history(session, model, 1)[0]
+    app = apps.make_app(engine, model, text="name", version=2, upgrade={1: upgrade})
+    assert app.memory.doctor(engine).healthy
+    with app.session() as session:
+        first = app.memory.history(session, model, 1)[0]
         assert first.after == {"id": 1, "name": "one", "price": Decimal("1.50"), "state": "was"}
-        assert memory.as_of(session, model, 2, first.tx) == {
+        assert app.memory.as_of(session, model, 2, first.tx) == {
             "id": 2, "name": "two", "price": Decimal("2.00"), "state": "was"
         }  # fmt: skip
         session.add(model(id=3, name="three", price=Decimal("3.00"), state="new"))
         session.commit()
-        memory.rollback(session, 2)
+        app.memory.rollback(session, 2)
         session.commit()
         rows = session.execute(sa.select(model.__table__).order_by("id")).all()
         assert [tuple(row) for row in rows] == [(1, "one", Decimal("1.50"), "was"), (2, "two", Decimal("2.00"), "was")]
-        replayed = replay(memory.history(session, model))
+        replayed = replay(app.memory.history(session, model))
         assert {key: row["name"] for (_, key), row in replayed.items()} == {1: "one", 2: "two"}
-    assert memory.doctor(engine).healthy
+    assert app.memory.doctor(engine).healthy
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------
