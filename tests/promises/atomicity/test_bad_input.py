@@ -28,6 +28,7 @@ from memstate_sa.indexes import ChromaIndex, InMemoryIndex
 from memstate_sa.relay import RetryPolicy
 from memstate_sa.testing import HashEmbedder
 from tests.support import Note, Person, Tag, World, assert_index_holds
+from tests.support.apps import App
 from tests.support.chroma import persistent
 from tests.support.relays import eventually
 
@@ -56,17 +57,11 @@ class Page(Base):
     parent: Mapped[Page | None] = relationship(remote_side=path)
 
 
-class PageWorld:
+class PageWorld(App):
     """An application with pages, its memory and its database."""
 
     def __init__(self, engine: Engine, **tracking: Any) -> None:
-        self.engine, self.index, self.embedder = engine, InMemoryIndex(), HashEmbedder()
-        self.memory = Memory(self.index, embedder=self.embedder)
-        self.memory.track(Page, **{"text": "content", **tracking})
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        super().__init__(engine, Page, **{"text": "content", **tracking})
         self.relay = self.memory.relay(engine, policy=RetryPolicy(delay_s=0.001))
 
 

@@ -14,9 +14,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from memstate_sa import ConflictError, Fact, Memory, MemoryStore, MemstateError
 from memstate_sa.db.tables import UTCDateTime, unique, utcnow
 from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.log.changes import replay
 from memstate_sa.testing import HashEmbedder
-from tests.support import assert_index_holds, in_threads
+from tests.support import apps, assert_index_holds, in_threads
 
 pytestmark = pytest.mark.sa20
 
@@ -49,27 +48,14 @@ class Reply(Base):
     note_id: Mapped[int] = mapped_column(ForeignKey("note.id"))
 
 
-class App:
+class App(apps.App):
     def __init__(self, engine: Engine, *, capture: Any = "session") -> None:
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", lambda dbapi, record: dbapi.cursor().execute("PRAGMA foreign_keys = ON"))
-        self.engine, self.index, self.embedder = engine, InMemoryIndex(), HashEmbedder()
-        self.memory = Memory(self.index, embedder=self.embedder)
-        self.memory.track(Seat, text="text", unique_by=("row", "letter"), immutable=lambda seat: seat["row"] == 1)
-        self.memory.track(Note, text="text", expires="expires_at", capture=capture)
-        self.memory.track(Reply, text="text", capture=capture)
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        unique = {"unique_by": ("row", "letter"), "immutable": lambda seat: seat["row"] == 1, "capture": "session"}
+        tracking = {Seat: unique, Note: {"expires": "expires_at"}}
+        super().__init__(engine, Seat, Note, Reply, tracking=tracking, foreign_keys=True, capture=capture)
 
     def check(self) -> None:
-        with self.sessions() as session:
-            for model in (Seat, Note, Reply):
-                table: Any = model.__table__
-                rows = {row["id"]: dict(row) for row in session.execute(select(table)).mappings()}
-                replayed = replay(self.memory.history(session, model))
-                assert {key: dict(row) for (_, key), row in replayed.items()} == rows
+        self.assert_log_is_truth()
         with self.engine.connect() as connection:
             seats = connection.execute(select(Seat.id, Seat.row, Seat.letter)).all()
             held = {row.key: row.value for row in connection.execute(select(unique))}

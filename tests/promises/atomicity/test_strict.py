@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, String, create_engine, event, insert, select, text
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import StaticPool
 
 from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, DriftReport, Memory, sqlite
@@ -27,7 +27,7 @@ from memstate_sa.relay.intents import read_complete_lines
 from memstate_sa.relay.points import ENTITY
 from memstate_sa.relay.strict import Strict
 from memstate_sa.testing import HashEmbedder
-from tests.support import assert_index_holds, make_due
+from tests.support import apps, assert_index_holds, make_due
 
 
 class Base(DeclarativeBase):
@@ -53,27 +53,10 @@ class Plain(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
 
 
-class App:
-    def __init__(
-        self,
-        engine: Engine,
-        index: VectorIndex | dict[str, VectorIndex] | None = None,
-        *,
-        capture: Literal["session", "trigger"] = "session",
-        also: type[Memo] | None = None,
-    ) -> None:
-        self.engine = engine
-        given = InMemoryIndex() if index is None else index
-        self.index: Any = given
-        self.embedder = HashEmbedder()
-        self.memory = Memory(given, embedder=self.embedder, delivery="strict")
-        self.memory.track(Tip, text="content", capture=capture)
-        if also is not None:
-            self.memory.track(also, text="content")
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+class App(apps.App):
+    def __init__(self, engine: Engine, index: Any = None, *also: type[Memo], capture: str = "session") -> None:
+        options = {"memory": {"delivery": "strict"}, "tracking": {Tip: {"capture": capture}}, "text": "content"}
+        super().__init__(engine, Tip, *also, index=index, **options)
         self.relay = self.memory.relay(engine)
 
     def say(self, **contents: str | None) -> None:
@@ -82,7 +65,7 @@ class App:
                 session.merge(Tip(name=name, content=content))
             session.commit()
 
-    def rows(self) -> dict[str, str | None]:
+    def contents(self) -> dict[str, str | None]:
         with self.engine.connect() as connection:
             return {name: content for name, content in connection.execute(select(Tip.name, Tip.content)).all()}  # noqa: C416
 
@@ -92,7 +75,7 @@ class App:
 
     def assert_in_step(self) -> None:
         self.relay.drain()
-        self.assert_holds(**{name: content for name, content in self.rows().items() if content and content.strip()})
+        self.assert_holds(**{name: content for name, content in self.contents().items() if content and content.strip()})
 
 
 @pytest.fixture
@@ -184,7 +167,7 @@ def test_auto_rollback_when_the_vector_write_fails(engine: Engine) -> None:
             session.commit()
         assert caught.value.__cause__ is vendor
         assert "secret" not in str(caught.value)
-        assert app.rows() == {"a": "before"}
+        assert app.contents() == {"a": "before"}
         with engine.begin() as connection:  # no lock is held
             connection.execute(text("UPDATE tip SET content = 'before' WHERE name = 'a'"))
         with pytest.raises(PendingRollbackError):
@@ -206,7 +189,7 @@ def test_a_refusal_vetoes_as_well(engine: Engine) -> None:
         session.add(Tip(name="a", content="x"))
         session.commit()
     assert isinstance(caught.value.__cause__, ValueError)
-    assert app.rows() == {}
+    assert app.contents() == {}
     app.memory.close()
 
 
@@ -220,7 +203,7 @@ def test_an_embedder_that_fails_vetoes_and_leaves_no_trace(app: App, monkeypatch
     with pytest.raises(DeliveryRetryable):
         app.say(b="two")
     monkeypatch.undo()
-    assert app.rows() == {"a": "one"}
+    assert app.contents() == {"a": "one"}
     with app.engine.connect() as connection:
         assert set(connection.scalars(select(outbox.c.key).where(outbox.c.intent))) == {'["a"]'}
     assert left_behind(app.engine) == 0
@@ -254,7 +237,7 @@ def test_a_transaction_without_tracked_changes_calls_nothing(engine: Engine, mon
             session.flush()
             savepoint.rollback()
         session.commit()
-    assert app.rows() == {}
+    assert app.contents() == {}
     app.memory.close()
 
 
@@ -471,7 +454,7 @@ def test_many_threads_and_a_relay_converge(app: App) -> None:
         for thread in threads:
             thread.join()
     app.assert_in_step()
-    assert set(app.rows()) == {"a", "b", "c", "shared"}
+    assert set(app.contents()) == {"a", "b", "c", "shared"}
 
 
 def test_the_relay_writes_under_its_claim_what_was_written_under_it(app: App) -> None:
@@ -489,7 +472,7 @@ def test_the_relay_writes_under_its_claim_what_was_written_under_it(app: App) ->
 
 def test_a_point_carries_its_entity_where_points_do(engine: Engine) -> None:
     """As the relay's do, from the day on which the index has a second one."""
-    app = App(engine, also=Memo)
+    app = App(engine, None, Memo)
     app.relay.drain()
     app.say(a="one")
     vector = app.embedder.embed(["one"])[0]
@@ -664,7 +647,7 @@ def test_a_crash_is_recovered(engine: Engine, point: str, monkeypatch: pytest.Mo
             session.commit()
     monkeypatch.undo()
     app.assert_holds(**held)
-    assert app.rows() == ({"a": "new", "c": "new"} if point == "after COMMIT" else {"a": "one", "b": "two"})
+    assert app.contents() == ({"a": "new", "c": "new"} if point == "after COMMIT" else {"a": "one", "b": "two"})
     later = App(engine, app.index)
     later.assert_in_step()
     assert left_behind(engine) == 0
@@ -719,7 +702,7 @@ def test_sigkill_between_the_index_and_commit(engine: Engine, tmp_path: Path) ->
     ghosts = {'tip["a"]': "never committed", 'tip["c"]': "never committed"}
     assert_index_holds(index, HashEmbedder(), ghosts)
     app = App(engine, index)
-    assert app.rows() == {"a": "one", "b": "two"}
+    assert app.contents() == {"a": "one", "b": "two"}
     relay = app.memory.relay(engine)
 
     def recovered() -> bool:  # PostgreSQL takes a moment to notice that its client is gone

@@ -29,7 +29,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 def forgotten(world: World, content: str = "secret") -> bool:
     with world.session() as session:
         images = session.connection().scalars(select(log.c.image)).all()
-        return content not in str(images) and content not in str(world.rows(session, Person))
+        return content not in str(images) and content not in str(world.rows(Person, session))
 
 
 def add(world: World, key: int = 5, about: str = "secret") -> None:

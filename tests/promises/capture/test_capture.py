@@ -17,6 +17,7 @@ from memstate_sa.db.tables import log, outbox, transaction
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from tests.support import Base, Note, Person, Tag, World
+from tests.support.apps import make_app
 from tests.support.statements import statements
 
 pytestmark = pytest.mark.sa20
@@ -359,13 +360,8 @@ def test_other_sessions_and_tables_are_let_be(world: World) -> None:
 
 def test_on_untracked_warn(engine: Engine) -> None:
     """Who asked for it is warned instead, and the write goes through."""
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Tag, text="meaning", on_untracked="warn")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Tag, text="meaning", on_untracked="warn")
+    with app.session() as session:
         with pytest.warns(UntrackedWriteWarning, match="bypass the log of Tag"):
             session.bulk_insert_mappings(Tag, [{"name": "x", "meaning": "m"}])
         session.commit()

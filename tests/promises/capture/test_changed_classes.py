@@ -14,10 +14,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from memstate_sa import ConflictError, Memory, MemoryStore
 from memstate_sa.db.tables import projection, refill, unique, utcnow
 from memstate_sa.indexes import InMemoryIndex, VectorIndex
-from memstate_sa.relay import Relay
 from memstate_sa.relay.projections import HELD_BY_INDEX
 from memstate_sa.testing import HashEmbedder
 from tests.support import assert_index_holds
+from tests.support.apps import App
 from tests.support.indexes import KINDS, Make, storage
 
 
@@ -41,23 +41,11 @@ def bodies(note: Note) -> str:
     return note.body
 
 
-class Release:
+class Release(App):
     """A process of one release of the application; *track* says how it tracks `Note`."""
 
     def __init__(self, engine: Engine, indexes: VectorIndex | dict[str, VectorIndex], /, **track: Any) -> None:
-        self.engine, self.embedder = engine, HashEmbedder()
-        self.memory = Memory(indexes, embedder=self.embedder)
-        self.memory.track(Note, **track)
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
-        self._relay: Relay | None = None
-
-    @property
-    def relay(self) -> Relay:
-        self._relay = self._relay or self.memory.relay(self.engine)
-        return self._relay
+        super().__init__(engine, Note, index=indexes, tracking={Note: track})
 
     def add(self, *ids: int, owner: str = "ann") -> None:
         with self.sessions() as session:
@@ -330,17 +318,11 @@ class Person(Base):
     phone: Mapped[str | None]
 
 
-class People:
+class People(App):
     """A process of one release, which says what is unique of a `Person`."""
 
     def __init__(self, engine: Engine, **track: Any) -> None:
-        self.engine = engine
-        self.memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        self.memory.track(Person, text="email", **track)
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        super().__init__(engine, Person, text="email", **track)
 
     def add(self, id_: int, email: str | None, phone: str | None = None) -> None:
         with self.sessions() as session:

@@ -22,6 +22,7 @@ from memstate_sa.db.tables import log
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from tests.support import explore, sizes
+from tests.support.apps import make_app
 
 pytestmark = pytest.mark.sa20
 
@@ -285,31 +286,26 @@ def test_keys_of_any_type(engine: Engine, kind: str, capture: Any) -> None:
         id: Mapped[Any] = mapped_column(type_, primary_key=True, autoincrement=False)
         label: Mapped[str]
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Thing, text="label", capture=capture)
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Local.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Thing, text="label", capture=capture)
+    with app.session() as session:
         session.add_all([Thing(id=first, label="green tea"), Thing(id=second, label="snow")])
         session.commit()
-        relay = memory.relay(engine)
+        relay = app.memory.relay(engine)
         relay.drain()
         first = session.scalars(select(Thing).where(Thing.label == "green tea")).one().id
-        hit = memory.search(session, "green tea", Thing, limit=1)[0]
+        hit = app.memory.search(session, "green tea", Thing, limit=1)[0]
         assert (hit.fact.id, hit.fact.label) == (first, "green tea")
-        assert memory.search(session, "snow", select(Thing).where(Thing.id == first))[0].fact.id == first
+        assert app.memory.search(session, "snow", select(Thing).where(Thing.id == first))[0].fact.id == first
         session.delete(session.get(Thing, first))
         session.commit()
         relay.drain()
-        assert [hit.fact.label for hit in memory.search(session, "green tea", Thing)] == ["snow"]
-        memory.rollback(session)
+        assert [hit.fact.label for hit in app.memory.search(session, "green tea", Thing)] == ["snow"]
+        app.memory.rollback(session)
         session.commit()
         relay.drain()
         assert {thing.label for thing in session.scalars(select(Thing))} == {"green tea", "snow"}
-        assert [change.op for change in memory.history(session, Thing, first)] == ["insert", "delete", "insert"]
-        assert memory.verify(engine).clean
+        assert [change.op for change in app.memory.history(session, Thing, first)] == ["insert", "delete", "insert"]
+        assert app.memory.verify(engine).clean
         relay.stop()
 
 
@@ -343,13 +339,8 @@ def things(engine: Engine, type_: Any) -> tuple[Memory, sessionmaker[Session], A
         id: Mapped[Any] = mapped_column(type_, primary_key=True, autoincrement=False)
         label: Mapped[str]
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Thing, text="label")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Local.metadata.create_all(engine)
-    memory.create_tables(engine)
-    return memory, sessions, Thing
+    app = make_app(engine, Thing, text="label")
+    return app.memory, app.sessions, Thing
 
 
 @pytest.mark.parametrize(
@@ -428,21 +419,16 @@ def test_reading_by_what_is_no_key(engine: Engine) -> None:
         __tablename__ = "thing"
         id: Mapped[int] = mapped_column(primary_key=True)
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Thing, text=None)
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Local.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Thing, text=None)
+    with app.session() as session:
         session.add(Thing(id=1))
         session.flush()
         for key in ("five", datetime(2024, 1, 2), 10**30):
             if engine.dialect.name == "postgresql" or isinstance(key, str):
-                assert memory.history(session, Thing, key) == []
+                assert app.memory.history(session, Thing, key) == []
         session.commit()
         assert session.get(Thing, 1) is not None
-    memory.close()
+    app.memory.close()
 
 
 def test_a_key_that_the_database_changes_is_not_silently_lost(postgres_engine: Engine) -> None:
@@ -456,13 +442,8 @@ def test_a_key_that_the_database_changes_is_not_silently_lost(postgres_engine: E
         id: Mapped[Any] = mapped_column(sa.Numeric(10, 2), primary_key=True, autoincrement=False)
         label: Mapped[str]
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Thing, text="label")
-    sessions = sessionmaker(postgres_engine)
-    memory.attach(sessions)
-    Local.metadata.create_all(postgres_engine)
-    memory.create_tables(postgres_engine)
-    with sessions() as session:
+    app = make_app(postgres_engine, Thing, text="label")
+    with app.session() as session:
         session.add_all([Thing(id=Decimal("1.00"), label="fine"), Thing(id=Decimal("2.345"), label="rounded")])
         with pytest.raises(UntrackedWrite, match="not found under the keys they were given"):
             session.commit()

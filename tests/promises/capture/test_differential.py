@@ -74,7 +74,7 @@ class Stage:
 
     def content(self) -> list[Any]:
         with self.world.session() as session:
-            return [self.world.rows(session, model) for model in (Person, Note, Tag)]
+            return [self.world.rows(model, session) for model in (Person, Note, Tag)]
 
     def close(self) -> None:
         if self._runner is not None:

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, create_engine, event, insert, select, text
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 
-from memstate_sa import Memory
 from memstate_sa.db import sqlite
-from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.testing import HashEmbedder
 from tests.support import Base, Tag, World, sizes
+from tests.support.apps import make_app
 
 pytestmark = pytest.mark.sa20
 
@@ -42,18 +40,14 @@ def test_an_engine_that_would_leak_is_warned_of(tmp_path: Path) -> None:
     event.listen(own, "connect", lambda dbapi, record: setattr(dbapi, "isolation_level", None))
     event.listen(own, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
     for engine, leaks in ((leaking, True), (own, False)):
-        memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        memory.track(Tag, text="meaning")
-        Base.metadata.create_all(engine)
-        memory.create_tables(engine)
-        memory.attach(sessions := sessionmaker(engine))
+        app = make_app(engine, Tag, text="meaning")
         for first in (True, False):
-            with sessions() as session, warnings.catch_warnings(record=True) as caught:
+            with app.session() as session, warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 session.execute(select(Tag))
                 assert [each.category for each in caught] == ([sqlite.SavepointWarning] if leaks and first else [])
         assert sqlite.leaks_savepoints(engine) is leaks
-        problems = [problem.subject for problem in memory.doctor(engine).problems]
+        problems = [problem.subject for problem in app.memory.doctor(engine).problems]
         assert problems == (["SAVEPOINTs"] if leaks else [])
         engine.dispose()
 

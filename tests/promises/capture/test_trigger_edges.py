@@ -11,32 +11,21 @@ from sqlalchemy import Engine, ForeignKey, create_engine, insert, select, text, 
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, sessionmaker
 
-from memstate_sa import ConflictError, Memory, MemstateError, UntrackedWrite, sqlite
+from memstate_sa import ConflictError, MemstateError, UntrackedWrite, sqlite
 from memstate_sa.db.statements import upsert
 from memstate_sa.db.tables import log, trigger_context
-from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.log.changes import replay
-from memstate_sa.testing import HashEmbedder
+from tests.support import apps
 
 pytestmark = pytest.mark.sa20
 
 
-class App:
+class App(apps.App):
     """Models captured by triggers, unless it is said otherwise."""
 
-    def __init__(self, engine: Engine, *models: Any, session: tuple[Any, ...] = (), **kw: Any) -> None:
-        self.engine = engine
-        self.models = (*models, *session)
-        self.memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        for model in self.models:
-            self.memory.track(model, text="text", capture="session" if model in session else "trigger", **kw)
-        if engine.dialect.name == "sqlite":
-            sa.event.listen(engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA foreign_keys = ON"))
-            engine.dispose()
-        self.models[0].metadata.create_all(engine)
-        self.memory.create_tables(engine)
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
+    def __init__(self, engine: Engine, *models: Any, session: tuple[Any, ...] = (), **options: Any) -> None:
+        tracking = {model: {"capture": "session"} for model in session}
+        options |= {"tracking": tracking, "foreign_keys": True, "capture": "trigger"}
+        super().__init__(engine, *models, *session, **options)
 
     def run(self, *statements: str) -> None:
         with self.engine.begin() as connection:
@@ -49,12 +38,8 @@ class App:
 
     def check(self) -> None:
         """replay(log) == tables, and nobody was left told of anything."""
+        self.assert_log_is_truth()
         with self.sessions() as session:
-            for model in self.models:
-                changes = self.memory.history(session, model)
-                key = model.__table__.primary_key.columns.values()[0].name
-                rows = {row[key]: dict(row) for row in session.execute(select(model.__table__)).mappings()}
-                assert {at: dict(row) for (_, at), row in replay(changes).items()} == rows
             assert session.execute(select(trigger_context)).all() == []
         assert self.memory.doctor(self.engine).healthy
 

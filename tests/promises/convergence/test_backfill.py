@@ -17,13 +17,12 @@ from sqlalchemy import Engine, ForeignKey, create_engine, event, insert, select,
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
-from memstate_sa import Memory, MemstateError, sqlite
+from memstate_sa import MemstateError, sqlite
 from memstate_sa.db.tables import backfill as ranges
 from memstate_sa.db.tables import log
-from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.maintenance import backfill
-from memstate_sa.testing import HashEmbedder
 from tests.support import PATIENCE_S, WAITING_FOR_A_LOCK, Note, Person, Tag, World, explore, in_threads, sizes
+from tests.support.apps import make_app
 from tests.support.programs import wipe
 
 pytestmark = pytest.mark.sa20
@@ -573,25 +572,21 @@ def test_all_kinds_of_rows(engine: Engine, model: Any) -> None:
         rows = [{"id": f"{kind} {n}", "kind": kind, "name": f"{n}"} for n in range(5) for kind in kinds]
         connection.execute(insert(Kind.__table__), rows)
         connection.execute(insert(Joined.__table__), [{"id": f"joined {n}", "more": "more"} for n in range(5)])
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(model, text="word" if model is Word else "name")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    memory.create_tables(engine)
+    app = make_app(engine, model, text="word" if model is Word else "name")
     for limit in (1, 4, 0, 3, 1):
-        memory.backfill(engine, model, batch_size=2, limit=limit)
-    memory.backfill(engine, model, batch_size=1, restart=False)
-    with sessions() as session:
-        changes = memory.history(session, model)
+        app.memory.backfill(engine, model, batch_size=2, limit=limit)
+    app.memory.backfill(engine, model, batch_size=1, restart=False)
+    with app.session() as session:
+        changes = app.memory.history(session, model)
         there = {session.identity_key(instance=row)[1] for row in session.scalars(select(model))}
     keys = [change.key if isinstance(change.key, tuple) else (change.key,) for change in changes]
     assert Counter(keys) == dict.fromkeys(there, 1) and len(there) >= 5
     assert {change.op for change in changes} == {"baseline"}
     if model is Joined:
         assert {change.after["joined.more"] for change in changes if change.after} == {"more"}
-    memory.relay(engine).drain()
-    assert memory.verify(engine).clean
-    memory.close()
+    app.memory.relay(engine).drain()
+    assert app.memory.verify(engine).clean
+    app.memory.close()
 
 
 # -- kills -------------------------------------------------------------------------------------------------------------

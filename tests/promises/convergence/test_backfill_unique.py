@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from sqlalchemy import Engine, insert, select, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from memstate_sa import ConflictError, Memory
+from memstate_sa import ConflictError
 from memstate_sa.db.tables import log, outbox, unique
-from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.testing import HashEmbedder
 from tests.support import WAITING_FOR_A_LOCK
+from tests.support.apps import App
 
 pytestmark = pytest.mark.sa20
 
@@ -30,17 +29,11 @@ class Seat(Base):
     meal: Mapped[str] = mapped_column(default="")
 
 
-class Hall:
+class Hall(App):
     """Seats of which each guest has one; those that are older than tracking have them as they like."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        self.memory.track(Seat, text="meal", unique_by=("guest",))
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        super().__init__(engine, Seat, text="meal", unique_by=("guest",))
 
     def fill(self, *guests: str | None) -> None:
         with self.engine.begin() as connection:

@@ -14,6 +14,7 @@ from memstate_sa.db.tables import log, unique
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from tests.support import Base, Note, Person, Tag, World
+from tests.support.apps import make_app
 from tests.support.relays import say
 
 pytestmark = pytest.mark.sa20
@@ -59,36 +60,31 @@ def test_rows_changed_past_the_log(world: World) -> None:
 
 def test_what_must_be_unique_and_is_not(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     """Repair logs it as it is, the rest of its page too, and warns: the first row has the value, others have none."""
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Tag, text="meaning", unique_by=("meaning",))
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Tag, text="meaning", unique_by=("meaning",))
+    with app.session() as session:
         session.add_all(Tag(name=name, meaning=name) for name in "abcd")
         session.commit()
     with engine.begin() as connection:
         connection.execute(text("UPDATE tag SET meaning = 'a' WHERE name IN ('b', 'c')"))
         connection.execute(text("UPDATE tag SET meaning = 'new' WHERE name = 'd'"))
     with caplog.at_level("WARNING"):
-        assert len(memory.doctor(engine, repair=True).changed) == 3
+        assert len(app.memory.doctor(engine, repair=True).changed) == 3
     [warning] = [record.getMessage() for record in caplog.records if record.name == "memstate_sa.capture.recorder"]
     assert (
         "2 rows that are older than tracking or than unique_by, or were changed past it," in warning
         and '["b"], ["c"]' in warning
     )
-    assert memory.doctor(engine).healthy
+    assert app.memory.doctor(engine).healthy
     with engine.connect() as connection:
         assert {row.value: row.key for row in connection.execute(select(unique))} == {
             '["a"]': '["a"]',
             '["new"]': '["d"]',
         }
-    with sessions() as session:
+    with app.session() as session:
         session.get_one(Tag, "b").meaning = "b"
         session.commit()
-        assert memory.history(session, Tag, "b")[-1].before == {"name": "b", "meaning": "a", "person_id": None}
-    memory.close()
+        assert app.memory.history(session, Tag, "b")[-1].before == {"name": "b", "meaning": "a", "person_id": None}
+    app.memory.close()
 
 
 def test_a_page_is_not_all(world: World) -> None:

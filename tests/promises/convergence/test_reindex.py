@@ -23,6 +23,7 @@ from memstate_sa.relay import RetryPolicy, claims, registration
 from memstate_sa.search.hits import cosine_distance
 from memstate_sa.testing import HashEmbedder
 from tests.support import PATIENCE_S, Person, Tag, assert_index_holds, in_threads, sizes, texts
+from tests.support.apps import make_app
 from tests.support.processes import EMBEDDERS, Process, Shop, embedded_by
 
 pytestmark = pytest.mark.sa20
@@ -502,11 +503,8 @@ def test_what_it_asks_for(shop: Shop) -> None:
 def test_one_successor_after_another(shop: Shop) -> None:
     """A chain: each switch moves the searches of the first one further."""
     indexes = {name: InMemoryIndex() for name in "abc"}
-    memory = Memory(indexes, embedder=HashEmbedder(), successors={"a": "b", "b": "c"})
-    memory.track(Tag, text="meaning")
-    memory.create_tables(shop.engine)
-    sessions = sessionmaker(shop.engine)
-    memory.attach(sessions)
+    successors = {"successors": {"a": "b", "b": "c"}}
+    memory = make_app(shop.engine, Tag, index=indexes, memory=successors, text="meaning").memory
 
     def asked() -> list[str | None]:
         return [backlog.replaced_by for backlog in memory.status(shop.engine).values()]

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, func, insert, select, text
-from sqlalchemy.orm import sessionmaker
 
 from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, IndexMismatch, Memory, MemstateError, sqlite
 from memstate_sa.db.tables import cursor, ledger, outbox, parked
@@ -20,7 +19,6 @@ from memstate_sa.relay import RetryPolicy
 from memstate_sa.relay.requests import Upsert
 from memstate_sa.testing import FlakyIndex, HashEmbedder
 from tests.support import (
-    Base,
     Person,
     Tag,
     World,
@@ -31,6 +29,7 @@ from tests.support import (
     make_due,
     overtake,
 )
+from tests.support.apps import make_app
 from tests.support.relays import Spy, eventually, say
 
 pytestmark = pytest.mark.sa20
@@ -49,23 +48,17 @@ def spied(engine: Engine, spy: Spy) -> World:
 @pytest.mark.parametrize("in_background", [False, True])
 def test_what_is_tracked_later(engine: Engine, in_background: bool) -> None:
     """A relay that there is learns of it: of its rows of before, and of what is committed from then on."""
-    embedder, index = HashEmbedder(), InMemoryIndex()
-    memory = Memory(index, embedder=embedder)
-    memory.track(Tag, text="meaning")
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    memory.attach(sessions := sessionmaker(engine))
-    relay = memory.relay(engine)
-    with relay if in_background else nullcontext(), sessions() as session:
+    app = make_app(engine, Tag, text="meaning")
+    with app.relay if in_background else nullcontext(), app.session() as session:
         session.add_all([Tag(name="a", meaning="known"), Person(id=1, name="b", about="there before")])
         session.commit()
-        memory.wait(session) if in_background else relay.drain()
-        memory.track(Person, text="about")
+        app.memory.wait(session) if in_background else app.relay.drain()
+        app.memory.track(Person, text="about")
         session.add(Person(id=2, name="c", about="from then on"))
         session.commit()
-        relay.drain()
+        app.relay.drain()
     expected = {'tag["a"]': "known", "person[1]": "there before", "person[2]": "from then on"}
-    assert_index_holds(index, embedder, expected)
+    assert_index_holds(app.index, app.embedder, expected)
 
 
 def test_many_changes_of_one_key_are_one_delivery(spied: World, spy: Spy) -> None:
@@ -249,16 +242,11 @@ def test_a_text_callable_that_raises_parks_its_row_alone(engine: Engine) -> None
             raise KeyError("private words")
         return tag.meaning
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Tag, text=picky)
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Tag, text=picky)
+    with app.session() as session:
         session.add_all([Tag(name="bad"), Tag(name="good")])
         session.commit()
-    memory.relay(engine).drain()
+    app.memory.relay(engine).drain()
     with engine.connect() as connection:
         row = connection.execute(select(parked)).one()
     assert row.key == '["bad"]' and "KeyError" in row.error and "private" not in row.error
@@ -553,16 +541,11 @@ def test_an_index_that_is_down_does_not_stop_the_others(engine: Engine) -> None:
     """Two indexes, the first unavailable: the second is brought up to date all the same."""
     down, up = Spy(), Spy()
     down.refuse = lambda point: DeliveryRetryable("down")
-    memory = Memory({"down": down, "up": up}, embedder=HashEmbedder())
-    memory.track(Tag, text="meaning")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Tag, index={"down": down, "up": up}, text="meaning")
+    with app.session() as session:
         session.add(Tag(name="a"))
         session.commit()
-    relay = memory.relay(engine, policy=RetryPolicy(delay_s=0.01))
+    relay = app.memory.relay(engine, policy=RetryPolicy(delay_s=0.01))
     with pytest.raises(DeliveryError, match="down"):
         relay.drain(timeout=2)
     assert [entry.id for entry in up.scan(None, 5)] == ['tag["a"]']

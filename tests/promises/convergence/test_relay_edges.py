@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, event, select, update
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
-from memstate_sa import DeliveryRejected, DeliveryRetryable, Memory, MemstateError, sqlite
+from memstate_sa import DeliveryRejected, DeliveryRetryable, MemstateError, sqlite
 from memstate_sa.db.tables import cursor, parked, utcnow
 from memstate_sa.indexes import InMemoryIndex, Point, VectorIndex
-from memstate_sa.relay import Relay, RetryPolicy
+from memstate_sa.relay import RetryPolicy
 from memstate_sa.testing import HashEmbedder
-from tests.support import Base, Person, Tag, World, assert_index_holds, expire_leases, make_due, overtake
+from tests.support import Person, Tag, World, assert_index_holds, expire_leases, make_due, overtake
+from tests.support.apps import App
 from tests.support.relays import Interrupted, Spy, Waits, eventually, holds, say
 
 pytestmark = pytest.mark.sa20
@@ -27,18 +28,11 @@ pytestmark = pytest.mark.sa20
 TEXTS: dict[type[Any], str] = {Person: "about", Tag: "meaning"}
 
 
-class Application:
+class Application(App):
     """A Memory of some of the classes, beside others with the same index and the same database."""
 
     def __init__(self, engine: Engine, index: VectorIndex | dict[str, VectorIndex], *models: type[Any]) -> None:
-        self.engine = engine
-        self.memory = Memory(index, embedder=HashEmbedder())
-        for model in models:
-            self.memory.track(model, text=TEXTS[model])
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        super().__init__(engine, *models, index=index, tracking={model: {"text": TEXTS[model]} for model in models})
 
     def write(self, *instances: Any) -> None:
         with self.sessions() as session:
@@ -50,9 +44,6 @@ class Application:
         with self.sessions() as session:
             session.delete(session.get_one(model, key))
             session.commit()
-
-    def relay(self, **options: Any) -> Relay:
-        return self.memory.relay(self.engine, **options)
 
 
 def tag(name: str, meaning: str) -> Tag:
@@ -67,21 +58,21 @@ def test_two_memories_share_an_index(engine: Engine) -> None:
     """What one passes by, because it does not track it, the other delivers all the same."""
     index = InMemoryIndex()
     people, tags = Application(engine, index, Person), Application(engine, index, Tag)
-    people.relay().drain()
-    tags.relay().drain()
+    people.memory.relay(engine).drain()
+    tags.memory.relay(engine).drain()
     people.write(person(1, "likes tea"))
     tags.write(tag("a", "a first meaning"), tag("b", "another"))
-    people.relay().drain()
+    people.memory.relay(engine).drain()
     assert_index_holds(index, HashEmbedder(), {"person[1]": "likes tea"})
     assert people.memory.status(engine)["memory"].pending == 0
-    tags.relay().drain()
+    tags.memory.relay(engine).drain()
     everything = {"person[1]": "likes tea", 'tag["a"]': "a first meaning", 'tag["b"]': "another"}
     assert_index_holds(index, HashEmbedder(), everything)
 
     tags.write(tag("a", "a second meaning"))
     people.write(person(1, "likes coffee"))
-    tags.relay().drain()
-    people.relay().drain()
+    tags.memory.relay(engine).drain()
+    people.memory.relay(engine).drain()
     everything |= {"person[1]": "likes coffee", 'tag["a"]': "a second meaning"}
     assert_index_holds(index, HashEmbedder(), everything)
     assert tags.memory.verify(engine).clean and people.memory.verify(engine).clean
@@ -199,7 +190,7 @@ def test_a_parked_key_of_a_class_that_is_tracked_no_more(engine: Engine) -> None
     index.refuse = lambda point: DeliveryRejected("too odd") if point.id == 'tag["a"]' else None
     both = Application(engine, index, Person, Tag)
     both.write(tag("a", "odd"), person(1, "likes tea"))
-    both.relay().drain()
+    both.memory.relay(engine).drain()
     with engine.begin() as connection:
         connection.execute(update(parked).values(next_at=utcnow()))
     assert both.memory.status(engine)["memory"].due == 1
@@ -207,7 +198,7 @@ def test_a_parked_key_of_a_class_that_is_tracked_no_more(engine: Engine) -> None
 
     people = Application(engine, index, Person)
     people.write(person(2, "likes coffee"))
-    relay = people.relay()
+    relay = people.memory.relay(engine)
     relay.run_once()
     relay.drain()
     status = people.memory.status(engine)["memory"]
@@ -215,13 +206,13 @@ def test_a_parked_key_of_a_class_that_is_tracked_no_more(engine: Engine) -> None
     likes = {"person[1]": "likes tea", "person[2]": "likes coffee"}
     assert_index_holds(index, HashEmbedder(), likes)
     nothing = Application(engine, index)
-    nothing.relay().drain()
+    nothing.memory.relay(engine).drain()
     assert nothing.memory.status(engine)["memory"].parked == 0
     with engine.connect() as connection:
         assert connection.execute(select(parked.c.entity, parked.c.key)).all() == [("tag", '["a"]')]
 
     again = Application(engine, index, Person, Tag)
-    again.relay().drain()
+    again.memory.relay(engine).drain()
     assert_index_holds(index, HashEmbedder(), {**likes, 'tag["a"]': "odd"})
 
 
@@ -257,7 +248,7 @@ def test_an_open_transaction_in_memory_is_left_alone(in_memory_engine: Engine) -
     for ask in asked:
         ask()
     with world.session() as session:
-        assert world.rows(session, Tag).keys() == {"a", "b"}
+        assert world.rows(Tag, session).keys() == {"a", "b"}
     world.assert_in_step()
 
 
@@ -273,7 +264,7 @@ def test_stopping_a_relay_leaves_an_open_transaction_alone(in_memory_engine: Eng
         world.relay.stop()
         getattr(session, end)()
     with world.session() as session:
-        assert world.rows(session, Tag).keys() == ({"a", "b"} if end == "commit" else {"a"})
+        assert world.rows(Tag, session).keys() == ({"a", "b"} if end == "commit" else {"a"})
     world.assert_in_step()
 
 
@@ -289,14 +280,14 @@ def test_an_index_in_its_backoff_is_left_alone_while_others_are_served(engine: E
     away.refuse = down
     app = Application(engine, {"away": away, "up": up}, Tag)
     expected: dict[str, str] = {}
-    with app.relay(policy=RetryPolicy(max_delay_s=3600.0)):
+    with app.memory.relay(engine, policy=RetryPolicy(max_delay_s=3600.0)):
         for n in range(3):
             app.write(tag(f"t{n}", f"meaning {n}"))
             expected[f'tag["t{n}"]'] = f"meaning {n}"
             eventually(lambda: holds(up, expected) and bool(attempts))
     assert attempts == ['tag["t0"]']
     away.refuse = lambda point: None
-    app.relay().drain()
+    app.memory.relay(engine).drain()
     assert_index_holds(away, HashEmbedder(), expected)
 
 
@@ -311,8 +302,8 @@ def test_an_index_is_tried_again_when_its_backoff_is_over(engine: Engine) -> Non
     index = Spy()
     index.refuse = down
     app = Application(engine, index, Tag)
-    app.relay().drain()
-    with app.relay(policy=RetryPolicy(delay_s=0.001), poll_s=(600.0, 600.0), lease_s=1200.0) as relay:
+    app.memory.relay(engine).drain()
+    with app.memory.relay(engine, policy=RetryPolicy(delay_s=0.001), poll_s=(600.0, 600.0), lease_s=1200.0) as relay:
         app.write(tag("a", "x"))
         eventually(lambda: len(attempts) == 1)
         relay.wake()
@@ -327,7 +318,7 @@ def test_a_provider_that_asks_for_too_much_patience_is_asked_again(engine: Engin
     index.refuse = lambda point: next(failures, None)
     app = Application(engine, index, Tag)
     app.write(tag("a", "x"))
-    app.relay(policy=RetryPolicy(max_delay_s=0.02)).drain(timeout=60.0)
+    app.memory.relay(engine, policy=RetryPolicy(max_delay_s=0.02)).drain(timeout=60.0)
     assert index.batches == [['tag["a"]']] * 4
     assert_index_holds(index, HashEmbedder(), {'tag["a"]': "x"})
 
@@ -433,12 +424,12 @@ def test_a_row_that_another_memory_deleted_leaves_no_ghost(engine: Engine) -> No
     """The one passes its delete by, the other delivers it: there is no row by which a refill would find it."""
     index = InMemoryIndex()
     people, tags = Application(engine, index, Person), Application(engine, index, Tag)
-    people.relay().drain()
+    people.memory.relay(engine).drain()
     tags.write(tag("a", "a first meaning"), tag("b", "another"))
-    tags.relay().drain()
+    tags.memory.relay(engine).drain()
     tags.forget(Tag, "a")
-    people.relay().drain()
-    tags.relay().drain()
+    people.memory.relay(engine).drain()
+    tags.memory.relay(engine).drain()
     assert_index_holds(index, HashEmbedder(), {'tag["b"]': "another"})
 
 

@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, select, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from memstate_sa import Memory, sqlite
+from memstate_sa import sqlite
 from memstate_sa.db.tables import past, refill
 from memstate_sa.errors import DeliveryRetryable
 from memstate_sa.indexes import InMemoryIndex, VectorIndex
-from memstate_sa.testing import HashEmbedder
-from tests.support import assert_index_holds
+from tests.support import apps, assert_index_holds
 from tests.support.indexes import KINDS, Make, storage
 
 
@@ -33,17 +32,11 @@ class Note(Base):
     words: Mapped[str | None]
 
 
-class App:
+class App(apps.App):
     """A process of the application."""
 
     def __init__(self, engine: Engine, index: VectorIndex) -> None:
-        self.engine, self.index, self.embedder = engine, index, HashEmbedder()
-        self.memory = Memory(index, embedder=self.embedder)
-        self.memory.track(Note, text="words")
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        super().__init__(engine, Note, index=index, text="words")
 
     def say(self, *, drain: bool = True, **words: str | None) -> None:
         """Write note ``n5`` and others; None deletes one."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 from sqlalchemy import JSON, Boolean, Column, Engine, Integer, String, Table, TypeDecorator, inspect, select, text
-from sqlalchemy.orm import DeclarativeBase, sessionmaker
+from sqlalchemy.orm import DeclarativeBase
 
 from memstate_sa import Memory
 from memstate_sa.db.tables import trigger_context
@@ -14,6 +14,7 @@ from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from tests.adapters.alembic.application import contents, routines
 from tests.support import Person, Tag, World
+from tests.support.apps import make_app
 from tests.support.older import NEW, OLD, make_older, migrate
 from tests.support.roles import Role, role, values  # noqa: F401  # a fixture
 
@@ -84,34 +85,27 @@ def thing(*columns: Column[Any]) -> Any:
 def upgraded(engine: Engine, was: list[dict[str, Any]], upgrade: Any, *, before: Any = WAS, after: Any = IS) -> Any:
     """What history says that rows of the old shape are in the new one, and what an undo writes."""
     old = thing(*before)
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(old, text=None, entity="thing")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    old.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, old, text=None, entity="thing")
+    with app.session() as session:
         session.add_all(old(**values) for values in was)
         session.commit()
         for values in was:
             session.delete(session.get(old, values["id"]))
         session.commit()
-    memory.close()
+    app.memory.close()
     old.metadata.drop_all(engine)
     new = thing(*after)
-    new.metadata.create_all(engine)
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(new, text=None, entity="thing", version=2, upgrade={1: upgrade})
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
+    app = make_app(engine, new, text=None, entity="thing", version=2, upgrade={1: upgrade})
     names = [column.name for column in after]
-    with sessions() as session:
-        shown = {c.key: {n: c.after.get(n) for n in names} for c in memory.history(session, new) if c.after is not None}
-        memory.rollback(session)
+    with app.session() as session:
+        shown = {
+            c.key: {n: c.after.get(n) for n in names} for c in app.memory.history(session, new) if c.after is not None
+        }
+        app.memory.rollback(session)
         session.commit()
         there = session.execute(select(new.__table__)).mappings()
         assert {row["id"]: {name: row[name] for name in names} for row in there} == shown
-    memory.close()
+    app.memory.close()
     return shown
 
 

@@ -34,6 +34,7 @@ from memstate_sa.indexes import ChromaIndex, InMemoryIndex, VectorIndex
 from memstate_sa.relay.retention import fold_log
 from memstate_sa.testing import HashEmbedder
 from tests.support import WAITING_FOR_A_LOCK, Base, Note, Person, Tag, World
+from tests.support.apps import App, make_app
 from tests.support.relays import say
 
 # A hole that they show: what the database does by itself, no Session sees.
@@ -73,22 +74,18 @@ class Counting(HashEmbedder):
         return super().embed(texts)
 
 
-class Accounts:
+class Accounts(App):
     def __init__(self, engine: Engine, index: VectorIndex | None = None, *, capture: Any = "session") -> None:
         if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA foreign_keys = ON"))
             # Some builds overwrite what is deleted by themselves.
             event.listen(engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA secure_delete = OFF"))
-        self.engine, self.index, self.embedder = engine, index or InMemoryIndex(), Counting()
-        self.memory = Memory(self.index, embedder=self.embedder)
         unique_by = ("email",) if capture == "session" else ()  # a trigger sees to none
-        self.memory.track(Account, text="about", metadata=("email",), unique_by=unique_by, capture=capture)
-        self.memory.track(Payment, text="what", capture=capture)
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Local.metadata.create_all(engine)
-        self.memory.create_tables(engine)
-        self.relay = self.memory.relay(engine)
+        tracking = {
+            Account: {"text": "about", "metadata": ("email",), "unique_by": unique_by},
+            Payment: {"text": "what"},
+        }
+        options = {"tracking": tracking, "foreign_keys": True, "capture": capture}
+        super().__init__(engine, *tracking, index=index, embedder=Counting(), **options)
 
     def tell(self, marker: str) -> None:
         """An account whose every value names *marker*, now and in its past; and another."""
@@ -441,19 +438,9 @@ class Family(Accounts):
     """Rows that the database deletes or changes along with others; *capture* is that of children."""
 
     def __init__(self, engine: Engine, capture: Any) -> None:
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA foreign_keys = ON"))
-        self.engine = engine
-        self.memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        for model in (Parent, Child, Grandchild):
-            self.memory.track(model, text=None, capture=capture if model is Child else "session")
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Cascading.metadata.create_all(engine)
-        self.memory.create_tables(engine)
-        with self.sessions() as session:
-            session.add_all([Parent(id=1), Parent(id=2)])
-            session.commit()
+        tracking = {Child: {"capture": capture}}
+        App.__init__(self, engine, Parent, Child, Grandchild, tracking=tracking, foreign_keys=True, text=None)
+        self.write(Parent(id=1), Parent(id=2))
 
     def add(self, *rows: Any) -> None:
         with self.sessions() as session:
@@ -636,42 +623,32 @@ def test_one_class_of_several_in_a_table(engine: Engine) -> None:
     class Dog(Animal):
         __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "dog"}
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Dog, text="sound")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Local.metadata.create_all(engine)
-    memory.create_tables(engine)
+    app = make_app(engine, Dog, text="sound")
     padded = "{:8}".format if engine.dialect.name == "postgresql" else str
-    with sessions() as session:
+    with app.session() as session:
         session.add_all([Dog(name=padded("rex"), sound="secret"), Animal(name=padded("tom"), sound="meow")])
         session.commit()
         with pytest.raises(NotFound):
-            memory.erase(session, Dog, "tom")
-        assert memory.erase(session, Dog, "rex") == 1
+            app.memory.erase(session, Dog, "tom")
+        assert app.memory.erase(session, Dog, "rex") == 1
         session.commit()
         assert [animal.sound for animal in session.scalars(select(Animal))] == ["meow"]
         assert "secret" not in stored(session.connection(), Animal)
-    memory.close()
+    app.memory.close()
 
 
 def test_strict_delivery_removes_it_before_the_commit(engine: Engine) -> None:
     """As it does any row that is deleted; no relay has run."""
     index = InMemoryIndex()
-    memory = Memory(index, embedder=HashEmbedder(), delivery="strict")
-    memory.track(Tag, text="meaning")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Tag, index=index, memory={"delivery": "strict"}, text="meaning")
+    with app.session() as session:
         session.add_all([Tag(name="a", meaning="secret"), Tag(name="b", meaning="other")])
         session.commit()
         assert {entry.id for entry in index.scan(None, 10)} == {'tag["a"]', 'tag["b"]'}
-        memory.erase(session, Tag, "a")
+        app.memory.erase(session, Tag, "a")
         session.commit()
         assert {entry.id for entry in index.scan(None, 10)} == {'tag["b"]'}
-    memory.close()
+    app.memory.close()
 
 
 def test_an_in_memory_database_is_purged_of_its_index_only() -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from sqlalchemy import Engine, delete, event, func, select, text, update
-from sqlalchemy.orm import sessionmaker
 
 from memstate_sa import DeliveryError, Memory, MemstateError
 from memstate_sa.db.tables import embedding
@@ -18,7 +17,7 @@ from memstate_sa.embedding import cache
 from memstate_sa.indexes import InMemoryIndex, VectorIndex
 from memstate_sa.relay.retry import RetryPolicy
 from memstate_sa.testing import FlakyIndex, HashEmbedder
-from tests.support import Base, Tag, assert_index_holds, connections_of_this_thread
+from tests.support import Tag, apps, assert_index_holds, connections_of_this_thread
 
 
 class Counting(HashEmbedder):
@@ -39,21 +38,14 @@ class Counting(HashEmbedder):
         return super().embed([text])[0]
 
 
-class App:
+class App(apps.App):
     """One process of an application: a Memory of its own on a database that others may have used before."""
 
     def __init__(
         self, engine: Engine, *, embedder: Counting | None = None, index: VectorIndex | None = None, **options: Any
     ) -> None:
-        self.engine = engine
-        self.embedder = embedder or Counting()
-        self.index = index or InMemoryIndex()
-        self.memory = Memory(self.index, embedder=self.embedder, **options)
-        self.memory.track(Tag, text="meaning", metadata=("name",))
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        tracking = {"text": "meaning", "metadata": ("name",)}
+        super().__init__(engine, Tag, index=index, embedder=embedder or Counting(), memory=options, **tracking)
         self.relay = self.memory.relay(engine, policy=RetryPolicy(delay_s=0.001))
 
     def say(self, **meanings: str | None) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from sqlalchemy import Engine, func, insert, or_, select, text
-from sqlalchemy.orm import joinedload, sessionmaker
+from sqlalchemy.orm import joinedload
 
 from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Memory, MemstateError
 from memstate_sa.indexes import InMemoryIndex, Match, Point
@@ -19,7 +19,8 @@ from memstate_sa.search.hits import cosine_distance
 from memstate_sa.search.overlay import OVERLAY_LIMIT
 from memstate_sa.search.pushdown import push_down
 from memstate_sa.testing import HashEmbedder
-from tests.support import Base, Note, Person, Tag, World, explore, sizes
+from tests.support import Note, Person, Tag, World, explore, sizes
+from tests.support.apps import App, make_app
 
 pytestmark = pytest.mark.sa20
 
@@ -234,28 +235,21 @@ def test_other_entities_do_not_crowd_out(meddled: World, index: Meddling) -> Non
     assert [query["where"] for query in index.queries] == [None, {"memstate_entity": {"$eq": "person"}}]
 
 
-def alone(engine: Engine, index: Meddling) -> tuple[Memory, Any]:
-    """A Memory of people only, which are in the index, and its Sessions."""
-    memory = Memory(index, embedder=HashEmbedder())
-    memory.track(Person, text="about", metadata=("name",))
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
-        session.add_all([Person(name="p", about=words) for words in WORDS])
-        session.commit()
-    memory.relay(engine).drain()
-    return memory, sessions
+def alone(engine: Engine, index: Meddling) -> App:
+    """An application of people only, which are in the index."""
+    app = make_app(engine, Person, index=index, text="about", metadata=("name",))
+    app.write(*(Person(name="p", about=words) for words in WORDS))
+    app.memory.relay(engine).drain()
+    return app
 
 
 def test_foreign_points_do_not_crowd_out(engine: Engine, index: Meddling) -> None:
     """Points that nobody tracks are all nearer: the few rows there are are asked for by name."""
-    memory, sessions = alone(engine, index)
-    vector = memory.embedder.embed(["tea"])[0]
+    app = alone(engine, index)
+    vector = app.memory.embedder.embed(["tea"])[0]
     index.upsert([Point(f"other[{n}]", vector, "f") for n in range(200)])
-    with sessions() as session:
-        hits = memory.search(session, "tea", Person)
+    with app.session() as session:
+        hits = app.memory.search(session, "tea", Person)
         assert len(hits) == 5
         assert {hit.fact.about for hit in hits} <= set(WORDS)
     assert [query["ids"] and set(query["ids"]) for query in index.queries] == [
@@ -266,8 +260,8 @@ def test_foreign_points_do_not_crowd_out(engine: Engine, index: Meddling) -> Non
 
 def test_points_carry_their_entity_from_the_second_one_on(engine: Engine, index: Meddling) -> None:
     """What an index held before is written again, and embedded no second time."""
-    memory, _ = alone(engine, index)
-    vector = memory.embedder.embed(["tea"])[0]
+    app = alone(engine, index)
+    vector = app.memory.embedder.embed(["tea"])[0]
     person = {"memstate_entity": {"$eq": "person"}}
     assert index.query(vector, 50, where=person) == []
 

@@ -16,16 +16,14 @@ from uuid import UUID, uuid4
 import pytest
 import sqlalchemy as sa
 from hypothesis import strategies as st
-from sqlalchemy import Engine, ForeignKey, create_engine, event, func, insert, select, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy import Engine, ForeignKey, create_engine, func, insert, select, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from memstate_sa import ConflictError, Memory, MemstateError, sqlite
 from memstate_sa.db.tables import log, outbox, transaction, unique
-from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.log.changes import replay
 from memstate_sa.maintenance import export_import
-from memstate_sa.testing import HashEmbedder
 from tests.support import PATIENCE_S, Note, Person, Tag, World, explore, sizes
+from tests.support.apps import App, make_app
 from tests.support.programs import STEPS, Play, programs, small, wipe
 
 pytestmark = pytest.mark.sa20
@@ -59,7 +57,7 @@ def history(memory: Memory, session: Session, *models: type[Any]) -> list[Any]:
 
 def state(world: World) -> tuple[Any, ...]:
     with world.session() as session:
-        return history(world.memory, session, *MODELS), [world.rows(session, model) for model in MODELS]
+        return history(world.memory, session, *MODELS), [world.rows(model, session) for model in MODELS]
 
 
 def empty(world: World) -> None:
@@ -494,33 +492,13 @@ class Leaf(Node):
     __mapper_args__ = {"polymorphic_identity": "leaf"}  # noqa: RUF012
 
 
-class Application:
+class Application(App):
     def __init__(self, engine: Engine, **tracking: dict[str, Any]) -> None:
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", lambda dbapi, record: dbapi.cursor().execute("PRAGMA foreign_keys = ON"))
-        self.engine, self.index = engine, InMemoryIndex()
-        self.memory = Memory(self.index, embedder=HashEmbedder())
-        for model in (Goal, Player, Team, Kinds, Node):
-            self.memory.track(model, text="text", **tracking.get(model.__tablename__, {}))
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Own.metadata.create_all(engine)
-        self.memory.create_tables(engine)
-
-    def write(self, *rows: Any) -> None:
-        with self.sessions() as session:
-            session.add_all(rows)
-            session.commit()
+        super().__init__(engine, Goal, Player, Team, Kinds, Node, tracking=tracking, foreign_keys=True)
 
     def check(self) -> None:
         """replay(log) == tables, by the values that the ORM loads; the index follows."""
-        with self.sessions() as session:
-            for model in (Goal, Player, Team, Kinds):
-                table: Any = model.__table__
-                rows = {row[0]: dict(row._mapping) for row in session.execute(select(table))}
-                assert {
-                    key: dict(image) for (_, key), image in replay(self.memory.history(session, model)).items()
-                } == rows
+        self.assert_log_is_truth(Goal, Player, Team, Kinds)
         self.memory.relay(self.engine).drain()
         assert self.memory.verify(self.engine).clean
         assert self.memory.doctor(self.engine).healthy
@@ -577,31 +555,19 @@ def test_keys_of_a_sequence_of_ones_own(second: Engine, engine: Engine) -> None:
         __tablename__ = "seat"
         id: Mapped[int] = mapped_column(sa.Sequence("gone"), primary_key=True, autoincrement=False)
 
-    made: list[tuple[Memory, Any, Engine]] = []
-    for where in (second, engine):
-        memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        for model in (Ticket, Coupon, Seat):
-            memory.track(model, text=None)
-        sessions = sessionmaker(where)
-        memory.attach(sessions)
-        Local.metadata.create_all(where)
-        memory.create_tables(where)
-        made.append((memory, sessions, where))
-    (source, sessions, _), (target, others, _) = made
-    with sessions() as session:
-        session.add_all(model(id=n) for model in (Ticket, Coupon, Seat) for n in (1, 2, 7))
-        session.commit()
+    models = (Ticket, Coupon, Seat)
+    source, target = make_app(second, *models, text=None), make_app(engine, *models, text=None)
+    source.write(*(model(id=n) for model in models for n in (1, 2, 7)))
     if engine.dialect.name == "postgresql":
         with engine.begin() as connection:
             connection.execute(text("DROP SEQUENCE gone"))
-    take_in(target, engine, export(source, second))
-    with others() as session:
-        session.add_all([Ticket(), Coupon()])
-        session.commit()
+    take_in(target.memory, engine, export(source.memory, second))
+    target.write(Ticket(), Coupon())
+    with target.session() as session:
         for model in (Ticket, Coupon):
             assert set(session.scalars(select(model.id))) == {1, 2, 7, 8}
-    for memory, _, _ in made:
-        memory.close()
+    for app in (source, target):
+        app.memory.close()
 
 
 @pytest.mark.each_value_once
@@ -722,7 +688,7 @@ def test_history_of_an_older_shape_is_taken_in(second: Engine, engine: Engine) -
     source = Application(second)
     source.write(Team(id=1, text="old"))
     upgraded = {"version": 2, "upgrade": {1: lambda row: {**row, "text": row["text"] + "!"}}}
-    target = Application(engine, team=upgraded)
+    target = Application(engine, Team=upgraded)
     take_in(target.memory, engine, export(source.memory, second))
     target.check()
     with target.sessions() as session:
@@ -732,8 +698,8 @@ def test_history_of_an_older_shape_is_taken_in(second: Engine, engine: Engine) -
 
 def test_unique_values_are_kept(second: Engine, engine: Engine) -> None:
     """By the same table as before."""
-    source = Application(second, team={"unique_by": ("text",)})
-    target = Application(engine, team={"unique_by": ("text",)})
+    source = Application(second, Team={"unique_by": ("text",)})
+    target = Application(engine, Team={"unique_by": ("text",)})
     source.write(Team(id=1, text="only one"))
     take_in(target.memory, engine, export(source.memory, second))
     with engine.connect() as connection:

@@ -11,6 +11,7 @@ from memstate_sa.db.tables import log
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from tests.support import Note, Person, Tag, World
+from tests.support.apps import enforce_foreign_keys, make_app
 from tests.support.statements import statements
 from tests.support.tags import say, tags
 
@@ -150,11 +151,7 @@ def test_a_later_change_by_someone_else_is_a_conflict(world: World) -> None:
 
 def test_parents_come_back_before_children_and_go_after_them(world: World) -> None:
     """Foreign keys hold at every statement of an undo."""
-    if world.engine.dialect.name == "sqlite":
-        from sqlalchemy import event
-
-        event.listen(world.engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA foreign_keys = ON"))
-        world.engine.dispose()
+    enforce_foreign_keys(world.engine)
     with world.session() as session:
         session.add(Person(name="p", about="tea", notes=[Note(topic="t", number=n, content=f"n{n}") for n in (1, 2)]))
         session.commit()
@@ -248,13 +245,8 @@ class Tree(Base):
 
 def test_self_references_versions_and_onupdate(engine: Engine) -> None:
     """Parents first within a table; the version counter moves on; onupdate does not overwrite what is restored."""
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Tree, text="label")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session, sessions() as stale:
+    app = make_app(engine, Tree, text="label")
+    with app.session() as session, app.session() as stale:
         session.add_all([Tree(id=3, label="root"), Tree(id=2, parent_id=3, label="twig")])
         session.flush()
         session.add(Tree(id=1, parent_id=2, label="leaf"))
@@ -267,20 +259,20 @@ def test_self_references_versions_and_onupdate(engine: Engine) -> None:
             session.delete(session.get_one(Tree, id_))
             session.flush()
         session.commit()
-        memory.rollback(session)
+        app.memory.rollback(session)
         session.commit()
         assert dict(session.execute(select(Tree.id, Tree.parent_id)).all()) == {1: 2, 2: 3, 3: None}
         session.get_one(Tree, 1).label = "renamed"
         session.commit()
         assert session.execute(select(Tree.version, Tree.touched).where(Tree.id == 1)).one() == (2, 99)
-        memory.rollback(session)
+        app.memory.rollback(session)
         session.commit()
         row = session.execute(select(Tree.label, Tree.version, Tree.touched).where(Tree.id == 1)).one()
         assert row == ("leaf", 3, 0)
-        assert memory.history(session, Tree, 1)[-1].after["version"] == 3  # type: ignore[index]
-        relay = memory.relay(engine)
+        assert app.memory.history(session, Tree, 1)[-1].after["version"] == 3  # type: ignore[index]
+        relay = app.memory.relay(engine)
         relay.drain()
-        assert memory.verify(engine).clean
+        assert app.memory.verify(engine).clean
         assert session.scalar(select(func.count()).select_from(Tree)) == 3
 
 
