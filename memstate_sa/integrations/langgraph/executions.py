@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
@@ -47,7 +47,7 @@ class Execution(Life):
         # The scratchpad is made anew whenever a task is.
         run, number = conf.get("__pregel_scratchpad"), getattr(info, "node_attempt", 1)
         self.task = Task(at, str(conf["__pregel_task_id"]), run, number, str(conf.get("checkpoint_ns", "")))
-        self._future: weakref.ref[Any] | None = None
+        self._future: Callable[[], Any] | None = None
 
     @property
     def saves_nothing(self) -> bool:
@@ -109,15 +109,22 @@ class Execution(Life):
             manager.add_handler(_NextAttempt(self.task.path, partial(steps.drop, task)), inherit=False)
         if (future := self._known_future()) is not None:
             future.add_done_callback(partial(_future_ends, steps, task, self.task.at.ns))
+        elif (futures := self._futures()) is not None:
+            _Endings.of(futures).listen(self.task.id, partial(self._ends_unseen, steps, task))
         self.of.stack.push(partial(self._graph_ends, steps, task))
 
     def _known_future(self) -> Any:
-        """What LangGraph waits for. None: it runs the task itself, as there is no other."""
+        """What LangGraph waits for. None: it runs the task itself, as there is no other, or has not stored it yet."""
         futures, task = self._futures(), self._task()
         if self._future is None and futures is not None:
             found = next((future for future, of in list(futures.items()) if of is task), None)
             self._future = None if found is None else weakref.ref(found)
         return None if self._future is None else self._future()
+
+    def _ends_unseen(self, steps: Steps, task: Task, future: Any) -> None:
+        """Keep the *future* of a task that had none when its step began. LangGraph drops it before the graph ends."""
+        self._future = lambda: future
+        _future_ends(steps, task, self.task.at.ns, future)
 
     def _graph_ends(self, steps: Steps, task: Task, _: Any, error: BaseException | None, __: Any) -> None:
         """What LangGraph has not saved by now, and will not, is lost, or the parent's."""
@@ -145,6 +152,42 @@ class Execution(Life):
         graph, task = self.of, self.task
         saved = {task_id for task_id, *_ in graph.checkpoint_pending_writes}
         return graph.checkpoint["id"] != task.at.id or task.id in saved
+
+
+class _Endings:
+    """A replacement for the callback that LangGraph calls when a task has ended. It calls our listeners, too.
+
+    LangGraph starts a task's thread before it stores the task's future. A step that begins in between finds no future.
+    """
+
+    def __init__(self, callback: Callable[[], Callable[[Any, BaseException | None], None] | None]) -> None:
+        self._callback = callback
+        self._listeners: dict[str, list[Callable[[Future[None]], None]]] = {}
+
+    @classmethod
+    def of(cls, futures: Any) -> _Endings:
+        """The replacement in *futures*. Several threads may ask for it at once, and get the same one."""
+        endings: _Endings = vars(futures).setdefault("memstate_endings", cls(futures.callback))
+        futures.callback = endings
+        return endings
+
+    def listen(self, task_id: str, listener: Callable[[Future[None]], None]) -> None:
+        self._listeners.setdefault(task_id, []).append(listener)
+
+    def __call__(self) -> Callable[[Any, BaseException | None], None]:
+        """The callback. LangGraph keeps a weak reference to it, and calls that first."""
+        return self._on_end
+
+    def _on_end(self, task: Any, error: BaseException | None) -> None:
+        if (callback := self._callback()) is not None:
+            callback(task, error)
+        future: Future[None] = Future()
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+        for listener in self._listeners.pop(task.id, ()):
+            listener(future)
 
 
 class _NextAttempt(BaseCallbackHandler):

@@ -345,6 +345,8 @@ class MemStateStore(BaseStore):
         old = {id_ for id_, rows in there.items() if rows[0].expires_at is not None and rows[0].expires_at <= now}
         gone = old - item_rows.living(connection, old, now) if old else old
         kept = {item for item in kept if item.id not in puts}  # which has another end now, or none
+        changes: list[tuple[ItemRow, dict[str, Any]]] = []
+        surplus: list[ItemRow] = []
         for id_, put in sorted(puts.items()):
             rows = there.get(id_, [])
             is_new = not rows or id_ in gone
@@ -354,17 +356,26 @@ class MemStateStore(BaseStore):
                     kept.add(Kept(id_, rows[0].updated_at, expires_at))
                 continue
             created_at = now if is_new else rows[0].created_at
+            times = {"created_at": created_at, "updated_at": now, "expires_at": expires_at}
             for n, words in enumerate(put.texts):
-                if n == len(rows):
-                    rows.append(ItemRow(id=item_rows.row_id(id_, n), item=id_, n=n, scope=put.scope, key=put.key))
-                    session.add(rows[n])
-                row = rows[n]
-                row.text, row.created_at, row.updated_at, row.expires_at = words, created_at, now, expires_at
-                if n == 0:
-                    row.value = put.value
-                    flag_modified(row, "value")  # True and 1 are equal in Python, not in JSON
-            for row in rows[len(put.texts) :]:
-                session.delete(row)
+                values = {"text": words, **times} | ({"value": put.value} if n == 0 else {})
+                if n < len(rows):
+                    changes.append((rows[n], values))
+                else:
+                    new = ItemRow(id=item_rows.row_id(id_, n), item=id_, n=n, scope=put.scope, key=put.key, **values)
+                    session.add(new)
+            surplus += rows[len(put.texts) :]
+        # A flush changes rows before it adds others. Another batch that adds a row which we have changed waits for us,
+        # and we might wait for a row that it has added. It does not wait for a row that we have only locked: it fails
+        # at once, and tries again.
+        session.flush()
+        for row, values in changes:
+            for name, value in values.items():
+                setattr(row, name, value)
+            if "value" in values:
+                flag_modified(row, "value")  # True and 1 are equal in Python, not in JSON
+        for row in surplus:
+            session.delete(row)
         session.flush()
         item_rows.keep_without_waiting(connection, kept)  # last, by everyone
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import operator
 import threading
+from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event, select, text
 
 pytest.importorskip("langgraph.graph")
 
+from langgraph.graph import START, StateGraph
+from langgraph.pregel._runner import FuturesDict
+from langgraph.store.base import PutOp
+from langgraph.types import Command
+
 from memstate_sa import MemstateError
-from memstate_sa.integrations.langgraph import MemStateStore
+from memstate_sa.integrations.langgraph import MemStateCheckpointer, MemStateStore
 from memstate_sa.integrations.langgraph.checkpoint_rows import Place
+from memstate_sa.integrations.langgraph.item_rows import item_id
 from memstate_sa.integrations.langgraph.node_transactions import Life, Steps, Task
 from tests.support import Tag, World, in_threads
+from tests.support.shelf import NOTES, Shelf
 
 RUN = threading.Event()  # an object
 TASK = Task(Place("t", "", "1"), "task", RUN, 1)
@@ -147,3 +156,119 @@ def test_a_sweeper_that_is_started_as_another_ends(engine: Engine) -> None:
     assert len(sweeps) > count + 1
     assert store.stop_ttl_sweeper(timeout=30)
     assert second.result(timeout=30) is None
+
+
+class State(TypedDict):
+    trail: Annotated[list[str], operator.add]
+
+
+def test_steps_that_begin_before_langgraph_stores_their_futures(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LangGraph starts a thread first, and then stores its future. A step may begin before that.
+
+    Both nodes leave by a Command, and one Command counts. With one writer, the second step is refused at once.
+    """
+    saver = MemStateCheckpointer(world.engine, memory=world.memory)
+    saver.setup()
+    has_begun: dict[str, threading.Event] = defaultdict(threading.Event)
+    set_item, begin_step = FuturesDict.__setitem__, saver._steps.begin
+
+    def begin(task: Task, *given: Any) -> Any:
+        step = begin_step(task, *given)
+        has_begun[task.id].set()
+        return step
+
+    def store_late(self: Any, future: Any, task: Any) -> None:
+        if task is not None:
+            assert has_begun[task.id].wait(30)
+        set_item(self, future, task)
+
+    monkeypatch.setattr(saver._steps, "begin", begin)
+    monkeypatch.setattr(FuturesDict, "__setitem__", store_late)
+
+    def write(name: str, result: Any) -> Any:
+        def node(state: State) -> Any:
+            with saver.step() as session:
+                session.add(Tag(name=name))
+            return result
+
+        return node
+
+    inner = StateGraph(State)
+    for name in ("x", "y"):
+        leave = Command(goto="bob", graph=Command.PARENT, update={"trail": [name]})
+        inner.add_node(name, write(name, leave)).add_edge(START, name)
+    outer = StateGraph(State).add_node("alice", inner.compile(), destinations=("bob",)).add_edge(START, "alice")
+    graph = outer.add_node("bob", write("bob", {"trail": ["bob"]})).compile(checkpointer=saver)
+    trail: list[str] = []
+    refusal = "left the graph by a Command" if world.engine.dialect.name == "sqlite" else "nothing"
+    try:
+        trail = graph.invoke({"trail": []}, {"configurable": {"thread_id": "t"}})["trail"]
+    except MemstateError as error:
+        if refusal not in str(error):
+            raise
+    with world.session() as session:
+        assert sorted(session.scalars(select(Tag.name))) == sorted(trail)
+    assert len(has_begun) >= 2
+    saver.close()
+
+
+_WAITING = text(
+    "SELECT EXISTS (SELECT 1 FROM pg_stat_activity WHERE datname = current_database() "
+    "AND cardinality(pg_blocking_pids(pid)) > 0)"
+)
+
+
+def test_a_batch_that_adds_what_another_changes(engine: Engine) -> None:
+    """The first batch finds neither item, and adds both. A third writer adds one, and the second batch changes that.
+
+    The second batch also adds the other item. It must do that before its change, or each waits for the other.
+    """
+    if engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has one writer")
+    shelf = Shelf(engine)
+    before, after = sorted(["a", "b"], key=lambda key: item_id(NOTES, key))
+    has_read, has_written = threading.Event(), threading.Event()
+    writes: dict[str, list[str]] = defaultdict(list)
+
+    def wait_until_one_waits() -> None:
+        with engine.connect() as connection:
+            for _ in range(3000):
+                if connection.scalar(_WAITING):
+                    return
+                threading.Event().wait(0.01)
+        raise AssertionError("nobody waits for this transaction")
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def pause(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if not statement.startswith(("INSERT INTO memstate_item ", "UPDATE memstate_item ")):
+            return
+        thread = threading.current_thread().name
+        writes[thread].append(statement.split(maxsplit=1)[0])
+        if thread == "first" and len(writes[thread]) == 1:
+            has_read.set()
+            assert has_written.wait(30)
+        if thread == "second" and len(writes[thread]) == 2:
+            has_written.set()
+            wait_until_one_waits()
+
+    errors: list[BaseException] = []
+
+    def put_both(by: str) -> None:
+        try:
+            shelf.store.batch([PutOp(NOTES, key, {"by": by}) for key in (before, after)])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=put_both, args=(name,), name=name) for name in ("first", "second")]
+    threads[0].start()
+    assert has_read.wait(30)
+    shelf.store.put(NOTES, after, {"by": "third"})
+    threads[1].start()
+    for thread in threads:
+        thread.join(60)
+    event.remove(engine, "before_cursor_execute", pause)
+    assert errors == []
+    assert sorted(writes["second"]) == ["INSERT", "UPDATE"]
+    assert shelf.values() == {"a": {"by": "first"}, "b": {"by": "first"}}
+    shelf.assert_in_step()
+    shelf.memory.close()
