@@ -16,7 +16,7 @@ _UNAVAILABLE = (OperationalError, InterfaceError, DeliveryRetryable)
 """What fails one call so fails all of them: there is no point in trying each."""
 
 
-class _Call(NamedTuple):
+class _StoreCall(NamedTuple):
     ops: Sequence[Any]
     outcome: asyncio.Future[list[Any]]
 
@@ -28,7 +28,7 @@ class Gathering:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[Hashable, list[_Call]] = {}
+        self._waiting: dict[Hashable, list[_StoreCall]] = {}
         self._sent: set[asyncio.Task[None]] = set()
 
     async def call(self, batch: Batch, ops: Sequence[Any], together: Hashable) -> list[Any]:
@@ -39,7 +39,7 @@ class Gathering:
         if key not in self._waiting:
             self._waiting[key] = []
             loop.call_soon(self._send, loop, batch, key)  # after all coroutines that are ready to go on
-        self._waiting[key].append(_Call(ops, outcome))
+        self._waiting[key].append(_StoreCall(ops, outcome))
         return await outcome
 
     def _send(self, loop: asyncio.AbstractEventLoop, batch: Batch, key: Hashable) -> None:
@@ -49,7 +49,7 @@ class Gathering:
             self._sent.add(task)
             task.add_done_callback(self._sent.discard)
 
-    async def _run(self, batch: Batch, calls: Sequence[_Call]) -> None:
+    async def _run(self, batch: Batch, calls: Sequence[_StoreCall]) -> None:
         try:
             found = await asyncio.to_thread(_outcomes, batch, calls)
         except BaseException:  # the loop is ending
@@ -65,7 +65,7 @@ class Gathering:
                 call.outcome.set_result(result)
 
 
-def _outcomes(batch: Batch, calls: Sequence[_Call]) -> list[list[Any] | Exception]:
+def _outcomes(batch: Batch, calls: Sequence[_StoreCall]) -> list[list[Any] | Exception]:
     """What each call returns or raises. A batch that fails has written nothing, so its halves can be made again."""
     try:
         results = iter(batch([op for call in calls for op in call.ops]))

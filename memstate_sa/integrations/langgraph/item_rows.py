@@ -212,7 +212,7 @@ def living(connection: Connection, ids: Iterable[str], now: datetime) -> set[str
     return {row.id for row in connection.execute(living_of_ids, {"ids": as_array(ids), "now": now})}
 
 
-class Kept(NamedTuple):
+class KeptItem(NamedTuple):
     """An item as it was put at a time, which lives until another time at least."""
 
     id: str
@@ -220,7 +220,7 @@ class Kept(NamedTuple):
     until: datetime
 
 
-class Swept(Exception):
+class ItemSwept(Exception):
     """Items that were read were deleted before they could be kept: they are to be read again."""
 
 
@@ -229,7 +229,7 @@ _held = _there.with_for_update(read=True, key_share=True)
 _held_without_waiting = _there.with_for_update(read=True, key_share=True, skip_locked=True)
 
 
-def keep(connection: Connection, items: Collection[Kept]) -> None:
+def keep(connection: Connection, items: Collection[KeptItem]) -> None:
     """Have *items* live longer. Raises Swept, and keeps none, where one is not there any more."""
     if items:
         take_write_lock(connection)
@@ -237,7 +237,7 @@ def keep(connection: Connection, items: Collection[Kept]) -> None:
         _keep(connection, items, set(connection.scalars(_held, given)))
 
 
-def keep_without_waiting(connection: Connection, items: Collection[Kept]) -> None:
+def keep_without_waiting(connection: Connection, items: Collection[KeptItem]) -> None:
     """`keep`, for a transaction that has written: those who are deleting an item may be waiting for it."""
     if items:
         given = {"ids": as_array({item.id for item in items})}
@@ -245,9 +245,9 @@ def keep_without_waiting(connection: Connection, items: Collection[Kept]) -> Non
         _keep(connection, items, held | set(connection.scalars(_there, given)))
 
 
-def _keep(connection: Connection, items: Collection[Kept], there: set[str]) -> None:
+def _keep(connection: Connection, items: Collection[KeptItem], there: set[str]) -> None:
     if any(item.id not in there for item in items):
-        raise Swept
+        raise ItemSwept
     new = upsert(connection.dialect.name, kept)
     later = new.excluded.until
     new = new.on_conflict_do_update(index_elements=["id", "of"], set_={"until": later}, where=later > kept.c.until)

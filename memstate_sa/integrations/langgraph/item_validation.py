@@ -27,7 +27,7 @@ class InvalidItem(MemstateError, ValueError):
     """This is no item, or no search for one; nothing was written."""
 
 
-class Put:
+class ItemPut:
     """A PutOp that has been looked at: its value is JSON that both databases hold."""
 
     def __init__(self, op: PutOp, fields: Sequence[str] | None) -> None:

@@ -30,7 +30,8 @@ from memstate_sa.db.tables import utcnow
 from memstate_sa.errors import ConflictError, MemstateError, MissingExtra, NotFound
 from memstate_sa.integrations.langgraph import item_rows
 from memstate_sa.integrations.langgraph.gathering import Gathering
-from memstate_sa.integrations.langgraph.item_rows import ItemRow, Kept, Swept
+from memstate_sa.integrations.langgraph.item_rows import ItemRow, ItemSwept, KeptItem
+from memstate_sa.integrations.langgraph.sync_engines import sync_engine
 from memstate_sa.integrations.langgraph.thread_ids import as_text, configured
 from memstate_sa.log.changes import Change
 from memstate_sa.log.history import Moment
@@ -58,7 +59,7 @@ try:
 
     from memstate_sa.integrations.langgraph.item_validation import (
         InvalidItem,
-        Put,
+        ItemPut,
         end_of,
         fields_of,
         item_id,
@@ -114,8 +115,6 @@ class MemStateStore(BaseStore):
         index: IndexConfig | Literal[False] | None = None,
         ttl: TTLConfig | None = None,
     ) -> None:
-        from memstate_sa.integrations.langgraph.checkpointer import sync_engine
-
         found = where.memory if isinstance(where, MemoryStore) else memory
         if found is None:
             raise MemstateError("items are facts: give a MemoryStore, or memory=")
@@ -162,13 +161,16 @@ class MemStateStore(BaseStore):
         ops = list(ops)
         for op in ops:
             validate_op_namespace(op)
-        puts = {put.id: put for put in (Put(op, self._fields) for op in ops if isinstance(op, PutOp))}
+        puts = {put.id: put for put in (ItemPut(op, self._fields) for op in ops if isinstance(op, PutOp))}
         if puts and self._moment is not None:
             raise MemstateError("the past is read-only: put into the store itself")
         for _attempt in range(_ATTEMPTS):
             try:
                 return self._read_and_write(ops, puts) if puts else self._read_and_keep(ops)
-            except (IntegrityError, Swept):  # another writer was first to put one of these, or a sweep to delete one
+            except (
+                IntegrityError,
+                ItemSwept,
+            ):  # another writer was first to put one of these, or a sweep to delete one
                 continue
         raise ConflictError("others keep putting and deleting these items; try again")
 
@@ -180,7 +182,7 @@ class MemStateStore(BaseStore):
                 item_rows.keep(session.connection(), read)
         return results
 
-    def _read_and_write(self, ops: Sequence[Op], puts: Mapping[str, Put]) -> list[Result]:
+    def _read_and_write(self, ops: Sequence[Op], puts: Mapping[str, ItemPut]) -> list[Result]:
         with self._labelled() as session:
             results, read = self._read(session, ops)
             self._write(session, puts, read)
@@ -226,13 +228,13 @@ class MemStateStore(BaseStore):
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def _read(self, session: Session, ops: Sequence[Op]) -> tuple[list[Result], set[Kept]]:
+    def _read(self, session: Session, ops: Sequence[Op]) -> tuple[list[Result], set[KeptItem]]:
         """The results, and until when what was read is to be kept."""
         now = self._now()
         gets = {item_id(op.namespace, op.key) for op in ops if isinstance(op, GetOp)}
         got = self._of_ids(session, gets, now) if gets else {}
         results: list[Result] = []
-        kept: set[Kept] = set()
+        kept: set[KeptItem] = set()
         for op in ops:
             found: list[Row[Any]] = []
             if isinstance(op, GetOp):
@@ -251,7 +253,7 @@ class MemStateStore(BaseStore):
                 raise InvalidItem(f"not an operation of a store: {type(op).__name__}")
             if self._moment is None and getattr(op, "refresh_ttl", False):
                 mortal = (row for row in found if row.expires_at is not None)
-                kept.update(Kept(row.id, row.updated_at, now + (row.expires_at - row.updated_at)) for row in mortal)
+                kept.update(KeptItem(row.id, row.updated_at, now + (row.expires_at - row.updated_at)) for row in mortal)
         return results, kept
 
     def _alive(self, now: datetime) -> list[ColumnElement[bool]]:
@@ -335,7 +337,7 @@ class MemStateStore(BaseStore):
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def _write(self, session: Session, puts: Mapping[str, Put], kept: set[Kept]) -> None:
+    def _write(self, session: Session, puts: Mapping[str, ItemPut], kept: set[KeptItem]) -> None:
         connection = session.connection(bind_arguments={"mapper": inspect(ItemRow)})
         take_write_lock(connection)
         now = self._now()
@@ -351,7 +353,7 @@ class MemStateStore(BaseStore):
             expires_at = None if put.ttl is None else end_of(now, put.ttl)
             if put.value is not None and not is_new and put.is_same(rows):
                 if expires_at is not None:
-                    kept.add(Kept(id_, rows[0].updated_at, expires_at))
+                    kept.add(KeptItem(id_, rows[0].updated_at, expires_at))
                 continue
             created_at = now if is_new else rows[0].created_at
             for n, words in enumerate(put.texts):
