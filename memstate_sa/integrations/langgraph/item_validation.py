@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
@@ -15,7 +14,7 @@ from memstate_sa.db.tables import utcnow
 from memstate_sa.errors import MemstateError
 from memstate_sa.integrations.langgraph import item_rows
 from memstate_sa.integrations.langgraph.item_rows import ItemRow
-from memstate_sa.store import number_of
+from memstate_sa.tracking.payloads import canonical_text
 
 _MAX_SCOPE = 2000
 """It is a key of a B-tree, which on PostgreSQL takes about 2,700 bytes."""
@@ -57,7 +56,7 @@ class ItemPut:
         return (
             duration == (None if self.ttl is None else timedelta(minutes=self.ttl))
             and [row.text for row in rows] == self.texts
-            and _canonical(head.value) == _canonical(self.value)
+            and canonical_text(head.value) == canonical_text(self.value)
         )
 
 
@@ -127,11 +126,6 @@ def plain(value: Any, what: str, depth: int = 0) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(inner, what, depth + 1) for inner in value]
     raise InvalidItem(f"{what}: a {type(value).__name__} is no JSON")
-
-
-def _canonical(value: Any) -> str:
-    """Equal JSON as equal text: JSONB gives 1e16 back as an int, and names in another order."""
-    return json.dumps(json.loads(json.dumps(value), parse_float=number_of), sort_keys=True)
 
 
 def item_id(namespace: tuple[str, ...], key: Any) -> str:

@@ -8,9 +8,10 @@ from sqlalchemy.engine import URL, Engine
 from sqlalchemy.pool import QueuePool
 
 from memstate_sa.db import missing_tables
+from memstate_sa.db.engines import engine_of
 from memstate_sa.errors import MemstateError
 from memstate_sa.memory import Memory
-from memstate_sa.store import MemoryStore, engine_of
+from memstate_sa.store import MemoryStore
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
