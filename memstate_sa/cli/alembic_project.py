@@ -342,7 +342,7 @@ def _memories(source: str) -> list[str]:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Where the application's modules are, which can be imported now."""
+    """The folders of the application's modules. From now on these can be imported."""
     roots = [root for root in (folder, folder / "src") if root.is_dir()]
     for root in roots:
         if str(root) not in sys.path:

@@ -138,7 +138,7 @@ def revoke(
 ) -> None:
     """Take out all that one actor, session or transaction did, from among what others did, after showing it.
 
-    What others have built upon stays, and is told, with the changes that are in the way.
+    Changes that others have built upon stay. They are shown, with the changes that are in the way.
 
     \b
     memstate-sa revoke --session-id run-17

@@ -1,4 +1,4 @@
-"""The same agent memory twice: kept by hand, and with memstate_sa.
+"""An agent's memory, written twice: by hand, and with memstate_sa.
 
 Each is played by a process of its own (``python -m memstate_sa.demo.agent``), so that it can really be killed.
 """

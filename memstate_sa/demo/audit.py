@@ -21,7 +21,7 @@ class Drift(NamedTuple):
 
 
 def drift(engine: Engine, collection: Collection, embedder: Embedder) -> Drift:
-    """Which notes Chroma lacks, which it should no longer have, and whose vector is of another text or user."""
+    """The notes that Chroma lacks, that it should no longer have, and whose vector is of another text or user."""
     with Session(engine) as session:
         notes = {note.id: note for note in session.scalars(select(Note))}
     stored = collection.get(include=["embeddings", "metadatas"])
@@ -42,7 +42,7 @@ def drift(engine: Engine, collection: Collection, embedder: Embedder) -> Drift:
 
 
 def _note_id(point_id: str) -> str:
-    """By hand the note's id is the point's; memstate_sa puts the table before it: ``note["f1"]``."""
+    """The id of a point's note. By hand it is the point's; memstate_sa puts the table before it: ``note["f1"]``."""
     return str(json.loads(point_id.removeprefix("note"))[0]) if point_id.startswith("note[") else point_id
 
 

@@ -81,7 +81,7 @@ class FlakyIndex:
 
 
 class FlakyFencedIndex(FlakyIndex):
-    """The same around a `FencedIndex`."""
+    """A `FlakyIndex` around a `FencedIndex`."""
 
     inner: FencedIndex
     fences = True

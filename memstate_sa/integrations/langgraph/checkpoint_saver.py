@@ -50,7 +50,7 @@ T = TypeVar("T")
 AS_OF = "memstate_as_of"
 """The name, in a config, of the moment whose facts a run reads."""
 _RUNTIME = "__pregel_runtime"
-"""Where LangGraph keeps an object that is the same for all saves of one run."""
+"""The name, in a config, of an object that is the same for all saves of one run."""
 _PAGE = 50
 _THREADS = {"read": 8, "save": 16, "begin": 32, "step": 32, "settle": 16}
 """How many threads asyncio's calls have, for each kind of what they do."""
@@ -69,7 +69,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
         if engine.dialect.name != "sqlite":
             # For one statement, BEGIN and COMMIT are most of the time; on SQLite it would take longer to say so.
             self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
-            # Whatever the application's own: who comes too late is to see that, and not to fail for having come.
+            # Whatever the application's own level: a late writer must see what others committed, and not fail for it.
             self._read_committed = engine.execution_options(isolation_level="READ COMMITTED")
         sessions = sessionmaker(engine, expire_on_commit=False)
         if memory is not None:
@@ -79,7 +79,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
         forks.in_child(self, CheckpointSaver._make_threads)
 
     def _make_threads(self) -> None:
-        # Apart, as those of one kind may all wait for what those of another do.
+        # Each kind has its own: all threads of one kind may wait for what those of another do.
         self._threads = {kind: ThreadPoolExecutor(count, f"memstate-{kind}") for kind, count in _THREADS.items()}
 
     # -- saving ----------------------------------------------------------------------------------------------------
@@ -93,8 +93,8 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
     ) -> RunnableConfig:
         """Save a checkpoint, whose parent is the one that *config* names.
 
-        Where tasks of its step have something to commit with their writes, when they have. Raises StaleRun when another
-        run has taken over the thread.
+        It waits for the tasks of the superstep before it, until they have committed their writes. Raises StaleRun when
+        another run has taken over the thread.
         """
         conf = config["configurable"]
         key = CheckpointKey(*graph_of(config), checkpoint["id"])
@@ -156,33 +156,33 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
         conf = config["configurable"]
         key = CheckpointKey(*graph_of(config), str(conf["checkpoint_id"]))
         run = conf.get(_RUNTIME)
-        with self._steps.settle(key, task_id, run, commits=not _will_run_again(writes)) as step:
+        with self._steps.settle(key, task_id, run, commits=not _will_run_again(writes)) as step_connection:
             rows = encoded_writes(self.serde, writes, task_id, task_path)
             # What is written again replaces what was there only of errors, interrupts and answers.
             replace = all(channel in WRITES_IDX_MAP for channel, _ in writes)
-            if step is None:
+            if step_connection is None:
                 job = partial(self._put_writes, config, key, rows, replace=replace)
                 self._steps.save(key.thread_id, key.ns, run, job)
             else:
-                self._put_writes(config, key, rows, step, replace=replace)
+                self._put_writes(config, key, rows, step_connection, replace=replace)
 
     def _put_writes(
         self,
         config: RunnableConfig,
         key: CheckpointKey,
         rows: Sequence[TaskWrite],
-        step: Connection | None = None,
+        step_connection: Connection | None = None,
         *,
         replace: bool,
     ) -> None:
-        with self._writing(config, step) as connection:
+        with self._writing(config, step_connection) as connection:
             checkpoint_inserts.put_writes(connection, key, rows, replace=replace)
 
     @contextmanager
-    def _writing(self, config: RunnableConfig, step: Connection | None = None) -> Iterator[Connection]:
-        """A transaction, or that of a *step*; of one statement on PostgreSQL, unless a lease is to be renewed."""
+    def _writing(self, config: RunnableConfig, step_connection: Connection | None = None) -> Iterator[Connection]:
+        """A transaction, or that of a step. On PostgreSQL it is one statement, unless there is a lease to renew."""
         engine = self._read_committed if thread_leases.is_leased(config) else self._autocommit
-        with engine.begin() if step is None else nullcontext(step) as connection:
+        with engine.begin() if step_connection is None else nullcontext(step_connection) as connection:
             thread_leases.renew_configured(connection, config)
             yield connection
 
@@ -241,7 +241,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
     def get_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]
     ) -> Mapping[str, DeltaChannelHistory]:
-        """What was written to each of *channels* on the way to a checkpoint, since its last value was stored."""
+        """The writes to each of *channels* on the way to a checkpoint, since the channel's last value was stored."""
         if not channels:
             return {}
         return delta_history(self.engine, self.serde, graph_of(config), checkpoint_id_of(config), channels)
@@ -305,7 +305,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
         return f"{number + 1:08}.{random.getrandbits(48):012x}"
 
     # -- asyncio: the same, in threads -----------------------------------------------------------------------------
-    # Not in asyncio's own: nodes that are no coroutines run there, and wait for the saves.
+    # Not in asyncio's own threads: nodes that are no coroutines run there, and wait for the saves.
 
     async def _in_thread(self, kind: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         call = partial(copy_context().run, function, *args, **kwargs)
@@ -324,7 +324,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
     ) -> None:
         thread_id, ns = graph_of(config)
-        # What ends a step never waits behind what waits for one.
+        # A call that ends a step never waits behind calls that wait for one.
         if _will_run_again(writes) and self._steps.is_open(thread_id, task_id):
             await self._in_thread("settle", self._steps.roll_back, thread_id, task_id)
         ends_a_step = self._steps.is_open(thread_id, task_id) or self._steps.would_postpone(thread_id, ns)

@@ -47,7 +47,7 @@ class Execution(StepLifetime):
         super().__init__(graph)
         self.loop = keywords.get("loop")
         info = getattr(conf.get("__pregel_runtime"), "execution_info", None)
-        # The scratchpad is made anew whenever a task is.
+        # A new task has a new scratchpad.
         run, number = conf.get("__pregel_scratchpad"), getattr(info, "node_attempt", 1)
         self.task = Task(checkpoint, str(conf["__pregel_task_id"]), run, number, str(conf.get("checkpoint_ns", "")))
         self._future: weakref.ref[Any] | None = None
@@ -95,12 +95,12 @@ class Execution(StepLifetime):
 
     @property
     def limit(self) -> asyncio.Semaphore | None:
-        """By which a graph of coroutines runs at most ``max_concurrency`` of its nodes and saves at a time."""
+        """The semaphore of a graph of coroutines: ``max_concurrency`` of its nodes and saves run at a time."""
         return getattr(self.graph.submit.__self__, "semaphore", None)
 
     @property
     def executor(self) -> Any:
-        """What runs the functions of the graph: threads of its own, or, if it runs coroutines, of their event loop."""
+        """The threads of the graph's functions: its own, or, if it runs coroutines, those of their event loop."""
         return getattr(self.graph.submit.__self__, "executor", None) or getattr(self.loop, "_default_executor", None)
 
     # -- how it ends -----------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class _SaverCheckpoint(NamedTuple):
     checkpoint: dict[str, Any]
     metadata: dict[str, Any]
     values: dict[str, SerializedValue]
-    """Of the channels that are not in the checkpoint itself."""
+    """The values of the channels that are not in the checkpoint itself."""
     writes: list[TaskWrite]
 
 

@@ -113,7 +113,7 @@ def row_id(item: str, n: int) -> str:
 
 
 def item_id(namespace: Iterable[str], key: str) -> str:
-    """Of a fixed length, whatever the key's: it is in every table of ours, and in the index."""
+    """A digest of namespace and key. Its length is fixed: it is in every table of ours, and in the index."""
     # No label is empty, so the first two ends are where the namespace ends, whatever a key has in it.
     whole = _END.join(namespace) + _END + _END + key
     return hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

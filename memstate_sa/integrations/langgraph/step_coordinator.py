@@ -58,7 +58,7 @@ class StepCoordinator:
         self._saving: Counter[str] = Counter()  # saves that have begun, by thread
         self._postponed: Counter[tuple[str, str]] = Counter()  # checkpoints that are saved later, by thread and graph
         self._broken: dict[tuple[str, str], BaseException] = {}  # by thread and graph, for those who wait
-        # The same, and of which run: no checkpoint of that may be saved, whoever looks at the thread meanwhile.
+        # The same, and the run that failed: no checkpoint of it may be saved, even after another run has begun.
         self._lost: OrderedDict[tuple[str, str], tuple[BaseException, object]] = OrderedDict()
 
     def session(self) -> Session:
@@ -172,7 +172,7 @@ class StepCoordinator:
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
-        """Where one connection writes, saves wait for it here: there, each would keep another connection."""
+        """Have saves wait here where one connection writes: in the pool, each would keep another connection."""
         if self._room > 1:
             yield
             return
