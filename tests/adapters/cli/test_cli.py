@@ -20,7 +20,7 @@ from sqlalchemy import create_engine, insert, select, text, update
 from sqlalchemy.orm import sessionmaker
 
 from memstate_sa import __version__
-from memstate_sa.cli import alembic_project
+from memstate_sa.cli import opening
 from memstate_sa.db.tables import cursor, holder, parked, utcnow
 from tests.support.commands import ROOT, Application, app, bare, invoke
 
@@ -130,9 +130,9 @@ def test_a_database_that_is_not_there_is_not_made_by_being_looked_for(bare: Appl
 )
 def test_an_sqlite_file_has_many_urls(tmp_path: Path, url: str, named: bool) -> None:
     file = tmp_path / "a b.db"
-    assert alembic_project.unmade(url.format(file)) == (file if named else None)
+    assert opening.missing_file(url.format(file)) == (file if named else None)
     file.touch()
-    assert alembic_project.unmade(url.format(file)) is None
+    assert opening.missing_file(url.format(file)) is None
 
 
 def test_missing_tables_are_explained(bare: Application) -> None:

@@ -220,13 +220,13 @@ def test_delta_history_of_a_fork_is_its_own(chain: Chain) -> None:
 
 def test_a_long_way_to_the_seed(chain: Chain) -> None:
     """It is walked in stretches."""
-    from memstate_sa.integrations.langgraph import checkpoint_rows
+    from memstate_sa.integrations.langgraph import checkpoint_queries
 
     chain.add({"ch": _DeltaSnapshot([])})
-    for n in range(checkpoint_rows._CHAIN + 5):
+    for n in range(checkpoint_queries.CHAIN_LIMIT + 5):
         chain.add({}, ("ch", n))
     found = chain.saver.get_delta_channel_history(config=chain.head, channels=["ch"])["ch"]
-    assert [value for _, _, value in found["writes"]] == list(range(checkpoint_rows._CHAIN + 4))
+    assert [value for _, _, value in found["writes"]] == list(range(checkpoint_queries.CHAIN_LIMIT + 4))
     assert found["seed"].value == []
 
 

@@ -18,7 +18,7 @@ from langgraph.channels.delta import DeltaChannel
 from langgraph.graph import START, StateGraph
 
 from memstate_sa import ConflictError
-from memstate_sa.integrations.langgraph import MemStateCheckpointer, checkpoint_rows
+from memstate_sa.integrations.langgraph import MemStateCheckpointer, thread_rows
 from tests.support import WAITING_FOR_A_LOCK, Tag, World
 
 CONFIG: Any = {"configurable": {"thread_id": "t"}, "run_id": None}
@@ -125,7 +125,7 @@ def test_saving_and_deleting_wait_for_each_other(
         graph.invoke({"trail": ["more"]}, CONFIG)
         old = [state for state in graph.get_state_history(CONFIG) if state.next == ("b",)][-1]
         fork = threading.Thread(target=lambda: graph.update_state(old.config, {"trail": ["fixed"]}, as_node="a"))
-        lock, put, saving = checkpoint_rows.lock_threads, saver.put, threading.Event()
+        lock, put, saving = thread_rows.lock_threads, saver.put, threading.Event()
         deleter = threading.get_ident()
 
         def lock_and_let_in(connection: Any, threads: Any) -> None:
@@ -145,7 +145,7 @@ def test_saving_and_deleting_wait_for_each_other(
             return put(*args)
 
         saver.put = put_and_tell  # type: ignore[method-assign]
-        monkeypatch.setattr(checkpoint_rows, "lock_threads", lock_and_let_in)
+        monkeypatch.setattr(thread_rows, "lock_threads", lock_and_let_in)
         DELETIONS[deletion](saver)
         fork.join(60)
         values = graph.get_state(CONFIG).values

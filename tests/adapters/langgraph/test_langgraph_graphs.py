@@ -27,7 +27,8 @@ from langgraph.types import Command, RetryPolicy, Send, interrupt
 from memstate_sa import MemstateError
 from memstate_sa.db.tables import log, outbox
 from memstate_sa.integrations.langgraph import checkpoint_rows, tables
-from memstate_sa.integrations.langgraph.checkpointer import MemStateCheckpointer, storable
+from memstate_sa.integrations.langgraph.checkpoint_codec import storable
+from memstate_sa.integrations.langgraph.checkpointer import MemStateCheckpointer
 from tests.support import World
 
 

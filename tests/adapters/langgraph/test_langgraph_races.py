@@ -20,23 +20,24 @@ from langgraph.types import Command
 
 from memstate_sa import MemstateError
 from memstate_sa.integrations.langgraph import MemStateCheckpointer, MemStateStore
-from memstate_sa.integrations.langgraph.checkpoint_rows import Place
+from memstate_sa.integrations.langgraph.checkpoint_rows import CheckpointKey
 from memstate_sa.integrations.langgraph.item_rows import item_id
-from memstate_sa.integrations.langgraph.node_transactions import Life, Steps, Task
+from memstate_sa.integrations.langgraph.node_transactions import StepLifetime, Task
+from memstate_sa.integrations.langgraph.step_coordinator import StepCoordinator
 from tests.support import Tag, World, in_threads
 from tests.support.shelf import NOTES, Shelf
 
 RUN = threading.Event()  # an object
-TASK = Task(Place("t", "", "1"), "task", RUN, 1)
+TASK = Task(CheckpointKey("t", "", "1"), "task", RUN, 1)
 
 
 @pytest.fixture
-def steps(world: World) -> Steps:
-    return Steps(world.session, 20.0)
+def steps(world: World) -> StepCoordinator:
+    return StepCoordinator(world.session, 20.0)
 
 
-def begin(steps: Steps) -> None:
-    with steps.step(TASK, lambda _: True, Life(RUN)) as (session, _):
+def begin(steps: StepCoordinator) -> None:
+    with steps.step(TASK, lambda _: True, StepLifetime(RUN)) as (session, _):
         session.add(Tag(name="a"))
 
 
@@ -59,9 +60,9 @@ class Other(threading.Thread):
         self.was_over = not self.is_alive()
 
 
-def test_given_up_as_a_block_ends(world: World, steps: Steps) -> None:
+def test_given_up_as_a_block_ends(world: World, steps: StepCoordinator) -> None:
     """After the block has looked whether it is, and before it lets go of the lock: nobody closed the Session."""
-    step = steps.begin(TASK, lambda _: True, Life(RUN))
+    step = steps.begin(TASK, lambda _: True, StepLifetime(RUN))
     lock, given_up = step.lock, list[int]()
 
     class Lock:
@@ -80,14 +81,14 @@ def test_given_up_as_a_block_ends(world: World, steps: Steps) -> None:
     with step.block() as session:
         session.add(Tag(name="a"))
     assert given_up and not step.session.in_transaction()
-    assert step.turns is not None and step.turns.ask().done()
+    assert step.semaphore.request().done()
     with world.session() as session:
         session.add(Tag(name="a"))
         session.commit()
     world.assert_in_step()
 
 
-def test_a_checkpoint_while_a_task_begins_to_commit(steps: Steps) -> None:
+def test_a_checkpoint_while_a_task_begins_to_commit(steps: StepCoordinator) -> None:
     """It waits for it, all the time."""
     begin(steps)
     saving = Other(lambda: steps.wait_for_tasks("t", "", "1", RUN))
@@ -98,7 +99,7 @@ def test_a_checkpoint_while_a_task_begins_to_commit(steps: Steps) -> None:
             return super().__iadd__(others)
 
     steps._committing = Committing()
-    with steps.settle(TASK.at, "task", RUN, commits=True):
+    with steps.settle(TASK.checkpoint, "task", RUN, commits=True):
         assert not saving.was_over
         assert saving.is_alive()
     saving.join(30)
@@ -106,14 +107,14 @@ def test_a_checkpoint_while_a_task_begins_to_commit(steps: Steps) -> None:
 
 
 @pytest.mark.parametrize("saved", ["checkpoint", "writes"])
-def test_a_save_while_a_task_is_given_up(steps: Steps, saved: str) -> None:
+def test_a_save_while_a_task_is_given_up(steps: StepCoordinator, saved: str) -> None:
     """What it has written is rolled back, so nothing may be saved that comes after it."""
 
     def save() -> None:
         if saved == "checkpoint":
             steps.wait_for_tasks("t", "", "1", RUN)
         else:
-            with steps.settle(TASK.at, "task", RUN, commits=True):
+            with steps.settle(TASK.checkpoint, "task", RUN, commits=True):
                 pass
 
     begin(steps)

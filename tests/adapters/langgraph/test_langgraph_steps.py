@@ -26,10 +26,11 @@ from langgraph.types import Command, RetryPolicy, interrupt
 
 from memstate_sa import ConflictError, Fact, MemoryStore, MemstateError, sqlite
 from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.integrations.langgraph import MemStateCheckpointer, checkpoint_rows
-from memstate_sa.integrations.langgraph.checkpoint_rows import Place
+from memstate_sa.integrations.langgraph import MemStateCheckpointer, checkpoint_inserts
+from memstate_sa.integrations.langgraph.checkpoint_rows import CheckpointKey
 from memstate_sa.integrations.langgraph.fair_semaphore import FairSemaphore
-from memstate_sa.integrations.langgraph.node_transactions import Life, Steps, Task
+from memstate_sa.integrations.langgraph.node_transactions import StepLifetime, Task
+from memstate_sa.integrations.langgraph.step_coordinator import StepCoordinator
 from memstate_sa.testing import HashEmbedder
 from tests.support import Tag, World
 
@@ -375,7 +376,7 @@ async def test_who_waits_for_a_step_lets_go(crowded: Agent, cancelled: bool) -> 
     with pytest.raises((ValueError, asyncio.CancelledError)):
         await run
     await asyncio.to_thread(assert_nothing_is_left_open, crowded)
-    assert all(turns._asked == [] for turns in crowded.saver._steps._turns.values())
+    assert all(semaphore._permits == [] for semaphore in crowded.saver._steps._semaphores.values())
     assert crowded.tags() == ["x"]
     fails.clear()
     await graph.ainvoke(None, CONFIG)
@@ -386,18 +387,18 @@ async def test_a_node_that_waits_for_one_that_has_no_turn(crowded: Agent, monkey
     """Is told what is the matter, instead of waiting for ever."""
     begun: list[int] = []
     all_begun, done = threading.Event(), asyncio.Event()
-    turns, wait = 1 if crowded.world.engine.dialect.name == "sqlite" else 2, FairSemaphore.wait
+    limit, wait = 1 if crowded.world.engine.dialect.name == "sqlite" else 2, FairSemaphore.wait
 
-    async def impatiently(self: FairSemaphore, turn: Any, timeout_s: float) -> None:
-        if not turn.done():
+    async def impatiently(self: FairSemaphore, permit: Any, timeout_s: float) -> None:
+        if not permit.done():
             await asyncio.to_thread(all_begun.wait, 60)
-        await wait(self, turn, 0.1)
+        await wait(self, permit, 0.1)
 
     monkeypatch.setattr(FairSemaphore, "wait", impatiently)
 
     def begin(n: int) -> None:
         begun.append(n)
-        if len(begun) >= turns:
+        if len(begun) >= limit:
             all_begun.set()
 
     def node(n: int) -> Any:
@@ -414,7 +415,7 @@ async def test_a_node_that_waits_for_one_that_has_no_turn(crowded: Agent, monkey
 
     with pytest.raises(MemstateError, match="as many steps are open as may be"):
         await crowded.graph(*map(node, range(4)), parallel=True).ainvoke({"trail": []}, CONFIG)
-    assert len(begun) == turns
+    assert len(begun) == limit
     await asyncio.to_thread(assert_nothing_is_left_open, crowded)
 
 
@@ -469,8 +470,8 @@ def test_a_subgraph_that_is_called_while_a_step_is_open(agent: Agent, durability
 
 def test_who_rolled_back_is_in_nobodys_way(world: World) -> None:
     """Its connection is another's now, whatever that writes by it; until it writes again, by another one."""
-    steps, run = Steps(world.session, 1.0), threading.Event()  # an object
-    task = Task(Place("t", "", "1"), "task", run, 1)
+    steps, run = StepCoordinator(world.session, 1.0), threading.Event()  # an object
+    task = Task(CheckpointKey("t", "", "1"), "task", run, 1)
 
     def is_in_the_way() -> bool:
         try:
@@ -484,7 +485,7 @@ def test_who_rolled_back_is_in_nobodys_way(world: World) -> None:
         session.flush()
 
     only = world.engine.dialect.name == "sqlite"
-    with steps.step(task, lambda _: True, Life(run)) as (session, _):
+    with steps.step(task, lambda _: True, StepLifetime(run)) as (session, _):
         write(session, "rolled back")
         assert is_in_the_way() == only
         session.rollback()
@@ -494,7 +495,7 @@ def test_who_rolled_back_is_in_nobodys_way(world: World) -> None:
     assert not is_in_the_way()
     with world.engine.connect() as connection:
         connection.execute(select(Tag)).all()
-        with steps.step(task, lambda _: True, Life(run)) as (session, _):
+        with steps.step(task, lambda _: True, StepLifetime(run)) as (session, _):
             write(session, "again")
             session.begin_nested().rollback()
             assert is_in_the_way() == only
@@ -545,7 +546,7 @@ def test_a_step_waits_for_its_checkpoint(agent: Agent, monkeypatch: pytest.Monke
     """Else a crash would have the node run again, at another checkpoint, beside what it has committed."""
     graph = agent.graph(agent.writer("a"), agent.writer("b"))
     order: list[str] = []
-    put, go_on = checkpoint_rows.put, threading.Event()
+    put, go_on = checkpoint_inserts.put_checkpoint, threading.Event()
 
     def slow(*given: Any, **options: Any) -> bool:
         go_on.wait(0.2)  # a save that takes its time; nothing is asserted about how long
@@ -553,7 +554,7 @@ def test_a_step_waits_for_its_checkpoint(agent: Agent, monkeypatch: pytest.Monke
         order.append("checkpoint")
         return is_stored
 
-    monkeypatch.setattr(checkpoint_rows, "put", slow)
+    monkeypatch.setattr(checkpoint_inserts, "put_checkpoint", slow)
     session = agent.saver._steps._sessions
     monkeypatch.setattr(agent.saver._steps, "_sessions", lambda: (order.append("step"), session())[1])
     graph.invoke({"trail": []}, CONFIG)
@@ -565,7 +566,7 @@ def test_a_checkpoint_waits_for_its_tasks(agent: Agent, monkeypatch: pytest.Monk
     """Else a crash would leave a state that says of a node that it is done, without its facts."""
     graph = agent.graph(agent.writer("a"))
     order: list[str] = []
-    put, put_writes, go_on = checkpoint_rows.put, checkpoint_rows.put_writes, threading.Event()
+    put, put_writes, go_on = checkpoint_inserts.put_checkpoint, checkpoint_inserts.put_writes, threading.Event()
 
     def slow(*given: Any, **options: Any) -> None:
         is_a = given[2][0].task_path.endswith(", a")
@@ -574,9 +575,11 @@ def test_a_checkpoint_waits_for_its_tasks(agent: Agent, monkeypatch: pytest.Monk
         put_writes(*given, **options)
         order.extend(["writes"] * is_a)
 
-    monkeypatch.setattr(checkpoint_rows, "put_writes", slow)
+    monkeypatch.setattr(checkpoint_inserts, "put_writes", slow)
     monkeypatch.setattr(
-        checkpoint_rows, "put", lambda *args, **given: (put(*args, **given), order.append("checkpoint"))[0]
+        checkpoint_inserts,
+        "put_checkpoint",
+        lambda *args, **given: (put(*args, **given), order.append("checkpoint"))[0],
     )
     graph.invoke({"trail": []}, CONFIG)
     assert order == ["checkpoint", "checkpoint", "writes", "checkpoint"]
@@ -761,8 +764,8 @@ def test_a_task_that_is_gone(agent: Agent) -> None:
     class Writes: ...
 
     writes = Writes()
-    task = Task(Place("t", "", "1"), "task", object(), 1)
-    with agent.saver._steps.step(task, lambda place: True, Life(writes)) as (session, _):
+    task = Task(CheckpointKey("t", "", "1"), "task", object(), 1)
+    with agent.saver._steps.step(task, lambda place: True, StepLifetime(writes)) as (session, _):
         session.add(Tag(name="a"))
     assert agent.saver._steps.is_open("t", "task")
     del writes

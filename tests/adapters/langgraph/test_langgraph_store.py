@@ -324,7 +324,7 @@ def test_a_sweeper_sweeps(shelf: Shelf) -> None:
     for _ in range(6000):
         if not shelf.texts():
             break
-        store._stop.wait(0.01)
+        store._sweeper.stop_event.wait(0.01)
     assert shelf.texts() == {}
     assert store.stop_ttl_sweeper(timeout=60)
     assert swept.result(timeout=60) is None
@@ -343,13 +343,13 @@ def test_a_sweeper_is_cancelled_and_outlives_errors(shelf: Shelf, caplog: pytest
     for _ in range(6000):
         if len(caplog.records) > 1:
             break
-        store._stop.wait(0.01)
+        store._sweeper.stop_event.wait(0.01)
     assert "sweep failed: ConnectionError" in caplog.text
     assert "secret" not in caplog.text
     assert future.cancel()
-    assert store._sweeper is not None
-    store._sweeper.join(60)
-    assert not store._sweeper.is_alive()
+    assert store._sweeper.thread is not None
+    store._sweeper.thread.join(60)
+    assert not store._sweeper.thread.is_alive()
 
 
 def test_without_ttl_there_is_no_sweeper(shelf: Shelf) -> None:

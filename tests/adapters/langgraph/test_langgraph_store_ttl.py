@@ -123,7 +123,7 @@ def test_what_is_kept_while_a_sweep_looks_stays(store: MemStateStore, monkeypatc
 
     def kept_meanwhile(connection: Any, ids: Any, at: Any) -> set[str]:
         with store.engine.begin() as beside:  # by a reader that committed just before the sweep locked the row
-            item_rows._keep(beside, [item_rows.Kept(other, row.updated_at, at + timedelta(minutes=5))], {other})
+            item_rows._keep(beside, [item_rows.KeptItem(other, row.updated_at, at + timedelta(minutes=5))], {other})
         return living(connection, ids, at)
 
     store._now = lambda: now + timedelta(minutes=6)

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from memstate_sa.capture.append_only import rewriting
 from memstate_sa.db.tables import log, utcnow
-from memstate_sa.integrations.langgraph.checkpoint_rows import _present
+from memstate_sa.integrations.langgraph.checkpoint_inserts import log_position
 from memstate_sa.log.history import SNAPSHOT_MARK
 from memstate_sa.undo import selection
 from tests.support import Tag, World
@@ -126,7 +126,7 @@ def test_a_position_has_what_was_committed_by_then(postgres_engine: Engine) -> N
         other.commit()
         one.commit()
         with postgres_engine.connect() as connection:
-            position = SNAPSHOT_MARK.join(connection.execute(select(*_present("postgresql").values())).one())
+            position = SNAPSHOT_MARK.join(connection.execute(select(*log_position("postgresql").values())).one())
         late.commit()
     assert then(world, position) == {"a": "a", "b": "b"}
     assert undo_to(world, position) == {"c"}
