@@ -205,7 +205,7 @@ class IndexConformance:
 
     # -- lifetimes -----------------------------------------------------------------------------------------------------
 
-    def test_another_object_after_the_first(self, index: VectorIndex, another: Make) -> None:
+    def test_object_after_the_first_finds_content_as_declared(self, index: VectorIndex, another: Make) -> None:
         """It finds content and incarnation where they outlive an object; elsewhere it is empty, and another one."""
         index.upsert([point("a", Y, fingerprint="fa", metadata={"role": "tip"})])
         before = index.incarnation
@@ -218,7 +218,7 @@ class IndexConformance:
         assert fingerprints(second) == ({"a": "fa"} if kept else {})
         assert ids_where(second, {"role": {"$eq": "tip"}}) == ({"a"} if kept else set())
 
-    def test_another_object_beside_the_first(self, index: VectorIndex, another: Make) -> None:
+    def test_object_beside_the_first_shares_content_as_declared(self, index: VectorIndex, another: Make) -> None:
         """Shared: each sees what the other writes. Else it is another index, or it is refused."""
         index.upsert([point("a")])
         second = another()
@@ -234,7 +234,7 @@ class IndexConformance:
         index.delete(["b"])
         assert set(contents(second, ["a", "b"])) == ({"a"} if self.shared else {"b"})
 
-    def test_what_was_acknowledged_outlives_a_kill(self, program: str | None) -> None:
+    def test_acknowledged_writes_outlive_a_kill(self, program: str | None) -> None:
         """Each point is as the last call that returned left it, or as the one that was under way would have."""
         assert (program is not None) is self.persistent, "a persistent index: override the fixture `program`"
         if program is None:
@@ -313,7 +313,7 @@ class IndexConformance:
         assert contents(index, list(expected)) == expected
         assert fingerprints(index) == {id_: mark for id_, (mark, _) in expected.items()}
 
-    def test_a_large_batch(self, index: VectorIndex) -> None:
+    def test_large_batch_is_written_read_and_deleted(self, index: VectorIndex) -> None:
         """Hundreds of points go in, come back and go out in one call each."""
         ids = [f"p{n}" for n in range(min(index.max_batch, 300))]
         index.upsert([point(id_) for id_ in ids])
@@ -321,7 +321,7 @@ class IndexConformance:
         index.delete(ids)
         assert fingerprints(index) == {}
 
-    def test_a_batch_over_the_maximum(self, index: VectorIndex) -> None:
+    def test_batch_over_the_maximum_is_never_taken_in_part(self, index: VectorIndex) -> None:
         """It is taken, or refused as a whole; never taken in part."""
         size = min(index.max_batch, _MOST)
         points = [point(f"p{n:05}") for n in range(size + 1)]
@@ -357,7 +357,7 @@ class IndexConformance:
         assert fingerprints(index) == {id_: fingerprint for id_, (fingerprint, _) in expected.items()}
         assert {match.id for match in index.query(vector(*X), 100)} == set(expected)
 
-    def test_text_of_every_kind(self, index: VectorIndex) -> None:
+    def test_text_of_every_kind_is_stored_and_found(self, index: VectorIndex) -> None:
         """Ids, metadata names and values of any script, with quotes and control characters, and of 64 KB."""
         odd = ["é", "e\u0301", "🙂", "ﬀ", "السلام", "a'b\"c\\d", "%s {x} $1 :p", "tab\tline\n", "\x7f", "[1]", " "]
         odd.append("long" * 16384)
@@ -388,7 +388,7 @@ class IndexConformance:
 
     # -- the fence -----------------------------------------------------------------------------------------------------
 
-    def test_an_overtaken_write(self, index: VectorIndex) -> None:
+    def test_overtaken_write_leaves_one_whole_write(self, index: VectorIndex) -> None:
         """Fenced: what was written under a higher epoch stays. Else there is one of the two, as a whole."""
         index.upsert([point("a", X, fingerprint="five", epoch=5), point("b", X, fingerprint="five", epoch=5)])
         index.upsert([point("a", Y, fingerprint="four", epoch=4), point("c", Y, fingerprint="four", epoch=4)])
@@ -402,7 +402,7 @@ class IndexConformance:
         index.upsert([point("b", Y, fingerprint="five", epoch=5)])
         assert fingerprints(index)["b"] in ["any", "five"][: 1 if self.fenced else 2]
 
-    def test_an_overtaken_delete(self, index: VectorIndex, another: Make) -> None:
+    def test_overtaken_delete_leaves_newer_points_alone(self, index: VectorIndex, another: Make) -> None:
         """Fenced: it leaves alone what is newer, and is itself remembered, by another object too."""
         if not isinstance(index, FencedIndex):
             assert not self.fenced
@@ -423,7 +423,7 @@ class IndexConformance:
         index.delete(["absent", "a"])  # 0 stands for no epoch
         assert fingerprints(index) == {"b": "f"}
 
-    def test_reordered_writes(self, index: VectorIndex) -> None:
+    def test_reordered_writes_end_with_the_highest_epoch(self, index: VectorIndex) -> None:
         """Fenced: in whatever order they land, and however often, the highest epoch's is what is there."""
         if not isinstance(index, FencedIndex):
             assert not self.fenced
@@ -444,7 +444,7 @@ class IndexConformance:
 
     # -- queries -------------------------------------------------------------------------------------------------------
 
-    def test_nearest_first(self, index: VectorIndex) -> None:
+    def test_query_returns_the_nearest_first(self, index: VectorIndex) -> None:
         """Distances are cosine: 0 in the same direction whatever the length, 1 at a right angle, 2 opposite."""
         index.upsert(
             [point("opposite", (-2, 0, 0)), point("right", Z), point("same", (5, 0, 0)), point("near", (1, 1, 0))]
@@ -536,7 +536,7 @@ class IndexConformance:
         index.upsert([point(id_, (1, 1 + n, 0)) for n, id_ in enumerate(ids)])
         assert [match.id for match in index.query(vector(*X), 3, ids=ids[5:][::-1])] == ["p5", "p6", "p7"]
 
-    def test_filters(self, index: VectorIndex) -> None:
+    def test_filters_match_exactly_their_values(self, index: VectorIndex) -> None:
         """Each operator matches exactly the values it should: no None, no other type, no rounded fraction."""
         index.upsert([point(id_, metadata={"v": value}) for id_, value in _VALUES.items()] + [point("missing")])
         answers = {str(where): ids_where(index, where) for where, _ in _FILTERS}
@@ -601,7 +601,7 @@ class IndexConformance:
 
     # -- several callers -----------------------------------------------------------------------------------------------
 
-    def test_many_threads(self, index: VectorIndex) -> None:
+    def test_concurrent_writers_of_different_points_lose_nothing(self, index: VectorIndex) -> None:
         """Concurrent writers of different ids lose nothing, and readers meanwhile do not fail."""
 
         def work(worker: int) -> None:
@@ -617,7 +617,7 @@ class IndexConformance:
             list(pool.map(work, range(4)))
         assert fingerprints(index) == {f"w{worker}-{n}": "1" for worker in range(4) for n in range(2, 6)}
 
-    def test_many_writers_of_the_same_points(self, index: VectorIndex) -> None:
+    def test_concurrent_writers_of_the_same_points_do_not_fail(self, index: VectorIndex) -> None:
         """In different orders, in overlapping batches: no call fails, and each point is as one of them wrote it."""
         names = [f"n{n}" for n in range(8)]
 
@@ -639,7 +639,7 @@ class IndexConformance:
                 worker, number = map(int, mark.split("-"))
                 assert values == [worker + 1, number, 1]
 
-    def test_scan_beside_a_writer(self, index: VectorIndex) -> None:
+    def test_scan_beside_a_writer_lists_each_point_once(self, index: VectorIndex) -> None:
         """Every point that is there throughout is listed exactly once, in order, however others come and go."""
         stable = [f"p{n:03}" for n in range(0, 60, 2)]
         moving = [f"p{n:03}" for n in range(1, 60, 2)]
@@ -658,7 +658,7 @@ class IndexConformance:
         index.upsert([point(id_, fingerprint="moving") for id_ in moving])
         index.delete(moving)
 
-    def test_a_query_beside_a_writer(self, index: VectorIndex) -> None:
+    def test_query_beside_a_writer_matches_written_points(self, index: VectorIndex) -> None:
         """A match's fingerprint and its distance are of one write (``atomic``), or each is of some write."""
         versions = {"x": X, "y": Y}
         answers = [("x", 0), ("y", 1)] if self.atomic else [("x", 0), ("x", 1), ("y", 0), ("y", 1)]
@@ -764,7 +764,7 @@ class IndexConformance:
 
     # -- erasure -------------------------------------------------------------------------------------------------------
 
-    def test_purge(self, index: VectorIndex, files: Path | None) -> None:
+    def test_purge_removes_deleted_points_from_the_files(self, index: VectorIndex, files: Path | None) -> None:
         """What was deleted or replaced is in no file any more, and all else is as before; or it is refused."""
         kept = [point(f"k{n}", (1, n, 0), fingerprint=f"f{n}", metadata={"n": n}) for n in range(20)]
         index.upsert(kept)

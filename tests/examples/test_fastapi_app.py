@@ -162,7 +162,7 @@ def test_the_service_with_memory_passes_its_tests(project: Project) -> None:
 
 
 @pytest.mark.deep_on("postgres")
-def test_adoption_over_http(project: Project, chroma: str | None) -> None:
+def test_service_adopts_memory_over_http(project: Project, chroma: str | None) -> None:
     """Notes from before are found, undone and explained; Alembic writes the migration that the example has."""
     if chroma is not None:
         project.environment["CRM_CHROMA"] = chroma

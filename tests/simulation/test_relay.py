@@ -61,7 +61,7 @@ def test_every_history_converges(seeds: range) -> None:
 
 
 @pytest.mark.skipif(ONE is None, reason="MEMSTATE_SIM_SEED says which")
-def test_one_history() -> None:
+def test_history_of_one_seed_converges() -> None:
     """The history of one seed, told whether it converges or not."""
     told = explain(Config.of(int(ONE or 0)))
     print(told)

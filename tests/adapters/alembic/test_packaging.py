@@ -63,7 +63,7 @@ def test_importing_memstate_sa_imports_no_alembic() -> None:
 
 @pytest.mark.deep_on("comparing", "rendering")
 @pytest.mark.parametrize("missing", ["operations", "comparing", "rendering"])
-def test_what_fails_in_the_plugin_stops_nobody(missing: str) -> None:
+def test_broken_plugin_does_not_stop_alembic(missing: str) -> None:
     """An environment may hold our package, and an Alembic that has nothing to do with it."""
     shown = python(
         f"import sys; sys.modules['memstate_sa.migrations.{missing}'] = None\n"

@@ -46,7 +46,7 @@ def test_the_shipped_conversation_remembers_corrects_and_forgets() -> None:
     assert count[Forget] >= 10
 
 
-def test_the_turn_of_the_crash_does_all_three_things() -> None:
+def test_turn_of_the_crash_remembers_corrects_and_forgets() -> None:
     """So that the crash shows all three kinds of drift, whichever index calls fail."""
     turns = parse(CONVERSATION.read_text("utf-8"))
     assert {type(step) for step in turns[(len(turns) - 1) // 2].actions} == {Remember, Correct, Forget}
@@ -83,7 +83,7 @@ def test_steps_of_one_turn_stay_together() -> None:
         ('{\n  "Ada": {"history"', "line 2: not JSON"),
     ],
 )
-def test_what_is_wrong_with_an_input_is_named(text: str, message: str) -> None:
+def test_input_error_names_line_and_field(text: str, message: str) -> None:
     """By line and field, or by the path in the document."""
     with pytest.raises(InputError) as caught:
         parse(text)
@@ -91,7 +91,7 @@ def test_what_is_wrong_with_an_input_is_named(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_memory_bank_file_is_told_by_its_content(indent: int | None) -> None:
+def test_memory_bank_file_is_recognised_by_its_content(indent: int | None) -> None:
     """An exchange is a turn; days are played in order, all users together; what is empty is left out."""
     turns = parse(json.dumps(MEMORY_BANK, indent=indent))
     said = [
@@ -157,7 +157,7 @@ def test_two_writes_in_a_row_drift_and_one_transaction_does_not(played: Played) 
     assert not any(found["memstate"])
 
 
-def test_the_comparison_has_teeth(played: Played) -> None:
+def test_comparison_fails_on_a_drifted_index(played: Played) -> None:
     """A demo whose memstate side has drifted fails."""
     from rich.console import Console
 

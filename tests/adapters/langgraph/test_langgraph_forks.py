@@ -66,7 +66,7 @@ RUNS: dict[str, Callable[[Any, Any], Any]] = {
         (Growing, "delete_thread", "update_state"),
     ],
 )
-def test_a_fork_saves_its_whole_state_when_what_it_follows_is_deleted(
+def test_fork_saves_its_whole_state_when_its_parent_is_deleted(
     engine: Engine, state: Any, deletion: str, run: str
 ) -> None:
     """The blobs that it shares with what it follows had gone, and a channel was missing without an error.

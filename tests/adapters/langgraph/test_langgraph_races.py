@@ -60,7 +60,7 @@ class Other(threading.Thread):
         self.was_over = not self.is_alive()
 
 
-def test_given_up_as_a_block_ends(world: World, steps: StepCoordinator) -> None:
+def test_step_given_up_as_its_block_ends_is_closed(world: World, steps: StepCoordinator) -> None:
     """After the block has looked whether it is, and before it lets go of the lock: nobody closed the Session."""
     step = steps.begin(TASK, lambda _: True, StepLifetime(RUN))
     lock, given_up = step.lock, list[int]()
@@ -88,7 +88,7 @@ def test_given_up_as_a_block_ends(world: World, steps: StepCoordinator) -> None:
     world.assert_in_step()
 
 
-def test_a_checkpoint_while_a_task_begins_to_commit(steps: StepCoordinator) -> None:
+def test_checkpoint_waits_for_a_task_that_begins_to_commit(steps: StepCoordinator) -> None:
     """It waits for it, all the time."""
     begin(steps)
     saving = Other(lambda: steps.wait_for_tasks("t", "", "1", RUN))
@@ -107,7 +107,7 @@ def test_a_checkpoint_while_a_task_begins_to_commit(steps: StepCoordinator) -> N
 
 
 @pytest.mark.parametrize("saved", ["checkpoint", "writes"])
-def test_a_save_while_a_task_is_given_up(steps: StepCoordinator, saved: str) -> None:
+def test_save_fails_while_its_task_is_given_up(steps: StepCoordinator, saved: str) -> None:
     """What it has written is rolled back, so nothing may be saved that comes after it."""
 
     def save() -> None:
@@ -130,7 +130,7 @@ def test_a_save_while_a_task_is_given_up(steps: StepCoordinator, saved: str) -> 
     assert ["cancelled" in str(error) for error in saving.errors] == [True]
 
 
-def test_a_sweeper_that_is_started_as_another_ends(engine: Engine) -> None:
+def test_sweeper_starts_while_another_ends(engine: Engine) -> None:
     """That was still alive, so there was none a moment later."""
     world = World(engine)
     store = MemStateStore(engine, memory=world.memory, ttl={"default_ttl": 1})

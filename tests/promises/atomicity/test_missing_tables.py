@@ -68,7 +68,7 @@ def test_call_without_our_tables_says_what_to_do(
     memory.close()
 
 
-def test_column_of_another_version_is_told(engine: Engine) -> None:
+def test_column_of_another_version_is_reported(engine: Engine) -> None:
     """A database of a version that is newer, or older, than the program."""
     Base.metadata.create_all(engine)
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
@@ -81,7 +81,7 @@ def test_column_of_another_version_is_told(engine: Engine) -> None:
     memory.close()
 
 
-def test_tables_of_the_application_are_its_own_matter(engine: Engine) -> None:
+def test_missing_application_table_keeps_the_drivers_error(engine: Engine) -> None:
     """Also where their name begins as ours do."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     memory.track(Tag, text="meaning")

@@ -153,7 +153,7 @@ def test_the_index_holds_the_row_right_after_commit(app: App) -> None:
     app.assert_in_step()
 
 
-def test_auto_rollback_when_the_vector_write_fails(engine: Engine) -> None:
+def test_failed_vector_write_rolls_the_transaction_back(engine: Engine) -> None:
     """The vendor's error is chained; the transaction is over at once, and the Session asks for its rollback()."""
     vendor = OSError("the vector database is away")
     index = Hooked()
@@ -182,7 +182,7 @@ def test_auto_rollback_when_the_vector_write_fails(engine: Engine) -> None:
     app.memory.close()
 
 
-def test_a_refusal_vetoes_as_well(engine: Engine) -> None:
+def test_refused_vector_vetoes_the_transaction(engine: Engine) -> None:
     index = Hooked(before=fail(ValueError("no")))
     app = App(engine, index)
     with app.sessions.begin() as session, pytest.raises(DeliveryRejected) as caught:
@@ -209,7 +209,7 @@ def test_an_embedder_that_fails_vetoes_and_leaves_no_trace(app: App, monkeypatch
     assert left_behind(app.engine) == 0
 
 
-def test_what_one_index_got_before_another_failed_is_taken_back(engine: Engine) -> None:
+def test_write_to_one_index_is_taken_back_when_another_fails(engine: Engine) -> None:
     good, bad = InMemoryIndex(), Hooked()
     app = App(engine, {"good": good, "bad": bad})
     app.say(a="one")
@@ -281,7 +281,7 @@ def test_what_triggers_capture_is_written_too(engine: Engine) -> None:
     app.memory.close()
 
 
-def test_what_triggers_of_another_memory_log_is_left_to_it(engine: Engine) -> None:
+def test_rows_logged_for_another_memory_are_left_to_it(engine: Engine) -> None:
     """They are told of one transaction, the last that was begun on the connection."""
     app = App(engine, capture="trigger")
     other = Memory(InMemoryIndex(), embedder=app.embedder)
@@ -457,7 +457,7 @@ def test_many_threads_and_a_relay_converge(app: App) -> None:
     assert set(app.contents()) == {"a", "b", "c", "shared"}
 
 
-def test_the_relay_writes_under_its_claim_what_was_written_under_it(app: App) -> None:
+def test_strict_write_has_the_epoch_of_the_relays_claim(app: App) -> None:
     """A strict write has the epoch of the claim that stands: it locks out neither that relay nor a later one."""
     app.relay.run_once()  # claims
     app.say(a="one")
@@ -690,7 +690,7 @@ def _chroma(folder: str) -> VectorIndex:
 
 
 @pytest.mark.deep_on("sqlite")
-def test_sigkill_between_the_index_and_commit(engine: Engine, tmp_path: Path) -> None:
+def test_index_converges_after_sigkill_before_commit(engine: Engine, tmp_path: Path) -> None:
     pytest.importorskip("chromadb")
     url, folder = engine.url.render_as_string(hide_password=False), str(tmp_path / "chroma")
     child = multiprocessing.get_context("forkserver").Process(target=die_before_commit, args=(url, folder))
@@ -730,9 +730,7 @@ def test_an_intent_that_was_cut_off_announces_nothing(sqlite_engine: Engine, tmp
     app.memory.close()
 
 
-def test_a_relay_that_runs_already_finds_what_another_process_left_behind(
-    sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_running_relay_finds_intents_of_another_process(sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody opens the database anew."""
     app = App(sqlite_engine)
     app.say(a="one")
@@ -759,7 +757,7 @@ def test_a_relay_that_runs_already_finds_what_another_process_left_behind(
 
 
 @pytest.mark.parametrize("ends", ["commits", "fails"])
-def test_verify_while_the_index_is_ahead_of_the_commit(engine: Engine, ends: str) -> None:
+def test_verify_reports_no_drift_while_the_index_is_ahead(engine: Engine, ends: str) -> None:
     """And behind no commit: its key is on its way, and has not drifted, however the transaction ends."""
     index, reports = Hooked(), list[Any]()
     app = App(engine, index)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ def names(world: World) -> set[str]:
 @both_ways
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_session_that_joins_a_transaction(engine: Engine, mode: Any, kept: bool, capture: Any) -> None:
+def test_session_in_an_outer_transaction_shares_its_fate(engine: Engine, mode: Any, kept: bool, capture: Any) -> None:
     """The usual fixture of a test suite: whatever the Session commits, the connection's transaction decides."""
     world = World(engine, capture=capture)
     with engine.connect() as connection:
@@ -51,7 +51,7 @@ def test_a_session_that_joins_a_transaction(engine: Engine, mode: Any, kept: boo
 
 
 @both_ways
-def test_a_session_that_only_flushes(engine: Engine, capture: Any) -> None:
+def test_session_that_only_flushes_leaves_no_trigger_context(engine: Engine, capture: Any) -> None:
     """On a connection of somebody else, who commits: what triggers were told is not left behind for others."""
     world = World(engine, capture=capture)
     with engine.begin() as connection, world.sessions(bind=connection) as session:
@@ -70,7 +70,7 @@ def test_a_session_that_only_flushes(engine: Engine, capture: Any) -> None:
 
 
 @both_ways
-def test_two_phases(capture: Any) -> None:
+def test_prepared_log_and_fact_wait_for_the_second_phase(capture: Any) -> None:
     """Prepared, log and fact wait for the second phase together."""
     if os.environ.get("MEMSTATE_TEST_POSTGRES_URL"):
         pytest.skip("a server of one's own is needed, which allows prepared transactions")
@@ -124,7 +124,7 @@ def test_autocommit_is_refused(postgres_engine: Engine) -> None:
 
 
 @both_ways
-def test_scoped_sessions(engine: Engine, capture: Any) -> None:
+def test_scoped_session_captures_each_thread(engine: Engine, capture: Any) -> None:
     """One for each thread."""
     world = World(engine, capture=capture)
     registry = scoped_session(world.sessions)
@@ -143,7 +143,7 @@ def test_scoped_sessions(engine: Engine, capture: Any) -> None:
 
 @both_ways
 @pytest.mark.parametrize("transactions", sizes(20, 200))
-def test_eight_threads(engine: Engine, capture: Any, transactions: int) -> None:
+def test_eight_threads_log_in_the_order_of_commits(engine: Engine, capture: Any, transactions: int) -> None:
     """8 × *transactions*, one in four rolled back: the log of each key is in the order of its commits."""
     world = World(engine, capture=capture)
     with world.session() as session:

@@ -102,7 +102,7 @@ def test_erase_in_an_old_snapshot_is_refused(
 
 
 @any_isolation
-def test_erase_of_a_row_that_the_transaction_itself_deleted(
+def test_erase_after_its_own_delete_waits_for_no_writer(
     postgres_engine: Engine, isolation: str, patience: None
 ) -> None:
     """Nobody can add it until the end: other writers of the table are not waited for."""

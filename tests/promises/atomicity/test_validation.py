@@ -36,7 +36,7 @@ def assert_nothing_written(sessions: Any) -> None:
 
 
 @pytest.mark.parametrize("alias", ["content", AliasChoices("x", "content")])
-def test_a_field_that_is_read_under_the_name_of_a_column(engine: Engine, alias: Any) -> None:
+def test_field_aliased_to_a_column_is_checked(engine: Engine, alias: Any) -> None:
     """By an alias for validation alone: what it would refuse must not pass as missing."""
 
     class Schema(BaseModel):
@@ -146,7 +146,7 @@ def test_a_schema_must_be_a_model() -> None:
         memory.track(Preference, text="content", schema={"content": str})
 
 
-def test_unique_by_and_immutable(engine: Engine) -> None:
+def test_unique_and_immutable_violations_are_refused(engine: Engine) -> None:
     """Refused with ConflictError; nothing of the flush is kept; a deleted value is free again."""
     from memstate_sa import ConflictError
 

@@ -43,7 +43,7 @@ def test_fact_log_and_outbox_are_one_transaction(world: World) -> None:
     world.assert_in_step()
 
 
-def test_at_most_two_inserts_a_flush(world: World) -> None:
+def test_flush_sends_at_most_two_inserts(world: World) -> None:
     """The price of a flush, whatever its size and however many models: on PostgreSQL log and outbox are one trip."""
     with world.session() as session:
         seen = statements(world.engine)
@@ -73,7 +73,7 @@ def test_one_changed_row_costs_a_fixed_number_of_statements(world: World) -> Non
         assert counts[0] == counts[1]
 
 
-def test_no_network_and_no_embedding_in_a_commit(world: World) -> None:
+def test_commit_calls_neither_index_nor_embedder(world: World) -> None:
     """A commit touches neither the index nor the embedder."""
     world.embedder.embed = None  # type: ignore[assignment,method-assign]
     world.index.upsert = None  # type: ignore[method-assign]
@@ -213,7 +213,7 @@ def test_savepoints_take_exactly_their_own_entries(world: World) -> None:
     world.assert_in_step()
 
 
-def test_close_discards(world: World) -> None:
+def test_close_discards_uncommitted_entries(world: World) -> None:
     """close() fires neither commit nor rollback."""
     with world.session() as session:
         session.add(Tag(name="t"))
@@ -237,7 +237,7 @@ def test_bulk_statements_are_captured(world: World) -> None:
     world.assert_in_step()
 
 
-def test_returning_is_the_callers(world: World) -> None:
+def test_only_the_callers_returning_shows(world: World) -> None:
     """Our own RETURNING does not show; the caller's does."""
     with world.session() as session:
         names = session.scalars(insert(Tag).returning(Tag.name), [{"name": "a"}, {"name": "b"}]).all()
@@ -253,7 +253,7 @@ def test_returning_is_the_callers(world: World) -> None:
     world.assert_in_step()
 
 
-def test_executemany_update_by_key(world: World) -> None:
+def test_executemany_update_by_key_is_captured(world: World) -> None:
     """Rows named by their primary keys, baselines included."""
     with world.engine.begin() as connection:
         connection.execute(insert(Tag.__table__), [{"name": "a", "meaning": "1"}, {"name": "b", "meaning": "2"}])
@@ -277,7 +277,7 @@ def test_a_bulk_delete_of_unknown_rows_can_be_undone(world: World) -> None:
     world.assert_in_step()
 
 
-def test_an_upsert_of_rows_older_than_tracking(world: World) -> None:
+def test_upsert_logs_baselines_of_rows_older_than_tracking(world: World) -> None:
     """Their baselines come first, as they were; a row that it inserts has none, one that it leaves alone neither."""
     with world.engine.begin() as connection:
         rows = [{"name": name, "meaning": "old"} for name in ("kept", "changed")]
@@ -349,7 +349,7 @@ def test_what_cannot_be_captured_is_refused(world: World, way: str) -> None:
     world.assert_in_step()
 
 
-def test_other_sessions_and_tables_are_let_be(world: World) -> None:
+def test_other_sessions_and_tables_are_left_alone(world: World) -> None:
     """Only attached Sessions, and only tracked tables, are watched."""
     with Session(world.engine) as session:
         session.bulk_insert_mappings(Tag, [{"name": "x", "meaning": "m"}])
@@ -358,7 +358,7 @@ def test_other_sessions_and_tables_are_let_be(world: World) -> None:
     assert ops(world, Tag) == []
 
 
-def test_on_untracked_warn(engine: Engine) -> None:
+def test_on_untracked_warn_lets_the_write_through(engine: Engine) -> None:
     """Who asked for it is warned instead, and the write goes through."""
     app = make_app(engine, Tag, text="meaning", on_untracked="warn")
     with app.session() as session:
@@ -368,7 +368,7 @@ def test_on_untracked_warn(engine: Engine) -> None:
         assert session.scalars(select(Tag.name)).all() == ["x"]
 
 
-def test_before_commit_seals(world: World) -> None:
+def test_before_commit_writes_the_header(world: World) -> None:
     """The commit's own flush comes after before_commit: without flushing there, the header would be missed."""
     with world.session() as session:
         world.memory.annotate(session, actor="ada", reason="because", session_id="s1")
@@ -447,7 +447,7 @@ def test_a_savepoint_keeps_the_labels(world: World) -> None:
         assert changes[0].tx == changes[1].tx
 
 
-def test_a_flush_only_session_on_an_external_connection(world: World) -> None:
+def test_flush_only_session_logs_without_a_header(world: World) -> None:
     """Who commits the connection themselves still has log and outbox, only without a header."""
     with world.engine.begin() as connection:
         session = world.sessions(bind=connection)
@@ -464,7 +464,7 @@ def test_a_flush_only_session_on_an_external_connection(world: World) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sessionmaker", "class", "scoped", "session"])
-def test_attach_targets(engine: Engine, kind: str) -> None:
+def test_attach_takes_every_kind_of_session(engine: Engine, kind: str) -> None:
     """A sessionmaker, a Session class, a scoped_session or a Session; attaching twice changes nothing."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     memory.track(Tag, text="meaning")

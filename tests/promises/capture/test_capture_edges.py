@@ -241,7 +241,7 @@ def contents(app: App) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("transactions", [1, 2])
-def test_undoing_a_unique_value_that_moved_on(engine: Engine, transactions: int) -> None:
+def test_undo_gives_a_moved_unique_value_back(engine: Engine, transactions: int) -> None:
     """Each fact has its value back, in one step or in two; redoing moves it again."""
     app = App(engine, Preference, unique_by=("content",))
     assert len(handed_over(app, transactions=transactions)) == transactions
@@ -257,7 +257,7 @@ def test_undoing_a_unique_value_that_moved_on(engine: Engine, transactions: int)
     app.assert_log_is_truth()
 
 
-def test_undoing_a_swap_of_unique_values(engine: Engine) -> None:
+def test_undo_reverses_a_swap_of_unique_values(engine: Engine) -> None:
     """In one flush, each takes what the other had."""
     app = App(engine, Preference, unique_by=("content",))
     with app.sessions() as session:
@@ -356,7 +356,7 @@ class Keyed(Base):
 
 
 @pytest.mark.parametrize("model", [Renamed, Crossed, Keyed])
-def test_columns_named_otherwise_than_their_attributes(engine: Engine, model: Any) -> None:
+def test_columns_named_unlike_their_attributes_are_captured(engine: Engine, model: Any) -> None:
     """Captured, found, told and undone under their own names; objects and bulk statements alike."""
     app = App(engine, model, metadata=("owner",), unique_by=("owner", "content"))
     _, body, user = (column.name for column in model.__table__.columns)
@@ -406,7 +406,7 @@ def test_columns_named_otherwise_than_their_attributes(engine: Engine, model: An
 
 
 @pytest.mark.parametrize("model", [Renamed, Crossed, Keyed])
-def test_searching_columns_named_otherwise_than_their_attributes(engine: Engine, model: Any) -> None:
+def test_columns_named_unlike_their_attributes_are_searched(engine: Engine, model: Any) -> None:
     """Criteria on metadata and on other columns, delivered and not."""
     app = App(engine, model, metadata=("owner",))
     with app.sessions() as session:
@@ -554,7 +554,7 @@ def test_a_reflected_table_is_the_tracked_table(world: World) -> None:
     world.assert_in_step()
 
 
-def test_two_sessions_on_one_connection(world: World) -> None:
+def test_two_sessions_on_one_connection_keep_their_labels(world: World) -> None:
     """Each is captured under its own labels; the guard knows both, and outlives the first that ends."""
     table: Any = Tag.__table__
     with world.engine.connect() as connection:
@@ -599,7 +599,7 @@ def test_two_sessions_on_one_connection(world: World) -> None:
 @pytest.mark.parametrize(
     "criterion", [Person.name == "ada", Person.about.like("likes%")], ids=["in the index", "by ids"]
 )
-def test_search_with_for_update(world: World, criterion: Any, delivered: bool) -> None:
+def test_search_with_for_update_locks_only_its_hits(world: World, criterion: Any, delivered: bool) -> None:
     """The hits are locked where the database can; what the search did not return is not."""
     with world.session() as session:
         session.add_all(

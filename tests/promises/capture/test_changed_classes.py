@@ -137,7 +137,7 @@ def test_class_without_text_leaves_the_index(engine: Engine) -> None:
     assert index.scan(None, 10) == []
 
 
-def test_other_text_of_a_function_is_told_by_what_is_found(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+def test_changed_text_function_is_noticed_by_stale_hits(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     """No text_version was given: a hit by content that its row does not have makes a search incomplete; doctor looks.
 
     Of one kind with it: points that somebody else has overwritten.
@@ -338,7 +338,9 @@ class People(App):
 
 
 @pytest.mark.parametrize("batch_size", [1, 100])
-def test_unique_by_of_a_class_with_a_history(engine: Engine, caplog: pytest.LogCaptureFixture, batch_size: int) -> None:
+def test_new_unique_by_covers_older_rows_after_backfill(
+    engine: Engine, caplog: pytest.LogCaptureFixture, batch_size: int
+) -> None:
     """Backfill takes the values in, and warns of rows that share one; until then doctor says so."""
     old = People(engine)
     for id_, email in enumerate(("ann@x", "bob@x", None, "ann@x"), 1):
@@ -357,7 +359,7 @@ def test_unique_by_of_a_class_with_a_history(engine: Engine, caplog: pytest.LogC
     new.add(9, "cid@x")
 
 
-def test_unique_by_of_other_columns(engine: Engine) -> None:
+def test_changed_unique_by_forgets_values_of_the_old_columns(engine: Engine) -> None:
     """Values by the old columns are in nobody's way; nor are those of rows that went while nothing was unique."""
     old = People(engine, unique_by=("email",))
     old.add(1, "5551", "5552")
@@ -375,7 +377,7 @@ def test_unique_by_of_other_columns(engine: Engine) -> None:
     assert new.problems() == []
 
 
-def test_row_that_changes_beside_the_backfill(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backfill_gives_a_changing_row_its_locked_value(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is given the value that it has when it is locked."""
     from memstate_sa.capture import unique_values
 
@@ -405,7 +407,7 @@ class Contact(BaseModel):
     email: str
 
 
-def test_unique_by_of_a_type_with_a_history(engine: Engine) -> None:
+def test_new_unique_by_of_a_fact_type_covers_older_facts(engine: Engine) -> None:
     """A fact of the same value is updated then, not added. A process that does not know the type takes nothing away."""
 
     def opened(schema: Mapping[str, Any] | None = None) -> MemoryStore:

@@ -272,7 +272,7 @@ KEYS = {
 @pytest.mark.each_value_once
 @both_ways
 @pytest.mark.parametrize("kind", KEYS)
-def test_keys_of_any_type(engine: Engine, kind: str, capture: Any) -> None:
+def test_keys_of_any_type_work_from_insert_to_undo(engine: Engine, kind: str, capture: Any) -> None:
     """Single keys of every usual type, from insert to search to undo."""
     type_, first, second = KEYS[kind]
     if (capture, kind, engine.dialect.name) == ("trigger", "numeric", "sqlite"):
@@ -355,7 +355,7 @@ def things(engine: Engine, type_: Any) -> tuple[Memory, sessionmaker[Session], A
         ),
     ],
 )
-def test_a_key_that_is_stored_in_another_form(postgres_engine: Engine, type_: Any, given: Any, stored: Any) -> None:
+def test_key_stored_in_another_form_is_one_key(postgres_engine: Engine, type_: Any, given: Any, stored: Any) -> None:
     """The object goes on holding what it was given; the log knows one key, the stored one."""
 
     memory, sessions, Thing = things(postgres_engine, type_)  # noqa: N806
@@ -381,7 +381,7 @@ def test_a_key_that_is_stored_in_another_form(postgres_engine: Engine, type_: An
     ],
     ids=["decimal", "whole", "padded", "rounded"],
 )
-def test_reading_by_a_key_in_another_form(engine: Engine, type_: Any, stored: Any, given: Any) -> None:
+def test_history_is_found_by_a_key_in_another_form(engine: Engine, type_: Any, stored: Any, given: Any) -> None:
     """The log is asked by the form that it has; of rows that are there, that are older than it, and that are gone."""
     if engine.dialect.name == "sqlite" and not isinstance(type_, sa.Numeric):
         pytest.skip("texts are as they are given")
@@ -409,7 +409,7 @@ def test_reading_by_a_key_in_another_form(engine: Engine, type_: Any, stored: An
     memory.close()
 
 
-def test_reading_by_what_is_no_key(engine: Engine) -> None:
+def test_history_of_an_impossible_key_is_empty(engine: Engine) -> None:
     """Nothing has it, and the transaction goes on."""
 
     class Local(DeclarativeBase):

@@ -280,7 +280,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("change", KEYS)
-def test_what_a_key_was_is_told_compared_and_erased(engine: Engine, change: str) -> None:
+def test_key_of_an_older_type_is_shown_compared_and_erased(engine: Engine, change: str) -> None:
     """Whatever its type is now: a value that this type refuses is shown as it is stored.
 
     The same kind: intervals, types of the application's own; other columns than the key, whose type has changed.

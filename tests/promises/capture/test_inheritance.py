@@ -294,7 +294,7 @@ def test_doctor_finds_what_was_changed_in_any_table(engine: Engine) -> None:
     app.assert_in_step()
 
 
-def test_two_who_change_two_tables_of_one_fact(postgres_engine: Engine) -> None:
+def test_last_image_shows_concurrent_changes_of_two_tables(postgres_engine: Engine) -> None:
     """No row lock makes one wait for the other but ours; the last image must show both changes."""
     app = App(postgres_engine)
     app.prepare()
@@ -331,7 +331,7 @@ def test_undo_refuses_what_another_changed_in_another_table(engine: Engine) -> N
         app.memory.rollback(session, actor="one")
 
 
-def test_a_subclass_alone(engine: Engine) -> None:
+def test_subclass_tracked_alone_is_captured(engine: Engine) -> None:
     """Its facts are rows in both tables; those of its siblings are nobody's concern."""
     app = App(engine, Engineer, text="name")
     app.prepare()

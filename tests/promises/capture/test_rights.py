@@ -125,7 +125,7 @@ def test_a_function_of_the_log_knows_its_table(world: World, role: Role) -> None
 
 
 @pytest.mark.parametrize("id_", [-5, 0, 2**62 + 1, 2**63 - 1])
-def test_who_may_add_entries_cannot_choose_their_place(world: World, role: Role, id_: int) -> None:
+def test_role_that_adds_entries_cannot_choose_their_place(world: World, role: Role, id_: int) -> None:
     """Not before others, even as a role that tells what `rewriting` does; not so far ahead that no id is left.
 
     Of the same kind: the id of a gap, an id that was deleted, several rows of which one is so.
@@ -189,7 +189,7 @@ def test_no_cast_of_another_role_runs_as_the_owner(world: World, role: Role) -> 
     assert values(world.engine, f"SELECT rolsuper FROM pg_roles WHERE rolname = '{name}'") == [False]
 
 
-def test_a_table_that_is_renamed_is_written_only_after_it_is_tracked_again(world: World) -> None:
+def test_renamed_table_is_written_only_after_it_is_tracked_again(world: World) -> None:
     """Otherwise the log would take another table of its old name for it. Dropped and made again it is the same."""
     sql(world.engine, "ALTER TABLE tag RENAME TO label", "CREATE TABLE tag (LIKE label INCLUDING ALL)")
     with pytest.raises(DBAPIError, match=r"captures INSERT of public.tag, not of public\.label"):
@@ -263,7 +263,7 @@ def test_functions_that_are_installed_are_closed(world: World, role: Role, mend:
     assert entries[4:] == [('["b"]', "insert"), ('["b"]', "delete")]
 
 
-def test_a_dump_without_privileges_is_told_and_mended(world: World) -> None:
+def test_dump_without_privileges_is_reported_and_mended(world: World) -> None:
     """A function that everybody may execute is not as it should be, though its source is."""
     for name in values(world.engine, f"SELECT proname {OURS}"):
         sql(world.engine, f"GRANT EXECUTE ON FUNCTION {name}() TO PUBLIC")
@@ -272,7 +272,7 @@ def test_a_dump_without_privileges_is_told_and_mended(world: World) -> None:
     assert problems(world) == []
 
 
-def test_a_table_of_another_owner_is_told(world: World, role: Role) -> None:
+def test_table_of_another_owner_is_reported(world: World, role: Role) -> None:
     """Who owns the table can give a column a type whose casts run as the owner of the functions."""
     owner = name_of(role())
     sql(world.engine, f"ALTER TABLE tag OWNER TO {owner}")
@@ -281,7 +281,7 @@ def test_a_table_of_another_owner_is_told(world: World, role: Role) -> None:
 
 
 @pytest.mark.parametrize("kind", ["a partition", "a child", "a parent"])
-def test_a_table_of_several_is_refused_and_told(postgres_engine: Engine, kind: str) -> None:
+def test_table_with_partitions_or_children_is_refused(postgres_engine: Engine, kind: str) -> None:
     """Writes to the other tables fire no trigger of it. It may become one when its triggers are there already."""
     world = World(postgres_engine, capture="trigger")
     statements = {
@@ -304,7 +304,7 @@ def test_a_table_of_several_is_refused_and_told(postgres_engine: Engine, kind: s
 
 
 @pytest.mark.parametrize("left_by", ["SET", "a role"])
-def test_settings_that_were_left_behind_say_nothing(world: World, role: Role, left_by: str) -> None:
+def test_leftover_settings_are_ignored(world: World, role: Role, left_by: str) -> None:
     """A pooled connection on which somebody said SET, or ALTER ROLE … SET: no transaction, no step, no permission."""
     app = role("SELECT, INSERT, UPDATE, DELETE ON tag, memstate_log, memstate_trigger_context")
     settings = {"tx": "forged", "step": "off", "skip": "on", "rewrite": "on"}

@@ -53,7 +53,7 @@ def test_an_engine_that_would_leak_is_warned_of(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("transactions", sizes(40, 250))
-def test_commits_beside_a_writing_relay(tmp_path: Path, transactions: int) -> None:
+def test_commits_succeed_beside_a_writing_relay(tmp_path: Path, transactions: int) -> None:
     """Transactions that read and then write, in four threads: none fails."""
     engine = sqlite.configure(create_engine(f"sqlite:///{tmp_path / 'x.db'}"))
     world = World(engine)
@@ -119,7 +119,7 @@ def test_autocommit_is_left_alone(tmp_path: Path, told: str) -> None:
     engine.dispose()
 
 
-def test_wal_and_idempotence(configured: Engine) -> None:
+def test_configure_sets_wal_once(configured: Engine) -> None:
     """Configured once, however often it is called; an engine of another database is left alone."""
     assert sqlite.configure(configured) is configured
     with configured.connect() as connection:

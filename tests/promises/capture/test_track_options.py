@@ -62,7 +62,7 @@ def test_facts_without_text_have_history_and_undo(engine: Engine) -> None:
         assert [change.op for change in app.memory.history(session, Page, 1)] == ["insert", "update", "update"]
 
 
-def test_a_secondary_table_by_triggers(engine: Engine) -> None:
+def test_secondary_table_is_captured_by_triggers(engine: Engine) -> None:
     """What a relationship writes by itself is refused with the way out; captured by triggers, undo brings it back."""
     for capture in ("session", "trigger"):
         app = make_app(engine, Page, Link, tracking={Page: {"text": "body"}, Link: {"text": None, "capture": capture}})

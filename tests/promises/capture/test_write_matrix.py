@@ -394,7 +394,7 @@ async def play_async(app: App, cell: Callable[[Session], Any]) -> None:
     ("capture", "name"),
     [*(("session", name) for name in CELLS), *(("trigger", name) for name in (*CELLS, *BY_TRIGGER_ONLY))],
 )
-async def test_captured(engine: Engine, name: str, capture: str, kind: str) -> None:
+async def test_every_write_is_captured(engine: Engine, name: str, capture: str, kind: str) -> None:
     """replay(log) == tables, whatever wrote."""
     app = App(engine, capture)
     app.prepare()
@@ -410,7 +410,7 @@ async def test_captured(engine: Engine, name: str, capture: str, kind: str) -> N
 
 
 @pytest.mark.parametrize("name", BY_TRIGGER_ONLY)
-def test_refused_or_found(engine: Engine, name: str) -> None:
+def test_uncaptured_write_is_refused_or_found(engine: Engine, name: str) -> None:
     """Nothing is silently lost without triggers: UntrackedWrite before it is written, or doctor says what differs."""
     app = App(engine, "session")
     app.prepare()

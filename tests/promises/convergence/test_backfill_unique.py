@@ -79,7 +79,9 @@ def poll(is_true: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_rows_that_are_not_unique(hall: Hall, batch_size: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_first_of_equal_rows_gets_the_unique_value(
+    hall: Hall, batch_size: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """All get their history. The first one has the value; it is said which others have not, and not what it is."""
     hall.fill("Ann", "Bob", "Ann", None, "Cid", None, "Ann", "Bob")
     assert hall.memory.backfill(hall.engine, batch_size=batch_size) == 8
@@ -93,7 +95,7 @@ def test_rows_that_are_not_unique(hall: Hall, batch_size: int, caplog: pytest.Lo
     assert hall.memory.backfill(hall.engine) == 0
 
 
-def test_what_becomes_of_them(hall: Hall) -> None:
+def test_changed_duplicate_must_become_unique(hall: Hall) -> None:
     """Changed, a row must be unique; the value of one that gives it up is free."""
     hall.fill("Ann", "Ann", "Ann", "Ann")
     hall.memory.backfill(hall.engine)
@@ -115,7 +117,7 @@ def test_what_becomes_of_them(hall: Hall) -> None:
 @pytest.mark.parametrize("commits", [True, False])
 @pytest.mark.parametrize("wanted", [1, 5, 9], ids=["the first row", "the row with that guest", "the last row"])
 @pytest.mark.parametrize("batch_size", [1, 100])
-def test_beside_a_transaction_that_has_the_value(
+def test_backfill_waits_for_a_unique_value_without_deadlock(
     postgres_hall: Hall, wanted: int, batch_size: int, commits: bool
 ) -> None:
     """It is waited for without rows of the batch in hand, which it may come to wait for: no deadlock, no victim."""

@@ -46,7 +46,7 @@ def spied(engine: Engine, spy: Spy) -> World:
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_what_is_tracked_later(engine: Engine, in_background: bool) -> None:
+def test_class_tracked_later_is_delivered(engine: Engine, in_background: bool) -> None:
     """A relay that there is learns of it: of its rows of before, and of what is committed from then on."""
     app = make_app(engine, Tag, text="meaning")
     with app.relay if in_background else nullcontext(), app.session() as session:
@@ -75,7 +75,7 @@ def test_many_changes_of_one_key_are_one_delivery(spied: World, spy: Spy) -> Non
     spied.assert_in_step()
 
 
-def test_what_did_not_change_is_not_written_again(spied: World, spy: Spy) -> None:
+def test_unchanged_projection_is_not_written_again(spied: World, spy: Spy) -> None:
     """Equal fingerprints cost nothing: a column that is neither text nor metadata does not reach the index."""
     with spied.session() as session:
         session.add(Person(name="ada", about="likes tea"))
@@ -152,7 +152,7 @@ def test_a_late_commit_is_not_skipped(postgres_engine: Engine) -> None:
     world.assert_in_step()
 
 
-def test_converges_through_random_failures(engine: Engine) -> None:
+def test_index_converges_through_random_failures(engine: Engine) -> None:
     """Calls that fail before, after, or half way: nothing is lost, nothing stays stale."""
     inner = InMemoryIndex(max_batch=5)
     flaky = FlakyIndex(inner, rate=0.4, seed=3)
@@ -461,7 +461,7 @@ def test_no_transaction_is_open_during_an_index_call(engine: Engine) -> None:
     assert open_during == [0]
 
 
-def test_in_memory_sqlite(tmp_path: Path) -> None:
+def test_in_memory_sqlite_is_delivered_by_drain_alone(tmp_path: Path) -> None:
     """One connection: start() refuses, drain() works, and raises while a transaction is open."""
     from sqlalchemy.pool import StaticPool
 

@@ -184,7 +184,7 @@ def test_two_relays_claim_a_new_index_at_once(postgres_engine: Engine) -> None:
     world.assert_in_step()
 
 
-def test_a_parked_key_of_a_class_that_is_tracked_no_more(engine: Engine) -> None:
+def test_parked_key_of_an_untracked_class_stays_parked(engine: Engine) -> None:
     """It stays where it is, in nobody's way, until the class is tracked again."""
     index = Spy()
     index.refuse = lambda point: DeliveryRejected("too odd") if point.id == 'tag["a"]' else None
@@ -396,7 +396,7 @@ def remove(session: Session) -> None:
         pytest.param("after scan", change, False, id="on its way"),
     ],
 )
-def test_what_changes_under_verify_is_not_drift(
+def test_change_during_verify_is_not_drift(
     engine: Engine, moment: str, edit: Callable[[Session], None], delivered: bool
 ) -> None:
     """Row and vector are read one after the other: what differs is looked at twice, or is on its way."""
@@ -433,7 +433,7 @@ def test_a_row_that_another_memory_deleted_leaves_no_ghost(engine: Engine) -> No
     assert_index_holds(index, HashEmbedder(), {'tag["b"]': "another"})
 
 
-def test_a_late_write_that_is_reported_as_failed(engine: Engine) -> None:
+def test_late_write_reported_as_failed_is_put_right(engine: Engine) -> None:
     """A call times out after its lease, and lands after what the new owner wrote: it is put right."""
     index = Interrupted(fenced=False)
     world = World(engine, index)

@@ -167,7 +167,9 @@ def test_index_is_compared_when_the_database_was_restored(backups: Backups, make
     app.close()
 
 
-def test_restore_to_before_any_delivery(backups: Backups, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_restore_from_before_any_delivery_is_noticed(
+    backups: Backups, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Not even our tables are in the backup; or they are, and no relay had been there."""
     with storage("faiss", tmp_path, request) as make:
         app = App(backups.engine(), make())
@@ -193,7 +195,7 @@ def files(tmp_path: Path) -> Callable[..., App]:
     return made
 
 
-def test_restore_under_a_running_relay(files: Callable[..., App], tmp_path: Path) -> None:
+def test_running_relay_notices_a_restore(files: Callable[..., App], tmp_path: Path) -> None:
     """The relay has seen a later page than there is; its position is one that the new ids have yet to reach.
 
     Of one kind with it: a backup that was taken while the same relay held its lease.
@@ -213,7 +215,7 @@ def test_restore_under_a_running_relay(files: Callable[..., App], tmp_path: Path
     app.close()
 
 
-def test_restore_under_a_relay_that_wrote_nothing_since(files: Callable[..., App], tmp_path: Path) -> None:
+def test_relay_that_wrote_nothing_since_notices_a_restore(files: Callable[..., App], tmp_path: Path) -> None:
     """No page was begun, as the rows had no text: only the position shows that the database went back."""
     app = files(InMemoryIndex())
     with app.memory.relay(app.engine):
@@ -245,7 +247,7 @@ def holds(app: App) -> bool:
     return given == {tracked.point_id(row.key): row.fingerprint for row in rows if row.fingerprint}
 
 
-def test_two_databases_in_turns(files: Callable[..., App], tmp_path: Path) -> None:
+def test_relays_of_two_copies_each_make_the_index_their_own(files: Callable[..., App], tmp_path: Path) -> None:
     """A copy of the database goes its own way, with the same index: each relay makes the index its own again."""
     index = InMemoryIndex()
     one = files(index)
@@ -260,7 +262,9 @@ def test_two_databases_in_turns(files: Callable[..., App], tmp_path: Path) -> No
     other.close()
 
 
-def test_restored_index(files: Callable[..., App], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_restored_index_is_compared_with_its_database(
+    files: Callable[..., App], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """The other way round: the index is behind its database."""
     with storage("faiss", tmp_path, request) as make:
         app = files(make())

@@ -109,7 +109,7 @@ def upgraded(engine: Engine, was: list[dict[str, Any]], upgrade: Any, *, before:
     return shown
 
 
-def test_what_is_made_is_as_the_orm_takes_it(engine: Engine) -> None:
+def test_upgrade_makes_values_as_the_orm_takes_them(engine: Engine) -> None:
     """Whatever else the row holds: small numbers, short texts and truth values are one object wherever they are."""
     was = [
         {"id": 4, "count": 5, "word": "Y", "flag": True, "data": 5},
@@ -119,7 +119,7 @@ def test_what_is_made_is_as_the_orm_takes_it(engine: Engine) -> None:
     assert upgraded(engine, was, lambda row: {"id": row["id"], **made}) == {4: made, 5: made}
 
 
-def test_what_is_given_is_the_drivers_under_any_name(engine: Engine) -> None:
+def test_stored_values_stay_the_drivers_under_any_name(engine: Engine) -> None:
     """Kept, renamed, swapped, or put to another column; what only looks like it is not."""
 
     def upgrade(row: dict[str, Any]) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def apply(world: World, session: Any, change: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("examples", sizes(8, 50))
-def test_equals_brute_force(engine: Engine, examples: int) -> None:
+def test_search_equals_brute_force(engine: Engine, examples: int) -> None:
     """While the relay lags, vectors are stale, the transaction is open, and a delivery lands between its steps."""
     world = World(engine, Meddling())
     index: Any = world.index
@@ -172,7 +172,7 @@ def test_ghosts_ten_to_one_leave_the_top_k_full(meddled: World, index: Meddling)
         assert_exact(meddled, session, "tea", select(Person))
 
 
-def test_vectors_of_another_content_are_embedded_anew(meddled: World, index: Meddling) -> None:
+def test_stale_vectors_are_embedded_again(meddled: World, index: Meddling) -> None:
     """A stale vector in the index, for whatever reason: the row counts with its current text."""
     people(meddled, *WORDS)
     meddled.relay.drain()
@@ -198,7 +198,7 @@ def test_an_uncommitted_write_is_found_and_an_uncommitted_delete_is_not(world: W
         assert [h.fact.about for h in world.memory.search(session, "tea", Person, limit=1)] == ["tea"]
 
 
-def test_pending_edits_of_the_session_are_not_lost_nor_believed(world: World) -> None:
+def test_pending_edits_are_neither_lost_nor_searched(world: World) -> None:
     """With autoflush off, the search goes by the row, and the edit stays in the instance."""
     people(world, "tea", "coffee")
     world.relay.drain()
@@ -223,7 +223,7 @@ def test_eventual_shows_only_what_was_delivered(world: World) -> None:
         assert [hit.fact.id for hit in hits] == [2]
 
 
-def test_other_entities_do_not_crowd_out(meddled: World, index: Meddling) -> None:
+def test_other_entities_do_not_crowd_out_hits(meddled: World, index: Meddling) -> None:
     """One index holds several models; a search for a rare one still fills its top k, by a filter."""
     with meddled.session() as session:
         session.execute(insert(Tag), [{"name": f"tea{n}", "meaning": "tea"} for n in range(200)])
@@ -243,7 +243,7 @@ def alone(engine: Engine, index: Meddling) -> App:
     return app
 
 
-def test_foreign_points_do_not_crowd_out(engine: Engine, index: Meddling) -> None:
+def test_foreign_points_do_not_crowd_out_hits(engine: Engine, index: Meddling) -> None:
     """Points that nobody tracks are all nearer: the few rows there are are asked for by name."""
     app = alone(engine, index)
     vector = app.memory.embedder.embed(["tea"])[0]
@@ -279,7 +279,7 @@ def test_points_carry_their_entity_from_the_second_one_on(engine: Engine, index:
     }
 
 
-def test_a_key_that_is_refused_in_the_middle_of_a_search(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_refused_during_a_search_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Undelivered at the first look, parked and its outbox entry gone at the second: it is found all the same."""
     people(world, "green tea")
     world.relay.drain()
@@ -340,14 +340,14 @@ def test_facts_of_another_user_are_never_returned(world: World) -> None:
         (text("1 = 1"), None),
     ],
 )
-def test_what_is_pushed_down(world: World, criterion: Any, pushed: Any) -> None:
+def test_only_exact_criteria_are_pushed_down(world: World, criterion: Any, pushed: Any) -> None:
     """Only where SQL and an index agree exactly."""
     with world.engine.connect() as connection:
         comparable = Comparable(connection, Note.__table__)
         assert push_down(world.memory._registry.of(Note), [criterion], comparable) == pushed
 
 
-def test_pushed_down_where_possible_else_by_ids(meddled: World, index: Meddling) -> None:
+def test_criteria_are_pushed_down_or_become_ids(meddled: World, index: Meddling) -> None:
     """The index is asked for the fewest points that can answer."""
     people(meddled, *WORDS)
     meddled.relay.drain()
@@ -360,7 +360,7 @@ def test_pushed_down_where_possible_else_by_ids(meddled: World, index: Meddling)
         assert (index.queries[-1]["where"], index.queries[-1]["ids"]) == (None, None)
 
 
-def test_criteria_with_thousands_of_values(meddled: World, index: Meddling) -> None:
+def test_criteria_with_thousands_of_values_are_left_to_sql(meddled: World, index: Meddling) -> None:
     """No index is asked for so many: SQL says which rows they select, as it does where nothing can be pushed down."""
     people(meddled, *WORDS)
     meddled.relay.drain()
@@ -386,7 +386,7 @@ def test_one_select_hydrates(meddled: World) -> None:
 # -- options and bounds -----------------------------------------------------------------------------------------------
 
 
-def test_max_distance(world: World) -> None:
+def test_max_distance_excludes_farther_facts(world: World) -> None:
     """Nothing farther, and no more asked of the index than needed."""
     people(world, *WORDS)
     world.relay.drain()
@@ -409,7 +409,7 @@ def test_eager_loading_of_collections_works(world: World) -> None:
         assert [len(hit.fact.notes) for hit in hits] == [3]
 
 
-def test_more_undelivered_than_the_overlay_takes(world: World) -> None:
+def test_search_past_the_overlay_limit_is_incomplete(world: World) -> None:
     """The result says that it is not complete, and the transaction's own keys come first."""
     world.relay.drain()
     with world.session() as session:
@@ -445,7 +445,7 @@ def test_a_failing_embedder_leaves_out_what_is_undelivered(world: World) -> None
             world.memory.search(session, "other", Person)
 
 
-def test_incomplete_until_the_index_is_filled(engine: Engine) -> None:
+def test_search_is_incomplete_until_the_index_is_filled(engine: Engine) -> None:
     """Rows that no relay has ever delivered cannot all be considered."""
     world = World(engine)
     people(world, "tea")
@@ -455,7 +455,7 @@ def test_incomplete_until_the_index_is_filled(engine: Engine) -> None:
         assert not hits.complete
 
 
-def test_read_your_writes_while_the_index_is_filled(engine: Engine) -> None:
+def test_search_finds_own_writes_while_the_index_is_filled(engine: Engine) -> None:
     """What was committed just before the first delivery is behind the cursor and not in the index: it is found."""
 
     class Filling(InMemoryIndex):
@@ -511,7 +511,7 @@ def test_bad_arguments_get_a_clear_error(world: World, arguments: dict[str, Any]
         world.memory.search(session, given.pop("query"), given.pop("target"), **given)
 
 
-def test_a_limit_beyond_what_an_index_can_count(meddled: World, index: Meddling) -> None:
+def test_huge_limit_finds_all_facts(meddled: World, index: Meddling) -> None:
     """As good as all that there is."""
     people(meddled, "green tea", "coffee")
     meddled.relay.drain()
@@ -521,7 +521,7 @@ def test_a_limit_beyond_what_an_index_can_count(meddled: World, index: Meddling)
     assert index.queries[-1]["limit"] == 1 << 20
 
 
-def test_an_embedder_that_fills_the_same_buffer_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedder_may_reuse_its_buffer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it gave for the query is still that when it is asked for what is undelivered."""
     buffer, embed = np.zeros((100, world.embedder.dimension), dtype=np.float32), world.embedder.embed
 
@@ -537,7 +537,7 @@ def test_an_embedder_that_fills_the_same_buffer_again(world: World, monkeypatch:
         assert hits[0].distance == pytest.approx(0, abs=1e-6)
 
 
-def test_several_indexes(engine: Engine) -> None:
+def test_search_takes_the_first_of_several_indexes(engine: Engine) -> None:
     """A model goes to the indexes it names; a search takes the first unless told."""
     one, two = InMemoryIndex(), InMemoryIndex()
     memory = Memory({"one": one, "two": two}, embedder=HashEmbedder())
@@ -562,7 +562,7 @@ def test_several_indexes(engine: Engine) -> None:
         relay.stop()
 
 
-def test_recall_of_chroma(sqlite_engine: Engine) -> None:
+def test_search_of_chroma_reaches_its_recall(sqlite_engine: Engine) -> None:
     """Approximate: every hit is true, and recall is what it is (1.0 here, on 300 templated facts)."""
     chromadb = pytest.importorskip("chromadb")
     from memstate_sa.indexes import ChromaIndex
@@ -586,7 +586,7 @@ def test_recall_of_chroma(sqlite_engine: Engine) -> None:
     world.index.close()
 
 
-def test_an_index_of_one_s_own_that_is_away(world: World) -> None:
+def test_error_of_an_unavailable_index_is_retryable(world: World) -> None:
     """Whatever its client raises is a DeliveryError, with the cause."""
 
     def away(*arguments: object, **options: object) -> list[object]:

@@ -115,7 +115,7 @@ def test_writers_are_not_waited_for(world: World) -> None:
     world.assert_in_step()
 
 
-def test_only_what_is_asked_for(world: World) -> None:
+def test_past_session_shows_only_the_named_classes(world: World) -> None:
     with world.session() as session:
         session.add_all([Tag(name="red"), Person(id=1, name="ann")])
         tx = commit(world, session)
@@ -126,7 +126,7 @@ def test_only_what_is_asked_for(world: World) -> None:
         assert sorted(past.scalars(select(Person.id))) == [1, 2]
 
 
-def test_moments_that_are_none(world: World) -> None:
+def test_invalid_moments_are_refused(world: World) -> None:
     with pytest.raises(NotFound), world.memory.as_of_session(world.engine, "nothing"):
         pass
     with pytest.raises(MemstateError, match="aware"), world.memory.as_of_session(world.engine, datetime.now()):  # noqa: DTZ005
@@ -215,7 +215,7 @@ def test_search_as_of_is_brute_force_over_the_replayed_rows(world: World, exampl
                 assert {hit.fact.id for hit in some} == {key for key in texts if key > 2}
 
 
-def test_rows_of_other_classes_in_the_same_tables(engine: Engine) -> None:
+def test_rows_of_other_classes_are_as_they_are_now(engine: Engine) -> None:
     """Of single-table inheritance, and of a joined base class: they are as they are now, whatever is tracked."""
 
     class Local(DeclarativeBase):
@@ -272,7 +272,7 @@ def test_rows_of_other_classes_in_the_same_tables(engine: Engine) -> None:
         app.memory.close()
 
 
-def test_a_row_that_is_of_another_class_now(engine: Engine) -> None:
+def test_row_of_another_class_now_is_shown_as_it_was(engine: Engine) -> None:
     """Then it was of the tracked one: it is there once, as it was."""
 
     class Local(DeclarativeBase):
@@ -308,7 +308,7 @@ class XID(UserDefinedType[str]):
         return "xid"
 
 
-def test_a_system_column(postgres_engine: Engine) -> None:
+def test_system_column_is_shown_in_the_past(postgres_engine: Engine) -> None:
     """As SQLAlchemy shows it for ``version_id_col``: every table has it, one that hides another, too."""
 
     class Local(DeclarativeBase):

@@ -134,7 +134,7 @@ def test_history_rows_and_vectors_are_there_again(world: World) -> None:
     world.assert_in_step()
 
 
-def test_what_is_exported_again_is_the_same(world: World) -> None:
+def test_imported_facts_export_the_same_file(world: World) -> None:
     """But for the header, which counts what the log did not tell of."""
     live(world)
     file = export(world.memory, world.engine)
@@ -143,7 +143,9 @@ def test_what_is_exported_again_is_the_same(world: World) -> None:
     assert body(export(world.memory, world.engine)) == body(file)
 
 
-def test_from_sqlite_to_postgres_and_back(sqlite_engine: Engine, postgres_engine: Engine, other: World) -> None:
+def test_transfer_to_postgres_and_back_keeps_the_file(
+    sqlite_engine: Engine, postgres_engine: Engine, other: World
+) -> None:
     """The file that comes back is the one that went."""
     here, there = World(sqlite_engine), World(postgres_engine)
     live(here)
@@ -213,7 +215,7 @@ def test_random_histories_survive_a_transfer(
         round_trip(first, second, steps, untracked)
 
 
-def test_it_goes_page_by_page(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transfer_works_page_by_page(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there are; the progress tells how far it is."""
     live(world)
     whole = export(world.memory, world.engine)
@@ -257,7 +259,7 @@ def test_an_export_shows_one_moment(world: World, monkeypatch: pytest.MonkeyPatc
     assert "too late" not in file.getvalue()
 
 
-def test_one_class_by_itself(world: World) -> None:
+def test_one_class_can_be_exported_alone(world: World) -> None:
     """With the labels of its transactions alone; they may be taken in before what refers to them."""
     txs = live(world)
     with world.session() as session:
@@ -394,7 +396,7 @@ def test_classes_that_are_not_tracked_are_refused(world: World) -> None:
     assert "does not name the entity 'note'" in refused(world, changed(file, 1, entities={"person": 1, "tag": 1}))
 
 
-def test_what_is_there_already_is_refused(world: World) -> None:
+def test_import_refuses_facts_that_exist(world: World) -> None:
     """A transaction, a fact, one that was deleted, and a row that the log does not know."""
     live(world)
     file = export(world.memory, world.engine)
@@ -512,7 +514,7 @@ def second(tmp_path: Path) -> Iterator[Engine]:
 
 
 @pytest.mark.parametrize("page", [1, 1000])
-def test_rows_that_refer_to_each_other(
+def test_rows_that_refer_to_each_other_are_imported(
     second: Engine, engine: Engine, monkeypatch: pytest.MonkeyPatch, page: int
 ) -> None:
     """In circles, to rows of their own class with greater keys, from classes that were tracked before theirs."""
@@ -537,7 +539,7 @@ def test_rows_that_refer_to_each_other(
     target.memory.close()
 
 
-def test_keys_of_a_sequence_of_ones_own(second: Engine, engine: Engine) -> None:
+def test_import_moves_a_custom_sequence_past_its_keys(second: Engine, engine: Engine) -> None:
     """Which the table does not own: the next key is free, whichever of both the class uses."""
 
     class Local(DeclarativeBase):
@@ -572,7 +574,7 @@ def test_keys_of_a_sequence_of_ones_own(second: Engine, engine: Engine) -> None:
 
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("page", [1, 1000])
-def test_trees_and_rows_in_several_tables(
+def test_trees_and_rows_in_several_tables_are_imported(
     second: Engine, engine: Engine, monkeypatch: pytest.MonkeyPatch, page: int
 ) -> None:
     """A child may have the smaller key; a fact in two tables is one."""
@@ -660,7 +662,7 @@ def test_values_of_every_kind_cross_over(second: Engine, engine: Engine, tmp_pat
     target.memory.close()
 
 
-def test_what_the_database_makes_of_a_value_is_logged(second: Engine, engine: Engine) -> None:
+def test_import_logs_values_as_the_database_stores_them(second: Engine, engine: Engine) -> None:
     """So that the log tells what is in the tables: PostgreSQL pads CHAR, and a trigger may do anything."""
     source, target = Application(second), Application(engine)
     if engine.dialect.name == "sqlite":

@@ -60,7 +60,7 @@ def test_the_log_only_grows(world: World) -> None:
         assert world.memory.history(session, Tag) == [*before, change]
 
 
-def test_one_step_twice_walks_back_two(world: World) -> None:
+def test_two_rollbacks_of_one_step_undo_two_steps(world: World) -> None:
     """What is undone does not count again, nor does an undo."""
     say(world, a="1")
     say(world, a="2")
@@ -118,7 +118,7 @@ def test_the_callers_own_uncommitted_work_is_not_undone(world: World) -> None:
     world.assert_in_step()
 
 
-def test_steps_of_a_session_or_an_actor(world: World) -> None:
+def test_undo_counts_only_steps_of_a_session_or_an_actor(world: World) -> None:
     """The transactions of others are skipped over, and stay."""
     say(world, actor="ada", session_id="s1", a="1")
     say(world, actor="bob", session_id="s1", b="1")
@@ -215,7 +215,7 @@ def test_steps_must_be_a_positive_number(world: World, steps: object) -> None:
         world.memory.rollback(session, steps)  # type: ignore[arg-type]
 
 
-def test_unknown_and_open_transactions(world: World) -> None:
+def test_unknown_and_open_transactions_are_refused(world: World) -> None:
     """A transaction that is not there, and the one that is still open."""
     with world.session() as session:
         with pytest.raises(NotFound, match="no transaction 'x'"):
@@ -243,7 +243,7 @@ class Tree(Base):
     __mapper_args__ = {"version_id_col": version}  # noqa: RUF012  # SQLAlchemy's own form
 
 
-def test_self_references_versions_and_onupdate(engine: Engine) -> None:
+def test_undo_restores_self_references_and_moves_versions_on(engine: Engine) -> None:
     """Parents first within a table; the version counter moves on; onupdate does not overwrite what is restored."""
     app = make_app(engine, Tree, text="label")
     with app.session() as session, app.session() as stale:
@@ -276,7 +276,7 @@ def test_self_references_versions_and_onupdate(engine: Engine) -> None:
         assert session.scalar(select(func.count()).select_from(Tree)) == 3
 
 
-def test_an_entity_that_is_no_longer_tracked(world: World) -> None:
+def test_undo_of_an_untracked_entity_is_refused(world: World) -> None:
     """Its rows cannot be written back, and the error says so."""
     say(world, a="1")
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())

@@ -102,7 +102,7 @@ def player(n: int, **values: Any) -> Player:
 # -- scopes ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_last_steps_of_one_class(app: App) -> None:
+def test_undo_of_one_class_leaves_the_others(app: App) -> None:
     """Of a transaction on two classes only that class is undone; the rest of it can be undone later."""
     app.write(Team(id=1), player(1))
     app.write(team_1={"text": "both"}, player_1={"text": "both"})
@@ -115,7 +115,7 @@ def test_the_last_steps_of_one_class(app: App) -> None:
     app.check()
 
 
-def test_back_to_a_transaction_or_a_time(app: App) -> None:
+def test_rollback_goes_back_to_a_transaction_or_a_time(app: App) -> None:
     app.write(player(1))
     kept = app.write(player_1={"text": "kept"})
     at = datetime.now(UTC)
@@ -161,7 +161,7 @@ def test_redo_is_a_rollback_of_the_rollback_also_of_a_part(app: App) -> None:
     app.check()
 
 
-def test_bad_arguments(app: App) -> None:
+def test_bad_arguments_are_refused(app: App) -> None:
     app.write(player(1))
     with app.sessions() as session:
         with pytest.raises(NotFound):
@@ -183,7 +183,7 @@ def test_bad_arguments(app: App) -> None:
     app.check()
 
 
-def test_nothing_changes_is_no_step(app: App) -> None:
+def test_update_without_a_change_is_no_step(app: App) -> None:
     """An UPDATE of what was not loaded, or in bulk, to the values that are there."""
     app.write(player(1))
     with app.sessions() as session:
@@ -202,7 +202,7 @@ def test_nothing_changes_is_no_step(app: App) -> None:
 # -- conflicts ---------------------------------------------------------------------------------------------------------
 
 
-def test_conflicts_skipped_or_forced(app: App) -> None:
+def test_conflicts_can_be_skipped_or_forced(app: App) -> None:
     app.write(player(1), player(2))
     app.write(player_1={"text": "mine"}, player_2={"text": "mine"}, actor="me")
     theirs = app.write(player_1={"text": "theirs"}, actor="you")
@@ -216,7 +216,7 @@ def test_conflicts_skipped_or_forced(app: App) -> None:
     app.check()
 
 
-def test_a_row_that_others_refer_to(app: App) -> None:
+def test_undo_of_a_row_that_others_refer_to_is_a_conflict(app: App) -> None:
     app.write(Team(id=1), actor="me")
     theirs = app.write(player(1, team_id=1), actor="you")
     for on_conflict in ("raise", "force"):
@@ -230,7 +230,7 @@ def test_a_row_that_others_refer_to(app: App) -> None:
     app.check()
 
 
-def test_a_row_whose_parent_is_gone(app: App) -> None:
+def test_undo_of_a_row_without_its_parent_is_a_conflict(app: App) -> None:
     app.write(Team(id=1))
     app.write(player(1, team_id=1))
     app.write(player_1=None, actor="me")
@@ -243,7 +243,7 @@ def test_a_row_whose_parent_is_gone(app: App) -> None:
     app.check()
 
 
-def test_a_unique_value_that_somebody_took(app: App) -> None:
+def test_undo_to_a_taken_unique_value_is_a_conflict(app: App) -> None:
     app.write(player(1))
     app.write(player_1={"number": 2}, actor="me")
     taken = app.write(player(3, number=1), actor="you")
@@ -253,7 +253,7 @@ def test_a_unique_value_that_somebody_took(app: App) -> None:
     app.check()
 
 
-def test_what_is_skipped_may_be_what_others_need(app: App) -> None:
+def test_child_is_skipped_with_its_parent(app: App) -> None:
     """The parent cannot come back, so neither can its child."""
     app.write(Team(id=1), player(1))
     app.write(player(2, team_id=1, mentor_id=1))
@@ -271,7 +271,7 @@ def test_what_is_skipped_may_be_what_others_need(app: App) -> None:
 # -- constraints that no plain order satisfies -------------------------------------------------------------------------
 
 
-def test_swapped_unique_values(app: App) -> None:
+def test_swapped_unique_values_are_undone(app: App) -> None:
     app.write(player(1), player(2), player(3))
     before = app.facts()
     with app.sessions() as session:
@@ -313,7 +313,7 @@ def test_rows_that_refer_to_each_other_come_back(app: App) -> None:
 # -- revoke ------------------------------------------------------------------------------------------------------------
 
 
-def test_one_run_among_others(app: App) -> None:
+def test_revoke_undoes_one_run_among_others(app: App) -> None:
     app.write(player(1), player(2), session_id="a")
     app.write(player(3), session_id="b")
     app.write(player_1={"text": "b was here"}, session_id="b")
@@ -415,7 +415,7 @@ def test_revoking_one_is_replaying_the_others(app: App, examples: int) -> None:
 # -- time travel -------------------------------------------------------------------------------------------------------
 
 
-def test_as_of_a_time_or_a_transaction(app: App) -> None:
+def test_as_of_takes_a_time_or_a_transaction(app: App) -> None:
     long_ago = datetime.now(UTC) - timedelta(days=1)
     first = app.write(player(1))
     between = datetime.now(UTC)
@@ -436,7 +436,7 @@ def test_as_of_a_time_or_a_transaction(app: App) -> None:
             app.memory.as_of(session, Player, (1, 2), first)
 
 
-def test_as_of_a_row_older_than_its_history(app: App) -> None:
+def test_as_of_shows_a_row_older_than_its_history(app: App) -> None:
     with app.engine.begin() as connection:
         connection.execute(sa.insert(Player.__table__), {"id": 1, "number": 1, "nick": "a", "text": "old"})
         connection.execute(sa.insert(Player.__table__), {"id": 2, "number": 2, "nick": "b", "text": "never touched"})
@@ -569,7 +569,7 @@ def test_a_thousand_steps_take_as_many_statements_as_one_for_each_kind(app: App)
     app.check()
 
 
-def test_it_returns_what_the_history_says(app: App) -> None:
+def test_undo_returns_the_changes_that_the_history_shows(app: App) -> None:
     """Inserts, several updates of one fact and a delete, taken back together; redone; and past what others changed."""
     app.write(player(1), player(2))
     start = app.write(player(3))

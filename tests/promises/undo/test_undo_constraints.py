@@ -85,9 +85,7 @@ def mutual(*, nullable: bool = True, **options: Any) -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize("use_alter", [False, True])
 @pytest.mark.filterwarnings("ignore:Can't sort tables:sqlalchemy.exc.SAWarning")
 @pytest.mark.filterwarnings("ignore:Cannot correctly sort tables:sqlalchemy.exc.SAWarning")
-def test_of_two_foreign_keys_in_a_circle_the_one_that_may_be_null_waits(
-    engine: Engine, tmp_path: Path, *, use_alter: bool
-) -> None:
+def test_nullable_foreign_key_of_a_circle_is_written_last(engine: Engine, tmp_path: Path, *, use_alter: bool) -> None:
     """The other orders the tables, for rows that go as for rows that come back, and for an import."""
     base, user, address = mutual(use_alter=use_alter)
     app = App(engine, base)
@@ -127,7 +125,7 @@ def test_of_two_foreign_keys_in_a_circle_the_one_that_may_be_null_waits(
 
 @pytest.mark.filterwarnings("ignore:Can't sort tables:sqlalchemy.exc.SAWarning")
 @pytest.mark.filterwarnings("ignore:Cannot correctly sort tables:sqlalchemy.exc.SAWarning")
-def test_in_a_circle_that_is_checked_at_commit_any_order_will_do(engine: Engine) -> None:
+def test_deferred_foreign_keys_of_a_circle_take_any_order(engine: Engine) -> None:
     """No foreign key of it may be NULL, not even for a moment."""
     base, user, address = mutual(nullable=False, deferrable=True, initially="DEFERRED")
     app = App(engine, base)
@@ -166,7 +164,7 @@ def test_in_a_circle_that_is_checked_at_commit_any_order_will_do(engine: Engine)
     ids=lambda value: None if isinstance(value, list) else repr(value),
 )
 @pytest.mark.filterwarnings("ignore:Dialect sqlite.*does \\*not\\* support Decimal:sqlalchemy.exc.SAWarning")
-def test_swapped_values_of_any_type(engine: Engine, type_: Any, values: Sequence[Any]) -> None:
+def test_swapped_values_of_any_type_are_undone(engine: Engine, type_: Any, values: Sequence[Any]) -> None:
     """For a moment one of the rows has a value that nobody has, also where the column is unique with a foreign key."""
 
     class Base(DeclarativeBase):
@@ -203,7 +201,7 @@ def test_swapped_values_of_any_type(engine: Engine, type_: Any, values: Sequence
     app.check()
 
 
-def test_swapped_values_that_others_refer_to(engine: Engine) -> None:
+def test_swapped_values_that_others_refer_to_are_undone(engine: Engine) -> None:
     """Who refers to one of them, and has come along, lets go of it first."""
 
     class Base(DeclarativeBase):
@@ -241,7 +239,7 @@ def test_swapped_values_that_others_refer_to(engine: Engine) -> None:
 # -- what stands in the way --------------------------------------------------------------------------------------------
 
 
-def test_a_value_that_track_was_told_to_be_unique(engine: Engine) -> None:
+def test_taken_value_of_unique_by_is_a_conflict(engine: Engine) -> None:
     """Who has it now is named, and a run undone but for that; who gives it up in the same undo is in nobody's way."""
 
     class Base(DeclarativeBase):
@@ -284,7 +282,7 @@ def test_a_value_that_track_was_told_to_be_unique(engine: Engine) -> None:
 
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("on_conflict", ["skip", "force"])
-def test_a_row_that_others_have_brought_back_themselves(engine: Engine, on_conflict: Any) -> None:
+def test_returned_row_does_not_block_its_own_unique_value(engine: Engine, on_conflict: Any) -> None:
     """Undoing its deletion is a change of what they have left there: its unique value is its own."""
 
     class Base(DeclarativeBase):
@@ -389,7 +387,7 @@ def test_parents_that_are_gone_are_looked_for_together(engine: Engine, statement
     app.check()
 
 
-def test_a_parent_in_another_form(sqlite_engine: Engine) -> None:
+def test_parent_is_found_by_its_collation(sqlite_engine: Engine) -> None:
     """Its collation finds it: the child comes back. (The wheel's PostgreSQL has no such collation.)"""
 
     class Base(DeclarativeBase):
@@ -432,7 +430,7 @@ class Mood(enum.Enum):
     BAD = "bad"
 
 
-def test_arrays_that_are_unique(postgres_engine: Engine) -> None:
+def test_unique_arrays_are_compared_like_other_values(postgres_engine: Engine) -> None:
     """They are compared like other values: who has one that another is to get again, is named."""
 
     class Base(DeclarativeBase):
@@ -485,7 +483,7 @@ def test_arrays_that_are_unique(postgres_engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
-def test_what_only_the_database_knows_keeps_no_more_than_it_must(
+def test_hidden_constraint_keeps_no_more_facts_than_it_must(
     engine: Engine, statements: list[str], capture: str
 ) -> None:
     """An index on some rows refuses one of many, and an untracked row two parents; their children go all the same."""
@@ -549,7 +547,7 @@ def test_what_only_the_database_knows_keeps_no_more_than_it_must(
     app.check()
 
 
-def test_a_statement_for_each_set_of_columns(engine: Engine, statements: list[str]) -> None:
+def test_undo_sends_one_statement_for_each_set_of_columns(engine: Engine, statements: list[str]) -> None:
     """However the rows that change one and those that change another alternate."""
 
     class Base(DeclarativeBase):
@@ -584,7 +582,7 @@ def test_a_statement_for_each_set_of_columns(engine: Engine, statements: list[st
 
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
-def test_what_others_have_put_back_is_compared_by_value(engine: Engine, statements: list[str], capture: str) -> None:
+def test_values_that_others_put_back_are_compared_by_value(engine: Engine, statements: list[str], capture: str) -> None:
     """Not by how an image says it: triggers write floats in another form. There is nothing to write then, either."""
 
     class Base(DeclarativeBase):
@@ -612,7 +610,7 @@ def test_what_others_have_put_back_is_compared_by_value(engine: Engine, statemen
     app.check()
 
 
-def test_a_column_that_came_and_one_that_went_are_nobodys_change(engine: Engine) -> None:
+def test_added_and_dropped_columns_are_no_conflict(engine: Engine) -> None:
     """What others have put back since is compared by the columns that are there, then and now."""
 
     class Old(DeclarativeBase):
@@ -663,7 +661,7 @@ def test_a_column_that_came_and_one_that_went_are_nobodys_change(engine: Engine)
 
 @pytest.mark.filterwarnings("ignore:The database itself changes rows of child")
 @pytest.mark.parametrize("joined", [False, True])
-def test_a_child_that_arrives_while_its_parent_is_to_go(postgres_engine: Engine, *, joined: bool) -> None:
+def test_undo_waits_for_a_child_that_arrives(postgres_engine: Engine, *, joined: bool) -> None:
     """The undo waits for it, and then sees it: the database does not delete it along, behind the log's back."""
 
     class Base(DeclarativeBase):

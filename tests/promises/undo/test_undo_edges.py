@@ -57,7 +57,7 @@ class Thing(Base):
     colour: Mapped[Colour] = mapped_column(unique=True)
 
 
-def test_a_type_that_reads_and_writes_by_expressions(engine: Engine) -> None:
+def test_type_with_sql_expressions_is_undone_in_its_stored_form(engine: Engine) -> None:
     """Its stored form is logged and written back; the past shows it as the present does."""
     app = make_app(engine, Thing)
     with app.sessions() as session:
@@ -74,7 +74,7 @@ def test_a_type_that_reads_and_writes_by_expressions(engine: Engine) -> None:
         assert session.execute(sa.text("SELECT secret FROM thing")).scalar_one() == "x:one"
 
 
-def test_swapped_small_integers_and_enums(engine: Engine) -> None:
+def test_swapped_small_integers_and_enums_are_undone(engine: Engine) -> None:
     """No value stands in for another that the type would refuse."""
     app = make_app(engine, Thing)
     with app.sessions() as session:
@@ -198,7 +198,7 @@ class Child(Family):
     expires_at: Mapped[datetime | None] = mapped_column(sa.DateTime(timezone=False))
 
 
-def test_no_deadlock_that_the_application_has_not(postgres_engine: Engine) -> None:
+def test_tracking_adds_no_deadlock(postgres_engine: Engine) -> None:
     """Two add a child to one parent, which locks it against deletion; then both change it."""
     app = make_app(postgres_engine, Parent, Child)
     with app.sessions() as session:
@@ -228,7 +228,7 @@ def test_no_deadlock_that_the_application_has_not(postgres_engine: Engine) -> No
         assert [change.after["count"] for change in app.memory.history(session, Parent, 1) if change.after] == [0, 1, 2]
 
 
-def test_waiting_for_an_undo(engine: Engine) -> None:
+def test_undo_has_a_token_and_a_dry_run_has_none(engine: Engine) -> None:
     """A token names what the log has; a dry run leaves nothing, no label either."""
     app = make_app(engine, Parent)
     with app.sessions() as session:
@@ -250,7 +250,7 @@ def test_waiting_for_an_undo(engine: Engine) -> None:
             assert_index_holds(app.index, app.embedder, {"parent[1]": "first"})
 
 
-def test_the_next_undo_sends_as_many_statements_however_often_it_was_toggled(world: World) -> None:
+def test_statements_of_an_undo_do_not_grow_with_earlier_undos(world: World) -> None:
     """By steps, by transaction, or back to a moment; it was three more for each undo and redo of the past."""
     with world.session() as session:
         session.add(Tag(name="a", meaning="x"))
@@ -279,7 +279,7 @@ def _note(statements: list[str], connection: Any, cursor: Any, statement: str, *
     statements.append(statement)
 
 
-def test_an_undo_that_was_redone_very_often(engine: Engine) -> None:
+def test_undo_redone_very_often_is_still_followed(engine: Engine) -> None:
     app = make_app(engine, Parent)
     depth = 1500
     rows: list[dict[str, Any]] = [
@@ -335,7 +335,7 @@ def test_the_past_stays_the_past_after_a_rollback(engine: Engine) -> None:
         assert [(hit.fact.text, len(hit.fact.children)) for hit in hits] == [("then", 2)]
 
 
-def test_the_past_on_a_hardened_search_path(postgres_url: str, postgres_engine: Engine) -> None:
+def test_past_is_shown_on_a_hardened_search_path(postgres_url: str, postgres_engine: Engine) -> None:
     engine = create_engine(postgres_url, connect_args={"options": "-c search_path=public,pg_temp"})
     app = make_app(engine, Parent)
     with app.sessions() as session:
@@ -380,7 +380,7 @@ def test_a_search_in_the_past_needs_no_other_class(engine: Engine) -> None:
 # -- subclasses --------------------------------------------------------------------------------------------------------
 
 
-def test_a_concrete_subclass_lacks_what_its_base_is_tracked_by() -> None:
+def test_concrete_subclass_without_a_tracked_column_is_refused() -> None:
     class Own(DeclarativeBase):
         pass
 
@@ -440,7 +440,7 @@ class Xid(sa.types.UserDefinedType[str]):
 
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
-def test_the_databases_own_column_as_version_counter(postgres_engine: Engine, capture: str) -> None:
+def test_system_column_can_be_the_version_counter(postgres_engine: Engine, capture: str) -> None:
     """xmin is nothing that a row brings back, and nothing that was changed; a stale copy notices nevertheless."""
 
     class Base(DeclarativeBase):
