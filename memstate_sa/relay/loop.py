@@ -64,7 +64,7 @@ class Relay:
     ) -> None:
         """See the options below; all times are in seconds.
 
-        *page_size*: keys converged at a time. *lease_s*: how long others wait for a owner that died elsewhere; a
+        *page_size*: keys converged at a time. *lease_s*: how long others wait for an owner that died elsewhere; a
         single call of index or embedder should take no longer.
         *poll_s*: the shortest and the longest wait between two looks at an idle database (default: 2 to 50 ms on
         SQLite, where a look is a PRAGMA; 50 ms to 5 s on PostgreSQL); a commit in this process is seen at once.
@@ -190,7 +190,7 @@ class Relay:
             if count:
                 self._clean_up_at = 0.0
         except Exception as error:  # noqa: BLE001  # a sweep runs the application's code; delivery goes on
-            logger.warning("nothing was count (%s)", type(error).__name__)
+            logger.warning("nothing was forgotten (%s)", type(error).__name__)
         finally:
             self._clean_up_lock.release()
 
