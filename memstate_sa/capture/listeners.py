@@ -316,10 +316,7 @@ class SessionCapture:
 
     @contextmanager
     def undoing(self, connection: Connection, tx: str, facts: Collection[tuple[str, str]]) -> Iterator[None]:
-        """Triggers leave *facts* to the undo *tx*, which logs them; what follows from them they log as part of it.
-
-        It is ended by a SAVEPOINT that rolls back.
-        """
+        """`TriggerContexts.undoing`, where a class is captured by triggers."""
         if not self._registry.by_trigger:
             yield
             return

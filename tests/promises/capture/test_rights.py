@@ -134,7 +134,7 @@ def test_role_that_adds_entries_cannot_choose_their_place(world: World, role: Ro
     before = contents(world.engine)
     names = "id, tx, entity, key, op, version, step, at"
     with pytest.raises(DBAPIError, match="append-only"), app.begin() as connection:
-        functions.tell(connection, "rewrite", "on")
+        functions.set_transaction_setting(connection, "rewrite", "on")
         connection.exec_driver_sql(
             f"INSERT INTO memstate_log ({names}) VALUES ({id_}, 'x', 'tag', '[1]', 'delete', 1, true, now())"
         )
