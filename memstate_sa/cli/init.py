@@ -41,7 +41,7 @@ def init(
 
     Without Alembic, tables and triggers are created at once. With Alembic, a migration of yours is to create them.
 
-    Signs of Alembic are alembic.ini or pyproject.toml, an env.py below this folder, and alembic_version in the database.
+    Signs of Alembic: alembic.ini or pyproject.toml, an env.py below this folder, alembic_version in the database.
 
     memstate-sa init --dry-run     the checklist, and nothing else
     memstate-sa init               and create tables and triggers, without Alembic

@@ -118,7 +118,7 @@ def is_small(value: Any) -> bool:
 
 
 def storable(metadata: Any) -> Any:
-    """*metadata* without what JSONB does not hold, such as NUL. LangGraph takes NUL from the outermost strings alone."""
+    """*metadata* without what JSONB does not hold, such as NUL. LangGraph removes NUL from the outer strings alone."""
     if isinstance(metadata, str):
         return metadata if is_text(metadata) else metadata.replace("\x00", "").encode(errors="replace").decode()
     if isinstance(metadata, float):

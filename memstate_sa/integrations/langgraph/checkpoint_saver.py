@@ -129,7 +129,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
     def _put_without_parent(
         self, config: RunnableConfig, key: CheckpointKey, encoded: EncodedCheckpoint, row: NewCheckpoint
     ) -> None:
-        """Save a checkpoint whose parent was deleted, perhaps during this run, and the blobs of its versions with it."""
+        """Save a checkpoint whose parent was deleted, perhaps during this run, and the blobs of its versions."""
         if encoded.delta_channels:
             raise ConflictError(
                 f"Cannot save a checkpoint of thread {key.thread_id!r}: the one that it follows was deleted, "

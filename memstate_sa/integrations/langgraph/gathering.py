@@ -66,7 +66,7 @@ class Gathering:
 
 
 def _outcomes(batch: Batch, calls: Sequence[_StoreCall]) -> list[list[Any] | Exception]:
-    """The results or the error of each call. A batch that fails has written nothing, so its halves can be tried again."""
+    """The results or the error of each call. A failed batch has written nothing, so its halves can be tried again."""
     try:
         results = iter(batch([op for call in calls for op in call.ops]))
     except Exception as error:  # noqa: BLE001  # it is raised where the call was made

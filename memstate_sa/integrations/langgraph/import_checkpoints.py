@@ -202,7 +202,7 @@ class _SaverTables:
             versions[TASKS] = max(versions.values(), default="1")
             values[TASKS] = self._packed(sends[0].value.type, [self._read(send.value, parent) for send in sends])
 
-    # -- values: as they are stored, unless a serializer of the caller's is to read them --------------------------------
+    # -- values: as they are stored, unless a serializer of the caller's is to read them -------------------------------
 
     def _value(self, stored: SerializedValue, key: CheckpointKey) -> SerializedValue:
         if self._serde is None:

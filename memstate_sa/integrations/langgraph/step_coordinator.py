@@ -271,8 +271,8 @@ class StepCoordinator:
         if transaction.finalizer is not None:
             transaction.finalizer.detach()
         # In a thread, as a finalizer may run anywhere, and must not wait; by the call that takes no lock.
-        arguments = (self.give_up, (transaction.task,))
-        transaction.finalizer = weakref.finalize(lifetime.graph, _thread.start_new_thread, *arguments)
+        start, task = _thread.start_new_thread, transaction.task
+        transaction.finalizer = weakref.finalize(lifetime.graph, start, self.give_up, (task,))
         transaction.finalizer.atexit = False
 
     def find(self, task: Task) -> NodeTransaction | None:
@@ -282,7 +282,7 @@ class StepCoordinator:
         return transaction if transaction is not None and transaction.task.is_attempt(task) else None
 
     async def wait_for_permit(self, transaction: NodeTransaction) -> None:
-        """Return when *transaction* may begin: it takes no connection before. Raises MemstateError when nothing moves."""
+        """Return when *transaction* may begin; it has no connection yet. Raises MemstateError when nothing moves."""
         await transaction.semaphore.wait(transaction.permit, self._timeout_s)
 
     def _semaphore_at(self, depth: int) -> FairSemaphore:

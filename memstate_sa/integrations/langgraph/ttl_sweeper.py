@@ -23,7 +23,7 @@ class TtlSweeper:
         return self.thread is not None and self.thread.is_alive() and not self.stop_event.is_set()
 
     def start(self, sweep: Callable[[], object], interval_s: float) -> Future[None]:
-        """Call *sweep* every *interval_s* seconds, until the result is cancelled. A thread that runs already goes on."""
+        """Call *sweep* every *interval_s* seconds, until the result is cancelled. A running thread goes on."""
         is_running = self.is_running
         if not is_running:
             self.stop_event = (
