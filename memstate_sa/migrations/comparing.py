@@ -44,21 +44,21 @@ _NAMED = (log, outbox, trigger_context)
 
 
 class _Changes(NamedTuple):
-    """What Alembic has found of each table: how it changes, and whether it goes."""
+    """The changes of each table that Alembic has seen: those within it, and whether it is created or dropped."""
 
     of: Mapping[Name, list[ops.MigrateOperation]]
-    made: frozenset[Name]
+    created: frozenset[Name]
     dropped: frozenset[Name]
 
     @classmethod
-    def read(cls, found: list[ops.MigrateOperation]) -> _Changes:
+    def read(cls, operations: list[ops.MigrateOperation]) -> _Changes:
         of: dict[Name, list[ops.MigrateOperation]] = {}
-        for each in found:
-            if isinstance(each, ops.ModifyTableOps) and (altering := _altering(each)):
-                of[each.schema, each.table_name] = altering
-        made = frozenset((op.schema, op.table_name) for op in found if isinstance(op, ops.CreateTableOp))
-        dropped = frozenset((op.schema, op.table_name) for op in found if isinstance(op, ops.DropTableOp))
-        return cls(of, made, dropped)
+        for op in operations:
+            if isinstance(op, ops.ModifyTableOps) and (altering := _altering(op)):
+                of[op.schema, op.table_name] = altering
+        created = frozenset((op.schema, op.table_name) for op in operations if isinstance(op, ops.CreateTableOp))
+        dropped = frozenset((op.schema, op.table_name) for op in operations if isinstance(op, ops.DropTableOp))
+        return cls(of, created, dropped)
 
     def are_of(self, *tables: Table) -> bool:
         """Whether one of these *tables* of ours changes, or takes the place of one with an older name."""
@@ -71,17 +71,17 @@ class _Changes(NamedTuple):
 
 def compare(context: AutogenContext, upgrade_ops: ops.UpgradeOps, schemas: set[str | None]) -> None:
     """A comparator of the whole schema, to come after Alembic's own."""
-    found = upgrade_ops.ops
+    operations = upgrade_ops.ops
     connection = context.connection
     assert connection is not None
-    comparison = _Comparison(context, connection, _tables_of_points(found))
-    found[:] = [op for op in map(comparison.sifted, found) if op is not None]
+    comparison = _Comparison(context, connection, _tables_of_points(operations))
+    operations[:] = [op for op in map(comparison.sifted, operations) if op is not None]
     before: list[ops.MigrateOperation] = []
     after: list[ops.MigrateOperation] = []
-    for undo, redo in comparison.run(_Changes.read(found), schemas):
+    for undo, redo in comparison.run(_Changes.read(operations), schemas):
         before += [] if undo is None else [undo]
         after += [] if redo is None else [redo]
-    found[:] = [*before, *found, *after]
+    operations[:] = [*before, *operations, *after]
 
 
 class _Comparison:
@@ -99,11 +99,10 @@ class _Comparison:
         return (None if table.schema == self._default_schema else table.schema, table.name)
 
     def sifted(self, op: ops.MigrateOperation) -> ops.MigrateOperation | None:
-        """*op* without what is not to be done to tables of ours.
+        """*op* without the parts that must not be done to tables of ours.
 
-        They are nobody's to drop, in whichever schema a search_path has put them: who leaves them out of his metadata
-        has our migrations make them. And SQLite knows no IDENTITY, so that ``compare_server_default`` would never find
-        one there.
+        No application drops them, in whichever schema a search_path has put them: where its metadata lack them, our
+        migrations create them. And SQLite knows no IDENTITY, so ``compare_server_default`` would never see one.
         """
         if not isinstance(op, (ops.DropTableOp, ops.ModifyTableOps)):
             return op
@@ -129,33 +128,33 @@ class _Comparison:
         return (op.schema, str(RENAMED[op.table_name].name)) in self._tables
 
     def run(self, changes: _Changes, schemas: set[str | None]) -> Iterator[tuple[Ours | None, Ours | None]]:
-        """What has to be undone before these changes, and what is to be done after them."""
+        """Pairs of operations: one to run before these changes, and one to run after them."""
         if changes.are_of(log, outbox):
             yield KeepIdsOp(), RestoreIdsOp()
         yield self._log(changes)
         everywhere = triggers.everywhere(self._connection)
         everywhere.pop(self._name(log), None)
-        there = {
+        installed = {
             name: triggers_
             for name, triggers_ in everywhere.items()
             if name[0] in schemas and (name in self._tables or name in changes.dropped) and self._is_included(name)
         }
-        wanted = {
-            name: captured
+        captured = {
+            name: entities
             for name, table in self._tables.items()
-            if (captured := captured_in(table)) and self._is_included(name)
+            if (entities := captured_in(table)) and self._is_included(name)
         }
-        for name in sorted({*there, *wanted}, key=lambda name: (name[0] or "", name[1])):
-            yield from self._table(name, there.get(name, {}), wanted.get(name, {}), changes)
+        for name in sorted({*installed, *captured}, key=lambda name: (name[0] or "", name[1])):
+            yield from self._table(name, installed.get(name, {}), captured.get(name, {}), changes)
         is_sqlite = self._connection.dialect.name == "sqlite"
         if changes.rename(*_NAMED) or (is_sqlite and changes.are_of(*_NAMED)):
-            for name in sorted(everywhere.keys() - there.keys() - wanted.keys()):  # env.py leaves them out
-                for said in _said(everywhere[name]).values():
-                    again = UntrackOp(*self._old(name, said, changes))
-                    yield again, again.reverse()
+            for name in sorted(everywhere.keys() - installed.keys() - captured.keys()):  # env.py leaves them out
+                for header in _headers(everywhere[name]).values():
+                    untrack = UntrackOp(*self._old(name, header, changes))
+                    yield untrack, untrack.reverse()
 
     def _is_included(self, name: Name) -> bool:
-        """As env.py wants it."""
+        """Whether env.py includes the table."""
         table = self._tables.get(name)
         in_database = self._context.run_name_filters(name[1], "table", {"schema_name": name[0]})
         return in_database and (
@@ -167,29 +166,29 @@ class _Comparison:
             return UnprotectLogOp() if triggers.installed(self._connection, log) else None, ProtectLogOp()
         name = self._name(log)
         is_there = inspect(self._connection).has_table(log.name) and self._is_included(name)
-        is_missed = (is_there or name in changes.made) and append_only.missing(self._connection)
+        is_missed = (is_there or name in changes.created) and append_only.missing(self._connection)
         return None, ProtectLogOp() if is_missed else None
 
     def _table(
-        self, name: Name, there: Mapping[str, str], wanted: Mapping[str, CapturedTable], changes: _Changes
+        self, name: Name, sources: Mapping[str, str], captured: Mapping[str, CapturedTable], changes: _Changes
     ) -> Iterator[tuple[Ours | None, Ours | None]]:
-        old = _said(there)
-        for entity in sorted({*old, *wanted}):
-            new = wanted.get(entity)
+        old = _headers(sources)
+        for entity in sorted({*old, *captured}):
+            new = captured.get(entity)
             if new is not None:
                 only = restriction(new, self._connection.dialect)
                 columns = frozen(new.table, stored_columns(new.table))
                 new = CapturedTable.restricted(columns, new.entity, new.version, only)
-                is_same = bool(there) and _is_as_wanted(self._connection, there, new)
+                is_same = bool(sources) and _is_installed(self._connection, sources, new)
                 if is_same and name not in changes.of and not changes.are_of(*_NAMED):
                     continue
             undo = UntrackOp(*self._old(name, old[entity], changes)) if entity in old else None
             yield undo, None if new is None else TrackOp(new, only)
 
-    def _old(self, name: Name, said: Mapping[str, Any], changes: _Changes) -> tuple[CapturedTable, Any]:
-        """What the triggers that are there were made from.
+    def _old(self, name: Name, header: Mapping[str, Any], changes: _Changes) -> tuple[CapturedTable, Any]:
+        """The captured table that the installed triggers were made for.
 
-        The type of a column is the mapping's, unless it changes now: a database tells less of it.
+        The type of a column is the mapping's, unless it changes now: a database knows less of it.
         """
         reflected = Table(name[1], MetaData(), schema=name[0], autoload_with=self._connection, resolve_fks=False)
         altered = {
@@ -199,31 +198,33 @@ class _Comparison:
         }
         mapped = {} if name not in self._tables else {c.name: c for c in self._tables[name].columns}
         columns = [c if c.name in altered else mapped.get(c.name, c) for c in reflected.columns]
-        only = None if said["only"] is None else (said["only"][0], said["only"][1])
-        return CapturedTable.restricted(frozen(reflected, columns), said["entity"], said["version"], only), only
+        only = None if header["only"] is None else (header["only"][0], header["only"][1])
+        return CapturedTable.restricted(frozen(reflected, columns), header["entity"], header["version"], only), only
 
 
-def _tables_of_points(found: list[ops.MigrateOperation]) -> frozenset[Name]:
+def _tables_of_points(operations: list[ops.MigrateOperation]) -> frozenset[Name]:
     """Tables that are in no metadata, with the columns of a PgVectorIndex: in any schema, and under any name."""
-    dropped = (op for op in found if isinstance(op, ops.DropTableOp))
+    dropped = (op for op in operations if isinstance(op, ops.DropTableOp))
     return frozenset(
         (op.schema, op.table_name) for op in dropped if {column.name for column in op.to_table().columns} == COLUMNS
     )
 
 
 def _altering(changes: ops.ModifyTableOps) -> list[ops.MigrateOperation]:
-    """Those for which a table may have to be made anew."""
+    """The operations for which a table may have to be created again."""
     return [op for op in changes.ops if not isinstance(op, (ops.CreateIndexOp, ops.DropIndexOp))]
 
 
-def _said(there: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
-    """What the triggers of a table say of themselves, by entity."""
-    return {said["entity"]: said for source in there.values() if (said := read_header(source)) is not None}
+def _headers(sources: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+    """The headers of a table's triggers, by entity."""
+    headers = filter(None, map(read_header, sources.values()))
+    return {header["entity"]: header for header in headers}
 
 
 def _is_identity(op: ops.MigrateOperation) -> bool:
     return isinstance(op, ops.AlterColumnOp) and isinstance(op.modify_server_default, Identity)
 
 
-def _is_as_wanted(connection: Connection, there: Mapping[str, str], captured: CapturedTable) -> bool:
-    return all(there.get(each.name) == each.source for each in triggers.triggers(connection, captured))
+def _is_installed(connection: Connection, sources: Mapping[str, str], captured: CapturedTable) -> bool:
+    """Whether *sources*, by name, hold each trigger of *captured*."""
+    return all(sources.get(trigger.name) == trigger.source for trigger in triggers.triggers(connection, captured))
