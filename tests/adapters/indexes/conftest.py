@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-KILL = "test_what_was_acknowledged_outlives_a_kill"
+KILL = "test_acknowledged_writes_outlive_a_kill"
 KILLED_EACH_TIME = ("TestChromaPersistent", "TestFaiss")
 
 
