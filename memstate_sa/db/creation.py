@@ -48,8 +48,11 @@ def create(
         if not is_whole:  # looked at again, now alone
             for name in old_names(inspect(connection).get_table_names(), tables):
                 rename(connection, name)
-            metadata.create_all(connection, tables=tables)
-            amend(connection, lacking(inspect(connection), tables))
+            names = inspect(connection).get_table_names()
+            missing_tables = [table for table in tables if table.name not in names]
+            metadata.create_all(connection, tables=missing_tables, checkfirst=False)
+            if len(missing_tables) < len(tables):
+                amend(connection, lacking(inspect(connection), tables))
         if install is not None:
             install(connection)
 
