@@ -220,7 +220,7 @@ def test_it_goes_page_by_page(world: World, monkeypatch: pytest.MonkeyPatch) -> 
     live(world)
     whole = export(world.memory, world.engine)
     monkeypatch.setattr(export_import, "_PAGE", 2)
-    monkeypatch.setattr("memstate_sa.tracking.committed.READ_CHUNK", 1)
+    monkeypatch.setattr("memstate_sa.log.unlogged.READ_CHUNK", 1)
     told: list[tuple[int, int | None]] = []
     file = io.StringIO()
     world.memory.export_facts(world.engine, file, progress=lambda done, total: told.append((done, total)))
