@@ -267,8 +267,8 @@ def _drain(url: str, answers: Any) -> None:
     began = time.perf_counter()
     delivered = relay.drain(timeout=1800)
     seconds = time.perf_counter() - began
-    relay._forget_at = 0.0
-    while relay._forget_at == 0.0:  # there is more to delete
+    relay._clean_up_at = 0.0
+    while relay._clean_up_at == 0.0:  # there is more to delete
         relay.run_once()
     relay.stop()
     answers.put((delivered, seconds, before, _peak_mb()))

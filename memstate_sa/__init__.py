@@ -5,7 +5,7 @@ when it rolls back, none of them ever existed.
 """
 
 from memstate_sa import sqlite
-from memstate_sa.capture.listeners import UntrackedWriteWarning
+from memstate_sa.capture.guard import UntrackedWriteWarning
 from memstate_sa.db.tables import metadata
 from memstate_sa.errors import (
     ConflictError,
@@ -27,7 +27,7 @@ from memstate_sa.log.changes import Change
 from memstate_sa.maintenance.doctor import Diagnosis
 from memstate_sa.maintenance.verify import DriftReport
 from memstate_sa.memory import Memory
-from memstate_sa.search.search import Hit, Hits
+from memstate_sa.search.hits import Hit, Hits
 from memstate_sa.store import MemoryStore
 
 __version__ = "0.1.0"

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import (
-    Boolean,
-    String,
-    Text,
-)
-from sqlalchemy.orm import (
-    DeclarativeBase,
-    Mapped,
-    mapped_column,
-)
+from sqlalchemy import Boolean, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from memstate_sa.db.tables import StoredJson, UTCDateTime, metadata, utcnow
+from memstate_sa.errors import MemstateError
 
 
 class OwnBase(DeclarativeBase):
@@ -40,3 +33,13 @@ class Fact(OwnBase):
 
     def __repr__(self) -> str:
         return f"Fact(id={self.id!r}, type={self.type!r}, payload={self.payload!r})"
+
+
+def expiry_after(ttl: Any) -> datetime:
+    """The ``expires_at`` of a fact that ends after *ttl*."""
+    if not isinstance(ttl, timedelta) or ttl <= timedelta():
+        raise MemstateError(f"ttl={ttl!r}: a timedelta, of more than nothing")
+    try:
+        return utcnow() + ttl
+    except OverflowError as error:
+        raise MemstateError(f"ttl={ttl!r}: no time is that late") from error

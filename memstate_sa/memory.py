@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import QueryableAttribute, Session
 
 from memstate_sa.capture import append_only, triggers
-from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
 from memstate_sa.db import creation, functions
 from memstate_sa.db.sessions import sync_session
@@ -86,7 +86,9 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         threads, wake = self._engines.for_threads, self._relays.committed
         self._strict = Strict(self._registry, self._destinations, blocking=threads, wake=wake)
         self._recorder = Recorder(self._registry)
-        self._capture = Capture(self._registry, self._recorder, wake, self._strict if delivery == "strict" else None)
+        self._capture = SessionCapture(
+            self._registry, self._recorder, wake, self._strict if delivery == "strict" else None
+        )
         self._succession = Succession(self.successors, self._destinations)
         self._searcher = Searcher(self._registry, self._capture, self._destinations, self._succession)
         self._undo = Undo(self._registry, self._capture, self._recorder)
@@ -208,7 +210,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         return tracked if model is None else tracked(model)
 
     def attach(self, target: Any) -> None:
-        """Capture what the Sessions of *target* write. Idempotent.
+        """SessionCapture what the Sessions of *target* write. Idempotent.
 
         *target* is a sessionmaker, a Session class (every Session made of it or of a subclass), a scoped_session, a
         Session, or an async_sessionmaker, which gets a sync Session class of its own. Raises TypeError otherwise.
@@ -246,7 +248,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         """
         for name, value in (("actor", actor), ("reason", reason), ("session_id", session_id)):
             require_label(name, value)
-        unit = self._unit(sync_session(session))
+        unit = self._transaction(sync_session(session))
         unit.actor = actor if actor is not None else unit.actor
         unit.reason = reason if reason is not None else unit.reason
         unit.session_id = session_id if session_id is not None else unit.session_id

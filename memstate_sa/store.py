@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime, timedelta
-from decimal import Decimal
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import to_jsonable_python
-from sqlalchemy import ColumnElement, Select, exists, func, literal, not_, or_, select, type_coerce
-from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.engine import Engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from pydantic import BaseModel
+from sqlalchemy import Select, select
+from sqlalchemy.engine import Engine
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
-from sqlalchemy.pool import StaticPool
 
 from memstate_sa.db import sqlite
-from memstate_sa.db.codec import decode_key, encode_key, is_text
-from memstate_sa.db.engines import make_engine
+from memstate_sa.db.codec import decode_key, encode_key
+from memstate_sa.db.engines import engine_of
 from memstate_sa.db.joined_session import current_session, use_session
+from memstate_sa.db.json_equality import member_equals
 from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import in_utc, unique, utcnow
 from memstate_sa.embedders import Embedder
-from memstate_sa.errors import ConflictError, DeliveryError, MemstateError, MissingExtra, NotFound, ValidationFailed
-from memstate_sa.fact import Fact
+from memstate_sa.errors import ConflictError, DeliveryError, MemstateError, NotFound
+from memstate_sa.fact import Fact, expiry_after
 from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.log.changes import Change
 from memstate_sa.memory import Memory
@@ -39,8 +32,9 @@ from memstate_sa.relay import Relay
 from memstate_sa.relay.loop import STOP_TIMEOUT_S
 from memstate_sa.runtime import forks
 from memstate_sa.runtime.printable import printable_logger
-from memstate_sa.search.search import Hits
-from memstate_sa.tracking.validation import read_names, to_validation_failed
+from memstate_sa.search.hits import Hits
+from memstate_sa.tracking.fact_types import FactTypes, check_id, check_texts
+from memstate_sa.tracking.payloads import filter_value, json_payload, payload_of, text_of
 from memstate_sa.undo.undo import Revocation
 
 if TYPE_CHECKING:
@@ -51,14 +45,6 @@ logger = printable_logger("memstate_sa.store")
 
 _UNIQUE_ATTEMPTS = 10
 _DRAIN_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True)
-class _FactType:
-    model: type[BaseModel]
-    unique_by: tuple[tuple[str, ...], ...]
-    """For each field, the names under which the model reads it from a payload."""
-    immutable: bool
 
 
 class MemoryStore:
@@ -83,6 +69,7 @@ class MemoryStore:
         embedding_cache: int = 100_000,
         successors: Mapping[str, str] | None = None,
     ) -> None:
+        self._types = FactTypes(strict=strict_types)
         self.memory = Memory(
             index, embedder=embedder, delivery=delivery, embedding_cache=embedding_cache, successors=successors
         )
@@ -90,13 +77,11 @@ class MemoryStore:
             Fact,
             text=_text,
             metadata=("type", "session_id"),
-            schema=self._check,
-            unique_by=self._unique_values,
+            schema=self._types.check,
+            unique_by=self._types.unique_values,
             immutable=self._is_immutable,
             expires="expires_at",
         )
-        self._types: dict[str, _FactType] = {}
-        self._strict_types = strict_types
         self._local = threading.local()
         self._closed = False
         self.engine: Engine = (
@@ -147,7 +132,7 @@ class MemoryStore:
         except (DeliveryError, SQLAlchemyError) as error:  # what is committed stays committed, and pending
             logger.warning("not delivered yet: %s", error if isinstance(error, DeliveryError) else type(error).__name__)
 
-    # -- what may be remembered ------------------------------------------------------------------------------------
+    # -- types of facts --------------------------------------------------------------------------------------------
 
     def register_schema(
         self,
@@ -163,54 +148,11 @@ class MemoryStore:
         fact: see `commit`. They are looked for under the names by which the model reads them, aliases included.
         An *immutable* fact can be added and deleted, not changed.
         """
-        if not (isinstance(model, type_) and issubclass(model, BaseModel)):
-            raise MemstateError(f"model={model!r}: give a Pydantic model class")
-        _check_texts(type=type)
-        fields = (unique_by,) if isinstance(unique_by, str) else tuple(unique_by or ())
-        unknown = [name for name in fields if name not in model.model_fields]
-        if unknown:
-            raise MemstateError(f"{model.__name__} has no field {unknown[0]!r}")
-        self._types[type] = _FactType(model, tuple(_unique_names(model, name) for name in fields), immutable)
-
-    def _check(self, values: Mapping[str, Any]) -> None:
-        if "type" not in values or "payload" not in values:
-            return  # not loaded; the row itself is checked after the statement
-        kind, payload = values["type"], values["payload"]
-        known = self._types.get(kind) if isinstance(kind, str) else None
-        if known is None:
-            if self._strict_types:
-                raise _invalid("type", f"unknown fact type {kind!r}; register_schema() declares one")
-        else:
-            known.model.model_validate(payload)
-        for name, limit in (("id", 64), ("type", 128), ("session_id", None)):
-            value = values.get(name)
-            if value is None and name != "type":
-                continue
-            if not is_text(value) or (limit is not None and not 1 <= len(value) <= limit):
-                what = "a string" if limit is None else f"a string of 1 to {limit} characters"
-                raise _invalid(name, f"{what}, without NUL or lone surrogates")
-        if not isinstance(payload, dict):
-            raise _invalid("payload", "a JSON object")
-        try:
-            # PostgreSQL's JSONB takes neither NUL, lone surrogates nor NaN; SQLite would.
-            written = _written(payload)
-        except _NOT_JSON as error:
-            raise _refused(payload, _written) from error
-        if "\\u0000" in written and "\x00" in _strings(payload):
-            raise _invalid("payload", "contains a NUL character, which JSONB cannot hold")
-
-    def _unique_values(self, values: Mapping[str, Any]) -> Sequence[Any] | None:
-        known = self._types.get(values["type"])
-        if known is None or not known.unique_by:
-            return None
-        payload = values["payload"]
-        found = [next((payload[name] for name in names if name in payload), None) for names in known.unique_by]
-        return None if None in found else [values["type"], *map(_unique_text, found)]
+        self._types.register(type, model, unique_by, immutable=immutable)
 
     def _is_immutable(self, values: Mapping[str, Any]) -> bool:
-        known = self._types.get(values["type"])
         # To promote a fact is not to change it.
-        return known is not None and known.immutable and not getattr(self._local, "promoting", False)
+        return self._types.is_immutable(values) and not getattr(self._local, "promoting", False)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -225,7 +167,7 @@ class MemoryStore:
         In asyncio, a transaction with an ``await`` in it is its task's: until it ends, calls of other tasks of the
         thread raise MemstateError. They may wait for it, or be made by ``asyncio.to_thread(store.commit, …)``.
         """
-        _check_texts(session_id=session_id, actor=actor, reason=reason)
+        check_texts(session_id=session_id, actor=actor, reason=reason)
         open_session = current_session(self.memory, self.engine)
         if open_session is not None:
             with open_session.begin_nested():
@@ -266,35 +208,29 @@ class MemoryStore:
             raise MemstateError(f"commit {fact!r}: give a Fact(type=…, payload=…); commit_model() takes models")
         values = {
             "type": fact.type,
-            "payload": _jsonable(fact.payload),
+            "payload": json_payload(fact.payload),
             "session_id": session_id if session_id is not None else fact.session_id,
             "ephemeral": ephemeral or bool(fact.ephemeral),
-            "expires_at": fact.expires_at if ttl is None else _expiry(ttl),
+            "expires_at": fact.expires_at if ttl is None else expiry_after(ttl),
         }
         if fact.id is not None:
             values["id"] = fact.id
-        self._validate(values)
-        with self.transaction(session_id=session_id, actor=actor, reason=reason) as session:
-            return self._add(session, values)
-
-    def _validate(self, values: Mapping[str, Any]) -> None:
         if values["expires_at"] is not None:
             in_utc(values["expires_at"], "expires_at")
         # Before anything asks what makes the fact unique: an invalid payload has no answer to that.
-        try:
-            self._check(values)
-        except ValidationError as error:
-            raise to_validation_failed("Fact", error) or ValidationFailed() from error
+        self._types.require_valid(values)
+        with self.transaction(session_id=session_id, actor=actor, reason=reason) as session:
+            return self._add(session, values)
 
     def _add(self, session: Session, values: Mapping[str, Any]) -> str:
-        unique_values = self._unique_values(values)
+        unique_values = self._types.unique_values(values)
         if unique_values is None and "id" not in values:
             new = Fact(**values)
             session.add(new)
             session.flush()
             return new.id
         for _ in range(_UNIQUE_ATTEMPTS):
-            existing = None if unique_values is None else self._holder(session, unique_values)
+            existing = None if unique_values is None else self._fact_with(session, unique_values)
             if existing is not None and existing.expires_at is not None and existing.expires_at <= utcnow():
                 session.delete(existing)  # over, if not swept yet: nothing of it is in the way, or goes on
                 session.flush()
@@ -323,17 +259,19 @@ class MemoryStore:
         if existing.ephemeral and not values["ephemeral"]:
             self._promote(session, [existing], values["session_id"])
 
-    def _holder(self, session: Session, unique_values: Sequence[Any]) -> Fact | None:
+    def _fact_with(self, session: Session, unique_values: Sequence[Any]) -> Fact | None:
+        """The fact that has these unique values, locked."""
         take_write_lock(session.connection())
-        holding = select(unique.c.key).where(
+        owner_key = select(unique.c.key).where(
             unique.c.entity == Fact.__tablename__, unique.c.value == encode_key(unique_values)
         )
-        key = session.scalar(holding)
+        key = session.scalar(owner_key)
         fact = None if key is None else self._locked(session, decode_key(key)[0])
-        if fact is None or self._unique_values({"type": fact.type, "payload": fact.payload}) == unique_values:
+        values = None if fact is None else {"type": fact.type, "payload": fact.payload}
+        if values is None or self._types.unique_values(values) == unique_values:
             return fact
         # While we waited for it, it was given others; or it has them by what its type was registered as before.
-        return fact if session.scalar(holding) == key else None
+        return fact if session.scalar(owner_key) == key else None
 
     @staticmethod
     def _locked(session: Session, id: str) -> Fact | None:
@@ -358,17 +296,15 @@ class MemoryStore:
 
         Raises ValidationFailed when it would read something else, as where only a path is its name for a field.
         """
-        kind = next((name for name, known in self._types.items() if known.model is type_(model)), None)
-        if kind is None:
-            raise MemstateError(f"{type_(model).__name__} is not registered; register_schema() does that")
-        payload = _payload_of(model)
+        fact_type = self._types.name_of(type_(model))
+        payload = payload_of(model)
         if fact_id is None:
-            fact = Fact(type=kind, payload=payload)
+            fact = Fact(type=fact_type, payload=payload)
             return self.commit(fact, session_id=session_id, actor=actor, reason=reason, ephemeral=ephemeral)
         with self.transaction(session_id=session_id, actor=actor, reason=reason) as session:
             fact = self._existing(session, fact_id)
-            if fact.type != kind:
-                raise MemstateError(f"fact {fact_id!r} is of type {fact.type!r}, not {kind!r}")
+            if fact.type != fact_type:
+                raise MemstateError(f"fact {fact_id!r} is of type {fact.type!r}, not {fact_type!r}")
             fact.payload = payload
             session.flush()
         return fact_id
@@ -383,13 +319,13 @@ class MemoryStore:
         reason: str | None = None,
     ) -> str:
         """Merge ``patch["payload"]`` into the payload of fact *id*. Raises NotFound."""
-        given = patch if isinstance(patch, Mapping) else {}
-        if set(given) != {"payload"} or not isinstance(given["payload"], Mapping):
+        payload = patch.get("payload") if isinstance(patch, Mapping) and set(patch) == {"payload"} else None
+        if not isinstance(payload, Mapping):
             raise MemstateError("update takes {'payload': {…}}; type and id of a fact do not change")
-        changed = _jsonable(dict(given["payload"]))
+        changed_fields = json_payload(dict(payload))
         with self.transaction(session_id=session_id, actor=actor, reason=reason) as session:
             fact = self._existing(session, id)
-            fact.payload = {**fact.payload, **changed}
+            fact.payload = {**fact.payload, **changed_fields}
             session.flush()
         return id
 
@@ -403,7 +339,7 @@ class MemoryStore:
         return id
 
     def _existing(self, session: Session, id: str) -> Fact:
-        _check_id(id)
+        check_id(id)
         fact = self._locked(session, id)
         if fact is None:
             raise NotFound(f"no fact {id!r}")
@@ -414,9 +350,9 @@ class MemoryStore:
     def promote_session(self, session_id: str, selector: Callable[[Fact], bool] | None = None) -> list[str]:
         """Keep the ephemeral facts of a session (those that *selector* picks); returns their ids."""
         with self.transaction(session_id=session_id, reason="promote") as session:
-            chosen = [fact for fact in self._ephemeral(session, session_id) if selector is None or selector(fact)]
-            self._promote(session, chosen, session_id)
-        return [fact.id for fact in chosen]
+            facts = [fact for fact in self._ephemeral(session, session_id) if selector is None or selector(fact)]
+            self._promote(session, facts, session_id)
+        return [fact.id for fact in facts]
 
     def _promote(self, session: Session, facts: Sequence[Fact], session_id: str | None) -> None:
         self._local.promoting = True
@@ -430,10 +366,10 @@ class MemoryStore:
     def discard_session(self, session_id: str) -> list[str]:
         """Delete the ephemeral facts of a session; returns their ids. An ordinary transaction: rollback undoes it."""
         with self.transaction(session_id=session_id, reason="discard") as session:
-            gone = self._ephemeral(session, session_id)
-            for fact in gone:
+            facts = self._ephemeral(session, session_id)
+            for fact in facts:
                 session.delete(fact)
-        return [fact.id for fact in gone]
+        return [fact.id for fact in facts]
 
     @staticmethod
     def _ephemeral(session: Session, session_id: str) -> Sequence[Fact]:
@@ -457,7 +393,7 @@ class MemoryStore:
 
     def get(self, id: str) -> Fact | None:
         """Fact *id*, or None."""
-        _check_id(id)
+        check_id(id)
         with self._reading() as session:
             return session.get(Fact, id)
 
@@ -488,19 +424,20 @@ class MemoryStore:
             )
 
     def _selecting(self, type: str | None, filters: Mapping[str, Any] | None, session_id: str | None) -> Select[Any]:
-        _check_texts(type=type, session_id=session_id)
+        check_texts(type=type, session_id=session_id)
         statement = select(Fact)
         if type is not None:
             statement = statement.where(Fact.type == type)
         if session_id is not None:
             statement = statement.where(Fact.session_id == session_id)
         for name, value in (filters or {}).items():
-            statement = statement.where(_payload_equals(self.engine.dialect.name, name, value))
+            criterion = member_equals(self.engine.dialect.name, Fact.payload, name, filter_value(name, value))
+            statement = statement.where(criterion)
         return statement
 
     def history(self, id: str) -> list[Change]:
         """What happened to fact *id*, oldest first."""
-        _check_id(id)
+        check_id(id)
         with self._reading() as session:
             return self.memory.history(session, Fact, id)
 
@@ -516,7 +453,7 @@ class MemoryStore:
 
     def erase(self, id: str, *, reason: str | None = None) -> None:
         """Forget fact *id*, its history and its vectors; see `Memory.erase`, and `Memory.purge` for what files keep."""
-        _check_id(id)
+        check_id(id)
         with self.transaction() as session:
             self.memory.erase(session, Fact, id, reason=reason)
 
@@ -549,182 +486,5 @@ type_ = type
 """The builtin, where a parameter has the name that users expect of it."""
 
 
-def engine_of(url: str) -> Engine:
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):  # the text of a ValueError quotes what it took for the port
-        raise MemstateError("not a database URL: write postgresql://… or sqlite:///…") from None
-    if parsed.drivername in ("postgresql", "postgres"):
-        parsed = parsed.set(drivername="postgresql+psycopg")
-    in_memory = parsed.get_backend_name() == "sqlite" and (parsed.database or ":memory:") == ":memory:"
-    options: dict[str, Any] = (
-        {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}} if in_memory else {}
-    )
-    try:
-        return make_engine(parsed, **options)
-    except (NoSuchModuleError, ImportError) as error:
-        if parsed.drivername == "postgresql+psycopg":
-            raise MissingExtra("psycopg", "postgres") from error
-        raise MemstateError(f"{parsed.drivername}: no such dialect, or its driver is not installed") from error
-
-
-def _unique_names(model: type[BaseModel], field: str) -> tuple[str, ...]:
-    found = read_names(model, field)
-    names = tuple(name for name in found if isinstance(name, str))
-    if names != found:
-        raise MemstateError(f"unique_by={field!r}: its alias is a path (AliasPath) into the payload; give it a name")
-    return names
-
-
-def _payload_of(model: BaseModel) -> Any:
-    """*model* as JSON, under the names by which its class reads it: those of a dump may be others."""
-    kind = type_(model)
-    dumped = model.model_dump(mode="json", by_alias=True, round_trip=True)
-    payload = dumped
-    if isinstance(dumped, dict):  # no RootModel, and no serializer that makes something else of it
-        names = {
-            info.serialization_alias or name: next((n for n in read_names(kind, name) if isinstance(n, str)), name)
-            for name, info in kind.model_fields.items()
-        }
-        payload = {names.get(name, name): value for name, value in dumped.items()}
-    try:
-        read = kind.model_validate(payload)
-    except ValidationError as error:
-        raise to_validation_failed("Fact", error) or ValidationFailed() from error
-    if read.model_dump(mode="json", by_alias=True, round_trip=True) != dumped:
-        lost = next((name for name in kind.model_fields if getattr(read, name) != getattr(model, name)), "payload")
-        raise _invalid(lost, f"{kind.__name__} reads it back as something else: by another name, or by its validators")
-    return payload
-
-
 def _text(fact: Fact) -> str:
-    """The payload as one line a field, without the braces and quotes that carry no meaning."""
-    return "\n".join(f"{name}: {_flat(value)}" for name, value in fact.payload.items() if value is not None)
-
-
-def _flat(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_flat(item)}" for name, item in value.items() if item is not None)
-    if isinstance(value, list):
-        return ", ".join(map(_flat, value))
-    return str(value)
-
-
-def _strings(value: Any) -> str:
-    if isinstance(value, dict):
-        return "".join(str(name) + _strings(item) for name, item in value.items())
-    return "".join(map(_strings, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _check_texts(**given: Any) -> None:
-    """Before a driver refuses them, each in its own words, and only when the transaction ends."""
-    for name, value in given.items():
-        if value is not None and not is_text(value):
-            raise MemstateError(f"{name}={value!r}: give a string, without NUL or lone surrogates")
-
-
-def _expiry(ttl: Any) -> datetime:
-    if not isinstance(ttl, timedelta) or ttl <= timedelta():
-        raise MemstateError(f"ttl={ttl!r}: a timedelta, of more than nothing")
-    try:
-        return utcnow() + ttl
-    except OverflowError as error:
-        raise MemstateError(f"ttl={ttl!r}: no time is that late") from error
-
-
-def _check_id(id: Any) -> None:
-    if not is_text(id):
-        raise MemstateError(f"id={id!r}: give the string that commit() returned")
-
-
-def _unique_text(value: Any) -> str:
-    """Equal JSON values as equal text: JSONB gives 1e16 back as an int. Long ones as a digest: the text is indexed."""
-    same = json.dumps(json.loads(json.dumps(value), parse_float=number_of), sort_keys=True)
-    return same if len(same) <= 200 else hashlib.blake2b(same.encode(), digest_size=16).hexdigest()
-
-
-def number_of(written: str) -> int | float:
-    number = Decimal(written)
-    return int(number) if number == number.to_integral_value() else float(written)
-
-
-def _payload_equals(dialect: str, name: str, value: Any) -> ColumnElement[bool]:
-    """Whether the payload's field is this JSON value: of this type, and nothing that merely casts to it.
-
-    None also selects facts without the field.
-    """
-    try:
-        if not isinstance(value, bytes):
-            value = to_jsonable_python(value)  # as a payload holds it
-    except _NOT_JSON as error:
-        raise MemstateError(f"filter {name}={value!r}: a {type_(value).__name__} is no JSON value") from error
-    if value is not None and not isinstance(value, (str, bool, int, float)):
-        raise MemstateError(f"filter {name}={value!r}: give a string, number, boolean or None")
-    if not is_text(name) or (isinstance(value, str) and not is_text(value)):
-        raise MemstateError(f"filter {name!r}: {value!r}: no payload holds NUL or lone surrogates")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise MemstateError(f"filter {name}={value!r}: no payload holds that")
-    if dialect == "postgresql":
-        payload: Any = type_coerce(Fact.payload, JSONB)
-        if value is None:
-            return or_(not_(payload.has_key(name)), payload.contains({name: None}))
-        holds: ColumnElement[bool] = payload.contains({name: value})
-        return holds
-    # A row for each field, and no path in which the name would have to be quoted.
-    field = func.json_each(Fact.payload).table_valued("key", "type", "atom")
-    same = select(literal(1)).select_from(field).where(field.c.key == name)
-    if value is None:
-        return not_(exists(same.where(field.c.type != "null")))
-    if isinstance(value, bool):
-        return exists(same.where(field.c.type == ("true" if value else "false")))
-    if isinstance(value, str):
-        return exists(same.where(field.c.type == "text", field.c.atom == value))
-    number = value if -(2**63) <= value < 2**63 else float(value)  # as SQLite itself reads larger ones
-    return exists(same.where(field.c.type.in_(("integer", "real")), field.c.atom == literal(number)))
-
-
-def _invalid(field: str, message: str) -> ValidationFailed:
-    errors = [{"type": "value_error", "loc": (field,), "msg": message}]
-    return ValidationFailed(f"Fact may not be remembered: {field}: {message}", errors=errors)
-
-
-_NOT_JSON = (TypeError, ValueError, RecursionError)
-_DEEPEST = 20
-"""An error names so many keys at most: a payload may contain itself."""
-
-
-def _jsonable(payload: Any) -> Any:
-    """*payload* as JSON holds it, by the rules of Pydantic's JSON mode: a date is its ISO text, an enum its value."""
-    try:
-        return to_jsonable_python(payload)
-    except _NOT_JSON as error:
-        raise _refused(payload, to_jsonable_python) from error
-
-
-def _written(payload: Any) -> str:
-    """*payload* as text that both databases take. PostgreSQL's JSONB takes no lone surrogates and no NaN."""
-    written = json.dumps(payload, ensure_ascii=False, allow_nan=False)
-    written.encode()
-    return written
-
-
-def _refused(value: Any, convert: Callable[[Any], Any], *path: Any) -> ValidationFailed:
-    """The error that names the innermost value that *convert* refuses, by its keys and its type."""
-    parts: Any = value.items() if isinstance(value, Mapping) else ()
-    if isinstance(value, (list, tuple)):
-        parts = enumerate(value)
-    for name, part in parts:
-        if len(path) < _DEEPEST and not _converts(part, convert):
-            return _refused(part, convert, *path, name)
-    kind = type_(value)
-    what = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-    where = ".".join(map(str, path)) or "it"
-    return _invalid("payload", f"not JSON: {where} is a {what}; give what Pydantic's JSON mode takes")
-
-
-def _converts(value: Any, convert: Callable[[Any], Any]) -> bool:
-    try:
-        convert(value)
-    except _NOT_JSON:
-        return False
-    return True
+    return text_of(fact.payload)

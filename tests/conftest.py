@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from sqlalchemy import Engine, create_engine, event, make_url, text
 
 from memstate_sa import sqlite
 from tests.support import World
+from tests.support.pairs import covering
 
 # The same examples in each run, so that what fails is the change; `make soak` and `make fuzz` look for others.
 hypothesis_settings.register_profile("repeatable", derandomize=True)
@@ -24,6 +27,40 @@ hypothesis_settings.load_profile("repeatable")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of what a shell runs in the background; so were its children
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+FULL_PRODUCT = 4
+"""Up to so many cases, a test runs all of them in `make test`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to `make test-deep` what a test's parameters are beyond each pair of their values, and what it says."""
+    for item in items:
+        for mark in item.iter_markers("deep_on"):
+            if isinstance(item, pytest.Function) and set(mark.args) & set(item.callspec.id.split("-")):
+                item.add_marker(pytest.mark.deep)
+    cases = defaultdict[object, list[pytest.Function]](list)
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and not item.get_closest_marker("deep"):
+            cases[item.path, item.cls, item.originalname].append(item)
+    for functions in cases.values():
+        once = functions[0].get_closest_marker("each_value_once") is not None
+        if once or len(functions) > FULL_PRODUCT:
+            values = [{name: _identity(value) for name, value in item.callspec.params.items()} for item in functions]
+            chosen = set(covering(values, size=1 if once else 2)) or range(len(functions))
+            for number, item in enumerate(functions):
+                if number not in chosen:
+                    item.add_marker(pytest.mark.deep)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector off thousands of tests and the libraries they import: it looks at what is new."""
+    gc.collect()
+    gc.freeze()
+
+
+def _identity(value: object) -> object:
+    return value if isinstance(value, (str, int)) else id(value)
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +103,7 @@ def sqlite_engine(tmp_path: Path) -> Iterator[Engine]:
 @pytest.fixture
 def postgres_engine(postgres_url: str) -> Iterator[Engine]:
     engine = create_engine(postgres_url)
+    engine.dialect.supports_comments = False  # a third of the statements that make our tables
     with engine.begin() as connection:
         connection.execute(text("DROP SCHEMA IF EXISTS public CASCADE"))
         connection.execute(text("CREATE SCHEMA public"))

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.deep_on("docs/reindex.md", "docs/langgraph.md")
 @pytest.mark.parametrize("document", ["README.md", "docs/reindex.md", "docs/langgraph.md"])
 def test_python_blocks_run(document: str, tmp_path: Path) -> None:
     """All blocks of a document, one after the other as one script in an empty folder; no warning either."""
@@ -31,3 +32,14 @@ def test_links_lead_somewhere() -> None:
     for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_each_guarantee_links_to_its_tests() -> None:
+    """A folder with tests in it, for each row of the README's table."""
+    table = (ROOT / "README.md").read_text().split("| | guarantee | limit |\n")[1].split("\n\n")[0]
+    rows = table.splitlines()[1:]
+    assert len(rows) >= 12
+    for row in rows:
+        link = re.match(r"\| \[[^]]+\]\((tests/[^)]+)\) \| ", row)
+        assert link, f"no link to tests: {row[:60]}"
+        assert any((ROOT / link.group(1)).glob("test_*.py")), link.group(1)

@@ -1,7 +1,7 @@
 """The log is append-only by the database: triggers refuse whoever changes, removes or backdates an entry.
 
-They keep out mistakes, and programs that have never heard of us. Who may drop a trigger, or knows how `rewriting` is
-told, can still rewrite the log: against those there are the rights that the database grants.
+They keep out mistakes, and programs that have never heard of us. A role that may drop a trigger, or that says what
+`rewriting` says, can still rewrite the log. Only the rights that the database grants keep it out.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from sqlalchemy import DDL, delete, event, insert
 from sqlalchemy.engine import Connection
 
 from memstate_sa.capture import triggers
-from memstate_sa.capture.triggers import Trigger
+from memstate_sa.capture.captured_tables import Trigger
 from memstate_sa.db import functions
 from memstate_sa.db.statements import take_write_lock
-from memstate_sa.db.tables import current, log
+from memstate_sa.db.tables import log, trigger_context
 
 _REFUSED = (
     "memstate_log is append-only: memory.rollback() undoes a change, memory.erase() forgets a fact, "
@@ -25,7 +25,7 @@ _REFUSED = (
 )
 _REWRITE = "rewrite"
 
-_IS_REFUSED = f"{functions.told(_REWRITE)} IS DISTINCT FROM 'on'"
+_IS_REFUSED = f"{functions.transaction_setting(_REWRITE)} IS DISTINCT FROM 'on'"
 _RAISE = f"RAISE EXCEPTION USING ERRCODE = 'restrict_violation', MESSAGE = '{_REFUSED}'"
 
 _CHANGE = f"""
@@ -39,8 +39,8 @@ END
 
 # The sequence has just numbered an entry if its last value is the entry's id, or the last value of this session is:
 # others may have been quicker since. A log that has numbered no entry yet is being restored, and takes any id. An id of
-# the future moves the sequence, so that later entries still come after it. Half of all numbers stay for them. Nothing
-# that is told changes this: a role that may only add entries could tell it as well.
+# the future moves the sequence, so that later entries still come after it. Half of all numbers stay for them. No
+# setting changes this: a role that may only add entries could set it as well.
 _LAST_ID = 2**62
 _INSERT = f"""
 DECLARE
@@ -83,7 +83,7 @@ def _on_sqlite(name: str, moment: str, when: str = "1") -> Trigger:
     name = f"memstate_append_only_{name}"
     source = (
         f"CREATE TRIGGER {name} {moment} ON {log.name} FOR EACH ROW WHEN {when} "
-        f"AND NOT EXISTS (SELECT 1 FROM memstate_current WHERE name = '{_REWRITE}') "
+        f"AND NOT EXISTS (SELECT 1 FROM memstate_trigger_context WHERE name = '{_REWRITE}') "
         f"BEGIN SELECT RAISE(ABORT, '{_REFUSED}'); END"
     )
     return Trigger(name, source, (f"DROP TRIGGER IF EXISTS {name}", source))
@@ -145,12 +145,12 @@ def install(connection: Connection) -> None:
 
 def missing(connection: Connection) -> list[str]:
     """Which of the log's triggers are not there, or not as they should be."""
-    there = triggers.installed(connection, log)
-    return [t.name for t in _TRIGGERS.get(connection.dialect.name, ()) if there.get(t.name) != t.source]
+    sources = triggers.installed(connection, log)
+    return [t.name for t in _TRIGGERS.get(connection.dialect.name, ()) if sources.get(t.name) != t.source]
 
 
-_put = insert(current).values(name=_REWRITE)
-_remove = delete(current).where(current.c.name == _REWRITE)
+_put = insert(trigger_context).values(name=_REWRITE)
+_remove = delete(trigger_context).where(trigger_context.c.name == _REWRITE)
 
 
 @contextmanager
@@ -162,6 +162,6 @@ def rewriting(connection: Connection) -> Iterator[None]:
     take_write_lock(connection)  # a driver that begins by itself does not do so at a SAVEPOINT
     on_postgresql = connection.dialect.name == "postgresql"
     with connection.begin_nested():
-        functions.tell(connection, _REWRITE, "on") if on_postgresql else connection.execute(_put)
+        functions.set_transaction_setting(connection, _REWRITE, "on") if on_postgresql else connection.execute(_put)
         yield
-        functions.tell(connection, _REWRITE, "") if on_postgresql else connection.execute(_remove)
+        functions.set_transaction_setting(connection, _REWRITE, "") if on_postgresql else connection.execute(_remove)

@@ -37,7 +37,9 @@ class ForeignKey(NamedTuple):
 
 def mapped(table: Table) -> Iterator[ForeignKey]:
     """The foreign keys of *table* by its mapping."""
-    for constraint in sorted(table.foreign_key_constraints, key=lambda each: list(map(str, each.column_keys))):
+    for constraint in sorted(
+        table.foreign_key_constraints, key=lambda constraint: list(map(str, constraint.column_keys))
+    ):
         with suppress(NoReferenceError):  # to a table that is not known yet
             parent = constraint.referred_table
             names = tuple(str(column.name) for column in constraint.columns)
@@ -57,16 +59,16 @@ def reflected(connection: Connection, table: Table) -> Iterator[ForeignKey]:
         for _, parent, columns, *actions in connection.execute(_of_sqlite, {"table": table.name}):
             yield ForeignKey(table, tuple(columns.split(",")), (table.schema, parent), *map(_action, actions))
         return
-    for found in inspect(connection).get_foreign_keys(str(table.name), schema=table.schema):
-        options = found.get("options", {})
-        parent = (found["referred_schema"], found["referred_table"])
+    for reflected_key in inspect(connection).get_foreign_keys(str(table.name), schema=table.schema):
+        options = reflected_key.get("options", {})
+        parent = (reflected_key["referred_schema"], reflected_key["referred_table"])
         on_delete, on_update = (_action(options.get(name)) for name in ("ondelete", "onupdate"))
-        yield ForeignKey(table, tuple(found["constrained_columns"]), parent, on_delete, on_update)
+        yield ForeignKey(table, tuple(reflected_key["constrained_columns"]), parent, on_delete, on_update)
 
 
-def _action(given: str | None) -> str | None:
+def _action(action: str | None) -> str | None:
     """None for what keeps the parent as it is."""
-    return given.upper() if given is not None and given.upper().startswith(_ACTIONS) else None
+    return action.upper() if action is not None and action.upper().startswith(_ACTIONS) else None
 
 
 def unseen(registry: Registry, tracked: Tracked, keys: Iterable[ForeignKey]) -> Iterator[tuple[ForeignKey, str]]:
@@ -88,7 +90,7 @@ def unseen(registry: Registry, tracked: Tracked, keys: Iterable[ForeignKey]) -> 
         ):
             if action is None:
                 continue
-            passive = [each for each in relationships if getattr(each, by_the_database)]
+            passive = [relationship for relationship in relationships if getattr(relationship, by_the_database)]
             if parent is not None and not parent.by_trigger and len(passive) < len(relationships):
                 continue
             actions.append(f"ON {name} {action}")
@@ -115,34 +117,36 @@ def _is_inheritance(tracked: Tracked, key: ForeignKey) -> bool:
 def _relationships(parent: Mapper[Any], key: ForeignKey) -> Iterator[RelationshipProperty[Any]]:
     """Those by which the unit of work changes the rows that refer to a row of *parent*."""
     for mapper in parent.self_and_descendants:
-        for each in mapper.relationships:
-            remote = [column for _, column in each.local_remote_pairs or ()]
+        for relationship in mapper.relationships:
+            remote = [column for _, column in relationship.local_remote_pairs or ()]
             if (
-                each.direction is RelationshipDirection.ONETOMANY
-                and not each.viewonly
+                relationship.direction is RelationshipDirection.ONETOMANY
+                and not relationship.viewonly
                 and {str(column.name) for column in remote} == set(key.columns)
                 and all(column.table is key.table for column in remote)
             ):
-                yield each
+                yield relationship
 
 
 def _above(key: ForeignKey) -> list[str]:
     """The tables whose rows take rows of the parent with them, and so on."""
     by_child: dict[tuple[str | None, str], list[ForeignKey]] = {}
     for table in key.table.metadata.tables.values():
-        for each in mapped(table):
-            if each.on_delete == "CASCADE":
-                by_child.setdefault((table.schema, str(table.name)), []).append(each)
-    found: dict[tuple[str | None, str], str] = {}
+        for foreign_key in mapped(table):
+            if foreign_key.on_delete == "CASCADE":
+                by_child.setdefault((table.schema, str(table.name)), []).append(foreign_key)
+    parent_names: dict[tuple[str | None, str], str] = {}
     todo = [key.parent]
     while todo:
-        for each in by_child.get(todo.pop(), ()):
-            if each.parent not in found and each.parent != key.parent:
-                found[each.parent] = each.parent_name
-                todo.append(each.parent)
-    return sorted(found.values())
+        for foreign_key in by_child.get(todo.pop(), ()):
+            parent = foreign_key.parent
+            if parent not in parent_names and parent != key.parent:
+                parent_names[parent] = foreign_key.parent_name
+                todo.append(parent)
+    return sorted(parent_names.values())
 
 
 def are_known(entities: Mapping[str, Tracked]) -> bool:
     """Whether the relationships of tracked classes are known. To ask for them too early would break the mappers."""
-    return all(mapper.configured for each in entities.values() for mapper in each.mapper.self_and_descendants)
+    mappers = (mapper for tracked in entities.values() for mapper in tracked.mapper.self_and_descendants)
+    return all(mapper.configured for mapper in mappers)

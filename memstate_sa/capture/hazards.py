@@ -49,8 +49,8 @@ def hidden(connection: Connection, tables: Iterable[Table]) -> dict[str, str]:
     if connection.dialect.name != "postgresql":
         return {}
     names = _names(connection, tables)
-    found = connection.execute(_hidden, {"names": list(names)})
-    return {names[name]: role for name, role in found}
+    rows = connection.execute(_hidden, {"names": list(names)})
+    return {names[name]: role for name, role in rows}
 
 
 def hazards(connection: Connection, tracked: Iterable[Table], ours: Iterable[Table]) -> Iterator[tuple[str, str]]:

@@ -56,7 +56,7 @@ class Recorder:
     def write(
         self,
         connection: Connection,
-        unit: OpenTransaction,
+        transaction: OpenTransaction,
         entries: Sequence[LogEntry],
         *,
         tx: str | None = None,
@@ -69,13 +69,12 @@ class Recorder:
         """
         if not entries:
             return
-        require_supported(connection, unit)
-        at, tx = utcnow(), tx or unit.tx
-        if not unit.step:
+        require_supported(connection, transaction)
+        at, tx = utcnow(), tx or transaction.tx
+        if not transaction.step:
             entries = [entry._replace(step=False) for entry in entries]
-        unit.logged, unit.written_on = True, connection
-        unit.txs[tx] = None
-        with unit.writing():
+        transaction.note_entries(connection, tx)
+        with transaction.writing():
             dirty = dict.fromkeys(
                 (entry.entity, entry.key) for entry in entries if deliver_baselines or entry.op != "baseline"
             )
@@ -97,10 +96,10 @@ class Recorder:
         images = {entry.key: entry.image for entry in ours}
         # An undo inserts into the log also what is there again, and has a value.
         keys = list({entry.key for entry in ours if entry.op != "insert" or entry.reverts})
-        for some in batches(keys, READ_CHUNK):
-            connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key.in_(some)))
-        there = {key: image for key, image in images.items() if image is not None}
-        values = unique_values.values_of(connection, tracked, there)
+        for batch in batches(keys, READ_CHUNK):
+            connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key.in_(batch)))
+        living = {key: image for key, image in images.items() if image is not None}
+        values = unique_values.values_of(connection, tracked, living)
         if values and refuse:
             rows = [{"entity": tracked.entity, "value": value, "key": key} for key, value in values.items()]
             rows.sort(key=itemgetter("value"))
@@ -116,7 +115,7 @@ class Recorder:
     def baselines(
         self,
         connection: Connection,
-        unit: OpenTransaction,
+        transaction: OpenTransaction,
         tracked: Tracked,
         raw_keys: Sequence[tuple[Any, ...]],
         canonical: dict[tuple[Any, ...], str] | None = None,
@@ -129,9 +128,9 @@ class Recorder:
         *canonical* gets each raw key as the text it has in the log, also of those that an object holds in another form
         than is stored: Decimal("1.5") for 1.50, "a" for a padded CHAR. Such a key is unknown to the log, and read here.
         """
-        require_supported(connection, unit)
+        require_supported(connection, transaction)
         columns = tracked.columns_for(connection.dialect)
-        with unit.writing():
+        with transaction.writing():
             take_write_lock(connection)
         by_key = {columns.encode_key(raw): raw for raw in raw_keys}
         if canonical is not None:
@@ -149,11 +148,11 @@ class Recorder:
 
     def _still_unknown(self, connection: Connection, baselines: Sequence[LogEntry]) -> list[LogEntry]:
         """Those of *baselines* whose rows the log has not seen. Nobody else changes the rows now: we hold them."""
-        found: list[LogEntry] = []
+        unseen: list[LogEntry] = []
         for entity, entries in groupby(baselines, key=lambda entry: entry.entity):
             images = {entry.key: entry for entry in entries}
-            found += [images[key] for key in self.unknown(connection, self._registry.by_entity[entity], images)]
-        return found
+            unseen += [images[key] for key in self.unknown(connection, self._registry.by_entity[entity], images)]
+        return unseen
 
     def log_baselines(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> tuple[int, int]:
         """Log, and mark dirty, those rows of *keys* that the log has not seen, outside of any Session.
@@ -177,10 +176,10 @@ class Recorder:
     def _log_baselines(
         self, connection: Connection, tracked: Tracked, keys: Sequence[str], *, hurry: bool = False
     ) -> tuple[int, int]:
-        unit, columns = OpenTransaction(), tracked.columns_for(connection.dialect)
+        transaction, columns = OpenTransaction(), tracked.columns_for(connection.dialect)
         take_write_lock(connection)
         unknown = set(self.unknown(connection, tracked, keys))
-        first, others = ([decode_key(key) for key in some if key in unknown] for some in (keys[:1], keys[1:]))
+        first, others = ([decode_key(key) for key in part if key in unknown] for part in (keys[:1], keys[1:]))
         images = columns.read(connection, first, for_update=True)
         images |= columns.read(connection, others, for_update=True, skip_locked=True)
         # Others that held these rows while we waited for them may have logged them.
@@ -188,12 +187,12 @@ class Recorder:
         entries = self._still_unknown(connection, read)
         if hurry:
             connection.execute(_hurry)
-        self.write(connection, unit, entries, deliver_baselines=True, refuse=False)
+        self.write(connection, transaction, entries, deliver_baselines=True, refuse=False)
         passed_by = {key for key in keys if key in unknown and key not in images}
         if tracked.unique_values is not None:
             passed_by |= self._take_in_values(connection, tracked, [key for key in keys if key not in unknown])
-        left = (n for n, key in enumerate(keys) if n and key in passed_by)
-        return len(entries), next(left, len(keys))
+        not_done = (n for n, key in enumerate(keys) if n and key in passed_by)
+        return len(entries), next(not_done, len(keys))
 
     def _take_in_values(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> set[str]:
         """Give rows their unique values whose history is older than these. Returns the keys of rows that are locked."""
@@ -206,12 +205,12 @@ class Recorder:
         if not wrong:
             return set()
         # As of rows that the log has not seen: it waits for the first one alone.
-        first, others = ([decode_key(key) for key in some] for some in (wrong[:1], wrong[1:]))
+        first, others = ([decode_key(key) for key in part] for part in (wrong[:1], wrong[1:]))
         images = columns.read(connection, first, for_update=True)
         images |= columns.read(connection, others, for_update=True, skip_locked=True)
-        found = unique_values.differences(connection, tracked, images)
-        unique_values.take(connection, tracked, found.stale)
-        _warn_of(tracked, unique_values.give(connection, tracked, found.missing))
+        differences = unique_values.differences(connection, tracked, images)
+        unique_values.take(connection, tracked, differences.stale)
+        _warn_of(tracked, unique_values.give(connection, tracked, differences.missing))
         return set(wrong[1:]) & set(keys) - images.keys()
 
     def unknown(self, connection: Connection, tracked: Tracked, keys: Collection[str]) -> Sequence[str]:
@@ -221,7 +220,7 @@ class Recorder:
     def log_touched(
         self,
         connection: Connection,
-        unit: OpenTransaction,
+        transaction: OpenTransaction,
         touched: Mapping[Tracked, Mapping[tuple[Any, ...], bool]],
         baselines: Sequence[LogEntry],
         flush: Flush | None = None,
@@ -264,7 +263,7 @@ class Recorder:
                 for change in changes:
                     self._check(tracked, columns, change)
             entries += changes
-        self.write(connection, unit, entries)
+        self.write(connection, transaction, entries)
 
     @staticmethod
     def _unchanged(
@@ -318,9 +317,9 @@ def require_no_translation(options: Mapping[str, Any]) -> None:
         raise MemstateError("schema_translate_map is not supported for tracked models")
 
 
-def require_supported(connection: Connection, unit: OpenTransaction) -> None:
+def require_supported(connection: Connection, transaction: OpenTransaction) -> None:
     require_no_translation(connection.get_execution_options())
-    if unit.written_on not in (None, connection):
+    if transaction.written_on not in (None, connection):
         raise MemstateError(TWO_DATABASES)
 
 

@@ -37,41 +37,43 @@ class Differences(NamedTuple):
 def values_of(connection: Connection, tracked: Tracked, images: Mapping[str, Image]) -> dict[str, str]:
     """The value of each of *images*, by key; a row may have none."""
     columns = tracked.columns_for(connection.dialect)
-    found = ((key, unique_value(tracked, columns.values(dict(image)))) for key, image in images.items())
-    return {key: value for key, value in found if value is not None}
+    values = ((key, unique_value(tracked, columns.values(dict(image)))) for key, image in images.items())
+    return {key: value for key, value in values if value is not None}
 
 
 def differences(connection: Connection, tracked: Tracked, images: Mapping[str, Image]) -> Differences:
     """How the table of unique values differs from *images*, all those of the rows that are there."""
-    wanted = values_of(connection, tracked, images)
-    held = _held(connection, tracked, images, wanted.values())
-    others = tracked.columns_for(connection.dialect).read(
-        connection, [decode_key(key) for _, key in held if key not in images]
-    )
-    known, there = wanted | values_of(connection, tracked, others), {*images, *others}
-    stale = [(value, key) for value, key in held if _is_stale(tracked, value, known.get(key), is_there=key in there)]
-    holders = dict(set(held) - set(stale))
-    missing = {key: value for key, value in wanted.items() if value not in holders}
-    shared = [key for key, value in wanted.items() if holders.get(value, key) != key]
+    values = values_of(connection, tracked, images)
+    table_rows = _table_rows(connection, tracked, images, values.values())
+    other_keys = [decode_key(key) for _, key in table_rows if key not in images]
+    other_images = tracked.columns_for(connection.dialect).read(connection, other_keys)
+    known, living = values | values_of(connection, tracked, other_images), {*images, *other_images}
+    stale = [
+        (value, key) for value, key in table_rows if _is_stale(tracked, value, known.get(key), is_living=key in living)
+    ]
+    holders = dict(set(table_rows) - set(stale))
+    missing = {key: value for key, value in values.items() if value not in holders}
+    shared = [key for key, value in values.items() if holders.get(value, key) != key]
     return Differences(missing, stale, shared)
 
 
-def _is_stale(tracked: Tracked, value: str, now: str | None, *, is_there: bool) -> bool:
+def _is_stale(tracked: Tracked, value: str, now: str | None, *, is_living: bool) -> bool:
     """A function that finds no value may know less than the one that found this: then it stays."""
-    if now is None and is_there:
+    if now is None and is_living:
         return bool(tracked.unique_names)
     return now != value
 
 
-def _held(
+def _table_rows(
     connection: Connection, tracked: Tracked, keys: Iterable[str], values: Iterable[str]
 ) -> list[tuple[str, str]]:
-    of_rows = select(unique.c.value, unique.c.key).where(unique.c.entity == tracked.entity)
-    found: dict[tuple[str, str], None] = {}
-    for column, some in ((unique.c.key, list(keys)), (unique.c.value, list(values))):
-        for batch in batches(some, READ_CHUNK):
-            found.update(dict.fromkeys((v, k) for v, k in connection.execute(of_rows.where(column.in_(batch)))))
-    return list(found)
+    """The rows (value, key) of the table that are of these *keys*, or that have one of these *values*."""
+    of_class = select(unique.c.value, unique.c.key).where(unique.c.entity == tracked.entity)
+    rows: dict[tuple[str, str], None] = {}
+    for column, parts in ((unique.c.key, list(keys)), (unique.c.value, list(values))):
+        for batch in batches(parts, READ_CHUNK):
+            rows.update(dict.fromkeys((v, k) for v, k in connection.execute(of_class.where(column.in_(batch)))))
+    return list(rows)
 
 
 def give(connection: Connection, tracked: Tracked, values: Mapping[str, str]) -> list[str]:
@@ -86,9 +88,9 @@ def give(connection: Connection, tracked: Tracked, values: Mapping[str, str]) ->
 
 def take(connection: Connection, tracked: Tracked, stale: Collection[tuple[str, str]]) -> None:
     """Take values from rows that do not have them any more."""
-    for some in batches(list(stale), READ_CHUNK):
-        of_these = tuple_(unique.c.value, unique.c.key).in_(some)
-        connection.execute(delete(unique).where(unique.c.entity == tracked.entity, of_these))
+    for batch in batches(list(stale), READ_CHUNK):
+        is_stale = tuple_(unique.c.value, unique.c.key).in_(batch)
+        connection.execute(delete(unique).where(unique.c.entity == tracked.entity, is_stale))
 
 
 _page = (
@@ -106,9 +108,9 @@ def of_no_row(
     connection: Connection, tracked: Tracked, after: tuple[str, str]
 ) -> tuple[list[tuple[str, str]], tuple[str, str] | None]:
     """A page of the table after a (value, key): what is there of rows that are gone, and where to go on."""
-    given = {"entity": tracked.entity, "value": after[0], "key": after[1]}
-    page: Sequence[tuple[Any, Any]] = [(value, key) for value, key in connection.execute(_page, given)]
-    there = tracked.columns_for(connection.dialect).read(
+    parameters = {"entity": tracked.entity, "value": after[0], "key": after[1]}
+    page: Sequence[tuple[Any, Any]] = [(value, key) for value, key in connection.execute(_page, parameters)]
+    images = tracked.columns_for(connection.dialect).read(
         connection, [decode_key(key) for key in {key for _, key in page}]
     )
-    return [(value, key) for value, key in page if key not in there], page[-1] if len(page) == READ_CHUNK else None
+    return [(value, key) for value, key in page if key not in images], page[-1] if len(page) == READ_CHUNK else None

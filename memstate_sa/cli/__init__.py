@@ -11,7 +11,7 @@ from memstate_sa.errors import MissingExtra
 
 try:
     from memstate_sa.cli.commands import application
-except ImportError as error:  # main() tells: raised here, the hint would be buried in the console script's traceback
+except ImportError as error:  # main() shows it: raised here, the hint would be buried in the console script's traceback
     if (error.name or "").startswith("memstate_sa"):
         raise
     _missing: str | None = str(MissingExtra(error.name or "typer", "cli"))

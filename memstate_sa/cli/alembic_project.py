@@ -1,4 +1,4 @@
-"""What an application still needs to adopt memstate_sa: its Memory, database and Alembic, looked at as they are."""
+"""The parts of an application that adopts memstate_sa: its Memory, its database and its Alembic, as they are now."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
 
 from sqlalchemy import inspect
-from sqlalchemy.engine import Engine, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.engine import Engine
 
 from memstate_sa.errors import MemstateError
 from memstate_sa.maintenance.doctor import folded
@@ -30,8 +28,8 @@ _LOCATIONS = re.compile(r"^version_locations\s*=.*(?:\n[ \t]+\S.*)*", re.MULTILI
 _NOT_SOURCES = {"node_modules", "site-packages", "tests", "test", "versions", "build", "dist"}
 
 
-class Step(NamedTuple):
-    """A part of adopting memstate_sa, and what to do about it; nothing where it is done."""
+class ChecklistItem(NamedTuple):
+    """A part of adopting memstate_sa, and what is to be done for it: nothing where it is done."""
 
     title: str
     to_do: str = ""
@@ -50,8 +48,8 @@ class AlembicProject(NamedTuple):
     @property
     def has_branch(self) -> bool:
         """Whether our own migrations are among its versions."""
-        found = _LOCATIONS.search(self.config.read_text(encoding="utf-8")) if self.config.is_file() else None
-        return found is not None and "memstate_sa" in found[0]
+        locations = _LOCATIONS.search(self.config.read_text(encoding="utf-8")) if self.config.is_file() else None
+        return locations is not None and "memstate_sa" in locations[0]
 
     @property
     def knows_tables(self) -> bool:
@@ -67,7 +65,7 @@ class AlembicProject(NamedTuple):
 
     @property
     def upgrading(self) -> str:
-        """The commands that make what is missing."""
+        """The commands that create the missing tables and triggers."""
         if self.has_branch:
             return "alembic upgrade heads"
         if "flask" in self.source:  # Flask-Migrate's env.py runs in the application alone
@@ -117,19 +115,6 @@ def is_migrated(engine: Engine) -> bool:
     return inspect(engine).has_table("alembic_version")
 
 
-def unmade(url: str) -> Path | None:
-    """The SQLite file that connecting to *url* would create."""
-    try:
-        parsed = make_url(url)
-    except ArgumentError:  # it is said where the URL is used
-        return None
-    name = parsed.database or ":memory:"
-    if parsed.get_backend_name() != "sqlite" or parsed.query.get("mode") == "memory":
-        return None
-    path = unquote(urlsplit(name).path) if name.startswith("file:") else name
-    return None if path == ":memory:" or Path(path).exists() else Path(path)
-
-
 # -- env.py ----------------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +128,7 @@ def edited(source: str, *, has_plugins: bool, has_branch: bool = False) -> str:
     calls = [
         node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "context.configure"
     ]
-    edits: list[tuple[int, str]] = []  # what is inserted, and where
+    edits: list[tuple[int, str]] = []  # positions, and the text that is inserted there
     text = _Text(source)
     imports = []
     if not (has_branch or _names_tables(tree)):
@@ -215,7 +200,7 @@ def _names_plugin(tree: ast.Module) -> bool:
 
 def _imports(tree: ast.Module, module: str, name: str) -> bool:
     return any(
-        isinstance(node, ast.ImportFrom) and node.module == module and any(each.name == name for each in node.names)
+        isinstance(node, ast.ImportFrom) and node.module == module and any(alias.name == name for alias in node.names)
         for node in ast.walk(tree)
     )
 
@@ -225,15 +210,15 @@ def _is_plugin(node: ast.expr) -> bool:
 
 
 def _metadata(tree: ast.Module, calls: Sequence[ast.Call]) -> list[ast.expr]:
-    """What the application's metadata are: of ``target_metadata = …``, or else as they are given to `configure`."""
+    """The application's metadata: of ``target_metadata = …``, or else the argument of `configure`."""
     assigned = [
         node.value
         for node in tree.body
         if isinstance(node, ast.Assign)
         and any(isinstance(target, ast.Name) and target.id == "target_metadata" for target in node.targets)
     ]
-    given = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "target_metadata"]
-    return assigned[-1:] or [value for value in given if not isinstance(value, ast.Name)]
+    arguments = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "target_metadata"]
+    return assigned[-1:] or [value for value in arguments if not isinstance(value, ast.Name)]
 
 
 def _listed(text: _Text, value: ast.expr, added: str) -> Iterator[tuple[int, str]]:
@@ -272,28 +257,28 @@ def _after_imports(text: _Text, tree: ast.Module) -> int:
     return at
 
 
-# -- what is left to do ----------------------------------------------------------------------------------------------
+# -- the checklist ---------------------------------------------------------------------------------------------------
 
 
-def steps(memory: Memory, engine: Engine, project: AlembicProject | None) -> Iterator[Step]:
-    """The checklist, in the order in which its steps are to be taken."""
+def checklist(memory: Memory, engine: Engine, project: AlembicProject | None) -> Iterator[ChecklistItem]:
+    """The parts of adopting memstate_sa, in the order in which they are to be done."""
     problems = memory.doctor(engine, rows=False).problems
     sessions = [message for subject, message in problems if subject == "Sessions"]
     entities = list(memory._registry.by_entity)  # noqa: SLF001  # of the same package
-    yield Step(
+    yield ChecklistItem(
         f"a Memory that tracks {', '.join(entities)}" if entities else "a tracked model",
         "" if entities else "memory.track(Model, text=…), where the models are",
     )
-    yield Step(
+    yield ChecklistItem(
         "Sessions that are captured",
         f"{sessions[0]} (nothing to do if a module that was not imported here does)" if sessions else "",
     )
     if project is not None:
-        yield Step(
+        yield ChecklistItem(
             f"our tables in {project.env.name}",
             "" if project.knows_tables else f"target_metadata = [..., {_METADATA}]",
         )
-        yield Step(
+        yield ChecklistItem(
             f"our plugin in {project.env.name}",
             "" if project.knows_plugin else f"context.configure(..., {_PLUGINS}); before Alembic 1.18: {_REGISTER}",
         )
@@ -305,7 +290,7 @@ def steps(memory: Memory, engine: Engine, project: AlembicProject | None) -> Ite
         missing.append(
             "Alembic has been here, and is not in this folder: run this where it is, or with --create-tables"
         )
-    yield Step("tables and triggers in the database", "\n".join(missing))
+    yield ChecklistItem("tables and triggers in the database", "\n".join(missing))
 
 
 def find_memories(folder: Path) -> list[str]:
@@ -313,7 +298,7 @@ def find_memories(folder: Path) -> list[str]:
 
     Only modules that say ``name = Memory(…)`` at their top level are imported.
     """
-    found: dict[int, str] = {}
+    names: dict[int, str] = {}
     for root in _roots(folder):
         for path in _files(root, "*.py"):
             parts = path.relative_to(root).with_suffix("").parts
@@ -330,8 +315,8 @@ def find_memories(folder: Path) -> list[str]:
             for attribute in attributes:
                 value = getattr(module, attribute, None)
                 if isinstance(value, Memory):
-                    found.setdefault(id(value), f"{name}:{attribute}")
-    return list(found.values())
+                    names.setdefault(id(value), f"{name}:{attribute}")
+    return list(names.values())
 
 
 def _memories(source: str) -> list[str]:
@@ -357,7 +342,7 @@ def _memories(source: str) -> list[str]:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Where the application's modules are, which can be imported now."""
+    """The folders of the application's modules. From now on these can be imported."""
     roots = [root for root in (folder, folder / "src") if root.is_dir()]
     for root in roots:
         if str(root) not in sys.path:

@@ -24,7 +24,7 @@ from rich.text import Text
 from sqlalchemy import Engine, func, select
 
 from memstate_sa.cli.display import Console, progress_of
-from memstate_sa.cli.opening import App, Url, load_model, opened
+from memstate_sa.cli.opening import App, Url, load_model, open_memory
 from memstate_sa.db import tables
 
 
@@ -53,10 +53,10 @@ def backfill(
     memstate-sa backfill Preference --workers 4             one, by four processes
     memstate-sa backfill Preference --rate 2000             gently
     """
-    with opened(app, url) as (memory, engine):
+    with open_memory(app, url) as (memory, engine):
         console = Console()
         models = [load_model(name, app) for name in model] if model else None
-        anew = False if models is None and restart is None else restart
+        restarts = False if models is None and restart is None else restart
         run = partial(memory.backfill, engine, models, batch_size=batch_size)
         with (
             _interruptible(f"Run it again{', without --restart,' * bool(restart)} to go on where it was."),
@@ -64,24 +64,24 @@ def backfill(
         ):
             update = progress_of(progress, ", ".join(model or ["rows"]))
             if workers == 1:
-                added = run(rate=rate, restart=anew, progress=update)
+                added = run(rate=rate, restart=restarts, progress=update)
             else:
                 from memstate_sa.cli import processes
 
-                run(limit=0, restart=anew, progress=update)
+                run(limit=0, restart=restarts, progress=update)
                 before = _backfilled(engine)
                 options = ["--no-restart", "--batch-size", str(batch_size)]
                 options += [] if rate is None else ["--rate", str(max(0.001, rate / workers))]
                 environment = {"MEMSTATE_APP": app, "MEMSTATE_URL": url}
-                with processes.processes(environment, stdout=subprocess.DEVNULL) as start:
-                    started = [start("backfill", *options, "--", *(model or ())) for _ in range(workers)]
-                    while any(process.poll() is None for process in started):
+                with processes.child_processes(environment, stdout=subprocess.DEVNULL) as start:
+                    children = [start("backfill", *options, "--", *(model or ())) for _ in range(workers)]
+                    while any(process.poll() is None for process in children):
                         sleep(0.3)
                         run(limit=0, restart=False, progress=update)
                 run(rate=rate, restart=False, progress=update)  # what is left, if one has failed, or why
                 added = _backfilled(engine) - before
         console.print(f"{added} rows were new to the log; the relay delivers them.")
-        if anew is False and not added:
+        if restarts is False and not added:
             console.print("Classes that are done with are gone through again with --restart.")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from memstate_sa import __version__
-from memstate_sa.cli import adoption, backfill, deadletters, health, history, indexes, relay, transfer
+from memstate_sa.cli import backfill, deadletters, demo, health, history, indexes, init, relay, transfer
 
 
 def application() -> typer.Typer:
@@ -19,7 +19,7 @@ def application() -> typer.Typer:
     )
     app.callback()(options)
     for command in (
-        *(adoption.demo, adoption.init),
+        *(demo.demo, init.init),
         *(relay.relay, relay.drain, relay.status, relay.pause, relay.resume),
         *(health.verify, health.doctor),
         backfill.backfill,
@@ -47,7 +47,7 @@ def options(
     pass
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(value: bool) -> None:
+    if value:
         typer.echo(__version__)
         raise typer.Exit

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from memstate_sa.cli.display import Console, cell
-from memstate_sa.cli.opening import App, Indexes, Url, opened
+from memstate_sa.cli.opening import App, Indexes, Url, open_memory
 
 Keys = Annotated[
     list[str] | None,
@@ -23,7 +23,7 @@ def dead_list(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Show at most N.")] = 100,
 ) -> None:
     """Show the keys that an index refused too often, and why."""
-    with opened(app, url) as (memory, engine):
+    with open_memory(app, url) as (memory, engine):
         table = Table("index", "fact", "key", "attempts", "error")
         letters = memory.relay(engine).dead(*(index or ()), limit=limit)
         for letter in letters:
@@ -34,11 +34,11 @@ def dead_list(
 
 def dead_retry(app: App, url: Url, index: Indexes = None, key: Keys = None) -> None:
     """Try dead keys again."""
-    with opened(app, url) as (memory, engine):
+    with open_memory(app, url) as (memory, engine):
         Console().print(f"{memory.relay(engine).retry_dead(*(index or ()), keys=key)} keys are tried again.")
 
 
 def dead_drop(app: App, url: Url, index: Indexes = None, key: Keys = None) -> None:
     """Forget dead keys. They are tried again when their rows change."""
-    with opened(app, url) as (memory, engine):
+    with open_memory(app, url) as (memory, engine):
         Console().print(f"{memory.relay(engine).drop_dead(*(index or ()), keys=key)} keys are forgotten.")

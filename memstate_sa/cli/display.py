@@ -1,4 +1,4 @@
-"""What is printed: how far something is, and changes."""
+"""The output of commands: progress, and tables of changes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def changes_table(changes: Iterable[Change], title: str = "") -> Table:
 
 
 def _changed(change: Change) -> str:
-    """What a change made of a row: of an update, the columns that differ."""
+    """The new values of a row; of an update, the columns that differ."""
     before, after = change.before or {}, change.after or {}
     if not (before and after):
         return ", ".join(f"{name}={_shortened(value)}" for name, value in (after or before).items())

@@ -11,7 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from memstate_sa.cli.display import Console, progress_of
-from memstate_sa.cli.opening import App, Url, name_of, opened
+from memstate_sa.cli.opening import App, Url, name_of, open_memory
 from memstate_sa.maintenance.doctor import folded
 
 _EXAMPLES = 20  # facts of each kind that are named
@@ -23,17 +23,17 @@ def verify(
     repair: Annotated[bool, typer.Option("--repair", help="Deliver again what differs.")] = False,
 ) -> None:
     """Compare every index with the database, by content. Exits with 1 when one differs and was not repaired."""
-    with opened(app, url) as (memory, engine):
+    with open_memory(app, url) as (memory, engine):
         console = Console()
         with Progress(console=console, transient=True) as progress:
             update = progress_of(progress, "comparing")
             report = memory.verify(engine, repair=repair, progress=update)
         kinds = ("missing", "ghost", "stale", "pending")
-        found: dict[str, list[tuple[str, object]]] = {kind: getattr(report, kind) for kind in kinds}
+        facts_by_kind: dict[str, list[tuple[str, object]]] = {kind: getattr(report, kind) for kind in kinds}
         table = Table("rows checked", *kinds)
-        table.add_row(str(report.checked), *(str(len(facts)) for facts in found.values()))
+        table.add_row(str(report.checked), *(str(len(facts)) for facts in facts_by_kind.values()))
         console.print(table)
-        _print_facts(found)
+        _print_facts(facts_by_kind)
         if report.clean:
             console.print("[green]Nothing has drifted.[/]")
         elif repair:
@@ -52,27 +52,29 @@ def doctor(
     ] = False,
 ) -> None:
     """Compare the log with the tables, and look for what makes them differ. Exits with 1 when something is wrong."""
-    with opened(app, url, initialised=False) as (memory, engine):
+    with open_memory(app, url, must_have_tables=False) as (memory, engine):
         console = Console()
         with Progress(console=console, transient=True) as progress:
-            found = memory.doctor(engine, repair=repair, progress=progress_of(progress, "comparing"))
+            diagnosis = memory.doctor(engine, repair=repair, progress=progress_of(progress, "comparing"))
         table = Table("rows checked", "changed", "gone", "not in the log")
-        table.add_row(str(found.checked), str(len(found.changed)), str(len(found.gone)), str(found.unlogged))
+        table.add_row(
+            str(diagnosis.checked), str(len(diagnosis.changed)), str(len(diagnosis.gone)), str(diagnosis.unlogged)
+        )
         console.print(table)
-        _print_facts({"changed": found.changed, "gone": found.gone})
-        for problem in folded(found.problems):
+        _print_facts({"changed": diagnosis.changed, "gone": diagnosis.gone})
+        for problem in folded(diagnosis.problems):
             console.print(f"[red]{escape(problem.subject)}[/] {escape(problem.message)}", highlight=False)
-        if found.unlogged:
-            console.print(f"{found.unlogged} rows came before tracking, or past it. This logs and delivers them:")
-            names = [name_of(model, app) or "" for model in found.unlogged_by_class]
-            wanted = " ".join(names) if all(names) else "--restart"
-            console.print(f"memstate-sa backfill {wanted}", markup=False, highlight=False, soft_wrap=True)
-        if found.healthy:
+        if diagnosis.unlogged:
+            console.print(f"{diagnosis.unlogged} rows came before tracking, or past it. This logs and delivers them:")
+            names = [name_of(model, app) or "" for model in diagnosis.unlogged_by_class]
+            arguments = " ".join(names) if all(names) else "--restart"
+            console.print(f"memstate-sa backfill {arguments}", markup=False, highlight=False, soft_wrap=True)
+        if diagnosis.healthy:
             console.print("[green]The log tells what is in the tables.[/]")
-        elif repair and not found.has_problems:
+        elif repair and not diagnosis.has_problems:
             console.print("[green]Reconciled;[/] the relay delivers it.")
         else:
-            if found.changed or found.gone:
+            if diagnosis.changed or diagnosis.gone:
                 console.print("[red]The tables were changed past the log;[/] --repair logs that.")
             raise typer.Exit(1)
 

@@ -14,7 +14,7 @@ from sqlalchemy import Engine, inspect
 from sqlalchemy.orm import Session, sessionmaker
 
 from memstate_sa.cli.display import Console, changes_table
-from memstate_sa.cli.opening import App, Url, fail, load_model, opened
+from memstate_sa.cli.opening import App, Url, fail, load_model, open_memory
 from memstate_sa.log.changes import Change
 from memstate_sa.memory import Memory
 from memstate_sa.runtime.printable import printable
@@ -23,7 +23,7 @@ from memstate_sa.undo.undo import OnConflict, Revocation
 OfModel = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="Only facts of this class.")]
 OfSession = Annotated[str | None, typer.Option("--session-id", help="Only what this agent session did.")]
 OfActor = Annotated[str | None, typer.Option("--actor", help="Only what this actor did.")]
-Tries = Annotated[bool, typer.Option("--dry-run", help="Show what would be undone, and undo nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be undone, and undo nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do it without asking.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 
@@ -49,13 +49,13 @@ def log(
     memstate-sa log Preference 7          the history of one fact
     memstate-sa log --actor ana --json    what ana did, for a program
     """
-    with opened(app, url) as (memory, engine), _session(memory, engine) as session:
+    with open_memory(app, url) as (memory, engine), _session(memory, engine) as session:
         model, key = model or of_model, key or of_key
         if model is None and key is not None:
             raise typer.BadParameter("of which --model?", param_hint="--key")
-        mapped = None if model is None else load_model(model, app)
-        fact = None if key is None else _key(mapped, key)
-        changes = memory.history(session, mapped, fact, actor=actor, session_id=session_id, limit=limit + 1)
+        model_class = None if model is None else load_model(model, app)
+        fact = None if key is None else _key(model_class, key)
+        changes = memory.history(session, model_class, fact, actor=actor, session_id=session_id, limit=limit + 1)
         _show_changes(changes[-limit:], as_json=as_json)
         if len(changes) > limit and not as_json:
             Console().print(f"The last {limit} changes; --limit shows more.")
@@ -75,9 +75,9 @@ def diff(
     memstate-sa diff 2026-03-01                     since the first of March
     memstate-sa diff 2026-03-01 2026-03-01T12:00    on its morning
     """
-    with opened(app, url) as (memory, engine), _session(memory, engine) as session:
-        mapped = None if model is None else load_model(model, app)
-        changes = memory.diff(session, _moment(a), None if b is None else _moment(b), mapped)
+    with open_memory(app, url) as (memory, engine), _session(memory, engine) as session:
+        model_class = None if model is None else load_model(model, app)
+        changes = memory.diff(session, _moment(a), None if b is None else _moment(b), model_class)
         _show_changes(changes, as_json=as_json)
 
 
@@ -95,7 +95,7 @@ def rollback(
     on_conflict: Annotated[
         OnConflict, typer.Option(help="What to do with facts that others have changed since.")
     ] = "raise",
-    dry_run: Tries = False,
+    dry_run: DryRun = False,
     yes: Yes = False,
 ) -> None:
     """Undo the last transactions, as new ones, after showing what that means. The vectors follow through the relay.
@@ -133,12 +133,12 @@ def revoke(
     on_conflict: Annotated[
         OnConflict, typer.Option(help="What to do with facts that others have changed since.")
     ] = "skip",
-    dry_run: Tries = False,
+    dry_run: DryRun = False,
     yes: Yes = False,
 ) -> None:
     """Take out all that one actor, session or transaction did, from among what others did, after showing it.
 
-    What others have built upon stays, and is told, with the changes that are in the way.
+    Changes that others have built upon stay. They are shown, with the changes that are in the way.
 
     \b
     memstate-sa revoke --session-id run-17
@@ -161,7 +161,7 @@ def revoke(
 
 def _undo(app: str, url: str, undo: Callable[..., Revocation], *, dry_run: bool, yes: bool) -> None:
     """Plan, ask, do: nothing is locked while somebody makes up his mind."""
-    with opened(app, url) as (memory, engine), _session(memory, engine) as session:
+    with open_memory(app, url) as (memory, engine), _session(memory, engine) as session:
         plan = None if yes and not dry_run else undo(memory, session, dry_run=True)
         session.rollback()
         if plan is not None:

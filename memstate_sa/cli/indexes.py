@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from memstate_sa.cli.display import Console, progress_of
-from memstate_sa.cli.opening import App, Url, opened
+from memstate_sa.cli.opening import App, Url, open_memory
 
 
 def reindex(
@@ -34,7 +34,7 @@ def reindex(
     1. Deploy that, everywhere. 2. memstate-sa reindex. 3. Deploy a Memory with the new index alone.
     4. memstate-sa forget-index memory, and delete the old index by its own tools.
     """
-    with opened(app, url) as (memory, engine):
+    with open_memory(app, url) as (memory, engine):
         console = Console()
         if back:
             console.print(f"Searches ask {escape(memory.reindex_back(engine, index))} again.")
@@ -49,6 +49,6 @@ def forget_index(
     app: App, url: Url, name: Annotated[str, typer.Argument(help="Of an index that --app no longer has.")]
 ) -> None:
     """Forget what relays know of an index that is no longer in use. What it holds, its own tools delete."""
-    with opened(app, url) as (memory, engine):
+    with open_memory(app, url) as (memory, engine):
         memory.forget_index(engine, name)
         Console().print(f"Index {escape(name)} is forgotten.")

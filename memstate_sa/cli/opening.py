@@ -1,4 +1,4 @@
-"""An application's Memory and database, as the command line names them; and what is wrong with them, explained."""
+"""The Memory and the database that a command works on, as its options name them, and its errors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
+from urllib.parse import unquote, urlsplit
 
 import typer
 from rich.markup import escape
@@ -16,7 +17,6 @@ from sqlalchemy import Engine, inspect
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from memstate_sa.cli import alembic_project
 from memstate_sa.cli.display import Console, changes_table
 from memstate_sa.db.engines import make_engine
 from memstate_sa.errors import ConflictError, MemstateError
@@ -34,27 +34,45 @@ Indexes = Annotated[list[str] | None, typer.Option("--index", help="Its name; ma
 
 
 @contextmanager
-def opened(app: str, url: str, *, made: bool = True, initialised: bool = True) -> Iterator[tuple[Memory, Engine]]:
-    """Unless they need not be there: the database is *made*, and *initialised* with our tables."""
+def open_memory(
+    app: str, url: str, *, must_exist: bool = True, must_have_tables: bool = True
+) -> Iterator[tuple[Memory, Engine]]:
+    """The Memory of *app*, and an engine on *url*.
+
+    The command fails unless the database exists (*must_exist*) and has our tables (*must_have_tables*).
+    """
     memory = _load(app, "--app")
     if not isinstance(memory, Memory):
         raise typer.BadParameter(f"{app} is a {type(memory).__name__}, not a Memory", param_hint="--app")
     engine = _engine(memory, url)
     try:
-        with explained():
-            if made:
-                require_made(url)
-            if initialised and not inspect(engine).has_table("memstate_log"):
+        with exit_on_error():
+            if must_exist:
+                require_database(url)
+            if must_have_tables and not inspect(engine).has_table("memstate_log"):
                 fail("the tables of memstate_sa are not in this database; `memstate-sa init` or Alembic creates them")
             yield memory, engine
     finally:
         engine.dispose()
 
 
-def require_made(url: str) -> None:
-    """Looking into an SQLite file that is not there would make it."""
-    if file := alembic_project.unmade(url):
+def require_database(url: str) -> None:
+    """Fail where *url* names no SQLite file: to look into one that is not there would make it."""
+    if file := missing_file(url):
         fail(f"there is no such database: {file.absolute()} does not exist")
+
+
+def missing_file(url: str) -> Path | None:
+    """The SQLite file that connecting to *url* would create."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:  # it is said where the URL is used
+        return None
+    name = parsed.database or ":memory:"
+    if parsed.get_backend_name() != "sqlite" or parsed.query.get("mode") == "memory":
+        return None
+    path = unquote(urlsplit(name).path) if name.startswith("file:") else name
+    return None if path == ":memory:" or Path(path).exists() else Path(path)
 
 
 def _engine(memory: Memory, url: str) -> Engine:
@@ -95,7 +113,7 @@ def load_model(name: str, app: str) -> Any:
 
 
 def name_of(model: type[Any], app: str) -> str | None:
-    """What `load_model` finds *model* by, the shorter the better; None of a class that is in a function."""
+    """The shortest name by which `load_model` finds *model*; None of a class that is in a function."""
     for name in (model.__qualname__, f"{model.__module__}:{model.__qualname__}"):
         with suppress(typer.BadParameter):
             if load_model(name, app) is model:
@@ -104,8 +122,8 @@ def name_of(model: type[Any], app: str) -> str | None:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Errors that a user can act on, as a message and exit code 1."""
+def exit_on_error() -> Iterator[None]:
+    """Show an error that a user can act on as a message, and exit with code 1."""
     try:
         yield
     except ConflictError as error:
@@ -118,9 +136,9 @@ def explained() -> Iterator[None]:
         fail(str(error))
 
 
-def fail(message: str, in_the_way: Sequence[Change] = ()) -> NoReturn:
+def fail(message: str, conflicts: Sequence[Change] = ()) -> NoReturn:
     console = Console(stderr=True)
     console.print(f"[bold red]Error:[/] {escape(message)}", highlight=False, soft_wrap=True)
-    if in_the_way:
-        console.print(changes_table(in_the_way, "in the way"))
+    if conflicts:
+        console.print(changes_table(conflicts, "in the way"))
     raise typer.Exit(1)

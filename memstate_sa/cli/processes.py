@@ -89,7 +89,7 @@ _COUNTERS: Mapping[str, tuple[str, str]] = {
 
 
 class _Collector:
-    """What Prometheus asks for, read when it asks. The gauges are the database's: the same from every worker."""
+    """The metrics, read when Prometheus asks. The gauges are the database's: the same from every worker."""
 
     def __init__(self, relay: Relay, status: Callable[[], Mapping[str, Backlog]]) -> None:
         self._relay = relay
@@ -151,7 +151,7 @@ def metrics_server(
 
 
 def _problems(relay: Relay, engine: Engine) -> dict[str, str]:
-    """Cheap: it is asked all the time."""
+    """The reasons why this worker is not ready. Cheap: it is asked all the time."""
     problems = relay.problems()
     try:
         with engine.connect() as connection:
@@ -165,7 +165,7 @@ def _problems(relay: Relay, engine: Engine) -> dict[str, str]:
 
 
 @contextmanager
-def processes(environment: Mapping[str, str], *, stdout: int | None = None) -> Iterator[Callable[..., Process]]:
+def child_processes(environment: Mapping[str, str], *, stdout: int | None = None) -> Iterator[Callable[..., Process]]:
     """A function that starts a process of this command line, by its arguments; all end with the context.
 
     What should not show in a list of processes travels in *environment*.
@@ -192,15 +192,15 @@ def processes(environment: Mapping[str, str], *, stdout: int | None = None) -> I
 
 
 def supervise(workers: Sequence[Sequence[str]], environment: Mapping[str, str]) -> None:
-    """Run `memstate-sa relay` with each of these arguments, as `processes`, until SIGINT or SIGTERM.
+    """Run `memstate-sa relay` with each of these arguments, as `child_processes`, until SIGINT or SIGTERM.
 
     One that ends is started again.
     """
-    with interruption() as interrupted, processes(environment) as start:
-        started = {n: (time.monotonic(), start("relay", *arguments)) for n, arguments in enumerate(workers)}
-        delays = dict.fromkeys(started, _RESTART_S[0])
+    with interruption() as interrupted, child_processes(environment) as start:
+        running = {n: (time.monotonic(), start("relay", *arguments)) for n, arguments in enumerate(workers)}
+        delays = dict.fromkeys(running, _RESTART_S[0])
         while not interrupted.wait(0.2):
-            for n, (since, process) in started.items():
+            for n, (since, process) in running.items():
                 code = process.poll()
                 if code is None:
                     continue
@@ -210,4 +210,4 @@ def supervise(workers: Sequence[Sequence[str]], environment: Mapping[str, str]) 
                 if interrupted.wait(delays[n]):
                     break
                 delays[n] = min(2 * delays[n], _RESTART_S[1])
-                started[n] = (time.monotonic(), start("relay", *workers[n]))
+                running[n] = (time.monotonic(), start("relay", *workers[n]))

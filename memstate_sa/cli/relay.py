@@ -16,7 +16,7 @@ from rich.table import Table
 from sqlalchemy import Engine
 
 from memstate_sa.cli.display import Console, progress_of
-from memstate_sa.cli.opening import App, Indexes, Url, opened
+from memstate_sa.cli.opening import App, Indexes, Url, open_memory
 from memstate_sa.errors import MemstateError
 from memstate_sa.memory import Memory
 from memstate_sa.relay import Retention
@@ -47,16 +47,16 @@ def relay(
     """
     if once and workers > 1:
         raise typer.BadParameter("--once is for one worker")
-    with opened(app, url) as (memory, engine):
+    with open_memory(app, url) as (memory, engine):
         from memstate_sa.cli import processes
 
         retention = Retention(log=_days(keep_log), ledger=_days(keep_ledger))
         if once:
-            courier = memory.relay(engine, lease_s=lease, retention=retention)
+            worker = memory.relay(engine, lease_s=lease, retention=retention)
             try:
-                Console().print(f"{courier.run_once()} keys converged")
+                Console().print(f"{worker.run_once()} keys converged")
             finally:
-                courier.stop()  # at once, another relay may go on
+                worker.stop()  # at once, another relay may go on
             return
         processes.configure_logging(as_json=log_json)
         if workers > 1:
@@ -69,12 +69,10 @@ def relay(
             return
         with ExitStack() as stack:
             interrupted = stack.enter_context(processes.interruption())
-            courier = stack.enter_context(memory.relay(engine, lease_s=lease, retention=retention))
+            worker = stack.enter_context(memory.relay(engine, lease_s=lease, retention=retention))
             if metrics_port is not None:
                 status = partial(memory.status, engine)
-                port = stack.enter_context(
-                    processes.metrics_server(courier, engine, status, metrics_host, metrics_port)
-                )
+                port = stack.enter_context(processes.metrics_server(worker, engine, status, metrics_host, metrics_port))
                 processes.logger.info("serving /metrics and /readyz on port %d", port)
             processes.logger.info("delivering to %s; interrupt to stop", ", ".join(memory.indexes))
             interrupted.wait()
@@ -100,7 +98,7 @@ def drain(
     timeout: Annotated[float, typer.Option(help="Seconds that it may take.")] = 300.0,
 ) -> None:
     """Deliver until nothing is pending. Beside running relays, wait until they have."""
-    with opened(app, url) as (memory, engine):
+    with open_memory(app, url) as (memory, engine):
         console = Console()
         with Progress(console=console, transient=True) as progress:
             update = progress_of(progress, "delivering")
@@ -125,7 +123,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Show it anew every second, until interrupted.")] = False,
 ) -> None:
     """Show what each index has not been given yet."""
-    with opened(app, url) as (memory, engine):
+    with open_memory(app, url) as (memory, engine):
         if not watch:
             Console().print(_status(memory, engine))
             return
@@ -150,13 +148,13 @@ def _status(memory: Memory, engine: Engine) -> Table:
 
 def pause(app: App, url: Url, index: Indexes = None) -> None:
     """Have every relay leave indexes alone, in all processes, until `resume`. Commits go on."""
-    with opened(app, url) as (memory, engine):
+    with open_memory(app, url) as (memory, engine):
         memory.relay(engine).pause(*(index or ()))
         Console().print(f"Paused: {escape(', '.join(index or memory.indexes))}.")
 
 
 def resume(app: App, url: Url, index: Indexes = None) -> None:
     """Have relays deliver again what was paused."""
-    with opened(app, url) as (memory, engine):
+    with open_memory(app, url) as (memory, engine):
         memory.relay(engine).resume(*(index or ()))
         Console().print(f"Resumed: {escape(', '.join(index or memory.indexes))}.")

@@ -8,7 +8,7 @@ import typer
 from rich.progress import Progress
 
 from memstate_sa.cli.display import Console, progress_of
-from memstate_sa.cli.opening import App, Url, load_model, opened, require_made
+from memstate_sa.cli.opening import App, Url, load_model, open_memory, require_database
 
 
 def export_facts(
@@ -27,7 +27,7 @@ def export_facts(
     memstate-sa export facts.jsonl
     memstate-sa export - --model Preference | gzip > preferences.jsonl.gz
     """
-    with opened(app, url) as (memory, engine):
+    with open_memory(app, url) as (memory, engine):
         console = Console(stderr=True)
         with Progress(console=console) as progress:
             models = [load_model(name, app) for name in model or ()]
@@ -50,7 +50,7 @@ def import_facts(
     memstate-sa import facts.jsonl
     zcat facts.jsonl.gz | memstate-sa import -
     """
-    with opened(app, url) as (memory, engine):
+    with open_memory(app, url) as (memory, engine):
         console = Console(stderr=True)
         with Progress(console=console) as progress:
             count = memory.import_facts(engine, file, progress=progress_of(progress, "importing"))
@@ -74,8 +74,8 @@ def import_langgraph(
     memstate-sa import-checkpoints postgresql://app@db/shop
     memstate-sa import-checkpoints sqlite:///checkpoints.db --thread 17 --thread 18
     """
-    with opened(app, url) as (memory, engine):
-        require_made(source)
+    with open_memory(app, url) as (memory, engine):
+        require_database(source)
         from memstate_sa.integrations.langgraph.checkpointer import MemStateCheckpointer
         from memstate_sa.integrations.langgraph.import_checkpoints import import_checkpoints
 

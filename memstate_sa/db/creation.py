@@ -9,7 +9,7 @@ from sqlalchemy import Engine, Inspector, Table, func, inspect, select
 from sqlalchemy.engine import Connection
 
 from memstate_sa.db import sqlite
-from memstate_sa.db.amendments import amend, lacking
+from memstate_sa.db.amendments import amend, lacking, old_names, rename
 from memstate_sa.db.tables import metadata
 
 _one_at_a_time = select(func.pg_advisory_xact_lock(func.hashtextextended("memstate_sa", 0)))
@@ -35,22 +35,26 @@ def create(
 ) -> None:
     """Create what of *tables* (default: all of memstate_sa) is not there yet, then *install* what belongs to them.
 
-    Tables of an older version get the columns and indexes that they lack. SQLite is locked only if something is
-    missing. A worker that starts would else wait for whoever writes.
+    Tables of an older version get the name of today, and the columns and indexes that they lack. SQLite is locked only
+    if something is missing. A worker that starts would else wait for whoever writes.
     """
-    wanted = metadata.sorted_tables if tables is None else tables
-    is_whole = _is_whole(inspect(engine), wanted)
+    if tables is None:
+        tables = metadata.sorted_tables
+    is_whole = _is_whole(inspect(engine), tables)
     if is_whole and install is None:
         return
     alone = not is_whole or engine.dialect.name == "postgresql"
     with creating(engine) if alone else engine.begin() as connection:
         if not is_whole:  # looked at again, now alone
-            metadata.create_all(connection, tables=wanted)
-            amend(connection, lacking(inspect(connection), wanted))
+            for name in old_names(inspect(connection).get_table_names(), tables):
+                rename(connection, name)
+            metadata.create_all(connection, tables=tables)
+            amend(connection, lacking(inspect(connection), tables))
         if install is not None:
             install(connection)
 
 
-def _is_whole(inspector: Inspector, wanted: Sequence[Table]) -> bool:
-    there = inspector.get_table_names()
-    return all(table.name in there for table in wanted) and not any(lacking(inspector, wanted))
+def _is_whole(inspector: Inspector, tables: Sequence[Table]) -> bool:
+    names = inspector.get_table_names()
+    has_all = all(table.name in names for table in tables)
+    return has_all and not old_names(names, tables) and not any(lacking(inspector, tables))

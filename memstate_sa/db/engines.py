@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import URL, Engine, Pool, create_engine, event
-from sqlalchemy.engine import Connection
+from sqlalchemy import URL, Engine, Pool, StaticPool, create_engine, event
+from sqlalchemy.engine import Connection, make_url
 from sqlalchemy.engine.base import OptionEngine
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from memstate_sa.db import sqlite
+from memstate_sa.errors import MemstateError, MissingExtra
 from memstate_sa.runtime import forks
 
 _ATTRIBUTE = "memstate_own_pool"
@@ -97,6 +99,26 @@ def blocking_engine(url: URL) -> Engine:
             arguments["prepare_threshold"] = None
         query = {name: value for name, value in query.items() if name not in _OF_ASYNCPG}
     return make_engine(url.set(drivername=_BLOCKING.get(backend, backend), query=query), connect_args=arguments)
+
+
+def engine_of(url: str) -> Engine:
+    """An engine on *url* as users write it: ``postgresql://…`` takes psycopg. Raises MemstateError."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # the text of a ValueError quotes what it took for the port
+        raise MemstateError("not a database URL: write postgresql://… or sqlite:///…") from None
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    in_memory = parsed.get_backend_name() == "sqlite" and (parsed.database or ":memory:") == ":memory:"
+    options: dict[str, Any] = (
+        {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}} if in_memory else {}
+    )
+    try:
+        return make_engine(parsed, **options)
+    except (NoSuchModuleError, ImportError) as error:
+        if parsed.drivername == "postgresql+psycopg":
+            raise MissingExtra("psycopg", "postgres") from error
+        raise MemstateError(f"{parsed.drivername}: no such dialect, or its driver is not installed") from error
 
 
 def is_same_database(one: Engine, other: Engine) -> bool:

@@ -53,8 +53,8 @@ def creating(name: str, source: str, settings: str = "", *, definer: bool = True
     )
 
 
-def told(name: str, moment: str = MOMENT) -> str:
-    """SQL for what `tell` has said in this transaction, or NULL."""
+def transaction_setting(name: str, moment: str = MOMENT) -> str:
+    """SQL for ``memstate.<name>``, if `set_transaction_setting` has set it in this transaction, or NULL."""
     return (
         f"(CASE WHEN current_setting('memstate.{name}_at', true) = {moment} "
         f"THEN nullif(current_setting('memstate.{name}', true), '') END)"
@@ -67,7 +67,7 @@ _set = text(
 )
 
 
-def tell(connection: Connection, name: str, value: str) -> None:
+def set_transaction_setting(connection: Connection, name: str, value: str) -> None:
     """Set ``memstate.<name>`` for the rest of this transaction; '': no longer."""
     connection.execute(_set, {"name": name, "value": value})
 

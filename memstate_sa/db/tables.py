@@ -349,8 +349,8 @@ embedding = Table(
     comment="vectors that were paid for once, to be used again; may be emptied at any time",
 )
 
-current = Table(
-    "memstate_current",
+trigger_context = Table(
+    "memstate_trigger_context",
     metadata,
     Column("name", Text, primary_key=True),
     Column("value", Text),

@@ -1,4 +1,4 @@
-"""The same agent memory twice: kept by hand, and with memstate_sa.
+"""An agent's memory, written twice: by hand, and with memstate_sa.
 
 Each is played by a process of its own (``python -m memstate_sa.demo.agent``), so that it can really be killed.
 """
@@ -60,15 +60,15 @@ class Played(Base):
 
 
 def write(session: Session, turn: Turn) -> None:
-    for step in turn.steps:
-        match step:
+    for action in turn.actions:
+        match action:
             case Remember():
-                session.add(Note(id=step.fact, user_id=step.user, role=step.role, text=step.text))
+                session.add(Note(id=action.fact, user_id=action.user, role=action.role, text=action.text))
             case Correct():
-                session.get_one(Note, step.fact).text = step.text
+                session.get_one(Note, action.fact).text = action.text
             case Forget():
-                session.delete(session.get_one(Note, step.fact))
-        session.flush()  # a later step of this turn may be about the same note
+                session.delete(session.get_one(Note, action.fact))
+        session.flush()  # a later action of this turn may be about the same note
     session.add(Played(turn=turn.number))
 
 
@@ -98,8 +98,8 @@ def play_by_hand(home: Path, turns: Iterable[Turn], crash_at: int | None, seed: 
             session.commit()
             if turn.number == crash_at:
                 die()
-            touched = {step.fact for step in turn.steps}
-            notes = session.scalars(select(Note).where(Note.id.in_(touched))).all()
+            touched_ids = {action.fact for action in turn.actions}
+            notes = session.scalars(select(Note).where(Note.id.in_(touched_ids))).all()
             try:
                 if notes:
                     network.call()
@@ -108,9 +108,9 @@ def play_by_hand(home: Path, turns: Iterable[Turn], crash_at: int | None, seed: 
                         embeddings=embedder.embed([note.text for note in notes]),
                         metadatas=[{"user_id": note.user_id, "role": note.role} for note in notes],
                     )
-                if gone := touched - {note.id for note in notes}:
+                if gone_ids := touched_ids - {note.id for note in notes}:
                     network.call()
-                    collection.delete(ids=list(gone))
+                    collection.delete(ids=list(gone_ids))
             except ConnectionError:
                 logger.exception("turn %d: the vector index was not updated", turn.number)
         report(turn=turn.number, calls=network.calls, failed=network.failed)

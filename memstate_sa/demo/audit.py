@@ -21,12 +21,12 @@ class Drift(NamedTuple):
 
 
 def drift(engine: Engine, collection: Collection, embedder: Embedder) -> Drift:
-    """Which notes Chroma lacks, which it should no longer have, and whose vector is of another text or user."""
+    """The notes that Chroma lacks, that it should no longer have, and whose vector is of another text or user."""
     with Session(engine) as session:
         notes = {note.id: note for note in session.scalars(select(Note))}
-    held = collection.get(include=["embeddings", "metadatas"])
-    vectors = dict(zip(map(_note_id, held["ids"]), np.asarray(held["embeddings"]), strict=True))
-    metadata = dict(zip(map(_note_id, held["ids"]), held["metadatas"] or [], strict=True))
+    stored = collection.get(include=["embeddings", "metadatas"])
+    vectors = dict(zip(map(_note_id, stored["ids"]), np.asarray(stored["embeddings"]), strict=True))
+    metadata = dict(zip(map(_note_id, stored["ids"]), stored["metadatas"] or [], strict=True))
     both = sorted(notes.keys() & vectors.keys())
     current = dict(zip(both, embedder.embed([notes[id_].text for id_ in both]), strict=True))
     return Drift(
@@ -42,7 +42,7 @@ def drift(engine: Engine, collection: Collection, embedder: Embedder) -> Drift:
 
 
 def _note_id(point_id: str) -> str:
-    """By hand the note's id is the point's; memstate_sa puts the table before it: ``note["f1"]``."""
+    """The id of a point's note. By hand it is the point's; memstate_sa puts the table before it: ``note["f1"]``."""
     return str(json.loads(point_id.removeprefix("note"))[0]) if point_id.startswith("note[") else point_id
 
 

@@ -1,4 +1,4 @@
-"""What the demo plays: a conversation log (JSON lines) or a MemoryBank file, as turns of steps. Pure parsing."""
+"""The demo's input: a conversation log (JSON lines) or a MemoryBank file, as turns of actions. Pure parsing."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ class Forget(_Line):
     op: Literal["forget"] = "forget"
 
 
-Step: TypeAlias = Remember | Correct | Forget
+Action: TypeAlias = Remember | Correct | Forget
 
 
 class Turn(NamedTuple):
-    """What one exchange with the assistant does to its memory: one transaction."""
+    """The actions of one exchange with the assistant on its memory: one transaction."""
 
     number: int
     day: str | None
-    steps: tuple[Step, ...]
+    actions: tuple[Action, ...]
 
 
 class _Chat(BaseModel):
@@ -62,14 +62,14 @@ class _BankUser(BaseModel):
     history: dict[str, list[_Chat]]
 
 
-_step: TypeAdapter[Step] = TypeAdapter(Annotated[Step, Field(discriminator="op")])
+_action: TypeAdapter[Action] = TypeAdapter(Annotated[Action, Field(discriminator="op")])
 _bank: TypeAdapter[dict[str, _BankUser]] = TypeAdapter(dict[str, _BankUser])
 
 
 def parse(text: str) -> list[Turn]:
     """The turns in *text*, in the order they happened; its format is told by its content.
 
-    JSON lines, one step each, those of one turn together::
+    JSON lines, one action each, those of one turn together::
 
         {"turn": 1, "op": "remember", "fact": "f1", "user": "ana", "role": "preference", "text": "Likes tea"}
         {"turn": 2, "op": "correct", "fact": "f1", "text": "Likes coffee"}
@@ -97,36 +97,36 @@ def _looks_like_lines(text: str) -> bool:
     try:
         json.loads(first)
     except json.JSONDecodeError:
-        return '"op"' in first  # a damaged first step: to be reported as one
+        return '"op"' in first  # a damaged first action: to be reported as one
     return True
 
 
 def _conversation(text: str) -> list[Turn]:
-    steps: list[Step] = []
+    actions: list[Action] = []
     live: set[str] = set()
     seen: set[str] = set()
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        step = _parse_step(line, number)
-        if steps and step.turn < steps[-1].turn:
-            raise InputError(f'line {number}, field "turn": {step.turn} comes after {steps[-1].turn}')
-        if isinstance(step, Remember):
-            if step.fact in seen:
-                raise InputError(f'line {number}, field "fact": {step.fact!r} was remembered before')
-            seen.add(step.fact)
-            live.add(step.fact)
-        elif step.fact not in live:
-            raise InputError(f'line {number}, field "fact": {step.fact!r} is not remembered here')
-        if isinstance(step, Forget):
-            live.remove(step.fact)
-        steps.append(step)
-    return _turns(steps)
+        action = _parse_action(line, number)
+        if actions and action.turn < actions[-1].turn:
+            raise InputError(f'line {number}, field "turn": {action.turn} comes after {actions[-1].turn}')
+        if isinstance(action, Remember):
+            if action.fact in seen:
+                raise InputError(f'line {number}, field "fact": {action.fact!r} was remembered before')
+            seen.add(action.fact)
+            live.add(action.fact)
+        elif action.fact not in live:
+            raise InputError(f'line {number}, field "fact": {action.fact!r} is not remembered here')
+        if isinstance(action, Forget):
+            live.remove(action.fact)
+        actions.append(action)
+    return _turns(actions)
 
 
-def _parse_step(line: str, number: int) -> Step:
+def _parse_action(line: str, number: int) -> Action:
     try:
-        return _step.validate_python(json.loads(line))
+        return _action.validate_python(json.loads(line))
     except json.JSONDecodeError as error:
         raise InputError(f"line {number}: not JSON: {error.msg} at column {error.colno}") from error
     except ValidationError as error:
@@ -149,18 +149,18 @@ def _memory_bank(document: dict[str, Any]) -> list[Turn]:
         (day, name.strip(), chat) for name, user in users.items() for day, day_ in user.history.items() for chat in day_
     ]
     chats.sort(key=lambda chat: chat[0])  # stable: within a day, the file's order
-    steps: list[Step] = []
+    actions: list[Action] = []
     for turn, (day, user, chat) in enumerate(chats, start=1):
         for role, said in (("user", chat.query), ("assistant", chat.response)):
             if said.strip():
-                steps.append(Remember(turn=turn, day=day, fact=f"{turn}-{role}", user=user, role=role, text=said))
-    return _turns(steps)
+                actions.append(Remember(turn=turn, day=day, fact=f"{turn}-{role}", user=user, role=role, text=said))
+    return _turns(actions)
 
 
-def _turns(steps: Iterable[Step]) -> list[Turn]:
+def _turns(actions: Iterable[Action]) -> list[Turn]:
     turns = [
         Turn(number, together[0].day, together)
-        for number, together in ((n, tuple(group)) for n, group in groupby(steps, key=lambda step: step.turn))
+        for number, together in ((n, tuple(group)) for n, group in groupby(actions, key=lambda action: action.turn))
     ]
     if len(turns) < 2:
         raise InputError("the demo needs at least two turns: one before the crash, and one after it")

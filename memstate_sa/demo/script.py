@@ -68,9 +68,9 @@ def read(path: Path | None) -> str:
 
 
 def introduce(turns: Sequence[Turn], console: Console) -> None:
-    steps = [step for turn in turns for step in turn.steps]
-    count = {kind: sum(isinstance(step, kind) for step in steps) for kind in (Remember, Correct, Forget)}
-    users = {step.user for step in steps if isinstance(step, Remember)}
+    actions = [action for turn in turns for action in turn.actions]
+    count = {kind: sum(isinstance(action, kind) for action in actions) for kind in (Remember, Correct, Forget)}
+    users = {action.user for action in actions if isinstance(action, Remember)}
     console.rule("One conversation, two memories")
     console.print(
         f"An assistant talks to {len(users)} users in {len(turns)} turns: it remembers {count[Remember]} facts, "
@@ -90,7 +90,7 @@ def middle(turns: Sequence[Turn]) -> int:
 
 @dataclass
 class Outcome:
-    """What one side left behind in *home*, and how it got there."""
+    """The files of one side, in *home*, and the figures of how they came about."""
 
     home: Path
     calls: int = 0
@@ -169,15 +169,16 @@ def compare(by_hand: Outcome, memstate: Outcome, turns: Sequence[Turn], console:
     table.add_row("index calls that failed", *(f"{outcome.failed} of {outcome.calls}" for outcome in outcomes))
     table.add_row("facts in SQL", *(str(_count(outcome.engine)) for outcome in outcomes))
     table.add_row("vectors in Chroma", *(str(outcome.collection.count()) for outcome in outcomes), end_section=True)
-    said = {step.fact: step.text for turn in turns for step in turn.steps if not isinstance(step, Forget)}
+    actions = [action for turn in turns for action in turn.actions]
+    texts = {action.fact: action.text for action in actions if not isinstance(action, Forget)}
     for kind, meaning in (
         ("missing", "never found: “{}”"),
         ("ghost", "forgotten, yet still found: “{}”"),
         ("stale", "found by what it said before: “{}”"),
     ):
-        found: list[list[str]] = [getattr(each, kind) for each in drifts]
-        example = meaning.format(_short(said[found[0][0]])) if found[0] else ""
-        table.add_row(kind, *(f"[{'red' if ids else 'green'}]{len(ids)}[/]" for ids in found), example)
+        ids_by_side: list[list[str]] = [getattr(side, kind) for side in drifts]
+        example = meaning.format(_short(texts[ids_by_side[0][0]])) if ids_by_side[0] else ""
+        table.add_row(kind, *(f"[{'red' if ids else 'green'}]{len(ids)}[/]" for ids in ids_by_side), example)
     console.print(table)
     if any(drifts[1]):
         raise MemstateError(f"the memstate_sa side has drifted: {drifts[1]}")
@@ -205,9 +206,9 @@ def tour(outcome: Outcome, console: Console) -> None:
             undo(memory, session, outcome, console)
             history(memory, session, console)
         report = memory.verify(outcome.engine)
-    found = {kind: len(getattr(report, kind)) for kind in ("missing", "ghost", "stale", "pending")}
-    console.print(f"\nmemory.verify(engine) checked {report.checked} facts: {found}")
-    if any(found.values()):
+    counts = {kind: len(getattr(report, kind)) for kind in ("missing", "ghost", "stale", "pending")}
+    console.print(f"\nmemory.verify(engine) checked {report.checked} facts: {counts}")
+    if any(counts.values()):
         raise MemstateError("the memstate_sa side is not clean")
 
 
@@ -242,12 +243,12 @@ def undo(memory: Memory, session: Session, outcome: Outcome, console: Console) -
     console.print(table)
 
 
-def _vector(key: str, found: Drift, rows: dict[str, str]) -> str:
-    if key in found.stale:
+def _vector(key: str, drifted: Drift, rows: dict[str, str]) -> str:
+    if key in drifted.stale:
         return "[red]stale[/]"
-    if key in found.ghost:
+    if key in drifted.ghost:
         return "[red]ghost[/]"
-    if key in found.missing:
+    if key in drifted.missing:
         return "[red]missing[/]"
     return "of this text" if key in rows else "—"
 

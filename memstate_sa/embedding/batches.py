@@ -1,4 +1,4 @@
-"""Embedding in bounded batches, with a memory of what was embedded lately; and the indexes that get the vectors."""
+"""Embedding in bounded batches, with a memory of recent vectors; and the indexes that get the vectors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_CHARS = 1_000_000
 class Vectors:
     """The vectors of texts, by text fingerprint. Thread-safe; a text that is embedded twice at once is no error.
 
-    *stored*: how many the application's database keeps, see `relay.embeddings`.
+    *stored*: how many vectors the application's database keeps, see `embedding.cache`.
     """
 
     def __init__(self, embedder: Embedder, *, capacity: int = 4096, stored: int = 0) -> None:
@@ -36,7 +36,7 @@ class Vectors:
         return embed_query(self.embedder, query)
 
     def recent(self, digests: Iterable[str]) -> dict[str, Vector]:
-        """Those of *digests* that are remembered."""
+        """The remembered vectors of *digests*."""
         with self._lock:
             return {digest: self._recent[digest] for digest in digests if digest in self._recent}
 
@@ -51,18 +51,17 @@ class Vectors:
 
         Raises DeliveryError when the embedder does.
         """
-        found: dict[str, Vector] = {}
+        vectors: dict[str, Vector] = {}
         for batch in text_batches(texts):
-            vectors = checked(self.embedder, list(batch.values()))
-            found.update(zip(batch, vectors, strict=True))
+            vectors.update(zip(batch, checked(self.embedder, list(batch.values())), strict=True))
         if remember:
-            self.remember(found)
-        return found
+            self.remember(vectors)
+        return vectors
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """An index, and where its vectors come from."""
+    """An index, and the source of its vectors."""
 
     index: VectorIndex
     vectors: Vectors

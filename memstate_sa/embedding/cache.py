@@ -1,4 +1,4 @@
-"""What embedders have made of texts, kept in the application's database by text fingerprint. The texts are not.
+"""The vectors of texts, kept in the application's database by text fingerprint. The texts are not.
 
 A rollback, a text that is said again, and an index that is new cost no embedding. The oldest go first, so those of an
 embedder that is no longer in use go before any other.
@@ -32,20 +32,20 @@ _evict = delete(embedding).where(embedding.c.id.in_(_oldest))
 
 
 def read(connection: Connection, digests: Iterable[str], dimension: int) -> dict[str, Vector]:
-    """The vectors that are kept of *digests*, without those that cannot be right."""
-    kept = connection.execute(_read, {"digests": as_array(digests)}).all()
-    return {digest: vector for digest, stored in kept if (vector := _vector(stored, dimension)) is not None}
+    """The stored vectors of *digests*, without damaged ones."""
+    rows = connection.execute(_read, {"digests": as_array(digests)}).all()
+    return {digest: vector for digest, stored in rows if (vector := _vector(stored, dimension)) is not None}
 
 
 def known(connection: Connection, vectors: Vectors, digests: Collection[str]) -> dict[str, Vector]:
-    """The vectors of those of *digests* that were embedded before: remembered in this process, or kept."""
-    found = vectors.recent(digests)
-    missing = [digest for digest in digests if digest not in found]
+    """The known vectors of *digests*: remembered in this process, or stored."""
+    known_vectors = vectors.recent(digests)
+    missing = [digest for digest in digests if digest not in known_vectors]
     if missing and vectors.stored:
-        kept = read(connection, missing, vectors.embedder.dimension)
-        vectors.remember(kept)
-        found |= kept
-    return found
+        stored = read(connection, missing, vectors.embedder.dimension)
+        vectors.remember(stored)
+        known_vectors |= stored
+    return known_vectors
 
 
 def _vector(stored: bytes, dimension: int) -> Vector | None:
@@ -56,8 +56,8 @@ def _vector(stored: bytes, dimension: int) -> Vector | None:
 
 
 def store(connection: Connection, vectors: Mapping[str, Vector], embedder: str) -> None:
-    """Keep *vectors*, all of one length; what is kept already stays as it is."""
-    digests = sorted(vectors)  # in this order: two may keep the same ones, and each waits for the other's
+    """Store *vectors*, all of one length. A stored vector stays as it is."""
+    digests = sorted(vectors)  # in this order: two may store the same ones, and would wait for each other
     stored = np.stack([vectors[digest] for digest in digests]).astype(_FLOAT32)
     size = stored.shape[1] * _FLOAT32.itemsize
     places = [(digest, n * size + 1) for n, digest in enumerate(digests)]
@@ -68,12 +68,12 @@ def store(connection: Connection, vectors: Mapping[str, Vector], embedder: str) 
 @cache
 def _store(dialect_name: str) -> Any:
     """One parameter holds all the vectors: an executemany takes three times as long on PostgreSQL."""
-    given = unnest_rows("rows")
+    rows = unnest_rows("rows")
     vectors, size = bindparam("vectors", type_=LargeBinary()), bindparam("size", type_=Integer())
     values = {
-        "text_fingerprint": row_value(given, 0, embedding.c.text_fingerprint.type),
+        "text_fingerprint": row_value(rows, 0, embedding.c.text_fingerprint.type),
         "embedder": bindparam("embedder", type_=embedding.c.embedder.type),
-        "vector": func.substr(vectors, row_value(given, 1, Integer()), size),
+        "vector": func.substr(vectors, row_value(rows, 1, Integer()), size),
     }
     # Without a WHERE, SQLite takes ON CONFLICT for a join's ON.
     statement = upsert(dialect_name, embedding).from_select(list(values), select(*values.values()).where(true()))
@@ -81,19 +81,19 @@ def _store(dialect_name: str) -> Any:
 
 
 def count(connection: Connection) -> int:
-    """How many are kept; it takes a few ms to count 100,000."""
-    found: int = connection.execute(_count).scalar_one()
-    return found
+    """The number of stored vectors. It takes a few ms to count 100,000."""
+    number: int = connection.execute(_count).scalar_one()
+    return number
 
 
 def evict(connection: Connection, number: int) -> None:
-    """Delete the *number* oldest."""
+    """Delete the *number* oldest vectors."""
     connection.execute(_evict, {"number": number})
 
 
 def forget(connection: Connection, fingerprints: Iterable[str]) -> int:
-    """Delete what is kept of texts, by text fingerprint; returns how many.
+    """Delete the vectors of texts, by text fingerprint. Returns how many.
 
-    Those of a row that is still to be delivered, or just now is, are kept anew.
+    The vector of a row that is still to be delivered, or is being delivered, is stored again.
     """
     return connection.execute(_forget, {"digests": as_array(fingerprints)}).rowcount

@@ -1,4 +1,4 @@
-"""Asking a server again until enough of what it lets through matches."""
+"""Ask a server again until enough of its candidates match."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ from memstate_sa.indexes._filters import matches
 from memstate_sa.indexes.base import Match, Scalar
 
 
-class Found(NamedTuple):
+class Candidate(NamedTuple):
+    """A near point of ours, with the metadata that the filter is applied to."""
+
     match: Match
     metadata: Mapping[str, Scalar]
 
 
 class Answer(NamedTuple):
-    found: Sequence[Found]
-    """Ours, nearest first."""
-    short: bool
+    candidates: Sequence[Candidate]
+    """Nearest first."""
+    is_short: bool
     """Fewer than asked for."""
 
 
 def nearest(
     ask: Callable[[int, bool], Answer], limit: int, condition: Mapping[str, Any], *, exact: bool
 ) -> list[Match]:
-    """The *limit* nearest that satisfy the canonical filter; ``ask(wanted, exact)`` answers with a superset.
+    """The *limit* nearest that satisfy the canonical filter. ``ask(count, exact)`` answers with a superset.
 
-    A graph may not lead to every point, least of all past those that are filtered out: what it leaves short is asked
-    for again, exactly.
+    A graph may not lead to every point, least of all past points that are filtered out. After a short answer the server
+    is asked again, exactly.
     """
-    wanted = limit
+    count = limit
     while True:
-        answer = ask(wanted, exact)
-        hits = [each.match for each in answer.found if matches(condition, each.metadata)]
-        if len(hits) >= limit or (exact and answer.short):
+        answer = ask(count, exact)
+        hits = [candidate.match for candidate in answer.candidates if matches(condition, candidate.metadata)]
+        if len(hits) >= limit or (exact and answer.is_short):
             return hits[:limit]
-        exact, wanted = exact or answer.short, wanted * 4
+        exact, count = exact or answer.is_short, count * 4

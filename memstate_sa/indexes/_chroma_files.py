@@ -24,11 +24,11 @@ _SEGMENTS = (
 )
 _PAGE = 4096
 _PAUSES_S = (0.05, 0.2, 0.5)
-"""Chroma writes these files in place: what is found in the middle of that is looked at again."""
+"""Chroma writes these files in place: damage that is seen in the middle of that is looked at again."""
 
 
 def find_damage(folder: Path, collection_id: str) -> str | None:
-    """What is wrong with the files of the collection in *folder*; None where nothing is, or nothing was written yet."""
+    """The damage of the collection's files in *folder*; None if they are whole, or not written yet."""
     with closing(sqlite3.connect(f"{(folder / 'chroma.sqlite3').as_uri()}?mode=ro", uri=True)) as connection:
         segments = [folder / id_ for (id_,) in connection.execute(_SEGMENTS, (collection_id,))]
     for pause in _PAUSES_S:
@@ -39,7 +39,7 @@ def find_damage(folder: Path, collection_id: str) -> str | None:
 
 
 def _damage_of(segments: list[Path]) -> str | None:
-    return next((found for each in segments if (found := _damage(each)) is not None), None)
+    return next((damage for segment in segments if (damage := _damage(segment)) is not None), None)
 
 
 def _damage(segment: Path) -> str | None:
@@ -54,9 +54,9 @@ def _damage(segment: Path) -> str | None:
     if not (links and effort and size >= label_at + 8 > 8):
         return "header.bin holds zeros"
     for name, needed in (("data_level0.bin", count * size), ("length.bin", count * 4)):
-        found = (segment / name).stat().st_size
-        if found < needed:
-            return f"{name} has {found} bytes instead of {needed}"
+        size_on_disk = (segment / name).stat().st_size
+        if size_on_disk < needed:
+            return f"{name} has {size_on_disk} bytes instead of {needed}"
     if count and not _has_labels(segment / "data_level0.bin", count, size, label_at):
         return "data_level0.bin holds zeros"
     if not _has_links(segment / "link_lists.bin", count):

@@ -98,12 +98,12 @@ def _kind(value: Scalar) -> type | None:
 def _all(parts: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     if None in parts:
         return None
-    wanted = [part for part in parts if part]
-    return {"$and": wanted} if len(wanted) > 1 else wanted[0] if wanted else {}
+    conditions = [part for part in parts if part]
+    return {"$and": conditions} if len(conditions) > 1 else conditions[0] if conditions else {}
 
 
 def _any(parts: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     if {} in parts:
         return {}
-    wanted = [part for part in parts if part]
-    return {"$or": wanted} if len(wanted) > 1 else wanted[0] if wanted else None
+    conditions = [part for part in parts if part]
+    return {"$or": conditions} if len(conditions) > 1 else conditions[0] if conditions else None

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 from filelock import BaseFileLock, FileLock, Timeout
 
 from memstate_sa.errors import DeliveryRetryable, MemstateError
+from memstate_sa.indexes._adapter import file_identity
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
 
-_counting = threading.Lock()  # filelock counts the holders of one lock file, but not atomically
+_counting = threading.Lock()  # filelock counts the users of one lock file, but not atomically
 
 
 def lock(client: ClientAPI) -> LockedFolder | None:
-    """Lock the folder of *client*, or None when it has none. Several holders in one process share the lock.
+    """Lock the folder of *client*, or None when it has none. Several indexes in one process share the lock.
 
     Raises MemstateError, naming server mode, when another process holds it.
     """
@@ -39,7 +40,7 @@ def lock(client: ClientAPI) -> LockedFolder | None:
 
 
 def lock_alone(file: Path, kind: str, advice: str) -> LockedFolder:
-    """Lock the folder of *file* for one holder, also among those of this process."""
+    """Lock the folder of *file* for one index, also within this process."""
     folder = LockedFolder(file, _file_lock(file.parent, is_singleton=False), kind, advice)
     folder.acquire()
     return folder
@@ -50,7 +51,7 @@ def _file_lock(path: Path, *, is_singleton: bool) -> BaseFileLock:
 
 
 class LockedFolder:
-    """*file* is what the index keeps there; *advice* says what to do where several want it."""
+    """A locked folder. *file* is the index's file in it; *advice* is for a second process that wants the folder."""
 
     def __init__(self, file: Path, file_lock: BaseFileLock, kind: str, advice: str) -> None:
         self._file = file
@@ -60,8 +61,8 @@ class LockedFolder:
         self.watch()
 
     def watch(self) -> None:
-        """The file as it is now is the one that must stay."""
-        self._identity = _identity(self._file)
+        """Take the present file for the one that must stay."""
+        self._identity = file_identity(self._file)
 
     def acquire(self) -> None:
         try:
@@ -74,12 +75,12 @@ class LockedFolder:
             ) from error
 
     def vacuum(self) -> None:
-        """Remove from the files what was deleted. Chroma's own connections wait meanwhile."""
+        """Remove deleted points from the files. Chroma's own connections wait for that."""
         script = Path(__file__).with_name("_vacuum.py")
         command = [sys.executable, str(script), str(self._file.parent)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # no shell reads it
-        if done.returncode:
-            reason = done.stderr.strip().rpartition("\n")[2]
+        process = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # no shell reads it
+        if process.returncode:
+            reason = process.stderr.strip().rpartition("\n")[2]
             raise DeliveryRetryable(f"the Chroma folder {str(self._file.parent)!r} was not vacuumed: {reason}")
 
     def release(self) -> None:
@@ -88,21 +89,13 @@ class LockedFolder:
                 self._lock.release()
 
     def check(self) -> None:
-        """Raise for what goes unnoticed: a fork, and files deleted under an index, which it goes on reading."""
+        """Raise after a fork, and when the files were deleted: the index would go on reading them."""
         if os.getpid() != self._pid:
             raise MemstateError(
                 f"this index was opened before a fork, and its {self._kind} folder is the parent's: {self._advice}"
             )
-        if self._identity is None or _identity(self._file) != self._identity:
+        if self._identity is None or file_identity(self._file) != self._identity:
             raise DeliveryRetryable(
                 f"the {self._kind} folder {str(self._file.parent)!r} was deleted or replaced under its client; close "
                 "every client on it and open it anew"
             )
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino

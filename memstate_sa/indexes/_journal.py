@@ -41,7 +41,7 @@ class Journal:
         self.damaged = False
         self._new.unlink(missing_ok=True)  # of a replacement that was killed
         file = self._file = self.path.open("r+b" if self.path.exists() else "w+b", buffering=0)
-        self._named = False  # for all that is known: whoever named it may have been killed before it was on the disk
+        self._named = False  # perhaps: the process that named it may have been killed before the name was on the disk
         self._settle_name()
         with self.path.open("rb") as reader:
             self._end, whole = 0, os.fstat(reader.fileno()).st_size
@@ -104,17 +104,17 @@ class Journal:
         self._named = True
 
     def _back(self, file: BinaryIO) -> None:
-        """To where it was; if that is not to be had, nothing more is appended until it was read anew."""
+        """Cut off a record that failed. If that fails too, nothing more is appended until the file is read again."""
         try:
             file.truncate(self._end)
             file.seek(self._end)
         except OSError:
             self.close()
 
-    def _next(self, reader: BinaryIO, left: int) -> Record | None:
+    def _next(self, reader: BinaryIO, remaining: int) -> Record | None:
         """The next record; None, and `damaged` unless it may have been cut off by a kill, when it is not whole."""
         size = _HEADER.size + _CHECKSUM.size
-        if left < size:
+        if remaining < size:
             return None
         header = reader.read(_HEADER.size)
         # A checksum of its own: a length that is wrong would look like a record that was cut off.
@@ -122,7 +122,7 @@ class Journal:
             self.damaged = True
             return None
         data_size, json_size, checksum = _HEADER.unpack(header)
-        if left - size < json_size + data_size:
+        if remaining - size < json_size + data_size:
             return None
         text, data = reader.read(json_size), reader.read(data_size)
         if crc32(data, crc32(text)) != checksum:

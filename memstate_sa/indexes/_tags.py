@@ -18,16 +18,16 @@ _NUMERIC = "number under this key"
 
 
 def stored(metadata: Mapping[str, Scalar], name: str) -> dict[str, Scalar]:
-    """What an index keeps of *metadata*: None is as good as missing. Raises DeliveryRejected for another type."""
+    """The part of *metadata* that an index keeps, without None. Raises DeliveryRejected for another type."""
     kept: dict[str, Scalar] = {}
     for key, value in metadata.items():
         if not isinstance(value, str | bool | int | float | None):
             raise DeliveryRejected(
                 f"metadata {key!r} of {name} is {type(value).__name__}: neither text, bool nor number"
             )
-        held = storable(value)
-        if held is not None:
-            kept[key] = held
+        storable_value = storable(value)
+        if storable_value is not None:
+            kept[key] = storable_value
     return kept
 
 

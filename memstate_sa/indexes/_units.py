@@ -18,6 +18,11 @@ def unit_rows(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[n
     return (doubles / np.where(norms > 0, norms, 1.0)[:, None]).astype(np.float32), norms
 
 
+def clipped_distance(distance: float) -> float:
+    """*distance* in the range of the cosine distance, which rounding may leave."""
+    return min(max(distance, 0.0), 2.0)
+
+
 def at_length(unit: Vector, norm: float) -> Vector:
-    """What `unit_rows` made *unit* of, but for its last bit."""
+    """The vector that `unit_rows` made *unit* of, but for its last bit."""
     return (unit.astype(np.float64) * norm).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The port to a vector index: what memstate_sa asks of one, and what it hands over."""
+"""The port to a vector index: its methods, and the values that they take and return."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Stored(NamedTuple):
 
 @runtime_checkable
 class VectorIndex(Protocol):
-    """What a vector index must do; implement it to bring your own.
+    """A vector index. Implement it to bring your own.
 
     Every call may come from any thread. Writes are idempotent: the last upsert of an id wins, and deleting an absent id
     is not an error. Failures are raised as `DeliveryRetryable` (unavailable, try again) or `DeliveryRejected` (these
@@ -146,7 +146,7 @@ class FencedIndex(VectorIndex, Protocol):
 
 
 def is_fenced(index: VectorIndex) -> TypeGuard[FencedIndex]:
-    """Not by isinstance, which before Python 3.12 asks for every property, and so the server for its incarnation."""
+    """Whether *index* is a `FencedIndex`. Before Python 3.12 isinstance() asks the server for the incarnation."""
     return bool(getattr(index, "fences", False))
 
 
@@ -167,7 +167,7 @@ class RemakableIndex(Protocol):
     """An index whose files may be damaged. `open` then raises IndexBroken."""
 
     def remake(self) -> None:
-        """Delete what is there. The next `open` makes the index anew, with another incarnation."""
+        """Delete the index. The next `open` creates it again, with another incarnation."""
         ...
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
@@ -26,10 +25,12 @@ from memstate_sa.errors import (
     MemstateError,
     require_module,
 )
+from memstate_sa.indexes._adapter import Adapter, IdListing, OpenState
 from memstate_sa.indexes._chroma_files import find_damage
 from memstate_sa.indexes._filters import canonical, storable
+from memstate_sa.indexes._units import clipped_distance
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
-from memstate_sa.indexes.provider_errors import delivery_error, retryable_status
+from memstate_sa.indexes.provider_errors import retryable_status
 from memstate_sa.runtime import forks
 
 if TYPE_CHECKING:
@@ -38,21 +39,21 @@ if TYPE_CHECKING:
 
     from memstate_sa.indexes._folder import LockedFolder
 
-# In a point's metadata. A point without it was written by somebody else, and is left alone. It is the only one, and its
+# In a point's metadata. A point without it is foreign, and is left alone. It is the only field of ours, and its
 # name is short: each field of a point costs 6 to 13 % of Chroma's writing rate.
 _FINGERPRINT = "memstate_sa"
 _PAUSES_S = (0.01, 0.05, 0.25)
-"""While a collection is first written to, its metadata is there before its vectors, and a query in between fails with
+"""In the first write to a collection, its metadata comes before its vectors. A query in between fails with
 InternalError ("Nothing found on disk"): ask again a little later."""
 _COPIED = 1000
-"""So many points are copied at a time: a few MB."""
+"""Points that are copied at a time: a few MB."""
 # In the collection's metadata.
 _EMBEDDER = "memstate_embedder"
 _DIMENSION = "memstate_dimension"
 _MARK = "memstate_mark"
 
 
-class ChromaIndex:
+class ChromaIndex(Adapter):
     """The collection *name* of any chromadb client: EphemeralClient, PersistentClient or HttpClient.
 
     Distance is cosine; the text of a fact is stored only with *store_text* (deleted text stays readable in Chroma's
@@ -67,6 +68,8 @@ class ChromaIndex:
     Points of others in the same collection are left alone, but crowd the search: it fetches more until enough are ours.
     """
 
+    _vendor = "Chroma"
+
     def __init__(self, client: ClientAPI, name: str = "memory", *, store_text: bool = False) -> None:
         self._errors: Any = require_module("chromadb.errors", "chroma")
         require_module("filelock", "chroma")
@@ -76,13 +79,12 @@ class ChromaIndex:
         self._store_text = store_text
         self._make_mutex()
         forks.in_child(self, ChromaIndex._make_mutex)
-        self._copying = threading.Lock()  # what is written while the collection is copied would not be in the copy
-        self._opened: tuple[str, int] | None = None
+        self._copying = threading.Lock()  # a write during the copy would not be in it
         self._collection: Collection | None = None
         self._max_batch = 0
         self._folder: LockedFolder | None = None
-        self._listing: tuple[str, list[str]] | None = None
-        self._whole = ""  # the collection whose files were found whole
+        self._listing = IdListing()
+        self._undamaged = ""  # the collection whose files are known to be whole
 
     def _make_mutex(self) -> None:
         self._mutex = threading.RLock()
@@ -110,7 +112,7 @@ class ChromaIndex:
                     self._folder = self._folder or self._folders.lock(self._client)
                     self._check_folder()
                     self._collection = self._resolve(embedder, dimension)
-                    self._opened = (embedder, dimension)
+                    self._opened = OpenState(embedder, dimension)
             except MemstateError:
                 if self._opened is None:
                     self.close()
@@ -124,10 +126,10 @@ class ChromaIndex:
         vectors = matrix([point.vector for point in points], self._dimension, ids)
         with self._writing("upsert") as collection:
             # Chroma merges: a metadata key stays unless it is written as None, a document unless it is overwritten.
-            # Reading what is there first costs 2-4 % of the write.
+            # Reading the stored points first costs 2-4 % of the write.
             stored = collection.get(ids=ids, include=["metadatas", "documents"])
             keys = {id_: dict.fromkeys(metadata or {}) for id_, metadata in _rows(stored, "metadatas")}
-            had_text = {id_ for id_, document in _rows(stored, "documents") if document}
+            ids_with_text = {id_ for id_, document in _rows(stored, "documents") if document}
             foreign = [id_ for id_ in keys if _FINGERPRINT not in keys[id_]]
             if foreign:
                 raise DeliveryRejected(f"collection {self._name!r} holds a point {foreign[0]!r} that is not ours")
@@ -141,7 +143,7 @@ class ChromaIndex:
             ]
             texts = [point.text if self._store_text else None for point in points]
             documents: list[Any] = [
-                "" if text is None and id_ in had_text else text for id_, text in zip(ids, texts, strict=True)
+                "" if text is None and id_ in ids_with_text else text for id_, text in zip(ids, texts, strict=True)
             ]
             collection.upsert(
                 ids=ids,
@@ -153,68 +155,66 @@ class ChromaIndex:
     def delete(self, ids: Sequence[str]) -> None:
         with self._writing("delete") as collection:
             # Not delete(where=...): beside ids it costs 6 ms for each of them.
-            ours = [id_ for id_, fingerprint in self._fingerprints(collection, ids) if fingerprint is not None]
-            if ours:
-                collection.delete(ids=ours)
+            own_ids = [id_ for id_, fingerprint in self._fingerprints(collection, ids) if fingerprint is not None]
+            if own_ids:
+                collection.delete(ids=own_ids)
 
     def query(
         self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
     ) -> list[Match]:
         query = matrix([vector], self._dimension, ["the query"])
         condition = canonical(where or {})
-        among = None if ids is None else list(dict.fromkeys(ids))
-        if condition is None or among == [] or limit < 1:
+        unique_ids = None if ids is None else list(dict.fromkeys(ids))
+        if condition is None or unique_ids == [] or limit < 1:
             return []
         filters = _where(condition) if condition else None
         # No `where` on our marker: one that matches everything makes a query of 2 ms over 10,000 points take 50.
-        wanted = limit
+        count = limit
         with self._using("query") as collection:
             while True:
-                found = self._nearest(collection, query, wanted, filters, among)
+                rows = self._nearest(collection, query, count, filters, unique_ids)
                 matches = [
-                    Match(id_, min(max(float(distance), 0.0), 2.0), metadata[_FINGERPRINT])
-                    for id_, distance, metadata in found
+                    Match(id_, clipped_distance(float(distance)), metadata[_FINGERPRINT])
+                    for id_, distance, metadata in rows
                     if metadata and _FINGERPRINT in metadata
                 ]
-                if len(matches) >= limit or len(found) < wanted:
+                if len(matches) >= limit or len(rows) < count:
                     return matches[:limit]
-                wanted *= 4
+                count *= 4
 
     def get(self, ids: Sequence[str]) -> list[Stored]:
         unique = list(dict.fromkeys(ids))
         if not unique:
             return []
         with self._using("get") as collection:
-            found = collection.get(ids=unique, include=["embeddings", "metadatas"])
+            answer = collection.get(ids=unique, include=["embeddings", "metadatas"])
             return [
                 Stored(id_, metadata[_FINGERPRINT], np.asarray(embedding, dtype=np.float32))
-                for id_, metadata, embedding in _rows(found, "metadatas", "embeddings")
+                for id_, metadata, embedding in _rows(answer, "metadatas", "embeddings")
                 if metadata and _FINGERPRINT in metadata
             ]
 
     def scan(self, after: str | None, limit: int) -> list[Entry]:
         """Up to *limit* entries with an id greater than *after*, ordered by id.
 
-        Chroma lists in order of insertion only, and its pages shift when points are deleted meanwhile. So a pass begins
+        Chroma lists in order of insertion only, and its pages shift when points are deleted. So a pass begins
         by listing the ids alone (27 ms for 10,000; some 100 bytes each), which is kept until its end; fingerprints are
         read page by page. A point first written during a pass may be missing from it: ask `get` before believing so.
         """
         with self._using("scan") as collection:
-            ids = self._ids(collection, after)
-            for start in range(0 if after is None else bisect_right(ids, after), len(ids), min(limit, self.max_batch)):
-                page = ids[start : start + min(limit, self.max_batch)]
-                found = self._fingerprints(collection, page)
-                entries = sorted(Entry(id_, fingerprint) for id_, fingerprint in found if fingerprint is not None)
+            size = min(limit, self.max_batch)
+            for page in self._listing.pages(str(collection.id), after, size, lambda: collection.get(include=[])["ids"]):
+                rows = self._fingerprints(collection, page)
+                entries = sorted(Entry(id_, fingerprint) for id_, fingerprint in rows if fingerprint is not None)
                 if entries:
                     return entries
-            self._listing = None
             return []
 
     def purge(self) -> None:
         """Replace the collection by a copy, and rewrite the folder: what was deleted is not in its files any more.
 
-        The copy is another incarnation, so the relay compares it with the tables, and embeds nothing anew. Of a server
-        the files are out of reach: raises MemstateError.
+        The copy is another incarnation, so the relay compares it with the tables, without new embeddings. The files of
+        a server are out of reach: raises MemstateError.
         """
         settings = self._client.get_settings()
         if settings.chroma_server_host:
@@ -227,10 +227,11 @@ class ChromaIndex:
         with self._copying:
             with self._using("copy") as collection:
                 copy = self._copied(collection)
-            with self._mutex, self._translated("replace"):  # who looks for the collection meanwhile waits
+            with self._mutex, self._translated("replace"):  # other threads wait for the collection
                 self._client.delete_collection(self._name)
                 copy.modify(name=self._name)
-                self._collection, self._listing = copy, None
+                self._collection = copy
+                self._listing.clear()
                 assert self._folder is not None
                 self._folder.vacuum()
 
@@ -239,12 +240,13 @@ class ChromaIndex:
         with self._mutex, self._translated("delete"):
             self._folder = self._folder or self._folders.lock(self._client)
             self._client.delete_collection(self._name)
-            self._collection = self._listing = None
+            self._collection = None
+            self._listing.clear()
 
     def read_mark(self) -> str | None:
         with self._using("read the mark of"):
-            found = self._client.get_collection(self._name, embedding_function=None)  # another process may write it
-            return (found.metadata or {}).get(_MARK)
+            current = self._client.get_collection(self._name, embedding_function=None)  # another process may write it
+            return (current.metadata or {}).get(_MARK)
 
     def write_mark(self, mark: str) -> None:
         with self._writing("mark") as collection:
@@ -253,7 +255,8 @@ class ChromaIndex:
     def close(self) -> None:
         """Release the folder; the client stays open."""
         with self._mutex:
-            self._opened = self._collection = self._listing = None
+            self._opened = self._collection = None
+            self._listing.clear()
             if self._folder is not None:
                 self._folder.release()
                 self._folder = None
@@ -261,49 +264,35 @@ class ChromaIndex:
     # -- the collection ---------------------------------------------------------------------------------------------
 
     @property
-    def _dimension(self) -> int:
-        if self._opened is None:
-            raise MemstateError("this index is not open; call open() first")
-        return self._opened[1]
+    def _place(self) -> str:
+        return f"collection {self._name!r}"
 
     @contextmanager
     def _using(self, action: str) -> Iterator[Collection]:
-        """The open collection; what Chroma raises meanwhile becomes a DeliveryError."""
+        """The open collection. Errors of Chroma become a DeliveryError."""
         with self._translated(action):
             with self._mutex:
-                if self._opened is None:
-                    raise MemstateError("this index is not open; call open() first")
+                opened = self._open_state
                 self._check_folder()
                 if self._collection is None:
-                    self._collection = self._resolve(*self._opened)
+                    self._collection = self._resolve(opened.embedder, opened.dimension)
                 collection = self._collection
             yield collection
 
     @contextmanager
     def _writing(self, action: str) -> Iterator[Collection]:
-        """The same, while it is not being copied; a server's never is."""
+        """The open collection, while it is not being copied. That of a server never is."""
         with self._copying if self.in_process else nullcontext(), self._using(action) as collection:
             yield collection
 
-    @contextmanager
-    def _translated(self, action: str) -> Iterator[None]:
-        try:
-            yield
-        except MemstateError:
-            raise
-        except self._errors.NotFoundError as error:
+    def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
+        if isinstance(error, self._errors.NotFoundError):
             self._collection = None
-            raise DeliveryRetryable(f"Chroma collection {self._name!r} is gone; the next call opens it anew") from error
-        except Exception as error:
-            raise self._failure(error, f"Chroma could not {action} collection {self._name!r}") from error
-
-    def _failure(self, error: Exception, message: str) -> DeliveryError:
+            return DeliveryRetryable(f"Chroma collection {self._name!r} is gone; the next call opens it anew")
         if isinstance(error, self._errors.ChromaError):
-            retryable = retryable_status(error.code())
-            return (DeliveryRetryable if retryable else DeliveryRejected)(f"{message}: {type(error).__name__}")
-        # Chroma validates with ValueError and TypeError. The rest, such as a closed client, is not the points' fault.
-        refused = isinstance(error, ValueError | TypeError)
-        return delivery_error(error, message, unknown=DeliveryRejected if refused else DeliveryRetryable)
+            is_retryable = retryable_status(error.code())
+            return (DeliveryRetryable if is_retryable else DeliveryRejected)(f"{message}: {type(error).__name__}")
+        return super()._delivery_error(error, message)
 
     def _check_folder(self) -> None:
         if self._folder is not None:
@@ -339,7 +328,7 @@ class ChromaIndex:
 
     def _check_files(self, collection: Collection) -> None:
         """Before Chroma reads them: it may search what is left, or crash the process."""
-        if self._folder is None or self._whole == str(collection.id):
+        if self._folder is None or self._undamaged == str(collection.id):
             return
         folder = Path(self._client.get_settings().persist_directory).resolve()
         damage = find_damage(folder, str(collection.id))
@@ -348,7 +337,7 @@ class ChromaIndex:
                 f"The files of Chroma collection {self._name!r} are damaged: {damage}. A crash can do that, "
                 "or a copy of a folder in use. Make the collection anew: memory.verify(engine, repair=True)."
             )
-        self._whole = str(collection.id)
+        self._undamaged = str(collection.id)
 
     def _copied(self, collection: Collection) -> Collection:
         """A new collection of the same points, those of others among them."""
@@ -362,14 +351,14 @@ class ChromaIndex:
         )
         ids = collection.get(include=[])["ids"]
         for start in range(0, len(ids), _COPIED):
-            some = ids[start : start + _COPIED]
-            found: Any = collection.get(ids=some, include=["embeddings", "metadatas", "documents"])
-            if found["ids"]:  # unless all of them were deleted meanwhile
+            batch = ids[start : start + _COPIED]
+            points: Any = collection.get(ids=batch, include=["embeddings", "metadatas", "documents"])
+            if points["ids"]:  # unless all of them were deleted by now
                 copy.add(
-                    ids=found["ids"],
-                    embeddings=found["embeddings"],
-                    metadatas=found["metadatas"],
-                    documents=found["documents"] if any(found["documents"]) else None,
+                    ids=points["ids"],
+                    embeddings=points["embeddings"],
+                    metadatas=points["metadatas"],
+                    documents=points["documents"] if any(points["documents"]) else None,
                 )
         return copy
 
@@ -378,11 +367,11 @@ class ChromaIndex:
     def _nearest(
         self, collection: Collection, query: Any, limit: int, where: Any, ids: list[str] | None
     ) -> list[tuple[str, float, Any]]:
-        def ask(among: list[str] | None) -> list[tuple[str, float, Any]]:
-            found: Any = collection.query(
-                query_embeddings=query, n_results=limit, where=where, ids=among, include=["metadatas", "distances"]
+        def ask(ids: list[str] | None) -> list[tuple[str, float, Any]]:
+            answer: Any = collection.query(
+                query_embeddings=query, n_results=limit, where=where, ids=ids, include=["metadatas", "distances"]
             )
-            return list(zip(found["ids"][0], found["distances"][0], found["metadatas"][0], strict=True))
+            return list(zip(answer["ids"][0], answer["distances"][0], answer["metadatas"][0], strict=True))
 
         for pause in _PAUSES_S:
             try:
@@ -401,9 +390,9 @@ class ChromaIndex:
     ) -> list[tuple[str, float, Any]]:
         rows: list[tuple[str, Any, Any]] = []
         for start in range(0, len(ids), self.max_batch):
-            some = ids[start : start + self.max_batch]
-            found = collection.get(ids=some, where=where, include=["metadatas", "embeddings"])
-            rows += _rows(found, "metadatas", "embeddings")
+            batch = ids[start : start + self.max_batch]
+            answer = collection.get(ids=batch, where=where, include=["metadatas", "embeddings"])
+            rows += _rows(answer, "metadatas", "embeddings")
         if not rows:
             return []
         vectors = np.asarray([embedding for _, _, embedding in rows], dtype=np.float32)
@@ -418,15 +407,8 @@ class ChromaIndex:
         unique = list(dict.fromkeys(ids))
         if not unique:
             return []
-        found = collection.get(ids=unique, include=["metadatas"])
-        return [(id_, (metadata or {}).get(_FINGERPRINT)) for id_, metadata in _rows(found, "metadatas")]
-
-    def _ids(self, collection: Collection, after: str | None) -> list[str]:
-        """The sorted ids of the running pass; a new pass begins with *after* None, or where none is running."""
-        listing = self._listing
-        if after is None or listing is None or listing[0] != str(collection.id):
-            listing = self._listing = (str(collection.id), sorted(collection.get(include=[])["ids"]))
-        return listing[1]
+        answer = collection.get(ids=unique, include=["metadatas"])
+        return [(id_, (metadata or {}).get(_FINGERPRINT)) for id_, metadata in _rows(answer, "metadatas")]
 
 
 def _without_space(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -434,9 +416,9 @@ def _without_space(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in metadata.items() if key != "hnsw:space"}
 
 
-def _rows(found: Any, *columns: str) -> Iterator[tuple[Any, ...]]:
+def _rows(answer: Any, *columns: str) -> Iterator[tuple[Any, ...]]:
     """Chroma's answer, which is columns, as rows that begin with the id."""
-    return zip(found["ids"], *(found[column] for column in columns), strict=True)
+    return zip(answer["ids"], *(answer[column] for column in columns), strict=True)
 
 
 def _where(condition: dict[str, Any]) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, require_module
+from memstate_sa.errors import IndexMismatch, require_module
+from memstate_sa.indexes._adapter import Adapter, OpenState
 from memstate_sa.indexes._filters import canonical
 from memstate_sa.indexes._flat import Flat
 from memstate_sa.indexes._journal import Journal, Record
 from memstate_sa.indexes._tags import stored
 from memstate_sa.indexes._units import at_length, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
-from memstate_sa.indexes.provider_errors import delivery_error
 from memstate_sa.runtime import forks
 from memstate_sa.runtime.printable import printable_logger
 
@@ -31,13 +31,13 @@ logger = printable_logger("memstate_sa.indexes")
 
 _ADVICE = "open it once, and share the object; several processes need an index with a server, such as PgVectorIndex"
 _SPARE = 10_000
-"""The journal is rewritten when it says twice as much as there is, and so much more."""
+"""The journal is rewritten when it has more than twice as many changes as there are points, and so many more."""
 _IN_A_RECORD = 5_000
 _REMEMBERED = 100_000
-"""So many deleted ids are remembered for their epochs: only a thread of this process can fall short of one."""
+"""Deleted ids that are remembered for their epochs: only a thread of this process can fall short of one."""
 
 
-class FaissIndex:
+class FaissIndex(Adapter):
     """A flat index of inner products over unit vectors, so exact: some 10 ms for 100,000 points of 256 dimensions.
 
     Everything is in memory, and in *folder* as a journal of changes with checksums: what a call has returned from is on
@@ -51,6 +51,7 @@ class FaissIndex:
 
     fences = True
     in_process = True
+    _vendor = "FAISS"
 
     def __init__(self, folder: str | Path, *, max_batch: int = 10_000) -> None:
         self._faiss = require_module("faiss", "faiss", "faiss-cpu")
@@ -64,7 +65,7 @@ class FaissIndex:
         self._folder: LockedFolder | None = None
         self._state: dict[str, Any] = {}
         self._points: Flat | None = None
-        self._buried: dict[str, int] = {}  # epochs of what is deleted; they outlive close(), as threads do
+        self._buried: dict[str, int] = {}  # epochs of deleted ids; they outlive close(), as threads do
 
     def _make_mutex(self) -> None:
         self._mutex = threading.RLock()
@@ -93,7 +94,7 @@ class FaissIndex:
     def upsert(self, points: Sequence[Point]) -> None:
         vectors = matrix([point.vector for point in points], self._dimension, [point.id for point in points])
         units, norms = unit_rows(vectors)
-        with self._using("write to") as held:
+        with self._using("write to") as flat:
             rows: dict[str, int] = {}
             epochs: dict[str, int] = {}
             for row, point in enumerate(points):
@@ -102,62 +103,62 @@ class FaissIndex:
                     rows[point.id], epochs[point.id] = row, max(point.epoch, highest)
             if not rows:
                 return
-            given = [
+            fields = [
                 (id_, points[row].fingerprint, float(norms[row]), stored(points[row].metadata, id_))
                 for id_, row in rows.items()
             ]
-            kept = units[list(rows.values())]
-            self._journal.append({"put": given}, kept.tobytes())
-            held.put(given, kept, list(epochs.values()))
+            written_units = units[list(rows.values())]
+            self._journal.append({"put": fields}, written_units.tobytes())
+            flat.put(fields, written_units, list(epochs.values()))
             for id_ in rows:
                 self._buried.pop(id_, None)
             self._wrote(len(rows))
 
     def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
-        with self._using("delete from") as held:
+        with self._using("delete from") as flat:
             known = {id_: self._epoch(id_) for id_ in ids}
             epochs = {id_: max(epoch, highest) for id_, highest in known.items() if _passes(epoch, highest)}
-            there = [id_ for id_, _ in held.those(epochs)]
-            if there:
-                self._journal.append({"delete": there})
-                held.remove(there)
+            stored_ids = [id_ for id_, _ in flat.find(epochs)]
+            if stored_ids:
+                self._journal.append({"delete": stored_ids})
+                flat.remove(stored_ids)
             for id_, highest in epochs.items():
                 if highest:
                     self._buried.pop(id_, None)  # the newest last
                     self._buried[id_] = highest
             while len(self._buried) > _REMEMBERED:
                 del self._buried[next(iter(self._buried))]
-            self._wrote(len(there))
+            self._wrote(len(stored_ids))
 
     def query(
         self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
     ) -> list[Match]:
         query, _ = unit_rows(matrix([vector], self._dimension, ["the query"]))
         condition = canonical(where or {})
-        with self._using("search") as held:
+        with self._using("search") as flat:
             if condition is None or limit < 1:
                 return []
-            return held.nearest(query, limit, condition) if ids is None else held.among(query, limit, ids, condition)
+            return flat.nearest(query, limit, condition) if ids is None else flat.among(query, limit, ids, condition)
 
     def get(self, ids: Sequence[str]) -> list[Stored]:
-        with self._using("read") as held:
-            present = held.those(ids)
-            units = held.units([id_ for id_, _ in present])
+        with self._using("read") as flat:
+            present = flat.find(ids)
+            units = flat.units([id_ for id_, _ in present])
         return [
             Stored(id_, point.fingerprint, at_length(unit, point.norm))
             for (id_, point), unit in zip(present, units, strict=True)
         ]
 
     def scan(self, after: str | None, limit: int) -> list[Entry]:
-        with self._using("scan") as held:
-            ids = held.in_order()
+        with self._using("scan") as flat:
+            ids = flat.in_order()
             start = 0 if after is None else bisect_right(ids, after)
-            return [Entry(id_, held.held[id_].fingerprint) for id_ in ids[start : start + limit]]
+            return [Entry(id_, flat.points[id_].fingerprint) for id_ in ids[start : start + limit]]
 
     def purge(self) -> None:
         """Replace the journal by one without what was deleted or replaced; the incarnation stays."""
-        with self._using("purge") as held:
-            self._compact(held)
+        with self._using("purge") as flat:
+            self._compact(flat)
 
     def read_mark(self) -> str | None:
         with self._using("read the mark of"):
@@ -173,7 +174,7 @@ class FaissIndex:
         """Release the folder, and the memory."""
         with self._mutex:
             self._journal.close()
-            self._points = None
+            self._opened = self._points = None
             if self._folder is not None:
                 self._folder.release()
                 self._folder = None
@@ -182,33 +183,16 @@ class FaissIndex:
 
     @contextmanager
     def _using(self, action: str) -> Iterator[Flat]:
-        """What is there, for this thread alone; what goes wrong with it becomes a DeliveryError."""
+        """The points, for this thread alone. Errors become a DeliveryError."""
         with self._mutex, self._translated(action):
-            assert self._dimension
+            assert self._open_state
             assert self._points is not None
             self._check()
             yield self._points
 
-    @contextmanager
-    def _translated(self, action: str) -> Iterator[None]:
-        try:
-            yield
-        except MemstateError:
-            raise
-        except Exception as error:
-            refused = isinstance(error, ValueError | TypeError)
-            unknown = DeliveryRejected if refused else DeliveryRetryable
-            raise delivery_error(error, f"FAISS could not {action} {self._name}", unknown=unknown) from error
-
     @property
-    def _name(self) -> str:
+    def _place(self) -> str:
         return f"the folder {str(self._journal.path.parent)!r}"
-
-    @property
-    def _dimension(self) -> int:
-        if self._points is None:
-            raise MemstateError("this index is not open; call open() first")
-        return int(self._state["dimension"])
 
     def _check(self) -> None:
         assert self._folder is not None
@@ -219,7 +203,7 @@ class FaissIndex:
         theirs, size = self._state["embedder"], self._state["dimension"]
         if (theirs, size) != (embedder, dimension):
             raise IndexMismatch(
-                f"{self._name} was built with embedder {theirs!r}, {size} dimensions; asked for: {embedder!r}, "
+                f"{self._place} was built with embedder {theirs!r}, {size} dimensions; asked for: {embedder!r}, "
                 f"{dimension} dimensions. Use another folder, or delete this one to have it rebuilt"
             )
 
@@ -234,36 +218,37 @@ class FaissIndex:
             if "mark" in value:
                 self._state["mark"] = value["mark"]
                 self._written += 1
-            given, deleted = value.get("put", ()), value.get("delete", ())
-            width = len(data) // max(1, len(given))
-            for row, point in enumerate(given):
+            added, deleted = value.get("put", ()), value.get("delete", ())
+            width = len(data) // max(1, len(added))
+            for row, point in enumerate(added):
                 latest[point[0]] = (point, data[row * width : (row + 1) * width])
             for id_ in deleted:
                 latest.pop(id_, None)
-            self._written += len(given) + len(deleted)
+            self._written += len(added) + len(deleted)
         self._folder.watch()
-        begun = bool(self._state)
-        if not begun or self._journal.damaged:
+        has_begun = bool(self._state)
+        if not has_begun or self._journal.damaged:
             self._state = {"embedder": embedder, "dimension": dimension, **self._state, "incarnation": uuid.uuid4().hex}
         points = self._points = Flat(self._faiss, self._state["dimension"])
+        self._opened = OpenState(self._state["embedder"], int(self._state["dimension"]))
         units = np.frombuffer(b"".join(unit for _, unit in latest.values()), dtype=np.float32)
-        given = [point for point, _ in latest.values()]
-        points.put(given, units.reshape(-1, self._state["dimension"]), [0] * len(given))
+        fields = [point for point, _ in latest.values()]
+        points.put(fields, units.reshape(-1, self._state["dimension"]), [0] * len(fields))
         if self._journal.damaged:
             self._compact(points)
-        elif not begun:
+        elif not has_begun:
             self._journal.append({"state": self._state})
 
     def _wrote(self, count: int) -> None:
         self._written += count
-        if self._points is not None and self._written > 2 * len(self._points.held) + _SPARE:
+        if self._points is not None and self._written > 2 * len(self._points.points) + _SPARE:
             try:
                 self._compact(self._points)
             except OSError as error:  # what was written is on the disk all the same, and must not be delivered again
-                logger.warning("the journal in %s could not be made shorter: %s", self._name, error.strerror)
+                logger.warning("the journal in %s could not be made shorter: %s", self._place, error.strerror)
 
     def _compact(self, points: Flat) -> None:
-        self._written = len(points.held)  # if it fails, it is tried again after as many writes
+        self._written = len(points.points)  # if it fails, it is tried again after as many writes
         try:
             self._journal.replace(self._records(points))
         finally:
@@ -272,17 +257,17 @@ class FaissIndex:
 
     def _records(self, points: Flat) -> Iterator[Record]:
         yield {"state": self._state}, b""
-        ids = list(points.held)
+        ids = list(points.points)
         for start in range(0, len(ids), _IN_A_RECORD):
-            some = points.those(ids[start : start + _IN_A_RECORD])
-            given = [(id_, held.fingerprint, held.norm, held.metadata) for id_, held in some]
-            yield {"put": given}, points.units([id_ for id_, _ in some]).tobytes()
+            batch = points.find(ids[start : start + _IN_A_RECORD])
+            fields = [(id_, point.fingerprint, point.norm, point.metadata) for id_, point in batch]
+            yield {"put": fields}, points.units([id_ for id_, _ in batch]).tobytes()
 
     # -- the fence -----------------------------------------------------------------------------------------------------
 
     def _epoch(self, id_: str) -> int:
-        held = self._points.held.get(id_) if self._points is not None else None
-        return held.epoch if held is not None else self._buried.get(id_, 0)
+        point = self._points.points.get(id_) if self._points is not None else None
+        return point.epoch if point is not None else self._buried.get(id_, 0)
 
 
 def _passes(epoch: int, highest: int) -> bool:

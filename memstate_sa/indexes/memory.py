@@ -11,20 +11,21 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from memstate_sa.errors import IndexMismatch, MemstateError
+from memstate_sa.errors import IndexMismatch
+from memstate_sa.indexes._adapter import Adapter, OpenState
 from memstate_sa.indexes._filters import canonical, matches, storable
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Scalar, Stored, Vector, matrix
 from memstate_sa.runtime import forks
 
 
-class _Held(NamedTuple):
+class _StoredPoint(NamedTuple):
     row: int
     vector: Vector
     fingerprint: str
     metadata: Mapping[str, Scalar]
 
 
-class InMemoryIndex:
+class InMemoryIndex(Adapter):
     """Exact cosine distance in NumPy; 10,000 points of 256 dimensions are searched in 1-2 ms.
 
     Nothing outlives the object: its ``incarnation`` is new each time, and the relay refills it. A zero vector is at
@@ -36,11 +37,10 @@ class InMemoryIndex:
 
     def __init__(self, *, max_batch: int = 10_000) -> None:
         self._max_batch = max_batch
-        self._opened: tuple[str, int] | None = None
         # Row n of `_units` is the unit vector of `_ids[n]`; rows past len(_ids) are spare, for growing in steps.
         self._units: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
         self._ids: list[str] = []
-        self._held: dict[str, _Held] = {}
+        self._points: dict[str, _StoredPoint] = {}
         self._epochs: dict[str, int] = {}  # of deleted ids too
         self._sorted_ids: list[str] | None = None
         self._mark: str | None = None
@@ -54,13 +54,13 @@ class InMemoryIndex:
     def _forked(self) -> None:
         """Be another index from now on: nothing that the parent's relay writes arrives in this copy.
 
-        A thread of the parent may have been writing: `_held` alone is sure.
+        A thread of the parent may have been writing: `_points` alone is sure.
         """
         self._begin()
-        points = list(self._held.items())
-        units = [self._units[held.row] for _, held in points]
+        points = list(self._points.items())
+        units = [self._units[point.row] for _, point in points]
         self._ids, self._sorted_ids = [id_ for id_, _ in points], None
-        self._held = {id_: held._replace(row=row) for row, (id_, held) in enumerate(points)}
+        self._points = {id_: point._replace(row=row) for row, (id_, point) in enumerate(points)}
         self._units = np.asarray(units, dtype=np.float32).reshape(len(points), self._units.shape[1])
 
     @property
@@ -74,10 +74,10 @@ class InMemoryIndex:
     def open(self, *, embedder: str, dimension: int) -> None:
         with self._lock:
             if self._opened is None:
-                self._opened = (embedder, dimension)
+                self._opened = OpenState(embedder, dimension)
                 self._units = np.empty((0, dimension), dtype=np.float32)
-            elif self._opened != (embedder, dimension):
-                theirs, size = self._opened
+            elif self._opened != OpenState(embedder, dimension):
+                theirs, size, _ = self._opened
                 raise IndexMismatch(
                     f"this InMemoryIndex holds vectors of embedder {theirs!r} ({size} dimensions), "
                     f"not of {embedder!r} ({dimension} dimensions)"
@@ -92,21 +92,21 @@ class InMemoryIndex:
             for point, vector, unit in zip(points, vectors, units, strict=True):
                 if not self._passes(point.id, point.epoch):
                     continue
-                held = self._held.get(point.id)
-                row = len(self._ids) if held is None else held.row
-                if held is None:
+                old = self._points.get(point.id)
+                row = len(self._ids) if old is None else old.row
+                if old is None:
                     self._ids.append(point.id)
                     self._sorted_ids = None
                 self._units[row] = unit
                 metadata = {key: storable(value) for key, value in point.metadata.items()}
-                self._held[point.id] = _Held(row, vector, point.fingerprint, metadata)
+                self._points[point.id] = _StoredPoint(row, vector, point.fingerprint, metadata)
 
     def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
         with self._lock:
             for id_ in ids:
                 if not self._passes(id_, epoch):
                     continue
-                gone = self._held.pop(id_, None)
+                gone = self._points.pop(id_, None)
                 if gone is None:
                     continue
                 self._sorted_ids = None
@@ -114,7 +114,7 @@ class InMemoryIndex:
                 if last != id_:  # the last row moves into the gap
                     self._ids[gone.row] = last
                     self._units[gone.row] = self._units[len(self._ids)]
-                    self._held[last] = self._held[last]._replace(row=gone.row)
+                    self._points[last] = self._points[last]._replace(row=gone.row)
 
     def query(
         self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
@@ -129,23 +129,25 @@ class InMemoryIndex:
             if ids is None:
                 rows, units = np.arange(len(self._ids)), self._units[: len(self._ids)]
             else:
-                rows = np.array([self._held[id_].row for id_ in dict.fromkeys(ids) if id_ in self._held], dtype=np.intp)
+                rows = np.array(
+                    [self._points[id_].row for id_ in dict.fromkeys(ids) if id_ in self._points], dtype=np.intp
+                )
                 units = self._units[rows]
             distances = np.clip(1.0 - units @ unit, 0.0, 2.0)
-            found: list[Match] = []
+            hits: list[Match] = []
             for place in np.argsort(distances, kind="stable"):
                 id_ = self._ids[rows[place]]
-                held = self._held[id_]
-                if matches(condition, held.metadata):
-                    found.append(Match(id_, float(distances[place]), held.fingerprint))
-                    if len(found) == limit:
+                point = self._points[id_]
+                if matches(condition, point.metadata):
+                    hits.append(Match(id_, float(distances[place]), point.fingerprint))
+                    if len(hits) == limit:
                         break
-            return found
+            return hits
 
     def get(self, ids: Sequence[str]) -> list[Stored]:
         with self._lock:
-            present = [(id_, self._held[id_]) for id_ in dict.fromkeys(ids) if id_ in self._held]
-        return [Stored(id_, held.fingerprint, held.vector.copy()) for id_, held in present]
+            present = [(id_, self._points[id_]) for id_ in dict.fromkeys(ids) if id_ in self._points]
+        return [Stored(id_, point.fingerprint, point.vector.copy()) for id_, point in present]
 
     def scan(self, after: str | None, limit: int) -> list[Entry]:
         with self._lock:
@@ -153,7 +155,7 @@ class InMemoryIndex:
                 self._sorted_ids = sorted(self._ids)
             start = 0 if after is None else bisect_right(self._sorted_ids, after)
             page = self._sorted_ids[start : start + limit]
-            return [Entry(id_, self._held[id_].fingerprint) for id_ in page]
+            return [Entry(id_, self._points[id_].fingerprint) for id_ in page]
 
     def read_mark(self) -> str | None:
         return self._mark
@@ -163,12 +165,6 @@ class InMemoryIndex:
 
     def close(self) -> None:
         """Does nothing: the content lives as long as the object."""
-
-    @property
-    def _dimension(self) -> int:
-        if self._opened is None:
-            raise MemstateError("this index is not open; call open() first")
-        return self._opened[1]
 
     def _passes(self, id_: str, epoch: int) -> bool:
         """Whether a write under *epoch* may change *id_*; 0 always may."""

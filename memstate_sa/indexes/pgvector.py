@@ -23,10 +23,18 @@ from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.schema import CreateIndex, CreateTable, DropIndex
 
 from memstate_sa.db.engines import blocking_engine, with_separate_pool
-from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, MissingExtra
+from memstate_sa.errors import (
+    DeliveryError,
+    DeliveryRejected,
+    DeliveryRetryable,
+    IndexMismatch,
+    MemstateError,
+    MissingExtra,
+)
+from memstate_sa.indexes._adapter import REMEMBERED_S, Adapter, OpenState
 from memstate_sa.indexes._filters import canonical
 from memstate_sa.indexes._tags import stored
-from memstate_sa.indexes._units import at_length, unit_rows
+from memstate_sa.indexes._units import at_length, clipped_distance, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
 from memstate_sa.indexes.pgvector_statements import (
     EXACT_UP_TO,
@@ -42,9 +50,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 _RECOUNT_S = 10.0
-"""How long the number of points counts as known: nobody adds so many meanwhile that comparing them takes long."""
-_REMEMBERED = timedelta(days=1)
-"""How long a deleted id's epoch is remembered: far longer than an overtaken relay's request can be under way."""
+"""The number of points is read again after this time. Until then not so many are added that comparing takes long."""
+_REMEMBERED = timedelta(seconds=REMEMBERED_S)
 _SINCE = (0, 8)
 """pgvector's version: earlier ones do not look on where a filter leaves too little."""
 # Of the values, by SQLSTATE: data exceptions, integrity, program limits. Anything else is not the points' fault.
@@ -52,7 +59,7 @@ _OF_VALUES = ("22", "23", "54")
 _UNDEFINED_TABLE = "42P01"
 
 
-class PgVectorIndex:
+class PgVectorIndex(Adapter):
     """The table *name* of a PostgreSQL database with pgvector 0.8 or later; made by `open`, with the extension.
 
     *engine* is an Engine, or an AsyncEngine or a URL, of which it makes an Engine of its own, with psycopg. The facts'
@@ -68,6 +75,7 @@ class PgVectorIndex:
     """
 
     fences = True
+    _vendor = "pgvector"
 
     def __init__(
         self,
@@ -80,9 +88,9 @@ class PgVectorIndex:
         max_batch: int = 1000,
     ) -> None:
         self._owned = not isinstance(engine, Engine)
-        self._given = engine if isinstance(engine, Engine) else _engine(engine)
-        if self._given.dialect.name != "postgresql":
-            raise MemstateError(f"pgvector is an extension of PostgreSQL, and {self._given.dialect.name} has none")
+        self._engine = engine if isinstance(engine, Engine) else _blocking(engine)
+        if self._engine.dialect.name != "postgresql":
+            raise MemstateError(f"pgvector is an extension of PostgreSQL, and {self._engine.dialect.name} has none")
         if len(name.encode()) > 63:
             raise MemstateError(f"{name!r} is too long for the name of a table: PostgreSQL would cut it after 63 bytes")
         self._name, self._schema = name, schema
@@ -90,8 +98,7 @@ class PgVectorIndex:
         self._ef_search = ef_search
         self._max_batch = max_batch
         self._mutex = threading.Lock()
-        self._opened: tuple[str, int] | None = None
-        self._made: Statements | None = None
+        self._prepared: Statements | None = None
         self._counted_at = -math.inf
         self._is_small = False
 
@@ -116,27 +123,27 @@ class PgVectorIndex:
                 f"asked for: {embedder!r}, {dimension} dimensions. Use another table name, or drop this table to have "
                 "it rebuilt"
             )
-        self._opened = (embedder, dimension)
+        self._opened = OpenState(embedder, dimension)
 
     def upsert(self, points: Sequence[Point]) -> None:
         # In the order of their keys, as every writer: then none waits for another in a circle.
         latest = {key_of(point.id): point for point in points}
-        given = [latest[key] for key in sorted(latest)]
-        vectors = matrix([point.vector for point in given], self._dimension, [point.id for point in given])
-        if not given:
+        ordered = [latest[key] for key in sorted(latest)]
+        vectors = matrix([point.vector for point in ordered], self._dimension, [point.id for point in ordered])
+        if not ordered:
             return
         units, norms = unit_rows(vectors)
         with self._using("upsert into") as (connection, statements):
             rows = {
                 "key": sorted(latest),
-                "id": [point.id for point in given],
-                "epoch": [point.epoch for point in given],
-                "fingerprint": [point.fingerprint for point in given],
+                "id": [point.id for point in ordered],
+                "epoch": [point.epoch for point in ordered],
+                "fingerprint": [point.fingerprint for point in ordered],
                 "unit": vectors_text(units),
                 "norm": norms.tolist(),
                 "metadata": [
                     json.dumps({key: value_of(value) for key, value in stored(point.metadata, point.id).items()})
-                    for point in given
+                    for point in ordered
                 ],
             }
             connection.execute(statements.upsert, rows)
@@ -159,22 +166,22 @@ class PgVectorIndex:
         condition = canonical(where or {})
         if condition is None or limit < 1 or (ids is not None and not ids):
             return []
-        given: dict[str, Any] = {"query": str(units[0].tolist()), "limit": limit}
+        parameters: dict[str, Any] = {"query": str(units[0].tolist()), "limit": limit}
         with self._reading("query") as (connection, statements):
-            among = [statements.matches(condition)] if condition else []
+            criteria = [statements.matches(condition)] if condition else []
             if ids is not None:
-                among.append(statements.named)
-                given["keys"] = [key_of(id_) for id_ in ids]
+                criteria.append(statements.named)
+                parameters["keys"] = [key_of(id_) for id_ in ids]
             elif statements.graph is not None and not self._compares(connection, statements):
-                given["explored"] = str(max(self._ef_search, min(2 * limit, 1000)))
-                asked = statements.nearest(among) if among else statements.nearest_of_all
-                found = connection.execute(asked, given).all()
-                if len(found) == limit:
-                    return _found(found)
+                parameters["explored"] = str(max(self._ef_search, min(2 * limit, 1000)))
+                statement = statements.nearest(criteria) if criteria else statements.nearest_of_all
+                rows = connection.execute(statement, parameters).all()
+                if len(rows) == limit:
+                    return _matches(rows)
             # Compared one by one; also where the graph ran out: fewer than asked for must mean that there are no more.
-            by_name = ids is not None and not condition
-            asked = statements.compared_by_name if by_name else statements.compared(among)
-            return _found(connection.execute(asked, given).all())
+            is_by_name = ids is not None and not condition
+            statement = statements.compared_by_name if is_by_name else statements.compared(criteria)
+            return _matches(connection.execute(statement, parameters).all())
 
     def _compares(self, connection: Connection, statements: Statements) -> bool:
         """Whether every point is compared: up to some thousand that is as fast as the graph, and misses none."""
@@ -200,9 +207,9 @@ class PgVectorIndex:
         return [Entry(*row) for row in rows]
 
     def purge(self) -> None:
-        """Write the table anew, without what was deleted; writers and readers wait meanwhile.
+        """Rewrite the table without deleted points. Writers and readers wait.
 
-        What lies elsewhere is not reached: write-ahead logs, replicas, backups.
+        Write-ahead logs, replicas and backups are not reached.
         """
         with self._using("purge") as (connection, statements):
             table = connection.dialect.identifier_preparer.format_table(statements.points).replace("%%", "%")
@@ -229,24 +236,22 @@ class PgVectorIndex:
         """Close the connections, if the index made its own engine; those beside another's are closed with that."""
         self._opened = None
         if self._owned:
-            self._given.dispose()
+            self._engine.dispose()
 
     # -- the table -----------------------------------------------------------------------------------------------------
 
     @property
-    def _dimension(self) -> int:
-        if self._opened is None:
-            raise MemstateError("this index is not open; call open() first")
-        return self._opened[1]
+    def _place(self) -> str:
+        return f"table {self._name!r}"
 
     def _reader(self) -> Connection:
         """Each read is one statement, and one round trip."""
-        return with_separate_pool(self._given).connect().execution_options(isolation_level="AUTOCOMMIT")
+        return with_separate_pool(self._engine).connect().execution_options(isolation_level="AUTOCOMMIT")
 
     @contextmanager
     def _writer(self) -> Iterator[Connection]:
-        """What a fence compares is what is committed: a snapshot of before would not do."""
-        connected = with_separate_pool(self._given).connect().execution_options(isolation_level="READ COMMITTED")
+        """A transaction whose fence compares with committed epochs, not with those of an older snapshot."""
+        connected = with_separate_pool(self._engine).connect().execution_options(isolation_level="READ COMMITTED")
         with connected as connection, connection.begin():
             yield connection
 
@@ -263,36 +268,29 @@ class PgVectorIndex:
         with self._translated(action), self._reader() as connection:
             yield connection, statements
 
-    @contextmanager
-    def _translated(self, action: str) -> Iterator[None]:
-        try:
-            yield
-        except MemstateError:
-            raise
-        except Exception as error:
-            state = _sqlstate(error)
-            if state == _UNDEFINED_TABLE:
-                raise DeliveryRetryable(f"table {self._name!r} is gone; open() makes it anew") from error
-            refused = state[:2] in _OF_VALUES if state else isinstance(error, DataError | ValueError | TypeError)
-            unknown = DeliveryRejected if refused else DeliveryRetryable
-            raise delivery_error(error, f"pgvector could not {action} table {self._name!r}", unknown=unknown) from error
+    def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
+        state = _sqlstate(error)
+        if state == _UNDEFINED_TABLE:
+            return DeliveryRetryable(f"table {self._name!r} is gone; open() makes it anew")
+        is_refusal = state[:2] in _OF_VALUES if state else isinstance(error, DataError | ValueError | TypeError)
+        return delivery_error(error, message, unknown=DeliveryRejected if is_refusal else DeliveryRetryable)
 
     def _statements(self, dimension: int) -> Statements:
         with self._mutex:
-            if self._made is None or self._made.dimension != dimension:
-                self._made = Statements(self._name, self._schema, dimension)
-            return self._made
+            if self._prepared is None or self._prepared.dimension != dimension:
+                self._prepared = Statements(self._name, self._schema, dimension)
+            return self._prepared
 
     def _state(self, statements: Statements) -> dict[str, Any] | None:
-        """What the table says that it is; None when it is not there, or its content is gone."""
+        """The state that the table keeps of itself; None when the table, or its content, is gone."""
         try:
             with self._reader() as connection:
-                found: dict[str, Any] | None = connection.scalar(statements.state)
+                state: dict[str, Any] | None = connection.scalar(statements.state)
         except DBAPIError as error:
             if _sqlstate(error) != _UNDEFINED_TABLE:
                 raise
             return None
-        return found
+        return state
 
     def _resolve(self, embedder: str, dimension: int) -> dict[str, Any]:
         statements = self._statements(dimension)
@@ -304,8 +302,8 @@ class PgVectorIndex:
                 connection.execute(ONE_AT_A_TIME, {"name": f"{self._schema}.{self._name}"})
                 self._make(connection, statements)
             if state is None:
-                given = {"incarnation": uuid.uuid4().hex, "embedder": embedder, "dimension": dimension}
-                connection.execute(statements.stamp, {"state": given})
+                new_state = {"incarnation": uuid.uuid4().hex, "embedder": embedder, "dimension": dimension}
+                connection.execute(statements.stamp, {"state": new_state})
                 state = connection.scalar(statements.state)
                 assert state is not None
         return state
@@ -322,7 +320,7 @@ class PgVectorIndex:
             connection.execute(CreateIndex(statements.graph, if_not_exists=True))
 
     def _lacks_graph(self, connection: Connection, statements: Statements) -> bool:
-        """As of a table that was made to be searched exactly."""
+        """Whether the graph is missing, as it is in a table that was made to be searched exactly."""
         if statements.graph is None or self._exact:
             return False
         quoted = connection.dialect.identifier_preparer.format_index(statements.graph)
@@ -336,14 +334,16 @@ def _extend(connection: Connection) -> None:
     if connection.scalar(version) is None:
         connection.execute(ONE_AT_A_TIME, {"name": "CREATE EXTENSION vector"})  # another table's index wants it, too
         connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector"))
-    found = str(connection.scalar(version))
-    if tuple(map(int, found.split(".")[:2])) < _SINCE:
-        raise MemstateError(f"pgvector is at version {found}; 0.8 or later is needed (ALTER EXTENSION vector UPDATE)")
+    installed = str(connection.scalar(version))
+    if tuple(map(int, installed.split(".")[:2])) < _SINCE:
+        raise MemstateError(
+            f"pgvector is at version {installed}; 0.8 or later is needed (ALTER EXTENSION vector UPDATE)"
+        )
 
 
-def _engine(given: Any) -> Engine:
+def _blocking(engine: Any) -> Engine:
     try:
-        return blocking_engine(make_url(getattr(given, "url", given)))
+        return blocking_engine(make_url(getattr(engine, "url", engine)))
     except ModuleNotFoundError as error:
         raise MissingExtra("psycopg", "pgvector") from error
 
@@ -353,10 +353,10 @@ def _sqlstate(error: Exception) -> str | None:
     return state
 
 
-def _found(rows: Sequence[Any]) -> list[Match]:
-    return [Match(id_, min(max(distance, 0.0), 2.0), fingerprint) for id_, distance, fingerprint in rows]
+def _matches(rows: Sequence[Any]) -> list[Match]:
+    return [Match(id_, clipped_distance(distance), fingerprint) for id_, distance, fingerprint in rows]
 
 
 def _run(connection: Connection, statement: str) -> None:
-    """As it is: a name may hold what would be a parameter."""
+    """Run *statement* as it is: a name in it may look like a parameter."""
     connection.exec_driver_sql(statement, execution_options={"no_parameters": True})

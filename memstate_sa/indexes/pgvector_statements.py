@@ -1,4 +1,4 @@
-"""What is said to the table of a pgvector index."""
+"""The statements of a pgvector index."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from memstate_sa.db.json_params import as_json
 from memstate_sa.indexes.base import Scalar
 
 _PREFIX = 500
-"""So many characters of an id are in the index that lists ids: the entries of a B-tree have at most 2,700 bytes."""
+"""Characters of an id in the index that lists ids: the entries of a B-tree have at most 2,700 bytes."""
 _MOST_OF_VECTOR, _MOST_OF_HALFVEC = 2_000, 4_000
 """The dimensions that HNSW takes; what is longer is compared one by one."""
 EXACT_UP_TO = 5_000
-"""So many points are compared one by one, unless the index is told otherwise."""
+"""Up to so many points are compared one by one by default."""
 _STATE = b""
 """The key of the row that says what the table is. It goes when the content goes, however that is done."""
 _BETWEEN = ";"
@@ -95,16 +95,16 @@ class Statements:
         # By bytes: after 63 of them PostgreSQL cuts a name, whatever it ends with.
         stem = f"{name.encode()[:40].decode(errors='ignore')}_{sha256(name.encode()).hexdigest()[:8]}"
         self.prefix = func.substr(points.c.id, 1, literal(_PREFIX, literal_execute=True))
-        self.there = points.c.id.is_not(None)
+        self.has_content = points.c.id.is_not(None)
         self.named = points.c.key == func.any(_KEYS)
         self.indexes = [
-            Index(f"{stem}_ids", self.prefix, postgresql_where=self.there),
+            Index(f"{stem}_ids", self.prefix, postgresql_where=self.has_content),
             Index(
                 f"{stem}_metadata",
                 points.c.metadata,
                 postgresql_using="gin",
                 postgresql_ops={"metadata": "jsonb_path_ops"},
-                postgresql_where=self.there,
+                postgresql_where=self.has_content,
             ),
             Index(f"{stem}_deleted", points.c.deleted_at, postgresql_where=points.c.deleted_at.is_not(None)),
         ]
@@ -127,27 +127,27 @@ class Statements:
 
     @property
     def _distance(self) -> ColumnElement[Any]:
-        """Of the full vectors. In this form no index sorts by it; the query is read once, not for each row."""
+        """The distance of the full vectors. No index sorts by this form; the query is read once, not for each row."""
         query = select(self._query).scalar_subquery()
         return (1 + self.points.c.unit.op("<#>", return_type=Double())(query)).label("distance")
 
     def _among(self, columns: Sequence[ColumnElement[Any]], conditions: Sequence[ColumnElement[bool]]) -> Select[Any]:
-        return select(*columns).where(self.there, *conditions)
+        return select(*columns).where(self.has_content, *conditions)
 
     def nearest(self, conditions: Sequence[ColumnElement[bool]]) -> Select[Any]:
-        """By the graph, which may hold them in half precision, and in nearly the right order.
+        """The nearest points by the graph, which may hold them in half precision, and in nearly the right order.
 
         One statement, so one round trip: how the graph is searched is set first, for the time of the statement.
         """
         c = self.points.c
-        how = [func.set_config("hnsw.ef_search", bindparam("explored", type_=Text), True).label("explored")]
-        how.append(func.set_config("hnsw.iterative_scan", "relaxed_order", True).label("iterative"))
-        asked = select(*how).cte("asked")
+        setting = [func.set_config("hnsw.ef_search", bindparam("explored", type_=Text), True).label("explored")]
+        setting.append(func.set_config("hnsw.iterative_scan", "relaxed_order", True).label("iterative"))
+        settings = select(*setting).cte("asked")
         nearness = self._drawn(c.unit).op("<#>")(self._drawn(self._query))
-        # What refers to the other side of a lateral join is executed after it.
-        found = self._among([c.id, self._distance, c.fingerprint], [*conditions, asked.c.iterative.is_not(None)])
-        some = found.order_by(nearness).limit(bindparam("limit")).lateral("some")
-        return select(some).select_from(asked.join(some, true())).order_by(some.c.distance, some.c.id)
+        # A condition on the other side of a lateral join is checked after that side.
+        points = self._among([c.id, self._distance, c.fingerprint], [*conditions, settings.c.iterative.is_not(None)])
+        nearest = points.order_by(nearness).limit(bindparam("limit")).lateral("some")
+        return select(nearest).select_from(settings.join(nearest, true())).order_by(nearest.c.distance, nearest.c.id)
 
     @cached_property
     def nearest_of_all(self) -> Select[Any]:
@@ -156,9 +156,9 @@ class Statements:
 
     @cached_property
     def count_some(self) -> Select[Any]:
-        """How many points there are, as far as `EXACT_UP_TO` and one more."""
-        some = select(literal(1)).select_from(self.points).where(self.there).limit(EXACT_UP_TO + 1).subquery()
-        return select(func.count()).select_from(some)
+        """The number of points, up to `EXACT_UP_TO` and one more."""
+        first_points = select(literal(1)).select_from(self.points).where(self.has_content).limit(EXACT_UP_TO + 1)
+        return select(func.count()).select_from(first_points.subquery())
 
     @cached_property
     def compared_by_name(self) -> Select[Any]:
@@ -166,8 +166,8 @@ class Statements:
 
     def compared(self, conditions: Sequence[ColumnElement[bool]]) -> Select[Any]:
         c, distance = self.points.c, self._distance
-        found = self._among([c.id, distance, c.fingerprint], conditions)
-        return found.order_by(distance, c.id).limit(bindparam("limit"))
+        points = self._among([c.id, distance, c.fingerprint], conditions)
+        return points.order_by(distance, c.id).limit(bindparam("limit"))
 
     def matches(self, where: Mapping[str, Any]) -> ColumnElement[bool]:
         """A canonical filter. jsonb compares numbers as numbers, whatever they are written like, and types apart."""
@@ -200,21 +200,21 @@ class Statements:
     @cached_property
     def upsert(self) -> Any:
         """Rows given as one array for each column; the vectors as one text, see `vectors_text`."""
-        given = {
+        types = {
             "key": LargeBinary, "id": Text, "epoch": BigInteger, "fingerprint": Text, "unit": Text, "norm": Double,
             "metadata": Text,
         }  # fmt: skip
-        arrays: dict[str, Any] = {name: bindparam(name, type_=ARRAY(kind)) for name, kind in given.items()}
+        arrays: dict[str, Any] = {name: bindparam(name, type_=ARRAY(kind)) for name, kind in types.items()}
         arrays["unit"] = func.string_to_array(bindparam("unit", type_=Text), _BETWEEN)
-        rows = func.unnest(*arrays.values()).table_valued(*given, name="rows").render_derived()
+        rows = func.unnest(*arrays.values()).table_valued(*types, name="rows").render_derived()
         to = {"unit": _Vector(self.dimension), "metadata": JSONB()}
-        columns = [cast(rows.c[name], to[name]) if name in to else rows.c[name] for name in given]
-        put = insert(self.points).from_select([*given, "deleted_at"], select(*columns, null()))
-        return self._fenced(put, [*given, "deleted_at"])
+        columns = [cast(rows.c[name], to[name]) if name in to else rows.c[name] for name in types]
+        put = insert(self.points).from_select([*types, "deleted_at"], select(*columns, null()))
+        return self._fenced(put, [*types, "deleted_at"])
 
     @cached_property
     def bury(self) -> Any:
-        """Delete, and remember the epoch, also of what is not there."""
+        """Delete, and remember the epoch, also of absent ids."""
         keys = func.unnest(_KEYS).table_valued("key", name="rows").render_derived()
         epoch = bindparam("epoch", type_=BigInteger)
         put = insert(self.points).from_select(["key", "epoch", "deleted_at"], select(keys.c.key, epoch, func.now()))
@@ -236,11 +236,11 @@ class Statements:
 
     @cached_property
     def forget(self) -> Any:
-        """Some of the epochs that nobody can fall short of any more."""
+        """Delete some of the epochs that no write can fall short of any more."""
         c = self.points.c
         old = c.deleted_at < func.now() - bindparam("remembered", type_=INTERVAL)
-        some = select(c.key).where(old).order_by(c.deleted_at).limit(bindparam("most"))
-        return delete(self.points).where(c.key.in_(some.with_for_update(skip_locked=True)))
+        keys = select(c.key).where(old).order_by(c.deleted_at).limit(bindparam("most"))
+        return delete(self.points).where(c.key.in_(keys.with_for_update(skip_locked=True)))
 
     @cached_property
     def get(self) -> Select[Any]:
@@ -249,14 +249,14 @@ class Statements:
 
     @cached_property
     def scan(self) -> Select[Any]:
-        """By the index on beginnings of ids; those that begin alike are sorted."""
+        """The next entries, by the index on beginnings of ids. Ids that begin alike are sorted."""
         c, after = self.points.c, bindparam("after", type_=Text)
         later = [self.prefix >= func.substr(after, 1, _PREFIX), c.id > after]
         return self._among([c.id, c.fingerprint], later).order_by(self.prefix, c.id).limit(bindparam("limit"))
 
 
 def vectors_text(vectors: NDArray[np.float32]) -> str:
-    """For `Statements.upsert`: a list of texts would be quoted by the driver, number by number."""
+    """The vectors for `Statements.upsert`. The driver would quote a list of texts number by number."""
     return _BETWEEN.join(map(as_json, vectors.tolist()))
 
 

@@ -1,4 +1,4 @@
-"""Which failures of a vendor's client are worth another try; decided by type and status, never by text. Pure."""
+"""The verdict on a failure of a vendor's client: retry or not, by type and status, never by text. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def retryable_status(status: int) -> bool:
 def delivery_error(
     error: BaseException, message: str, *, unknown: type[DeliveryError], sent: Collection[str] | None = None
 ) -> DeliveryError:
-    """What to raise ``from`` *error*; *unknown* where neither a status nor a type along its chain tells.
+    """The error to raise ``from`` *error*; *unknown* where neither a status nor a type along its chain tells.
 
     Clients wrap: Chroma raises a bare Exception while handling httpx's error, SDKs raise their own from a socket's. So
     the whole chain is asked, outermost first; an HTTP status outranks a connection error.

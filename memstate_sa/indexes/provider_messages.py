@@ -1,4 +1,4 @@
-"""What a vendor says of a failure, as an operator may read it: short, printable, without what was sent. Pure."""
+"""A vendor's words about a failure, for an operator: short, printable, without the texts that were sent. Pure."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def words(chain: Iterable[BaseException], sent: Collection[str]) -> str:
 
 
 def _body(response: Any) -> str | None:
-    """What an HTTP answer says in words; a gateway's page in HTML says nothing."""
+    """The words in an HTTP answer. A gateway's page in HTML has none."""
     try:
         return _message(response.json(), 4)
     except Exception:  # noqa: BLE001  # no answer, no JSON, a stream that was not read: each client has its own
@@ -57,7 +57,7 @@ def _message(answer: Any, depth: int) -> str | None:
         inner: Iterable[Any] = [answer[name] for name in _NAMES if name in answer]
     else:
         inner = answer if isinstance(answer, list) else []
-    return next((text for each in inner if (text := _message(each, depth - 1))), None)
+    return next((text for part in inner if (text := _message(part, depth - 1))), None)
 
 
 def _without(line: str, sent: Collection[str]) -> str:
@@ -70,7 +70,7 @@ def _without(line: str, sent: Collection[str]) -> str:
 
 
 def _places(line: str, form: str) -> Iterator[int]:
-    """Where a piece of *form*, or the whole of a short one, begins in *line*."""
+    """The places in *line* where a piece of *form* begins, or the whole of a short one."""
     size = min(_PIECE, len(form))
     if size >= 3:
         yield from (start for start in range(len(line) - size + 1) if line[start : start + size] in form)

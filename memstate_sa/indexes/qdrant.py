@@ -12,31 +12,29 @@ import sys
 import threading
 import time
 import uuid
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from memstate_sa.errors import (
     DeliveryError,
-    DeliveryRejected,
     DeliveryRetryable,
     IndexMismatch,
     MemstateError,
     require_module,
 )
-from memstate_sa.indexes._asking import Answer, Found, nearest
+from memstate_sa.indexes._adapter import REMEMBERED_S, Adapter, IdListing, OpenState, file_identity, id_bytes
+from memstate_sa.indexes._asking import Answer, Candidate, nearest
 from memstate_sa.indexes._filters import canonical
 from memstate_sa.indexes._tags import number_name, numbers, stored, tag, tags
-from memstate_sa.indexes._units import at_length, unit_rows
+from memstate_sa.indexes._units import at_length, clipped_distance, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
-from memstate_sa.indexes.provider_errors import delivery_error
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -45,23 +43,15 @@ _OURS = "memstate"
 """The key in a point's payload, and in the collection's metadata, under which all is that only memstate_sa needs."""
 _MARK = "memstate_mark"
 _LARGEST_REQUEST = 500_000
-"""So many numbers are written at once: in JSON 10 MB, of the 32 MB that a server takes."""
+"""Numbers that are written at once: in JSON 10 MB, of the 32 MB that a server takes."""
 _LISTED = 10_000
-_REMEMBERED_S = 86_400
-"""How long the epoch of a deleted id is remembered: far longer than an overtaken relay's request can be under way."""
 
 # Local mode has no locks of its own, and a client may be shared by several indexes.
 _locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 _making = threading.Lock()
 
 
-class _Opened(NamedTuple):
-    embedder: str
-    dimension: int
-    incarnation: str
-
-
-class QdrantIndex:
+class QdrantIndex(Adapter):
     """The collection *name* of any qdrant-client: a server (1.16 or later), ``path=`` or ``:memory:``.
 
     Distance is cosine; the text of a fact is stored only with *store_text*. The client stays the caller's. Metadata is
@@ -79,6 +69,7 @@ class QdrantIndex:
     """
 
     fences = True
+    _vendor = "Qdrant"
 
     def __init__(
         self, client: QdrantClient, name: str = "memory", *, exact: bool = False, store_text: bool = False
@@ -94,8 +85,7 @@ class QdrantIndex:
         self._folder: _Folder | None = None
         with _making:
             self._mutex = _locks.setdefault(client, threading.RLock()) if self._local else threading.RLock()
-        self._opened: _Opened | None = None
-        self._listing: tuple[str, list[str]] | None = None
+        self._listing = IdListing()
         self._forgot_at = 0.0
 
     @property
@@ -105,12 +95,12 @@ class QdrantIndex:
     @property
     def incarnation(self) -> str:
         with self._using("look at"):
-            opened = self._resolve(self._now.embedder, self._now.dimension)
+            opened = self._resolve(self._open_state.embedder, self._open_state.dimension)
             return opened.incarnation
 
     @property
     def max_batch(self) -> int:
-        return max(1, min(1000, _LARGEST_REQUEST // self._now.dimension))
+        return max(1, min(1000, _LARGEST_REQUEST // self._open_state.dimension))
 
     def open(self, *, embedder: str, dimension: int) -> None:
         with self._translated("open"):
@@ -125,38 +115,38 @@ class QdrantIndex:
         for point in points:
             if not point.epoch or point.id not in latest or point.epoch >= latest[point.id].epoch:
                 latest[point.id] = point
-        given = list(latest.values())
-        vectors = matrix([point.vector for point in given], self._now.dimension, list(latest))
+        unique_points = list(latest.values())
+        vectors = matrix([point.vector for point in unique_points], self._open_state.dimension, list(latest))
         by_epoch: dict[int, list[Any]] = {}
-        for point, unit, norm in zip(given, *unit_rows(vectors), strict=True):
-            made = self._models.PointStruct(
+        for point, unit, norm in zip(unique_points, *unit_rows(vectors), strict=True):
+            struct = self._models.PointStruct(
                 id=_uuid(point.id), vector=unit.tolist(), payload=self._payload(point, float(norm))
             )
-            by_epoch.setdefault(point.epoch, []).append(made)
+            by_epoch.setdefault(point.epoch, []).append(struct)
         with self._using("write to"):
             if 0 in by_epoch:
                 self._keep_epochs(by_epoch[0])
-            for epoch, some in by_epoch.items():
-                self._put(some, epoch)
+            for epoch, structs in by_epoch.items():
+                self._put(structs, epoch)
 
     def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
-        named = [_uuid(id_) for id_ in dict.fromkeys(ids)]
-        if not named:
+        uuids = [_uuid(id_) for id_ in dict.fromkeys(ids)]
+        if not uuids:
             return
         with self._using("delete from"):
             if not epoch:
-                self._client.delete(self._name, points_selector=self._models.PointIdsList(points=named))
+                self._client.delete(self._name, points_selector=self._models.PointIdsList(points=uuids))
                 return
-            # What is left has no id of ours, and a vector of no direction: no search is led to it.
-            left = {_OURS: {"epoch": epoch, "deleted_at": int(time.time())}}
-            nowhere = [0.0] * self._now.dimension
-            self._put([self._models.PointStruct(id=id_, vector=nowhere, payload=left) for id_ in named], epoch)
-            self._forget()
+            # The remaining point has no id of ours, and a vector without a direction: no search is led to it.
+            payload = {_OURS: {"epoch": epoch, "deleted_at": int(time.time())}}
+            zeros = [0.0] * self._open_state.dimension
+            self._put([self._models.PointStruct(id=id_, vector=zeros, payload=payload) for id_ in uuids], epoch)
+            self._forget_epochs()
 
     def query(
         self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
     ) -> list[Match]:
-        [query], _ = unit_rows(matrix([vector], self._now.dimension, ["the query"]))
+        [query], _ = unit_rows(matrix([vector], self._open_state.dimension, ["the query"]))
         condition = canonical(where or {})
         if condition is None or limit < 1 or (ids is not None and not ids):
             return []
@@ -182,13 +172,11 @@ class QdrantIndex:
         during a pass may be missing from it: ask `get` before believing so.
         """
         with self._using("scan"):
-            ids = self._ids(after)
-            size = min(limit, self.max_batch)
-            for start in range(0 if after is None else bisect_right(ids, after), len(ids), size):
-                found = self._read(ids[start : start + size])
-                if entries := sorted(Entry(ours["id"], ours["fingerprint"]) for ours, _ in found):
+            opened = self._open_state
+            incarnation = self._resolve(opened.embedder, opened.dimension).incarnation
+            for page in self._listing.pages(incarnation, after, min(limit, self.max_batch), self._list_ids):
+                if entries := sorted(Entry(ours["id"], ours["fingerprint"]) for ours, _ in self._read(page)):
                     return entries
-            self._listing = None
             return []
 
     def purge(self) -> None:
@@ -212,20 +200,19 @@ class QdrantIndex:
 
     def close(self) -> None:
         """The client stays open."""
-        self._opened = self._listing = self._folder = None
+        self._opened = self._folder = None
+        self._listing.clear()
 
     # -- the collection -----------------------------------------------------------------------------------------------
 
     @property
-    def _now(self) -> _Opened:
-        if self._opened is None:
-            raise MemstateError("this index is not open; call open() first")
-        return self._opened
+    def _place(self) -> str:
+        return f"collection {self._name!r}"
 
     @contextmanager
     def _using(self, action: str) -> Iterator[None]:
-        """What the client raises meanwhile becomes a DeliveryError; local mode is used by one thread at a time."""
-        opened = self._now
+        """Errors of the client become a DeliveryError. One thread at a time uses local mode."""
+        opened = self._open_state
         with self._translated(action):
             if self._folder is not None:
                 self._folder.check()
@@ -235,18 +222,10 @@ class QdrantIndex:
 
     @contextmanager
     def _translated(self, action: str) -> Iterator[None]:
-        try:
-            if self._local:
-                with self._mutex:
-                    yield
-            else:
-                yield
-        except MemstateError:
-            raise
-        except Exception as error:
-            raise self._failure(error, f"Qdrant could not {action} collection {self._name!r}") from error
+        with super()._translated(action), self._mutex if self._local else nullcontext():
+            yield
 
-    def _failure(self, error: Exception, message: str) -> DeliveryError:
+    def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
         with suppress(Exception):
             if not self._client.collection_exists(self._name):
                 if self._opened is not None:
@@ -255,17 +234,15 @@ class QdrantIndex:
         retry_after_s = getattr(error, "retry_after_s", None)  # of qdrant-client's ResourceExhaustedResponse
         if retry_after_s is not None:
             return DeliveryRetryable(f"{message}: {type(error).__name__}", retry_after_s=retry_after_s, may_land=False)
-        # What is not a server's answer: pydantic refuses with ValueError, and a closed client is nobody's fault.
-        refused = isinstance(error, ValueError | TypeError)
-        return delivery_error(error, message, unknown=DeliveryRejected if refused else DeliveryRetryable)
+        return super()._delivery_error(error, message)
 
-    def _resolve(self, embedder: str, dimension: int) -> _Opened:
+    def _resolve(self, embedder: str, dimension: int) -> OpenState:
         if not self._client.collection_exists(self._name):
             self._create(embedder, dimension)
         config = self._client.get_collection(self._name).config
         vectors = config.params.vectors
-        single = isinstance(vectors, self._models.VectorParams)
-        size, distance = (vectors.size, vectors.distance.value) if single else (None, "named vectors")
+        is_single = isinstance(vectors, self._models.VectorParams)
+        size, distance = (vectors.size, vectors.distance.value) if is_single else (None, "named vectors")
         ours = (config.metadata or {}).get(_OURS) or {}
         theirs = ours.get("embedder", embedder)
         if (theirs, size, distance) != (embedder, dimension, self._models.Distance.COSINE.value):
@@ -280,7 +257,7 @@ class QdrantIndex:
             ours = (self._client.get_collection(self._name).config.metadata or {}).get(_OURS)
             if not ours:
                 raise MemstateError("this Qdrant server keeps no metadata of a collection: it takes 1.16 or later")
-        return _Opened(embedder, dimension, ours["incarnation"])
+        return OpenState(embedder, dimension, ours["incarnation"])
 
     def _create(self, embedder: str, dimension: int) -> None:
         try:
@@ -326,17 +303,17 @@ class QdrantIndex:
 
     def _keep_epochs(self, points: list[Any]) -> None:
         """A write that claims no epoch passes, and lowers none."""
-        held = self._client.retrieve(self._name, [point.id for point in points], with_payload=[f"{_OURS}.epoch"])
-        epochs = {record.id: (record.payload or {}).get(_OURS, {}).get("epoch", 0) for record in held}
+        records = self._client.retrieve(self._name, [point.id for point in points], with_payload=[f"{_OURS}.epoch"])
+        epochs = {record.id: (record.payload or {}).get(_OURS, {}).get("epoch", 0) for record in records}
         for point in points:
             point.payload[_OURS]["epoch"] = epochs.get(point.id, 0)
 
-    def _forget(self) -> None:
-        """Now and then, the epochs of what was deleted long ago."""
+    def _forget_epochs(self) -> None:
+        """Delete the epochs of points that were deleted long ago, now and then."""
         now = time.time()
-        if now - self._forgot_at > _REMEMBERED_S / 24:
+        if now - self._forgot_at > REMEMBERED_S / 24:
             self._forgot_at = now
-            old = self._up_to("deleted_at", int(now) - _REMEMBERED_S)
+            old = self._up_to("deleted_at", int(now) - REMEMBERED_S)
             self._client.delete(self._name, points_selector=self._models.FilterSelector(filter=old))
 
     def _nearest(self, query: Vector, restriction: Any, limit: int, exact: bool) -> Answer:
@@ -349,40 +326,33 @@ class QdrantIndex:
             limit=limit,
             with_payload=[_OURS, "metadata"],
         ).points
-        found = []
+        candidates = []
         for point in points:
             ours = _ours(point)
             if ours is not None:
-                distance = min(max(1.0 - point.score, 0.0), 2.0)
+                distance = clipped_distance(1.0 - point.score)
                 floats = {key: float.fromhex(value) for key, value in ours["floats"].items()}
                 metadata = {**point.payload["metadata"], **floats}
-                found.append(Found(Match(ours["id"], distance, ours["fingerprint"]), metadata))
-        return Answer(found, short=len(points) < limit)
+                candidates.append(Candidate(Match(ours["id"], distance, ours["fingerprint"]), metadata))
+        return Answer(candidates, is_short=len(points) < limit)
 
     def _read(self, ids: Sequence[str], *, with_vectors: bool = False) -> Iterator[tuple[dict[str, Any], Any]]:
-        named = [_uuid(id_) for id_ in dict.fromkeys(ids)]
-        for start in range(0, len(named), self.max_batch):
-            some = named[start : start + self.max_batch]
-            for record in self._client.retrieve(self._name, some, with_payload=[_OURS], with_vectors=with_vectors):
+        uuids = [_uuid(id_) for id_ in dict.fromkeys(ids)]
+        for start in range(0, len(uuids), self.max_batch):
+            batch = uuids[start : start + self.max_batch]
+            for record in self._client.retrieve(self._name, batch, with_payload=[_OURS], with_vectors=with_vectors):
                 ours = _ours(record)
                 if ours is not None:
                     yield ours, record.vector
 
-    def _ids(self, after: str | None) -> list[str]:
-        """The sorted ids of the running pass; a new pass begins with *after* None, or where none is running."""
-        incarnation = self._resolve(self._now.embedder, self._now.dimension).incarnation
-        if after is None or self._listing is None or self._listing[0] != incarnation:
-            ids: list[str] = []
-            offset: Any = None
-            while True:
-                page, offset = self._client.scroll(
-                    self._name, limit=_LISTED, offset=offset, with_payload=[f"{_OURS}.id"]
-                )
-                ids += [ours["id"] for record in page if (ours := _ours(record)) is not None]
-                if offset is None:
-                    break
-            self._listing = (incarnation, sorted(ids))
-        return self._listing[1]
+    def _list_ids(self) -> list[str]:
+        ids: list[str] = []
+        offset: Any = None
+        while True:
+            page, offset = self._client.scroll(self._name, limit=_LISTED, offset=offset, with_payload=[f"{_OURS}.id"])
+            ids += [ours["id"] for record in page if (ours := _ours(record)) is not None]
+            if offset is None:
+                return ids
 
     def _condition(self, condition: Mapping[str, Any]) -> Any:
         """The canonical filter as one that lets through what matches, and perhaps more."""
@@ -392,8 +362,8 @@ class QdrantIndex:
             return self._models.Filter(must=parts) if key == "$and" else self._models.Filter(should=parts)
         [(name, operand)] = value.items()
         if name in ("$eq", "$in"):
-            wanted = [tag(key, each) for each in ([operand] if name == "$eq" else operand)]
-            return self._models.FieldCondition(key=f"{_OURS}.tags", match=self._models.MatchAny(any=wanted))
+            operand_tags = [tag(key, value) for value in ([operand] if name == "$eq" else operand)]
+            return self._models.FieldCondition(key=f"{_OURS}.tags", match=self._models.MatchAny(any=operand_tags))
         side, outwards = ("gte", -1e-15) if name in ("$gt", "$gte") else ("lte", 1e-15)
         # A few doubles beyond the bound: its own may be that of an int beside it, and either side may be off by one.
         bound = math.nextafter(float(operand) + abs(float(operand)) * outwards, outwards * math.inf)
@@ -408,11 +378,11 @@ class QdrantIndex:
 
 
 class _Folder:
-    """What qdrant-client does not notice of its folder: that it is gone, or another process's."""
+    """The folder of a local client, which does not notice that it is gone, or another process's."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._identity = _identity(path / ".lock")
+        self._identity = file_identity(path / ".lock")
         self._pid = os.getpid()
 
     def check(self) -> None:
@@ -421,7 +391,7 @@ class _Folder:
                 "this QdrantIndex was opened before a fork, and its folder is the parent's. Open it after the fork, in "
                 "one process, or use a server"
             )
-        if self._identity is None or _identity(self._path / ".lock") != self._identity:
+        if self._identity is None or file_identity(self._path / ".lock") != self._identity:
             raise DeliveryRetryable(
                 f"the Qdrant folder {str(self._path)!r} was deleted or replaced under its client; close the client and "
                 "make it anew"
@@ -433,27 +403,16 @@ class _Folder:
         connection.close()
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
 def _stamp(embedder: str) -> dict[str, Any]:
     return {_OURS: {"embedder": embedder, "incarnation": uuid.uuid4().hex}}
 
 
 def _ours(record: Any) -> dict[str, Any] | None:
-    """What memstate_sa keeps of a point; None for a point of others, and for what a deleted one left behind."""
+    """The part of a payload that is ours; None for a foreign point, and for the epoch of a deleted one."""
     ours = (record.payload or {}).get(_OURS)
     return ours if isinstance(ours, dict) and "id" in ours else None
 
 
 def _uuid(id_: str) -> str:
     """Qdrant's ids are numbers or UUIDs: ours are hashed."""
-    try:
-        return str(uuid.UUID(bytes=blake2b(id_.encode(), digest_size=16).digest()))
-    except UnicodeEncodeError as error:
-        raise DeliveryRejected(f"the id {id_!r} is not Unicode text") from error
+    return str(uuid.UUID(bytes=blake2b(id_bytes(id_), digest_size=16).digest()))

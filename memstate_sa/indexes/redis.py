@@ -10,18 +10,18 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cache, partial
 from hashlib import sha1
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, IndexMismatch, MemstateError, require_module
-from memstate_sa.indexes._asking import Answer, Found, nearest
+from memstate_sa.errors import DeliveryError, DeliveryRetryable, IndexMismatch, MemstateError, require_module
+from memstate_sa.indexes._adapter import REMEMBERED_S, Adapter, OpenState, id_bytes
+from memstate_sa.indexes._asking import Answer, Candidate, nearest
 from memstate_sa.indexes._filters import canonical, matches
 from memstate_sa.indexes._tags import has_number, number_name, numbers, stored, tag, tags
-from memstate_sa.indexes._units import at_length, unit_rows
+from memstate_sa.indexes._units import at_length, clipped_distance, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
 from memstate_sa.indexes.provider_errors import delivery_error
 
@@ -29,15 +29,13 @@ if TYPE_CHECKING:
     from redis import Redis
 
 EXACT_UP_TO = 5_000
-"""So many points are compared one by one, unless `RedisIndex` is told otherwise: 2 ms at 256 dimensions."""
+"""Up to so many points are compared one by one by default: 2 ms at 256 dimensions."""
 _EXPLORED = 200
-"""How far an approximate search looks (EF); Redis's own default is 100."""
+"""The candidates of an approximate search (EF). Redis's own default is 100."""
 _LARGEST_COUNT = 1 << 20
 """A COUNT that does not fit its integers makes the server find nothing, or abort."""
 _PER_SCRIPT = 32
-"""So many points are changed by one script, which nothing interrupts: about 20 ms at 256 dimensions."""
-_REMEMBERED_S = 86_400
-"""How long the epoch of a deleted id is remembered: far longer than an overtaken relay's request can be under way."""
+"""Points that one script changes, which nothing interrupts: about 20 ms at 256 dimensions."""
 _REWRITING = ("aof_rewrite_scheduled", "aof_rewrite_in_progress", "rdb_bgsave_in_progress")
 
 # Keys: 1 what the index is (a hash), 2 points (a vector set), 3 their ids (a sorted set of one score, so by bytes: in
@@ -97,7 +95,7 @@ for i = 3, #ARGV do
     redis.call('ZREM', KEYS[3], id)
     if epoch ~= '0' then
       redis.call('HSET', KEYS[4], id, epoch)
-      redis.call('HEXPIRE', KEYS[4], {_REMEMBERED_S}, 'FIELDS', 1, id)
+      redis.call('HEXPIRE', KEYS[4], {REMEMBERED_S}, 'FIELDS', 1, id)
     end
   end
 end
@@ -134,14 +132,7 @@ return 1
 """
 
 
-class _Opened(NamedTuple):
-    embedder: str
-    dimension: int
-    incarnation: str
-    """What the index's own key says; the one that is reported tells the server's runs apart, too."""
-
-
-class RedisIndex:
+class RedisIndex(Adapter):
     """A vector set on a Redis server of version 8 or later, by a redis-py client or a URL.
 
     Its keys begin with ``memstate:{name}:``. A client stays the caller's; one that was made from a URL is closed with
@@ -153,11 +144,12 @@ class RedisIndex:
 
     ``incarnation`` changes with every start of the server and with every failover: how much of what it had
     acknowledged a server has lost (without a file everything, with ``appendfsync everysec`` a second), nothing tells.
-    So the relay compares the index with the tables again, and embeds nothing anew that is still there. It changes,
+    So the relay compares the index with the tables again, and embeds again only points that are gone. It changes,
     too, when a key of the index was deleted or evicted: set ``maxmemory-policy noeviction``.
     """
 
     fences = True
+    _vendor = "Redis"
 
     def __init__(self, client: Redis | str, name: str = "memory", *, exact: bool | None = None) -> None:
         self._redis = require_module("redis", "redis")
@@ -168,12 +160,11 @@ class RedisIndex:
         self._name = name
         self._keys = [f"memstate:{{{name}}}:{part}" for part in ("index", "points", "ids", "deleted")]
         self._exact = exact
-        self._opened: _Opened | None = None
         self._size = 0  # as last seen
 
     @property
     def incarnation(self) -> str:
-        opened = self._now
+        opened = self._open_state
         return self._resolve(opened.embedder, opened.dimension)
 
     @property
@@ -186,26 +177,27 @@ class RedisIndex:
         self._resolve(embedder, dimension)
 
     def upsert(self, points: Sequence[Point]) -> None:
-        vectors = matrix([point.vector for point in points], self._now.dimension, [point.id for point in points])
+        vectors = matrix([point.vector for point in points], self._open_state.dimension, [point.id for point in points])
         rows = [
-            (_utf8(point.id), point.epoch, unit.tobytes(), _attributes(point, float(norm)))
+            (id_bytes(point.id), point.epoch, unit.tobytes(), _attributes(point, float(norm)))
             for point, unit, norm in zip(points, *unit_rows(vectors), strict=True)
         ]
         self._change(_UPSERT, "write to", [], rows)
 
     def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
-        self._change(_DELETE, "delete from", [epoch], [(_utf8(id_),) for id_ in ids])
+        self._change(_DELETE, "delete from", [epoch], [(id_bytes(id_),) for id_ in ids])
 
     def query(
         self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
     ) -> list[Match]:
-        opened = self._now
+        opened = self._open_state
         [query], _ = unit_rows(matrix([vector], opened.dimension, ["the query"]))
         condition = canonical(where or {})
         if condition is None or limit < 1:
             return []
         if ids is not None:
-            return [found.match for found in self._among(query, ids) if matches(condition, found.metadata)][:limit]
+            candidates = self._among(query, ids)
+            return [candidate.match for candidate in candidates if matches(condition, candidate.metadata)][:limit]
         return nearest(partial(self._nearest, query, condition), limit, condition, exact=self._compares)
 
     def get(self, ids: Sequence[str]) -> list[Stored]:
@@ -215,7 +207,7 @@ class RedisIndex:
         ]
 
     def scan(self, after: str | None, limit: int) -> list[Entry]:
-        start = b"-" if after is None else b"(" + _utf8(after)
+        start = b"-" if after is None else b"(" + id_bytes(after)
         page = self._run(_SCAN, "scan", start, limit)
         return [Entry(id_.decode(), json.loads(attributes)["f"]) for id_, attributes in page]
 
@@ -234,8 +226,8 @@ class RedisIndex:
                 self._rewritten("rdb_last_bgsave_status")
 
     def read_mark(self) -> str | None:
-        kept = self._run(_READ_MARK, "read the mark of")[0]
-        return None if kept is None else _text(kept)
+        mark = self._run(_READ_MARK, "read the mark of")[0]
+        return None if mark is None else _text(mark)
 
     def write_mark(self, mark: str) -> None:
         self._run(_WRITE_MARK, "mark", mark)
@@ -253,10 +245,8 @@ class RedisIndex:
         return self._exact if self._exact is not None else self._size <= EXACT_UP_TO
 
     @property
-    def _now(self) -> _Opened:
-        if self._opened is None:
-            raise MemstateError("this index is not open; call open() first")
-        return self._opened
+    def _place(self) -> str:
+        return f"index {self._name!r}"
 
     def _resolve(self, embedder: str, dimension: int) -> str:
         """Create the index or find it, drop what is left of one that lost a part, and name its content's lifetime."""
@@ -269,7 +259,8 @@ class RedisIndex:
                 f"{embedder!r}, {dimension} dimensions. Use another name, or delete the keys {self._keys} to have it "
                 "rebuilt"
             )
-        self._opened, self._size = _Opened(embedder, dimension, incarnation), int(count)
+        # The index's own key has this incarnation. The reported one tells the server's runs apart, too.
+        self._opened, self._size = OpenState(embedder, dimension, incarnation), int(count)
         return f"{incarnation}:{run}"
 
     def _require_vector_sets(self) -> None:
@@ -289,22 +280,22 @@ class RedisIndex:
             raise DeliveryRetryable(f"Redis could not rewrite its files: {outcome} is {state[outcome]!r}")
 
     def _run(self, script: str, action: str, *arguments: Any) -> Any:
-        """What *script* answers, if the index on the server is the one that was opened."""
-        opened = self._now
+        """The answer of *script*, if the index on the server is the one that was opened."""
+        opened = self._open_state
         answer = self._evaluate(script, action, [opened.incarnation, *arguments])
         if answer == 0:
             raise self._gone(opened)
         return answer
 
-    def _change(self, script: str, action: str, given: Sequence[Any], rows: Sequence[tuple[Any, ...]]) -> None:
+    def _change(self, script: str, action: str, arguments: Sequence[Any], rows: Sequence[tuple[Any, ...]]) -> None:
         """Run *script* on some rows at a time; others' commands come in between, and no answer is waited for."""
-        opened = self._now
+        opened = self._open_state
 
         def sent() -> list[Any]:
             pipeline: Any = self._client.pipeline(transaction=False)
             for start in range(0, len(rows), _PER_SCRIPT):
-                some = itertools.chain.from_iterable(rows[start : start + _PER_SCRIPT])
-                pipeline.evalsha(_sha(script), len(self._keys), *self._keys, opened.incarnation, *given, *some)
+                batch = itertools.chain.from_iterable(rows[start : start + _PER_SCRIPT])
+                pipeline.evalsha(_sha(script), len(self._keys), *self._keys, opened.incarnation, *arguments, *batch)
             answers: list[Any] = pipeline.execute()
             return answers
 
@@ -317,7 +308,7 @@ class RedisIndex:
         if 0 in answers:
             raise self._gone(opened)
 
-    def _gone(self, opened: _Opened) -> DeliveryRetryable:
+    def _gone(self, opened: OpenState) -> DeliveryRetryable:
         self._resolve(opened.embedder, opened.dimension)
         return DeliveryRetryable(f"Redis index {self._name!r} was lost; it was opened anew")
 
@@ -325,30 +316,26 @@ class RedisIndex:
         with self._translated(action):
             # Not decoded even by a client that decodes everything: a vector is no text.
             call: Any = partial(self._client.execute_command, NEVER_DECODE=True)
-            rest = (len(self._keys), *self._keys, *arguments)
+            parameters = (len(self._keys), *self._keys, *arguments)
             try:
-                return call("EVALSHA", _sha(script), *rest)
+                return call("EVALSHA", _sha(script), *parameters)
             except self._redis.exceptions.NoScriptError:
-                return call("EVAL", script, *rest)
+                return call("EVAL", script, *parameters)
 
-    @contextmanager
-    def _translated(self, action: str) -> Iterator[None]:
-        try:
-            yield
-        except MemstateError:
-            raise
-        except Exception as error:
-            # What a point can be refused for was looked for before: what is left is the server's or the network's.
-            message = f"Redis could not {action} index {self._name!r}"
-            raise delivery_error(error, message, unknown=DeliveryRetryable) from error
+    def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
+        # Points were checked before: other errors are the server's or the network's.
+        return delivery_error(error, message, unknown=DeliveryRetryable)
 
     # -- points -------------------------------------------------------------------------------------------------------
 
     def _nearest(self, query: Vector, condition: Mapping[str, Any], limit: int, exact: bool) -> Answer:
-        opened = self._now
+        opened = self._open_state
         search: list[Any] = ["VSIM", self._keys[1], "FP32", query.tobytes(), "WITHSCORES", "WITHATTRIBS"]
-        wanted = min(limit, _LARGEST_COUNT)
-        search += ["COUNT", wanted, *(["TRUTH"] if exact else ["EF", _EXPLORED, "FILTER-EF", 1_000_000])]
+        search += [
+            "COUNT",
+            min(limit, _LARGEST_COUNT),
+            *(["TRUTH"] if exact else ["EF", _EXPLORED, "FILTER-EF", 1_000_000]),
+        ]
         if condition:
             search += ["FILTER", _expression(condition)]
         with self._translated("query"):
@@ -360,16 +347,16 @@ class RedisIndex:
         self._size = int(count)
         if self._compares and not exact:  # others have deleted so much since it was last seen
             return self._nearest(query, condition, limit, True)
-        rows, found = list(_rows(answer)), []
-        for id_, score, attributes in rows:
-            told = json.loads(attributes) if attributes else {}
-            if "f" in told:  # ours
-                distance = min(max(2.0 - 2.0 * float(score), 0.0), 2.0)
-                found.append(Found(Match(_text(id_), distance, told["f"]), told["m"]))
-        return Answer(found, short=len(rows) < limit)  # or more than that is never told
+        rows, candidates = list(_rows(answer)), []
+        for id_, score, text in rows:
+            attributes = json.loads(text) if text else {}
+            if "f" in attributes:  # a point of ours
+                distance = clipped_distance(2.0 - 2.0 * float(score))
+                candidates.append(Candidate(Match(_text(id_), distance, attributes["f"]), attributes["m"]))
+        return Answer(candidates, is_short=len(rows) < limit)  # an answer has at most _LARGEST_COUNT rows
 
     def _searched(self, search: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """What the index is, what was found, and how many points had been replaced when it was.
+        """The state of the index, the answer of the search, and the number of replaced points after it.
 
         A search has a thread of its own, and may come in the middle of a script, where a point is that it removes and
         has not added again.
@@ -378,22 +365,22 @@ class RedisIndex:
         pipeline.hmget(self._keys[0], "incarnation", "count", "replaced")
         pipeline.execute_command(*search)
         pipeline.hget(self._keys[0], "replaced")
-        found: tuple[Any, Any, Any] = tuple(pipeline.execute())
-        return found
+        answers: tuple[Any, Any, Any] = tuple(pipeline.execute())
+        return answers
 
-    def _among(self, query: Vector, ids: Sequence[str]) -> list[Found]:
+    def _among(self, query: Vector, ids: Sequence[str]) -> list[Candidate]:
         """All of *ids*, nearest first."""
         rows = list(self._read(ids, "query"))
         if not rows:
             return []
         distances = np.clip(1.0 - np.stack([unit for _, _, unit in rows]) @ query, 0.0, 2.0)
         return [
-            Found(Match(rows[place][0], float(distances[place]), rows[place][1]["f"]), rows[place][1]["m"])
+            Candidate(Match(rows[place][0], float(distances[place]), rows[place][1]["f"]), rows[place][1]["m"])
             for place in np.argsort(distances, kind="stable")
         ]
 
     def _read(self, ids: Sequence[str], action: str) -> Iterator[tuple[str, dict[str, Any], Vector]]:
-        names = [_utf8(id_) for id_ in dict.fromkeys(ids)]
+        names = [id_bytes(id_) for id_ in dict.fromkeys(ids)]
         for start in range(0, len(names), self.max_batch):
             for id_, attributes, unit in self._run(_GET, action, *names[start : start + self.max_batch]):
                 yield id_.decode(), json.loads(attributes), np.frombuffer(unit, dtype=np.float32)
@@ -406,8 +393,8 @@ def _attributes(point: Point, norm: float) -> str:
     """
     metadata = stored(point.metadata, point.id)
     named = {number_name(key): value for key, value in numbers(metadata).items()}
-    told = {"f": point.fingerprint, "l": norm, "t": tags(metadata), **named, "m": metadata}
-    return "," + json.dumps(told, separators=(",", ":"))[1:]
+    attributes = {"f": point.fingerprint, "l": norm, "t": tags(metadata), **named, "m": metadata}
+    return "," + json.dumps(attributes, separators=(",", ":"))[1:]
 
 
 def _expression(condition: Mapping[str, Any], *, sure: bool = True) -> str:
@@ -423,7 +410,7 @@ def _expression(condition: Mapping[str, Any], *, sure: bool = True) -> str:
     [(name, operand)] = value.items()
     if name in ("$eq", "$in"):
         operands = [operand] if name == "$eq" else operand
-        return " or ".join(f'"{wanted}" in .t' for wanted in dict.fromkeys(tag(key, each) for each in operands))
+        return " or ".join(f'"{operand_tag}" in .t' for operand_tag in dict.fromkeys(tag(key, o) for o in operands))
     if not sure:
         return f'"{has_number(key)}" in .t'
     # With the bound: its double may be that of an int beside it. Quoted: a number in an expression has no exponent.
@@ -432,7 +419,7 @@ def _expression(condition: Mapping[str, Any], *, sure: bool = True) -> str:
 
 
 def _rows(answer: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Of VSIM: a flat list, or in RESP3 a map."""
+    """The rows of an answer to VSIM: a flat list, or in RESP3 a map."""
     if isinstance(answer, Mapping):
         for id_, (score, attributes) in answer.items():
             yield id_, score, attributes
@@ -443,13 +430,6 @@ def _rows(answer: Any) -> Iterator[tuple[Any, Any, Any]]:
 
 def _text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _utf8(id_: str) -> bytes:
-    try:
-        return id_.encode()
-    except UnicodeEncodeError as error:
-        raise DeliveryRejected(f"the id {id_!r} is not Unicode text") from error
 
 
 @cache

@@ -1,1 +1,1 @@
-"""What connects memstate_sa to frameworks for agents; each module needs the extra of its name."""
+"""Connections of memstate_sa to frameworks for agents. Each folder needs the extra of its name."""

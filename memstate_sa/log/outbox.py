@@ -1,4 +1,4 @@
-"""Statements on the log and the outbox: what is added, and what an index has not been given yet.
+"""Statements on the log and the outbox: adding entries, and reading those that an index has not been given yet.
 
 An outbox entry says "this key may have changed". The relay converges the key to the row that is committed when it
 looks, so entries need no order among themselves, and repeating one does no harm.
@@ -50,7 +50,6 @@ from memstate_sa.log.positions import SLOTS, Page, Position, Snapshot, slot_of
 
 _keys = unnest_strings("keys")
 
-
 _entry = (
     select(literal_column("1"))
     .where(log.c.entity == bindparam("entity"), log.c.key == _keys.c.value)
@@ -58,13 +57,11 @@ _entry = (
     .scalar_subquery()
 )
 
-
 unknown_keys: Select[Any] = select(_keys.c.value).where(_entry.is_(None))
-"""Which of ``keys`` of ``entity`` the log has not seen.
+"""The keys among ``keys`` of ``entity`` that the log has not seen.
 
-One look into the index for each: NOT EXISTS is a join for PostgreSQL, which may hash all that the log has of it.
+One look into the index for each key: NOT EXISTS is a join for PostgreSQL, which may hash all that the log has of it.
 """
-
 
 _last_op = (
     select(log.c.op)
@@ -74,64 +71,56 @@ _last_op = (
     .scalar_subquery()
 )
 
-
 deleted_keys: Select[Any] = select(_keys.c.value).where(_last_op == "delete")
-"""Which of ``keys`` of ``entity`` are deleted, as far as the log goes."""
+"""The keys among ``keys`` of ``entity`` that are deleted, as far as the log goes."""
 
 
 # -- adding -----------------------------------------------------------------------------------------------------------
 
-_LOGGED = ("entity", "key", "op", "image", "version", "reverts", "step")
-
-
-_MARKED = ("slot", "entity", "key")
-
-
+_LOG_COLUMNS = ("entity", "key", "op", "image", "version", "reverts", "step")
+_OUTBOX_COLUMNS = ("slot", "entity", "key")
 _tx, _at = bindparam("tx", type_=log.c.tx.type), bindparam("at", type_=log.c.at.type)
-
-
-_logged, _marked = unnest_rows("logged"), unnest_rows("marked")
-
+_log_rows, _outbox_rows = unnest_rows("logged"), unnest_rows("marked")
 
 _add_to_log: Insert = insert(log).from_select(
-    ["tx", "at", "snapshot", *_LOGGED],
+    ["tx", "at", "snapshot", *_LOG_COLUMNS],
     select(
-        _tx, _at, statement_snapshot(), *(row_value(_logged, n, log.c[name].type) for n, name in enumerate(_LOGGED))
+        _tx,
+        _at,
+        statement_snapshot(),
+        *(row_value(_log_rows, n, log.c[name].type) for n, name in enumerate(_LOG_COLUMNS)),
     ),
 )
 
-
 _add_to_outbox: Insert = insert(outbox).from_select(
-    ["tx", "created_at", *_MARKED],
-    select(_tx, _at, *(row_value(_marked, n, outbox.c[name].type) for n, name in enumerate(_MARKED))),
+    ["tx", "created_at", *_OUTBOX_COLUMNS],
+    select(_tx, _at, *(row_value(_outbox_rows, n, outbox.c[name].type) for n, name in enumerate(_OUTBOX_COLUMNS))),
 )
 
-
 _add_to_both: Insert = _add_to_outbox.add_cte(_add_to_log.cte("logging"))
-
 
 _CHARS = 16_000_000
 """About one statement's worth of text: PostgreSQL takes a JSONB value of 256 MB, SQLite a text of 1 GB."""
 
-
-_MARKS = 8_000
-"""And of keys, which are short."""
+_KEYS = 8_000
+"""About one statement's worth of keys, which are short."""
 
 
 def _payloads(entries: Iterable[LogEntry], versions: Mapping[str, int]) -> Iterator[str]:
     """*entries* as values of the parameter ``logged``: one, unless they are too large for a statement."""
-    some: list[tuple[Any, ...]] = []
+    rows: list[tuple[Any, ...]] = []
     chars = 0
     for entity, key, op, image, reverts, step in entries:
         # The image as text: as JSON within JSON, SQLite would parse and print it twice.
-        shown = None if image is None else as_json(image)
-        chars += len(shown or key)
-        if some and chars > _CHARS:
-            yield as_json(some)
-            some, chars = [], 0
-        some.append((entity, key, op, shown, versions[entity], reverts, step and op != "baseline" and not reverts))
-    if some:
-        yield as_json(some)
+        image_text = None if image is None else as_json(image)
+        chars += len(image_text or key)
+        if rows and chars > _CHARS:
+            yield as_json(rows)
+            rows, chars = [], 0
+        is_step = step and op != "baseline" and not reverts
+        rows.append((entity, key, op, image_text, versions[entity], reverts, is_step))
+    if rows:
+        yield as_json(rows)
 
 
 def add(
@@ -142,28 +131,26 @@ def add(
     at: datetime,
     versions: Mapping[str, int],
 ) -> None:
-    """Log *entries*, and mark the keys *dirty*: on PostgreSQL one round trip, as long as it is not megabytes.
+    """Log *entries*, and add *dirty* keys to the outbox: one round trip on PostgreSQL, unless it is megabytes.
 
-    *versions*: of which shape the images of each entity are.
+    *versions*: the shape of the images of each entity.
     """
-    logged = _payloads(entries, versions)
-    marked = (as_json(some) for some in batches([(slot_of(*fact), *fact) for fact in dirty], _MARKS))
-    given = {"tx": tx, "at": at}
+    log_payloads = _payloads(entries, versions)
+    outbox_payloads = (as_json(rows) for rows in batches([(slot_of(*fact), *fact) for fact in dirty], _KEYS))
+    common = {"tx": tx, "at": at}
     if connection.dialect.name == "postgresql":
-        for some, marks in zip_longest(logged, marked, fillvalue="[]"):
-            connection.execute(_add_to_both, {**given, "logged": some, "marked": marks})
+        for logged, marked in zip_longest(log_payloads, outbox_payloads, fillvalue="[]"):
+            connection.execute(_add_to_both, {**common, "logged": logged, "marked": marked})
         return
-    for some in logged:
-        connection.execute(_add_to_log, {**given, "logged": some})
-    for marks in marked:
-        connection.execute(_add_to_outbox, {**given, "marked": marks})
+    for logged in log_payloads:
+        connection.execute(_add_to_log, {**common, "logged": logged})
+    for marked in outbox_payloads:
+        connection.execute(_add_to_outbox, {**common, "marked": marked})
 
 
 # -- what a snapshot of SQLite does not see ----------------------------------------------------------------------------
 
-_newest_given = text("SELECT seq FROM sqlite_sequence WHERE name = 'memstate_outbox'")
-
-
+_newest_id = text("SELECT seq FROM sqlite_sequence WHERE name = 'memstate_outbox'")
 _journal = text("PRAGMA journal_mode")
 
 
@@ -177,9 +164,9 @@ def is_behind(connection: Connection) -> bool:
         return False
     if connection.execute(_journal).scalar_one() != "wal":
         return False
-    ours = connection.execute(_newest_given).scalar() or 0
-    with with_separate_pool(connection.engine).connect() as beside:
-        return (beside.execute(_newest_given).scalar() or 0) > ours
+    ours = connection.execute(_newest_id).scalar() or 0
+    with with_separate_pool(connection.engine).connect() as other:
+        return (other.execute(_newest_id).scalar() or 0) > ours
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -189,13 +176,13 @@ ALL = 1 << 62
 
 
 def slots(dialect_name: str) -> range:
-    """The slots of which relays may each hold some. SQLite has one: its relays elect one of them."""
+    """The slots that relays share. SQLite has one: its relays elect one of them."""
     return range(SLOTS) if dialect_name == "postgresql" else range(1)
 
 
 @cache
 def present_column(dialect_name: str) -> ColumnElement[Any]:
-    """The present, for `as_position`."""
+    """The column that `to_position` reads."""
     if dialect_name == "postgresql":
         return cast(func.pg_current_snapshot(), Text)
     # Not the newest entry that is there: delivered ones are deleted, and only a restore takes the counter back.
@@ -203,11 +190,11 @@ def present_column(dialect_name: str) -> ColumnElement[Any]:
     return func.coalesce(counted.where(literal_column("name") == outbox.name).scalar_subquery(), 0)
 
 
-def to_position(here: Any) -> Position:
-    """Where an index is that has everything there is."""
-    if isinstance(here, int):  # SQLite: the newest id that there was
-        return Position(Snapshot(0), 0, here)
-    return Position(Snapshot.parse(here))
+def to_position(value: Any) -> Position:
+    """The position of an index that is fully caught up, by the value of `present_column`."""
+    if isinstance(value, int):  # SQLite: the newest id that there was
+        return Position(Snapshot(0), 0, value)
+    return Position(Snapshot.parse(value))
 
 
 def read_present(connection: Connection) -> Position:
@@ -219,41 +206,49 @@ def _xid(value: ColumnElement[Any]) -> ColumnElement[Any]:
 
 
 _limit: BindParameter[int] = bindparam("limit", type_=BigInteger())
-
-
-_late = unnest_strings("late")
+_late_xids = unnest_strings("late_xids")
 
 
 def undelivered(
     dialect_name: str, *columns: ColumnElement[Any], where: ColumnElement[bool], newest_first: bool = False
 ) -> FromClause:
-    """Up to ``limit`` entries after a position, oldest or newest first; `after` makes the other parameters.
+    """Up to ``limit`` entries after a position, oldest or newest first. See `position_parameters` for the position.
 
-    On PostgreSQL two walks along the index on (xid, id): entries of transactions that were running at the position, and
-    of later ones. One condition for both would be a walk from the oldest transaction that runs, however old that is.
+    PostgreSQL walks twice along the index on (xid, id): over the entries of late transactions, which were running at
+    the position, and over those of newer ones. One condition for both would walk from the oldest transaction that runs.
     """
     if dialect_name != "postgresql":
-        newest = outbox.c.id.desc() if newest_first else outbox.c.id.asc()
-        return select(*columns).where(outbox.c.id > bindparam("after"), where).order_by(newest).limit(_limit).subquery()
-    begin = case((_late.c.value == bindparam("xid", type_=Text()), bindparam("after", type_=BigInteger())), else_=0)
-    late = and_(outbox.c.xid == _xid(_late.c.value), outbox.c.id > begin)
-    later = tuple_(outbox.c.xid, outbox.c.id) > tuple_(
-        _xid(bindparam("xmax", type_=Text())), bindparam("later_after", type_=BigInteger())
+        order_by = outbox.c.id.desc() if newest_first else outbox.c.id.asc()
+        entries = select(*columns).where(outbox.c.id > bindparam("after_id"), where)
+        return entries.order_by(order_by).limit(_limit).subquery()
+    after_id = bindparam("after_id", type_=BigInteger())
+    first_id = case((_late_xids.c.value == bindparam("xid", type_=Text()), after_id), else_=0)
+    is_late = and_(outbox.c.xid == _xid(_late_xids.c.value), outbox.c.id > first_id)
+    is_newer = tuple_(outbox.c.xid, outbox.c.id) > tuple_(
+        _xid(bindparam("xmax", type_=Text())), bindparam("after_id_of_xmax", type_=BigInteger())
     )
     order = [column.desc() if newest_first else column for column in (outbox.c.xid, outbox.c.id)]
-    of_late, of_later = (
-        select(*columns).where(transactions, where).order_by(*order).limit(_limit) for transactions in (late, later)
+    late_walk, newer_walk = (
+        select(*columns).where(condition, where).order_by(*order).limit(_limit) for condition in (is_late, is_newer)
     )
-    each_late = of_late.correlate(_late).lateral()
-    late_entries = select(each_late).select_from(_late.join(each_late, true()))
-    return union_all(late_entries, select(of_later.subquery())).subquery()
+    entries_of_xid = late_walk.correlate(_late_xids).lateral()
+    late_entries = select(entries_of_xid).select_from(_late_xids.join(entries_of_xid, true()))
+    return union_all(late_entries, select(newer_walk.subquery())).subquery()
 
 
-def position_parameters(at: Position, late: Iterable[int] | None = None) -> dict[str, Any]:
-    """Parameters of `undelivered`; *late* are those of the transactions running at *at* that may have ended since."""
-    xmax = at.snapshot.xmax
-    begin = {"xid": str(at.xid), "after": at.id, "xmax": str(xmax), "later_after": at.after(xmax)}
-    return {**begin, "late": as_array(map(str, at.snapshot.running if late is None else late))}
+def position_parameters(position: Position, late_xids: Iterable[int] | None = None) -> dict[str, Any]:
+    """Parameters of `undelivered`.
+
+    *late_xids* are transactions that were running at *position* and may have ended since; None: all that were running.
+    """
+    xmax = position.snapshot.xmax
+    return {
+        "xid": str(position.xid),
+        "after_id": position.id,
+        "xmax": str(xmax),
+        "after_id_of_xmax": position.after(xmax),
+        "late_xids": as_array(map(str, position.snapshot.running if late_xids is None else late_xids)),
+    }
 
 
 def in_slots(dialect_name: str, column: ColumnElement[int]) -> ColumnElement[bool]:
@@ -274,27 +269,27 @@ _running = unnest_strings("running")
 def _page(dialect_name: str) -> Select[Any]:
     if dialect_name != "postgresql":
         xid: ColumnElement[Any] = literal_column("0").label("xid")
-        limits = outbox.c.id <= bindparam("newest", type_=BigInteger())
+        is_present = outbox.c.id <= bindparam("newest", type_=BigInteger())
     else:
         xid = outbox.c.xid
-        ended = and_(xid < _xid(bindparam("newest", type_=Text())), xid.not_in(select(_xid(_running.c.value))))
-        limits = and_(ended, in_slots(dialect_name, outbox.c.slot))
+        has_ended = and_(xid < _xid(bindparam("newest", type_=Text())), xid.not_in(select(_xid(_running.c.value))))
+        is_present = and_(has_ended, in_slots(dialect_name, outbox.c.slot))
     read = (xid, outbox.c.id, outbox.c.entity, outbox.c.key, outbox.c.intent)
-    entries = undelivered(dialect_name, *read, where=limits).c
+    entries = undelivered(dialect_name, *read, where=is_present).c
     columns = (entries.xid, entries.id, entries.entity, entries.key, entries.intent)
     return select(*columns).order_by(entries.xid, entries.id).limit(_limit)
 
 
-def read_page(connection: Connection, at: Position, present: Position, slots: Iterable[int], limit: int) -> Page:
-    """Up to *limit* entries of *slots* that *present* has and *at* has not."""
+def read_page(connection: Connection, position: Position, present: Position, slots: Iterable[int], limit: int) -> Page:
+    """Up to *limit* entries of *slots* that *present* has and *position* has not."""
     dialect = connection.dialect.name
     if dialect == "postgresql":
         now = present.snapshot
-        parameters: dict[str, Any] = position_parameters(at, filter(now.sees, at.snapshot.running))
-        running = as_array(str(xid) for xid in now.running if xid >= at.snapshot.xmax)
+        parameters: dict[str, Any] = position_parameters(position, filter(now.sees, position.snapshot.running))
+        running = as_array(str(xid) for xid in now.running if xid >= position.snapshot.xmax)
         parameters |= {"newest": str(now.xmax), "running": running, "slots": slot_array(slots)}
     else:
-        parameters = {"after": at.id, "newest": present.id}
-    found = connection.execute(_page(dialect), {**parameters, "limit": limit}).all()
-    last = (found[-1][0], found[-1][1]) if len(found) == limit else None
-    return Page([(row[2], row[3]) for row in found], last, frozenset((row[2], row[3]) for row in found if row[4]))
+        parameters = {"after_id": position.id, "newest": present.id}
+    rows = connection.execute(_page(dialect), {**parameters, "limit": limit}).all()
+    last = (rows[-1][0], rows[-1][1]) if len(rows) == limit else None
+    return Page([(row[2], row[3]) for row in rows], last, frozenset((row[2], row[3]) for row in rows if row[4]))

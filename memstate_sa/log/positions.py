@@ -31,7 +31,7 @@ class Snapshot:
 
     @classmethod
     def parse(cls, text: str) -> Snapshot:
-        """From PostgreSQL's ``xmin:xmax:xip,…``."""
+        """The snapshot in PostgreSQL's form, ``xmin:xmax:xip,…``."""
         _, xmax, running = text.split(":")
         return cls(int(xmax), tuple(map(int, running.split(","))) if running else ())
 
@@ -47,15 +47,15 @@ class Snapshot:
         return xid < self.xmax and xid not in self.running
 
     def includes(self, other: Snapshot) -> bool:
-        """Whether everything that *other* sees is seen."""
+        """Whether this snapshot sees everything that *other* sees."""
         return self.xmax >= other.xmax and all(xid in other.running for xid in self.running if xid < other.xmax)
 
     def below(self, xmax: int) -> Snapshot:
-        """What is seen of the transactions below *xmax*."""
+        """The same snapshot without the transactions from *xmax* on."""
         return Snapshot(xmax, tuple(xid for xid in self.running if xid < xmax)) if xmax < self.xmax else self
 
     def meet(self, other: Snapshot) -> Snapshot:
-        """What both see."""
+        """The snapshot of everything that both see."""
         xmax = min(self.xmax, other.xmax)
         running = {xid for xid in (*self.running, *other.running) if xid < xmax}
         return Snapshot(xmax, tuple(sorted(running)))
@@ -63,7 +63,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """What is delivered: all that ``snapshot`` sees, and of transaction ``xid`` the entries up to ``id``.
+    """How far an index has come: it has all that ``snapshot`` sees, and the entries of ``xid`` up to ``id``.
 
     Entries are delivered in order of (xid, id). On SQLite all of them have xid 0 and the snapshot sees none: its one
     writer makes id order commit order.
@@ -75,13 +75,13 @@ class Position:
 
     @classmethod
     def parse(cls, snapshot: str, xid: int, id_: int) -> Position:
-        """As it is stored."""
+        """The position that is stored in these columns."""
         return cls(Snapshot.parse(snapshot), xid, id_)
 
     def covers(self, other: Position) -> bool:
         """Whether everything that is delivered at *other* is delivered here."""
-        within = other.id == 0 or self.snapshot.sees(other.xid) or (self.xid == other.xid and self.id >= other.id)
-        return within and self.snapshot.includes(other.snapshot)
+        covers_xid = other.id == 0 or self.snapshot.sees(other.xid) or (self.xid == other.xid and self.id >= other.id)
+        return covers_xid and self.snapshot.includes(other.snapshot)
 
     def after(self, xid: int) -> int:
         """The id after which entries of transaction *xid*, which the snapshot does not see, are undelivered."""
@@ -94,7 +94,7 @@ class Position:
         return xmin, self.after(xmin)
 
     def advance(self, present: Position, last: tuple[int, int] | None) -> Position:
-        """The position after a page of what *present* holds and this does not.
+        """The position after a page of entries that *present* has and this has not.
 
         *last* is the (xid, id) at which the page ended because it was full, None when there is no more.
         """
@@ -104,12 +104,12 @@ class Position:
         if xid >= self.snapshot.xmax:
             return Position(present.snapshot.below(xid), xid, id_)
         # Among the transactions that were running at the last snapshot and have ended since.
-        done = tuple(x for x in self.snapshot.running if x >= xid or not present.snapshot.sees(x))
-        return Position(Snapshot(self.snapshot.xmax, done), xid, id_)
+        running = tuple(x for x in self.snapshot.running if x >= xid or not present.snapshot.sees(x))
+        return Position(Snapshot(self.snapshot.xmax, running), xid, id_)
 
 
 def meet(positions: Iterable[Position]) -> Position:
-    """What is delivered at all of *positions*, of which there is at least one; perhaps a little less."""
+    """The position that all of *positions* cover, or a little less. There must be at least one."""
 
     def both(one: Position, other: Position) -> Position:
         if one == other:
@@ -125,7 +125,7 @@ def meet(positions: Iterable[Position]) -> Position:
 class Page(NamedTuple):
     """Dirty keys, oldest first, perhaps repeated; ``last`` is the (xid, id) at which it ended if it was full.
 
-    ``intents`` are those that the application itself may have written to the index, or may be writing.
+    ``intents`` are keys that the application itself may have written to the index, or may be writing.
     """
 
     facts: list[tuple[str, str]]

@@ -13,14 +13,14 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import configure_mappers
 
 from memstate_sa.capture import append_only, cascades, hazards, triggers, unique_values
-from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db import sqlite
 from memstate_sa.db.codec import Image
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import take_write_lock
-from memstate_sa.db.tables import current, log, metadata
+from memstate_sa.db.tables import log, metadata, trigger_context
 from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import ConflictError, MemstateError
 from memstate_sa.log.absent_keys import KeyInserted, require_absent
@@ -103,7 +103,7 @@ class Doctor:
         self,
         engine: Engine,
         registry: Registry,
-        capture: Capture,
+        capture: SessionCapture,
         recorder: Recorder,
         destinations: Mapping[str, Destination],
         *,
@@ -286,8 +286,10 @@ class Doctor:
                 "SAVEPOINTs",
                 "survive the ROLLBACK of their transaction: memstate_sa.db.sqlite.configure(engine) mends it",
             )
-        if current.name in tables and self._has_leftover_context():
-            yield Problem(current.name, "holds what a transaction has left there, so others are taken for it: empty it")
+        if trigger_context.name in tables and self._has_leftover_context():
+            yield Problem(
+                trigger_context.name, "holds what a transaction has left there, so others are taken for it: empty it"
+            )
         yield from self._hazards()
         for tracked in self._registry.by_entity.values():
             yield from self._of_class(inspector, tracked, has_log=log.name in tables)
@@ -341,7 +343,7 @@ class Doctor:
 
     def _has_leftover_context(self) -> bool:
         with self._engine.connect() as connection:
-            return connection.execute(select(current.c.name).limit(1)).first() is not None
+            return connection.execute(select(trigger_context.c.name).limit(1)).first() is not None
 
     def _wrong_triggers(self, tracked: Tracked) -> str:
         way_out = "memory.create_tables(engine), or a migration, installs them"

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
 
 from memstate_sa.capture.append_only import rewriting
-from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder, normalized_key
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db.codec import Image, decode_key
@@ -39,7 +39,7 @@ class Eraser:
     """Erasure for one Memory."""
 
     def __init__(
-        self, registry: Registry, capture: Capture, recorder: Recorder, embedders: Collection[Embedder]
+        self, registry: Registry, capture: SessionCapture, recorder: Recorder, embedders: Collection[Embedder]
     ) -> None:
         self._registry = registry
         self._capture = capture
@@ -52,7 +52,7 @@ class Eraser:
         """Returns how many entries of the log are redacted."""
         session.flush()
         connection = session.connection(bind_arguments={"mapper": tracked.mapper})
-        unit = self._capture.unit(session)
+        unit = self._capture.transaction(session)
         with unit.writing():
             take_write_lock(connection)
             fact = stored_key(connection, tracked, key)

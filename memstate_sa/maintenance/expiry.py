@@ -8,7 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, lazyload
 
-from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.db.codec import decode_key
 from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import utcnow
@@ -27,7 +27,7 @@ _PAGE = 500
 class Sweeper:
     """Deletes expired facts of one Memory, a page a transaction. Any number may run at once."""
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: SessionCapture) -> None:
         self._capture = capture
         self._session_class = type("SweepSession", (Session,), {})
 
@@ -73,7 +73,7 @@ class Sweeper:
             keys = keys.where(tracked.criterion)
         keys = keys.order_by(expires, *tracked.key_columns).with_for_update(of=tracked.table, skip_locked=True)
         with self._session_class(engine) as session:
-            unit = self._capture.unit(session)
+            unit = self._capture.transaction(session)
             unit.reason, unit.step = EXPIRED, False
             connection = session.connection(bind_arguments={"mapper": tracked.mapper})
             with unit.writing():

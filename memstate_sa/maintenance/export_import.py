@@ -20,7 +20,7 @@ from sqlalchemy import Column, ColumnElement, Select, func, insert, schema, sele
 from sqlalchemy.engine import Connection, Dialect, Engine, RowMapping, make_url
 from sqlalchemy.exc import DBAPIError
 
-from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.db import engines, statements
 from memstate_sa.db.codec import FactKey, Image, decode_image, decode_key, encode, encode_key, to_json
 from memstate_sa.db.json_params import as_array, unnest_strings
@@ -173,7 +173,7 @@ def _pages(connection: Connection, statement: Select[Any], by: Column[Any], afte
 
 
 def import_facts(
-    engine: Engine, registry: Registry, capture: Capture, file: Iterable[str], progress: Progress | None = None
+    engine: Engine, registry: Registry, capture: SessionCapture, file: Iterable[str], progress: Progress | None = None
 ) -> int:
     """Take in what `export_facts` wrote, in one transaction; returns how many entries. Nothing is written on errors."""
     with _writing(engine) as connection:
@@ -190,7 +190,7 @@ def _writing(engine: Engine) -> Iterator[Connection]:
 
 
 class _Import:
-    def __init__(self, connection: Connection, registry: Registry, capture: Capture) -> None:
+    def __init__(self, connection: Connection, registry: Registry, capture: SessionCapture) -> None:
         self._connection = connection
         self._registry = registry
         self._capture = capture

@@ -294,7 +294,7 @@ class MaintenanceMethods(MemoryParts):
         require_label("reason", reason)
         tracked = self._registry.of(model)
         session = blocking_session(session)
-        self._unit(session)
+        self._transaction(session)
         return self._eraser.erase(session, tracked, key, reason)
 
     def purge(self, engine: Engine | AsyncEngine, timeout: float = 30.0) -> None:

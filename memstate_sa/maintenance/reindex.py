@@ -18,13 +18,13 @@ from memstate_sa.db.tables import holder, index_state, ledger, parked, refill, s
 from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import DeliveryError, MemstateError, NotFound
 from memstate_sa.maintenance.progress import Progress
-from memstate_sa.relay import Relay, claims
+from memstate_sa.relay import Relay, refills, registration
 from memstate_sa.relay.index_key import IndexKey, of_index
-from memstate_sa.relay.plan import AGAIN
+from memstate_sa.relay.plan import ParkedState
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.tracked import Tracked
 
-_refused = select(parked.c.entity, parked.c.key).where(of_index(parked), parked.c.state != AGAIN)
+_refused = select(parked.c.entity, parked.c.key).where(of_index(parked), parked.c.state != ParkedState.AGAIN)
 
 
 def fill_and_switch(
@@ -67,7 +67,7 @@ def switch(connection: Connection, old: IndexKey, new: IndexKey) -> None:
         entity
         for entity in connection.scalars(_entities, old.parameters()).all()
         if connection.scalar(_held, {**old.parameters(), "entity": entity})
-        and not claims.is_filled(connection, new, [entity])
+        and not refills.is_filled(connection, new, [entity])
     ]
     if of_others:
         raise DeliveryError(
@@ -79,7 +79,7 @@ def switch(connection: Connection, old: IndexKey, new: IndexKey) -> None:
     connection.execute(statement.on_conflict_do_update(index_elements=[successor.c.index], set_=values))
 
 
-_entities = select(refill.c.entity).where(of_index(refill), refill.c.entity != claims.SCAN).distinct()
+_entities = select(refill.c.entity).where(of_index(refill), refill.c.entity != refills.SCAN).distinct()
 _held = select(
     select(ledger.c.key)
     .where(of_index(ledger), ledger.c.entity == bindparam("entity"), not_(ledger.c.deleted))
@@ -111,5 +111,5 @@ def delete_index_state(connection: Connection, name: str) -> None:
     if not all(leases.is_gone(owner) or leases.is_dropped(owner) for owner in connection.scalars(live)):
         raise MemstateError(f"a relay delivers to index {name!r}: take the index out of that application first")
     for key in keys:
-        claims.forget(connection, key)
+        registration.forget_index(connection, key)
     connection.execute(delete(successor).where(or_(successor.c.index == name, successor.c.successor == name)))

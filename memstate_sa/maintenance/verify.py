@@ -21,7 +21,7 @@ from memstate_sa.maintenance.progress import Progress
 from memstate_sa.relay import ledger
 from memstate_sa.relay.backlog import read_positions
 from memstate_sa.relay.index_key import IndexKey
-from memstate_sa.relay.plan import AGAIN, Parked
+from memstate_sa.relay.plan import Parked, ParkedState
 from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.projection import Projection, split_point_id
@@ -102,7 +102,7 @@ class Verify:
             if repair:
                 # A parked key is written whatever the ledger says of it.
                 with self._engine.begin() as connection:
-                    again = Parked(0, 0.0, AGAIN, f"drift: {kind}")
+                    again = Parked(0, 0.0, ParkedState.AGAIN, f"drift: {kind}")
                     ledger.redirty(connection, self._key, dict.fromkeys(drifted, again))
 
     def _differences(self, report: DriftReport, progress: Progress | None) -> Iterator[tuple[str, list[FactKey]]]:

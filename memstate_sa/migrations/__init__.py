@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from memstate_sa.db.amendments import RENAMED
 from memstate_sa.db.tables import metadata
 from memstate_sa.errors import MemstateError
 from memstate_sa.runtime.printable import printable_logger
@@ -38,8 +39,8 @@ def location() -> Path:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a table *name* is one of memstate_sa's."""
-    return name in metadata.tables or name == VERSION_TABLE
+    """Whether a table *name* is one of memstate_sa's, of today or of an older version."""
+    return name in metadata.tables or name in RENAMED or name == VERSION_TABLE
 
 
 def register() -> None:

@@ -15,9 +15,10 @@ from sqlalchemy import Identity, MetaData, Table, inspect
 from sqlalchemy.engine import Connection
 
 from memstate_sa.capture import append_only, triggers
-from memstate_sa.capture.triggers import Capture
+from memstate_sa.capture.captured_tables import CapturedTable, captured_in, read_header, restriction
+from memstate_sa.db.amendments import RENAMED
 from memstate_sa.db.rows import stored_columns
-from memstate_sa.db.tables import current, log, outbox
+from memstate_sa.db.tables import log, outbox, trigger_context
 from memstate_sa.indexes.pgvector_statements import COLUMNS
 from memstate_sa.migrations import is_ours
 from memstate_sa.migrations.operations import (
@@ -38,8 +39,8 @@ if TYPE_CHECKING:  # Alembic may be in the middle of importing it: its plugins a
 Name = tuple[str | None, str]
 """Schema and name of a table; no schema for the default one."""
 
-_NAMED = (log, outbox, current)
-"""What triggers name: while they do, SQLite's batch mode cannot make it anew."""
+_NAMED = (log, outbox, trigger_context)
+"""The tables that triggers name: while they do, SQLite's batch mode cannot make them again."""
 
 
 class _Changes(NamedTuple):
@@ -60,8 +61,12 @@ class _Changes(NamedTuple):
         return cls(of, made, dropped)
 
     def are_of(self, *tables: Table) -> bool:
-        """Whether one of these *tables* of ours changes."""
-        return any((table.schema, table.name) in self.of for table in tables)
+        """Whether one of these *tables* of ours changes, or takes the place of one with an older name."""
+        return self.rename(*tables) or any((table.schema, table.name) in self.of for table in tables)
+
+    def rename(self, *tables: Table) -> bool:
+        """Whether one of these *tables* of ours takes the place of one with an older name."""
+        return any((table.schema, name) in self.dropped for name, table in RENAMED.items() if table in tables)
 
 
 def compare(context: AutogenContext, upgrade_ops: ops.UpgradeOps, schemas: set[str | None]) -> None:
@@ -108,7 +113,7 @@ class _Comparison:
             return op
         table = self._tables.get((op.schema, op.table_name))
         if table is None:
-            return None
+            return op if self._is_replaced(op) else None
         if isinstance(op, ops.ModifyTableOps):
             if self._connection.dialect.name == "sqlite":
                 op.ops = [part for part in op.ops if not _is_identity(part)]
@@ -116,6 +121,12 @@ class _Comparison:
                 return CountingTableOps(op.table_name, op.ops, schema=op.schema)
             return op if op.ops else None
         return op
+
+    def _is_replaced(self, op: ops.MigrateOperation) -> bool:
+        """Whether *op* drops a table of ours that has another name in the metadata of the application."""
+        if not isinstance(op, ops.DropTableOp) or op.table_name not in RENAMED:
+            return False
+        return (op.schema, str(RENAMED[op.table_name].name)) in self._tables
 
     def run(self, changes: _Changes, schemas: set[str | None]) -> Iterator[tuple[Ours | None, Ours | None]]:
         """What has to be undone before these changes, and what is to be done after them."""
@@ -132,11 +143,12 @@ class _Comparison:
         wanted = {
             name: captured
             for name, table in self._tables.items()
-            if (captured := triggers.captured_in(table)) and self._is_included(name)
+            if (captured := captured_in(table)) and self._is_included(name)
         }
         for name in sorted({*there, *wanted}, key=lambda name: (name[0] or "", name[1])):
             yield from self._table(name, there.get(name, {}), wanted.get(name, {}), changes)
-        if self._connection.dialect.name == "sqlite" and changes.are_of(*_NAMED):
+        is_sqlite = self._connection.dialect.name == "sqlite"
+        if changes.rename(*_NAMED) or (is_sqlite and changes.are_of(*_NAMED)):
             for name in sorted(everywhere.keys() - there.keys() - wanted.keys()):  # env.py leaves them out
                 for said in _said(everywhere[name]).values():
                     again = UntrackOp(*self._old(name, said, changes))
@@ -151,7 +163,7 @@ class _Comparison:
         )
 
     def _log(self, changes: _Changes) -> tuple[Ours | None, Ours | None]:
-        if changes.are_of(log, current):
+        if changes.are_of(log, trigger_context):
             return UnprotectLogOp() if triggers.installed(self._connection, log) else None, ProtectLogOp()
         name = self._name(log)
         is_there = inspect(self._connection).has_table(log.name) and self._is_included(name)
@@ -159,22 +171,22 @@ class _Comparison:
         return None, ProtectLogOp() if is_missed else None
 
     def _table(
-        self, name: Name, there: Mapping[str, str], wanted: Mapping[str, Capture], changes: _Changes
+        self, name: Name, there: Mapping[str, str], wanted: Mapping[str, CapturedTable], changes: _Changes
     ) -> Iterator[tuple[Ours | None, Ours | None]]:
         old = _said(there)
         for entity in sorted({*old, *wanted}):
             new = wanted.get(entity)
             if new is not None:
-                only = triggers.only(new, self._connection.dialect)
+                only = restriction(new, self._connection.dialect)
                 columns = frozen(new.table, stored_columns(new.table))
-                new = Capture.restricted(columns, new.entity, new.version, only)
+                new = CapturedTable.restricted(columns, new.entity, new.version, only)
                 is_same = bool(there) and _is_as_wanted(self._connection, there, new)
                 if is_same and name not in changes.of and not changes.are_of(*_NAMED):
                     continue
             undo = UntrackOp(*self._old(name, old[entity], changes)) if entity in old else None
             yield undo, None if new is None else TrackOp(new, only)
 
-    def _old(self, name: Name, said: Mapping[str, Any], changes: _Changes) -> tuple[Capture, Any]:
+    def _old(self, name: Name, said: Mapping[str, Any], changes: _Changes) -> tuple[CapturedTable, Any]:
         """What the triggers that are there were made from.
 
         The type of a column is the mapping's, unless it changes now: a database tells less of it.
@@ -188,7 +200,7 @@ class _Comparison:
         mapped = {} if name not in self._tables else {c.name: c for c in self._tables[name].columns}
         columns = [c if c.name in altered else mapped.get(c.name, c) for c in reflected.columns]
         only = None if said["only"] is None else (said["only"][0], said["only"][1])
-        return Capture.restricted(frozen(reflected, columns), said["entity"], said["version"], only), only
+        return CapturedTable.restricted(frozen(reflected, columns), said["entity"], said["version"], only), only
 
 
 def _tables_of_points(found: list[ops.MigrateOperation]) -> frozenset[Name]:
@@ -206,12 +218,12 @@ def _altering(changes: ops.ModifyTableOps) -> list[ops.MigrateOperation]:
 
 def _said(there: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
     """What the triggers of a table say of themselves, by entity."""
-    return {said["entity"]: said for source in there.values() if (said := triggers.header(source)) is not None}
+    return {said["entity"]: said for source in there.values() if (said := read_header(source)) is not None}
 
 
 def _is_identity(op: ops.MigrateOperation) -> bool:
     return isinstance(op, ops.AlterColumnOp) and isinstance(op.modify_server_default, Identity)
 
 
-def _is_as_wanted(connection: Connection, there: Mapping[str, str], captured: Capture) -> bool:
+def _is_as_wanted(connection: Connection, there: Mapping[str, str], captured: CapturedTable) -> bool:
     return all(there.get(each.name) == each.source for each in triggers.triggers(connection, captured))

@@ -13,7 +13,7 @@ from alembic.operations.ops import ModifyTableOps
 from sqlalchemy import Column, MetaData, PrimaryKeyConstraint, Table
 
 from memstate_sa.capture import append_only, triggers
-from memstate_sa.capture.triggers import Capture, Only
+from memstate_sa.capture.captured_tables import CapturedTable, Only
 from memstate_sa.db.tables import log
 
 
@@ -32,7 +32,7 @@ class Ours(MigrateOperation):
 
 
 class _OfCapture(Ours):
-    def __init__(self, captured: Capture, only: Only | None = None) -> None:
+    def __init__(self, captured: CapturedTable, only: Only | None = None) -> None:
         self.captured = captured
         self.only = only
 
@@ -57,7 +57,7 @@ class _OfCapture(Ours):
         rows, of a table shared by single-table inheritance.
         """
         table = Table(table_name, MetaData(), *columns, schema=schema)
-        operations.invoke(cls(Capture.restricted(table, entity, version, only), only))
+        operations.invoke(cls(CapturedTable.restricted(table, entity, version, only), only))
 
 
 class TrackOp(_OfCapture):

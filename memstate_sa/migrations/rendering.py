@@ -45,14 +45,14 @@ def stored(type_: TypeEngine[Any]) -> TypeEngine[Any]:
         on_sqlite, on_postgresql = (stored(undecorated(type_, dialect)) for dialect in _DIALECTS)
         same = repr(on_sqlite) == repr(on_postgresql)
         return on_sqlite if same else on_sqlite.with_variant(on_postgresql, "postgresql")
-    public = next(each for each in type(type_).__mro__ if _is_public(each))
+    public = next(cls for cls in type(type_).__mro__ if _is_public(cls))
     if public is not type(type_) and type(type_).__module__.startswith("sqlalchemy.dialects."):
         return type_.adapt(public)
     return type_.copy() if isinstance(type_, SchemaType) else type_  # it listens to the table that it is in
 
 
 def _is_public(kind: type) -> bool:
-    """What ``load_dialect_impl`` returns may be a class that only the dialect knows."""
+    """Whether users can name the class: ``load_dialect_impl`` may return one that only the dialect knows."""
     return any(getattr(module, kind.__name__, None) is kind for module in (postgresql, sqlite, sqltypes))
 
 
@@ -60,8 +60,8 @@ def frozen(table: Table, columns: Iterable[Column[Any]]) -> Table:
     """*table* as a migration says it: its name, its key, and *columns* by what is stored."""
     parts: list[Any] = []
     for column in columns:
-        made = column.computed
-        computed = [] if made is None else [Computed(str(made.sqltext), made.persisted)]
+        generated = column.computed
+        computed = [] if generated is None else [Computed(str(generated.sqltext), generated.persisted)]
         parts.append(Column(str(column.name), stored(column.type), *computed))
     key = PrimaryKeyConstraint(*(str(column.name) for column in table.primary_key.columns))
     return Table(str(table.name), MetaData(), *parts, key, schema=table.schema and str(table.schema))
@@ -94,8 +94,8 @@ def _render(context: AutogenContext, operation: Ours, arguments: str = "") -> st
 
 def _render_changes(context: AutogenContext, operation: CountingTableOps) -> list[str]:
     first, *others = render._render_modify_table(context, operation)  # noqa: SLF001  # as its own
-    given = "table_kwargs={'sqlite_autoincrement': True}"
-    return [first.replace(") as batch_op:", f", {given}) as batch_op:"), *others]
+    option = "table_kwargs={'sqlite_autoincrement': True}"
+    return [first.replace(") as batch_op:", f", {option}) as batch_op:"), *others]
 
 
 def register() -> None:

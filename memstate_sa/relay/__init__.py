@@ -1,6 +1,6 @@
 """Convergence of the indexes to the committed rows.
 
-`plan` and `protocol` decide and do nothing else; `claims` and `ledger` remember; `delivery` and `loop` act.
+`plan`, `slot_owner` and `protocol` decide, and do no I/O. `claims` and `ledger` remember. `delivery` and `loop` act.
 """
 
 from memstate_sa.relay.deadletters import DeadLetter

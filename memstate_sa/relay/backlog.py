@@ -1,4 +1,4 @@
-"""What an index has not been given yet: for searches, and for people."""
+"""The undelivered changes of an index: for searches, and for people."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.tables import cursor, index_state, outbox, parked, past, projection, refill, utcnow
 from memstate_sa.log.outbox import ALL, in_slots, position_parameters, slot_array, slots, undelivered
 from memstate_sa.log.positions import Position, Snapshot, meet
-from memstate_sa.relay import claims, ledger, marks
-from memstate_sa.relay.claims import SCAN
+from memstate_sa.relay import ledger, marks, refills
 from memstate_sa.relay.index_key import IndexKey, of_index
 from memstate_sa.relay.marks import Past
-from memstate_sa.relay.plan import DEAD, PARKED
-from memstate_sa.relay.projections import HELD
+from memstate_sa.relay.plan import ParkedState
+from memstate_sa.relay.projections import HELD_BY_INDEX
+from memstate_sa.relay.refills import SCAN
 
 _positions = select(cursor.c.snapshot, cursor.c.xid, cursor.c.position, cursor.c.slot).where(of_index(cursor))
 
 
 def read_positions(connection: Connection, index: IndexKey) -> dict[Position, list[int]]:
-    """Which slots of *index* are where; empty when it was never delivered to."""
-    places: dict[Position, list[int]] = {}
+    """The slots of *index* by their position; empty when it was never delivered to."""
+    positions: dict[Position, list[int]] = {}
     for snapshot, xid, id_, slot in connection.execute(_positions, index.parameters()).all():
-        places.setdefault(Position.parse(snapshot, xid, id_), []).append(slot)
-    return places
+        positions.setdefault(Position.parse(snapshot, xid, id_), []).append(slot)
+    return positions
 
 
 # -- for a search -----------------------------------------------------------------------------------------------------
 
 
-class Standing(NamedTuple):
-    """How an index stands to one entity; ``at`` is None when it was never delivered to.
+class EntityCoverage(NamedTuple):
+    """What an index has of one entity; ``position`` is None when it was never delivered to.
 
-    ``filled``: it was once delivered in full. ``stuck``: it refused keys. ``newest``: the newest outbox id there is.
-    ``marked``: points carry their entity. ``past``: the mark that the index should have. ``projection``: what of each
-    row it holds.
+    ``filled``: it was once delivered in full. ``has_refused_keys``: it refused keys. ``newest_id``: the newest outbox
+    id. ``marked``: points carry their entity. ``past``: the mark that the index should have. ``projection``: the
+    projection of the rows that it holds.
     """
 
-    at: Position | None
+    position: Position | None
     filled: bool
-    stuck: bool
-    newest: int
+    has_refused_keys: bool
+    newest_id: int
     marked: bool
     past: Past | None = None
     projection: str | None = None
@@ -56,17 +56,17 @@ _unfilled = exists().where(
     of_index(refill), refill.c.entity.in_((literal(SCAN), bindparam("entity"))), not_(refill.c.done)
 )
 _known = exists().where(of_index(refill), refill.c.entity == bindparam("entity"))
-_any_stuck = exists().where(of_index(parked), parked.c.entity == bindparam("entity"))
+_has_refused_keys = exists().where(of_index(parked), parked.c.entity == bindparam("entity"))
 _newest = select(func.coalesce(func.max(outbox.c.id), 0)).scalar_subquery()
 _marked = select(index_state.c.marked).where(of_index(index_state)).scalar_subquery()
 _projection = (
     select(projection.c.projection)
-    .where(of_index(projection), projection.c.entity == bindparam("entity"), projection.c.owner == HELD)
+    .where(of_index(projection), projection.c.entity == bindparam("entity"), projection.c.owner == HELD_BY_INDEX)
     .scalar_subquery()
 )
 # One row, unless slots have changed hands a moment ago.
-_standing = (
-    select(cursor.c.snapshot, cursor.c.xid, cursor.c.position, and_(_known, not_(_unfilled)), _any_stuck)
+_coverage = (
+    select(cursor.c.snapshot, cursor.c.xid, cursor.c.position, and_(_known, not_(_unfilled)), _has_refused_keys)
     .add_columns(_newest, _marked, _projection, *marks.columns)
     .select_from(
         cursor.outerjoin(past, and_(past.c.index == cursor.c.index, past.c.incarnation == cursor.c.incarnation))
@@ -74,21 +74,23 @@ _standing = (
     .where(of_index(cursor))
     .distinct()
 )
-_stuck = select(parked.c.key).where(of_index(parked), parked.c.entity == bindparam("entity")).limit(bindparam("limit"))
+_refused = (
+    select(parked.c.key).where(of_index(parked), parked.c.entity == bindparam("entity")).limit(bindparam("limit"))
+)
 
 
-def read_standing(connection: Connection, index: IndexKey, entity: str) -> Standing:
-    rows = connection.execute(_standing, {**index.parameters(), "entity": entity}).all()
+def read_entity_coverage(connection: Connection, index: IndexKey, entity: str) -> EntityCoverage:
+    rows = connection.execute(_coverage, {**index.parameters(), "entity": entity}).all()
     if not rows:
-        return Standing(None, False, False, 0, False)
-    filled, stuck, newest, marked, held, *at = rows[0][3:]
-    places = meet(Position.parse(*row[:3]) for row in rows)
-    return Standing(places, filled, stuck, newest, marked, marks.as_past(at), held)
+        return EntityCoverage(None, False, False, 0, False)
+    filled, has_refused_keys, newest_id, marked, projected, *past_row = rows[0][3:]
+    position = meet(Position.parse(*row[:3]) for row in rows)
+    return EntityCoverage(position, filled, has_refused_keys, newest_id, marked, marks.as_past(past_row), projected)
 
 
-def stuck(connection: Connection, index: IndexKey, entity: str, limit: int) -> Sequence[str]:
+def refused_keys(connection: Connection, index: IndexKey, entity: str, limit: int) -> Sequence[str]:
     """Keys of *entity* that *index* refused, parked or dead."""
-    return connection.scalars(_stuck, {**index.parameters(), "entity": entity, "limit": limit}).all()
+    return connection.scalars(_refused, {**index.parameters(), "entity": entity, "limit": limit}).all()
 
 
 # -- for people -------------------------------------------------------------------------------------------------------
@@ -96,10 +98,10 @@ def stuck(connection: Connection, index: IndexKey, entity: str, limit: int) -> S
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """What an index has not been given yet.
+    """The undelivered changes of an index.
 
-    ``parked`` keys were refused and wait for another attempt; ``dead`` ones wait for their next change. ``due`` are
-    those to be tried again now, for whatever reason. ``refilling``: the index is new, and is being delivered in full.
+    ``parked`` keys were refused and wait for another attempt; ``dead`` ones wait for their next change. ``due`` keys
+    are to be tried again now, for whatever reason. ``refilling``: the index is new, and is being delivered in full.
     ``replaced_by``: the index that searches ask instead, see `Memory.reindex`. ``problem``: why the last delivery of a
     relay in this process failed, or else why one of the refused keys was refused.
     """
@@ -136,36 +138,36 @@ _paused = select(index_state.c.paused).where(of_index(index_state))
 def backlog(connection: Connection, index: IndexKey, entities: Sequence[str]) -> Backlog:
     dialect, pending, oldest = connection.dialect.name, 0, None
     names = as_array(entities)
-    places = read_positions(connection, index) or {BEGINNING: list(slots(dialect))}
-    for at, group in places.items():
-        given = {"entities": names, "slots": slot_array(group), "limit": ALL}
-        count, since = connection.execute(_pending(dialect), {**position_parameters(at), **given}).one()
+    positions = read_positions(connection, index) or {BEGINNING: list(slots(dialect))}
+    for position, group in positions.items():
+        parameters = {**position_parameters(position), "entities": names, "slots": slot_array(group), "limit": ALL}
+        count, since = connection.execute(_pending(dialect), parameters).one()
         pending += count
         oldest = min(filter(None, (oldest, since)), default=None)
     rows = connection.execute(_by_state, {**index.parameters(), "entities": names}).all()
-    states = {state: count for state, count, _ in rows}
+    counts = {state: count for state, count, _ in rows}
     refusals = {state: error for state, _, error in rows}
     return Backlog(
         pending=pending,
         oldest_s=None if oldest is None else max(0.0, (utcnow() - oldest).total_seconds()),
-        parked=states.get(PARKED, 0),
+        parked=counts.get(ParkedState.PARKED, 0),
         due=len(ledger.due(connection, index, names, slots(dialect), 1000)),
-        dead=states.get(DEAD, 0),
-        refilling=not claims.is_filled(connection, index, entities),
+        dead=counts.get(ParkedState.DEAD, 0),
+        refilling=not refills.is_filled(connection, index, entities),
         paused=bool(connection.execute(_paused, index.parameters()).scalar()),
-        problem=refusals.get(DEAD) or refusals.get(PARKED),
+        problem=refusals.get(ParkedState.DEAD) or refusals.get(ParkedState.PARKED),
     )
 
 
 BEGINNING = Position(Snapshot(0))
 
 
-def has(connection: Connection, index: IndexKey, entities: Sequence[str], present: Position) -> bool:
+def is_delivered(connection: Connection, index: IndexKey, entities: Sequence[str], present: Position) -> bool:
     """Whether *index* has everything that *present* has, but for keys that it refused and that are not due."""
-    places = read_positions(connection, index)
+    positions = read_positions(connection, index)
     return (
-        bool(places)
-        and all(at.covers(present) for at in places)
-        and claims.is_filled(connection, index, entities)
+        bool(positions)
+        and all(position.covers(present) for position in positions)
+        and refills.is_filled(connection, index, entities)
         and not ledger.due(connection, index, as_array(entities), slots(connection.dialect.name), 1)
     )

@@ -15,7 +15,7 @@ from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import index_state, parked
 from memstate_sa.errors import MemstateError
 from memstate_sa.relay.index_key import IndexKey, of_index
-from memstate_sa.relay.plan import DEAD, PARKED
+from memstate_sa.relay.plan import ParkedState
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +36,10 @@ _named = parked.c.entity + parked.c.key
 
 
 def _dead(keys: Collection[str] | None) -> ColumnElement[bool]:
-    """Those of *keys*, which may have their entity before them, as logs name them."""
-    chosen = and_(of_index(parked), parked.c.state == DEAD)
-    given = select(unnest_strings("keys").c.value)
-    return chosen if keys is None else and_(chosen, or_(parked.c.key.in_(given), _named.in_(given)))
+    """The dead keys among *keys*, which may have their entity before them, as logs name them."""
+    dead = and_(of_index(parked), parked.c.state == ParkedState.DEAD)
+    names = select(unnest_strings("keys").c.value)
+    return dead if keys is None else and_(dead, or_(parked.c.key.in_(names), _named.in_(names)))
 
 
 def read_dead(connection: Connection, index: IndexKey, limit: int) -> list[DeadLetter]:
@@ -49,15 +49,17 @@ def read_dead(connection: Connection, index: IndexKey, limit: int) -> list[DeadL
 
 
 def retry_dead(connection: Connection, index: IndexKey, keys: Collection[str] | None) -> int:
-    """Have them tried again, with a new count of attempts; returns how many."""
+    """Have dead keys tried again, with a new count of attempts; returns how many."""
     take_write_lock(connection)
     statement = update(parked).where(_dead(keys))
-    statement = statement.values(state=PARKED, attempts=0, next_at=database_now(connection), mark=uuid4().hex)
+    statement = statement.values(
+        state=ParkedState.PARKED, attempts=0, next_at=database_now(connection), mark=uuid4().hex
+    )
     return connection.execute(statement, {**index.parameters(), "keys": as_array(keys or ())}).rowcount
 
 
 def drop_dead(connection: Connection, index: IndexKey, keys: Collection[str] | None) -> int:
-    """Forget them; returns how many. What the index holds of such a key stays until its row changes."""
+    """Forget dead keys; returns how many. The point of such a key stays until its row changes."""
     take_write_lock(connection)
     statement = delete(parked).where(_dead(keys))
     return connection.execute(statement, {**index.parameters(), "keys": as_array(keys or ())}).rowcount

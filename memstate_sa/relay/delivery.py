@@ -1,4 +1,4 @@
-"""One holder at work on one index: each request of the protocol becomes a short transaction, or a call.
+"""One owner at work on one index: each request of the protocol becomes a short transaction, or a call.
 
 No database transaction is open during an embedding or index call.
 """
@@ -25,12 +25,13 @@ from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, MemstateErro
 from memstate_sa.indexes.base import Stored, Vector, is_fenced, keeps_mark
 from memstate_sa.log.outbox import read_page, slots
 from memstate_sa.log.positions import Page
-from memstate_sa.relay import claims, ledger, marks
+from memstate_sa.relay import claims, ledger, marks, refills
 from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.marks import Bookmark
-from memstate_sa.relay.plan import AGAIN
+from memstate_sa.relay.plan import ParkedState
 from memstate_sa.relay.projections import Projected
-from memstate_sa.relay.protocol import (
+from memstate_sa.relay.protocol import SlotWorker
+from memstate_sa.relay.requests import (
     Acknowledge,
     Claim,
     Claimed,
@@ -52,7 +53,6 @@ from memstate_sa.relay.protocol import (
     Remove,
     Renew,
     Request,
-    SlotWorker,
     Steps,
     Upsert,
 )
@@ -71,7 +71,7 @@ SAVE_EVERY_S = 0.5
 """PostgreSQL: positions are recorded at most this often. Each time is a new version of their rows."""
 
 _EVICTED = 1_000
-"""So many embeddings go in one transaction: on SQLite, which has one writer, it takes ten ms."""
+"""Vectors that one transaction deletes: on SQLite, which has one writer, it takes ten ms."""
 
 _READS = (Look, ReadPage, ReadDue, ReadRefill, Read)
 
@@ -100,12 +100,12 @@ class Delivery:
         self._owner = leases.new_owner(self)
         self._key: IndexKey | None = None
         self._reader: Connection | None = None
-        self._unkept: dict[str, Vector] = {}  # what was embedded and is not in the database yet
+        self._unstored: dict[str, Vector] = {}  # vectors that are not in the database yet
         self._bookmark = Bookmark()
-        self._room = 0  # how many may be kept until it is looked whether they are too many
+        self._room = 0  # how many vectors may be stored until they are counted
         dialect = engine.dialect.name
         self._page_s = SAVE_EVERY_S if dialect == "postgresql" else 0.0
-        self.holder = SlotWorker(
+        self.slot_worker = SlotWorker(
             self._tracked,
             slots=len(slots(dialect)),
             page_size=page_size,
@@ -124,14 +124,14 @@ class Delivery:
         else:
             forks.leave_to_parent(self._reader)
         self._owner, self._key, self._reader = leases.new_owner(self), None, None
-        self._unkept = {}
-        self.holder.stopping = False
-        self.holder.forget()
+        self._unstored = {}
+        self.slot_worker.stopping = False
+        self.slot_worker.reset()
 
     def open(self) -> IndexKey:
         """Raises IndexMismatch when the index was built by another embedder."""
         incarnation = self._guarded(self._destination.open)
-        self.holder.max_batch = self._guarded(lambda: self._index.max_batch)
+        self.slot_worker.max_batch = self._guarded(lambda: self._index.max_batch)
         return IndexKey(self.name, incarnation)
 
     def step(self) -> int | None:
@@ -141,39 +141,39 @@ class Delivery:
         """
         key = self.open()
         if key != self._key:
-            self.holder.forget()
+            self.slot_worker.reset()
             self._key, self._bookmark = key, Bookmark()
         classes = self._classes()
         if classes != self._tracked:  # the next claim has the rows of what is new delivered
-            if self.holder.epochs:
-                self._run(self.holder.release())
+            if self.slot_worker.epochs:
+                self._run(self.slot_worker.release())
             self._know(classes)
-            self.holder.entities = classes
-        return self._run(self.holder.step())
+            self.slot_worker.entities = classes
+        return self._run(self.slot_worker.step())
 
     def _know(self, classes: Mapping[str, Tracked]) -> None:
         self._tracked = classes
-        self._deliver(classes)
+        self._set_delivered(classes)
 
-    def _deliver(self, entities: Collection[str]) -> None:
-        """Of the classes that we know, those that we have been given to deliver."""
+    def _set_delivered(self, entities: Collection[str]) -> None:
+        """Set the entities that we deliver: perhaps not all that we know."""
         self._delivered, self._entities = list(entities), as_array(entities)
 
     def save(self) -> None:
         """Record how far each slot is, now."""
         if self._key is not None:
-            self._run(self.holder.save())
+            self._run(self.slot_worker.save())
 
     def keep(self) -> None:
         """Renew the lease if half of it is over."""
-        if self._key is not None and self.holder.epochs:
-            self._run(self.holder.keep())
+        if self._key is not None and self.slot_worker.epochs:
+            self._run(self.slot_worker.keep())
 
     def release(self) -> None:
         """Let others take over at once."""
         if self._key is None or (is_in_memory(self._engine) and open_transaction(self._engine)):
             return  # its connection is the application's, in the middle of something
-        self._run(self.holder.release())
+        self._run(self.slot_worker.release())
 
     def _run(self, steps: Steps[R]) -> R:
         try:
@@ -220,7 +220,7 @@ class Delivery:
                 reader.close()
 
     @property
-    def _at(self) -> IndexKey:
+    def _index_key(self) -> IndexKey:
         assert self._key is not None
         return self._key
 
@@ -231,82 +231,86 @@ class Delivery:
         raise NotImplementedError(type(request))
 
     @_do.register
-    def _(self, request: Claim) -> Claimed:
+    def _do_claim(self, request: Claim) -> Claimed:
         embedder = self._vectors.embedder
-        kept = self._guarded(lambda: marks.kept_by(self._index))
+        kept_mark = self._guarded(lambda: marks.kept_by(self._index))
         with self._writing() as connection:
-            claimed, now = claims.claim(
-                connection,
-                self._at,
+            claimant = claims.Claimant(
                 self._owner,
                 self._lease_s,
-                epochs=request.epochs,
                 in_process=getattr(self._index, "in_process", False),
                 embedder=embedder.fingerprint,
                 dimension=embedder.dimension,
                 classes=self._projected(connection),
-                kept=kept,
+            )
+            claimed, past = claims.claim(
+                connection,
+                self._index_key,
+                claimant,
+                epochs=request.epochs,
+                kept_mark=kept_mark,
                 went_back=request.went_back or self._bookmark.went_back,
             )
-        self._bookmark.claimed(now)
+        self._bookmark.claimed(past)
         if claimed.entities is not None:
-            self._deliver(claimed.entities)
+            self._set_delivered(claimed.entities)
         return claimed
 
     def _projected(self, connection: Connection) -> dict[str, Projected]:
-        """How we project our classes, and since when by the database's clock."""
+        """The projections of our classes, and by the database's clock since when."""
         now, clock = leases.database_now(connection), time.monotonic()
         return {
-            entity: Projected(each.projection, now - timedelta(seconds=clock - each.since), each.withdrawn)
-            for entity, each in self._tracked.items()
+            entity: Projected(tracked.projection, now - timedelta(seconds=clock - tracked.since), tracked.withdrawn)
+            for entity, tracked in self._tracked.items()
         }
 
     @_do.register
-    def _(self, _: Renew) -> int:
+    def _do_renew(self, _: Renew) -> int:
         with self._writing() as connection:
-            return claims.renew(connection, self._at, self._owner, self._lease_s)
+            return claims.renew(connection, self._index_key, self._owner, self._lease_s)
 
     @_do.register
-    def _(self, request: Look) -> DatabaseState:
+    def _do_look(self, request: Look) -> DatabaseState:
         with self._reading() as connection:
             self._bookmark.end_page(time.monotonic())
-            seen, now = claims.look(connection, self._at, self._owner, self._entities, request.slots)
-        return seen if self._bookmark.sees(now) else seen._replace(elsewhere=True)
+            state, past = claims.look(connection, self._index_key, self._owner, self._entities, request.slots)
+        return state if self._bookmark.sees(past) else state._replace(elsewhere=True)
 
     @_do.register
-    def _(self, request: Release) -> None:
+    def _do_release(self, request: Release) -> None:
         with self._writing() as connection:
             if request.leave:
-                claims.leave(connection, self._at, self._owner)  # before the slots, as whoever claims
-            held = claims.still_held(connection, self._at, self._owner, request.epochs)
-            claims.move(connection, self._at, {slot: at for slot, at in request.positions.items() if slot in held})
-            ledger.redirty(connection, self._at, request.unsure)
-            claims.let_go(connection, self._at, held.difference(request.unsettled))
+                claims.leave(connection, self._index_key, self._owner)  # before the slots: a claim locks in this order
+            held_slots = claims.still_held(connection, self._index_key, self._owner, request.epochs)
+            positions = {slot: position for slot, position in request.positions.items() if slot in held_slots}
+            claims.save_positions(connection, self._index_key, positions)
+            ledger.redirty(connection, self._index_key, request.unsure)
+            claims.free_slots(connection, self._index_key, held_slots.difference(request.unsettled))
 
     # -- sources of dirty keys -----------------------------------------------------------------------------------------
 
     @_do.register
-    def _(self, request: ReadPage) -> Page:
+    def _do_read_page(self, request: ReadPage) -> Page:
         with self._reading() as connection:
-            return read_page(connection, request.at, request.present, request.slots, request.limit)
+            return read_page(connection, request.position, request.present, request.slots, request.limit)
 
     @_do.register
-    def _(self, request: ReadDue) -> Any:
+    def _do_read_due(self, request: ReadDue) -> Any:
         with self._reading() as connection:
-            return ledger.due(connection, self._at, self._entities, request.slots, request.limit)
+            return ledger.due(connection, self._index_key, self._entities, request.slots, request.limit)
 
     @_do.register
-    def _(self, request: ReadRefill) -> Refill | None:
+    def _do_read_refill(self, request: ReadRefill) -> Refill | None:
         with self._reading() as connection:
-            return claims.next_refill(connection, self._at, request.slots, self._delivered)
+            return refills.next_refill(connection, self._index_key, request.slots, self._delivered)
 
     @_do.register
-    def _(self, request: ListFacts) -> KeyPage:
+    def _do_list_facts(self, request: ListFacts) -> KeyPage:
         size = request.limit
-        if request.entity == claims.SCAN:
+        if request.entity == refills.SCAN:
             entries = self._guarded(lambda: self._index.scan(request.after, size))
-            found = {fact: entry.fingerprint for entry in entries if (fact := split_point_id(entry.id))}
-            return KeyPage(found, entries[-1].id if entries else None)
+            facts = {fact: entry.fingerprint for entry in entries if (fact := split_point_id(entry.id))}
+            return KeyPage(facts, entries[-1].id if entries else None)
         with self._reading() as connection:
             keys = committed.page(connection, self._tracked[request.entity], request.after, size)
         return KeyPage({(request.entity, key): None for key in keys}, keys[-1] if len(keys) == size else None)
@@ -314,7 +318,7 @@ class Delivery:
     # -- one page ------------------------------------------------------------------------------------------------------
 
     @_do.register
-    def _(self, request: Read) -> PageState:
+    def _do_read(self, request: Read) -> PageState:
         projections: dict[FactKey, Projection] = {}
         failed: dict[FactKey, MemstateError] = {}
         impossible: dict[FactKey, MemstateError] = {}
@@ -322,20 +326,20 @@ class Delivery:
         with self._reading() as connection:
             for entity, keys in by_entity(request.facts).items():
                 columns = self._tracked[entity].columns_for(connection.dialect)
-                lost = set(keys) - columns.possible(connection, keys).keys()
-                why = DeliveryRejected(f"no row of {columns.table.fullname} can have this key; was its type changed?")
-                impossible.update(((entity, key), why) for key in lost)
-                for found in committed.project(connection, self._tracked[entity], keys, embedder):
-                    if isinstance(found, Projection):
-                        projections[entity, found.key] = found
+                impossible_keys = set(keys) - columns.possible(connection, keys).keys()
+                error = DeliveryRejected(f"no row of {columns.table.fullname} can have this key; was its type changed?")
+                impossible.update(((entity, key), error) for key in impossible_keys)
+                for row in committed.project(connection, self._tracked[entity], keys, embedder):
+                    if isinstance(row, Projection):
+                        projections[entity, row.key] = row
                     else:
-                        failed[entity, found[0]] = classify(found[1], "the text callable")
-            given = ledger.read_ledger(connection, self._at, request.facts)
-            parked = ledger.read_parked(connection, self._at, request.facts)
-        return PageState(projections, failed, given, parked, impossible)
+                        failed[entity, row[0]] = classify(row[1], "the text callable")
+            delivered = ledger.read_ledger(connection, self._index_key, request.facts)
+            parked = ledger.read_parked(connection, self._index_key, request.facts)
+        return PageState(projections, failed, delivered, parked, impossible)
 
     @_do.register
-    def _(self, request: Embed) -> Embedded:
+    def _do_embed(self, request: Embed) -> Embedded:
         texts, vectors = request.texts, self._vectors
         known: dict[str, Vector] = {}
         if vectors.stored:
@@ -346,88 +350,88 @@ class Delivery:
         missing = {digest: text for digest, text in texts.items() if digest not in known and digest not in new}
         new |= self._guarded(lambda: vectors.embed(missing))
         if vectors.stored:
-            self._unkept |= new
+            self._unstored |= new
         return Embedded(known | new, len(missing))
 
-    def _keep(self) -> None:
-        """Keep what was embedded, before the index is called: whatever happens there, it was paid for once."""
-        if not self._unkept:
+    def _store_vectors(self) -> None:
+        """Store new vectors before the index is called: a failure there must not cost a second embedding."""
+        if not self._unstored:
             return
         with self._writing() as connection:
-            cache.store(connection, self._unkept, self._vectors.embedder.fingerprint)
-        self._room -= len(self._unkept)
-        self._unkept = {}
+            cache.store(connection, self._unstored, self._vectors.embedder.fingerprint)
+        self._room -= len(self._unstored)
+        self._unstored = {}
         if self._room < 0:
             self._evict()
 
     def _evict(self) -> None:
-        """Some of what is too much; now and then, as counting takes a while."""
+        """Evict some of the vectors beyond the capacity. Rarely, as counting takes a while."""
         capacity = self._vectors.stored
         with self._reading() as connection:
             excess = cache.count(connection) - capacity
         self._end_reading()
-        some = min(excess, 10 * _EVICTED)
-        for start in range(0, some, _EVICTED):
+        evicted = min(excess, 10 * _EVICTED)
+        for start in range(0, evicted, _EVICTED):
             with self._writing() as connection:
-                cache.evict(connection, min(_EVICTED, some - start))
-        self._room = capacity // 10 if excess <= some else 0
+                cache.evict(connection, min(_EVICTED, evicted - start))
+        self._room = capacity // 10 if excess <= evicted else 0
 
     @_do.register
-    def _(self, request: Fetch) -> Mapping[FactKey, Stored]:
+    def _do_fetch(self, request: Fetch) -> Mapping[FactKey, Stored]:
         facts = {point_id(*fact): fact for fact in request.facts}
         return {facts[stored.id]: stored for stored in self._guarded(lambda: self._index.get(list(facts)))}
 
     def _mark_page(self) -> None:
-        """Have a page begun before the index is written to: what a restore takes back is not to look delivered."""
+        """Begin a page before the index is written to: changes that a restore takes back must not look delivered."""
         index, bookmark = self._index, self._bookmark
-        if not keeps_mark(index) or (bookmark.is_begun and bookmark.is_told):
+        if not keeps_mark(index) or (bookmark.is_begun and bookmark.index_has_mark):
             return
-        if not bookmark.is_begun:  # else the index could not be told: to begin others would leave it behind
+        if not bookmark.is_begun:  # else the index did not get its mark: further pages would leave it behind
             with self._writing() as connection:
-                begun = marks.begin_page(connection, self._at)
-            if not bookmark.sees(begun):
+                past = marks.begin_page(connection, self._index_key)
+            if not bookmark.sees(past):
                 raise DeliveryRetryable(f"index {self.name!r}: the database was restored meanwhile")
             bookmark.begun(time.monotonic() + self._page_s)
         self._guarded(lambda: index.write_mark(str(bookmark.mark)))
-        bookmark.is_told = True
+        bookmark.index_has_mark = True
 
     @_do.register
-    def _(self, request: Upsert) -> None:
-        self._keep()
+    def _do_upsert(self, request: Upsert) -> None:
+        self._store_vectors()
         self._mark_page()
-        points = [put.point for put in request.puts if put.point is not None]
+        points = [write.point for write in request.writes if write.point is not None]
         self._guarded(lambda: self._index.upsert(points))
 
     @_do.register
-    def _(self, request: Remove) -> None:
+    def _do_remove(self, request: Remove) -> None:
         self._mark_page()
         index = self._index
         if not is_fenced(index):
-            self._guarded(lambda: index.delete([point_id(*put.fact) for put in request.puts]))
+            self._guarded(lambda: index.delete([point_id(*write.fact) for write in request.writes]))
             return
         by_epoch: dict[int, list[str]] = {}
-        for put in request.puts:
-            by_epoch.setdefault(put.epoch, []).append(point_id(*put.fact))
+        for write in request.writes:
+            by_epoch.setdefault(write.epoch, []).append(point_id(*write.fact))
         for epoch, ids in by_epoch.items():
             self._guarded(partial(index.delete, ids, epoch=epoch))
 
     @_do.register
-    def _(self, request: Acknowledge) -> frozenset[int]:
+    def _do_acknowledge(self, request: Acknowledge) -> frozenset[int]:
         for fact, parking in request.parking.items():
-            if parking.state == AGAIN:
+            if parking.state == ParkedState.AGAIN:
                 continue
             logger.warning("%s: %s%s %s: %s", self.name, *fact, parking.state, parking.error)
         with self._writing() as connection:
-            return ledger.acknowledge(connection, self._at, self._owner, request)
+            return ledger.acknowledge(connection, self._index_key, self._owner, request)
 
     @_do.register
-    def _(self, request: Redirty) -> None:
+    def _do_redirty(self, request: Redirty) -> None:
         logger.warning("%s: the lease was lost; %d keys are delivered again", self.name, len(request.facts))
         with self._writing() as connection:
-            ledger.redirty(connection, self._at, request.facts)
+            ledger.redirty(connection, self._index_key, request.facts)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def _guarded(self, call: Callable[[], T]) -> T:
-        """*call* on the index or the embedder; whatever it raises becomes ours."""
+        """Call the index or the embedder. Its errors become ours."""
         return guarded(call, f"index {self.name!r}")

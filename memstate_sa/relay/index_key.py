@@ -1,4 +1,4 @@
-"""What every table of relay state is keyed by."""
+"""The key of every table of relay state."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from sqlalchemy import ColumnElement, Table, and_, bindparam
 
 
 class IndexKey(NamedTuple):
-    """One lifetime of one index; every table of relay state is keyed by it."""
+    """One lifetime of one index. Every table of relay state is keyed by it."""
 
     name: str
     incarnation: str
 
     def values(self) -> dict[str, str]:
-        """For an INSERT."""
+        """Column values for an INSERT."""
         return {"index": self.name, "incarnation": self.incarnation}
 
     def parameters(self) -> dict[str, str]:
-        """For what `of_index` selects."""
+        """Parameters of `of_index`."""
         return {"the_index": self.name, "the_incarnation": self.incarnation}
 
 

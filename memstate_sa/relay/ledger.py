@@ -1,4 +1,4 @@
-"""What each index was last given for each key, and the keys it refused; recorded only by who still holds their slot."""
+"""The last delivery of each key to each index, and parked keys. Only the owner of a slot records its keys."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from memstate_sa.db.statements import batches, take_write_lock, upsert
 from memstate_sa.db.tables import ledger, parked, utcnow
 from memstate_sa.log.outbox import slot_array, slots
 from memstate_sa.log.positions import slot_of
-from memstate_sa.relay import claims
+from memstate_sa.relay import claims, refills
 from memstate_sa.relay.index_key import IndexKey, of_index
-from memstate_sa.relay.plan import AGAIN, Delivered, Parked
-from memstate_sa.relay.protocol import Acknowledge, ParkedKey
+from memstate_sa.relay.plan import Delivered, Parked, ParkedState
+from memstate_sa.relay.requests import Acknowledge, ParkedKey
 
 # Statements are built once: building one takes longer than running it, and the relay shares the interpreter with the
 # application.
-_keys, _marks = unnest_strings("keys"), unnest_strings("marks")
+_keys, _versions = unnest_strings("keys"), unnest_strings("versions")
 _entity: BindParameter[str] = bindparam("entity")
 # IN, not a join: SQLite would read the whole ledger for each key.
-_given = select(ledger.c.key, ledger.c.fingerprint, ledger.c.text_fingerprint, ledger.c.deleted).where(
+_delivered = select(ledger.c.key, ledger.c.fingerprint, ledger.c.text_fingerprint, ledger.c.deleted).where(
     of_index(ledger), ledger.c.entity == _entity, ledger.c.key.in_(select(_keys.c.value))
 )
 _unpark = delete(parked).where(
     of_index(parked),
     parked.c.entity == bindparam("the_entity"),
     parked.c.key.in_(select(_keys.c.value)),
-    parked.c.mark.in_(select(_marks.c.value)),
+    parked.c.mark.in_(select(_versions.c.value)),
 )
 
 
 @cache
-def _stuck(dialect_name: str) -> Any:
-    """What is to be delivered again later is not due to be noticed now."""
-    counts = or_(parked.c.state != AGAIN, parked.c.next_at <= leases.clock(dialect_name))
+def _parked(dialect_name: str) -> Any:
+    """The parked rows of keys, without those that are to be delivered again later."""
+    counts = or_(parked.c.state != ParkedState.AGAIN, parked.c.next_at <= leases.clock(dialect_name))
     mine = and_(of_index(parked), parked.c.entity == _entity, parked.c.key.in_(select(_keys.c.value)))
     return select(parked.c.key, parked.c.attempts, parked.c.mark, parked.c.repeat).where(mine, counts)
 
@@ -56,11 +56,13 @@ def _of_facts(connection: Connection, statement: Any, index: IndexKey, facts: Co
 
 
 def read_ledger(connection: Connection, index: IndexKey, facts: Collection[FactKey]) -> dict[FactKey, Delivered]:
-    return {fact: Delivered(*row) for fact, row in _of_facts(connection, _given, index, facts)}
+    return {fact: Delivered(*row) for fact, row in _of_facts(connection, _delivered, index, facts)}
 
 
 def read_parked(connection: Connection, index: IndexKey, facts: Collection[FactKey]) -> dict[FactKey, ParkedKey]:
-    return {fact: ParkedKey(*row) for fact, row in _of_facts(connection, _stuck(connection.dialect.name), index, facts)}
+    return {
+        fact: ParkedKey(*row) for fact, row in _of_facts(connection, _parked(connection.dialect.name), index, facts)
+    }
 
 
 @cache
@@ -71,57 +73,59 @@ def _due(dialect_name: str) -> Any:
 
 def due(connection: Connection, index: IndexKey, entities: str, slots: Iterable[int], limit: int) -> Sequence[FactKey]:
     """Parked keys of *slots* and *entities* (an array parameter) whose time has come, longest due first."""
-    given = {"entities": entities, "slots": slot_array(slots), "now": utcnow(), "limit": limit}
-    rows = connection.execute(_due(connection.dialect.name), {**index.parameters(), **given}).all()
+    parameters = {"entities": entities, "slots": slot_array(slots), "now": utcnow(), "limit": limit}
+    rows = connection.execute(_due(connection.dialect.name), {**index.parameters(), **parameters}).all()
     return [(entity, key) for entity, key in rows]
 
 
 def acknowledge(connection: Connection, index: IndexKey, owner: str, record: Acknowledge) -> frozenset[int]:
-    """Record a page as far as *owner* still holds the slots; which of them it does not."""
-    held = claims.still_held(connection, index, owner, record.epochs)
-    of = len(slots(connection.dialect.name))
+    """Record a page as far as *owner* still holds the slots. Returns the lost slots."""
+    held_slots = claims.still_held(connection, index, owner, record.epochs)
+    slot_count = len(slots(connection.dialect.name))
 
-    def ours(fact: FactKey) -> bool:
-        return slot_of(*fact) % of in held
+    def is_held(fact: FactKey) -> bool:
+        return slot_of(*fact) % slot_count in held_slots
 
     statement = _record(connection.dialect.name)
-    now = {**index.parameters(), "now": utcnow()}
+    common = {**index.parameters(), "now": utcnow()}
     written = [
         (*fact, record.epochs[slot], *delivered)
         for fact, delivered in record.written.items()
-        if (slot := slot_of(*fact) % of) in held
+        if (slot := slot_of(*fact) % slot_count) in held_slots
     ]
-    for some in batches(written, _ROWS):
-        connection.execute(statement, {**now, "rows": as_json(some)})
-    _resolve(connection, index, {fact: mark for fact, mark in record.resolved.items() if ours(fact)})
-    park_all(connection, index, {fact: parking for fact, parking in record.parking.items() if ours(fact)})
+    for rows in batches(written, _ROWS):
+        connection.execute(statement, {**common, "rows": as_json(rows)})
+    _resolve(connection, index, {fact: version for fact, version in record.resolved.items() if is_held(fact)})
+    park_all(connection, index, {fact: parking for fact, parking in record.parking.items() if is_held(fact)})
     if record.foreign:
-        # Keys of another Memory that shares this index: passed by here, so they wait for its relay, deleted ones too.
-        known = claims.known(connection, index)
-        waiting = Parked(0, 0.0, AGAIN, "passed by")
+        # Keys of another Memory that shares this index wait for its relay, deleted ones too.
+        known = refills.read_entities(connection, index)
+        waiting = Parked(0, 0.0, ParkedState.AGAIN, "passed by")
         park_all(connection, index, {fact: waiting for fact in record.foreign if fact[0] in known})
-    claims.move(connection, index, {slot: at for slot, at in record.positions.items() if slot in held})
+    claims.save_positions(
+        connection, index, {slot: position for slot, position in record.positions.items() if slot in held_slots}
+    )
     if record.refill is not None:
-        claims.save_refill(connection, index, record.refill, held)
-    return frozenset(record.epochs.keys() - held)
+        refills.save_refill(connection, index, record.refill, held_slots)
+    return frozenset(record.epochs.keys() - held_slots)
 
 
 _ROWS = 10_000
-"""So many are recorded by one statement: of a ledger they take a few MB at most."""
+"""Rows of the ledger in one statement. They take a few MB at most."""
 
 _RECORDED = ("entity", "key", "epoch", "fingerprint", "text_fingerprint", "deleted")
 
 
 @cache
 def _record(dialect_name: str) -> Any:
-    """What was delivered, unless a later holder has delivered since."""
+    """Record deliveries, unless a later owner has delivered since."""
     common = {
         "index": bindparam("the_index", type_=ledger.c.index.type),
         "incarnation": bindparam("the_incarnation", type_=ledger.c.incarnation.type),
         "at": bindparam("now", type_=ledger.c.at.type),
     }
-    given = unnest_rows("rows")
-    recorded = select(*common.values(), *(row_value(given, n, ledger.c[name].type) for n, name in enumerate(_RECORDED)))
+    rows = unnest_rows("rows")
+    recorded = select(*common.values(), *(row_value(rows, n, ledger.c[name].type) for n, name in enumerate(_RECORDED)))
     # Without a WHERE, SQLite takes ON CONFLICT for a join's ON.
     statement = upsert(dialect_name, ledger).from_select([*common, *_RECORDED], recorded.where(true()))
     return statement.on_conflict_do_update(
@@ -133,18 +137,18 @@ def _record(dialect_name: str) -> Any:
 
 def _resolve(connection: Connection, index: IndexKey, resolved: Mapping[FactKey, str]) -> None:
     for entity, keys in by_entity(resolved).items():
-        marks = {resolved[entity, key] for key in keys}
-        parameters = {"the_entity": entity, "keys": as_array(keys), "marks": as_array(marks)}
+        versions = {resolved[entity, key] for key in keys}
+        parameters = {"the_entity": entity, "keys": as_array(keys), "versions": as_array(versions)}
         connection.execute(_unpark, {**index.parameters(), **parameters})
 
 
 def redirty(connection: Connection, index: IndexKey, facts: Mapping[FactKey, Parked]) -> None:
-    """Have *facts* delivered again, whatever the ledger says of them."""
+    """Have *facts* delivered again, whatever the ledger says."""
     take_write_lock(connection)
     park_all(connection, index, facts)
 
 
-_instead_of: BindParameter[str | None] = bindparam("instead_of", type_=parked.c.mark.type)
+_expected_version: BindParameter[str | None] = bindparam("expected_version", type_=parked.c.mark.type)
 
 
 def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, Parked]) -> None:
@@ -153,18 +157,18 @@ def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, 
     statement = upsert(connection.dialect.name, parked)
     new = statement.excluded
     # A call may land until then, whatever else is the matter with the key.
-    lands = and_(parked.c.state == AGAIN, parked.c.next_at > new.next_at, not_(new.repeat))
-    kept = {name: case((lands, parked.c[name]), else_=new[name]) for name in ("state", "next_at", "error")}
+    lands_later = and_(parked.c.state == ParkedState.AGAIN, parked.c.next_at > new.next_at, not_(new.repeat))
+    kept = {name: case((lands_later, parked.c[name]), else_=new[name]) for name in ("state", "next_at", "error")}
     now: datetime = database_now(connection)
-    mark = uuid4().hex
-    # What has to be repeated after it is delivered, still has to be when it is refused, or marked once more.
-    still = and_(parked.c.repeat, or_(new.state != AGAIN, new.next_at <= now))
-    repeat = case((or_(still, new.repeat), true()), (lands, parked.c.repeat), else_=false())
+    version = uuid4().hex
+    # A key that has to be delivered again still has to be when it is refused, or parked once more.
+    still_repeats = and_(parked.c.repeat, or_(new.state != ParkedState.AGAIN, new.next_at <= now))
+    repeat = case((or_(still_repeats, new.repeat), true()), (lands_later, parked.c.repeat), else_=false())
     connection.execute(
         statement.on_conflict_do_update(
             index_elements=list(parked.primary_key.columns),
             set_={"attempts": new.attempts, "mark": new.mark, "repeat": repeat, **kept},
-            where=or_(_instead_of.is_(None), parked.c.mark == _instead_of),
+            where=or_(_expected_version.is_(None), parked.c.mark == _expected_version),
         ),
         [
             {
@@ -172,14 +176,14 @@ def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, 
                 "entity": entity,
                 "key": key,
                 "slot": slot_of(entity, key),
-                "attempts": given.attempts,
-                "next_at": now + timedelta(seconds=given.delay_s),
-                "state": given.state,
-                "error": given.error,
-                "mark": mark,
-                "repeat": given.repeat,
-                "instead_of": given.instead_of,
+                "attempts": row.attempts,
+                "next_at": now + timedelta(seconds=row.delay_s),
+                "state": row.state,
+                "error": row.error,
+                "mark": version,
+                "repeat": row.deliver_again,
+                "expected_version": row.expected_version,
             }
-            for (entity, key), given in sorted(parking.items())  # in this order: two may park the same keys
+            for (entity, key), row in sorted(parking.items())  # in this order: two may park the same keys
         ],
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
@@ -15,7 +14,6 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import SQLAlchemyError
 
 from memstate_sa.db.sqlite import is_in_memory, require_no_transaction
 from memstate_sa.embedding.batches import Destination
@@ -26,23 +24,22 @@ from memstate_sa.relay import backlog, deadletters, projections, retention
 from memstate_sa.relay.deadletters import DeadLetter
 from memstate_sa.relay.delivery import Delivery
 from memstate_sa.relay.index_key import IndexKey
-from memstate_sa.relay.protocol import Counters
+from memstate_sa.relay.index_worker import IndexWorker
 from memstate_sa.relay.retention import Retention
 from memstate_sa.relay.retry import Breaker, RetryPolicy, describe
-from memstate_sa.relay.wakeup import Changes, Listener, Notifier
+from memstate_sa.relay.slot_owner import Counters
+from memstate_sa.relay.wakeup import Listener, Notifier
 from memstate_sa.runtime import forks
 from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.tracking.tracked import Tracked
 
 logger = printable_logger("memstate_sa.relay")
-
 T = TypeVar("T")
 
 STOP_TIMEOUT_S = 5.0
-"""So long a relay that stops waits for a call under way. Docker, for example, kills a process after ten seconds."""
+"""The wait of a stopping relay for a call under way. Docker, for example, kills a process after ten seconds."""
 
-_FORGET_EVERY_S = 60.0
-_LONGEST_PAUSE_S = 0.1
+_CLEAN_UP_EVERY_S = 60.0
 
 
 class Relay:
@@ -67,7 +64,7 @@ class Relay:
     ) -> None:
         """See the options below; all times are in seconds.
 
-        *page_size*: keys converged at a time. *lease_s*: how long others wait for a holder that died elsewhere; a
+        *page_size*: keys converged at a time. *lease_s*: how long others wait for an owner that died elsewhere; a
         single call of index or embedder should take no longer.
         *poll_s*: the shortest and the longest wait between two looks at an idle database (default: 2 to 50 ms on
         SQLite, where a look is a PRAGMA; 50 ms to 5 s on PostgreSQL); a commit in this process is seen at once.
@@ -82,7 +79,7 @@ class Relay:
         self._destinations = destinations
         poll_s = poll_s or ((0.002, 0.05) if engine.dialect.name == "sqlite" else (0.05, 5.0))
         policy = policy or RetryPolicy()
-        self._couriers = [
+        self._workers = [
             IndexWorker(
                 engine,
                 Delivery(engine, name, *destination, page_size=page_size, lease_s=lease_s, policy=policy),
@@ -94,18 +91,18 @@ class Relay:
         self._notifier = notifier
         self._sweep = sweep
         self._retention = retention or Retention()
-        self._forget_at = time.monotonic()
-        self._folded = 0
+        self._clean_up_at = time.monotonic()
+        self._folded_up_to = 0
         self._listener: Listener | None = None
         self._make_locks()
         forks.in_child(self, Relay._forked)
 
     def _make_locks(self) -> None:
         self._lock = threading.RLock()
-        self._forget_lock = threading.Lock()
+        self._clean_up_lock = threading.Lock()
 
     def _forked(self) -> None:
-        """Begin without threads: those are the parent's."""
+        """Begin without threads: they are the parent's."""
         self._make_locks()
         listener, self._listener = self._listener, None
         if listener is not None:
@@ -124,7 +121,7 @@ class Relay:
             succeeded = failure is None
         finally:
             if not succeeded:
-                self._let_go()  # this relay may never be called again
+                self._stop_unless_running()  # this relay may never be called again
         if failure is not None:
             raise failure
         return count
@@ -139,10 +136,10 @@ class Relay:
         try:
             return self._drain(time.monotonic() + timeout, timeout, progress)
         finally:
-            self._let_go()
+            self._stop_unless_running()
 
-    def _let_go(self) -> None:
-        """Unless threads go on: whoever comes next need not wait for the lease to run out."""
+    def _stop_unless_running(self) -> None:
+        """Release the lease unless threads go on, so that the next relay need not wait until it runs out."""
         with self._lock:  # start() comes before this look, or after what follows from it
             if not self._running:
                 self.stop()
@@ -161,7 +158,7 @@ class Relay:
                 return total
             wait = 0.0 if count else 0.02
             if failure is not None:
-                wait = min(courier.breaker.wait_s(time.monotonic()) for courier in self._couriers if courier.failure)
+                wait = min(worker.breaker.wait_s(time.monotonic()) for worker in self._workers if worker.failure)
             if time.monotonic() + wait > deadline:
                 reason = failure or self._why_behind(present)
                 raise DeliveryError(f"not drained within {timeout:g} s: {reason}") from failure
@@ -171,33 +168,33 @@ class Relay:
         """One page of each source for each index: the keys converged, and the first failure. One stops no other."""
         total, failure = 0, None
         require_no_transaction(self._engine)
-        for courier in self._couriers:
+        for worker in self._workers:
             try:
-                total += courier.step(save=True) or 0
+                total += worker.step(save=True) or 0
             except DeliveryRetryable as error:
                 failure = failure or error
-        self._forget()
+        self._clean_up()
         return total, failure
 
-    def _forget(self) -> None:
-        """Delete what has expired, what every index has, what need not be kept: now and then, and while there is more.
+    def _clean_up(self) -> None:
+        """Delete what is no longer needed, now and then, and at once while there is more.
 
-        Never for long, and never waited for: it is delivery's thread.
+        It takes little time, and waits for no other call: this is the thread of the delivery.
         """
-        if time.monotonic() < self._forget_at or not self._forget_lock.acquire(blocking=False):
+        if time.monotonic() < self._clean_up_at or not self._clean_up_lock.acquire(blocking=False):
             return
         try:
-            self._forget_at = time.monotonic() + _FORGET_EVERY_S
+            self._clean_up_at = time.monotonic() + _CLEAN_UP_EVERY_S
             with forks.uninterrupted():
-                forgotten = self._forget_some()
-            if forgotten:
-                self._forget_at = 0.0
+                count = self._clean_up_once()
+            if count:
+                self._clean_up_at = 0.0
         except Exception as error:  # noqa: BLE001  # a sweep runs the application's code; delivery goes on
             logger.warning("nothing was forgotten (%s)", type(error).__name__)
         finally:
-            self._forget_lock.release()
+            self._clean_up_lock.release()
 
-    def _forget_some(self) -> int:
+    def _clean_up_once(self) -> int:
         keep, jobs = self._retention, list[Callable[[Connection], int]]()
         if keep.index is not None:
             jobs.append(partial(retention.forget_idle_indexes, keep=keep.index))
@@ -213,20 +210,18 @@ class Relay:
         return count
 
     def _fold_log(self, connection: Connection, keep: timedelta) -> int:
-        before = self._folded
-        self._folded = retention.fold_log(connection, keep, before)
-        return self._folded - before
+        before = self._folded_up_to
+        self._folded_up_to = retention.fold_log(connection, keep, before)
+        return self._folded_up_to - before
 
     def counters(self) -> dict[str, Counters]:
-        """What this relay has done for each index since it was made."""
-        return {courier.delivery.name: courier.delivery.holder.counters for courier in self._couriers}
+        """The counters of each index since this relay was made."""
+        return {worker.delivery.name: worker.delivery.slot_worker.counters for worker in self._workers}
 
     def problems(self) -> dict[str, str]:
         """Indexes whose last delivery failed, with why."""
         return {
-            courier.delivery.name: describe(courier.failure)
-            for courier in self._couriers
-            if courier.failure is not None
+            worker.delivery.name: describe(worker.failure) for worker in self._workers if worker.failure is not None
         }
 
     # -- operation ---------------------------------------------------------------------------------------------------
@@ -236,15 +231,15 @@ class Relay:
 
         Commits go on, and search finds what is undelivered, as far as its bounds go.
         """
-        self._for_each(indexes, partial(deadletters.set_paused, paused=True))
+        self._run_for(indexes, partial(deadletters.set_paused, paused=True))
 
     def resume(self, *indexes: str) -> None:
-        self._for_each(indexes, partial(deadletters.set_paused, paused=False))
+        self._run_for(indexes, partial(deadletters.set_paused, paused=False))
         self.wake()
 
     def dead(self, *indexes: str, limit: int = 1000) -> list[DeadLetter]:
         """The keys that *indexes* (default: all) refused too often."""
-        letters = self._for_each(indexes, partial(deadletters.read_dead, limit=limit))
+        letters = self._run_for(indexes, partial(deadletters.read_dead, limit=limit))
         return list(chain.from_iterable(letters))
 
     def retry_dead(self, *indexes: str, keys: Collection[str] | None = None) -> int:
@@ -252,53 +247,55 @@ class Relay:
 
         A key is given as in `DeadLetter.key`, or with its entity before it, as logs name it: ``preference[7]``.
         """
-        count = sum(self._for_each(indexes, partial(deadletters.retry_dead, keys=keys)))
+        count = sum(self._run_for(indexes, partial(deadletters.retry_dead, keys=keys)))
         self.wake()
         return count
 
     def drop_dead(self, *indexes: str, keys: Collection[str] | None = None) -> int:
         """Forget dead keys, those in *keys* or all; returns how many. They are tried again when their rows change."""
-        return sum(self._for_each(indexes, partial(deadletters.drop_dead, keys=keys)))
+        return sum(self._run_for(indexes, partial(deadletters.drop_dead, keys=keys)))
 
-    def _for_each(self, names: Collection[str], work: Callable[[Connection, IndexKey], T]) -> list[T]:
-        """What *work* returns for each index of these *names* (default: all), in a transaction of its own."""
+    def _run_for(self, names: Collection[str], work: Callable[[Connection, IndexKey], T]) -> list[T]:
+        """The results of *work* for each index of these *names* (default: all), in a transaction of its own."""
         unknown = [name for name in names if name not in self._destinations]
         if unknown:
             raise MemstateError(f"no index {unknown[0]!r}; there are: {', '.join(self._destinations)}")
         require_no_transaction(self._engine)
         results = []
-        for courier in self._couriers:
-            if not names or courier.delivery.name in names:
-                key = courier.delivery.open()
+        for worker in self._workers:
+            if not names or worker.delivery.name in names:
+                key = worker.delivery.open()
                 with self._engine.begin() as connection:
                     results.append(work(connection, key))
         return results
 
     def _has_more(self) -> bool:
-        return any(courier.delivery.holder.more for courier in self._couriers)
+        return any(worker.delivery.slot_worker.more for worker in self._workers)
 
     def _behind(self, present: Position) -> list[str]:
         with self._engine.connect() as connection:
             return [
                 name
                 for name, (destination, tracked) in self._destinations.items()
-                if not backlog.has(connection, IndexKey(name, destination.index.incarnation), _kept(tracked()), present)
+                if not backlog.is_delivered(
+                    connection, IndexKey(name, destination.index.incarnation), _delivered_entities(tracked()), present
+                )
             ]
 
     def _why_behind(self, present: Position) -> str:
-        behind = []
+        reasons = []
         for name in self._behind(present):
-            destination, tracked = self._destinations[name]
-            key, classes = IndexKey(name, destination.index.incarnation), tracked()
+            destination, read_classes = self._destinations[name]
+            key, classes = IndexKey(name, destination.index.incarnation), read_classes()
             with self._engine.connect() as connection:
-                left = backlog.backlog(connection, key, _kept(classes))
-                wanted = {entity: each.projection for entity, each in classes.items()}
-                others = projections.differing(connection, key, wanted)
-            why = "it is paused" if left.paused else "is another relay holding its lease?"
-            if others:
-                why = f"a relay of another release delivers {', '.join(sorted(others))} otherwise"
-            behind.append(f"{left.pending} keys pending for {name!r} ({why})")
-        return ", ".join(behind)
+                index_backlog = backlog.backlog(connection, key, _delivered_entities(classes))
+                own = {entity: tracked.projection for entity, tracked in classes.items()}
+                foreign = projections.differing(connection, key, own)
+            reason = "it is paused" if index_backlog.paused else "is another relay holding its lease?"
+            if foreign:
+                reason = f"a relay of another release delivers {', '.join(sorted(foreign))} otherwise"
+            reasons.append(f"{index_backlog.pending} keys pending for {name!r} ({reason})")
+        return ", ".join(reasons)
 
     # -- in the background -------------------------------------------------------------------------------------------
 
@@ -314,11 +311,11 @@ class Relay:
             )
         with self._lock:
             if not self._running:
-                for courier in self._couriers:
-                    courier.open()
+                for worker in self._workers:
+                    worker.open()
                 self._listener = Listener(self._engine, self.wake, self._notifier)
-                for courier in self._couriers:
-                    courier.start(self._forget)
+                for worker in self._workers:
+                    worker.start(self._clean_up)
         return self
 
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> None:
@@ -328,32 +325,32 @@ class Relay:
         which finishes its batch and lets go of the lease. Nothing is lost if the process ends before.
         """
         deadline = time.monotonic() + timeout
-        for courier in self._couriers:
-            courier.ask_to_stop()
+        for worker in self._workers:
+            worker.ask_to_stop()
         with self._lock:
             if self._listener is not None:
                 self._listener.close(timeout)
                 self._listener = None
             with ExitStack() as stack:  # all of them, whatever one raises
-                for courier in self._couriers:
-                    stack.callback(courier.stop, deadline)
+                for worker in self._workers:
+                    stack.callback(worker.stop, deadline)
 
     def after_stop(self, index: str, call: Callable[[], None]) -> None:
         """Make *call* when nothing of this relay uses *index* any more: now, or in the thread that `stop` has left."""
-        for courier in self._couriers:
-            if courier.delivery.name == index:
-                courier.after_stop(call)
+        for worker in self._workers:
+            if worker.delivery.name == index:
+                worker.after_stop(call)
                 return
         call()
 
     def wake(self) -> None:
         """Look now: something was committed."""
-        for courier in self._couriers:
-            courier.woken.set()
+        for worker in self._workers:
+            worker.woken.set()
 
     @property
     def _running(self) -> bool:
-        return any(courier.is_running for courier in self._couriers)
+        return any(worker.is_running for worker in self._workers)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -364,204 +361,6 @@ class Relay:
         self.stop()
 
 
-def _kept(classes: Mapping[str, Tracked]) -> list[str]:
-    """The entities that an index is to hold."""
+def _delivered_entities(classes: Mapping[str, Tracked]) -> list[str]:
+    """The entities of *classes* that an index is to hold."""
     return [entity for entity, tracked in classes.items() if not tracked.withdrawn]
-
-
-class IndexWorker:
-    """The delivery to one index, called by one thread at a time, with a thread of its own in the background."""
-
-    def __init__(self, engine: Engine, delivery: Delivery, breaker: Breaker, poll_s: tuple[float, float]) -> None:
-        self.delivery = delivery
-        self.breaker = breaker
-        self.failure: Exception | None = None
-        self.woken = threading.Event()
-        self._engine = engine
-        self._poll_s = poll_s
-        self._begin()
-        forks.in_child(self, IndexWorker._begin)
-
-    def _begin(self) -> None:
-        """Without a thread. In a forked child, too: another thread of the parent may have had the lock."""
-        self.woken = threading.Event()
-        self._lock = threading.RLock()
-        self._work: _Work | None = None
-        self._left: _Work | None = None
-
-    def open(self) -> None:
-        try:
-            self.delivery.open()
-        except DeliveryRetryable as error:  # it may come up later
-            logger.warning("%s: %s", self.delivery.name, error)
-
-    def step(self, *, save: bool = False) -> int | None:
-        holder = self.delivery.holder
-        with self._lock:
-            before = holder.counters.converged
-            try:
-                count = self.delivery.step()
-                if save:
-                    self.delivery.save()
-            except Exception as error:
-                if holder.counters.converged > before:
-                    self.breaker.succeeded()  # it failed after some success: a new failure
-                self._failed(error)
-                raise
-            self.breaker.succeeded()
-            self.failure = None
-            return count
-
-    def _failed(self, error: Exception) -> None:
-        self.failure = error
-        wait = self.breaker.failed(error, time.monotonic())
-        known = isinstance(error, (MemstateError, SQLAlchemyError))
-        what = str(error) if isinstance(error, MemstateError) else type(error).__name__
-        if isinstance(error, SQLAlchemyError):
-            what = f"the database: {what}"
-        logger.log(
-            logging.WARNING if known else logging.ERROR,
-            "%s: delivery failed (%s), next attempt in %.1f s",
-            self.delivery.name,
-            what,
-            wait,
-            exc_info=None if known else error,
-        )
-
-    # -- in the background -------------------------------------------------------------------------------------------
-
-    @property
-    def is_running(self) -> bool:
-        return self._work is not None and not self._work.is_over
-
-    def start(self, forget: Callable[[], None]) -> None:
-        self.delivery.holder.stopping = False
-        self._work = _Work(f"memstate-relay-{self.delivery.name}", partial(self._run, forget))
-
-    def ask_to_stop(self) -> None:
-        if self._work is not None:
-            self._work.stopping.set()
-        self.delivery.holder.stopping = True
-        self.woken.set()
-
-    def stop(self, deadline: float) -> None:
-        self.ask_to_stop()  # again: start() may have come between
-        work, self._work = self._work or self._left, None
-        if work is not None:
-            work.join(deadline)
-            if work.afterwards(self._release):
-                self._left = work
-                logger.warning(
-                    "%s: the index or the embedder does not answer; its thread ends when it does", self.delivery.name
-                )
-                return
-        if self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):  # else a run_once() is under way
-            try:
-                self._release()
-            finally:
-                self._lock.release()
-
-    def after_stop(self, call: Callable[[], None]) -> None:
-        if self._left is None or not self._left.afterwards(call):
-            call()
-
-    def _release(self) -> None:
-        with self._lock:
-            if self._work is not None:  # it was started again, and goes on with the same lease
-                return
-            self.delivery.holder.stopping = False
-            try:
-                self.delivery.release()
-            except SQLAlchemyError as error:  # the database is away: the lease runs out by itself
-                logger.warning("%s: not released (%s)", self.delivery.name, type(error).__name__)
-                self.delivery.holder.forget()
-
-    def _run(self, forget: Callable[[], None], stopping: threading.Event) -> None:
-        changes = Changes(self._engine)
-        idle = self._poll_s[0]
-        try:
-            while not stopping.is_set():
-                try:
-                    idle = self._once(forget, changes, idle, stopping)
-                except Exception as error:  # noqa: BLE001  # whatever it is, the next look may succeed; nothing is lost
-                    if error is not self.failure:
-                        self._failed(error)
-        finally:
-            changes.close()
-
-    def _once(self, forget: Callable[[], None], changes: Changes, idle: float, stopping: threading.Event) -> float:
-        """A step, and the pause after it; how long to wait after the next one that finds nothing."""
-        self.woken.clear()
-        began = time.thread_time()
-        wait = self.breaker.wait_s(time.monotonic())
-        if wait > 0:
-            stopping.wait(min(wait, 1.0))
-            self._keep()
-            return idle
-        count = self.step()
-        forget()
-        if count is None:
-            return self._wait_for_work(changes, idle, stopping)
-        if self.delivery.holder.more:
-            return self._poll_s[0]
-        if self.woken.is_set():
-            # The application commits faster than this delivers, in the same process: leave it four times the time that
-            # was taken, and find more to do at once. An idle relay answers immediately.
-            stopping.wait(min(4 * (time.thread_time() - began), _LONGEST_PAUSE_S))
-        return self._wait_for_work(changes, self._poll_s[0], stopping)
-
-    def _keep(self) -> None:
-        """A lease that cannot be renewed is no failure of the index: it must not keep it closed for longer."""
-        try:
-            with self._lock:
-                self.delivery.keep()
-        except (MemstateError, SQLAlchemyError) as error:
-            logger.debug("%s: the lease was not renewed: %s", self.delivery.name, type(error).__name__)
-
-    def _wait_for_work(self, changes: Changes, wait: float, stopping: threading.Event) -> float:
-        """Until something was committed here or elsewhere, or it is time for another look; the next wait."""
-        shortest, longest = self._poll_s
-        look_at = min(time.monotonic() + max(longest, 1.0), self.delivery.holder.due_at)
-        while not stopping.is_set():
-            left = look_at - time.monotonic()
-            if self.woken.wait(max(0.0, min(wait, left))):
-                return shortest
-            wait = min(wait * 1.5, longest)
-            if changes.seen() or left <= 0:
-                return wait
-        return wait
-
-
-class _Work:
-    """What one thread does until it is asked to stop, and what is to be done after it."""
-
-    def __init__(self, name: str, work: Callable[[threading.Event], None]) -> None:
-        self.stopping = threading.Event()
-        self._ending = threading.Lock()
-        self._afterwards: list[Callable[[], None]] | None = []
-        self._thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
-        self._thread.start()
-
-    def _run(self, work: Callable[[threading.Event], None]) -> None:
-        try:
-            work(self.stopping)
-        finally:
-            with self._ending:
-                calls, self._afterwards = self._afterwards or [], None
-            for call in calls:
-                call()
-
-    @property
-    def is_over(self) -> bool:
-        return self._afterwards is None or not self._thread.is_alive()
-
-    def join(self, deadline: float) -> None:
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-
-    def afterwards(self, call: Callable[[], None]) -> bool:
-        """Have this thread make *call* at its end. Returns False when it has ended."""
-        with self._ending:
-            if self._afterwards is None:
-                return False
-            self._afterwards.append(call)
-            return True

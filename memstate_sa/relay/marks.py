@@ -1,4 +1,4 @@
-"""Marks tell an index that is ahead of its database, or behind it: one of the two was restored from a backup.
+"""Marks: they tell whether an index or its database was restored from a backup, and so one is ahead of the other.
 
 A restore takes back every table of ours. So each index keeps a mark beside its points, and a row of the database says
 which mark that has to be. Before relays write to the index they begin a page: the row gets a new random mark, then the
@@ -22,7 +22,7 @@ from memstate_sa.log.outbox import slots
 from memstate_sa.relay.index_key import IndexKey, of_index
 
 NONE = ""
-"""What `kept_by` says of an index that could keep a mark, and has none."""
+"""The answer of `kept_by` for an index that could keep a mark, and has none."""
 
 
 class Mark(NamedTuple):
@@ -36,7 +36,7 @@ class Mark(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Mark:
-        """The mark that an index keeps. A text that is none of ours is a page that no database knows."""
+        """The mark that an index keeps. A foreign text becomes a page that no database knows."""
         page, _, name = text.partition(".")
         return cls(int(page), name) if page.isdecimal() else cls(0, text)
 
@@ -47,7 +47,7 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """What the database says of an index: the number of its page, and the names of that and of the pages before it.
+    """The past of an index in the database: the number of its page, and the names of that page and those before it.
 
     ``refused`` is the mark of another past that the index had when it was last compared in full.
     """
@@ -67,8 +67,8 @@ class Past:
     def fits(self, kept: str | None, *, alone: bool) -> bool:
         """Whether an index that keeps the mark *kept* was filled from this past.
 
-        It is never ahead. It may be some pages behind: a relay may have ended after it wrote the row, and before it
-        wrote to the index. How far, is told only by a relay that is *alone*: others go on while it looks.
+        Such an index is never ahead. It may be some pages behind: a relay may have ended after it wrote the row, and
+        before it wrote to the index. Only a relay that is *alone* can tell how far: others go on while it looks.
         """
         if kept is None or kept == self.refused:  # it keeps no marks; or it is being compared already
             return True
@@ -78,11 +78,11 @@ class Past:
         return self.knows(mark) if alone else not self.is_before(mark)
 
     def is_before(self, mark: Mark) -> bool:
-        """Whether the database was at *mark* once, and is not any more: it was restored in the meantime."""
+        """Whether the database was at *mark* once, and is not any more, as it was restored."""
         return mark.page > self.page or (self.page - mark.page < len(self.names) and not self.knows(mark))
 
     def next(self, most: int) -> Past:
-        """The past with another page, and with at most so many names."""
+        """The past with another page, and with *most* names at most."""
         return Past(self.page + 1, (Mark.new(0).name, *self.names[: most - 1]))
 
     def values(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ columns: tuple[Any, ...] = (past.c.page, past.c.names, past.c.refused)
 
 
 def as_past(row: Sequence[Any]) -> Past | None:
-    """What a row of `columns` says; None when there was none."""
+    """The past in a row of `columns`; None without one."""
     page, names, refused = row
     return None if page is None else Past(page, tuple(names.split(" ")), refused)
 
@@ -118,37 +118,37 @@ def _locked(connection: Connection, index: IndexKey) -> Past | None:
     return None if row is None else as_past(row)
 
 
-def _save(connection: Connection, index: IndexKey, now: Past) -> None:
-    connection.execute(update(past).where(of_index(past)).values(**now.values()), index.parameters())
+def _save(connection: Connection, index: IndexKey, new: Past) -> None:
+    connection.execute(update(past).where(of_index(past)).values(**new.values()), index.parameters())
 
 
 def begin_page(connection: Connection, index: IndexKey) -> Past | None:
-    """Begin the next page; None when nothing is known of *index*."""
+    """Begin the next page; None when *index* is unknown."""
     known = _locked(connection, index)
     if known is None:
         return None
     # One more name than there can be relays, each of which may have ended before it wrote to the index.
-    begun = known.next(len(slots(connection.dialect.name)) + 1)
-    _save(connection, index, begun)
-    return begun
+    new = known.next(len(slots(connection.dialect.name)) + 1)
+    _save(connection, index, new)
+    return new
 
 
 def compare(
-    connection: Connection, index: IndexKey, kept: str | None, *, alone: bool, went_back: bool
+    connection: Connection, index: IndexKey, kept_mark: str | None, *, alone: bool, went_back: bool
 ) -> tuple[Past, bool]:
-    """Where *index* is, and whether it was filled from another past than this: then another one has been begun.
+    """The past of *index*, and whether the index was filled from another one: then another one has begun.
 
-    *kept* is the mark that the index had before this transaction; *alone*: no other relay lives. *went_back*: the
+    *kept_mark* is the mark that the index had before this transaction. *alone*: no other relay lives. *went_back*: the
     relay has seen a later page. An index without a mark fits a database that has just begun to count pages.
     """
     first = {**index.values(), **beginning().values()}
     connection.execute(upsert(connection.dialect.name, past).on_conflict_do_nothing(), first)
     known = _locked(connection, index)
     assert known is not None
-    if known.fits(kept, alone=alone) and not went_back:
+    if known.fits(kept_mark, alone=alone) and not went_back:
         return known, False
-    latest = max(known.page, Mark.parse(kept or "").page)  # a page that nobody has seen
-    another = Past(latest + 1, (Mark.new(0).name,), kept)
+    latest = max(known.page, Mark.parse(kept_mark or "").page)  # a page that no relay has seen
+    another = Past(latest + 1, (Mark.new(0).name,), kept_mark)
     _save(connection, index, another)
     return another, True
 
@@ -158,27 +158,27 @@ def compare(
 
 @dataclass
 class Bookmark:
-    """Where one relay is: the last mark it has seen, and whether the index has it."""
+    """The last mark that one relay has seen, and whether the index has it."""
 
     mark: Mark | None = None
     went_back: bool = False
     is_begun: bool = False
-    is_told: bool = False
+    index_has_mark: bool = False
     over_at: float = 0.0
 
     def claimed(self, now: Past) -> None:
-        self.mark, self.went_back, self.is_begun, self.is_told = now.mark, False, False, False
+        self.mark, self.went_back, self.is_begun, self.index_has_mark = now.mark, False, False, False
 
     def begun(self, over_at: float) -> None:
-        self.is_begun, self.is_told, self.over_at = True, False, over_at
+        self.is_begun, self.index_has_mark, self.over_at = True, False, over_at
 
     def end_page(self, now: float) -> None:
-        """Have another page begun before the next write, if the index knows of this one, and it has lasted."""
-        if self.is_told and now >= self.over_at:
+        """Have another page begun before the next write, if the index has the mark of this one, and it has lasted."""
+        if self.index_has_mark and now >= self.over_at:
             self.is_begun = False
 
     def sees(self, now: Past | None) -> bool:
-        """Note where the database is, and return whether it is still in the past in which we claimed."""
+        """Note the past *now* of the database, and return whether we claimed in it."""
         if self.mark is not None:
             self.went_back |= now is not None and now.is_before(self.mark)
             if now is None or self.went_back:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
-from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db.sync_engines import SyncEngines
@@ -35,7 +35,7 @@ class MemoryParts:
     _engines: SyncEngines
     _registry: Registry
     _recorder: Recorder
-    _capture: Capture
+    _capture: SessionCapture
     _notifier: Notifier
     _relays: Relays
     _strict: Strict
@@ -53,7 +53,7 @@ class MemoryParts:
         self._capture.resume()
         self._notifier.open()
 
-    def _unit(self, session: Session) -> OpenTransaction:
+    def _transaction(self, session: Session) -> OpenTransaction:
         if not self._capture.is_attached(session):
             raise MemstateError("this Session is not attached: call memory.attach() with its sessionmaker first")
-        return self._capture.unit(session)
+        return self._capture.transaction(session)

@@ -1,8 +1,9 @@
-"""What to do about a page of dirty keys, and about a failure. Pure: values and a clock in, decisions out."""
+"""Decisions about a page of dirty keys, and about a failure. Pure: values and a clock in, decisions out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from enum import StrEnum
 from typing import NamedTuple
 
 from memstate_sa.db.codec import FactKey
@@ -12,24 +13,24 @@ from memstate_sa.tracking.projection import Projection
 
 
 class Delivered(NamedTuple):
-    """What the ledger says that an index was last given for a key."""
+    """The last delivery of a key to an index, as the ledger has it."""
 
     fingerprint: str | None
     text_fingerprint: str | None
     deleted: bool
 
 
-class Write(NamedTuple):
+class PlannedWrite(NamedTuple):
     """One key to be written to an index: its projection, or None to delete it.
 
-    ``same_text``: the index already holds the vector of this text, only metadata changed; it is there if the point's
-    fingerprint is ``held``, or the projection's.
+    ``same_text``: only metadata changed, so the index holds the vector of this text already. The vector is there if the
+    point's fingerprint is ``ledger_fingerprint``, or the projection's.
     """
 
     fact: FactKey
     projection: Projection | None
     same_text: bool = False
-    held: str | None = None
+    ledger_fingerprint: str | None = None
 
 
 def plan(
@@ -37,47 +38,58 @@ def plan(
     truth: Mapping[FactKey, Projection],
     ledger: Mapping[FactKey, Delivered],
     doubted: Collection[FactKey] = (),
-) -> list[Write]:
+) -> list[PlannedWrite]:
     """The writes that make an index agree with *truth* for these *facts*.
 
-    The ledger is not believed about *doubted* ones: an earlier holder, or an earlier attempt, may have written to the
-    index without having been able to say so, and a row that has since changed back would look delivered.
+    The ledger is not believed about *doubted* keys. An earlier owner, or an earlier attempt, may have written to the
+    index without a record of it. A row that has since changed back would look delivered.
     """
     writes = []
     for fact in facts:
         projection = truth.get(fact)
         if projection is not None and projection.fingerprint is None:
             projection = None
-        doubt = fact in doubted
-        known = None if doubt else ledger.get(fact)
+        is_doubted = fact in doubted
+        known = None if is_doubted else ledger.get(fact)
         if projection is None:
-            if doubt or (known is not None and not known.deleted):
-                writes.append(Write(fact, None))
-        elif known is None or known.deleted or known.fingerprint != projection.fingerprint:
-            same_text = (
-                known is not None and not known.deleted and (known.text_fingerprint == projection.text_fingerprint)
-            )
-            writes.append(
-                Write(fact, projection, same_text, known.fingerprint if known is not None and same_text else None)
-            )
+            if is_doubted or (known is not None and not known.deleted):
+                writes.append(PlannedWrite(fact, None))
+        elif known is None or known.deleted:
+            writes.append(PlannedWrite(fact, projection))
+        elif known.fingerprint != projection.fingerprint:
+            same_text = known.text_fingerprint == projection.text_fingerprint
+            writes.append(PlannedWrite(fact, projection, same_text, known.fingerprint if same_text else None))
     return writes
 
 
-AGAIN, PARKED, DEAD = "again", "parked", "dead"
+class ParkedState(StrEnum):
+    """Why a key is set aside. The values are stored.
+
+    ``AGAIN``: it is to be delivered once more. ``PARKED``: an index refused it, and it is tried again. ``DEAD``: it was
+    refused too often.
+    """
+
+    AGAIN = "again"
+    PARKED = "parked"
+    DEAD = "dead"
 
 
 class Parked(NamedTuple):
-    """A key set aside: refused, so that the others go on, or to be delivered once more for some other reason."""
+    """A key set aside: refused, so that the others go on, or to be delivered once more for some other reason.
+
+    ``deliver_again``: it has to be delivered once more after that, as a call may yet land. ``expected_version``: the
+    version of the parked row that this one replaces; None replaces any.
+    """
 
     attempts: int
     delay_s: float
-    state: str
+    state: ParkedState
     error: str
-    repeat: bool = False  # it has to be delivered once more after that: a call may yet land
-    instead_of: str | None = None  # the mark of the parking that it replaces; None: of any
+    deliver_again: bool = False
+    expected_version: str | None = None
 
 
 def park(error: MemstateError, attempts: int, policy: RetryPolicy, jitter: Callable[[], float]) -> Parked:
-    """What becomes of a key that was rejected for the *attempts*-th time."""
-    state = DEAD if attempts >= policy.max_attempts else PARKED
+    """The parked row of a key that was rejected for the *attempts*-th time."""
+    state = ParkedState.DEAD if attempts >= policy.max_attempts else ParkedState.PARKED
     return Parked(attempts, policy.delay(attempts, jitter), state, describe(error))

@@ -1,4 +1,4 @@
-"""What of each class an index holds: with another projection, a class is delivered again in full.
+"""The projection of each class that an index holds. With another one, the class is delivered again in full.
 
 During a deployment two releases deliver to one index. They must not undo each other's work for ever. So a class keeps
 its projection while a relay that delivers it so lives. After that the release wins that tracked the class last.
@@ -17,31 +17,31 @@ from memstate_sa.db.statements import upsert
 from memstate_sa.db.tables import projection
 from memstate_sa.relay.index_key import IndexKey, of_index
 
-HELD = ""
-"""The owner of the rows that say what the index holds."""
+HELD_BY_INDEX = ""
+"""The owner of the rows that name the projections which the index holds."""
 
 PATIENCE = timedelta(minutes=10)
 """An older release takes a class back when no relay of the newer one was seen for so long."""
 
 
 class Projected(NamedTuple):
-    """How a relay projects a class, and when it was tracked; ``withdrawn``: it goes to this index no longer."""
+    """A relay's projection of a class, and when it was tracked; ``withdrawn``: it goes to this index no longer."""
 
     projection: str
     since: datetime
     withdrawn: bool = False
 
 
-class Held(NamedTuple):
+class HeldProjection(NamedTuple):
     projection: str
     since: datetime
     seen_at: datetime
 
 
 class Settled(NamedTuple):
-    """``mine``: the entities that this relay delivers. ``changed``: those whose rows have to be delivered again."""
+    """``delivered``: the entities that this relay delivers. ``changed``: entities to be delivered again in full."""
 
-    mine: Collection[str]
+    delivered: Collection[str]
     changed: Collection[str]
 
 
@@ -51,59 +51,68 @@ def settle(
     owner: str,
     live: Collection[str],
     known: Collection[str],
-    given: Mapping[str, Projected],
+    classes: Mapping[str, Projected],
     now: datetime,
 ) -> Settled:
     """Agree with the *live* relays on how classes are projected, and record it.
 
-    *known* are the entities that the index has been delivered; whoever calls holds all slots locked.
+    *known* are the entities that the index has been delivered. The caller holds all slots locked.
     """
     rows = connection.execute(select(projection).where(of_index(projection)), index.parameters()).all()
-    held = {row.entity: Held(row.projection, row.since, row.seen_at) for row in rows if row.owner == HELD}
+    held_by_entity = {
+        row.entity: HeldProjection(row.projection, row.since, row.seen_at) for row in rows if row.owner == HELD_BY_INDEX
+    }
     others = {(row.entity, row.projection) for row in rows if row.owner in live and row.owner != owner}
-    mine: dict[str, Projected] = {}
+    delivered: dict[str, Projected] = {}
     changed = set()
-    for entity, projected in given.items():
-        was = held.get(entity)
+    for entity, projected in classes.items():
+        held = held_by_entity.get(entity)
         if projected.withdrawn and entity not in known:
             continue
-        if was is None or was.projection == projected.projection:
-            mine[entity] = projected
-            if was is None and entity in known:
+        if held is None or held.projection == projected.projection:
+            delivered[entity] = projected
+            if held is None and entity in known:
                 changed.add(entity)
-        elif (entity, was.projection) not in others and wins(projected, was, now):
-            mine[entity] = projected
+        elif (entity, held.projection) not in others and wins(projected, held, now):
+            delivered[entity] = projected
             changed.add(entity)
-    ended = {row.owner for row in rows} - {HELD, *live}
+    ended = {row.owner for row in rows} - {HELD_BY_INDEX, *live}
     gone = delete(projection).where(of_index(projection), projection.c.owner.in_({owner, *ended}))
     connection.execute(gone, index.parameters())
-    if mine:
+    if delivered:
         statement = upsert(connection.dialect.name, projection)
         new = {name: statement.excluded[name] for name in ("projection", "since", "seen_at")}
         connection.execute(
             statement.on_conflict_do_update(index_elements=list(projection.primary_key.columns), set_=new),
             [
-                {**index.values(), "entity": entity, "owner": who, **_row(projected, held.get(entity)), "seen_at": now}
-                for entity, projected in mine.items()
-                for who in (HELD, owner)
+                {
+                    **index.values(),
+                    "entity": entity,
+                    "owner": row_owner,
+                    **_row(projected, held_by_entity.get(entity)),
+                    "seen_at": now,
+                }
+                for entity, projected in delivered.items()
+                for row_owner in (HELD_BY_INDEX, owner)
             ],
         )
-    return Settled(mine, changed)
+    return Settled(delivered, changed)
 
 
-def wins(projected: Projected, held: Held, now: datetime) -> bool:
-    """Whether *projected* takes the place of what is *held*, which no living relay delivers."""
+def wins(projected: Projected, held: HeldProjection, now: datetime) -> bool:
+    """Whether *projected* takes the place of a *held* projection that no living relay delivers."""
     return projected.since > held.since or held.seen_at < now - PATIENCE
 
 
-def _row(projected: Projected, held: Held | None) -> dict[str, object]:
+def _row(projected: Projected, held: HeldProjection | None) -> dict[str, object]:
     is_same = held is not None and held.projection == projected.projection
     since = max(projected.since, held.since) if held is not None and is_same else projected.since
     return {"projection": projected.projection, "since": since}
 
 
-def differing(connection: Connection, index: IndexKey, given: Mapping[str, str]) -> dict[str, str]:
-    """Of the projections *given* by entity, those that the index does not hold, with what it holds."""
-    held = select(projection.c.entity, projection.c.projection).where(of_index(projection), projection.c.owner == HELD)
-    rows = connection.execute(held, index.parameters()).all()
-    return {entity: was for entity, was in rows if entity in given and given[entity] != was}
+def differing(connection: Connection, index: IndexKey, own: Mapping[str, str]) -> dict[str, str]:
+    """The projections that the index holds, by entity, where they differ from our *own* ones."""
+    statement = select(projection.c.entity, projection.c.projection)
+    statement = statement.where(of_index(projection), projection.c.owner == HELD_BY_INDEX)
+    rows = connection.execute(statement, index.parameters()).all()
+    return {entity: held for entity, held in rows if entity in own and own[entity] != held}

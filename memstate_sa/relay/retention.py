@@ -1,4 +1,4 @@
-"""How long what is kept: outbox entries until every index has them; log and ledger for ever, if not told otherwise."""
+"""Retention: outbox entries are kept until every index has them, log and ledger for ever by default."""
 
 from __future__ import annotations
 
@@ -44,17 +44,18 @@ from memstate_sa.db.tables import (
 )
 from memstate_sa.log.changes import REDACTED
 from memstate_sa.log.positions import Position
-from memstate_sa.relay.claims import SCAN, forget
 from memstate_sa.relay.index_key import IndexKey
+from memstate_sa.relay.refills import SCAN
+from memstate_sa.relay.registration import forget_index
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How long to keep what is not needed for delivery; None is for ever.
+    """The time to keep rows that delivery does not need; None is for ever.
 
-    ``log``: older changes of a row become one baseline. History, undo and time travel end there. ``ledger``: of rows
-    that are deleted. ``index``: an index that no relay has delivered to for so long holds nothing up any more, neither
-    the outbox nor vacuum; when it comes back it is compared with the tables and brought up to date in full.
+    ``log``: older changes of a row become one baseline. History, undo and time travel end there. ``ledger``: the ledger
+    of deleted rows. ``index``: the state of an index that no relay delivers to. After that the index delays neither the
+    outbox nor vacuum. When it comes back, it is compared with the tables and brought up to date in full.
     """
 
     log: timedelta | None = None
@@ -63,16 +64,16 @@ class Retention:
 
 
 def forget_delivered(connection: Connection, limit: int = 10_000) -> int:
-    """Delete up to *limit* outbox entries that every index has, oldest first; returns how many.
+    """Delete up to *limit* outbox entries that every index has, oldest first. Returns how many.
 
-    An index that is being filled may be past an entry whose row it does not hold yet: search reads it here meanwhile.
+    An index that is being filled may be past an entry whose row it does not hold yet. Search reads that entry.
     """
-    places = connection.execute(select(cursor.c.snapshot, cursor.c.xid, cursor.c.position).distinct()).all()
+    rows = connection.execute(select(cursor.c.snapshot, cursor.c.xid, cursor.c.position).distinct()).all()
     filling = set(connection.scalars(select(refill.c.entity).where(not_(refill.c.done)).distinct()))
-    if not places or SCAN in filling:
+    if not rows or SCAN in filling:
         return 0
     take_write_lock(connection)
-    floor = min(Position.parse(*place).floor for place in places)
+    floor = min(Position.parse(*row).floor for row in rows)
     parameters = {"xid": floor[0], "id": floor[1], "filling": as_array(filling), "limit": limit}
     return connection.execute(_forget(connection.dialect.name), parameters).rowcount
 
@@ -84,30 +85,30 @@ def _forget(dialect_name: str) -> Any:
     if dialect_name == "postgresql":
         end = tuple_(bindparam("xid", type_=BigInteger()), bindparam("id", type_=BigInteger()))
         up_to, order = tuple_(outbox.c.xid, outbox.c.id) <= end, (outbox.c.xid, outbox.c.id)
-    kept = outbox.c.entity.in_(select(unnest_strings("filling").c.value))
-    some = select(outbox.c.id).where(up_to, not_(kept)).order_by(*order).limit(bindparam("limit"))
-    return delete(outbox).where(outbox.c.id.in_(some))
+    is_filling = outbox.c.entity.in_(select(unnest_strings("filling").c.value))
+    ids = select(outbox.c.id).where(up_to, not_(is_filling)).order_by(*order).limit(bindparam("limit"))
+    return delete(outbox).where(outbox.c.id.in_(ids))
 
 
 def forget_idle_indexes(connection: Connection, keep: timedelta) -> int:
-    """Forget what is known of indexes that no relay has held for *keep*; returns how many."""
+    """Delete the state of indexes that no relay has had a lease on for *keep*. Returns how many."""
     take_write_lock(connection)
     before = utcnow() - keep
-    held = exists().where(
+    has_lease = exists().where(
         holder.c.index == index_state.c.index,
         holder.c.incarnation == index_state.c.incarnation,
         holder.c.lease_until > before,
     )
-    # This first, as whoever claims it: then it is one or the other.
-    idle = delete(index_state).where(index_state.c.active_at < before, not_(held))
-    found = connection.execute(idle.returning(index_state.c.index, index_state.c.incarnation)).all()
-    for key in found:
-        forget(connection, IndexKey(*key))
-    return len(found)
+    # This row first, as a claim does: then either the claim or this waits.
+    idle = delete(index_state).where(index_state.c.active_at < before, not_(has_lease))
+    keys = connection.execute(idle.returning(index_state.c.index, index_state.c.incarnation)).all()
+    for key in keys:
+        forget_index(connection, IndexKey(*key))
+    return len(keys)
 
 
 def forget_ledger(connection: Connection, keep: timedelta, limit: int = 10_000) -> int:
-    """Delete some of what is known of rows that were deleted more than *keep* ago; returns how many."""
+    """Delete up to *limit* ledger rows of facts that were deleted more than *keep* ago. Returns how many."""
     take_write_lock(connection)
     key = tuple_(*ledger.primary_key.columns)
     old = select(*ledger.primary_key.columns).where(is_deleted, ledger.c.at < utcnow() - keep)
@@ -117,8 +118,8 @@ def forget_ledger(connection: Connection, keep: timedelta, limit: int = 10_000) 
 def fold_log(connection: Connection, keep: timedelta, after: int, limit: int = 2_000) -> int:
     """Fold changes older than *keep* into one baseline a row, a page of the log after the id *after*.
 
-    Returns where the page ended, *after* when there is no more. A transaction is folded as a whole, or not yet: half of
-    it could not be undone.
+    Returns the id at which the page ended, *after* when there is no more. A transaction is folded as a whole, or not
+    yet: half of it could not be undone.
     """
     take_write_lock(connection)
     before = utcnow() - keep
@@ -144,11 +145,11 @@ def fold_log(connection: Connection, keep: timedelta, after: int, limit: int = 2
             superseded = exists().where(
                 newer.c.entity == log.c.entity, newer.c.key == log.c.key, newer.c.id > log.c.id, newer.c.id <= last
             )
-            given = {"keys": as_array(keys)}
-            for gone in (superseded, or_(log.c.op == "delete", log.c.version == REDACTED)):
-                forgotten.update(connection.scalars(delete(log).where(mine, gone).returning(log.c.tx), given))
+            parameters = {"keys": as_array(keys)}
+            for is_gone in (superseded, or_(log.c.op == "delete", log.c.version == REDACTED)):
+                forgotten.update(connection.scalars(delete(log).where(mine, is_gone).returning(log.c.tx), parameters))
             folded = update(log).where(mine, log.c.op != "baseline").values(op="baseline", step=false(), reverts=null())
-            connection.execute(folded, given)
+            connection.execute(folded, parameters)
     unused = not_(exists().where(log.c.tx == transaction.c.tx))
     named = transaction.c.tx.in_(select(unnest_strings("transactions").c.value))
     connection.execute(delete(transaction).where(named, unused), {"transactions": as_array(forgotten)})

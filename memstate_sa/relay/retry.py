@@ -22,8 +22,8 @@ def halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
 class RetryPolicy:
     """Exponential backoff with full jitter on its upper half; ``max_attempts`` rejections make a key dead.
 
-    Attempts at a key that was refused are up to ``max_delay_s`` apart, and so long is a provider's Retry-After heeded.
-    What is merely unavailable is looked for every ``max_wait_s`` at least.
+    Attempts at a refused key are up to ``max_delay_s`` apart. A longer Retry-After of a provider is cut to that. An
+    unavailable index or embedder is tried every ``max_wait_s`` at least.
     """
 
     max_attempts: int = 8
@@ -38,7 +38,7 @@ class RetryPolicy:
 
 
 class Breaker:
-    """Keeps an index that is unavailable from being asked all the time; one for each, so that it stops no other.
+    """Keeps an unavailable index from being asked all the time. Each index has its own, so that it stops no other.
 
     Retry-After is heeded, up to the policy's longest delay.
     """
@@ -50,11 +50,11 @@ class Breaker:
         self._jitter = jitter
 
     def failed(self, error: Exception, now: float) -> float:
-        """Open it; returns for how many seconds."""
+        """Open the breaker. Returns for how many seconds."""
         self.failures += 1
-        asked: float | None = getattr(error, "retry_after_s", None)
+        retry_after: float | None = getattr(error, "retry_after_s", None)
         delay = self._policy.delay(self.failures, self._jitter, min(self._policy.max_wait_s, self._policy.max_delay_s))
-        wait = delay if asked is None else min(max(asked, delay), self._policy.max_delay_s)
+        wait = delay if retry_after is None else min(max(retry_after, delay), self._policy.max_delay_s)
         self.open_until = now + wait
         return wait
 
@@ -62,12 +62,12 @@ class Breaker:
         self.failures, self.open_until = 0, None
 
     def wait_s(self, now: float) -> float:
-        """How long the index is to be left alone from *now*."""
+        """Seconds from *now* until the next attempt."""
         return 0.0 if self.open_until is None else max(0.0, self.open_until - now)
 
 
 def describe(error: BaseException) -> str:
-    """What an operator needs of *error*: types and our own message, never a vendor's text, which may quote the fact."""
+    """*error* for an operator: types and our own message, never a vendor's text, which may quote the fact."""
     ours = printable(str(error)[:500]) if isinstance(error, MemstateError) else ""
     cause = error.__cause__
     kinds = type(error).__name__ + (f" from {type(cause).__name__}" if cause is not None else "")
@@ -75,7 +75,7 @@ def describe(error: BaseException) -> str:
 
 
 def guarded(call: Callable[[], T], where: str) -> T:
-    """*call* on an index or embedder; whatever it raises becomes ours, chained."""
+    """Run *call* on an index or embedder. Its errors become ours, chained."""
     try:
         return call()
     except Exception as error:
@@ -86,7 +86,7 @@ def guarded(call: Callable[[], T], where: str) -> T:
 
 
 def classify(error: Exception, where: str) -> MemstateError:
-    """*error* of an index or embedder as ours. Retryable or rejected is decided by type, never by text."""
+    """Our error for *error* of an index or embedder. Its type decides whether to retry, never its text."""
     if isinstance(error, MemstateError):
         return error
     wrapped = delivery_error(error, where, unknown=DeliveryRejected)

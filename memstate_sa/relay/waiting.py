@@ -17,19 +17,19 @@ from memstate_sa.db.tables import log, outbox, parked
 from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import DeliveryError, DeliveryRetryable
 from memstate_sa.log.outbox import in_slots, position_parameters, slot_array, slots, undelivered
-from memstate_sa.relay import claims, ledger
+from memstate_sa.relay import ledger, refills
 from memstate_sa.relay.backlog import BEGINNING, read_positions
 from memstate_sa.relay.index_key import IndexKey, of_index
-from memstate_sa.relay.plan import AGAIN, DEAD
+from memstate_sa.relay.plan import ParkedState
 from memstate_sa.tracking.committed import project
 from memstate_sa.tracking.projection import Projection
 from memstate_sa.tracking.tracked import Tracked
 
 _FEW = 1000
-"""Of so many keys the ledger is asked whether the index has them; it is written at once, which positions are not."""
+"""The most keys that are looked up in the ledger. It is written at once; positions are not."""
 
 _PATIENCE_S = 1.0
-"""After so long, and then as often, what takes longer is asked, too."""
+"""The interval of the checks that take longer."""
 
 
 def wait_for(
@@ -44,33 +44,33 @@ def wait_for(
     """
     deadline = time.monotonic() + timeout
     for tx in txs:
-        waiting = [_Waiting(name, destination, tracked, tx) for name, (destination, tracked) in destinations.items()]
-        for missing in _missing(engine, tx, waiting):
+        waits = [_IndexWait(name, destination, tracked, tx) for name, (destination, tracked) in destinations.items()]
+        for wait in _unfinished(engine, tx, waits):
             if time.monotonic() > deadline:
-                raise DeliveryError(f"not in index {missing.name!r} within {timeout:g} s; is a relay running?")
+                raise DeliveryError(f"not in index {wait.name!r} within {timeout:g} s; is a relay running?")
 
 
-def _missing(engine: Engine, tx: str, waiting: Sequence[_Waiting]) -> Iterator[_Waiting]:
-    """One that does not have it yet, look after look, until there is none."""
+def _unfinished(engine: Engine, tx: str, waits: Sequence[_IndexWait]) -> Iterator[_IndexWait]:
+    """Yield one of the waits that go on after each look, until none does."""
     with engine.connect() as connection:
         facts = _keys_of(connection, tx)
     pause, look_again = 0.001, time.monotonic() + _PATIENCE_S
-    while waiting:
+    while waits:
         began = time.monotonic()
         is_late = began > look_again
         if is_late:
             look_again = began + _PATIENCE_S
-            for each in waiting:
-                each.look_for_index()
+            for wait in waits:
+                wait.look_for_index()
         with engine.connect() as connection:
-            # Of a key that goes on changing, what is there now is never what is delivered.
-            waiting = [
-                each
-                for each in waiting
-                if not each.has(connection, facts) and not (is_late and each.has(connection, None))
+            # The row of a key that goes on changing is never the one that was delivered last.
+            waits = [
+                wait
+                for wait in waits
+                if not wait.is_over(connection, facts) and not (is_late and wait.is_over(connection, None))
             ]
-        if waiting:
-            yield waiting[0]
+        if waits:
+            yield waits[0]
             time.sleep(max(pause, time.monotonic() - began))  # behind a long backlog a look takes its time
             pause = min(pause * 1.5, 0.05)
 
@@ -79,14 +79,14 @@ _logged = select(log.c.entity, log.c.key).where(log.c.tx == bindparam("tx")).lim
 
 
 def _keys_of(connection: Connection, tx: str) -> Collection[FactKey] | None:
-    """What transaction *tx* changed; None when that is much."""
+    """The keys that transaction *tx* changed; None when there are many."""
     rows = connection.execute(_logged, {"tx": tx}).all()
     return {(entity, key) for entity, key in rows} if len(rows) <= _FEW else None
 
 
 _refused = (
     select(parked.c.entity, parked.c.key, parked.c.state, parked.c.error)
-    .where(of_index(parked), parked.c.state != AGAIN)
+    .where(of_index(parked), parked.c.state != ParkedState.AGAIN)
     .where(exists().where(log.c.entity == parked.c.entity, log.c.key == parked.c.key, log.c.tx == bindparam("tx")))
 )
 
@@ -98,8 +98,8 @@ def _undelivered(dialect_name: str) -> Any:
 
 
 @dataclass
-class _Waiting:
-    """For one index, whose entities are *tracked*."""
+class _IndexWait:
+    """The wait for one index, whose entities are *tracked*."""
 
     name: str
     destination: Destination
@@ -111,40 +111,40 @@ class _Waiting:
         self.index = IndexKey(self.name, self.destination.open())
 
     def look_for_index(self) -> None:
-        """It may have been replaced."""
+        """Open the index again: it may have been replaced."""
         with suppress(DeliveryRetryable):
             self.index = IndexKey(self.name, self.destination.open())
 
-    def has(self, connection: Connection, facts: Collection[FactKey] | None) -> bool:
-        """Whether the index has *facts* as they are now, or, without them, whatever the transaction changed.
+    def is_over(self, connection: Connection, facts: Collection[FactKey] | None) -> bool:
+        """Whether the index has *facts* as they are now, or, without them, all changes of the transaction.
 
         Raises DeliveryError for a key that it refused for good.
         """
         pending, refused = False, [] if facts is None else self._refused(connection)
-        if facts is None or any(row.state == DEAD for row in refused):
-            pending = self._is_pending(connection)  # what is pending is tried again
-            # After that: a key that was delivered in between is not refused.
+        if facts is None or any(row.state == ParkedState.DEAD for row in refused):
+            pending = self._is_pending(connection)  # pending keys are tried again
+            # Read again after that: a key that was delivered in between is not refused.
             refused = self._refused(connection)
-        dead = next((row for row in refused if row.state == DEAD), None)
+        dead = next((row for row in refused if row.state == ParkedState.DEAD), None)
         if dead is not None and not pending:
             raise DeliveryError(f"index {self.name!r} refused {dead.entity} {dead.key}: {dead.error}")
         if refused:
             return False
         if facts is None:
-            return not pending and claims.is_filled(connection, self.index, list(self.tracked))
+            return not pending and refills.is_filled(connection, self.index, list(self.tracked))
         return self._has_now(connection, [fact for fact in facts if fact[0] in self.tracked])
 
     def _has_now(self, connection: Connection, facts: Collection[FactKey]) -> bool:
-        given = ledger.read_ledger(connection, self.index, facts)
-        held = {fact: delivered.fingerprint for fact, delivered in given.items()}
+        delivered = ledger.read_ledger(connection, self.index, facts)
+        delivered_fingerprints = {fact: delivery.fingerprint for fact, delivery in delivered.items()}
         embedder = self.destination.vectors.embedder.fingerprint
-        truths = {
-            (entity, found.key): found.fingerprint
+        true_fingerprints = {
+            (entity, row.key): row.fingerprint
             for entity, keys in by_entity(facts).items()
-            for found in project(connection, self.tracked[entity], keys, embedder)
-            if isinstance(found, Projection)
+            for row in project(connection, self.tracked[entity], keys, embedder)
+            if isinstance(row, Projection)
         }
-        return all(held.get(fact) == truths.get(fact) for fact in facts)
+        return all(delivered_fingerprints.get(fact) == true_fingerprints.get(fact) for fact in facts)
 
     def _refused(self, connection: Connection) -> Sequence[Any]:
         return connection.execute(_refused, {**self.index.parameters(), "tx": self.tx}).all()
@@ -152,11 +152,11 @@ class _Waiting:
     def _is_pending(self, connection: Connection) -> bool:
         """Whether there are entries of the transaction after the recorded positions: perhaps it walks the backlog."""
         dialect = connection.dialect.name
-        places = read_positions(connection, self.index) or {BEGINNING: list(slots(dialect))}
+        positions = read_positions(connection, self.index) or {BEGINNING: list(slots(dialect))}
         return any(
             connection.execute(
                 _undelivered(dialect),
-                {**position_parameters(at), "slots": slot_array(group), "tx": self.tx, "limit": 1},
+                {**position_parameters(position), "slots": slot_array(group), "tx": self.tx, "limit": 1},
             ).first()
-            for at, group in places.items()
+            for position, group in positions.items()
         )

@@ -1,4 +1,4 @@
-"""How a relay learns of commits before its next poll. All of it may fail: polling finds what was missed.
+"""News of commits, before the next poll of a relay. All of it may fail: a poll finds every commit.
 
 PostgreSQL: NOTIFY inside the application's transactions would have their commits wait for each other, cluster-wide; so
 a thread sends it, from a connection of its own, once for all commits of the last milliseconds.
@@ -24,16 +24,14 @@ from memstate_sa.runtime import forks
 from memstate_sa.runtime.printable import printable_logger
 
 logger = printable_logger("memstate_sa.relay")
-
 CHANNEL = "memstate"
-
 _COALESCE_S = 0.01
 _IDLE_S = 5.0
 _RETRY_S = 5.0
 
 
 def _own_connection(engine: Engine) -> Connection:
-    """Autocommitting, and not one of the application's pool, which may have none left."""
+    """An autocommitting connection outside the application's pool, which may be exhausted."""
     connection = with_separate_pool(engine).connect()
     try:
         connection.execution_options(isolation_level="AUTOCOMMIT").detach()
@@ -44,7 +42,7 @@ def _own_connection(engine: Engine) -> Connection:
 
 
 class Notifier:
-    """Tells relays of other processes that something was committed. Its thread ends when there is nothing to tell."""
+    """Tells relays of other processes about commits. Its thread ends when there are none."""
 
     def __init__(self) -> None:
         self._closed = False
@@ -52,10 +50,10 @@ class Notifier:
         forks.in_child(self, Notifier._begin)
 
     def _begin(self) -> None:
-        """In a forked child, too: its thread is to be begun, and the parent's relay must hear of its commits."""
+        """Begin, in a forked child again: it needs its own thread, and the parent's relay must hear of its commits."""
         self.name = uuid4().hex
         self._lock = threading.Lock()
-        self._told = threading.Event()
+        self._has_news = threading.Event()
         self._pending: set[Engine] = set()
         self._thread: threading.Thread | None = None
 
@@ -72,12 +70,12 @@ class Notifier:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="memstate-notifier", daemon=True)
                 self._thread.start()
-        self._told.set()
+        self._has_news.set()
 
     def close(self, timeout: float) -> None:
         """Wait *timeout* seconds at most: a database that does not answer keeps the thread."""
         self._closed = True
-        self._told.set()
+        self._has_news.set()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
@@ -86,12 +84,12 @@ class Notifier:
         connections: dict[Engine, Connection] = {}
         try:
             while not self._closed:
-                if not self._told.wait(_IDLE_S):
+                if not self._has_news.wait(_IDLE_S):
                     with self._lock:
                         if not self._pending:
                             self._thread = None
                             return
-                self._told.clear()
+                self._has_news.clear()
                 with self._lock:
                     pending, self._pending = self._pending, set()
                 for engine in pending:
@@ -99,10 +97,10 @@ class Notifier:
                         if engine not in connections:
                             connections[engine] = _own_connection(engine)
                         connections[engine].execute(select(func.pg_notify(CHANNEL, self.name)))
-                    except Exception as error:  # noqa: BLE001  # whatever it is, the relays poll
+                    except Exception as error:  # noqa: BLE001  # the relays poll, whatever it is
                         logger.debug("no NOTIFY: %s", type(error).__name__)
                         _close(connections.pop(engine, None))
-                        if self._told.wait(_RETRY_S) and self._closed:
+                        if self._has_news.wait(_RETRY_S) and self._closed:
                             return
                 threading.Event().wait(_COALESCE_S)
         finally:
@@ -117,38 +115,38 @@ def _close(connection: Connection | None) -> None:
 
 
 class Listener:
-    """Calls *wake* for every NOTIFY but that of *deaf_to*; PostgreSQL through psycopg, elsewhere it does nothing.
+    """Calls *wake* for every NOTIFY of other notifiers than *own_notifier*. It needs PostgreSQL and psycopg.
 
     Through a pooler in transaction mode LISTEN hears nothing.
     """
 
-    def __init__(self, engine: Engine, wake: Callable[[], None], deaf_to: Notifier | None = None) -> None:
+    def __init__(self, engine: Engine, wake: Callable[[], None], own_notifier: Notifier | None = None) -> None:
         self._engine = engine
         self._wake = wake
-        self._deaf_to = "" if deaf_to is None else deaf_to.name
+        self._own_name = "" if own_notifier is None else own_notifier.name
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         if (engine.dialect.name, engine.dialect.driver) == ("postgresql", "psycopg"):
-            self._bell, self._ear = socket.socketpair()
+            self._stop_sender, self._stop_receiver = socket.socketpair()
             self._thread = threading.Thread(target=self._run, name="memstate-listener", daemon=True)
             self._thread.start()
 
     def left_to_parent(self) -> None:
-        """In a forked child: close its copies of the sockets, and wake nobody."""
+        """Close the copies of the sockets in a forked child, and wake no relay."""
         if self._thread is not None:
             self._thread = None
-            self._bell.close()
-            self._ear.close()
+            self._stop_sender.close()
+            self._stop_receiver.close()
 
     def close(self, timeout: float) -> None:
         """Wait *timeout* seconds at most: a database that does not answer keeps the thread."""
         if self._thread is not None:
             self._stopping.set()
-            self._bell.send(b"!")
+            self._stop_sender.send(b"!")
             self._thread.join(timeout)
             if not self._thread.is_alive():
-                self._bell.close()
-                self._ear.close()
+                self._stop_sender.close()
+                self._stop_receiver.close()
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -165,17 +163,17 @@ class Listener:
         _keep_alive(driver.fileno())
         with selectors.DefaultSelector() as selector:
             selector.register(driver.fileno(), selectors.EVENT_READ)
-            selector.register(self._ear, selectors.EVENT_READ)
+            selector.register(self._stop_receiver, selectors.EVENT_READ)
             while not self._stopping.is_set():
                 selector.select()
                 if self._stopping.is_set():
                     return
-                if any(notify.payload != self._deaf_to for notify in list(driver.notifies(timeout=0))):
+                if any(notify.payload != self._own_name for notify in list(driver.notifies(timeout=0))):
                     self._wake()
 
 
 def _keep_alive(descriptor: int) -> None:
-    """Find out within a minute that the server is gone: a listener sends nothing that would fail."""
+    """Find out within a minute that the server is gone. A listener sends nothing that would fail."""
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as peer:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):

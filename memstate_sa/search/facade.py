@@ -19,8 +19,9 @@ from memstate_sa.errors import MemstateError
 from memstate_sa.log import history
 from memstate_sa.log.changes import Change
 from memstate_sa.relay.memory_parts import MemoryParts
+from memstate_sa.runtime.calls import call_directly, call_in_thread
+from memstate_sa.search.hits import Hits
 from memstate_sa.search.query import Query
-from memstate_sa.search.search import Hits, call_directly, call_in_thread
 from memstate_sa.search.searcher import Searcher
 from memstate_sa.search.time_travel import PastSession, as_of_session
 from memstate_sa.tracking.tracked import Tracked

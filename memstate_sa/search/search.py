@@ -1,159 +1,73 @@
 """Search: the index proposes, SQL disposes.
 
-Embed the query, read which keys are undelivered, ask the index, hydrate through the caller's Session, keep what the
-fingerprint vouches for, embed what is newer than its vector, and ask for more when too little is left. In that order: a
-key that is delivered between two of these steps is found either among the undelivered or in the index.
+1. Embed the query. 2. Read the undelivered keys (the overlay). 3. Query the index. 4. Hydrate through the caller's
+Session. 5. Keep rows whose fingerprint the index has, and embed newer ones. 6. Query for more when hits are missing.
+In that order: a key that is delivered between two steps is found either in the overlay or in the index.
 """
 
 from __future__ import annotations
 
-import asyncio
 import heapq
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    FromClause,
-    Select,
-    Text,
-    and_,
-    bindparam,
-    case,
-    cast,
-    func,
-    literal_column,
-    select,
-    union,
-)
+from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
-from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.db.codec import encode_key
-from memstate_sa.db.rows import TableColumns
-from memstate_sa.db.statements import batches
-from memstate_sa.db.tables import outbox
 from memstate_sa.embedding import cache as embeddings
 from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import DeliveryError, DeliveryRejected, MemstateError
 from memstate_sa.indexes.base import Filter, Match, Vector
-from memstate_sa.log.outbox import is_behind, position_parameters, undelivered
+from memstate_sa.log.outbox import is_behind
 from memstate_sa.relay import marks
-from memstate_sa.relay.backlog import Standing, read_standing, stuck
+from memstate_sa.relay.backlog import EntityCoverage, read_entity_coverage
 from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.marks import Past
-from memstate_sa.relay.protocol import ENTITY
+from memstate_sa.relay.points import ENTITY
 from memstate_sa.relay.retry import guarded, halves
+from memstate_sa.runtime.calls import Call, call_directly
 from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.search.comparable import Comparable
+from memstate_sa.search.hits import Hit, Hits, cosine_distance
+from memstate_sa.search.hydration import Hydration, keys_of
+from memstate_sa.search.overlay import OVERLAY_LIMIT, read_overlay
 from memstate_sa.search.pushdown import push_down
-from memstate_sa.tracking import committed
-from memstate_sa.tracking.committed import raw_key_columns
 from memstate_sa.tracking.projection import Projection, split_point_id
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
 
-logger = printable_logger("memstate_sa.search.search")
-
-F = TypeVar("F")
 P = ParamSpec("P")
 R = TypeVar("R")
-
-OVERLAY_LIMIT = 500
-"""The most rows that one search embeds because the index does not have them yet."""
+logger = printable_logger("memstate_sa.search.search")
 
 _IDS_LIMIT = 1000
-_DOUBTED = 100
-"""So many hits by content that they do not have are looked at once more."""
-_LARGEST_ASK = 1 << 20
-"""So many points at most are asked for: with a count that is beyond its integers, an index fails, or finds nothing."""
+"""The most rows that are named to an index by their ids."""
+
+_MISMATCH_LIMIT = 100
+"""The most hits with another fingerprint than their row that are looked at once more."""
+
+_LARGEST_QUERY = 1 << 20
+"""The most points that an index is asked for: beyond its integers it fails, or finds nothing."""
+
 _TIES = 10_000
-"""So many facts at the distance of the last hit are put in order; of more, the index chooses."""
-_NOISE = 1e-6
+"""The most facts at the distance of the last hit that are put in order. Of more, the index chooses."""
+
+_ROUNDING_ERROR = 1e-6
 """An index computes a distance in single precision: the last digits depend on where the vector lies in memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hit(Generic[F]):
-    """A fact that SQL holds, and how near it is: cosine distance, 0 identical to 2 opposite."""
-
-    fact: F
-    distance: float
-
-    @property
-    def score(self) -> float:
-        return 1.0 - self.distance
-
-
-class Hits(list[Hit[F]]):
-    """Hits, best first.
-
-    ``complete`` is False when some rows could not be considered: more undelivered than `OVERLAY_LIMIT`, an embedding
-    that failed, an index that is still being filled, a key that no row can have, or a transaction whose snapshot is
-    older than the index.
-    """
-
-    complete: bool = True
-
-
-class Call(Protocol):
-    """How to call an index or an embedder: at once, or in a thread while the event loop goes on."""
-
-    def __call__(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
-
-
-def call_directly(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-    return function(*args, **kwargs)
-
-
-def call_in_thread(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-    from sqlalchemy.util import await_only
-
-    return await_only(asyncio.to_thread(function, *args, **kwargs))
-
-
-_RECENT = 10 * OVERLAY_LIMIT
-"""The most outbox entries that one search looks at, newest first: a backlog may be long."""
-
-_own_xid = cast(cast(func.pg_current_xact_id_if_assigned(), Text), BigInteger)
-
-
-@cache
-def _dirty(dialect_name: str, *, everything: bool) -> Select[Any]:
-    """The keys of recent entries, the caller's own first, and how many entries each has.
-
-    Of what is after a position, or of the whole outbox. Built once: building costs more than running.
-    """
-    own = case((outbox.c.tx == bindparam("own_tx"), 1), else_=0).label("own")
-    columns, mine = (outbox.c.id, outbox.c.key, own), outbox.c.entity == bindparam("entity")
-    if dialect_name == "sqlite":  # the index by entity has the xid before the id, and here it is always 0
-        mine = and_(mine, outbox.c.xid == literal_column("0"))
-    if everything:
-        newest_first = select(*columns).where(mine).order_by(outbox.c.xid.desc(), outbox.c.id.desc())
-        newest_first = newest_first.limit(bindparam("limit"))
-        entries: FromClause = newest_first.subquery()
-    else:
-        entries = undelivered(dialect_name, *columns, where=mine, newest_first=True)
-        if dialect_name == "postgresql":
-            # The entries of a long transaction are older than what was committed meanwhile.
-            of_own = select(*columns).where(outbox.c.xid == _own_xid, mine)
-            entries = union(select(entries), of_own).subquery()
-    order = (func.max(entries.c.own).desc(), func.max(entries.c.id).desc())
-    return select(entries.c.key, func.count()).group_by(entries.c.key).order_by(*order).limit(OVERLAY_LIMIT + 1)
-
-
 @dataclass
-class Opened:
-    """An index that this process has opened, with the mark that it had then, or that the database has had since."""
+class OpenedIndex:
+    """An index that this process has opened, with the mark that it had then, or a later one of the database."""
 
     mark: str | None
-    is_doubted: bool = False
+    has_warned: bool = False  # that its content differs from the rows
 
     def is_of(self, now: Past) -> bool:
         """Whether the index was filled from the past that the database is in *now*."""
@@ -164,51 +78,46 @@ class Opened:
         return True
 
 
-@dataclass
-class _Row:
-    fact: Any
-    projection: Projection
-
-
 class Search:
     """One search; see the module's docstring for its order."""
 
     def __init__(
         self,
         session: Session,
-        capture: Capture,
+        capture: SessionCapture,
         destinations: Mapping[str, Destination],
         name: str,
-        opened: dict[str, Opened],
+        opened: dict[str, OpenedIndex],
         statement: Select[Any],
         tracked: Tracked,
         *,
         resolve: Callable[[Connection], str] | None = None,
         call: Call = call_directly,
     ) -> None:
-        """*statement* and *tracked* are what `resolve_target` returns.
+        """*statement* and *tracked* are the result of `resolve_target`.
 
-        *name* is the index that is asked, or was, the last time, if *resolve* tells which it is now.
+        *name* is the index to query. With *resolve*, it is the index of the last time, and *resolve* returns the
+        present one.
         """
         self._session = session
         self._call = call
         self._statement, self._tracked = statement, tracked
         self._destinations = destinations
-        self._opened = opened
+        self._opened_indexes = opened
         self._resolve = resolve
-        self._aim(name)
+        self._use_index(name)
         self._capture = capture
         self._complete = True
-        self._rows: dict[str, _Row | None] = {}
+        self._hydration = Hydration(session, statement, tracked)
         self._distances: dict[str, float] = {}
-        self._of_texts: dict[str | None, float] = {}
+        self._distances_of_texts: dict[str | None, float] = {}
         self._budget = OVERLAY_LIMIT
-        self._standing: Standing | None = None
-        self._mark = Opened(None)
-        self._stale: list[str] = []  # found by content that they do not have
-        self._too_many = False
+        self._coverage: EntityCoverage | None = None
+        self._opened = OpenedIndex(None)
+        self._mismatched_keys: list[str] = []  # the index found them by other content than their rows have
+        self._too_many_ids = False
 
-    def _aim(self, name: str) -> None:
+    def _use_index(self, name: str) -> None:
         self.name = name
         self._index, self._vectors = self._destinations[name].index, self._destinations[name].vectors
 
@@ -216,18 +125,18 @@ class Search:
         try:
             return self._run(query, limit, max_distance, fresh=fresh)
         except DeliveryError:
-            self._opened.pop(self.name, None)  # it may have been deleted, or be another by the next search
+            self._opened_indexes.pop(self.name, None)  # it may have been deleted, or be another by the next search
             raise
 
     def _open(self) -> None:
-        opened = self._opened.get(self.name)
+        opened = self._opened_indexes.get(self.name)
         if opened is None:
-            self._ask(self._destinations[self.name].open)
-            opened = self._opened[self.name] = Opened(self._ask(marks.kept_by, self._index))
-        self._mark = opened
+            self._call_index(self._destinations[self.name].open)
+            opened = self._opened_indexes[self.name] = OpenedIndex(self._call_index(marks.kept_by, self._index))
+        self._opened = opened
 
-    def _ask(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the index; whatever it raises becomes ours."""
+    def _call_index(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the index. Its errors become ours."""
         return guarded(lambda: self._call(function, *args, **kwargs), f"index {self.name!r}")
 
     def _run(self, query: str, limit: int, max_distance: float | None, *, fresh: bool) -> Hits[Any]:
@@ -236,71 +145,81 @@ class Search:
         if self._session.autoflush:
             self._session.flush()
         if self._resolve is not None and (name := self._resolve(self._connection())) != self.name:
-            self._aim(name)
+            self._use_index(name)
             self._open()
             vector = self._embedded(query)
-        pending = self._pending() if fresh else self._passed_over()
+        undelivered = self._undelivered_keys() if fresh else self._no_keys()
+        nearest = self._query(vector, limit, max_distance, undelivered, fresh=fresh)
+        if fresh and self._is_complete and self._mismatched_keys:
+            self._check_mismatches(set(self._mismatched_keys[:_MISMATCH_LIMIT]))
+        rows = self._hydration.rows
+        hits: Hits[Any] = Hits(Hit(rows[key].fact, distance) for distance, key in nearest)  # type: ignore[union-attr]
+        hits.complete = self._is_complete and not self._sees_the_past()
+        return hits
+
+    def _query(
+        self, vector: Vector, limit: int, max_distance: float | None, undelivered: Sequence[str], *, fresh: bool
+    ) -> list[tuple[float, str]]:
+        """The nearest keys, with their distances. The index is queried for more until there are enough."""
         where, ids = self._restriction()
-        # What is undelivered may be in the index as it was before: so many may not count.
-        # And one more tells whether the last hit is alone at its distance.
-        ask, asked_for = limit + 1 + min(len(pending), 20), -1
-        if self._too_many:
-            ask *= 4  # criteria that only SQL applies
-        ask = min(ask, _LARGEST_ASK)
-        hits: list[tuple[float, str]] = []
-        crowded = False
+        # The index may hold undelivered keys as they were before: so many of its matches may not count.
+        # One more match tells whether the last hit is alone at its distance.
+        size, last_count = limit + 1 + min(len(undelivered), 20), -1
+        if self._too_many_ids:
+            size *= 4  # criteria that only SQL applies
+        size = min(size, _LARGEST_QUERY)
+        is_crowded = False
         while True:
-            matches = [] if ids == [] else self._ask(self._index.query, vector, ask, where=where, ids=ids)
-            ours = [(found[1], match) for match in matches if (found := self._fact(match)) is not None]
-            self._hydrate([*pending, *(key for key, _ in ours)])
-            self._measure(vector, dict(ours), pending, fresh=fresh)
-            hits = self._nearest(limit, max_distance, {key for key, _ in ours} | set(pending))
-            exhausted = len(matches) < ask or len(matches) == asked_for or ask >= _LARGEST_ASK
-            horizon = matches[-1].distance if matches else 2.0
-            if exhausted or (max_distance is not None and horizon > max_distance):
-                break
+            matches = [] if ids == [] else self._call_index(self._index.query, vector, size, where=where, ids=ids)
+            keyed_matches = [(fact[1], match) for match in matches if (fact := self._fact(match)) is not None]
+            self._hydrate([*undelivered, *(key for key, _ in keyed_matches)])
+            self._measure(vector, dict(keyed_matches), undelivered, fresh=fresh)
+            hits = self._nearest(limit, max_distance, {key for key, _ in keyed_matches} | set(undelivered))
+            is_exhausted = len(matches) < size or len(matches) == last_count or size >= _LARGEST_QUERY
+            farthest = matches[-1].distance if matches else 2.0
+            if is_exhausted or (max_distance is not None and farthest > max_distance):
+                return hits
             # An index returns facts at one distance in any order. Ours is by key, so that pages fit together.
-            last = hits[-1][0] if len(hits) == limit else math.inf
-            if last < horizon - _NOISE or (last <= horizon and ask > limit + _TIES):
-                break
-            asked_for = len(matches)
-            if where is None and ids is None and not crowded and len(ours) * 2 < len(matches):
-                crowded, asked_for = True, -1  # by other entities, or by points of others
+            last_distance = hits[-1][0] if len(hits) == limit else math.inf
+            if last_distance < farthest - _ROUNDING_ERROR or (last_distance <= farthest and size > limit + _TIES):
+                return hits
+            last_count = len(matches)
+            if where is None and ids is None and not is_crowded and len(keyed_matches) * 2 < len(matches):
+                is_crowded, last_count = True, -1  # by other entities, or by foreign points
                 where = self._entity_filter()
-                if where is None and not self._too_many:
+                if where is None and not self._too_many_ids:
                     ids = self._few_ids()
-            ask = min(4 * ask, _LARGEST_ASK)
-        if fresh and self._complete and self._stale:
-            self._doubt(set(self._stale[:_DOUBTED]))
-        result: Hits[Any] = Hits(Hit(self._rows[key].fact, distance) for distance, key in hits)  # type: ignore[union-attr]
-        result.complete = self._complete and not self._sees_the_past()
-        return result
+            size = min(4 * size, _LARGEST_QUERY)
+
+    @property
+    def _is_complete(self) -> bool:
+        return self._complete and self._hydration.complete
 
     def _embedded(self, query: str) -> Vector:
         return np.asarray(self._call(self._vectors.of_query, query), dtype=np.float32)
 
-    def _doubt(self, keys: set[str]) -> None:
-        """Were *keys* found by content that they do not have, though no change of them is on its way?
+    def _check_mismatches(self, keys: set[str]) -> None:
+        """Warn when the index has other content of *keys* than their rows, though no change of them is undelivered.
 
-        Then the index may lack others altogether: text= does something else now, or the index drifted.
+        Then the index may lack other keys altogether: text= does something else now, or the index drifted.
         """
-        keys.difference_update(self._pending())
-        if not keys or not self._complete:
+        keys.difference_update(self._undelivered_keys())
+        if not keys or not self._is_complete:
             return
-        stored = self._ask(self._index.get, [self._tracked.point_id(key) for key in keys])
-        fingerprints = {found[1]: point.fingerprint for point in stored if (found := split_point_id(point.id))}
-        rows = {key: self._rows[key] for key in keys & fingerprints.keys()}
-        stale = [key for key, row in rows.items() if row and row.projection.fingerprint != fingerprints[key]]
-        if stale and not self._mark.is_doubted:
-            self._mark.is_doubted = True
+        stored = self._call_index(self._index.get, [self._tracked.point_id(key) for key in keys])
+        fingerprints = {fact[1]: point.fingerprint for point in stored if (fact := split_point_id(point.id))}
+        rows = {key: self._hydration.rows[key] for key in keys & fingerprints.keys()}
+        stale_keys = [key for key, row in rows.items() if row and row.projection.fingerprint != fingerprints[key]]
+        if stale_keys and not self._opened.has_warned:
+            self._opened.has_warned = True
             logger.warning(
                 "index %r has other content of %s%s than its row. If text= does something else now, give another "
                 "text_version=. If not, memory.verify(engine, repair=True) delivers what differs",
                 self.name,
                 self._tracked.entity,
-                stale[0],
+                stale_keys[0],
             )
-        self._complete = not stale
+        self._complete = not stale_keys
 
     # -- what the index may not know -----------------------------------------------------------------------------------
 
@@ -308,79 +227,63 @@ class Search:
         return self._session.connection(bind_arguments={"mapper": self._tracked.mapper})
 
     def _index_key(self) -> IndexKey:
-        return IndexKey(self.name, self._ask(lambda: self._index.incarnation))
+        return IndexKey(self.name, self._call_index(lambda: self._index.incarnation))
 
-    def _pending(self) -> list[str]:
+    def _undelivered_keys(self) -> list[str]:
         """Keys that are committed or flushed but not delivered, the caller's own first."""
         connection = self._connection()
         index = self._index_key()
-        standing = self._standing = self._read_standing(connection, index)
-        at = standing.at
-        if not standing.filled:
-            # What was committed before the index's cursor began is delivered from the table: no position tells how far.
-            at, self._complete = None, False
-        keys: list[str] = []
-        # One look for all: what is undelivered now may be refused, and its entry gone, by the next statement.
-        quiet = connection.dialect.name == "sqlite" and at is not None and at.id >= standing.newest
-        if not quiet:
-            unit = self._capture.open_unit(self._session)
-            mine = {"entity": self._tracked.entity, "own_tx": unit.tx if unit is not None else "", "limit": _RECENT}
-            statement = _dirty(connection.dialect.name, everything=at is None)
-            rows = connection.execute(statement, {**mine, **(position_parameters(at) if at is not None else {})}).all()
-            keys = [key for key, _ in rows]
-            if sum(count for _, count in rows) >= _RECENT:
-                self._complete = False
-        if standing.stuck or not quiet:
-            keys += stuck(connection, index, self._tracked.entity, OVERLAY_LIMIT + 1)
-        keys = list(dict.fromkeys(keys))
-        if len(keys) > OVERLAY_LIMIT:
+        coverage = self._coverage = self._read_coverage(connection, index)
+        unit = self._capture.open_transaction(self._session)
+        own_tx = unit.tx if unit is not None else ""
+        overlay = read_overlay(connection, index, self._tracked.entity, coverage, own_tx)
+        possible = self._tracked.columns_for(connection.dialect).possible(connection, overlay.keys)
+        # With fewer possible keys, something has changed, and no row has such a key.
+        if not overlay.complete or len(possible) < len(overlay.keys):
             self._complete = False
-            del keys[OVERLAY_LIMIT:]
-        if len(self._tracked.columns_for(connection.dialect).possible(connection, keys)) < len(keys):
-            self._complete = False  # something has changed, and no row has such a key
-        return keys
+        return overlay.keys
 
-    def _passed_over(self) -> list[str]:
-        """Nothing is looked for beside the index; but whether it was ever delivered in full."""
-        standing = self._standing = self._read_standing(self._connection(), self._index_key())
-        self._complete = standing.filled
+    def _no_keys(self) -> list[str]:
+        """No undelivered keys are looked for. The hits are complete if the index was once delivered in full."""
+        coverage = self._coverage = self._read_coverage(self._connection(), self._index_key())
+        self._complete = coverage.filled
         return []
 
-    def _read_standing(self, connection: Connection, index: IndexKey) -> Standing:
-        """How the index stands. It is not filled, either, when it was filled from something else than what is here now.
+    def _read_coverage(self, connection: Connection, index: IndexKey) -> EntityCoverage:
+        """The coverage of the index. It counts as not filled when it was filled from another past or projection.
 
-        That is another past of the database, or another projection of the class. No relay may have seen it yet.
+        No relay may have noticed that yet.
         """
-        standing = read_standing(connection, index, self._tracked.entity)
-        if standing.past is not None and not self._mark.is_of(standing.past):
-            self._opened.pop(self.name, None)
+        coverage = read_entity_coverage(connection, index, self._tracked.entity)
+        if coverage.past is not None and not self._opened.is_of(coverage.past):
+            self._opened_indexes.pop(self.name, None)
             self._open()  # the mark first: relays write it to the database before the index
-            standing = read_standing(connection, index, self._tracked.entity)
-        if standing.past is not None and not self._mark.is_of(standing.past):
-            self._opened.pop(self.name, None)
-            return standing._replace(filled=False)
-        return standing._replace(filled=standing.filled and standing.projection == self._tracked.projection)
+            coverage = read_entity_coverage(connection, index, self._tracked.entity)
+        if coverage.past is not None and not self._opened.is_of(coverage.past):
+            self._opened_indexes.pop(self.name, None)
+            return coverage._replace(filled=False)
+        return coverage._replace(filled=coverage.filled and coverage.projection == self._tracked.projection)
 
     def _sees_the_past(self) -> bool:
-        """Whether the index may be ahead of what this transaction sees: ask after the index was."""
+        """Whether the index may be ahead of the rows that this transaction sees. Ask after the query."""
         connection = self._connection()
         if connection.dialect.name == "sqlite":
             return is_behind(connection)
         isolation: str = connection.execute(select(func.current_setting("transaction_isolation"))).scalar_one()
         return isolation in ("repeatable read", "serializable")
 
-    # -- what the index is asked ---------------------------------------------------------------------------------------
+    # -- the query -----------------------------------------------------------------------------------------------------
 
     def _restriction(self) -> tuple[Filter | None, list[str] | None]:
         """A filter or a list of ids that the index can apply; neither: hydration alone applies the criteria."""
         criteria = list(self._statement._where_criteria)
-        simple = not criteria or not _joins(self._statement)
-        # What is not filled yet may lack the fields that a filter asks for.
-        filled = self._standing is not None and self._standing.filled
-        pushed = self._pushed_down(criteria) if simple and criteria and filled else None
-        if pushed is not None:
-            return pushed, None
-        if not criteria and simple:
+        is_simple = not criteria or not _joins(self._statement)
+        # Points that are not refilled yet may lack the fields that a filter asks for.
+        is_filled = self._coverage is not None and self._coverage.filled
+        where = self._pushed_down(criteria) if is_simple and criteria and is_filled else None
+        if where is not None:
+            return where, None
+        if not criteria and is_simple:
             return None, None
         return None, self._few_ids()
 
@@ -388,94 +291,63 @@ class Search:
         return push_down(self._tracked, criteria, Comparable(self._connection(), self._tracked.table))
 
     def _entity_filter(self) -> Filter | None:
-        """What tells this entity from others in the index, where every point carries its entity."""
-        standing = self._standing
-        assert standing is not None
-        return {ENTITY: {"$eq": self._tracked.entity}} if standing.marked and standing.filled else None
+        """A filter for this entity, if every point of the index carries its entity."""
+        coverage = self._coverage
+        assert coverage is not None
+        return {ENTITY: {"$eq": self._tracked.entity}} if coverage.marked and coverage.filled else None
 
     def _few_ids(self) -> list[str] | None:
         """The point ids of all rows that the statement selects; None when there are too many to name."""
         keys = keys_of(self._statement, self._tracked).limit(_IDS_LIMIT + 1)
         rows = self._connection().execute(keys).all()
         if len(rows) > _IDS_LIMIT:
-            self._too_many = True
+            self._too_many_ids = True
             return None
         return [self._tracked.point_id(encode_key(row)) for row in rows]
 
     def _fact(self, match: Match) -> tuple[str, str] | None:
-        found = split_point_id(match.id)
-        return found if found is not None and found[0] == self._tracked.entity else None
+        fact = split_point_id(match.id)
+        return fact if fact is not None and fact[0] == self._tracked.entity else None
 
-    # -- what SQL says -------------------------------------------------------------------------------------------------
+    # -- rows and distances --------------------------------------------------------------------------------------------
 
     def _hydrate(self, keys: Collection[str]) -> None:
-        """Load the rows of *keys* that the caller's transaction sees and that the statement selects."""
-        wanted = [key for key in dict.fromkeys(keys) if key not in self._rows]
-        if not wanted:
-            return
-        columns = self._tracked.columns_for(self._connection().dialect)
-        width = len(self._tracked.key_columns)
-        statement = _hydration(self._statement, self._tracked, columns)
-        embedder = self._vectors.embedder.fingerprint
-        for some in batches(wanted):
-            self._rows.update(dict.fromkeys(some))
-            possible = columns.possible(self._connection(), some)
-            if not possible:
-                continue
-            parameters = columns.key_parameters(possible.values())
-            # Columns beside the entity: the identity map may hold older or edited values. The filter makes joined eager
-            # loading of collections possible, which repeats rows.
-            rows = self._session.execute(statement, parameters).unique(lambda row: tuple(row[1 : 1 + width]))
-            projected = self._projected_of_many(some)
-            for row in rows:
-                key = encode_key(row[1 : 1 + width])
-                if key not in possible:  # SQLite finds "1" by 1, where the type of the key was changed
-                    self._complete = False
-                try:
-                    projection = self._tracked.project(key, projected.get(key, row[1 + width :]), embedder)
-                except Exception:  # noqa: BLE001  # the application's own callable: the relay parks such a row, too
-                    self._complete = False
-                else:
-                    self._rows[key] = _Row(row[0], projection)
+        self._hydration.load(keys, self._connection(), self._vectors.embedder.fingerprint)
 
-    def _projected_of_many(self, keys: Sequence[str]) -> dict[str, Sequence[Any]]:
-        """What tells the content of *keys* whose rows are in several tables, of which a select() may have but one."""
-        return committed.read(self._connection(), self._tracked, keys) if self._tracked.is_projected_of_many else {}
-
-    def _measure(self, query: Vector, matches: Mapping[str, Match], pending: Sequence[str], *, fresh: bool) -> None:
-        """The distance of every row whose current content is known: from the index, or embedded now."""
-        stale: dict[str, Projection] = {}
-        for key in (*pending, *matches):
-            row = self._rows.get(key)
+    def _measure(self, query: Vector, matches: Mapping[str, Match], undelivered: Sequence[str], *, fresh: bool) -> None:
+        """Set the distance of every row whose present content is known: from the index, or embedded now."""
+        unknown: dict[str, Projection] = {}
+        for key in (*undelivered, *matches):
+            row = self._hydration.rows.get(key)
             if row is None or row.projection.fingerprint is None or key in self._distances:
                 continue
             match = matches.get(key)
             if match is not None and match.fingerprint == row.projection.fingerprint:
-                self._place(key, row.projection, match.distance)
+                self._set_distance(key, row.projection, match.distance)
             elif fresh:
-                stale[key] = row.projection
-                if match is not None and key not in pending:
-                    self._stale.append(key)
-        if len(stale) > self._budget:
+                unknown[key] = row.projection
+                if match is not None and key not in undelivered:
+                    self._mismatched_keys.append(key)
+        if len(unknown) > self._budget:
             self._complete = False
-            stale = dict(list(stale.items())[: self._budget])
-        self._budget -= len(stale)
-        if not stale:
+            unknown = dict(list(unknown.items())[: self._budget])
+        self._budget -= len(unknown)
+        if not unknown:
             return
-        texts = {p.text_fingerprint: p.text for p in stale.values() if p.text_fingerprint and p.text}
+        texts = {p.text_fingerprint: p.text for p in unknown.values() if p.text_fingerprint and p.text}
         vectors = embeddings.known(self._connection(), self._vectors, texts)
         vectors |= self._embed({digest: text for digest, text in texts.items() if digest not in vectors})
-        for key, projection in stale.items():
+        for key, projection in unknown.items():
             vector = vectors.get(projection.text_fingerprint or "")
             if vector is not None:
-                self._place(key, projection, cosine_distance(query, vector))
+                self._set_distance(key, projection, cosine_distance(query, vector))
 
-    def _place(self, key: str, projection: Projection, distance: float) -> None:
-        """Facts of one text are at one distance, whatever the last digits of each: only so is their order by key."""
-        self._distances[key] = self._of_texts.setdefault(projection.text_fingerprint, distance)
+    def _set_distance(self, key: str, projection: Projection, distance: float) -> None:
+        """Facts of one text get one distance, without rounding errors, so that they are in the order of their keys."""
+        self._distances[key] = self._distances_of_texts.setdefault(projection.text_fingerprint, distance)
 
     def _embed(self, texts: Mapping[str, str]) -> dict[str, Vector]:
-        """The vectors of *texts*, without those that the embedder refuses; none when it is unavailable.
+        """The vectors of *texts*, without refused ones. There are none when the embedder is unavailable.
 
         They are remembered in this process, where a relay finds them: a search writes nothing to the database.
         """
@@ -494,48 +366,20 @@ class Search:
             return {}
 
     def _nearest(self, limit: int, max_distance: float | None, keys: Collection[str]) -> list[tuple[float, str]]:
-        found = ((self._distances[key], key) for key in keys if key in self._distances)
-        near = (item for item in found if max_distance is None or item[0] <= max_distance)
+        measured = ((self._distances[key], key) for key in keys if key in self._distances)
+        near = (item for item in measured if max_distance is None or item[0] <= max_distance)
         return heapq.nsmallest(limit, near)
 
 
-def _hydration(statement: Select[Any], tracked: Tracked, columns: TableColumns) -> Select[Any]:
-    """*statement* for the rows of some keys, with what tells their content beside the entity."""
-    plain = statement is tracked.select_all
-    cached: Select[Any] | None = tracked.hydrations.get(columns.dialect.name) if plain else None
-    if cached is not None:
-        return cached
-    beside = () if tracked.is_projected_of_many else tracked.projected_columns
-    projected = [column.label(f"memstate_{n}") for n, column in enumerate(beside)]
-    full = statement.order_by(None).add_columns(*raw_key_columns(tracked), *projected).where(columns.key_in)
-    if plain:
-        tracked.hydrations[columns.dialect.name] = full
-    return full
-
-
-def keys_of(statement: Select[Any], tracked: Tracked) -> Select[Any]:
-    """The keys of all facts that *statement* selects."""
-    keys = statement.with_only_columns(*raw_key_columns(tracked), maintain_column_froms=True).order_by(None).distinct()
-    keys._for_update_arg = None  # PostgreSQL locks no DISTINCT rows; hydrating locks what is returned
-    return keys
-
-
-def cosine_distance(a: Vector, b: Vector) -> float:
-    """1 − cosine similarity; 1 when either vector is zero."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return 1.0 - float(a @ b) / norm if norm else 1.0
-
-
 def resolve_target(registry: Registry, target: Any) -> tuple[Select[Any], Tracked]:
-    """The select() that *target* is, or stands for. Raises MemstateError for what cannot be searched."""
+    """The select() that *target* is, or stands for. Raises MemstateError when it cannot be searched."""
     if isinstance(target, type):
         tracked = registry.of(target)
         return (tracked.select_all if target is tracked.model else select(target)), tracked
     if not isinstance(target, Select):
         raise MemstateError(f"search {target!r}: give a tracked class or a select() of one")
-    described = target.column_descriptions
-    if len(described) != 1 or described[0]["type"] is not described[0]["expr"]:
+    columns = target.column_descriptions
+    if len(columns) != 1 or columns[0]["type"] is not columns[0]["expr"]:
         raise MemstateError("search takes a select() of exactly one tracked class, like select(Model).where(…)")
     if (
         target._limit_clause is not None
@@ -545,7 +389,7 @@ def resolve_target(registry: Registry, target: Any) -> tuple[Select[Any], Tracke
         or target._distinct
     ):
         raise MemstateError("a select() to search in has no LIMIT, OFFSET, FETCH, GROUP BY or DISTINCT; use limit=")
-    return target, registry.of(described[0]["type"])
+    return target, registry.of(columns[0]["type"])
 
 
 def _joins(statement: Select[Any]) -> bool:

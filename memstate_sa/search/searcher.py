@@ -10,13 +10,15 @@ from sqlalchemy import Select, Table
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import visitors
 
-from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.db import missing_tables
 from memstate_sa.db.engines import with_separate_pool
 from memstate_sa.db.sqlite import require_no_transaction
 from memstate_sa.embedding.batches import Destination
+from memstate_sa.runtime.calls import Call
+from memstate_sa.search.hits import Hits
 from memstate_sa.search.query import Query
-from memstate_sa.search.search import Call, Hits, Opened, Search, resolve_target
+from memstate_sa.search.search import OpenedIndex, Search, resolve_target
 from memstate_sa.search.succession import Succession
 from memstate_sa.search.time_travel import as_of_session, search_past, take_criteria
 from memstate_sa.tracking.registry import Registry
@@ -27,13 +29,17 @@ class Searcher:
     """Search for one Memory."""
 
     def __init__(
-        self, registry: Registry, capture: Capture, destinations: Mapping[str, Destination], succession: Succession
+        self,
+        registry: Registry,
+        capture: SessionCapture,
+        destinations: Mapping[str, Destination],
+        succession: Succession,
     ) -> None:
         self._registry = registry
         self._capture = capture
         self._destinations = destinations
         self._succession = succession
-        self._opened: dict[str, Opened] = {}  # indexes that a search has opened
+        self._opened: dict[str, OpenedIndex] = {}  # indexes that a search has opened
         self._last_asked: dict[str, str] = {}  # the index that the last search of each has asked
 
     def search(self, call: Call, session: Session, target: Any, query: Query) -> Hits[Any]:

@@ -27,8 +27,10 @@ from memstate_sa.embedding.batches import Vectors
 from memstate_sa.errors import MemstateError
 from memstate_sa.log.history import Moment, images_at, log_at
 from memstate_sa.log.unlogged import unlogged_rows
+from memstate_sa.runtime.calls import Call
+from memstate_sa.search.hits import Hit, Hits, cosine_distance
+from memstate_sa.search.hydration import keys_of
 from memstate_sa.search.query import Query
-from memstate_sa.search.search import Call, Hit, Hits, cosine_distance, keys_of
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.committed import raw_key_columns
 from memstate_sa.tracking.tracked import Tracked

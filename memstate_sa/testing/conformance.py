@@ -109,15 +109,15 @@ class IndexConformance:
     @pytest.fixture
     def another(self, make: Make) -> Iterator[Make]:
         """`make`, and everything that it made is closed at the end."""
-        made: list[VectorIndex] = []
+        indexes: list[VectorIndex] = []
 
-        def remember() -> VectorIndex:
-            made.append(make())
-            return made[-1]
+        def make_and_keep() -> VectorIndex:
+            indexes.append(make())
+            return indexes[-1]
 
-        yield remember
-        for each in made:
-            each.close()
+        yield make_and_keep
+        for index in indexes:
+            index.close()
 
     @pytest.fixture
     def closed(self, another: Make) -> VectorIndex:
@@ -205,7 +205,7 @@ class IndexConformance:
 
     # -- lifetimes -----------------------------------------------------------------------------------------------------
 
-    def test_another_object_after_the_first(self, index: VectorIndex, another: Make) -> None:
+    def test_object_after_the_first_finds_content_as_declared(self, index: VectorIndex, another: Make) -> None:
         """It finds content and incarnation where they outlive an object; elsewhere it is empty, and another one."""
         index.upsert([point("a", Y, fingerprint="fa", metadata={"role": "tip"})])
         before = index.incarnation
@@ -218,7 +218,7 @@ class IndexConformance:
         assert fingerprints(second) == ({"a": "fa"} if kept else {})
         assert ids_where(second, {"role": {"$eq": "tip"}}) == ({"a"} if kept else set())
 
-    def test_another_object_beside_the_first(self, index: VectorIndex, another: Make) -> None:
+    def test_object_beside_the_first_shares_content_as_declared(self, index: VectorIndex, another: Make) -> None:
         """Shared: each sees what the other writes. Else it is another index, or it is refused."""
         index.upsert([point("a")])
         second = another()
@@ -234,22 +234,22 @@ class IndexConformance:
         index.delete(["b"])
         assert set(contents(second, ["a", "b"])) == ({"a"} if self.shared else {"b"})
 
-    def test_what_was_acknowledged_outlives_a_kill(self, program: str | None) -> None:
+    def test_acknowledged_writes_outlive_a_kill(self, program: str | None) -> None:
         """Each point is as the last call that returned left it, or as the one that was under way would have."""
         assert (program is not None) is self.persistent, "a persistent index: override the fixture `program`"
         if program is None:
             return
         chance, done = random.Random(5), 0
         incarnation, content = _killed(program, done, lines=chance.randint(3, 12))
-        assert content.held == {}
+        assert content.points == {}
         for lines in (chance.randint(3, 12), None):
             done = content.done
             before = incarnation
             incarnation, content = _killed(program, done, lines=lines)
             assert incarnation == before
-            sure, under_way = churn.state(done), churn.state(done + 1)
-            for id_ in {*sure, *under_way, *content.held}:
-                assert content.held.get(id_) in (sure.get(id_), under_way.get(id_)), id_
+            sure, possible = churn.state(done), churn.state(done + 1)
+            for id_ in {*sure, *possible, *content.points}:
+                assert content.points.get(id_) in (sure.get(id_), possible.get(id_)), id_
 
     # -- writes --------------------------------------------------------------------------------------------------------
 
@@ -304,7 +304,7 @@ class IndexConformance:
         """Each call once or several times, as a relay that got no answer makes it: the same content."""
         chance = random.Random(3)
         for number in range(12):
-            upserted, deleted = churn.step(number)
+            upserted, deleted = churn.round_of(number)
             for _ in range(chance.randint(1, 3)):
                 index.upsert([point(id_, values, fingerprint=mark) for id_, (mark, values) in upserted.items()])
             for _ in range(chance.randint(1, 3)):
@@ -313,7 +313,7 @@ class IndexConformance:
         assert contents(index, list(expected)) == expected
         assert fingerprints(index) == {id_: mark for id_, (mark, _) in expected.items()}
 
-    def test_a_large_batch(self, index: VectorIndex) -> None:
+    def test_large_batch_is_written_read_and_deleted(self, index: VectorIndex) -> None:
         """Hundreds of points go in, come back and go out in one call each."""
         ids = [f"p{n}" for n in range(min(index.max_batch, 300))]
         index.upsert([point(id_) for id_ in ids])
@@ -321,11 +321,11 @@ class IndexConformance:
         index.delete(ids)
         assert fingerprints(index) == {}
 
-    def test_a_batch_over_the_maximum(self, index: VectorIndex) -> None:
+    def test_batch_over_the_maximum_is_never_taken_in_part(self, index: VectorIndex) -> None:
         """It is taken, or refused as a whole; never taken in part."""
         size = min(index.max_batch, _MOST)
         points = [point(f"p{n:05}") for n in range(size + 1)]
-        ids = [each.id for each in points]
+        ids = [p.id for p in points]
         try:
             index.upsert(points)
             expected = dict.fromkeys(ids, "f")
@@ -334,30 +334,30 @@ class IndexConformance:
         assert fingerprints(index, page=size) == expected
         if not expected:
             index.upsert(points[:size])
-        for some in (ids[:size], ids[size:]):
-            assert {stored.id for stored in index.get(some)} == set(some) & (set(expected) or set(ids[:size]))
-            index.delete(some)
+        for batch in (ids[:size], ids[size:]):
+            assert {stored.id for stored in index.get(batch)} == set(batch) & (set(expected) or set(ids[:size]))
+            index.delete(batch)
         assert fingerprints(index) == {}
 
     def test_random_histories_agree_with_a_dict(self, index: VectorIndex) -> None:
         """After random upserts and deletes the content is what a dict would hold."""
         rng = random.Random(2)
-        held: dict[str, tuple[str, list[float]]] = {}
+        expected: dict[str, tuple[str, list[float]]] = {}
         names = [f"n{n}" for n in range(12)]
-        for step in range(20):
-            some = rng.sample(names, 4)
+        for number in range(20):
+            ids = rng.sample(names, 4)
             if rng.random() < 0.6:
-                batch = [point(n, [rng.randint(-3, 3) for _ in range(3)], fingerprint=f"{step}") for n in some]
+                batch = [point(n, [rng.randint(-3, 3) for _ in range(3)], fingerprint=f"{number}") for n in ids]
                 index.upsert(batch)
-                held.update({p.id: (p.fingerprint, p.vector.tolist()) for p in batch})
+                expected.update({p.id: (p.fingerprint, p.vector.tolist()) for p in batch})
             else:
-                index.delete(some)
-                held = {id_: value for id_, value in held.items() if id_ not in some}
-        assert contents(index, names) == held
-        assert fingerprints(index) == {id_: fingerprint for id_, (fingerprint, _) in held.items()}
-        assert {match.id for match in index.query(vector(*X), 100)} == set(held)
+                index.delete(ids)
+                expected = {id_: value for id_, value in expected.items() if id_ not in ids}
+        assert contents(index, names) == expected
+        assert fingerprints(index) == {id_: fingerprint for id_, (fingerprint, _) in expected.items()}
+        assert {match.id for match in index.query(vector(*X), 100)} == set(expected)
 
-    def test_text_of_every_kind(self, index: VectorIndex) -> None:
+    def test_text_of_every_kind_is_stored_and_found(self, index: VectorIndex) -> None:
         """Ids, metadata names and values of any script, with quotes and control characters, and of 64 KB."""
         odd = ["é", "e\u0301", "🙂", "ﬀ", "السلام", "a'b\"c\\d", "%s {x} $1 :p", "tab\tline\n", "\x7f", "[1]", " "]
         odd.append("long" * 16384)
@@ -367,7 +367,7 @@ class IndexConformance:
             for n, (id_, text) in enumerate(zip(ids, odd, strict=True))
         ]
         index.upsert(points)
-        assert fingerprints(index, page=5) == {each.id: each.fingerprint for each in points}
+        assert fingerprints(index, page=5) == {p.id: p.fingerprint for p in points}
         assert set(contents(index, ids)) == set(ids)
         for n, (id_, text) in enumerate(zip(ids, odd, strict=True)):
             assert ids_where(index, {"value": {"$eq": text}}) == {id_}
@@ -388,7 +388,7 @@ class IndexConformance:
 
     # -- the fence -----------------------------------------------------------------------------------------------------
 
-    def test_an_overtaken_write(self, index: VectorIndex) -> None:
+    def test_overtaken_write_leaves_one_whole_write(self, index: VectorIndex) -> None:
         """Fenced: what was written under a higher epoch stays. Else there is one of the two, as a whole."""
         index.upsert([point("a", X, fingerprint="five", epoch=5), point("b", X, fingerprint="five", epoch=5)])
         index.upsert([point("a", Y, fingerprint="four", epoch=4), point("c", Y, fingerprint="four", epoch=4)])
@@ -402,7 +402,7 @@ class IndexConformance:
         index.upsert([point("b", Y, fingerprint="five", epoch=5)])
         assert fingerprints(index)["b"] in ["any", "five"][: 1 if self.fenced else 2]
 
-    def test_an_overtaken_delete(self, index: VectorIndex, another: Make) -> None:
+    def test_overtaken_delete_leaves_newer_points_alone(self, index: VectorIndex, another: Make) -> None:
         """Fenced: it leaves alone what is newer, and is itself remembered, by another object too."""
         if not isinstance(index, FencedIndex):
             assert not self.fenced
@@ -423,7 +423,7 @@ class IndexConformance:
         index.delete(["absent", "a"])  # 0 stands for no epoch
         assert fingerprints(index) == {"b": "f"}
 
-    def test_reordered_writes(self, index: VectorIndex) -> None:
+    def test_reordered_writes_end_with_the_highest_epoch(self, index: VectorIndex) -> None:
         """Fenced: in whatever order they land, and however often, the highest epoch's is what is there."""
         if not isinstance(index, FencedIndex):
             assert not self.fenced
@@ -444,7 +444,7 @@ class IndexConformance:
 
     # -- queries -------------------------------------------------------------------------------------------------------
 
-    def test_nearest_first(self, index: VectorIndex) -> None:
+    def test_query_returns_the_nearest_first(self, index: VectorIndex) -> None:
         """Distances are cosine: 0 in the same direction whatever the length, 1 at a right angle, 2 opposite."""
         index.upsert(
             [point("opposite", (-2, 0, 0)), point("right", Z), point("same", (5, 0, 0)), point("near", (1, 1, 0))]
@@ -480,11 +480,11 @@ class IndexConformance:
         closed.open(embedder=EMBEDDER, dimension=32)
         ids = [f"p{n}" for n in range(500)]
         metadata: list[dict[str, Any]] = [{"group": n % 7, "name": f"n{n % 5}"} for n in range(500)]
-        for turn in (vectors[::-1], vectors):
+        for version in (vectors[::-1], vectors):
             for start in range(0, 500, min(closed.max_batch, 250)):
-                some = range(start, min(start + min(closed.max_batch, 250), 500))
-                closed.upsert([point(ids[n], turn[n].tolist(), metadata=metadata[n]) for n in some])
-            if turn is not vectors:
+                numbers = range(start, min(start + min(closed.max_batch, 250), 500))
+                closed.upsert([point(ids[n], version[n].tolist(), metadata=metadata[n]) for n in numbers])
+            if version is not vectors:
                 closed.delete(ids[100:200][: closed.max_batch])
         restrictions: list[tuple[Filter | None, list[str] | None]] = [
             (None, None),
@@ -493,7 +493,7 @@ class IndexConformance:
             (None, ids[40:80]),
             ({"name": {"$eq": "n0"}}, ids[::3]),
         ]
-        found = wanted = 0
+        hits = expected = 0
         for query in rng.standard_normal((6, 32)).astype(np.float32):
             exact = _distances(vectors, query)
             for where, among in restrictions:
@@ -504,13 +504,13 @@ class IndexConformance:
                 nearest = sorted(exact[allowed])[:10]
                 answer = closed.query(query, 10, where=where, ids=among)
                 self._assert_true(answer, {ids[n]: exact[n] for n in allowed})
-                found += sum(match.distance <= nearest[-1] + self.tolerance for match in answer)
-                wanted += len(nearest)
+                hits += sum(match.distance <= nearest[-1] + self.tolerance for match in answer)
+                expected += len(nearest)
             everything = closed.query(query, 600)
             self._assert_true(everything, dict(zip(ids, exact, strict=True)))
-            found += len(everything)
-            wanted += len(vectors)
-        assert self.recall <= found / wanted <= 1
+            hits += len(everything)
+            expected += len(vectors)
+        assert self.recall <= hits / expected <= 1
 
     def _assert_true(self, answer: list[Match], exact: dict[str, Any]) -> None:
         distances = [match.distance for match in answer]
@@ -526,8 +526,8 @@ class IndexConformance:
         assert [m.id for m in index.query(vector(*X), 9, ids=["absent", "p1"])] == ["p1"]
         assert index.query(vector(*X), 2, ids=["absent"]) == []
         assert index.query(vector(*X), 2, ids=[]) == []
-        found = index.query(vector(*X), 9, ids=["p1", "p2", "p3"], where={"n": {"$gt": 1}})
-        assert [m.id for m in found] == ["p2", "p3"]
+        answer = index.query(vector(*X), 9, ids=["p1", "p2", "p3"], where={"n": {"$gt": 1}})
+        assert [m.id for m in answer] == ["p2", "p3"]
 
     def test_a_thousand_ids_restrict_the_query(self, index: VectorIndex) -> None:
         """So many does a search name, where its criteria are no filter."""
@@ -536,11 +536,11 @@ class IndexConformance:
         index.upsert([point(id_, (1, 1 + n, 0)) for n, id_ in enumerate(ids)])
         assert [match.id for match in index.query(vector(*X), 3, ids=ids[5:][::-1])] == ["p5", "p6", "p7"]
 
-    def test_filters(self, index: VectorIndex) -> None:
+    def test_filters_match_exactly_their_values(self, index: VectorIndex) -> None:
         """Each operator matches exactly the values it should: no None, no other type, no rounded fraction."""
         index.upsert([point(id_, metadata={"v": value}) for id_, value in _VALUES.items()] + [point("missing")])
-        found = {str(where): ids_where(index, where) for where, _ in _FILTERS}
-        assert found == {str(where): set(expected.split()) for where, expected in _FILTERS}
+        answers = {str(where): ids_where(index, where) for where, _ in _FILTERS}
+        assert answers == {str(where): set(expected.split()) for where, expected in _FILTERS}
 
     def test_random_filters_agree_with_python(self, index: VectorIndex) -> None:
         """On random metadata and nested filters every index answers as the in-memory one."""
@@ -601,31 +601,31 @@ class IndexConformance:
 
     # -- several callers -----------------------------------------------------------------------------------------------
 
-    def test_many_threads(self, index: VectorIndex) -> None:
+    def test_concurrent_writers_of_different_points_lose_nothing(self, index: VectorIndex) -> None:
         """Concurrent writers of different ids lose nothing, and readers meanwhile do not fail."""
 
         def work(worker: int) -> None:
-            mine = [f"w{worker}-{n}" for n in range(6)]
-            for step in range(2):
-                index.upsert([point(id_, fingerprint=f"{step}") for id_ in mine])
-                index.delete(mine[:2])
+            ids = [f"w{worker}-{n}" for n in range(6)]
+            for number in range(2):
+                index.upsert([point(id_, fingerprint=f"{number}") for id_ in ids])
+                index.delete(ids[:2])
                 index.query(vector(*X), 5)
-                index.get(mine)
+                index.get(ids)
                 index.scan(None, 5)
 
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(work, range(4)))
         assert fingerprints(index) == {f"w{worker}-{n}": "1" for worker in range(4) for n in range(2, 6)}
 
-    def test_many_writers_of_the_same_points(self, index: VectorIndex) -> None:
+    def test_concurrent_writers_of_the_same_points_do_not_fail(self, index: VectorIndex) -> None:
         """In different orders, in overlapping batches: no call fails, and each point is as one of them wrote it."""
         names = [f"n{n}" for n in range(8)]
 
         def work(worker: int) -> None:
             chance = random.Random(worker)
-            for step in range(6):
-                some = chance.sample(names, 5)
-                index.upsert([point(id_, (worker + 1, step, 1), fingerprint=f"{worker}-{step}") for id_ in some])
+            for number in range(6):
+                ids = chance.sample(names, 5)
+                index.upsert([point(id_, (worker + 1, number, 1), fingerprint=f"{worker}-{number}") for id_ in ids])
                 index.delete(chance.sample(names, 1))
 
         with ThreadPoolExecutor(4) as pool:
@@ -636,10 +636,10 @@ class IndexConformance:
         assert fingerprints(index) == {id_: mark for id_, (mark, _) in stored.items()}
         for mark, values in stored.values():
             if mark != "last":
-                worker, step = map(int, mark.split("-"))
-                assert values == [worker + 1, step, 1]
+                worker, number = map(int, mark.split("-"))
+                assert values == [worker + 1, number, 1]
 
-    def test_scan_beside_a_writer(self, index: VectorIndex) -> None:
+    def test_scan_beside_a_writer_lists_each_point_once(self, index: VectorIndex) -> None:
         """Every point that is there throughout is listed exactly once, in order, however others come and go."""
         stable = [f"p{n:03}" for n in range(0, 60, 2)]
         moving = [f"p{n:03}" for n in range(1, 60, 2)]
@@ -658,7 +658,7 @@ class IndexConformance:
         index.upsert([point(id_, fingerprint="moving") for id_ in moving])
         index.delete(moving)
 
-    def test_a_query_beside_a_writer(self, index: VectorIndex) -> None:
+    def test_query_beside_a_writer_matches_written_points(self, index: VectorIndex) -> None:
         """A match's fingerprint and its distance are of one write (``atomic``), or each is of some write."""
         versions = {"x": X, "y": Y}
         answers = [("x", 0), ("y", 1)] if self.atomic else [("x", 0), ("x", 1), ("y", 0), ("y", 1)]
@@ -764,7 +764,7 @@ class IndexConformance:
 
     # -- erasure -------------------------------------------------------------------------------------------------------
 
-    def test_purge(self, index: VectorIndex, files: Path | None) -> None:
+    def test_purge_removes_deleted_points_from_the_files(self, index: VectorIndex, files: Path | None) -> None:
         """What was deleted or replaced is in no file any more, and all else is as before; or it is refused."""
         kept = [point(f"k{n}", (1, n, 0), fingerprint=f"f{n}", metadata={"n": n}) for n in range(20)]
         index.upsert(kept)
@@ -778,31 +778,29 @@ class IndexConformance:
         else:
             with pytest.raises(MemstateError):
                 index.purge()
-        assert contents(index, ["gone", *(each.id for each in kept)]) == {
-            f"k{n}": (f"f{n}", [1, n, 0]) for n in range(20)
-        }
-        assert fingerprints(index) == {each.id: each.fingerprint for each in kept}
+        assert contents(index, ["gone", *(p.id for p in kept)]) == {f"k{n}": (f"f{n}", [1, n, 0]) for n in range(20)}
+        assert fingerprints(index) == {p.id: p.fingerprint for p in kept}
         assert ids_where(index, {"n": {"$gte": 18}}) == {"k18", "k19"}
         index.upsert([point("new", Z)])
         assert [match.id for match in index.query(vector(*Z), 1)] == ["new"]
         if self.purgeable and files is not None:
             index.close()
-            found = [path for path in files.rglob("*") if path.is_file() and _ERASED.encode() in path.read_bytes()]
-            assert found == []
+            leaks = [path for path in files.rglob("*") if path.is_file() and _ERASED.encode() in path.read_bytes()]
+            assert leaks == []
 
 
 class _Content:
-    """What a killed program reported: what it found, and how many steps are done."""
+    """The report of a killed program: the points in its index, and how many rounds are done."""
 
     def __init__(self, first: str, numbers: list[str], done: int) -> None:
-        self.incarnation, listed, stored, found = json.loads(first)
-        self.held = {id_: (mark, values) for id_, (mark, values) in stored.items()}
-        assert listed == found == {id_: mark for id_, (mark, _) in self.held.items()}
+        self.incarnation, listed, stored, answer = json.loads(first)
+        self.points = {id_: (mark, values) for id_, (mark, values) in stored.items()}
+        assert listed == answer == {id_: mark for id_, (mark, _) in self.points.items()}
         self.done = int(numbers[-1]) + 1 if numbers else done
 
 
 def _killed(program: str, done: int, *, lines: int | None) -> tuple[str, _Content]:
-    """Run *program*, which goes on after *done* steps, and kill it after so many more; None: it only looks."""
+    """Run *program*, which goes on after *done* rounds, and kill it after *lines* more; None: it only looks."""
     last = done if lines is None else None
     code = f"{program}\nfrom memstate_sa.testing import churn\nchurn.main(index, {done}, {last})"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
@@ -817,8 +815,8 @@ def _killed(program: str, done: int, *, lines: int | None) -> tuple[str, _Conten
 
 
 def _distances(vectors: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float64]:
-    wide, wanted = vectors.astype(np.float64), query.astype(np.float64)
-    distances: NDArray[np.float64] = 1.0 - wide @ wanted / np.linalg.norm(wide, axis=1) / np.linalg.norm(wanted)
+    wide, target = vectors.astype(np.float64), query.astype(np.float64)
+    distances: NDArray[np.float64] = 1.0 - wide @ target / np.linalg.norm(wide, axis=1) / np.linalg.norm(target)
     return distances
 
 

@@ -81,13 +81,13 @@ class FlakyIndex:
 
 
 class FlakyFencedIndex(FlakyIndex):
-    """The same around a `FencedIndex`."""
+    """A `FlakyIndex` around a `FencedIndex`."""
 
     inner: FencedIndex
     fences = True
 
     def delete(self, ids: Sequence[str], *, epoch: int = 0) -> None:
-        self._write(ids, lambda some: self.inner.delete(some, epoch=epoch), "delete")
+        self._write(ids, lambda batch: self.inner.delete(batch, epoch=epoch), "delete")
 
 
 def _fail(moment: str, call: str) -> NoReturn:

@@ -119,7 +119,7 @@ class Tracked:
             check_trigger_table(mapper, self.table)
 
     def record_for_autogenerate(self) -> None:
-        """Leave in the MetaData what autogenerate makes triggers from: `triggers.captured_in` finds it.
+        """Leave in the MetaData what autogenerate makes triggers from: `captured_tables.captured_in` finds it.
 
         Not in the Table's own ``info``, which Alembic prints into the migration that creates it.
         """

@@ -89,7 +89,7 @@ class UndoMethods(MemoryParts):
     def _scope(
         self, session: Session, session_id: str | None, actor: str | None, model: type[Any] | None, on_conflict: str
     ) -> Scope:
-        self._unit(session)
+        self._transaction(session)
         for name, value in (("session_id", session_id), ("actor", actor)):
             require_label(name, value)
         self._registry.require_any()

@@ -19,7 +19,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session
 
-from memstate_sa.capture.listeners import Capture
+from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db.codec import FactKey, Image, by_entity, decode_key
@@ -66,7 +66,7 @@ class Revocation:
 class Undo:
     """Undo for one Memory."""
 
-    def __init__(self, registry: Registry, capture: Capture, recorder: Recorder) -> None:
+    def __init__(self, registry: Registry, capture: SessionCapture, recorder: Recorder) -> None:
         self._registry = registry
         self._capture = capture
         self._recorder = recorder
@@ -119,7 +119,7 @@ class Undo:
     def _begin(self, session: Session, on_conflict: OnConflict, *, dry_run: bool) -> Undoing:
         session.flush()
         connection = self._connection(session)
-        unit = self._capture.unit(session)
+        unit = self._capture.transaction(session)
         with unit.writing():
             take_write_lock(connection)
         return Undoing(
@@ -142,7 +142,7 @@ class Undoing:
     connection: Connection
     unit: OpenTransaction
     registry: Registry
-    capture: Capture
+    capture: SessionCapture
     recorder: Recorder
     on_conflict: OnConflict
     _: KW_ONLY

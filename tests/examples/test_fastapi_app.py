@@ -146,6 +146,7 @@ def chroma(tmp_path: Path, engine: Engine) -> Iterator[str | None]:
     server.kill()
 
 
+@pytest.mark.deep_on("postgres")
 def test_the_service_without_memory_passes_its_tests(project: Project) -> None:
     """As the patch, applied in reverse, leaves it; and it is the same again when the patch is applied."""
     before = project.sources()
@@ -155,11 +156,13 @@ def test_the_service_without_memory_passes_its_tests(project: Project) -> None:
     assert project.sources() == {path: text for path, text in before.items() if path != REVISION}
 
 
+@pytest.mark.deep_on("sqlite")
 def test_the_service_with_memory_passes_its_tests(project: Project) -> None:
     project.run("pytest", "-q")
 
 
-def test_adoption_over_http(project: Project, chroma: str | None) -> None:
+@pytest.mark.deep_on("postgres")
+def test_service_adopts_memory_over_http(project: Project, chroma: str | None) -> None:
     """Notes from before are found, undone and explained; Alembic writes the migration that the example has."""
     if chroma is not None:
         project.environment["CRM_CHROMA"] = chroma

@@ -73,7 +73,7 @@ def test_the_agent_remembers_corrects_itself_and_is_undone(engine: Engine) -> No
     ]
 
 
-def test_a_turn_that_fails_never_was(engine: Engine) -> None:
+def test_failed_turn_leaves_nothing(engine: Engine) -> None:
     """The model goes away after a tool was called: no belief, no history, no vector."""
     from examples import agent as example
 
@@ -125,7 +125,7 @@ def ask(engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
         yield ask
 
 
-def test_bookmarks_are_found_undone_and_ones_own(ask: Ask) -> None:
+def test_bookmarks_are_found_and_undone_by_their_user(ask: Ask) -> None:
     """Each user's searches and undos are of its own bookmarks."""
 
     def add(user: str, note: str) -> Any:

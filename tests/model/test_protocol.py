@@ -224,7 +224,7 @@ def test_random_walks_converge(landing: Landing, slots: tuple[int, ...], walks: 
     ],
     ids=lambda value: value.name,
 )
-def test_random_walks_come_into_trouble(broken: Rule, landing: Landing) -> None:
+def test_random_walks_find_a_broken_protocol(broken: Rule, landing: Landing) -> None:
     """Walks of the same kind find what is wrong with a broken protocol."""
     assert any(random_walk(seed, landing, (0, 1), broken).violation for seed in range(60))
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from memstate_sa.db.codec import FactKey
 from memstate_sa.errors import DeliveryRejected, MemstateError
 from memstate_sa.log.positions import Page, Position, Snapshot, slot_of
-from memstate_sa.relay.plan import AGAIN, DEAD, PARKED, Delivered, Parked
-from memstate_sa.relay.protocol import (
+from memstate_sa.relay.plan import Delivered, Parked, ParkedState
+from memstate_sa.relay.requests import (
     Acknowledge,
     Claim,
     Claimed,
@@ -101,8 +101,8 @@ class Waiting(NamedTuple):
     next_at: float
     state: str
     error: str
-    mark: str
-    repeat: bool
+    version: str
+    deliver_again: bool
 
 
 class Me(NamedTuple):
@@ -122,7 +122,7 @@ class State:
     cursors: dict[int, Cursor]
     paused: bool = False
     marked: bool = False
-    holders: dict[str, float] = field(default_factory=dict)  # until when
+    leases: dict[str, float] = field(default_factory=dict)  # until when
     refill: dict[tuple[str, int], tuple[str | None, bool]] = field(default_factory=dict)
     ledger: dict[FactKey, Recorded] = field(default_factory=dict)
     parked: dict[FactKey, Waiting] = field(default_factory=dict)
@@ -148,7 +148,7 @@ class Database:
         self._next_xid = 10
         self._newest_ended = 9
         self._next_id = 1
-        self._marks = 0
+        self._versions = 0
         self._begun = 0
         self._slots: dict[FactKey, int] = {}
         self._handlers: dict[type[Request[Any]], Callable[[Me, Any], Any]] = {
@@ -274,11 +274,11 @@ class Database:
         now = self._clock()
         state = self._registered(me, now)
         present = self.present()
-        state.holders[me.owner] = now + self._lease_s
-        for owner, lease_until in list(state.holders.items()):
+        state.leases[me.owner] = now + self._lease_s
+        for owner, lease_until in list(state.leases.items()):
             if lease_until <= now or (me.in_process and owner in self.ended):
-                del state.holders[owner]
-        quota = -(-self.slots // len(state.holders))
+                del state.leases[owner]
+        quota = -(-self.slots // len(state.leases))
         cursors = state.cursors
         kept = {
             slot: HeldSlot(cursor.epoch, cursor.at, fresh=False, settle=False)
@@ -286,7 +286,7 @@ class Database:
             if cursor.owner == me.owner and request.epochs.get(slot) == cursor.epoch
         }
         strays = [slot for slot, cursor in cursors.items() if cursor.owner == me.owner and slot not in kept]
-        free = [slot for slot, cursor in cursors.items() if cursor.owner not in state.holders]
+        free = [slot for slot, cursor in cursors.items() if cursor.owner not in state.leases]
         free.sort(key=lambda slot: cursors[slot].at.floor)
         taken = strays + free[: max(0, quota - len(kept) - len(strays))]
         fresh = {}
@@ -297,24 +297,24 @@ class Database:
                 if cursor.owner is not None and any(
                     not done for (_, of), (_, done) in state.refill.items() if of == slot
                 ):
-                    # Its last holder may have written rows that nobody lists any more.
+                    # Its last owner may have written rows that nobody lists any more.
                     state.refill[SCAN, slot] = (None, False)
                 fresh[slot] = HeldSlot(epoch, cursor.at, fresh=True, settle=cursor.owner is not None)
                 if cursor.owner is not None and any(
                     not done for (_, at), (_, done) in state.refill.items() if at == slot
                 ):
-                    # Its last holder may have written rows that nobody lists any more.
+                    # Its last owner may have written rows that nobody lists any more.
                     state.refill[SCAN, slot] = (None, False)
                 cursor.owner, cursor.epoch = me.owner, epoch
                 self.granted[me.index, me.incarnation, slot, epoch] = (me.owner, self.steps)
-        return Claimed({**kept, **fresh}, present, len(state.holders), quota, state.marked)
+        return Claimed({**kept, **fresh}, present, len(state.leases), quota, state.marked)
 
     def _registered(self, me: Me, now: float) -> State:
         state = self.states.get((me.index, me.incarnation))
         if state is None:
             paused = any(other.paused for (name, _), other in self.states.items() if name == me.index)
             for (name, incarnation), other in list(self.states.items()):
-                if name == me.index and all(until <= now for until in other.holders.values()):
+                if name == me.index and all(until <= now for until in other.leases.values()):
                     del self.states[name, incarnation]
             present = self.present()
             state = State({slot: Cursor(present) for slot in range(self.slots)}, paused)
@@ -339,9 +339,9 @@ class Database:
 
     def renew(self, me: Me, request: Renew) -> int:
         state = self.state(me)
-        if me.owner not in state.holders:
+        if me.owner not in state.leases:
             return 0
-        state.holders[me.owner] = self._clock() + self._lease_s
+        state.leases[me.owner] = self._clock() + self._lease_s
         return sum(cursor.owner == me.owner for cursor in state.cursors.values())
 
     def look(self, me: Me, request: Look) -> DatabaseState:
@@ -351,9 +351,9 @@ class Database:
         owners = [cursor.owner for cursor in state.cursors.values()]
         return DatabaseState(
             self.present(),
-            holders=sum(until > now for until in state.holders.values()),
-            mine=owners.count(me.owner),
-            free=any(owner not in state.holders for owner in owners),
+            owners=sum(until > now for until in state.leases.values()),
+            own_slots=owners.count(me.owner),
+            free=any(owner not in state.leases for owner in owners),
             due=bool(self._due(me, state, request.slots)),
             paused=state.paused,
         )
@@ -366,12 +366,12 @@ class Database:
         for slot in held.difference(request.unsettled):
             state.cursors[slot].owner = None
         if request.leave:
-            state.holders.pop(me.owner, None)
+            state.leases.pop(me.owner, None)
 
     # -- sources of dirty keys -----------------------------------------------------------------------------------------
 
     def read_page(self, me: Me, request: ReadPage) -> Page:
-        rows = self.entries(request.at, request.present, request.slots, request.limit)
+        rows = self.entries(request.position, request.present, request.slots, request.limit)
         last = (rows[-1][0], rows[-1][1].id) if len(rows) == request.limit else None
         return Page([entry.fact for _, entry in rows], last, frozenset(entry.fact for _, entry in rows if entry.intent))
 
@@ -404,7 +404,7 @@ class Database:
         return [
             fact
             for fact, waiting in state.parked.items()
-            if waiting.state in (AGAIN, PARKED)
+            if waiting.state in (ParkedState.AGAIN, ParkedState.PARKED)
             and waiting.next_at <= now
             and fact[0] in me.entities
             and (self.sqlite or self.slot(fact) in slots)
@@ -448,9 +448,10 @@ class Database:
                 truth[fact] = projection(fact[1], row)
         ledger = {fact: state.ledger[fact].delivered for fact in request.facts if fact in state.ledger}
         stuck = {
-            fact: ParkedKey(waiting.attempts, waiting.mark, waiting.repeat)
+            fact: ParkedKey(waiting.attempts, waiting.version, waiting.deliver_again)
             for fact in request.facts
-            if (waiting := state.parked.get(fact)) is not None and (waiting.state != AGAIN or waiting.next_at <= now)
+            if (waiting := state.parked.get(fact)) is not None
+            and (waiting.state != ParkedState.AGAIN or waiting.next_at <= now)
         }
         return PageState(truth, failed, ledger, stuck)
 
@@ -461,10 +462,10 @@ class Database:
             slot = self.slot(fact)
             if slot in held:
                 self._record(state, fact, request.epochs[slot], delivered)
-        self._resolve(state, {fact: mark for fact, mark in request.resolved.items() if self.slot(fact) in held})
+        self._resolve(state, {fact: version for fact, version in request.resolved.items() if self.slot(fact) in held})
         self._park(state, {fact: given for fact, given in request.parking.items() if self.slot(fact) in held})
         known = {entity for entity, _ in state.refill}
-        passed_by = Parked(0, 0.0, AGAIN, "passed by")
+        passed_by = Parked(0, 0.0, ParkedState.AGAIN, "passed by")
         self._park(state, {fact: passed_by for fact in request.foreign if fact[0] in known})
         self._move(state, {slot: at for slot, at in request.positions.items() if slot in held})
         if request.refill is not None:
@@ -478,7 +479,7 @@ class Database:
 
     def repair(self, state: State, fact: FactKey) -> None:
         """As `verify` does about a key that drifted."""
-        self._park(state, {fact: Parked(0, 0.0, AGAIN, "drift")})
+        self._park(state, {fact: Parked(0, 0.0, ParkedState.AGAIN, "drift")})
 
     def _still_held(self, me: Me, state: State, epochs: Mapping[int, int]) -> set[int]:
         mine = {slot: cursor.epoch for slot, cursor in state.cursors.items() if cursor.owner == me.owner}
@@ -490,23 +491,28 @@ class Database:
             state.ledger[fact] = Recorded(epoch, delivered)
 
     def _resolve(self, state: State, resolved: Mapping[FactKey, str]) -> None:
-        for fact, mark in resolved.items():
-            if fact in state.parked and state.parked[fact].mark == mark:
+        for fact, version in resolved.items():
+            if fact in state.parked and state.parked[fact].version == version:
                 del state.parked[fact]
 
     def _park(self, state: State, parking: Mapping[FactKey, Parked]) -> None:
-        self._marks += 1
+        self._versions += 1
         for fact, given in parking.items():
             next_at = self._clock() + given.delay_s
             old = state.parked.get(fact)
-            if old is not None and given.instead_of not in (None, old.mark):
+            if old is not None and given.expected_version not in (None, old.version):
                 continue
-            still = old is not None and old.repeat and (given.state != AGAIN or given.delay_s <= 0)
-            repeat = given.repeat or still
-            new = Waiting(given.attempts, next_at, given.state, given.error, str(self._marks), repeat)
-            if old is not None and old.state == AGAIN and old.next_at > new.next_at and not new.repeat:
+            still = old is not None and old.deliver_again and (given.state != ParkedState.AGAIN or given.delay_s <= 0)
+            deliver_again = given.deliver_again or still
+            new = Waiting(given.attempts, next_at, given.state, given.error, str(self._versions), deliver_again)
+            if (
+                old is not None
+                and old.state == ParkedState.AGAIN
+                and old.next_at > new.next_at
+                and not new.deliver_again
+            ):
                 # A call may land until then, whatever else is the matter with the key.
-                new = old._replace(attempts=new.attempts, mark=new.mark)
+                new = old._replace(attempts=new.attempts, version=new.version)
             state.parked[fact] = new
 
     def _move(self, state: State, positions: Mapping[int, Position]) -> None:
@@ -527,6 +533,6 @@ class Database:
                 return f"slot {slot}, at {cursor.at}, has not been given {rows}"
         if undone := sorted(row for row, (_, done) in state.refill.items() if not done):
             return f"the refill of {undone}"
-        if waiting := {fact: w for fact, w in state.parked.items() if w.state != DEAD}:
+        if waiting := {fact: w for fact, w in state.parked.items() if w.state != ParkedState.DEAD}:
             return f"parked: {waiting}"
         return None

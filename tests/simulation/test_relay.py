@@ -16,19 +16,19 @@ import pytest
 from memstate_sa.db.codec import FactKey
 from memstate_sa.log.positions import Page, Position, Snapshot
 from memstate_sa.relay.plan import Parked
-from memstate_sa.relay.protocol import (
+from memstate_sa.relay.protocol import SlotWorker
+from memstate_sa.relay.requests import (
     Acknowledge,
     Claim,
     Claimed,
     KeyPage,
     ListFacts,
-    Put,
+    PointWrite,
     ReadPage,
     ReadRefill,
     Redirty,
     Release,
     Request,
-    SlotWorker,
     Steps,
     Upsert,
 )
@@ -61,7 +61,7 @@ def test_every_history_converges(seeds: range) -> None:
 
 
 @pytest.mark.skipif(ONE is None, reason="MEMSTATE_SIM_SEED says which")
-def test_one_history() -> None:
+def test_history_of_one_seed_converges() -> None:
     """The history of one seed, told whether it converges or not."""
     told = explain(Config.of(int(ONE or 0)))
     print(told)
@@ -83,7 +83,7 @@ def run_until(world: World, worker: Worker, request: type[Request[Any]]) -> None
 
 
 def test_a_row_that_is_deleted_while_a_refill_is_taken_over() -> None:
-    """What a holder wrote before it crashed is removed, though the refill no longer lists it and no ledger knows it."""
+    """What an owner wrote before it crashed is removed, though the refill no longer lists it and no ledger knows it."""
     config = replace(Config.of(0).about("takeovers"), sqlite=False, entities=("fact",), fenced={"one": True})
     world = World(replace(config, slots=1, keys=1, texts=("a",), workers=0, ticks=0, older=0.0, rates={}))
     fact, index = world.facts[0], world.indexes[0]
@@ -136,7 +136,7 @@ class LateKeysAreForgotten(Database):
         pass
 
 
-class MarksAreNotChecked(Database):
+class VersionsAreNotChecked(Database):
     """A key that was parked again meanwhile is resolved."""
 
     def _resolve(self, state: State, resolved: Mapping[FactKey, str]) -> None:
@@ -198,7 +198,7 @@ class IndexIsScannedOnce(Database):
 
 
 class ForeignKeysAreDropped(Database):
-    """A holder that does not know an entity passes by its keys for good."""
+    """An owner that does not know an entity passes by its keys for good."""
 
     def acknowledge(self, me: Me, request: Acknowledge) -> frozenset[int]:
         return super().acknowledge(me, replace(request, foreign=()))
@@ -207,7 +207,7 @@ class ForeignKeysAreDropped(Database):
 class Unfenced(Index):
     """Promises to leave alone what was written under a higher epoch, and does not."""
 
-    def passes(self, put: Put) -> bool:
+    def passes(self, write: PointWrite) -> bool:
         return True
 
 
@@ -245,7 +245,7 @@ FAULTS: dict[type, str] = {
     ReleasedIsSettled: "takeovers, released",
     EpochsAreNotChecked: "takeovers",
     LateKeysAreForgotten: "late writers",
-    MarksAreNotChecked: "repairs",
+    VersionsAreNotChecked: "repairs",
     LateCommitsAreSkipped: "outages",
     FullPagesAreTheLast: "outages",
     IntentsAreOrdinary: "strict",
@@ -266,7 +266,9 @@ FAULTS: dict[type, str] = {
 @pytest.mark.parametrize("broken", FAULTS, ids=lambda kind: kind.__name__)
 def test_a_fault_is_found(broken: type) -> None:
     """Each rule that is broken on purpose shows in some history, which without that converges."""
-    place = {Database: "database_class", SlotWorker: "holder_class", Index: "index_class"}.get(broken.__base__ or World)
+    place = {Database: "database_class", SlotWorker: "slot_worker_class", Index: "index_class"}.get(
+        broken.__base__ or World
+    )
     world = broken if place is None else type(broken.__name__, (World,), {place: broken})
     configs = (Config.of(seed).about(FAULTS[broken]) for seed in range(ENOUGH))
     found = next((config for config in configs if simulate(config, world) is not None), None)

@@ -1,7 +1,7 @@
 """Everything around the relay's real protocol, simulated: clock, database, indexes, processes, and what befalls them.
 
-One seed decides everything. Between any two requests of a holder the scheduler may let others go on, move the clock,
-or let the holder crash, so that every interleaving of transactions and calls can happen.
+One seed decides everything. Between any two requests of an owner the scheduler may let others go on, move the clock,
+or let the owner crash, so that every interleaving of transactions and calls can happen.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any, ClassVar, NamedTuple, cast
 from memstate_sa.db.codec import FactKey
 from memstate_sa.errors import DeliveryRejected, DeliveryRetryable
 from memstate_sa.indexes.base import Point, Stored
-from memstate_sa.relay.plan import DEAD, Delivered
-from memstate_sa.relay.protocol import (
-    ENTITY,
+from memstate_sa.relay.plan import Delivered, ParkedState
+from memstate_sa.relay.points import ENTITY
+from memstate_sa.relay.protocol import SlotWorker
+from memstate_sa.relay.requests import (
     Acknowledge,
     Claim,
     Embed,
@@ -25,13 +26,12 @@ from memstate_sa.relay.protocol import (
     Fetch,
     KeyPage,
     ListFacts,
-    Put,
+    PointWrite,
     Read,
     Redirty,
     Release,
     Remove,
     Request,
-    SlotWorker,
     Steps,
     Upsert,
 )
@@ -181,30 +181,30 @@ class Index:
     points: dict[FactKey, Point] = field(default_factory=dict)
     epochs: dict[FactKey, int] = field(default_factory=dict)
 
-    def write(self, put: Put) -> None:
-        if self.fenced and not self.passes(put):
+    def write(self, write: PointWrite) -> None:
+        if self.fenced and not self.passes(write):
             return
-        if put.point is None:
-            self.points.pop(put.fact, None)
+        if write.point is None:
+            self.points.pop(write.fact, None)
         else:
-            self.points[put.fact] = put.point
+            self.points[write.fact] = write.point
 
-    def passes(self, put: Put) -> bool:
-        if put.epoch == 0:
+    def passes(self, write: PointWrite) -> bool:
+        if write.epoch == 0:
             return True
-        highest = self.epochs.get(put.fact, 0)
-        self.epochs[put.fact] = max(highest, put.epoch)
-        return put.epoch >= highest
+        highest = self.epochs.get(write.fact, 0)
+        self.epochs[write.fact] = max(highest, write.epoch)
+        return write.epoch >= highest
 
 
 @dataclass(eq=False)
 class Worker:
-    """A process with one holder. ``request`` is what it asks next; ``answer`` what it has not been told yet."""
+    """A process with one owner. ``request`` is what it asks next; ``answer`` what it has not been told yet."""
 
     owner: str
     index: Index
     entities: tuple[str, ...]
-    holder: SlotWorker
+    slot_worker: SlotWorker
     breaker: Breaker
     me: Me
     steps: Steps[Any] | None = None
@@ -228,13 +228,13 @@ class Landing(NamedTuple):
     worker: Worker | None
     index: Index
     incarnation: int
-    puts: Sequence[Put]
+    writes: Sequence[PointWrite]
 
 
 class World:
     """One history."""
 
-    holder_class: type[SlotWorker] = SlotWorker
+    slot_worker_class: type[SlotWorker] = SlotWorker
     database_class: type[Database] = Database
     index_class: type[Index] = Index
 
@@ -382,17 +382,17 @@ class World:
         self.database.intend(tx)
         self.counts["strict"] += 1
         for index in self.indexes:
-            puts = []
+            writes = []
             for fact, row in tx.rows.items():
                 if row is not None and row.text in POISON:
                     continue
                 if row is None or row.text is None:
-                    puts.append(Put(fact, 0, Delivered(None, None, deleted=True), None))
+                    writes.append(PointWrite(fact, 0, Delivered(None, None, deleted=True), None))
                 else:
                     self.committed[fact].add(row.fingerprint)
                     delivered = Delivered(row.fingerprint, None, deleted=False)
-                    puts.append(Put(fact, 0, delivered, point(fact, row, marked=self._marked(index))))
-            landing = Landing(self.now, None, index, index.incarnation, puts)
+                    writes.append(PointWrite(fact, 0, delivered, point(fact, row, marked=self._marked(index))))
+            landing = Landing(self.now, None, index, index.incarnation, writes)
             if self.happens("fails"):
                 self.log("  index", index.name, "fails")
                 self.database.rollback(tx)
@@ -417,7 +417,7 @@ class World:
     def start(self, index: Index, entities: tuple[str, ...]) -> Worker:
         self._started += 1
         owner = f"w{self._started}"
-        holder = self.holder_class(
+        slot_worker = self.slot_worker_class(
             entities,
             slots=self.config.slots,
             page_size=self.config.page_size,
@@ -427,9 +427,9 @@ class World:
             clock=lambda: self.now,
             jitter=self.rng.random,
         )
-        holder.max_batch = self.config.max_batch
+        slot_worker.max_batch = self.config.max_batch
         me = Me(owner, index.name, -1, entities, self.config.in_process)
-        worker = Worker(owner, index, entities, holder, Breaker(POLICY, self.rng.random), me)
+        worker = Worker(owner, index, entities, slot_worker, Breaker(POLICY, self.rng.random), me)
         self.workers.append(worker)
         self.log(owner, "starts, for index", index.name, "and", entities)
         return worker
@@ -494,14 +494,14 @@ class World:
 
     def _heat(self, request: Request[Any] | None) -> None:
         if isinstance(request, (Upsert, Remove)):
-            self.hot.extend(put.fact for put in request.puts)
+            self.hot.extend(write.fact for write in request.writes)
         elif isinstance(request, Acknowledge):
             self.hot.extend(request.written)
 
     def _stop(self, worker: Worker) -> None:
         if not worker.leaving:
             self.counts["stop"] += 1
-            worker.leaving = worker.holder.stopping = True
+            worker.leaving = worker.slot_worker.stopping = True
             self.log(worker.owner, "is asked to stop")
 
     def _crash(self, worker: Worker) -> None:
@@ -513,10 +513,10 @@ class World:
         self.log(worker.owner, "crashes, before", _short(request))
         lands: list[Landing] = [landing for landing in self.landings if landing.worker is worker]
         if isinstance(request, (Upsert, Remove)) and worker.answer is None and self.rng.random() < 0.5:
-            lands.append(Landing(None, None, index, worker.me.incarnation, request.puts))
+            lands.append(Landing(None, None, index, worker.me.incarnation, request.writes))
         self.landings = [landing for landing in self.landings if landing.worker is not worker]
         state = self.database.state(worker.me)
-        lease_until = state.holders.get(worker.owner, 0.0)
+        lease_until = state.leases.get(worker.owner, 0.0)
         if self.config.in_process:
             lands = []
             if self.rng.random() < 0.7:
@@ -583,27 +583,27 @@ class World:
         return False
 
     def _begin_steps(self, worker: Worker) -> None:
-        holder, index = worker.holder, worker.index
+        slot_worker, index = worker.slot_worker, worker.index
         if worker.leaving:
             worker.doing = "release"
-            worker.steps = holder.release()
+            worker.steps = slot_worker.release()
             if worker.me.incarnation < 0:
                 self._end(worker)
                 return
         else:
             if index.incarnation != worker.me.incarnation:
-                holder.forget()
+                slot_worker.reset()
                 worker.overtaken.clear()
                 worker.me = worker.me._replace(incarnation=index.incarnation)
             if worker.breaker.wait_s(self.now) > 0:
                 worker.idle_until = self.now + min(worker.breaker.wait_s(self.now), LEASE_S / 4)
-                if not holder.epochs:
+                if not slot_worker.epochs:
                     return
-                worker.doing, worker.steps = "keep", holder.keep()
+                worker.doing, worker.steps = "keep", slot_worker.keep()
             elif worker.doing == "step" and self.rng.random() < 0.2:
-                worker.doing, worker.steps = "save", holder.save()
+                worker.doing, worker.steps = "save", slot_worker.save()
             else:
-                worker.doing, worker.steps, worker.began = "step", holder.step(), self.now
+                worker.doing, worker.steps, worker.began = "step", slot_worker.step(), self.now
                 worker.rests = False
         self._resume_steps(worker, None, None)
 
@@ -633,13 +633,13 @@ class World:
             if not self.rates or self.rng.random() < 0.5:
                 self._end(worker)
             else:
-                worker.leaving = worker.holder.stopping = False
+                worker.leaving = worker.slot_worker.stopping = False
                 worker.doing = ""
         elif worker.doing == "step":
             worker.breaker.succeeded()
             if result is None:
                 worker.rests = True
-                due_at = worker.holder.due_at
+                due_at = worker.slot_worker.due_at
                 if due_at < worker.began:
                     raise Violation(f"{worker.owner} spins: it did nothing, and is due since {due_at - 1000:.3f}")
                 worker.idle_until = min(self.now + LEASE_S / 3, due_at)
@@ -721,16 +721,16 @@ class World:
         )
 
     def _write(self, worker: Worker, request: Upsert | Remove) -> None:
-        puts = request.puts
-        for put in puts:
-            self._check_read(worker, put.fact, put.epoch)
+        writes = request.writes
+        for write in writes:
+            self._check_read(worker, write.fact, write.epoch)
         self._reach(worker)
-        landing = Landing(self.now, worker, worker.index, worker.me.incarnation, puts)
-        half = landing._replace(puts=[put for put in puts if self.rng.random() < 0.5])
-        if any(is_poison(put) for put in puts):
-            self._land(half._replace(puts=[put for put in half.puts if not is_poison(put)]))
+        landing = Landing(self.now, worker, worker.index, worker.me.incarnation, writes)
+        half = landing._replace(writes=[write for write in writes if self.rng.random() < 0.5])
+        if any(is_poison(write) for write in writes):
+            self._land(half._replace(writes=[write for write in half.writes if not is_poison(write)]))
             raise DeliveryRejected("the index refuses a point")
-        if len(puts) > 1 and self.happens("is refused at first"):
+        if len(writes) > 1 and self.happens("is refused at first"):
             raise DeliveryRejected("the index refuses so many points")
         if self.happens("lands late"):
             self._land_later(landing)
@@ -746,27 +746,27 @@ class World:
 
     def _land_later(self, landing: Landing) -> None:
         self.landings.append(landing._replace(at=self.now + self.rng.uniform(0.3, 1.0) * LEASE_S))
-        self.hot.extend(put.fact for put in landing.puts)
+        self.hot.extend(write.fact for write in landing.writes)
 
     def _land(self, landing: Landing) -> None:
         index, worker = landing.index, landing.worker
         if landing.incarnation != index.incarnation:
             return
         state = self.database.states.get((index.name, index.incarnation))
-        for put in landing.puts:
-            given = put.point
+        for write in landing.writes:
+            given = write.point
             if given is not None:
-                if given.fingerprint not in self.committed[put.fact]:
-                    raise Violation(f"{put.fact} is given {given.fingerprint}, which was never committed")
+                if given.fingerprint not in self.committed[write.fact]:
+                    raise Violation(f"{write.fact} is given {given.fingerprint}, which was never committed")
                 if given.fingerprint.partition("|")[0] != cast("Any", given.vector):
-                    raise Violation(f"{put.fact} is given {given.fingerprint} with the vector of {given.vector}")
-            index.write(put)
+                    raise Violation(f"{write.fact} is given {given.fingerprint} with the vector of {given.vector}")
+            index.write(write)
             if worker is not None and state is not None:
-                slot = self.database.slot(put.fact)
-                if state.cursors[slot].epoch != put.epoch:
-                    worker.overtaken.add(put.fact)
+                slot = self.database.slot(write.fact)
+                if state.cursors[slot].epoch != write.epoch:
+                    worker.overtaken.add(write.fact)
         if self.trace is not None and (worker is None or landing.at != self.now):
-            self.log("  lands late:", _short(landing.puts))
+            self.log("  lands late:", _short(landing.writes))
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -786,7 +786,7 @@ class World:
         else:
             raise Violation(f"does not come to rest: {self._left()}")
         self._compare()
-        if more := [worker.owner for worker in self.workers if worker.holder.more]:
+        if more := [worker.owner for worker in self.workers if worker.slot_worker.more]:
             raise Violation(f"{more} have more to do, they say")
         last, self.landings = self.landings, []
         for landing in last:
@@ -842,7 +842,7 @@ class World:
                 self._compare_ledger(state, fact, wanted)
                 if point is not None and state.marked and ENTITY not in point.metadata:
                     raise Violation(f"index {index.name}: the point of {fact} does not carry its entity")
-            if foreign := {fact: w for fact, w in state.parked.items() if w.state != DEAD}:
+            if foreign := {fact: w for fact, w in state.parked.items() if w.state != ParkedState.DEAD}:
                 raise Violation(f"index {index.name}: still parked {foreign}")
 
     def _compare_dead(self, index: Index, fact: FactKey, row: Row | None, error: str) -> None:
@@ -860,10 +860,11 @@ class World:
 
 def _short(value: Any) -> str:
     if isinstance(value, (Upsert, Remove)):
-        return f"{type(value).__name__}({_short(value.puts)})"
-    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Put):
+        return f"{type(value).__name__}({_short(value.writes)})"
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], PointWrite):
         return ", ".join(
-            f"{''.join(put.fact)}={None if put.point is None else put.point.fingerprint}@{put.epoch}" for put in value
+            f"{''.join(write.fact)}={None if write.point is None else write.point.fingerprint}@{write.epoch}"
+            for write in value
         )
     return str(value)
 
@@ -874,8 +875,8 @@ def point(fact: FactKey, row: Row, *, marked: bool = False) -> Point:
     return Point("".join(fact), cast("Any", row.text), row.fingerprint, 0, {ENTITY: fact[0]} if marked else {}, None)
 
 
-def is_poison(put: Put) -> bool:
-    return put.point is not None and put.point.text == REFUSED_BY_INDEX
+def is_poison(write: PointWrite) -> bool:
+    return write.point is not None and write.point.text == REFUSED_BY_INDEX
 
 
 class Told(NamedTuple):

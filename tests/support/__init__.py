@@ -14,17 +14,15 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from sqlalchemy import JSON, Engine, ForeignKey, String, delete, event, insert, inspect, select, text, update
+from sqlalchemy import JSON, Engine, ForeignKey, String, delete, event, insert, select, text, update
 from sqlalchemy.ext.mutable import MutableDict
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from memstate_sa import Memory
 from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import cursor, holder, parked, utcnow
-from memstate_sa.indexes import InMemoryIndex, VectorIndex
-from memstate_sa.log.changes import replay
+from memstate_sa.indexes import VectorIndex
 from memstate_sa.relay import Relay
-from memstate_sa.testing import HashEmbedder
+from tests.support.apps import App
 
 PATIENCE_S = 3600
 """The time limit of a search: it ends a hang, and never a slow machine."""
@@ -89,43 +87,19 @@ class Tag(Base):
     person: Mapped[Person | None] = relationship(backref="tags")
 
 
-class World:
-    """An application, its memory, and its database."""
+class World(App):
+    """An application of people, their notes, and tags."""
 
     def __init__(
         self, engine: Engine, index: VectorIndex | None = None, *, capture: Literal["session", "trigger"] = "session"
     ) -> None:
-        self.engine = engine
-        self.index = index if index is not None else InMemoryIndex()
-        self.embedder = HashEmbedder()
-        self.memory = Memory(self.index, embedder=self.embedder)
-        self.memory.track(Person, text="about", metadata=("name",), capture=capture)
-        self.memory.track(Note, text="content", metadata=("topic", "number"), capture=capture)
-        self.memory.track(Tag, text=lambda tag: f"{tag.name} means {tag.meaning}", metadata=("name",), capture=capture)
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        tracking: dict[Any, dict[str, Any]] = {
+            Person: {"text": "about", "metadata": ("name",)},
+            Note: {"text": "content", "metadata": ("topic", "number")},
+            Tag: {"text": lambda tag: f"{tag.name} means {tag.meaning}", "metadata": ("name",)},
+        }
+        super().__init__(engine, *tracking, index=index, tracking=tracking, capture=capture)
         self.relay = self.memory.relay(engine)
-
-    def session(self) -> Session:
-        return self.sessions()
-
-    def assert_log_is_truth(self) -> None:
-        """replay(log) == tables."""
-        with self.session() as session:
-            for model in (Person, Note, Tag):
-                replayed = {key: dict(row) for (_, key), row in replay(self.memory.history(session, model)).items()}
-                assert replayed == self.rows(session, model)
-
-    def rows(self, session: Session, model: type[Any]) -> dict[Any, dict[str, Any]]:
-        table = inspect(model).local_table
-        keys = [column.name for column in table.primary_key]
-        found = {}
-        for row in session.execute(select(table)).mappings():
-            key = tuple(row[name] for name in keys)
-            found[key[0] if len(key) == 1 else key] = dict(row)
-        return found
 
     def assert_in_step(self) -> None:
         """replay(log) == tables, and index == f(tables), by content."""
@@ -197,8 +171,8 @@ def expire_leases(engine: Engine) -> None:
 
 def grow_older(engine: Engine, relay: Relay, by: timedelta) -> None:
     """As if *by* had passed since *relay* last renewed its lease."""
-    delivery = relay._couriers[0].delivery
-    delivery.holder._renew_at -= by.total_seconds()
+    delivery = relay._workers[0].delivery
+    delivery.slot_worker._renew_at -= by.total_seconds()
     its = holder.c.owner == delivery._owner
     with engine.begin() as connection:
         take_write_lock(connection)

@@ -38,12 +38,12 @@ from sqlalchemy import (
     or_,
     select,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import UserDefinedType
 
 from memstate_sa import Memory
 from memstate_sa.indexes import VectorIndex
-from memstate_sa.testing import HashEmbedder
+from tests.support.apps import make_app
 
 
 class Role(enum.StrEnum):
@@ -223,13 +223,8 @@ def criteria() -> Iterator[ColumnElement[bool]]:
 
 def assert_agrees_with_sql(engine: Engine, index: VectorIndex, more: Iterable[Any] = ()) -> None:
     """For each of the criteria, and *more*, a search finds the rows that a SELECT does."""
-    Base.metadata.create_all(engine)
-    memory = Memory(index, embedder=HashEmbedder())
-    memory.track(Everything, text="content", metadata=NAMES)
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Everything, index=index, text="content", metadata=NAMES)
+    with app.session() as session:
         session.add_all(
             [
                 Everything(id=1, content="one", **_FIRST),
@@ -238,9 +233,9 @@ def assert_agrees_with_sql(engine: Engine, index: VectorIndex, more: Iterable[An
             ]
         )
         session.commit()
-        memory.relay(engine).drain()
-        found = [(str(criterion), _difference(memory, session, criterion)) for criterion in (*criteria(), *more)]
-    memory.close()
+        app.memory.relay(engine).drain()
+        found = [(str(criterion), _difference(app.memory, session, criterion)) for criterion in (*criteria(), *more)]
+    app.memory.close()
     assert [(criterion, difference) for criterion, difference in found if difference is not None] == []
 
 

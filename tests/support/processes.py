@@ -10,7 +10,7 @@ from sqlalchemy.orm import sessionmaker
 
 from memstate_sa import Hits, Memory
 from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.search.search import cosine_distance
+from memstate_sa.search.hits import cosine_distance
 from memstate_sa.testing import HashEmbedder
 from tests.support import Base, Tag, assert_index_holds, texts
 

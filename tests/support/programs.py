@@ -14,7 +14,7 @@ from sqlalchemy.orm.exc import StaleDataError
 from memstate_sa import metadata
 from memstate_sa.capture.append_only import rewriting
 from memstate_sa.db.statements import upsert
-from memstate_sa.db.tables import current
+from memstate_sa.db.tables import trigger_context
 from tests.support import Base, Note, Person, Tag, World
 
 UNSYNCHRONISED = {"synchronize_session": False}
@@ -292,5 +292,5 @@ class Play:
 def wipe(engine: Engine) -> None:
     with engine.begin() as connection, rewriting(connection):
         for table in (*reversed(Base.metadata.sorted_tables), *metadata.sorted_tables):
-            if table is not current:
+            if table is not trigger_context:
                 connection.execute(text(f'DELETE FROM "{table.name}"'))

@@ -25,7 +25,7 @@ def run(setting: Setting, number: int, life: int) -> None:
 
 
 def report(setting: Setting, name: str, relay: Relay) -> None:
-    done = {courier.delivery.name: asdict(courier.delivery.holder.counters) for courier in relay._couriers}
+    done = {worker.delivery.name: asdict(worker.delivery.slot_worker.counters) for worker in relay._workers}
     path = setting.folder / "counters" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.with_suffix(".new").write_text(json.dumps({"cpu_s": time.process_time(), "indexes": done}))

@@ -53,7 +53,7 @@ def test_checked_returns_float32() -> None:
     assert result.tolist() == [[1, 2.5], [3, 4]]
 
 
-def test_no_texts_no_call() -> None:
+def test_empty_batch_calls_no_model() -> None:
     """An empty batch is answered without asking the model."""
     embedder = Scripted(AssertionError())
     assert checked(embedder, []).shape == (0, 2)
@@ -195,7 +195,7 @@ def cosine(a: Any, b: Any) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-def test_meaning_is_near(wordllama: WordLlamaEmbedder) -> None:
+def test_question_is_near_the_fact_that_answers_it(wordllama: WordLlamaEmbedder) -> None:
     """The question finds the fact that answers it, without a word in common."""
     facts = checked(wordllama, ["User prefers vegetarian food", "The invoice is due on Friday"])
     query = embed_query(wordllama, "what should I cook?")

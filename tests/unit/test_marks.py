@@ -17,7 +17,7 @@ def after(pages: int, *, most: int = 3, past: Past | None = None) -> Past:
 
 
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(2, 5))
-def test_index_of_this_past(pages: int, more: int, most: int) -> None:
+def test_index_of_this_past_fits(pages: int, more: int, most: int) -> None:
     """It may be behind by fewer pages than there are names; beside other relays, by any number. It is never ahead."""
     earlier = after(pages, most=most)
     later = after(more, most=most, past=earlier)
@@ -31,7 +31,7 @@ def test_index_of_this_past(pages: int, more: int, most: int) -> None:
 
 
 @given(st.integers(0, 4), st.integers(0, 4), st.integers(0, 2))
-def test_index_of_another_past(pages: int, others: int, ours: int) -> None:
+def test_index_of_another_past_does_not_fit(pages: int, others: int, ours: int) -> None:
     """Two databases that were one once: of equally many pages, too."""
     common = after(pages)
     one, other = after(1 + others, past=common), after(1 + ours, past=common)

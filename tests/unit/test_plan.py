@@ -79,7 +79,7 @@ def test_backoff_grows_to_its_bound(attempt: int, jitter: float) -> None:
     assert full / 2 <= policy.delay(attempt, lambda: jitter) <= full
 
 
-def test_parking_until_dead() -> None:
+def test_rejected_key_is_parked_until_dead() -> None:
     """Rejections are counted; the last one makes the key dead."""
     policy = RetryPolicy(max_attempts=2, delay_s=1)
     first = park(DeliveryRejected("no"), 1, policy, lambda: 1.0)

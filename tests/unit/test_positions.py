@@ -87,7 +87,7 @@ def test_sqlite_pages_by_id(newest: int, limit: int) -> None:
 
 
 @given(snapshots)
-def test_a_snapshot_is_text(snapshot: Snapshot) -> None:
+def test_snapshot_survives_as_text(snapshot: Snapshot) -> None:
     """As PostgreSQL writes it."""
     assert Snapshot.parse(str(snapshot)) == snapshot
 
@@ -116,7 +116,7 @@ def test_positions_compare_by_what_is_delivered(one: Position, other: Position) 
     assert {entry for entry in holds(Position(Snapshot(13))) if entry <= one.floor} <= holds(one)
 
 
-def test_slots_are_stored() -> None:
+def test_slots_never_change() -> None:
     """So they must never change."""
     assert SLOTS == 64
     assert [slot_of("note", f"[{n}]") for n in range(4)] == [53, 40, 54, 1]

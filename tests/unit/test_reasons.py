@@ -65,7 +65,7 @@ def test_status_without_a_name_is_told() -> None:
     assert isinstance(delivery_error(error, "failed", unknown=DeliveryRejected), DeliveryRetryable)
 
 
-def test_words_are_left_to_the_chain_where_it_is_not_known_what_was_sent() -> None:
+def test_words_stay_in_the_chain_where_the_sent_text_is_unknown() -> None:
     """As of an index, whose client may quote metadata."""
     error = HTTPError(Response(400, {"error": TEXT}))
     assert str(delivery_error(error, "failed", unknown=DeliveryRejected)) == "failed: HTTPError: 400 Bad Request"

@@ -13,10 +13,10 @@ from memstate_sa.errors import DeliveryRetryable
 Batch: TypeAlias = Callable[[list[Any]], list[Any]]
 
 _UNAVAILABLE = (OperationalError, InterfaceError, DeliveryRetryable)
-"""What fails one call so fails all of them: there is no point in trying each."""
+"""An error that would fail every call: there is no point in trying them one by one."""
 
 
-class _Call(NamedTuple):
+class _StoreCall(NamedTuple):
     ops: Sequence[Any]
     outcome: asyncio.Future[list[Any]]
 
@@ -28,18 +28,18 @@ class Gathering:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[Hashable, list[_Call]] = {}
+        self._waiting: dict[Hashable, list[_StoreCall]] = {}
         self._sent: set[asyncio.Task[None]] = set()
 
-    async def call(self, batch: Batch, ops: Sequence[Any], together: Hashable) -> list[Any]:
-        """What *batch* returns for *ops*, called in a thread, once for all calls with equal *together*."""
+    async def call(self, batch: Batch, ops: Sequence[Any], batch_key: Hashable) -> list[Any]:
+        """The results of *batch* for *ops*. It is called in a thread, once for all calls with equal *batch_key*."""
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[list[Any]] = loop.create_future()
-        key = (loop, together)
+        key = (loop, batch_key)
         if key not in self._waiting:
             self._waiting[key] = []
             loop.call_soon(self._send, loop, batch, key)  # after all coroutines that are ready to go on
-        self._waiting[key].append(_Call(ops, outcome))
+        self._waiting[key].append(_StoreCall(ops, outcome))
         return await outcome
 
     def _send(self, loop: asyncio.AbstractEventLoop, batch: Batch, key: Hashable) -> None:
@@ -49,15 +49,15 @@ class Gathering:
             self._sent.add(task)
             task.add_done_callback(self._sent.discard)
 
-    async def _run(self, batch: Batch, calls: Sequence[_Call]) -> None:
+    async def _run(self, batch: Batch, calls: Sequence[_StoreCall]) -> None:
         try:
-            found = await asyncio.to_thread(_outcomes, batch, calls)
+            outcomes = await asyncio.to_thread(_outcomes, batch, calls)
         except BaseException:  # the loop is ending
             for call in calls:
                 call.outcome.cancel()
             raise
-        for call, result in zip(calls, found, strict=True):
-            if call.outcome.done():  # whoever waited for it was cancelled
+        for call, result in zip(calls, outcomes, strict=True):
+            if call.outcome.done():  # the caller was cancelled
                 continue
             if isinstance(result, Exception):
                 call.outcome.set_exception(result)
@@ -65,8 +65,8 @@ class Gathering:
                 call.outcome.set_result(result)
 
 
-def _outcomes(batch: Batch, calls: Sequence[_Call]) -> list[list[Any] | Exception]:
-    """What each call returns or raises. A batch that fails has written nothing, so its halves can be made again."""
+def _outcomes(batch: Batch, calls: Sequence[_StoreCall]) -> list[list[Any] | Exception]:
+    """The results or the error of each call. A failed batch has written nothing, so its halves can be tried again."""
     try:
         results = iter(batch([op for call in calls for op in call.ops]))
     except Exception as error:  # noqa: BLE001  # it is raised where the call was made

@@ -36,7 +36,7 @@ from memstate_sa.db.statements import take_write_lock, upsert
 from memstate_sa.db.tables import StoredJson, UTCDateTime, metadata
 from memstate_sa.fact import OwnBase
 
-_END = "\x00"  # which no label has: `puts` sees to that
+_END = "\x00"  # which no label has: `item_validation` sees to that
 _has_end = text("expires_at IS NOT NULL")
 
 
@@ -113,7 +113,7 @@ def row_id(item: str, n: int) -> str:
 
 
 def item_id(namespace: Iterable[str], key: str) -> str:
-    """Of a fixed length, whatever the key's: it is in every table of ours, and in the index."""
+    """A digest of namespace and key. Its length is fixed: it is in every table of ours, and in the index."""
     # No label is empty, so the first two ends are where the namespace ends, whatever a key has in it.
     whole = _END.join(namespace) + _END + _END + key
     return hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
@@ -148,7 +148,7 @@ living_of_ids = of_ids.where(alive(bindparam("now", type_=UTCDateTime())))
 
 
 def of_heads(criterion: Any) -> ColumnElement[bool]:
-    """What is true of an item's row 0, asked of any of its rows."""
+    """Whether *criterion* is true of row 0 of the item that a row belongs to."""
     head = aliased(ItemRow)
     return exists(select(literal_column("1")).where(head.id == ItemRow.item, criterion(head)))
 
@@ -156,22 +156,23 @@ def of_heads(criterion: Any) -> ColumnElement[bool]:
 _PAGE = 100
 
 
-def scopes(session: Session, within: str, now: datetime | None = None, depth: int | None = None) -> Iterator[str]:
-    """The scopes of items (those that are alive *now*), in the order of their namespaces, cut to *depth* labels.
+def scopes(session: Session, root: str, now: datetime | None = None, depth: int | None = None) -> Iterator[str]:
+    """The scopes of items below *root*, in the order of their namespaces, cut to *depth* labels.
 
-    From each to the next by one look into the index, however many items have it.
+    With *now*, only scopes of items that are alive then. The database goes from scope to scope by one look into the
+    index, however many items have it.
     """
     criteria = [ItemRow.n == 0, *([] if now is None else [alive(now)])]
-    if within:
-        criteria.append(ItemRow.scope < _past(within))
-    after = within
+    if root:
+        criteria.append(ItemRow.scope < _past(root))
+    after = root
     while True:
         first = select(func.min(ItemRow.scope).label("scope")).where(*criteria, ItemRow.scope >= after)
         walk = first.cte("walk", recursive=True)
         following = select(func.min(ItemRow.scope)).where(*criteria, ItemRow.scope > walk.c.scope).scalar_subquery()
         walk = walk.union_all(select(following).where(walk.c.scope.is_not(None)))
-        found = session.scalars(select(walk.c.scope).where(walk.c.scope.is_not(None)).limit(_PAGE)).all()
-        for scope in found:
+        page = session.scalars(select(walk.c.scope).where(walk.c.scope.is_not(None)).limit(_PAGE)).all()
+        for scope in page:
             if scope < after:
                 continue
             labels = namespace_of(scope)
@@ -182,7 +183,7 @@ def scopes(session: Session, within: str, now: datetime | None = None, depth: in
                 cut = scope_of(labels[:depth])
                 after = _past(cut)
                 yield cut
-        if len(found) < _PAGE:
+        if len(page) < _PAGE:
             return
 
 
@@ -198,7 +199,7 @@ all_rows: Select[Any] = (
 
 
 def expired(connection: Connection, now: datetime, limit: int) -> Sequence[str]:
-    """The ids of some items that are over, locked."""
+    """The ids of up to *limit* items that have expired, locked."""
     over = select(ItemRow.id).where(ItemRow.n == 0, ItemRow.expires_at <= now, not_(alive(now)))
     over = over.order_by(ItemRow.expires_at).limit(limit).with_for_update(of=ItemRow, skip_locked=True)
     ids = connection.scalars(over).all()
@@ -208,11 +209,11 @@ def expired(connection: Connection, now: datetime, limit: int) -> Sequence[str]:
 
 
 def living(connection: Connection, ids: Iterable[str], now: datetime) -> set[str]:
-    """Those that have not expired."""
+    """The *ids* of items that have not expired."""
     return {row.id for row in connection.execute(living_of_ids, {"ids": as_array(ids), "now": now})}
 
 
-class Kept(NamedTuple):
+class KeptItem(NamedTuple):
     """An item as it was put at a time, which lives until another time at least."""
 
     id: str
@@ -220,34 +221,34 @@ class Kept(NamedTuple):
     until: datetime
 
 
-class Swept(Exception):
+class ItemSwept(Exception):
     """Items that were read were deleted before they could be kept: they are to be read again."""
 
 
-_there = select(ItemRow.id).where(with_ids).order_by(ItemRow.id)
-_held = _there.with_for_update(read=True, key_share=True)
-_held_without_waiting = _there.with_for_update(read=True, key_share=True, skip_locked=True)
+_present_ids = select(ItemRow.id).where(with_ids).order_by(ItemRow.id)
+_locked_ids = _present_ids.with_for_update(read=True, key_share=True)
+_lockable_ids = _present_ids.with_for_update(read=True, key_share=True, skip_locked=True)
 
 
-def keep(connection: Connection, items: Collection[Kept]) -> None:
+def keep(connection: Connection, items: Collection[KeptItem]) -> None:
     """Have *items* live longer. Raises Swept, and keeps none, where one is not there any more."""
     if items:
         take_write_lock(connection)
-        given = {"ids": as_array({item.id for item in items})}
-        _keep(connection, items, set(connection.scalars(_held, given)))
+        params = {"ids": as_array({item.id for item in items})}
+        _keep(connection, items, set(connection.scalars(_locked_ids, params)))
 
 
-def keep_without_waiting(connection: Connection, items: Collection[Kept]) -> None:
+def keep_without_waiting(connection: Connection, items: Collection[KeptItem]) -> None:
     """`keep`, for a transaction that has written: those who are deleting an item may be waiting for it."""
     if items:
-        given = {"ids": as_array({item.id for item in items})}
-        held = set(connection.scalars(_held_without_waiting, given))
-        _keep(connection, items, held | set(connection.scalars(_there, given)))
+        params = {"ids": as_array({item.id for item in items})}
+        locked_ids = set(connection.scalars(_lockable_ids, params))
+        _keep(connection, items, locked_ids | set(connection.scalars(_present_ids, params)))
 
 
-def _keep(connection: Connection, items: Collection[Kept], there: set[str]) -> None:
-    if any(item.id not in there for item in items):
-        raise Swept
+def _keep(connection: Connection, items: Collection[KeptItem], present_ids: set[str]) -> None:
+    if any(item.id not in present_ids for item in items):
+        raise ItemSwept
     new = upsert(connection.dialect.name, kept)
     later = new.excluded.until
     new = new.on_conflict_do_update(index_elements=["id", "of"], set_={"until": later}, where=later > kept.c.until)
@@ -255,12 +256,12 @@ def _keep(connection: Connection, items: Collection[Kept], there: set[str]) -> N
     connection.execute(new, [item._asdict() for item in sorted(items)])
 
 
-def forget_kept(connection: Connection, until: datetime) -> None:
-    """Of those that lived until then."""
+_delete_kept = delete(kept).where(kept.c.id == bindparam("the_id"), kept.c.of == bindparam("the_of"))
+
+
+def delete_kept(connection: Connection, until: datetime) -> None:
+    """Delete the rows of items that were kept until then, and no longer."""
     over = select(kept.c.id, kept.c.of).where(kept.c.until <= until).with_for_update(skip_locked=True)
-    found = [{"the_id": id_, "the_of": of} for id_, of in connection.execute(over)]
-    if found:
-        connection.execute(_forget, found)
-
-
-_forget = delete(kept).where(kept.c.id == bindparam("the_id"), kept.c.of == bindparam("the_of"))
+    keys = [{"the_id": id_, "the_of": of} for id_, of in connection.execute(over)]
+    if keys:
+        connection.execute(_delete_kept, keys)

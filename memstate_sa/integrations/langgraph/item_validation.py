@@ -1,21 +1,20 @@
-"""What is put into a LangGraph store: checked, and copied to JSON that both databases hold."""
+"""Checks of a LangGraph store's operations. Values become JSON that both databases hold."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from langgraph.store.base import IndexConfig, InvalidNamespaceError, PutOp, get_text_at_path
+from langgraph.store.base import IndexConfig, InvalidNamespaceError, ListNamespacesOp, PutOp, SearchOp, get_text_at_path
 
 from memstate_sa.db.codec import is_text
 from memstate_sa.db.tables import utcnow
 from memstate_sa.errors import MemstateError
 from memstate_sa.integrations.langgraph import item_rows
 from memstate_sa.integrations.langgraph.item_rows import ItemRow
-from memstate_sa.store import number_of
+from memstate_sa.tracking.payloads import canonical_text
 
 _MAX_SCOPE = 2000
 """It is a key of a B-tree, which on PostgreSQL takes about 2,700 bytes."""
@@ -27,8 +26,8 @@ class InvalidItem(MemstateError, ValueError):
     """This is no item, or no search for one; nothing was written."""
 
 
-class Put:
-    """A PutOp that has been looked at: its value is JSON that both databases hold."""
+class ItemPut:
+    """A PutOp that was checked: its value is JSON that both databases hold."""
 
     def __init__(self, op: PutOp, fields: Sequence[str] | None) -> None:
         self.id = item_id(op.namespace, op.key)
@@ -53,12 +52,19 @@ class Put:
     def is_same(self, rows: Sequence[ItemRow]) -> bool:
         """Whether the item is so already."""
         head = rows[0]
-        lasts = None if head.expires_at is None else head.expires_at - head.updated_at
+        duration = None if head.expires_at is None else head.expires_at - head.updated_at
         return (
-            lasts == (None if self.ttl is None else timedelta(minutes=self.ttl))
+            duration == (None if self.ttl is None else timedelta(minutes=self.ttl))
             and [row.text for row in rows] == self.texts
-            and _canonical(head.value) == _canonical(self.value)
+            and canonical_text(head.value) == canonical_text(self.value)
         )
+
+
+def wants_results(op: SearchOp | ListNamespacesOp) -> bool:
+    """Whether *op* asks for any results. Raises InvalidItem for a limit or an offset below 0."""
+    if op.limit < 0 or op.offset < 0:
+        raise InvalidItem(f"limit={op.limit!r}, offset={op.offset!r}: at least 0")
+    return op.limit > 0
 
 
 def end_of(now: datetime, ttl: Any) -> datetime:
@@ -71,7 +77,7 @@ def end_of(now: datetime, ttl: Any) -> datetime:
 
 
 def fields_of(index: IndexConfig | Literal[False] | None) -> list[str] | None:
-    """The paths of what is embedded; None: nothing is."""
+    """The paths to the texts that are embedded; None: nothing is."""
     if index is False:
         return None
     unknown = sorted(set(index or {}) - {"fields"})
@@ -80,19 +86,19 @@ def fields_of(index: IndexConfig | Literal[False] | None) -> list[str] | None:
     return _paths((index or {}).get("fields") or ["$"])
 
 
-def _paths(given: Any) -> list[str]:
-    if not isinstance(given, (list, tuple)) or not all(isinstance(path, str) for path in given):
+def _paths(paths: Any) -> list[str]:
+    if not isinstance(paths, (list, tuple)) or not all(isinstance(path, str) for path in paths):
         raise InvalidItem("index: a list of paths, or False")
-    return list(given)
+    return list(paths)
 
 
 def _texts(value: Any, fields: Sequence[str] | None, index: Any) -> list[str]:
-    """What of a value is embedded, each text once."""
+    """The texts of a value that are embedded, without duplicates."""
     if fields is None or index is False:
         return []
     paths = fields if index is None else _paths(index)
-    found = (words for path in paths for words in get_text_at_path(value, path))
-    return list(dict.fromkeys(words for words in found if words.strip()))
+    texts = (text for path in paths for text in get_text_at_path(value, path))
+    return list(dict.fromkeys(text for text in texts if text.strip()))
 
 
 def plain(value: Any, what: str, depth: int = 0) -> Any:
@@ -120,11 +126,6 @@ def plain(value: Any, what: str, depth: int = 0) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(inner, what, depth + 1) for inner in value]
     raise InvalidItem(f"{what}: a {type(value).__name__} is no JSON")
-
-
-def _canonical(value: Any) -> str:
-    """Equal JSON as equal text: JSONB gives 1e16 back as an int, and names in another order."""
-    return json.dumps(json.loads(json.dumps(value), parse_float=number_of), sort_keys=True)
 
 
 def item_id(namespace: tuple[str, ...], key: Any) -> str:

@@ -41,10 +41,10 @@ class StateSerializer(JsonPlusSerializer):
     def __init__(self, allow: Iterable[Any] = ()) -> None:
         """*allow* holds classes, and schemas: these stand for all classes that their fields name."""
         super().__init__(allowed_msgpack_modules=None)
-        given = [*allow, SecretStr, SecretBytes]
+        annotations = [*allow, SecretStr, SecretBytes]
         # None: a class that is known by its name alone, and imported when a value of it is read.
-        self._known: dict[Name, type[Any] | None] = {_name(each): each for each in given if isinstance(each, type)}
-        self._known.update(named_by(given))
+        self._known: dict[Name, type[Any] | None] = {_name(cls): cls for cls in annotations if isinstance(cls, type)}
+        self._known.update(named_by(annotations))
         self._graphs: WeakSet[Any] = WeakSet()
 
     def learn(self, graph: Any) -> None:
@@ -55,11 +55,11 @@ class StateSerializer(JsonPlusSerializer):
 
     def with_msgpack_allowlist(self, extra_allowlist: Iterable[Name | type]) -> JsonPlusSerializer:
         """Allow these as well: this serializer does from now on, so a checkpointer stays the one that it was."""
-        for each in extra_allowlist:
-            if isinstance(each, type):
-                self._known[_name(each)] = each
+        for name_or_class in extra_allowlist:
+            if isinstance(name_or_class, type):
+                self._known[_name(name_or_class)] = name_or_class
             else:
-                self._known.setdefault(each, None)
+                self._known.setdefault(name_or_class, None)
         return self
 
     def loads_typed(self, data: tuple[str, bytes]) -> Any:
@@ -159,11 +159,11 @@ def _model(cls: Any, stored: Any) -> Any:
 def _dataclass(cls: Any, stored: Mapping[str, Any]) -> Any:
     """A dataclass, also where ``__init__`` does not take each of its fields."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    made = cls(**{name: value for name, value in stored.items() if name not in fields or fields[name].init})
+    instance = cls(**{name: value for name, value in stored.items() if name not in fields or fields[name].init})
     for name, value in stored.items():
         if name in fields and not fields[name].init:
-            object.__setattr__(made, name, value)
-    return made
+            object.__setattr__(instance, name, value)
+    return instance
 
 
 # -- what a graph's schemas name --------------------------------------------------------------------------------------
@@ -186,11 +186,11 @@ def _schemas(graph: Any) -> Iterator[Any]:
 
 def named_by(annotations: Iterable[Any]) -> dict[Name, type[Any]]:
     """The classes that *annotations* name, directly or by their fields, and that stand for plain data."""
-    found: dict[Name, type[Any]] = {}
+    classes: dict[Name, type[Any]] = {}
     seen: set[Any] = set()
-    left = list(annotations)
-    while left:
-        annotation = left.pop()
+    stack = list(annotations)
+    while stack:
+        annotation = stack.pop()
         try:
             if annotation in seen:
                 continue
@@ -198,9 +198,9 @@ def named_by(annotations: Iterable[Any]) -> dict[Name, type[Any]]:
         except TypeError:  # Annotated, with something that has no hash
             pass
         if isinstance(annotation, type) and _is_data(annotation):
-            found[_name(annotation)] = annotation
-        left += _parts(annotation)
-    return found
+            classes[_name(annotation)] = annotation
+        stack += _parts(annotation)
+    return classes
 
 
 def _name(cls: type[Any]) -> Name:
@@ -252,21 +252,23 @@ def _hints(annotated: Any) -> Iterable[Any]:
         return ()
 
 
-def _telling(apply: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def _with_learning(apply: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """LangGraph's *apply*, after which the serializer of the checkpointer knows the graph's schemas."""
+
     @wraps(apply)
-    def telling(graph: Any, checkpointer: Any) -> Any:
-        found = apply(graph, checkpointer)
-        serde = getattr(found, "serde", None)
+    def apply_and_learn(graph: Any, checkpointer: Any) -> Any:
+        graph_checkpointer = apply(graph, checkpointer)
+        serde = getattr(graph_checkpointer, "serde", None)
         if isinstance(serde, StateSerializer):
             serde.learn(graph)
-        return found
+        return graph_checkpointer
 
-    return telling
+    return apply_and_learn
 
 
-# LangGraph tells a checkpointer of a graph's schemas only where all checkpointers of the process are strict, by
+# LangGraph gives a checkpointer the graph's schemas only where all checkpointers of the process are strict, by
 # LANGGRAPH_STRICT_MSGPACK. Each graph gets its checkpointer by this method, so we learn of the graph here. Without the
 # method we learn of none, and reading a value says what to pass as allow=.
 _METHOD = "_apply_checkpointer_allowlist"
 if hasattr(Pregel, _METHOD):
-    setattr(Pregel, _METHOD, _telling(getattr(Pregel, _METHOD)))
+    setattr(Pregel, _METHOD, _with_learning(getattr(Pregel, _METHOD)))

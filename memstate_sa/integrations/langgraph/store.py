@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -30,13 +29,14 @@ from memstate_sa.db.tables import utcnow
 from memstate_sa.errors import ConflictError, MemstateError, MissingExtra, NotFound
 from memstate_sa.integrations.langgraph import item_rows
 from memstate_sa.integrations.langgraph.gathering import Gathering
-from memstate_sa.integrations.langgraph.item_rows import ItemRow, Kept, Swept
+from memstate_sa.integrations.langgraph.item_rows import ItemRow, ItemSwept, KeptItem
+from memstate_sa.integrations.langgraph.sync_engines import sync_engine
 from memstate_sa.integrations.langgraph.thread_ids import as_text, configured
+from memstate_sa.integrations.langgraph.ttl_sweeper import TtlSweeper
 from memstate_sa.log.changes import Change
 from memstate_sa.log.history import Moment
 from memstate_sa.maintenance.expiry import EXPIRED
 from memstate_sa.memory import Memory
-from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.store import MemoryStore
 
 try:
@@ -46,7 +46,6 @@ try:
         IndexConfig,
         Item,
         ListNamespacesOp,
-        MatchCondition,
         Op,
         PutOp,
         Result,
@@ -58,20 +57,20 @@ try:
 
     from memstate_sa.integrations.langgraph.item_validation import (
         InvalidItem,
-        Put,
+        ItemPut,
         end_of,
         fields_of,
         item_id,
         plain,
         scope_of,
+        wants_results,
     )
+    from memstate_sa.integrations.langgraph.namespaces import list_namespaces
 except ImportError as error:
     raise MissingExtra("langgraph", "langgraph") from error
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
-
-logger = printable_logger("memstate_sa.langgraph")
 
 _ATTEMPTS = 20
 _FEW = 50
@@ -114,19 +113,17 @@ class MemStateStore(BaseStore):
         index: IndexConfig | Literal[False] | None = None,
         ttl: TTLConfig | None = None,
     ) -> None:
-        from memstate_sa.integrations.langgraph.checkpointer import sync_engine
-
-        found = where.memory if isinstance(where, MemoryStore) else memory
-        if found is None:
+        if isinstance(where, MemoryStore):
+            memory = where.memory
+        if memory is None:
             raise MemstateError("items are facts: give a MemoryStore, or memory=")
-        self.memory = found
+        self.memory = memory
         self.engine = sync_engine(where, self.memory)
         self.ttl_config = ttl
         self._fields = fields_of(index)
         self._now: Callable[[], datetime] = utcnow
         self._moment: Moment | None = None
-        self._sweeper: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._sweeper = TtlSweeper()
         self._gathering = Gathering()
         if self.memory._registry.find(inspect(ItemRow)) is None:  # noqa: SLF001
             self.memory.track(ItemRow, text="text", metadata=("scope",))
@@ -162,28 +159,31 @@ class MemStateStore(BaseStore):
         ops = list(ops)
         for op in ops:
             validate_op_namespace(op)
-        puts = {put.id: put for put in (Put(op, self._fields) for op in ops if isinstance(op, PutOp))}
+        puts = {put.id: put for put in (ItemPut(op, self._fields) for op in ops if isinstance(op, PutOp))}
         if puts and self._moment is not None:
             raise MemstateError("the past is read-only: put into the store itself")
         for _attempt in range(_ATTEMPTS):
             try:
                 return self._read_and_write(ops, puts) if puts else self._read_and_keep(ops)
-            except (IntegrityError, Swept):  # another writer was first to put one of these, or a sweep to delete one
+            except (
+                IntegrityError,
+                ItemSwept,
+            ):  # another writer was first to put one of these, or a sweep to delete one
                 continue
         raise ConflictError("others keep putting and deleting these items; try again")
 
     def _read_and_keep(self, ops: Sequence[Op]) -> list[Result]:
         with self._reading() as session:
-            results, read = self._read(session, ops)
-        if read:
+            results, kept = self._read(session, ops)
+        if kept:
             with self._writing() as session:
-                item_rows.keep(session.connection(), read)
+                item_rows.keep(session.connection(), kept)
         return results
 
-    def _read_and_write(self, ops: Sequence[Op], puts: Mapping[str, Put]) -> list[Result]:
+    def _read_and_write(self, ops: Sequence[Op], puts: Mapping[str, ItemPut]) -> list[Result]:
         with self._labelled() as session:
-            results, read = self._read(session, ops)
-            self._write(session, puts, read)
+            results, kept = self._read(session, ops)
+            self._write(session, puts, kept)
         return results
 
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:
@@ -197,9 +197,9 @@ class MemStateStore(BaseStore):
     def _reading(self) -> AbstractContextManager[Session]:
         if self._moment is not None:
             return self.memory.as_of_session(self.engine, self._moment, [ItemRow])
-        around = current_session(self.memory, self.engine)
-        if around is not None:
-            return nullcontext(around)
+        open_session = current_session(self.memory, self.engine)
+        if open_session is not None:
+            return nullcontext(open_session)
         if self._facts is not None:
             self._facts._check_open()  # noqa: SLF001  # of the same package
             if self._is_shared:
@@ -208,13 +208,13 @@ class MemStateStore(BaseStore):
 
     @contextmanager
     def _writing(self) -> Iterator[Session]:
-        around = current_session(self.memory, self.engine)
-        if around is None:
+        open_session = current_session(self.memory, self.engine)
+        if open_session is None:
             with self._begin() as session:
                 yield session
         else:
-            with around.begin_nested():
-                yield around
+            with open_session.begin_nested():
+                yield open_session
 
     @contextmanager
     def _labelled(self) -> Iterator[Session]:
@@ -226,53 +226,55 @@ class MemStateStore(BaseStore):
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def _read(self, session: Session, ops: Sequence[Op]) -> tuple[list[Result], set[Kept]]:
-        """The results, and until when what was read is to be kept."""
+    def _read(self, session: Session, ops: Sequence[Op]) -> tuple[list[Result], set[KeptItem]]:
+        """The results, and the items that live longer because they were read."""
         now = self._now()
-        gets = {item_id(op.namespace, op.key) for op in ops if isinstance(op, GetOp)}
-        got = self._of_ids(session, gets, now) if gets else {}
+        ids = {item_id(op.namespace, op.key) for op in ops if isinstance(op, GetOp)}
+        rows_by_id = self._rows_by_id(session, ids, now) if ids else {}
         results: list[Result] = []
-        kept: set[Kept] = set()
+        kept: set[KeptItem] = set()
         for op in ops:
-            found: list[Row[Any]] = []
+            rows: list[Row[Any]] = []
             if isinstance(op, GetOp):
-                row = got.get(item_id(op.namespace, op.key))
-                found = [] if row is None else [row]
+                row = rows_by_id.get(item_id(op.namespace, op.key))
+                rows = [] if row is None else [row]
                 results.append(None if row is None else _item(row))
             elif isinstance(op, SearchOp):
                 scored = self._search(session, op, now)
-                found = [row for row, _ in scored]
+                rows = [row for row, _ in scored]
                 results.append([_item(row, SearchItem, score=score) for row, score in scored])
             elif isinstance(op, ListNamespacesOp):
-                results.append(self._list_namespaces(session, op, now))
+                results.append(list_namespaces(session, op, now if self._moment is None else None))
             elif isinstance(op, PutOp):
                 results.append(None)
             else:
                 raise InvalidItem(f"not an operation of a store: {type(op).__name__}")
             if self._moment is None and getattr(op, "refresh_ttl", False):
-                mortal = (row for row in found if row.expires_at is not None)
-                kept.update(Kept(row.id, row.updated_at, now + (row.expires_at - row.updated_at)) for row in mortal)
+                mortal = (row for row in rows if row.expires_at is not None)
+                kept.update(KeptItem(row.id, row.updated_at, now + (row.expires_at - row.updated_at)) for row in mortal)
         return results, kept
 
     def _alive(self, now: datetime) -> list[ColumnElement[bool]]:
         return [item_rows.alive(now)] if self._moment is None else []  # of the past: what the table held
 
     def _search(self, session: Session, op: SearchOp, now: datetime) -> list[tuple[Row[Any], float | None]]:
-        if not _check_window(op):
+        if not wants_results(op):
             return []
         scope, alive = scope_of(op.namespace_prefix), self._alive(now)
         criteria = [] if not op.filter else [self._filter(op.filter)]
         scored: list[tuple[Row[Any], float | None]] = []
         if op.query and self._fields is not None:
-            few = [] if not scope else list(islice(item_rows.scopes(session, scope), _FEW + 1))
+            scopes = [] if not scope else list(islice(item_rows.scopes(session, scope), _FEW + 1))
             # By name, an index can tell them by itself; by their range, only SQL can.
-            within = item_rows.below(scope) if not 0 < len(few) <= _FEW else ItemRow.scope.in_(few)
-            target = select(ItemRow).where(within, *map(item_rows.of_heads, criteria))
+            is_in_scope = item_rows.below(scope) if not 0 < len(scopes) <= _FEW else ItemRow.scope.in_(scopes)
+            target = select(ItemRow).where(is_in_scope, *map(item_rows.of_heads, criteria))
             scored += self._ranked(session, op.query, target, op.offset + op.limit, now)
         page, missing = scored[op.offset : op.offset + op.limit], op.offset + op.limit - len(scored)
         if missing > 0:
             # What no vector ranks comes after all that is ranked.
-            others = item_rows.heads.where(item_rows.below(scope), *alive, *(each(ItemRow) for each in criteria))
+            others = item_rows.heads.where(
+                item_rows.below(scope), *alive, *(criterion(ItemRow) for criterion in criteria)
+            )
             ids = {"ids": as_array(row.id for row, _ in scored)}
             if scored:
                 others = others.where(~item_rows.with_ids)
@@ -282,89 +284,78 @@ class MemStateStore(BaseStore):
         return page
 
     def _ranked(
-        self, session: Session, query: str, target: Select[Any], wanted: int, now: datetime
+        self, session: Session, query: str, target: Select[Any], count: int, now: datetime
     ) -> list[tuple[Row[Any], float]]:
-        """The *wanted* items nearest to *query*, best first: of an item's texts, the nearest counts."""
-        ask = wanted
+        """The *count* items nearest to *query*, best first: of an item's texts, the nearest counts."""
+        limit = count
         while True:
-            hits = self.memory.search(session, query, target, limit=ask, as_of=self._moment)
-            best: dict[str, float] = {}
+            hits = self.memory.search(session, query, target, limit=limit, as_of=self._moment)
+            scores: dict[str, float] = {}
             for hit in hits:
-                best.setdefault(hit.fact.item, hit.score)
-            rows = self._of_ids(session, best, now)
-            if len(rows) >= wanted or len(hits) < ask:
-                return [(rows[id_], score) for id_, score in best.items() if id_ in rows][:wanted]
-            ask *= 4
+                scores.setdefault(hit.fact.item, hit.score)
+            rows = self._rows_by_id(session, scores, now)
+            if len(rows) >= count or len(hits) < limit:
+                return [(rows[id_], score) for id_, score in scores.items() if id_ in rows][:count]
+            limit *= 4
 
-    def _of_ids(self, session: Session, ids: Iterable[str], now: datetime) -> dict[str, Row[Any]]:
+    def _rows_by_id(self, session: Session, ids: Iterable[str], now: datetime) -> dict[str, Row[Any]]:
         statement = item_rows.living_of_ids if self._moment is None else item_rows.of_ids
         return {row.id: row for row in session.execute(statement, {"ids": as_array(ids), "now": now})}
 
-    def _filter(self, wanted: Any) -> Callable[[Any], ColumnElement[bool]]:
-        if not isinstance(wanted, Mapping):
+    def _filter(self, value: Any) -> Callable[[Any], ColumnElement[bool]]:
+        if not isinstance(value, Mapping):
             raise InvalidItem("a filter is an object: names and what they have to be")
-        given = plain(wanted, "filter")
+        filter_ = plain(value, "filter")
         dialect = self.engine.dialect.name
         try:
-            json_filter.matches(dialect, ItemRow.value, given)
+            json_filter.matches(dialect, ItemRow.value, filter_)
         except (ValueError, OverflowError) as error:
             raise InvalidItem(f"filter: {error}") from error
-        return lambda row: json_filter.matches(dialect, row.value, given)
-
-    def _list_namespaces(self, session: Session, op: ListNamespacesOp, now: datetime) -> list[tuple[str, ...]]:
-        if not _check_window(op):
-            return []
-        if op.max_depth is not None and op.max_depth < 1:
-            raise InvalidItem(f"max_depth={op.max_depth!r}: at least 1")
-        conditions = op.match_conditions or ()
-        for condition in conditions:
-            if condition.match_type not in ("prefix", "suffix"):
-                raise InvalidItem(f"match_type={condition.match_type!r}: 'prefix' or 'suffix'")
-        within = max(map(_plain_prefix, conditions), key=len, default=())
-        # Where the range says all, what is deeper than what is returned need not be looked at.
-        is_range = all(_plain_prefix(each) == each.path == within[: len(each.path)] for each in conditions)
-        deep = op.max_depth if is_range and op.max_depth is not None and len(within) <= op.max_depth else None
-        found: dict[tuple[str, ...], None] = {}
-        for scope in item_rows.scopes(session, scope_of(within), now if self._moment is None else None, deep):
-            namespace = item_rows.namespace_of(scope)
-            if all(_fits(namespace, condition) for condition in conditions):
-                found[namespace[: op.max_depth]] = None
-                if len(found) == op.offset + op.limit:
-                    break
-        return list(found)[op.offset :]
+        return lambda row: json_filter.matches(dialect, row.value, filter_)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def _write(self, session: Session, puts: Mapping[str, Put], kept: set[Kept]) -> None:
+    def _write(self, session: Session, puts: Mapping[str, ItemPut], kept: set[KeptItem]) -> None:
         connection = session.connection(bind_arguments={"mapper": inspect(ItemRow)})
         take_write_lock(connection)
         now = self._now()
-        there: dict[str, list[ItemRow]] = {}
+        rows_by_item: dict[str, list[ItemRow]] = {}
         for row in session.scalars(item_rows.all_rows, {"ids": as_array(puts)}):
-            there.setdefault(row.item, []).append(row)
-        old = {id_ for id_, rows in there.items() if rows[0].expires_at is not None and rows[0].expires_at <= now}
-        gone = old - item_rows.living(connection, old, now) if old else old
+            rows_by_item.setdefault(row.item, []).append(row)
+        over = {id_ for id_, (row, *_) in rows_by_item.items() if row.expires_at is not None and row.expires_at <= now}
+        expired = over - item_rows.living(connection, over, now) if over else over
         kept = {item for item in kept if item.id not in puts}  # which has another end now, or none
+        changes: list[tuple[ItemRow, dict[str, Any]]] = []
+        surplus: list[ItemRow] = []
         for id_, put in sorted(puts.items()):
-            rows = there.get(id_, [])
-            is_new = not rows or id_ in gone
+            rows = rows_by_item.get(id_, [])
+            is_new = not rows or id_ in expired
             expires_at = None if put.ttl is None else end_of(now, put.ttl)
             if put.value is not None and not is_new and put.is_same(rows):
                 if expires_at is not None:
-                    kept.add(Kept(id_, rows[0].updated_at, expires_at))
+                    kept.add(KeptItem(id_, rows[0].updated_at, expires_at))
                 continue
             created_at = now if is_new else rows[0].created_at
+            times = {"created_at": created_at, "updated_at": now, "expires_at": expires_at}
             for n, words in enumerate(put.texts):
-                if n == len(rows):
-                    rows.append(ItemRow(id=item_rows.row_id(id_, n), item=id_, n=n, scope=put.scope, key=put.key))
-                    session.add(rows[n])
-                row = rows[n]
-                row.text, row.created_at, row.updated_at, row.expires_at = words, created_at, now, expires_at
-                if n == 0:
-                    row.value = put.value
-                    flag_modified(row, "value")  # True and 1 are equal in Python, not in JSON
-            for row in rows[len(put.texts) :]:
-                session.delete(row)
+                values = {"text": words, **times} | ({"value": put.value} if n == 0 else {})
+                if n < len(rows):
+                    changes.append((rows[n], values))
+                else:
+                    new = ItemRow(id=item_rows.row_id(id_, n), item=id_, n=n, scope=put.scope, key=put.key, **values)
+                    session.add(new)
+            surplus += rows[len(put.texts) :]
+        # A flush changes rows before it adds others. Another batch that adds a row which we have changed waits for us,
+        # and we might wait for a row that it has added. It does not wait for a row that we have only locked: it fails
+        # at once, and tries again.
+        session.flush()
+        for row, values in changes:
+            for name, value in values.items():
+                setattr(row, name, value)
+            if "value" in values:
+                flag_modified(row, "value")  # True and 1 are equal in Python, not in JSON
+        for row in surplus:
+            session.delete(row)
         session.flush()
         item_rows.keep_without_waiting(connection, kept)  # last, by everyone
 
@@ -380,7 +371,7 @@ class MemStateStore(BaseStore):
             with self._writing() as session:
                 if session.in_nested_transaction():
                     raise MemstateError("a sweep is a transaction of its own, and this is in another one")
-                unit = self.memory._unit(session)  # noqa: SLF001
+                unit = self.memory._transaction(session)  # noqa: SLF001
                 unit.reason, unit.step = EXPIRED, False
                 connection = session.connection(bind_arguments={"mapper": inspect(ItemRow)})
                 take_write_lock(connection)
@@ -388,7 +379,7 @@ class MemStateStore(BaseStore):
                 for row in session.scalars(item_rows.all_rows, {"ids": as_array(ids)}) if ids else ():
                     session.delete(row)
                 session.flush()
-                item_rows.forget_kept(connection, self._now())
+                item_rows.delete_kept(connection, self._now())
             deleted += len(ids)
             if not ids:
                 return deleted
@@ -398,39 +389,16 @@ class MemStateStore(BaseStore):
 
         Without *ttl* there is nothing to sweep, and no thread.
         """
-        future: Future[None] = Future()
         if not self.ttl_config:
+            future: Future[None] = Future()
             future.set_result(None)
-            return future
-        running = self._sweeper is not None and self._sweeper.is_alive() and not self._stop.is_set()
-        if not running:
-            self._stop = threading.Event()  # another one: the sweeper before may not have seen yet that it is to end
-        stop = self._stop
-        future.add_done_callback(lambda done: stop.set() if done.cancelled() else None)
-        if running:
             return future
         interval = sweep_interval_minutes or self.ttl_config.get("sweep_interval_minutes") or _SWEEP_INTERVAL_MINUTES
-        self._sweeper = threading.Thread(
-            target=self._sweep_until, args=(stop, interval * 60, future), name="memstate-ttl-sweeper", daemon=True
-        )
-        self._sweeper.start()
-        return future
-
-    def _sweep_until(self, stop: threading.Event, interval_s: float, future: Future[None]) -> None:
-        while not stop.wait(interval_s):
-            try:
-                self.sweep_ttl()
-            except Exception as error:  # noqa: BLE001  # the database may be back by the next time
-                logger.warning("sweep failed: %s", type(error).__name__)
-        if not future.cancelled():
-            future.set_result(None)
+        return self._sweeper.start(self.sweep_ttl, interval * 60)
 
     def stop_ttl_sweeper(self, timeout: float | None = None) -> bool:
         """Returns whether it has stopped within *timeout* seconds."""
-        self._stop.set()
-        if self._sweeper is not None:
-            self._sweeper.join(timeout)
-        return self._sweeper is None or not self._sweeper.is_alive()
+        return self._sweeper.stop(timeout)
 
     def as_of(self, moment: Moment | None) -> Self:
         """This store as it was: its items are those of a time, or after a transaction; it is read-only.
@@ -473,29 +441,6 @@ def _item(row: Row[Any], kind: type[Item] = Item, **more: Any) -> Any:
     )
 
 
-def _check_window(op: SearchOp | ListNamespacesOp) -> bool:
-    """Whether *op* wants any results."""
-    if op.limit < 0 or op.offset < 0:
-        raise InvalidItem(f"limit={op.limit!r}, offset={op.offset!r}: at least 0")
-    return op.limit > 0
-
-
-def _plain_prefix(condition: MatchCondition) -> tuple[str, ...]:
-    """The labels with which all namespaces begin that fit."""
-    if condition.match_type != "prefix":
-        return ()
-    path = tuple(condition.path)
-    return path[: path.index("*")] if "*" in path else path
-
-
-def _fits(namespace: tuple[str, ...], condition: MatchCondition) -> bool:
-    path = condition.path
-    if len(path) > len(namespace):
-        return False
-    part = namespace[: len(path)] if condition.match_type == "prefix" else namespace[len(namespace) - len(path) :]
-    return all(wanted in ("*", label) for label, wanted in zip(part, path, strict=True))
-
-
 def _labels() -> dict[str, str]:
     """In a node of a graph: its thread and its name."""
     from langgraph.config import get_config
@@ -505,5 +450,5 @@ def _labels() -> dict[str, str]:
     except RuntimeError:
         return {}
     node = config.get("metadata", {}).get("langgraph_node")
-    found = {"session_id": as_text(configured(config).get("thread_id")), "reason": node and f"node {node}"}
-    return {name: label for name, label in found.items() if is_text(label)}
+    labels = {"session_id": as_text(configured(config).get("thread_id")), "reason": node and f"node {node}"}
+    return {name: label for name, label in labels.items() if is_text(label)}

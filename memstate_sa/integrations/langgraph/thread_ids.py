@@ -1,4 +1,4 @@
-"""Which thread, graph and checkpoint a config names."""
+"""The thread, the graph and the checkpoint that a config names."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def thread_id_of(value: Any) -> str:
     """
     thread_id = as_text(value)
     if thread_id is None or not thread_id.strip():
-        given = value if value is None else "blank" if thread_id is not None else f"of type {type(value).__name__}"
-        raise InvalidThread(_NO_THREAD.format(given))
+        problem = value if value is None else "blank" if thread_id is not None else f"of type {type(value).__name__}"
+        raise InvalidThread(_NO_THREAD.format(problem))
     if not is_text(thread_id):
         raise InvalidThread("Cannot use this thread_id: it has a NUL or a lone surrogate. Use another string.")
     return thread_id
 
 
 def configured(config: Any) -> Mapping[str, Any]:
-    """What ``configurable`` holds in *config*."""
-    found: Mapping[str, Any] = (config or {}).get("configurable") or {}
-    return found
+    """The ``configurable`` part of *config*."""
+    conf: Mapping[str, Any] = (config or {}).get("configurable") or {}
+    return conf
 
 
 def graph_of(config: Any) -> tuple[str, str]:

@@ -186,25 +186,32 @@ def _beyond(config: Config, engine: Engine) -> list[Any]:
 
 def contents(engine: Engine, *, ours: bool = False) -> dict[str, Any]:
     """Every table's definition and rows, but for Alembic's own, and ours if they are not asked for."""
-    found: dict[str, Any] = {}
     inspector = inspect(engine)
-    for name in inspector.get_table_names():
-        if name in ("alembic_version", "memstate_version") or (name.startswith("memstate_") and not ours):
-            continue
-        table = MetaData()
-        table.reflect(engine, only=[name], resolve_fks=False)
-        with engine.connect() as connection:
-            rows = connection.execute(select(table.tables[name])).all()
-        found[name] = {
-            "columns": [{**column, "type": str(column["type"])} for column in inspector.get_columns(name)],
-            "key": inspector.get_pk_constraint(name),
-            "foreign keys": inspector.get_foreign_keys(name),
-            "unique": sorted(map(shown, inspector.get_unique_constraints(name))),
-            "indexes": sorted(map(shown, inspector.get_indexes(name))),
-            "comment": inspector.get_table_comment(name) if inspector.dialect.supports_comments else None,
-            "rows": sorted(map(repr, rows)),
+    names = [
+        name
+        for name in inspector.get_table_names()
+        if name not in ("alembic_version", "memstate_version") and (ours or not name.startswith("memstate_"))
+    ]
+    metadata = MetaData()
+    metadata.reflect(engine, only=names, resolve_fks=False)
+    has_comments = inspector.dialect.supports_comments
+    columns, keys = inspector.get_multi_columns(), inspector.get_multi_pk_constraint()
+    foreign_keys, uniques = inspector.get_multi_foreign_keys(), inspector.get_multi_unique_constraints()
+    indexes, comments = inspector.get_multi_indexes(), inspector.get_multi_table_comment() if has_comments else {}
+    with engine.connect() as connection:
+        rows = {name: connection.execute(select(metadata.tables[name])).all() for name in names}
+    return {
+        name: {
+            "columns": [{**column, "type": str(column["type"])} for column in columns[None, name]],
+            "key": keys[None, name],
+            "foreign keys": foreign_keys[None, name],
+            "unique": sorted(map(shown, uniques[None, name])),
+            "indexes": sorted(map(shown, indexes[None, name])),
+            "comment": comments.get((None, name)),
+            "rows": sorted(map(repr, rows[name])),
         }
-    return found
+        for name in names
+    }
 
 
 def shown(reflected: Any) -> str:

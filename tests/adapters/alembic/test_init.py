@@ -95,7 +95,7 @@ memory.track(Word, text=None, capture="trigger")
 """
 
 
-def test_what_is_missing_is_told_once_for_all_of_which_it_is_to_be_said(folder: Path, url: str) -> None:
+def test_init_reports_each_problem_once_with_all_names(folder: Path, url: str) -> None:
     """By the names of all: of tables, the application's own too, and of triggers; one that is changed is named."""
     (folder / "shop" / "facts.py").write_text(SHOP + MORE)
     shown = invoke("init", "--url", url, "--dry-run")
@@ -126,7 +126,7 @@ def test_what_is_missing_is_told_once_for_all_of_which_it_is_to_be_said(folder: 
         ("(Base.metadata,)", "(Base.metadata, memstate_sa.metadata)"),
     ],
 )
-def test_with_alembic_a_migration_creates_them(
+def test_init_with_alembic_leaves_creation_to_a_migration(
     folder: Path, url: str, metadata: str, with_ours: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a project as `alembic init` makes it: init adds two lines to env.py, and the revision does the rest."""
@@ -161,7 +161,7 @@ def test_with_alembic_a_migration_creates_them(
     assert env.read_text() == edited_once
 
 
-def test_create_tables_goes_past_alembic_when_it_is_told_to(folder: Path, url: str) -> None:
+def test_init_with_create_tables_bypasses_alembic(folder: Path, url: str) -> None:
     """For a prototype."""
     (folder / "migrations").mkdir()
     (folder / "migrations" / "env.py").write_text("")
@@ -182,7 +182,7 @@ LOCATIONS = {
 
 @pytest.mark.parametrize("src", ["", "src"])
 @pytest.mark.parametrize("location", LOCATIONS)
-def test_alembic_is_found_where_it_finds_itself(folder: Path, url: str, location: str, src: str) -> None:
+def test_init_finds_alembic_wherever_its_config_points(folder: Path, url: str, location: str, src: str) -> None:
     """And then no table is created; a package that it is in is not imported for that."""
     name, content = LOCATIONS[location]
     if src:
@@ -251,14 +251,14 @@ def test_an_env_py_is_a_sign_of_alembic(folder: Path, url: str, place: str, conf
         assert "memstate_sa.metadata" not in env.read_text()
 
 
-def test_an_env_py_that_is_missed_is_no_sign_against_it(folder: Path, url: str) -> None:
+def test_missing_env_py_does_not_rule_out_alembic(folder: Path, url: str) -> None:
     """It may be in a package that is installed elsewhere."""
     (folder / "alembic.ini").write_text("[alembic]\nscript_location = elsewhere:migrations\n")
     assert "✗ our tables in env.py" in invoke("init", "--url", url, "--apply", "--yes")
     assert tables(url) == {"note"}
 
 
-def test_an_env_py_of_something_else_is_no_sign(folder: Path, url: str) -> None:
+def test_env_py_of_another_tool_is_no_sign_of_alembic(folder: Path, url: str) -> None:
     (folder / "shop" / "env.py").write_text("import os\n\nDEBUG = 'alembic' in os.environ\n")
     assert find_alembic(folder) is None
     assert "There is nothing left to do" in invoke("init", "--url", url)
@@ -277,7 +277,7 @@ def test_a_database_that_alembic_made_is_left_to_it(folder: Path, engine: Engine
 
 
 @pytest.mark.parametrize("migrated", [True, False])
-def test_an_sqlite_file_is_not_made_by_being_looked_at(folder: Path, migrated: bool) -> None:
+def test_looking_at_a_missing_sqlite_file_does_not_create_it(folder: Path, migrated: bool) -> None:
     """Where Alembic makes it, not by `init` either."""
     options = [] if migrated else ["--dry-run"]
     if migrated:
@@ -287,7 +287,7 @@ def test_an_sqlite_file_is_not_made_by_being_looked_at(folder: Path, migrated: b
     assert not (folder / "new.db").exists()
 
 
-def test_an_env_py_that_nothing_can_be_added_to_is_named(folder: Path, url: str) -> None:
+def test_init_names_an_env_py_that_it_cannot_edit(folder: Path, url: str) -> None:
     env = folder / "migrations" / "env.py"
     env.parent.mkdir()
     env.write_text("from alembic import context\n\ncontext.configure(*everything())\n")
@@ -296,7 +296,7 @@ def test_an_env_py_that_nothing_can_be_added_to_is_named(folder: Path, url: str)
     assert "✗ our tables in env.py" in shown and "✗ our plugin in env.py" in shown
 
 
-def test_what_cannot_be_found_is_said(folder: Path, url: str) -> None:
+def test_init_refuses_no_memory_and_several_memories(folder: Path, url: str) -> None:
     """No Memory, and several."""
     (folder / "shop" / "facts.py").rename(folder / "shop" / "memories.py")
     second = (
@@ -353,7 +353,7 @@ def test_only_modules_that_make_a_memory_are_imported(folder: Path) -> None:
         ("from memstate_sa.memory import Memory", "memory = same = Memory"),
     ],
 )
-def test_a_memory_has_many_ways_to_be_made(folder: Path, imported: str, made: str) -> None:
+def test_memory_is_found_however_it_is_made(folder: Path, imported: str, made: str) -> None:
     facts = folder / "shop" / "facts.py"
     facts.write_text(facts.read_text().replace("memory = Memory", f"{imported}\n{made}"))
     assert find_memories(folder) == ["shop.facts:memory"]
@@ -366,7 +366,7 @@ def test_modules_in_src_are_found(folder: Path) -> None:
     assert find_memories(folder) == ["shop.facts:memory"]
 
 
-def test_a_project_that_is_none() -> None:
+def test_folder_without_alembic_is_no_alembic_project() -> None:
     assert find_alembic(Path(__file__).parent) is None
 
 
@@ -403,7 +403,7 @@ def offline():
     ],
 )
 @pytest.mark.parametrize("has_plugins", [True, False])
-def test_what_becomes_of_an_env_py(before: str, after: str, has_plugins: bool) -> None:
+def test_edited_env_py_keeps_its_own_lines(before: str, after: str, has_plugins: bool) -> None:
     """Its own lines stay; edited twice, it is as edited once."""
     source = CONFIGURED.format(before=before).replace("  # all of it", "")
     new = edited(source, has_plugins=has_plugins)
@@ -445,7 +445,7 @@ def test_other_plugins_stay(tmp_path: Path, before: str, after: str) -> None:
     assert AlembicProject(tmp_path, tmp_path / "env.py").knows_plugin
 
 
-def test_what_is_commented_out_is_not_there(tmp_path: Path) -> None:
+def test_commented_lines_of_env_py_do_not_count(tmp_path: Path) -> None:
     env = tmp_path / "env.py"
     env.write_text("# target_metadata = memstate_sa.metadata\n# autogenerate_plugins=['memstate_sa']\n")
     project = AlembicProject(tmp_path / "alembic.ini", env)

@@ -44,7 +44,7 @@ def emptied(engine: Engine) -> None:
         memstate_sa.metadata.drop_all(engine)
 
 
-def test_they_make_what_the_metadata_says(engine: Engine) -> None:
+def test_migrations_make_the_tables_of_the_metadata(engine: Engine) -> None:
     """Both ways: nothing is missing, nothing is too much, and each column, index and trigger is the same."""
     __main__.main(["upgrade", "head"])
     assert differences(engine) == []
@@ -72,7 +72,7 @@ def test_downgrading_leaves_nothing(engine: Engine) -> None:
     assert inspect(engine).get_table_names() == [VERSION_TABLE]
 
 
-def test_offline_is_the_same(engine: Engine) -> None:
+def test_offline_script_makes_and_drops_the_same_tables(engine: Engine) -> None:
     """`--sql` connects to nothing; what it prints makes what the migrations make, and unmakes it."""
 
     def printed(run: Any, revisions: str) -> str:
@@ -101,7 +101,7 @@ def test_offline_is_the_same(engine: Engine) -> None:
     assert (contents(engine, ours=True), routines(engine)) == offline
 
 
-def test_an_application_s_tables_are_nothing_to_them(engine: Engine) -> None:
+def test_migrations_ignore_tables_of_the_application(engine: Engine) -> None:
     """`check` of our migrations says nothing of what is not ours; its own alembic_version stays as it is."""
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
@@ -114,7 +114,7 @@ def test_an_application_s_tables_are_nothing_to_them(engine: Engine) -> None:
     assert set(contents(engine)) == {"theirs"}
 
 
-def test_without_a_url_it_says_what_to_give(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_command_without_a_url_says_what_to_give(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.delenv("MEMSTATE_URL", raising=False)
     with pytest.raises(SystemExit):
         __main__.main(["upgrade", "head"])

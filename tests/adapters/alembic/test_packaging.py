@@ -34,6 +34,7 @@ def test_the_wheel_carries_our_migrations(tmp_path: Path) -> None:
     there = {str(path.relative_to(ROOT / "alembic")) for path in (ROOT / "alembic").rglob("*") if path.is_file()}
     assert carried == {name for name in there if "__pycache__" not in name}
     assert not any(name.endswith("__init__.py") for name in carried)
+    assert {f"memstate_sa/capture/sql/{dialect}.sql" for dialect in ("postgresql", "sqlite")} <= set(names)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     shown = subprocess.run(
         [sys.executable, "-c", "from memstate_sa.migrations import location; print(location())"],
@@ -48,6 +49,7 @@ def test_the_wheel_carries_our_migrations(tmp_path: Path) -> None:
     engine.dispose()
 
 
+@pytest.mark.deep_on("alembic", "alembic.autogenerate.render")
 @pytest.mark.parametrize("first", ["alembic", "alembic.autogenerate.render", "memstate_sa.migrations"])
 def test_whatever_is_imported_first_the_operations_are_there(first: str) -> None:
     """Alembic loads plugins in the middle of its own imports."""
@@ -59,8 +61,9 @@ def test_importing_memstate_sa_imports_no_alembic() -> None:
     assert shown.stdout.strip() == "False"
 
 
+@pytest.mark.deep_on("comparing", "rendering")
 @pytest.mark.parametrize("missing", ["operations", "comparing", "rendering"])
-def test_what_fails_in_the_plugin_stops_nobody(missing: str) -> None:
+def test_broken_plugin_does_not_stop_alembic(missing: str) -> None:
     """An environment may hold our package, and an Alembic that has nothing to do with it."""
     shown = python(
         f"import sys; sys.modules['memstate_sa.migrations.{missing}'] = None\n"

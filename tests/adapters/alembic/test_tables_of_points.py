@@ -20,7 +20,7 @@ def write_env(app: Application, *, knows_us: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Did not recognize type 'vector'")
-def test_tables_of_points_are_nobody_s_to_drop(tmp_path: Path, postgres_engine: Engine) -> None:
+def test_autogenerate_does_not_drop_tables_of_points(tmp_path: Path, postgres_engine: Engine) -> None:
     """Under any name, in any schema; a table of the application with nearly their columns goes as it should."""
     app = Application(tmp_path / "app", postgres_engine)
     app.write_models("")

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from memstate_sa.db.tables import outbox
 from tests.adapters.alembic.application import HAS_PLUGINS, OURS_TOO, Application, contents, routines
+from tests.support.older import NEW, OLD, make_older
 from tests.support.triggers import images, operations, problems
 
 pytestmark = pytest.mark.sa20
@@ -56,7 +57,7 @@ def only_ours(app: Application) -> list[str]:
     return [name for name, _ in routines(app.engine) if name.startswith("memstate_") and "append_only" not in name]
 
 
-def test_a_tracked_model_of_a_new_application(app: Application) -> None:
+def test_first_revision_creates_tables_and_triggers(app: Application) -> None:
     """Tables, triggers and the log's own are made by one revision, which is undone without a trace."""
     before = routines(app.engine)
     app.write_models(NOTE + TRACKED)
@@ -79,7 +80,7 @@ def test_a_tracked_model_of_a_new_application(app: Application) -> None:
         assert contents(app.engine, ours=True) == {} and routines(app.engine) == before
 
 
-def test_a_model_that_is_tracked_later(app: Application) -> None:
+def test_tracking_an_existing_model_keeps_its_rows(app: Application) -> None:
     """Its rows stay; the next change of one logs what it was."""
     app.write_models(NOTE)
     app.revise("r1")
@@ -97,7 +98,7 @@ def test_a_model_that_is_tracked_later(app: Application) -> None:
     ]
 
 
-def test_a_model_that_is_tracked_no_longer(notes: Application) -> None:
+def test_untracking_a_model_keeps_its_log(notes: Application) -> None:
     """What was logged stays; downgrading captures again."""
     notes.execute("INSERT INTO note (id, text) VALUES (1, 'a')")
     notes.write_models(NOTE)
@@ -113,7 +114,7 @@ def test_a_model_that_is_tracked_no_longer(notes: Application) -> None:
     assert [op for _, op, _ in images(notes)] == ["insert", "update"]
 
 
-def test_a_tracked_table_that_is_dropped(notes: Application) -> None:
+def test_dropping_a_tracked_table_removes_its_triggers_first(notes: Application) -> None:
     """Its triggers first: on PostgreSQL their functions would stay behind."""
     notes.execute("INSERT INTO note (id, text) VALUES (1, 'a')")
     notes.write_models("")
@@ -126,7 +127,7 @@ def test_a_tracked_table_that_is_dropped(notes: Application) -> None:
     assert notes.differences() == "" and problems(notes) == []
 
 
-def test_a_column_that_is_added(notes: Application) -> None:
+def test_adding_a_column_replaces_the_triggers(notes: Application) -> None:
     """The triggers of before go, and those of after come: images hold what the row has. Downwards, the reverse."""
     notes.write_models(TITLED + TRACKED)
     source = notes.revise("r2")
@@ -149,7 +150,7 @@ def test_a_column_that_is_added(notes: Application) -> None:
     assert notes.differences() == "" and problems(notes) == []
 
 
-def test_a_column_that_is_altered_or_dropped(notes: Application) -> None:
+def test_altering_or_dropping_a_column_keeps_triggers_current(notes: Application) -> None:
     """Whether the database rewrites the table for it or not; SQLite cannot drop a column that a trigger names."""
     required = (model.replace("text: Mapped[Optional[str]]", "text: Mapped[str]") for model in (NOTE, TITLED))
     for number, model in enumerate([*required, NOTE], start=2):
@@ -167,7 +168,7 @@ def test_a_column_that_is_altered_or_dropped(notes: Application) -> None:
     ]
 
 
-def test_an_index_is_no_change_of_what_is_captured(notes: Application) -> None:
+def test_new_index_leaves_the_triggers_as_they_are(notes: Application) -> None:
     """The triggers stay as they are."""
     before = routines(notes.engine)
     notes.write_models(
@@ -178,7 +179,7 @@ def test_an_index_is_no_change_of_what_is_captured(notes: Application) -> None:
     assert notes.differences() == "" and routines(notes.engine) == before
 
 
-def test_a_column_that_is_renamed(notes: Application) -> None:
+def test_renaming_a_column_keeps_its_history(notes: Application) -> None:
     """Autogenerate sees one go and one come: its lines become one. ``upgrade=`` shows old history by the new name."""
     notes.execute("INSERT INTO note (id, text) VALUES (1, 'a')")
     renamed = NOTE.replace("text: ", "body: ")
@@ -217,7 +218,7 @@ def test_a_column_that_is_renamed(notes: Application) -> None:
     assert images(notes)[-1] == ("note", "update", {"id": 1, "text": "c"})
 
 
-def test_a_table_that_is_renamed(notes: Application) -> None:
+def test_renaming_a_table_keeps_its_history(notes: Application) -> None:
     """With ``entity=`` of its old name, history goes on under it."""
     notes.execute("INSERT INTO note (id, text) VALUES (1, 'a')")
     notes.write_models(
@@ -248,7 +249,7 @@ def test_a_table_that_is_renamed(notes: Application) -> None:
     assert [op for _, op, _ in images(notes)] == ["insert", "update", "delete"]
 
 
-def test_a_renamed_table_and_column_of_a_model_captured_by_sessions(app: Application) -> None:
+def test_renaming_without_triggers_keeps_history_and_undo(app: Application) -> None:
     """No triggers: history goes on by ``entity=`` and ``upgrade=``, and what was done before can be undone."""
     app.write_models(NOTE + 'memory.track(Note, text="text")\n')
     app.revise("r1")
@@ -287,7 +288,7 @@ def test_a_renamed_table_and_column_of_a_model_captured_by_sessions(app: Applica
     assert problems(app) == [] and contents(app.engine)["memo"]["rows"] == []
 
 
-def test_triggers_that_batch_mode_dropped_are_missed(notes: Application) -> None:
+def test_check_and_doctor_find_triggers_dropped_by_batch_mode(notes: Application) -> None:
     """SQLite's batch mode makes the table anew, without a word of its triggers: check and doctor say so."""
     notes.write_revision("r2", "r1", "pass", "pass")
     alter = "with op.batch_alter_table('note', recreate='always') as b: b.alter_column('text', nullable=True)"
@@ -304,7 +305,7 @@ def test_triggers_that_batch_mode_dropped_are_missed(notes: Application) -> None
     assert notes.differences() == "" and problems(notes) == []
 
 
-def test_a_log_that_is_not_protected_is_missed(notes: Application) -> None:
+def test_check_and_doctor_find_an_unprotected_log(notes: Application) -> None:
     """By check as by the doctor."""
     notes.write_revision("r2", "r1", "op.memstate_unprotect_log()", "op.memstate_protect_log()")
     notes.upgrade()
@@ -381,7 +382,7 @@ memory.track(Memo, text="upper", entity="a 'memo': of 100%", capture="trigger", 
 """
 
 
-def test_all_that_a_mapping_can_say(app: Application) -> None:
+def test_revision_renders_every_kind_of_mapping(app: Application) -> None:
     """Types of the application, a key in another order, single-table inheritance, names that need care: rendered so
     that the revision needs no import of the application's, and makes the very triggers that create_tables makes.
     """
@@ -408,7 +409,7 @@ def test_all_that_a_mapping_can_say(app: Application) -> None:
     assert contents(app.engine, ours=True) == {}
 
 
-def test_offline_is_the_same(app: Application) -> None:
+def test_offline_script_makes_the_same_triggers(app: Application) -> None:
     """`--sql` asks no database, and what it prints makes the same triggers."""
     app.write_models(EVERYTHING)
     app.revise(
@@ -429,7 +430,7 @@ def test_offline_is_the_same(app: Application) -> None:
     assert app.differences() == "" and problems(app) == []
 
 
-def test_offline_says_what_is_not_there(tmp_path: Path, postgres_engine: Engine) -> None:
+def test_offline_script_stops_at_a_missing_table(tmp_path: Path, postgres_engine: Engine) -> None:
     """Where the script finds no table, it stops."""
     app = Application(tmp_path / "app", postgres_engine)
     app.write_env(OURS_TOO)
@@ -440,7 +441,8 @@ def test_offline_says_what_is_not_there(tmp_path: Path, postgres_engine: Engine)
         app.execute(app.offline("head"))
 
 
-def test_tables_of_ours_are_nobody_s_to_drop(notes: Application) -> None:
+@pytest.mark.deep_on("sqlite")
+def test_autogenerate_does_not_drop_our_tables(notes: Application) -> None:
     """An application whose metadata has never heard of them; without the plugin it would drop them all."""
     notes.write_env(knows_us=False)
     if HAS_PLUGINS:  # of an older Alembic, all of this process knows us by now
@@ -457,7 +459,7 @@ def test_tables_of_ours_are_nobody_s_to_drop(notes: Application) -> None:
 OLDER = {
     "memstate_log": ("'tx', sa.String(length=32)", "'tx', sa.String(length=64)"),
     "memstate_outbox": ("'tx', sa.String(length=32)", "'tx', sa.String(length=64)"),
-    "memstate_current": ("'value', sa.Text()", "'value', sa.String(length=64)"),
+    "memstate_trigger_context": ("'value', sa.Text()", "'value', sa.String(length=64)"),
 }
 
 
@@ -469,8 +471,10 @@ def made_older(source: str, name: str) -> str:
     return f"{head}op.create_table('{name}'{tail.replace(old, new, 1)}"
 
 
+@pytest.mark.deep_on("postgres")
+@pytest.mark.deep_on("memstate_log", "memstate_outbox")
 @pytest.mark.parametrize("name", OLDER)
-def test_a_later_version_of_ours_that_changes_a_table(app: Application, name: str) -> None:
+def test_new_version_changes_our_tables_despite_triggers(app: Application, name: str) -> None:
     """Triggers name these tables: SQLite's batch mode cannot make them anew while there is one, on whatever table."""
     hidden = NOTE.replace("Note", "Hidden").replace('"note"', '"hidden"')
     tracked = TRACKED + TRACKED.replace("Note", "Hidden")
@@ -511,7 +515,35 @@ def test_a_later_version_of_ours_that_changes_a_table(app: Application, name: st
         app.execute("DELETE FROM memstate_log")
 
 
-def test_a_change_of_ours_that_was_written_on_the_other_database(
+def test_a_table_of_ours_that_has_another_name_now(app: Application) -> None:
+    """One revision makes the new table and drops the old one; every trigger follows, of hidden tables too."""
+    hidden = NOTE.replace("Note", "Hidden").replace('"note"', '"hidden"')
+    app.write_models(NOTE + hidden + TRACKED + TRACKED.replace("Note", "Hidden"))
+    app.revise("r1")
+    app.upgrade()
+    before = (contents(app.engine, ours=True), routines(app.engine))
+    make_older(app.engine)
+    env = (app.folder / "env.py").read_text()
+    hides = "include_object=lambda o, name, type_, *_: name != 'hidden', "
+    (app.folder / "env.py").write_text(env.replace("render_as_batch", hides + "render_as_batch"))
+    source = app.revise("r2")
+    assert operations(source).count("memstate_track") == 2
+    assert f"op.drop_table('{OLD}')" in source and f"op.create_table('{NEW}'" in source
+    app.upgrade()
+    assert (contents(app.engine, ours=True), routines(app.engine)) == before
+    assert app.differences() == "" and problems(app) == []
+    app.execute("INSERT INTO note (id, text) VALUES (1, 'a')", "INSERT INTO hidden (id, text) VALUES (1, 'a')")
+    assert len(images(app)) == 2
+
+
+def test_an_old_table_of_ours_is_nobody_s_to_drop(notes: Application) -> None:
+    """An application whose metadata does not have our tables: our own migration renames it."""
+    make_older(notes.engine)
+    notes.write_env()
+    assert "memstate_current" not in notes.differences()
+
+
+def test_revision_of_one_database_upgrades_our_tables_on_the_other(
     tmp_path: Path, sqlite_engine: Engine, postgres_engine: Engine
 ) -> None:
     """What one of them needs is in the revision, whichever it was written on."""
@@ -533,7 +565,7 @@ def test_a_change_of_ours_that_was_written_on_the_other_database(
             app.downgrade("base")
 
 
-def test_tables_of_ours_in_a_schema_of_their_own(tmp_path: Path, postgres_engine: Engine) -> None:
+def test_autogenerate_does_not_drop_our_tables_in_another_schema(tmp_path: Path, postgres_engine: Engine) -> None:
     """By a search_path that env.py does not know of, which includes all schemas: they are nobody's to drop, too."""
     app = Application(tmp_path / "app", postgres_engine)
     app.write_models(NOTE + TRACKED.replace(', capture="trigger"', ""))
@@ -554,7 +586,8 @@ def test_tables_of_ours_in_a_schema_of_their_own(tmp_path: Path, postgres_engine
         app.execute("DROP SCHEMA ai CASCADE")
 
 
-def test_a_table_in_a_schema_of_its_own(tmp_path: Path, postgres_engine: Engine) -> None:
+@pytest.mark.deep
+def test_tracked_table_in_another_schema_gets_its_triggers(tmp_path: Path, postgres_engine: Engine) -> None:
     """Where env.py includes schemas; our tables are in the default one."""
     app = Application(tmp_path / "app", postgres_engine)
     app.execute("CREATE SCHEMA IF NOT EXISTS crm")
@@ -578,7 +611,7 @@ def test_a_table_in_a_schema_of_its_own(tmp_path: Path, postgres_engine: Engine)
         app.execute("DROP SCHEMA crm CASCADE")
 
 
-def test_what_env_py_leaves_out_is_left_out(app: Application) -> None:
+def test_tables_excluded_by_env_py_get_no_triggers(app: Application) -> None:
     """include_object and include_name are of the application's making."""
     app.write_models(NOTE + TRACKED)
     env = (app.folder / "env.py").read_text()
@@ -588,7 +621,7 @@ def test_what_env_py_leaves_out_is_left_out(app: Application) -> None:
     assert "memstate_protect_log" in operations(source) and "memstate_track" not in operations(source)
 
 
-def test_a_log_that_env_py_leaves_out_is_left_out(app: Application) -> None:
+def test_log_excluded_by_env_py_is_left_alone(app: Application) -> None:
     """Where it is not made, nothing protects it; where it is, that is another's business."""
     app.write_models(NOTE)
     env = (app.folder / "env.py").read_text()

@@ -138,7 +138,8 @@ def write_and_undo(app: Application) -> None:
     relay.stop()
 
 
-def test_our_tables_in_the_applications_migrations(app: Application, unharmed: Any) -> None:
+@pytest.mark.deep_on("sqlite")
+def test_application_adopts_our_tables_in_its_own_migrations(app: Application, unharmed: Any) -> None:
     """The default: ``target_metadata=[Base.metadata, memstate_sa.metadata]``, and a revision like any other."""
     app.write_models(models() + TRACKED)
     app.write_env(OURS_TOO)
@@ -172,7 +173,8 @@ def test_a_revision_made_on_one_database_runs_on_the_other(
         assert [name for name, _ in routines(there) if name.startswith("memstate")] == []
 
 
-def test_our_own_migrations_as_a_branch(app: Application, unharmed: Any) -> None:
+@pytest.mark.deep_on("sqlite")
+def test_application_adopts_our_migrations_as_a_branch(app: Application, unharmed: Any) -> None:
     """For those who prefer them: ``version_locations``, ``upgrade heads``, and metadata that need not know us."""
     docs = (Path(__file__).parents[3] / "docs" / "migrations.md").read_text()
     way = docs.split("**Our migrations, as a branch of yours**")[1].split("\nWithout any Alembic")[0]
@@ -194,7 +196,8 @@ def test_our_own_migrations_as_a_branch(app: Application, unharmed: Any) -> None
     assert set(contents(app.engine, ours=True)) == set(contents(app.engine))
 
 
-def test_create_tables_for_a_prototype_and_then_a_revision(
+@pytest.mark.deep_on("postgres")
+def test_prototype_moves_from_create_tables_to_a_revision(
     app: Application, unharmed: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """create_tables makes them at once. Later, a revision is written against an empty database, and stamped here."""

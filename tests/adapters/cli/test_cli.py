@@ -20,7 +20,7 @@ from sqlalchemy import create_engine, insert, select, text, update
 from sqlalchemy.orm import sessionmaker
 
 from memstate_sa import __version__
-from memstate_sa.cli import alembic_project
+from memstate_sa.cli import opening
 from memstate_sa.db.tables import cursor, holder, parked, utcnow
 from tests.support.commands import ROOT, Application, app, bare, invoke
 
@@ -30,7 +30,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 
-def test_version() -> None:
+def test_version_stands_alone_on_its_line() -> None:
     """Alone on the line, for scripts."""
     assert invoke("--version") == f"{__version__}\n"
 
@@ -104,7 +104,7 @@ def test_a_database_that_does_not_answer_is_explained(bare: Application) -> None
         *("dead list", "dead retry", "dead drop"),
     ],
 )
-def test_a_database_that_is_not_there_is_not_made_by_being_looked_for(bare: Application, command: str) -> None:
+def test_command_does_not_create_a_missing_sqlite_file(bare: Application, command: str) -> None:
     """SQLite makes a file of whatever it is asked for; then nobody would know why it has no tables."""
     file = Path("nowhere.db").absolute()
     bare.url = "sqlite:///nowhere.db"
@@ -128,11 +128,11 @@ def test_a_database_that_is_not_there_is_not_made_by_being_looked_for(bare: Appl
         ("no url: {}", False),
     ],
 )
-def test_an_sqlite_file_has_many_urls(tmp_path: Path, url: str, named: bool) -> None:
+def test_missing_sqlite_file_is_recognised_in_any_url(tmp_path: Path, url: str, named: bool) -> None:
     file = tmp_path / "a b.db"
-    assert alembic_project.unmade(url.format(file)) == (file if named else None)
+    assert opening.missing_file(url.format(file)) == (file if named else None)
     file.touch()
-    assert alembic_project.unmade(url.format(file)) is None
+    assert opening.missing_file(url.format(file)) is None
 
 
 def test_missing_tables_are_explained(bare: Application) -> None:
@@ -239,7 +239,7 @@ def test_a_worker_serves_metrics_and_its_readiness(app: Application) -> None:
         assert process.wait(timeout=60) == 0
 
 
-def test_pause_and_resume(app: Application) -> None:
+def test_paused_relay_delivers_nothing_until_resumed(app: Application) -> None:
     """Between them nothing is delivered, and status says why."""
     app.run("drain")
     app.add("Likes tea")
@@ -384,7 +384,7 @@ def test_doctor_finds_tables_missing(app: Application) -> None:
     assert "memstate_parked is not there: memory.create_tables(engine), or a migration, creates it" in told
 
 
-def test_the_url_of_an_async_application_will_do(app: Application) -> None:
+def test_command_accepts_the_url_of_an_async_engine(app: Application) -> None:
     """The command line is not a coroutine: it takes the same database by a driver that is not one either."""
     pytest.importorskip("aiosqlite")
     app.add("Likes tea")
@@ -578,7 +578,7 @@ def test_rollback_asks_before_it_changes_anything(served: Application) -> None:
     assert "There is nothing to undo" in served.run("rollback")
 
 
-def test_rollback_does_what_was_shown_or_nothing(served: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rollback_refuses_when_its_plan_has_changed(served: Application, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others may go on while somebody makes up his mind."""
     key = served.add("one")
     edit(served, key, "two")
@@ -592,7 +592,7 @@ def test_rollback_does_what_was_shown_or_nothing(served: Application, monkeypatc
     assert served.texts() == ["three"]
 
 
-def test_rollback_to_a_moment_of_a_transaction_or_of_a_class(served: Application) -> None:
+def test_rollback_takes_a_moment_a_transaction_or_a_class(served: Application) -> None:
     """A transaction that was a rollback is redone."""
     key = served.add("one")
     first = json.loads(served.run("log", "--json"))["tx"]
@@ -613,7 +613,7 @@ def test_rollback_to_a_moment_of_a_transaction_or_of_a_class(served: Application
     assert "'sometimes' is not one of" in flat(served.run("rollback", "--on-conflict", "sometimes", exit_code=2))
 
 
-def test_a_conflict_names_whose_changes_are_in_the_way(served: Application) -> None:
+def test_conflict_shows_the_later_changes_and_their_actors(served: Application) -> None:
     """One line of error, and those changes; what to do about them can be said."""
     key = served.add("by ana", actor="ana")
     edit(served, key, "by ben", actor="ben", reason="knew better")
@@ -625,7 +625,7 @@ def test_a_conflict_names_whose_changes_are_in_the_way(served: Application) -> N
     assert served.texts() == []
 
 
-def test_revoke_takes_out_what_one_did(served: Application) -> None:
+def test_revoke_undoes_a_run_and_reports_kept_facts(served: Application) -> None:
     """And reports what is kept, because of whom."""
     kept = served.add("built upon", actor="bot", session_id="run")
     served.add("alone", actor="bot", session_id="run")
@@ -644,7 +644,7 @@ def test_revoke_takes_out_what_one_did(served: Application) -> None:
     assert "revoke whose changes?" in served.run("revoke", "--yes", exit_code=1)
 
 
-def test_export_and_import(served: Application, tmp_path: Path) -> None:
+def test_exported_facts_import_into_another_database(served: Application, tmp_path: Path) -> None:
     """Through a file or a pipe, into another database."""
     key = served.add("Likes tea", actor="ana")
     edit(served, key, "Likes coffee ☕")

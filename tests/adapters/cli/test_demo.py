@@ -39,23 +39,23 @@ MEMORY_BANK = {
 
 def test_the_shipped_conversation_remembers_corrects_and_forgets() -> None:
     """It is big enough to be believed, and every turn in it can be played."""
-    steps = [step for turn in parse(CONVERSATION.read_text("utf-8")) for step in turn.steps]
+    steps = [step for turn in parse(CONVERSATION.read_text("utf-8")) for step in turn.actions]
     count = {kind: sum(isinstance(step, kind) for step in steps) for kind in (Remember, Correct, Forget)}
     assert count[Remember] >= 95
     assert count[Correct] >= 20
     assert count[Forget] >= 10
 
 
-def test_the_turn_of_the_crash_does_all_three_things() -> None:
+def test_turn_of_the_crash_remembers_corrects_and_forgets() -> None:
     """So that the crash shows all three kinds of drift, whichever index calls fail."""
     turns = parse(CONVERSATION.read_text("utf-8"))
-    assert {type(step) for step in turns[(len(turns) - 1) // 2].steps} == {Remember, Correct, Forget}
+    assert {type(step) for step in turns[(len(turns) - 1) // 2].actions} == {Remember, Correct, Forget}
 
 
 def test_steps_of_one_turn_stay_together() -> None:
     """A turn is a transaction."""
     turns = parse(REMEMBER + REMEMBER.replace("f1", "f2") + "\n" + FORGET)
-    assert [(turn.number, len(turn.steps)) for turn in turns] == [(1, 2), (2, 1)]
+    assert [(turn.number, len(turn.actions)) for turn in turns] == [(1, 2), (2, 1)]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_steps_of_one_turn_stay_together() -> None:
         ('{\n  "Ada": {"history"', "line 2: not JSON"),
     ],
 )
-def test_what_is_wrong_with_an_input_is_named(text: str, message: str) -> None:
+def test_input_error_names_line_and_field(text: str, message: str) -> None:
     """By line and field, or by the path in the document."""
     with pytest.raises(InputError) as caught:
         parse(text)
@@ -91,10 +91,12 @@ def test_what_is_wrong_with_an_input_is_named(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_memory_bank_file_is_told_by_its_content(indent: int | None) -> None:
+def test_memory_bank_file_is_recognised_by_its_content(indent: int | None) -> None:
     """An exchange is a turn; days are played in order, all users together; what is empty is left out."""
     turns = parse(json.dumps(MEMORY_BANK, indent=indent))
-    said = [[(step.user, step.role, step.text) for step in turn.steps if isinstance(step, Remember)] for turn in turns]
+    said = [
+        [(step.user, step.role, step.text) for step in turn.actions if isinstance(step, Remember)] for turn in turns
+    ]
     assert said == [
         [("Ada", "user", "Hello!")],
         [("Bo", "user", "I keep bees."), ("Bo", "assistant", "How many hives?")],
@@ -109,7 +111,7 @@ def test_the_whole_of_memory_bank_can_be_read() -> None:
         pytest.skip(f"{path.name} is not here; MEMSTATE_SHARED_DATA names the folder that has it")
     turns = parse(path.read_text("utf-8"))
     assert len(turns) == 566
-    assert len({step.user for turn in turns for step in turn.steps if isinstance(step, Remember)}) == 15
+    assert len({step.user for turn in turns for step in turn.actions if isinstance(step, Remember)}) == 15
 
 
 # -- playing ---------------------------------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ def test_two_writes_in_a_row_drift_and_one_transaction_does_not(played: Played) 
     assert not any(found["memstate"])
 
 
-def test_the_comparison_has_teeth(played: Played) -> None:
+def test_comparison_fails_on_a_drifted_index(played: Played) -> None:
     """A demo whose memstate side has drifted fails."""
     from rich.console import Console
 

@@ -31,7 +31,7 @@ def table() -> str:
     lines = [HEAD, ("---",) * len(HEAD)]
     for title, name in ROWS.items():
         module, _, suite = name.partition(".")
-        lines.append((title, *_cells(getattr(import_module(f"tests.conformance.{module}"), suite))))
+        lines.append((title, *_cells(getattr(import_module(f"tests.adapters.indexes.{module}"), suite))))
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 

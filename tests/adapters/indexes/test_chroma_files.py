@@ -92,7 +92,7 @@ def test_damage_is_found(filled: Path, tmp_path: Path, name: str, damage: Callab
         assert name in found
 
 
-def test_damaged_collection_is_told_and_made_anew(filled: Path, tmp_path: Path) -> None:
+def test_damaged_collection_is_reported_and_rebuilt(filled: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(filled, tmp_path / "copy"))
     [data] = (folder / "chroma").glob("*/data_level0.bin")
     cut(data)

@@ -103,7 +103,7 @@ def test_a_kill_in_the_middle_of_a_call_cuts_off_that_call(folder: Path, journal
         shutil.rmtree(torn)
 
 
-def test_damage_is_another_incarnation(folder: Path, journal: Path, tmp_path: Path) -> None:
+def test_damaged_journal_gives_a_new_incarnation(folder: Path, journal: Path, tmp_path: Path) -> None:
     """A byte that is not as it was written, wherever: what follows may be lost, so the relay has to compare."""
     before = written(folder)
     whole = journal.read_bytes()
@@ -129,7 +129,7 @@ def record_ends(whole: bytes) -> Iterator[int]:
         yield end
 
 
-def test_a_replacement_that_was_killed_never_was(folder: Path, journal: Path) -> None:
+def test_killed_replacement_leaves_no_trace(folder: Path, journal: Path) -> None:
     """What it had written is removed with the next opening: it may hold what is erased afterwards."""
     before = written(folder)
     left = journal.with_suffix(".new")
@@ -170,7 +170,7 @@ def test_vectors_do_not_change_however_often_they_are_copied(folder: Path) -> No
             assert {each.id: each.vector.tobytes() for each in index.get(ids)} == first
 
 
-def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_partial_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Retryable; what was written of the call is taken back, and the next one is whole."""
     with opened(folder) as index:
         index.upsert([point("a")])
@@ -193,7 +193,7 @@ def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (index.incarnation, fingerprints(index)) == (before, {"a": "f", "c": "f"})
 
 
-def test_no_room_for_a_second_journal(
+def test_writes_continue_without_room_for_a_second_journal(
     folder: Path, journal: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Writes go on, in the long one; it is made shorter later, and not tried with every write meanwhile."""
@@ -224,7 +224,7 @@ def test_no_room_for_a_second_journal(
         assert contents(index, ["a"]) == {"a": ("f69", [1, 69, 0])}
 
 
-def test_a_folder_that_is_not_synchronised(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_fails_while_the_folder_cannot_be_synchronised(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is acknowledged while the name of a new journal may not be on the disk; then all goes on."""
     said: list[str] = []
     data, whole, failing = os.fdatasync, os.fsync, False
@@ -258,7 +258,7 @@ def test_a_folder_that_is_not_synchronised(folder: Path, monkeypatch: pytest.Mon
         assert (index.incarnation, fingerprints(index)) == (before, {"a": "f", "c": "f", "d": "f"})
 
 
-def test_what_a_call_returned_from_is_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_acknowledged_write_is_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The journal is synchronised by every write, and by a replacement before it takes the old one's place."""
     said: list[str] = []
     data, whole, rename = os.fdatasync, os.fsync, Path.replace

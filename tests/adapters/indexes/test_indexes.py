@@ -58,17 +58,17 @@ class TestInMemory(IndexConformance):
     def make(self) -> Callable[[], VectorIndex]:
         return InMemoryIndex
 
-    def test_incarnation_is_the_object(self) -> None:
+    def test_each_object_has_its_own_incarnation(self) -> None:
         """Two objects share nothing, so the relay fills each."""
         assert InMemoryIndex().incarnation != InMemoryIndex().incarnation
 
-    def test_what_get_returned_is_a_copy(self, index: VectorIndex) -> None:
+    def test_get_returns_a_copy(self, index: VectorIndex) -> None:
         """Changing it in place does not change the index."""
         index.upsert([point("a", X)])
         index.get(["a"])[0].vector[:] = 7
         assert contents(index, ["a"]) == {"a": ("f", [1, 0, 0])}
 
-    def test_extreme_lengths(self, index: VectorIndex) -> None:
+    def test_extreme_vector_lengths_keep_their_direction(self, index: VectorIndex) -> None:
         """Vectors whose squares leave float32's range keep their direction."""
         index.upsert([point("long", (3e38, 0, 0)), point("short", (-1e-38, 0, 0))])
         assert {m.id: m.distance for m in index.query(vector(1e-38, 0, 0), 2)} == pytest.approx({"long": 0, "short": 2})
@@ -119,13 +119,13 @@ class ChromaSuite(IndexConformance):
     def make(self, client: ClientAPI, name: str) -> Callable[[], VectorIndex]:
         return lambda: ChromaIndex(client, name)
 
-    def test_incarnation_is_the_collection(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
+    def test_incarnation_belongs_to_the_collection(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
         """It survives reopening; another collection has another."""
         other = unique()
         assert opened(client, name).incarnation == index.incarnation
         assert opened(client, other).incarnation != index.incarnation
 
-    def test_max_batch_is_the_clients(self, client: ClientAPI, index: VectorIndex) -> None:
+    def test_max_batch_is_the_limit_of_the_client(self, client: ClientAPI, index: VectorIndex) -> None:
         """Chroma's own limit, never a constant of ours."""
         assert index.max_batch == client.get_max_batch_size()
 
@@ -219,7 +219,7 @@ class ChromaSuite(IndexConformance):
         index.open(embedder=EMBEDDER, dimension=3)
         assert index.incarnation == other.incarnation != before
 
-    def test_text_is_replaced_too(self, client: ClientAPI, name: str) -> None:
+    def test_upsert_replaces_the_stored_text(self, client: ClientAPI, name: str) -> None:
         """With store_text the document is the last text, and none stays behind a text that is gone."""
         index = opened(client, name, store_text=True)
         index.upsert([point("a", text="first"), point("b", text="kept"), point("c")])
@@ -228,7 +228,7 @@ class ChromaSuite(IndexConformance):
         stored = client.get_collection(name, embedding_function=None).get(["a", "b", "c"], include=["documents"])
         assert dict(zip(stored["ids"], stored["documents"] or [], strict=True)) == {"a": "", "b": "", "c": "late"}
 
-    def test_no_text_without_store_text(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
+    def test_text_is_not_stored_without_store_text(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
         """The relay hands the text over; the index drops it."""
         index.upsert([point("a", text=SECRET)])
         collection = client.get_collection(name, embedding_function=None)
@@ -397,7 +397,7 @@ for _ in range(3):
         files = [path for path in tmp_path.rglob("*") if path.is_file()]
         assert any(SECRET.encode() in path.read_bytes() for path in files) is store_text
 
-    def test_a_closed_client_is_not_the_points_fault(self, tmp_path: Path) -> None:
+    def test_closed_client_is_retryable(self, tmp_path: Path) -> None:
         """A relay that outlives the client by a moment must not declare its facts dead."""
         with persistent(tmp_path) as client:
             index = opened(client, "memory")
@@ -535,7 +535,7 @@ import memstate_sa.indexes, memstate_sa.embedders, memstate_sa.testing
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_query_by_ids_beside_a_writer(tmp_path: Path) -> None:
+def test_query_by_ids_succeeds_beside_a_writer(tmp_path: Path) -> None:
     """Chroma fails a query for an id that is being written or deleted at that moment; ours does not."""
     client = chromadb.PersistentClient(str(tmp_path))
     index = ChromaIndex(client, "busy")
@@ -564,7 +564,7 @@ def test_a_query_by_ids_beside_a_writer(tmp_path: Path) -> None:
     assert failures == []
 
 
-def test_a_query_beside_the_first_write(tmp_path: Path) -> None:
+def test_query_succeeds_beside_the_first_write(tmp_path: Path) -> None:
     """Chroma now and then fails a query of a folder that is just getting its first vectors; ours asks again."""
     for n in range(30):
         with persistent(tmp_path / str(n)) as client:

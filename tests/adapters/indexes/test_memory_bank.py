@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, select
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from memstate_sa import Memory, sqlite
+from memstate_sa import sqlite
 from memstate_sa.indexes import FaissIndex, InMemoryIndex, PgVectorIndex, VectorIndex
+from tests.support.apps import make_app
 
 pytest.importorskip("wordllama")
 
@@ -55,23 +56,18 @@ def answers(index: VectorIndex, folder: Path, embedder: WordLlamaEmbedder) -> An
     """By question, of everybody and of one: facts, sorted by what they say, and their distances."""
     rows = turns()
     engine = sqlite.configure(create_engine(f"sqlite:///{folder / 'facts.db'}"))
-    memory = Memory(index, embedder=embedder)
-    memory.track(Turn, text="content", metadata=("user", "day"))
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
+    app = make_app(engine, Turn, index=index, embedder=embedder, text="content", metadata=("user", "day"))
     found: Answers = {}
-    with sessions() as session:
+    with app.session() as session:
         session.add_all(Turn(**row) for row in rows)
         session.commit()
-        memory.relay(engine).drain()
+        app.memory.relay(engine).drain()
         for row in rows[::14]:
             question = row["content"].partition(".")[0]
             for whose, target in (("all", select(Turn)), (row["user"], select(Turn).where(Turn.user == row["user"]))):
-                hits = memory.search(session, question, target, limit=5, consistency="eventual")
+                hits = app.memory.search(session, question, target, limit=5, consistency="eventual")
                 found[question, whose] = sorted((hit.fact.content, hit.distance) for hit in hits)
-    memory.close()
+    app.memory.close()
     engine.dispose()
     return found
 

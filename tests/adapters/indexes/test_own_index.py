@@ -37,7 +37,7 @@ class TestSqliteIndex(documented()["TestSqliteIndex"]):  # type: ignore[misc]
         monkeypatch.setenv("PYTHONPATH", FOLDER.name)
 
 
-def test_the_other_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_blocks_of_the_document_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is opened there yet."""
     for package in ("faiss", "psycopg", "qdrant_client", "redis"):
         pytest.importorskip(package)

@@ -190,9 +190,7 @@ def remembered(engine: Engine, name: str) -> list[bytes]:
 
 
 @pytest.mark.parametrize("how", ["DROP TABLE {}", "TRUNCATE {}", "DELETE FROM {}"])
-def test_content_that_is_gone_is_another_incarnation(
-    vector_engine: Engine, index: PgVectorIndex, name: str, how: str
-) -> None:
+def test_lost_content_gives_a_new_incarnation(vector_engine: Engine, index: PgVectorIndex, name: str, how: str) -> None:
     """Whoever did it; the next open() begins anew, and the relay fills it."""
     index.upsert([point("a")])
     before = index.incarnation
@@ -206,7 +204,7 @@ def test_content_that_is_gone_is_another_incarnation(
     assert fingerprints(index) == {"b": "f"}
 
 
-def test_many_open_it_at_once(vector_engine: Engine, name: str) -> None:
+def test_concurrent_opens_make_one_table(vector_engine: Engine, name: str) -> None:
     """One of them makes the table; all find the same incarnation."""
     indexes = [PgVectorIndex(vector_engine, name) for _ in range(5)]
     with ThreadPoolExecutor(5) as pool:
@@ -241,7 +239,7 @@ def test_the_longest_name_has_all_its_indexes(vector_engine: Engine, letter: str
     assert [definition[: len(kind)] for definition, kind in zip(definitions, kinds, strict=True)] == kinds
 
 
-def test_a_schema_of_its_own(vector_engine: Engine, name: str) -> None:
+def test_same_name_in_another_schema_is_another_index(vector_engine: Engine, name: str) -> None:
     """Two tables of one name are two indexes."""
     schema = f"other {uuid.uuid4().hex[:8]}"
     with vector_engine.begin() as connection:
@@ -255,7 +253,7 @@ def test_a_schema_of_its_own(vector_engine: Engine, name: str) -> None:
     assert here.incarnation != there.incarnation
 
 
-def test_what_is_no_place_for_it(sqlite_engine: Engine) -> None:
+def test_index_refuses_another_database_and_a_long_name(sqlite_engine: Engine) -> None:
     """Another database, or a name that PostgreSQL would cut."""
     with pytest.raises(MemstateError, match="sqlite"):
         PgVectorIndex(sqlite_engine)
@@ -263,7 +261,7 @@ def test_what_is_no_place_for_it(sqlite_engine: Engine) -> None:
         PgVectorIndex("postgresql://nowhere/none", "é" * 32)
 
 
-def test_a_url_or_an_async_engine_will_do(vector_url: str, name: str) -> None:
+def test_index_takes_a_url_or_an_async_engine(vector_url: str, name: str) -> None:
     """With any driver named in it, or none; its connections are closed with it."""
     plain = vector_url.replace("+psycopg", "")
     index = PgVectorIndex(plain, name)
@@ -290,7 +288,7 @@ def test_what_postgresql_refuses_is_rejected(index: PgVectorIndex, bad: Point) -
     assert fingerprints(index) == {}
 
 
-def test_odd_text_in_metadata_is_kept_apart(index: PgVectorIndex) -> None:
+def test_odd_text_in_metadata_is_found_exactly(index: PgVectorIndex) -> None:
     """What jsonb does not take is stored, and found, all the same; and not mistaken for how it is stored."""
     odd = ["nul\0", "\ud800", "6e756c00", "$text"]
     index.upsert([point(f"p{n}", metadata={"v": value}) for n, value in enumerate(odd)])
@@ -428,7 +426,7 @@ def test_a_table_that_has_grown_is_searched_by_its_graph(
 
 
 @pytest.mark.parametrize(("dimension", "graph"), [(8, "vector_ip_ops"), (2500, "halfvec_ip_ops"), (4100, None)])
-def test_the_graph_is_of_half_precision_where_it_must(
+def test_large_dimensions_get_a_half_precision_graph(
     vector_engine: Engine, name: str, dimension: int, graph: str
 ) -> None:
     """Distances are exact all the same; beyond 4,000 dimensions there is none."""
@@ -450,7 +448,7 @@ def test_the_graph_is_of_half_precision_where_it_must(
     assert [graph for _ in drawn if _.find("hnsw") > 0] == [graph for _ in drawn if graph is not None and graph in _]
 
 
-def test_half_precision_does_not_order(vector_engine: Engine, name: str) -> None:
+def test_half_precision_does_not_change_the_order(vector_engine: Engine, name: str) -> None:
     """What the graph cannot tell apart is in the order of the full vectors."""
     index = PgVectorIndex(vector_engine, name, exact=False)
     index.open(embedder="e", dimension=2500)
@@ -514,7 +512,7 @@ def test_a_missing_package_names_its_extra(absent: str, monkeypatch: pytest.Monk
         PgVectorIndex("postgresql://nowhere/none")
 
 
-def test_it_takes_no_connection_of_the_applications(vector_url: str, name: str) -> None:
+def test_index_takes_no_connection_of_the_application_pool(vector_url: str, name: str) -> None:
     """Who searches in a transaction holds one, and may not wait for a second: as many as the pool has wait for ever."""
     engine = create_engine(vector_url, pool_size=1, max_overflow=0)
     index = PgVectorIndex(engine, name)
@@ -527,7 +525,7 @@ def test_it_takes_no_connection_of_the_applications(vector_url: str, name: str) 
     engine.dispose()
 
 
-def test_a_role_that_owns_nothing(vector_engine: Engine, vector_url: str, name: str) -> None:
+def test_role_without_ownership_can_read_and_write(vector_engine: Engine, vector_url: str, name: str) -> None:
     """It may read and write what is there, in a schema that is not on its path."""
     role = f"app_{uuid.uuid4().hex[:12]}"
     preparer = vector_engine.dialect.identifier_preparer

@@ -159,7 +159,7 @@ def client(request: pytest.FixtureRequest, in_memory: QdrantClient, tmp_path: Pa
         yield engine
 
 
-def test_a_deleted_collection_is_another(client: QdrantClient, name: str) -> None:
+def test_deleted_collection_gets_a_new_incarnation(client: QdrantClient, name: str) -> None:
     """The next call says that it is gone; the one after it works on a new, empty one."""
     index = opened(client, name)
     calls: list[Callable[[], object]] = [
@@ -181,7 +181,7 @@ def test_a_deleted_collection_is_another(client: QdrantClient, name: str) -> Non
         assert "b" not in fingerprints(index)
 
 
-def test_a_replaced_collection_is_another(client: QdrantClient, name: str) -> None:
+def test_replaced_collection_gets_a_new_incarnation(client: QdrantClient, name: str) -> None:
     """Deleted and made anew by another object, between two calls of this one."""
     index = opened(client, name)
     index.upsert([point(f"p{n}") for n in range(6)])
@@ -193,7 +193,7 @@ def test_a_replaced_collection_is_another(client: QdrantClient, name: str) -> No
     assert [entry.id for entry in index.scan("p1", 10)] == ["p9"]
 
 
-def test_a_collection_that_was_there_is_taken_over(client: QdrantClient, name: str) -> None:
+def test_existing_collection_is_adopted(client: QdrantClient, name: str) -> None:
     """If it fits; points of others are left alone, and not found."""
     client.create_collection(name, models.VectorParams(size=3, distance=models.Distance.COSINE), metadata={"mine": 1})
     theirs = [models.PointStruct(id=n, vector=list(X), payload={"role": "tip"}) for n in range(40)]
@@ -227,7 +227,7 @@ def test_a_collection_that_does_not_fit_is_refused(client: QdrantClient, name: s
     assert not client.get_collection(name).config.metadata
 
 
-def test_what_a_deleted_point_leaves_is_not_in_the_way(client: QdrantClient, name: str) -> None:
+def test_deleted_points_do_not_crowd_out_others(client: QdrantClient, name: str) -> None:
     """However much of it there is: not of a search, a listing or a filter; and it is forgotten after a day."""
     index = opened(client, name)
     index.upsert([point("opposite", (-1, 0, 0), metadata={"v": 1})])
@@ -273,7 +273,7 @@ def test_what_cannot_be_stored_is_rejected(client: QdrantClient, name: str, bad:
     assert fingerprints(index) == {}
 
 
-def test_a_closed_client_is_not_the_points_fault(tmp_path: Path) -> None:
+def test_closed_client_is_retryable(tmp_path: Path) -> None:
     """A relay that outlives the client by a moment must not declare its facts dead."""
     with folder(tmp_path) as client:
         index = opened(client)
@@ -284,7 +284,7 @@ def test_a_closed_client_is_not_the_points_fault(tmp_path: Path) -> None:
 # -- a folder ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_one_process_s(tmp_path: Path) -> None:
+def test_folder_belongs_to_one_process(tmp_path: Path) -> None:
     """qdrant-client itself refuses another, and says to use a server; a kill frees it."""
     make = f"from qdrant_client import QdrantClient; QdrantClient(path={str(tmp_path)!r})"
     with folder(tmp_path) as client:
@@ -422,7 +422,7 @@ def test_errors_are_told_apart_by_status(
     assert getattr(caught.value, "retry_after_s", None) == retry_after_s
 
 
-def test_nobody_listening_is_retryable(answering: Callable[[int, bytes], QdrantClient]) -> None:
+def test_unreachable_server_is_retryable(answering: Callable[[int, bytes], QdrantClient]) -> None:
     """And nothing can have landed."""
     client = QdrantClient(url="http://127.0.0.1:1", check_compatibility=False)
     index = QdrantIndex(client)

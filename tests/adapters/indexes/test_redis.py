@@ -94,7 +94,7 @@ def any_client(request: pytest.FixtureRequest, shared_server: Server) -> Iterato
         yield client
 
 
-def test_any_client(any_client: redis.Redis, name: str) -> None:
+def test_index_works_with_any_client(any_client: redis.Redis, name: str) -> None:
     """Whichever protocol it speaks, and whether it decodes what comes back or not."""
     index = opened(any_client, name)
     index.upsert([point("é", (3, 4, 0), fingerprint="f1", metadata={"a": "ü"}), point("b", Y, epoch=2)])
@@ -108,7 +108,7 @@ def test_any_client(any_client: redis.Redis, name: str) -> None:
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_what_is_being_replaced_is_found(shared_server: Server, name: str, exact: bool) -> None:
+def test_query_finds_a_point_while_it_is_replaced(shared_server: Server, name: str, exact: bool) -> None:
     """A search runs in a thread of the server, and may begin where a script has removed a point to add it again."""
     index = opened(shared_server.client, name, exact=exact)
     points = [point(f"p{n}", (1, n / 100, 0)) for n in range(32)]  # as many as one script changes
@@ -131,14 +131,14 @@ def test_what_is_being_replaced_is_found(shared_server: Server, name: str, exact
 
 @pytest.mark.parametrize("limit", [1 << 20, 1 << 32, sys.maxsize])
 @pytest.mark.parametrize("where", [None, {"n": {"$gte": 1}}])
-def test_a_limit_beyond_its_integers(shared_server: Server, name: str, limit: int, where: Any) -> None:
+def test_huge_limit_finds_all_points(shared_server: Server, name: str, limit: int, where: Any) -> None:
     """It finds what there is; the server would find nothing, or abort."""
     index = opened(shared_server.client, name)
     index.upsert([point("a", X, metadata={"n": 1}), point("b", Y, metadata={"n": 2})])
     assert [match.id for match in index.query(vector(*X), limit, where=where)] == ["a", "b"]
 
 
-def test_an_or_across_missing_keys(shared_server: Server, name: str) -> None:
+def test_or_filter_matches_points_that_lack_a_key(shared_server: Server, name: str) -> None:
     """A field that a point lacks makes a Redis expression false as a whole; ours is not."""
     index = opened(shared_server.client, name)
     index.upsert([point("age", metadata={"age": 40}), point("role", metadata={"role": "tip"})])
@@ -148,7 +148,7 @@ def test_an_or_across_missing_keys(shared_server: Server, name: str) -> None:
     assert ids_where(index, both) == {"age"}
 
 
-def test_a_filter_past_what_is_nearer(shared_server: Server, name: str) -> None:
+def test_filter_finds_matches_behind_nearer_points(shared_server: Server, name: str) -> None:
     """However many are nearer that only nearly match, those that match are found: 2**60 + 1 is no double."""
     index = opened(shared_server.client, name)
     index.upsert([point(f"near{n}", (1, n / 1000, 0), metadata={"n": 2**60}) for n in range(200)])
@@ -157,7 +157,9 @@ def test_a_filter_past_what_is_nearer(shared_server: Server, name: str) -> None:
     assert {match.id for match in found} == {"far0", "far1", "far2"}
 
 
-def test_others_decide_how_many_there_are(shared_server: Server, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_searcher_counts_points_of_other_writers(
+    shared_server: Server, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A searcher goes by what is there, not by what was there when it opened the index."""
     monkeypatch.setattr("memstate_sa.indexes.redis.EXACT_UP_TO", 20)
     shared_server.admin.config_set("slowlog-log-slower-than", 0)  # every command, as it came
@@ -251,7 +253,7 @@ def test_a_lost_key_is_noticed(shared_server: Server, name: str, part: str) -> N
     assert contents(index, ["a", "b"]) == {"b": ("f", [0, 1, 0])}
 
 
-def test_a_lost_index_is_no_empty_answer(shared_server: Server, name: str) -> None:
+def test_lost_index_raises_instead_of_an_empty_answer(shared_server: Server, name: str) -> None:
     """Every call says that it is gone, and the next one works on a new index."""
     index = opened(shared_server.client, name)
     calls: list[Callable[[], object]] = [
@@ -277,7 +279,7 @@ def test_deleted_ids_are_forgotten_in_the_end(shared_server: Server, name: str) 
     assert 86_000 < left <= 86_400
 
 
-def test_a_server_out_of_memory_is_not_the_points_fault(name: str) -> None:
+def test_server_out_of_memory_is_retryable(name: str) -> None:
     """It refuses writes until somebody gives it more; reads go on."""
     with server(*NOTHING, "--maxmemory-policy", "noeviction") as made:
         index = opened(made.client, name)
@@ -326,7 +328,7 @@ def test_a_relay_converges(engine: Engine, shared_server: Server, name: str) -> 
 
 
 @pytest.mark.parametrize("options", [AT_ONCE, NOTHING], ids=["kept", "lost"])
-def test_a_server_killed_under_a_relay(sqlite_engine: Engine, options: list[str]) -> None:
+def test_relay_converges_though_the_server_is_killed(sqlite_engine: Engine, options: list[str]) -> None:
     """Again and again while it delivers: all of it is there in the end."""
     with server(*options) as made:
         world = World(sqlite_engine, RedisIndex(made.client))
@@ -359,7 +361,7 @@ def test_a_server_killed_under_a_relay(sqlite_engine: Engine, options: list[str]
         world.memory.close()
 
 
-def test_what_survived_a_restart_is_not_embedded_anew(sqlite_engine: Engine, name: str) -> None:
+def test_points_that_survive_a_restart_are_not_embedded_again(sqlite_engine: Engine, name: str) -> None:
     """By another process, which has nothing of it in memory: it compares, and embeds what is missing alone."""
     with server(*AT_ONCE) as made:
         first = World(sqlite_engine, RedisIndex(made.client, name))
@@ -399,7 +401,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 # -- what it is made from ---------------------------------------------------------------------------------------------
 
 
-def test_a_url_is_a_connection_of_its_own(shared_server: Server, name: str) -> None:
+def test_index_closes_only_its_own_connection(shared_server: Server, name: str) -> None:
     """It is closed with the index; a client that was given stays open."""
     index = opened(f"redis://localhost:{shared_server.port}", name)
     index.upsert([point("a")])

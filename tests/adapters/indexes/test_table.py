@@ -32,7 +32,7 @@ def test_every_suite_is_in_the_table() -> None:
     suites = {
         f"{module}.{name}"
         for module in {row.partition(".")[0] for row in table.ROWS.values()}
-        for name, found in vars(import_module(f"tests.conformance.{module}")).items()
+        for name, found in vars(import_module(f"tests.adapters.indexes.{module}")).items()
         if name.startswith("Test") and hasattr(found, "test_it_is_what_it_says")
     }
     assert suites - ALIKE == set(table.ROWS.values())

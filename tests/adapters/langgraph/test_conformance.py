@@ -74,7 +74,7 @@ def saver(engine: Engine) -> MemStateCheckpointer:
 
 
 @pytest.mark.parametrize("through", [lambda saver: saver, ThroughAsync], ids=["async", "sync"])
-async def test_the_whole_suite(saver: MemStateCheckpointer, through: Any) -> None:
+async def test_whole_conformance_suite_passes(saver: MemStateCheckpointer, through: Any) -> None:
     """81 tests ran, and none failed."""
 
     @checkpointer_test(name="MemStateCheckpointer")
@@ -172,12 +172,12 @@ def test_delta_channels_are_walked_each_to_its_own_value(chain: Chain) -> None:
     assert chain.history("a", "b", "c") == {"a": ("A", [1, 2, 3]), "b": ("B", [3]), "c": ("none", [])}
 
 
-def test_delta_history_of_no_channel(chain: Chain) -> None:
+def test_delta_history_of_no_channel_is_empty(chain: Chain) -> None:
     chain.add({"ch": _DeltaSnapshot([0])})
     assert chain.saver.get_delta_channel_history(config=chain.head, channels=[]) == {}
 
 
-def test_delta_history_to_the_root(chain: Chain) -> None:
+def test_delta_history_without_a_value_has_no_seed(chain: Chain) -> None:
     """No value on the way: no seed. Also of a thread, or a checkpoint, that is not there."""
     for n in range(3):
         chain.add({}, ("ch", n))
@@ -218,15 +218,15 @@ def test_delta_history_of_a_fork_is_its_own(chain: Chain) -> None:
     assert chain.history("ch", of=first) == chain.history("ch", of=second) == {"ch": ([], ["both"])}
 
 
-def test_a_long_way_to_the_seed(chain: Chain) -> None:
+def test_distant_seed_is_found(chain: Chain) -> None:
     """It is walked in stretches."""
-    from memstate_sa.integrations.langgraph import checkpoint_rows
+    from memstate_sa.integrations.langgraph import checkpoint_queries
 
     chain.add({"ch": _DeltaSnapshot([])})
-    for n in range(checkpoint_rows._CHAIN + 5):
+    for n in range(checkpoint_queries.CHAIN_LIMIT + 5):
         chain.add({}, ("ch", n))
     found = chain.saver.get_delta_channel_history(config=chain.head, channels=["ch"])["ch"]
-    assert [value for _, _, value in found["writes"]] == list(range(checkpoint_rows._CHAIN + 4))
+    assert [value for _, _, value in found["writes"]] == list(range(checkpoint_queries.CHAIN_LIMIT + 4))
     assert found["seed"].value == []
 
 

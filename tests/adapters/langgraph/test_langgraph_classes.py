@@ -145,6 +145,7 @@ def opened(engine: Engine, **options: Any) -> MemStateCheckpointer:
     return made
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("kind", SCHEMAS)
 def test_a_value_comes_back_as_the_class_that_the_schema_names(engine: Engine, kind: str) -> None:
     """The same kind: a list in a model, a union in a TypedDict in a dataclass, a TypeVar's bound, a `type` alias."""
@@ -228,7 +229,7 @@ def test_a_model_as_the_update_of_a_command_comes_back(engine: Engine) -> None:
     assert build().get_state(CONFIG).values["ticket"] == TICKET
 
 
-def test_what_an_entrypoint_saves_and_returns_comes_back(engine: Engine) -> None:
+def test_values_of_an_entrypoint_come_back(engine: Engine) -> None:
     """The functional API has no graph of nodes: the function's annotations are the schema."""
     before: list[Any] = []
 
@@ -253,7 +254,7 @@ def test_a_copied_thread_reads_the_same(engine: Engine) -> None:
     assert graph.get_state({"configurable": {"thread_id": "u"}}).values["value"] == TICKET
 
 
-def test_a_class_that_no_schema_names_is_an_error_that_names_the_argument(engine: Engine) -> None:
+def test_class_that_no_schema_names_is_refused(engine: Engine) -> None:
     """In the state, an interrupt, a task's result: never the dict in its place. Messages are always built.
 
     The same kind: a subclass of what the schema names, a subclass of datetime.

@@ -173,9 +173,7 @@ def slow_saves(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent.saver, "put_writes", slow)
 
 
-def test_a_task_that_leaves_commits_with_the_one_that_it_leaves_to(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_task_commits_with_the_task_that_it_hands_over_to(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own writes nothing to the state, and is gone before the other's are saved.
 
     The same kind: hand-off tools, supervisors, swarms; a Command from a ToolNode, from a task that was sent, from any
@@ -234,7 +232,7 @@ def suppress_error(words: str) -> Iterator[None]:
             raise
 
 
-def test_of_two_tasks_that_leave_at_once_one_counts(agent: Agent) -> None:
+def test_only_one_of_two_leaving_tasks_counts(agent: Agent) -> None:
     """LangGraph takes one Command; facts of the other go with its Command.
 
     Where there is one writer, the second is refused at once. LangGraph raises its error, or takes the Command.
@@ -254,7 +252,7 @@ def fail() -> None:
     raise ValueError("inside")
 
 
-def test_what_failed_inside_is_not_committed_by_the_node_that_caught_it(agent: Agent) -> None:
+def test_node_does_not_commit_an_inner_failure_that_it_caught(agent: Agent) -> None:
     """The parent goes on without it, and so do its facts.
 
     The same kind: an inner task that is cancelled or timed out, an interrupt before it, a graph that is drained.
@@ -278,7 +276,7 @@ def test_what_failed_inside_is_not_committed_by_the_node_that_caught_it(agent: A
 
 
 @pytest.mark.parametrize("beside", [False, True])
-async def test_what_timed_out_inside_is_not_committed_by_the_node_that_goes_on(world: World, beside: bool) -> None:
+async def test_node_does_not_commit_an_inner_timeout_that_it_caught(world: World, beside: bool) -> None:
     """No task of asyncio ends as cancelled, and LangGraph saves nothing of it: only the end of its graph tells."""
     agent = Agent(world, coroutines=True)
 
@@ -394,7 +392,7 @@ def test_many_runs_with_few_threads_lose_nothing(world: World, kind: str) -> Non
     engine.dispose()
 
 
-async def test_what_fails_is_rolled_back_before_what_waits_for_it(world: World) -> None:
+async def test_failed_task_is_rolled_back_before_tasks_that_wait_for_it(world: World) -> None:
     """Its error is saved by threads that all may wait for another step, and that for a thread."""
     agent = Agent(world, coroutines=True)
     agent.saver._threads |= {kind: ThreadPoolExecutor(1) for kind in ("save", "settle")}
@@ -576,7 +574,7 @@ def test_a_write_after_a_step_is_refused_by_one_writer(world: World, by: str) ->
 
 
 @pytest.mark.parametrize("what", ["a step", "a save"])
-def test_who_has_the_writer_is_named(sqlite_world: World, what: str) -> None:
+def test_error_names_the_holder_of_the_sqlite_writer(sqlite_world: World, what: str) -> None:
     """Instead of the driver's words, which name nobody."""
     world = sqlite_world
     engine = create_engine(world.engine.url)

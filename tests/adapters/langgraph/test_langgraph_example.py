@@ -11,7 +11,8 @@ pytest.importorskip("wordllama")
 from examples.langgraph_agent import tell_the_story
 
 
-def test_the_story(engine: Engine) -> None:
+@pytest.mark.deep_on("sqlite")
+def test_agent_example_prints_its_story(engine: Engine) -> None:
     lines = tell_the_story(engine.url.render_as_string(hide_password=False))
     paris, nuts, berlin = "I live in Paris.", "I am allergic to nuts.", "I have moved from Paris to Berlin."
     assert lines[:2] == [f"I shall remember: {paris}", f"I shall remember: {nuts}"]

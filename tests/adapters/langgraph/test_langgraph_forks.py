@@ -18,7 +18,7 @@ from langgraph.channels.delta import DeltaChannel
 from langgraph.graph import START, StateGraph
 
 from memstate_sa import ConflictError
-from memstate_sa.integrations.langgraph import MemStateCheckpointer, checkpoint_rows
+from memstate_sa.integrations.langgraph import MemStateCheckpointer, thread_rows
 from tests.support import WAITING_FOR_A_LOCK, Tag, World
 
 CONFIG: Any = {"configurable": {"thread_id": "t"}, "run_id": None}
@@ -56,6 +56,7 @@ RUNS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("state", "deletion", "run"),
     [
@@ -65,7 +66,7 @@ RUNS: dict[str, Callable[[Any, Any], Any]] = {
         (Growing, "delete_thread", "update_state"),
     ],
 )
-def test_a_fork_saves_its_whole_state_when_what_it_follows_is_deleted(
+def test_fork_saves_its_whole_state_when_its_parent_is_deleted(
     engine: Engine, state: Any, deletion: str, run: str
 ) -> None:
     """The blobs that it shares with what it follows had gone, and a channel was missing without an error.
@@ -124,7 +125,7 @@ def test_saving_and_deleting_wait_for_each_other(
         graph.invoke({"trail": ["more"]}, CONFIG)
         old = [state for state in graph.get_state_history(CONFIG) if state.next == ("b",)][-1]
         fork = threading.Thread(target=lambda: graph.update_state(old.config, {"trail": ["fixed"]}, as_node="a"))
-        lock, put, saving = checkpoint_rows.lock_threads, saver.put, threading.Event()
+        lock, put, saving = thread_rows.lock_threads, saver.put, threading.Event()
         deleter = threading.get_ident()
 
         def lock_and_let_in(connection: Any, threads: Any) -> None:
@@ -144,7 +145,7 @@ def test_saving_and_deleting_wait_for_each_other(
             return put(*args)
 
         saver.put = put_and_tell  # type: ignore[method-assign]
-        monkeypatch.setattr(checkpoint_rows, "lock_threads", lock_and_let_in)
+        monkeypatch.setattr(thread_rows, "lock_threads", lock_and_let_in)
         DELETIONS[deletion](saver)
         fork.join(60)
         values = graph.get_state(CONFIG).values

@@ -27,7 +27,8 @@ from langgraph.types import Command, RetryPolicy, Send, interrupt
 from memstate_sa import MemstateError
 from memstate_sa.db.tables import log, outbox
 from memstate_sa.integrations.langgraph import checkpoint_rows, tables
-from memstate_sa.integrations.langgraph.checkpointer import MemStateCheckpointer, storable
+from memstate_sa.integrations.langgraph.checkpoint_codec import storable
+from memstate_sa.integrations.langgraph.checkpointer import MemStateCheckpointer
 from tests.support import World
 
 
@@ -141,7 +142,7 @@ def test_a_fork_leaves_what_it_forks_from(saver: MemStateCheckpointer) -> None:
     assert graph.get_state(config()).values["trail"] == ["in", "a", "forked", "b", "c"]
 
 
-def test_a_replay_runs_what_came_after(saver: MemStateCheckpointer) -> None:
+def test_replay_runs_only_the_later_nodes(saver: MemStateCheckpointer) -> None:
     ran: list[str] = []
 
     def counted(state: State) -> State:
@@ -155,7 +156,7 @@ def test_a_replay_runs_what_came_after(saver: MemStateCheckpointer) -> None:
     assert ran == ["b", "b"]
 
 
-def test_update_state_is_a_checkpoint(saver: MemStateCheckpointer) -> None:
+def test_update_state_saves_a_checkpoint(saver: MemStateCheckpointer) -> None:
     graph = line(saver, "a")
     graph.invoke({"trail": ["in"]}, config())
     graph.update_state(config(), {"trail": ["by hand"]}, as_node="a")
@@ -289,7 +290,7 @@ def test_pruning_keeps_what_a_thread_needs_and_no_more(saver: MemStateCheckpoint
     assert graph.invoke({"trail": ["more"]}, config())["trail"][: len(before.values["trail"])] == before.values["trail"]
 
 
-def test_a_copy_is_of_one_moment(engine: Engine) -> None:
+def test_copied_thread_shows_one_moment(engine: Engine) -> None:
     """Whatever is deleted while it is made: on SQLite that waits, on PostgreSQL nothing does."""
     saver, other = MemStateCheckpointer(engine), MemStateCheckpointer(create_engine(engine.url))
     saver.setup()
@@ -365,6 +366,7 @@ VALUES = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("kind", VALUES)
 def test_values_come_back_as_they_were(engine: Engine, kind: str) -> None:
     """In the state, and as a write that is pending; classes of the application because they were allowed."""
@@ -382,7 +384,7 @@ def test_values_come_back_as_they_were(engine: Engine, kind: str) -> None:
         assert found == VALUES[kind] and type(found) is type(VALUES[kind])
 
 
-def test_what_was_not_allowed_is_not_built(engine: Engine) -> None:
+def test_class_that_is_not_allowed_is_not_built(engine: Engine) -> None:
     """Who can write to the database does not choose which classes are imported and called."""
     saver = MemStateCheckpointer(engine)
     saver.setup()
@@ -394,7 +396,7 @@ def test_what_was_not_allowed_is_not_built(engine: Engine) -> None:
         saver.put_writes(config(checkpoint_ns="", checkpoint_id="1"), [("a", lambda: None)], "task")
 
 
-def test_nothing_is_a_value_too(saver: MemStateCheckpointer) -> None:
+def test_none_and_empty_values_are_saved(saver: MemStateCheckpointer) -> None:
     """None, and no bytes, alone in what a task wrote."""
     for n, value in enumerate((None, b"", "", [])):
         conf = config(checkpoint_ns="", checkpoint_id=f"{n}")
@@ -426,7 +428,7 @@ def test_a_value_that_is_changed_in_place_leaves_the_others(saver: MemStateCheck
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf"), "\ud800x"])
-def test_metadata_that_is_no_json(saver: MemStateCheckpointer, bad: Any) -> None:
+def test_metadata_that_is_no_json_is_kept_as_far_as_possible(saver: MemStateCheckpointer, bad: Any) -> None:
     """Is kept as far as it can be: what it is for is somebody's own, and no reason for a run to fail."""
     line(saver, "a").invoke({"trail": []}, {**config(), "metadata": {"score": bad, "label": "x"}})
     found = list(saver.list(None, filter={"label": "x"}))
@@ -484,7 +486,7 @@ def test_checkpoints_are_no_facts(world: World) -> None:
         assert world.memory.rollback(session) == []
 
 
-def test_where_it_cannot_be(engine: Engine) -> None:
+def test_checkpointer_refuses_impossible_arguments(engine: Engine) -> None:
     with pytest.raises(MemstateError, match="use a file"):
         MemStateCheckpointer("sqlite://")
     with pytest.raises(MemstateError, match="not a database URL"):
@@ -493,7 +495,7 @@ def test_where_it_cannot_be(engine: Engine) -> None:
         MemStateCheckpointer(engine).delete_thread("t", facts=True)
 
 
-async def test_an_async_engine_is_as_good(engine: Engine) -> None:
+async def test_checkpointer_takes_an_async_engine(engine: Engine) -> None:
     """Its URL is: the saver has threads, and an engine for these."""
     from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -507,7 +509,7 @@ async def test_an_async_engine_is_as_good(engine: Engine) -> None:
         MemStateCheckpointer(42)  # type: ignore
 
 
-def test_a_url_is_enough(tmp_path: Any) -> None:
+def test_checkpointer_takes_a_url(tmp_path: Any) -> None:
     with MemStateCheckpointer(f"sqlite:///{tmp_path / 'graph.db'}") as saver:
         saver.setup()
         saver.setup()

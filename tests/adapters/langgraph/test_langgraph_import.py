@@ -133,7 +133,7 @@ def test_a_thread_goes_on_where_it_was(engine: Engine, saver: MemStateCheckpoint
     assert graph.get_state(config("1")).values == result
 
 
-def test_it_may_be_run_again(engine: Engine, saver: MemStateCheckpointer) -> None:
+def test_second_import_adds_only_new_checkpoints(engine: Engine, saver: MemStateCheckpointer) -> None:
     """For what has come since; what has gone on here stays."""
     with own_saver(engine) as old:
         build(old).invoke({"trail": ["in"]}, config("1"))
@@ -146,7 +146,7 @@ def test_it_may_be_run_again(engine: Engine, saver: MemStateCheckpointer) -> Non
     assert build(saver).get_state(config("2")).next == ("ask",)
 
 
-def test_what_is_there_stays_as_it_is(engine: Engine, saver: MemStateCheckpointer) -> None:
+def test_import_leaves_existing_checkpoints_alone(engine: Engine, saver: MemStateCheckpointer) -> None:
     """A pruned thread's checkpoint has another parent now, or none."""
     plain = StateGraph(Plain).add_node("a", lambda state: {"trail": ["a"]}).add_edge(START, "a")
     with own_saver(engine) as old:
@@ -160,7 +160,7 @@ def test_what_is_there_stays_as_it_is(engine: Engine, saver: MemStateCheckpointe
     assert [again[str(found[0])] for found in pruned] == pruned
 
 
-def test_the_command_line(
+def test_command_imports_the_named_threads(
     engine: Engine, saver: MemStateCheckpointer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As many threads as it is told of; the password of a URL that is none is not shown, and no database is made."""
@@ -193,7 +193,7 @@ def test_the_command_line(
     assert "no such database" in run(f"sqlite:///{nowhere}") and not nowhere.exists()
 
 
-def test_what_was_sent_before_version_4(engine: Engine, saver: MemStateCheckpointer) -> None:
+def test_tasks_sent_before_version_4_are_imported(engine: Engine, saver: MemStateCheckpointer) -> None:
     """It was not in the checkpoint, but in the writes at its parent."""
     with own_saver(engine) as old:
         empty: Any = {"ts": "2025-01-01T00:00:00+00:00", "channel_values": {}, "versions_seen": {}}
@@ -234,7 +234,7 @@ class Unknown:
         self.name = name
 
 
-def test_where_there_are_none(engine: Engine, saver: MemStateCheckpointer, tmp_path: Path) -> None:
+def test_import_refuses_missing_checkpoint_tables(engine: Engine, saver: MemStateCheckpointer, tmp_path: Path) -> None:
     with pytest.raises(MemstateError, match="no table checkpoint"):
         import_checkpoints(engine, saver)
     with engine.begin() as connection:

@@ -18,7 +18,7 @@ KILLS = int(os.environ.get("MEMSTATE_GRAPH_KILLS", "12"))
 
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("kills", sizes(2, KILLS))
-def test_sigkill_and_resume(engine: Engine, tmp_path: Path, kills: int) -> None:
+def test_graph_resumed_after_sigkill_has_each_fact_once(engine: Engine, tmp_path: Path, kills: int) -> None:
     """The next process resumes the thread that was killed; in the end all are compared with what they should do."""
     url = engine.url.render_as_string(hide_password=False)
     verdict = kill_again_and_again(url, tmp_path, "step", kills, int(os.environ.get("MEMSTATE_SEED", "7")))

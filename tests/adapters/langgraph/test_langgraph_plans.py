@@ -80,7 +80,7 @@ def leased(saver: MemStateCheckpointer) -> None:
         put(saver, config, 1000)
 
 
-def test_nothing_is_read_through(large: MemStateCheckpointer) -> None:
+def test_no_table_is_read_as_a_whole(large: MemStateCheckpointer) -> None:
     for action in (leased, *ACTIONS.values()):  # those that delete come last
         assert_served(large.engine, plans(large.engine, partial(action, large)), TABLES)
 
@@ -97,7 +97,7 @@ def statements(engine: Engine, action: Any) -> list[str]:
     return seen
 
 
-def test_how_many_statements(saver: MemStateCheckpointer) -> None:
+def test_checkpoint_takes_few_statements(saver: MemStateCheckpointer) -> None:
     """One to read a checkpoint with all that belongs to it; on PostgreSQL, one to save it, and no BEGIN."""
     assert len(statements(saver.engine, lambda: saver.get_tuple(T))) == 1
     saved = statements(saver.engine, lambda: put(saver, T, 1000))
@@ -111,7 +111,7 @@ def test_how_many_statements(saver: MemStateCheckpointer) -> None:
         ]
 
 
-def test_a_page_is_one_statement(saver: MemStateCheckpointer) -> None:
+def test_page_of_checkpoints_takes_one_statement(saver: MemStateCheckpointer) -> None:
     fill(saver, 60)
     assert len(statements(saver.engine, lambda: list(saver.list(T, limit=50)))) == 1
     assert len(statements(saver.engine, lambda: list(saver.list(T)))) == 2

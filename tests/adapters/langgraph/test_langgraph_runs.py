@@ -79,7 +79,7 @@ def test_the_second_run_is_refused(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("durability", ["sync", "async"])
-def test_who_was_taken_over_writes_nothing(engine: Engine, durability: Any) -> None:
+def test_overtaken_run_writes_nothing(engine: Engine, durability: Any) -> None:
     """A process is stopped in a node, another takes the thread over and ends it; the first wakes up, and is told."""
     late, new = another(engine), another(engine)
     taken: list[Any] = []
@@ -97,7 +97,7 @@ def test_who_was_taken_over_writes_nothing(engine: Engine, durability: Any) -> N
     assert all(value != ["late"] for t in new.list(CONFIG) for _, _, value in t.pending_writes or ())
 
 
-def test_its_facts_are_not_committed_either(world: World) -> None:
+def test_overtaken_run_commits_no_facts(world: World) -> None:
     """The fence is in the transaction of the step."""
     late = MemStateCheckpointer(world.engine, memory=world.memory)
     new = MemStateCheckpointer(world.engine, memory=world.memory)
@@ -146,7 +146,7 @@ def test_a_process_that_has_ended_is_not_waited_for(engine: Engine, monkeypatch:
             pass
 
 
-def test_who_has_a_thread_has_its_lease(postgres_engine: Engine) -> None:
+def test_run_without_the_lease_does_not_get_the_thread(postgres_engine: Engine) -> None:
     """It was released, and taken by another, between two statements of a third that wanted it."""
     another(postgres_engine)
     others = create_engine(postgres_engine.url)
@@ -172,7 +172,7 @@ def test_who_has_a_thread_has_its_lease(postgres_engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
-def test_who_comes_too_late_is_told_so_on_every_isolation_level(postgres_engine: Engine, level: Any) -> None:
+def test_overtaken_run_is_stale_on_every_isolation_level(postgres_engine: Engine, level: Any) -> None:
     """And not that its transaction could not be serialized."""
     strict = create_engine(postgres_engine.url, isolation_level=level)
     late, new = another(strict), another(postgres_engine)
@@ -192,7 +192,7 @@ def test_who_comes_too_late_is_told_so_on_every_isolation_level(postgres_engine:
     strict.dispose()
 
 
-def test_a_late_writer_and_a_fork_look_alike(engine: Engine) -> None:
+def test_late_writer_without_a_lease_makes_a_fork(engine: Engine) -> None:
     """Without a lease nobody is refused: branches of a thread may be written side by side."""
     a, b = another(engine), another(engine)
     graph(a, one=say("a")).invoke({"trail": []}, CONFIG)

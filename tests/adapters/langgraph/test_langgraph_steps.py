@@ -26,10 +26,11 @@ from langgraph.types import Command, RetryPolicy, interrupt
 
 from memstate_sa import ConflictError, Fact, MemoryStore, MemstateError, sqlite
 from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.integrations.langgraph import MemStateCheckpointer, checkpoint_rows
-from memstate_sa.integrations.langgraph.checkpoint_rows import Place
+from memstate_sa.integrations.langgraph import MemStateCheckpointer, checkpoint_inserts
+from memstate_sa.integrations.langgraph.checkpoint_rows import CheckpointKey
 from memstate_sa.integrations.langgraph.fair_semaphore import FairSemaphore
-from memstate_sa.integrations.langgraph.node_transactions import Life, Steps, Task
+from memstate_sa.integrations.langgraph.node_transactions import StepLifetime, Task
+from memstate_sa.integrations.langgraph.step_coordinator import StepCoordinator
 from memstate_sa.testing import HashEmbedder
 from tests.support import Tag, World
 
@@ -107,7 +108,7 @@ def test_facts_commit_with_the_writes(agent: Agent) -> None:
     agent.world.assert_in_step()
 
 
-def test_they_are_labelled(agent: Agent) -> None:
+def test_facts_are_labelled_with_thread_and_node(agent: Agent) -> None:
     """With the thread and the node, so that a thread can be undone alone."""
     with agent.world.session() as session:
         session.add(Tag(name="somebody else's"))
@@ -199,7 +200,7 @@ def test_writes_that_cannot_be_saved_take_the_facts_along(agent: Agent) -> None:
     assert agent.tags() == [] and graph.get_state(CONFIG).next == ("bad",)
 
 
-def test_an_error_in_the_block_is_the_nodes_own(agent: Agent) -> None:
+def test_node_can_catch_an_error_of_its_block(agent: Agent) -> None:
     """It can catch it, and go on; what other blocks wrote before stays."""
 
     def a(state: State) -> State:
@@ -219,7 +220,7 @@ def test_an_error_in_the_block_is_the_nodes_own(agent: Agent) -> None:
     assert agent.tags() == ["also kept", "kept"]
 
 
-def test_nodes_at_the_same_time(agent: Agent) -> None:
+def test_parallel_nodes_commit_by_themselves(agent: Agent) -> None:
     """Each commits by itself; when one fails, the others' facts stay with their writes, and do not come twice."""
     names = [f"n{n}" for n in range(4)]
     nodes = [agent.writer(name) for name in names] + [agent.writer("bad", fail_once())]
@@ -252,7 +253,7 @@ def test_tools_of_one_node_share_its_step(agent: Agent) -> None:
 
 
 @pytest.mark.parametrize("durability", ["sync", "async"])
-async def test_in_coroutines(agent: Agent, durability: Any) -> None:
+async def test_coroutines_write_facts_with_astep(agent: Agent, durability: Any) -> None:
     """The work is done in a thread; nodes that are no coroutines use `step` as ever."""
 
     async def a(state: State) -> State:
@@ -266,7 +267,7 @@ async def test_in_coroutines(agent: Agent, durability: Any) -> None:
     assert agent.tags() == ["a", "b 1", "c 2"]
 
 
-async def test_many_graphs_in_one_loop(agent: Agent) -> None:
+async def test_many_graphs_in_one_loop_do_not_block_each_other(agent: Agent) -> None:
     """More steps wait for their checkpoints than asyncio has threads: the saves they wait for go on all the same."""
 
     async def a(state: State, config: RunnableConfig) -> State:
@@ -304,7 +305,7 @@ async def look(agent: Agent) -> None:
     await asyncio.to_thread(select_one)
 
 
-async def test_more_nodes_than_connections(crowded: Agent) -> None:
+async def test_more_nodes_than_connections_all_finish(crowded: Agent) -> None:
     """Each has a step, reads by another connection, and goes on: there is one for whoever can end."""
 
     def node(n: int) -> Any:
@@ -323,7 +324,7 @@ async def test_more_nodes_than_connections(crowded: Agent) -> None:
     crowded.world.assert_in_step()
 
 
-async def test_subgraphs_of_more_nodes_than_connections(crowded: Agent) -> None:
+async def test_subgraphs_of_more_nodes_than_connections_all_finish(crowded: Agent) -> None:
     """Steps further in have connections of their own, which those around them, that wait for them, cannot take."""
 
     def inside(n: int) -> Any:
@@ -351,7 +352,7 @@ async def test_subgraphs_of_more_nodes_than_connections(crowded: Agent) -> None:
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
-async def test_who_waits_for_a_step_lets_go(crowded: Agent, cancelled: bool) -> None:
+async def test_failed_run_gives_all_turns_back(crowded: Agent, cancelled: bool) -> None:
     """Of its turn, too, when the run fails or is cancelled: the next run has them all."""
     begun, fails = asyncio.Event(), [True]
 
@@ -375,29 +376,31 @@ async def test_who_waits_for_a_step_lets_go(crowded: Agent, cancelled: bool) -> 
     with pytest.raises((ValueError, asyncio.CancelledError)):
         await run
     await asyncio.to_thread(assert_nothing_is_left_open, crowded)
-    assert all(turns._asked == [] for turns in crowded.saver._steps._turns.values())
+    assert all(semaphore._permits == [] for semaphore in crowded.saver._steps._semaphores.values())
     assert crowded.tags() == ["x"]
     fails.clear()
     await graph.ainvoke(None, CONFIG)
     assert crowded.tags() == [*map(str, range(6)), "x"]
 
 
-async def test_a_node_that_waits_for_one_that_has_no_turn(crowded: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_node_that_waits_for_a_node_without_a_turn_is_refused(
+    crowded: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Is told what is the matter, instead of waiting for ever."""
     begun: list[int] = []
     all_begun, done = threading.Event(), asyncio.Event()
-    turns, wait = 1 if crowded.world.engine.dialect.name == "sqlite" else 2, FairSemaphore.wait
+    limit, wait = 1 if crowded.world.engine.dialect.name == "sqlite" else 2, FairSemaphore.wait
 
-    async def impatiently(self: FairSemaphore, turn: Any, timeout_s: float) -> None:
-        if not turn.done():
+    async def impatiently(self: FairSemaphore, permit: Any, timeout_s: float) -> None:
+        if not permit.done():
             await asyncio.to_thread(all_begun.wait, 60)
-        await wait(self, turn, 0.1)
+        await wait(self, permit, 0.1)
 
     monkeypatch.setattr(FairSemaphore, "wait", impatiently)
 
     def begin(n: int) -> None:
         begun.append(n)
-        if len(begun) >= turns:
+        if len(begun) >= limit:
             all_begun.set()
 
     def node(n: int) -> Any:
@@ -414,11 +417,11 @@ async def test_a_node_that_waits_for_one_that_has_no_turn(crowded: Agent, monkey
 
     with pytest.raises(MemstateError, match="as many steps are open as may be"):
         await crowded.graph(*map(node, range(4)), parallel=True).ainvoke({"trail": []}, CONFIG)
-    assert len(begun) == turns
+    assert len(begun) == limit
     await asyncio.to_thread(assert_nothing_is_left_open, crowded)
 
 
-def test_subgraphs(agent: Agent) -> None:
+def test_steps_of_subgraphs_are_saved_at_their_checkpoints(agent: Agent) -> None:
     """Their steps are saved at checkpoints of their own; that of a Command to the parent, at the parent's."""
 
     def leave(state: State) -> Any:
@@ -436,7 +439,7 @@ def test_subgraphs(agent: Agent) -> None:
 
 @pytest.mark.parametrize("durability", ["sync", "async"])
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_subgraph_that_is_called_while_a_step_is_open(agent: Agent, durability: Any, inside: bool) -> None:
+def test_subgraph_called_in_a_writing_step_needs_a_second_writer(agent: Agent, durability: Any, inside: bool) -> None:
     """SQLite has one writer, which the caller is: what it calls could only wait for it, in vain, and is told so."""
     inner = StateGraph(State).add_node("inner", agent.writer("inner")).add_edge(START, "inner").compile()
     writes = False
@@ -467,10 +470,10 @@ def test_a_subgraph_that_is_called_while_a_step_is_open(agent: Agent, durability
         assert agent.tags() == ["inner 1", "inner 2", "outer"]
 
 
-def test_who_rolled_back_is_in_nobodys_way(world: World) -> None:
+def test_rolled_back_step_does_not_block_others(world: World) -> None:
     """Its connection is another's now, whatever that writes by it; until it writes again, by another one."""
-    steps, run = Steps(world.session, 1.0), threading.Event()  # an object
-    task = Task(Place("t", "", "1"), "task", run, 1)
+    steps, run = StepCoordinator(world.session, 1.0), threading.Event()  # an object
+    task = Task(CheckpointKey("t", "", "1"), "task", run, 1)
 
     def is_in_the_way() -> bool:
         try:
@@ -484,7 +487,7 @@ def test_who_rolled_back_is_in_nobodys_way(world: World) -> None:
         session.flush()
 
     only = world.engine.dialect.name == "sqlite"
-    with steps.step(task, lambda _: True, Life(run)) as (session, _):
+    with steps.step(task, lambda _: True, StepLifetime(run)) as (session, _):
         write(session, "rolled back")
         assert is_in_the_way() == only
         session.rollback()
@@ -494,7 +497,7 @@ def test_who_rolled_back_is_in_nobodys_way(world: World) -> None:
     assert not is_in_the_way()
     with world.engine.connect() as connection:
         connection.execute(select(Tag)).all()
-        with steps.step(task, lambda _: True, Life(run)) as (session, _):
+        with steps.step(task, lambda _: True, StepLifetime(run)) as (session, _):
             write(session, "again")
             session.begin_nested().rollback()
             assert is_in_the_way() == only
@@ -503,7 +506,7 @@ def test_who_rolled_back_is_in_nobodys_way(world: World) -> None:
     assert not is_in_the_way()
 
 
-def test_several_that_would_have_to_commit_together(agent: Agent) -> None:
+def test_tasks_that_must_commit_together_are_refused(agent: Agent) -> None:
     """Are refused, and nothing of the step is saved."""
 
     def leave(state: State) -> Any:
@@ -526,7 +529,7 @@ def test_several_that_would_have_to_commit_together(agent: Agent) -> None:
     assert agent.tags() == [] and graph.get_state(CONFIG).next == ("outer",)
 
 
-def test_where_nothing_is_saved_there_is_no_step(world: World) -> None:
+def test_step_is_refused_where_nothing_is_saved(world: World) -> None:
     """Rather than losing facts, or committing them apart from the state."""
     agent = Agent(world, step_timeout_s=0.05)
     graph = agent.graph(agent.writer("a"))
@@ -545,7 +548,7 @@ def test_a_step_waits_for_its_checkpoint(agent: Agent, monkeypatch: pytest.Monke
     """Else a crash would have the node run again, at another checkpoint, beside what it has committed."""
     graph = agent.graph(agent.writer("a"), agent.writer("b"))
     order: list[str] = []
-    put, go_on = checkpoint_rows.put, threading.Event()
+    put, go_on = checkpoint_inserts.put_checkpoint, threading.Event()
 
     def slow(*given: Any, **options: Any) -> bool:
         go_on.wait(0.2)  # a save that takes its time; nothing is asserted about how long
@@ -553,7 +556,7 @@ def test_a_step_waits_for_its_checkpoint(agent: Agent, monkeypatch: pytest.Monke
         order.append("checkpoint")
         return is_stored
 
-    monkeypatch.setattr(checkpoint_rows, "put", slow)
+    monkeypatch.setattr(checkpoint_inserts, "put_checkpoint", slow)
     session = agent.saver._steps._sessions
     monkeypatch.setattr(agent.saver._steps, "_sessions", lambda: (order.append("step"), session())[1])
     graph.invoke({"trail": []}, CONFIG)
@@ -565,7 +568,7 @@ def test_a_checkpoint_waits_for_its_tasks(agent: Agent, monkeypatch: pytest.Monk
     """Else a crash would leave a state that says of a node that it is done, without its facts."""
     graph = agent.graph(agent.writer("a"))
     order: list[str] = []
-    put, put_writes, go_on = checkpoint_rows.put, checkpoint_rows.put_writes, threading.Event()
+    put, put_writes, go_on = checkpoint_inserts.put_checkpoint, checkpoint_inserts.put_writes, threading.Event()
 
     def slow(*given: Any, **options: Any) -> None:
         is_a = given[2][0].task_path.endswith(", a")
@@ -574,9 +577,11 @@ def test_a_checkpoint_waits_for_its_tasks(agent: Agent, monkeypatch: pytest.Monk
         put_writes(*given, **options)
         order.extend(["writes"] * is_a)
 
-    monkeypatch.setattr(checkpoint_rows, "put_writes", slow)
+    monkeypatch.setattr(checkpoint_inserts, "put_writes", slow)
     monkeypatch.setattr(
-        checkpoint_rows, "put", lambda *args, **given: (put(*args, **given), order.append("checkpoint"))[0]
+        checkpoint_inserts,
+        "put_checkpoint",
+        lambda *args, **given: (put(*args, **given), order.append("checkpoint"))[0],
     )
     graph.invoke({"trail": []}, CONFIG)
     assert order == ["checkpoint", "checkpoint", "writes", "checkpoint"]
@@ -629,7 +634,7 @@ def test_items_by_engine_join_a_transaction_of_the_store(store: MemoryStore) -> 
     assert items.get(("a",), "b") is None
 
 
-def test_deleting_a_thread(store: MemoryStore) -> None:
+def test_deleting_a_thread_keeps_its_facts_by_default(store: MemoryStore) -> None:
     """Leaves the facts, unless they are to go, too; others' facts stay in any case."""
     saver = MemStateCheckpointer(store)
     saver.setup()
@@ -666,7 +671,9 @@ def assert_nothing_is_left_open(agent: Agent) -> None:
 
 
 @pytest.mark.parametrize("parallel", [False, True])
-def test_a_node_that_takes_too_long(agent: Agent, parallel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_that_times_out_keeps_facts_and_writes_together(
+    agent: Agent, parallel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run has failed when its thread ends; its facts are there with its writes, or else it runs again."""
     given_up, cancel = threading.Event(), Future.cancel
 
@@ -687,7 +694,7 @@ def test_a_node_that_takes_too_long(agent: Agent, parallel: bool, monkeypatch: p
     assert sorted(trail) == sorted(tag.split()[0] for tag in agent.tags() if tag != "x")
 
 
-async def test_a_run_that_is_timed_out_after_a_step(agent: Agent) -> None:
+async def test_run_that_times_out_after_a_step_rolls_it_back(agent: Agent) -> None:
     """No asyncio.Task ends as cancelled, so that only the end of the node's life tells."""
 
     async def a(state: State) -> State:
@@ -703,7 +710,7 @@ async def test_a_run_that_is_timed_out_after_a_step(agent: Agent) -> None:
     assert agent.tags() == ["x"]
 
 
-async def test_a_coroutine_that_is_cancelled(agent: Agent) -> None:
+async def test_cancelled_coroutine_rolls_its_step_back(agent: Agent) -> None:
     """While its step is being written, in a thread that nobody can stop. Nothing waits for the collector of garbage."""
     begun, go_on, kept = threading.Event(), threading.Event(), []
 
@@ -729,7 +736,7 @@ async def test_a_coroutine_that_is_cancelled(agent: Agent) -> None:
     assert agent.tags() == ["x"]
 
 
-async def test_a_cancellation_that_is_caught(agent: Agent) -> None:
+async def test_node_that_catches_a_cancellation_is_not_done(agent: Agent) -> None:
     """The node's earlier writes went with it: it is not done, however it goes on."""
     catches = [True]
 
@@ -755,14 +762,14 @@ async def test_a_cancellation_that_is_caught(agent: Agent) -> None:
     assert agent.tags() == ["before", "x"]
 
 
-def test_a_task_that_is_gone(agent: Agent) -> None:
+def test_step_ends_when_its_task_is_gone(agent: Agent) -> None:
     """Whoever might have settled its step: the end of what holds its writes is the end of the step."""
 
     class Writes: ...
 
     writes = Writes()
-    task = Task(Place("t", "", "1"), "task", object(), 1)
-    with agent.saver._steps.step(task, lambda place: True, Life(writes)) as (session, _):
+    task = Task(CheckpointKey("t", "", "1"), "task", object(), 1)
+    with agent.saver._steps.step(task, lambda place: True, StepLifetime(writes)) as (session, _):
         session.add(Tag(name="a"))
     assert agent.saver._steps.is_open("t", "task")
     del writes

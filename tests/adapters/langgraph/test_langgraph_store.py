@@ -101,7 +101,7 @@ def test_an_undone_delete_is_found_again(shelf: Shelf) -> None:
     shelf.assert_in_step()
 
 
-def test_whoever_undoes_a_part_of_an_item_undoes_all(shelf: Shelf) -> None:
+def test_undo_keeps_or_undoes_an_item_as_a_whole(shelf: Shelf) -> None:
     """One run puts an item; another changes its value, and not its texts: the first, revoked, leaves them findable."""
     with MemoryStore(shelf.engine, shelf.index, embedder=shelf.embedder, background=False) as facts:
         store = MemStateStore(facts, index={"fields": ["more[*]"]})
@@ -115,7 +115,7 @@ def test_whoever_undoes_a_part_of_an_item_undoes_all(shelf: Shelf) -> None:
         shelf.assert_in_step()
 
 
-def test_what_a_search_finds_is_what_this_transaction_sees(shelf: Shelf) -> None:
+def test_search_finds_items_that_its_transaction_sees(shelf: Shelf) -> None:
     """Put and not delivered: found. Deleted and still in the index: not found. Rolled back: never was."""
     with MemoryStore(shelf.engine, shelf.index, embedder=shelf.embedder, background=False) as facts:
         store = MemStateStore(facts, index={"fields": ["text"]})
@@ -165,7 +165,7 @@ def test_an_erased_item_is_in_no_history(shelf: Shelf) -> None:
     ]
 
 
-def test_the_store_as_it_was(shelf: Shelf) -> None:
+def test_as_of_shows_the_store_as_it_was(shelf: Shelf) -> None:
     shelf.store.put(("people", "ann"), "city", {"text": "ann lives in paris"})
     shelf.store.put(("people", "bob"), "city", {"text": "bob lives in rome"})
     then = shelf.store.history(("people", "bob"), "city")[-1].tx
@@ -188,7 +188,7 @@ def test_the_store_as_it_was(shelf: Shelf) -> None:
     assert shelf.store.get(("people", "ann"), "city").value == {"text": "ann lives in berlin"}  # type: ignore[union-attr]
 
 
-def test_what_has_expired_is_nowhere(shelf: Shelf) -> None:
+def test_expired_item_is_not_found_before_the_sweep(shelf: Shelf) -> None:
     """Before it is swept."""
     shelf.store.put(("a", "b"), "mortal", {"text": "sweet red apple", "more": ["pear"]}, ttl=10)
     shelf.store.put(("a", "c"), "immortal", {"text": "sweet red apple"})
@@ -225,7 +225,7 @@ def test_reading_keeps_an_item_and_is_no_history(shelf: Shelf) -> None:
     shelf.assert_in_step()
 
 
-def test_reading_without_refresh(shelf: Shelf) -> None:
+def test_reading_without_refresh_does_not_prolong_an_item(shelf: Shelf) -> None:
     quiet = shelf.another(ttl={"refresh_on_read": False, "default_ttl": 10})
     quiet.put(NOTES, "a", {"n": 1})
     shelf.store.put(NOTES, "b", {"n": 1}, ttl=10)
@@ -237,7 +237,7 @@ def test_reading_without_refresh(shelf: Shelf) -> None:
     assert shelf.values() == {}
 
 
-def test_a_reader_is_in_no_undos_way(shelf: Shelf) -> None:
+def test_reading_does_not_block_an_undo(shelf: Shelf) -> None:
     shelf.store.put(NOTES, "a", {"n": 1}, ttl=10)
     shelf.store.put(NOTES, "a", {"n": 2}, ttl=10)
     shelf.later(5)
@@ -246,7 +246,7 @@ def test_a_reader_is_in_no_undos_way(shelf: Shelf) -> None:
     assert shelf.store.get(NOTES, "a").value == {"n": 1}  # type: ignore[union-attr]
 
 
-def test_the_same_put_begins_its_time_anew(shelf: Shelf) -> None:
+def test_same_put_restarts_the_ttl(shelf: Shelf) -> None:
     shelf.store.put(NOTES, "a", {"n": 1}, ttl=10)
     shelf.later(9)
     shelf.store.put(NOTES, "a", {"n": 1}, ttl=10)
@@ -259,7 +259,7 @@ def test_the_same_put_begins_its_time_anew(shelf: Shelf) -> None:
     assert shelf.ops("a") == ["insert", "update"]
 
 
-def test_a_later_put_may_shorten_it(shelf: Shelf) -> None:
+def test_later_put_may_shorten_the_ttl(shelf: Shelf) -> None:
     """What a reader had prolonged, a put does not."""
     shelf.store.put(NOTES, "a", {"n": 1}, ttl=100)
     shelf.later(50)
@@ -269,7 +269,7 @@ def test_a_later_put_may_shorten_it(shelf: Shelf) -> None:
     assert shelf.values() == {}
 
 
-def test_a_reader_that_comes_late_shortens_nothing(shelf: Shelf) -> None:
+def test_late_reader_does_not_shorten_the_ttl(shelf: Shelf) -> None:
     """Its clock was read before that of another."""
     shelf.store.put(NOTES, "a", {"n": 1}, ttl=10)
     shelf.later(5)
@@ -280,7 +280,7 @@ def test_a_reader_that_comes_late_shortens_nothing(shelf: Shelf) -> None:
     assert shelf.values() == {"a": {"n": 1}}
 
 
-def test_a_put_over_what_has_expired_is_a_creation(shelf: Shelf) -> None:
+def test_put_over_an_expired_item_creates_it(shelf: Shelf) -> None:
     shelf.store.put(NOTES, "a", {"n": 1}, ttl=1)
     shelf.later(1)
     shelf.store.put(NOTES, "a", {"n": 1}, ttl=1)
@@ -315,7 +315,7 @@ def test_a_large_sweep_is_of_several_pages(shelf: Shelf, monkeypatch: pytest.Mon
         assert connection.execute(select(item_rows.kept)).all() == []
 
 
-def test_a_sweeper_sweeps(shelf: Shelf) -> None:
+def test_sweeper_deletes_expired_items(shelf: Shelf) -> None:
     store = shelf.another(ttl={"default_ttl": 1, "sweep_interval_minutes": 60})
     store.put(NOTES, "a", {"n": 1})
     shelf.later(1)
@@ -324,7 +324,7 @@ def test_a_sweeper_sweeps(shelf: Shelf) -> None:
     for _ in range(6000):
         if not shelf.texts():
             break
-        store._stop.wait(0.01)
+        store._sweeper.stop_event.wait(0.01)
     assert shelf.texts() == {}
     assert store.stop_ttl_sweeper(timeout=60)
     assert swept.result(timeout=60) is None
@@ -343,13 +343,13 @@ def test_a_sweeper_is_cancelled_and_outlives_errors(shelf: Shelf, caplog: pytest
     for _ in range(6000):
         if len(caplog.records) > 1:
             break
-        store._stop.wait(0.01)
+        store._sweeper.stop_event.wait(0.01)
     assert "sweep failed: ConnectionError" in caplog.text
     assert "secret" not in caplog.text
     assert future.cancel()
-    assert store._sweeper is not None
-    store._sweeper.join(60)
-    assert not store._sweeper.is_alive()
+    assert store._sweeper.thread is not None
+    store._sweeper.thread.join(60)
+    assert not store._sweeper.thread.is_alive()
 
 
 def test_without_ttl_there_is_no_sweeper(shelf: Shelf) -> None:
@@ -357,7 +357,7 @@ def test_without_ttl_there_is_no_sweeper(shelf: Shelf) -> None:
     assert shelf.store.stop_ttl_sweeper()
 
 
-def test_no_sweep_inside_of_a_transaction(shelf: Shelf) -> None:
+def test_sweep_inside_a_transaction_is_refused(shelf: Shelf) -> None:
     """Its step would no longer count."""
     with MemoryStore(shelf.engine, shelf.index, embedder=shelf.embedder, background=False) as facts:
         store = MemStateStore(facts)
@@ -366,7 +366,7 @@ def test_no_sweep_inside_of_a_transaction(shelf: Shelf) -> None:
 
 
 @pytest.mark.parametrize("ttl", [0, -1, float("nan"), float("inf"), 1e300, "1", True])
-def test_times_that_are_none(shelf: Shelf, ttl: Any) -> None:
+def test_put_refuses_an_invalid_ttl(shelf: Shelf, ttl: Any) -> None:
     with pytest.raises(InvalidItem, match="ttl"):
         shelf.store.put(NOTES, "a", {"n": 1}, ttl=ttl)
     assert shelf.values() == {}
@@ -430,7 +430,7 @@ def test_bad_values_are_refused_and_lose_nothing(shelf: Shelf) -> None:
     shelf.assert_in_step()
 
 
-def test_large_values(shelf: Shelf) -> None:
+def test_large_values_are_stored(shelf: Shelf) -> None:
     """10 MB, and as deep as may be."""
     large = {"blob": "x" * 10_000_000, "deep": nested(190)}
     shelf.store.put(NOTES, "large", large)
@@ -456,7 +456,7 @@ def test_subclasses_of_plain_types_are_stored_plain(shelf: Shelf) -> None:
     assert repr(sorted(shelf.values()["a"].items())) == repr(sorted(expected.items()))
 
 
-def test_every_way_to_say_where(shelf: Shelf, tmp_path: Path) -> None:
+def test_store_takes_a_url_an_engine_or_an_async_engine(shelf: Shelf, tmp_path: Path) -> None:
     from sqlalchemy.ext.asyncio import create_async_engine
 
     url = shelf.engine.url.render_as_string(hide_password=False)
@@ -478,7 +478,7 @@ def test_every_way_to_say_where(shelf: Shelf, tmp_path: Path) -> None:
             MemStateStore(shelf.engine, memory=shelf.memory, index=index)
 
 
-def test_in_memory() -> None:
+def test_store_works_on_an_in_memory_database() -> None:
     """Of a MemoryStore, which lets one thread at a time have the connection."""
     with MemoryStore("sqlite://", InMemoryIndex(), embedder=HashEmbedder()) as facts:
         store = MemStateStore(facts, ttl={"default_ttl": 5})
@@ -507,7 +507,7 @@ def test_a_relay_that_ran_before_delivers_items(engine: Engine) -> None:
         store.get(NOTES, "a")
 
 
-def test_sixteen_writers_of_one_key(shelf: Shelf) -> None:
+def test_sixteen_writers_of_one_key_lose_nothing(shelf: Shelf) -> None:
     """Each is in the history, after the other; none is lost, none is an error."""
 
     def write(n: int) -> None:
@@ -525,7 +525,7 @@ def test_sixteen_writers_of_one_key(shelf: Shelf) -> None:
     shelf.assert_in_step()
 
 
-def test_batches_that_overlap(shelf: Shelf) -> None:
+def test_overlapping_batches_do_not_deadlock(shelf: Shelf) -> None:
     """New keys and old ones, in any order, with readers that keep them: nobody waits for another in a circle."""
     shelf.store.batch([PutOp(NOTES, f"k{n}", {"by": -1}, ttl=60) for n in range(0, 12, 2)])
 
@@ -547,7 +547,7 @@ def test_batches_that_overlap(shelf: Shelf) -> None:
     shelf.assert_in_step()
 
 
-def test_who_gives_up(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_put_that_keeps_losing_raises_a_conflict(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     from sqlalchemy.exc import IntegrityError
 
     def lost(*_: Any) -> None:
@@ -587,7 +587,7 @@ def test_statements_are_served_by_indexes(shelf: Shelf) -> None:
     assert_served(shelf.engine, plans(shelf.engine, use), "item|item_kept")
 
 
-def test_a_tenant_is_a_filter_of_the_index(shelf: Shelf) -> None:
+def test_search_filters_the_index_by_namespace(shelf: Shelf) -> None:
     """As long as its namespaces can be named; when they cannot, their rows say which vectors count."""
     asked: list[Any] = []
     query = shelf.index.query
@@ -613,7 +613,7 @@ def test_a_tenant_is_a_filter_of_the_index(shelf: Shelf) -> None:
     assert best.namespace == ("t", "c", "42")
 
 
-def test_how_many_statements_an_operation_takes(shelf: Shelf) -> None:
+def test_statements_do_not_grow_with_the_items(shelf: Shelf) -> None:
     """None is for each of the items."""
     counts: list[str] = []
 

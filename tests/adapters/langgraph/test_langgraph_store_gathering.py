@@ -72,7 +72,7 @@ def test_puts_and_gets_of_one_moment_are_one_batch(store: MemStateStore, monkeyp
     assert values(store) == {f"k{n}": {"of": f"k{n}"} for n in range(2, 30)}
 
 
-def test_a_search_waits_for_nobody(store: MemStateStore) -> None:
+def test_searches_do_not_wait_for_each_other(store: MemStateStore) -> None:
     """An embedder may be slow: searches are made at the same time, each by itself."""
 
     async def run() -> list[list[SearchItem]]:

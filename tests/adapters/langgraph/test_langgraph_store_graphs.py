@@ -91,7 +91,7 @@ def test_a_graph_remembers_across_threads(agent: Agent) -> None:
     assert found["trail"] == ["i like green pears"]
 
 
-async def test_a_graph_of_coroutines(agent: Agent) -> None:
+async def test_graph_of_coroutines_remembers_across_threads(agent: Agent) -> None:
     graph = agent.graph(aremember, arecall)
     await graph.ainvoke({"said": "i like green pears"}, config("one"))
     found = await graph.ainvoke({"said": "my sister is called jo"}, config("two"))
@@ -100,7 +100,7 @@ async def test_a_graph_of_coroutines(agent: Agent) -> None:
     assert (change.session_id, change.reason) == ("two", "node aremember")
 
 
-def test_what_a_thread_has_put_can_be_taken_back(agent: Agent) -> None:
+def test_puts_of_a_thread_can_be_undone(agent: Agent) -> None:
     """Changes are labelled with the thread, and the node."""
     graph = agent.graph(remember)
     graph.invoke({"said": "i like green pears"}, config("one"))
@@ -115,7 +115,7 @@ def test_what_a_thread_has_put_can_be_taken_back(agent: Agent) -> None:
     assert agent.store.search((), query="green pears", limit=1)[0].key != "i like g"
 
 
-def test_who_began_a_transaction_has_labelled_it(agent: Agent) -> None:
+def test_transaction_in_a_node_keeps_its_own_labels(agent: Agent) -> None:
     def work(state: State, *, store: BaseStore) -> State:
         with agent.facts.transaction(actor="me", reason="mine", session_id="s"):
             store.put(("memories",), "item", {"text": "green pears"})
@@ -206,14 +206,14 @@ def test_a_replay_may_read_the_store_as_it_was(agent: Agent) -> None:
     assert graph.invoke(None, before.config)["trail"] == ["berlin"]
 
 
-def test_two_stores_of_one_memory(agent: Agent) -> None:
+def test_two_stores_of_one_memory_find_each_others_items(agent: Agent) -> None:
     """And a Memory that has items of before: another process."""
     other = MemStateStore(agent.facts, index={"fields": ["other"]}, ttl={"default_ttl": 5})
     other.put(("x",), "k", {"other": "green pears"})
     assert [item.key for item in agent.store.search((), query="green pears")] == ["k"]
 
 
-def test_meaning(engine: Engine) -> None:
+def test_search_finds_items_by_meaning(engine: Engine) -> None:
     """With real embeddings."""
     with MemoryStore(engine, InMemoryIndex(), embedder=WordLlamaEmbedder(), background=False) as facts:
         store = MemStateStore(facts, index={"fields": ["text", "facets[*]"]})

@@ -17,6 +17,7 @@ pytest.importorskip("langgraph.store.base")
 
 from langgraph.store.base import GetOp, PutOp, SearchOp
 
+from tests.support import sizes
 from tests.support.shelf import Shelf
 
 LABELS = st.sampled_from(["a", "ab", "b", "A", "%", "_"])
@@ -217,13 +218,14 @@ class StoreMachine(RuleBasedStateMachine):
             self.shelf.assert_in_step()
 
 
-def test_a_store_does_what_a_dict_would(engine: Engine) -> None:
+@pytest.mark.parametrize("examples", sizes(6, 25))
+def test_a_store_does_what_a_dict_would(engine: Engine, examples: int) -> None:
     made = Shelf(engine, index={"fields": ["text", "more[*]"]})
     try:
         run_state_machine_as_test(
             type("Machine", (StoreMachine,), {"shelf": made}),
             settings=settings(
-                max_examples=25,
+                max_examples=examples,
                 stateful_step_count=30,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),

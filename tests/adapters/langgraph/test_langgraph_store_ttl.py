@@ -68,7 +68,7 @@ READS: dict[str, Callable[[MemStateStore], list[str]]] = {
 
 
 @pytest.mark.parametrize("read", READS)
-def test_what_is_swept_before_it_is_kept_is_not_returned(
+def test_item_swept_before_it_is_prolonged_is_not_returned(
     store: MemStateStore, read: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same kind: an item that somebody deletes. A batch that writes holds SQLite's lock only when it has read."""
@@ -100,7 +100,7 @@ def test_what_is_swept_before_it_is_kept_is_not_returned(
     assert {item.key for item in store.search(NOTES, refresh_ttl=False)} - {"new"} == set(returned)
 
 
-def test_what_is_kept_while_a_sweep_looks_stays(store: MemStateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_item_prolonged_during_a_sweep_stays(store: MemStateStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """PostgreSQL: the sweep passes by rows that a reader holds, and looks again at those that one held before."""
     if store.engine.dialect.name == "sqlite":
         pytest.skip("SQLite has one writer")
@@ -123,7 +123,7 @@ def test_what_is_kept_while_a_sweep_looks_stays(store: MemStateStore, monkeypatc
 
     def kept_meanwhile(connection: Any, ids: Any, at: Any) -> set[str]:
         with store.engine.begin() as beside:  # by a reader that committed just before the sweep locked the row
-            item_rows._keep(beside, [item_rows.Kept(other, row.updated_at, at + timedelta(minutes=5))], {other})
+            item_rows._keep(beside, [item_rows.KeptItem(other, row.updated_at, at + timedelta(minutes=5))], {other})
         return living(connection, ids, at)
 
     store._now = lambda: now + timedelta(minutes=6)

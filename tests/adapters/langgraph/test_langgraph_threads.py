@@ -87,8 +87,9 @@ NO_IDS = [b"bytes", True, 1.5, ["t"], object()]
 OF_GRAPHS = ("invoke", "ainvoke", "get_state", "get_state_history", "update_state")
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("name", [*CALLS, *OF_IDS])
-def test_what_is_no_thread_id_is_refused(saver: MemStateCheckpointer, name: str) -> None:
+def test_invalid_thread_id_is_refused(saver: MemStateCheckpointer, name: str) -> None:
     """All anonymous visitors shared the thread "None". The same kind: "None" itself, which str() of None gives."""
     graph(saver).invoke({"messages": ["theirs"]}, config("theirs"))
     before = rows(saver.engine)
@@ -138,7 +139,7 @@ def test_ids_that_are_no_strings_are_one_thread_with_their_text(
     assert list(saver.list(None)) == []
 
 
-def test_a_graph_and_a_checkpoint_that_cannot_be_are_refused(saver: MemStateCheckpointer) -> None:
+def test_invalid_checkpoint_id_and_namespace_are_refused(saver: MemStateCheckpointer) -> None:
     """A NUL in an id out of a URL was the driver's error on PostgreSQL. No namespace is the graph itself."""
     graph(saver).invoke({"messages": ["hi"]}, config("t"))
     for bad in ("a\0", "\ud800", b"x"):

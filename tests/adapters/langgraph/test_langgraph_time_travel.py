@@ -106,7 +106,7 @@ def test_memory_goes_back_with_the_graph(traveller: Traveller) -> None:
     traveller.world.assert_in_step()
 
 
-def test_the_very_beginning(traveller: Traveller) -> None:
+def test_empty_log_has_a_position_to_return_to(traveller: Traveller) -> None:
     """When the log was empty, a time takes the place of its last transaction."""
     first = list(traveller.graph.get_state_history(CONFIG))[-1]
     at = traveller.saver.position(first)
@@ -119,7 +119,7 @@ def test_the_very_beginning(traveller: Traveller) -> None:
     assert isinstance(traveller.saver.as_of(again), type(at))
 
 
-def test_positions_are_of_snapshots_tuples_and_configs(traveller: Traveller) -> None:
+def test_snapshots_tuples_and_configs_have_one_position(traveller: Traveller) -> None:
     snapshot = traveller.before("answer")
     found = traveller.saver.get_tuple(snapshot.config)
     position = traveller.saver.position(snapshot)

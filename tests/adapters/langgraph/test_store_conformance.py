@@ -127,14 +127,14 @@ def test_a_later_put_replaces_the_whole_value(store: BaseStore) -> None:
     assert second.updated_at > first.updated_at
 
 
-def test_what_python_takes_for_equal_is_replaced(store: BaseStore) -> None:
+def test_put_replaces_a_value_that_python_finds_equal(store: BaseStore) -> None:
     for one, other in [(1, True), (0, False), ("1", 1), (None, False), ([], {}), ([1], [True])]:
         store.put(PEOPLE, "ann", {"v": one})
         store.put(PEOPLE, "ann", {"v": other})
         assert repr(store.get(PEOPLE, "ann").value) == repr({"v": other})  # type: ignore[union-attr]
 
 
-def test_delete(store: BaseStore) -> None:
+def test_delete_removes_one_item(store: BaseStore) -> None:
     store.put(PEOPLE, "ann", {"n": 1})
     store.put(PEOPLE, "bob", {"n": 2})
     store.delete(PEOPLE, "ann")
@@ -143,7 +143,7 @@ def test_delete(store: BaseStore) -> None:
     assert keys(store.search(())) == ["bob"]
 
 
-def test_what_is_given_and_returned_is_a_copy(our_store: BaseStore) -> None:
+def test_put_and_get_copy_the_value(our_store: BaseStore) -> None:
     """InMemoryStore returns what it holds."""
     value = {"list": [1]}
     our_store.put(PEOPLE, "ann", value)
@@ -196,7 +196,7 @@ def test_the_last_put_of_a_key_counts(store: BaseStore) -> None:
         assert (None if found is None else found.value) == values[-1]
 
 
-async def test_asyncio(store: BaseStore) -> None:
+async def test_async_methods_agree_with_sync_ones(store: BaseStore) -> None:
     await store.aput(PEOPLE, "ann", {"n": 1})
     await store.aput(("x", "y"), "bob", {"n": 2})
     assert (await store.aget(PEOPLE, "ann")).value == {"n": 1}  # type: ignore[union-attr]
@@ -207,7 +207,7 @@ async def test_asyncio(store: BaseStore) -> None:
     assert [None if item is None else item.value for item in results] == [None, {"n": 2}]  # type: ignore[union-attr]
 
 
-def test_an_empty_batch(store: BaseStore) -> None:
+def test_empty_batch_returns_nothing(store: BaseStore) -> None:
     assert store.batch([]) == []
 
 
@@ -239,7 +239,7 @@ def test_a_bad_namespace_in_a_batch_is_refused(our_store: BaseStore) -> None:
     assert our_store.search(()) == []
 
 
-def test_nul_in_a_label_is_no_other_namespace(our_store: BaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nul_in_a_label_is_refused(our_store: BaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused by ourselves: langgraph-checkpoint 4.3.0 lets it pass, and history() asks nobody."""
     assert isinstance(our_store, MemStateStore)
     our_store.put(("mem", "ann", "private"), "k", {"n": 1})
@@ -306,7 +306,7 @@ CONDITIONS: list[dict[str, Any]] = [
 ]
 
 
-def test_list_namespaces(many: BaseStore) -> None:
+def test_list_namespaces_matches_prefix_suffix_and_depth(many: BaseStore) -> None:
     """Sorted by their labels; cut to a depth, each once."""
     for given, depth in itertools.product(CONDITIONS, [None, 1, 2, 3]):
         prefix, suffix = given.get("prefix", ()), given.get("suffix", ())
@@ -324,7 +324,7 @@ def test_list_namespaces(many: BaseStore) -> None:
         assert not windows or [namespace for page in pages for namespace in page] == expected
 
 
-def test_several_conditions_of_a_kind(many: BaseStore) -> None:
+def test_several_conditions_of_a_kind_must_all_hold(many: BaseStore) -> None:
     conditions = (
         MatchCondition("prefix", ("foo",)),
         MatchCondition("prefix", ("*", "bar")),
@@ -334,7 +334,7 @@ def test_several_conditions_of_a_kind(many: BaseStore) -> None:
     assert many.batch([ListNamespacesOp((MatchCondition("prefix", ()),), limit=2)]) == [sorted(NAMESPACES)[:2]]
 
 
-def test_a_namespace_without_items_is_none(our_store: BaseStore) -> None:
+def test_namespace_without_items_is_not_listed(our_store: BaseStore) -> None:
     """As the stores in databases have it; InMemoryStore goes on listing it."""
     our_store.put(("a", "b"), "k", {"n": 1})
     our_store.put(("c",), "k", {"n": 1})
@@ -412,7 +412,7 @@ FILTERS: list[tuple[Any, list[str]]] = [
 ]
 
 
-def test_filters(documents: BaseStore) -> None:
+def test_filters_match_their_documents(documents: BaseStore) -> None:
     for wanted, expected in FILTERS:
         assert matching(documents, wanted) == expected, wanted
 
@@ -458,7 +458,7 @@ def test_other_operators_are_refused(documents: BaseStore) -> None:
             documents.search(("docs",), filter={"w": wanted})
 
 
-def test_what_has_no_order_is_refused(our_documents: BaseStore) -> None:
+def test_comparison_with_an_unordered_value_is_refused(our_documents: BaseStore) -> None:
     for wanted in (None, True, [1], {"a": 1}):
         with pytest.raises(ValueError, match="compares with a number or a string"):
             our_documents.search(("docs",), filter={"v": {"$gt": wanted}})
@@ -474,7 +474,7 @@ def test_a_filter_that_is_no_json_is_refused(our_documents: BaseStore) -> None:
 # -- pages -------------------------------------------------------------------------------------------------------------
 
 
-def test_pages_are_all_there_is_once(store: BaseStore) -> None:
+def test_pages_show_each_item_once(store: BaseStore) -> None:
     store.batch([PutOp(("p", str(n % 3)), f"k{n}", {"n": n, "even": n % 2 == 0}) for n in range(25)])
     for wanted, expected in (({}, range(25)), ({"even": True}, range(0, 25, 2))):
         pages = [store.search(("p",), filter=wanted, limit=4, offset=n) for n in range(0, 28, 4)]
@@ -492,7 +492,7 @@ def test_the_latest_come_first(our_store: BaseStore) -> None:
     assert keys(our_store.search(())) == ["a", "c", "b"]
 
 
-def test_windows_that_are_none_are_refused(our_store: BaseStore) -> None:
+def test_negative_limits_and_offsets_are_refused(our_store: BaseStore) -> None:
     windows: list[dict[str, Any]] = [{"limit": -1}, {"offset": -1}]
     for given in windows:
         with pytest.raises(ValueError, match="at least 0"):
@@ -573,7 +573,7 @@ def test_many_texts_of_one_item_leave_room_for_others(make: Make) -> None:
     assert sorted(item.key for page in pages for item in page) == ["loud", *(f"quiet {n}" for n in range(6))]
 
 
-def test_index_of_a_put(make: Make) -> None:
+def test_put_can_name_its_own_index_paths(make: Make) -> None:
     """`index=` of a put is for this put: paths of its own, or False for none."""
     store = make(["text"])
     store.put(("i",), "own", {"text": "tax forms", "other": "sweet red apple"}, index=["other"])
@@ -583,7 +583,7 @@ def test_index_of_a_put(make: Make) -> None:
     assert [(item.key, item.score is None) for item in found] == [("own", False), ("default", False), ("none", True)]
 
 
-def test_a_key_that_is_used_again_is_not_found_by_what_it_was(our_store: BaseStore) -> None:
+def test_reused_key_is_not_found_by_its_old_text(our_store: BaseStore) -> None:
     """langgraph#8757: there, the old vector stays, and ranks the new value."""
     engine: Any = our_store.engine  # type: ignore[attr-defined]
     store = ours(engine)(["text"])
@@ -604,7 +604,7 @@ def test_a_key_that_is_used_again_is_not_found_by_what_it_was(our_store: BaseSto
     assert best.score == pytest.approx(expected_scores("sweet red apple", {"b": ["tax forms"]})["b"], abs=1e-5)
 
 
-def test_fewer_texts_than_before(our_store: BaseStore) -> None:
+def test_removed_text_of_a_list_is_not_found(our_store: BaseStore) -> None:
     """What a list no longer has is not found."""
     engine: Any = our_store.engine  # type: ignore[attr-defined]
     store = ours(engine)(["notes[*]"])
@@ -615,7 +615,7 @@ def test_fewer_texts_than_before(our_store: BaseStore) -> None:
     assert found.score < 0.9  # type: ignore[operator]
 
 
-def test_meaning_within_namespace_and_filter(make: Make) -> None:
+def test_search_by_meaning_keeps_to_namespace_and_filter(make: Make) -> None:
     store = make(["text"])
     for namespace in (("food",), ("food", "home"), ("foods",), ("other",)):
         put_all(store, namespace)
@@ -626,7 +626,7 @@ def test_meaning_within_namespace_and_filter(make: Make) -> None:
     assert [item.score is None for item in found] == [False] * 6 + [True] * 2
 
 
-def test_pages_of_what_is_ranked(make: Make) -> None:
+def test_ranked_items_appear_once_across_pages(make: Make) -> None:
     """Ranked by meaning across pages. InMemoryStore returns what has no vector on every page: see the next test."""
     store = make(["text"])
     store.batch([PutOp(("p",), f"k{n}", {"text": f"apple number {n}"}) for n in range(20)])
@@ -636,7 +636,7 @@ def test_pages_of_what_is_ranked(make: Make) -> None:
     assert sorted(i.key for page in pages for i in page) == sorted(keys(whole))
 
 
-def test_pages_of_what_is_not_ranked(our_store: BaseStore) -> None:
+def test_unranked_items_follow_ranked_ones_across_pages(our_store: BaseStore) -> None:
     """On one page each, after all that is ranked."""
     engine: Any = our_store.engine  # type: ignore[attr-defined]
     store = ours(engine)(["text"])
@@ -648,7 +648,7 @@ def test_pages_of_what_is_not_ranked(our_store: BaseStore) -> None:
     assert [i.key for page in pages for i in page] == keys(whole)
 
 
-def test_a_query_without_an_index_is_no_query(store: BaseStore) -> None:
+def test_query_without_an_index_is_ignored(store: BaseStore) -> None:
     put_all(store)
     found = store.search(("food",), query="red apple", filter={"kind": "fruit"})
     assert {item.key: item.score for item in found} == dict.fromkeys(

@@ -90,7 +90,7 @@ def assert_holds(store: MemoryStore, expected: dict[str, str]) -> None:
 # -- facts -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_fact_from_commit_to_delete(store: MemoryStore) -> None:
+def test_fact_stays_consistent_from_commit_to_delete(store: MemoryStore) -> None:
     """Rows, log and index agree after every step; the history tells all of it, with its labels."""
     id_ = store.commit(note("likes tea", sugar=True), actor="ada", reason="said so", session_id="s1")
     other = store.commit(note("likes rain"))
@@ -151,7 +151,7 @@ def test_concurrent_deletes_are_one(store: MemoryStore) -> None:
     assert_holds(store, {id_: "content: likes tea"})
 
 
-def test_an_id_of_ones_own(store: MemoryStore) -> None:
+def test_given_id_is_kept_and_must_be_new(store: MemoryStore) -> None:
     """It is kept; a second fact with it is a conflict, and the first stays."""
     assert store.commit(Fact(id="mine", type="note", payload={"content": "first"})) == "mine"
     with pytest.raises(ConflictError, match="a fact 'mine' already"):
@@ -169,7 +169,7 @@ def test_a_committed_fact_is_copied(store: MemoryStore) -> None:
     assert_holds(store, {first.id: "content: likes tea", second: "content: likes tea"})
 
 
-def test_commit_model(store: MemoryStore) -> None:
+def test_commit_model_stores_the_payload_as_json(store: MemoryStore) -> None:
     """Stored as JSON under its registered type, aliases included; with fact_id it replaces the whole payload."""
     store.register_schema("event", Event)
     store.register_schema("preference", Preference)
@@ -221,7 +221,7 @@ def test_commit_model_writes_what_the_model_reads(store: MemoryStore) -> None:
 
 
 @pytest.mark.parametrize("model", [ByPath(list=["x"]), Around(split=Split(**{"in": "x"}))])
-def test_commit_model_refuses_what_would_be_read_as_something_else(store: MemoryStore, model: BaseModel) -> None:
+def test_commit_model_refuses_values_that_change_on_reading(store: MemoryStore, model: BaseModel) -> None:
     """Rather than storing a default in place of the value."""
     store.register_schema("model", type(model))
     with pytest.raises(ValidationFailed) as caught:
@@ -251,7 +251,7 @@ def test_unique_by_takes_no_path(store: MemoryStore) -> None:
 
 
 @pytest.mark.parametrize("call", ["update", "delete", "commit_model"])
-def test_unknown_ids(store: MemoryStore, call: str) -> None:
+def test_unknown_id_raises_not_found(store: MemoryStore, call: str) -> None:
     """NotFound with the id, and nothing written; get() says None, history() nothing."""
     store.register_schema("preference", Preference)
     calls: dict[str, Callable[[], Any]] = {
@@ -318,7 +318,7 @@ def test_filters_compare_json_values(store: MemoryStore) -> None:
         assert [hit.fact.payload["content"] for hit in hits] == names
 
 
-def test_filters_by_any_field_name(store: MemoryStore) -> None:
+def test_filters_take_any_field_name(store: MemoryStore) -> None:
     """Names that would need quoting in a JSON path, and several at once."""
     odd = ['a"b', "a.b", "$", "a'b", "[0]", "ä", "", "%s", ":x"]
     for name in odd:
@@ -328,7 +328,7 @@ def test_filters_by_any_field_name(store: MemoryStore) -> None:
     assert contents(store, filters={'a"b': 1, "both": 3}) == []
 
 
-def test_filters_that_no_payload_can_hold(store: MemoryStore) -> None:
+def test_filters_that_no_payload_can_hold_are_refused(store: MemoryStore) -> None:
     """A clear error instead of the driver's."""
     for value in ([1], {"a": 1}, b"x", float("nan"), float("inf"), "a\x00b", "\ud800"):
         with pytest.raises(MemstateError, match=r"filter '?x"):
@@ -338,7 +338,7 @@ def test_filters_that_no_payload_can_hold(store: MemoryStore) -> None:
             store.query(filters={name: 1})  # type: ignore[dict-item]
 
 
-def test_query(store: MemoryStore) -> None:
+def test_query_filters_by_type_session_and_payload(store: MemoryStore) -> None:
     """By type, session and payload, in any combination, oldest first."""
     for n, (kind, session_id) in enumerate([("note", "s1"), ("note", "s2"), ("tip", "s1"), ("note", "s1")]):
         store.commit(Fact(type=kind, payload={"content": f"c{n}", "even": n % 2 == 0}), session_id=session_id)
@@ -349,7 +349,7 @@ def test_query(store: MemoryStore) -> None:
     assert contents(store, type="other") == []
 
 
-def test_search(store: MemoryStore) -> None:
+def test_search_returns_the_nearest_facts_within_its_filters(store: MemoryStore) -> None:
     """Nearest first, within type, session, payload and distance; fresh unless told otherwise."""
     store.commit(note("green tea every morning", user="u1"), session_id="s1")
     store.commit(note("green tea", user="u2"), session_id="s2")
@@ -391,7 +391,7 @@ def test_search_sees_the_open_transaction(store: MemoryStore) -> None:
 # -- undo -------------------------------------------------------------------------------------------------------------
 
 
-def test_rollback(store: MemoryStore) -> None:
+def test_each_rollback_undoes_one_more_transaction(store: MemoryStore) -> None:
     """The last transactions, newest first; each call walks on."""
     a = store.commit(note("a1"))
     with store.transaction():
@@ -406,7 +406,7 @@ def test_rollback(store: MemoryStore) -> None:
     assert store.rollback() == []
 
 
-def test_rollback_of_a_session(store: MemoryStore) -> None:
+def test_rollback_of_a_session_undoes_only_its_transactions(store: MemoryStore) -> None:
     """Only its transactions count; where another session changed a fact since, nothing is undone."""
     a = store.commit(note("a"), session_id="s1")
     b = store.commit(note("b"), session_id="s2")
@@ -421,7 +421,7 @@ def test_rollback_of_a_session(store: MemoryStore) -> None:
     assert_holds(store, {})
 
 
-def test_promote_session(store: MemoryStore) -> None:
+def test_promoted_facts_outlive_their_session(store: MemoryStore) -> None:
     """The ephemeral facts that the selector picks outlive the session; the others go with it."""
     ids = [store.commit(note(f"n{n}"), session_id="s1", ephemeral=True) for n in range(3)]
     durable = store.commit(note("durable"), session_id="s1")
@@ -600,7 +600,7 @@ async def test_transactions_of_two_stores_end_in_any_order(engine: Engine, tmp_p
         assert_holds(two, {})
 
 
-def test_a_transaction_that_another_thread_ends(store: MemoryStore) -> None:
+def test_thread_joins_no_transaction_that_another_ended(store: MemoryStore) -> None:
     """As frameworks do with generators: the thread that began it joins nothing that is over."""
     around = store.transaction()
     around.__enter__()
@@ -665,7 +665,7 @@ WRONG = [
 ]
 
 
-def test_facts_of_wrong_shape(store: MemoryStore) -> None:
+def test_facts_of_wrong_shape_are_refused(store: MemoryStore) -> None:
     """Refused by both databases alike, with the field at fault."""
     for field, fact in WRONG:
         with pytest.raises(ValidationFailed) as caught:
@@ -674,7 +674,7 @@ def test_facts_of_wrong_shape(store: MemoryStore) -> None:
     assert_holds(store, {})
 
 
-def test_strict_types(engine: Engine) -> None:
+def test_strict_types_refuse_unknown_fact_types(engine: Engine) -> None:
     """With it only registered types may be remembered; without it any may."""
     with opened(engine, strict_types=True) as store:
         store.register_schema("preference", Preference)
@@ -687,7 +687,7 @@ def test_strict_types(engine: Engine) -> None:
         assert_holds(store, {known: "content: tea", unknown: "content: tea"})
 
 
-def test_immutable(store: MemoryStore) -> None:
+def test_immutable_fact_cannot_be_changed(store: MemoryStore) -> None:
     """Such a fact can be added, promoted, deleted and restored, not changed."""
     store.register_schema("preference", Preference, immutable=True)
     id_ = store.commit(Fact(type="preference", payload={"content": "tea"}), session_id="s1", ephemeral=True)
@@ -744,7 +744,7 @@ def test_committing_what_exists_updates_it(store: MemoryStore) -> None:
     )
 
 
-def test_sixteen_writers_of_one_unique_value(store: MemoryStore) -> None:
+def test_sixteen_writers_of_one_unique_value_share_one_fact(store: MemoryStore) -> None:
     """One inserts, the others update that fact; none fails, and all get its id."""
     store.register_schema("profile", Profile, unique_by="user")
     ids: list[str] = []
@@ -804,7 +804,7 @@ LONG = "".join(chr(0x4E00 + n * 7919 % 20000) for n in range(9000))  # no compre
 @pytest.mark.parametrize(
     "value", [1e16, 1e300, -0.0, 0.1 + 0.2, 2**70, True, "ä☕", LONG, [1.0, {"b": 2e20}]], ids=shortly
 )
-def test_unique_values_of_any_kind(store: MemoryStore, value: Any) -> None:
+def test_unique_values_of_any_kind_stay_unique(store: MemoryStore, value: Any) -> None:
     """JSONB writes some numbers differently, and an index takes no long text: still one fact each."""
 
     class Anything(BaseModel):
@@ -848,7 +848,7 @@ def test_an_ephemeral_fact_replaces_its_own_kind_alone(store: MemoryStore, holde
 
 
 @pytest.mark.parametrize("ephemeral", [False, True])
-def test_what_has_expired_is_in_nobodys_way(store: MemoryStore, ephemeral: bool) -> None:
+def test_expired_fact_does_not_block_its_unique_value(store: MemoryStore, ephemeral: bool) -> None:
     """Swept or not: what comes after it is another fact, also of what may not be changed."""
     store.register_schema("profile", Profile, unique_by="user", immutable=True)
     past = datetime(2000, 1, 1, tzinfo=UTC)
@@ -871,7 +871,7 @@ def test_the_last_commit_says_how_long_a_fact_lives(store: MemoryStore) -> None:
 # -- life -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_read_is_usable_after_close(engine: Engine) -> None:
+def test_facts_are_usable_after_close(engine: Engine) -> None:
     """Facts are detached and complete, whether read alone, in a transaction or as hits."""
     with opened(engine) as store:
         id_ = store.commit(note("likes tea"), session_id="s1")
@@ -937,7 +937,7 @@ def test_facts_outlive_the_store(engine: Engine) -> None:
         assert_holds(store, {})
 
 
-def test_a_postgresql_url_without_driver(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_postgresql_url_without_driver_uses_psycopg(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """psycopg is meant, whatever the scheme is called; without it the error names the extra."""
     url = postgres_engine.url.render_as_string(hide_password=False).partition("://")[2]
     for scheme in ("postgresql", "postgres", "postgresql+psycopg"):
@@ -953,7 +953,7 @@ def test_a_postgresql_url_without_driver(postgres_engine: Engine, monkeypatch: p
         opened(f"postgresql://{url}")
 
 
-def test_an_async_engine(engine: Engine) -> None:
+def test_store_takes_an_async_engine(engine: Engine) -> None:
     """The store is synchronous: it works on the same database through a sync engine of its own."""
     asyncio = pytest.importorskip("sqlalchemy.ext.asyncio")
     driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}[engine.dialect.name]
@@ -994,7 +994,7 @@ def test_in_memory_drains_after_each_commit(url: str) -> None:
         assert_holds(store, {id_: "content: likes tea"})
 
 
-def test_in_memory_without_background() -> None:
+def test_in_memory_store_without_background_delivers_nothing() -> None:
     """Nothing is delivered that nobody asked for."""
     index = InMemoryIndex()
     with opened("sqlite://", index) as store:
@@ -1027,7 +1027,7 @@ def test_in_memory_is_thread_safe() -> None:
         assert_holds(store, {fact.id: f"content: {fact.payload['content']}" for fact in facts})
 
 
-def test_in_memory_with_an_index_that_is_down(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_in_memory_commit_stands_while_the_index_is_down(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """The commit stands, says in the log that it is not delivered, and the next one delivers both."""
     monkeypatch.setattr(memstate_sa.store, "_DRAIN_TIMEOUT_S", 0.0)
     index = FlakyIndex(InMemoryIndex(), rate=0, partial=False)
@@ -1047,7 +1047,7 @@ def test_in_memory_with_an_index_that_is_down(monkeypatch: pytest.MonkeyPatch, c
         )
 
 
-def test_in_memory_beside_a_class_whose_table_is_made_later(caplog: Any) -> None:
+def test_in_memory_commit_stands_while_a_table_is_missing(caplog: Any) -> None:
     """What was committed is committed, and delivered as soon as all can be read."""
     index = InMemoryIndex()
     with opened("sqlite://", index, background=True) as store:
@@ -1063,7 +1063,7 @@ def test_in_memory_beside_a_class_whose_table_is_made_later(caplog: Any) -> None
 
 
 @pytest.mark.filterwarnings("ignore::memstate_sa.db.sqlite.SavepointWarning")
-def test_a_plain_sqlite_engine_of_the_callers(tmp_path: Path) -> None:
+def test_plain_sqlite_engine_has_whole_transactions(tmp_path: Path) -> None:
     """Not configured by sqlite.configure(): transactions are still all or nothing."""
     engine = create_engine(f"sqlite:///{tmp_path / 'plain.db'}")
     with opened(engine) as store:

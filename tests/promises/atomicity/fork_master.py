@@ -67,7 +67,11 @@ def relay(url: str) -> dict[str, Any]:
         name = child(work)
         with engine.connect() as connection:
             left = connection.scalars(sql_select(holder.c.owner)).all()
-        heard = [] if listener is None or listener._thread is None else select.select([listener._ear], [], [], 0)[0]
+        heard = (
+            []
+            if listener is None or listener._thread is None
+            else select.select([listener._stop_receiver], [], [], 0)[0]
+        )
         say(world, "after")
         world.relay.drain()
         return {

@@ -42,7 +42,7 @@ def sessions(world: World, async_engine: AsyncEngine) -> async_sessionmaker[Asyn
     return maker
 
 
-async def test_what_waits_for_the_database_says_how_to_wait(
+async def test_blocking_call_with_an_async_session_names_run_sync(
     world: World, sessions: async_sessionmaker[AsyncSession]
 ) -> None:
     """An AsyncSession where a Session is needed: an error that names run_sync, and no coroutine left behind."""
@@ -66,7 +66,7 @@ async def test_what_waits_for_the_database_says_how_to_wait(
         assert [change.op for change in await session.run_sync(memory.history, Person, 1)] == ["insert"]
 
 
-async def test_a_sync_engine_of_ones_own(world: World, async_engine: AsyncEngine) -> None:
+async def test_sync_engine_uses_the_applications_own_engine(world: World, async_engine: AsyncEngine) -> None:
     """What a URL does not say, the application's own engine has; one that was derived is closed with the memory."""
     own = create_engine(world.engine.url)
     assert world.memory.sync_engine(async_engine, use=own) is own
@@ -81,7 +81,9 @@ async def test_a_sync_engine_of_ones_own(world: World, async_engine: AsyncEngine
     own.dispose()
 
 
-async def test_captured_searched_and_undone(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
+async def test_async_session_is_captured_searched_and_undone(
+    world: World, sessions: async_sessionmaker[AsyncSession]
+) -> None:
     """The whole round, on aiosqlite and on psycopg's async driver."""
     async with sessions() as session:
         world.memory.annotate(session, actor="ada")
@@ -104,7 +106,7 @@ async def test_captured_searched_and_undone(world: World, sessions: async_sessio
     await asyncio.to_thread(world.assert_in_step)
 
 
-async def test_a_search_in_the_past(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
+async def test_async_search_finds_the_past(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
     """On a connection beside the Session's, of the same driver."""
     async with sessions() as session:
         session.add(Person(id=1, name="p", about="green tea"))
@@ -134,7 +136,7 @@ async def test_an_async_scoped_session_is_used_as_it_is(world: World, async_engi
             await world.memory.asearch(session, "tea", Person)  # type: ignore[call-overload]
 
 
-def test_what_asyncpg_alone_takes_is_translated(postgres_engine: Engine) -> None:
+def test_options_of_asyncpg_are_translated(postgres_engine: Engine) -> None:
     """As it is given behind PgBouncer, where no driver may prepare statements."""
     options = {"prepared_statement_cache_size": "0", "ssl": "disable", "command_timeout": "5"}
     url = postgres_engine.url.set(drivername="postgresql+asyncpg").update_query_dict(options)

@@ -28,6 +28,7 @@ from memstate_sa.indexes import ChromaIndex, InMemoryIndex
 from memstate_sa.relay import RetryPolicy
 from memstate_sa.testing import HashEmbedder
 from tests.support import Note, Person, Tag, World, assert_index_holds
+from tests.support.apps import App
 from tests.support.chroma import persistent
 from tests.support.relays import eventually
 
@@ -56,17 +57,11 @@ class Page(Base):
     parent: Mapped[Page | None] = relationship(remote_side=path)
 
 
-class PageWorld:
+class PageWorld(App):
     """An application with pages, its memory and its database."""
 
     def __init__(self, engine: Engine, **tracking: Any) -> None:
-        self.engine, self.index, self.embedder = engine, InMemoryIndex(), HashEmbedder()
-        self.memory = Memory(self.index, embedder=self.embedder)
-        self.memory.track(Page, **{"text": "content", **tracking})
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        super().__init__(engine, Page, **{"text": "content", **tracking})
         self.relay = self.memory.relay(engine, policy=RetryPolicy(delay_s=0.001))
 
 
@@ -118,7 +113,7 @@ TRACKING: dict[str, tuple[Callable[[Memory], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", TRACKING)
-def test_what_cannot_be_tracked(kind: str) -> None:
+def test_class_that_cannot_be_tracked_is_refused(kind: str) -> None:
     """The error names what is wrong and what there is; the class can be tracked rightly afterwards."""
     memory = untracked()
     track, message = TRACKING[kind]
@@ -127,7 +122,7 @@ def test_what_cannot_be_tracked(kind: str) -> None:
     assert memory.track(Person, text="about", metadata=("name",)) is Person
 
 
-def test_tracking_twice() -> None:
+def test_tracking_twice_is_refused() -> None:
     """Neither a class, nor an entity, nor a table; the first stays as it was."""
     memory = untracked()
     memory.track(Tag, text="meaning", entity="word")
@@ -140,7 +135,7 @@ def test_tracking_twice() -> None:
     memory.track(Person, text="about")
 
 
-def test_a_memory_without_parts() -> None:
+def test_memory_without_its_parts_is_refused() -> None:
     """No index at all, and a way of delivery that there is not."""
     with pytest.raises(MemstateError, match="give at least one index"):
         Memory({}, embedder=HashEmbedder())
@@ -154,7 +149,7 @@ def test_a_memory_without_parts() -> None:
 
 
 @pytest.mark.parametrize("wrong", [None, "sqlite://", 5, Session])
-def test_what_is_no_engine(wrong: Any) -> None:
+def test_argument_that_is_no_engine_is_refused(wrong: Any) -> None:
     """Everything that takes an engine says how one is made."""
     memory = untracked()
     memory.track(Tag, text="meaning")
@@ -170,7 +165,7 @@ def test_what_is_no_engine(wrong: Any) -> None:
             call(wrong)
 
 
-def test_classes_that_are_not_tracked(world: World) -> None:
+def test_calls_on_an_untracked_class_are_refused(world: World) -> None:
     """Search, history and backfill name the call that is missing."""
     with world.session() as session:
         for call in (
@@ -187,7 +182,7 @@ def test_classes_that_are_not_tracked(world: World) -> None:
                 world.memory.history(session, wrong)
 
 
-def test_keys_of_the_wrong_shape(world: World) -> None:
+def test_key_of_the_wrong_shape_is_refused(world: World) -> None:
     """A composite key that is not whole, and an instance that has none yet."""
     with world.session() as session:
         with pytest.raises(MemstateError, match=r"key='a': note is keyed by topic, number"):
@@ -202,7 +197,7 @@ def test_keys_of_the_wrong_shape(world: World) -> None:
 # -- sessions --------------------------------------------------------------------------------------------------------
 
 
-def test_an_unattached_session(world: World) -> None:
+def test_unattached_session_may_only_read(world: World) -> None:
     """It may search and read history; what would have to be captured is refused, and nothing is written."""
     say(world, tea="a drink")
     with Session(world.engine) as session:
@@ -219,7 +214,7 @@ def test_an_unattached_session(world: World) -> None:
     world.assert_in_step()
 
 
-def test_a_closed_session_begins_anew(world: World) -> None:
+def test_closed_session_starts_again_without_labels(world: World) -> None:
     """As SQLAlchemy has it; labels given before the close are gone."""
     say(world, tea="a drink")
     session = world.session()
@@ -240,7 +235,7 @@ def test_a_closed_session_begins_anew(world: World) -> None:
     world.assert_in_step()
 
 
-def test_a_session_closed_for_good(world: World) -> None:
+def test_session_closed_for_good_raises_sqlalchemys_error(world: World) -> None:
     """SQLAlchemy's own error, and nothing written."""
     say(world, tea="a drink")
     session = sessionmaker(world.engine, class_=world.sessions.class_, close_resets_only=False)()
@@ -256,7 +251,7 @@ def test_a_session_closed_for_good(world: World) -> None:
 
 
 @pytest.mark.parametrize("call", ["search", "history", "annotate", "rollback"])
-def test_what_is_no_session(world: World, call: str) -> None:
+def test_argument_that_is_no_session_is_refused(world: World, call: str) -> None:
     """Everything that takes a Session says so."""
     calls: dict[str, Callable[[Any], Any]] = {
         "search": lambda wrong: world.memory.search(wrong, "tea", Tag),
@@ -270,7 +265,7 @@ def test_what_is_no_session(world: World, call: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["actor", "reason", "session_id"])
-def test_labels_that_are_no_text(world: World, name: str) -> None:
+def test_labels_that_are_no_text_are_refused(world: World, name: str) -> None:
     """Refused where they are given, not when the transaction commits: that would take the facts with it."""
     with world.session() as session:
         for label in (5, object(), "a\x00b", "\ud800"):
@@ -281,7 +276,7 @@ def test_labels_that_are_no_text(world: World, name: str) -> None:
     world.assert_in_step()
 
 
-def test_scopes_that_are_no_text(world: World) -> None:
+def test_scopes_that_are_no_text_are_refused(world: World) -> None:
     """A transaction, session or actor of another type is refused alike on both databases."""
     say(world, tea="a drink")
     with world.session() as session:
@@ -295,7 +290,7 @@ def test_scopes_that_are_no_text(world: World) -> None:
 # -- texts -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_text_of_ten_megabytes(world: World) -> None:
+def test_text_of_ten_megabytes_is_delivered_and_found(world: World) -> None:
     """Delivered, found, and in the history as it was and as it became."""
     embed = world.embedder.embed  # as models do: the beginning counts
     world.embedder.embed = lambda texts: embed([text[:200] for text in texts])  # type: ignore[method-assign]
@@ -316,7 +311,7 @@ def test_a_text_of_ten_megabytes(world: World) -> None:
     world.assert_in_step()
 
 
-def test_a_nul_byte_in_a_text_column(world: World) -> None:
+def test_nul_byte_in_a_text_loses_nothing_else(world: World) -> None:
     """SQLite stores it, so it is delivered, found and logged; PostgreSQL cannot, and nothing else is lost."""
     say(world, tea="a drink")
     with world.session() as session:
@@ -334,7 +329,7 @@ def test_a_nul_byte_in_a_text_column(world: World) -> None:
     world.assert_in_step()
 
 
-def test_a_lone_surrogate_in_a_text_column(world: World) -> None:
+def test_lone_surrogate_in_a_text_loses_nothing_else(world: World) -> None:
     """No driver can encode it: its own error at the flush, and nothing else is lost."""
     say(world, tea="a drink")
     with world.session() as session:
@@ -351,7 +346,7 @@ def test_a_lone_surrogate_in_a_text_column(world: World) -> None:
 
 
 @pytest.mark.parametrize("bad", ["a\x00b", "\ud800"], ids=["NUL", "surrogate"])
-def test_payloads_that_jsonb_cannot_hold(engine: Engine, bad: str) -> None:
+def test_payloads_that_jsonb_cannot_hold_are_refused(engine: Engine, bad: str) -> None:
     """Wherever in the payload they are: the same clear error on both databases, before anything is sent."""
     with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as store:
         kept = store.commit(Fact(type="note", payload={"text": "a\\u0000b, spelled out"}))
@@ -366,7 +361,7 @@ def test_payloads_that_jsonb_cannot_hold(engine: Engine, bad: str) -> None:
         assert [c.op for c in store.history(kept)] == ["insert"]
 
 
-def test_a_primary_key_that_is_too_long(pages: PageWorld) -> None:
+def test_too_long_primary_key_is_refused(pages: PageWorld) -> None:
     """Refused when it is flushed, naming table and limit; the longest that fits works, and nothing is left of it."""
     fits = "x" * 1990
     with pages.sessions() as session:
@@ -385,7 +380,7 @@ def test_a_primary_key_that_is_too_long(pages: PageWorld) -> None:
     assert_index_holds(pages.index, pages.embedder, {f'page["{fits}"]': "fits"})
 
 
-def test_a_unique_value_that_is_too_long(postgres_engine: Engine) -> None:
+def test_very_long_value_is_still_unique(postgres_engine: Engine) -> None:
     """Of any length, or refused in our words."""
     world = PageWorld(postgres_engine, unique_by=("content",))
     long = "".join(chr(0x4E00 + n * 7919 % 20000) for n in range(9000))
@@ -416,7 +411,7 @@ def family(engine: Engine) -> Iterator[PageWorld]:
     world.memory.close()
 
 
-def test_a_text_callable_that_touches_a_relationship(family: PageWorld) -> None:
+def test_text_callable_that_touches_a_relationship_parks_its_row(family: PageWorld) -> None:
     """Its row alone waits, the operator sees why without seeing the fact, and a change of the row mends it."""
     family.relay.drain()
     assert_index_holds(family.index, family.embedder, {'page["root"]': "green tea", 'page["other"]': "rain"})
@@ -469,8 +464,9 @@ def poison(world: World, vector: Callable[[np.ndarray[Any, Any]], Any]) -> Calla
     return cure
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_an_embedder_that_returns_nan(world: World, value: float) -> None:
+def test_embedder_that_returns_nan_parks_only_that_text(world: World, value: float) -> None:
     """The text at fault is parked, all others are delivered and found; healed, everything is in step."""
     world.relay = world.memory.relay(world.engine, policy=RetryPolicy(delay_s=0.001, max_attempts=10**6))
     cure = poison(world, lambda vector: np.full_like(vector, value))
@@ -500,7 +496,7 @@ def test_one_bad_text_does_not_hide_what_else_is_undelivered(world: World) -> No
         assert not hits.complete
 
 
-def test_an_embedder_of_wrong_dimensions(world: World) -> None:
+def test_embedder_of_wrong_dimensions_is_named_and_loses_nothing(world: World) -> None:
     """Search names the embedder and what it returned, delivery parks the key; healed, nothing is lost."""
     policy = RetryPolicy(delay_s=0.001, max_attempts=10**6)
     world.relay = world.memory.relay(world.engine, policy=policy)
@@ -534,7 +530,7 @@ def test_an_embedder_of_wrong_dimensions(world: World) -> None:
 # -- indexes ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_index_of_another_embedder(engine: Engine, tmp_path: Path) -> None:
+def test_index_of_another_embedder_is_refused(engine: Engine, tmp_path: Path) -> None:
     """Every way in names both embedders, and neither facts nor index are touched; with the right one all is well."""
     text = "green tea"
 
@@ -572,7 +568,7 @@ def test_the_index_of_another_embedder(engine: Engine, tmp_path: Path) -> None:
             )
 
 
-def test_a_collection_of_another_distance(tmp_path: Path, sqlite_engine: Engine) -> None:
+def test_collection_of_another_distance_is_refused(tmp_path: Path, sqlite_engine: Engine) -> None:
     """Refused when the store is made, on an in-memory SQLite too; nothing is written to it."""
     with persistent(tmp_path / "chroma") as client:
         client.create_collection("theirs", configuration={"hnsw": {"space": "l2"}}, embedding_function=None)
@@ -600,7 +596,7 @@ URLS = {
 
 
 @pytest.mark.parametrize("kind", URLS)
-def test_urls_that_do_not_connect(kind: str) -> None:
+def test_url_that_does_not_connect_is_refused_without_password(kind: str) -> None:
     """Said at once, without the password: not in the message, not in what it is chained from."""
     url, message = URLS[kind]
     with pytest.raises(MemstateError, match=message) as caught:
@@ -610,7 +606,7 @@ def test_urls_that_do_not_connect(kind: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"this is no database, but it is long enough to look like one" * 20, None])
-def test_sqlite_files_that_are_none(tmp_path: Path, content: bytes | None) -> None:
+def test_file_that_is_no_sqlite_database_is_refused(tmp_path: Path, content: bytes | None) -> None:
     """Another file, or a folder: a clear error, and it is left as it was."""
     path = tmp_path / "facts.db"
     path.mkdir() if content is None else path.write_bytes(content)
@@ -620,7 +616,7 @@ def test_sqlite_files_that_are_none(tmp_path: Path, content: bytes | None) -> No
 
 
 @pytest.mark.parametrize("wrong", [None, 5, object(), Path("x.db")], ids=lambda value: type(value).__name__)
-def test_what_is_neither_url_nor_engine(wrong: Any) -> None:
+def test_argument_that_is_neither_url_nor_engine_is_refused(wrong: Any) -> None:
     """The error says what to give."""
     with pytest.raises(MemstateError, match="is not an Engine"):
         MemoryStore(wrong, InMemoryIndex(), embedder=HashEmbedder())
@@ -629,7 +625,7 @@ def test_what_is_neither_url_nor_engine(wrong: Any) -> None:
 # -- calls of the store -----------------------------------------------------------------------------------------------
 
 
-def test_wrong_types_in_calls_of_the_store(engine: Engine) -> None:
+def test_store_call_with_a_wrong_type_names_the_argument(engine: Engine) -> None:
     """Each names the argument, and nothing is written."""
     with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as store:
         kept = store.commit(Fact(type="note", payload={"text": "green tea"}))

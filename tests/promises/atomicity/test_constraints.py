@@ -14,9 +14,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from memstate_sa import ConflictError, Fact, Memory, MemoryStore, MemstateError
 from memstate_sa.db.tables import UTCDateTime, unique, utcnow
 from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.log.changes import replay
 from memstate_sa.testing import HashEmbedder
-from tests.support import assert_index_holds, in_threads
+from tests.support import apps, assert_index_holds, in_threads
 
 pytestmark = pytest.mark.sa20
 
@@ -49,34 +48,21 @@ class Reply(Base):
     note_id: Mapped[int] = mapped_column(ForeignKey("note.id"))
 
 
-class App:
+class App(apps.App):
     def __init__(self, engine: Engine, *, capture: Any = "session") -> None:
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", lambda dbapi, record: dbapi.cursor().execute("PRAGMA foreign_keys = ON"))
-        self.engine, self.index, self.embedder = engine, InMemoryIndex(), HashEmbedder()
-        self.memory = Memory(self.index, embedder=self.embedder)
-        self.memory.track(Seat, text="text", unique_by=("row", "letter"), immutable=lambda seat: seat["row"] == 1)
-        self.memory.track(Note, text="text", expires="expires_at", capture=capture)
-        self.memory.track(Reply, text="text", capture=capture)
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        unique = {"unique_by": ("row", "letter"), "immutable": lambda seat: seat["row"] == 1, "capture": "session"}
+        tracking = {Seat: unique, Note: {"expires": "expires_at"}}
+        super().__init__(engine, Seat, Note, Reply, tracking=tracking, foreign_keys=True, capture=capture)
 
     def check(self) -> None:
-        with self.sessions() as session:
-            for model in (Seat, Note, Reply):
-                table: Any = model.__table__
-                rows = {row["id"]: dict(row) for row in session.execute(select(table)).mappings()}
-                replayed = replay(self.memory.history(session, model))
-                assert {key: dict(row) for (_, key), row in replayed.items()} == rows
+        self.assert_log_is_truth()
         with self.engine.connect() as connection:
             seats = connection.execute(select(Seat.id, Seat.row, Seat.letter)).all()
             held = {row.key: row.value for row in connection.execute(select(unique))}
         assert held == {f"[{id_}]": f'[{row},"{letter}"]' for id_, row, letter in seats}
 
 
-def test_sixteen_writers_of_one_unique_value(engine: Engine) -> None:
+def test_only_one_of_sixteen_writers_gets_a_unique_value(engine: Engine) -> None:
     app = App(engine)
 
     def take(number: int) -> None:
@@ -91,7 +77,7 @@ def test_sixteen_writers_of_one_unique_value(engine: Engine) -> None:
         assert len(session.scalars(select(Seat)).all()) == 1
 
 
-def test_sixteen_writers_who_move_to_one_unique_value(engine: Engine) -> None:
+def test_only_one_of_sixteen_writers_moves_to_a_unique_value(engine: Engine) -> None:
     """By update, by bulk update, and by a delete that makes room."""
     app = App(engine)
     with app.sessions() as session:
@@ -117,7 +103,7 @@ def test_sixteen_writers_who_move_to_one_unique_value(engine: Engine) -> None:
     app.check()
 
 
-def test_sixteen_writers_of_what_must_not_change(engine: Engine) -> None:
+def test_sixteen_writers_cannot_change_an_immutable_fact(engine: Engine) -> None:
     app = App(engine)
     with app.sessions() as session:
         session.add(Seat(id=1, row=1, letter="A", text="first"))
@@ -138,7 +124,7 @@ def test_sixteen_writers_of_what_must_not_change(engine: Engine) -> None:
     app.check()
 
 
-def test_an_undo_of_a_row_that_is_there_again(engine: Engine) -> None:
+def test_undo_ignores_the_unique_value_of_the_row_itself(engine: Engine) -> None:
     """Its key has a value: that row's own, which is not in the way of what the undo makes of it."""
     app = App(engine)
     with app.sessions() as session:
@@ -161,7 +147,7 @@ class Setting(BaseModel):
     value: int
 
 
-def test_sixteen_writers_of_one_unique_fact(engine: Engine) -> None:
+def test_sixteen_writers_of_one_unique_fact_update_it(engine: Engine) -> None:
     """MemoryStore updates where a fact is there; an immutable type refuses that."""
     with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as store:
         store.register_schema("setting", Setting, unique_by="name")
@@ -188,7 +174,7 @@ def test_sixteen_writers_of_one_unique_fact(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
-def test_what_has_expired_is_deleted_like_anything_else(engine: Engine, capture: str) -> None:
+def test_sweep_deletes_expired_facts_and_logs_them(engine: Engine, capture: str) -> None:
     app = App(engine, capture=capture)
     now = utcnow()
     with app.sessions() as session:
@@ -212,7 +198,7 @@ def test_what_has_expired_is_deleted_like_anything_else(engine: Engine, capture:
     app.check()
 
 
-def test_what_others_refer_to_is_left(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+def test_sweep_leaves_facts_that_others_refer_to(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     app = App(engine)
     with app.sessions() as session:
         session.add_all([Note(id=n, text=f"note {n}", expires_at=utcnow() - timedelta(1)) for n in range(1, 4)])
@@ -226,8 +212,9 @@ def test_what_others_refer_to_is_left(engine: Engine, caplog: pytest.LogCaptureF
     app.check()
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("referred", [1, 700, 1000])
-def test_what_is_left_does_not_slow_the_others(engine: Engine, referred: int) -> None:
+def test_sweep_passes_referenced_facts_in_few_statements(engine: Engine, referred: int) -> None:
     """Its page is bisected: some pages more, not as many as facts."""
     app = App(engine)
     statements: list[str] = []
@@ -256,7 +243,7 @@ def test_what_is_left_does_not_slow_the_others(engine: Engine, referred: int) ->
     app.check()
 
 
-def test_many_that_are_left(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_deletes_facts_between_many_referenced_ones(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every one of them, or each other one: the others go."""
     monkeypatch.setattr("memstate_sa.maintenance.expiry._PAGE", 8)
     app = App(engine)
@@ -272,7 +259,7 @@ def test_many_that_are_left(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> 
     app.check()
 
 
-def test_what_is_left_is_not_counted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_does_not_count_facts_that_it_leaves(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one of a page is refused, and pages are full."""
     monkeypatch.setattr("memstate_sa.maintenance.expiry._PAGE", 5)
     app = App(engine)
@@ -302,7 +289,7 @@ def test_a_relay_sweeps(engine: Engine) -> None:
     app.check()
 
 
-def test_a_relay_that_was_there_before_the_class_sweeps(engine: Engine) -> None:
+def test_relay_older_than_the_class_sweeps_it(engine: Engine) -> None:
     index = InMemoryIndex()
     memory = Memory(index, embedder=HashEmbedder())
     relay = memory.relay(engine)
@@ -321,7 +308,7 @@ def test_a_relay_that_was_there_before_the_class_sweeps(engine: Engine) -> None:
     assert_index_holds(index, HashEmbedder(), {"note[2]": "young"})
 
 
-def test_many_sweepers_in_threads(engine: Engine) -> None:
+def test_concurrent_sweepers_delete_each_fact_once(engine: Engine) -> None:
     app = App(engine)
     with engine.begin() as connection:
         rows = [{"text": "old", "expires_at": utcnow() - timedelta(1)} for _ in range(1200)]
@@ -332,7 +319,7 @@ def test_many_sweepers_in_threads(engine: Engine) -> None:
     app.check()
 
 
-def test_a_fact_with_a_ttl(engine: Engine) -> None:
+def test_fact_with_a_ttl_expires(engine: Engine) -> None:
     with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as store:
         gone = store.commit(Fact(type="n", payload={"a": 1}, expires_at=datetime(2020, 1, 1, tzinfo=UTC)))
         kept = store.commit(Fact(type="n", payload={"a": 2}), ttl=timedelta(days=1))

@@ -46,6 +46,7 @@ ON_AN_ENGINE: dict[str, Callable[[Memory, Engine], Any]] = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 @pytest.mark.parametrize("call", [*IN_A_SESSION, *ON_AN_ENGINE])
 def test_call_without_our_tables_says_what_to_do(
@@ -67,7 +68,7 @@ def test_call_without_our_tables_says_what_to_do(
     memory.close()
 
 
-def test_column_of_another_version_is_told(engine: Engine) -> None:
+def test_column_of_another_version_is_reported(engine: Engine) -> None:
     """A database of a version that is newer, or older, than the program."""
     Base.metadata.create_all(engine)
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
@@ -80,7 +81,7 @@ def test_column_of_another_version_is_told(engine: Engine) -> None:
     memory.close()
 
 
-def test_tables_of_the_application_are_its_own_matter(engine: Engine) -> None:
+def test_missing_application_table_keeps_the_drivers_error(engine: Engine) -> None:
     """Also where their name begins as ours do."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     memory.track(Tag, text="meaning")

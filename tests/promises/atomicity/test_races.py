@@ -26,7 +26,7 @@ from memstate_sa.maintenance import doctor, erase
 from memstate_sa.maintenance.verify import Verify
 from memstate_sa.relay import RetryPolicy, ledger, waiting
 from memstate_sa.relay.index_key import IndexKey
-from memstate_sa.relay.plan import AGAIN, Parked
+from memstate_sa.relay.plan import Parked, ParkedState
 from memstate_sa.relay.retention import fold_log
 from memstate_sa.runtime import listening
 from memstate_sa.search.search import Search
@@ -52,7 +52,7 @@ def switching_often() -> Iterator[None]:
 # -- threads of one process --------------------------------------------------------------------------------------------
 
 
-def test_commit_while_a_relay_is_made(sqlite_engine: Engine) -> None:
+def test_commit_succeeds_while_a_relay_is_made(sqlite_engine: Engine) -> None:
     """What the commit wakes is a set to which another thread adds: that was an error, after the COMMIT."""
     world = World(sqlite_engine)
     held, until = [world.memory.relay(sqlite_engine) for _ in range(3)], time.monotonic() + 2.0
@@ -69,7 +69,7 @@ def test_commit_while_a_relay_is_made(sqlite_engine: Engine) -> None:
     assert len(held) == 3
 
 
-def test_track_while_a_transaction_begins(engine: Engine) -> None:
+def test_track_succeeds_while_a_transaction_begins(engine: Engine) -> None:
     """Which goes through the classes that are tracked by then."""
 
     class Late(DeclarativeBase):
@@ -98,7 +98,7 @@ def test_track_while_a_transaction_begins(engine: Engine) -> None:
     world.assert_in_step()
 
 
-def test_start_while_a_drain_ends(world: World) -> None:
+def test_relay_started_while_a_drain_ends_keeps_running(world: World) -> None:
     """A drain lets go of what it holds, unless the relay runs: as it does by the time that it lets go."""
     relay, stop = world.relay, world.relay.stop
     starting = threading.Thread(target=relay.start)
@@ -122,7 +122,7 @@ def test_start_while_a_drain_ends(world: World) -> None:
     relay.stop()
 
 
-def test_an_async_engine_is_seen_first_by_two_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_threads_share_the_engine_of_an_async_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each made an engine of it, and nobody could tell any more in which one a token's transaction is."""
     pytest.importorskip("aiosqlite")
     made, together = sync_engines.blocking_engine, threading.Barrier(2)
@@ -150,7 +150,7 @@ class Resident(BaseModel):
     city: str
 
 
-def test_commit_while_the_fact_gets_other_unique_values(
+def test_commit_spares_a_fact_that_gets_other_unique_values(
     postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the look at which fact has them and the lock on it. It was overwritten: what it is now, was lost."""
@@ -175,7 +175,7 @@ def in_a_thread(work: Callable[[], object]) -> None:
     assert in_threads(1, lambda _: work()) == []
 
 
-def test_repair_of_the_log_while_the_row_comes_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repair_sees_a_row_that_comes_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the looks at the table and at the log, which then says that it is there: it was logged as deleted."""
     world = World(engine)
     say(world, a="x")
@@ -202,7 +202,7 @@ def add(world: World, name: str) -> None:
         session.commit()
 
 
-def test_erase_while_the_row_comes_again(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_erase_covers_a_row_that_comes_again(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that was not there to be deleted was logged as deleted, and stayed. It is erased as well."""
     world = World(postgres_engine)
     say(world, a="x")
@@ -226,7 +226,9 @@ def test_erase_while_the_row_comes_again(postgres_engine: Engine, monkeypatch: p
 
 
 @pytest.mark.parametrize("revoked", [False, True])
-def test_undo_of_what_is_being_folded(revoked: bool, postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undo_is_right_while_its_entries_are_folded(
+    revoked: bool, postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between the entries and those before them: without these, a row that was changed looked like one added."""
     world = World(postgres_engine)
     for meaning in ("one", "two", "three"):
@@ -258,7 +260,7 @@ def test_undo_of_what_is_being_folded(revoked: bool, postgres_engine: Engine, mo
     assert folded
 
 
-def test_undo_of_two_steps_while_another_undoes_one(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undo_passes_a_step_that_another_undoes_first(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the look at which they are and the locks: what is undone by then is none of the two."""
     world = World(postgres_engine)
     for name in "abcd":
@@ -287,7 +289,7 @@ def test_undo_of_two_steps_while_another_undoes_one(postgres_engine: Engine, mon
 # -- an index and the tables -------------------------------------------------------------------------------------------
 
 
-def test_verify_beside_a_relay_that_is_quick(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_reports_no_drift_beside_a_quick_relay(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look finds a vector that was right a moment ago; and by the next, what made it wrong is delivered."""
     world = World(engine)
     say(world, a="one")
@@ -307,7 +309,7 @@ def test_verify_beside_a_relay_that_is_quick(engine: Engine, monkeypatch: pytest
     assert len(asked) > 1
 
 
-def test_retry_while_a_dead_key_is_refused_once_more(engine: Engine) -> None:
+def test_retry_is_not_lost_while_a_dead_key_is_refused_again(engine: Engine) -> None:
     """Its row has changed, and the relay has read it; then somebody mends the index, and has its dead keys retried."""
     world = World(engine, index := Spy())
     relay = world.memory.relay(engine, policy=RetryPolicy(max_attempts=1))
@@ -329,11 +331,11 @@ def test_retry_while_a_dead_key_is_refused_once_more(engine: Engine) -> None:
     world.assert_in_step()
 
 
-def test_refusal_of_what_another_worker_may_yet_write(engine: Engine) -> None:
+def test_refusal_does_not_cancel_the_repeat_of_another_relay(engine: Engine) -> None:
     """Who has lost the slot says so while its successor's call is under way: once more, when that can land no more."""
     world = World(engine, index := Spy())
     relay = world.memory.relay(engine, policy=RetryPolicy(max_attempts=2, delay_s=0))
-    may_land = {("tag", '["a"]'): Parked(0, 0.0, AGAIN, "lease lost", repeat=True)}
+    may_land = {("tag", '["a"]'): Parked(0, 0.0, ParkedState.AGAIN, "lease lost", deliver_again=True)}
 
     def told_meanwhile(point: Point) -> Exception:
         index.refuse = lambda point: None
@@ -346,10 +348,10 @@ def test_refusal_of_what_another_worker_may_yet_write(engine: Engine) -> None:
     relay.drain()
     with engine.connect() as connection:
         left = connection.execute(select(parked.c.key, parked.c.state, parked.c.error)).all()
-    assert [tuple(row) for row in left] == [('["a"]', AGAIN, "may land late")]
+    assert [tuple(row) for row in left] == [('["a"]', ParkedState.AGAIN, "may land late")]
 
 
-def test_wait_while_the_index_becomes_another(engine: Engine) -> None:
+def test_wait_returns_while_the_incarnation_changes(engine: Engine) -> None:
     """As a purge leaves it: what is known of it before, is not kept up to date."""
     world = World(engine, index := Spy())
     with world.session() as session:
@@ -368,7 +370,7 @@ def test_wait_while_the_index_becomes_another(engine: Engine) -> None:
     thread.join()
 
 
-def test_wait_for_what_goes_on_changing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_returns_although_the_key_goes_on_changing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each time that it looks, the key has changed once more, after what is waited for was delivered."""
     world = World(engine)
     with world.session() as session:
@@ -387,7 +389,9 @@ def test_wait_for_what_goes_on_changing(engine: Engine, monkeypatch: pytest.Monk
     assert next(changes) > 1
 
 
-def test_purge_while_a_key_is_delivered(sqlite_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_purge_keeps_a_key_that_is_delivered_at_the_same_time(
+    sqlite_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Into the collection that is being replaced by its copy, to which a search comes that has seen it delivered."""
     chromadb = pytest.importorskip("chromadb")
     index = ChromaIndex(chromadb.PersistentClient(str(tmp_path / "chroma")))
@@ -423,7 +427,7 @@ def test_purge_while_a_key_is_delivered(sqlite_engine: Engine, tmp_path: Path, m
     world.memory.close()
 
 
-def test_an_engine_that_two_threads_use_first(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_threads_that_use_an_engine_first_are_both_guarded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the second one wrote past the log was not refused, as the first was just about to see to that."""
     world = World(engine)
     elsewhere: Engine = sqlite.configure(create_engine(engine.url))

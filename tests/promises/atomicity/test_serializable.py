@@ -79,7 +79,7 @@ def test_a_change_reads_only_what_is_known_of_its_row(
             connection.execute(text(statement))
             found = locked(connection)
             assert "relation" not in {kind for name in ("memstate_log", "ix_memstate_log_key") for kind in found[name]}
-            assert not found.keys() & {"memstate_outbox", "memstate_transaction", "memstate_current"}
+            assert not found.keys() & {"memstate_outbox", "memstate_transaction", "memstate_trigger_context"}
             pages = (
                 "SELECT count(*) FROM pg_locks WHERE mode = 'SIReadLock' AND relation = 'ix_memstate_log_key'::regclass"
             )
@@ -87,7 +87,7 @@ def test_a_change_reads_only_what_is_known_of_its_row(
     world.assert_in_step()
 
 
-def test_a_transaction_that_writes_nothing_tracked_does_not_read_the_log(world: World, serializable: Engine) -> None:
+def test_transaction_without_tracked_writes_does_not_read_the_log(world: World, serializable: Engine) -> None:
     """A Session asks before its COMMIT whether triggers have logged anything."""
     with serializable.begin() as connection:
         connection.execute(text("CREATE TABLE other (id int)"))
@@ -100,7 +100,7 @@ def test_a_transaction_that_writes_nothing_tracked_does_not_read_the_log(world: 
         session.commit()
 
 
-def test_what_triggers_of_the_application_change_is_logged_as_it_became(
+def test_changes_by_application_triggers_are_logged(
     world: World, serializable: Engine, postgres_engine: Engine
 ) -> None:
     """They change the same row again within the statement: there the table is read.

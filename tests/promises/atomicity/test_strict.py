@@ -10,23 +10,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, String, create_engine, event, insert, select, text
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import StaticPool
 
 from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, DriftReport, Memory, sqlite
 from memstate_sa.db.tables import cursor, outbox
 from memstate_sa.indexes import InMemoryIndex, Point, VectorIndex
 from memstate_sa.relay import strict
-from memstate_sa.relay.protocol import ENTITY
-from memstate_sa.relay.strict import Strict, _complete_lines
+from memstate_sa.relay.intents import read_complete_lines
+from memstate_sa.relay.points import ENTITY
+from memstate_sa.relay.strict import Strict
 from memstate_sa.testing import HashEmbedder
-from tests.support import assert_index_holds, make_due
+from tests.support import apps, assert_index_holds, make_due
 
 
 class Base(DeclarativeBase):
@@ -52,27 +53,10 @@ class Plain(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
 
 
-class App:
-    def __init__(
-        self,
-        engine: Engine,
-        index: VectorIndex | dict[str, VectorIndex] | None = None,
-        *,
-        capture: Literal["session", "trigger"] = "session",
-        also: type[Memo] | None = None,
-    ) -> None:
-        self.engine = engine
-        given = InMemoryIndex() if index is None else index
-        self.index: Any = given
-        self.embedder = HashEmbedder()
-        self.memory = Memory(given, embedder=self.embedder, delivery="strict")
-        self.memory.track(Tip, text="content", capture=capture)
-        if also is not None:
-            self.memory.track(also, text="content")
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+class App(apps.App):
+    def __init__(self, engine: Engine, index: Any = None, *also: type[Memo], capture: str = "session") -> None:
+        options = {"memory": {"delivery": "strict"}, "tracking": {Tip: {"capture": capture}}, "text": "content"}
+        super().__init__(engine, Tip, *also, index=index, **options)
         self.relay = self.memory.relay(engine)
 
     def say(self, **contents: str | None) -> None:
@@ -81,7 +65,7 @@ class App:
                 session.merge(Tip(name=name, content=content))
             session.commit()
 
-    def rows(self) -> dict[str, str | None]:
+    def contents(self) -> dict[str, str | None]:
         with self.engine.connect() as connection:
             return {name: content for name, content in connection.execute(select(Tip.name, Tip.content)).all()}  # noqa: C416
 
@@ -91,7 +75,7 @@ class App:
 
     def assert_in_step(self) -> None:
         self.relay.drain()
-        self.assert_holds(**{name: content for name, content in self.rows().items() if content and content.strip()})
+        self.assert_holds(**{name: content for name, content in self.contents().items() if content and content.strip()})
 
 
 @pytest.fixture
@@ -169,7 +153,7 @@ def test_the_index_holds_the_row_right_after_commit(app: App) -> None:
     app.assert_in_step()
 
 
-def test_auto_rollback_when_the_vector_write_fails(engine: Engine) -> None:
+def test_failed_vector_write_rolls_the_transaction_back(engine: Engine) -> None:
     """The vendor's error is chained; the transaction is over at once, and the Session asks for its rollback()."""
     vendor = OSError("the vector database is away")
     index = Hooked()
@@ -183,7 +167,7 @@ def test_auto_rollback_when_the_vector_write_fails(engine: Engine) -> None:
             session.commit()
         assert caught.value.__cause__ is vendor
         assert "secret" not in str(caught.value)
-        assert app.rows() == {"a": "before"}
+        assert app.contents() == {"a": "before"}
         with engine.begin() as connection:  # no lock is held
             connection.execute(text("UPDATE tip SET content = 'before' WHERE name = 'a'"))
         with pytest.raises(PendingRollbackError):
@@ -198,14 +182,14 @@ def test_auto_rollback_when_the_vector_write_fails(engine: Engine) -> None:
     app.memory.close()
 
 
-def test_a_refusal_vetoes_as_well(engine: Engine) -> None:
+def test_refused_vector_vetoes_the_transaction(engine: Engine) -> None:
     index = Hooked(before=fail(ValueError("no")))
     app = App(engine, index)
     with app.sessions.begin() as session, pytest.raises(DeliveryRejected) as caught:
         session.add(Tip(name="a", content="x"))
         session.commit()
     assert isinstance(caught.value.__cause__, ValueError)
-    assert app.rows() == {}
+    assert app.contents() == {}
     app.memory.close()
 
 
@@ -219,13 +203,13 @@ def test_an_embedder_that_fails_vetoes_and_leaves_no_trace(app: App, monkeypatch
     with pytest.raises(DeliveryRetryable):
         app.say(b="two")
     monkeypatch.undo()
-    assert app.rows() == {"a": "one"}
+    assert app.contents() == {"a": "one"}
     with app.engine.connect() as connection:
         assert set(connection.scalars(select(outbox.c.key).where(outbox.c.intent))) == {'["a"]'}
     assert left_behind(app.engine) == 0
 
 
-def test_what_one_index_got_before_another_failed_is_taken_back(engine: Engine) -> None:
+def test_write_to_one_index_is_taken_back_when_another_fails(engine: Engine) -> None:
     good, bad = InMemoryIndex(), Hooked()
     app = App(engine, {"good": good, "bad": bad})
     app.say(a="one")
@@ -253,7 +237,7 @@ def test_a_transaction_without_tracked_changes_calls_nothing(engine: Engine, mon
             session.flush()
             savepoint.rollback()
         session.commit()
-    assert app.rows() == {}
+    assert app.contents() == {}
     app.memory.close()
 
 
@@ -297,7 +281,7 @@ def test_what_triggers_capture_is_written_too(engine: Engine) -> None:
     app.memory.close()
 
 
-def test_what_triggers_of_another_memory_log_is_left_to_it(engine: Engine) -> None:
+def test_rows_logged_for_another_memory_are_left_to_it(engine: Engine) -> None:
     """They are told of one transaction, the last that was begun on the connection."""
     app = App(engine, capture="trigger")
     other = Memory(InMemoryIndex(), embedder=app.embedder)
@@ -470,10 +454,10 @@ def test_many_threads_and_a_relay_converge(app: App) -> None:
         for thread in threads:
             thread.join()
     app.assert_in_step()
-    assert set(app.rows()) == {"a", "b", "c", "shared"}
+    assert set(app.contents()) == {"a", "b", "c", "shared"}
 
 
-def test_the_relay_writes_under_its_claim_what_was_written_under_it(app: App) -> None:
+def test_strict_write_has_the_epoch_of_the_relays_claim(app: App) -> None:
     """A strict write has the epoch of the claim that stands: it locks out neither that relay nor a later one."""
     app.relay.run_once()  # claims
     app.say(a="one")
@@ -488,7 +472,7 @@ def test_the_relay_writes_under_its_claim_what_was_written_under_it(app: App) ->
 
 def test_a_point_carries_its_entity_where_points_do(engine: Engine) -> None:
     """As the relay's do, from the day on which the index has a second one."""
-    app = App(engine, also=Memo)
+    app = App(engine, None, Memo)
     app.relay.drain()
     app.say(a="one")
     vector = app.embedder.embed(["one"])[0]
@@ -638,6 +622,7 @@ POINTS = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("point", POINTS)
 def test_a_crash_is_recovered(engine: Engine, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was committed is in the index in the end, and nothing else: though the ledger says that it is."""
@@ -662,7 +647,7 @@ def test_a_crash_is_recovered(engine: Engine, point: str, monkeypatch: pytest.Mo
             session.commit()
     monkeypatch.undo()
     app.assert_holds(**held)
-    assert app.rows() == ({"a": "new", "c": "new"} if point == "after COMMIT" else {"a": "one", "b": "two"})
+    assert app.contents() == ({"a": "new", "c": "new"} if point == "after COMMIT" else {"a": "one", "b": "two"})
     later = App(engine, app.index)
     later.assert_in_step()
     assert left_behind(engine) == 0
@@ -704,7 +689,8 @@ def _chroma(folder: str) -> VectorIndex:
     return ChromaIndex(chromadb.PersistentClient(folder), "memory")
 
 
-def test_sigkill_between_the_index_and_commit(engine: Engine, tmp_path: Path) -> None:
+@pytest.mark.deep_on("sqlite")
+def test_index_converges_after_sigkill_before_commit(engine: Engine, tmp_path: Path) -> None:
     pytest.importorskip("chromadb")
     url, folder = engine.url.render_as_string(hide_password=False), str(tmp_path / "chroma")
     child = multiprocessing.get_context("forkserver").Process(target=die_before_commit, args=(url, folder))
@@ -716,7 +702,7 @@ def test_sigkill_between_the_index_and_commit(engine: Engine, tmp_path: Path) ->
     ghosts = {'tip["a"]': "never committed", 'tip["c"]': "never committed"}
     assert_index_holds(index, HashEmbedder(), ghosts)
     app = App(engine, index)
-    assert app.rows() == {"a": "one", "b": "two"}
+    assert app.contents() == {"a": "one", "b": "two"}
     relay = app.memory.relay(engine)
 
     def recovered() -> bool:  # PostgreSQL takes a moment to notice that its client is gone
@@ -734,7 +720,7 @@ def test_sigkill_between_the_index_and_commit(engine: Engine, tmp_path: Path) ->
 def test_an_intent_that_was_cut_off_announces_nothing(sqlite_engine: Engine, tmp_path: Path) -> None:
     """The machine stopped before it was on the disk, and so before the index was written."""
     (tmp_path / "intents").write_bytes(b'[["tip","[1]"]]\n[["tip","[2]"]]\n[["tip","[3')
-    assert _complete_lines(tmp_path / "intents") == [("tip", "[1]"), ("tip", "[2]")]
+    assert read_complete_lines(tmp_path / "intents") == [("tip", "[1]"), ("tip", "[2]")]
     app = App(sqlite_engine)
     app.say(a="one")
     folder = tmp_path / "facts.db.memstate-intents"
@@ -744,9 +730,7 @@ def test_an_intent_that_was_cut_off_announces_nothing(sqlite_engine: Engine, tmp
     app.memory.close()
 
 
-def test_a_relay_that_runs_already_finds_what_another_process_left_behind(
-    sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_running_relay_finds_intents_of_another_process(sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody opens the database anew."""
     app = App(sqlite_engine)
     app.say(a="one")
@@ -773,7 +757,7 @@ def test_a_relay_that_runs_already_finds_what_another_process_left_behind(
 
 
 @pytest.mark.parametrize("ends", ["commits", "fails"])
-def test_verify_while_the_index_is_ahead_of_the_commit(engine: Engine, ends: str) -> None:
+def test_verify_reports_no_drift_while_the_index_is_ahead(engine: Engine, ends: str) -> None:
     """And behind no commit: its key is on its way, and has not drifted, however the transaction ends."""
     index, reports = Hooked(), list[Any]()
     app = App(engine, index)  # type: ignore[arg-type]

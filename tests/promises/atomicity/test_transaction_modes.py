@@ -12,7 +12,7 @@ from sqlalchemy import Engine, Integer, String, cast, create_engine, select, tex
 from sqlalchemy.orm import scoped_session
 
 from memstate_sa import UntrackedWrite
-from tests.support import Note, Person, Tag, World
+from tests.support import Note, Person, Tag, World, sizes
 
 pytestmark = pytest.mark.sa20
 both_ways = pytest.mark.parametrize("capture", ["session", "trigger"])
@@ -24,10 +24,11 @@ def names(world: World) -> set[str]:
         return set(session.scalars(select(Tag.name)))
 
 
+@pytest.mark.each_value_once
 @both_ways
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_session_that_joins_a_transaction(engine: Engine, mode: Any, kept: bool, capture: Any) -> None:
+def test_session_in_an_outer_transaction_shares_its_fate(engine: Engine, mode: Any, kept: bool, capture: Any) -> None:
     """The usual fixture of a test suite: whatever the Session commits, the connection's transaction decides."""
     world = World(engine, capture=capture)
     with engine.connect() as connection:
@@ -50,7 +51,7 @@ def test_a_session_that_joins_a_transaction(engine: Engine, mode: Any, kept: boo
 
 
 @both_ways
-def test_a_session_that_only_flushes(engine: Engine, capture: Any) -> None:
+def test_session_that_only_flushes_leaves_no_trigger_context(engine: Engine, capture: Any) -> None:
     """On a connection of somebody else, who commits: what triggers were told is not left behind for others."""
     world = World(engine, capture=capture)
     with engine.begin() as connection, world.sessions(bind=connection) as session:
@@ -69,7 +70,7 @@ def test_a_session_that_only_flushes(engine: Engine, capture: Any) -> None:
 
 
 @both_ways
-def test_two_phases(capture: Any) -> None:
+def test_prepared_log_and_fact_wait_for_the_second_phase(capture: Any) -> None:
     """Prepared, log and fact wait for the second phase together."""
     if os.environ.get("MEMSTATE_TEST_POSTGRES_URL"):
         pytest.skip("a server of one's own is needed, which allows prepared transactions")
@@ -123,7 +124,7 @@ def test_autocommit_is_refused(postgres_engine: Engine) -> None:
 
 
 @both_ways
-def test_scoped_sessions(engine: Engine, capture: Any) -> None:
+def test_scoped_session_captures_each_thread(engine: Engine, capture: Any) -> None:
     """One for each thread."""
     world = World(engine, capture=capture)
     registry = scoped_session(world.sessions)
@@ -141,8 +142,9 @@ def test_scoped_sessions(engine: Engine, capture: Any) -> None:
 
 
 @both_ways
-def test_eight_threads(engine: Engine, capture: Any) -> None:
-    """8 × 200 transactions, one in four rolled back: the log of each key is in the order of its commits."""
+@pytest.mark.parametrize("transactions", sizes(20, 200))
+def test_eight_threads_log_in_the_order_of_commits(engine: Engine, capture: Any, transactions: int) -> None:
+    """8 × *transactions*, one in four rolled back: the log of each key is in the order of its commits."""
     world = World(engine, capture=capture)
     with world.session() as session:
         session.add_all(Person(name="0", about=f"counter {n}") for n in range(5))
@@ -150,7 +152,7 @@ def test_eight_threads(engine: Engine, capture: Any) -> None:
     failed: list[BaseException] = []
 
     def work(thread: int) -> None:
-        for n in range(200):
+        for n in range(transactions):
             with world.session() as session:
                 person = session.get_one(Person, 1 + (thread + n) % 5)
                 person.name = cast(cast(Person.name, Integer) + 1, String)
@@ -179,5 +181,5 @@ def test_eight_threads(engine: Engine, capture: Any) -> None:
             changes = world.memory.history(session, Person, key)
             counts = [int(change.after["name"]) for change in changes if change.after]
             assert counts == list(range(len(counts)))
-        assert sum(int(person.name) for person in session.scalars(select(Person))) == 8 * 150
+        assert sum(int(person.name) for person in session.scalars(select(Person))) == 8 * transactions * 3 // 4
     world.assert_in_step()

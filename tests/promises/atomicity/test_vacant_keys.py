@@ -29,7 +29,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 def forgotten(world: World, content: str = "secret") -> bool:
     with world.session() as session:
         images = session.connection().scalars(select(log.c.image)).all()
-        return content not in str(images) and content not in str(world.rows(session, Person))
+        return content not in str(images) and content not in str(world.rows(Person, session))
 
 
 def add(world: World, key: int = 5, about: str = "secret") -> None:
@@ -61,6 +61,7 @@ def erasing(world: World, isolation: str) -> Callable[[], bool]:
     return erase
 
 
+@pytest.mark.each_value_once
 @both_ways
 @any_isolation
 @pytest.mark.parametrize("ending", ["commit", "rollback"])
@@ -101,7 +102,7 @@ def test_erase_in_an_old_snapshot_is_refused(
 
 
 @any_isolation
-def test_erase_of_a_row_that_the_transaction_itself_deleted(
+def test_erase_after_its_own_delete_waits_for_no_writer(
     postgres_engine: Engine, isolation: str, patience: None
 ) -> None:
     """Nobody can add it until the end: other writers of the table are not waited for."""
@@ -159,6 +160,7 @@ def test_erase_is_refused_when_the_writer_waits_for_it(postgres_engine: Engine, 
     world.assert_in_step()
 
 
+@pytest.mark.each_value_once
 @both_ways
 @any_isolation
 def test_erase_waits_for_an_undo_of_the_deletion(
@@ -178,6 +180,7 @@ def test_erase_waits_for_an_undo_of_the_deletion(
     world.assert_in_step()
 
 
+@pytest.mark.each_value_once
 @both_ways
 @any_isolation
 @pytest.mark.parametrize("on_conflict", ["raise", "force"])
@@ -248,6 +251,7 @@ def test_undo_of_an_insert_waits_for_the_next_one(
     world.assert_in_step()
 
 
+@pytest.mark.each_value_once
 @both_ways
 @pytest.mark.parametrize("engine_isolation", ["READ COMMITTED", "SERIALIZABLE"])
 def test_doctor_waits_for_a_row_that_is_being_added(
@@ -289,6 +293,7 @@ def test_doctor_leaves_a_key_for_later_while_a_writer_stays_open(
     world.assert_in_step()
 
 
+@pytest.mark.each_value_once
 @both_ways
 @pytest.mark.parametrize("ending", ["commit", "rollback"])
 def test_import_waits_for_a_row_that_is_being_added(

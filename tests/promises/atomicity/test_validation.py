@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from sqlalchemy import Engine, func, insert, select, update
-from sqlalchemy.orm import sessionmaker
 
 from memstate_sa import Memory, MemstateError, ValidationFailed
 from memstate_sa.db.tables import log, outbox
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
-from tests.support.preferences import Base, Preference, PreferenceSchema
+from tests.support.apps import make_app
+from tests.support.preferences import Preference, PreferenceSchema
 from tests.support.statements import statements
 
 pytestmark = pytest.mark.sa20
@@ -21,13 +21,7 @@ pytestmark = pytest.mark.sa20
 
 def checked_by(schema: Any, engine: Engine) -> Any:
     """Sessions in which *schema* says what may be remembered."""
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Preference, text="content", schema=schema)
-    made = sessionmaker(engine)
-    memory.attach(made)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    return made
+    return make_app(engine, Preference, text="content", schema=schema).sessions
 
 
 @pytest.fixture
@@ -42,7 +36,7 @@ def assert_nothing_written(sessions: Any) -> None:
 
 
 @pytest.mark.parametrize("alias", ["content", AliasChoices("x", "content")])
-def test_a_field_that_is_read_under_the_name_of_a_column(engine: Engine, alias: Any) -> None:
+def test_field_aliased_to_a_column_is_checked(engine: Engine, alias: Any) -> None:
     """By an alias for validation alone: what it would refuse must not pass as missing."""
 
     class Schema(BaseModel):
@@ -152,17 +146,12 @@ def test_a_schema_must_be_a_model() -> None:
         memory.track(Preference, text="content", schema={"content": str})
 
 
-def test_unique_by_and_immutable(engine: Engine) -> None:
+def test_unique_and_immutable_violations_are_refused(engine: Engine) -> None:
     """Refused with ConflictError; nothing of the flush is kept; a deleted value is free again."""
     from memstate_sa import ConflictError
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Preference, text="content", unique_by=("content",), immutable=True)
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Preference, text="content", unique_by=("content",), immutable=True)
+    with app.session() as session:
         session.add_all([Preference(content="tea"), Preference(content=None), Preference(content=None)])
         session.commit()
         session.add(Preference(content="tea"))
@@ -178,6 +167,6 @@ def test_unique_by_and_immutable(engine: Engine) -> None:
         session.add(Preference(content="tea"))
         session.commit()
         with pytest.raises(ConflictError):
-            memory.rollback(session, tx=memory.history(session, Preference, 1)[-1].tx)
+            app.memory.rollback(session, tx=app.memory.history(session, Preference, 1)[-1].tx)
         session.rollback()
         assert session.scalars(select(Preference.content).where(Preference.content.is_not(None))).all() == ["tea"]

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from memstate_sa import Memory, sqlite
-from memstate_sa.capture.listeners import UntrackedWriteWarning
+from memstate_sa.capture.guard import UntrackedWriteWarning
 from memstate_sa.db.sqlite import SavepointWarning
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder

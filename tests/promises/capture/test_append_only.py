@@ -13,7 +13,7 @@ from sqlalchemy.orm import DeclarativeBase
 
 from memstate_sa import metadata
 from memstate_sa.capture.append_only import rewriting
-from memstate_sa.db.tables import current, log, utcnow
+from memstate_sa.db.tables import log, trigger_context, utcnow
 from memstate_sa.relay import Retention
 from tests.support import Tag, World
 from tests.support.relays import say
@@ -155,6 +155,7 @@ PAST: dict[str, str] = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("name", PAST)
 @pytest.mark.parametrize("by", [by_session, by_engine, by_another_program])
 def test_an_entry_of_the_past_is_refused(world: World, by: Callable[[World, Any], None], name: str) -> None:
@@ -223,7 +224,7 @@ def test_a_log_that_has_numbered_nothing_takes_any_id(postgres_engine: Engine) -
     assert [(row.id, row.key) for row in contents(postgres_engine)] == [(3, "[3]"), (5, "[5]"), (7, "[7]"), (8, "[8]")]
 
 
-def test_what_comes_after_an_id_of_the_future_is_after_it(world: World) -> None:
+def test_entries_after_an_id_of_the_future_follow_it(world: World) -> None:
     """On both databases: the log stays in its order."""
     with world.engine.begin() as connection:
         connection.execute(ANOTHER.values(id=1000, key="[1]"))
@@ -238,10 +239,10 @@ def test_what_comes_after_an_id_of_the_future_is_after_it(world: World) -> None:
 def told(connection: Connection) -> Any:
     if connection.dialect.name == "postgresql":
         return connection.scalar(text("SELECT nullif(current_setting('memstate.rewrite', true), '')"))
-    return connection.scalar(select(current.c.name))
+    return connection.scalar(select(trigger_context.c.name))
 
 
-def test_only_inside_of_rewriting(world: World) -> None:
+def test_log_changes_only_inside_rewriting(world: World) -> None:
     """Not after it in the same transaction, not when it failed, not on another connection."""
     with world.engine.begin() as connection:
         with rewriting(connection):
@@ -299,7 +300,7 @@ def unprotect(world: World) -> None:
             connection.execute(text(f"DROP TRIGGER {name}{on}"))
 
 
-def test_tables_that_lack_the_triggers_are_told_and_mended(world: World) -> None:
+def test_missing_triggers_are_reported_and_restored(world: World) -> None:
     """Those of an older version, of a migration that rebuilt the table, of an intruder."""
     assert world.memory.doctor(world.engine).healthy
     unprotect(world)
@@ -312,7 +313,7 @@ def test_tables_that_lack_the_triggers_are_told_and_mended(world: World) -> None
         by_engine(world, delete(log))
 
 
-def test_a_trigger_that_is_off_or_another_is_told(world: World) -> None:
+def test_disabled_or_replaced_trigger_is_reported(world: World) -> None:
     """It is there by its name, and does nothing."""
     unprotect(world)
     with world.engine.begin() as connection:

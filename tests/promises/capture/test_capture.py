@@ -11,12 +11,13 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from memstate_sa import Memory, MemstateError, UntrackedWrite
-from memstate_sa.capture.listeners import UntrackedWriteWarning
+from memstate_sa.capture.guard import UntrackedWriteWarning
 from memstate_sa.db.statements import upsert
 from memstate_sa.db.tables import log, outbox, transaction
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from tests.support import Base, Note, Person, Tag, World
+from tests.support.apps import make_app
 from tests.support.statements import statements
 
 pytestmark = pytest.mark.sa20
@@ -42,7 +43,7 @@ def test_fact_log_and_outbox_are_one_transaction(world: World) -> None:
     world.assert_in_step()
 
 
-def test_at_most_two_inserts_a_flush(world: World) -> None:
+def test_flush_sends_at_most_two_inserts(world: World) -> None:
     """The price of a flush, whatever its size and however many models: on PostgreSQL log and outbox are one trip."""
     with world.session() as session:
         seen = statements(world.engine)
@@ -72,7 +73,7 @@ def test_one_changed_row_costs_a_fixed_number_of_statements(world: World) -> Non
         assert counts[0] == counts[1]
 
 
-def test_no_network_and_no_embedding_in_a_commit(world: World) -> None:
+def test_commit_calls_neither_index_nor_embedder(world: World) -> None:
     """A commit touches neither the index nor the embedder."""
     world.embedder.embed = None  # type: ignore[assignment,method-assign]
     world.index.upsert = None  # type: ignore[method-assign]
@@ -212,7 +213,7 @@ def test_savepoints_take_exactly_their_own_entries(world: World) -> None:
     world.assert_in_step()
 
 
-def test_close_discards(world: World) -> None:
+def test_close_discards_uncommitted_entries(world: World) -> None:
     """close() fires neither commit nor rollback."""
     with world.session() as session:
         session.add(Tag(name="t"))
@@ -236,7 +237,7 @@ def test_bulk_statements_are_captured(world: World) -> None:
     world.assert_in_step()
 
 
-def test_returning_is_the_callers(world: World) -> None:
+def test_only_the_callers_returning_shows(world: World) -> None:
     """Our own RETURNING does not show; the caller's does."""
     with world.session() as session:
         names = session.scalars(insert(Tag).returning(Tag.name), [{"name": "a"}, {"name": "b"}]).all()
@@ -252,7 +253,7 @@ def test_returning_is_the_callers(world: World) -> None:
     world.assert_in_step()
 
 
-def test_executemany_update_by_key(world: World) -> None:
+def test_executemany_update_by_key_is_captured(world: World) -> None:
     """Rows named by their primary keys, baselines included."""
     with world.engine.begin() as connection:
         connection.execute(insert(Tag.__table__), [{"name": "a", "meaning": "1"}, {"name": "b", "meaning": "2"}])
@@ -276,7 +277,7 @@ def test_a_bulk_delete_of_unknown_rows_can_be_undone(world: World) -> None:
     world.assert_in_step()
 
 
-def test_an_upsert_of_rows_older_than_tracking(world: World) -> None:
+def test_upsert_logs_baselines_of_rows_older_than_tracking(world: World) -> None:
     """Their baselines come first, as they were; a row that it inserts has none, one that it leaves alone neither."""
     with world.engine.begin() as connection:
         rows = [{"name": name, "meaning": "old"} for name in ("kept", "changed")]
@@ -348,7 +349,7 @@ def test_what_cannot_be_captured_is_refused(world: World, way: str) -> None:
     world.assert_in_step()
 
 
-def test_other_sessions_and_tables_are_let_be(world: World) -> None:
+def test_other_sessions_and_tables_are_left_alone(world: World) -> None:
     """Only attached Sessions, and only tracked tables, are watched."""
     with Session(world.engine) as session:
         session.bulk_insert_mappings(Tag, [{"name": "x", "meaning": "m"}])
@@ -357,22 +358,17 @@ def test_other_sessions_and_tables_are_let_be(world: World) -> None:
     assert ops(world, Tag) == []
 
 
-def test_on_untracked_warn(engine: Engine) -> None:
+def test_on_untracked_warn_lets_the_write_through(engine: Engine) -> None:
     """Who asked for it is warned instead, and the write goes through."""
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Tag, text="meaning", on_untracked="warn")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Tag, text="meaning", on_untracked="warn")
+    with app.session() as session:
         with pytest.warns(UntrackedWriteWarning, match="bypass the log of Tag"):
             session.bulk_insert_mappings(Tag, [{"name": "x", "meaning": "m"}])
         session.commit()
         assert session.scalars(select(Tag.name)).all() == ["x"]
 
 
-def test_before_commit_seals(world: World) -> None:
+def test_before_commit_writes_the_header(world: World) -> None:
     """The commit's own flush comes after before_commit: without flushing there, the header would be missed."""
     with world.session() as session:
         world.memory.annotate(session, actor="ada", reason="because", session_id="s1")
@@ -392,8 +388,7 @@ def test_after_rollback_ends_the_flush_that_failed(world: World) -> None:
             session.execute(text("SELECT 1"))
             session.add(Person(id=1, name=None))
             session.flush()
-        unit = world.memory._capture.unit(session)
-        assert unit.flush is None
+        assert world.memory._capture.transaction(session).flush is None
         with pytest.raises(UntrackedWrite):
             session.bulk_insert_mappings(Tag, [{"name": "x", "meaning": "m"}])
         session.rollback()
@@ -402,7 +397,7 @@ def test_after_rollback_ends_the_flush_that_failed(world: World) -> None:
 def test_after_rollback_disarms_the_wake_up(world: World) -> None:
     """A commit that fails after it was sealed wakes nobody."""
     woken: list[bool] = []
-    world.memory._capture._committed = lambda engine: woken.append(True)  # type: ignore[method-assign]
+    world.memory._capture._on_commit = lambda engine: woken.append(True)  # type: ignore[method-assign]
     with world.session() as session:
 
         @event.listens_for(session, "before_commit")
@@ -452,7 +447,7 @@ def test_a_savepoint_keeps_the_labels(world: World) -> None:
         assert changes[0].tx == changes[1].tx
 
 
-def test_a_flush_only_session_on_an_external_connection(world: World) -> None:
+def test_flush_only_session_logs_without_a_header(world: World) -> None:
     """Who commits the connection themselves still has log and outbox, only without a header."""
     with world.engine.begin() as connection:
         session = world.sessions(bind=connection)
@@ -469,7 +464,7 @@ def test_a_flush_only_session_on_an_external_connection(world: World) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sessionmaker", "class", "scoped", "session"])
-def test_attach_targets(engine: Engine, kind: str) -> None:
+def test_attach_takes_every_kind_of_session(engine: Engine, kind: str) -> None:
     """A sessionmaker, a Session class, a scoped_session or a Session; attaching twice changes nothing."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     memory.track(Tag, text="meaning")

@@ -25,15 +25,13 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from memstate_sa import ConflictError, Memory, MemstateError, UntrackedWrite, ValidationFailed, sqlite
+from memstate_sa import ConflictError, MemstateError, UntrackedWrite, ValidationFailed, sqlite
 from memstate_sa.db.codec import encode_key
 from memstate_sa.db.tables import log, outbox, transaction, unique
-from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.log.changes import replay
-from memstate_sa.testing import HashEmbedder
-from tests.support import Person, Tag, World
+from tests.support import Person, Tag, World, apps
 from tests.support.preferences import Base as PreferenceBase
 from tests.support.preferences import Preference, PreferenceSchema
 from tests.support.tags import say, tags
@@ -41,19 +39,14 @@ from tests.support.tags import say, tags
 pytestmark = pytest.mark.sa20
 
 
-class App:
+class App(apps.App):
     """An application with one tracked model, its memory and its database."""
 
     def __init__(self, engine: Engine, model: type[Any], **tracking: Any) -> None:
-        self.engine, self.model = engine, model
-        self.memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        self.memory.track(model, **{"text": "content", **tracking})
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        model.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        super().__init__(engine, model, **{"text": "content", **tracking})
+        self.model = model
 
-    def rows(self) -> dict[Any, dict[str, Any]]:
+    def stored(self) -> dict[Any, dict[str, Any]]:
         """The table as the database has it, by primary key; the key is the first column."""
         with self.engine.connect() as connection:
             found = connection.execute(text(f"SELECT * FROM {self.model.__table__.name}")).mappings()
@@ -66,13 +59,13 @@ class App:
     def assert_log_is_truth(self) -> None:
         with self.sessions() as session:
             changes = self.memory.history(session, self.model)
-        assert {key: dict(row) for (_, key), row in replay(changes).items()} == self.rows()
+        assert {key: dict(row) for (_, key), row in replay(changes).items()} == self.stored()
 
     def assert_unique_is_truth(self) -> None:
         """memstate_unique holds the value of every row, and nothing else."""
         with self.engine.connect() as connection:
             held = {row.key: row.value for row in connection.execute(select(unique))}
-        assert held == {encode_key([id_]): encode_key([row["content"]]) for id_, row in self.rows().items()}
+        assert held == {encode_key([id_]): encode_key([row["content"]]) for id_, row in self.stored().items()}
 
 
 # -- failed validation -----------------------------------------------------------------------------------------------
@@ -100,7 +93,7 @@ def test_bulk_methods_are_refused_after_a_flush_that_failed_validation(engine: E
             with pytest.raises(UntrackedWrite, match="INSERT on preference would bypass the log of Preference"):
                 smuggle(session)
             session.rollback()
-    assert app.rows() == {1: {"id": 1, "content": "valid", "strength": 5, "low": 1}}
+    assert app.stored() == {1: {"id": 1, "content": "valid", "strength": 5, "low": 1}}
     app.assert_log_is_truth()
 
 
@@ -119,7 +112,7 @@ def test_instances_show_the_database_after_a_bulk_update_that_failed(engine: Eng
         assert [first.strength, second.strength] == [5, 9]
         first.content = "still mine to change"
         session.commit()
-    assert {id_: (row["content"], row["strength"]) for id_, row in app.rows().items()} == {
+    assert {id_: (row["content"], row["strength"]) for id_, row in app.stored().items()} == {
         1: ("still mine to change", 5),
         2: ("second", 9),
     }
@@ -171,7 +164,7 @@ def test_a_bulk_update_of_a_subclass_touches_its_rows_alone(zoo: App) -> None:
         session.execute(update(Puppy).where(Puppy.content == "new").values(content="newest"))
         session.execute(update(Cat).where(Cat.id == 3).values(content="no cat has this id"))
         session.commit()
-    assert {id_: row["content"] for id_, row in zoo.rows().items()} == {1: "old", 2: "old", 3: "new", 4: "newest"}
+    assert {id_: row["content"] for id_, row in zoo.stored().items()} == {1: "old", 2: "old", 3: "new", 4: "newest"}
     assert sorted(zoo.ops()) == [("baseline", 3), ("baseline", 4), ("update", 3), ("update", 4), ("update", 4)]
     zoo.memory.backfill(zoo.engine, Animal)
     zoo.assert_log_is_truth()
@@ -179,18 +172,18 @@ def test_a_bulk_update_of_a_subclass_touches_its_rows_alone(zoo: App) -> None:
 
 def test_a_bulk_delete_of_a_subclass_touches_its_rows_alone(zoo: App) -> None:
     """And undoing it brings back exactly those."""
-    before = zoo.rows()
+    before = zoo.stored()
     with zoo.sessions() as session:
         session.execute(delete(Dog))
         session.query(Cat).filter(Cat.content == "new").delete()
         session.commit()
-        assert {id_: row["kind"] for id_, row in zoo.rows().items()} == {1: "animal", 2: "cat"}
+        assert {id_: row["kind"] for id_, row in zoo.stored().items()} == {1: "animal", 2: "cat"}
         assert sorted(zoo.ops()) == [("baseline", 3), ("baseline", 4), ("delete", 3), ("delete", 4)]
         zoo.memory.backfill(zoo.engine, Animal)
         zoo.assert_log_is_truth()
         zoo.memory.rollback(session)
         session.commit()
-    assert zoo.rows() == before
+    assert zoo.stored() == before
     zoo.assert_log_is_truth()
 
 
@@ -244,11 +237,11 @@ def handed_over(app: App, *, transactions: int) -> list[str]:
 
 
 def contents(app: App) -> dict[int, str]:
-    return {id_: row["content"] for id_, row in app.rows().items()}
+    return {id_: row["content"] for id_, row in app.stored().items()}
 
 
 @pytest.mark.parametrize("transactions", [1, 2])
-def test_undoing_a_unique_value_that_moved_on(engine: Engine, transactions: int) -> None:
+def test_undo_gives_a_moved_unique_value_back(engine: Engine, transactions: int) -> None:
     """Each fact has its value back, in one step or in two; redoing moves it again."""
     app = App(engine, Preference, unique_by=("content",))
     assert len(handed_over(app, transactions=transactions)) == transactions
@@ -264,7 +257,7 @@ def test_undoing_a_unique_value_that_moved_on(engine: Engine, transactions: int)
     app.assert_log_is_truth()
 
 
-def test_undoing_a_swap_of_unique_values(engine: Engine) -> None:
+def test_undo_reverses_a_swap_of_unique_values(engine: Engine) -> None:
     """In one flush, each takes what the other had."""
     app = App(engine, Preference, unique_by=("content",))
     with app.sessions() as session:
@@ -363,7 +356,7 @@ class Keyed(Base):
 
 
 @pytest.mark.parametrize("model", [Renamed, Crossed, Keyed])
-def test_columns_named_otherwise_than_their_attributes(engine: Engine, model: Any) -> None:
+def test_columns_named_unlike_their_attributes_are_captured(engine: Engine, model: Any) -> None:
     """Captured, found, told and undone under their own names; objects and bulk statements alike."""
     app = App(engine, model, metadata=("owner",), unique_by=("owner", "content"))
     _, body, user = (column.name for column in model.__table__.columns)
@@ -380,7 +373,7 @@ def test_columns_named_otherwise_than_their_attributes(engine: Engine, model: An
         )
         session.commit()
         app.memory.backfill(engine, model)
-        start = app.rows()
+        start = app.stored()
         app.assert_log_is_truth()
         session.get_one(model, 1).content = "white tea"
         session.commit()
@@ -392,7 +385,7 @@ def test_columns_named_otherwise_than_their_attributes(engine: Engine, model: An
         session.execute(delete(model).where(model.owner == "eve"))
         session.commit()
         app.assert_log_is_truth()
-        assert {id_: (row[body], row[user]) for id_, row in app.rows().items()} == {
+        assert {id_: (row[body], row[user]) for id_, row in app.stored().items()} == {
             2: ("black tea with milk", "bob"),
             4: ("black coffee with milk", "bob"),
         }
@@ -404,16 +397,16 @@ def test_columns_named_otherwise_than_their_attributes(engine: Engine, model: An
         ]
         app.memory.rollback(session, 3)
         session.commit()
-        assert app.rows() == start
+        assert app.stored() == start
         app.assert_log_is_truth()
         app.memory.rollback(session)
         session.commit()
-        assert app.rows() == {4: start[4]}
+        assert app.stored() == {4: start[4]}
         app.assert_log_is_truth()
 
 
 @pytest.mark.parametrize("model", [Renamed, Crossed, Keyed])
-def test_searching_columns_named_otherwise_than_their_attributes(engine: Engine, model: Any) -> None:
+def test_columns_named_unlike_their_attributes_are_searched(engine: Engine, model: Any) -> None:
     """Criteria on metadata and on other columns, delivered and not."""
     app = App(engine, model, metadata=("owner",))
     with app.sessions() as session:
@@ -460,12 +453,12 @@ def test_rows_with_generated_always_keys_cannot_be_brought_back(postgres_engine:
             app.memory.rollback(session)
         session.commit()
         assert app.memory.history(session, Ticket) == before
-        assert app.rows() == {2: {"id": 2, "content": "again"}}
+        assert app.stored() == {2: {"id": 2, "content": "again"}}
         session.get_one(Ticket, 2).content = "once more"
         session.commit()
         app.memory.rollback(session)
         session.commit()
-    assert app.rows() == {2: {"id": 2, "content": "again"}}
+    assert app.stored() == {2: {"id": 2, "content": "again"}}
     app.assert_log_is_truth()
 
 
@@ -561,7 +554,7 @@ def test_a_reflected_table_is_the_tracked_table(world: World) -> None:
     world.assert_in_step()
 
 
-def test_two_sessions_on_one_connection(world: World) -> None:
+def test_two_sessions_on_one_connection_keep_their_labels(world: World) -> None:
     """Each is captured under its own labels; the guard knows both, and outlives the first that ends."""
     table: Any = Tag.__table__
     with world.engine.connect() as connection:
@@ -606,7 +599,7 @@ def test_two_sessions_on_one_connection(world: World) -> None:
 @pytest.mark.parametrize(
     "criterion", [Person.name == "ada", Person.about.like("likes%")], ids=["in the index", "by ids"]
 )
-def test_search_with_for_update(world: World, criterion: Any, delivered: bool) -> None:
+def test_search_with_for_update_locks_only_its_hits(world: World, criterion: Any, delivered: bool) -> None:
     """The hits are locked where the database can; what the search did not return is not."""
     with world.session() as session:
         session.add_all(
@@ -717,7 +710,7 @@ def test_an_update_beside_a_generated_always_column_is_undone(postgres_engine: E
         session.commit()
         app.memory.rollback(session)
         session.commit()
-    assert app.rows() == {1: {"id": 1, "number": 1, "content": "x"}}
+    assert app.stored() == {1: {"id": 1, "number": 1, "content": "x"}}
 
 
 def test_sqlite_knows_no_generated_always(sqlite_engine: Engine) -> None:
@@ -730,4 +723,4 @@ def test_sqlite_knows_no_generated_always(sqlite_engine: Engine) -> None:
         session.commit()
         app.memory.rollback(session)
         session.commit()
-    assert [row["content"] for row in app.rows().values()] == ["x"]
+    assert [row["content"] for row in app.stored().values()] == ["x"]

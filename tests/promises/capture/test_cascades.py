@@ -11,7 +11,7 @@ from sqlalchemy import Engine, ForeignKey, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, sessionmaker
 
 from memstate_sa import Memory
-from memstate_sa.capture.listeners import UntrackedWriteWarning
+from memstate_sa.capture.guard import UntrackedWriteWarning
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.maintenance.doctor import Risk
 from memstate_sa.testing import HashEmbedder
@@ -103,7 +103,7 @@ def test_a_cascade_that_no_session_sees_is_warned_of_and_diagnosed(engine: Engin
 
 
 @pytest.mark.parametrize("name", SEEN)
-def test_a_cascade_that_sessions_see_is_none(engine: Engine, name: str) -> None:
+def test_cascade_that_sessions_see_is_not_warned_of(engine: Engine, name: str) -> None:
     """Because the unit of work does it before the database would."""
     owner, leaf = models(**SEEN[name])
     memory, warned = started(engine, owner, leaf)

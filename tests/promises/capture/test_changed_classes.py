@@ -14,10 +14,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from memstate_sa import ConflictError, Memory, MemoryStore
 from memstate_sa.db.tables import projection, refill, unique, utcnow
 from memstate_sa.indexes import InMemoryIndex, VectorIndex
-from memstate_sa.relay import Relay
-from memstate_sa.relay.projections import HELD
+from memstate_sa.relay.projections import HELD_BY_INDEX
 from memstate_sa.testing import HashEmbedder
 from tests.support import assert_index_holds
+from tests.support.apps import App
 from tests.support.indexes import KINDS, Make, storage
 
 
@@ -41,23 +41,11 @@ def bodies(note: Note) -> str:
     return note.body
 
 
-class Release:
+class Release(App):
     """A process of one release of the application; *track* says how it tracks `Note`."""
 
     def __init__(self, engine: Engine, indexes: VectorIndex | dict[str, VectorIndex], /, **track: Any) -> None:
-        self.engine, self.embedder = engine, HashEmbedder()
-        self.memory = Memory(indexes, embedder=self.embedder)
-        self.memory.track(Note, **track)
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
-        self._relay: Relay | None = None
-
-    @property
-    def relay(self) -> Relay:
-        self._relay = self._relay or self.memory.relay(self.engine)
-        return self._relay
+        super().__init__(engine, Note, index=indexes, tracking={Note: track})
 
     def add(self, *ids: int, owner: str = "ann") -> None:
         with self.sessions() as session:
@@ -102,6 +90,7 @@ PROJECTIONS: dict[str, tuple[Any, Any, str]] = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("change", PROJECTIONS)
 def test_class_is_delivered_again_when_it_is_projected_otherwise(
     sqlite_engine: Engine, make: Make, change: str
@@ -148,7 +137,7 @@ def test_class_without_text_leaves_the_index(engine: Engine) -> None:
     assert index.scan(None, 10) == []
 
 
-def test_other_text_of_a_function_is_told_by_what_is_found(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+def test_changed_text_function_is_noticed_by_stale_hits(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     """No text_version was given: a hit by content that its row does not have makes a search incomplete; doctor looks.
 
     Of one kind with it: points that somebody else has overwritten.
@@ -193,7 +182,7 @@ def refilling(engine: Engine) -> bool:
 def held(engine: Engine) -> str:
     """What the index holds of each row."""
     with engine.connect() as connection:
-        return connection.scalars(select(projection.c.projection).where(projection.c.owner == HELD)).one()
+        return connection.scalars(select(projection.c.projection).where(projection.c.owner == HELD_BY_INDEX)).one()
 
 
 def test_two_releases_do_not_refill_in_turns(engine: Engine) -> None:
@@ -329,17 +318,11 @@ class Person(Base):
     phone: Mapped[str | None]
 
 
-class People:
+class People(App):
     """A process of one release, which says what is unique of a `Person`."""
 
     def __init__(self, engine: Engine, **track: Any) -> None:
-        self.engine = engine
-        self.memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        self.memory.track(Person, text="email", **track)
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        super().__init__(engine, Person, text="email", **track)
 
     def add(self, id_: int, email: str | None, phone: str | None = None) -> None:
         with self.sessions() as session:
@@ -355,7 +338,9 @@ class People:
 
 
 @pytest.mark.parametrize("batch_size", [1, 100])
-def test_unique_by_of_a_class_with_a_history(engine: Engine, caplog: pytest.LogCaptureFixture, batch_size: int) -> None:
+def test_new_unique_by_covers_older_rows_after_backfill(
+    engine: Engine, caplog: pytest.LogCaptureFixture, batch_size: int
+) -> None:
     """Backfill takes the values in, and warns of rows that share one; until then doctor says so."""
     old = People(engine)
     for id_, email in enumerate(("ann@x", "bob@x", None, "ann@x"), 1):
@@ -374,7 +359,7 @@ def test_unique_by_of_a_class_with_a_history(engine: Engine, caplog: pytest.LogC
     new.add(9, "cid@x")
 
 
-def test_unique_by_of_other_columns(engine: Engine) -> None:
+def test_changed_unique_by_forgets_values_of_the_old_columns(engine: Engine) -> None:
     """Values by the old columns are in nobody's way; nor are those of rows that went while nothing was unique."""
     old = People(engine, unique_by=("email",))
     old.add(1, "5551", "5552")
@@ -392,7 +377,7 @@ def test_unique_by_of_other_columns(engine: Engine) -> None:
     assert new.problems() == []
 
 
-def test_row_that_changes_beside_the_backfill(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backfill_gives_a_changing_row_its_locked_value(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is given the value that it has when it is locked."""
     from memstate_sa.capture import unique_values
 
@@ -422,7 +407,7 @@ class Contact(BaseModel):
     email: str
 
 
-def test_unique_by_of_a_type_with_a_history(engine: Engine) -> None:
+def test_new_unique_by_of_a_fact_type_covers_older_facts(engine: Engine) -> None:
     """A fact of the same value is updated then, not added. A process that does not know the type takes nothing away."""
 
     def opened(schema: Mapping[str, Any] | None = None) -> MemoryStore:

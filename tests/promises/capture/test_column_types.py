@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, inspect, select, text
 from sqlalchemy.dialects import postgresql as pg
@@ -22,6 +21,8 @@ from memstate_sa.db.codec import decode_image
 from memstate_sa.db.tables import log
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
+from tests.support import explore, sizes
+from tests.support.apps import make_app
 
 pytestmark = pytest.mark.sa20
 
@@ -197,11 +198,6 @@ def rows(columns: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({}, optional={name: values | st.none() for name, (_, values) in columns.items()})
 
 
-relaxed = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-
-
 @pytest.fixture
 def prepared(engine: Engine) -> Engine:
     Memory(InMemoryIndex(), embedder=HashEmbedder()).create_tables(engine)
@@ -209,11 +205,13 @@ def prepared(engine: Engine) -> Engine:
 
 
 @both_ways
-@relaxed
-@given(values=rows(COLUMNS))
-def test_generic_types_round_trip(prepared: Engine, capture: str, values: dict[str, Any]) -> None:
+@pytest.mark.parametrize("examples", sizes(6, 25))
+def test_generic_types_round_trip(prepared: Engine, capture: str, examples: int) -> None:
     """Every generic type of SQLAlchemy, on both databases."""
-    check(prepared, GENERIC, capture, values)
+
+    @explore(examples, values=rows(COLUMNS))
+    def survives(values: dict[str, Any]) -> None:
+        check(prepared, GENERIC, capture, values)
 
 
 @pytest.fixture
@@ -223,11 +221,13 @@ def prepared_postgres(postgres_engine: Engine) -> Engine:
 
 
 @both_ways
-@relaxed
-@given(values=rows(POSTGRES))
-def test_postgres_types_round_trip(prepared_postgres: Engine, capture: str, values: dict[str, Any]) -> None:
+@pytest.mark.parametrize("examples", sizes(6, 25))
+def test_postgres_types_round_trip(prepared_postgres: Engine, capture: str, examples: int) -> None:
     """JSONB, ARRAY, UUID, timestamptz, and types that travel as the server's own text."""
-    check(prepared_postgres, ONLY_POSTGRES, capture, values)
+
+    @explore(examples, values=rows(POSTGRES))
+    def survives(values: dict[str, Any]) -> None:
+        check(prepared_postgres, ONLY_POSTGRES, capture, values)
 
 
 @pytest.mark.parametrize("name", sorted(BY_NO_TRIGGER))
@@ -269,9 +269,10 @@ KEYS = {
 }
 
 
+@pytest.mark.each_value_once
 @both_ways
 @pytest.mark.parametrize("kind", KEYS)
-def test_keys_of_any_type(engine: Engine, kind: str, capture: Any) -> None:
+def test_keys_of_any_type_work_from_insert_to_undo(engine: Engine, kind: str, capture: Any) -> None:
     """Single keys of every usual type, from insert to search to undo."""
     type_, first, second = KEYS[kind]
     if (capture, kind, engine.dialect.name) == ("trigger", "numeric", "sqlite"):
@@ -285,31 +286,26 @@ def test_keys_of_any_type(engine: Engine, kind: str, capture: Any) -> None:
         id: Mapped[Any] = mapped_column(type_, primary_key=True, autoincrement=False)
         label: Mapped[str]
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Thing, text="label", capture=capture)
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Local.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Thing, text="label", capture=capture)
+    with app.session() as session:
         session.add_all([Thing(id=first, label="green tea"), Thing(id=second, label="snow")])
         session.commit()
-        relay = memory.relay(engine)
+        relay = app.memory.relay(engine)
         relay.drain()
         first = session.scalars(select(Thing).where(Thing.label == "green tea")).one().id
-        hit = memory.search(session, "green tea", Thing, limit=1)[0]
+        hit = app.memory.search(session, "green tea", Thing, limit=1)[0]
         assert (hit.fact.id, hit.fact.label) == (first, "green tea")
-        assert memory.search(session, "snow", select(Thing).where(Thing.id == first))[0].fact.id == first
+        assert app.memory.search(session, "snow", select(Thing).where(Thing.id == first))[0].fact.id == first
         session.delete(session.get(Thing, first))
         session.commit()
         relay.drain()
-        assert [hit.fact.label for hit in memory.search(session, "green tea", Thing)] == ["snow"]
-        memory.rollback(session)
+        assert [hit.fact.label for hit in app.memory.search(session, "green tea", Thing)] == ["snow"]
+        app.memory.rollback(session)
         session.commit()
         relay.drain()
         assert {thing.label for thing in session.scalars(select(Thing))} == {"green tea", "snow"}
-        assert [change.op for change in memory.history(session, Thing, first)] == ["insert", "delete", "insert"]
-        assert memory.verify(engine).clean
+        assert [change.op for change in app.memory.history(session, Thing, first)] == ["insert", "delete", "insert"]
+        assert app.memory.verify(engine).clean
         relay.stop()
 
 
@@ -343,13 +339,8 @@ def things(engine: Engine, type_: Any) -> tuple[Memory, sessionmaker[Session], A
         id: Mapped[Any] = mapped_column(type_, primary_key=True, autoincrement=False)
         label: Mapped[str]
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Thing, text="label")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Local.metadata.create_all(engine)
-    memory.create_tables(engine)
-    return memory, sessions, Thing
+    app = make_app(engine, Thing, text="label")
+    return app.memory, app.sessions, Thing
 
 
 @pytest.mark.parametrize(
@@ -364,7 +355,7 @@ def things(engine: Engine, type_: Any) -> tuple[Memory, sessionmaker[Session], A
         ),
     ],
 )
-def test_a_key_that_is_stored_in_another_form(postgres_engine: Engine, type_: Any, given: Any, stored: Any) -> None:
+def test_key_stored_in_another_form_is_one_key(postgres_engine: Engine, type_: Any, given: Any, stored: Any) -> None:
     """The object goes on holding what it was given; the log knows one key, the stored one."""
 
     memory, sessions, Thing = things(postgres_engine, type_)  # noqa: N806
@@ -390,7 +381,7 @@ def test_a_key_that_is_stored_in_another_form(postgres_engine: Engine, type_: An
     ],
     ids=["decimal", "whole", "padded", "rounded"],
 )
-def test_reading_by_a_key_in_another_form(engine: Engine, type_: Any, stored: Any, given: Any) -> None:
+def test_history_is_found_by_a_key_in_another_form(engine: Engine, type_: Any, stored: Any, given: Any) -> None:
     """The log is asked by the form that it has; of rows that are there, that are older than it, and that are gone."""
     if engine.dialect.name == "sqlite" and not isinstance(type_, sa.Numeric):
         pytest.skip("texts are as they are given")
@@ -418,7 +409,7 @@ def test_reading_by_a_key_in_another_form(engine: Engine, type_: Any, stored: An
     memory.close()
 
 
-def test_reading_by_what_is_no_key(engine: Engine) -> None:
+def test_history_of_an_impossible_key_is_empty(engine: Engine) -> None:
     """Nothing has it, and the transaction goes on."""
 
     class Local(DeclarativeBase):
@@ -428,21 +419,16 @@ def test_reading_by_what_is_no_key(engine: Engine) -> None:
         __tablename__ = "thing"
         id: Mapped[int] = mapped_column(primary_key=True)
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Thing, text=None)
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Local.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Thing, text=None)
+    with app.session() as session:
         session.add(Thing(id=1))
         session.flush()
         for key in ("five", datetime(2024, 1, 2), 10**30):
             if engine.dialect.name == "postgresql" or isinstance(key, str):
-                assert memory.history(session, Thing, key) == []
+                assert app.memory.history(session, Thing, key) == []
         session.commit()
         assert session.get(Thing, 1) is not None
-    memory.close()
+    app.memory.close()
 
 
 def test_a_key_that_the_database_changes_is_not_silently_lost(postgres_engine: Engine) -> None:
@@ -456,13 +442,8 @@ def test_a_key_that_the_database_changes_is_not_silently_lost(postgres_engine: E
         id: Mapped[Any] = mapped_column(sa.Numeric(10, 2), primary_key=True, autoincrement=False)
         label: Mapped[str]
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Thing, text="label")
-    sessions = sessionmaker(postgres_engine)
-    memory.attach(sessions)
-    Local.metadata.create_all(postgres_engine)
-    memory.create_tables(postgres_engine)
-    with sessions() as session:
+    app = make_app(postgres_engine, Thing, text="label")
+    with app.session() as session:
         session.add_all([Thing(id=Decimal("1.00"), label="fine"), Thing(id=Decimal("2.345"), label="rounded")])
         with pytest.raises(UntrackedWrite, match="not found under the keys they were given"):
             session.commit()

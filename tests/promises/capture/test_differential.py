@@ -74,7 +74,7 @@ class Stage:
 
     def content(self) -> list[Any]:
         with self.world.session() as session:
-            return [self.world.rows(session, model) for model in (Person, Note, Tag)]
+            return [self.world.rows(model, session) for model in (Person, Note, Tag)]
 
     def close(self) -> None:
         if self._runner is not None:
@@ -147,7 +147,7 @@ def test_captures_agree_on_postgres(postgres_engine: Engine, tmp_path: Path, kin
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("programs_played", sizes(12, 300))
 @pytest.mark.parametrize("database", ["sqlite", "postgres"])
-def test_triggers_see_what_no_session_does(
+def test_triggers_log_writes_that_no_session_sees(
     request: pytest.FixtureRequest, tmp_path: Path, database: str, programs_played: int
 ) -> None:
     """Text SQL, bulk_*(), statements on the connection, other programs, among all the others."""

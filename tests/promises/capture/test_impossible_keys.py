@@ -9,14 +9,15 @@ from uuid import UUID
 
 import pytest
 from sqlalchemy import BigInteger, Date, Engine, Enum, Integer, SmallInteger, String, Uuid, insert, select, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from memstate_sa import HistoryMissing, Memory
+from memstate_sa import HistoryMissing
 from memstate_sa.db.codec import decode_key, decoded, encode_key
 from memstate_sa.db.tables import backfill, log, outbox, refill, utcnow
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from tests.support import Person, World, assert_index_holds, make_due
+from tests.support.apps import App, make_app
 
 IMPOSSIBLE = {
     "a word": "not json",
@@ -218,50 +219,41 @@ _CHANGE = {
 }
 
 
-def opened(engine: Engine, index: InMemoryIndex, model: type[Any]) -> tuple[Memory, sessionmaker[Any]]:
-    memory, sessions = Memory(index, embedder=HashEmbedder()), sessionmaker(engine)
-    memory.track(model, text="content")
-    memory.attach(sessions)
-    memory.create_tables(engine)
-    return memory, sessions
-
-
 def test_key_of_another_type_stops_nothing(engine: Engine) -> None:
     """With an entry undelivered, points in the index and a log: what is written under the new type is served.
 
     The same kind: int to UUID, one column to two, a narrower integer.
     """
     index = InMemoryIndex()
-    Before.metadata.create_all(engine)
-    memory, sessions = opened(engine, index, Numbered)
-    with sessions() as session:
+    app = make_app(engine, Numbered, index=index, text="content")
+    with app.session() as session:
         session.add_all([Numbered(id=1, content="one"), Numbered(id=2, content="two")])
         session.commit()
-    memory.relay(engine).drain()
-    with sessions() as session:
+    app.memory.relay(engine).drain()
+    with app.session() as session:
         session.add(Numbered(id=3, content="three"))
         session.commit()
-    memory.close()
+    app.memory.close()
     with engine.begin() as connection:
         for statement in _CHANGE[engine.dialect.name]:
             connection.execute(text(statement))
-    memory, sessions = opened(engine, index, Lettered)
-    relay = memory.relay(engine)
-    with sessions() as session:
+    app = make_app(engine, Lettered, index=index, text="content")
+    relay = app.memory.relay(engine)
+    with app.session() as session:
         session.add(Lettered(id="new", content="four"))
         session.commit()
-        hits = memory.search(session, "four", Lettered)
+        hits = app.memory.search(session, "four", Lettered)
         assert ("new", False) in {(hit.fact.id, hits.complete) for hit in hits}
     relay.drain()
-    assert set(memory.verify(engine, repair=True).ghost) == {("thing", 1), ("thing", 2)}
-    memory.backfill(engine, Lettered)
+    assert set(app.memory.verify(engine, repair=True).ghost) == {("thing", 1), ("thing", 2)}
+    app.memory.backfill(engine, Lettered)
     relay.drain()
-    assert memory.verify(engine).clean
+    assert app.memory.verify(engine).clean
     expected = {"1": "one", "2": "two", "3": "three", "new": "four"}
     assert_index_holds(index, HashEmbedder(), {f"thing{encode_key([k])}": content for k, content in expected.items()})
-    with memory.as_of_session(engine, utcnow()) as past:
+    with app.memory.as_of_session(engine, utcnow()) as past:
         assert set(past.scalars(select(Lettered.id))) == set(expected)
-    memory.close()
+    app.memory.close()
 
 
 def with_key(type_: Any) -> Any:
@@ -288,37 +280,35 @@ KEYS = {
 
 
 @pytest.mark.parametrize("change", KEYS)
-def test_what_a_key_was_is_told_compared_and_erased(engine: Engine, change: str) -> None:
+def test_key_of_an_older_type_is_shown_compared_and_erased(engine: Engine, change: str) -> None:
     """Whatever its type is now: a value that this type refuses is shown as it is stored.
 
     The same kind: intervals, types of the application's own; other columns than the key, whose type has changed.
     """
     old, keys, new, key = KEYS[change]
     before, after = with_key(old), with_key(new)
-    before.metadata.create_all(engine)
-    memory, sessions = opened(engine, InMemoryIndex(), before)
-    with sessions() as session:
+    app = make_app(engine, before, text="content")
+    with app.session() as session:
         session.add_all(before(id=each, content=f"of {each}") for each in keys)
         session.commit()
-        moment = memory.token(session)
-    memory.close()
+        moment = app.memory.token(session)
+    app.memory.close()
     before.metadata.drop_all(engine)
-    after.metadata.create_all(engine)
-    memory, sessions = opened(engine, InMemoryIndex(), after)
-    with sessions() as session:
+    app = make_app(engine, after, text="content")
+    with app.session() as session:
         session.add(after(id=key, content="new"))
         session.commit()
-        assert [change.key for change in memory.history(session, after)] == [*keys, key]
-    with memory.as_of_session(engine, moment) as past:
+        assert [change.key for change in app.memory.history(session, after)] == [*keys, key]
+    with app.memory.as_of_session(engine, moment) as past:
         assert set(past.scalars(select(after.content))) <= {f"of {each}" for each in keys}
-    memory.doctor(engine, repair=True)
-    assert memory.doctor(engine).healthy
-    with sessions() as session:
+    app.memory.doctor(engine, repair=True)
+    assert app.memory.doctor(engine).healthy
+    with app.session() as session:
         for each in keys:
-            assert memory.erase(session, after, each) > 0
+            assert app.memory.erase(session, after, each) > 0
         session.commit()
         assert [fact.id for fact in session.scalars(select(after))] == [key]
-    memory.close()
+    app.memory.close()
 
 
 # -- what only the database can tell ----------------------------------------------------------------------------------
@@ -331,34 +321,31 @@ class Labelled(Before):
 
 
 @pytest.fixture
-def labelled(postgres_engine: Engine) -> Iterator[tuple[Memory, sessionmaker[Any]]]:
+def labelled(postgres_engine: Engine) -> Iterator[App]:
     with postgres_engine.begin() as connection:
         connection.execute(text("CREATE TYPE letters AS ENUM ('a', 'b')"))
         connection.execute(text("CREATE TABLE labelled (id letters PRIMARY KEY, content varchar)"))
-    memory, sessions = opened(postgres_engine, InMemoryIndex(), Labelled)
-    yield memory, sessions
-    memory.close()
+    app = make_app(postgres_engine, Labelled, text="content")
+    yield app
+    app.memory.close()
 
 
-def test_database_tells_which_keys_it_refuses(
-    postgres_engine: Engine, labelled: tuple[Memory, sessionmaker[Any]]
-) -> None:
+def test_database_tells_which_keys_it_refuses(postgres_engine: Engine, labelled: App) -> None:
     """An enum whose labels are others than the model's: the caller's transaction goes on.
 
     The same kind: a domain, an address, a type of an extension.
     """
-    memory, sessions = labelled
-    memory.relay(postgres_engine).drain()
+    labelled.memory.relay(postgres_engine).drain()
     announce(postgres_engine, "labelled", '["gone"]', '["other"]', "[5]")
-    with sessions() as session:
+    with labelled.session() as session:
         session.add_all([Labelled(id="a", content="one"), Labelled(id="b", content="two")])
         session.flush()
-        hits = memory.search(session, "one", Labelled)
+        hits = labelled.memory.search(session, "one", Labelled)
         assert ([hit.fact.id for hit in hits], hits.complete) == (["a", "b"], False)
         session.commit()
-    memory.relay(postgres_engine).drain()
-    assert memory.status(postgres_engine)["memory"].parked == 3
-    assert memory.verify(postgres_engine).clean
+    labelled.memory.relay(postgres_engine).drain()
+    assert labelled.memory.status(postgres_engine)["memory"].parked == 3
+    assert labelled.memory.verify(postgres_engine).clean
 
 
 def test_key_is_a_json_array_and_nothing_else() -> None:

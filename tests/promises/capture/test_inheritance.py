@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Engine, ForeignKey, delete, event, insert, select, text, update
+from sqlalchemy import Engine, ForeignKey, delete, insert, select, text, update
 from sqlalchemy.ext.declarative import ConcreteBase
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, mapped_column, sessionmaker
 
@@ -20,7 +20,7 @@ from memstate_sa.capture.append_only import rewriting
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.log.changes import replay
 from memstate_sa.testing import HashEmbedder
-from tests.support import assert_index_holds
+from tests.support import apps, assert_index_holds
 
 pytestmark = pytest.mark.sa20
 
@@ -90,23 +90,9 @@ def skill(employee: Any) -> str:
     return " ".join(str(word) for word in words if word)
 
 
-def enforce_foreign_keys(connection: Any, record: Any) -> None:
-    connection.cursor().execute("PRAGMA foreign_keys = ON")
-
-
-class App:
+class App(apps.App):
     def __init__(self, engine: Engine, *models: Any, text: Any = skill) -> None:
-        self.engine, self.index = engine, InMemoryIndex()
-        self.embedder = HashEmbedder()
-        self.memory = Memory(self.index, embedder=self.embedder)
-        for model in models or (Employee,):
-            self.memory.track(model, text="title" if issubclass(model, Paper) else text)
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", enforce_foreign_keys)
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        super().__init__(engine, *(models or (Employee,)), foreign_keys=True, text=text)
 
     def prepare(self) -> None:
         with self.sessions() as session:
@@ -117,7 +103,7 @@ class App:
             session.add(Intern(name="dan", skill="copies", months=3, boss_id=3))
             session.commit()
 
-    def rows(self, *, of: Any = None) -> dict[Any, dict[str, Any]]:
+    def images(self, *, of: Any = None) -> dict[Any, dict[str, Any]]:
         """What an image of each fact should hold."""
         found: dict[Any, dict[str, Any]] = {}
         with self.engine.connect() as connection:
@@ -133,7 +119,7 @@ class App:
             return {key: dict(row) for (_, key), row in replay(self.memory.history(session, model)).items()}
 
     def assert_in_step(self) -> None:
-        rows = self.rows()
+        rows = self.images()
         assert self.replayed() == rows
         assert self.memory.doctor(self.engine).healthy
         self.memory.relay(self.engine).drain()
@@ -187,12 +173,13 @@ CELLS: dict[str, Callable[[Session], Any]] = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("kind", ["Session", "AsyncSession"])
 @pytest.mark.parametrize("name", CELLS)
 async def test_joined_is_captured_delivered_and_undone(engine: Engine, name: str, kind: str) -> None:
     app = App(engine)
     app.prepare()
-    before = app.rows()
+    before = app.images()
     if kind == "Session":
         with app.sessions() as session:
             CELLS[name](session)
@@ -201,16 +188,16 @@ async def test_joined_is_captured_delivered_and_undone(engine: Engine, name: str
         pytest.importorskip("aiosqlite")
         await play_async(app, CELLS[name])
     app.assert_in_step()
-    assert app.rows() != before
+    assert app.images() != before
     with app.sessions() as session:
         app.memory.rollback(session)
         session.commit()
-    assert app.rows() == before
+    assert app.images() == before
     app.assert_in_step()
     with app.sessions() as session:
         app.memory.rollback(session, steps=3)
         session.commit()
-    assert app.rows() == {}
+    assert app.images() == {}
     app.assert_in_step()
 
 
@@ -224,7 +211,7 @@ async def play_async(app: App, cell: Callable[[Session], Any]) -> None:
     engine = create_async_engine(url.set(drivername="sqlite+aiosqlite") if is_sqlite else url)
     if is_sqlite:
         sqlite.configure(engine)
-        event.listen(engine.sync_engine, "connect", enforce_foreign_keys)
+        apps.enforce_foreign_keys(engine.sync_engine)
     sessions = async_sessionmaker(engine)
     app.memory.attach(sessions)
     async with sessions() as session:
@@ -252,7 +239,7 @@ def test_history_shows_every_table(engine: Engine) -> None:
 
 def test_rows_older_than_tracking_get_a_baseline_of_all_tables(engine: Engine) -> None:
     App(engine).prepare()
-    old = App(engine).rows()
+    old = App(engine).images()
     with engine.begin() as connection, rewriting(connection):
         connection.execute(text("DELETE FROM memstate_log"))
         connection.execute(text("DELETE FROM memstate_outbox"))
@@ -266,7 +253,7 @@ def test_rows_older_than_tracking_get_a_baseline_of_all_tables(engine: Engine) -
     with app.sessions() as session:
         app.memory.rollback(session)
         session.commit()
-    assert app.rows() == old
+    assert app.images() == old
 
 
 @pytest.mark.parametrize("target", ["base", "subclass", "criteria", "single"])
@@ -307,7 +294,7 @@ def test_doctor_finds_what_was_changed_in_any_table(engine: Engine) -> None:
     app.assert_in_step()
 
 
-def test_two_who_change_two_tables_of_one_fact(postgres_engine: Engine) -> None:
+def test_last_image_shows_concurrent_changes_of_two_tables(postgres_engine: Engine) -> None:
     """No row lock makes one wait for the other but ours; the last image must show both changes."""
     app = App(postgres_engine)
     app.prepare()
@@ -328,8 +315,8 @@ def test_two_who_change_two_tables_of_one_fact(postgres_engine: Engine) -> None:
         thread.join(0.3)
         session.commit()
     thread.join(60)
-    assert app.rows()[2] == app.replayed()[2]
-    assert (app.rows()[2]["name"], app.rows()[2]["engineer.skill"]) == ("first", "second")
+    assert app.images()[2] == app.replayed()[2]
+    assert (app.images()[2]["name"], app.images()[2]["engineer.skill"]) == ("first", "second")
 
 
 def test_undo_refuses_what_another_changed_in_another_table(engine: Engine) -> None:
@@ -344,7 +331,7 @@ def test_undo_refuses_what_another_changed_in_another_table(engine: Engine) -> N
         app.memory.rollback(session, actor="one")
 
 
-def test_a_subclass_alone(engine: Engine) -> None:
+def test_subclass_tracked_alone_is_captured(engine: Engine) -> None:
     """Its facts are rows in both tables; those of its siblings are nobody's concern."""
     app = App(engine, Engineer, text="name")
     app.prepare()
@@ -352,7 +339,7 @@ def test_a_subclass_alone(engine: Engine) -> None:
         session.get_one(Engineer, 2).name = "changed"
         session.get_one(Writer, 4).name = "unseen"
         session.commit()
-    assert app.replayed(Engineer) == app.rows(of="engineer")
+    assert app.replayed(Engineer) == app.images(of="engineer")
     assert app.memory.doctor(engine).healthy
     app.memory.relay(engine).drain()
     assert_index_holds(app.index, app.embedder, {"engineer[2]": "changed", "engineer[3]": "bob"})
@@ -371,7 +358,7 @@ def test_a_subclass_alone(engine: Engine) -> None:
         app.memory.rollback(session)
         session.commit()
         assert type(session.get(Employee, 2)) is Engineer
-    assert app.replayed(Engineer) == app.rows(of="engineer")
+    assert app.replayed(Engineer) == app.images(of="engineer")
     with app.sessions() as session, pytest.raises(UntrackedWrite, match="bypass the log of Engineer"):
         session.execute(update(Employee).values(name="all"))
 
@@ -425,7 +412,7 @@ def test_a_class_that_is_defined_after_its_base_is_tracked(engine: Engine) -> No
 
 
 def test_concrete_subclasses_are_entities_of_their_own(engine: Engine) -> None:
-    app = App(engine, Paper)
+    app = App(engine, Paper, text="title")
     with app.sessions() as session:
         session.add_all([Paper(id=1, title="a paper"), Article(id=1, title="an article", journal="j")])
         session.commit()
@@ -450,7 +437,7 @@ def test_concrete_subclasses_are_entities_of_their_own(engine: Engine) -> None:
 
 
 def test_a_concrete_subclass_may_be_tracked_otherwise(engine: Engine) -> None:
-    app = App(engine, Paper)
+    app = App(engine, Paper, text="title")
     app.memory.track(Article, text="journal", entity="in_journals")
     with app.sessions() as session:
         session.add(Article(title="title", journal="journal"))

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from sqlalchemy import DateTime, Engine, func, insert, select, update
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from memstate_sa import Fact, Memory, MemoryStore, MemstateError, ValidationFailed
+from memstate_sa import Fact, MemoryStore, MemstateError, ValidationFailed
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
+from tests.support.apps import App, make_app
 
 pytestmark = pytest.mark.sa20
 TOKYO = timezone(timedelta(hours=9))
@@ -116,41 +117,37 @@ class Note(Base):
 
 
 @pytest.fixture(params=["session", "trigger"])
-def sessions(request: pytest.FixtureRequest, engine: Engine) -> Iterator[sessionmaker[Session]]:
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Note, text="text", expires="ends", capture=request.param)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    made = sessionmaker(engine, info={"memory": memory})
-    memory.attach(made)
-    yield made
-    memory.close()
+def app(request: pytest.FixtureRequest, engine: Engine) -> Iterator[App]:
+    app = make_app(engine, Note, expires="ends", capture=request.param)
+    yield app
+    app.memory.close()
 
 
+@pytest.mark.each_value_once
 @no_moment
-def test_a_column_of_the_application_takes_no_naive_time(sessions: sessionmaker[Session], moment: Any) -> None:
+def test_a_column_of_the_application_takes_no_naive_time(app: App, moment: Any) -> None:
     """Its type is SQLAlchemy's: on PostgreSQL, the time zone of the connection made a moment of it."""
-    with sessions.begin() as session:
+    with app.sessions.begin() as session:
         session.add(Note(id=1, ends=SOON))
     for change in (lambda s: s.add(Note(id=2, ends=moment)), lambda s: setattr(s.get_one(Note, 1), "ends", moment)):
-        with pytest.raises(ValidationFailed, match=r"ends is .*aware datetime"), sessions.begin() as session:
+        with pytest.raises(ValidationFailed, match=r"ends is .*aware datetime"), app.sessions.begin() as session:
             change(session)
-    with sessions() as session:
+    with app.session() as session:
         assert [(note.id, note.ends and note.ends.replace(tzinfo=UTC)) for note in session.scalars(select(Note))] == [
             (1, SOON)
         ]
 
 
-def test_a_column_of_the_application_ends_at_the_moment_that_was_meant(sessions: sessionmaker[Session]) -> None:
+def test_a_column_of_the_application_ends_at_the_moment_that_was_meant(app: App) -> None:
     """SQLite keeps no offset: nine in the morning in Tokyo was nine in UTC. What it loads is naive, and stays."""
-    with sessions.begin() as session:
+    with app.sessions.begin() as session:
         over = (SOON - timedelta(hours=2)).astimezone(TOKYO)
         session.add_all([Note(id=1, ends=over), Note(id=2, ends=SOON.astimezone(TOKYO)), Note(id=3)])
         session.add(Note(id=4, ends=func.current_timestamp()))
-    with sessions.begin() as session:
+    with app.sessions.begin() as session:
         session.get_one(Note, 2).text = "changed"
-    sessions.kw["info"]["memory"].sweep(sessions.kw["bind"])
-    with sessions() as session:
+    app.memory.sweep(app.engine)
+    with app.session() as session:
         assert {note.id: note.text for note in session.scalars(select(Note))} == {2: "changed", 3: "text"}
 
 
@@ -166,18 +163,13 @@ def test_a_column_without_a_time_zone_holds_utc(engine: Engine) -> None:
         text: Mapped[str]
         ends: Mapped[datetime | None]
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Naive, text="text", expires="ends")
-    Own.metadata.create_all(engine)
-    memory.create_tables(engine)
-    own_sessions = sessionmaker(engine)
-    memory.attach(own_sessions)
-    with own_sessions.begin() as session:
+    app = make_app(engine, Naive, expires="ends")
+    with app.sessions.begin() as session:
         session.add(Naive(id=1, text="over", ends=(SOON - timedelta(hours=2)).astimezone(TOKYO)))
         session.add(Naive(id=2, text="living", ends=SOON.replace(tzinfo=None)))
-    memory.sweep(engine)
-    with own_sessions() as session:
+    app.memory.sweep(engine)
+    with app.session() as session:
         assert [(row.id, row.ends) for row in session.scalars(select(Naive))] == [(2, SOON.replace(tzinfo=None))]
-    with pytest.raises(ValidationFailed, match="aware datetime"), own_sessions.begin() as session:
+    with pytest.raises(ValidationFailed, match="aware datetime"), app.sessions.begin() as session:
         session.add(Naive(id=3, text="x", ends="soon"))
-    memory.close()
+    app.memory.close()

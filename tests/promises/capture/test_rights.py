@@ -15,8 +15,9 @@ from sqlalchemy.orm import sessionmaker
 
 from memstate_sa import Memory, MemstateError
 from memstate_sa.capture import triggers
+from memstate_sa.capture.captured_tables import CapturedTable, captured_in
 from memstate_sa.db import functions
-from memstate_sa.db.tables import current, log, outbox
+from memstate_sa.db.tables import log, outbox, trigger_context
 from memstate_sa.db.tables import transaction as transactions
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.migrations import VERSION_TABLE, __main__
@@ -124,7 +125,7 @@ def test_a_function_of_the_log_knows_its_table(world: World, role: Role) -> None
 
 
 @pytest.mark.parametrize("id_", [-5, 0, 2**62 + 1, 2**63 - 1])
-def test_who_may_add_entries_cannot_choose_their_place(world: World, role: Role, id_: int) -> None:
+def test_role_that_adds_entries_cannot_choose_their_place(world: World, role: Role, id_: int) -> None:
     """Not before others, even as a role that tells what `rewriting` does; not so far ahead that no id is left.
 
     Of the same kind: the id of a gap, an id that was deleted, several rows of which one is so.
@@ -133,7 +134,7 @@ def test_who_may_add_entries_cannot_choose_their_place(world: World, role: Role,
     before = contents(world.engine)
     names = "id, tx, entity, key, op, version, step, at"
     with pytest.raises(DBAPIError, match="append-only"), app.begin() as connection:
-        functions.tell(connection, "rewrite", "on")
+        functions.set_transaction_setting(connection, "rewrite", "on")
         connection.exec_driver_sql(
             f"INSERT INTO memstate_log ({names}) VALUES ({id_}, 'x', 'tag', '[1]', 'delete', 1, true, now())"
         )
@@ -188,7 +189,7 @@ def test_no_cast_of_another_role_runs_as_the_owner(world: World, role: Role) -> 
     assert values(world.engine, f"SELECT rolsuper FROM pg_roles WHERE rolname = '{name}'") == [False]
 
 
-def test_a_table_that_is_renamed_is_written_only_after_it_is_tracked_again(world: World) -> None:
+def test_renamed_table_is_written_only_after_it_is_tracked_again(world: World) -> None:
     """Otherwise the log would take another table of its old name for it. Dropped and made again it is the same."""
     sql(world.engine, "ALTER TABLE tag RENAME TO label", "CREATE TABLE tag (LIKE label INCLUDING ALL)")
     with pytest.raises(DBAPIError, match=r"captures INSERT of public.tag, not of public\.label"):
@@ -262,7 +263,7 @@ def test_functions_that_are_installed_are_closed(world: World, role: Role, mend:
     assert entries[4:] == [('["b"]', "insert"), ('["b"]', "delete")]
 
 
-def test_a_dump_without_privileges_is_told_and_mended(world: World) -> None:
+def test_dump_without_privileges_is_reported_and_mended(world: World) -> None:
     """A function that everybody may execute is not as it should be, though its source is."""
     for name in values(world.engine, f"SELECT proname {OURS}"):
         sql(world.engine, f"GRANT EXECUTE ON FUNCTION {name}() TO PUBLIC")
@@ -271,7 +272,7 @@ def test_a_dump_without_privileges_is_told_and_mended(world: World) -> None:
     assert problems(world) == []
 
 
-def test_a_table_of_another_owner_is_told(world: World, role: Role) -> None:
+def test_table_of_another_owner_is_reported(world: World, role: Role) -> None:
     """Who owns the table can give a column a type whose casts run as the owner of the functions."""
     owner = name_of(role())
     sql(world.engine, f"ALTER TABLE tag OWNER TO {owner}")
@@ -280,7 +281,7 @@ def test_a_table_of_another_owner_is_told(world: World, role: Role) -> None:
 
 
 @pytest.mark.parametrize("kind", ["a partition", "a child", "a parent"])
-def test_a_table_of_several_is_refused_and_told(postgres_engine: Engine, kind: str) -> None:
+def test_table_with_partitions_or_children_is_refused(postgres_engine: Engine, kind: str) -> None:
     """Writes to the other tables fire no trigger of it. It may become one when its triggers are there already."""
     world = World(postgres_engine, capture="trigger")
     statements = {
@@ -296,16 +297,16 @@ def test_a_table_of_several_is_refused_and_told(postgres_engine: Engine, kind: s
     assert subject == "tag" and "partitions or children" in message
     with pytest.raises(MemstateError, match="partitions or children"):
         world.memory.create_tables(postgres_engine)
-    [offline] = triggers.creating(triggers.captured_in(Tag.__table__)["tag"], postgres_engine.dialect)
+    [offline] = triggers.creating(captured_in(Tag.__table__)["tag"], postgres_engine.dialect)
     with pytest.raises(DBAPIError, match="is it there, and not partitioned"):
         sql(postgres_engine, offline)
     world.memory.close()
 
 
 @pytest.mark.parametrize("left_by", ["SET", "a role"])
-def test_settings_that_were_left_behind_say_nothing(world: World, role: Role, left_by: str) -> None:
+def test_leftover_settings_are_ignored(world: World, role: Role, left_by: str) -> None:
     """A pooled connection on which somebody said SET, or ALTER ROLE … SET: no transaction, no step, no permission."""
-    app = role("SELECT, INSERT, UPDATE, DELETE ON tag, memstate_log, memstate_current")
+    app = role("SELECT, INSERT, UPDATE, DELETE ON tag, memstate_log, memstate_trigger_context")
     settings = {"tx": "forged", "step": "off", "skip": "on", "rewrite": "on"}
     if left_by == "a role":  # of the role that logs in
         me = values(world.engine, "SELECT session_user")[0]
@@ -318,9 +319,9 @@ def test_settings_that_were_left_behind_say_nothing(world: World, role: Role, le
                     connection.exec_driver_sql(f"SET memstate.{name} = '{value}'")
                 connection.commit()
             assert connection.scalar(text("SELECT current_setting('memstate.rewrite')")) == "on"
-            connection.exec_driver_sql("INSERT INTO memstate_current (name) VALUES ('skip tag[\"b\"]')")
+            connection.exec_driver_sql("INSERT INTO memstate_trigger_context (name) VALUES ('skip tag[\"b\"]')")
             connection.exec_driver_sql("INSERT INTO tag (name, meaning) VALUES ('b', 'x')")
-            connection.exec_driver_sql("DELETE FROM memstate_current")
+            connection.exec_driver_sql("DELETE FROM memstate_trigger_context")
             connection.commit()
             with pytest.raises(DBAPIError, match="append-only"):
                 connection.exec_driver_sql("DELETE FROM memstate_log")
@@ -357,7 +358,7 @@ def test_no_label_keeps_a_change_from_the_log(engine: Engine, capture: Any) -> N
         assert [(change.key, change.actor, change.reason, change.session_id) for change in changes] == [
             (str(number), label, label, label) for number, label in enumerate(LABELS)
         ]
-        assert session.execute(select(current)).all() == []
+        assert session.execute(select(trigger_context)).all() == []
         assert len(session.execute(select(transactions)).all()) == len(LABELS)
     world.assert_in_step()
     world.memory.close()
@@ -389,7 +390,7 @@ def test_any_name_can_be_captured(postgres_engine: Engine, name: str) -> None:
     metadata = sa.MetaData()
     key, value = sa.Column(f"k{name}", sa.Integer, primary_key=True), sa.Column(name, sa.String)
     table = sa.Table(name, metadata, key, value, schema=f"{name}s")
-    captured = triggers.Capture(table, name)
+    captured = CapturedTable(table, name)
     with postgres_engine.begin() as connection:
         connection.execute(sa.schema.CreateSchema(f"{name}s"))
         metadata.create_all(connection)
@@ -460,7 +461,7 @@ def test_a_program_that_only_writes_tables_needs_no_right_on_ours(world: World, 
     """And cannot make up entries, nor keep its own from the log."""
     app = role("INSERT, UPDATE, DELETE, SELECT ON tag")
     sql(app, WRITES["insert"], "UPDATE tag SET meaning = 'x' WHERE name = 'b'")
-    for table in (log, outbox, current, transactions):
+    for table in (log, outbox, trigger_context, transactions):
         with pytest.raises(ProgrammingError, match="permission denied"):
             sql(app, f"INSERT INTO {table.name} DEFAULT VALUES")
     world.assert_in_step()

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, create_engine, event, insert, select, text
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 
-from memstate_sa import Memory
 from memstate_sa.db import sqlite
-from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.testing import HashEmbedder
-from tests.support import Base, Tag, World
+from tests.support import Base, Tag, World, sizes
+from tests.support.apps import make_app
 
 pytestmark = pytest.mark.sa20
 
@@ -42,24 +40,21 @@ def test_an_engine_that_would_leak_is_warned_of(tmp_path: Path) -> None:
     event.listen(own, "connect", lambda dbapi, record: setattr(dbapi, "isolation_level", None))
     event.listen(own, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
     for engine, leaks in ((leaking, True), (own, False)):
-        memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        memory.track(Tag, text="meaning")
-        Base.metadata.create_all(engine)
-        memory.create_tables(engine)
-        memory.attach(sessions := sessionmaker(engine))
+        app = make_app(engine, Tag, text="meaning")
         for first in (True, False):
-            with sessions() as session, warnings.catch_warnings(record=True) as caught:
+            with app.session() as session, warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 session.execute(select(Tag))
                 assert [each.category for each in caught] == ([sqlite.SavepointWarning] if leaks and first else [])
         assert sqlite.leaks_savepoints(engine) is leaks
-        problems = [problem.subject for problem in memory.doctor(engine).problems]
+        problems = [problem.subject for problem in app.memory.doctor(engine).problems]
         assert problems == (["SAVEPOINTs"] if leaks else [])
         engine.dispose()
 
 
-def test_commits_beside_a_writing_relay(tmp_path: Path) -> None:
-    """A thousand transactions that read and then write, in four threads: none fails."""
+@pytest.mark.parametrize("transactions", sizes(40, 250))
+def test_commits_succeed_beside_a_writing_relay(tmp_path: Path, transactions: int) -> None:
+    """Transactions that read and then write, in four threads: none fails."""
     engine = sqlite.configure(create_engine(f"sqlite:///{tmp_path / 'x.db'}"))
     world = World(engine)
     with world.session() as session:
@@ -67,7 +62,7 @@ def test_commits_beside_a_writing_relay(tmp_path: Path) -> None:
         session.commit()
 
     def write(name: str) -> None:
-        for _ in range(250):
+        for _ in range(transactions):
             with world.session() as session:
                 tag = session.get_one(Tag, name)
                 tag.meaning = str(int(tag.meaning) + 1)
@@ -76,7 +71,7 @@ def test_commits_beside_a_writing_relay(tmp_path: Path) -> None:
     with world.memory.relay(engine), ThreadPoolExecutor(4) as pool:
         list(pool.map(write, [f"t{n}" for n in range(4)]))
     with world.session() as session:
-        assert {tag.meaning for tag in session.scalars(select(Tag))} == {"250"}
+        assert {tag.meaning for tag in session.scalars(select(Tag))} == {str(transactions)}
     world.assert_in_step()
     engine.dispose()
 
@@ -124,7 +119,7 @@ def test_autocommit_is_left_alone(tmp_path: Path, told: str) -> None:
     engine.dispose()
 
 
-def test_wal_and_idempotence(configured: Engine) -> None:
+def test_configure_sets_wal_once(configured: Engine) -> None:
     """Configured once, however often it is called; an engine of another database is left alone."""
     assert sqlite.configure(configured) is configured
     with configured.connect() as connection:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 from sqlalchemy import Column, Engine, ForeignKey, Table, select
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, scoped_session, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, scoped_session
 
 from memstate_sa import Memory, MemstateError, UntrackedWrite
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from tests.support import Tag, World
+from tests.support.apps import make_app
 
 
 class Base(DeclarativeBase):
@@ -45,38 +46,27 @@ class Link(Base):
 
 def test_facts_without_text_have_history_and_undo(engine: Engine) -> None:
     """`text=None`: nothing of them is in any index, or pending for one."""
-    Base.metadata.create_all(engine)
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Page, text=None, metadata=("body",))
-    memory.create_tables(engine)
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    with sessions() as session:
+    app = make_app(engine, Page, text=None, metadata=("body",))
+    with app.session() as session:
         session.add(Page(id=1, body="one"))
         session.commit()
         session.get_one(Page, 1).body = "two"
         session.commit()
-        assert memory.search(session, "two", Page) == []
-        memory.relay(engine).drain()
-        assert memory.verify(engine).clean and memory.status(engine)["memory"].pending == 0
-        assert memory.indexes["memory"].scan(None, 10) == []
-        memory.rollback(session)
+        assert app.memory.search(session, "two", Page) == []
+        app.memory.relay(engine).drain()
+        assert app.memory.verify(engine).clean and app.memory.status(engine)["memory"].pending == 0
+        assert app.memory.indexes["memory"].scan(None, 10) == []
+        app.memory.rollback(session)
         session.commit()
         assert session.scalars(select(Page.body)).all() == ["one"]
-        assert [change.op for change in memory.history(session, Page, 1)] == ["insert", "update", "update"]
+        assert [change.op for change in app.memory.history(session, Page, 1)] == ["insert", "update", "update"]
 
 
-def test_a_secondary_table_by_triggers(engine: Engine) -> None:
+def test_secondary_table_is_captured_by_triggers(engine: Engine) -> None:
     """What a relationship writes by itself is refused with the way out; captured by triggers, undo brings it back."""
-    Base.metadata.create_all(engine)
     for capture in ("session", "trigger"):
-        memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        memory.track(Page, text="body")
-        memory.track(Link, text=None, capture=capture)
-        memory.create_tables(engine)
-        sessions = sessionmaker(engine)
-        memory.attach(sessions)
-        with sessions() as session:
+        app = make_app(engine, Page, Link, tracking={Page: {"text": "body"}, Link: {"text": None, "capture": capture}})
+        with app.session() as session:
             session.add(page := Page(id=1, body="b", labels=[Label(id=1, name="l")]))
             if capture == "session":
                 with pytest.raises(UntrackedWrite, match=r"capture='trigger', or an association object"):
@@ -85,7 +75,7 @@ def test_a_secondary_table_by_triggers(engine: Engine) -> None:
             session.commit()
             session.delete(page)
             session.commit()
-            memory.rollback(session)
+            app.memory.rollback(session)
             session.commit()
             assert [label.name for label in session.get_one(Page, 1).labels] == ["l"]
 
@@ -121,14 +111,9 @@ def test_track_refuses_a_text_that_is_none(text: object) -> None:
 
 def test_track_takes_the_attribute_itself(engine: Engine) -> None:
     """`text=Page.body` is what `text="body"` is."""
-    Base.metadata.create_all(engine)
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Page, text=Page.body)
-    memory.create_tables(engine)
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    with sessions() as session:
+    app = make_app(engine, Page, text=Page.body)
+    with app.session() as session:
         session.add(Page(id=1, body="one"))
         session.commit()
-        assert [hit.fact.id for hit in memory.search(session, "one", Page)] == [1]
-    memory.close()
+        assert [hit.fact.id for hit in app.memory.search(session, "one", Page)] == [1]
+    app.memory.close()

@@ -11,32 +11,21 @@ from sqlalchemy import Engine, ForeignKey, create_engine, insert, select, text, 
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, sessionmaker
 
-from memstate_sa import ConflictError, Memory, MemstateError, UntrackedWrite, sqlite
+from memstate_sa import ConflictError, MemstateError, UntrackedWrite, sqlite
 from memstate_sa.db.statements import upsert
-from memstate_sa.db.tables import current, log
-from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.log.changes import replay
-from memstate_sa.testing import HashEmbedder
+from memstate_sa.db.tables import log, trigger_context
+from tests.support import apps
 
 pytestmark = pytest.mark.sa20
 
 
-class App:
+class App(apps.App):
     """Models captured by triggers, unless it is said otherwise."""
 
-    def __init__(self, engine: Engine, *models: Any, session: tuple[Any, ...] = (), **kw: Any) -> None:
-        self.engine = engine
-        self.models = (*models, *session)
-        self.memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        for model in self.models:
-            self.memory.track(model, text="text", capture="session" if model in session else "trigger", **kw)
-        if engine.dialect.name == "sqlite":
-            sa.event.listen(engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA foreign_keys = ON"))
-            engine.dispose()
-        self.models[0].metadata.create_all(engine)
-        self.memory.create_tables(engine)
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
+    def __init__(self, engine: Engine, *models: Any, session: tuple[Any, ...] = (), **options: Any) -> None:
+        tracking = {model: {"capture": "session"} for model in session}
+        options |= {"tracking": tracking, "foreign_keys": True, "capture": "trigger"}
+        super().__init__(engine, *models, *session, **options)
 
     def run(self, *statements: str) -> None:
         with self.engine.begin() as connection:
@@ -49,13 +38,9 @@ class App:
 
     def check(self) -> None:
         """replay(log) == tables, and nobody was left told of anything."""
+        self.assert_log_is_truth()
         with self.sessions() as session:
-            for model in self.models:
-                changes = self.memory.history(session, model)
-                key = model.__table__.primary_key.columns.values()[0].name
-                rows = {row[key]: dict(row) for row in session.execute(select(model.__table__)).mappings()}
-                assert {at: dict(row) for (_, at), row in replay(changes).items()} == rows
-            assert session.execute(select(current)).all() == []
+            assert session.execute(select(trigger_context)).all() == []
         assert self.memory.doctor(self.engine).healthy
 
 
@@ -97,7 +82,7 @@ class Node(Base):
     parent: Mapped[Node | None] = relationship(remote_side="Node.id")
 
 
-def test_a_row_that_one_statement_touches_several_times(engine: Engine) -> None:
+def test_row_touched_several_times_by_one_statement_is_logged(engine: Engine) -> None:
     """By three foreign keys at once, and one that cascades within its table."""
     app = App(engine, Top, Below, Owned, Node)
     app.run(
@@ -123,7 +108,7 @@ def test_a_row_that_one_statement_touches_several_times(engine: Engine) -> None:
     app.check()
 
 
-def test_a_row_older_than_tracking_that_one_statement_touches_several_times(engine: Engine) -> None:
+def test_older_row_touched_several_times_gets_one_baseline(engine: Engine) -> None:
     """Its baseline is what it was at first, once."""
     Base.metadata.create_all(engine)
     with engine.begin() as connection:
@@ -164,7 +149,7 @@ class Kept(Base):
     top_id: Mapped[int]
 
 
-def test_what_follows_from_an_undo_is_part_of_it(engine: Engine) -> None:
+def test_undo_includes_changes_by_application_triggers(engine: Engine) -> None:
     """What a trigger of the application deletes with the undone row, redoing brings back."""
     app = App(engine, Top, Kept)
     with engine.begin() as connection:
@@ -203,7 +188,7 @@ class Shouted(Base):
 
 
 @pytest.mark.parametrize("first", ["ours", "theirs"])
-def test_triggers_of_the_application(engine: Engine, first: str) -> None:
+def test_log_shows_the_result_of_application_triggers(engine: Engine, first: str) -> None:
     """One that changes the row that was just written: the log ends with what it has become."""
     if first == "theirs":
         Base.metadata.create_all(engine)
@@ -237,7 +222,7 @@ def shout(engine: Engine) -> None:
             connection.exec_driver_sql(statement)
 
 
-def test_both_captures_in_one_flush(engine: Engine) -> None:
+def test_both_captures_log_their_rows_in_one_flush(engine: Engine) -> None:
     """Rows older than tracking of either: each has its baseline before what changed it."""
     Base.metadata.create_all(engine)
     with engine.begin() as connection:
@@ -251,7 +236,7 @@ def test_both_captures_in_one_flush(engine: Engine) -> None:
     app.check()
 
 
-def test_a_session_that_writes_to_another_database(engine: Engine, tmp_path: Path) -> None:
+def test_session_may_write_to_another_database(engine: Engine, tmp_path: Path) -> None:
     """Which knows nothing of us."""
 
     class Other(DeclarativeBase):
@@ -283,7 +268,7 @@ def test_a_session_that_writes_to_another_database(engine: Engine, tmp_path: Pat
 # -- names and types ---------------------------------------------------------------------------------------------------
 
 
-def test_names_that_need_care(engine: Engine) -> None:
+def test_unusual_names_are_captured(engine: Engine) -> None:
     """Percent signs, quotes, capitals, in tables, columns and identities."""
 
     class Local(DeclarativeBase):
@@ -313,7 +298,7 @@ def test_names_that_need_care(engine: Engine) -> None:
     assert app.memory.doctor(engine).healthy
 
 
-def test_keys_that_are_named_as_what_a_trigger_knows(engine: Engine) -> None:
+def test_columns_named_like_trigger_variables_are_captured(engine: Engine) -> None:
     """Its own variables, and those that PostgreSQL gives it."""
 
     class Local(DeclarativeBase):
@@ -345,7 +330,7 @@ def test_keys_that_are_named_as_what_a_trigger_knows(engine: Engine) -> None:
     assert app.memory.doctor(engine).healthy
 
 
-def test_columns_that_the_database_computes(engine: Engine) -> None:
+def test_computed_columns_are_captured(engine: Engine) -> None:
     """Stored or not: on PostgreSQL 18 a transition table has not those that are not."""
 
     class Local(DeclarativeBase):
@@ -374,7 +359,7 @@ def test_columns_that_the_database_computes(engine: Engine) -> None:
     app.check()
 
 
-def test_collations_that_take_different_texts_for_one(sqlite_engine: Engine) -> None:
+def test_case_insensitive_column_logs_a_change_of_case(sqlite_engine: Engine) -> None:
     """A change of case is a change; a key of that kind is refused."""
 
     class Local(DeclarativeBase):
@@ -397,7 +382,7 @@ def test_collations_that_take_different_texts_for_one(sqlite_engine: Engine) -> 
 
 
 @pytest.mark.parametrize(("scale", "refused"), [(6, False), (8, True)])
-def test_decimal_keys(postgres_engine: Engine, scale: int, refused: bool) -> None:
+def test_decimal_key_is_captured_or_refused_by_its_scale(postgres_engine: Engine, scale: int, refused: bool) -> None:
     """Python writes a small one as 1E-8."""
 
     class Local(DeclarativeBase):
@@ -417,7 +402,7 @@ def test_decimal_keys(postgres_engine: Engine, scale: int, refused: bool) -> Non
     app.check()
 
 
-def test_two_memories_of_one_table(engine: Engine) -> None:
+def test_two_memories_of_one_table_log_their_own_entities(engine: Engine) -> None:
     """Each under an entity of its own, with triggers of its own."""
     app, other = App(engine, Top, entity="first"), App(engine, Top, entity="second")
     app.run("INSERT INTO top (id, text) VALUES (1, 'x')")
@@ -428,7 +413,7 @@ def test_two_memories_of_one_table(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("by", ["Session", "connection"])
-def test_nothing_told_is_ever_committed(engine: Engine, by: str) -> None:
+def test_trigger_context_is_never_committed(engine: Engine, by: str) -> None:
     """Not after a statement that failed, nor on a connection of somebody else."""
     app = App(engine, Top)
     app.run("INSERT INTO top (id, text) VALUES (1, 'x')")
@@ -447,7 +432,7 @@ def test_nothing_told_is_ever_committed(engine: Engine, by: str) -> None:
     assert len({change.tx for change in changes}) == 3
 
 
-def test_a_failed_statement_that_is_swallowed(sqlite_engine: Engine) -> None:
+def test_swallowed_statement_error_does_not_stop_the_commit(sqlite_engine: Engine) -> None:
     """On SQLite the transaction goes on, and is committed."""
     app = App(sqlite_engine, Top)
     app.run("INSERT INTO top (id, text) VALUES (1, 'x')")
@@ -458,7 +443,7 @@ def test_a_failed_statement_that_is_swallowed(sqlite_engine: Engine) -> None:
     app.check()
 
 
-def test_what_the_application_asks_of_sqlite(sqlite_engine: Engine) -> None:
+def test_triggers_leave_last_insert_rowid_and_changes_alone(sqlite_engine: Engine) -> None:
     """last_insert_rowid() and changes() are of its own statements."""
     app = App(sqlite_engine, Shouted)
     with app.sessions() as session:
@@ -476,7 +461,7 @@ def test_what_the_application_asks_of_sqlite(sqlite_engine: Engine) -> None:
 # -- PostgreSQL --------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_looked_for_where_others_can_put_it(postgres_engine: Engine) -> None:
+def test_trigger_functions_ignore_temporary_tables(postgres_engine: Engine) -> None:
     """The functions run as their owner: a temporary table of our log's name is not it."""
     app = App(postgres_engine, Top)
     with postgres_engine.begin() as connection:
@@ -491,7 +476,7 @@ def test_nothing_is_looked_for_where_others_can_put_it(postgres_engine: Engine) 
     app.check()
 
 
-def test_who_may_write_the_table_need_not_be_allowed_to_write_the_log(postgres_engine: Engine) -> None:
+def test_role_that_writes_a_table_needs_no_right_on_the_log(postgres_engine: Engine) -> None:
     """Nor to see it."""
     app = App(postgres_engine, Top)
     with postgres_engine.begin() as connection:
@@ -508,7 +493,7 @@ def test_who_may_write_the_table_need_not_be_allowed_to_write_the_log(postgres_e
     app.check()
 
 
-def test_truncate(postgres_engine: Engine) -> None:
+def test_truncate_logs_every_row_as_deleted(postgres_engine: Engine) -> None:
     """Every row is logged as deleted; where the transaction does not see them all, it is refused."""
     app = App(postgres_engine, Shouted)
     app.run("INSERT INTO shouted (id, text) VALUES (1, 'a'), (2, 'b')", "TRUNCATE shouted")

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, select, text
 from sqlalchemy.exc import IntegrityError
 
-from memstate_sa.db.tables import current
+from memstate_sa.db.tables import trigger_context
 from tests.support import Person, Tag, World
 
 pytestmark = pytest.mark.sa20
@@ -19,7 +19,7 @@ def world(engine: Engine) -> Any:
     made = World(engine, capture="trigger")
     yield made
     with engine.connect() as connection:
-        assert connection.execute(select(current)).all() == []
+        assert connection.execute(select(trigger_context)).all() == []
     made.memory.close()
 
 
@@ -39,7 +39,7 @@ def outside(world: World, *statements: str) -> None:
     engine.dispose()
 
 
-def test_objects(world: World) -> None:
+def test_objects_are_logged_with_their_labels(world: World) -> None:
     """Inserts, updates and deletes of the unit of work, with the labels of their transaction."""
     with world.session() as session:
         world.memory.annotate(session, actor="planner", session_id="s1")
@@ -77,7 +77,7 @@ def test_text_sql_of_a_session_has_its_labels(world: World) -> None:
     world.assert_in_step()
 
 
-def test_other_programs(world: World) -> None:
+def test_writes_of_other_programs_are_logged(world: World) -> None:
     """One that speaks SQL to the database directly."""
     outside(
         world,
@@ -94,7 +94,7 @@ def test_other_programs(world: World) -> None:
     world.assert_in_step()
 
 
-def test_a_savepoint_that_rolls_back_takes_what_was_told(world: World) -> None:
+def test_writes_after_a_rolled_back_savepoint_keep_their_labels(world: World) -> None:
     """What comes after it is of the same transaction, and knows its labels."""
     with world.session() as session:
         world.memory.annotate(session, actor="planner")
@@ -113,7 +113,7 @@ def test_a_savepoint_that_rolls_back_takes_what_was_told(world: World) -> None:
     world.assert_in_step()
 
 
-def test_a_failed_statement_leaves_nothing_told(world: World) -> None:
+def test_failed_statement_leaves_no_trigger_context(world: World) -> None:
     """On SQLite the transaction goes on; whoever writes next is not taken for it."""
     with world.session() as session:
         session.add(Tag(name="a"))

@@ -25,15 +25,12 @@ from sqlalchemy.orm import (
     deferred,
     mapped_column,
     relationship,
-    sessionmaker,
     synonym,
 )
 
-from memstate_sa import Memory, UntrackedWrite
+from memstate_sa import UntrackedWrite
 from memstate_sa.db.statements import upsert
-from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.log.changes import replay
-from memstate_sa.testing import HashEmbedder
+from tests.support import apps
 
 pytestmark = [
     pytest.mark.sa20,
@@ -154,29 +151,9 @@ class Dog(Animal):
 MODELS = (Owner, Part, Leaf, Label, Link, Animal)
 
 
-class App:
+class App(apps.App):
     def __init__(self, engine: Engine, capture: Any) -> None:
-        self.engine = engine
-        self.memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        for model in MODELS:
-            self.memory.track(model, text="text", capture=capture)
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA foreign_keys = ON"))
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
-
-    def assert_log_is_truth(self) -> None:
-        with self.sessions() as session:
-            for model in MODELS:
-                replayed = {key: dict(row) for (_, key), row in replay(self.memory.history(session, model)).items()}
-                keys = [column.name for column in model.__table__.primary_key]
-                rows = {}
-                for row in session.execute(select(model.__table__)).mappings():
-                    key = tuple(row[name] for name in keys)
-                    rows[key[0] if len(key) == 1 else key] = dict(row)
-                assert replayed == rows, model
+        super().__init__(engine, *MODELS, foreign_keys=True, capture=capture)
 
     def prepare(self) -> None:
         with self.sessions() as session:
@@ -417,7 +394,7 @@ async def play_async(app: App, cell: Callable[[Session], Any]) -> None:
     ("capture", "name"),
     [*(("session", name) for name in CELLS), *(("trigger", name) for name in (*CELLS, *BY_TRIGGER_ONLY))],
 )
-async def test_captured(engine: Engine, name: str, capture: str, kind: str) -> None:
+async def test_every_write_is_captured(engine: Engine, name: str, capture: str, kind: str) -> None:
     """replay(log) == tables, whatever wrote."""
     app = App(engine, capture)
     app.prepare()
@@ -433,7 +410,7 @@ async def test_captured(engine: Engine, name: str, capture: str, kind: str) -> N
 
 
 @pytest.mark.parametrize("name", BY_TRIGGER_ONLY)
-def test_refused_or_found(engine: Engine, name: str) -> None:
+def test_uncaptured_write_is_refused_or_found(engine: Engine, name: str) -> None:
     """Nothing is silently lost without triggers: UntrackedWrite before it is written, or doctor says what differs."""
     app = App(engine, "session")
     app.prepare()

@@ -17,13 +17,12 @@ from sqlalchemy import Engine, ForeignKey, create_engine, event, insert, select,
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
-from memstate_sa import Memory, MemstateError, sqlite
+from memstate_sa import MemstateError, sqlite
 from memstate_sa.db.tables import backfill as ranges
 from memstate_sa.db.tables import log
-from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.maintenance import backfill
-from memstate_sa.testing import HashEmbedder
 from tests.support import PATIENCE_S, WAITING_FOR_A_LOCK, Note, Person, Tag, World, explore, in_threads, sizes
+from tests.support.apps import make_app
 from tests.support.programs import wipe
 
 pytestmark = pytest.mark.sa20
@@ -116,7 +115,7 @@ def interrupt_after(rows: int) -> Callable[[int, int | None], None]:
     return interrupt
 
 
-def test_a_baseline_and_a_vector_for_every_row(world: World) -> None:
+def test_every_row_gets_one_baseline_and_one_vector(world: World) -> None:
     """Once: running it again adds nothing, and finds what came past the log since."""
     world.relay.drain()
     old_tags(world.engine, 25)
@@ -134,7 +133,7 @@ def test_a_baseline_and_a_vector_for_every_row(world: World) -> None:
     world.assert_in_step()
 
 
-def test_what_is_done_is_not_read_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_backfill_does_not_read_rows_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted backfill goes on where it was, in batches of any size."""
     old_tags(world.engine, 25)
     spy = Spy(world, monkeypatch)
@@ -149,7 +148,7 @@ def test_what_is_done_is_not_read_again(world: World, monkeypatch: pytest.Monkey
     world.assert_in_step()
 
 
-def test_restart_and_limit(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backfill_obeys_restart_and_limit(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the beginning, although it is not done with; and only so many rows at a time."""
     old_tags(world.engine, 10)
     spy = Spy(world, monkeypatch)
@@ -162,7 +161,7 @@ def test_restart_and_limit(world: World, monkeypatch: pytest.MonkeyPatch) -> Non
     assert spy.batches[3:] == [tag_keys(*range(1, 10))]
 
 
-def test_all_classes(world: World) -> None:
+def test_backfill_takes_all_classes_or_some(world: World) -> None:
     """Or several; a single one may be given as such."""
     with world.engine.begin() as connection:
         connection.execute(insert(Person.__table__), [{"id": n, "name": "p", "about": f"about {n}"} for n in (1, 2, 3)])
@@ -199,7 +198,7 @@ class Clock:
         self.now += seconds
 
 
-def test_no_more_rows_a_second(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backfill_keeps_to_its_rate(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a batch itself took is part of its time."""
     old_tags(world.engine, 10)
     clock = Clock(0.25)
@@ -208,7 +207,7 @@ def test_no_more_rows_a_second(world: World, monkeypatch: pytest.MonkeyPatch) ->
     assert clock.pauses == [1.75, 1.75, 0.75]
 
 
-def test_others_get_to_write_to_sqlite(sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backfill_lets_others_write_to_sqlite(sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two batches it rests for as long as one took: whoever waited for the first writes before the second."""
     world = World(sqlite_engine)
     old_tags(sqlite_engine, 10)
@@ -222,7 +221,7 @@ def test_others_get_to_write_to_sqlite(sqlite_engine: Engine, monkeypatch: pytes
 
 
 @both_ways
-def test_a_row_that_changes_between_the_look_and_the_lock(
+def test_row_that_changes_before_its_lock_is_logged_as_it_is(
     engine: Engine, capture: Literal["session", "trigger"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is not logged as it was; nor is one that is deleted. SQLite: others wait, as this transaction has begun."""
@@ -244,7 +243,7 @@ def test_a_row_that_changes_between_the_look_and_the_lock(
     world.assert_in_step()
 
 
-def test_it_waits_for_a_locked_row_without_holding_others(postgres_engine: Engine) -> None:
+def test_backfill_waits_for_a_locked_row_without_holding_others(postgres_engine: Engine) -> None:
     """So it stands in nobody's way meanwhile, and nobody's transaction is aborted as the victim of a deadlock."""
     engine = postgres_engine
     world = World(engine)
@@ -345,7 +344,7 @@ def test_a_worker_waits_for_ranges_of_others(postgres_engine: Engine, monkeypatc
     assert added == [5]
 
 
-def test_workers_that_begin_together(engine: Engine) -> None:
+def test_workers_that_begin_together_share_one_backfill(engine: Engine) -> None:
     """One of them begins, the others join; of rows that are done with already, too."""
     world = World(engine)
     old_tags(engine, 50)
@@ -355,7 +354,7 @@ def test_workers_that_begin_together(engine: Engine) -> None:
     world.assert_in_step()
 
 
-def test_a_restart_beside_workers_that_divide(postgres_engine: Engine) -> None:
+def test_restart_leaves_no_range_of_dividing_workers(postgres_engine: Engine) -> None:
     """One between its look at the ranges and its lock of them, one before it deletes them: no range of theirs is left.
 
     It would be there already when somebody divides there again, and every run after that would fail.
@@ -437,7 +436,7 @@ def _waiting(engine: Engine, verb: str = "") -> int:
 
 @both_ways
 @pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
-def test_a_transaction_that_does_not_see_the_baseline(
+def test_transaction_that_misses_the_baseline_logs_another(
     postgres_engine: Engine, capture: Literal["session", "trigger"], isolation: str
 ) -> None:
     """It logs one more, by its older snapshot; which says the same, and is no change to anybody."""
@@ -475,7 +474,7 @@ def test_a_transaction_that_does_not_see_the_baseline(
 
 
 @both_ways
-def test_beside_busy_writers(engine: Engine, capture: Literal["session", "trigger"]) -> None:
+def test_backfill_converges_beside_busy_writers(engine: Engine, capture: Literal["session", "trigger"]) -> None:
     """They change, delete and add rows, some many in one transaction, while two workers run; nobody fails."""
     world = World(engine, capture=capture)
     with before_tracking(world):
@@ -564,7 +563,7 @@ WORDS = [(language, word) for language in ("de", "en") for word in ("Zoo", "apfe
 
 
 @pytest.mark.parametrize("model", [Word, Kind, Single, Joined])
-def test_all_kinds_of_rows(engine: Engine, model: Any) -> None:
+def test_backfill_covers_all_kinds_of_rows(engine: Engine, model: Any) -> None:
     """Composite keys in a collation of their own; single-table and joined inheritance, from the base and from below."""
     Base.metadata.create_all(engine)
     with engine.begin() as connection:
@@ -573,25 +572,21 @@ def test_all_kinds_of_rows(engine: Engine, model: Any) -> None:
         rows = [{"id": f"{kind} {n}", "kind": kind, "name": f"{n}"} for n in range(5) for kind in kinds]
         connection.execute(insert(Kind.__table__), rows)
         connection.execute(insert(Joined.__table__), [{"id": f"joined {n}", "more": "more"} for n in range(5)])
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(model, text="word" if model is Word else "name")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    memory.create_tables(engine)
+    app = make_app(engine, model, text="word" if model is Word else "name")
     for limit in (1, 4, 0, 3, 1):
-        memory.backfill(engine, model, batch_size=2, limit=limit)
-    memory.backfill(engine, model, batch_size=1, restart=False)
-    with sessions() as session:
-        changes = memory.history(session, model)
+        app.memory.backfill(engine, model, batch_size=2, limit=limit)
+    app.memory.backfill(engine, model, batch_size=1, restart=False)
+    with app.session() as session:
+        changes = app.memory.history(session, model)
         there = {session.identity_key(instance=row)[1] for row in session.scalars(select(model))}
     keys = [change.key if isinstance(change.key, tuple) else (change.key,) for change in changes]
     assert Counter(keys) == dict.fromkeys(there, 1) and len(there) >= 5
     assert {change.op for change in changes} == {"baseline"}
     if model is Joined:
         assert {change.after["joined.more"] for change in changes if change.after} == {"more"}
-    memory.relay(engine).drain()
-    assert memory.verify(engine).clean
-    memory.close()
+    app.memory.relay(engine).drain()
+    assert app.memory.verify(engine).clean
+    app.memory.close()
 
 
 # -- kills -------------------------------------------------------------------------------------------------------------
@@ -716,9 +711,9 @@ def beside(engine: Engine) -> Iterator[Engine]:
 
 
 @pytest.mark.timeout(PATIENCE_S)
-@pytest.mark.parametrize("programs_played", sizes(4, 40))
+@pytest.mark.parametrize("programs_played", sizes(3, 40))
 @both_ways
-def test_random_interleavings(
+def test_random_interleavings_log_one_first_entry_a_row(
     engine: Engine, beside: Engine, capture: Literal["session", "trigger"], programs_played: int
 ) -> None:
     """Batches, live writes, kills at any statement, workers within: one first entry a row, replay(log) == table."""

@@ -162,8 +162,9 @@ def poll(is_true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.deep
 @pytest.mark.timeout(5 * PATIENCE_S + 20 * KILLS)
-def test_sigkill_of_all_processes(make: Callable[[int], Application]) -> None:
+def test_backfill_resumes_after_sigkill_of_all_processes(make: Callable[[int], Application]) -> None:
     """Each run goes on where the last one was killed, while the application changes, deletes and adds rows."""
     app = make(ROWS)
     chance = random.Random(int(os.environ.get("MEMSTATE_SEED", "11")))
@@ -209,7 +210,8 @@ def test_sigkill_of_all_processes(make: Callable[[int], Application]) -> None:
     app.assert_taken_in()
 
 
-def test_a_worker_that_is_killed_is_made_up_for(make: Callable[[int], Application]) -> None:
+@pytest.mark.deep_on("postgres")
+def test_rows_of_a_killed_worker_are_taken_over(make: Callable[[int], Application]) -> None:
     """By the others, or at last by the process that started it."""
     app = make(1500)
     with app.running("--workers", "2", "--batch-size", "25", "--rate", "500") as process:
@@ -225,6 +227,7 @@ def test_a_worker_that_is_killed_is_made_up_for(make: Callable[[int], Applicatio
     app.assert_taken_in()
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interruption_says_how_to_go_on(
@@ -284,7 +287,7 @@ def test_a_worker_that_does_not_end_is_killed(
             os.kill(int(worker.stem), 0)
 
 
-def test_without_a_name_it_is_all_that_is_not_done_with(make: Callable[[int], Application]) -> None:
+def test_backfill_without_a_name_takes_all_unfinished_classes(make: Callable[[int], Application]) -> None:
     """A class that is named, or --restart, is gone through again: rows may have come past the log."""
     app = make(20)
     note = app.module.Note.__table__
@@ -303,7 +306,7 @@ def test_without_a_name_it_is_all_that_is_not_done_with(make: Callable[[int], Ap
         assert Counter(connection.scalars(select(log.c.op))) == {"baseline": 25}
 
 
-def test_it_shows_how_far_it_is(sqlite_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backfill_shows_its_progress(sqlite_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of all, of how many, and how many a second."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from sqlalchemy import Engine, insert, select, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from memstate_sa import ConflictError, Memory
+from memstate_sa import ConflictError
 from memstate_sa.db.tables import log, outbox, unique
-from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.testing import HashEmbedder
 from tests.support import WAITING_FOR_A_LOCK
+from tests.support.apps import App
 
 pytestmark = pytest.mark.sa20
 
@@ -30,17 +29,11 @@ class Seat(Base):
     meal: Mapped[str] = mapped_column(default="")
 
 
-class Hall:
+class Hall(App):
     """Seats of which each guest has one; those that are older than tracking have them as they like."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        self.memory.track(Seat, text="meal", unique_by=("guest",))
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        super().__init__(engine, Seat, text="meal", unique_by=("guest",))
 
     def fill(self, *guests: str | None) -> None:
         with self.engine.begin() as connection:
@@ -86,7 +79,9 @@ def poll(is_true: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_rows_that_are_not_unique(hall: Hall, batch_size: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_first_of_equal_rows_gets_the_unique_value(
+    hall: Hall, batch_size: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """All get their history. The first one has the value; it is said which others have not, and not what it is."""
     hall.fill("Ann", "Bob", "Ann", None, "Cid", None, "Ann", "Bob")
     assert hall.memory.backfill(hall.engine, batch_size=batch_size) == 8
@@ -100,7 +95,7 @@ def test_rows_that_are_not_unique(hall: Hall, batch_size: int, caplog: pytest.Lo
     assert hall.memory.backfill(hall.engine) == 0
 
 
-def test_what_becomes_of_them(hall: Hall) -> None:
+def test_changed_duplicate_must_become_unique(hall: Hall) -> None:
     """Changed, a row must be unique; the value of one that gives it up is free."""
     hall.fill("Ann", "Ann", "Ann", "Ann")
     hall.memory.backfill(hall.engine)
@@ -122,7 +117,7 @@ def test_what_becomes_of_them(hall: Hall) -> None:
 @pytest.mark.parametrize("commits", [True, False])
 @pytest.mark.parametrize("wanted", [1, 5, 9], ids=["the first row", "the row with that guest", "the last row"])
 @pytest.mark.parametrize("batch_size", [1, 100])
-def test_beside_a_transaction_that_has_the_value(
+def test_backfill_waits_for_a_unique_value_without_deadlock(
     postgres_hall: Hall, wanted: int, batch_size: int, commits: bool
 ) -> None:
     """It is waited for without rows of the batch in hand, which it may come to wait for: no deadlock, no victim."""

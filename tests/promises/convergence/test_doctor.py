@@ -14,6 +14,7 @@ from memstate_sa.db.tables import log, unique
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from tests.support import Base, Note, Person, Tag, World
+from tests.support.apps import make_app
 from tests.support.relays import say
 
 pytestmark = pytest.mark.sa20
@@ -25,7 +26,7 @@ def run(world: World, *statements: str) -> None:
             connection.exec_driver_sql(statement)
 
 
-def test_rows_changed_past_the_log(world: World) -> None:
+def test_doctor_reports_rows_changed_past_the_log(world: World) -> None:
     """Changed, gone, come again, and never logged: each is told; repair logs all but the last, and vectors follow."""
     with world.session() as session:
         session.add_all(Tag(name=name, meaning="one") for name in "abcd")
@@ -57,41 +58,36 @@ def test_rows_changed_past_the_log(world: World) -> None:
     world.assert_in_step()
 
 
-def test_what_must_be_unique_and_is_not(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+def test_repair_logs_and_warns_of_duplicate_unique_values(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     """Repair logs it as it is, the rest of its page too, and warns: the first row has the value, others have none."""
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Tag, text="meaning", unique_by=("meaning",))
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Tag, text="meaning", unique_by=("meaning",))
+    with app.session() as session:
         session.add_all(Tag(name=name, meaning=name) for name in "abcd")
         session.commit()
     with engine.begin() as connection:
         connection.execute(text("UPDATE tag SET meaning = 'a' WHERE name IN ('b', 'c')"))
         connection.execute(text("UPDATE tag SET meaning = 'new' WHERE name = 'd'"))
     with caplog.at_level("WARNING"):
-        assert len(memory.doctor(engine, repair=True).changed) == 3
+        assert len(app.memory.doctor(engine, repair=True).changed) == 3
     [warning] = [record.getMessage() for record in caplog.records if record.name == "memstate_sa.capture.recorder"]
     assert (
         "2 rows that are older than tracking or than unique_by, or were changed past it," in warning
         and '["b"], ["c"]' in warning
     )
-    assert memory.doctor(engine).healthy
+    assert app.memory.doctor(engine).healthy
     with engine.connect() as connection:
         assert {row.value: row.key for row in connection.execute(select(unique))} == {
             '["a"]': '["a"]',
             '["new"]': '["d"]',
         }
-    with sessions() as session:
+    with app.session() as session:
         session.get_one(Tag, "b").meaning = "b"
         session.commit()
-        assert memory.history(session, Tag, "b")[-1].before == {"name": "b", "meaning": "a", "person_id": None}
-    memory.close()
+        assert app.memory.history(session, Tag, "b")[-1].before == {"name": "b", "meaning": "a", "person_id": None}
+    app.memory.close()
 
 
-def test_a_page_is_not_all(world: World) -> None:
+def test_doctor_walks_all_pages(world: World) -> None:
     """Both walks, of rows and of keys, go on where a page ended."""
     from memstate_sa.maintenance.doctor import Doctor
 
@@ -115,7 +111,7 @@ def test_columns_that_came_and_went_are_no_difference(world: World) -> None:
     assert world.memory.doctor(world.engine).healthy
 
 
-def test_what_makes_an_index_differ_later(engine: Engine) -> None:
+def test_doctor_reports_gaps_that_let_an_index_drift(engine: Engine) -> None:
     """Tables, columns and indexes of ours that are not there; nobody attached; a tracked table that is not there."""
 
     class Local(DeclarativeBase):
@@ -145,7 +141,7 @@ def test_what_makes_an_index_differ_later(engine: Engine) -> None:
     assert "lacks intent" in told["memstate_outbox"]
 
 
-def test_triggers_that_are_missing_or_of_another_version(engine: Engine) -> None:
+def test_doctor_reports_missing_and_outdated_triggers(engine: Engine) -> None:
     """Told, and put right by create_tables."""
     world = World(engine, capture="trigger")
     assert world.memory.doctor(engine).healthy
@@ -167,14 +163,14 @@ def test_triggers_that_are_missing_or_of_another_version(engine: Engine) -> None
     assert world.memory.doctor(engine).healthy
 
 
-def test_what_triggers_were_told_and_is_left(engine: Engine) -> None:
+def test_doctor_reports_a_leftover_trigger_context(engine: Engine) -> None:
     """Whoever writes next would be taken for that transaction."""
     world = World(engine)
-    run(world, "INSERT INTO memstate_current (name, value) VALUES ('tx', 'x')")
-    assert [problem.subject for problem in world.memory.doctor(engine).problems] == ["memstate_current"]
+    run(world, "INSERT INTO memstate_trigger_context (name, value) VALUES ('tx', 'x')")
+    assert [problem.subject for problem in world.memory.doctor(engine).problems] == ["memstate_trigger_context"]
 
 
-def test_what_the_columns_of_a_trigger_were(engine: Engine) -> None:
+def test_doctor_reports_triggers_that_miss_a_new_column(engine: Engine) -> None:
     """A column that is added is not logged until create_tables is called again; doctor says so."""
 
     def app(*names: str) -> tuple[Memory, Any]:

@@ -19,10 +19,11 @@ from sqlalchemy.orm import Session, sessionmaker
 from memstate_sa import DeliveryError, DeliveryRejected, Hits, Memory, MemstateError, NotFound
 from memstate_sa.db.tables import cursor, embedding, holder, index_state, ledger, parked, refill, successor
 from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.relay import RetryPolicy, claims
-from memstate_sa.search.search import cosine_distance
+from memstate_sa.relay import RetryPolicy, claims, registration
+from memstate_sa.search.hits import cosine_distance
 from memstate_sa.testing import HashEmbedder
 from tests.support import PATIENCE_S, Person, Tag, assert_index_holds, in_threads, sizes, texts
+from tests.support.apps import make_app
 from tests.support.processes import EMBEDDERS, Process, Shop, embedded_by
 
 pytestmark = pytest.mark.sa20
@@ -39,7 +40,7 @@ def shop(engine: Engine) -> Shop:
 DRINKS = {"a": "green tea to drink", "b": "black coffee to drink", "c": "a chair to sit on", "d": "something warm"}
 
 
-def test_from_one_embedder_to_another(shop: Shop) -> None:
+def test_move_to_another_embedder_finds_everything(shop: Shop) -> None:
     """Old, both, switched, back, switched again, new alone: each step finds everything, by one embedder."""
     before = shop.before()
     before.say(**DRINKS)
@@ -103,7 +104,7 @@ def test_no_search_mixes_embedders_while_rows_change(shop: Shop) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["QdrantIndex", "PgVectorIndex", "FaissIndex"])
-def test_from_chroma_to_another_kind_of_index(
+def test_move_from_chroma_to_another_index_finds_everything(
     kind: str, sqlite_engine: Engine, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """The same, where the indexes are of different makers."""
@@ -209,9 +210,10 @@ def distances(hits: Hits[Tag]) -> list[float]:
     return [round(hit.distance, 4) for hit in hits]
 
 
+@pytest.mark.deep_on("postgres")
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("kills", sizes(1, KILLS))
-def test_killed_again_and_again(tmp_path: Path, engine: Engine, kills: int) -> None:
+def test_reindex_killed_again_and_again_ends_clean(tmp_path: Path, engine: Engine, kills: int) -> None:
     """SIGKILL while it is filled, switched and switched back, under writes: no answer is mixed, and it ends clean."""
     pytest.importorskip("chromadb")
     from tests.promises.convergence import reindex_child
@@ -249,7 +251,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
     pytest.fail("did not happen within a minute")
 
 
-def test_it_goes_on_where_it_was_interrupted(shop: Shop) -> None:
+def test_interrupted_reindex_goes_on_where_it_was(shop: Shop) -> None:
     """Stopped in the second page: searches go on with the old index, and the first page is not embedded again."""
     moving = shop.moving()
     with moving.sessions() as session:
@@ -363,7 +365,7 @@ def test_a_successor_that_refuses_facts_takes_no_place(shop: Shop) -> None:
     assert moving.asks() == "memory_v2"
 
 
-def test_a_successor_that_another_application_does_not_fill_takes_no_place(shop: Shop) -> None:
+def test_successor_unfilled_by_another_memory_takes_no_place(shop: Shop) -> None:
     """Two Memories, one pair of indexes: the classes of both have to be there before anybody's searches ask it."""
 
     class Of(Process):
@@ -396,7 +398,7 @@ def test_a_successor_that_another_application_does_not_fill_takes_no_place(shop:
     assert tags.asks() == "memory_v2"
 
 
-def test_a_successor_that_is_made_anew_is_asked_once_it_is_filled(shop: Shop) -> None:
+def test_rebuilt_successor_is_asked_once_it_is_filled(shop: Shop) -> None:
     """Lost, or of another attempt under the same name: the old one, which has everything, is asked meanwhile."""
     moving = shop.moving()
     moving.say(**DRINKS)
@@ -410,7 +412,7 @@ def test_a_successor_that_is_made_anew_is_asked_once_it_is_filled(shop: Shop) ->
     assert again.asks() == "memory_v2"
 
 
-def test_two_at_once(shop: Shop) -> None:
+def test_second_concurrent_reindex_adds_nothing(shop: Shop) -> None:
     """Whoever is second has nothing to add, and no error."""
     moving = shop.moving()
     moving.say(**DRINKS)
@@ -440,23 +442,23 @@ def test_no_transaction_is_open_while_the_query_is_embedded(shop: Shop) -> None:
     assert seen == [False]
 
 
-def test_a_relay_that_claims_an_index_while_it_is_forgotten(shop: Shop) -> None:
+def test_relay_registers_an_index_again_after_it_is_forgotten(shop: Shop) -> None:
     """It registers it again, and goes on."""
     after = shop.after()
     after.say(**DRINKS)
     relay = after.memory.relay(shop.engine)
     relay.drain()
-    touch = claims._touch
+    touch = registration.touch
     forgotten: list[bool] = []
 
     def forget_first(connection: Any, index: Any, now: Any) -> bool:
         if not forgotten:
             forgotten.append(True)
-            claims.forget(connection, index)
+            registration.forget_index(connection, index)
         return touch(connection, index, now)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(claims, "_touch", forget_first)
+        patch.setattr(claims, "touch", forget_first)
         relay.drain()
     assert forgotten
     after.assert_in_step("memory_v2")
@@ -474,7 +476,7 @@ def test_a_successor_that_is_not_filled_in_time_takes_no_place(shop: Shop) -> No
     assert {hit.fact.name for hit in moving.search("drink", limit=9)} == {*DRINKS, "e"}
 
 
-def test_what_it_asks_for(shop: Shop) -> None:
+def test_impossible_arguments_are_refused(shop: Shop) -> None:
     """Clear errors for what cannot be."""
     indexes = {"a": InMemoryIndex(), "b": InMemoryIndex(), "c": InMemoryIndex()}
     one = HashEmbedder()
@@ -498,14 +500,11 @@ def test_what_it_asks_for(shop: Shop) -> None:
     assert two._registry.of(Tag).indexes == ("a", "b", "c")
 
 
-def test_one_successor_after_another(shop: Shop) -> None:
+def test_chain_of_successors_moves_searches_step_by_step(shop: Shop) -> None:
     """A chain: each switch moves the searches of the first one further."""
     indexes = {name: InMemoryIndex() for name in "abc"}
-    memory = Memory(indexes, embedder=HashEmbedder(), successors={"a": "b", "b": "c"})
-    memory.track(Tag, text="meaning")
-    memory.create_tables(shop.engine)
-    sessions = sessionmaker(shop.engine)
-    memory.attach(sessions)
+    successors = {"successors": {"a": "b", "b": "c"}}
+    memory = make_app(shop.engine, Tag, index=indexes, memory=successors, text="meaning").memory
 
     def asked() -> list[str | None]:
         return [backlog.replaced_by for backlog in memory.status(shop.engine).values()]
@@ -517,7 +516,7 @@ def test_one_successor_after_another(shop: Shop) -> None:
     assert asked() == ["c", "c", None]
 
 
-def test_forgetting_the_old_index(shop: Shop) -> None:
+def test_forget_index_removes_an_index_out_of_use(shop: Shop) -> None:
     """Not while a Memory has it, or a relay delivers to it; then nothing is left, and the outbox waits no longer."""
     before, moving = shop.before(), shop.moving()
     moving.say(**DRINKS)
@@ -564,7 +563,7 @@ after.track(Tag, text="meaning")
 """
 
 
-def test_the_commands(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_reindex_and_forget_an_index(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """reindex, its way back, what status says, forget-index; and what they say when they cannot."""
     pytest.importorskip("typer")
     from typer.testing import CliRunner

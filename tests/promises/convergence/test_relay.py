@@ -11,16 +11,14 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, func, insert, select, text
-from sqlalchemy.orm import sessionmaker
 
 from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, IndexMismatch, Memory, MemstateError, sqlite
 from memstate_sa.db.tables import cursor, ledger, outbox, parked
 from memstate_sa.indexes import InMemoryIndex, VectorIndex
 from memstate_sa.relay import RetryPolicy
-from memstate_sa.relay.protocol import Upsert
+from memstate_sa.relay.requests import Upsert
 from memstate_sa.testing import FlakyIndex, HashEmbedder
 from tests.support import (
-    Base,
     Person,
     Tag,
     World,
@@ -31,6 +29,7 @@ from tests.support import (
     make_due,
     overtake,
 )
+from tests.support.apps import make_app
 from tests.support.relays import Spy, eventually, say
 
 pytestmark = pytest.mark.sa20
@@ -47,25 +46,19 @@ def spied(engine: Engine, spy: Spy) -> World:
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_what_is_tracked_later(engine: Engine, in_background: bool) -> None:
+def test_class_tracked_later_is_delivered(engine: Engine, in_background: bool) -> None:
     """A relay that there is learns of it: of its rows of before, and of what is committed from then on."""
-    embedder, index = HashEmbedder(), InMemoryIndex()
-    memory = Memory(index, embedder=embedder)
-    memory.track(Tag, text="meaning")
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    memory.attach(sessions := sessionmaker(engine))
-    relay = memory.relay(engine)
-    with relay if in_background else nullcontext(), sessions() as session:
+    app = make_app(engine, Tag, text="meaning")
+    with app.relay if in_background else nullcontext(), app.session() as session:
         session.add_all([Tag(name="a", meaning="known"), Person(id=1, name="b", about="there before")])
         session.commit()
-        memory.wait(session) if in_background else relay.drain()
-        memory.track(Person, text="about")
+        app.memory.wait(session) if in_background else app.relay.drain()
+        app.memory.track(Person, text="about")
         session.add(Person(id=2, name="c", about="from then on"))
         session.commit()
-        relay.drain()
+        app.relay.drain()
     expected = {'tag["a"]': "known", "person[1]": "there before", "person[2]": "from then on"}
-    assert_index_holds(index, embedder, expected)
+    assert_index_holds(app.index, app.embedder, expected)
 
 
 def test_many_changes_of_one_key_are_one_delivery(spied: World, spy: Spy) -> None:
@@ -82,7 +75,7 @@ def test_many_changes_of_one_key_are_one_delivery(spied: World, spy: Spy) -> Non
     spied.assert_in_step()
 
 
-def test_what_did_not_change_is_not_written_again(spied: World, spy: Spy) -> None:
+def test_unchanged_projection_is_not_written_again(spied: World, spy: Spy) -> None:
     """Equal fingerprints cost nothing: a column that is neither text nor metadata does not reach the index."""
     with spied.session() as session:
         session.add(Person(name="ada", about="likes tea"))
@@ -159,7 +152,7 @@ def test_a_late_commit_is_not_skipped(postgres_engine: Engine) -> None:
     world.assert_in_step()
 
 
-def test_converges_through_random_failures(engine: Engine) -> None:
+def test_index_converges_through_random_failures(engine: Engine) -> None:
     """Calls that fail before, after, or half way: nothing is lost, nothing stays stale."""
     inner = InMemoryIndex(max_batch=5)
     flaky = FlakyIndex(inner, rate=0.4, seed=3)
@@ -249,29 +242,24 @@ def test_a_text_callable_that_raises_parks_its_row_alone(engine: Engine) -> None
             raise KeyError("private words")
         return tag.meaning
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Tag, text=picky)
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Tag, text=picky)
+    with app.session() as session:
         session.add_all([Tag(name="bad"), Tag(name="good")])
         session.commit()
-    memory.relay(engine).drain()
+    app.memory.relay(engine).drain()
     with engine.connect() as connection:
         row = connection.execute(select(parked)).one()
     assert row.key == '["bad"]' and "KeyError" in row.error and "private" not in row.error
 
 
-def test_a_lost_acknowledgement_is_settled_by_the_next_holder(spied: World, spy: Spy) -> None:
+def test_a_lost_acknowledgement_is_settled_by_the_next_owner(spied: World, spy: Spy) -> None:
     """The index was written, the process died, and the row changed back: the ledger must not be believed."""
     say(spied, a="first")
     spied.relay.drain()
     say(spied, a="second")
     dying = spied.memory.relay(spied.engine)
     spied.relay.stop()
-    for delivery in (courier.delivery for courier in dying._couriers):
+    for delivery in (worker.delivery for worker in dying._workers):
         delivery._do_originally = delivery._do
 
         def write_and_die(request: Any, d: Any = delivery) -> Any:
@@ -290,7 +278,7 @@ def test_a_lost_acknowledgement_is_settled_by_the_next_holder(spied: World, spy:
 
 
 def test_a_relay_that_lost_its_lease_records_nothing(spied: World) -> None:
-    """The acknowledgement of a holder that was overtaken is refused; its keys are delivered again."""
+    """The acknowledgement of an owner that was overtaken is refused; its keys are delivered again."""
     say(spied, a="x")
     spied.relay.drain()
     spied.relay.run_once()
@@ -305,7 +293,7 @@ def test_a_relay_that_lost_its_lease_records_nothing(spied: World) -> None:
     spied.assert_in_step()
 
 
-def test_one_holder_at_a_time(spied: World) -> None:
+def test_one_owner_at_a_time(spied: World) -> None:
     """A second relay stands by while the first holds the lease, and takes over when it stops."""
     say(spied, a="x")
     spied.relay.drain()
@@ -473,7 +461,7 @@ def test_no_transaction_is_open_during_an_index_call(engine: Engine) -> None:
     assert open_during == [0]
 
 
-def test_in_memory_sqlite(tmp_path: Path) -> None:
+def test_in_memory_sqlite_is_delivered_by_drain_alone(tmp_path: Path) -> None:
     """One connection: start() refuses, drain() works, and raises while a transaction is open."""
     from sqlalchemy.pool import StaticPool
 
@@ -553,16 +541,11 @@ def test_an_index_that_is_down_does_not_stop_the_others(engine: Engine) -> None:
     """Two indexes, the first unavailable: the second is brought up to date all the same."""
     down, up = Spy(), Spy()
     down.refuse = lambda point: DeliveryRetryable("down")
-    memory = Memory({"down": down, "up": up}, embedder=HashEmbedder())
-    memory.track(Tag, text="meaning")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Tag, index={"down": down, "up": up}, text="meaning")
+    with app.session() as session:
         session.add(Tag(name="a"))
         session.commit()
-    relay = memory.relay(engine, policy=RetryPolicy(delay_s=0.01))
+    relay = app.memory.relay(engine, policy=RetryPolicy(delay_s=0.01))
     with pytest.raises(DeliveryError, match="down"):
         relay.drain(timeout=2)
     assert [entry.id for entry in up.scan(None, 5)] == ['tag["a"]']

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, event, select, update
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
-from memstate_sa import DeliveryRejected, DeliveryRetryable, Memory, MemstateError, sqlite
+from memstate_sa import DeliveryRejected, DeliveryRetryable, MemstateError, sqlite
 from memstate_sa.db.tables import cursor, parked, utcnow
 from memstate_sa.indexes import InMemoryIndex, Point, VectorIndex
-from memstate_sa.relay import Relay, RetryPolicy
+from memstate_sa.relay import RetryPolicy
 from memstate_sa.testing import HashEmbedder
-from tests.support import Base, Person, Tag, World, assert_index_holds, expire_leases, make_due, overtake
+from tests.support import Person, Tag, World, assert_index_holds, expire_leases, make_due, overtake
+from tests.support.apps import App
 from tests.support.relays import Interrupted, Spy, Waits, eventually, holds, say
 
 pytestmark = pytest.mark.sa20
@@ -27,18 +28,11 @@ pytestmark = pytest.mark.sa20
 TEXTS: dict[type[Any], str] = {Person: "about", Tag: "meaning"}
 
 
-class Application:
+class Application(App):
     """A Memory of some of the classes, beside others with the same index and the same database."""
 
     def __init__(self, engine: Engine, index: VectorIndex | dict[str, VectorIndex], *models: type[Any]) -> None:
-        self.engine = engine
-        self.memory = Memory(index, embedder=HashEmbedder())
-        for model in models:
-            self.memory.track(model, text=TEXTS[model])
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        super().__init__(engine, *models, index=index, tracking={model: {"text": TEXTS[model]} for model in models})
 
     def write(self, *instances: Any) -> None:
         with self.sessions() as session:
@@ -50,9 +44,6 @@ class Application:
         with self.sessions() as session:
             session.delete(session.get_one(model, key))
             session.commit()
-
-    def relay(self, **options: Any) -> Relay:
-        return self.memory.relay(self.engine, **options)
 
 
 def tag(name: str, meaning: str) -> Tag:
@@ -67,21 +58,21 @@ def test_two_memories_share_an_index(engine: Engine) -> None:
     """What one passes by, because it does not track it, the other delivers all the same."""
     index = InMemoryIndex()
     people, tags = Application(engine, index, Person), Application(engine, index, Tag)
-    people.relay().drain()
-    tags.relay().drain()
+    people.memory.relay(engine).drain()
+    tags.memory.relay(engine).drain()
     people.write(person(1, "likes tea"))
     tags.write(tag("a", "a first meaning"), tag("b", "another"))
-    people.relay().drain()
+    people.memory.relay(engine).drain()
     assert_index_holds(index, HashEmbedder(), {"person[1]": "likes tea"})
     assert people.memory.status(engine)["memory"].pending == 0
-    tags.relay().drain()
+    tags.memory.relay(engine).drain()
     everything = {"person[1]": "likes tea", 'tag["a"]': "a first meaning", 'tag["b"]': "another"}
     assert_index_holds(index, HashEmbedder(), everything)
 
     tags.write(tag("a", "a second meaning"))
     people.write(person(1, "likes coffee"))
-    tags.relay().drain()
-    people.relay().drain()
+    tags.memory.relay(engine).drain()
+    people.memory.relay(engine).drain()
     everything |= {"person[1]": "likes coffee", 'tag["a"]': "a second meaning"}
     assert_index_holds(index, HashEmbedder(), everything)
     assert tags.memory.verify(engine).clean and people.memory.verify(engine).clean
@@ -90,15 +81,15 @@ def test_two_memories_share_an_index(engine: Engine) -> None:
 @pytest.mark.parametrize("fenced", [False, True])
 @pytest.mark.parametrize("meanwhile", ["changed", "deleted"])
 def test_the_late_write_of_an_overtaken_relay_is_put_right(engine: Engine, meanwhile: str, fenced: bool) -> None:
-    """The new holder has delivered the row before a stale write of the old one lands: it delivers it once more.
+    """The new owner has delivered the row before a stale write of the old one lands: it delivers it once more.
 
     An index that fences leaves the stale write out to begin with.
     """
     index = Interrupted(fenced=fenced)
     world = World(engine, index)
-    late, holder = world.memory.relay(engine), world.relay
+    late, current = world.memory.relay(engine), world.relay
     say(world, a="at first")
-    holder.drain()
+    current.drain()
     say(world, a="read by the late one", b="always the same")
 
     def overtake() -> None:
@@ -109,7 +100,7 @@ def test_the_late_write_of_an_overtaken_relay_is_put_right(engine: Engine, meanw
             with world.session() as session:
                 session.delete(session.get_one(Tag, "a"))
                 session.commit()
-        assert holder.run_once() >= 2
+        assert current.run_once() >= 2
         assert holds(index, truth)
 
     truth = {'tag["b"]': "b means always the same"}
@@ -121,13 +112,13 @@ def test_the_late_write_of_an_overtaken_relay_is_put_right(engine: Engine, meanw
     assert_index_holds(index, world.embedder, truth if fenced else stale)
     assert world.memory.status(engine)["memory"].due == 2
     assert late.run_once() == 0  # it is not its turn
-    assert holder.run_once() == 2
+    assert current.run_once() == 2
     assert_index_holds(index, world.embedder, truth)
     world.assert_in_step()
 
 
 def test_an_overtaken_relay_stops_between_two_batches(engine: Engine) -> None:
-    """It asks before each batch whether the index is still its own, and leaves what is left to the new holder."""
+    """It asks before each batch whether the index is still its own, and leaves what is left to the new owner."""
     index = Spy(max_batch=2)
     world = World(engine, index)
     late = world.memory.relay(engine)
@@ -136,7 +127,7 @@ def test_an_overtaken_relay_stops_between_two_batches(engine: Engine) -> None:
 
     def meddle(point: Point) -> None:
         index.refuse = lambda point: None
-        late._couriers[0].delivery.holder._renew_at = 0.0  # the write took longer than half of the lease
+        late._workers[0].delivery.slot_worker._renew_at = 0.0  # the write took longer than half of the lease
         overtake(engine)
 
     index.refuse = meddle
@@ -177,13 +168,13 @@ def test_two_relays_claim_a_new_index_at_once(postgres_engine: Engine) -> None:
     assert not [outcome for outcome in outcomes if not isinstance(outcome, int)]
     for relay in relays * 2:
         relay.run_once()
-    deliveries = [relay._couriers[0].delivery for relay in relays]
+    deliveries = [relay._workers[0].delivery for relay in relays]
     with postgres_engine.connect() as connection:
         owners = dict(connection.execute(select(cursor.c.slot, cursor.c.owner)).all())
-    assert [set(delivery.holder.epochs) for delivery in deliveries] == [
+    assert [set(delivery.slot_worker.epochs) for delivery in deliveries] == [
         {slot for slot, owner in owners.items() if owner == delivery._owner} for delivery in deliveries
     ]
-    assert [len(delivery.holder.epochs) for delivery in deliveries] == [32, 32]
+    assert [len(delivery.slot_worker.epochs) for delivery in deliveries] == [32, 32]
     say(world, c="z")
     eventually(lambda: sum(relay.run_once() for relay in relays) == 0)
     expected = {'tag["a"]': "a means x", 'tag["b"]': "b means y", 'tag["c"]': "c means z"}
@@ -193,13 +184,13 @@ def test_two_relays_claim_a_new_index_at_once(postgres_engine: Engine) -> None:
     world.assert_in_step()
 
 
-def test_a_parked_key_of_a_class_that_is_tracked_no_more(engine: Engine) -> None:
+def test_parked_key_of_an_untracked_class_stays_parked(engine: Engine) -> None:
     """It stays where it is, in nobody's way, until the class is tracked again."""
     index = Spy()
     index.refuse = lambda point: DeliveryRejected("too odd") if point.id == 'tag["a"]' else None
     both = Application(engine, index, Person, Tag)
     both.write(tag("a", "odd"), person(1, "likes tea"))
-    both.relay().drain()
+    both.memory.relay(engine).drain()
     with engine.begin() as connection:
         connection.execute(update(parked).values(next_at=utcnow()))
     assert both.memory.status(engine)["memory"].due == 1
@@ -207,7 +198,7 @@ def test_a_parked_key_of_a_class_that_is_tracked_no_more(engine: Engine) -> None
 
     people = Application(engine, index, Person)
     people.write(person(2, "likes coffee"))
-    relay = people.relay()
+    relay = people.memory.relay(engine)
     relay.run_once()
     relay.drain()
     status = people.memory.status(engine)["memory"]
@@ -215,13 +206,13 @@ def test_a_parked_key_of_a_class_that_is_tracked_no_more(engine: Engine) -> None
     likes = {"person[1]": "likes tea", "person[2]": "likes coffee"}
     assert_index_holds(index, HashEmbedder(), likes)
     nothing = Application(engine, index)
-    nothing.relay().drain()
+    nothing.memory.relay(engine).drain()
     assert nothing.memory.status(engine)["memory"].parked == 0
     with engine.connect() as connection:
         assert connection.execute(select(parked.c.entity, parked.c.key)).all() == [("tag", '["a"]')]
 
     again = Application(engine, index, Person, Tag)
-    again.relay().drain()
+    again.memory.relay(engine).drain()
     assert_index_holds(index, HashEmbedder(), {**likes, 'tag["a"]': "odd"})
 
 
@@ -257,7 +248,7 @@ def test_an_open_transaction_in_memory_is_left_alone(in_memory_engine: Engine) -
     for ask in asked:
         ask()
     with world.session() as session:
-        assert world.rows(session, Tag).keys() == {"a", "b"}
+        assert world.rows(Tag, session).keys() == {"a", "b"}
     world.assert_in_step()
 
 
@@ -273,7 +264,7 @@ def test_stopping_a_relay_leaves_an_open_transaction_alone(in_memory_engine: Eng
         world.relay.stop()
         getattr(session, end)()
     with world.session() as session:
-        assert world.rows(session, Tag).keys() == ({"a", "b"} if end == "commit" else {"a"})
+        assert world.rows(Tag, session).keys() == ({"a", "b"} if end == "commit" else {"a"})
     world.assert_in_step()
 
 
@@ -289,14 +280,14 @@ def test_an_index_in_its_backoff_is_left_alone_while_others_are_served(engine: E
     away.refuse = down
     app = Application(engine, {"away": away, "up": up}, Tag)
     expected: dict[str, str] = {}
-    with app.relay(policy=RetryPolicy(max_delay_s=3600.0)):
+    with app.memory.relay(engine, policy=RetryPolicy(max_delay_s=3600.0)):
         for n in range(3):
             app.write(tag(f"t{n}", f"meaning {n}"))
             expected[f'tag["t{n}"]'] = f"meaning {n}"
             eventually(lambda: holds(up, expected) and bool(attempts))
     assert attempts == ['tag["t0"]']
     away.refuse = lambda point: None
-    app.relay().drain()
+    app.memory.relay(engine).drain()
     assert_index_holds(away, HashEmbedder(), expected)
 
 
@@ -311,8 +302,8 @@ def test_an_index_is_tried_again_when_its_backoff_is_over(engine: Engine) -> Non
     index = Spy()
     index.refuse = down
     app = Application(engine, index, Tag)
-    app.relay().drain()
-    with app.relay(policy=RetryPolicy(delay_s=0.001), poll_s=(600.0, 600.0), lease_s=1200.0) as relay:
+    app.memory.relay(engine).drain()
+    with app.memory.relay(engine, policy=RetryPolicy(delay_s=0.001), poll_s=(600.0, 600.0), lease_s=1200.0) as relay:
         app.write(tag("a", "x"))
         eventually(lambda: len(attempts) == 1)
         relay.wake()
@@ -327,7 +318,7 @@ def test_a_provider_that_asks_for_too_much_patience_is_asked_again(engine: Engin
     index.refuse = lambda point: next(failures, None)
     app = Application(engine, index, Tag)
     app.write(tag("a", "x"))
-    app.relay(policy=RetryPolicy(max_delay_s=0.02)).drain(timeout=60.0)
+    app.memory.relay(engine, policy=RetryPolicy(max_delay_s=0.02)).drain(timeout=60.0)
     assert index.batches == [['tag["a"]']] * 4
     assert_index_holds(index, HashEmbedder(), {'tag["a"]': "x"})
 
@@ -345,7 +336,7 @@ def test_an_idle_relay_looks_less_and_less_often(postgres_engine: Engine) -> Non
 
     event.listen(postgres_engine, "before_cursor_execute", note)
     relay = world.memory.relay(postgres_engine, poll_s=(0.01, 600.0), lease_s=3600.0)
-    relay._couriers[0].woken = waits = Waits(short_s=2.0)
+    relay._workers[0].woken = waits = Waits(short_s=2.0)
     with relay:
         eventually(lambda: bool(waits.asked) and waits.asked[-1] >= waits.short_s)
         assert 0 < len(looks) <= len(waits.asked) + 2
@@ -405,7 +396,7 @@ def remove(session: Session) -> None:
         pytest.param("after scan", change, False, id="on its way"),
     ],
 )
-def test_what_changes_under_verify_is_not_drift(
+def test_change_during_verify_is_not_drift(
     engine: Engine, moment: str, edit: Callable[[Session], None], delivered: bool
 ) -> None:
     """Row and vector are read one after the other: what differs is looked at twice, or is on its way."""
@@ -433,22 +424,22 @@ def test_a_row_that_another_memory_deleted_leaves_no_ghost(engine: Engine) -> No
     """The one passes its delete by, the other delivers it: there is no row by which a refill would find it."""
     index = InMemoryIndex()
     people, tags = Application(engine, index, Person), Application(engine, index, Tag)
-    people.relay().drain()
+    people.memory.relay(engine).drain()
     tags.write(tag("a", "a first meaning"), tag("b", "another"))
-    tags.relay().drain()
+    tags.memory.relay(engine).drain()
     tags.forget(Tag, "a")
-    people.relay().drain()
-    tags.relay().drain()
+    people.memory.relay(engine).drain()
+    tags.memory.relay(engine).drain()
     assert_index_holds(index, HashEmbedder(), {'tag["b"]': "another"})
 
 
-def test_a_late_write_that_is_reported_as_failed(engine: Engine) -> None:
-    """A call times out after its lease, and lands after what the new holder wrote: it is put right."""
+def test_late_write_reported_as_failed_is_put_right(engine: Engine) -> None:
+    """A call times out after its lease, and lands after what the new owner wrote: it is put right."""
     index = Interrupted(fenced=False)
     world = World(engine, index)
-    late, holder = world.memory.relay(engine), world.relay
+    late, current = world.memory.relay(engine), world.relay
     say(world, a="at first")
-    holder.drain()
+    current.drain()
     say(world, a="read by the late one")
     upsert = index.upsert
 
@@ -456,7 +447,7 @@ def test_a_late_write_that_is_reported_as_failed(engine: Engine) -> None:
         index.upsert = upsert  # type: ignore[method-assign]
         expire_leases(engine)
         say(world, a="the truth")
-        assert holder.run_once() >= 1
+        assert current.run_once() >= 1
         upsert(points)
         raise DeliveryRetryable("timed out")
 
@@ -465,7 +456,7 @@ def test_a_late_write_that_is_reported_as_failed(engine: Engine) -> None:
         late.run_once()
     late.run_once()
     make_due(engine)  # when no call of that lease can land any more
-    assert holder.run_once() >= 1
+    assert current.run_once() >= 1
     late.stop()
     world.assert_in_step()
 
@@ -478,7 +469,7 @@ def test_a_database_that_was_away_is_not_asked_all_the_time(engine: Engine) -> N
     statements: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
     relay = world.memory.relay(engine, policy=RetryPolicy(delay_s=0.01), poll_s=(0.05, 5.0))
-    delivery, failed = relay._couriers[0].delivery, threading.Event()
+    delivery, failed = relay._workers[0].delivery, threading.Event()
     step = delivery.step
 
     def fail_once() -> Any:

@@ -49,7 +49,7 @@ def test_wait_returns_when_the_index_has_it(engine: Engine) -> None:
             assert [hit.fact.name for hit in hits] == [f"t{n}"]
 
 
-def test_wait_for_a_token_of_another_process(engine: Engine) -> None:
+def test_wait_takes_a_token_of_another_process(engine: Engine) -> None:
     """The token is the transaction's; deletes are waited for, too."""
     world = World(engine)
     say(world, a="x")
@@ -83,7 +83,7 @@ def test_wait_says_what_an_index_refused(engine: Engine) -> None:
             world.memory.wait(session)
 
 
-def test_wait_for_a_transaction_of_many_keys(engine: Engine) -> None:
+def test_wait_reads_little_for_a_transaction_of_many_keys(engine: Engine) -> None:
     """Of a few it asks the ledger, key by key, and leaves the backlog alone; of many, whether any is still ahead."""
     world = World(engine)
     world.relay.drain()
@@ -104,7 +104,7 @@ def test_wait_for_a_transaction_of_many_keys(engine: Engine) -> None:
     world.assert_in_step()
 
 
-def test_waiting_for_nothing(world: World) -> None:
+def test_wait_for_nothing_returns_at_once(world: World) -> None:
     """A Session that committed nothing of ours; a token where nobody knows which database is meant."""
     with world.session() as session:
         world.memory.wait(session)
@@ -116,7 +116,7 @@ def test_waiting_for_nothing(world: World) -> None:
     other.dispose()
 
 
-async def test_waiting_in_a_coroutine(tmp_path: Any) -> None:
+async def test_async_session_waits_for_delivery_in_a_thread(tmp_path: Any) -> None:
     """In a thread, for an AsyncSession's commit."""
     pytest.importorskip("aiosqlite")
     from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
@@ -146,7 +146,7 @@ def test_workers_share_the_keys(postgres_engine: Engine) -> None:
     relays = [world.memory.relay(postgres_engine, poll_s=(0.01, 0.05)) for _ in range(3)]
 
     def shares() -> list[int]:
-        return sorted(len(relay._couriers[0].delivery.holder.epochs) for relay in relays)
+        return sorted(len(relay._workers[0].delivery.slot_worker.epochs) for relay in relays)
 
     try:
         for count, relay in enumerate(relays, start=1):
@@ -187,7 +187,7 @@ def test_a_slow_index_does_not_hold_the_others(engine: Engine) -> None:
         eventually(lambda: holds(slow, means("t0", "t1", "t2")))
 
 
-def test_a_process_that_died_at_a_server_is_succeeded_when_its_lease_is_over(engine: Engine) -> None:
+def test_dead_client_of_a_server_is_succeeded_after_its_lease(engine: Engine) -> None:
     """Its last request may be waiting there; what lives in the process has died with it."""
     world = World(engine, Interrupted())
     world.index.in_process = False  # type: ignore[attr-defined]
@@ -255,7 +255,7 @@ def test_an_answer_is_not_waited_for_again(engine: Engine) -> None:
 
 
 def test_settling_does_not_embed_again(engine: Engine) -> None:
-    """What the dead holder wrote is there: it is written again with its vector."""
+    """What the dead owner wrote is there: it is written again with its vector."""
     world = World(engine)
     say(world, a="x")
     world.relay.drain()
@@ -264,8 +264,8 @@ def test_settling_does_not_embed_again(engine: Engine) -> None:
     world.embedder.embed = lambda texts: embedded.extend(texts) or embed(texts)  # type: ignore[method-assign,assignment,func-returns-value]
     say(world, b="y", c="z")
     dying = world.memory.relay(engine)
-    dying._couriers[0].step()
-    dying._couriers[0].delivery.holder.forget()
+    dying._workers[0].step()
+    dying._workers[0].delivery.slot_worker.reset()
     with engine.begin() as connection:  # the position was not recorded
         first = connection.scalar(select(func.min(outbox.c.id)))
         connection.execute(update(cursor).values(position=0 if engine.dialect.name == "sqlite" else first))
@@ -362,7 +362,7 @@ def test_a_dump_restored_into_another_cluster_is_noticed(postgres_engine: Engine
         assert connection.scalar(text("SELECT cluster FROM memstate_index")) != "7/00000001"
 
 
-def test_who_may_not_ask_for_the_cluster_is_served_all_the_same(postgres_engine: Engine) -> None:
+def test_role_without_pg_control_system_is_served(postgres_engine: Engine) -> None:
     """A provider may keep that function to itself."""
     world = World(postgres_engine)
     role = f"role_{uuid4().hex}"
@@ -388,7 +388,7 @@ def test_who_may_not_ask_for_the_cluster_is_served_all_the_same(postgres_engine:
 # -- what wakes it -----------------------------------------------------------------------------------------------------
 
 
-def test_a_commit_of_another_process_is_told(postgres_engine: Engine) -> None:
+def test_commit_of_another_process_is_notified(postgres_engine: Engine) -> None:
     """By NOTIFY, from a connection apart: far before the next poll."""
     world = World(postgres_engine)
     other = World(create_engine(postgres_engine.url))
@@ -400,7 +400,7 @@ def test_a_commit_of_another_process_is_told(postgres_engine: Engine) -> None:
     other.engine.dispose()
 
 
-def test_a_process_whose_pool_is_empty_tells_all_the_same(postgres_engine: Engine) -> None:
+def test_process_with_an_empty_pool_still_notifies(postgres_engine: Engine) -> None:
     """Or it would wait for a connection of the application's, and `Memory.close` for it."""
     world = World(postgres_engine)
     narrow = World(create_engine(postgres_engine.url, pool_size=1, max_overflow=0, pool_timeout=600))
@@ -415,7 +415,7 @@ def test_a_process_whose_pool_is_empty_tells_all_the_same(postgres_engine: Engin
     narrow.engine.dispose()
 
 
-def test_nobody_notifies_inside_the_application_s_transaction(postgres_engine: Engine) -> None:
+def test_transaction_of_the_application_sends_no_notify(postgres_engine: Engine) -> None:
     """Commits with a NOTIFY wait for each other, cluster-wide."""
     world = World(postgres_engine)
     seen: list[tuple[int, str]] = []
@@ -446,7 +446,7 @@ def test_an_idle_relay_costs_next_to_nothing(postgres_engine: Engine) -> None:
         return len(statements) - before
 
     relay = world.memory.relay(postgres_engine, poll_s=(5.0, 5.0))
-    relay._couriers[0].woken = waits = Waits(short_s=6.0)
+    relay._workers[0].woken = waits = Waits(short_s=6.0)
     event.listen(postgres_engine, "before_cursor_execute", note)
     with relay:
         eventually(lambda: holds(world.index, means("a")))
@@ -493,7 +493,7 @@ def test_an_index_that_nobody_delivers_to_is_forgotten(engine: Engine) -> None:
     relay.drain()
     with engine.connect() as connection:
         assert connection.scalars(select(cursor.c.index).distinct()).all() == ["memory"]
-    relay._forget_at = 0.0
+    relay._clean_up_at = 0.0
     relay.run_once()
     with engine.connect() as connection:
         assert connection.scalars(select(outbox.c.key)).all() == []
@@ -566,7 +566,7 @@ def test_the_ledger_forgets_deleted_rows(engine: Engine) -> None:
 
 
 def test_stopping_ends_after_the_batch_in_work(engine: Engine) -> None:
-    """What was written is recorded; the rest is the next holder's, at once."""
+    """What was written is recorded; the rest is the next owner's, at once."""
     index = Spy(max_batch=5)
     world = World(engine, index)
     world.relay.drain()
@@ -577,7 +577,7 @@ def test_stopping_ends_after_the_batch_in_work(engine: Engine) -> None:
 
     def slow(point: Point) -> None:
         writing.set()
-        eventually(lambda: relay._couriers[0].delivery.holder.stopping)
+        eventually(lambda: relay._workers[0].delivery.slot_worker.stopping)
 
     index.refuse = slow
     relay.start()
@@ -595,7 +595,7 @@ class Killed(BaseException):
     """The process has ended."""
 
 
-def test_who_has_not_settled_does_not_leave_cleanly(engine: Engine) -> None:
+def test_relay_with_unsettled_keys_does_not_leave_cleanly(engine: Engine) -> None:
     """One dies between index and ledger; another takes over, and leaves before it has come to that key."""
     index = Spy()
     world = World(engine, index)
@@ -648,8 +648,8 @@ def test_a_database_that_is_away_is_not_hammered(engine: Engine) -> None:
     world = World(engine)
     world.relay.drain()
     relay = world.memory.relay(engine, lease_s=0.2, policy=RetryPolicy(delay_s=0.05))
-    courier = relay._couriers[0]
-    do, asked = courier.delivery._do, list[float]()
+    worker = relay._workers[0]
+    do, asked = worker.delivery._do, list[float]()
     away = threading.Event()
 
     def fail(request: Any) -> Any:
@@ -658,9 +658,9 @@ def test_a_database_that_is_away_is_not_hammered(engine: Engine) -> None:
             raise OperationalError("SELECT 1", {}, Exception("gone"))
         return do(request)
 
-    courier.delivery._do = fail  # type: ignore[method-assign]
+    worker.delivery._do = fail  # type: ignore[method-assign]
     with relay:
-        eventually(lambda: bool(courier.delivery.holder.epochs))
+        eventually(lambda: bool(worker.delivery.slot_worker.epochs))
         began = time.monotonic()
         away.set()
         say(world, a="x")
@@ -679,7 +679,7 @@ def test_a_relay_that_could_not_be_released_can_be_started_again(engine: Engine)
     world = World(engine)
     relay = world.memory.relay(engine)
     relay.run_once()
-    delivery = relay._couriers[0].delivery
+    delivery = relay._workers[0].delivery
     do = delivery._do
 
     def away(request: Any) -> Any:
@@ -695,7 +695,7 @@ def test_a_relay_that_could_not_be_released_can_be_started_again(engine: Engine)
     world.assert_in_step()
 
 
-def test_leaving_and_claiming_at_once(postgres_engine: Engine) -> None:
+def test_relays_that_leave_and_claim_do_not_deadlock(postgres_engine: Engine) -> None:
     """They lock the same rows, in the same order."""
     world = World(postgres_engine)
     world.relay.drain()
@@ -720,7 +720,7 @@ def test_leaving_and_claiming_at_once(postgres_engine: Engine) -> None:
     world.assert_in_step()
 
 
-def test_a_second_entity_arrives_while_a_page_is_under_way(engine: Engine) -> None:
+def test_page_begun_before_a_second_entity_is_delivered_again(engine: Engine) -> None:
     """The page was made without the mark that points carry from then on: it is not acknowledged."""
     from memstate_sa import Memory
 
@@ -749,7 +749,7 @@ def test_an_engine_in_autocommit_or_serializable_will_do(postgres_engine: Engine
         relays = [world.memory.relay(engine) for _ in range(2)]
         say(world, **{f"{level}{n}": "x" for n in range(20)})
         eventually(lambda relays=relays: sum(relay.run_once() for relay in relays) == 0)  # type: ignore[misc]
-        slots = [set(relay._couriers[0].delivery.holder.epochs) for relay in relays]
+        slots = [set(relay._workers[0].delivery.slot_worker.epochs) for relay in relays]
         assert not slots[0] & slots[1]
         for relay in relays:
             relay.stop()
@@ -788,7 +788,7 @@ def dead_and_mended(engine: Engine) -> tuple[World, Relay]:
     return world, relay
 
 
-def test_wait_for_the_repair_of_a_dead_key(engine: Engine) -> None:
+def test_wait_waits_for_a_mended_dead_key(engine: Engine) -> None:
     """Its row has changed: it is on its way, not refused."""
     world, relay = dead_and_mended(engine)
     with world.session() as session:
@@ -801,17 +801,17 @@ def test_wait_for_the_repair_of_a_dead_key(engine: Engine) -> None:
     world.assert_in_step()
 
 
-def test_wait_while_a_dead_key_is_delivered(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_succeeds_while_a_dead_key_is_delivered(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the look at what was refused and the look at what is pending."""
     world, relay = dead_and_mended(engine)
-    asked, is_pending = [], waiting._Waiting._is_pending
+    asked, is_pending = [], waiting._IndexWait._is_pending
 
     def deliver_first(*args: Any) -> bool:
         relay.drain()
         asked.append(is_pending(*args))
         return asked[-1]
 
-    monkeypatch.setattr(waiting._Waiting, "_is_pending", deliver_first)
+    monkeypatch.setattr(waiting._IndexWait, "_is_pending", deliver_first)
     with world.session() as session:
         session.get_one(Tag, "a").meaning = "fine"
         session.commit()
@@ -831,7 +831,7 @@ def test_attaching_a_scoped_session_makes_no_session(engine: Engine) -> None:
     registry.remove()
 
 
-async def test_commits_on_an_in_memory_async_sqlite() -> None:
+async def test_commits_succeed_on_an_in_memory_async_sqlite() -> None:
     """No other connection can see it, and nobody tries."""
     pytest.importorskip("aiosqlite")
     from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine

@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, select, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from memstate_sa import Memory, sqlite
+from memstate_sa import sqlite
 from memstate_sa.db.tables import past, refill
 from memstate_sa.errors import DeliveryRetryable
 from memstate_sa.indexes import InMemoryIndex, VectorIndex
-from memstate_sa.testing import HashEmbedder
-from tests.support import assert_index_holds
+from tests.support import apps, assert_index_holds
 from tests.support.indexes import KINDS, Make, storage
 
 
@@ -33,17 +32,11 @@ class Note(Base):
     words: Mapped[str | None]
 
 
-class App:
+class App(apps.App):
     """A process of the application."""
 
     def __init__(self, engine: Engine, index: VectorIndex) -> None:
-        self.engine, self.index, self.embedder = engine, index, HashEmbedder()
-        self.memory = Memory(index, embedder=self.embedder)
-        self.memory.track(Note, text="words")
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        super().__init__(engine, Note, index=index, text="words")
 
     def say(self, *, drain: bool = True, **words: str | None) -> None:
         """Write note ``n5`` and others; None deletes one."""
@@ -151,6 +144,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
 FIVE = {f"n{n}": f"apple {n}" for n in range(1, 6)}
 
 
+@pytest.mark.each_value_once
 def test_index_is_compared_when_the_database_was_restored(backups: Backups, make: Make) -> None:
     """Each index, each database. What was written, added and deleted since the backup is in the index, or is not.
 
@@ -173,7 +167,9 @@ def test_index_is_compared_when_the_database_was_restored(backups: Backups, make
     app.close()
 
 
-def test_restore_to_before_any_delivery(backups: Backups, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_restore_from_before_any_delivery_is_noticed(
+    backups: Backups, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Not even our tables are in the backup; or they are, and no relay had been there."""
     with storage("faiss", tmp_path, request) as make:
         app = App(backups.engine(), make())
@@ -199,7 +195,7 @@ def files(tmp_path: Path) -> Callable[..., App]:
     return made
 
 
-def test_restore_under_a_running_relay(files: Callable[..., App], tmp_path: Path) -> None:
+def test_running_relay_notices_a_restore(files: Callable[..., App], tmp_path: Path) -> None:
     """The relay has seen a later page than there is; its position is one that the new ids have yet to reach.
 
     Of one kind with it: a backup that was taken while the same relay held its lease.
@@ -219,7 +215,7 @@ def test_restore_under_a_running_relay(files: Callable[..., App], tmp_path: Path
     app.close()
 
 
-def test_restore_under_a_relay_that_wrote_nothing_since(files: Callable[..., App], tmp_path: Path) -> None:
+def test_relay_that_wrote_nothing_since_notices_a_restore(files: Callable[..., App], tmp_path: Path) -> None:
     """No page was begun, as the rows had no text: only the position shows that the database went back."""
     app = files(InMemoryIndex())
     with app.memory.relay(app.engine):
@@ -251,7 +247,7 @@ def holds(app: App) -> bool:
     return given == {tracked.point_id(row.key): row.fingerprint for row in rows if row.fingerprint}
 
 
-def test_two_databases_in_turns(files: Callable[..., App], tmp_path: Path) -> None:
+def test_relays_of_two_copies_each_make_the_index_their_own(files: Callable[..., App], tmp_path: Path) -> None:
     """A copy of the database goes its own way, with the same index: each relay makes the index its own again."""
     index = InMemoryIndex()
     one = files(index)
@@ -266,7 +262,9 @@ def test_two_databases_in_turns(files: Callable[..., App], tmp_path: Path) -> No
     other.close()
 
 
-def test_restored_index(files: Callable[..., App], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_restored_index_is_compared_with_its_database(
+    files: Callable[..., App], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """The other way round: the index is behind its database."""
     with storage("faiss", tmp_path, request) as make:
         app = files(make())
@@ -317,7 +315,7 @@ def test_crash_is_no_restore(engine: Engine, at: str) -> None:
         for _ in range(3):
             with pytest.raises(DeliveryRetryable):
                 relay.run_once()
-        relay._couriers[0].delivery.holder.forget()  # as a process that was killed
+        relay._workers[0].delivery.slot_worker.reset()  # as a process that was killed
         relay.stop()
         index.at = ""
         app.drain()

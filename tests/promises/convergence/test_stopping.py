@@ -89,12 +89,12 @@ def test_close_does_not_wait_for_an_embedder_that_hangs(engine: Engine) -> None:
     assert [entry.id for entry in index.scan(None, 9)] == ['tag["a"]']
 
 
-def test_relay_that_is_started_again_goes_on_beside_the_thread_that_was_left(engine: Engine) -> None:
+def test_restarted_relay_goes_on_beside_its_old_thread(engine: Engine) -> None:
     """The old thread does not let go of the lease that the new one has."""
     world = World(engine)
     embedder = hang(world)
     world.relay.stop(timeout=0.01)
-    left = world.relay._couriers[0]._left
+    left = world.relay._workers[0]._unjoined_thread
     world.relay.start()
     embedder.answer.set()
     assert left is not None

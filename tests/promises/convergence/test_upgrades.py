@@ -1,16 +1,22 @@
-"""Old shapes in today's: which values are the driver's, and which are as the ORM takes them."""
+"""What an older version left: rows in old shapes, and a database whose tables had other names."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from sqlalchemy import JSON, Boolean, Column, Engine, Integer, String, Table, TypeDecorator, select, text
-from sqlalchemy.orm import DeclarativeBase, sessionmaker
+from sqlalchemy import JSON, Boolean, Column, Engine, Integer, String, Table, TypeDecorator, inspect, select, text
+from sqlalchemy.orm import DeclarativeBase
 
 from memstate_sa import Memory
+from memstate_sa.db.tables import trigger_context
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
+from tests.adapters.alembic.application import contents, routines
+from tests.support import Person, Tag, World
+from tests.support.apps import make_app
+from tests.support.older import NEW, OLD, make_older, migrate
+from tests.support.roles import Role, role, values  # noqa: F401  # a fixture
 
 pytestmark = pytest.mark.sa20
 
@@ -79,38 +85,31 @@ def thing(*columns: Column[Any]) -> Any:
 def upgraded(engine: Engine, was: list[dict[str, Any]], upgrade: Any, *, before: Any = WAS, after: Any = IS) -> Any:
     """What history says that rows of the old shape are in the new one, and what an undo writes."""
     old = thing(*before)
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(old, text=None, entity="thing")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    old.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, old, text=None, entity="thing")
+    with app.session() as session:
         session.add_all(old(**values) for values in was)
         session.commit()
         for values in was:
             session.delete(session.get(old, values["id"]))
         session.commit()
-    memory.close()
+    app.memory.close()
     old.metadata.drop_all(engine)
     new = thing(*after)
-    new.metadata.create_all(engine)
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(new, text=None, entity="thing", version=2, upgrade={1: upgrade})
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
+    app = make_app(engine, new, text=None, entity="thing", version=2, upgrade={1: upgrade})
     names = [column.name for column in after]
-    with sessions() as session:
-        shown = {c.key: {n: c.after.get(n) for n in names} for c in memory.history(session, new) if c.after is not None}
-        memory.rollback(session)
+    with app.session() as session:
+        shown = {
+            c.key: {n: c.after.get(n) for n in names} for c in app.memory.history(session, new) if c.after is not None
+        }
+        app.memory.rollback(session)
         session.commit()
         there = session.execute(select(new.__table__)).mappings()
         assert {row["id"]: {name: row[name] for name in names} for row in there} == shown
-    memory.close()
+    app.memory.close()
     return shown
 
 
-def test_what_is_made_is_as_the_orm_takes_it(engine: Engine) -> None:
+def test_upgrade_makes_values_as_the_orm_takes_them(engine: Engine) -> None:
     """Whatever else the row holds: small numbers, short texts and truth values are one object wherever they are."""
     was = [
         {"id": 4, "count": 5, "word": "Y", "flag": True, "data": 5},
@@ -120,7 +119,7 @@ def test_what_is_made_is_as_the_orm_takes_it(engine: Engine) -> None:
     assert upgraded(engine, was, lambda row: {"id": row["id"], **made}) == {4: made, 5: made}
 
 
-def test_what_is_given_is_the_drivers_under_any_name(engine: Engine) -> None:
+def test_stored_values_stay_the_drivers_under_any_name(engine: Engine) -> None:
     """Kept, renamed, swapped, or put to another column; what only looks like it is not."""
 
     def upgrade(row: dict[str, Any]) -> dict[str, Any]:
@@ -144,3 +143,89 @@ def test_none_is_null(engine: Engine) -> None:
             1,
             2,
         ]
+
+
+# -- a database of the version before ----------------------------------------------------------------------------------
+
+
+def open_with_create_tables(world: World) -> None:
+    world.memory.create_tables(world.engine)
+
+
+def open_with_another_memory(world: World) -> None:
+    """That tracks nothing: the triggers belong to classes of another service."""
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    memory.create_tables(world.engine)
+    memory.close()
+
+
+def open_with_our_migrations(world: World) -> None:
+    migrate(world.engine, "stamp", "memstate_0006")
+    migrate(world.engine, "upgrade", "head")
+
+
+WAYS = [open_with_create_tables, open_with_another_memory, open_with_our_migrations]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+def test_database_of_the_version_before_opens_and_goes_on(
+    engine: Engine, capture: Literal["session", "trigger"], way: Any
+) -> None:
+    """The table is renamed with its rows, and every trigger is as it would be made today."""
+    world = World(engine, capture=capture)
+    with world.session() as session:
+        session.add(Tag(name="a", meaning="one"))
+        session.commit()
+    before = (contents(engine, ours=True), routines(engine))
+    make_older(engine)
+    with engine.begin() as connection:
+        connection.execute(text(f"INSERT INTO {OLD} (name, value) VALUES ('left', 'here')"))
+    way(world)
+    with engine.begin() as connection:
+        assert connection.execute(text(f"SELECT name, value FROM {NEW}")).all() == [("left", "here")]
+        connection.execute(text(f"DELETE FROM {NEW}"))
+    after = (contents(engine, ours=True), routines(engine))
+    after[0].pop("memstate_version", None)
+    assert after == before
+    assert world.memory.doctor(engine).healthy
+
+    with world.session() as session:
+        world.memory.annotate(session, actor="ada")
+        session.get_one(Tag, "a").meaning = "two"
+        session.add(Person(id=1, name="p", about="new"))
+        session.commit()
+        actors = [change.actor for change in world.memory.history(session, Tag, "a")]
+        assert actors == [None, "ada"]
+        world.memory.rollback(session)
+        session.commit()
+        assert session.get_one(Tag, "a").meaning == "one" and session.get(Person, 1) is None
+    if capture == "trigger":
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE tag SET meaning = 'three'"))
+    world.assert_in_step()
+    world.memory.close()
+
+
+def test_create_tables_drops_the_old_table_beside_the_new_one(engine: Engine) -> None:
+    """A process of the version before has created it again."""
+    world = World(engine, capture="trigger")
+    before = (contents(engine, ours=True), routines(engine))
+    make_older(engine)
+    trigger_context.create(engine)
+    world.memory.create_tables(engine)
+    assert OLD not in inspect(engine).get_table_names()
+    assert (contents(engine, ours=True), routines(engine)) == before
+    world.memory.close()
+
+
+def test_renamed_table_keeps_its_rights(postgres_engine: Engine, role: Role) -> None:  # noqa: F811
+    """So do functions: PUBLIC may not execute them."""
+    world = World(postgres_engine, capture="trigger")
+    make_older(postgres_engine)
+    app = role(f"SELECT, INSERT, DELETE ON {OLD}")
+    world.memory.create_tables(postgres_engine)
+    assert values(app, f"SELECT has_table_privilege('{NEW}', 'INSERT')") == [True]
+    closed = "SELECT bool_and(NOT has_function_privilege('public', oid, 'EXECUTE')) FROM pg_proc WHERE proname LIKE "
+    assert values(postgres_engine, closed + "'memstate\\_%'") == [True]
+    world.memory.close()

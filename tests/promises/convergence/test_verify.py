@@ -32,7 +32,7 @@ def test_drift_is_named(drifted: World) -> None:
     assert (report.checked, report.pending, report.clean) == (13, [], False)
 
 
-def test_repair(drifted: World) -> None:
+def test_repair_mends_every_kind_of_drift(drifted: World) -> None:
     """Every kind of drift is put right, though the ledger says that all was delivered."""
     found = drifted.memory.verify(drifted.engine, repair=True)
     assert not found.clean
@@ -40,14 +40,14 @@ def test_repair(drifted: World) -> None:
     drifted.assert_in_step()
 
 
-def test_repair_while_another_relay_holds_the_lease(drifted: World) -> None:
+def test_repair_waits_for_the_relay_that_holds_the_lease(drifted: World) -> None:
     """Whoever holds it delivers; repair waits for that."""
-    with drifted.memory.relay(drifted.engine):
+    with drifted.memory.relay(drifted.engine, lease_s=3):
         drifted.memory.verify(drifted.engine, repair=True)
         assert drifted.memory.verify(drifted.engine).clean
 
 
-def test_what_is_on_its_way_is_not_drift(world: World) -> None:
+def test_undelivered_change_is_not_drift(world: World) -> None:
     """Undelivered changes are pending, not missing."""
     world.relay.drain()
     with world.session() as session:
@@ -70,7 +70,7 @@ def test_verify_works_in_pages(drifted: World) -> None:
     assert seen == [3, 6, 9, 12, 13]
 
 
-def test_status(world: World) -> None:
+def test_status_describes_each_index(world: World) -> None:
     """What an operator wants to know, per index."""
     world.relay.drain()
     with world.session() as session:

@@ -43,7 +43,9 @@ def redis_server() -> Iterator[Any]:
         ),
     ],
 )
-def test_sigkill_at_random_moments(tmp_path: Path, request: pytest.FixtureRequest, kind: str, kills: int) -> None:
+def test_sigkill_at_random_moments_loses_nothing(
+    tmp_path: Path, request: pytest.FixtureRequest, kind: str, kills: int
+) -> None:
     """Killed again and again on one database and one index; the next run compares, by content.
 
     With pgvector, facts and index are in the same database; with Redis, the server is killed each time, too.

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, ForeignKey, event, select
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from memstate_sa import ConflictError, DeliveryRetryable, Fact, Memory, MemoryStore
+from memstate_sa import ConflictError, DeliveryRetryable, Fact, MemoryStore
 from memstate_sa.db.codec import encode_key
 from memstate_sa.db.tables import log, outbox
 from memstate_sa.indexes import ChromaIndex, InMemoryIndex, Point, VectorIndex
@@ -23,6 +23,7 @@ from memstate_sa.log.changes import replay
 from memstate_sa.relay import RetryPolicy
 from memstate_sa.testing import FlakyIndex, HashEmbedder
 from tests.support import Tag, World, assert_index_holds
+from tests.support.apps import make_app
 from tests.support.chroma import persistent
 from tests.support.statements import statements
 
@@ -110,15 +111,8 @@ class Chapter(Library):
 
 def test_1_a_failed_commit_leaves_no_phantom_in_the_log(engine: Engine, chroma: ChromaIndex) -> None:
     """COMMIT itself is refused, after the row was logged: the next rollback(1) undoes the last real transaction."""
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA foreign_keys = ON"))
-    memory = Memory(chroma, embedder=HashEmbedder())
-    memory.track(Chapter, text="content")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Library.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Chapter, index=chroma, foreign_keys=True, text="content")
+    with app.session() as session:
         session.add_all([Book(id=1), Chapter(id=1, content="first", book_id=1)])
         session.commit()
         session.get_one(Chapter, 1).content = "second"
@@ -127,19 +121,19 @@ def test_1_a_failed_commit_leaves_no_phantom_in_the_log(engine: Engine, chroma: 
         session.get_one(Chapter, 1).content = "third"
         session.add(Chapter(id=2, content="of no book", book_id=7))
         session.flush()
-        logged = [(c.op, c.key) for c in memory.history(session, Chapter)]
+        logged = [(c.op, c.key) for c in app.memory.history(session, Chapter)]
         assert sorted(logged) == [("insert", 1), ("insert", 2), ("update", 1), ("update", 1)]
         with pytest.raises(IntegrityError):
             session.commit()
         session.rollback()
 
-        assert [c.op for c in memory.history(session, Chapter)] == ["insert", "update"]
-        assert [(c.op, c.key) for c in memory.rollback(session)] == [("update", 1)]
+        assert [c.op for c in app.memory.history(session, Chapter)] == ["insert", "update"]
+        assert [(c.op, c.key) for c in app.memory.rollback(session)] == [("update", 1)]
         session.commit()
         assert session.execute(select(Chapter.id, Chapter.content)).all() == [(1, "first")]
-    memory.relay(engine).drain()
+    app.memory.relay(engine).drain()
     assert_index_holds(chroma, HashEmbedder(), {"chapter[1]": "first"})
-    memory.close()
+    app.memory.close()
 
 
 @pytest.mark.filterwarnings("ignore:DELETE statement on table 'tag' expected to delete 1 row")
@@ -182,6 +176,7 @@ def test_2_a_lost_acknowledgement_leaves_no_newer_vector(store: MemoryStore, fai
 # -- 3 ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("moment", ["before", "half", "after"])
 def test_3_a_failed_delete_leaves_no_ghost(store: MemoryStore, failing: Failing, moment: str) -> None:
     """The fact is gone from search at once, whatever the index still holds, and from the index when it is back."""
@@ -246,6 +241,7 @@ store.memory.relay(store.engine).drain()
 """
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("moment", ["flushed", "committed", "written"])
 def test_5_a_kill_loses_no_vector(engine: Engine, tmp_path: Path, moment: str) -> None:
     """SIGKILL before COMMIT, after it, or between the index's write and our record of it: reopened, all agree."""

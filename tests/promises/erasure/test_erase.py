@@ -29,11 +29,12 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from memstate_sa import ConflictError, Memory, MemstateError, NotFound, metadata, sqlite
 from memstate_sa.capture.append_only import rewriting
-from memstate_sa.db.tables import current, embedding, ledger, log, outbox, parked, unique, utcnow
+from memstate_sa.db.tables import embedding, ledger, log, outbox, parked, trigger_context, unique, utcnow
 from memstate_sa.indexes import ChromaIndex, InMemoryIndex, VectorIndex
 from memstate_sa.relay.retention import fold_log
 from memstate_sa.testing import HashEmbedder
 from tests.support import WAITING_FOR_A_LOCK, Base, Note, Person, Tag, World
+from tests.support.apps import App, make_app
 from tests.support.relays import say
 
 # A hole that they show: what the database does by itself, no Session sees.
@@ -73,22 +74,18 @@ class Counting(HashEmbedder):
         return super().embed(texts)
 
 
-class Accounts:
+class Accounts(App):
     def __init__(self, engine: Engine, index: VectorIndex | None = None, *, capture: Any = "session") -> None:
         if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA foreign_keys = ON"))
             # Some builds overwrite what is deleted by themselves.
             event.listen(engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA secure_delete = OFF"))
-        self.engine, self.index, self.embedder = engine, index or InMemoryIndex(), Counting()
-        self.memory = Memory(self.index, embedder=self.embedder)
         unique_by = ("email",) if capture == "session" else ()  # a trigger sees to none
-        self.memory.track(Account, text="about", metadata=("email",), unique_by=unique_by, capture=capture)
-        self.memory.track(Payment, text="what", capture=capture)
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Local.metadata.create_all(engine)
-        self.memory.create_tables(engine)
-        self.relay = self.memory.relay(engine)
+        tracking = {
+            Account: {"text": "about", "metadata": ("email",), "unique_by": unique_by},
+            Payment: {"text": "what"},
+        }
+        options = {"tracking": tracking, "foreign_keys": True, "capture": capture}
+        super().__init__(engine, *tracking, index=index, embedder=Counting(), **options)
 
     def tell(self, marker: str) -> None:
         """An account whose every value names *marker*, now and in its past; and another."""
@@ -112,7 +109,7 @@ class Accounts:
         diagnosis = self.memory.doctor(self.engine)
         assert diagnosis.healthy, diagnosis
         with self.engine.connect() as connection:
-            assert connection.execute(select(current)).all() == []
+            assert connection.execute(select(trigger_context)).all() == []
 
 
 @pytest.fixture(params=["session", "trigger"])
@@ -139,6 +136,7 @@ def stored(connection: Connection, *models: type[Any]) -> str:
 # -- what is forgotten -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value_once
 @pytest.mark.sa20
 @pytest.mark.parametrize("marker", MARKERS)
 def test_nothing_is_left_in_any_table(accounts: Accounts, marker: str) -> None:
@@ -170,7 +168,7 @@ def test_nothing_is_left_in_any_table(accounts: Accounts, marker: str) -> None:
 
 
 @pytest.mark.sa20
-def test_the_history_shows_that_and_when(accounts: Accounts) -> None:
+def test_history_shows_that_and_when_a_fact_was_erased(accounts: Accounts) -> None:
     """Not what. Who erased it, and why, is a label like any."""
     accounts.tell("secret")
     with accounts.sessions() as session:
@@ -191,7 +189,7 @@ def test_the_history_shows_that_and_when(accounts: Accounts) -> None:
         assert accounts.memory.history(session, Account, 2)[-1].reason == "erased"
 
 
-def test_search_does_not_find_it(accounts: Accounts) -> None:
+def test_search_does_not_find_an_erased_fact(accounts: Accounts) -> None:
     """Neither in the transaction that erases, nor afterwards, delivered or not; nor does an instance show it."""
     accounts.tell("secret")
     with accounts.sessions() as session:
@@ -210,7 +208,7 @@ def test_search_does_not_find_it(accounts: Accounts) -> None:
 
 
 @pytest.mark.sa20
-def test_what_is_deleted_already_can_be_erased(accounts: Accounts) -> None:
+def test_deleted_fact_can_be_erased(accounts: Accounts) -> None:
     """Its history is what is left of it; and erasing twice is no error."""
     accounts.tell("secret")
     with accounts.sessions() as session:
@@ -225,7 +223,7 @@ def test_what_is_deleted_already_can_be_erased(accounts: Accounts) -> None:
 
 
 @pytest.mark.sa20
-def test_a_row_older_than_tracking(accounts: Accounts) -> None:
+def test_row_older_than_tracking_is_erased(accounts: Accounts) -> None:
     """The log has not seen it, and does not see it now."""
     with accounts.engine.begin() as connection:
         triggers = accounts.memory._registry.by_trigger
@@ -299,7 +297,7 @@ def test_a_fact_that_is_added_again_is_another(accounts: Accounts) -> None:
 
 
 @pytest.mark.sa20
-def test_undoing_a_transaction_that_touched_it_leaves_it_alone(accounts: Accounts) -> None:
+def test_undo_of_a_transaction_leaves_its_erased_facts_alone(accounts: Accounts) -> None:
     """The rest of that transaction is undone, also when a fact of the same key was added later."""
     accounts.tell("secret")
     for again in (False, True):
@@ -322,7 +320,7 @@ def test_undoing_a_transaction_that_touched_it_leaves_it_alone(accounts: Account
 
 
 @pytest.mark.sa20
-def test_steps_pass_an_erasure_by(accounts: Accounts) -> None:
+def test_steps_skip_an_erasure(accounts: Accounts) -> None:
     """And transactions that did nothing but what is redacted."""
     accounts.tell("secret")  # the first step adds both accounts, the second touches what is erased
     accounts.erase()
@@ -334,6 +332,7 @@ def test_steps_pass_an_erasure_by(accounts: Accounts) -> None:
     accounts.assert_fine()
 
 
+@pytest.mark.each_value_once
 @pytest.mark.sa20
 def test_an_erasure_is_not_undone(accounts: Accounts) -> None:
     """Nor does undoing it remove what came later."""
@@ -356,7 +355,7 @@ def test_an_erasure_is_not_undone(accounts: Accounts) -> None:
 
 
 @pytest.mark.sa20
-def test_retention_folds_what_is_redacted_into_nothing(accounts: Accounts) -> None:
+def test_retention_folds_redacted_entries_into_nothing(accounts: Accounts) -> None:
     """A page may end before its tombstone; a baseline without a row would say what never was."""
     accounts.tell("secret")
     accounts.erase()
@@ -377,7 +376,7 @@ def test_retention_folds_what_is_redacted_into_nothing(accounts: Accounts) -> No
 
 
 @pytest.mark.sa20
-def test_rows_that_refer_to_it_are_in_the_way(accounts: Accounts) -> None:
+def test_erase_refuses_a_row_that_others_refer_to(accounts: Accounts) -> None:
     """Nothing is changed; the transaction goes on, and it can be erased when they are gone."""
     accounts.tell("secret")
     with accounts.sessions() as session:
@@ -397,7 +396,7 @@ def test_rows_that_refer_to_it_are_in_the_way(accounts: Accounts) -> None:
 
 
 @pytest.mark.sa20
-def test_what_it_was_under_an_earlier_key(accounts: Accounts) -> None:
+def test_history_under_an_earlier_key_is_erased_apart(accounts: Accounts) -> None:
     """Is another fact, to be erased by that key: of the row there is nothing then."""
     accounts.tell("secret")
     with accounts.sessions() as session:
@@ -439,19 +438,9 @@ class Family(Accounts):
     """Rows that the database deletes or changes along with others; *capture* is that of children."""
 
     def __init__(self, engine: Engine, capture: Any) -> None:
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA foreign_keys = ON"))
-        self.engine = engine
-        self.memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        for model in (Parent, Child, Grandchild):
-            self.memory.track(model, text=None, capture=capture if model is Child else "session")
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Cascading.metadata.create_all(engine)
-        self.memory.create_tables(engine)
-        with self.sessions() as session:
-            session.add_all([Parent(id=1), Parent(id=2)])
-            session.commit()
+        tracking = {Child: {"capture": capture}}
+        App.__init__(self, engine, Parent, Child, Grandchild, tracking=tracking, foreign_keys=True, text=None)
+        self.write(Parent(id=1), Parent(id=2))
 
     def add(self, *rows: Any) -> None:
         with self.sessions() as session:
@@ -477,7 +466,7 @@ class Family(Accounts):
 @pytest.mark.sa20
 @pytest.mark.parametrize("column", ["parent_id", "friend_id"])
 @pytest.mark.parametrize("capture", ["session", "trigger"])
-def test_rows_that_the_database_changes_along(engine: Engine, capture: str, column: str) -> None:
+def test_erase_cascades_only_where_triggers_log_it(engine: Engine, capture: str, column: str) -> None:
     """By ON DELETE: where triggers log it, they go along, or lose their parent; else they are in the way."""
     family = Family(engine, capture)
     family.add(Child(id=1, **{column: 1}), Child(id=2, **{column: 2}))
@@ -490,7 +479,7 @@ def test_rows_that_the_database_changes_along(engine: Engine, capture: str, colu
 
 
 @pytest.mark.sa20
-def test_rows_that_go_along_with_those_that_go_along(engine: Engine) -> None:
+def test_erase_follows_chains_of_cascades_that_triggers_log(engine: Engine) -> None:
     """Of the one kind triggers tell, of the other nobody would; what is left alone is in nobody's way."""
     family = Family(engine, "trigger")
     family.add(Child(id=1, friend_id=1), Grandchild(id=1, child_id=1))
@@ -506,7 +495,7 @@ def test_rows_that_go_along_with_those_that_go_along(engine: Engine) -> None:
     family.memory.close()
 
 
-def test_a_row_that_comes_to_refer_meanwhile_is_waited_for(postgres_engine: Engine) -> None:
+def test_erase_waits_for_a_row_that_may_refer_to_it(postgres_engine: Engine) -> None:
     """Its transaction is open when the erasure looks; whether it refers is known when that ends."""
     family = Family(postgres_engine, "session")
 
@@ -532,7 +521,7 @@ def test_a_row_that_comes_to_refer_meanwhile_is_waited_for(postgres_engine: Engi
 
 
 @pytest.mark.sa20
-def test_what_is_not_flushed_yet_is_erased_along(accounts: Accounts) -> None:
+def test_pending_changes_are_erased_too(accounts: Accounts) -> None:
     """The edit of a loaded instance, and one that is only pending."""
     accounts.tell("secret")
     with accounts.sessions() as session:
@@ -547,7 +536,7 @@ def test_what_is_not_flushed_yet_is_erased_along(accounts: Accounts) -> None:
 
 
 @pytest.mark.sa20
-def test_composite_keys_and_text_of_many_columns(world: World) -> None:
+def test_facts_with_composite_keys_and_many_columns_are_erased(world: World) -> None:
     """A key is a tuple; the vectors of texts that a callable made are forgotten, too."""
     with world.session() as session:
         session.add(Note(topic="t", number=1, content="secret", person=Person(name="p", about="y")))
@@ -618,7 +607,7 @@ def test_what_cannot_be_erased_says_why(world: World) -> None:
     world.assert_in_step()
 
 
-def test_one_class_of_several_in_a_table(engine: Engine) -> None:
+def test_erase_leaves_rows_of_other_classes_in_the_table(engine: Engine) -> None:
     """A row of another class, which is not tracked, is not touched."""
 
     class Local(DeclarativeBase):
@@ -634,42 +623,32 @@ def test_one_class_of_several_in_a_table(engine: Engine) -> None:
     class Dog(Animal):
         __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "dog"}
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Dog, text="sound")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Local.metadata.create_all(engine)
-    memory.create_tables(engine)
+    app = make_app(engine, Dog, text="sound")
     padded = "{:8}".format if engine.dialect.name == "postgresql" else str
-    with sessions() as session:
+    with app.session() as session:
         session.add_all([Dog(name=padded("rex"), sound="secret"), Animal(name=padded("tom"), sound="meow")])
         session.commit()
         with pytest.raises(NotFound):
-            memory.erase(session, Dog, "tom")
-        assert memory.erase(session, Dog, "rex") == 1
+            app.memory.erase(session, Dog, "tom")
+        assert app.memory.erase(session, Dog, "rex") == 1
         session.commit()
         assert [animal.sound for animal in session.scalars(select(Animal))] == ["meow"]
         assert "secret" not in stored(session.connection(), Animal)
-    memory.close()
+    app.memory.close()
 
 
-def test_strict_delivery_removes_it_before_the_commit(engine: Engine) -> None:
+def test_strict_delivery_removes_an_erased_fact_before_commit(engine: Engine) -> None:
     """As it does any row that is deleted; no relay has run."""
     index = InMemoryIndex()
-    memory = Memory(index, embedder=HashEmbedder(), delivery="strict")
-    memory.track(Tag, text="meaning")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Tag, index=index, memory={"delivery": "strict"}, text="meaning")
+    with app.session() as session:
         session.add_all([Tag(name="a", meaning="secret"), Tag(name="b", meaning="other")])
         session.commit()
         assert {entry.id for entry in index.scan(None, 10)} == {'tag["a"]', 'tag["b"]'}
-        memory.erase(session, Tag, "a")
+        app.memory.erase(session, Tag, "a")
         session.commit()
         assert {entry.id for entry in index.scan(None, 10)} == {'tag["b"]'}
-    memory.close()
+    app.memory.close()
 
 
 def test_an_in_memory_database_is_purged_of_its_index_only() -> None:
@@ -707,6 +686,7 @@ def database_files(engine: Engine) -> list[Path]:
     return [Path(path), Path(path + "-wal"), Path(path + "-journal")]
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("marker", MARKERS)
 @pytest.mark.parametrize("store_text", [False, True])
 def test_the_bytes_are_gone_from_sqlite_and_chroma(
@@ -747,7 +727,7 @@ def test_the_bytes_are_gone_from_sqlite_and_chroma(
     accounts.memory.close()
 
 
-def test_purging_beside_a_relay(sqlite_engine: Engine, tmp_path: Path) -> None:
+def test_relay_goes_on_after_a_purge(sqlite_engine: Engine, tmp_path: Path) -> None:
     """In the background, it goes on with what has replaced the index."""
     chromadb = pytest.importorskip("chromadb")
     folder = tmp_path / "chroma"
@@ -793,7 +773,7 @@ def test_what_others_keep_in_the_folder_stays(tmp_path: Path, sqlite_engine: Eng
     accounts.memory.close()
 
 
-def test_files_that_are_out_of_reach_are_told(sqlite_engine: Engine, tmp_path: Path) -> None:
+def test_purge_reports_files_out_of_reach(sqlite_engine: Engine, tmp_path: Path) -> None:
     """A server's; what is in reach is purged none the less."""
 
     class Remote(InMemoryIndex):
@@ -809,7 +789,7 @@ def test_files_that_are_out_of_reach_are_told(sqlite_engine: Engine, tmp_path: P
     accounts.memory.close()
 
 
-def test_a_reader_of_the_past_is_told(accounts: Accounts) -> None:
+def test_purge_reports_a_reader_of_the_past(accounts: Accounts) -> None:
     """What it may still read cannot be overwritten."""
     accounts.tell("secret")
     reader = create_engine(accounts.engine.url)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from sqlalchemy import Engine, delete, event, func, select, text, update
-from sqlalchemy.orm import sessionmaker
 
 from memstate_sa import DeliveryError, Memory, MemstateError
 from memstate_sa.db.tables import embedding
@@ -18,7 +17,7 @@ from memstate_sa.embedding import cache
 from memstate_sa.indexes import InMemoryIndex, VectorIndex
 from memstate_sa.relay.retry import RetryPolicy
 from memstate_sa.testing import FlakyIndex, HashEmbedder
-from tests.support import Base, Tag, assert_index_holds, connections_of_this_thread
+from tests.support import Tag, apps, assert_index_holds, connections_of_this_thread
 
 
 class Counting(HashEmbedder):
@@ -39,21 +38,14 @@ class Counting(HashEmbedder):
         return super().embed([text])[0]
 
 
-class App:
+class App(apps.App):
     """One process of an application: a Memory of its own on a database that others may have used before."""
 
     def __init__(
         self, engine: Engine, *, embedder: Counting | None = None, index: VectorIndex | None = None, **options: Any
     ) -> None:
-        self.engine = engine
-        self.embedder = embedder or Counting()
-        self.index = index or InMemoryIndex()
-        self.memory = Memory(self.index, embedder=self.embedder, **options)
-        self.memory.track(Tag, text="meaning", metadata=("name",))
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        tracking = {"text": "meaning", "metadata": ("name",)}
+        super().__init__(engine, Tag, index=index, embedder=embedder or Counting(), memory=options, **tracking)
         self.relay = self.memory.relay(engine, policy=RetryPolicy(delay_s=0.001))
 
     def say(self, **meanings: str | None) -> None:
@@ -185,7 +177,7 @@ def test_a_search_writes_nothing(app: App) -> None:
     assert written == []
 
 
-def test_what_is_embedded_is_kept_before_the_index_is_called(engine: Engine) -> None:
+def test_vector_is_kept_before_the_index_is_called(engine: Engine) -> None:
     """The index is down, and the process ends: another has nothing to pay for once more."""
     app = App(engine, index=FlakyIndex(InMemoryIndex(), rate=0.0))
     app.relay.drain()
@@ -223,12 +215,13 @@ def test_another_embedder_uses_its_own(engine: Engine, app: App) -> None:
     assert kept(engine) == 2
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "stored",
     [b"", b"\x00\x01\x02", np.ones(63, "<f4").tobytes(), np.full(64, np.nan, "<f4").tobytes()],
     ids=["empty", "not numbers", "another dimension", "NaN"],
 )
-def test_a_vector_that_cannot_be_right_is_made_anew(engine: Engine, app: App, stored: bytes) -> None:
+def test_impossible_vector_is_embedded_again(engine: Engine, app: App, stored: bytes) -> None:
     """By relay and search."""
     app.say(a="tea")
     app.relay.drain()
@@ -255,7 +248,7 @@ def test_what_is_refused_is_not_kept(app: App) -> None:
     assert vector == HashEmbedder().embed(["good"])[0].astype("<f4").tobytes()
 
 
-def test_nothing_is_kept_where_that_is_not_wanted(engine: Engine) -> None:
+def test_disabled_cache_keeps_nothing(engine: Engine) -> None:
     """``embedding_cache=0``: the table is not even looked at."""
     app = App(engine, embedding_cache=0)
     looked: list[str] = []
@@ -283,7 +276,7 @@ def test_a_capacity_is_a_number(wrong: Any) -> None:
 # -- how much, and of what ---------------------------------------------------------------------------------------------
 
 
-def test_the_oldest_go(engine: Engine) -> None:
+def test_oldest_vectors_are_evicted(engine: Engine) -> None:
     """No more than the capacity is kept, and of that the newest."""
     app = App(engine, embedding_cache=5)
     for n in range(20):
@@ -313,7 +306,7 @@ def test_a_smaller_capacity_is_reached_in_steps(engine: Engine, app: App) -> Non
     assert newest == ["counting"] * 4
 
 
-def test_counting_is_rare(engine: Engine) -> None:
+def test_cache_counts_its_vectors_rarely(engine: Engine) -> None:
     """Whether there are too many is looked at once a tenth of the capacity."""
     app = App(engine, embedding_cache=100)
     counted: list[str] = []
@@ -330,7 +323,7 @@ def test_counting_is_rare(engine: Engine) -> None:
     assert len(counted) == 3
 
 
-def test_the_text_is_not_in_it(app: App) -> None:
+def test_cache_does_not_hold_the_text(app: App) -> None:
     """Nor anything else that tells it, but for the vector itself."""
     app.say(a="a secret that must be erasable")
     app.relay.drain()
@@ -341,7 +334,7 @@ def test_the_text_is_not_in_it(app: App) -> None:
     assert set(rows[0]._mapping) == {"id", "text_fingerprint", "embedder", "vector"}
 
 
-def test_two_may_keep_the_same_at_once(engine: Engine, app: App) -> None:
+def test_two_writers_may_keep_the_same_vectors_at_once(engine: Engine, app: App) -> None:
     """In opposite orders, many times: neither fails nor waits for ever, and the first one stays."""
     digests = [f"{n:032x}" for n in range(200)]
     began = threading.Barrier(2)
@@ -373,7 +366,7 @@ def test_two_may_keep_the_same_at_once(engine: Engine, app: App) -> None:
     assert failures == []
 
 
-def test_two_may_evict_at_once(postgres_engine: Engine) -> None:
+def test_two_writers_may_evict_at_once(postgres_engine: Engine) -> None:
     """Neither waits for the other; they may evict more than is too much."""
     App(postgres_engine)
     vectors = dict.fromkeys((f"{n:032x}" for n in range(10)), np.zeros(1, np.float32))
@@ -388,7 +381,7 @@ def test_two_may_evict_at_once(postgres_engine: Engine) -> None:
     assert left == list(vectors)[6:]
 
 
-def test_two_relays_of_the_same_texts(engine: Engine) -> None:
+def test_two_relays_of_the_same_texts_do_not_fail(engine: Engine) -> None:
     """Each with an index of its own, in two threads: no delivery fails for what the other keeps."""
     one = App(engine)
     two = App(engine)

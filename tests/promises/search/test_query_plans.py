@@ -38,7 +38,7 @@ def large(engine: Engine) -> World:
     return world
 
 
-def test_writing(large: World) -> None:
+def test_writing_uses_indexes(large: World) -> None:
     """Known keys and baselines."""
 
     def write() -> None:
@@ -50,7 +50,7 @@ def test_writing(large: World) -> None:
     assert_served(large.engine, plans(large.engine, write))
 
 
-def test_rows_by_composite_keys(large: World) -> None:
+def test_rows_are_read_by_composite_keys(large: World) -> None:
     """Of the application's own table: read for their images, locked, shown by a search."""
     with large.session() as session:
         person = session.get_one(Person, 7)
@@ -76,7 +76,7 @@ def test_rows_by_composite_keys(large: World) -> None:
     assert not bad, bad
 
 
-def test_searching(large: World) -> None:
+def test_searching_uses_indexes(large: World) -> None:
     """Undelivered, parked, hydrated."""
 
     def search() -> None:
@@ -118,7 +118,7 @@ def test_tables_of_an_earlier_version_get_the_index(large: World) -> None:
     }
 
 
-def test_relaying(large: World) -> None:
+def test_relaying_uses_indexes(large: World) -> None:
     """Windows, ledger, acknowledgement, clean-up."""
 
     def relay() -> None:
@@ -134,7 +134,7 @@ def test_relaying(large: World) -> None:
         assert by_key and all("entity=? AND key=?" in plan for plan in by_key)
 
 
-def test_keeping_embeddings(large: World) -> None:
+def test_embedding_cache_uses_indexes(large: World) -> None:
     """What is kept is found by text, forgotten by text, and evicted in the order of age."""
     with large.engine.connect() as connection:
         digests = connection.scalars(select(embedding.c.text_fingerprint).limit(20)).all()
@@ -155,7 +155,7 @@ def test_keeping_embeddings(large: World) -> None:
     assert_served(large.engine, found)
 
 
-def test_undoing_and_history(large: World) -> None:
+def test_undo_and_history_use_indexes(large: World) -> None:
     """One step at the end of a long log; the history of one fact."""
     with large.session() as session:
         large.memory.annotate(session, session_id="s1", actor="ada")
@@ -177,7 +177,7 @@ def test_undoing_and_history(large: World) -> None:
         assert any("ix_memstate_log_step" in plan for plan in found.values())
 
 
-def test_transfer(large: World) -> None:
+def test_export_and_import_use_indexes(large: World) -> None:
     """Each page of an export and of an import begins where the one before it ended."""
     file = io.StringIO()
     exporting = plans(large.engine, lambda: large.memory.export_facts(large.engine, file))
@@ -187,7 +187,7 @@ def test_transfer(large: World) -> None:
     assert_served(large.engine, importing)
 
 
-def test_undoing_many_steps_and_looking_back(large: World) -> None:
+def test_long_undo_and_time_travel_use_indexes(large: World) -> None:
     """Steps of all, of a run, of an actor, of one class, since a moment; as they were, by key; nobody is sorted."""
     with large.session() as session:
         first = large.memory.history(session, Person, 17)[0]

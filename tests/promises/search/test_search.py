@@ -7,19 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, func, insert, or_, select, text
-from sqlalchemy.orm import joinedload, sessionmaker
+from sqlalchemy.orm import joinedload
 
 from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, Memory, MemstateError
 from memstate_sa.indexes import InMemoryIndex, Match, Point
 from memstate_sa.search import search as search_module
 from memstate_sa.search.comparable import Comparable
+from memstate_sa.search.hits import cosine_distance
+from memstate_sa.search.overlay import OVERLAY_LIMIT
 from memstate_sa.search.pushdown import push_down
-from memstate_sa.search.search import OVERLAY_LIMIT, cosine_distance
 from memstate_sa.testing import HashEmbedder
-from tests.support import Base, Note, Person, Tag, World
+from tests.support import Note, Person, Tag, World, explore, sizes
+from tests.support.apps import App, make_app
 
 pytestmark = pytest.mark.sa20
 
@@ -119,43 +120,42 @@ def apply(world: World, session: Any, change: tuple[Any, ...]) -> None:
             session.delete(person)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    changes=st.lists(change, max_size=15),
-    query=st.sampled_from(WORDS),
-    which=st.sampled_from(sorted(STATEMENTS)),
-    limit=st.integers(1, 6),
-    midway=st.lists(change, max_size=4),
-)
-def test_equals_brute_force(
-    engine: Engine, changes: Any, query: str, which: str, limit: int, midway: list[tuple[Any, ...]]
-) -> None:
+@pytest.mark.parametrize("examples", sizes(8, 50))
+def test_search_equals_brute_force(engine: Engine, examples: int) -> None:
     """While the relay lags, vectors are stale, the transaction is open, and a delivery lands between its steps."""
-    world = _worlds.setdefault(engine.dialect.name + str(engine.url), World(engine, Meddling()))
+    world = World(engine, Meddling())
     index: Any = world.index
-    index.during = None  # what an earlier search has left, if it did not come to ask the index
-    world.relay.drain()
-    with world.session() as session:
-        for person in session.scalars(select(Person)):
-            session.delete(person)
-        for n in range(5):
-            session.add(Person(name=f"p{n % 3}", about=WORDS[n], notes=[Note(topic=f"t{n}", number=n, content="x")]))
-        session.commit()
-        for step in changes:
-            apply(world, session, step)
-        if midway:
-            session.commit()
-            for step in midway:
-                apply(world, session, step)
-            session.commit()
-            index.during = world.relay.drain
-        assert_exact(world, session, query, STATEMENTS[which], limit)
-        session.rollback()
+
+    @explore(
+        examples,
+        changes=st.lists(change, max_size=15),
+        query=st.sampled_from(WORDS),
+        which=st.sampled_from(sorted(STATEMENTS)),
+        limit=st.integers(1, 6),
+        midway=st.lists(change, max_size=4),
+    )
+    def agrees(changes: Any, query: str, which: str, limit: int, midway: list[tuple[Any, ...]]) -> None:
+        index.during = None  # what an earlier search has left, if it did not come to ask the index
         world.relay.drain()
-        assert_exact(world, session, query, STATEMENTS[which], limit)
-
-
-_worlds: dict[str, World] = {}
+        with world.session() as session:
+            for person in session.scalars(select(Person)):
+                session.delete(person)
+            for n in range(5):
+                notes = [Note(topic=f"t{n}", number=n, content="x")]
+                session.add(Person(name=f"p{n % 3}", about=WORDS[n], notes=notes))
+            session.commit()
+            for step in changes:
+                apply(world, session, step)
+            if midway:
+                session.commit()
+                for step in midway:
+                    apply(world, session, step)
+                session.commit()
+                index.during = world.relay.drain
+            assert_exact(world, session, query, STATEMENTS[which], limit)
+            session.rollback()
+            world.relay.drain()
+            assert_exact(world, session, query, STATEMENTS[which], limit)
 
 
 # -- the fence --------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_ghosts_ten_to_one_leave_the_top_k_full(meddled: World, index: Meddling)
         assert_exact(meddled, session, "tea", select(Person))
 
 
-def test_vectors_of_another_content_are_embedded_anew(meddled: World, index: Meddling) -> None:
+def test_stale_vectors_are_embedded_again(meddled: World, index: Meddling) -> None:
     """A stale vector in the index, for whatever reason: the row counts with its current text."""
     people(meddled, *WORDS)
     meddled.relay.drain()
@@ -198,7 +198,7 @@ def test_an_uncommitted_write_is_found_and_an_uncommitted_delete_is_not(world: W
         assert [h.fact.about for h in world.memory.search(session, "tea", Person, limit=1)] == ["tea"]
 
 
-def test_pending_edits_of_the_session_are_not_lost_nor_believed(world: World) -> None:
+def test_pending_edits_are_neither_lost_nor_searched(world: World) -> None:
     """With autoflush off, the search goes by the row, and the edit stays in the instance."""
     people(world, "tea", "coffee")
     world.relay.drain()
@@ -223,7 +223,7 @@ def test_eventual_shows_only_what_was_delivered(world: World) -> None:
         assert [hit.fact.id for hit in hits] == [2]
 
 
-def test_other_entities_do_not_crowd_out(meddled: World, index: Meddling) -> None:
+def test_other_entities_do_not_crowd_out_hits(meddled: World, index: Meddling) -> None:
     """One index holds several models; a search for a rare one still fills its top k, by a filter."""
     with meddled.session() as session:
         session.execute(insert(Tag), [{"name": f"tea{n}", "meaning": "tea"} for n in range(200)])
@@ -235,28 +235,21 @@ def test_other_entities_do_not_crowd_out(meddled: World, index: Meddling) -> Non
     assert [query["where"] for query in index.queries] == [None, {"memstate_entity": {"$eq": "person"}}]
 
 
-def alone(engine: Engine, index: Meddling) -> tuple[Memory, Any]:
-    """A Memory of people only, which are in the index, and its Sessions."""
-    memory = Memory(index, embedder=HashEmbedder())
-    memory.track(Person, text="about", metadata=("name",))
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
-        session.add_all([Person(name="p", about=words) for words in WORDS])
-        session.commit()
-    memory.relay(engine).drain()
-    return memory, sessions
+def alone(engine: Engine, index: Meddling) -> App:
+    """An application of people only, which are in the index."""
+    app = make_app(engine, Person, index=index, text="about", metadata=("name",))
+    app.write(*(Person(name="p", about=words) for words in WORDS))
+    app.memory.relay(engine).drain()
+    return app
 
 
-def test_foreign_points_do_not_crowd_out(engine: Engine, index: Meddling) -> None:
+def test_foreign_points_do_not_crowd_out_hits(engine: Engine, index: Meddling) -> None:
     """Points that nobody tracks are all nearer: the few rows there are are asked for by name."""
-    memory, sessions = alone(engine, index)
-    vector = memory.embedder.embed(["tea"])[0]
+    app = alone(engine, index)
+    vector = app.memory.embedder.embed(["tea"])[0]
     index.upsert([Point(f"other[{n}]", vector, "f") for n in range(200)])
-    with sessions() as session:
-        hits = memory.search(session, "tea", Person)
+    with app.session() as session:
+        hits = app.memory.search(session, "tea", Person)
         assert len(hits) == 5
         assert {hit.fact.about for hit in hits} <= set(WORDS)
     assert [query["ids"] and set(query["ids"]) for query in index.queries] == [
@@ -267,8 +260,8 @@ def test_foreign_points_do_not_crowd_out(engine: Engine, index: Meddling) -> Non
 
 def test_points_carry_their_entity_from_the_second_one_on(engine: Engine, index: Meddling) -> None:
     """What an index held before is written again, and embedded no second time."""
-    memory, _ = alone(engine, index)
-    vector = memory.embedder.embed(["tea"])[0]
+    app = alone(engine, index)
+    vector = app.memory.embedder.embed(["tea"])[0]
     person = {"memstate_entity": {"$eq": "person"}}
     assert index.query(vector, 50, where=person) == []
 
@@ -286,25 +279,25 @@ def test_points_carry_their_entity_from_the_second_one_on(engine: Engine, index:
     }
 
 
-def test_a_key_that_is_refused_in_the_middle_of_a_search(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_refused_during_a_search_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Undelivered at the first look, parked and its outbox entry gone at the second: it is found all the same."""
     people(world, "green tea")
     world.relay.drain()
     people(world, "tea")
-    inner = search_module.read_standing
+    inner = search_module.read_entity_coverage
 
     def then_refuse(*arguments: Any) -> Any:
-        standing = inner(*arguments)
+        coverage = inner(*arguments)
         with monkeypatch.context() as patch:
             patch.setattr(type(world.index), "upsert", refuse)
             world.relay.run_once()
-        world.relay._forget()
-        return standing
+        world.relay._clean_up()
+        return coverage
 
     def refuse(self: Any, points: Any) -> None:
         raise DeliveryRejected("not this one")
 
-    monkeypatch.setattr(search_module, "read_standing", then_refuse)
+    monkeypatch.setattr(search_module, "read_entity_coverage", then_refuse)
     with world.session() as session:
         hits = world.memory.search(session, "tea", Person)
     assert [hit.fact.about for hit in hits] == ["tea", "green tea"]
@@ -347,14 +340,14 @@ def test_facts_of_another_user_are_never_returned(world: World) -> None:
         (text("1 = 1"), None),
     ],
 )
-def test_what_is_pushed_down(world: World, criterion: Any, pushed: Any) -> None:
+def test_only_exact_criteria_are_pushed_down(world: World, criterion: Any, pushed: Any) -> None:
     """Only where SQL and an index agree exactly."""
     with world.engine.connect() as connection:
         comparable = Comparable(connection, Note.__table__)
         assert push_down(world.memory._registry.of(Note), [criterion], comparable) == pushed
 
 
-def test_pushed_down_where_possible_else_by_ids(meddled: World, index: Meddling) -> None:
+def test_criteria_are_pushed_down_or_become_ids(meddled: World, index: Meddling) -> None:
     """The index is asked for the fewest points that can answer."""
     people(meddled, *WORDS)
     meddled.relay.drain()
@@ -367,7 +360,7 @@ def test_pushed_down_where_possible_else_by_ids(meddled: World, index: Meddling)
         assert (index.queries[-1]["where"], index.queries[-1]["ids"]) == (None, None)
 
 
-def test_criteria_with_thousands_of_values(meddled: World, index: Meddling) -> None:
+def test_criteria_with_thousands_of_values_are_left_to_sql(meddled: World, index: Meddling) -> None:
     """No index is asked for so many: SQL says which rows they select, as it does where nothing can be pushed down."""
     people(meddled, *WORDS)
     meddled.relay.drain()
@@ -393,7 +386,7 @@ def test_one_select_hydrates(meddled: World) -> None:
 # -- options and bounds -----------------------------------------------------------------------------------------------
 
 
-def test_max_distance(world: World) -> None:
+def test_max_distance_excludes_farther_facts(world: World) -> None:
     """Nothing farther, and no more asked of the index than needed."""
     people(world, *WORDS)
     world.relay.drain()
@@ -416,7 +409,7 @@ def test_eager_loading_of_collections_works(world: World) -> None:
         assert [len(hit.fact.notes) for hit in hits] == [3]
 
 
-def test_more_undelivered_than_the_overlay_takes(world: World) -> None:
+def test_search_past_the_overlay_limit_is_incomplete(world: World) -> None:
     """The result says that it is not complete, and the transaction's own keys come first."""
     world.relay.drain()
     with world.session() as session:
@@ -452,7 +445,7 @@ def test_a_failing_embedder_leaves_out_what_is_undelivered(world: World) -> None
             world.memory.search(session, "other", Person)
 
 
-def test_incomplete_until_the_index_is_filled(engine: Engine) -> None:
+def test_search_is_incomplete_until_the_index_is_filled(engine: Engine) -> None:
     """Rows that no relay has ever delivered cannot all be considered."""
     world = World(engine)
     people(world, "tea")
@@ -462,7 +455,7 @@ def test_incomplete_until_the_index_is_filled(engine: Engine) -> None:
         assert not hits.complete
 
 
-def test_read_your_writes_while_the_index_is_filled(engine: Engine) -> None:
+def test_search_finds_own_writes_while_the_index_is_filled(engine: Engine) -> None:
     """What was committed just before the first delivery is behind the cursor and not in the index: it is found."""
 
     class Filling(InMemoryIndex):
@@ -492,6 +485,7 @@ def test_repeatable_read_cannot_promise_completeness(postgres_engine: Engine) ->
         assert not hits.complete
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -517,7 +511,7 @@ def test_bad_arguments_get_a_clear_error(world: World, arguments: dict[str, Any]
         world.memory.search(session, given.pop("query"), given.pop("target"), **given)
 
 
-def test_a_limit_beyond_what_an_index_can_count(meddled: World, index: Meddling) -> None:
+def test_huge_limit_finds_all_facts(meddled: World, index: Meddling) -> None:
     """As good as all that there is."""
     people(meddled, "green tea", "coffee")
     meddled.relay.drain()
@@ -527,7 +521,7 @@ def test_a_limit_beyond_what_an_index_can_count(meddled: World, index: Meddling)
     assert index.queries[-1]["limit"] == 1 << 20
 
 
-def test_an_embedder_that_fills_the_same_buffer_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedder_may_reuse_its_buffer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it gave for the query is still that when it is asked for what is undelivered."""
     buffer, embed = np.zeros((100, world.embedder.dimension), dtype=np.float32), world.embedder.embed
 
@@ -543,7 +537,7 @@ def test_an_embedder_that_fills_the_same_buffer_again(world: World, monkeypatch:
         assert hits[0].distance == pytest.approx(0, abs=1e-6)
 
 
-def test_several_indexes(engine: Engine) -> None:
+def test_search_takes_the_first_of_several_indexes(engine: Engine) -> None:
     """A model goes to the indexes it names; a search takes the first unless told."""
     one, two = InMemoryIndex(), InMemoryIndex()
     memory = Memory({"one": one, "two": two}, embedder=HashEmbedder())
@@ -568,7 +562,7 @@ def test_several_indexes(engine: Engine) -> None:
         relay.stop()
 
 
-def test_recall_of_chroma(sqlite_engine: Engine) -> None:
+def test_search_of_chroma_reaches_its_recall(sqlite_engine: Engine) -> None:
     """Approximate: every hit is true, and recall is what it is (1.0 here, on 300 templated facts)."""
     chromadb = pytest.importorskip("chromadb")
     from memstate_sa.indexes import ChromaIndex
@@ -592,7 +586,7 @@ def test_recall_of_chroma(sqlite_engine: Engine) -> None:
     world.index.close()
 
 
-def test_an_index_of_one_s_own_that_is_away(world: World) -> None:
+def test_error_of_an_unavailable_index_is_retryable(world: World) -> None:
     """Whatever its client raises is a DeliveryError, with the cause."""
 
     def away(*arguments: object, **options: object) -> list[object]:

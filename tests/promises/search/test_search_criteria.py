@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, Integer, String, insert, select, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from memstate_sa import Fact, Memory, MemoryStore
+from memstate_sa import Fact, MemoryStore
 from memstate_sa.indexes import InMemoryIndex, VectorIndex
 from memstate_sa.testing import HashEmbedder
+from tests.support.apps import make_app
 from tests.support.criteria import Everything, OddRole, OldRole, Rank, Role, Words, assert_agrees_with_sql
 
 
@@ -35,11 +36,12 @@ def index(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[VectorInde
         client.close()
 
 
+@pytest.mark.each_value_once
 def test_criteria_by_any_type_find_what_sql_finds(engine: Engine, index: VectorIndex) -> None:
     """Each type with a bind processor, each subclass of str, int and float.
 
     The same kind: a Flag, a NewType, a parameter with a type of its own, an ORM comparator, a value in a list. The
-    other indexes do the same in tests/conformance.
+    other indexes do the same in tests/adapters/indexes.
     """
     numbers = [Everything.whole.in_([True])] if engine.dialect.name == "sqlite" else []
     assert_agrees_with_sql(engine, index, numbers)
@@ -83,6 +85,7 @@ _POSTGRESQL = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("database", "columns"),
     [("sqlite", columns) for columns in _SQLITE.values()] + [("postgres", columns) for columns in _POSTGRESQL.values()],
@@ -100,22 +103,18 @@ def test_columns_that_are_stored_otherwise_are_compared_by_sql(
         if "folded" in columns:
             connection.execute(text("CREATE DOMAIN folded AS CHAR(10)"))
         connection.execute(text(f"CREATE TABLE named (id INTEGER PRIMARY KEY, content VARCHAR, {columns})"))
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Named, text="content", metadata=("name", "number"))
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Named, text="content", metadata=("name", "number"))
+    with app.session() as session:
         names = ["7", "007"] if columns.startswith("name INTEGER") else ["Tip", "tip", "tip "]
         rows = [{"id": n, "content": f"c{n}", "name": name, "number": 7} for n, name in enumerate(names, start=1)]
         session.execute(insert(Named), rows)
         session.commit()
-        memory.relay(engine).drain()
+        app.memory.relay(engine).drain()
         for criterion in (*(Named.name == name for name in names), Named.name.in_(names[:1]), Named.number == 7):
-            hits = memory.search(session, "c1", select(Named).where(criterion))
+            hits = app.memory.search(session, "c1", select(Named).where(criterion))
             assert sorted(hit.fact.id for hit in hits) == sorted(session.scalars(select(Named.id).where(criterion)))
             assert hits.complete
-    memory.close()
+    app.memory.close()
 
 
 # -- the ready-made store ---------------------------------------------------------------------------------------------

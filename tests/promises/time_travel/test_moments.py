@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from memstate_sa.capture.append_only import rewriting
 from memstate_sa.db.tables import log, utcnow
-from memstate_sa.integrations.langgraph.checkpoint_rows import _present
+from memstate_sa.integrations.langgraph.checkpoint_inserts import log_position
 from memstate_sa.log.history import SNAPSHOT_MARK
 from memstate_sa.undo import selection
 from tests.support import Tag, World
@@ -100,7 +100,7 @@ def test_a_baseline_of_a_late_transaction_is_how_the_row_was(postgres_engine: En
     assert then(world, moment) == {"a": "old", "b": "1"}
 
 
-def test_moments_of_two_transactions_that_ran_at_once(postgres_engine: Engine) -> None:
+def test_concurrent_transactions_have_different_moments(postgres_engine: Engine) -> None:
     """Neither saw the other, so each one's moment lacks the other, and both differ."""
     world = World(postgres_engine)
     with world.session() as one, world.session() as other:
@@ -126,13 +126,13 @@ def test_a_position_has_what_was_committed_by_then(postgres_engine: Engine) -> N
         other.commit()
         one.commit()
         with postgres_engine.connect() as connection:
-            position = SNAPSHOT_MARK.join(connection.execute(select(*_present("postgresql").values())).one())
+            position = SNAPSHOT_MARK.join(connection.execute(select(*log_position("postgresql").values())).one())
         late.commit()
     assert then(world, position) == {"a": "a", "b": "b"}
     assert undo_to(world, position) == {"c"}
 
 
-def test_rollback_to_a_moment_finds_a_transaction_that_began_long_before(
+def test_rollback_to_a_moment_finds_a_transaction_begun_long_before(
     postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its entries are pages behind those of the moment."""
@@ -165,7 +165,7 @@ def test_a_moment_is_a_transaction_with_its_undos(engine: Engine) -> None:
     assert then(world, str(moment)) == {"a": "1", "b": "1"}
 
 
-def test_moments_of_a_log_that_was_restored_elsewhere(postgres_engine: Engine) -> None:
+def test_moments_survive_a_restore_into_another_cluster(postgres_engine: Engine) -> None:
     """The numbers of the other cluster's transactions are greater, or smaller, than those of this one."""
     world = World(postgres_engine)
     for ahead in (10**9, -(10**3)):

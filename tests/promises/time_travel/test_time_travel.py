@@ -19,11 +19,10 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.types import UserDefinedType
 
-from memstate_sa import Memory, MemstateError, NotFound, sqlite
-from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.search.search import cosine_distance
-from memstate_sa.testing import HashEmbedder
+from memstate_sa import MemstateError, NotFound, sqlite
+from memstate_sa.search.hits import cosine_distance
 from tests.support import PATIENCE_S, Note, Person, Tag, World, explore, sizes
+from tests.support.apps import make_app
 
 pytestmark = pytest.mark.sa20
 
@@ -116,7 +115,7 @@ def test_writers_are_not_waited_for(world: World) -> None:
     world.assert_in_step()
 
 
-def test_only_what_is_asked_for(world: World) -> None:
+def test_past_session_shows_only_the_named_classes(world: World) -> None:
     with world.session() as session:
         session.add_all([Tag(name="red"), Person(id=1, name="ann")])
         tx = commit(world, session)
@@ -127,7 +126,7 @@ def test_only_what_is_asked_for(world: World) -> None:
         assert sorted(past.scalars(select(Person.id))) == [1, 2]
 
 
-def test_moments_that_are_none(world: World) -> None:
+def test_invalid_moments_are_refused(world: World) -> None:
     with pytest.raises(NotFound), world.memory.as_of_session(world.engine, "nothing"):
         pass
     with pytest.raises(MemstateError, match="aware"), world.memory.as_of_session(world.engine, datetime.now()):  # noqa: DTZ005
@@ -216,7 +215,7 @@ def test_search_as_of_is_brute_force_over_the_replayed_rows(world: World, exampl
                 assert {hit.fact.id for hit in some} == {key for key in texts if key > 2}
 
 
-def test_rows_of_other_classes_in_the_same_tables(engine: Engine) -> None:
+def test_rows_of_other_classes_are_as_they_are_now(engine: Engine) -> None:
     """Of single-table inheritance, and of a joined base class: they are as they are now, whatever is tracked."""
 
     class Local(DeclarativeBase):
@@ -245,39 +244,35 @@ def test_rows_of_other_classes_in_the_same_tables(engine: Engine) -> None:
     with engine.begin() as connection:
         connection.execute(insert(Animal.__table__).values(id=9))  # of no class
     for model in (Cat, Dog, Poodle):
-        memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        memory.track(model, text=None, entity=model.__name__)
-        sessions = sessionmaker(engine)
-        memory.attach(sessions)
-        memory.create_tables(engine)
+        app = make_app(engine, model, text=None, entity=model.__name__)
 
         def rows(session: Session) -> dict[str, Any]:
             found = {one.id: (one.data, type(one)) for one in session.scalars(select(Animal).where(Animal.id < 9))}
             tricks = dict(session.execute(select(Dog.id, Dog.trick)).all())
             return {"animals": found, "tricks": tricks, "all": session.scalar(select(func.count(Animal.id)))}
 
-        with sessions() as session:
+        with app.session() as session:
             session.add(Animal(id=1, data={"a": [1]}))
             session.add(Cat(id=2, data={"b": "'"}))
             session.add_all([Dog(id=3, trick="sits"), Poodle(id=4, trick="lies")])
             session.flush()
-            then = max(memory.history(session, model), key=lambda change: change.id).tx
+            then = max(app.memory.history(session, model), key=lambda change: change.id).tx
             before = rows(session)
             session.commit()
             session.expunge_all()
             for one in session.scalars(select(model)):
                 session.delete(one)
             session.commit()
-        with memory.as_of_session(engine, then) as past:
+        with app.memory.as_of_session(engine, then) as past:
             assert rows(past) == before
-        with sessions() as session:
+        with app.session() as session:
             for one in session.scalars(select(Animal).where(Animal.id < 9)):
                 session.delete(one)
             session.commit()
-        memory.close()
+        app.memory.close()
 
 
-def test_a_row_that_is_of_another_class_now(engine: Engine) -> None:
+def test_row_of_another_class_now_is_shown_as_it_was(engine: Engine) -> None:
     """Then it was of the tracked one: it is there once, as it was."""
 
     class Local(DeclarativeBase):
@@ -292,21 +287,16 @@ def test_a_row_that_is_of_another_class_now(engine: Engine) -> None:
     class Dog(Animal):
         __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "dog"}
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Dog, text=None)
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Local.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    app = make_app(engine, Dog, text=None)
+    with app.session() as session:
         session.add(Dog(id=1))
         session.commit()
-        [added] = memory.history(session, Dog)
+        [added] = app.memory.history(session, Dog)
     with engine.begin() as connection:
         connection.execute(update(Animal.__table__).values(kind="animal"))
-    with memory.as_of_session(engine, added.tx) as past:
+    with app.memory.as_of_session(engine, added.tx) as past:
         assert [type(one) for one in past.scalars(select(Animal))] == [Dog]
-    memory.close()
+    app.memory.close()
 
 
 class XID(UserDefinedType[str]):
@@ -318,7 +308,7 @@ class XID(UserDefinedType[str]):
         return "xid"
 
 
-def test_a_system_column(postgres_engine: Engine) -> None:
+def test_system_column_is_shown_in_the_past(postgres_engine: Engine) -> None:
     """As SQLAlchemy shows it for ``version_id_col``: every table has it, one that hides another, too."""
 
     class Local(DeclarativeBase):
@@ -331,18 +321,13 @@ def test_a_system_column(postgres_engine: Engine) -> None:
         xmin: Mapped[str] = mapped_column("xmin", XID, system=True, server_default=FetchedValue())
         __mapper_args__: ClassVar[dict[str, Any]] = {"version_id_col": xmin, "version_id_generator": False}
 
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Thing, text="text")
-    sessions = sessionmaker(postgres_engine)
-    memory.attach(sessions)
-    Local.metadata.create_all(postgres_engine)
-    memory.create_tables(postgres_engine)
-    with sessions() as session:
+    app = make_app(postgres_engine, Thing)
+    with app.session() as session:
         session.add(Thing(id=1, text="one"))
         session.commit()
-        [added] = memory.history(session, Thing)
+        [added] = app.memory.history(session, Thing)
         session.get_one(Thing, 1).text = "two"
         session.commit()
-    with memory.as_of_session(postgres_engine, added.tx) as past:
+    with app.memory.as_of_session(postgres_engine, added.tx) as past:
         assert past.get_one(Thing, 1).text == "one"
-    memory.close()
+    app.memory.close()

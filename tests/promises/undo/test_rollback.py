@@ -11,6 +11,7 @@ from memstate_sa.db.tables import log
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from tests.support import Note, Person, Tag, World
+from tests.support.apps import enforce_foreign_keys, make_app
 from tests.support.statements import statements
 from tests.support.tags import say, tags
 
@@ -59,7 +60,7 @@ def test_the_log_only_grows(world: World) -> None:
         assert world.memory.history(session, Tag) == [*before, change]
 
 
-def test_one_step_twice_walks_back_two(world: World) -> None:
+def test_two_rollbacks_of_one_step_undo_two_steps(world: World) -> None:
     """What is undone does not count again, nor does an undo."""
     say(world, a="1")
     say(world, a="2")
@@ -117,7 +118,7 @@ def test_the_callers_own_uncommitted_work_is_not_undone(world: World) -> None:
     world.assert_in_step()
 
 
-def test_steps_of_a_session_or_an_actor(world: World) -> None:
+def test_undo_counts_only_steps_of_a_session_or_an_actor(world: World) -> None:
     """The transactions of others are skipped over, and stay."""
     say(world, actor="ada", session_id="s1", a="1")
     say(world, actor="bob", session_id="s1", b="1")
@@ -150,11 +151,7 @@ def test_a_later_change_by_someone_else_is_a_conflict(world: World) -> None:
 
 def test_parents_come_back_before_children_and_go_after_them(world: World) -> None:
     """Foreign keys hold at every statement of an undo."""
-    if world.engine.dialect.name == "sqlite":
-        from sqlalchemy import event
-
-        event.listen(world.engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA foreign_keys = ON"))
-        world.engine.dispose()
+    enforce_foreign_keys(world.engine)
     with world.session() as session:
         session.add(Person(name="p", about="tea", notes=[Note(topic="t", number=n, content=f"n{n}") for n in (1, 2)]))
         session.commit()
@@ -218,7 +215,7 @@ def test_steps_must_be_a_positive_number(world: World, steps: object) -> None:
         world.memory.rollback(session, steps)  # type: ignore[arg-type]
 
 
-def test_unknown_and_open_transactions(world: World) -> None:
+def test_unknown_and_open_transactions_are_refused(world: World) -> None:
     """A transaction that is not there, and the one that is still open."""
     with world.session() as session:
         with pytest.raises(NotFound, match="no transaction 'x'"):
@@ -246,15 +243,10 @@ class Tree(Base):
     __mapper_args__ = {"version_id_col": version}  # noqa: RUF012  # SQLAlchemy's own form
 
 
-def test_self_references_versions_and_onupdate(engine: Engine) -> None:
+def test_undo_restores_self_references_and_moves_versions_on(engine: Engine) -> None:
     """Parents first within a table; the version counter moves on; onupdate does not overwrite what is restored."""
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(Tree, text="label")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    Base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session, sessions() as stale:
+    app = make_app(engine, Tree, text="label")
+    with app.session() as session, app.session() as stale:
         session.add_all([Tree(id=3, label="root"), Tree(id=2, parent_id=3, label="twig")])
         session.flush()
         session.add(Tree(id=1, parent_id=2, label="leaf"))
@@ -267,24 +259,24 @@ def test_self_references_versions_and_onupdate(engine: Engine) -> None:
             session.delete(session.get_one(Tree, id_))
             session.flush()
         session.commit()
-        memory.rollback(session)
+        app.memory.rollback(session)
         session.commit()
         assert dict(session.execute(select(Tree.id, Tree.parent_id)).all()) == {1: 2, 2: 3, 3: None}
         session.get_one(Tree, 1).label = "renamed"
         session.commit()
         assert session.execute(select(Tree.version, Tree.touched).where(Tree.id == 1)).one() == (2, 99)
-        memory.rollback(session)
+        app.memory.rollback(session)
         session.commit()
         row = session.execute(select(Tree.label, Tree.version, Tree.touched).where(Tree.id == 1)).one()
         assert row == ("leaf", 3, 0)
-        assert memory.history(session, Tree, 1)[-1].after["version"] == 3  # type: ignore[index]
-        relay = memory.relay(engine)
+        assert app.memory.history(session, Tree, 1)[-1].after["version"] == 3  # type: ignore[index]
+        relay = app.memory.relay(engine)
         relay.drain()
-        assert memory.verify(engine).clean
+        assert app.memory.verify(engine).clean
         assert session.scalar(select(func.count()).select_from(Tree)) == 3
 
 
-def test_an_entity_that_is_no_longer_tracked(world: World) -> None:
+def test_undo_of_an_untracked_entity_is_refused(world: World) -> None:
     """Its rows cannot be written back, and the error says so."""
     say(world, a="1")
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())

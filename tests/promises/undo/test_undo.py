@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from hypothesis import strategies as st
-from sqlalchemy import Engine, ForeignKey, event, select, text, update
+from sqlalchemy import Engine, ForeignKey, select, text, update
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from memstate_sa import ConflictError, Memory, MemstateError, NotFound
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.log.changes import replay
 from memstate_sa.testing import HashEmbedder
 from memstate_sa.undo import undo as undo_module
-from tests.support import PATIENCE_S, assert_index_holds, explore, sizes
+from tests.support import PATIENCE_S, apps, assert_index_holds, explore, sizes
 from tests.support.statements import statements
 
 pytestmark = pytest.mark.sa20
@@ -49,18 +49,9 @@ class Player(Base):
 MODELS = (Team, Player)
 
 
-class App:
-    def __init__(self, engine: Engine, **tracking: Any) -> None:
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", lambda dbapi, record: dbapi.cursor().execute("PRAGMA foreign_keys = ON"))
-        self.engine, self.index, self.embedder = engine, InMemoryIndex(), HashEmbedder()
-        self.memory = Memory(self.index, embedder=self.embedder)
-        for model in MODELS:
-            self.memory.track(model, text="text")
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        Base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+class App(apps.App):
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine, *MODELS, foreign_keys=True)
 
     def write(self, *rows: Any, actor: str | None = None, session_id: str | None = None, **changes: Any) -> str:
         """One transaction; its id. *changes*: ``player_1={"text": "x"}``, or None to delete."""
@@ -83,23 +74,15 @@ class App:
             session.commit()
         return changes
 
-    def rows(self) -> dict[tuple[str, Any], dict[str, Any]]:
-        found = {}
-        with self.engine.connect() as connection:
-            for model in MODELS:
-                table: Any = model.__table__
-                for row in connection.execute(select(table)).mappings():
-                    found[table.name, row["id"]] = dict(row)
-        return found
+    def facts(self) -> dict[tuple[str, Any], dict[str, Any]]:
+        return {(model.__tablename__, key): row for model in MODELS for key, row in self.rows(model).items()}
 
     def texts(self) -> dict[tuple[str, Any], str]:
-        return {fact: row["text"] for fact, row in self.rows().items()}
+        return {fact: row["text"] for fact, row in self.facts().items()}
 
     def check(self) -> None:
         """replay(log) == tables, and index == f(tables)."""
-        with self.sessions() as session:
-            changes = [change for model in MODELS for change in self.memory.history(session, model)]
-        assert {fact: dict(row) for fact, row in replay(changes).items()} == self.rows()
+        self.assert_log_is_truth()
         self.memory.relay(self.engine).drain()
         expected = {f"{entity}[{key}]": words for (entity, key), words in self.texts().items() if words}
         assert_index_holds(self.index, self.embedder, expected)
@@ -119,7 +102,7 @@ def player(n: int, **values: Any) -> Player:
 # -- scopes ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_last_steps_of_one_class(app: App) -> None:
+def test_undo_of_one_class_leaves_the_others(app: App) -> None:
     """Of a transaction on two classes only that class is undone; the rest of it can be undone later."""
     app.write(Team(id=1), player(1))
     app.write(team_1={"text": "both"}, player_1={"text": "both"})
@@ -132,32 +115,32 @@ def test_the_last_steps_of_one_class(app: App) -> None:
     app.check()
 
 
-def test_back_to_a_transaction_or_a_time(app: App) -> None:
+def test_rollback_goes_back_to_a_transaction_or_a_time(app: App) -> None:
     app.write(player(1))
     kept = app.write(player_1={"text": "kept"})
     at = datetime.now(UTC)
-    states = [app.rows()]
+    states = [app.facts()]
     for n in range(3):
         app.write(player_1={"text": f"later {n}"}, actor="me" if n == 1 else None)
     assert [c.before["text"] for c in app.rollback(to=kept)] == ["later 2", "later 1", "later 0"]
-    assert app.rows() == states[0]
+    assert app.facts() == states[0]
     redo = app.rollback(to=at)  # what is undone does not count
     assert redo == []
     app.write(player_1={"text": "again"})
     app.rollback(to=at)
-    assert app.rows() == states[0]
+    assert app.facts() == states[0]
     app.check()
 
 
 def test_dry_run_shows_the_entries_and_writes_nothing(app: App) -> None:
     app.write(player(1), player(2))
     app.write(player_1={"text": "new"}, player_2=None)
-    before = app.rows()
+    before = app.facts()
     with app.sessions() as session:
         planned = app.memory.rollback(session, dry_run=True)
         assert session.get_one(Player, 1).text == "new"
         session.commit()
-    assert app.rows() == before
+    assert app.facts() == before
     app.check()
     done = app.rollback()
     assert [(c.entity, c.key, c.op, c.before, c.after, c.reverts) for c in planned] == [
@@ -178,7 +161,7 @@ def test_redo_is_a_rollback_of_the_rollback_also_of_a_part(app: App) -> None:
     app.check()
 
 
-def test_bad_arguments(app: App) -> None:
+def test_bad_arguments_are_refused(app: App) -> None:
     app.write(player(1))
     with app.sessions() as session:
         with pytest.raises(NotFound):
@@ -200,7 +183,7 @@ def test_bad_arguments(app: App) -> None:
     app.check()
 
 
-def test_nothing_changes_is_no_step(app: App) -> None:
+def test_update_without_a_change_is_no_step(app: App) -> None:
     """An UPDATE of what was not loaded, or in bulk, to the values that are there."""
     app.write(player(1))
     with app.sessions() as session:
@@ -212,14 +195,14 @@ def test_nothing_changes_is_no_step(app: App) -> None:
         session.commit()
         assert [change.op for change in app.memory.history(session, Player)] == ["insert"]
     app.rollback()
-    assert app.rows() == {}
+    assert app.facts() == {}
     app.check()
 
 
 # -- conflicts ---------------------------------------------------------------------------------------------------------
 
 
-def test_conflicts_skipped_or_forced(app: App) -> None:
+def test_conflicts_can_be_skipped_or_forced(app: App) -> None:
     app.write(player(1), player(2))
     app.write(player_1={"text": "mine"}, player_2={"text": "mine"}, actor="me")
     theirs = app.write(player_1={"text": "theirs"}, actor="you")
@@ -233,7 +216,7 @@ def test_conflicts_skipped_or_forced(app: App) -> None:
     app.check()
 
 
-def test_a_row_that_others_refer_to(app: App) -> None:
+def test_undo_of_a_row_that_others_refer_to_is_a_conflict(app: App) -> None:
     app.write(Team(id=1), actor="me")
     theirs = app.write(player(1, team_id=1), actor="you")
     for on_conflict in ("raise", "force"):
@@ -243,11 +226,11 @@ def test_a_row_that_others_refer_to(app: App) -> None:
     assert app.rollback(actor="me", on_conflict="skip") == []
     app.write(player_1={"team_id": None}, actor="you")
     app.rollback(actor="me")
-    assert list(app.rows()) == [("player", 1)]
+    assert list(app.facts()) == [("player", 1)]
     app.check()
 
 
-def test_a_row_whose_parent_is_gone(app: App) -> None:
+def test_undo_of_a_row_without_its_parent_is_a_conflict(app: App) -> None:
     app.write(Team(id=1))
     app.write(player(1, team_id=1))
     app.write(player_1=None, actor="me")
@@ -256,11 +239,11 @@ def test_a_row_whose_parent_is_gone(app: App) -> None:
         app.rollback(actor="me")
     assert [(change.entity, change.op, change.tx) for change in refused.value.changes] == [("team", "delete", gone)]
     app.rollback(2)
-    assert set(app.rows()) == {("team", 1), ("player", 1)}
+    assert set(app.facts()) == {("team", 1), ("player", 1)}
     app.check()
 
 
-def test_a_unique_value_that_somebody_took(app: App) -> None:
+def test_undo_to_a_taken_unique_value_is_a_conflict(app: App) -> None:
     app.write(player(1))
     app.write(player_1={"number": 2}, actor="me")
     taken = app.write(player(3, number=1), actor="you")
@@ -270,7 +253,7 @@ def test_a_unique_value_that_somebody_took(app: App) -> None:
     app.check()
 
 
-def test_what_is_skipped_may_be_what_others_need(app: App) -> None:
+def test_child_is_skipped_with_its_parent(app: App) -> None:
     """The parent cannot come back, so neither can its child."""
     app.write(Team(id=1), player(1))
     app.write(player(2, team_id=1, mentor_id=1))
@@ -288,9 +271,9 @@ def test_what_is_skipped_may_be_what_others_need(app: App) -> None:
 # -- constraints that no plain order satisfies -------------------------------------------------------------------------
 
 
-def test_swapped_unique_values(app: App) -> None:
+def test_swapped_unique_values_are_undone(app: App) -> None:
     app.write(player(1), player(2), player(3))
-    before = app.rows()
+    before = app.facts()
     with app.sessions() as session:
         one, two, three = (session.get_one(Player, n) for n in (1, 2, 3))
         for fact, number, nick in ((one, -1, "x"), (two, -2, "y"), (three, -3, "z")):
@@ -301,7 +284,7 @@ def test_swapped_unique_values(app: App) -> None:
         session.commit()
     app.check()
     app.rollback()
-    assert app.rows() == before
+    assert app.facts() == before
     app.check()
 
 
@@ -309,7 +292,7 @@ def test_rows_that_refer_to_each_other_come_back(app: App) -> None:
     """A team and its captain; players who mentor each other in a circle."""
     app.write(Team(id=1), player(1), player(2))
     app.write(team_1={"captain_id": 1}, player_1={"team_id": 1, "mentor_id": 2}, player_2={"mentor_id": 1})
-    before = app.rows()
+    before = app.facts()
     with app.sessions() as session:
         session.get_one(Team, 1).captain_id = None
         session.get_one(Player, 2).mentor_id = None
@@ -318,19 +301,19 @@ def test_rows_that_refer_to_each_other_come_back(app: App) -> None:
             session.delete(fact)
             session.flush()
         session.commit()
-    assert app.rows() == {}
+    assert app.facts() == {}
     app.rollback()
-    assert app.rows() == before
+    assert app.facts() == before
     app.check()
     app.rollback(2)
-    assert app.rows() == {}
+    assert app.facts() == {}
     app.check()
 
 
 # -- revoke ------------------------------------------------------------------------------------------------------------
 
 
-def test_one_run_among_others(app: App) -> None:
+def test_revoke_undoes_one_run_among_others(app: App) -> None:
     app.write(player(1), player(2), session_id="a")
     app.write(player(3), session_id="b")
     app.write(player_1={"text": "b was here"}, session_id="b")
@@ -360,7 +343,7 @@ _steps = st.lists(
 
 def play(app: App, steps: Any) -> tuple[list[Any], list[dict[Any, Any]]]:
     """One transaction a step; those that changed something, and the rows before and after each of these."""
-    states, effective = [app.rows()], []
+    states, effective = [app.facts()], []
     for actor, op, key, value in steps:
         with app.sessions() as session:
             app.memory.annotate(session, actor=actor)
@@ -372,8 +355,8 @@ def play(app: App, steps: Any) -> tuple[list[Any], list[dict[Any, Any]]]:
             elif op == "put" and found is not None:
                 found.text = f"{actor} {value}"
             session.commit()
-        if app.rows() != states[-1]:
-            states.append(app.rows())
+        if app.facts() != states[-1]:
+            states.append(app.facts())
             effective.append((actor, op, key, value))
     return effective, states
 
@@ -398,7 +381,7 @@ def test_rollback_is_the_state_so_many_transactions_ago(app: App, examples: int)
                 return
             app.rollback(back)
             del states[len(states) - back :]
-            assert app.rows() == states[-1]
+            assert app.facts() == states[-1]
         app.check()
 
 
@@ -419,20 +402,20 @@ def test_revoking_one_is_replaying_the_others(app: App, examples: int) -> None:
             result = app.memory.revoke(session, tx=sorted(mine))
             session.commit()
         app.check()
-        after = app.rows()
+        after = app.facts()
         if result.conflicts or result.kept:
             touched = {("player", change.key) for change in result.kept}
             assert touched
             return
         clear(app)
         play(app, [step for step in effective if step[0] != who])
-        assert after == app.rows()
+        assert after == app.facts()
 
 
 # -- time travel -------------------------------------------------------------------------------------------------------
 
 
-def test_as_of_a_time_or_a_transaction(app: App) -> None:
+def test_as_of_takes_a_time_or_a_transaction(app: App) -> None:
     long_ago = datetime.now(UTC) - timedelta(days=1)
     first = app.write(player(1))
     between = datetime.now(UTC)
@@ -453,7 +436,7 @@ def test_as_of_a_time_or_a_transaction(app: App) -> None:
             app.memory.as_of(session, Player, (1, 2), first)
 
 
-def test_as_of_a_row_older_than_its_history(app: App) -> None:
+def test_as_of_shows_a_row_older_than_its_history(app: App) -> None:
     with app.engine.begin() as connection:
         connection.execute(sa.insert(Player.__table__), {"id": 1, "number": 1, "nick": "a", "text": "old"})
         connection.execute(sa.insert(Player.__table__), {"id": 2, "number": 2, "nick": "b", "text": "never touched"})
@@ -487,29 +470,27 @@ def test_diff_is_one_change_a_fact(app: App) -> None:
 # -- history that survives migrations ----------------------------------------------------------------------------------
 
 
-def thing(version: int, *columns: Any) -> tuple[Any, Any]:
+def thing(*columns: Any) -> Any:
     class Own(DeclarativeBase):
         pass
 
     class Thing(Own):
         __table__ = sa.Table("thing", Own.metadata, sa.Column("id", sa.Integer, primary_key=True), *columns)
 
-    return Own, Thing
+    return Thing
 
 
-def first_shape() -> tuple[Any, Any]:
+def first_shape() -> Any:
     return thing(
-        1,
         sa.Column("title", sa.String(50), nullable=False),
         sa.Column("price", sa.Integer, nullable=False),
         sa.Column("junk", sa.String(50)),
     )
 
 
-def second_shape() -> tuple[Any, Any]:
+def second_shape() -> Any:
     """A rename, a type change, a dropped column and a new NOT NULL column."""
     return thing(
-        2,
         sa.Column("name", sa.String(50), nullable=False),
         sa.Column("price", sa.Numeric(8, 2), nullable=False),
         sa.Column("state", sa.String(10), nullable=False),
@@ -538,14 +519,9 @@ MIGRATION = {
 
 
 def test_an_old_fact_is_shown_and_undone_in_todays_shape(engine: Engine) -> None:
-    base, model = first_shape()
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(model, text="title")
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    base.metadata.create_all(engine)
-    memory.create_tables(engine)
-    with sessions() as session:
+    model = first_shape()
+    app = apps.make_app(engine, model, text="title")
+    with app.session() as session:
         session.add_all([model(id=1, title="one", price=150, junk="j"), model(id=2, title="two", price=200)])
         session.commit()
         session.get_one(model, 1).title = "changed"
@@ -554,29 +530,26 @@ def test_an_old_fact_is_shown_and_undone_in_todays_shape(engine: Engine) -> None
     with engine.begin() as connection:
         for statement in MIGRATION[engine.dialect.name]:
             connection.execute(text(statement))
-    _, model = second_shape()
+    model = second_shape()
     with pytest.raises(MemstateError, match="upgrade=2"):
         Memory(InMemoryIndex(), embedder=HashEmbedder()).track(model, text="name", version=2, upgrade={2: upgrade})
-    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-    memory.track(model, text="name", version=2, upgrade={1: upgrade})
-    sessions = sessionmaker(engine)
-    memory.attach(sessions)
-    assert memory.doctor(engine).healthy
-    with sessions() as session:
-        first = memory.history(session, model, 1)[0]
+    app = apps.make_app(engine, model, text="name", version=2, upgrade={1: upgrade})
+    assert app.memory.doctor(engine).healthy
+    with app.session() as session:
+        first = app.memory.history(session, model, 1)[0]
         assert first.after == {"id": 1, "name": "one", "price": Decimal("1.50"), "state": "was"}
-        assert memory.as_of(session, model, 2, first.tx) == {
+        assert app.memory.as_of(session, model, 2, first.tx) == {
             "id": 2, "name": "two", "price": Decimal("2.00"), "state": "was"
         }  # fmt: skip
         session.add(model(id=3, name="three", price=Decimal("3.00"), state="new"))
         session.commit()
-        memory.rollback(session, 2)
+        app.memory.rollback(session, 2)
         session.commit()
         rows = session.execute(sa.select(model.__table__).order_by("id")).all()
         assert [tuple(row) for row in rows] == [(1, "one", Decimal("1.50"), "was"), (2, "two", Decimal("2.00"), "was")]
-        replayed = replay(memory.history(session, model))
+        replayed = replay(app.memory.history(session, model))
         assert {key: row["name"] for (_, key), row in replayed.items()} == {1: "one", 2: "two"}
-    assert memory.doctor(engine).healthy
+    assert app.memory.doctor(engine).healthy
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------
@@ -596,7 +569,7 @@ def test_a_thousand_steps_take_as_many_statements_as_one_for_each_kind(app: App)
     app.check()
 
 
-def test_it_returns_what_the_history_says(app: App) -> None:
+def test_undo_returns_the_changes_that_the_history_shows(app: App) -> None:
     """Inserts, several updates of one fact and a delete, taken back together; redone; and past what others changed."""
     app.write(player(1), player(2))
     start = app.write(player(3))

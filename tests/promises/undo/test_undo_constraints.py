@@ -17,38 +17,23 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import Engine, ForeignKey, create_engine, event
 from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from memstate_sa import ConflictError, Memory, sqlite
-from memstate_sa.indexes import InMemoryIndex
-from memstate_sa.testing import HashEmbedder
+from memstate_sa import ConflictError, sqlite
+from tests.support import apps
 
 pytestmark = pytest.mark.sa20
 
 
-class App:
+class App(apps.App):
     """Classes of one Base, tracked as said, and some left out."""
 
     def __init__(self, engine: Engine, base: Any, *untracked: Any, **tracked: dict[str, Any]) -> None:
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", lambda dbapi, record: dbapi.cursor().execute("PRAGMA foreign_keys = ON"))
-            engine.dispose()
-        self.engine, self.base = engine, base
-        self.memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
-        for mapper in base.registry.mappers:
-            if mapper.class_ not in untracked:
-                self.memory.track(mapper.class_, **{"text": None, **tracked.get(mapper.class_.__name__, {})})
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
+        models = [mapper.class_ for mapper in base.registry.mappers if mapper.class_ not in untracked]
+        super().__init__(engine, *models, tracking=tracked, foreign_keys=True, text=None)
+        self.base = base
 
-    def session(self, **labels: str) -> Session:
-        session = self.sessions()
-        self.memory.annotate(session, **labels)
-        return session
-
-    def rows(self) -> dict[str, list[tuple[Any, ...]]]:
+    def tables(self) -> dict[str, list[tuple[Any, ...]]]:
         with self.engine.connect() as connection:
             return {
                 table.name: [tuple(row) for row in connection.execute(sa.select(table).order_by(*table.primary_key))]
@@ -100,9 +85,7 @@ def mutual(*, nullable: bool = True, **options: Any) -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize("use_alter", [False, True])
 @pytest.mark.filterwarnings("ignore:Can't sort tables:sqlalchemy.exc.SAWarning")
 @pytest.mark.filterwarnings("ignore:Cannot correctly sort tables:sqlalchemy.exc.SAWarning")
-def test_of_two_foreign_keys_in_a_circle_the_one_that_may_be_null_waits(
-    engine: Engine, tmp_path: Path, *, use_alter: bool
-) -> None:
+def test_nullable_foreign_key_of_a_circle_is_written_last(engine: Engine, tmp_path: Path, *, use_alter: bool) -> None:
     """The other orders the tables, for rows that go as for rows that come back, and for an import."""
     base, user, address = mutual(use_alter=use_alter)
     app = App(engine, base)
@@ -117,7 +100,7 @@ def test_of_two_foreign_keys_in_a_circle_the_one_that_may_be_null_waits(
         session.rollback()
         session.get_one(user, 1).primary_id = 1
         session.commit()
-        before = app.rows()
+        before = app.tables()
         session.get_one(user, 1).primary_id = None
         session.flush()
         session.delete(session.get_one(address, 1))
@@ -126,7 +109,7 @@ def test_of_two_foreign_keys_in_a_circle_the_one_that_may_be_null_waits(
         session.commit()
         app.memory.rollback(session)
         session.commit()
-        assert app.rows() == before
+        assert app.tables() == before
     app.check()
     file = io.StringIO()
     app.memory.export_facts(engine, file)
@@ -135,14 +118,14 @@ def test_of_two_foreign_keys_in_a_circle_the_one_that_may_be_null_waits(
     other = App(copy, base)
     file.seek(0)
     other.memory.import_facts(copy, file)
-    assert other.rows() == before
+    assert other.tables() == before
     other.check()
     copy.dispose()
 
 
 @pytest.mark.filterwarnings("ignore:Can't sort tables:sqlalchemy.exc.SAWarning")
 @pytest.mark.filterwarnings("ignore:Cannot correctly sort tables:sqlalchemy.exc.SAWarning")
-def test_in_a_circle_that_is_checked_at_commit_any_order_will_do(engine: Engine) -> None:
+def test_deferred_foreign_keys_of_a_circle_take_any_order(engine: Engine) -> None:
     """No foreign key of it may be NULL, not even for a moment."""
     base, user, address = mutual(nullable=False, deferrable=True, initially="DEFERRED")
     app = App(engine, base)
@@ -151,19 +134,20 @@ def test_in_a_circle_that_is_checked_at_commit_any_order_will_do(engine: Engine)
         session.flush()
         session.add(address(id=1, user_id=1))
         session.commit()
-        before = app.rows()
+        before = app.tables()
         app.memory.rollback(session)
         session.commit()
-        assert app.rows() == {"user_": [], "address": []}
+        assert app.tables() == {"user_": [], "address": []}
         app.memory.rollback(session, tx=app.memory.history(session, user, 1)[-1].tx)
         session.commit()
-    assert app.rows() == before
+    assert app.tables() == before
     app.check()
 
 
 # -- values that change hands ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("type_", "values"),
     [
@@ -180,7 +164,7 @@ def test_in_a_circle_that_is_checked_at_commit_any_order_will_do(engine: Engine)
     ids=lambda value: None if isinstance(value, list) else repr(value),
 )
 @pytest.mark.filterwarnings("ignore:Dialect sqlite.*does \\*not\\* support Decimal:sqlalchemy.exc.SAWarning")
-def test_swapped_values_of_any_type(engine: Engine, type_: Any, values: Sequence[Any]) -> None:
+def test_swapped_values_of_any_type_are_undone(engine: Engine, type_: Any, values: Sequence[Any]) -> None:
     """For a moment one of the rows has a value that nobody has, also where the column is unique with a foreign key."""
 
     class Base(DeclarativeBase):
@@ -205,7 +189,7 @@ def test_swapped_values_of_any_type(engine: Engine, type_: Any, values: Sequence
         session.flush()
         session.add_all([Thing(id=1, one=a, two=b, owner_id=1), Thing(id=2, one=b, two=a, owner_id=1)])
         session.commit()
-        before = app.rows()
+        before = app.tables()
         for key, one, two in ((1, c, c), (2, a, b), (1, b, a)):
             thing = session.get_one(Thing, key)
             thing.one, thing.two = one, two
@@ -213,11 +197,11 @@ def test_swapped_values_of_any_type(engine: Engine, type_: Any, values: Sequence
         session.commit()
         app.memory.rollback(session)
         session.commit()
-    assert app.rows() == before
+    assert app.tables() == before
     app.check()
 
 
-def test_swapped_values_that_others_refer_to(engine: Engine) -> None:
+def test_swapped_values_that_others_refer_to_are_undone(engine: Engine) -> None:
     """Who refers to one of them, and has come along, lets go of it first."""
 
     class Base(DeclarativeBase):
@@ -239,7 +223,7 @@ def test_swapped_values_that_others_refer_to(engine: Engine) -> None:
         session.flush()
         session.add(Child(id=1, code="x"))
         session.commit()
-        before = app.rows()
+        before = app.tables()
         for model, key, code in (
             (Child, 1, None), (Parent, 1, "t"), (Parent, 2, "x"), (Parent, 1, "y"), (Child, 1, "y")
         ):  # fmt: skip
@@ -248,14 +232,14 @@ def test_swapped_values_that_others_refer_to(engine: Engine) -> None:
         session.commit()
         app.memory.rollback(session)
         session.commit()
-    assert app.rows() == before
+    assert app.tables() == before
     app.check()
 
 
 # -- what stands in the way --------------------------------------------------------------------------------------------
 
 
-def test_a_value_that_track_was_told_to_be_unique(engine: Engine) -> None:
+def test_taken_value_of_unique_by_is_a_conflict(engine: Engine) -> None:
     """Who has it now is named, and a run undone but for that; who gives it up in the same undo is in nobody's way."""
 
     class Base(DeclarativeBase):
@@ -292,12 +276,13 @@ def test_a_value_that_track_was_told_to_be_unique(engine: Engine) -> None:
         session.commit()
         app.memory.rollback(session)
         session.commit()
-        assert app.rows()["contact"] == [(2, "x"), (3, "y")]
+        assert app.tables()["contact"] == [(2, "x"), (3, "y")]
     app.check()
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("on_conflict", ["skip", "force"])
-def test_a_row_that_others_have_brought_back_themselves(engine: Engine, on_conflict: Any) -> None:
+def test_returned_row_does_not_block_its_own_unique_value(engine: Engine, on_conflict: Any) -> None:
     """Undoing its deletion is a change of what they have left there: its unique value is its own."""
 
     class Base(DeclarativeBase):
@@ -402,7 +387,7 @@ def test_parents_that_are_gone_are_looked_for_together(engine: Engine, statement
     app.check()
 
 
-def test_a_parent_in_another_form(sqlite_engine: Engine) -> None:
+def test_parent_is_found_by_its_collation(sqlite_engine: Engine) -> None:
     """Its collation finds it: the child comes back. (The wheel's PostgreSQL has no such collation.)"""
 
     class Base(DeclarativeBase):
@@ -423,13 +408,13 @@ def test_a_parent_in_another_form(sqlite_engine: Engine) -> None:
         session.flush()
         session.add_all([Use(id=1, word="ONE"), Use(id=2, word="two"), Use(id=3, word="Two")])
         session.commit()
-        before = app.rows()
+        before = app.tables()
         for fact in session.scalars(sa.select(Use)):
             session.delete(fact)
         session.commit()
         app.memory.rollback(session)
         session.commit()
-        assert app.rows() == before
+        assert app.tables() == before
         app.memory.annotate(session, actor="you")
         session.add(Use(id=4, word="TWO"))
         session.commit()
@@ -445,7 +430,7 @@ class Mood(enum.Enum):
     BAD = "bad"
 
 
-def test_arrays_that_are_unique(postgres_engine: Engine) -> None:
+def test_unique_arrays_are_compared_like_other_values(postgres_engine: Engine) -> None:
     """They are compared like other values: who has one that another is to get again, is named."""
 
     class Base(DeclarativeBase):
@@ -469,12 +454,12 @@ def test_arrays_that_are_unique(postgres_engine: Engine) -> None:
     with app.session() as session:
         session.add(Parent(id=1, path=[1, 2], moods=moods, ids=ids))
         session.commit()
-        before = app.rows()
+        before = app.tables()
         session.get_one(Parent, 1).path, session.get_one(Parent, 1).ids = [3], []
         session.commit()
         app.memory.rollback(session)
         session.commit()
-        assert app.rows() == before
+        assert app.tables() == before
         app.memory.annotate(session, actor="me")
         session.get_one(Parent, 1).ids = []
         session.commit()
@@ -498,7 +483,7 @@ def test_arrays_that_are_unique(postgres_engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
-def test_what_only_the_database_knows_keeps_no_more_than_it_must(
+def test_hidden_constraint_keeps_no_more_facts_than_it_must(
     engine: Engine, statements: list[str], capture: str
 ) -> None:
     """An index on some rows refuses one of many, and an untracked row two parents; their children go all the same."""
@@ -542,11 +527,11 @@ def test_what_only_the_database_knows_keeps_no_more_than_it_must(
         session.add(Child(id=200, parent_id=1, slot=50))
         session.add_all([Stranger(parent_id=7), Stranger(parent_id=8)])
         session.commit()
-        before = app.rows()
+        before = app.tables()
         with pytest.raises(ConflictError):
             app.memory.revoke(session, actor="run", on_conflict="raise")
         session.commit()
-        assert app.rows() == before
+        assert app.tables() == before
         planned = app.memory.revoke(session, actor="run", dry_run=True)
         statements.clear()
         result = app.memory.revoke(session, actor="run")
@@ -557,12 +542,12 @@ def test_what_only_the_database_knows_keeps_no_more_than_it_must(
         assert len(found.reverted) == 107
         assert found.conflicts == []
     assert len(statements) < 1000
-    assert [row[0] for row in app.rows()["parent"]] == [1, 2, 3, 4, 5, 7, 8]
-    assert [row[0] for row in app.rows()["child"] if row[3]] == [50]
+    assert [row[0] for row in app.tables()["parent"]] == [1, 2, 3, 4, 5, 7, 8]
+    assert [row[0] for row in app.tables()["child"] if row[3]] == [50]
     app.check()
 
 
-def test_a_statement_for_each_set_of_columns(engine: Engine, statements: list[str]) -> None:
+def test_undo_sends_one_statement_for_each_set_of_columns(engine: Engine, statements: list[str]) -> None:
     """However the rows that change one and those that change another alternate."""
 
     class Base(DeclarativeBase):
@@ -578,7 +563,7 @@ def test_a_statement_for_each_set_of_columns(engine: Engine, statements: list[st
     with app.sessions() as session:
         session.add_all(Thing(id=n) for n in range(200))
         session.commit()
-        before = app.rows()
+        before = app.tables()
         costs = []
         for count in (2, 200):
             for n in range(count):
@@ -588,7 +573,7 @@ def test_a_statement_for_each_set_of_columns(engine: Engine, statements: list[st
             app.memory.rollback(session)
             costs.append(len(statements))
             session.commit()
-            assert app.rows() == before
+            assert app.tables() == before
     assert costs[0] == costs[1]
     app.check()
 
@@ -597,7 +582,7 @@ def test_a_statement_for_each_set_of_columns(engine: Engine, statements: list[st
 
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
-def test_what_others_have_put_back_is_compared_by_value(engine: Engine, statements: list[str], capture: str) -> None:
+def test_values_that_others_put_back_are_compared_by_value(engine: Engine, statements: list[str], capture: str) -> None:
     """Not by how an image says it: triggers write floats in another form. There is nothing to write then, either."""
 
     class Base(DeclarativeBase):
@@ -625,7 +610,7 @@ def test_what_others_have_put_back_is_compared_by_value(engine: Engine, statemen
     app.check()
 
 
-def test_a_column_that_came_and_one_that_went_are_nobodys_change(engine: Engine) -> None:
+def test_added_and_dropped_columns_are_no_conflict(engine: Engine) -> None:
     """What others have put back since is compared by the columns that are there, then and now."""
 
     class Old(DeclarativeBase):
@@ -667,7 +652,7 @@ def test_a_column_that_came_and_one_that_went_are_nobodys_change(engine: Engine)
             result = app.memory.revoke(session, actor=scope)
             assert result.kept == result.conflicts == []
         session.commit()
-    assert app.rows() == {"thing": [(1, "x", 7)]}  # what it was before, the log does not know
+    assert app.tables() == {"thing": [(1, "x", 7)]}  # what it was before, the log does not know
     app.check()
 
 
@@ -676,7 +661,7 @@ def test_a_column_that_came_and_one_that_went_are_nobodys_change(engine: Engine)
 
 @pytest.mark.filterwarnings("ignore:The database itself changes rows of child")
 @pytest.mark.parametrize("joined", [False, True])
-def test_a_child_that_arrives_while_its_parent_is_to_go(postgres_engine: Engine, *, joined: bool) -> None:
+def test_undo_waits_for_a_child_that_arrives(postgres_engine: Engine, *, joined: bool) -> None:
     """The undo waits for it, and then sees it: the database does not delete it along, behind the log's back."""
 
     class Base(DeclarativeBase):
@@ -722,7 +707,7 @@ def test_a_child_that_arrives_while_its_parent_is_to_go(postgres_engine: Engine,
     [refused] = outcome
     assert isinstance(refused, ConflictError)
     assert [(change.entity, change.actor) for change in refused.changes] == [("child", "other")]
-    assert app.rows()["child"] == [(1, 1)]
+    assert app.tables()["child"] == [(1, 1)]
     app.check()
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Engine, ForeignKey, create_engine, event, func, insert, literal, select, type_coerce, update
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.orm.exc import StaleDataError
 
 from memstate_sa import Memory, MemstateError
@@ -20,21 +20,9 @@ from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
 from memstate_sa.undo.selection import undone
 from tests.support import Tag, World, assert_index_holds
+from tests.support.apps import make_app
 
 pytestmark = pytest.mark.sa20
-
-
-class App:
-    def __init__(self, engine: Engine, base: Any, **tracked: dict[str, Any]) -> None:
-        self.engine, self.index, self.embedder = engine, InMemoryIndex(), HashEmbedder()
-        self.memory = Memory(self.index, embedder=self.embedder)
-        for mapper in base.registry.mappers:
-            if mapper.class_.__name__ in tracked:
-                self.memory.track(mapper.class_, **{"text": "text", **tracked[mapper.class_.__name__]})
-        self.sessions = sessionmaker(engine)
-        self.memory.attach(self.sessions)
-        base.metadata.create_all(engine)
-        self.memory.create_tables(engine)
 
 
 class Prefixed(sa.TypeDecorator[str]):
@@ -69,9 +57,9 @@ class Thing(Base):
     colour: Mapped[Colour] = mapped_column(unique=True)
 
 
-def test_a_type_that_reads_and_writes_by_expressions(engine: Engine) -> None:
+def test_type_with_sql_expressions_is_undone_in_its_stored_form(engine: Engine) -> None:
     """Its stored form is logged and written back; the past shows it as the present does."""
-    app = App(engine, Base, Thing={})
+    app = make_app(engine, Thing)
     with app.sessions() as session:
         session.add(Thing(id=1, small=1, colour=Colour.RED, secret="one"))
         session.commit()
@@ -86,9 +74,9 @@ def test_a_type_that_reads_and_writes_by_expressions(engine: Engine) -> None:
         assert session.execute(sa.text("SELECT secret FROM thing")).scalar_one() == "x:one"
 
 
-def test_swapped_small_integers_and_enums(engine: Engine) -> None:
+def test_swapped_small_integers_and_enums_are_undone(engine: Engine) -> None:
     """No value stands in for another that the type would refuse."""
-    app = App(engine, Base, Thing={})
+    app = make_app(engine, Thing)
     with app.sessions() as session:
         session.add_all([Thing(id=1, small=1, colour=Colour.RED), Thing(id=2, small=2, colour=Colour.BLUE)])
         session.commit()
@@ -129,7 +117,7 @@ class Engineer(Employee):
 
 
 def test_a_stale_copy_notices_an_undo_in_another_table(engine: Engine) -> None:
-    app = App(engine, Versioned, Employee={})
+    app = make_app(engine, Employee)
     with app.sessions() as session, app.sessions() as other:
         session.add(Engineer(id=1, skill="one"))
         session.commit()
@@ -159,7 +147,7 @@ def test_a_renamed_json_column_is_upgraded_as_it_is(engine: Engine) -> None:
             "doc", Old.metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("data", sa.JSON)
         )
 
-    app = App(engine, Old, Doc={"text": "id"})
+    app = make_app(engine, Doc, text="id")
     with app.sessions() as session:
         session.add(Doc(id=1, data={"a": [1]}))
         session.commit()
@@ -179,7 +167,7 @@ def test_a_renamed_json_column_is_upgraded_as_it_is(engine: Engine) -> None:
     def rename(old: dict[str, Any]) -> dict[str, Any]:
         return {"id": old["id"], "content": old["data"]}
 
-    app = App(engine, New, Renamed={"text": "id", "version": 2, "upgrade": {1: rename}})
+    app = make_app(engine, Renamed, text="id", version=2, upgrade={1: rename})
     with app.sessions() as session:
         assert app.memory.history(session, Renamed, 1)[0].after == {"id": 1, "content": {"a": [1]}}
         app.memory.rollback(session)
@@ -210,9 +198,9 @@ class Child(Family):
     expires_at: Mapped[datetime | None] = mapped_column(sa.DateTime(timezone=False))
 
 
-def test_no_deadlock_that_the_application_has_not(postgres_engine: Engine) -> None:
+def test_tracking_adds_no_deadlock(postgres_engine: Engine) -> None:
     """Two add a child to one parent, which locks it against deletion; then both change it."""
-    app = App(postgres_engine, Family, Parent={}, Child={})
+    app = make_app(postgres_engine, Parent, Child)
     with app.sessions() as session:
         session.add(Parent(id=1))
         session.commit()
@@ -240,9 +228,9 @@ def test_no_deadlock_that_the_application_has_not(postgres_engine: Engine) -> No
         assert [change.after["count"] for change in app.memory.history(session, Parent, 1) if change.after] == [0, 1, 2]
 
 
-def test_waiting_for_an_undo(engine: Engine) -> None:
+def test_undo_has_a_token_and_a_dry_run_has_none(engine: Engine) -> None:
     """A token names what the log has; a dry run leaves nothing, no label either."""
-    app = App(engine, Family, Parent={})
+    app = make_app(engine, Parent)
     with app.sessions() as session:
         session.add(Parent(id=1, text="first"))
         session.commit()
@@ -262,7 +250,7 @@ def test_waiting_for_an_undo(engine: Engine) -> None:
             assert_index_holds(app.index, app.embedder, {"parent[1]": "first"})
 
 
-def test_the_next_undo_sends_as_many_statements_however_often_it_was_toggled(world: World) -> None:
+def test_statements_of_an_undo_do_not_grow_with_earlier_undos(world: World) -> None:
     """By steps, by transaction, or back to a moment; it was three more for each undo and redo of the past."""
     with world.session() as session:
         session.add(Tag(name="a", meaning="x"))
@@ -291,8 +279,8 @@ def _note(statements: list[str], connection: Any, cursor: Any, statement: str, *
     statements.append(statement)
 
 
-def test_an_undo_that_was_redone_very_often(engine: Engine) -> None:
-    app = App(engine, Family, Parent={})
+def test_undo_redone_very_often_is_still_followed(engine: Engine) -> None:
+    app = make_app(engine, Parent)
     depth = 1500
     rows: list[dict[str, Any]] = [
         {
@@ -312,7 +300,7 @@ def test_an_undo_that_was_redone_very_often(engine: Engine) -> None:
 def test_a_time_without_a_zone_is_utc_to_the_sweeper(postgres_url: str, postgres_engine: Engine) -> None:
     """Wherever the connection believes to be."""
     engine = create_engine(postgres_url, connect_args={"options": "-c timezone=Asia/Tokyo"})
-    app = App(engine, Family, Parent={}, Child={"expires": "expires_at"})
+    app = make_app(engine, Parent, Child, tracking={Child: {"expires": "expires_at"}})
     now = utcnow().replace(tzinfo=None)
     with app.sessions() as session:
         session.add(Parent(id=1))
@@ -330,7 +318,7 @@ def test_a_time_without_a_zone_is_utc_to_the_sweeper(postgres_url: str, postgres
 
 
 def test_the_past_stays_the_past_after_a_rollback(engine: Engine) -> None:
-    app = App(engine, Family, Parent={}, Child={})
+    app = make_app(engine, Parent, Child)
     with app.sessions() as session:
         session.add(Parent(id=1, text="then", children=[Child(id=1), Child(id=2)]))
         session.commit()
@@ -347,9 +335,9 @@ def test_the_past_stays_the_past_after_a_rollback(engine: Engine) -> None:
         assert [(hit.fact.text, len(hit.fact.children)) for hit in hits] == [("then", 2)]
 
 
-def test_the_past_on_a_hardened_search_path(postgres_url: str, postgres_engine: Engine) -> None:
+def test_past_is_shown_on_a_hardened_search_path(postgres_url: str, postgres_engine: Engine) -> None:
     engine = create_engine(postgres_url, connect_args={"options": "-c search_path=public,pg_temp"})
-    app = App(engine, Family, Parent={})
+    app = make_app(engine, Parent)
     with app.sessions() as session:
         session.add(Parent(id=1, text="then"))
         session.commit()
@@ -363,7 +351,7 @@ def test_the_past_on_a_hardened_search_path(postgres_url: str, postgres_engine: 
 
 def test_the_past_needs_a_connection_of_its_own() -> None:
     engine = create_engine("sqlite://", poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False})
-    app = App(engine, Family, Parent={})
+    app = make_app(engine, Parent)
     with pytest.raises(MemstateError, match="in-memory"), app.memory.as_of_session(engine, utcnow()):
         pass
     engine.dispose()
@@ -378,7 +366,7 @@ def test_a_search_in_the_past_needs_no_other_class(engine: Engine) -> None:
     class Elsewhere(Other):
         __table__ = sa.Table("elsewhere", Other.metadata, sa.Column("id", sa.Integer, primary_key=True), schema="main")
 
-    app = App(engine, Family, Parent={})
+    app = make_app(engine, Parent)
     app.memory.track(Elsewhere, text="id")
     with app.sessions() as session:
         session.add(Parent(id=1, text="then"))
@@ -392,7 +380,7 @@ def test_a_search_in_the_past_needs_no_other_class(engine: Engine) -> None:
 # -- subclasses --------------------------------------------------------------------------------------------------------
 
 
-def test_a_concrete_subclass_lacks_what_its_base_is_tracked_by() -> None:
+def test_concrete_subclass_without_a_tracked_column_is_refused() -> None:
     class Own(DeclarativeBase):
         pass
 
@@ -428,7 +416,7 @@ def test_a_subclass_in_the_same_table_that_comes_late_is_delivered(engine: Engin
     class Middle(Root):
         __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "middle"}
 
-    app = App(engine, Own, Middle={})
+    app = make_app(engine, Middle)
     with app.sessions() as session:
         session.add(Middle(id=1, text="first"))
         session.commit()
@@ -452,7 +440,7 @@ class Xid(sa.types.UserDefinedType[str]):
 
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
-def test_the_databases_own_column_as_version_counter(postgres_engine: Engine, capture: str) -> None:
+def test_system_column_can_be_the_version_counter(postgres_engine: Engine, capture: str) -> None:
     """xmin is nothing that a row brings back, and nothing that was changed; a stale copy notices nevertheless."""
 
     class Base(DeclarativeBase):
@@ -465,7 +453,7 @@ def test_the_databases_own_column_as_version_counter(postgres_engine: Engine, ca
         xmin: Mapped[str] = mapped_column("xmin", Xid, system=True, server_default=sa.FetchedValue())
         __mapper_args__: ClassVar[dict[str, Any]] = {"version_id_col": xmin, "version_id_generator": False}
 
-    app = App(postgres_engine, Base, Thing={"capture": capture})
+    app = make_app(postgres_engine, Thing, capture=capture)
     with app.sessions() as session, app.sessions() as other:
         session.add(Thing(id=1, text="one"))
         session.commit()

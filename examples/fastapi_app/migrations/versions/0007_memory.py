@@ -101,14 +101,6 @@ def upgrade() -> None:
         comment="what a task that ran at a checkpoint wrote, for the next one",
     )
     op.create_table(
-        "memstate_current",
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("value", sa.Text(), nullable=True),
-        sa.PrimaryKeyConstraint("name", name=op.f("pk_memstate_current")),
-        comment="what triggers are told of the transaction that writes; empty outside of it",
-        sqlite_with_rowid=False,
-    )
-    op.create_table(
         "memstate_cursor",
         sa.Column("index", sa.String(length=128), nullable=False),
         sa.Column("incarnation", sa.String(length=128), nullable=False),
@@ -402,10 +394,7 @@ def upgrade() -> None:
             comment="when the class was tracked that projects it so",
         ),
         sa.Column(
-            "seen_at",
-            sa.DateTime(timezone=True),
-            nullable=False,
-            comment="when a relay last claimed the index with it",
+            "seen_at", sa.DateTime(timezone=True), nullable=False, comment="when a relay last claimed the index with it"
         ),
         sa.PrimaryKeyConstraint("index", "incarnation", "entity", "owner", name=op.f("pk_memstate_projection")),
         comment="what of each class an index holds",
@@ -458,6 +447,14 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f("ix_memstate_transaction_session_id_at"), ["session_id", "at"], unique=False)
 
     op.create_table(
+        "memstate_trigger_context",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("value", sa.Text(), nullable=True),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_memstate_trigger_context")),
+        comment="what triggers are told of the transaction that writes; empty outside of it",
+        sqlite_with_rowid=False,
+    )
+    op.create_table(
         "memstate_unique",
         sa.Column("entity", sa.String(length=128), nullable=False),
         sa.Column("value", sa.Text(), nullable=False, comment="JSON array of the values that must be unique together"),
@@ -478,6 +475,7 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_memstate_unique_entity_key"))
 
     op.drop_table("memstate_unique")
+    op.drop_table("memstate_trigger_context")
     with op.batch_alter_table("memstate_transaction", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_memstate_transaction_session_id_at"))
         batch_op.drop_index(batch_op.f("ix_memstate_transaction_actor_at"))
@@ -538,7 +536,6 @@ def downgrade() -> None:
     op.drop_table("memstate_fact")
     op.drop_table("memstate_embedding")
     op.drop_table("memstate_cursor")
-    op.drop_table("memstate_current")
     op.drop_table("memstate_checkpoint_write")
     op.drop_table("memstate_checkpoint_blob")
     with op.batch_alter_table("memstate_checkpoint", schema=None) as batch_op:

@@ -1,4 +1,4 @@
-"""`demo` and `init`: what memstate_sa is worth, and what an application still needs to have it."""
+"""`init`: what an application still needs to adopt memstate_sa."""
 
 from __future__ import annotations
 
@@ -12,30 +12,7 @@ from rich.markup import escape
 from memstate_sa import migrations
 from memstate_sa.cli import alembic_project
 from memstate_sa.cli.display import Console
-from memstate_sa.cli.opening import Url, explained, opened
-from memstate_sa.errors import MissingExtra
-
-
-def demo(
-    input_path: Annotated[
-        Path | None,
-        typer.Option("--input", exists=True, dir_okay=False, help="A conversation (JSON lines) or a MemoryBank file."),
-    ] = None,
-    keep: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Keep databases, indexes and logs in this new or empty folder.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Which index calls fail.")] = 7,
-) -> None:
-    """Play one agent memory twice, by hand and with memstate_sa, through failures and a crash.
-
-    Needs no network and no database server; takes under a minute.
-    """
-    with explained():
-        try:
-            from memstate_sa.demo.script import run
-        except ModuleNotFoundError as error:
-            raise MissingExtra(error.name or "chromadb", "chroma") from error
-        run(input_path, directory=keep, console=Console(), seed=seed)
+from memstate_sa.cli.opening import Url, exit_on_error, missing_file, open_memory
 
 
 def init(
@@ -64,39 +41,39 @@ def init(
 
     Without Alembic, tables and triggers are created at once. With Alembic, a migration of yours is to create them.
 
-    Alembic is told by alembic.ini or pyproject.toml, an env.py below this folder, or alembic_version in the database.
+    Signs of Alembic: alembic.ini or pyproject.toml, an env.py below this folder, alembic_version in the database.
 
     memstate-sa init --dry-run     the checklist, and nothing else
     memstate-sa init               and create tables and triggers, without Alembic
     memstate-sa init --apply       and edit env.py, with it
     """
     project = alembic_project.find_alembic(Path.cwd())
-    app = app or _the_memory()
-    if (dry_run or (project is not None and not create)) and alembic_project.unmade(url):
+    app = app or _only_memory()
+    if (dry_run or (project is not None and not create)) and missing_file(url):
         url = "sqlite://"  # as empty, and not made by being looked at
-    with opened(app, url, made=False, initialised=False) as (memory, engine):
+    with open_memory(app, url, must_exist=False, must_have_tables=False) as (memory, engine):
         if project is not None and apply:
             _edit(project, dry_run=dry_run, yes=yes)
         if not dry_run and (create or not (project is not None or alembic_project.is_migrated(engine))):
             memory.create_tables(engine)
         console = Console()
-        steps = list(alembic_project.steps(memory, engine, project))
-        for step in steps:
-            console.print(f"[red]✗[/] {escape(step.title)}" if step.to_do else f"[green]✓[/] {escape(step.title)}")
-            for line in step.to_do.splitlines():
+        items = list(alembic_project.checklist(memory, engine, project))
+        for item in items:
+            console.print(f"[red]✗[/] {escape(item.title)}" if item.to_do else f"[green]✓[/] {escape(item.title)}")
+            for line in item.to_do.splitlines():
                 console.print(f"    {escape(line)}", highlight=False, soft_wrap=True)
-        missing = sum(bool(step.to_do) for step in steps)
-        console.print(f"{missing} of {len(steps)} steps are left." if missing else "There is nothing left to do.")
+        missing = sum(bool(item.to_do) for item in items)
+        console.print(f"{missing} of {len(items)} steps are left." if missing else "There is nothing left to do.")
 
 
-def _the_memory() -> str:
-    with explained():
-        found = alembic_project.find_memories(Path.cwd())
-    if len(found) != 1:
-        problem = f"there are several: {', '.join(found)}" if found else "no module of this folder has a Memory"
+def _only_memory() -> str:
+    with exit_on_error():
+        names = alembic_project.find_memories(Path.cwd())
+    if len(names) != 1:
+        problem = f"there are several: {', '.join(names)}" if names else "no module of this folder has a Memory"
         raise typer.BadParameter(f"{problem}; say which, as shop.memory:memory", param_hint="--app")
-    Console(stderr=True).print(f"--app {escape(found[0])}")
-    return found[0]
+    Console(stderr=True).print(f"--app {escape(names[0])}")
+    return names[0]
 
 
 def _edit(project: alembic_project.AlembicProject, *, dry_run: bool, yes: bool) -> None:

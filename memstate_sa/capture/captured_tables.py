@@ -1,0 +1,89 @@
+"""Tables that triggers capture: a tracked class says so, or a migration, or a trigger of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from sqlalchemy import Column, ColumnElement, Table, inspect
+from sqlalchemy.engine import Dialect
+
+from memstate_sa.errors import MemstateError
+from memstate_sa.tracking.inheritance import inheritance_criterion
+from memstate_sa.tracking.tracked import TRACKED
+
+_HEADER = "-- memstate_sa "
+
+
+class Capturable(Protocol):
+    """What the triggers of a table are made from: a tracked class has it, and a migration says it."""
+
+    @property
+    def table(self) -> Table: ...
+    @property
+    def entity(self) -> str: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def criterion(self) -> ColumnElement[bool] | None: ...
+
+
+Only = tuple[str, Sequence[Any]]
+"""A column, and the values of it (as the driver gives them) that rows of single-table inheritance have."""
+
+
+class CapturedTable(NamedTuple):
+    """A table that triggers capture, by its parts."""
+
+    table: Table
+    entity: str
+    version: int = 1
+    criterion: ColumnElement[bool] | None = None
+
+    @classmethod
+    def restricted(cls, table: Table, entity: str, version: int, only: Only | None) -> CapturedTable:
+        criterion = None if only is None else table.columns[only[0]].in_(only[1])
+        return cls(table, entity, version, criterion)
+
+
+def captured_in(table: Table) -> dict[str, CapturedTable]:
+    """What `Memory.track` has asked to be captured of *table*, by entity."""
+    return {
+        entity: CapturedTable(table, entity, version, inheritance_criterion(inspect(model)))
+        for entity, (model, version) in table.metadata.info.get(TRACKED, {}).get(table.fullname, {}).items()
+    }
+
+
+def restriction(captured: Capturable, dialect: Dialect) -> Only | None:
+    """The criterion as data."""
+    if captured.criterion is None:
+        return None
+    column, values = captured.criterion.left, captured.criterion.right.value
+    if not isinstance(column, Column):
+        raise MemstateError(
+            f"the rows of {captured.entity} in {captured.table.fullname} are told by an expression, which a trigger "
+            "cannot have: map polymorphic_on to a column"
+        )
+    bind = column.type.dialect_impl(dialect).bind_processor(dialect)
+    return str(column.name), list(values if bind is None else map(bind, values))
+
+
+def header(captured: Capturable, dialect: Dialect) -> str:
+    """The first line of a trigger: it says what the trigger was made from, for who replaces it and may want it back."""
+    parts = {"entity": captured.entity, "version": captured.version, "only": restriction(captured, dialect)}
+    return f"{_HEADER}{json.dumps(parts)}"
+
+
+def read_header(source: str) -> Mapping[str, Any] | None:
+    """``entity``, ``version`` and ``only`` of the trigger with this *source*; None where it is not ours, or older."""
+    line = next((line for line in source.splitlines() if line.startswith(_HEADER)), None)
+    return None if line is None else json.loads(line.removeprefix(_HEADER))
+
+
+class Trigger(NamedTuple):
+    """``name`` on its table; ``source`` is what the database shows of it, and tells whether it is ours as it is now."""
+
+    name: str
+    source: str
+    statements: tuple[str, ...]

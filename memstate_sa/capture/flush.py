@@ -1,0 +1,264 @@
+"""A flush -> log and outbox.
+
+Mapper events note which keys a flush touches; after the flush the rows themselves are read back, and their images are
+logged. What the database computed, rounded or defaulted is thereby in the image, and a SAVEPOINT that rolls back takes
+exactly its own entries with it: the database is the buffer. (Reading attributes, or collecting until commit, is wrong
+in most random histories.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from datetime import datetime
+from typing import Any
+
+from pydantic import ValidationError
+from sqlalchemy import inspect
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm.attributes import set_attribute
+from sqlalchemy.orm.base import NO_VALUE
+from sqlalchemy.sql import ClauseElement
+
+from memstate_sa.capture.recorder import TWO_DATABASES, Recorder
+from memstate_sa.capture.transaction import Flush, OpenTransactions
+from memstate_sa.db.tables import in_utc
+from memstate_sa.errors import MemstateError
+from memstate_sa.tracking.registry import Registry
+from memstate_sa.tracking.tracked import Tracked
+from memstate_sa.tracking.validation import to_validation_failed
+
+
+class FlushCapture:
+    """Logs what the flushes of Sessions change."""
+
+    def __init__(self, registry: Registry, recorder: Recorder, transactions: OpenTransactions) -> None:
+        self._registry = registry
+        self._recorder = recorder
+        self._transactions = transactions
+        self._flushes: dict[int, Flush] = {}  # by Session.hash_key, which every InstanceState knows
+        self.mapper_listeners: dict[str, Callable[..., None]] = {
+            "after_insert": self._after_insert,
+            "before_update": self._before_update,
+            "after_update": self._after_update,
+            "before_delete": self._before_delete,
+        }
+        self.session_listeners: dict[str, Callable[..., None]] = {
+            "before_flush": self._before_flush,
+            "after_flush": self._after_flush,
+        }
+
+    def _before_flush(self, session: Session, context: Any, instances: Any) -> None:
+        if self._registry.validates:
+            for instance in (*session.new, *session.dirty):
+                state: Any = inspect(instance)
+                tracked = self._registry.find(state.mapper)
+                if tracked is not None and tracked.validate is not None:
+                    _validate_instance(tracked, state)
+                if tracked is not None and tracked.expires is not None:
+                    _check_expiry(tracked.expires, state)
+        # Last: when this event raises, no other says that there will be no flush.
+        transaction = self._transactions.of(session)
+        transaction.flush = self._flushes[session.hash_key] = Flush(transaction, context)
+
+    def end(self, session: Session) -> Flush | None:
+        """End the flush that *session* is in, if it is in one: nothing more of it will happen."""
+        transaction = self._transactions.find(session)
+        if transaction is not None:
+            transaction.flush = None
+        return self._flushes.pop(session.hash_key, None)
+
+    # The listeners below run once for every object: they note it, and leave the work to the end of the flush.
+
+    def _after_insert(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
+        flush = self._flushes.get(state.session_id)
+        if flush is not None:
+            flush.touched.append((state, "insert", True))
+
+    def _before_update(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
+        flush = self._flushes.get(state.session_id)
+        if flush is not None:
+            self._before_change(mapper, connection, flush, going=False)
+            # Asked now: what an expression sets is expired by the UPDATE, and the change forgotten.
+            flush.touched.append((state, "update", _has_changes(state)))
+
+    def _after_update(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
+        """A row switch, an insert that takes over a deleted row, fires before_insert and this."""
+        if state.key is None:
+            flush = self._flushes.get(state.session_id)
+            if flush is not None:
+                self._before_change(mapper, connection, flush, going=True)
+                flush.touched.append((state, "update", None))
+
+    def _before_delete(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
+        flush = self._flushes.get(state.session_id)
+        if flush is not None:
+            self._before_change(mapper, connection, flush, going=True)
+            flush.touched.append((state, "delete", True))
+
+    def _before_change(self, mapper: Mapper[Any], connection: Connection, flush: Flush, *, going: bool) -> None:
+        """Find baselines and lock first rows before the unit of work changes, or deletes, a row of *mapper*."""
+        if not flush.checked:
+            self._before_first_change(connection, flush)
+        if flush.parts:
+            self._lock_first_rows(mapper, connection, flush, going=going)
+
+    def _before_first_change(self, connection: Connection, flush: Flush) -> None:
+        """Before the first UPDATE or DELETE: baselines of all rows that this flush will change.
+
+        Not in before_flush, which knows neither orphans nor children whose foreign key a deleted parent nulls.
+        """
+        flush.checked = True
+        identities: dict[tuple[Mapper[Any], bool], list[Any]] = {}
+        for state, (is_delete, listed_only) in flush.context.states.items():
+            if state.key is not None and not listed_only:
+                identities.setdefault((state.mapper, is_delete), []).append(state.key[1])
+        by_mapper = {
+            mapper: tracked
+            for mapper, _ in identities
+            if (tracked := self._registry.find(mapper)) is not None and not tracked.by_trigger
+        }
+        _require_one_database(flush.context.session, by_mapper)
+        changing: dict[Tracked, list[tuple[Any, ...]]] = {}
+        for (mapper, is_delete), keys in identities.items():
+            if mapper not in by_mapper:
+                continue
+            tracked = by_mapper[mapper]
+            raw_keys = list(map(tracked.columns_for(connection.dialect).raw_key, keys))
+            changing.setdefault(tracked, []).extend(raw_keys)
+            if len(tracked.tables) > 1:
+                flush.parts.setdefault((tracked, is_delete), []).extend(raw_keys)
+        for tracked, raw_keys in changing.items():
+            canonical = flush.canonical.setdefault(tracked, {})
+            flush.baselines += self._recorder.baselines(connection, flush.transaction, tracked, raw_keys, canonical)
+
+    def _lock_first_rows(self, mapper: Mapper[Any], connection: Connection, flush: Flush, *, going: bool) -> None:
+        """Lock the first row of each fact of *mapper* that this flush changes, or deletes, in several tables.
+
+        Others may change another part of such a fact, and neither image would show both changes. The unit of work calls
+        this just before its statements for the class, whose first table it updates first. So no lock is out of order.
+        """
+        tracked = self._registry.find(mapper)
+        keys = None if tracked is None else flush.parts.pop((tracked, going), None)
+        if tracked is not None and keys:
+            tracked.columns_for(connection.dialect).of_table[tracked.table].lock(connection, keys, leaving=going)
+
+    def _after_flush(self, session: Session, context: Any) -> None:
+        flush = self.end(session)
+        if flush is None or not flush.touched:
+            return
+        _require_one_database(session, {state.mapper for state, _, _ in flush.touched})
+        connection = session.connection(bind_arguments={"mapper": flush.touched[0][0].mapper})
+        self._recorder.log_touched(
+            connection, flush.transaction, self._touched(flush, connection), flush.baselines, flush
+        )
+
+    def _touched(self, flush: Flush, connection: Connection) -> dict[Tracked, dict[tuple[Any, ...], bool]]:
+        """The keys that *flush* touched (driver-level), and whether they existed before it; notes those it wrote."""
+        touched: dict[Tracked, dict[tuple[Any, ...], bool]] = {}
+        mapper: Mapper[Any] | None = None
+        for state, op, changed in flush.touched:
+            if state.mapper is not mapper:
+                mapper = state.mapper
+                tracked = self._registry.of(mapper.class_)
+                raw_key = tracked.columns_for(connection.dialect).raw_key
+                existed, written = touched.setdefault(tracked, {}), flush.written.setdefault(tracked, [])
+                certain = flush.certain.setdefault(tracked, set())
+            if op == "delete":
+                existed[raw_key(state.key[1])] = True
+            # before_update also fires when no UPDATE is sent. Asked again, because post_update comes after the events.
+            elif changed is not False or _has_changes(state) is not False:
+                now = raw_key(_primary_key(tracked, state))
+                if changed:
+                    certain.add(now)
+                if op == "update":
+                    existed[raw_key(state.key[1]) if state.key else now] = True
+                existed.setdefault(now, False)
+                written.append(now)
+        return touched
+
+
+def _require_one_database(session: Session, mappers: Collection[Mapper[Any]]) -> None:
+    """Raise where *session* reaches the tables of *mappers* through several connections."""
+    if len(mappers) > 1 and len({session.connection(bind_arguments={"mapper": mapper}) for mapper in mappers}) > 1:
+        raise MemstateError(TWO_DATABASES)
+
+
+def _primary_key(tracked: Tracked, state: Any) -> Sequence[Any]:
+    """As the flush left it; the identity of *state* is still the one before."""
+    values = state.dict
+    try:
+        return [values[name] for name in tracked.key_attributes]
+    except KeyError:  # expired
+        key: Sequence[Any] = state.mapper.primary_key_from_instance(state.obj())
+        return key
+
+
+def _has_changes(state: Any) -> bool | None:
+    """Whether a column attribute of *state* differs from what was loaded; None when what was loaded is not known."""
+    columns, values = state.mapper.columns, state.dict
+    has_changes: bool | None = False
+    for name, before in state.committed_state.items():
+        if name not in columns:
+            continue
+        if before is NO_VALUE or name not in values or before is values[name]:
+            # Expired, set by an expression, or edited in place: the old value is gone.
+            if before is not values.get(name, NO_VALUE) or isinstance(before, (dict, list, set)):
+                has_changes = None
+        elif _differs(before, values[name]):
+            return True
+    return has_changes
+
+
+def _differs(before: Any, after: Any) -> bool:
+    try:
+        return bool(before != after)  # an expression has no truth value: it differs
+    except Exception:  # noqa: BLE001  # a user type's own comparison may raise anything
+        return True
+
+
+def _check_expiry(name: str, state: Any) -> None:
+    """Refuse a naive time that was set. One that SQLite gives back is naive, so what was loaded is left alone.
+
+    A column without a time zone holds UTC, so there a naive time is right.
+    """
+    value = state.dict.get(name)
+    is_zoned = getattr(state.mapper.columns[name].type, "timezone", True)
+    is_set = state.key is None or name in state.committed_state
+    if value is None or not is_set or isinstance(value, ClauseElement) or hasattr(value, "__clause_element__"):
+        return
+    if not is_zoned and isinstance(value, datetime) and value.tzinfo is None:
+        return
+    time = in_utc(value, name)
+    if not is_zoned:
+        set_attribute(state.obj(), name, time.replace(tzinfo=None))
+    elif value.utcoffset():  # which SQLite does not keep
+        set_attribute(state.obj(), name, time)
+
+
+def _validate_instance(tracked: Tracked, state: Any) -> None:
+    """Check what is known before SQL is sent; the rest is checked on the row, before the flush is over."""
+    assert tracked.validate is not None
+    values: dict[str, Any] = {}
+    unknown: set[str] = set()
+    for name, column in state.mapper.columns.items():
+        value = state.dict.get(name, NO_VALUE)
+        if isinstance(value, ClauseElement) or hasattr(value, "__clause_element__"):
+            unknown.add(name)
+        elif value is not NO_VALUE:
+            values[name] = value
+        elif (
+            state.key is not None
+            or column.primary_key
+            or column.default is not None
+            or column.server_default is not None
+        ):
+            unknown.add(name)
+        else:
+            values[name] = None
+    try:
+        tracked.validate(values)
+    except ValidationError as error:
+        failed = to_validation_failed(tracked.model.__name__, error, ignoring=frozenset(unknown))
+        if failed is not None:
+            raise failed from error

@@ -1,0 +1,191 @@
+"""The SQL by which a trigger writes a row: its image as tagged JSON, and its canonical key.
+
+It writes what `TableColumns` and `codec` would have written in Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from sqlalchemy import Column
+from sqlalchemy import types as sqltypes
+from sqlalchemy.dialects.postgresql import INTERVAL
+from sqlalchemy.engine import Dialect
+from sqlalchemy.sql.util import ClauseAdapter
+
+from memstate_sa.capture.captured_tables import Capturable, header
+from memstate_sa.capture.sql_text import as_sent, literal
+from memstate_sa.db.codec import to_json
+from memstate_sa.db.rows import TableColumns, stored_columns
+from memstate_sa.errors import MemstateError
+
+
+def _tagged(tag: str, value: str) -> str:
+    return f"""'{{"{tag}":"' || {value} || '"}}'"""
+
+
+def _iso(value: str, format_: str) -> str:
+    """As Python's isoformat(): microseconds only where there are some."""
+    return (
+        f"to_char({value}, '{format_}') || CASE WHEN date_trunc('second', {value}) = {value} THEN '' "
+        f"ELSE to_char({value}, '.US') END"
+    )
+
+
+_DATETIME = 'YYYY-MM-DD"T"HH24:MI:SS'
+_SECONDS = "(extract(hour FROM {0}) * 3600 + extract(minute FROM {0}) * 60) * 1000000 + extract(microseconds FROM {0})"
+_DAYS = "extract(year FROM {0}) * 365 + extract(month FROM {0}) * 30 + extract(day FROM {0})"
+
+
+def _datetime(type_: Any, value: str) -> str:
+    if not type_.timezone:
+        return _tagged("$datetime", _iso(value, _DATETIME))
+    utc = _iso(f"timezone('UTC', {value})", _DATETIME)
+    return _tagged("$datetime", f"{utc} || '+00:00'")
+
+
+def _interval(_: Any, value: str) -> str:
+    # As psycopg reads it: a year is 365 days, a month 30.
+    days, micros = _DAYS.format(value), _SECONDS.format(value)
+    return f"""'{{"$timedelta":[' || ({days})::bigint || ',0,' || ({micros})::bigint || ']}}'"""
+
+
+_POSTGRESQL: Mapping[type, Callable[[Any, str], str]] = {
+    sqltypes.Boolean: lambda _, value: f"{value}::text",
+    sqltypes.Integer: lambda _, value: f"{value}::text",
+    sqltypes.Float: lambda _, value: _tagged("$float", f"{value}::text"),  # before Numeric, whose subclass it may be
+    sqltypes.Numeric: lambda _, value: _tagged("$decimal", f"{value}::text"),
+    sqltypes.String: lambda _, value: f"to_json({value})::text",
+    sqltypes.Uuid: lambda _, value: _tagged("$uuid", f"replace({value}::text, '-', '')"),
+    sqltypes.LargeBinary: lambda _, value: _tagged("$bytes", f"encode({value}, 'hex')"),
+    sqltypes.DateTime: _datetime,
+    sqltypes.Date: lambda _, value: _tagged("$date", f"to_char({value}, 'YYYY-MM-DD')"),
+    sqltypes.Time: lambda type_, value: _tagged(
+        "$time", f"{value}::text" if type_.timezone else _iso(f"{value}::interval", "HH24:MI:SS")
+    ),
+    sqltypes.Interval: _interval,
+    INTERVAL: _interval,
+}
+_ITEMS = (sqltypes.Boolean, sqltypes.Integer, sqltypes.String)
+_KEYS = (
+    sqltypes.Boolean,
+    sqltypes.Integer,
+    sqltypes.Numeric,
+    sqltypes.String,
+    sqltypes.Uuid,
+    sqltypes.LargeBinary,
+    sqltypes.DateTime,
+    sqltypes.Date,
+    sqltypes.Time,
+)
+
+
+def _json_postgresql(columns: TableColumns, column: Column[Any], value: str) -> str:
+    type_ = columns.implementation(column)
+    if columns.travels_as_text(column):
+        return f"to_json({value}::text)::text"
+    if isinstance(type_, sqltypes.ARRAY):
+        if isinstance(type_.item_type, sqltypes.Enum):
+            return f"to_json({value}::text)::text"  # psycopg does not take an array of them apart
+        if isinstance(type_.item_type, _ITEMS):
+            return f"to_jsonb({value})::text"
+    else:
+        for kind, write in _POSTGRESQL.items():
+            if isinstance(type_, kind):
+                return write(type_, value)
+    raise MemstateError(f"a trigger cannot log {column.table.name}.{column.name} ({column.type!r}): track it without")
+
+
+def _json_sqlite(_: TableColumns, __: Column[Any], value: str) -> str:
+    """By the class in which the value is stored: the type of a column does not tell."""
+    return (
+        f"CASE typeof({value}) WHEN 'integer' THEN CAST({value} AS TEXT) "
+        f"WHEN 'real' THEN {_tagged('$float', f'quote({value})')} "
+        f"WHEN 'blob' THEN {_tagged('$bytes', f'lower(hex({value}))')} "
+        f"WHEN 'text' THEN CASE WHEN instr({value}, char(0)) THEN "
+        f"{_tagged('$text', f'lower(hex(CAST({value} AS BLOB)))')} ELSE json_quote({value}) END END"
+    )
+
+
+_JSON = {"postgresql": _json_postgresql, "sqlite": _json_sqlite}
+
+
+class RowImage(NamedTuple):
+    """A row under one of its names in a trigger: what is logged of it."""
+
+    key: str
+    image: str
+    criterion: str
+
+
+class TableWriter:
+    """Writes the SQL of one table's triggers."""
+
+    def __init__(self, captured: Capturable, dialect: Dialect) -> None:
+        self.captured = captured
+        self.dialect = dialect
+        self.entity = literal(captured.entity)
+        self.keys = list(captured.table.primary_key.columns)
+        self._columns = TableColumns(captured.table, dialect)
+        self.header = header(captured, dialect)
+        for column in self.keys:
+            self._require_key(column)
+
+    @property
+    def table(self) -> str:
+        return as_sent(self.dialect.identifier_preparer.format_table(self.captured.table), self.dialect)
+
+    def name(self, *moment: str) -> str:
+        """Of the trigger of this *moment*."""
+        return f"memstate_{'_'.join(moment)}_{self.digest}"
+
+    @property
+    def digest(self) -> str:
+        named = f"{self.captured.table.fullname} {self.captured.entity}"
+        return hashlib.sha256(named.encode()).hexdigest()[:16]
+
+    def quote(self, name: str) -> str:
+        """*name* as an identifier."""
+        return as_sent(self.dialect.identifier_preparer.quote(name), self.dialect)
+
+    def row(self, alias: str, *, old: bool = False) -> RowImage:
+        """What is logged of the row *alias*; *old*: of a transition table, which has no virtual columns."""
+        name = alias if alias in ("NEW", "OLD") else self.quote(alias)
+        key = " || ',' || ".join(f"coalesce({self._json(name, column)}, 'null')" for column in self.keys)
+        fields = " || ',' || ".join(
+            f"{literal(to_json(column.name) + ':')} || coalesce({self._json(name, column)}, 'null')"
+            for column in stored_columns(self.captured.table)
+            if not (old and column.computed is not None and not column.computed.persisted)
+        )
+        criterion = "true" if self.dialect.name == "postgresql" else "1"
+        if self.captured.criterion is not None:
+            adapted = ClauseAdapter(self.captured.table.alias(alias)).traverse(self.captured.criterion)
+            compiled = adapted.compile(dialect=self.dialect, compile_kwargs={"literal_binds": True})
+            criterion = as_sent(str(compiled), self.dialect)
+        return RowImage(f"'[' || {key} || ']'", f"'{{' || {fields} || '}}'", criterion)
+
+    def _json(self, alias: str, column: Column[Any]) -> str:
+        if column.type.column_expression(column) is not None:
+            raise MemstateError(
+                f"a trigger cannot log {column.table.name}.{column.name}: its type reads by an expression"
+            )
+        return _JSON[self.dialect.name](self._columns, column, f"{alias}.{self.quote(column.name)}")
+
+    def _require_key(self, column: Column[Any]) -> None:
+        """A key has one form as text, the one that Python gives it."""
+        kind = self._columns.implementation(column)
+        good = isinstance(kind, _KEYS)
+        if isinstance(kind, sqltypes.Float):
+            good = False
+        elif isinstance(kind, sqltypes.Numeric):  # SQLite keeps it as a float; Python writes 1E-7
+            good = self.dialect.name == "postgresql" and kind.scale is not None and kind.scale <= 6
+        elif isinstance(kind, sqltypes.Time):
+            good = not kind.timezone
+        elif isinstance(kind, sqltypes.String):  # in SQLite another key may be the same row
+            good = self.dialect.name == "postgresql" or kind.collation in (None, "BINARY")
+        if not good:
+            raise MemstateError(
+                f"a trigger cannot log a primary key of {column.type!r} ({column.table.name}.{column.name})"
+            )

@@ -1,0 +1,51 @@
+"""SQL as text: the templates in ``sql/``, and how names and values are written into it."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+
+from sqlalchemy.engine import Dialect
+
+_NAME = "-- name: "
+_FOR_READERS = "---"
+
+
+class Templates:
+    """The templates of one file, by name. What is filled in is SQL already."""
+
+    def __init__(self, source: str) -> None:
+        self._by_name: dict[str, list[str]] = {}
+        lines: list[str] = []
+        for line in source.splitlines():
+            if line.startswith(_NAME):
+                lines = self._by_name[line.removeprefix(_NAME)] = []
+            elif not line.startswith(_FOR_READERS):
+                lines.append(line)
+
+    def block(self, template: str, **places: object) -> str:
+        """A template as it is in the file, without the empty lines around it."""
+        return "\n".join(self._by_name[template]).strip("\n").format(**places)
+
+    def line(self, template: str, **places: object) -> str:
+        """A template with each of its statements on one line."""
+        lines = [line.strip() for line in self._by_name[template] if line.strip()]
+        joined = "".join(line + ("\n" if line.endswith(";") else " ") for line in lines)
+        return joined.strip().format(**places)
+
+
+@cache
+def templates(dialect_name: str) -> Templates:
+    """The templates for a database."""
+    file = files("memstate_sa.capture") / "sql" / f"{dialect_name}.sql"
+    return Templates(file.read_text(encoding="utf-8"))
+
+
+def literal(value: str) -> str:
+    """*value* as a string constant."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+def as_sent(compiled: str, dialect: Dialect) -> str:
+    """What SQLAlchemy has *compiled*, as it is sent without parameters: there a percent sign is one."""
+    return compiled.replace("%%", "%") if dialect.name == "postgresql" else compiled

@@ -1,0 +1,113 @@
+"""The triggers of a tracked table on SQLite: once a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memstate_sa.capture.captured_tables import Trigger
+from memstate_sa.capture.row_images import RowImage, TableWriter
+from memstate_sa.capture.sql_text import templates
+from memstate_sa.db.rows import stored_columns
+
+_SQL = templates("sqlite")
+_MOMENTS = (("before", "insert"), ("after", "insert"), ("after", "update"), ("after", "delete"))
+
+
+def build(writer: TableWriter) -> Iterator[Trigger]:
+    """The triggers of a table."""
+    body = _Body(writer)
+    old, row = writer.row("OLD"), writer.row("r")
+    columns = [writer.quote(column.name) for column in stored_columns(writer.captured.table)]
+    names = [writer.quote(column.name) for column in writer.keys]
+    bodies = {
+        # REPLACE deletes rows without a word, unless recursive_triggers is on.
+        ("before", "insert"): ("", body.baseline(row, f"FROM {writer.table} AS r WHERE {body.same_key('NEW')} AND")),
+        ("after", "insert"): ("", body.settle("NEW")),
+        ("after", "update"): (
+            f"WHEN {_differ(columns)} ",
+            f"{body.baseline(old, 'WHERE')}\n{body.settle('OLD', f'({_differ(names)})')}\n{body.settle('NEW')}",
+        ),
+        ("after", "delete"): ("", f"{body.baseline(old, 'WHERE')}\n{body.settle('OLD')}"),
+    }
+    for moment in _MOMENTS:
+        name, (condition, statements) = writer.name(*moment), bodies[moment]
+        source = _SQL.block(
+            "trigger",
+            name=name,
+            moment=" ".join(moment).upper(),
+            table=writer.table,
+            condition=condition,
+            header=writer.header,
+            body=statements,
+        )
+        yield Trigger(name, source, (f"DROP TRIGGER IF EXISTS {name}", source))
+
+
+def dropping(writer: TableWriter) -> list[str]:
+    """Statements that drop the triggers of a table, as far as they are there."""
+    return [f"DROP TRIGGER IF EXISTS {writer.name(*moment)}" for moment in _MOMENTS]
+
+
+def _differ(names: list[str]) -> str:
+    """Whether OLD and NEW differ in one of these columns.
+
+    As it is stored: the collation of a column may take different values for the same.
+    """
+    return " OR ".join(f"OLD.{name} IS NOT NEW.{name} COLLATE BINARY" for name in names)
+
+
+class _Body:
+    """Writes the statements of the triggers of one table."""
+
+    def __init__(self, writer: TableWriter) -> None:
+        self._writer = writer
+        now = _SQL.line("now")
+        self._common = {
+            "tx": _SQL.line("tx", now=now),
+            "now": now,
+            "version": writer.captured.version,
+            "step": _SQL.line("step"),
+            "entity": writer.entity,
+        }
+
+    def same_key(self, alias: str) -> str:
+        names = (self._writer.quote(column.name) for column in self._writer.keys)
+        return " AND ".join(f"r.{name} IS {alias}.{name}" for name in names)
+
+    def baseline(self, row: RowImage, source: str) -> str:
+        """Log what *row* was, if the log has not seen it. *source* is FROM and WHERE."""
+        is_ours = self._is_ours(row.key)
+        values = {"key": row.key, "image": row.image, "criterion": row.criterion}
+        return _SQL.line("baseline", source=source, is_ours=is_ours, **values, **self._common)
+
+    def settle(self, alias: str, when: str = "1") -> str:
+        """Log what has become of the key of *alias*, if the log does not say so already."""
+        row, key = self._writer.row("r"), self._writer.row(alias).key
+        last_op = self._last("op", key)
+        from_row = _SQL.line(
+            "from_row",
+            table=self._writer.table,
+            same=self.same_key(alias),
+            row_key=row.key,
+            key=key,
+            criterion=row.criterion,
+        )
+        return _SQL.line(
+            "settle",
+            key=key,
+            op=_SQL.line("op", last_op=last_op),
+            image=row.image,
+            last_op=last_op,
+            last_image=self._last("image", key),
+            from_row=from_row,
+            is_ours=self._is_ours(key),
+            when=when,
+            **self._common,
+        )
+
+    def _is_ours(self, key: str) -> str:
+        """Whether triggers log *key*, and do not leave it to an undo."""
+        return _SQL.line("is_ours", entity=self._writer.entity, key=key)
+
+    def _last(self, column: str, key: str) -> str:
+        return _SQL.line("last", column=column, entity=self._writer.entity, key=key)

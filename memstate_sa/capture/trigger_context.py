@@ -1,0 +1,132 @@
+"""The trigger context: what triggers know of the transaction that writes.
+
+A Session sets it, so that its actor, reason and session_id belong to what triggers log. On PostgreSQL it is in settings
+of the transaction. On SQLite it is in a table, which is empty outside of a transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Executable, bindparam, delete, insert, select, text
+from sqlalchemy.engine import Connection
+
+from memstate_sa.capture.transaction import OpenTransaction
+from memstate_sa.db import functions
+from memstate_sa.db.json_params import as_array, unnest_strings
+from memstate_sa.db.tables import log, trigger_context
+
+SKIP = "skip {}"
+"""The name of a fact that triggers leave to an undo, by its entity and key."""
+
+_READS = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN", "SAVEPOINT", "RELEASE", "ROLLBACK", "SHOW", "SET")
+_DEFINES = ("CREATE", "ALTER", "DROP")
+_put = insert(trigger_context).prefix_with("OR REPLACE")
+_clear = delete(trigger_context)
+_names = select(unnest_strings("names").c.value)
+_logged: Mapping[str, Executable] = {
+    "sqlite": select(select(log.c.id).where(log.c.tx == bindparam("tx")).exists()),
+    "postgresql": text(
+        "SELECT CASE WHEN position(:tx IN coalesce(current_setting('memstate.logged', true), '')) > 0 THEN true "
+        # Triggers of an earlier version do not say so.
+        "WHEN current_setting('transaction_isolation') = 'serializable' THEN false "
+        "ELSE EXISTS (SELECT FROM memstate_log WHERE tx = :tx) END"
+    ),
+}
+
+
+def may_write(statement: str) -> bool:
+    """Whether *statement* may write, by its first word. A SELECT of a function that writes is taken for a reader."""
+    return not statement.lstrip()[:9].upper().startswith((*_READS, *_DEFINES))
+
+
+def set_trigger_context(connection: Connection, tx: str, *, counts: bool = True) -> None:
+    """Have triggers log under the transaction *tx* from now on, which *counts* for rollback, or not."""
+    off = "off" if connection.dialect.name == "postgresql" else "0"
+    _set(connection, {"tx": tx} if counts else {"tx": tx, "step": off})
+
+
+def set_undo_context(connection: Connection, tx: str, facts: Collection[tuple[str, str]]) -> None:
+    """Have triggers log under the undo *tx*, which is no step, all but *facts*: the undo logs these itself."""
+    names = [SKIP.format("".join(fact)) for fact in facts]
+    if connection.dialect.name == "postgresql":
+        # In rows, which are looked up: a list in a setting would be read again for every row that is restored.
+        connection.execute(insert(trigger_context).from_select(["name"], _names), {"names": as_array(names)})
+        _set(connection, {"tx": tx, "step": "off", "skip": "on"})
+    else:
+        _set(connection, {"tx": tx, "step": "0", **dict.fromkeys(names)})
+
+
+def clear_trigger_context(connection: Connection) -> None:
+    """Have triggers know of no transaction. Rows of the context have to be gone before a COMMIT."""
+    if connection.dialect.name == "postgresql":
+        _set(connection, dict.fromkeys(("tx", "step", "skip"), ""))
+    connection.execute(_clear)
+
+
+def _set(connection: Connection, settings: Mapping[str, str | None]) -> None:
+    if connection.dialect.name == "postgresql":
+        for name, value in settings.items():
+            functions.set_transaction_setting(connection, name, value or "")
+    else:
+        connection.execute(_put, [{"name": name, "value": value} for name, value in settings.items()])
+
+
+def have_logged(connection: Connection, tx: str) -> bool:
+    """Whether triggers have logged an entry under the transaction *tx*."""
+    return bool(connection.execute(_logged[connection.dialect.name], {"tx": tx}).scalar_one())
+
+
+class TriggerContexts:
+    """The transactions that the trigger contexts of connections name, as far as the Sessions of one Memory set them."""
+
+    def __init__(self) -> None:
+        # By connection: its transaction, or "" where a SAVEPOINT may have taken the context back.
+        self._txs: WeakKeyDictionary[Connection, str] = WeakKeyDictionary()
+        self.engine_listeners: dict[str, Callable[..., None]] = {
+            "commit": self._before_connection_commits,
+            "rollback_savepoint": self._after_savepoint_rollback,
+            **dict.fromkeys(("rollback", "commit_twophase", "rollback_twophase"), self._after_transaction),
+        }
+
+    def name_transaction(self, connection: Connection, transactions: Sequence[OpenTransaction]) -> None:
+        """Name the transaction that is about to write: of *transactions*, the one that is in a flush, or the last."""
+        if not transactions:
+            return
+        in_a_flush = (transaction for transaction in transactions if transaction.flush is not None)
+        transaction = next(in_a_flush, transactions[-1])
+        is_named = self._txs.get(connection) == transaction.tx
+        if transaction.own_writes or is_named or connection._is_autocommit_isolation():
+            return
+        with transaction.writing():
+            set_trigger_context(connection, transaction.tx, counts=transaction.step)
+        self._txs[connection] = transaction.tx
+        transaction.context_on = connection
+
+    @contextmanager
+    def undoing(self, connection: Connection, tx: str, facts: Collection[tuple[str, str]]) -> Iterator[None]:
+        """Have triggers leave *facts* to the undo *tx*, which logs them; they log what follows from them as its part.
+
+        A SAVEPOINT that rolls back ends it.
+        """
+        self._txs[connection] = tx
+        set_undo_context(connection, tx, facts)
+        yield
+        clear_trigger_context(connection)
+        self._txs[connection] = ""
+
+    def _before_connection_commits(self, connection: Connection) -> None:
+        """Clear the context, whoever commits: on SQLite, others would find it."""
+        if self._txs.pop(connection, None) is not None and connection.dialect.name == "sqlite":
+            clear_trigger_context(connection)
+
+    def _after_savepoint_rollback(self, connection: Connection, *_: Any) -> None:
+        """The context goes with a SAVEPOINT in which it was set."""
+        if connection in self._txs:
+            self._txs[connection] = ""
+
+    def _after_transaction(self, connection: Connection, *_: Any) -> None:
+        self._txs.pop(connection, None)

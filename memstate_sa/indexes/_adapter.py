@@ -1,0 +1,102 @@
+"""The code that adapters share: the open state, errors of the vendor's client, the ids of a running scan."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from memstate_sa.errors import DeliveryError, DeliveryRejected, DeliveryRetryable, MemstateError
+from memstate_sa.indexes.provider_errors import delivery_error
+
+REMEMBERED_S = 86_400
+"""How long the epoch of a deleted id is remembered: far longer than an overtaken relay's request can be under way."""
+
+
+class OpenState(NamedTuple):
+    """The arguments with which an index was opened, and the incarnation that it had, where the adapter needs it."""
+
+    embedder: str
+    dimension: int
+    incarnation: str = ""
+
+
+class Adapter:
+    """An index that is opened before it is used, and whose client raises errors of its own."""
+
+    _vendor: ClassVar[str] = ""
+    """The name in messages."""
+
+    _opened: OpenState | None = None
+
+    @property
+    def _open_state(self) -> OpenState:
+        if self._opened is None:
+            raise MemstateError("this index is not open; call open() first")
+        return self._opened
+
+    @property
+    def _dimension(self) -> int:
+        return self._open_state.dimension
+
+    @property
+    def _place(self) -> str:
+        """The place of the points, for messages: the collection, the table or the folder."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _translated(self, action: str) -> Iterator[None]:
+        """Raise a DeliveryError from each error of the client. *action* is a verb, for the message."""
+        try:
+            yield
+        except MemstateError:
+            raise
+        except Exception as error:
+            raise self._delivery_error(error, f"{self._vendor} could not {action} {self._place}") from error
+
+    def _delivery_error(self, error: Exception, message: str) -> DeliveryError:
+        # Clients refuse values with ValueError and TypeError. Other errors, as of a closed client, are not the points'
+        # fault.
+        is_refusal = isinstance(error, ValueError | TypeError)
+        return delivery_error(error, message, unknown=DeliveryRejected if is_refusal else DeliveryRetryable)
+
+
+class IdListing:
+    """The sorted ids of a running scan, for a vendor that lists them in another order. They are kept until its end."""
+
+    def __init__(self) -> None:
+        self._listing: tuple[str, list[str]] | None = None
+
+    def clear(self) -> None:
+        self._listing = None
+
+    def pages(
+        self, incarnation: str, after: str | None, size: int, read_ids: Callable[[], Iterable[str]]
+    ) -> Iterator[list[str]]:
+        """Pages of the ids greater than *after*. A scan begins with *after* None, or where none is running."""
+        listing = self._listing
+        if after is None or listing is None or listing[0] != incarnation:
+            listing = self._listing = (incarnation, sorted(read_ids()))
+        ids = listing[1]
+        for start in range(0 if after is None else bisect_right(ids, after), len(ids), size):
+            yield ids[start : start + size]
+        self.clear()
+
+
+def id_bytes(id_: str) -> bytes:
+    """*id_* in UTF-8. Raises DeliveryRejected when it is not Unicode text."""
+    try:
+        return id_.encode()
+    except UnicodeEncodeError as error:
+        raise DeliveryRejected(f"the id {id_!r} is not Unicode text") from error
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of a file; None when it is not there. They tell when it was deleted or replaced."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -1,0 +1,369 @@
+"""LangGraph's interface to checkpoints: saved, read, copied and deleted, for functions and for coroutines."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import (
+    WRITES_IDX_MAP,
+    BaseCheckpointSaver,
+    ChannelVersions,
+    Checkpoint,
+    CheckpointMetadata,
+    CheckpointTuple,
+    DeltaChannelHistory,
+)
+from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.types import ERROR, INTERRUPT
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.orm import sessionmaker
+
+from memstate_sa.errors import ConflictError, MemstateError
+from memstate_sa.integrations.langgraph import (
+    checkpoint_inserts,
+    checkpoint_pruning,
+    checkpoint_queries,
+    thread_leases,
+    thread_rows,
+)
+from memstate_sa.integrations.langgraph.checkpoint_codec import EncodedCheckpoint, config_of, decoded, encoded_writes
+from memstate_sa.integrations.langgraph.checkpoint_queries import CheckpointQuery
+from memstate_sa.integrations.langgraph.checkpoint_rows import CheckpointKey, NewCheckpoint, TaskWrite
+from memstate_sa.integrations.langgraph.delta_history import delta_history
+from memstate_sa.integrations.langgraph.step_coordinator import StepCoordinator
+from memstate_sa.integrations.langgraph.sync_engines import room_for_steps
+from memstate_sa.integrations.langgraph.thread_ids import checkpoint_id_of, configured, graph_of, thread_id_of
+from memstate_sa.memory import Memory
+from memstate_sa.runtime import forks
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+AS_OF = "memstate_as_of"
+"""The name, in a config, of the moment whose facts a run reads."""
+_RUNTIME = "__pregel_runtime"
+"""The name, in a config, of an object that is the same for all saves of one run."""
+_PAGE = 50
+_THREADS = {"read": 8, "save": 16, "begin": 32, "step": 32, "settle": 16}
+"""How many threads asyncio's calls have, for each kind of what they do."""
+
+
+class CheckpointSaver(BaseCheckpointSaver[str]):
+    """The part of `MemStateCheckpointer` that LangGraph calls."""
+
+    def __init__(self, engine: Engine, memory: Memory | None, serde: SerializerProtocol, step_timeout_s: float) -> None:
+        super().__init__(serde=serde)
+        self.memory = memory
+        self.engine = engine
+        self._autocommit = self._read_committed = engine
+        if engine.dialect.name != "sqlite":
+            # For one statement, BEGIN and COMMIT are most of the time; on SQLite it would take longer to say so.
+            self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
+            # Whatever the application's own level: a late writer must see what others committed, and not fail for it.
+            self._read_committed = engine.execution_options(isolation_level="READ COMMITTED")
+        sessions = sessionmaker(engine, expire_on_commit=False)
+        if memory is not None:
+            memory.attach(sessions)
+        self._steps = StepCoordinator(sessions, step_timeout_s, room_for_steps(engine))
+        self._make_threads()
+        forks.in_child(self, CheckpointSaver._make_threads)
+
+    def _make_threads(self) -> None:
+        # Each kind has its own: all threads of one kind may wait for what those of another do.
+        self._threads = {kind: ThreadPoolExecutor(count, f"memstate-{kind}") for kind, count in _THREADS.items()}
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def put(
+        self,
+        config: RunnableConfig,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+    ) -> RunnableConfig:
+        """Save a checkpoint, whose parent is the one that *config* names.
+
+        It waits for the tasks of the superstep before it, until they have committed their writes. Raises StaleRun when
+        another run has taken over the thread.
+        """
+        conf = config["configurable"]
+        key = CheckpointKey(*graph_of(config), checkpoint["id"])
+        parent_id, run = conf.get("checkpoint_id"), conf.get(_RUNTIME)
+        try:
+            self._steps.check_around(key.thread_id, key.ns)
+            self._steps.wait_for_tasks(key.thread_id, key.ns, parent_id, run)
+            job = partial(self._put, config, key, checkpoint, metadata, new_versions)
+            self._steps.save(key.thread_id, key.ns, run, job, checkpoint=True)
+        except BaseException as error:
+            self._steps.save_failed(key.thread_id, key.ns, error, run)
+            raise
+        return config_of(key)
+
+    def _put(
+        self,
+        config: RunnableConfig,
+        key: CheckpointKey,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+    ) -> None:
+        conf = config["configurable"]
+        encoded = EncodedCheckpoint(self.serde, config, checkpoint, metadata)
+        row = encoded.row(key, conf.get("checkpoint_id"), conf.get(AS_OF) or self.memory is not None)
+        new_blobs = encoded.blobs(new_versions)
+        with self._writing(config) as connection:
+            follows = row.parent_id is not None
+            is_stored = checkpoint_inserts.put_checkpoint(connection, row, new_blobs, follows=follows)
+        if not is_stored:
+            self._put_without_parent(config, key, encoded, row)
+        self._steps.checkpoint_saved(key)
+
+    def _put_without_parent(
+        self, config: RunnableConfig, key: CheckpointKey, encoded: EncodedCheckpoint, row: NewCheckpoint
+    ) -> None:
+        """Save a checkpoint whose parent was deleted, perhaps during this run, and the blobs of its versions."""
+        if encoded.delta_channels:
+            raise ConflictError(
+                f"Cannot save a checkpoint of thread {key.thread_id!r}: the one that it follows was deleted, "
+                "and its DeltaChannels need that. Run the graph again from the thread's latest checkpoint."
+            )
+        with self._read_committed.begin() as connection:
+            thread_leases.renew_configured(connection, config)
+            thread_rows.lock_threads(connection, [key.thread_id])
+            checkpoint_inserts.put_checkpoint(connection, row, encoded.blobs(encoded.channels))
+
+    def put_writes(
+        self,
+        config: RunnableConfig,
+        writes: Sequence[tuple[str, Any]],
+        task_id: str,
+        task_path: str = "",
+    ) -> None:
+        """Save what a task wrote, and commit what it has open of its `step` in the same transaction.
+
+        A task that failed, or waits for an answer, will run again: what it has open is rolled back.
+        """
+        conf = config["configurable"]
+        key = CheckpointKey(*graph_of(config), str(conf["checkpoint_id"]))
+        run = conf.get(_RUNTIME)
+        with self._steps.settle(key, task_id, run, commits=not _will_run_again(writes)) as step_connection:
+            rows = encoded_writes(self.serde, writes, task_id, task_path)
+            # What is written again replaces what was there only of errors, interrupts and answers.
+            replace = all(channel in WRITES_IDX_MAP for channel, _ in writes)
+            if step_connection is None:
+                job = partial(self._put_writes, config, key, rows, replace=replace)
+                self._steps.save(key.thread_id, key.ns, run, job)
+            else:
+                self._put_writes(config, key, rows, step_connection, replace=replace)
+
+    def _put_writes(
+        self,
+        config: RunnableConfig,
+        key: CheckpointKey,
+        rows: Sequence[TaskWrite],
+        step_connection: Connection | None = None,
+        *,
+        replace: bool,
+    ) -> None:
+        with self._writing(config, step_connection) as connection:
+            checkpoint_inserts.put_writes(connection, key, rows, replace=replace)
+
+    @contextmanager
+    def _writing(self, config: RunnableConfig, step_connection: Connection | None = None) -> Iterator[Connection]:
+        """A transaction, or that of a step. On PostgreSQL it is one statement, unless there is a lease to renew."""
+        engine = self._read_committed if thread_leases.is_leased(config) else self._autocommit
+        with engine.begin() if step_connection is None else nullcontext(step_connection) as connection:
+            thread_leases.renew_configured(connection, config)
+            yield connection
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
+        """The checkpoint that *config* names, or the latest of its thread and graph, by one statement."""
+        thread_id, ns = graph_of(config)
+        self._steps.run_begins(thread_id, ns)
+        with self._autocommit.connect() as connection:
+            stored = checkpoint_queries.get_checkpoint(connection, thread_id, ns, checkpoint_id_of(config))
+        if stored is None:
+            return None
+        self._steps.checkpoint_saved(stored.key)  # also when it is pruned before a task that runs at it begins a step
+        return decoded(self.serde, stored, positioned=self.memory is not None)
+
+    def list(
+        self,
+        config: RunnableConfig | None,
+        *,
+        filter: dict[str, Any] | None = None,  # noqa: A002  # as LangGraph calls it
+        before: RunnableConfig | None = None,
+        limit: int | None = None,
+    ) -> Iterator[CheckpointTuple]:
+        """Checkpoints, newest first, read in pages: those of the thread, the graph and the id that *config* names.
+
+        Without *config*, those of all threads. Raises InvalidThread for a *config* that names no thread.
+
+        *filter* is by metadata: values are compared as JSON, and None is null or no such name.
+        """
+        for page in self._pages(config, filter, before, limit):
+            yield from page
+
+    def _pages(
+        self,
+        config: RunnableConfig | None,
+        filter_: dict[str, Any] | None,
+        before: RunnableConfig | None,
+        limit: int | None,
+    ) -> Iterator[Sequence[CheckpointTuple]]:
+        thread_id, ns = (None, None) if config is None else graph_of(config)
+        if "checkpoint_ns" not in configured(config):
+            ns = None  # all graphs of the thread
+        query = CheckpointQuery(thread_id, ns, checkpoint_id_of(config), checkpoint_id_of(before))
+        remaining = limit
+        while remaining is None or remaining > 0:
+            size = _PAGE if remaining is None else min(_PAGE, remaining)
+            with self._autocommit.connect() as connection:
+                page = checkpoint_queries.page(connection, query, filter_ or {}, size)
+            yield [decoded(self.serde, stored, positioned=self.memory is not None) for stored in page]
+            if len(page) < size:
+                return
+            query = query._replace(after=page[-1].key)
+            remaining = None if remaining is None else remaining - size
+
+    def get_delta_channel_history(
+        self, *, config: RunnableConfig, channels: Sequence[str]
+    ) -> Mapping[str, DeltaChannelHistory]:
+        """The writes to each of *channels* on the way to a checkpoint, since the channel's last value was stored."""
+        if not channels:
+            return {}
+        return delta_history(self.engine, self.serde, graph_of(config), checkpoint_id_of(config), channels)
+
+    # -- threads and runs ------------------------------------------------------------------------------------------
+
+    def delete_thread(self, thread_id: str, *, facts: bool = False) -> None:
+        """Delete a thread's checkpoints; with *facts*, take back what its steps have changed, too, in one transaction.
+
+        Facts that others have changed since stay: see `Memory.revoke`.
+        """
+        thread_id = thread_id_of(thread_id)
+        if not facts:
+            with self._read_committed.begin() as connection:
+                thread_rows.delete_threads(connection, [thread_id])
+            return
+        if self.memory is None:
+            raise MemstateError("this checkpointer knows no facts: give it a MemoryStore, or memory=")
+        with self._steps.session() as session, session.begin():
+            self.memory.revoke(session, session_id=thread_id)
+            thread_rows.delete_threads(session.connection(), [thread_id])
+
+    def delete_for_runs(self, run_ids: Sequence[str]) -> None:
+        """Delete the checkpoints of runs, by the ``run_id`` in their metadata; later ones become those of earlier ones.
+
+        A DeltaChannel whose writes go with them reads back without these.
+        """
+        if not run_ids:
+            return
+        with self._read_committed.begin() as connection:
+            checkpoint_pruning.delete_runs(connection, {str(id_) for id_ in run_ids})
+
+    def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
+        """Copy all of a thread, ancestors and blobs included, in the database."""
+        source, target = thread_id_of(source_thread_id), thread_id_of(target_thread_id)
+        with self._read_committed.begin() as connection:
+            thread_rows.copy_thread(connection, source, target)
+
+    def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
+        """Delete all checkpoints of threads ("delete"), or all but the latest of each graph ("keep_latest").
+
+        Of a thread with DeltaChannels, the ancestors that the latest one is rebuilt from stay, too. A call of a
+        subgraph goes with the checkpoint that it began at.
+        """
+        if isinstance(thread_ids, str):
+            raise TypeError("thread_ids: a sequence of thread ids, not a string")
+        if strategy not in ("keep_latest", "delete"):
+            raise ValueError(f"strategy={strategy!r}: 'keep_latest' or 'delete'")
+        thread_ids = [thread_id_of(thread_id) for thread_id in thread_ids]
+        if strategy == "delete":
+            with self._read_committed.begin() as connection:
+                thread_rows.delete_threads(connection, thread_ids)
+            return
+        for thread_id in thread_ids:
+            with self._read_committed.begin() as connection:
+                checkpoint_pruning.prune_thread(connection, thread_id)
+
+    def get_next_version(self, current: str | None, channel: None) -> str:  # noqa: ARG002
+        """Greater than *current*, and no fork's next version: blobs are stored by it."""
+        number = 0 if current is None else int(str(current).split(".")[0])
+        return f"{number + 1:08}.{random.getrandbits(48):012x}"
+
+    # -- asyncio: the same, in threads -----------------------------------------------------------------------------
+    # Not in asyncio's own threads: nodes that are no coroutines run there, and wait for the saves.
+
+    async def _in_thread(self, kind: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        call = partial(copy_context().run, function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads[kind], call)
+
+    async def aput(
+        self,
+        config: RunnableConfig,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+    ) -> RunnableConfig:
+        return await self._in_thread("save", self.put, config, checkpoint, metadata, new_versions)
+
+    async def aput_writes(
+        self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
+    ) -> None:
+        thread_id, ns = graph_of(config)
+        # A call that ends a step never waits behind calls that wait for one.
+        if _will_run_again(writes) and self._steps.is_open(thread_id, task_id):
+            await self._in_thread("settle", self._steps.roll_back, thread_id, task_id)
+        ends_a_step = self._steps.is_open(thread_id, task_id) or self._steps.would_postpone(thread_id, ns)
+        with self._steps.saving(thread_id):
+            kind = "settle" if ends_a_step else "save"
+            await self._in_thread(kind, self.put_writes, config, writes, task_id, task_path)
+
+    async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
+        return await self._in_thread("read", self.get_tuple, config)
+
+    async def alist(
+        self,
+        config: RunnableConfig | None,
+        *,
+        filter: dict[str, Any] | None = None,  # noqa: A002  # as LangGraph calls it
+        before: RunnableConfig | None = None,
+        limit: int | None = None,
+    ) -> AsyncIterator[CheckpointTuple]:
+        pages = self._pages(config, filter, before, limit)
+        while (page := await self._in_thread("read", next, pages, None)) is not None:
+            for checkpoint in page:
+                yield checkpoint
+
+    async def adelete_thread(self, thread_id: str, *, facts: bool = False) -> None:
+        await self._in_thread("save", self.delete_thread, thread_id, facts=facts)
+
+    async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
+        await self._in_thread("save", self.delete_for_runs, run_ids)
+
+    async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
+        await self._in_thread("save", self.copy_thread, source_thread_id, target_thread_id)
+
+    async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
+        await self._in_thread("save", self.prune, thread_ids, strategy=strategy)
+
+    async def aget_delta_channel_history(
+        self, *, config: RunnableConfig, channels: Sequence[str]
+    ) -> Mapping[str, DeltaChannelHistory]:
+        return await self._in_thread("read", self.get_delta_channel_history, config=config, channels=channels)
+
+
+def _will_run_again(writes: Sequence[tuple[str, Any]]) -> bool:
+    """Whether they are those of a task that failed, or waits for an answer."""
+    return any(channel in (ERROR, INTERRUPT) for channel, _ in writes)

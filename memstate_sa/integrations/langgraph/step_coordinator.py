@@ -1,0 +1,455 @@
+"""The order of a graph's steps and saves: which of them wait, and for what."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+import time
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from memstate_sa.db import sqlite
+from memstate_sa.errors import MemstateError
+from memstate_sa.integrations.langgraph.checkpoint_rows import CheckpointKey
+from memstate_sa.integrations.langgraph.fair_semaphore import FairSemaphore
+from memstate_sa.integrations.langgraph.node_transactions import NodeTransaction, StepLifetime, Task
+from memstate_sa.runtime import forks
+
+_REMEMBERED = 4096
+"""How many saved checkpoints are known without asking the database."""
+_ANY_RUN = object()
+
+
+class StepCoordinator:
+    """The open steps of one checkpointer. Thread-safe.
+
+    *room* is how many connections there are. A step has one until its node returns, so some are left for what nodes do
+    meanwhile: half of them may be had by the steps of a graph, half of the rest by those of its subgraphs, and so on.
+    As steps wait for those of a graph further in alone, they never wait in a circle.
+
+    Where there is one connection that writes, a save of a graph that a step is open in would wait for the step, and
+    the step, if it leaves the graph by a Command, for the save. So it is postponed until the step has ended.
+    """
+
+    def __init__(self, sessions: Callable[[], Session], timeout_s: float, room: int = 1) -> None:
+        self._sessions, self._timeout_s, self._room = sessions, timeout_s, room
+        self._reset()
+        forks.in_child(self, StepCoordinator._forked)
+
+    def _forked(self) -> None:
+        """Begin without steps and locks: those are of the parent's threads."""
+        for transaction in (*self._open.values(), *self._committing):
+            forks.leave_to_parent(transaction)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._semaphores: dict[int, FairSemaphore] = {}  # by how far in
+        self._changed = threading.Condition()
+        self._open: dict[tuple[str, str], NodeTransaction] = {}  # by thread and task
+        self._committing: list[NodeTransaction] = []
+        self._saved: OrderedDict[CheckpointKey, None] = OrderedDict()
+        self._writer = threading.Lock()
+        self._saving: Counter[str] = Counter()  # saves that have begun, by thread
+        self._postponed: Counter[tuple[str, str]] = Counter()  # checkpoints that are saved later, by thread and graph
+        self._broken: dict[tuple[str, str], BaseException] = {}  # by thread and graph, for those who wait
+        # The same, and the run that failed: no checkpoint of it may be saved, even after another run has begun.
+        self._lost: OrderedDict[tuple[str, str], tuple[BaseException, object]] = OrderedDict()
+
+    def session(self) -> Session:
+        return self._sessions()
+
+    # -- the checkpointer's reports --------------------------------------------------------------------------------
+
+    def run_begins(self, thread_id: str, ns: str) -> None:
+        """Clear the failures of earlier runs."""
+        if self._broken:
+            with self._changed:
+                self._broken.pop((thread_id, ns), None)
+                if self._lost.get((thread_id, ns), (None, None))[1] is _ANY_RUN:
+                    del self._lost[thread_id, ns]
+        if self._postponed[thread_id, ns]:  # or it would begin with an earlier checkpoint than the latest
+            with self._changed:
+                self._wait(lambda: not self._postponed[thread_id, ns], lambda: None, "a checkpoint is not saved yet")
+
+    def checkpoint_saved(self, key: CheckpointKey) -> None:
+        with self._changed:
+            self._saved[key] = None
+            while len(self._saved) > _REMEMBERED:
+                self._saved.popitem(last=False)
+            self._changed.notify_all()
+
+    def save_failed(self, thread_id: str, ns: str, error: BaseException, run: object) -> None:
+        """No later checkpoint of the *run* may be saved, and what waits for one need not wait any longer."""
+        with self._changed:
+            self._broken[thread_id, ns] = error
+            self._lost[thread_id, ns] = error, run
+            while len(self._lost) > _REMEMBERED:
+                self._lost.popitem(last=False)
+            self._changed.notify_all()
+
+    def check_around(self, thread_id: str, path: str) -> None:
+        """Raise where *path*, of a task or a graph, could write nothing before a node returns that is around it."""
+        if not self._open:
+            return
+        with self._changed:
+            around = [step for step in self._open.values() if step.settling_task.is_around(thread_id, path)]
+        if any(transaction.has_the_only_writer for transaction in around):
+            raise MemstateError(
+                "SQLite has one writer. A step of this node, or of a node that called this graph, has it until that "
+                "node returns. Write in the same step or before it, call the subgraph before it, or compile that with "
+                "checkpointer=False"
+            )
+
+    def wait_for_tasks(self, thread_id: str, ns: str, checkpoint_id: str | None, run: object) -> None:
+        """Return when no task that ran at a checkpoint has its writes still uncommitted; raise if some are lost."""
+        if not (self._open or self._committing or self._lost):
+            return
+
+        def are_settled() -> bool:
+            transactions = [*self._open.values(), *self._committing]
+            key = (thread_id, ns, checkpoint_id)
+            return not any(transaction.settling_task.checkpoint == key for transaction in transactions)
+
+        def failure() -> BaseException | None:
+            error, of_run = self._lost.get((thread_id, ns), (None, None))
+            return error if of_run is _ANY_RUN or (of_run is run and run is not None) else None
+
+        with self._changed:
+            self._wait(are_settled, failure, "a task of the step before has not saved its writes")
+
+    def _wait(self, is_done: Callable[[], bool], failure: Callable[[], BaseException | None], why: str) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            if (error := failure()) is not None:
+                if isinstance(error, MemstateError):
+                    raise error
+                raise MemstateError(f"an earlier save of this run failed: {type(error).__name__}") from error
+            if is_done():
+                return
+            if not self._changed.wait(deadline - time.monotonic()) and time.monotonic() > deadline:
+                raise MemstateError(f"{why}, for {self._timeout_s:g} s")
+
+    # -- saves -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def saving(self, thread_id: str) -> Iterator[None]:
+        """A save of the thread is under way. A step that would block it begins to write when it has ended."""
+        with self._changed:
+            self._saving[thread_id] += 1
+        try:
+            yield
+        finally:
+            self._end_save(thread_id)
+
+    def _end_save(self, thread_id: str) -> None:
+        with self._changed:
+            self._saving[thread_id] -= 1
+            if not self._saving[thread_id]:
+                del self._saving[thread_id]
+            self._changed.notify_all()
+
+    def save(self, thread_id: str, ns: str, run: object, job: Callable[[], None], *, checkpoint: bool = False) -> None:
+        """Do *job*, which saves something of the graph *ns*: now, or when the step that blocks it has ended."""
+        with self._changed:
+            blocking_step = self._blocking_step(thread_id, ns)
+            if blocking_step is None:
+                self._saving[thread_id] += 1
+            else:
+                self._postponed[thread_id, ns] += checkpoint
+                blocking_step.postpone(lambda: self._save_postponed(thread_id, ns, run, job, checkpoint=checkpoint))
+                return
+        try:
+            with self._one_at_a_time(), self.explaining_busy_errors():
+                job()
+        finally:
+            self._end_save(thread_id)
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Have saves wait here where one connection writes: in the pool, each would keep another connection."""
+        if self._room > 1:
+            yield
+            return
+        if not self._writer.acquire(timeout=self._timeout_s):
+            raise self._busy_error()
+        try:
+            yield
+        finally:
+            self._writer.release()
+
+    def _save_postponed(
+        self, thread_id: str, ns: str, run: object, job: Callable[[], None], *, checkpoint: bool
+    ) -> None:
+        try:
+            with self.explaining_busy_errors():
+                job()
+        except BaseException as error:  # noqa: BLE001  # it is raised in whatever saves, or waits, after this
+            self.save_failed(thread_id, ns, error, run)
+        finally:
+            with self._changed:
+                self._postponed[thread_id, ns] -= checkpoint
+                if not self._postponed[thread_id, ns]:
+                    del self._postponed[thread_id, ns]
+                self._changed.notify_all()
+
+    def would_postpone(self, thread_id: str, ns: str) -> bool:
+        """Whether a save of the graph *ns* would be postponed."""
+        with self._changed:
+            return self._blocking_step(thread_id, ns) is not None
+
+    def _blocking_step(self, thread_id: str, ns: str) -> NodeTransaction | None:
+        if self._room > 1:
+            return None
+        transactions = (*self._open.values(), *self._committing)
+        return next((transaction for transaction in transactions if transaction.blocks_save(thread_id, ns)), None)
+
+    @contextmanager
+    def explaining_busy_errors(self) -> Iterator[None]:
+        """Say who has SQLite's writer, where the driver says that it is locked."""
+        try:
+            yield
+        except DBAPIError as error:
+            if not sqlite.is_busy(error):
+                raise
+            raise self._busy_error() from error
+
+    def _busy_error(self) -> MemstateError:
+        with self._changed:
+            transactions = [*self._open.values(), *self._committing]
+            threads = {step.task.checkpoint.thread_id for step in transactions if step.has_the_only_writer}
+        owner = f"A step of thread {min(threads)!r}" if threads else "Another connection"
+        return MemstateError(
+            f"Cannot write: SQLite has one writer, and it was not free in time. {owner} has it. Let nodes return "
+            "soon after they have written in a step, or use PostgreSQL"
+        )
+
+    # -- tasks -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def step(
+        self, task: Task, is_saved: Callable[[CheckpointKey], bool], lifetime: StepLifetime
+    ) -> Iterator[tuple[Session, bool]]:
+        """The Session of *task*, and whether this is its first use of it.
+
+        *lifetime* lasts as long as something may settle it: a run that is cancelled, or times out, says nothing.
+        """
+        transaction = self.begin(task, is_saved, lifetime)
+        if not transaction.permit.done():
+            with lifetime.waiting():
+                transaction.semaphore.wait_blocking(transaction.permit, self._timeout_s)
+        transaction.semaphore.check(transaction.permit)
+        if self._room == 1:
+            self._wait_for_saves(task.checkpoint.thread_id)
+        with self.explaining_busy_errors(), transaction.block() as session:
+            yield session, transaction.block_count == 1
+
+    def begin(self, task: Task, is_saved: Callable[[CheckpointKey], bool], lifetime: StepLifetime) -> NodeTransaction:
+        """The transaction of *task*, which `step` enters. Its permit has to be waited for first."""
+        self.check_around(task.checkpoint.thread_id, task.path.rpartition("|")[0])
+        if (open_transaction := self.find(task)) is not None:
+            return open_transaction
+        self.drop(task, other_attempts=True)
+        self._wait_for_checkpoint(task, is_saved, lifetime)
+        with self._changed:
+            transaction = self._open.get(task.key)
+            if transaction is None:
+                semaphore = self._semaphore_at(task.depth)
+                transaction = NodeTransaction(task, self._sessions(), semaphore, self._changed)
+                self._open[task.key] = transaction
+                self._end_with(transaction, lifetime)
+                self._reject_stuck()
+        lifetime.watch(self, task)
+        return transaction
+
+    def _end_with(self, transaction: NodeTransaction, lifetime: StepLifetime) -> None:
+        if transaction.finalizer is not None:
+            transaction.finalizer.detach()
+        # In a thread, as a finalizer may run anywhere, and must not wait; by the call that takes no lock.
+        start, task = _thread.start_new_thread, transaction.task
+        transaction.finalizer = weakref.finalize(lifetime.graph, start, self.give_up, (task,))
+        transaction.finalizer.atexit = False
+
+    def find(self, task: Task) -> NodeTransaction | None:
+        """The open transaction of this attempt at a task."""
+        with self._changed:
+            transaction = self._open.get(task.key)
+        return transaction if transaction is not None and transaction.task.is_attempt(task) else None
+
+    async def wait_for_permit(self, transaction: NodeTransaction) -> None:
+        """Return when *transaction* may begin; it has no connection yet. Raises MemstateError when nothing moves."""
+        await transaction.semaphore.wait(transaction.permit, self._timeout_s)
+
+    def _semaphore_at(self, depth: int) -> FairSemaphore:
+        return self._semaphores.setdefault(depth, FairSemaphore(max(1, self._room >> (depth + 1)), self._changed))
+
+    def _wait_for_saves(self, thread_id: str) -> None:
+        """Wait for the saves that began before the step: they would wait for it, and it perhaps for them."""
+        with self._changed:
+            why = "a save of this thread that began before the step has not ended"
+            self._wait(lambda: not self._saving[thread_id], lambda: None, why)
+
+    # -- how tasks end ---------------------------------------------------------------------------------------------
+
+    def give_up(self, task: Task) -> None:
+        """Roll back what is open of an attempt that nothing will settle. Its run saves nothing more."""
+        with self._changed:
+            transaction = self.find(task)
+            if transaction is None:
+                return
+            # Whoever has caught the cancellation, and goes on, must not get away with what was written before it. Said
+            # first: others look without the lock whether there is something.
+            error = MemstateError("a task was cancelled while its step was open")
+            self.save_failed(task.checkpoint.thread_id, transaction.settling_task.checkpoint.ns, error, _ANY_RUN)
+            self._remove(transaction)
+        transaction.abandon_from_anywhere()
+
+    def drop(self, task: Task, *, other_attempts: bool = False) -> None:
+        """Roll back what is open of this attempt at a task, or of *other_attempts*: the task runs again."""
+        with self._changed:
+            transaction = self._open.get(task.key)
+            if transaction is None or transaction.task.is_attempt(task) == other_attempts:
+                return
+            self._remove(transaction)
+        transaction.abandon_from_anywhere()
+
+    def _remove(self, transaction: NodeTransaction) -> None:
+        del self._open[transaction.task.key]
+        transaction.is_abandoned = True
+        self._reject_stuck()
+        self._changed.notify_all()
+
+    def leave_graph(self, task: Task, ns: str) -> None:
+        """Note that the task left the graph *ns* by a Command. It is settled when that graph has ended."""
+        with self._changed:
+            transaction = self.find(task)
+            if transaction is not None and transaction.settling_task.checkpoint.ns == ns:
+                transaction.left_graph = ns
+                self._reject_stuck()
+                self._changed.notify_all()
+
+    def hand_over(self, task: Task, parent: Task, lifetime: StepLifetime) -> None:
+        """The graph that the task left has ended: its step commits with the writes of the task that called it."""
+        with self._changed:
+            transaction = self.find(task)
+            if transaction is not None:
+                transaction.settling_task, transaction.left_graph = parent, None
+                self._end_with(transaction, lifetime)
+                self._changed.notify_all()
+
+    def _reject_stuck(self) -> None:
+        """Reject the requests for permits that those who have one wait for."""
+        if not any(transaction.left_graph is not None for transaction in self._open.values()):
+            return
+        for transaction in list(self._open.values()):
+            semaphore, open_steps = transaction.semaphore, self._open.values()
+            ahead = [other for other in open_steps if other.semaphore is semaphore and other.permit.done()]
+            is_stuck = bool(ahead) and all(other.waits_for_graph_of(transaction.task) for other in ahead)
+            if not transaction.permit.done() and is_stuck:
+                semaphore.reject(transaction.permit, _stuck_error())
+
+    def _wait_for_checkpoint(
+        self, task: Task, is_saved: Callable[[CheckpointKey], bool], lifetime: StepLifetime
+    ) -> None:
+        key = task.checkpoint
+        if key in self._saved or is_saved(key):
+            return
+        graph = (key.thread_id, key.ns)
+
+        def failure() -> BaseException | None:
+            if self._postponed[graph] and any(step.waits_for_graph_of(task) for step in self._open.values()):
+                return _stuck_error()
+            return self._broken.get(graph)
+
+        with lifetime.waiting(), self._changed:
+            why = "the checkpoint at which this task runs was not saved by this checkpointer"
+            self._wait(lambda: key in self._saved, failure, why)
+
+    # -- saving what they wrote ------------------------------------------------------------------------------------
+
+    @property
+    def is_any_open(self) -> bool:
+        """Whether any step is open. Cheap."""
+        return bool(self._open)
+
+    def is_open(self, thread_id: str, task_id: str) -> bool:
+        """Whether the task may have something to commit."""
+        with self._changed:
+            return bool(self._keys_settled_by(thread_id, task_id))
+
+    @contextmanager
+    def settle(self, key: CheckpointKey, task_id: str, run: object, *, commits: bool) -> Iterator[Connection | None]:
+        """The connection of the task's step, to save its writes on: committed at the end, or rolled back first.
+
+        None: there is no step. The step of a task that left a graph inside of it, by a Command to the parent, is one of
+        this task.
+        """
+        self.check_around(key.thread_id, key.ns)
+        if not commits:
+            self.roll_back(key.thread_id, task_id)
+        transactions = self._take(key.thread_id, task_id)
+        if not transactions:
+            error, of_run = self._lost.get((key.thread_id, key.ns), (None, None))
+            if commits and error is not None and of_run is _ANY_RUN:
+                raise error
+            yield None
+            return
+        try:
+            transaction = _only(transactions)
+            with transaction.lock, self.explaining_busy_errors():
+                yield transaction.session.connection()
+                transaction.session.commit()
+        except BaseException as error:
+            self.save_failed(key.thread_id, key.ns, error, run)
+            raise
+        finally:
+            self._close(transactions)
+
+    def roll_back(self, thread_id: str, task_id: str) -> None:
+        """End what is open of a task that will run again. It waits for no save."""
+        self._close(self._take(thread_id, task_id))
+
+    def _close(self, transactions: Sequence[NodeTransaction]) -> None:
+        for transaction in transactions:
+            with transaction.lock:
+                transaction.close()
+        with self._changed:
+            self._committing = [other for other in self._committing if other not in transactions]
+            self._changed.notify_all()
+
+    def _keys_settled_by(self, thread_id: str, task_id: str) -> list[tuple[str, str]]:
+        """The open steps that commit with the task's writes."""
+        return [key for key, step in self._open.items() if step.settling_task.key == (thread_id, task_id)]
+
+    def _take(self, thread_id: str, task_id: str) -> list[NodeTransaction]:
+        if not self._open:
+            return []
+        with self._changed:
+            keys = self._keys_settled_by(thread_id, task_id)
+            transactions = [self._open[key] for key in keys]
+            self._committing += transactions  # before they are open no more: others look without the lock
+            for key in keys:
+                del self._open[key]
+            return transactions
+
+
+def _only(transactions: Sequence[NodeTransaction]) -> NodeTransaction:
+    if len(transactions) > 1:
+        raise MemstateError(
+            f"{len(transactions)} steps would have to commit together: those of a node, and of graphs that ended in it "
+            "by a Command to the parent"
+        )
+    return transactions[0]
+
+
+def _stuck_error() -> MemstateError:
+    return MemstateError(
+        "Cannot begin this step: it waits for the step of a node beside it, which left the graph by a Command to the "
+        "parent. That step ends when this graph has ended. Let one node of those that run together write in a step, or "
+        "use a database and a pool with more connections"
+    )

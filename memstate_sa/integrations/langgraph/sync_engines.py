@@ -1,0 +1,50 @@
+"""The engine that a checkpointer or a store works on, and how many steps it has room for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.engine import URL, Engine
+from sqlalchemy.pool import QueuePool
+
+from memstate_sa.db import missing_tables
+from memstate_sa.db.engines import engine_of
+from memstate_sa.errors import MemstateError
+from memstate_sa.memory import Memory
+from memstate_sa.store import MemoryStore
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+_UNBOUNDED_ROOM = 64
+
+
+def sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: Memory | None) -> Engine:
+    """The engine of *where*, or one for threads on its URL."""
+    engine = _sync_engine(where, memory)
+    missing_tables.explain(engine)
+    return engine
+
+
+def _sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: Memory | None) -> Engine:
+    if isinstance(where, (MemoryStore, Engine)):
+        return where if isinstance(where, Engine) else where.engine
+    if isinstance(where, (str, URL)):
+        url: str | URL = where
+    elif memory is not None:
+        return memory.sync_engine(where)
+    elif isinstance(getattr(where, "url", None), URL):
+        url = where.url.set(drivername=where.url.get_backend_name())
+    else:
+        raise MemstateError(f"{where!r}: give a MemoryStore, an Engine or a URL")
+    return engine_of(url if isinstance(url, str) else url.render_as_string(hide_password=False))
+
+
+def room_for_steps(engine: Engine) -> int:
+    """How many steps may be open at a time: one on SQLite, which has one writer, else one for each connection."""
+    if engine.dialect.name == "sqlite":
+        return 1
+    pool: Any = engine.pool
+    if not isinstance(pool, QueuePool) or pool.size() == 0 or pool._max_overflow < 0:  # noqa: SLF001  # nothing tells it
+        return _UNBOUNDED_ROOM
+    return pool.size() + pool._max_overflow  # noqa: SLF001

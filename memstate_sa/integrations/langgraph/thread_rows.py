@@ -1,0 +1,79 @@
+"""Statements on all rows of a thread: lock, copy and delete them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Table, Text, bindparam, delete, false, func, literal_column, select
+from sqlalchemy.engine import Connection
+
+from memstate_sa.db.json_params import as_array, unnest_strings
+from memstate_sa.db.statements import upsert
+from memstate_sa.integrations.langgraph.checkpoint_rows import TABLES
+from memstate_sa.integrations.langgraph.tables import checkpoint
+
+_threads = unnest_strings("threads")
+
+
+def _of_threads(table: Table) -> ColumnElement[bool]:
+    return table.c.thread_id.in_(select(_threads.c.value))
+
+
+_take_advisory_locks = select(func.count(func.pg_advisory_xact_lock(func.hashtextextended(_threads.c.value, 8021))))
+_lock_rows: Any = (
+    select(literal_column("1")).where(_of_threads(checkpoint)).order_by(*checkpoint.primary_key).with_for_update()
+)
+_delete_nothing = delete(checkpoint).where(false())
+
+
+def lock_threads(connection: Connection, thread_ids: Iterable[str]) -> None:
+    """Have others that save to these threads wait until this transaction ends.
+
+    A checkpoint that follows another one waits for that one's row; one whose parent is gone waits for the thread.
+    """
+    if connection.dialect.name == "sqlite":
+        connection.execute(_delete_nothing)  # which takes the write lock
+        return
+    params = {"threads": as_array(sorted(thread_ids))}
+    connection.execute(_take_advisory_locks, params)
+    connection.execute(_lock_rows, params)
+
+
+def delete_threads(connection: Connection, thread_ids: Iterable[str]) -> None:
+    """Delete all rows of these threads."""
+    thread_ids = list(thread_ids)
+    lock_threads(connection, thread_ids)
+    statements = [delete(table).where(_of_threads(table)) for table in TABLES]
+    _execute_at_once(connection, statements, {"threads": as_array(thread_ids)})
+
+
+def _execute_at_once(connection: Connection, statements: Sequence[Any], params: Mapping[str, Any]) -> None:
+    """Run *statements* on one state of the database."""
+    if connection.dialect.name == "postgresql":  # where each statement sees another; on SQLite, we are the writer
+        first, *others = statements
+        statements = [first.add_cte(*(other.cte(f"also_{n}") for n, other in enumerate(others)))]
+    for statement in statements:
+        connection.execute(statement, params)
+
+
+def copy_thread(connection: Connection, source: str, target: str) -> None:
+    """Copy all rows of a thread as they are at one moment, in which nothing is pruned half-way."""
+    statements = [_copy(connection.dialect.name, table) for table in TABLES]
+    _execute_at_once(connection, statements, {"source": source, "target": target})
+
+
+def _copy(dialect_name: str, table: Table) -> Any:
+    values: dict[str, ColumnElement[Any]] = {column.name: column for column in table.columns}
+    values["thread_id"] = bindparam("target", type_=Text())
+    copied = select(*values.values()).where(table.c.thread_id == bindparam("source", type_=Text()))
+    return upsert(dialect_name, table).from_select(list(values), copied).on_conflict_do_nothing()
+
+
+def threads_of_runs(connection: Connection, run_ids: Iterable[str]) -> list[str]:
+    """The threads that have checkpoints of these runs."""
+    runs = unnest_strings("runs")
+    statement = select(checkpoint.c.thread_id).distinct().where(
+        checkpoint.c.run_id.is_not(None), checkpoint.c.run_id.in_(select(runs.c.value))
+    )  # fmt: skip
+    return list(connection.scalars(statement, {"runs": as_array(run_ids)}))

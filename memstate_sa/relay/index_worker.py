@@ -1,0 +1,223 @@
+"""`IndexWorker`: steps of the delivery to one index, one at a time, in the caller's thread or in one of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+from sqlalchemy.engine import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from memstate_sa.errors import DeliveryRetryable, MemstateError
+from memstate_sa.relay.delivery import Delivery
+from memstate_sa.relay.retry import Breaker
+from memstate_sa.relay.wakeup import Changes
+from memstate_sa.runtime import forks
+from memstate_sa.runtime.printable import printable_logger
+
+logger = printable_logger("memstate_sa.relay")
+_LONGEST_PAUSE_S = 0.1
+
+
+class IndexWorker:
+    """The delivery to one index, called by one thread at a time, with a thread of its own in the background."""
+
+    def __init__(self, engine: Engine, delivery: Delivery, breaker: Breaker, poll_s: tuple[float, float]) -> None:
+        self.delivery = delivery
+        self.breaker = breaker
+        self.failure: Exception | None = None
+        self.woken = threading.Event()
+        self._engine = engine
+        self._poll_s = poll_s
+        self._begin()
+        forks.in_child(self, IndexWorker._begin)
+
+    def _begin(self) -> None:
+        """Begin without a thread. In a forked child, too: another thread of the parent may have had the lock."""
+        self.woken = threading.Event()
+        self._lock = threading.RLock()
+        self._thread: _WorkerThread | None = None
+        self._unjoined_thread: _WorkerThread | None = None
+
+    def open(self) -> None:
+        try:
+            self.delivery.open()
+        except DeliveryRetryable as error:  # it may come up later
+            logger.warning("%s: %s", self.delivery.name, error)
+
+    def step(self, *, save: bool = False) -> int | None:
+        counters = self.delivery.slot_worker.counters
+        with self._lock:
+            converged_before = counters.converged
+            try:
+                count = self.delivery.step()
+                if save:
+                    self.delivery.save()
+            except Exception as error:
+                if counters.converged > converged_before:
+                    self.breaker.succeeded()  # it failed after some success: a new failure
+                self._failed(error)
+                raise
+            self.breaker.succeeded()
+            self.failure = None
+            return count
+
+    def _failed(self, error: Exception) -> None:
+        self.failure = error
+        wait = self.breaker.failed(error, time.monotonic())
+        is_known = isinstance(error, (MemstateError, SQLAlchemyError))
+        reason = str(error) if isinstance(error, MemstateError) else type(error).__name__
+        if isinstance(error, SQLAlchemyError):
+            reason = f"the database: {reason}"
+        logger.log(
+            logging.WARNING if is_known else logging.ERROR,
+            "%s: delivery failed (%s), next attempt in %.1f s",
+            self.delivery.name,
+            reason,
+            wait,
+            exc_info=None if is_known else error,
+        )
+
+    # -- in the background -------------------------------------------------------------------------------------------
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread is not None and not self._thread.is_over
+
+    def start(self, clean_up: Callable[[], None]) -> None:
+        """Deliver in a thread. It calls *clean_up* after every step."""
+        self.delivery.slot_worker.stopping = False
+        self._thread = _WorkerThread(f"memstate-relay-{self.delivery.name}", partial(self._run, clean_up))
+
+    def ask_to_stop(self) -> None:
+        if self._thread is not None:
+            self._thread.stopping.set()
+        self.delivery.slot_worker.stopping = True
+        self.woken.set()
+
+    def stop(self, deadline: float) -> None:
+        self.ask_to_stop()  # again: start() may have come between
+        thread, self._thread = self._thread or self._unjoined_thread, None
+        if thread is not None:
+            thread.join(deadline)
+            if thread.call_at_end(self._release):
+                self._unjoined_thread = thread
+                logger.warning(
+                    "%s: the index or the embedder does not answer; its thread ends when it does", self.delivery.name
+                )
+                return
+        if self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):  # else a run_once() is under way
+            try:
+                self._release()
+            finally:
+                self._lock.release()
+
+    def after_stop(self, call: Callable[[], None]) -> None:
+        if self._unjoined_thread is None or not self._unjoined_thread.call_at_end(call):
+            call()
+
+    def _release(self) -> None:
+        with self._lock:
+            if self._thread is not None:  # it was started again, and goes on with the same lease
+                return
+            self.delivery.slot_worker.stopping = False
+            try:
+                self.delivery.release()
+            except SQLAlchemyError as error:  # the database is away: the lease runs out by itself
+                logger.warning("%s: not released (%s)", self.delivery.name, type(error).__name__)
+                self.delivery.slot_worker.reset()
+
+    def _run(self, clean_up: Callable[[], None], stopping: threading.Event) -> None:
+        changes = Changes(self._engine)
+        wait = self._poll_s[0]
+        try:
+            while not stopping.is_set():
+                try:
+                    wait = self._step_and_wait(clean_up, changes, wait, stopping)
+                except Exception as error:  # noqa: BLE001  # whatever it is, the next look may succeed; nothing is lost
+                    if error is not self.failure:
+                        self._failed(error)
+        finally:
+            changes.close()
+
+    def _step_and_wait(
+        self, clean_up: Callable[[], None], changes: Changes, wait: float, stopping: threading.Event
+    ) -> float:
+        """Run a step, and pause after it. Returns how long to wait after the next step that finds nothing."""
+        self.woken.clear()
+        began = time.thread_time()
+        breaker_wait = self.breaker.wait_s(time.monotonic())
+        if breaker_wait > 0:
+            stopping.wait(min(breaker_wait, 1.0))
+            self._keep()
+            return wait
+        count = self.step()
+        clean_up()
+        if count is None:
+            return self._wait_for_work(changes, wait, stopping)
+        if self.delivery.slot_worker.more:
+            return self._poll_s[0]
+        if self.woken.is_set():
+            # The application commits faster than this delivers, in the same process: leave it four times the time that
+            # was taken, and find more to do at once. An idle relay answers immediately.
+            stopping.wait(min(4 * (time.thread_time() - began), _LONGEST_PAUSE_S))
+        return self._wait_for_work(changes, self._poll_s[0], stopping)
+
+    def _keep(self) -> None:
+        """Keep the lease. A failure to renew it is no failure of the index, and must not keep the breaker open."""
+        try:
+            with self._lock:
+                self.delivery.keep()
+        except (MemstateError, SQLAlchemyError) as error:
+            logger.debug("%s: the lease was not renewed: %s", self.delivery.name, type(error).__name__)
+
+    def _wait_for_work(self, changes: Changes, wait: float, stopping: threading.Event) -> float:
+        """Wait until something was committed here or elsewhere, or another look is due. Returns the next wait."""
+        shortest, longest = self._poll_s
+        look_at = min(time.monotonic() + max(longest, 1.0), self.delivery.slot_worker.due_at)
+        while not stopping.is_set():
+            remaining = look_at - time.monotonic()
+            if self.woken.wait(max(0.0, min(wait, remaining))):
+                return shortest
+            wait = min(wait * 1.5, longest)
+            if changes.seen() or remaining <= 0:
+                return wait
+        return wait
+
+
+class _WorkerThread:
+    """A thread that works until it is asked to stop, and the calls that it makes at its end."""
+
+    def __init__(self, name: str, work: Callable[[threading.Event], None]) -> None:
+        self.stopping = threading.Event()
+        self._ending = threading.Lock()
+        self._calls_at_end: list[Callable[[], None]] | None = []
+        self._thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[threading.Event], None]) -> None:
+        try:
+            work(self.stopping)
+        finally:
+            with self._ending:
+                calls, self._calls_at_end = self._calls_at_end or [], None
+            for call in calls:
+                call()
+
+    @property
+    def is_over(self) -> bool:
+        return self._calls_at_end is None or not self._thread.is_alive()
+
+    def join(self, deadline: float) -> None:
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def call_at_end(self, call: Callable[[], None]) -> bool:
+        """Have this thread make *call* at its end. Returns False when it has ended."""
+        with self._ending:
+            if self._calls_at_end is None:
+                return False
+            self._calls_at_end.append(call)
+            return True

@@ -1,0 +1,114 @@
+"""Refills: progress of delivering the rows of an entity in full, and of scanning the index itself."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from sqlalchemy import not_, select, update
+from sqlalchemy.engine import Connection
+
+from memstate_sa.db.statements import upsert
+from memstate_sa.db.tables import cursor, index_state, ledger, refill
+from memstate_sa.log.outbox import slots
+from memstate_sa.relay.index_key import IndexKey, of_index
+from memstate_sa.relay.requests import Refill
+
+SCAN = ""
+"""The refill rows that stand for the scan of the index itself."""
+
+
+def restart_scan(connection: Connection, index: IndexKey, taken: Collection[int]) -> None:
+    """Scan the index again for *taken* slots that were being filled.
+
+    Their last owner may have written points whose rows are no longer listed.
+    """
+    undone = select(refill.c.slot).where(of_index(refill), not_(refill.c.done), refill.c.slot.in_(taken))
+    slots = set(connection.scalars(undone.distinct(), index.parameters())) if taken else set()
+    if slots:
+        again = update(refill).where(of_index(refill), refill.c.entity == SCAN, refill.c.slot.in_(slots))
+        connection.execute(again.values(done=False, position=None), index.parameters())
+
+
+def read_entities(connection: Connection, index: IndexKey) -> set[str]:
+    """The entities that the index has been delivered, and `SCAN`."""
+    return set(connection.scalars(select(refill.c.entity).where(of_index(refill)).distinct(), index.parameters()))
+
+
+def require_refills(
+    connection: Connection,
+    index: IndexKey,
+    delivered: Collection[str],
+    entities: Collection[str],
+    changed: Collection[str],
+) -> bool:
+    """Refill *entities* that are new or *changed*. Returns whether points carry their entity.
+
+    They do when the index gets a second entity, and not before: in Chroma a field costs a tenth of the writing rate.
+    All points are then written again, without a new embedding.
+    """
+    dialect = connection.dialect.name
+    if changed:
+        restart = update(refill).where(of_index(refill), refill.c.entity.in_(changed))
+        connection.execute(restart.values(done=False, position=None), index.parameters())
+    missing_names = [name for name in (SCAN, *entities) if name not in delivered]
+    if missing_names:
+        rows = [
+            {**index.values(), "entity": name, "slot": slot, "position": None, "done": False}
+            for name in missing_names
+            for slot in slots(dialect)
+        ]
+        connection.execute(upsert(dialect, refill).on_conflict_do_nothing(), rows)
+        # The scan passed by the points of an entity that was unknown.
+        scan = update(refill).where(of_index(refill), refill.c.entity == SCAN).values(done=False, position=None)
+        connection.execute(scan, index.parameters())
+    is_marked = select(index_state.c.marked).where(of_index(index_state))
+    marked: bool = connection.execute(is_marked, index.parameters()).scalar_one()
+    several = len({SCAN, *delivered, *entities}) > 2
+    if several and not marked:
+        marking = update(index_state).where(of_index(index_state)).values(marked=True)
+        refilling = update(refill).where(of_index(refill), refill.c.entity != SCAN).values(done=False, position=None)
+        doubting = update(ledger).where(of_index(ledger), not_(ledger.c.deleted)).values(fingerprint=None)
+        # Writes under way without the entity are not acknowledged any more.
+        revoking = update(cursor).where(of_index(cursor)).values(epoch=cursor.c.epoch + 1)
+        for statement in (marking, refilling, doubting, revoking):
+            connection.execute(statement, index.parameters())
+    return marked or several
+
+
+def next_refill(
+    connection: Connection, index: IndexKey, slots: Collection[int], entities: Collection[str]
+) -> Refill | None:
+    """The next part of a refill: the index's own scan first, then entity by entity.
+
+    Slots at the same row go together. The slots that are furthest behind go first.
+    """
+    statement = (
+        select(refill.c.entity, refill.c.position, refill.c.slot)
+        .where(of_index(refill), not_(refill.c.done))
+        .where(refill.c.entity.in_([SCAN, *entities]), refill.c.slot.in_(slots))
+        .order_by(refill.c.entity, refill.c.position.is_not(None), refill.c.position, refill.c.slot)
+    )
+    rows = connection.execute(statement, index.parameters()).all()
+    if not rows:
+        return None
+    entity, position, _ = rows[0]
+    return Refill(entity, position, frozenset(row[2] for row in rows if row[:2] == (entity, position)))
+
+
+def save_refill(connection: Connection, index: IndexKey, progress: Refill, held_slots: Collection[int]) -> None:
+    connection.execute(
+        update(refill)
+        .where(
+            of_index(refill), refill.c.entity == progress.entity, refill.c.slot.in_(progress.slots & set(held_slots))
+        )
+        .values(position=progress.position, done=progress.done),
+        index.parameters(),
+    )
+
+
+def is_filled(connection: Connection, index: IndexKey, entities: Sequence[str]) -> bool:
+    """Whether the refill of each of *entities*, and the scan of the index itself, are done."""
+    statement = select(refill.c.entity, refill.c.done).where(of_index(refill)).distinct()
+    rows = connection.execute(statement, index.parameters()).all()
+    undone = {entity for entity, done in rows if not done}
+    return {entity for entity, _ in rows}.difference(undone).issuperset((SCAN, *entities))

@@ -1,0 +1,95 @@
+"""An index in the database: its registration, its deletion, and the cluster that its positions are of."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import delete, exists, func, select, text, update
+from sqlalchemy.engine import Connection
+
+from memstate_sa.db.statements import upsert
+from memstate_sa.db.tables import cursor, holder, index_state, ledger, parked, past, projection, refill
+from memstate_sa.errors import IndexMismatch
+from memstate_sa.log.outbox import read_present, slots
+from memstate_sa.log.positions import Position
+from memstate_sa.relay.index_key import IndexKey, of_index
+
+
+def touch(connection: Connection, index: IndexKey, now: datetime) -> bool:
+    touching = update(index_state).where(of_index(index_state)).values(active_at=now)
+    return connection.execute(touching, index.parameters()).rowcount > 0
+
+
+_STATE_TABLES = (index_state, refill, parked, cursor, ledger, holder, past, projection)
+
+
+def require_registered(connection: Connection, index: IndexKey, now: datetime, embedder: str, dimension: int) -> None:
+    """Register a new lifetime of an index. Its cursors start now; the refill brings everything older."""
+    if _is_registered(connection, index, embedder, dimension):
+        return
+    live = select(holder.c.incarnation).where(holder.c.index == index.name, holder.c.lease_until > now)
+    was_paused = exists().where(index_state.c.index == index.name, index_state.c.paused)
+    paused = connection.execute(select(was_paused)).scalar_one()
+    for table in _STATE_TABLES:
+        connection.execute(
+            delete(table).where(table.c.index == index.name, table.c.incarnation.not_in(live.scalar_subquery()))
+        )
+    dialect = connection.dialect.name
+    # Two relays may find it new: the second one leaves the rows of the first.
+    state = {"embedder": embedder, "dimension": dimension, "marked": False, "paused": paused}
+    state |= {"created_at": now, "active_at": now, "cluster": _read_cluster(connection)}
+    connection.execute(upsert(dialect, index_state).on_conflict_do_nothing(), {**index.values(), **state})
+    values = {**index.values(), **position_columns(read_present(connection)), "owner": None, "epoch": 0}
+    connection.execute(
+        upsert(dialect, cursor).on_conflict_do_nothing(), [{**values, "slot": slot} for slot in slots(dialect)]
+    )
+    assert _is_registered(connection, index, embedder, dimension)
+
+
+def _is_registered(connection: Connection, index: IndexKey, embedder: str, dimension: int) -> bool:
+    filled_by = select(index_state.c.embedder, index_state.c.dimension).where(of_index(index_state))
+    row = connection.execute(filled_by, index.parameters()).one_or_none()
+    if row is not None and tuple(row) != (embedder, dimension):
+        raise IndexMismatch(
+            f"index {index.name!r} was filled by embedder {row.embedder!r} ({row.dimension} dimensions), not by "
+            f"{embedder!r} ({dimension}): give it another name, or delete it to have it filled anew"
+        )
+    return row is not None
+
+
+def forget_index(connection: Connection, index: IndexKey) -> None:
+    """Delete all state of *index*, as if it had never been delivered to."""
+    for table in _STATE_TABLES:
+        connection.execute(delete(table).where(of_index(table)), index.parameters())
+
+
+def position_columns(position: Position) -> dict[str, Any]:
+    return {"snapshot": str(position.snapshot), "xid": position.xid, "position": position.id}
+
+
+_may_ask = select(func.has_function_privilege("pg_control_system()", "execute"))
+
+# The insertion point's timeline: it changes at once when a standby is promoted or a backup recovered.
+_cluster = text(
+    "SELECT concat(system_identifier, '/', left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)) "
+    "FROM pg_control_system()"
+)
+
+
+def _read_cluster(connection: Connection) -> str | None:
+    """The cluster and timeline of transaction ids; None where the server does not tell them."""
+    if connection.dialect.name != "postgresql" or not connection.execute(_may_ask).scalar_one():
+        return None
+    cluster: str = connection.execute(_cluster).scalar_one()
+    return cluster
+
+
+def has_moved(connection: Connection, index: IndexKey) -> bool:
+    """Whether the database has moved to another cluster since the positions were recorded. Records the new one."""
+    known = connection.execute(select(index_state.c.cluster).where(of_index(index_state)), index.parameters()).scalar()
+    cluster = _read_cluster(connection)
+    if cluster is not None and cluster != known:
+        recording = update(index_state).where(of_index(index_state)).values(cluster=cluster)
+        connection.execute(recording, index.parameters())
+    return None not in (known, cluster) and known != cluster

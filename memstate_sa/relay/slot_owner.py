@@ -1,0 +1,247 @@
+"""The owner of slots, without I/O: it yields requests to claim, keep, save and release them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from memstate_sa.db.codec import FactKey
+from memstate_sa.log.positions import Position, slot_of
+from memstate_sa.relay.plan import Parked, ParkedState
+from memstate_sa.relay.requests import Acknowledge, Claim, Claimed, Redirty, Release, Renew, Steps, ask
+
+
+@dataclass(eq=False)
+class SlotGroup:
+    """Slots at the same position. The ledger is not believed until the group reaches ``unsettled_until``."""
+
+    slots: set[int]
+    position: Position
+    unsettled_until: Position | None
+    saved_position: Position
+    has_passed_entries: bool = False  # since the position was saved
+
+    @property
+    def is_unsaved(self) -> bool:
+        return self.has_passed_entries and self.position != self.saved_position
+
+    def move_to(self, position: Position) -> None:
+        self.position = position
+        if self.unsettled_until is not None and position.covers(self.unsettled_until):
+            self.unsettled_until = None
+
+
+class Move(NamedTuple):
+    """The position that a group reaches when the batch in work is done."""
+
+    group: SlotGroup
+    position: Position
+
+
+@dataclass
+class Counters:
+    """The work of a relay for an index since it began, counted in keys unless it says otherwise.
+
+    ``embedded``: texts given to the embedder · ``reused``: written with the vector that was there · ``unchanged``:
+    not written at all · ``lost``: slots that another owner took before they were acknowledged.
+    """
+
+    converged: int = 0
+    embedded: int = 0
+    reused: int = 0
+    unchanged: int = 0
+    rejected: int = 0
+    lost: int = 0
+
+
+class SlotOwner:
+    """The slots of one index that one owner holds, their positions, and the keys whose last write is unsure.
+
+    Run a method that returns `Steps` to its end before you begin the next one.
+    """
+
+    def __init__(
+        self,
+        entities: Collection[str],
+        *,
+        slots: int,
+        lease_s: float,
+        save_every_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.counters = Counters()
+        self.entities = entities
+        self._slot_count = slots
+        self._lease_s = lease_s
+        self._save_every_s = save_every_s
+        self._clock = clock
+        self._save_at = clock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all slots, as a crash would: the next owner settles them."""
+        self.epochs: dict[int, int] = {}
+        self._groups: list[SlotGroup] = []
+        self._unsure: dict[FactKey, bool] = {}  # whether the call may yet land
+        self._late: dict[FactKey, Parked] = {}
+        self._filled = False
+        self._marked = False
+        self._renew_at = self._clock()
+        self._owner_count = self._quota = 0
+
+    @property
+    def due_at(self) -> float:
+        """When a step is needed though nothing was committed."""
+        return min(self._renew_at, self._save_at) if self._has_unsaved() else self._renew_at
+
+    # -- the lease ---------------------------------------------------------------------------------------------------
+
+    def keep(self) -> Steps[bool]:
+        """Renew the lease if half of it is over, or claim free slots; return whether that was needed."""
+        now = self._clock()
+        if now < self._renew_at:
+            return False
+        if self.epochs and (yield from ask(Renew())) == len(self.epochs):
+            self._renew_at = now + self._lease_s / 2
+        else:
+            yield from self._claim()
+        return True
+
+    def release(self) -> Steps[None]:
+        """Let others claim the slots at once."""
+        if self._late:
+            yield from self._redirty()
+        yield from self._give_up(set(self.epochs), leave=True)
+        self.reset()
+
+    def _claim(self, *, went_back: bool = False) -> Steps[Claimed]:
+        claimed_at = self._clock()
+        claimed = yield from ask(Claim(dict(self.epochs), went_back))
+        self._renew_at = claimed_at + self._lease_s / 2
+        self._owner_count, self._quota = claimed.owners, claimed.quota
+        kept = {slot for slot, claim in claimed.slots.items() if not claim.fresh}
+        yield from self._lose(set(self.epochs) - kept)
+        if claimed.marked != self._marked or kept != claimed.slots.keys():
+            self._filled = False
+        self._marked = claimed.marked
+        if claimed.entities is not None:
+            self.entities = claimed.entities
+        for slot, claim in claimed.slots.items():
+            if claim.fresh:
+                self.epochs[slot] = claim.epoch
+                unsettled_until = claimed.present if claim.settle else None
+                self._groups.append(SlotGroup({slot}, claim.position, unsettled_until, claim.position))
+        return claimed
+
+    def _merge_groups(self) -> None:
+        groups: dict[tuple[object, ...], SlotGroup] = {}
+        for group in self._groups:
+            if group.slots:
+                state = (group.position, group.unsettled_until, group.saved_position, group.has_passed_entries)
+                groups.setdefault(state, group).slots.update(group.slots)
+        self._groups = list(groups.values())
+
+    def _give_up_surplus(self) -> Steps[None]:
+        """Give up the slots that exceed our share, the furthest first. Unsettled slots stay."""
+        settled = [
+            (group.position.floor, slot)
+            for group in self._groups
+            if group.unsettled_until is None
+            for slot in group.slots
+        ]
+        surplus = len(self.epochs) - self._quota
+        slots = {slot for _, slot in sorted(settled, reverse=True)[:surplus]}
+        if slots:
+            yield from self._give_up(slots, leave=False)
+
+    def _give_up(self, slots: set[int], *, leave: bool) -> Steps[None]:
+        unsure = self._repeats(slots, "interrupted")
+        positions = {slot: group.position for group in self._groups for slot in group.slots & slots}
+        epochs = {slot: self.epochs[slot] for slot in slots}
+        unsettled = slots & self._unsettled_slots()
+        yield from ask(Release(epochs, positions, unsettled, unsure, leave))
+        self._drop(slots)
+        for fact in unsure:
+            del self._unsure[fact]
+
+    def _unsettled_slots(self) -> set[int]:
+        return {slot for group in self._groups if group.unsettled_until is not None for slot in group.slots}
+
+    def _lose(self, slots: set[int]) -> Steps[None]:
+        """Drop *slots*, which another owner has taken. Our late writes may follow its writes: it repeats those keys."""
+        if not slots:
+            return
+        self.counters.lost += len(slots)
+        self._drop(slots)
+        late = self._repeats(slots, "lease lost")
+        self._late |= late
+        for fact in late:
+            del self._unsure[fact]
+        if self._late:
+            yield from self._redirty()
+
+    def _redirty(self) -> Steps[None]:
+        yield from ask(Redirty(dict(self._late)))
+        self._late.clear()
+
+    def _repeats(self, slots: Collection[int], why: str) -> dict[FactKey, Parked]:
+        """The unsure keys of *slots*, as the next owner finds them."""
+        return {
+            fact: Parked(0, 0.0, ParkedState.AGAIN, why, deliver_again=may_land)
+            for fact, may_land in self._unsure.items()
+            if self._slot(fact) in slots
+        }
+
+    def _drop(self, slots: set[int]) -> None:
+        for group in self._groups:
+            group.slots -= slots
+        for slot in slots:
+            self.epochs.pop(slot, None)
+
+    def _slot(self, fact: FactKey) -> int:
+        return slot_of(*fact) % self._slot_count
+
+    def _is_held_since(self, epochs: Mapping[int, int]) -> Callable[[FactKey], bool]:
+        """A test of keys: whether we have held the slot of a key without a break since *epochs* were read."""
+        if self.epochs == epochs:
+            return lambda _: True
+        kept = {slot for slot, epoch in epochs.items() if self.epochs.get(slot) == epoch}
+        return lambda fact: self._slot(fact) in kept
+
+    # -- positions ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> Steps[None]:
+        """Record the positions that changed."""
+        positions = self._unsaved_positions()
+        if positions:
+            yield from self._acknowledge(
+                Acknowledge({slot: self.epochs[slot] for slot in positions}, positions=positions)
+            )
+
+    def _save_in_time(self, renewed: bool) -> Steps[None]:
+        """Save every change with each renewal of the lease. Save passed entries before long."""
+        if renewed or (self._clock() >= self._save_at and self._has_unsaved()):
+            yield from self.save()
+
+    def _has_unsaved(self) -> bool:
+        return any(group.is_unsaved for group in self._groups)
+
+    def _unsaved_positions(self, move: Move | None = None) -> dict[int, Position]:
+        """The position of each slot that is not recorded, as it will be after *move*."""
+        positions = (
+            (group, move.position if move is not None and group is move.group else group.position)
+            for group in self._groups
+        )
+        return {
+            slot: position for group, position in positions if position != group.saved_position for slot in group.slots
+        }
+
+    def _acknowledge(self, record: Acknowledge) -> Steps[None]:
+        lost = yield from ask(record)
+        if record.positions:
+            self._save_at = self._clock() + self._save_every_s
+            for group in self._groups:
+                group.saved_position = record.positions.get(next(iter(group.slots), -1), group.saved_position)
+                group.has_passed_entries = False
+        yield from self._lose(set(lost) & self.epochs.keys())

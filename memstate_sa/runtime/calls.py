@@ -1,0 +1,28 @@
+"""How to make a call that may take long: at once, or in a thread while the event loop goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, Protocol, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Call(Protocol):
+    """A way to call an index or an embedder."""
+
+    def __call__(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+
+def call_directly(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    return function(*args, **kwargs)
+
+
+def call_in_thread(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call *function* in a thread, while the event loop goes on. A cancelled task does not stop the call."""
+    import asyncio
+
+    from sqlalchemy.util import await_only
+
+    return await_only(asyncio.to_thread(function, *args, **kwargs))

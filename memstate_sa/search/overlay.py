@@ -1,0 +1,93 @@
+"""The overlay of a search: keys that the index has not been given yet."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    BigInteger,
+    FromClause,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    func,
+    literal_column,
+    select,
+    union,
+)
+from sqlalchemy.engine import Connection
+
+from memstate_sa.db.tables import outbox
+from memstate_sa.log.outbox import position_parameters, undelivered
+from memstate_sa.relay.backlog import EntityCoverage, refused_keys
+from memstate_sa.relay.index_key import IndexKey
+
+OVERLAY_LIMIT = 500
+"""The most rows that one search embeds because the index does not have them yet."""
+
+_RECENT = 10 * OVERLAY_LIMIT
+"""The most outbox entries that one search looks at, newest first: a backlog may be long."""
+
+_own_xid = cast(cast(func.pg_current_xact_id_if_assigned(), Text), BigInteger)
+
+
+class Overlay(NamedTuple):
+    """Undelivered keys of one entity. ``complete`` is False when there may be more."""
+
+    keys: list[str]
+    complete: bool
+
+
+def read_overlay(
+    connection: Connection, index: IndexKey, entity: str, coverage: EntityCoverage, own_tx: str
+) -> Overlay:
+    """The keys that are committed or flushed but not delivered, those of *own_tx* first."""
+    # No position tells how far a refill is: it delivers from the table.
+    position, complete = (coverage.position, True) if coverage.filled else (None, False)
+    keys: list[str] = []
+    # One statement finds all: an undelivered key may be refused, and its entry deleted, before the next one.
+    is_caught_up = connection.dialect.name == "sqlite" and position is not None and position.id >= coverage.newest_id
+    if not is_caught_up:
+        parameters: dict[str, Any] = {"entity": entity, "own_tx": own_tx, "limit": _RECENT}
+        if position is not None:
+            parameters |= position_parameters(position)
+        statement = _undelivered_keys(connection.dialect.name, everything=position is None)
+        rows = connection.execute(statement, parameters).all()
+        keys = [key for key, _ in rows]
+        if sum(count for _, count in rows) >= _RECENT:
+            complete = False
+    if coverage.has_refused_keys or not is_caught_up:
+        keys += refused_keys(connection, index, entity, OVERLAY_LIMIT + 1)
+    keys = list(dict.fromkeys(keys))
+    if len(keys) > OVERLAY_LIMIT:
+        complete = False
+        del keys[OVERLAY_LIMIT:]
+    return Overlay(keys, complete)
+
+
+@cache
+def _undelivered_keys(dialect_name: str, *, everything: bool) -> Select[Any]:
+    """The keys of recent entries after a position, or of *everything*, and how many entries each has.
+
+    The caller's own keys come first. The statement is built once: building costs more than running.
+    """
+    own = case((outbox.c.tx == bindparam("own_tx"), 1), else_=0).label("own")
+    columns, of_entity = (outbox.c.id, outbox.c.key, own), outbox.c.entity == bindparam("entity")
+    if dialect_name == "sqlite":  # the index by entity has the xid before the id, and here it is always 0
+        of_entity = and_(of_entity, outbox.c.xid == literal_column("0"))
+    if everything:
+        newest_first = select(*columns).where(of_entity).order_by(outbox.c.xid.desc(), outbox.c.id.desc())
+        newest_first = newest_first.limit(bindparam("limit"))
+        entries: FromClause = newest_first.subquery()
+    else:
+        entries = undelivered(dialect_name, *columns, where=of_entity, newest_first=True)
+        if dialect_name == "postgresql":
+            # The entries of a long transaction are older than entries that were committed after it began.
+            own_entries = select(*columns).where(outbox.c.xid == _own_xid, of_entity)
+            entries = union(select(entries), own_entries).subquery()
+    order = (func.max(entries.c.own).desc(), func.max(entries.c.id).desc())
+    return select(entries.c.key, func.count()).group_by(entries.c.key).order_by(*order).limit(OVERLAY_LIMIT + 1)
