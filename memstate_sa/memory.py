@@ -248,10 +248,10 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         """
         for name, value in (("actor", actor), ("reason", reason), ("session_id", session_id)):
             require_label(name, value)
-        unit = self._transaction(sync_session(session))
-        unit.actor = actor if actor is not None else unit.actor
-        unit.reason = reason if reason is not None else unit.reason
-        unit.session_id = session_id if session_id is not None else unit.session_id
+        transaction = self._transaction(sync_session(session))
+        transaction.actor = actor if actor is not None else transaction.actor
+        transaction.reason = reason if reason is not None else transaction.reason
+        transaction.session_id = session_id if session_id is not None else transaction.session_id
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

@@ -52,29 +52,29 @@ class Eraser:
         """Returns how many entries of the log are redacted."""
         session.flush()
         connection = session.connection(bind_arguments={"mapper": tracked.mapper})
-        unit = self._capture.transaction(session)
-        with unit.writing():
+        transaction = self._capture.transaction(session)
+        with transaction.writing():
             take_write_lock(connection)
             fact = stored_key(connection, tracked, key)
             for attempts_left in reversed(range(_ATTEMPTS)):
-                before = unit.mark
+                before = transaction.mark
                 try:
                     with connection.begin_nested():
-                        redacted = self._erase(connection, unit, tracked, fact, reason)
+                        redacted = self._erase(connection, transaction, tracked, fact, reason)
                     break
                 except KeyInserted:
-                    unit.back_to(before)
+                    transaction.back_to(before)
                     if not attempts_left:
                         raise
         self._mark_instances_deleted(session, connection, tracked, fact)
         return redacted
 
     def _erase(
-        self, connection: Connection, unit: OpenTransaction, tracked: Tracked, fact: str, reason: str | None
+        self, connection: Connection, transaction: OpenTransaction, tracked: Tracked, fact: str, reason: str | None
     ) -> int:
         tx = new_tx()
         row = _row(connection, tracked, fact)
-        vacant = [] if row else keys_others_can_insert(connection, tracked, [fact], unit.logged_under)
+        vacant = [] if row else keys_others_can_insert(connection, tracked, [fact], transaction.logged_under)
         if vacant:
             lock_absent_keys(connection, [(tracked.entity, fact)])
             row = _row(connection, tracked, fact)  # whoever held the key may have added it
@@ -88,8 +88,12 @@ class Eraser:
             with self._capture.undoing(connection, tx, [(tracked.entity, fact)]):
                 _delete(connection, tracked, fact)
         # Nothing is left to undo: it is no step.
-        self._recorder.write(connection, unit, [LogEntry(tracked.entity, fact, "delete", None, step=False)], tx=tx)
-        self._recorder.write_header(connection, tx, {**unit.labels, "reason": reason or unit.reason or ERASED})
+        self._recorder.write(
+            connection, transaction, [LogEntry(tracked.entity, fact, "delete", None, step=False)], tx=tx
+        )
+        self._recorder.write_header(
+            connection, tx, {**transaction.labels, "reason": reason or transaction.reason or ERASED}
+        )
         if not row:
             require_absent(connection, tracked, vacant)
         # After the wait: what others have added and deleted meanwhile is redacted as well.

@@ -73,10 +73,10 @@ class Sweeper:
             keys = keys.where(tracked.criterion)
         keys = keys.order_by(expires, *tracked.key_columns).with_for_update(of=tracked.table, skip_locked=True)
         with self._session_class(engine) as session:
-            unit = self._capture.transaction(session)
-            unit.reason, unit.step = EXPIRED, False
+            transaction = self._capture.transaction(session)
+            transaction.reason, transaction.step = EXPIRED, False
             connection = session.connection(bind_arguments={"mapper": tracked.mapper})
-            with unit.writing():
+            with transaction.writing():
                 take_write_lock(connection)
             page = [columns.encode_key(row) for row in connection.execute(keys.limit(limit + len(refused)))]
             chosen += [key for key in page if key not in refused][:limit]

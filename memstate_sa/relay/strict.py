@@ -85,26 +85,26 @@ class Strict:
 
     # -- the transaction ---------------------------------------------------------------------------------------------
 
-    def write(self, session: Session, unit: OpenTransaction) -> None:
-        """Write the rows of *unit*'s transaction to the indexes. It is flushed and about to commit.
+    def write(self, session: Session, transaction: OpenTransaction) -> None:
+        """Write the rows of *transaction* to the indexes. It is flushed and about to commit.
 
         The transaction is rolled back at once when anything fails. Raises DeliveryError when an index or the embedder
         fails, or an intent cannot be recorded.
         """
         try:
-            self._write(unit)
+            self._write(transaction)
         except BaseException:
             _roll_back(session)
-            self.ended(unit)
+            self.ended(transaction)
             raise
 
-    def _write(self, unit: OpenTransaction) -> None:
-        connection = unit.written_on
+    def _write(self, transaction: OpenTransaction) -> None:
+        connection = transaction.written_on
         assert connection is not None
         # A cancelled commit does not stop a call in a thread: it may still land, and the intent stands.
         call = call_in_thread if connection.dialect.is_async else call_directly
-        with unit.writing():
-            txs = as_array({unit.tx, *unit.txs})
+        with transaction.writing():
+            txs = as_array({transaction.tx, *transaction.txs})
             classes = self._registry.by_entity  # triggers of another Memory may have logged under our transaction
             changed = connection.execute(_changed, {"txs": txs}).all()
             facts = [(entity, key) for entity, key in changed if entity in classes]
@@ -122,7 +122,7 @@ class Strict:
                 for vectors, vector_facts in facts_by_vectors.items()
             }
             keys = call(self._open, [name for name, index_facts in facts_of.items() if index_facts])
-            epochs_of = self._announce(connection, unit, facts, keys, call)
+            epochs_of = self._announce(connection, transaction, facts, keys, call)
         slot_count = len(slots(connection.dialect.name))
         for name, slot_epochs in epochs_of.items():
             deletes: dict[int, list[str]] = {}
@@ -185,7 +185,7 @@ class Strict:
     def _announce(
         self,
         connection: Connection,
-        unit: OpenTransaction,
+        transaction: OpenTransaction,
         facts: Sequence[FactKey],
         keys: Mapping[str, IndexKey],
         call: Call,
@@ -194,12 +194,12 @@ class Strict:
         try:
             if connection.dialect.name == "postgresql":
                 xid: str = connection.execute(_read_xid).scalar_one()
-                unit.has_intents = True
-                return call(self._announce_apart, connection.engine, xid, unit.tx, facts, keys)
+                transaction.has_intents = True
+                return call(self._announce_apart, connection.engine, xid, transaction.tx, facts, keys)
             journal = self._journal(connection)
-            unit.has_intents = True
-            call(journal.write, unit.tx, facts)
-            add_intents(connection, unit.tx, facts)  # if this commits, they are delivered with it
+            transaction.has_intents = True
+            call(journal.write, transaction.tx, facts)
+            add_intents(connection, transaction.tx, facts)  # if this commits, they are delivered with it
             return {name: claims.read_slot_epochs(connection, key) for name, key in keys.items()}
         except (OSError, SQLAlchemyError) as error:
             raise DeliveryRetryable(f"the intent was not recorded: {type(error).__name__}") from error
@@ -217,24 +217,24 @@ class Strict:
             # Read here: the transaction itself may look at an older snapshot.
             return {name: claims.read_slot_epochs(connection, key) for name, key in keys.items()}
 
-    def committed(self, unit: OpenTransaction) -> None:
-        """The intent of *unit* was committed with it, unless a transaction around it is still open (SQLite)."""
-        if unit.has_intents:
-            assert unit.written_on is not None
-            journal = self._journals.get(unit.written_on.engine)
+    def committed(self, transaction: OpenTransaction) -> None:
+        """The intent of *transaction* was committed with it, unless a transaction around it is still open (SQLite)."""
+        if transaction.has_intents:
+            assert transaction.written_on is not None
+            journal = self._journals.get(transaction.written_on.engine)
             if journal is None:
-                unit.has_intents = False
-            elif not sqlite.in_transaction(unit.written_on):
-                unit.has_intents = False
-                journal.drop(unit.tx)
+                transaction.has_intents = False
+            elif not sqlite.in_transaction(transaction.written_on):
+                transaction.has_intents = False
+                journal.drop(transaction.tx)
 
-    def ended(self, unit: OpenTransaction) -> None:
-        """Leave the intent of *unit* to the relay: its transaction has ended."""
-        if unit.has_intents:
-            assert unit.written_on is not None
-            unit.has_intents = False
-            self._recover(unit.written_on.engine)
-            self._wake(unit.written_on.engine)
+    def ended(self, transaction: OpenTransaction) -> None:
+        """Leave the intent of *transaction* to the relay: its transaction has ended."""
+        if transaction.has_intents:
+            assert transaction.written_on is not None
+            transaction.has_intents = False
+            self._recover(transaction.written_on.engine)
+            self._wake(transaction.written_on.engine)
 
     def _separate(self, engine: Engine) -> Engine:
         return self._blocking(engine) if engine.dialect.is_async else with_separate_pool(engine)

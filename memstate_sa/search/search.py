@@ -234,8 +234,8 @@ class Search:
         connection = self._connection()
         index = self._index_key()
         coverage = self._coverage = self._read_coverage(connection, index)
-        unit = self._capture.open_transaction(self._session)
-        own_tx = unit.tx if unit is not None else ""
+        transaction = self._capture.open_transaction(self._session)
+        own_tx = transaction.tx if transaction is not None else ""
         overlay = read_overlay(connection, index, self._tracked.entity, coverage, own_tx)
         possible = self._tracked.columns_for(connection.dialect).possible(connection, overlay.keys)
         # With fewer possible keys, something has changed, and no row has such a key.

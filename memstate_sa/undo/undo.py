@@ -98,7 +98,7 @@ class Undo:
         self, session: Session, tx: str, scope: Scope, on_conflict: OnConflict, *, dry_run: bool
     ) -> list[Change]:
         undoing = self._begin(session, on_conflict, dry_run=dry_run)
-        require_closed(undoing.connection, undoing.unit.tx, tx)
+        require_closed(undoing.connection, undoing.transaction.tx, tx)
         result = undoing.run([tx], scope)
         if not result.reverted and not result.kept:
             raise ConflictError(f"transaction {tx} is already undone")
@@ -109,7 +109,7 @@ class Undo:
     ) -> Revocation:
         undoing = self._begin(session, on_conflict, dry_run=dry_run)
         for tx in txs:
-            require_closed(undoing.connection, undoing.unit.tx, tx)
+            require_closed(undoing.connection, undoing.transaction.tx, tx)
         if txs:
             targets = list(dict.fromkeys(txs))
         else:
@@ -119,11 +119,18 @@ class Undo:
     def _begin(self, session: Session, on_conflict: OnConflict, *, dry_run: bool) -> Undoing:
         session.flush()
         connection = self._connection(session)
-        unit = self._capture.transaction(session)
-        with unit.writing():
+        transaction = self._capture.transaction(session)
+        with transaction.writing():
             take_write_lock(connection)
         return Undoing(
-            session, connection, unit, self._registry, self._capture, self._recorder, on_conflict, dry_run=dry_run
+            session,
+            connection,
+            transaction,
+            self._registry,
+            self._capture,
+            self._recorder,
+            on_conflict,
+            dry_run=dry_run,
         )
 
     def _connection(self, session: Session) -> Connection:
@@ -140,7 +147,7 @@ class Undoing:
 
     session: Session
     connection: Connection
-    unit: OpenTransaction
+    transaction: OpenTransaction
     registry: Registry
     capture: SessionCapture
     recorder: Recorder
@@ -151,11 +158,11 @@ class Undoing:
     @property
     def own(self) -> set[str]:
         """What an undo passes by: the transaction that it is part of."""
-        return {self.unit.tx}
+        return {self.transaction.tx}
 
     def default_scope(self, scope: Scope) -> Scope:
         """The labels of *scope*, or those of the session's annotation."""
-        return scope if scope.labels else Scope(self.unit.session_id, self.unit.actor, scope.entity)
+        return scope if scope.labels else Scope(self.transaction.session_id, self.transaction.actor, scope.entity)
 
     def run(
         self, targets: Sequence[str], scope: Scope, *, reason: str = "rollback", all_or_none: bool = False
@@ -203,7 +210,9 @@ class Undoing:
                 )
             present = columns.lock(self.connection, list(possible.values()))
             missing = [key for key in keys if key not in present]
-            open_keys = absent_keys.keys_others_can_insert(self.connection, tracked, missing, self.unit.logged_under)
+            open_keys = absent_keys.keys_others_can_insert(
+                self.connection, tracked, missing, self.transaction.logged_under
+            )
             absent_keys.lock_absent_keys(self.connection, [(entity, key) for key in open_keys])
             absent_keys.require_current(self.connection, tracked, open_keys)
             absent.update((entity, key) for key in open_keys)
@@ -282,7 +291,7 @@ class Undoing:
         final = {fact: plan.final[fact] for fact in plan.possible(facts)}
         attempt = self.connection.begin_nested()
         try:
-            with self.unit.writing(), self.capture.undoing(self.connection, new_tx(), final):
+            with self.transaction.writing(), self.capture.undoing(self.connection, new_tx(), final):
                 restore(self.connection, self.registry, final)
         except ConflictError:
             return True
@@ -305,13 +314,13 @@ class Undoing:
         """Carry *plan* out, or nothing of it."""
         reverted: list[Change] = []
         if plan.selected:
-            attempt, before = self.connection.begin_nested(), self.unit.mark
+            attempt, before = self.connection.begin_nested(), self.transaction.mark
             try:
                 reverted = self._carry_out(plan, reason)
             finally:
                 if self.dry_run or not reverted:
                     attempt.rollback()
-                    self.unit.back_to(before)
+                    self.transaction.back_to(before)
                 else:
                     attempt.commit()
         return reverted
@@ -319,14 +328,14 @@ class Undoing:
     def _carry_out(self, plan: Plan, reason: str) -> list[Change]:
         connection, registry = self.connection, self.registry
         tx = new_tx()
-        labels = {**self.unit.labels, "reason": self.unit.reason or reason}
+        labels = {**self.transaction.labels, "reason": self.transaction.reason or reason}
         inverse, final = invert(plan.selected)
-        with self.unit.writing():
+        with self.transaction.writing():
             current = read_facts(connection, registry, final.keys() & plan.changed_since)
             with self.capture.undoing(connection, tx, final):
                 restored = restore(connection, registry, final)
             entries = list(_with_last_images(_from_current_rows(inverse, current), restored))
-            self.recorder.write(connection, self.unit, entries, tx=tx)
+            self.recorder.write(connection, self.transaction, entries, tx=tx)
             self.recorder.write_header(connection, tx, labels)
             deleted = by_entity(fact for fact in final.keys() & plan.absent_keys if final[fact] is None)
             for entity, keys in deleted.items():

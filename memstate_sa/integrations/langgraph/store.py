@@ -371,8 +371,8 @@ class MemStateStore(BaseStore):
             with self._writing() as session:
                 if session.in_nested_transaction():
                     raise MemstateError("a sweep is a transaction of its own, and this is in another one")
-                unit = self.memory._transaction(session)  # noqa: SLF001
-                unit.reason, unit.step = EXPIRED, False
+                transaction = self.memory._transaction(session)  # noqa: SLF001
+                transaction.reason, transaction.step = EXPIRED, False
                 connection = session.connection(bind_arguments={"mapper": inspect(ItemRow)})
                 take_write_lock(connection)
                 ids = item_rows.expired(connection, self._now(), _SWEEP_PAGE)
