@@ -17,6 +17,7 @@ from sqlalchemy import Engine, create_engine, event, make_url, text
 
 from memstate_sa import sqlite
 from tests.support import World
+from tests.support.engines import make_engine
 from tests.support.pairs import covering
 
 # The same examples in each run, so that what fails is the change; `make soak` and `make fuzz` look for others.
@@ -92,7 +93,7 @@ def postgres_url(worker_id: str) -> Iterator[str]:
 
 @pytest.fixture
 def sqlite_engine(tmp_path: Path) -> Iterator[Engine]:
-    engine = create_engine(f"sqlite:///{tmp_path / 'facts.db'}")
+    engine = make_engine(f"sqlite:///{tmp_path / 'facts.db'}")
     sqlite.configure(engine)
     # Tests kill processes, not machines: waiting for the disk would prove nothing more.
     event.listen(engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA synchronous = OFF"))
@@ -102,7 +103,7 @@ def sqlite_engine(tmp_path: Path) -> Iterator[Engine]:
 
 @pytest.fixture
 def postgres_engine(postgres_url: str) -> Iterator[Engine]:
-    engine = create_engine(postgres_url)
+    engine = make_engine(postgres_url)
     engine.dialect.supports_comments = False  # a third of the statements that make our tables
     with engine.begin() as connection:
         connection.execute(text("DROP SCHEMA IF EXISTS public CASCADE"))
