@@ -30,28 +30,24 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of what a shell runs
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-FULL_PRODUCT = 4
-"""Up to so many cases, a test runs all of them in `make test`."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave to `make test-deep` what a test's parameters are beyond each pair of their values, and what it says."""
-    for item in items:
-        for mark in item.iter_markers("deep_on"):
-            if isinstance(item, pytest.Function) and set(mark.args) & set(item.callspec.id.split("-")):
-                item.add_marker(pytest.mark.deep)
+    """Mark as deep what `make test` leaves out: most of the product of a test's parameters, and what the test says.
+
+    `make test` runs each value of each parameter, such as both databases; with `each_pair_once`, each pair of values.
+    """
     cases = defaultdict[object, list[pytest.Function]](list)
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec") and not item.get_closest_marker("deep"):
-            cases[item.path, item.cls, item.originalname].append(item)
+            mark = item.get_closest_marker("deep_on")
+            if mark is not None and set(mark.args) & set(item.callspec.id.split("-")):
+                item.add_marker(pytest.mark.deep)
+            else:
+                cases[item.path, item.cls, item.originalname].append(item)
     for functions in cases.values():
-        once = functions[0].get_closest_marker("each_value_once") is not None
-        if once or len(functions) > FULL_PRODUCT:
-            values = [{name: _identity(value) for name, value in item.callspec.params.items()} for item in functions]
-            chosen = set(covering(values, size=1 if once else 2)) or range(len(functions))
-            for number, item in enumerate(functions):
-                if number not in chosen:
-                    item.add_marker(pytest.mark.deep)
+        values = [{name: _identity(value) for name, value in item.callspec.params.items()} for item in functions]
+        chosen = covering(values, size=2 if functions[0].get_closest_marker("each_pair_once") else 1)
+        for number in set(range(len(functions))).difference(chosen or range(len(functions))):
+            functions[number].add_marker(pytest.mark.deep)
 
 
 def pytest_collection_finish() -> None:

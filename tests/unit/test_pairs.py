@@ -1,4 +1,4 @@
-"""`covering` leaves no pair of values out, and does leave cases out."""
+"""`covering` leaves no value and no pair of values out, and does leave cases out."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from hypothesis import strategies as st
 from tests.support.pairs import covering
 
 
-@given(st.lists(st.integers(1, 4), min_size=2, max_size=4))
-def test_covering_keeps_every_pair_of_values(sizes: list[int]) -> None:
-    cases = [dict(zip("abcd", values, strict=False)) for values in product(*map(range, sizes))]
-    kept = [cases[number] for number in covering(cases)]
-    for a, b in combinations("abcd"[: len(sizes)], 2):
-        if len({case[a] for case in cases}) > 1 and len({case[b] for case in cases}) > 1:
-            assert {(case[a], case[b]) for case in kept} == {(case[a], case[b]) for case in cases}
-
-
-def test_covering_of_single_values_keeps_each_value() -> None:
-    cases = [{"database": d, "index": n} for d, n in product("sp", range(5))]
-    kept = [cases[number] for number in covering(cases, size=1)]
-    assert len(kept) == 5
-    assert {case["database"] for case in kept} == set("sp") and {case["index"] for case in kept} == set(range(5))
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(1, 2))
+def test_covering_keeps_every_combination(sizes: list[int], size: int) -> None:
+    names = "abcd"[: len(sizes)]
+    cases = [dict(zip(names, values, strict=True)) for values in product(*map(range, sizes))]
+    kept = [cases[number] for number in covering(cases, size)]
+    varying = [name for name in names if len({case[name] for case in cases}) > 1]
+    for chosen in combinations(varying, size):
+        assert {tuple(case[n] for n in chosen) for case in kept} == {tuple(case[n] for n in chosen) for case in cases}
 
 
 def test_covering_of_three_parameters_is_smaller_than_their_product() -> None:
     cases = [{"database": d, "capture": c, "cell": n} for d, c, n in product("sp", "ts", range(20))]
-    assert len(covering(cases)) == 40
+    assert len(covering(cases, 2)) == 40
+    assert len(covering(cases, 1)) == 20
+
+
+def test_covering_shares_cases_among_values() -> None:
+    cases = [{"database": d, "cell": n} for d, n in product("sp", range(20))]
+    assert sorted(cases[number]["database"] for number in covering(cases)) == ["p"] * 10 + ["s"] * 10

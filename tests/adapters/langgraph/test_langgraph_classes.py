@@ -145,7 +145,6 @@ def opened(engine: Engine, **options: Any) -> MemStateCheckpointer:
     return made
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("kind", SCHEMAS)
 def test_a_value_comes_back_as_the_class_that_the_schema_names(engine: Engine, kind: str) -> None:
     """The same kind: a list in a model, a union in a TypedDict in a dataclass, a TypeVar's bound, a `type` alias."""

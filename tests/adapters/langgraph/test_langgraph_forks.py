@@ -56,7 +56,6 @@ RUNS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("state", "deletion", "run"),
     [

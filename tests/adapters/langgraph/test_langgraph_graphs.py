@@ -366,7 +366,6 @@ VALUES = {
 }
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("kind", VALUES)
 def test_values_come_back_as_they_were(engine: Engine, kind: str) -> None:
     """In the state, and as a write that is pending; classes of the application because they were allowed."""

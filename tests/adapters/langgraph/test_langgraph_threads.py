@@ -87,7 +87,6 @@ NO_IDS = [b"bytes", True, 1.5, ["t"], object()]
 OF_GRAPHS = ("invoke", "ainvoke", "get_state", "get_state_history", "update_state")
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("name", [*CALLS, *OF_IDS])
 def test_invalid_thread_id_is_refused(saver: MemStateCheckpointer, name: str) -> None:
     """All anonymous visitors shared the thread "None". The same kind: "None" itself, which str() of None gives."""

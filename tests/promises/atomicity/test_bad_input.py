@@ -464,7 +464,6 @@ def poison(world: World, vector: Callable[[np.ndarray[Any, Any]], Any]) -> Calla
     return cure
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_embedder_that_returns_nan_parks_only_that_text(world: World, value: float) -> None:
     """The text at fault is parked, all others are delivered and found; healed, everything is in step."""

@@ -43,7 +43,6 @@ def set_up_store(engine: Engine) -> None:
     memory.close()
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("start", [make_store, create_tables, set_up_checkpointer, set_up_store])
 @pytest.mark.parametrize("configured", [True, False])
 def test_workers_that_start_together_all_start(

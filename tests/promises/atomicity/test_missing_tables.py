@@ -46,7 +46,6 @@ ON_AN_ENGINE: dict[str, Callable[[Memory, Engine], Any]] = {
 }
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 @pytest.mark.parametrize("call", [*IN_A_SESSION, *ON_AN_ENGINE])
 def test_call_without_our_tables_says_what_to_do(

@@ -622,7 +622,6 @@ POINTS = {
 }
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("point", POINTS)
 def test_a_crash_is_recovered(engine: Engine, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was committed is in the index in the end, and nothing else: though the ledger says that it is."""

@@ -24,7 +24,6 @@ def names(world: World) -> set[str]:
         return set(session.scalars(select(Tag.name)))
 
 
-@pytest.mark.each_value_once
 @both_ways
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("mode", MODES)

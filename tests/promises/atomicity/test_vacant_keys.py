@@ -61,7 +61,6 @@ def erasing(world: World, isolation: str) -> Callable[[], bool]:
     return erase
 
 
-@pytest.mark.each_value_once
 @both_ways
 @any_isolation
 @pytest.mark.parametrize("ending", ["commit", "rollback"])
@@ -160,7 +159,6 @@ def test_erase_is_refused_when_the_writer_waits_for_it(postgres_engine: Engine, 
     world.assert_in_step()
 
 
-@pytest.mark.each_value_once
 @both_ways
 @any_isolation
 def test_erase_waits_for_an_undo_of_the_deletion(
@@ -180,7 +178,6 @@ def test_erase_waits_for_an_undo_of_the_deletion(
     world.assert_in_step()
 
 
-@pytest.mark.each_value_once
 @both_ways
 @any_isolation
 @pytest.mark.parametrize("on_conflict", ["raise", "force"])
@@ -251,7 +248,6 @@ def test_undo_of_an_insert_waits_for_the_next_one(
     world.assert_in_step()
 
 
-@pytest.mark.each_value_once
 @both_ways
 @pytest.mark.parametrize("engine_isolation", ["READ COMMITTED", "SERIALIZABLE"])
 def test_doctor_waits_for_a_row_that_is_being_added(
@@ -293,7 +289,6 @@ def test_doctor_leaves_a_key_for_later_while_a_writer_stays_open(
     world.assert_in_step()
 
 
-@pytest.mark.each_value_once
 @both_ways
 @pytest.mark.parametrize("ending", ["commit", "rollback"])
 def test_import_waits_for_a_row_that_is_being_added(

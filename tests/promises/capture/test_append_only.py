@@ -155,7 +155,6 @@ PAST: dict[str, str] = {
 }
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("name", PAST)
 @pytest.mark.parametrize("by", [by_session, by_engine, by_another_program])
 def test_an_entry_of_the_past_is_refused(world: World, by: Callable[[World, Any], None], name: str) -> None:

@@ -90,7 +90,6 @@ PROJECTIONS: dict[str, tuple[Any, Any, str]] = {
 }
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("change", PROJECTIONS)
 def test_class_is_delivered_again_when_it_is_projected_otherwise(
     sqlite_engine: Engine, make: Make, change: str

@@ -269,7 +269,6 @@ KEYS = {
 }
 
 
-@pytest.mark.each_value_once
 @both_ways
 @pytest.mark.parametrize("kind", KEYS)
 def test_keys_of_any_type_work_from_insert_to_undo(engine: Engine, kind: str, capture: Any) -> None:

@@ -173,7 +173,6 @@ CELLS: dict[str, Callable[[Session], Any]] = {
 }
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("kind", ["Session", "AsyncSession"])
 @pytest.mark.parametrize("name", CELLS)
 async def test_joined_is_captured_delivered_and_undone(engine: Engine, name: str, kind: str) -> None:

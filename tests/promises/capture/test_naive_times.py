@@ -123,7 +123,6 @@ def app(request: pytest.FixtureRequest, engine: Engine) -> Iterator[App]:
     app.memory.close()
 
 
-@pytest.mark.each_value_once
 @no_moment
 def test_a_column_of_the_application_takes_no_naive_time(app: App, moment: Any) -> None:
     """Its type is SQLAlchemy's: on PostgreSQL, the time zone of the connection made a moment of it."""

@@ -389,6 +389,7 @@ async def play_async(app: App, cell: Callable[[Session], Any]) -> None:
     await engine.dispose()
 
 
+@pytest.mark.each_pair_once
 @pytest.mark.parametrize("kind", ["Session", "AsyncSession"])
 @pytest.mark.parametrize(
     ("capture", "name"),

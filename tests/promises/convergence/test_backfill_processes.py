@@ -227,7 +227,6 @@ def test_rows_of_a_killed_worker_are_taken_over(make: Callable[[int], Applicatio
     app.assert_taken_in()
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interruption_says_how_to_go_on(

@@ -176,7 +176,6 @@ def test_2_a_lost_acknowledgement_leaves_no_newer_vector(store: MemoryStore, fai
 # -- 3 ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("moment", ["before", "half", "after"])
 def test_3_a_failed_delete_leaves_no_ghost(store: MemoryStore, failing: Failing, moment: str) -> None:
     """The fact is gone from search at once, whatever the index still holds, and from the index when it is back."""
@@ -241,7 +240,6 @@ store.memory.relay(store.engine).drain()
 """
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("moment", ["flushed", "committed", "written"])
 def test_5_a_kill_loses_no_vector(engine: Engine, tmp_path: Path, moment: str) -> None:
     """SIGKILL before COMMIT, after it, or between the index's write and our record of it: reopened, all agree."""

@@ -136,7 +136,6 @@ def stored(connection: Connection, *models: type[Any]) -> str:
 # -- what is forgotten -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.each_value_once
 @pytest.mark.sa20
 @pytest.mark.parametrize("marker", MARKERS)
 def test_nothing_is_left_in_any_table(accounts: Accounts, marker: str) -> None:
@@ -332,7 +331,6 @@ def test_steps_skip_an_erasure(accounts: Accounts) -> None:
     accounts.assert_fine()
 
 
-@pytest.mark.each_value_once
 @pytest.mark.sa20
 def test_an_erasure_is_not_undone(accounts: Accounts) -> None:
     """Nor does undoing it remove what came later."""
@@ -686,7 +684,6 @@ def database_files(engine: Engine) -> list[Path]:
     return [Path(path), Path(path + "-wal"), Path(path + "-journal")]
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("marker", MARKERS)
 @pytest.mark.parametrize("store_text", [False, True])
 def test_the_bytes_are_gone_from_sqlite_and_chroma(

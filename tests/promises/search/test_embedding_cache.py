@@ -215,7 +215,6 @@ def test_another_embedder_uses_its_own(engine: Engine, app: App) -> None:
     assert kept(engine) == 2
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     "stored",
     [b"", b"\x00\x01\x02", np.ones(63, "<f4").tobytes(), np.full(64, np.nan, "<f4").tobytes()],

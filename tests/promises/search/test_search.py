@@ -485,7 +485,6 @@ def test_repeatable_read_cannot_promise_completeness(postgres_engine: Engine) ->
         assert not hits.complete
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

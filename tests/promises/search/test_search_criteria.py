@@ -36,7 +36,6 @@ def index(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[VectorInde
         client.close()
 
 
-@pytest.mark.each_value_once
 def test_criteria_by_any_type_find_what_sql_finds(engine: Engine, index: VectorIndex) -> None:
     """Each type with a bind processor, each subclass of str, int and float.
 
@@ -85,7 +84,6 @@ _POSTGRESQL = {
 }
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("database", "columns"),
     [("sqlite", columns) for columns in _SQLITE.values()] + [("postgres", columns) for columns in _POSTGRESQL.values()],

@@ -59,7 +59,6 @@ def facts(request: pytest.FixtureRequest, engine: Engine, tmp_path: Path) -> Any
         yield made
 
 
-@pytest.mark.each_value_once
 def test_a_longer_search_begins_with_the_hits_of_a_shorter_one(facts: MemoryStore) -> None:
     """At each limit, with criteria and without. The same kind: some facts of a text are not delivered yet."""
     with facts.transaction():
@@ -77,7 +76,6 @@ def test_a_longer_search_begins_with_the_hits_of_a_shorter_one(facts: MemoryStor
         assert [hit.fact.id for hit in facts.search("coffee", limit=limit, type="drink")] == everything[:limit]
 
 
-@pytest.mark.each_value_once
 def test_pages_of_a_store_show_each_item_once(facts: MemoryStore) -> None:
     """Items with several texts too, of which the nearest counts; in as many namespaces as no index can name."""
     pytest.importorskip("langgraph.store.base")

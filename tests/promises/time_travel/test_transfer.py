@@ -572,7 +572,6 @@ def test_import_moves_a_custom_sequence_past_its_keys(second: Engine, engine: En
         app.memory.close()
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("page", [1, 1000])
 def test_trees_and_rows_in_several_tables_are_imported(
     second: Engine, engine: Engine, monkeypatch: pytest.MonkeyPatch, page: int

@@ -147,7 +147,6 @@ def test_deferred_foreign_keys_of_a_circle_take_any_order(engine: Engine) -> Non
 # -- values that change hands ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("type_", "values"),
     [
@@ -280,7 +279,6 @@ def test_taken_value_of_unique_by_is_a_conflict(engine: Engine) -> None:
     app.check()
 
 
-@pytest.mark.each_value_once
 @pytest.mark.parametrize("on_conflict", ["skip", "force"])
 def test_returned_row_does_not_block_its_own_unique_value(engine: Engine, on_conflict: Any) -> None:
     """Undoing its deletion is a change of what they have left there: its unique value is its own."""
