@@ -156,7 +156,7 @@ def test_the_service_without_memory_passes_its_tests(project: Project) -> None:
     assert project.sources() == {path: text for path, text in before.items() if path != REVISION}
 
 
-@pytest.mark.deep_on("sqlite")
+@pytest.mark.deep
 def test_the_service_with_memory_passes_its_tests(project: Project) -> None:
     project.run("pytest", "-q")
 
