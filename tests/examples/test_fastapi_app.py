@@ -146,6 +146,7 @@ def chroma(tmp_path: Path, engine: Engine) -> Iterator[str | None]:
     server.kill()
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("postgres")
 def test_the_service_without_memory_passes_its_tests(project: Project) -> None:
     """As the patch, applied in reverse, leaves it; and it is the same again when the patch is applied."""

@@ -24,6 +24,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # -- agent.py ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep_on("postgres")
 def test_the_agent_remembers_corrects_itself_and_is_undone(engine: Engine) -> None:
     """Word for word, but for what tools were called with; as a user would run it, with no warning."""
     url = engine.url.render_as_string(hide_password=False)
@@ -125,6 +126,7 @@ def ask(engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
         yield ask
 
 
+@pytest.mark.deep_on("sqlite")
 def test_bookmarks_are_found_and_undone_by_their_user(ask: Ask) -> None:
     """Each user's searches and undos are of its own bookmarks."""
 

@@ -98,6 +98,7 @@ def test_tracking_an_existing_model_keeps_its_rows(app: Application) -> None:
     ]
 
 
+@pytest.mark.deep_on("sqlite")
 def test_untracking_a_model_keeps_its_log(notes: Application) -> None:
     """What was logged stays; downgrading captures again."""
     notes.execute("INSERT INTO note (id, text) VALUES (1, 'a')")
@@ -114,6 +115,7 @@ def test_untracking_a_model_keeps_its_log(notes: Application) -> None:
     assert [op for _, op, _ in images(notes)] == ["insert", "update"]
 
 
+@pytest.mark.deep_on("postgres")
 def test_dropping_a_tracked_table_removes_its_triggers_first(notes: Application) -> None:
     """Its triggers first: on PostgreSQL their functions would stay behind."""
     notes.execute("INSERT INTO note (id, text) VALUES (1, 'a')")
@@ -127,6 +129,7 @@ def test_dropping_a_tracked_table_removes_its_triggers_first(notes: Application)
     assert notes.differences() == "" and problems(notes) == []
 
 
+@pytest.mark.deep_on("sqlite")
 def test_adding_a_column_replaces_the_triggers(notes: Application) -> None:
     """The triggers of before go, and those of after come: images hold what the row has. Downwards, the reverse."""
     notes.write_models(TITLED + TRACKED)
@@ -150,6 +153,7 @@ def test_adding_a_column_replaces_the_triggers(notes: Application) -> None:
     assert notes.differences() == "" and problems(notes) == []
 
 
+@pytest.mark.deep_on("postgres")
 def test_altering_or_dropping_a_column_keeps_triggers_current(notes: Application) -> None:
     """Whether the database rewrites the table for it or not; SQLite cannot drop a column that a trigger names."""
     required = (model.replace("text: Mapped[Optional[str]]", "text: Mapped[str]") for model in (NOTE, TITLED))
@@ -168,6 +172,7 @@ def test_altering_or_dropping_a_column_keeps_triggers_current(notes: Application
     ]
 
 
+@pytest.mark.deep_on("postgres")
 def test_new_index_leaves_the_triggers_as_they_are(notes: Application) -> None:
     """The triggers stay as they are."""
     before = routines(notes.engine)
@@ -179,6 +184,7 @@ def test_new_index_leaves_the_triggers_as_they_are(notes: Application) -> None:
     assert notes.differences() == "" and routines(notes.engine) == before
 
 
+@pytest.mark.deep_on("sqlite")
 def test_renaming_a_column_keeps_its_history(notes: Application) -> None:
     """Autogenerate sees one go and one come: its lines become one. ``upgrade=`` shows old history by the new name."""
     notes.execute("INSERT INTO note (id, text) VALUES (1, 'a')")
@@ -218,6 +224,7 @@ def test_renaming_a_column_keeps_its_history(notes: Application) -> None:
     assert images(notes)[-1] == ("note", "update", {"id": 1, "text": "c"})
 
 
+@pytest.mark.deep_on("postgres")
 def test_renaming_a_table_keeps_its_history(notes: Application) -> None:
     """With ``entity=`` of its old name, history goes on under it."""
     notes.execute("INSERT INTO note (id, text) VALUES (1, 'a')")
@@ -249,6 +256,7 @@ def test_renaming_a_table_keeps_its_history(notes: Application) -> None:
     assert [op for _, op, _ in images(notes)] == ["insert", "update", "delete"]
 
 
+@pytest.mark.deep_on("sqlite")
 def test_renaming_without_triggers_keeps_history_and_undo(app: Application) -> None:
     """No triggers: history goes on by ``entity=`` and ``upgrade=``, and what was done before can be undone."""
     app.write_models(NOTE + 'memory.track(Note, text="text")\n')
@@ -288,6 +296,7 @@ def test_renaming_without_triggers_keeps_history_and_undo(app: Application) -> N
     assert problems(app) == [] and contents(app.engine)["memo"]["rows"] == []
 
 
+@pytest.mark.deep_on("postgres")
 def test_check_and_doctor_find_triggers_dropped_by_batch_mode(notes: Application) -> None:
     """SQLite's batch mode makes the table anew, without a word of its triggers: check and doctor say so."""
     notes.write_revision("r2", "r1", "pass", "pass")
@@ -305,6 +314,7 @@ def test_check_and_doctor_find_triggers_dropped_by_batch_mode(notes: Application
     assert notes.differences() == "" and problems(notes) == []
 
 
+@pytest.mark.deep_on("postgres")
 def test_check_and_doctor_find_an_unprotected_log(notes: Application) -> None:
     """By check as by the doctor."""
     notes.write_revision("r2", "r1", "op.memstate_unprotect_log()", "op.memstate_protect_log()")
@@ -318,6 +328,7 @@ def test_check_and_doctor_find_an_unprotected_log(notes: Application) -> None:
     assert notes.differences() == "" and problems(notes) == []
 
 
+@pytest.mark.deep_on("sqlite")
 def test_triggers_of_an_older_version_of_ours_are_replaced(notes: Application) -> None:
     """What is there is not what this version would make."""
     before = routines(notes.engine)
@@ -382,6 +393,7 @@ memory.track(Memo, text="upper", entity="a 'memo': of 100%", capture="trigger", 
 """
 
 
+@pytest.mark.deep_on("postgres")
 def test_revision_renders_every_kind_of_mapping(app: Application) -> None:
     """Types of the application, a key in another order, single-table inheritance, names that need care: rendered so
     that the revision needs no import of the application's, and makes the very triggers that create_tables makes.
@@ -515,6 +527,7 @@ def test_new_version_changes_our_tables_despite_triggers(app: Application, name:
         app.execute("DELETE FROM memstate_log")
 
 
+@pytest.mark.deep_on("postgres")
 def test_a_table_of_ours_that_has_another_name_now(app: Application) -> None:
     """One revision makes the new table and drops the old one; every trigger follows, of hidden tables too."""
     hidden = NOTE.replace("Note", "Hidden").replace('"note"', '"hidden"')
@@ -565,6 +578,7 @@ def test_revision_of_one_database_upgrades_our_tables_on_the_other(
             app.downgrade("base")
 
 
+@pytest.mark.deep
 def test_autogenerate_does_not_drop_our_tables_in_another_schema(tmp_path: Path, postgres_engine: Engine) -> None:
     """By a search_path that env.py does not know of, which includes all schemas: they are nobody's to drop, too."""
     app = Application(tmp_path / "app", postgres_engine)

@@ -156,6 +156,7 @@ def test_application_adopts_our_tables_in_its_own_migrations(app: Application, u
     assert set(contents(app.engine, ours=True)) == set(contents(app.engine))
 
 
+@pytest.mark.deep
 def test_a_revision_made_on_one_database_runs_on_the_other(
     tmp_path: Path, sqlite_engine: Engine, postgres_engine: Engine
 ) -> None:

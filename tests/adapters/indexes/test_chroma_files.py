@@ -92,6 +92,7 @@ def test_damage_is_found(filled: Path, tmp_path: Path, name: str, damage: Callab
         assert name in found
 
 
+@pytest.mark.deep
 def test_damaged_collection_is_reported_and_rebuilt(filled: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(filled, tmp_path / "copy"))
     [data] = (folder / "chroma").glob("*/data_level0.bin")

@@ -553,6 +553,7 @@ def test_role_without_ownership_can_read_and_write(vector_engine: Engine, vector
         connection.exec_driver_sql(f"DROP ROLE {role}")
 
 
+@pytest.mark.deep
 def test_criteria_by_any_type_find_what_sql_finds(postgres_engine: Engine, vector_engine: Engine) -> None:
     """A search with criteria by any type finds what SQL finds; see tests/promises/search/test_search_criteria.py."""
     assert_agrees_with_sql(postgres_engine, PgVectorIndex(vector_engine, f"memory {uuid.uuid4().hex}"))

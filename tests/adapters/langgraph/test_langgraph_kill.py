@@ -16,6 +16,7 @@ from tests.support import PATIENCE_S, sizes
 KILLS = int(os.environ.get("MEMSTATE_GRAPH_KILLS", "12"))
 
 
+@pytest.mark.deep_on("postgres")
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("kills", sizes(2, KILLS))
 def test_graph_resumed_after_sigkill_has_each_fact_once(engine: Engine, tmp_path: Path, kills: int) -> None:

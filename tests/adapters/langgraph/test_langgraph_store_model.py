@@ -218,6 +218,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.shelf.assert_in_step()
 
 
+@pytest.mark.deep_on("postgres")
 @pytest.mark.parametrize("examples", sizes(6, 25))
 def test_a_store_does_what_a_dict_would(engine: Engine, examples: int) -> None:
     made = Shelf(engine, index={"fields": ["text", "more[*]"]})

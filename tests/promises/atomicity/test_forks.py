@@ -38,6 +38,7 @@ def test_child_that_closes_its_memory_leaves_the_parents_relay_alone(engine: Eng
     }
 
 
+@pytest.mark.deep_on("sqlite")
 def test_children_have_connections_of_their_own(engine: Engine) -> None:
     """Its kind: the checkpointer's and the store's engines, those beside an AsyncEngine, and own pools."""
     assert run("store", engine) == {"children": [[0, 1, 2, 3, 4]] * 2, "parent": 11}

@@ -261,6 +261,7 @@ def test_a_row_that_another_session_logs_first_has_one_baseline(memory: Memory, 
     assert [change.before for change in changes[1:]] == [change.after for change in changes[:-1]]
 
 
+@pytest.mark.deep_on("trigger")
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_eight_threads_wait_for_each_other_in_no_circle(postgres_engine: Engine, capture: Any) -> None:
     """Two classes and several keys in one flush. A DeadlockDetected would be among the errors."""

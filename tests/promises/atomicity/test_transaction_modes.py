@@ -68,6 +68,7 @@ def test_session_that_only_flushes_leaves_no_trigger_context(engine: Engine, cap
     world.assert_in_step()
 
 
+@pytest.mark.deep_on("trigger")
 @both_ways
 def test_prepared_log_and_fact_wait_for_the_second_phase(capture: Any) -> None:
     """Prepared, log and fact wait for the second phase together."""

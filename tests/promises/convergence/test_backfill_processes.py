@@ -227,6 +227,7 @@ def test_rows_of_a_killed_worker_are_taken_over(make: Callable[[int], Applicatio
     app.assert_taken_in()
 
 
+@pytest.mark.deep_on("2")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interruption_says_how_to_go_on(
@@ -262,6 +263,7 @@ if os.getpid() != {parent}:
 """
 
 
+@pytest.mark.deep
 def test_a_worker_that_does_not_end_is_killed(
     sqlite_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -643,6 +643,7 @@ def test_a_relay_frozen_in_a_transaction_blocks_nobody(postgres_engine: Engine) 
     frozen.dispose()
 
 
+@pytest.mark.deep_on("postgres")
 def test_a_database_that_is_away_is_not_hammered(engine: Engine) -> None:
     """Nor its log flooded; and the relay is back soon after it is."""
     world = World(engine)

@@ -684,6 +684,7 @@ def database_files(engine: Engine) -> list[Path]:
     return [Path(path), Path(path + "-wal"), Path(path + "-journal")]
 
 
+@pytest.mark.deep_on("True")
 @pytest.mark.parametrize("marker", MARKERS)
 @pytest.mark.parametrize("store_text", [False, True])
 def test_the_bytes_are_gone_from_sqlite_and_chroma(

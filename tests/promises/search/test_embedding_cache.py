@@ -380,6 +380,7 @@ def test_two_writers_may_evict_at_once(postgres_engine: Engine) -> None:
     assert left == list(vectors)[6:]
 
 
+@pytest.mark.deep_on("sqlite")
 def test_two_relays_of_the_same_texts_do_not_fail(engine: Engine) -> None:
     """Each with an index of its own, in two threads: no delivery fails for what the other keeps."""
     one = App(engine)

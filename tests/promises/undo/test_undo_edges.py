@@ -279,6 +279,7 @@ def _note(statements: list[str], connection: Any, cursor: Any, statement: str, *
     statements.append(statement)
 
 
+@pytest.mark.deep_on("postgres")
 def test_undo_redone_very_often_is_still_followed(engine: Engine) -> None:
     app = make_app(engine, Parent)
     depth = 1500
