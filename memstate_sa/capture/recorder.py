@@ -30,7 +30,7 @@ from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
 from memstate_sa.tracking.validation import to_validation_failed
 
-logger = printable_logger("memstate_sa.capture.recorder")
+logger = printable_logger("memstate_sa.recorder")
 
 TWO_DATABASES = "the tracked models of one Session must live in one database: this one writes to two"
 # Shorter than it takes PostgreSQL to look for a deadlock, and to choose a victim: a second, as it comes.

@@ -31,7 +31,7 @@ from memstate_sa.relay import Relay
 from memstate_sa.relay.backlog import Backlog
 from memstate_sa.runtime.printable import printable_logger
 
-logger = printable_logger("memstate_sa.cli.processes")
+logger = printable_logger("memstate_sa.worker")
 
 Process = subprocess.Popen[bytes]
 

@@ -160,7 +160,7 @@ def warn_of_savepoints(connection: Connection) -> None:
     if not getattr(connection.engine, _CONFIGURED, False) and legacy and driver.isolation_level is not None:  # type: ignore[union-attr]
         warn(
             f"{connection.engine!r}: a SAVEPOINT that is rolled back with its transaction may keep its rows, as "
-            "pysqlite begins too late; memstate_sa.db.sqlite.configure(engine) mends it",
+            "pysqlite begins too late; memstate_sa.sqlite.configure(engine) mends it",
             SavepointWarning,
         )
 

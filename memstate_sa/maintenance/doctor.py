@@ -33,7 +33,7 @@ from memstate_sa.tracking import committed
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
 
-logger = printable_logger("memstate_sa.maintenance.doctor")
+logger = printable_logger("memstate_sa.doctor")
 
 _UNSURE = (
     "%s: rows that are gone were not logged as deleted. Another transaction is writing to the table and may be adding "
@@ -284,7 +284,7 @@ class Doctor:
         if dialect == "sqlite" and sqlite.leaks_savepoints(self._engine):
             yield Problem(
                 "SAVEPOINTs",
-                "survive the ROLLBACK of their transaction: memstate_sa.db.sqlite.configure(engine) mends it",
+                "survive the ROLLBACK of their transaction: memstate_sa.sqlite.configure(engine) mends it",
             )
         if trigger_context.name in tables and self._has_leftover_context():
             yield Problem(

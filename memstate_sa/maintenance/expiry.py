@@ -16,7 +16,7 @@ from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.tracking.committed import raw_key_columns
 from memstate_sa.tracking.tracked import Tracked
 
-logger = printable_logger("memstate_sa.maintenance.expiry")
+logger = printable_logger("memstate_sa.expiry")
 
 EXPIRED = "expired"
 """The reason of transactions that delete what has expired."""

@@ -27,7 +27,7 @@ from memstate_sa.tracking import committed
 from memstate_sa.tracking.projection import Projection, split_point_id
 from memstate_sa.tracking.tracked import Tracked
 
-logger = printable_logger("memstate_sa.maintenance.verify")
+logger = printable_logger("memstate_sa.memory")
 
 
 @dataclass

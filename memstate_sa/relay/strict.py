@@ -41,7 +41,7 @@ from memstate_sa.tracking import committed
 from memstate_sa.tracking.projection import Projection, point_id
 from memstate_sa.tracking.registry import Registry
 
-logger = printable_logger("memstate_sa.relay.strict")
+logger = printable_logger("memstate_sa.strict")
 
 LOCK_TIMEOUT_S = 10.0
 """The longest wait for a lock that an intent cannot get. The transaction that it announces may hold that lock."""

@@ -44,7 +44,7 @@ from memstate_sa.tracking.tracked import Tracked
 
 P = ParamSpec("P")
 R = TypeVar("R")
-logger = printable_logger("memstate_sa.search.search")
+logger = printable_logger("memstate_sa.search")
 
 _IDS_LIMIT = 1000
 """The most rows that are named to an index by their ids."""

@@ -149,7 +149,7 @@ def test_changed_text_function_is_noticed_by_stale_hits(engine: Engine, caplog: 
     new = Release(engine, index, text=bodies)
     new.drain()
     assert new.found("zebra")[1] is False
-    [warning] = [record.getMessage() for record in caplog.records if record.name == "memstate_sa.search.search"]
+    [warning] = [record.getMessage() for record in caplog.records if record.name == "memstate_sa.search"]
     assert "text_version" in warning and "zebra" not in warning
     [problem] = new.problems()
     assert "text_version" in problem

@@ -88,7 +88,7 @@ def test_first_of_equal_rows_gets_the_unique_value(
     assert hall.logged() == baselines(*range(1, 9))
     assert hall.marked() == {f"[{n}]" for n in range(1, 9)}
     assert hall.holders() == {'["Ann"]': "[1]", '["Bob"]': "[2]", '["Cid"]': "[5]"}
-    warnings = [record.getMessage() for record in caplog.records if record.name == "memstate_sa.capture.recorder"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "memstate_sa.recorder"]
     named = [key for warning in warnings for key in warning.rpartition(": ")[2].split(", ")]
     assert named == ["[3]", "[7]", "[8]"]
     assert not any(name in caplog.text for name in ("Ann", "Bob", "Cid"))

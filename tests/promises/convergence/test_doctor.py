@@ -69,7 +69,7 @@ def test_repair_logs_and_warns_of_duplicate_unique_values(engine: Engine, caplog
         connection.execute(text("UPDATE tag SET meaning = 'new' WHERE name = 'd'"))
     with caplog.at_level("WARNING"):
         assert len(app.memory.doctor(engine, repair=True).changed) == 3
-    [warning] = [record.getMessage() for record in caplog.records if record.name == "memstate_sa.capture.recorder"]
+    [warning] = [record.getMessage() for record in caplog.records if record.name == "memstate_sa.recorder"]
     assert (
         "2 rows that are older than tracking or than unique_by, or were changed past it," in warning
         and '["b"], ["c"]' in warning
