@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,8 +79,9 @@ def test_closed_memory_is_collected(engine: Engine, opened: Callable[[Engine], w
 
 def test_closed_checkpointer_and_store_are_collected(engine: Engine) -> None:
     """The facts' Memory lives on."""
-    langgraph = pytest.importorskip("memstate_sa.integrations.langgraph.checkpointer")
-    stores = pytest.importorskip("memstate_sa.integrations.langgraph.store")
+    pytest.importorskip("langgraph.graph")
+    langgraph = import_module("memstate_sa.integrations.langgraph.checkpointer")
+    stores = import_module("memstate_sa.integrations.langgraph.store")
     if engine.dialect.name == "sqlite":
         sqlite.configure(engine)
     with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as facts:

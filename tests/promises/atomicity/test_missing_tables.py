@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Literal
 
 import pytest
@@ -94,7 +95,8 @@ def test_missing_application_table_keeps_the_drivers_error(engine: Engine) -> No
 
 
 def test_checkpointer_without_its_tables_says_what_to_do(engine: Engine) -> None:
-    langgraph = pytest.importorskip("memstate_sa.integrations.langgraph.checkpointer")
+    pytest.importorskip("langgraph.graph")
+    langgraph = import_module("memstate_sa.integrations.langgraph.checkpointer")
     for where in (engine.url.render_as_string(hide_password=False), engine):
         with (
             langgraph.MemStateCheckpointer(where) as checkpointer,

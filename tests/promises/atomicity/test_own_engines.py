@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -26,7 +27,8 @@ def store(url: str) -> Iterator[Call]:
 
 @contextmanager
 def checkpointer(url: str) -> Iterator[Call]:
-    langgraph = pytest.importorskip("memstate_sa.integrations.langgraph.checkpointer")
+    pytest.importorskip("langgraph.graph")
+    langgraph = import_module("memstate_sa.integrations.langgraph.checkpointer")
     with langgraph.MemStateCheckpointer(url) as saver:
         saver.setup()
         yield lambda: saver.get_tuple({"configurable": {"thread_id": "1"}})
