@@ -165,7 +165,7 @@ class BulkStatement:
 
 
 class _Unseen(BulkStatement):
-    """What cannot be logged, for who is only warned (``on_untracked="warn"``)."""
+    """A write that cannot be logged, where the application is only warned (``on_untracked="warn"``)."""
 
     def run(self) -> Result[Any]:
         with self.transaction.writing():

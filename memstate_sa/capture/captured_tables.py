@@ -17,7 +17,7 @@ _HEADER = "-- memstate_sa "
 
 
 class Capturable(Protocol):
-    """What the triggers of a table are made from: a tracked class has it, and a migration says it."""
+    """The source of a table's triggers. A tracked class has it, and a migration names it."""
 
     @property
     def table(self) -> Table: ...
@@ -48,7 +48,7 @@ class CapturedTable(NamedTuple):
 
 
 def captured_in(table: Table) -> dict[str, CapturedTable]:
-    """What `Memory.track` has asked to be captured of *table*, by entity."""
+    """The classes that triggers on *table* capture, by entity, as `Memory.track` was asked."""
     return {
         entity: CapturedTable(table, entity, version, inheritance_criterion(inspect(model)))
         for entity, (model, version) in table.metadata.info.get(TRACKED, {}).get(table.fullname, {}).items()

@@ -29,7 +29,7 @@ from memstate_sa.tracking.tracked import Tracked
 
 
 class Veto(Protocol):
-    """What brings the indexes up to date before a commit, which it vetoes by raising."""
+    """The writer of the indexes before a commit. It vetoes the commit by raising."""
 
     def write(self, session: Session, transaction: OpenTransaction) -> None: ...
 
