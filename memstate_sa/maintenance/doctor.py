@@ -17,6 +17,7 @@ from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db import sqlite
+from memstate_sa.db.amendments import lacking
 from memstate_sa.db.codec import Image
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import take_write_lock
@@ -262,16 +263,15 @@ class Doctor:
         inspector = inspect(self._engine)
         dialect = self._engine.dialect.name
         tables = set(inspector.get_table_names())
+        lacks = lacking(inspector, metadata.sorted_tables)
         for table in metadata.sorted_tables:
             if table.name not in tables:
                 yield Problem(table.name, "is not there: memory.create_tables(engine), or a migration, creates it")
                 continue
-            lacking = {column.name for column in table.columns} - {c["name"] for c in inspector.get_columns(table.name)}
-            if lacking:
-                yield Problem(table.name, f"is of another version: it lacks {', '.join(sorted(lacking))}; migrate it")
-            indexes = {index["name"] for index in inspector.get_indexes(table.name)}
-            for index in table.indexes:
-                if index.name not in indexes:
+            if columns := sorted(column.name for column in lacks.columns if column.table is table):
+                yield Problem(table.name, f"is of another version: it lacks {', '.join(columns)}; migrate it")
+            for index in lacks.indexes:
+                if index.table is table:
                     yield Problem(table.name, f"has no index {index.name}: what reads it, reads it all; create it")
         if log.name in tables and (lost := self._lost_protection()):
             yield Problem(

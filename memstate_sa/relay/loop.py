@@ -156,7 +156,7 @@ class Relay:
                 progress(total)
             if failure is None and not self._has_more() and not self._behind(present):
                 return total
-            wait = 0.0 if count else 0.02
+            wait = 0.0 if count or self._has_more() else 0.02
             if failure is not None:
                 wait = min(worker.breaker.wait_s(time.monotonic()) for worker in self._workers if worker.failure)
             if time.monotonic() + wait > deadline:

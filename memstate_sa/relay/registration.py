@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, exists, func, select, text, update
+from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.engine import Connection
 
 from memstate_sa.db.statements import upsert
@@ -29,9 +29,10 @@ def require_registered(connection: Connection, index: IndexKey, now: datetime, e
     if _is_registered(connection, index, embedder, dimension):
         return
     live = select(holder.c.incarnation).where(holder.c.index == index.name, holder.c.lease_until > now)
-    was_paused = exists().where(index_state.c.index == index.name, index_state.c.paused)
-    paused = connection.execute(select(was_paused)).scalar_one()
-    for table in _STATE_TABLES:
+    lifetimes = select(index_state.c.incarnation, index_state.c.paused).where(index_state.c.index == index.name)
+    earlier = connection.execute(lifetimes).all()
+    paused = any(lifetime.paused for lifetime in earlier)
+    for table in _STATE_TABLES if earlier else ():
         connection.execute(
             delete(table).where(table.c.index == index.name, table.c.incarnation.not_in(live.scalar_subquery()))
         )
