@@ -14,6 +14,9 @@ ARGS ?=
 # Several processes, each of which collects all tests: not worth it for a few of them.
 PARALLEL = $(if $(filter -k -k% tests%,$(ARGS)),,-n $(WORKERS) --dist worksteal)
 
+# Tests start hundreds of processes, each of which would compile the whole package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-deep test-sa20 format lint bench torture soak fuzz clean
 

@@ -47,7 +47,7 @@ def test_the_recording_is_read_as_it_is(recording: example.Recording) -> None:
     assert len({call.name for call in recording.calls()}) == 177
 
 
-@pytest.mark.deep_on("postgres")
+@pytest.mark.deep
 @pytest.mark.parametrize("by", ["run", "transaction"])
 def test_revoked_runs_leave_what_the_others_alone_would_have_made(
     recording: example.Recording, airline: example.Airline, expected: example.State, by: example.Granularity

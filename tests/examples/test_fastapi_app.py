@@ -146,15 +146,19 @@ def chroma(tmp_path: Path, engine: Engine) -> Iterator[str | None]:
     server.kill()
 
 
-@pytest.mark.deep
 @pytest.mark.deep_on("postgres")
-def test_the_service_without_memory_passes_its_tests(project: Project) -> None:
-    """As the patch, applied in reverse, leaves it; and it is the same again when the patch is applied."""
+def test_the_patch_takes_the_memory_out_and_brings_it_back(project: Project) -> None:
     before = project.sources()
     project.without_memory()
-    project.run("pytest", "-q")
     project.with_memory()
     assert project.sources() == {path: text for path, text in before.items() if path != REVISION}
+
+
+@pytest.mark.deep
+def test_the_service_without_memory_passes_its_tests(project: Project) -> None:
+    """As the patch, applied in reverse, leaves it."""
+    project.without_memory()
+    project.run("pytest", "-q")
 
 
 @pytest.mark.deep
@@ -162,7 +166,7 @@ def test_the_service_with_memory_passes_its_tests(project: Project) -> None:
     project.run("pytest", "-q")
 
 
-@pytest.mark.deep_on("postgres")
+@pytest.mark.deep
 def test_service_adopts_memory_over_http(project: Project, chroma: str | None) -> None:
     """Notes from before are found, undone and explained; Alembic writes the migration that the example has."""
     if chroma is not None:

@@ -21,6 +21,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
 
 
+@pytest.mark.deep
 def test_the_wheel_carries_our_migrations(tmp_path: Path) -> None:
     """Inside of the package, never as alembic/, which would land inside of Alembic; and they run from there."""
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]

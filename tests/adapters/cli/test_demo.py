@@ -138,6 +138,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
     return demo("--keep", str(home))._replace(home=home)
 
 
+@pytest.mark.deep
 def test_the_demo_ends_well(played: Played) -> None:
     """It exits with 0, after showing each of its parts."""
     assert played.exit_code == 0, played.output
@@ -145,6 +146,7 @@ def test_the_demo_ends_well(played: Played) -> None:
         assert part in played.output
 
 
+@pytest.mark.deep
 def test_two_writes_in_a_row_drift_and_one_transaction_does_not(played: Played) -> None:
     """Checked here on what the demo left behind, not on what it says."""
     from memstate_sa.demo.audit import drift
@@ -157,6 +159,7 @@ def test_two_writes_in_a_row_drift_and_one_transaction_does_not(played: Played) 
     assert not any(found["memstate"])
 
 
+@pytest.mark.deep
 def test_comparison_fails_on_a_drifted_index(played: Played) -> None:
     """A demo whose memstate side has drifted fails."""
     from rich.console import Console
@@ -168,6 +171,7 @@ def test_comparison_fails_on_a_drifted_index(played: Played) -> None:
         compare(drifted, drifted, parse(CONVERSATION.read_text("utf-8")), Console(file=StringIO()))
 
 
+@pytest.mark.deep
 def test_the_agents_were_killed_between_commit_and_delivery(played: Played) -> None:
     """In the middle of the conversation: the three facts of that turn, at least, were committed and not delivered."""
     assert re.search(r"killed after turn +│ +36 │ +36 │", played.output), played.output
@@ -176,9 +180,10 @@ def test_the_agents_were_killed_between_commit_and_delivery(played: Played) -> N
     assert int(waiting[1]) >= 3
 
 
-def test_a_folder_with_something_in_it_is_left_alone(played: Played) -> None:
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     """The demo starts from nothing."""
-    again = demo("--keep", str(played.home))
+    (tmp_path / "notes.txt").write_text("mine")
+    again = demo("--keep", str(tmp_path))
     assert again.exit_code == 1
     assert "is not empty" in again.output
     assert "Traceback" not in again.output

@@ -11,6 +11,7 @@ pytest.importorskip("wordllama")
 from examples.langgraph_agent import tell_the_story
 
 
+@pytest.mark.deep_on("postgres")
 @pytest.mark.deep_on("sqlite")
 def test_agent_example_prints_its_story(engine: Engine) -> None:
     lines = tell_the_story(engine.url.render_as_string(hide_password=False))

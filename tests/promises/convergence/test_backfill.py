@@ -473,7 +473,7 @@ def test_transaction_that_misses_the_baseline_logs_another(
     world.assert_in_step()
 
 
-@pytest.mark.deep_on("postgres")
+@pytest.mark.deep_on("postgres", "trigger")
 @both_ways
 def test_backfill_converges_beside_busy_writers(engine: Engine, capture: Literal["session", "trigger"]) -> None:
     """They change, delete and add rows, some many in one transaction, while two workers run; nobody fails."""

@@ -210,7 +210,7 @@ def test_backfill_resumes_after_sigkill_of_all_processes(make: Callable[[int], A
     app.assert_taken_in()
 
 
-@pytest.mark.deep_on("postgres")
+@pytest.mark.deep
 def test_rows_of_a_killed_worker_are_taken_over(make: Callable[[int], Application]) -> None:
     """By the others, or at last by the process that started it."""
     app = make(1500)

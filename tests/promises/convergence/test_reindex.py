@@ -103,6 +103,7 @@ def test_no_search_mixes_embedders_while_rows_change(shop: Shop) -> None:
     move_forth_and_back(shop, rounds=3)
 
 
+@pytest.mark.deep_on("QdrantIndex", "PgVectorIndex")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["QdrantIndex", "PgVectorIndex", "FaissIndex"])
 def test_move_from_chroma_to_another_index_finds_everything(

@@ -39,6 +39,7 @@ def supervisor(app: Application) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
+@pytest.mark.deep
 def test_a_worker_that_is_killed_is_started_again(supervisor: subprocess.Popen[str]) -> None:
     """All of them end with the supervisor."""
     assert supervisor.stderr is not None

@@ -240,6 +240,7 @@ store.memory.relay(store.engine).drain()
 """
 
 
+@pytest.mark.deep_on("flushed", "committed")
 @pytest.mark.parametrize("moment", ["flushed", "committed", "written"])
 def test_5_a_kill_loses_no_vector(engine: Engine, tmp_path: Path, moment: str) -> None:
     """SIGKILL before COMMIT, after it, or between the index's write and our record of it: reopened, all agree."""
@@ -441,13 +442,13 @@ def vm_steps(connection: Connection) -> Iterator[list[int]]:
 
 @pytest.mark.deep_on("postgres")
 def test_10_rollback_costs_what_it_undoes(engine: Engine) -> None:
-    """Ten steps back take as many statements after 1,000 transactions as after 250, and SQLite as much work.
+    """Ten steps back take as many statements after 600 transactions as after 250, and SQLite as much work.
 
     Not fewer than 250: the log is read back in pages of 200.
     """
     world = World(engine)
     costs = {}
-    for first, length in ((0, 250), (250, 1000)):
+    for first, length in ((0, 250), (250, 600)):
         with world.session() as session:
             for n in range(first, length):
                 session.merge(Tag(name=f"t{n % 50}", meaning=f"meaning {n}"))

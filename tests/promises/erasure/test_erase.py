@@ -684,6 +684,7 @@ def database_files(engine: Engine) -> list[Path]:
     return [Path(path), Path(path + "-wal"), Path(path + "-journal")]
 
 
+@pytest.mark.deep_on("Zxqvertigo77")
 @pytest.mark.deep_on("True")
 @pytest.mark.parametrize("marker", MARKERS)
 @pytest.mark.parametrize("store_text", [False, True])

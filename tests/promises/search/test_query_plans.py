@@ -317,6 +317,7 @@ def test_a_relay_reads_no_large_table_as_a_whole(million: World) -> None:
     assert "Sort  (" not in page.replace("Incremental Sort", "") or page.count("Sort  (") == 1  # of one page
 
 
+@pytest.mark.deep
 def test_operation_reads_no_large_table_as_a_whole(million: World) -> None:
     """Status, waiting, dead letters, the look of an idle relay."""
 
@@ -333,6 +334,7 @@ def test_operation_reads_no_large_table_as_a_whole(million: World) -> None:
     assert_no_large_scan(planned(million.engine, operate))
 
 
+@pytest.mark.deep
 def test_undo_reads_no_large_table_as_a_whole(million: World) -> None:
     """A step, many steps, a run, an actor, a transaction, a moment; and what a fact was."""
     for n in range(60):
@@ -375,6 +377,7 @@ def test_a_fresh_search_reads_no_large_table_as_a_whole(million: World) -> None:
     assert_no_large_scan(planned(million.engine, search))
 
 
+@pytest.mark.deep
 def test_cleaning_up_reads_no_large_table_as_a_whole(million: World) -> None:
     """What every index has; what is old, if it is not to be kept."""
     million.relay.drain()
@@ -390,6 +393,7 @@ def test_cleaning_up_reads_no_large_table_as_a_whole(million: World) -> None:
     assert_no_large_scan(planned(million.engine, clean))
 
 
+@pytest.mark.deep
 def test_a_page_costs_no_more_behind_a_transaction_that_runs_for_ever(million: World) -> None:
     """It pins the oldest snapshot; the page is read from where the index is, not from there."""
     pinned = million.engine.connect()
