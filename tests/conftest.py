@@ -50,8 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     cases = defaultdict[object, list[pytest.Function]](list)
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec") and not item.get_closest_marker("deep"):
-            mark = item.get_closest_marker("deep_on")
-            if mark is not None and set(mark.args) & set(item.callspec.id.split("-")):
+            parts = {part for mark in item.iter_markers("deep_on") for part in mark.args}
+            if parts & set(item.callspec.id.split("-")):
                 item.add_marker(pytest.mark.deep)
             else:
                 cases[item.path, item.cls, item.originalname].append(item)

@@ -83,6 +83,7 @@ def states(steps: int) -> dict[str, str]:
     return {id_: mark for id_, mark in held.items() if steps < 5 or id_ != "p1"}
 
 
+@pytest.mark.deep
 def test_a_kill_in_the_middle_of_a_call_cuts_off_that_call(folder: Path, journal: Path, tmp_path: Path) -> None:
     """At every byte: what is whole is there, under the same incarnation, and more can be written."""
     before = written(folder)

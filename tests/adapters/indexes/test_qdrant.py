@@ -284,6 +284,7 @@ def test_closed_client_is_retryable(tmp_path: Path) -> None:
 # -- a folder ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 def test_folder_belongs_to_one_process(tmp_path: Path) -> None:
     """qdrant-client itself refuses another, and says to use a server; a kill frees it."""
     make = f"from qdrant_client import QdrantClient; QdrantClient(path={str(tmp_path)!r})"

@@ -327,6 +327,7 @@ def test_a_relay_converges(engine: Engine, shared_server: Server, name: str) -> 
     world.memory.close()
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("lost")
 @pytest.mark.parametrize("options", [AT_ONCE, NOTHING], ids=["kept", "lost"])
 def test_relay_converges_though_the_server_is_killed(sqlite_engine: Engine, options: list[str]) -> None:

@@ -12,7 +12,6 @@ from examples.langgraph_agent import tell_the_story
 
 
 @pytest.mark.deep_on("postgres")
-@pytest.mark.deep_on("sqlite")
 def test_agent_example_prints_its_story(engine: Engine) -> None:
     lines = tell_the_story(engine.url.render_as_string(hide_password=False))
     paris, nuts, berlin = "I live in Paris.", "I am allergic to nuts.", "I have moved from Paris to Berlin."

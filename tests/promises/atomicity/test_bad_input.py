@@ -496,6 +496,7 @@ def test_one_bad_text_does_not_hide_what_else_is_undelivered(world: World) -> No
         assert not hits.complete
 
 
+@pytest.mark.deep_on("postgres")
 def test_embedder_of_wrong_dimensions_is_named_and_loses_nothing(world: World) -> None:
     """Search names the embedder and what it returned, delivery parks the key; healed, nothing is lost."""
     policy = RetryPolicy(delay_s=0.001, max_attempts=10**6)

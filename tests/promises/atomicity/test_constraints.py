@@ -212,6 +212,7 @@ def test_sweep_leaves_facts_that_others_refer_to(engine: Engine, caplog: pytest.
     app.check()
 
 
+@pytest.mark.deep_on("postgres")
 @pytest.mark.parametrize("referred", [1, 700, 1000])
 def test_sweep_passes_referenced_facts_in_few_statements(engine: Engine, referred: int) -> None:
     """Its page is bisected: some pages more, not as many as facts."""

@@ -61,6 +61,7 @@ def test_child_does_not_wait_for_a_lock_of_a_database_in_memory() -> None:
     assert run("memory", create_engine("sqlite://")) == {"child": [True, 1], "parent": 0}
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("postgres")
 def test_graphs_of_a_child_have_threads_of_their_own(engine: Engine) -> None:
     """Threads of the parent's checkpointer are not there, nor who has its locks. Its kind: whatever keeps threads."""

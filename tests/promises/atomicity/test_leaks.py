@@ -176,6 +176,7 @@ def fail_in_another_listener(session: Session) -> None:
         session.flush()
 
 
+@pytest.mark.deep_on("postgres")
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 @pytest.mark.parametrize("use", [read, write, fail_in_another_listener])
 def test_dropped_session_gives_its_connection_back(

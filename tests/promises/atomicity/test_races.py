@@ -389,6 +389,7 @@ def test_wait_returns_although_the_key_goes_on_changing(engine: Engine, monkeypa
     assert next(changes) > 1
 
 
+@pytest.mark.deep
 def test_purge_keeps_a_key_that_is_delivered_at_the_same_time(
     sqlite_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -473,6 +473,7 @@ def test_transaction_that_misses_the_baseline_logs_another(
     world.assert_in_step()
 
 
+@pytest.mark.deep_on("session")
 @pytest.mark.deep_on("postgres", "trigger")
 @both_ways
 def test_backfill_converges_beside_busy_writers(engine: Engine, capture: Literal["session", "trigger"]) -> None:

@@ -254,6 +254,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
     pytest.fail("did not happen within a minute")
 
 
+@pytest.mark.deep_on("postgres")
 def test_interrupted_reindex_goes_on_where_it_was(shop: Shop) -> None:
     """Stopped in the second page: searches go on with the old index, and the first page is not embedded again."""
     moving = shop.moving()

@@ -643,6 +643,7 @@ def test_a_relay_frozen_in_a_transaction_blocks_nobody(postgres_engine: Engine) 
     frozen.dispose()
 
 
+@pytest.mark.deep_on("sqlite")
 @pytest.mark.deep_on("postgres")
 def test_a_database_that_is_away_is_not_hammered(engine: Engine) -> None:
     """Nor its log flooded; and the relay is back soon after it is."""
@@ -696,6 +697,7 @@ def test_a_relay_that_could_not_be_released_can_be_started_again(engine: Engine)
     world.assert_in_step()
 
 
+@pytest.mark.deep
 def test_relays_that_leave_and_claim_do_not_deadlock(postgres_engine: Engine) -> None:
     """They lock the same rows, in the same order."""
     world = World(postgres_engine)

@@ -40,6 +40,7 @@ def test_repair_mends_every_kind_of_drift(drifted: World) -> None:
     drifted.assert_in_step()
 
 
+@pytest.mark.deep_on("postgres")
 def test_repair_waits_for_the_relay_that_holds_the_lease(drifted: World) -> None:
     """Whoever holds it delivers; repair waits for that."""
     with drifted.memory.relay(drifted.engine, lease_s=3):

@@ -440,6 +440,7 @@ def vm_steps(connection: Connection) -> Iterator[list[int]]:
         driver.set_progress_handler(None, 10)
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("postgres")
 def test_10_rollback_costs_what_it_undoes(engine: Engine) -> None:
     """Ten steps back take as many statements after 600 transactions as after 250, and SQLite as much work.

@@ -275,6 +275,7 @@ def test_a_capacity_is_a_number(wrong: Any) -> None:
 # -- how much, and of what ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep_on("postgres")
 def test_oldest_vectors_are_evicted(engine: Engine) -> None:
     """No more than the capacity is kept, and of that the newest."""
     app = App(engine, embedding_cache=5)
@@ -305,6 +306,7 @@ def test_a_smaller_capacity_is_reached_in_steps(engine: Engine, app: App) -> Non
     assert newest == ["counting"] * 4
 
 
+@pytest.mark.deep_on("postgres")
 def test_cache_counts_its_vectors_rarely(engine: Engine) -> None:
     """Whether there are too many is looked at once a tenth of the capacity."""
     app = App(engine, embedding_cache=100)

@@ -120,7 +120,7 @@ def apply(world: World, session: Any, change: tuple[Any, ...]) -> None:
             session.delete(person)
 
 
-@pytest.mark.parametrize("examples", sizes(8, 50))
+@pytest.mark.parametrize("examples", sizes(4, 50))
 def test_search_equals_brute_force(engine: Engine, examples: int) -> None:
     """While the relay lags, vectors are stale, the transaction is open, and a delivery lands between its steps."""
     world = World(engine, Meddling())

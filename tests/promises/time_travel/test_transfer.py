@@ -200,6 +200,7 @@ def round_trip(source: World, target: World, steps: Any, untracked: int) -> None
     target.assert_in_step()
 
 
+@pytest.mark.deep_on("postgres")
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("histories", sizes(3, 60))
 @pytest.mark.parametrize(("source", "target"), [("sqlite", "sqlite"), ("postgres", "postgres"), ("sqlite", "postgres")])

@@ -480,6 +480,7 @@ def test_unique_arrays_are_compared_like_other_values(postgres_engine: Engine) -
     app.check()
 
 
+@pytest.mark.deep_on("postgres")
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_hidden_constraint_keeps_no_more_facts_than_it_must(
     engine: Engine, statements: list[str], capture: str
