@@ -12,7 +12,21 @@ from functools import cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Row, Select, and_, bindparam, delete, exists, func, literal, not_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    Update,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    literal,
+    not_,
+    select,
+    update,
+)
 from sqlalchemy.engine import Connection
 
 from memstate_sa.db.json_params import unnest_strings
@@ -182,8 +196,7 @@ def _take(
         return {}
     # By the clock, not only by counting: an index outlives a database that is restored or created again.
     epoch = max(int(now.timestamp() * 1000), *(row.epoch + 1 for row in rows))
-    statement = update(cursor).where(of_index(cursor), cursor.c.slot.in_([row.slot for row in rows]))
-    connection.execute(statement.values(owner=owner, epoch=epoch), index.parameters())
+    _change(connection, index, [row.slot for row in rows], {"owner": owner, "epoch": epoch})
     restart_scan(connection, index, [row.slot for row in rows if row.owner is not None])
     return {row.slot: HeldSlot(epoch, _position(row), True, settle=row.owner is not None) for row in rows}
 
@@ -230,24 +243,36 @@ def _rebase(connection: Connection, index: IndexKey, present: Position) -> None:
 
 # -- positions --------------------------------------------------------------------------------------------------------
 
-_mine = (
-    select(cursor.c.slot, cursor.c.epoch)
-    .where(of_index(cursor), cursor.c.owner == bindparam("me"), cursor.c.slot.in_(bindparam("slots", expanding=True)))
-    .order_by(cursor.c.slot)
-    .with_for_update(key_share=True)
-)
 
-_moving = (
-    update(cursor)
-    .where(of_index(cursor), cursor.c.slot.in_(bindparam("slots", expanding=True)))
-    .values({name: bindparam(f"new_{name}") for name in ("snapshot", "xid", "position")})
-)
+@cache
+def _mine(dialect_name: str) -> Select[Any]:
+    return (
+        select(cursor.c.slot, cursor.c.epoch)
+        .where(of_index(cursor), cursor.c.owner == bindparam("me"), in_slots(dialect_name, cursor.c.slot))
+        .order_by(cursor.c.slot)
+        .with_for_update(key_share=True)
+    )
+
+
+@cache
+def _changing(dialect_name: str, *names: str) -> Update:
+    """Set the columns *names* of ``slots``. Given none, it would change all on SQLite, which has one."""
+    statement = update(cursor).where(of_index(cursor), in_slots(dialect_name, cursor.c.slot))
+    return statement.values({name: bindparam(f"new_{name}") for name in names})
+
+
+def _change(connection: Connection, index: IndexKey, slots: Collection[int], values: Mapping[str, Any]) -> None:
+    if slots:
+        new = {f"new_{name}": value for name, value in values.items()}
+        statement = _changing(connection.dialect.name, *values)
+        connection.execute(statement, {**index.parameters(), **new, "slots": slot_array(slots)})
 
 
 def still_held(connection: Connection, index: IndexKey, owner: str, epochs: Mapping[int, int]) -> set[int]:
     """The slots of *epochs* that have not changed owners. They cannot, until this transaction ends."""
     take_write_lock(connection)
-    rows = connection.execute(_mine, {**index.parameters(), "me": owner, "slots": list(epochs)}).all()
+    parameters = {**index.parameters(), "me": owner, "slots": slot_array(epochs)}
+    rows = connection.execute(_mine(connection.dialect.name), parameters).all() if epochs else ()
     return {slot for slot, epoch in rows if epochs[slot] == epoch}
 
 
@@ -255,8 +280,7 @@ def save_positions(connection: Connection, index: IndexKey, positions: Mapping[i
     """Record the positions of slots that are `still_held`."""
     by_position = sorted(positions.items(), key=lambda item: (str(item[1]), item[0]))
     for position, group in groupby(by_position, key=lambda item: item[1]):
-        new = {f"new_{name}": value for name, value in position_columns(position).items()}
-        connection.execute(_moving, {**index.parameters(), **new, "slots": [slot for slot, _ in group]})
+        _change(connection, index, [slot for slot, _ in group], position_columns(position))
 
 
 _index_is_marked = select(index_state.c.marked).where(of_index(index_state)).scalar_subquery()
@@ -277,8 +301,7 @@ def read_slot_epochs(connection: Connection, index: IndexKey) -> SlotEpochs:
 
 def free_slots(connection: Connection, index: IndexKey, held_slots: Collection[int]) -> None:
     """Take the owner from slots that are `still_held`."""
-    statement = update(cursor).where(of_index(cursor), cursor.c.slot.in_(held_slots)).values(owner=None)
-    connection.execute(statement, index.parameters())
+    _change(connection, index, held_slots, {"owner": None})
 
 
 def leave(connection: Connection, index: IndexKey, owner: str) -> None:

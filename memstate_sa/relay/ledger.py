@@ -13,14 +13,14 @@ from sqlalchemy.engine import Connection
 
 from memstate_sa.db import leases
 from memstate_sa.db.codec import FactKey, by_entity
-from memstate_sa.db.json_params import as_array, as_json, row_value, unnest_rows, unnest_strings
+from memstate_sa.db.json_params import as_array, as_json, unnest_strings
 from memstate_sa.db.leases import database_now
 from memstate_sa.db.statements import batches, take_write_lock, upsert
 from memstate_sa.db.tables import ledger, parked, utcnow
 from memstate_sa.log.outbox import slot_array, slots
 from memstate_sa.log.positions import slot_of
 from memstate_sa.relay import claims, refills
-from memstate_sa.relay.index_key import IndexKey, of_index
+from memstate_sa.relay.index_key import IndexKey, insert_rows, of_index
 from memstate_sa.relay.plan import Delivered, Parked, ParkedState
 from memstate_sa.relay.requests import Acknowledge, ParkedKey
 
@@ -87,7 +87,7 @@ def acknowledge(connection: Connection, index: IndexKey, owner: str, record: Ack
         return slot_of(*fact) % slot_count in held_slots
 
     statement = _record(connection.dialect.name)
-    common = {**index.parameters(), "now": utcnow()}
+    common = {**index.parameters(), "at": utcnow()}
     written = [
         (*fact, record.epochs[slot], *delivered)
         for fact, delivered in record.written.items()
@@ -119,15 +119,7 @@ _RECORDED = ("entity", "key", "epoch", "fingerprint", "text_fingerprint", "delet
 @cache
 def _record(dialect_name: str) -> Any:
     """Record deliveries, unless a later owner has delivered since."""
-    common = {
-        "index": bindparam("the_index", type_=ledger.c.index.type),
-        "incarnation": bindparam("the_incarnation", type_=ledger.c.incarnation.type),
-        "at": bindparam("now", type_=ledger.c.at.type),
-    }
-    rows = unnest_rows("rows")
-    recorded = select(*common.values(), *(row_value(rows, n, ledger.c[name].type) for n, name in enumerate(_RECORDED)))
-    # Without a WHERE, SQLite takes ON CONFLICT for a join's ON.
-    statement = upsert(dialect_name, ledger).from_select([*common, *_RECORDED], recorded.where(true()))
+    statement = insert_rows(dialect_name, ledger, _RECORDED, bindparam("at", type_=ledger.c.at.type))
     return statement.on_conflict_do_update(
         index_elements=list(ledger.primary_key.columns),
         set_={name: statement.excluded[name] for name in ("at", *_RECORDED[2:])},

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cache
+from typing import Any
 
-from sqlalchemy import not_, select, update
+from sqlalchemy import Select, Update, bindparam, not_, select, update
 from sqlalchemy.engine import Connection
 
-from memstate_sa.db.statements import upsert
+from memstate_sa.db.json_params import as_array, as_json, unnest_strings
 from memstate_sa.db.tables import cursor, index_state, ledger, refill
-from memstate_sa.log.outbox import slots
-from memstate_sa.relay.index_key import IndexKey, of_index
+from memstate_sa.log.outbox import in_slots, slot_array, slots
+from memstate_sa.relay.index_key import IndexKey, insert_rows, of_index
 from memstate_sa.relay.requests import Refill
 
 SCAN = ""
@@ -52,15 +54,11 @@ def require_refills(
         connection.execute(restart.values(done=False, position=None), index.parameters())
     missing_names = [name for name in (SCAN, *entities) if name not in delivered]
     if missing_names:
-        rows = [
-            {**index.values(), "entity": name, "slot": slot, "position": None, "done": False}
-            for name in missing_names
-            for slot in slots(dialect)
-        ]
-        connection.execute(upsert(dialect, refill).on_conflict_do_nothing(), rows)
-        # The scan passed by the points of an entity that was unknown.
-        scan = update(refill).where(of_index(refill), refill.c.entity == SCAN).values(done=False, position=None)
-        connection.execute(scan, index.parameters())
+        rows = as_json([[name, slot, None, False] for name in missing_names for slot in slots(dialect)])
+        connection.execute(_new_refills(dialect), {**index.parameters(), "rows": rows})
+        if delivered:  # the scan passed by the points of an entity that was unknown
+            scan = update(refill).where(of_index(refill), refill.c.entity == SCAN).values(done=False, position=None)
+            connection.execute(scan, index.parameters())
     is_marked = select(index_state.c.marked).where(of_index(index_state))
     marked: bool = connection.execute(is_marked, index.parameters()).scalar_one()
     several = len({SCAN, *delivered, *entities}) > 2
@@ -70,9 +68,14 @@ def require_refills(
         doubting = update(ledger).where(of_index(ledger), not_(ledger.c.deleted)).values(fingerprint=None)
         # Writes under way without the entity are not acknowledged any more.
         revoking = update(cursor).where(of_index(cursor)).values(epoch=cursor.c.epoch + 1)
-        for statement in (marking, refilling, doubting, revoking):
+        for statement in (marking, refilling, doubting, revoking) if delivered else (marking,):
             connection.execute(statement, index.parameters())
     return marked or several
+
+
+@cache
+def _new_refills(dialect_name: str) -> Any:
+    return insert_rows(dialect_name, refill, ["entity", "slot", "position", "done"]).on_conflict_do_nothing()
 
 
 def next_refill(
@@ -82,27 +85,39 @@ def next_refill(
 
     Slots at the same row go together. The slots that are furthest behind go first.
     """
-    statement = (
-        select(refill.c.entity, refill.c.position, refill.c.slot)
-        .where(of_index(refill), not_(refill.c.done))
-        .where(refill.c.entity.in_([SCAN, *entities]), refill.c.slot.in_(slots))
-        .order_by(refill.c.entity, refill.c.position.is_not(None), refill.c.position, refill.c.slot)
-    )
-    rows = connection.execute(statement, index.parameters()).all()
+    if not slots:
+        return None
+    parameters = {"entities": as_array([SCAN, *entities]), "slots": slot_array(slots)}
+    rows = connection.execute(_undone(connection.dialect.name), {**index.parameters(), **parameters}).all()
     if not rows:
         return None
     entity, position, _ = rows[0]
     return Refill(entity, position, frozenset(row[2] for row in rows if row[:2] == (entity, position)))
 
 
+@cache
+def _undone(dialect_name: str) -> Select[Any]:
+    return (
+        select(refill.c.entity, refill.c.position, refill.c.slot)
+        .where(of_index(refill), not_(refill.c.done), in_slots(dialect_name, refill.c.slot))
+        .where(refill.c.entity.in_(select(unnest_strings("entities").c.value)))
+        .order_by(refill.c.entity, refill.c.position.is_not(None), refill.c.position, refill.c.slot)
+    )
+
+
 def save_refill(connection: Connection, index: IndexKey, progress: Refill, held_slots: Collection[int]) -> None:
-    connection.execute(
+    slots = progress.slots & set(held_slots)
+    if slots:
+        new = {"new_position": progress.position, "new_done": progress.done, "the_entity": progress.entity}
+        connection.execute(_saving(connection.dialect.name), {**index.parameters(), **new, "slots": slot_array(slots)})
+
+
+@cache
+def _saving(dialect_name: str) -> Update:
+    return (
         update(refill)
-        .where(
-            of_index(refill), refill.c.entity == progress.entity, refill.c.slot.in_(progress.slots & set(held_slots))
-        )
-        .values(position=progress.position, done=progress.done),
-        index.parameters(),
+        .where(of_index(refill), refill.c.entity == bindparam("the_entity"), in_slots(dialect_name, refill.c.slot))
+        .values(position=bindparam("new_position"), done=bindparam("new_done"))
     )
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.engine import Connection
 
+from memstate_sa.db.json_params import as_json
 from memstate_sa.db.statements import upsert
 from memstate_sa.db.tables import cursor, holder, index_state, ledger, parked, past, projection, refill
 from memstate_sa.errors import IndexMismatch
 from memstate_sa.log.outbox import read_present, slots
 from memstate_sa.log.positions import Position
-from memstate_sa.relay.index_key import IndexKey, of_index
+from memstate_sa.relay.index_key import IndexKey, insert_rows, of_index
 
 
 def touch(connection: Connection, index: IndexKey, now: datetime) -> bool:
@@ -41,11 +43,15 @@ def require_registered(connection: Connection, index: IndexKey, now: datetime, e
     state = {"embedder": embedder, "dimension": dimension, "marked": False, "paused": paused}
     state |= {"created_at": now, "active_at": now, "cluster": _read_cluster(connection)}
     connection.execute(upsert(dialect, index_state).on_conflict_do_nothing(), {**index.values(), **state})
-    values = {**index.values(), **position_columns(read_present(connection)), "owner": None, "epoch": 0}
-    connection.execute(
-        upsert(dialect, cursor).on_conflict_do_nothing(), [{**values, "slot": slot} for slot in slots(dialect)]
-    )
+    present = position_columns(read_present(connection))
+    rows = as_json([[slot, *present.values(), None, 0] for slot in slots(dialect)])
+    connection.execute(_new_cursors(dialect, tuple(present)), {**index.parameters(), "rows": rows})
     assert _is_registered(connection, index, embedder, dimension)
+
+
+@cache
+def _new_cursors(dialect_name: str, position: tuple[str, ...]) -> Any:
+    return insert_rows(dialect_name, cursor, ["slot", *position, "owner", "epoch"]).on_conflict_do_nothing()
 
 
 def _is_registered(connection: Connection, index: IndexKey, embedder: str, dimension: int) -> bool:
