@@ -17,6 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from sqlalchemy import Engine, create_engine, event, make_url, text
 
 from memstate_sa import sqlite
+from memstate_sa.db import engines
 from tests.support import World
 from tests.support.engines import make_engine
 from tests.support.pairs import covering
@@ -99,6 +100,14 @@ def postgres_url(worker_id: str) -> Iterator[str]:
         assert crashes == [], "PostgreSQL itself crashed"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _engines_of_ours() -> Iterator[None]:
+    """Those that memstate_sa makes share the compiled SQL, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "create_engine", make_engine)
+        yield
+
+
 @pytest.fixture
 def sqlite_engine(tmp_path: Path) -> Iterator[Engine]:
     engine = make_engine(f"sqlite:///{tmp_path / 'facts.db'}")
@@ -112,7 +121,6 @@ def sqlite_engine(tmp_path: Path) -> Iterator[Engine]:
 @pytest.fixture
 def postgres_engine(postgres_url: str) -> Iterator[Engine]:
     engine = make_engine(postgres_url)
-    engine.dialect.supports_comments = False  # a third of the statements that make our tables
     with engine.begin() as connection:
         connection.execute(text("DROP SCHEMA IF EXISTS public CASCADE"))
         connection.execute(text("CREATE SCHEMA public"))

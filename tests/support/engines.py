@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import Engine, create_engine
 
-_first: dict[str, Engine] = {}
+_first: dict[tuple[str, bool], Engine] = {}
+_OF_A_POOL = {"connect_args", "pool_pre_ping", "pool_size", "pool_timeout", "max_overflow", "poolclass"}
 
 
-def make_engine(url: str) -> Engine:
+def make_engine(url: Any, *, comments: bool = False, **options: Any) -> Engine:
     """An engine on *url* that uses what the engines before it have compiled.
 
-    SQLAlchemy compiles a statement once for each dialect object, so all engines of a kind have the first one's.
+    SQLAlchemy compiles a statement once for each dialect object, so all engines of a kind have the first one's. Without
+    *comments*, it takes a third fewer statements to make our tables on PostgreSQL.
     """
-    engine = create_engine(url)
-    first = _first.get(engine.dialect.name)
+    engine = create_engine(url, **options)
+    if not options.keys() <= _OF_A_POOL:  # of the dialect, perhaps
+        return engine
+    kind = engine.dialect.name, comments
+    first = _first.get(kind)
     if first is None:
         first = create_engine("sqlite://" if engine.dialect.name == "sqlite" else url, query_cache_size=5000)
         first.connect().close()  # its dialect learns the server's version
         first.dispose()
-        _first[engine.dialect.name] = first
+        first.dialect.supports_comments &= comments
+        _first[kind] = first
     engine.dialect = engine.pool._dialect = first.dialect
     engine._compiled_cache = first._compiled_cache
     return engine

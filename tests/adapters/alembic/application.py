@@ -25,9 +25,10 @@ HAS_PLUGINS = tuple(map(int, alembic.__version__.split(".")[:2])) >= (1, 18)
 KNOW_US = 'autogenerate_plugins=["alembic.autogenerate.*", "memstate_sa"],' if HAS_PLUGINS else ""
 ENV = """
 from alembic import context
-from sqlalchemy import create_engine, pool
+from sqlalchemy import pool
 
 import models
+from tests.support.engines import make_engine
 {imports}
 
 options = dict(
@@ -42,7 +43,7 @@ if context.is_offline_mode():
     with context.begin_transaction():
         context.run_migrations()
 else:
-    engine = create_engine(url, poolclass=pool.NullPool)
+    engine = make_engine(url, comments=True, poolclass=pool.NullPool)
     with engine.connect() as connection:
         context.configure(connection=connection, **options)
         with context.begin_transaction():

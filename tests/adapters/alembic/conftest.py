@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Engine
+
+from tests.support.engines import make_engine
 
 
 @pytest.fixture
 def postgres_engine(postgres_engine: Engine) -> Iterator[Engine]:
-    engine = create_engine(postgres_engine.url)  # with a dialect of its own, which makes them
+    engine = make_engine(postgres_engine.url, comments=True)
     yield engine
     engine.dispose()

@@ -98,6 +98,7 @@ def test_tracking_an_existing_model_keeps_its_rows(app: Application) -> None:
     ]
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("sqlite")
 def test_untracking_a_model_keeps_its_log(notes: Application) -> None:
     """What was logged stays; downgrading captures again."""
@@ -153,6 +154,7 @@ def test_adding_a_column_replaces_the_triggers(notes: Application) -> None:
     assert notes.differences() == "" and problems(notes) == []
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("postgres")
 def test_altering_or_dropping_a_column_keeps_triggers_current(notes: Application) -> None:
     """Whether the database rewrites the table for it or not; SQLite cannot drop a column that a trigger names."""
@@ -184,6 +186,7 @@ def test_new_index_leaves_the_triggers_as_they_are(notes: Application) -> None:
     assert notes.differences() == "" and routines(notes.engine) == before
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("sqlite")
 def test_renaming_a_column_keeps_its_history(notes: Application) -> None:
     """Autogenerate sees one go and one come: its lines become one. ``upgrade=`` shows old history by the new name."""
@@ -556,6 +559,7 @@ def test_an_old_table_of_ours_is_nobody_s_to_drop(notes: Application) -> None:
     assert "memstate_current" not in notes.differences()
 
 
+@pytest.mark.deep
 def test_revision_of_one_database_upgrades_our_tables_on_the_other(
     tmp_path: Path, sqlite_engine: Engine, postgres_engine: Engine
 ) -> None:

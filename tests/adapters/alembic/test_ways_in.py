@@ -174,6 +174,7 @@ def test_a_revision_made_on_one_database_runs_on_the_other(
         assert [name for name, _ in routines(there) if name.startswith("memstate")] == []
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("sqlite")
 def test_application_adopts_our_migrations_as_a_branch(app: Application, unharmed: Any) -> None:
     """For those who prefer them: ``version_locations``, ``upgrade heads``, and metadata that need not know us."""
@@ -197,6 +198,7 @@ def test_application_adopts_our_migrations_as_a_branch(app: Application, unharme
     assert set(contents(app.engine, ours=True)) == set(contents(app.engine))
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("postgres")
 def test_prototype_moves_from_create_tables_to_a_revision(
     app: Application, unharmed: Any, tmp_path: Path, request: pytest.FixtureRequest

@@ -50,6 +50,7 @@ def test_help_explains_every_command() -> None:
         assert "--app" in invoke("dead", command, "--help")
 
 
+@pytest.mark.deep
 def test_the_application_is_looked_for_in_the_working_directory(bare: Application) -> None:
     """As a server does: nobody should have to set PYTHONPATH."""
     command = [sys.executable, "-c", "import sys; sys.path.pop(0); from memstate_sa.cli import main; main()"]
@@ -174,6 +175,7 @@ def test_drain_delivers_everything(app: Application) -> None:
     assert row(app.run("status"), "memory")[1] == "0"
 
 
+@pytest.mark.deep
 def test_drain_can_be_interrupted(app: Application) -> None:
     """At once, not when its time is over; and others need not wait for its lease."""
     app.run("drain")

@@ -189,6 +189,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     assert "Traceback" not in again.output
 
 
+@pytest.mark.deep_on("chromadb")
 @pytest.mark.deep_on("wordllama")
 @pytest.mark.parametrize("package", ["chromadb", "wordllama"])
 def test_a_missing_extra_is_a_hint(package: str) -> None:

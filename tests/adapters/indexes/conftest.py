@@ -1,4 +1,4 @@
-"""Every index does what the whole suite asks; the deep run alone kills the program of each of them."""
+"""Every index does what the whole suite asks. `make test` asks one kind of each, and kills the program of one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import pytest
 
 KILL = "test_acknowledged_writes_outlive_a_kill"
 KILLED_EACH_TIME = "TestFaiss"
+OTHER_KINDS = {
+    *("TestChromaServer", "TestPgVectorExact", "TestPgVectorByItsGraph", "TestQdrantFolder", "TestQdrantGraph"),
+    *("TestRedisGraph", "TestFlaky"),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        is_kill = isinstance(item, pytest.Function) and item.originalname == KILL and item.cls is not None
-        if is_kill and item.cls.__name__ != KILLED_EACH_TIME:
-            item.add_marker(pytest.mark.deep)
+        if isinstance(item, pytest.Function) and item.cls is not None:
+            name = item.cls.__name__
+            if name in OTHER_KINDS or (item.originalname == KILL and name != KILLED_EACH_TIME):
+                item.add_marker(pytest.mark.deep)

@@ -74,6 +74,7 @@ def empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
+@pytest.mark.deep_on("cut")
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [cut, zero, empty, Path.unlink])
 def test_damage_is_found(filled: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:

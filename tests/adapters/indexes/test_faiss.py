@@ -292,6 +292,7 @@ def test_a_deleted_folder_is_noticed(folder: Path) -> None:
         assert fingerprints(anew) == {}
 
 
+@pytest.mark.deep
 def test_a_second_process_is_refused(folder: Path) -> None:
     """While one has it open; the error says what to use instead."""
     code = f"""

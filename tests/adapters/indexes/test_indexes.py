@@ -577,6 +577,7 @@ def test_query_succeeds_beside_the_first_write(tmp_path: Path) -> None:
             index.close()
 
 
+@pytest.mark.deep
 def test_criteria_by_any_type_find_what_sql_finds(sqlite_engine: Engine) -> None:
     """A search with criteria by any type finds what SQL finds; see tests/promises/search/test_search_criteria.py."""
     assert_agrees_with_sql(sqlite_engine, ChromaIndex(chromadb.EphemeralClient(), unique()))

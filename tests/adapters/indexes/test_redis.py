@@ -76,6 +76,7 @@ class TestRedis(IndexConformance):
             yield
 
 
+@pytest.mark.deep
 def test_criteria_by_any_type_find_what_sql_finds(sqlite_engine: Engine, shared_server: Server, name: str) -> None:
     """A search with criteria by any type finds what SQL finds; see tests/promises/search/test_search_criteria.py."""
     assert_agrees_with_sql(sqlite_engine, RedisIndex(shared_server.client, name))

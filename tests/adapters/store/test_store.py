@@ -1003,6 +1003,7 @@ def test_in_memory_store_without_background_delivers_nothing() -> None:
         assert_holds(store, {id_: "content: likes tea"})
 
 
+@pytest.mark.deep
 def test_in_memory_is_thread_safe() -> None:
     """All threads share one connection: each waits for the others' transactions, and fails alone."""
     with opened("sqlite://", background=True) as store:

@@ -290,6 +290,7 @@ def test_scopes_that_are_no_text_are_refused(world: World) -> None:
 # -- texts -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("postgres")
 def test_text_of_ten_megabytes_is_delivered_and_found(world: World) -> None:
     """Delivered, found, and in the history as it was and as it became."""

@@ -25,6 +25,7 @@ def run(scenario: str, engine: Engine) -> dict[str, Any]:
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("sqlite")
 def test_child_that_closes_its_memory_leaves_the_parents_relay_alone(engine: Engine) -> None:
     """Its kind: stop(), drain() and run_once() in a child, a child that exits, and one that is forked by a child."""
@@ -44,6 +45,7 @@ def test_children_have_connections_of_their_own(engine: Engine) -> None:
     assert run("store", engine) == {"children": [[0, 1, 2, 3, 4]] * 2, "parent": 11}
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("sqlite")
 def test_search_in_a_child_does_not_believe_the_parents_index(engine: Engine) -> None:
     """An index in memory is copied by a fork, and goes on by itself. Its kind: any state of this process's alone."""
@@ -52,11 +54,13 @@ def test_search_in_a_child_does_not_believe_the_parents_index(engine: Engine) ->
     assert seen["complete"] is False
 
 
+@pytest.mark.deep
 def test_parent_that_closes_sqlite_leaves_a_child_its_log(sqlite_engine: Engine) -> None:
     """SQLite would take the child's connections for closed, and delete the file that they write to."""
     assert run("wal", sqlite_engine) == {"found": [0, 1, 2]}
 
 
+@pytest.mark.deep
 def test_child_does_not_wait_for_a_lock_of_a_database_in_memory() -> None:
     assert run("memory", create_engine("sqlite://")) == {"child": [True, 1], "parent": 0}
 

@@ -52,6 +52,7 @@ def switching_often() -> Iterator[None]:
 # -- threads of one process --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 def test_commit_succeeds_while_a_relay_is_made(sqlite_engine: Engine) -> None:
     """What the commit wakes is a set to which another thread adds: that was an error, after the COMMIT."""
     world = World(sqlite_engine)
@@ -370,6 +371,7 @@ def test_wait_returns_while_the_incarnation_changes(engine: Engine) -> None:
     thread.join()
 
 
+@pytest.mark.deep_on("sqlite")
 def test_wait_returns_although_the_key_goes_on_changing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each time that it looks, the key has changed once more, after what is waited for was delivered."""
     world = World(engine)

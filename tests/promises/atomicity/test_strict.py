@@ -688,6 +688,7 @@ def _chroma(folder: str) -> VectorIndex:
     return ChromaIndex(chromadb.PersistentClient(folder), "memory")
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("sqlite")
 def test_index_converges_after_sigkill_before_commit(engine: Engine, tmp_path: Path) -> None:
     pytest.importorskip("chromadb")

@@ -130,6 +130,7 @@ def differ(engine: Engine, folder: Path, kind: str, programs_played: int) -> Non
             assert both[0].content() == both[1].content()
 
 
+@pytest.mark.deep_on("AsyncSession")
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("programs_played", sizes(12, 500))
 @pytest.mark.parametrize("kind", ["Session", "AsyncSession"])
@@ -137,6 +138,7 @@ def test_captures_agree_on_sqlite(sqlite_engine: Engine, tmp_path: Path, kind: s
     differ(sqlite_engine, tmp_path, kind, programs_played)
 
 
+@pytest.mark.deep_on("Session")
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("programs_played", sizes(8, 150))
 @pytest.mark.parametrize("kind", ["Session", "AsyncSession"])

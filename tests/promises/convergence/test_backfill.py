@@ -748,6 +748,7 @@ def test_random_interleavings_log_one_first_entry_a_row(
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep_on("sqlite")
 def test_a_batch_reads_by_indexes(engine: Engine) -> None:
     """Neither a range nor its boundary reads the table, and the log is asked key by key, however little is known of it.
 

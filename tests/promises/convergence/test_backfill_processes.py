@@ -227,6 +227,7 @@ def test_rows_of_a_killed_worker_are_taken_over(make: Callable[[int], Applicatio
     app.assert_taken_in()
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("2")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("workers", [1, 2])

@@ -97,6 +97,7 @@ def test_a_transaction_that_began_before_is_answered_by_the_old_index(shop: Shop
     assert moving.asks() == "memory_v2"
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("postgres")
 def test_no_search_mixes_embedders_while_rows_change(shop: Shop) -> None:
     """A writer, a relay and searches at once, through the whole move: every answer is of one embedder, and current."""

@@ -152,6 +152,7 @@ def test_a_late_commit_is_not_skipped(postgres_engine: Engine) -> None:
     world.assert_in_step()
 
 
+@pytest.mark.deep_on("postgres")
 def test_index_converges_through_random_failures(engine: Engine) -> None:
     """Calls that fail before, after, or half way: nothing is lost, nothing stays stale."""
     inner = InMemoryIndex(max_batch=5)
@@ -309,6 +310,7 @@ def test_one_owner_at_a_time(spied: World) -> None:
     spied.assert_in_step()
 
 
+@pytest.mark.deep_on("sqlite")
 def test_a_slow_embedder_keeps_its_lease(engine: Engine) -> None:
     """A page that takes longer than the lease is not taken over: the lease is renewed between calls of the embedder."""
     world = World(engine)

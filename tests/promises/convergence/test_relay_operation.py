@@ -83,6 +83,7 @@ def test_wait_says_what_an_index_refused(engine: Engine) -> None:
             world.memory.wait(session)
 
 
+@pytest.mark.deep_on("sqlite")
 def test_wait_reads_little_for_a_transaction_of_many_keys(engine: Engine) -> None:
     """Of a few it asks the ledger, key by key, and leaves the backlog alone; of many, whether any is still ahead."""
     world = World(engine)
@@ -140,6 +141,7 @@ async def test_async_session_waits_for_delivery_in_a_thread(tmp_path: Any) -> No
 # -- several workers ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 def test_workers_share_the_keys(postgres_engine: Engine) -> None:
     """Three come one after the other and end up with a third each; when one leaves, the others have its keys."""
     world = World(postgres_engine)
@@ -241,6 +243,7 @@ def test_a_call_that_timed_out_may_land_after_the_retry(engine: Engine) -> None:
     world.assert_in_step()
 
 
+@pytest.mark.deep_on("sqlite")
 def test_an_answer_is_not_waited_for_again(engine: Engine) -> None:
     """A provider that said no, or was not reached, has nothing under way."""
     index = Spy()

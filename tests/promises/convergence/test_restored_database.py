@@ -299,6 +299,7 @@ class Breaking(InMemoryIndex):
             raise DeliveryRetryable(f"broken at {where}")
 
 
+@pytest.mark.deep_on("postgres")
 @pytest.mark.parametrize("at", ["upsert", "mark"])
 def test_crash_is_no_restore(engine: Engine, at: str) -> None:
     """A relay that ends between the row, the index's mark and its points has nothing compared; nor do many of them."""

@@ -240,6 +240,7 @@ store.memory.relay(store.engine).drain()
 """
 
 
+@pytest.mark.deep_on("sqlite")
 @pytest.mark.deep_on("flushed", "committed")
 @pytest.mark.parametrize("moment", ["flushed", "committed", "written"])
 def test_5_a_kill_loses_no_vector(engine: Engine, tmp_path: Path, moment: str) -> None:

@@ -96,6 +96,7 @@ def _crash(url: str, folder: str) -> None:
     put(store, "food", "a ghost")
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("postgres")
 def test_no_ghost_after_a_crash(engine: Engine, tmp_path: Path) -> None:
     from tests.torture.fileindex import FileIndex

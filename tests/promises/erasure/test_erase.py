@@ -788,6 +788,7 @@ def test_purge_reports_files_out_of_reach(sqlite_engine: Engine, tmp_path: Path)
     accounts.memory.close()
 
 
+@pytest.mark.deep_on("trigger")
 def test_purge_reports_a_reader_of_the_past(accounts: Accounts) -> None:
     """What it may still read cannot be overwritten."""
     accounts.tell("secret")

@@ -143,6 +143,7 @@ def test_imported_facts_export_the_same_file(world: World) -> None:
     assert body(export(world.memory, world.engine)) == body(file)
 
 
+@pytest.mark.deep
 def test_transfer_to_postgres_and_back_keeps_the_file(
     sqlite_engine: Engine, postgres_engine: Engine, other: World
 ) -> None:
