@@ -207,6 +207,7 @@ def test_a_missing_extra_is_a_hint(package: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.deep
 def test_a_bad_input_is_a_message(tmp_path: Path) -> None:
     """Not a traceback."""
     pytest.importorskip("chromadb")

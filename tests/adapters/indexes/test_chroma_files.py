@@ -74,6 +74,7 @@ def empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
+@pytest.mark.deep_on("header.bin")
 @pytest.mark.deep_on("cut")
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [cut, zero, empty, Path.unlink])

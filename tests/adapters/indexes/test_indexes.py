@@ -564,6 +564,7 @@ def test_query_by_ids_succeeds_beside_a_writer(tmp_path: Path) -> None:
     assert failures == []
 
 
+@pytest.mark.deep
 def test_query_succeeds_beside_the_first_write(tmp_path: Path) -> None:
     """Chroma now and then fails a query of a folder that is just getting its first vectors; ours asks again."""
     for n in range(30):

@@ -106,6 +106,7 @@ def make(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[[s
         yield made
 
 
+@pytest.mark.deep_on("pgvector")
 @pytest.mark.deep_on("qdrant", "redis")
 @pytest.mark.parametrize("kind", ["faiss", "pgvector", "qdrant", "redis"])
 def test_the_same_questions_find_the_same_facts(

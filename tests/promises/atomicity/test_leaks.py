@@ -57,6 +57,7 @@ def open_triggers(engine: Engine) -> weakref.ref[Any]:
     return open_memory(engine, "trigger")
 
 
+@pytest.mark.deep_on("open_store")
 @pytest.mark.deep_on("open_memory")
 @pytest.mark.deep_on("postgres")
 @pytest.mark.parametrize("opened", [open_store, open_memory, open_triggers])

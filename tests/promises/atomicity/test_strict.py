@@ -437,6 +437,7 @@ def test_a_relay_that_read_the_earlier_version_does_not_win(engine: Engine) -> N
     app.memory.close()
 
 
+@pytest.mark.deep_on("sqlite")
 def test_many_threads_and_a_relay_converge(app: App) -> None:
     def write(name: str) -> None:
         for n in range(15):

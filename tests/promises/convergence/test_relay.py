@@ -539,6 +539,7 @@ def test_an_index_is_a_vector_index() -> None:
     assert isinstance(Spy(), VectorIndex)
 
 
+@pytest.mark.deep_on("sqlite")
 def test_an_index_that_is_down_does_not_stop_the_others(engine: Engine) -> None:
     """Two indexes, the first unavailable: the second is brought up to date all the same."""
     down, up = Spy(), Spy()

@@ -144,6 +144,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
 FIVE = {f"n{n}": f"apple {n}" for n in range(1, 6)}
 
 
+@pytest.mark.deep_on("qdrant")
 def test_index_is_compared_when_the_database_was_restored(backups: Backups, make: Make) -> None:
     """Each index, each database. What was written, added and deleted since the backup is in the index, or is not.
 

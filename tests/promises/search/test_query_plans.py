@@ -23,7 +23,7 @@ from tests.support.programs import wipe
 
 def size(engine: Engine) -> int:
     """Enough rows that PostgreSQL's planner prefers an index. SQLite's does not ask."""
-    return 3000 if engine.dialect.name == "postgresql" else 500
+    return 1500 if engine.dialect.name == "postgresql" else 500
 
 
 @pytest.fixture
@@ -372,6 +372,7 @@ def test_undo_reads_no_large_table_as_a_whole(million: World) -> None:
     assert_no_large_scan(planned(million.engine, undo))
 
 
+@pytest.mark.deep
 def test_a_fresh_search_reads_no_large_table_as_a_whole(million: World) -> None:
     """Undelivered keys, own and others', and refused ones."""
 

@@ -59,6 +59,7 @@ def facts(request: pytest.FixtureRequest, engine: Engine, tmp_path: Path) -> Any
         yield made
 
 
+@pytest.mark.deep_on("qdrant")
 def test_a_longer_search_begins_with_the_hits_of_a_shorter_one(facts: MemoryStore) -> None:
     """At each limit, with criteria and without. The same kind: some facts of a text are not delivered yet."""
     with facts.transaction():
@@ -76,6 +77,7 @@ def test_a_longer_search_begins_with_the_hits_of_a_shorter_one(facts: MemoryStor
         assert [hit.fact.id for hit in facts.search("coffee", limit=limit, type="drink")] == everything[:limit]
 
 
+@pytest.mark.deep_on("qdrant")
 def test_pages_of_a_store_show_each_item_once(facts: MemoryStore) -> None:
     """Items with several texts too, of which the nearest counts; in as many namespaces as no index can name."""
     pytest.importorskip("langgraph.store.base")

@@ -630,6 +630,7 @@ def kinds(**values: Any) -> Kinds:
     return Kinds(**{**given, **values})
 
 
+@pytest.mark.deep_on("sqlite")
 def test_values_of_every_kind_cross_over(second: Engine, engine: Engine, tmp_path: Path) -> None:
     """What each driver reads differs (text for times on SQLite, bytes for UUIDs); what the ORM loads does not."""
     source, target = Application(second), Application(engine)
