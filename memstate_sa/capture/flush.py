@@ -8,7 +8,7 @@ in most random histories.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -21,7 +21,9 @@ from sqlalchemy.orm.base import NO_VALUE
 from sqlalchemy.sql import ClauseElement
 
 from memstate_sa.capture.recorder import TWO_DATABASES, Recorder
+from memstate_sa.capture.table_log import Look, RawKey
 from memstate_sa.capture.transaction import Flush, OpenTransactions
+from memstate_sa.db.statements import batches
 from memstate_sa.db.tables import in_utc
 from memstate_sa.errors import MemstateError
 from memstate_sa.tracking.registry import Registry
@@ -59,7 +61,7 @@ class FlushCapture:
                     _check_expiry(tracked.expires, state)
         # Last: when this event raises, no other says that there will be no flush.
         transaction = self._transactions.of(session)
-        transaction.flush = self._flushes[session.hash_key] = Flush(transaction, context)
+        transaction.flush = self._flushes[session.hash_key] = Flush(transaction, context, look=self._look)
 
     def end(self, session: Session) -> Flush | None:
         """End the flush that *session* is in, if it is in one: nothing more of it will happen."""
@@ -125,12 +127,23 @@ class FlushCapture:
                 continue
             tracked = by_mapper[mapper]
             raw_keys = list(map(tracked.columns_for(connection.dialect).raw_key, keys))
+            if self._recorder.table_log(tracked, connection.dialect) is not None:
+                flush.unseen.setdefault(tracked, []).extend(raw_keys)
+                continue
             changing.setdefault(tracked, []).extend(raw_keys)
             if len(tracked.tables) > 1:
                 flush.parts.setdefault((tracked, is_delete), []).extend(raw_keys)
         for tracked, raw_keys in changing.items():
             canonical = flush.canonical.setdefault(tracked, {})
             flush.baselines += self._recorder.baselines(connection, flush.transaction, tracked, raw_keys, canonical)
+
+    def _look(self, connection: Connection, flush: Flush) -> None:
+        """Before the first statement that may change a row: not before, as a flush may send none."""
+        unseen, flush.unseen = flush.unseen, {}
+        for tracked, keys in unseen.items():
+            flush.looks[tracked] = self._recorder.look(
+                connection, flush.transaction, tracked, list(dict.fromkeys(keys))
+            )
 
     def _lock_first_rows(self, mapper: Mapper[Any], connection: Connection, flush: Flush, *, going: bool) -> None:
         """Lock the first row of each fact of *mapper* that this flush changes, or deletes, in several tables.
@@ -149,9 +162,22 @@ class FlushCapture:
             return
         _require_one_database(session, {state.mapper for state, _, _ in flush.touched})
         connection = session.connection(bind_arguments={"mapper": flush.touched[0][0].mapper})
-        self._recorder.log_touched(
-            connection, flush.transaction, self._touched(flush, connection), flush.baselines, flush
-        )
+        touched = self._touched(flush, connection)
+        for tracked in [each for each in touched if self._recorder.table_log(each, connection.dialect) is not None]:
+            self._log_by_database(connection, flush, tracked, touched.pop(tracked))
+        if touched:
+            self._recorder.log_touched(connection, flush.transaction, touched, flush.baselines, flush)
+
+    def _log_by_database(
+        self, connection: Connection, flush: Flush, tracked: Tracked, existed: Mapping[RawKey, bool]
+    ) -> None:
+        looks = flush.looks.get(tracked, [])
+        seen = {key for look in looks for key in look.keys}
+        others = [key for key, before in existed.items() if key not in seen and (looks or not before)]
+        if looks or others:
+            looks = [*looks, *(Look(batch, {}) for batch in batches(others))]
+            written = set(flush.written.get(tracked, ()))
+            self._recorder.log_looks(connection, flush.transaction, tracked, looks, written, new=not seen)
 
     def _touched(self, flush: Flush, connection: Connection) -> dict[Tracked, dict[tuple[Any, ...], bool]]:
         """The keys that *flush* touched (driver-level), and whether they existed before it; notes those it wrote."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 from sqlalchemy import delete, func, insert, select
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from memstate_sa.capture import hazards, unique_values
+from memstate_sa.capture.table_log import Header, Look, RawKey, TableLog
 from memstate_sa.capture.transaction import Flush, OpenTransaction
-from memstate_sa.db import tables
+from memstate_sa.db import sqlite, tables
 from memstate_sa.db.codec import decode_key
 from memstate_sa.db.json_params import as_array
 from memstate_sa.db.rows import TableColumns
@@ -49,6 +50,15 @@ class Recorder:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
+        self._table_logs: dict[str, tuple[TableColumns, TableLog | None]] = {}
+
+    def table_log(self, tracked: Tracked, dialect: Dialect) -> TableLog | None:
+        """The statements by which the database logs rows of *tracked*; None where they have to be read."""
+        columns = tracked.columns_for(dialect)
+        known = self._table_logs.get(tracked.entity)
+        if known is None or known[0] is not columns:  # another database, or another subclass was mapped
+            known = self._table_logs[tracked.entity] = (columns, TableLog.of(tracked, dialect))
+        return known[1]
 
     def write_header(self, connection: Connection, tx: str, labels: Mapping[str, str | None]) -> None:
         connection.execute(insert(tables.transaction), {"tx": tx, "at": utcnow(), **labels})
@@ -217,6 +227,49 @@ class Recorder:
         """Those of *keys* that the log has no entry of."""
         return connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array(keys)}).all()
 
+    def look(
+        self, connection: Connection, transaction: OpenTransaction, tracked: Tracked, keys: Sequence[RawKey]
+    ) -> list[Look]:
+        """The rows of *keys* before they change, for `log_looks`.
+
+        It locks no row, as the statement that follows does. Others may change a row before that has it; then they log
+        its baseline.
+        """
+        require_supported(connection, transaction)
+        table_log = self.table_log(tracked, connection.dialect)
+        assert table_log is not None
+        with transaction.writing():
+            if not sqlite.in_transaction(connection):
+                take_write_lock(connection)
+            return table_log.look(connection, keys)
+
+    def log_looks(
+        self,
+        connection: Connection,
+        transaction: OpenTransaction,
+        tracked: Tracked,
+        looks: Sequence[Look],
+        written: Collection[RawKey],
+        *,
+        new: bool,
+    ) -> None:
+        """Have the database log what became of the rows of *looks*. *new*: there was none before.
+
+        *written* are keys of rows that are certain to be there now.
+        """
+        require_supported(connection, transaction)
+        table_log = self.table_log(tracked, connection.dialect)
+        assert table_log is not None
+        header = Header(transaction.tx, utcnow(), self._registry.versions[tracked.entity], transaction.step)
+        with transaction.writing():
+            count = sum(table_log.log(connection, header, look, new=new) for look in looks)
+            if count:
+                transaction.note_entries(connection, transaction.tx)
+            if count < len(written):
+                lost = len(written) - table_log.count(connection, list(written))
+                if lost > 0:
+                    _raise_lost(connection, tracked, lost)
+
     def log_touched(
         self,
         connection: Connection,
@@ -243,11 +296,7 @@ class Recorder:
             keys |= dict.fromkeys(others, False)
             lost = 0 if flush is None else sum(canonical[raw] not in images for raw in flush.written.get(tracked, ()))
             if lost > len(others):
-                _require_visible(connection, tracked)
-                raise UntrackedWrite(
-                    f"{lost} row(s) of {tracked.entity} were written, but are not found under the keys they were "
-                    "given: give primary keys in the form in which the database stores them"
-                )
+                _raise_lost(connection, tracked, lost)
             gone = [key for key, before in keys.items() if before and key not in images]
             if updated and gone:
                 _require_visible(connection, tracked)
@@ -295,6 +344,14 @@ class Recorder:
                 tracked.validate(values)
             except ValidationError as error:
                 raise to_validation_failed(tracked.model.__name__, error) or ValidationFailed() from error
+
+
+def _raise_lost(connection: Connection, tracked: Tracked, count: int) -> NoReturn:
+    _require_visible(connection, tracked)
+    raise UntrackedWrite(
+        f"{count} row(s) of {tracked.entity} were written, but are not found under the keys they were given: give "
+        "primary keys in the form in which the database stores them"
+    )
 
 
 def _require_visible(connection: Connection, tracked: Tracked) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
+from sqlalchemy import Table
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
+from memstate_sa.capture.table_log import Look
 from memstate_sa.log.changes import LogEntry, Op, new_tx
 from memstate_sa.tracking.tracked import Tracked
 
@@ -118,6 +120,19 @@ class Flush:
     written: dict[Tracked, list[tuple[Any, ...]]] = field(default_factory=dict)
     certain: dict[Tracked, set[tuple[Any, ...]]] = field(default_factory=dict)
     checked: bool = False
+    # Of classes that the database logs itself: the keys of rows that may change, until a statement is about to, and the
+    # rows as they were then. And the tables that the unit of work wrote.
+    unseen: dict[Tracked, list[tuple[Any, ...]]] = field(default_factory=dict)
+    looks: dict[Tracked, list[Look]] = field(default_factory=dict)
+    tables: set[Table] = field(default_factory=set)
+    look: Callable[[Connection, Flush], None] | None = None  # at the rows that are `unseen`
+
+    def before_statement(self, connection: Connection, table: Table, *, is_insert: bool) -> None:
+        """The unit of work is about to write *table*."""
+        self.tables.add(table)
+        if self.unseen and not is_insert and self.look is not None:
+            self.look(connection, self)
+
     # Of facts in several tables: their keys, by whether they are to go, until their first rows are locked.
     parts: dict[tuple[Tracked, bool], list[tuple[Any, ...]]] = field(default_factory=dict)
 

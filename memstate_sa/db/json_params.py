@@ -86,13 +86,13 @@ def _element_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
     return f"({array} ->> {n})"
 
 
-class _typed(Cast[Any]):
+class typed(Cast[Any]):
     """A cast where elements are text (PostgreSQL); SQLite's have their type."""
 
     inherit_cache = True
 
 
-@compiles(_typed, "sqlite")
+@compiles(typed, "sqlite")
 def _typed_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
     return str(compiler.process(element.clause, **kw))
 
@@ -105,4 +105,4 @@ def unnest_rows(parameter: str) -> FromClause:
 def row_value(of: FromClause, n: int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
     """Item *n* of each row of `unnest_rows`, as *type_*; JSON null is NULL."""
     # Strings as TEXT: one that is too long is refused by the column, not cut by the cast.
-    return _typed(_element(of.c.value, n), Text() if isinstance(type_, String) else type_)
+    return typed(_element(of.c.value, n), Text() if isinstance(type_, String) else type_)
