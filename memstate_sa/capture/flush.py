@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import inspect
+from sqlalchemy import Table, inspect
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import set_attribute
@@ -113,7 +113,7 @@ class FlushCapture:
         flush.checked = True
         identities: dict[tuple[Mapper[Any], bool], list[Any]] = {}
         for state, (is_delete, listed_only) in flush.context.states.items():
-            if state.key is not None and not listed_only:
+            if state.key is not None and (is_delete or not listed_only):  # an insert may take the place of a delete
                 identities.setdefault((state.mapper, is_delete), []).append(state.key[1])
         by_mapper = {
             mapper: tracked
@@ -137,13 +137,13 @@ class FlushCapture:
             canonical = flush.canonical.setdefault(tracked, {})
             flush.baselines += self._recorder.baselines(connection, flush.transaction, tracked, raw_keys, canonical)
 
-    def _look(self, connection: Connection, flush: Flush) -> None:
-        """Before the first statement that may change a row: not before, as a flush may send none."""
-        unseen, flush.unseen = flush.unseen, {}
-        for tracked, keys in unseen.items():
-            flush.looks[tracked] = self._recorder.look(
-                connection, flush.transaction, tracked, list(dict.fromkeys(keys))
-            )
+    def _look(self, connection: Connection, flush: Flush, table: Table) -> None:
+        """Before the first statement that may change rows of *table*: not earlier, as a flush may send none."""
+        if not flush.checked:
+            self._before_first_change(connection, flush)
+        for tracked in [tracked for tracked in flush.unseen if tracked.table is table]:
+            keys = list(dict.fromkeys(flush.unseen.pop(tracked)))
+            flush.looks[tracked] = self._recorder.look(connection, flush.transaction, tracked, keys)
 
     def _lock_first_rows(self, mapper: Mapper[Any], connection: Connection, flush: Flush, *, going: bool) -> None:
         """Lock the first row of each fact of *mapper* that this flush changes, or deletes, in several tables.

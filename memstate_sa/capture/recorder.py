@@ -18,7 +18,7 @@ from memstate_sa.capture.transaction import Flush, OpenTransaction
 from memstate_sa.db import sqlite, tables
 from memstate_sa.db.codec import decode_key
 from memstate_sa.db.json_params import as_array
-from memstate_sa.db.rows import TableColumns
+from memstate_sa.db.rows import MAX_KEY_CHARS, TableColumns
 from memstate_sa.db.statements import READ_CHUNK, batches, take_write_lock
 from memstate_sa.db.tables import utcnow
 from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
@@ -38,6 +38,7 @@ TWO_DATABASES = "the tracked models of one Session must live in one database: th
 _hurry = select(func.set_config("lock_timeout", "100ms", True))
 _LOCK_NOT_AVAILABLE = "55P03"
 _SHOWN = 20
+_CHARS = MAX_KEY_CHARS // 6  # of which JSON makes no more than that
 _NOT_UNIQUE = (
     "%s: %d rows that are older than tracking or than unique_by, or were changed past it, have the same value of what "
     "must be unique as another, and can be changed only so that they have it no longer, or deleted. The first of them "
@@ -260,6 +261,10 @@ class Recorder:
         require_supported(connection, transaction)
         table_log = self.table_log(tracked, connection.dialect)
         assert table_log is not None
+        columns = tracked.columns_for(connection.dialect)
+        for key in written:
+            if sum(len(part) for part in key if isinstance(part, (str, bytes))) > _CHARS:
+                columns.encode_key(key)
         header = Header(transaction.tx, utcnow(), self._registry.versions[tracked.entity], transaction.step)
         with transaction.writing():
             count = sum(table_log.log(connection, header, look, new=new) for look in looks)

@@ -139,7 +139,7 @@ _before, _baselines = unnest_strings("before"), unnest_rows("baselines")
 
 def _look(here: FromClause) -> Select[Any]:
     """The rows, with the images of those that the log has not seen."""
-    entry = select(literal_column("1")).where(log.c.entity == _entity, log.c.key == here.c.key).limit(1)
+    entry: Select[Any] = select(literal_column("1")).where(log.c.entity == _entity, log.c.key == here.c.key).limit(1)
     return select(here.c.key, case((entry.scalar_subquery().is_(None), here.c.image)))
 
 

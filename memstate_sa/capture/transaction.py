@@ -125,13 +125,13 @@ class Flush:
     unseen: dict[Tracked, list[tuple[Any, ...]]] = field(default_factory=dict)
     looks: dict[Tracked, list[Look]] = field(default_factory=dict)
     tables: set[Table] = field(default_factory=set)
-    look: Callable[[Connection, Flush], None] | None = None  # at the rows that are `unseen`
+    look: Callable[[Connection, Flush, Table], None] | None = None  # at the rows of a table that are `unseen`
 
     def before_statement(self, connection: Connection, table: Table, *, is_insert: bool) -> None:
         """The unit of work is about to write *table*."""
         self.tables.add(table)
-        if self.unseen and not is_insert and self.look is not None:
-            self.look(connection, self)
+        if not is_insert and (self.unseen or not self.checked) and self.look is not None:
+            self.look(connection, self, table)
 
     # Of facts in several tables: their keys, by whether they are to go, until their first rows are locked.
     parts: dict[tuple[Tracked, bool], list[tuple[Any, ...]]] = field(default_factory=dict)
