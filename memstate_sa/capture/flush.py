@@ -1,9 +1,9 @@
 """A flush -> log and outbox.
 
-Mapper events note which keys a flush touches. After the flush the database logs their rows (`table_log`), or they are read
-back. What the database computed, rounded or defaulted is thereby in the image, and a SAVEPOINT that rolls back takes
-exactly its own entries with it: the database is the buffer. (Reading attributes, or collecting until commit, is wrong
-in most random histories.)
+Mapper events note which keys a flush touches. After the flush the database logs their rows (`table_log`), or they are
+read back. What the database computed, rounded or defaulted is thereby in the image, and a SAVEPOINT that rolls back
+takes exactly its own entries with it: the database is the buffer. (Reading attributes, or collecting until commit, is
+wrong in most random histories.)
 """
 
 from __future__ import annotations

@@ -58,10 +58,9 @@ class Guard:
         if writes:
             self._check_autocommit(connection, context, transactions)
             self._check_origin(connection, context, transactions)
-            for transaction in transactions:
+            for transaction in () if context.isinsert else transactions:
                 if transaction.flush is not None and not transaction.own_writes:
-                    table = context.compiled.statement.table
-                    transaction.flush.before_statement(connection, table, is_insert=context.isinsert)
+                    transaction.flush.before_change(connection, context.compiled.statement.table)
         self._check_ctes(connection, ctes or ())
         if has_triggers and may_write(statement):
             with_triggers = [other for other in transactions if connection in other.trigger_connections]

@@ -16,8 +16,8 @@ from memstate_sa.capture import hazards, unique_values
 from memstate_sa.capture.table_log import Header, Look, RawKey, TableLog
 from memstate_sa.capture.transaction import Flush, OpenTransaction
 from memstate_sa.db import sqlite, tables
-from memstate_sa.db.codec import decode_key
-from memstate_sa.db.json_params import as_array
+from memstate_sa.db.codec import Image, decode_key
+from memstate_sa.db.json_params import as_array, as_json
 from memstate_sa.db.rows import MAX_KEY_CHARS, TableColumns
 from memstate_sa.db.statements import READ_CHUNK, batches, take_write_lock
 from memstate_sa.db.tables import utcnow
@@ -292,6 +292,11 @@ class Recorder:
         baselines = self._still_unknown(connection, baselines)
         entries = list(baselines)
         for tracked, existed in touched.items():
+            if self.table_log(tracked, connection.dialect) is not None:
+                first = {entry.key: entry.image for entry in baselines if entry.entity == tracked.entity}
+                entries = [entry for entry in entries if entry.entity != tracked.entity]
+                self._log_bulk(connection, transaction, tracked, existed, first, updated=updated)
+                continue
             columns = tracked.columns_for(connection.dialect)
             images = columns.read(connection, list(existed))
             canonical = {} if flush is None else dict(flush.canonical.get(tracked, {}))
@@ -318,6 +323,34 @@ class Recorder:
                     self._check(tracked, columns, change)
             entries += changes
         self.write(connection, transaction, entries)
+
+    def _log_bulk(
+        self,
+        connection: Connection,
+        transaction: OpenTransaction,
+        tracked: Tracked,
+        existed: Mapping[RawKey, bool],
+        baselines: Mapping[str, Image | None],
+        *,
+        updated: bool,
+    ) -> None:
+        """The same by the database, of one class."""
+        columns = tracked.columns_for(connection.dialect)
+        keys = {columns.encode_key(raw): raw for raw in existed}
+        if updated:
+            table_log = self.table_log(tracked, connection.dialect)
+            assert table_log is not None
+            if table_log.count(connection, list(existed)) < len(existed):
+                _require_visible(connection, tracked)
+        seen = {key: baselines.get(key) for key, raw in keys.items() if existed[raw]}
+        looks = [
+            Look(
+                [keys[key] for key in batch],
+                {key: None if seen[key] is None else as_json(seen[key]) for key in batch if key in seen},
+            )
+            for batch in batches(list(keys))
+        ]
+        self.log_looks(connection, transaction, tracked, looks, (), new=False)
 
     @staticmethod
     def _unchanged(

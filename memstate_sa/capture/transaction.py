@@ -120,21 +120,19 @@ class Flush:
     written: dict[Tracked, list[tuple[Any, ...]]] = field(default_factory=dict)
     certain: dict[Tracked, set[tuple[Any, ...]]] = field(default_factory=dict)
     checked: bool = False
-    # Of classes that the database logs itself: the keys of rows that may change, until a statement is about to, and the
-    # rows as they were then. And the tables that the unit of work wrote.
+    # Of classes that the database logs itself: keys of rows that may change, until a statement is about to change them,
+    # and the rows as they were then.
     unseen: dict[Tracked, list[tuple[Any, ...]]] = field(default_factory=dict)
     looks: dict[Tracked, list[Look]] = field(default_factory=dict)
-    tables: set[Table] = field(default_factory=set)
     look: Callable[[Connection, Flush, Table], None] | None = None  # at the rows of a table that are `unseen`
-
-    def before_statement(self, connection: Connection, table: Table, *, is_insert: bool) -> None:
-        """The unit of work is about to write *table*."""
-        self.tables.add(table)
-        if not is_insert and (self.unseen or not self.checked) and self.look is not None:
-            self.look(connection, self, table)
 
     # Of facts in several tables: their keys, by whether they are to go, until their first rows are locked.
     parts: dict[tuple[Tracked, bool], list[tuple[Any, ...]]] = field(default_factory=dict)
+
+    def before_change(self, connection: Connection, table: Table) -> None:
+        """The unit of work is about to change, or delete, rows of *table*."""
+        if self.look is not None and (self.unseen or not self.checked):
+            self.look(connection, self, table)
 
 
 class OpenTransactions:
