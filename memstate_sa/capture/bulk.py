@@ -41,6 +41,7 @@ _REPLACED = (
     "another do_orm_execute listener replaced the statement, so the rows that it changes are not known; change it by "
     "state.statement.where(...) there, or listen before memory.attach()"
 )
+_NO_KEYS = "return_defaults() does not tell all keys of the rows; use returning()"
 _NOT_SUPPORTED = "0A000"  # PostgreSQL's code, of RETURNING where a rule acts instead
 _KEY_NAME = "memstate_key_{}"
 
@@ -125,16 +126,20 @@ class BulkStatement:
 
     def execute(self) -> Result[Any]:
         """Run the statement, and again when it met rows unknown to the log, until it has met none."""
-        for number in range(_ATTEMPTS):
-            result = self._attempt()
-            if result is not None:
-                if number:
-                    self._expire_instances(modified=True)
-                return result
-        raise ConflictError(
-            f"others keep committing rows of {self.tracked.entity} that match this statement, or {_VOLATILE}: run the "
-            "transaction again"
-        )
+        is_taken_back = True
+        try:
+            for number in range(_ATTEMPTS):
+                result = self._attempt()
+                if result is not None:
+                    is_taken_back = number > 0
+                    return result
+            raise ConflictError(
+                f"others keep committing rows of {self.tracked.entity} that match this statement: run the transaction "
+                f"again. Or {_VOLATILE}."
+            )
+        finally:
+            if is_taken_back:
+                self._expire_instances(modified=True)
 
     def _attempt(self) -> Result[Any] | None:
         """Run the statement in a SAVEPOINT, which takes it back when it fails or is to run again."""
@@ -169,24 +174,33 @@ class BulkStatement:
 
     def run_returning_keys(self) -> tuple[Result[Any], list[RawKey]]:
         """Run an INSERT; its result as the caller wants it, and the keys of the rows that it inserted or changed."""
-        if self.dml._return_defaults:  # has the keys, and cannot have RETURNING
-            defaults: Any = self.invoke()
-            return defaults, [self.columns.raw_key(row) for row in defaults.inserted_primary_key_rows]
+        if self.dml._return_defaults:  # which has the keys, and cannot have RETURNING
+            return self._run_returning_defaults()
         # Of the last table that is inserted into: a subclass' key may have a name of its own.
         table: Any = self.mapper.local_table
         names = [self.mapper.get_property_by_column(column).key for column in table.primary_key]
         keys = [getattr(self.mapper.class_, name) for name in names]
         if len(self.mapper.tables) == 1:  # else SQLAlchemy looks at each column, for its table
             keys = [key.label(_KEY_NAME.format(n)) for n, key in enumerate(keys)]
-        result = self.captured(self.invoke(keys), [key.key for key in keys], names)
-        return result, [self.columns.raw_key(key) for key in result.keys_returned]
+        result, returned = self.captured(self.invoke(keys), [key.key for key in keys], names)
+        return result, [self.columns.raw_key(key) for key in returned]
 
-    def captured(self, result: Result[Any], names: Sequence[str], key_names: Sequence[str]) -> CapturedResult:
-        """*result*, whose last columns, with *names*, are keys."""
-        if not getattr(result, "returns_rows", True) or list(result.keys())[-len(names) :] != list(names):
-            self.guard.refuse(self.connection, self.dml, _REPLACED)
-            return CapturedResult(result)
-        return CapturedResult(result, key_names)
+    def _run_returning_defaults(self) -> tuple[Result[Any], list[RawKey]]:
+        result: Any = self.invoke()
+        keys = [self.columns.raw_key(key) for key in result.inserted_primary_key_rows if None not in key]
+        if len(keys) < len(result.inserted_primary_key_rows):
+            self.guard.refuse(self.connection, self.dml, _NO_KEYS)
+        return result, keys
+
+    def captured(self, result: Any, names: Sequence[str], key_names: Sequence[str]) -> tuple[Result[Any], list[RawKey]]:
+        """*result* as the caller wants it, and the keys in it: its last columns, with *names*."""
+        if getattr(result, "returns_rows", True):
+            has_keys = list(result.keys())[-len(names) :] == list(names)
+            result = CapturedResult(result, key_names if has_keys else ())
+            if has_keys:
+                return result, result.keys_returned
+        self.guard.refuse(self.connection, self.dml, _REPLACED)
+        return result, []
 
     def _expire_instances(self, *, modified: bool) -> None:
         """Have instances, which were synchronised with what is undone, read anew.
@@ -267,16 +281,18 @@ class _Change(BulkStatement):
         baselines = self.recorder.baselines(self.connection, self.transaction, self.tracked, keys)
         if not self._can_return_keys:
             return self._run_counting(keys, baselines)
+        names = [key.name for key in self._returned_keys]
         try:
-            names = [key.name for key in self._returned_keys]
-            result = self.captured(self.invoke(self._returned_keys), names, names)
+            result, returned = self.captured(self.invoke(self._returned_keys), names, names)
         except DBAPIError as error:
-            if not self.returns_keys or getattr(error.orig, "sqlstate", None) != _NOT_SUPPORTED:
+            if getattr(error.orig, "sqlstate", None) != _NOT_SUPPORTED:
                 raise
             self.returns_keys = False
             return None
-        others = dict.fromkeys(key for key in result.keys_returned if key not in set(keys))
-        if others and not self._is_to_be_logged(others):
+        others = dict.fromkeys(returned)
+        for key in keys:
+            others.pop(key, None)
+        if others and self._may_look_again(others):
             return None
         return self.log_changed(result, [*keys, *others], baselines)
 
@@ -310,13 +326,13 @@ class _Change(BulkStatement):
         raw = [type_coerce(column, RAW) for column in self.key_columns]
         return [column.label(_KEY_NAME.format(n)) for n, column in enumerate(raw)]
 
-    def _is_to_be_logged(self, others: dict[RawKey, None]) -> bool:
-        """Whether an attempt that changed *others*, which nobody looked at, is the last one: the guard only warned."""
+    def _may_look_again(self, others: dict[RawKey, None]) -> bool:
+        """Whether there is sense in another attempt, after one that changed *others*. Refuses a random WHERE."""
         if self.suspects and self.connection.dialect.name == "sqlite":  # nobody else writes
             self.guard.refuse(self.connection, self.dml, _VOLATILE)
-            return True
+            return False
         self.suspects |= others
-        return False
+        return True
 
     def _run_counting(self, keys: Sequence[RawKey], baselines: Sequence[LogEntry]) -> Result[Any] | None:
         """Without RETURNING of ours, more rows than those of *keys* tell that there are others."""

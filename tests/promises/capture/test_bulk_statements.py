@@ -110,7 +110,7 @@ def test_a_pending_change_outlives_an_attempt_that_is_taken_back(engine: Engine)
     with app.session() as session:
         pending = session.get_one(User, 2)
         pending.text = "pending"
-        session.execute(update(User).where(User.id == bindparam("i")).values(text="x"), {"i": 1}, execution_options=NOW)
+        session.execute(update(User).where(User.id == 1).values(text="x"), execution_options={"autoflush": False})
         assert pending.text == "pending"
         session.commit()
     assert {id_: row["text"] for id_, row in app.rows(User).items()} == {
@@ -121,9 +121,6 @@ def test_a_pending_change_outlives_an_attempt_that_is_taken_back(engine: Engine)
         5: "text 5",
     }
     app.assert_log_is_truth()
-
-
-NOW: Any = {"autoflush": False}
 
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
@@ -327,8 +324,10 @@ def test_a_trigger_of_sqlite_may_keep_rows(sqlite_engine: Engine) -> None:
 
 
 def _to_user_3(state: Any) -> None:
+    """Another statement, which keeps RETURNING."""
     if state.is_update or state.is_delete:
-        state.parameters = {**state.parameters, "i": 3}
+        dml: Any = delete(User) if state.is_delete else update(User).values(text="x")
+        state.statement = dml.where(User.id == 3).returning(*state.statement._returning)
 
 
 def _hide_some(state: Any) -> None:
@@ -348,7 +347,7 @@ def _replace(state: Any) -> None:
 
 LISTENERS: dict[str, Any] = {
     "none": None,
-    "other parameters": _to_user_3,
+    "another WHERE": _to_user_3,
     "loader criteria": _hide_some,
     "a narrower WHERE": _narrow,
 }
@@ -361,13 +360,14 @@ def test_a_later_listener_may_change_the_statement(engine: Engine, name: str, st
     app = users_of(engine)
     if LISTENERS[name] is not None:
         event.listen(app.sessions, "do_orm_execute", LISTENERS[name])
-    where = User.id == bindparam("i") if name == "other parameters" else User.id != bindparam("i")
     dml: Any = delete(User) if statement == "delete" else update(User).values(text="changed")
     with app.session() as session:
-        session.execute(dml.where(where), {"i": 1}, execution_options={"synchronize_session": False})
+        session.execute(
+            dml.where(User.id != bindparam("i")), {"i": 1}, execution_options={"synchronize_session": False}
+        )
         session.commit()
         changed = {change.key for change in app.memory.history(session, User)[5:]}
-    assert changed == {"none": {2, 3, 4, 5}, "other parameters": {3}}.get(name, {4, 5})
+    assert changed == {"none": {2, 3, 4, 5}, "another WHERE": {3}}.get(name, {4, 5})
     app.assert_log_is_truth()
 
 
