@@ -490,3 +490,18 @@ def test_a_result_tells_whether_it_has_rows(engine: Engine) -> None:
         assert not session.execute(dml).returns_rows  # type: ignore[attr-defined]
         assert not session.execute(insert(User).values(id=9, name="new")).returns_rows  # type: ignore[attr-defined]
         assert session.execute(dml.returning(User.id)).returns_rows
+
+
+def test_return_defaults_is_captured_where_it_tells_the_keys(engine: Engine) -> None:
+    """Of one row, and of many; not of several rows in VALUES."""
+    app = users_of(engine)
+    inserting: Any = USERS.insert().return_defaults(USERS.c.text)
+    with app.session() as session:
+        many = session.execute(inserting, [{"id": 8, "name": "u8"}, {"id": 9, "name": "u9"}])
+        assert [row.text for row in many.returned_defaults_rows] == ["said nothing"] * 2  # type: ignore[attr-defined]
+        session.commit()
+        with pytest.raises(UntrackedWrite, match=r"return_defaults\(\) does not tell all keys"):
+            session.execute(inserting.values([{"id": 10, "name": "u10"}, {"id": 11, "name": "u11"}]))
+        session.commit()
+    assert sorted(app.rows(User)) == [1, 2, 3, 4, 5, 8, 9]
+    app.assert_log_is_truth()
