@@ -6,11 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Select, select, type_coerce
-from sqlalchemy.engine import Connection, IteratorResult, Result
-from sqlalchemy.engine.result import SimpleResultMetaData
+from sqlalchemy import Select, inspect, select, type_coerce
+from sqlalchemy.engine import Connection, Result
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapper, ORMExecuteState
+from sqlalchemy.sql.lambdas import LambdaElement
+from sqlalchemy.sql.selectable import AliasedReturnsRows
+from sqlalchemy.sql.util import ClauseAdapter
 
+from memstate_sa.capture.bulk_results import CapturedResult
 from memstate_sa.capture.guard import Guard
 from memstate_sa.capture.recorder import Recorder, require_no_translation, require_supported
 from memstate_sa.capture.transaction import OpenTransaction, OpenTransactions
@@ -18,8 +22,9 @@ from memstate_sa.db.raw_values import RAW
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import take_write_lock
 from memstate_sa.errors import ConflictError
+from memstate_sa.log.changes import LogEntry
 from memstate_sa.tracking.inheritance import inheritance_criterion
-from memstate_sa.tracking.registry import Registry
+from memstate_sa.tracking.registry import Registry, unaliased
 from memstate_sa.tracking.tracked import Tracked
 
 RawKey = tuple[Any, ...]
@@ -31,6 +36,14 @@ _LEAVES_BASE = "it leaves the base class' row; delete the objects"
 _CHANGES_KEYS = "it changes primary keys; do that on the objects"
 _WHERE_OF_MANY = "give executemany rows their primary keys instead of a WHERE"
 _SHARES_TABLE = "it is one of several classes in this table; give it their keys"
+_VOLATILE = "its WHERE matches other rows each time it is evaluated; select their primary keys first, and give it those"
+_REPLACED = (
+    "another do_orm_execute listener replaced the statement, so the rows that it changes are not known; change it by "
+    "state.statement.where(...) there, or listen before memory.attach()"
+)
+_NO_KEYS = "return_defaults() does not tell all keys of the rows; use returning()"
+_NOT_SUPPORTED = "0A000"  # PostgreSQL's code, of RETURNING where a rule acts instead
+_KEY_NAME = "memstate_key_{}"
 
 
 class BulkCapture:
@@ -43,87 +56,59 @@ class BulkCapture:
         self._guard = guard
 
     def execute(self, state: ORMExecuteState) -> Result[Any] | None:
-        """Run a statement that changes tracked rows, and log it. None leaves it to SQLAlchemy, and to the guard.
-
-        A SAVEPOINT takes back an attempt that met rows which others had just committed.
-        """
+        """Run a statement that changes tracked rows, and log it. None leaves it to SQLAlchemy, and to the guard."""
         if not (state.is_insert or state.is_update or state.is_delete):
             return None
-        tracked = self._target(state)
-        if tracked is None or tracked.by_trigger:
+        dml = _dml_of(state.statement)
+        target = self._target(state, dml)
+        if target is None or target[0].by_trigger:
             return None
+        tracked, mapper = target
         require_no_translation(state.execution_options)
-        mapper = state.bind_mapper or tracked.mapper
-        if state.session.autoflush:
-            state.session.flush()
+        if state.execution_options.get("autoflush", True):
+            state.session._autoflush()  # flushes neither in a flush nor under no_autoflush
         connection = state.session.connection(bind_arguments={"mapper": mapper, **state.bind_arguments})
         transaction = self._transactions.of(state.session)
         require_supported(connection, transaction)
         with transaction.writing():
             take_write_lock(connection)
-        statement = self._statement(state, mapper, tracked, connection, transaction)
-        for _attempt in range(_ATTEMPTS):
-            savepoint = connection.begin_nested()
-            result = None
-            try:
-                result = statement.run()
-            finally:
-                if result is None:
-                    savepoint.rollback()
-                    for instance in list(state.session.identity_map.values()):  # synchronised with what is undone
-                        if isinstance(instance, mapper.class_):
-                            state.session.expire(instance)
-            if result is not None:
-                savepoint.commit()
-                return result
-        raise ConflictError(
-            f"others keep committing rows of {tracked.entity} that match this statement; run the transaction again"
-        )
+        kind = self._kind(state, dml, tracked, connection)
+        statement = kind(self._recorder, self._guard, state, dml, mapper, tracked, connection, transaction)
+        return statement.execute()
 
-    def _target(self, state: ORMExecuteState) -> Tracked | None:
-        """The tracked class whose rows the statement changes, if they can be told from the statement."""
-        if state.is_orm_statement:
-            return None if state.bind_mapper is None else self._registry.find(state.bind_mapper)
-        statement: Any = state.statement
-        tracked = self._registry.by_table.get(statement.table)
+    def _target(self, state: ORMExecuteState, dml: Any) -> tuple[Tracked, Mapper[Any]] | None:
+        """The tracked class whose rows *dml* changes, if they can be told from the statement, and the mapper."""
+        entity = dml.table._annotations.get("parententity")
+        if entity is not None:  # else of a table: that a subquery is of the ORM does not make it a class
+            mapper = entity.mapper
+            tracked = self._registry.find(mapper)
+            return None if tracked is None else (tracked, mapper)
+        tracked = self._registry.by_table.get(dml.table)
         # Of one class among several in a table, or with a WHERE for each set of parameters: left to the guard. So is
         # an INSERT of a part of a row.
-        if (
-            tracked is None
-            or tracked.criterion is not None
-            or statement.table in tracked.tables[: tracked.base_table_count]
-        ):
+        if tracked is None or tracked.criterion is not None or dml.table in tracked.tables[: tracked.base_table_count]:
             return None
         if state.is_insert:
-            return tracked if len(tracked.tables) == 1 or statement.table is tracked.table else None
-        return None if isinstance(state.parameters, (list, tuple)) else tracked
-
-    def _statement(
-        self,
-        state: ORMExecuteState,
-        mapper: Mapper[Any],
-        tracked: Tracked,
-        connection: Connection,
-        transaction: OpenTransaction,
-    ) -> BulkStatement:
-        """The statement by its kind. Refuses what cannot be logged."""
-        statement: Any = state.statement
-        kind: type[BulkStatement]
-        if statement._prefixes:
-            self._guard.refuse(connection, statement, _REPLACES)
-            kind = _Unseen
-        elif not state.is_insert:
-            if state.is_delete and tracked.base_table_count:
-                self._guard.refuse(connection, statement, _LEAVES_BASE)
-            kind = _Change
-        elif statement._post_values_clause is None:
-            kind = _Insert
-        elif _upserts_key(statement, tracked):
-            self._guard.refuse(connection, statement, _CHANGES_KEYS)
-            kind = _Unseen
+            is_whole = len(tracked.tables) == 1 or dml.table is tracked.table
         else:
-            kind = _Upsert
-        return kind(self._recorder, self._guard, state, mapper, tracked, connection, transaction)
+            is_whole = not isinstance(state.parameters, (list, tuple))
+        return (tracked, tracked.mapper) if is_whole else None
+
+    def _kind(self, state: ORMExecuteState, dml: Any, tracked: Tracked, connection: Connection) -> type[BulkStatement]:
+        """The kind of the statement. Refuses what cannot be logged."""
+        if dml._prefixes:
+            self._guard.refuse(connection, dml, _REPLACES)
+            return _Unseen
+        if not state.is_insert:
+            if state.is_delete and tracked.base_table_count:
+                self._guard.refuse(connection, dml, _LEAVES_BASE)
+            return _ChangeByKeys if isinstance(state.parameters, (list, tuple)) else _Change
+        if dml._post_values_clause is None:
+            return _Insert
+        if _upserts_key(dml, tracked):
+            self._guard.refuse(connection, dml, _CHANGES_KEYS)
+            return _Unseen
+        return _Upsert
 
 
 @dataclass
@@ -133,43 +118,107 @@ class BulkStatement:
     recorder: Recorder
     guard: Guard
     state: ORMExecuteState
+    dml: Any  # the INSERT, UPDATE or DELETE of the statement
     mapper: Mapper[Any]
     tracked: Tracked
     connection: Connection
     transaction: OpenTransaction
+
+    def execute(self) -> Result[Any]:
+        """Run the statement, and again when it met rows unknown to the log, until it has met none."""
+        is_taken_back = True
+        try:
+            for number in range(_ATTEMPTS):
+                result = self._attempt()
+                if result is not None:
+                    is_taken_back = number > 0
+                    return result
+            raise ConflictError(
+                f"others keep committing rows of {self.tracked.entity} that match this statement: run the transaction "
+                f"again. Or {_VOLATILE}."
+            )
+        finally:
+            if is_taken_back:
+                self._expire_instances(modified=True)
+
+    def _attempt(self) -> Result[Any] | None:
+        """Run the statement in a SAVEPOINT, which takes it back when it fails or is to run again."""
+        savepoint = self.connection.begin_nested()
+        result = None
+        try:
+            result = self.run()
+        finally:
+            if result is None:
+                savepoint.rollback()
+                self._expire_instances(modified=False)
+        if result is not None:
+            savepoint.commit()
+        return result
 
     def run(self) -> Result[Any] | None:
         """Run the statement, and log what it changed. None asks for another attempt, after a rollback of this one."""
         raise NotImplementedError
 
     @property
-    def statement(self) -> Any:
-        return self.state.statement
-
-    @property
     def columns(self) -> TableColumns:
         return self.tracked.columns_for(self.connection.dialect)
 
+    def invoke(self, keys: Sequence[Any] = ()) -> Result[Any]:
+        """Run the statement as it is, or with *keys* as the last columns that it returns."""
+        statement: Any = self.state.statement
+        if keys:
+            dml = self.dml.returning(*keys)
+            statement = _from_statement(statement, dml, keys) if _is_from_statement(statement) else dml
+        with self.transaction.writing():
+            return self.state.invoke_statement(statement=statement)
+
     def run_returning_keys(self) -> tuple[Result[Any], list[RawKey]]:
         """Run an INSERT; its result as the caller wants it, and the keys of the rows that it inserted or changed."""
-        keys = [getattr(self.mapper.class_, name) for name in self.tracked.key_attributes]
-        with self.transaction.writing():
-            result: Any = self.state.invoke_statement(statement=self.statement.returning(*keys))
-            names = list(result.keys())[: -len(keys)]
-            rows = [tuple(row) for row in result.all()]
-        returned: Any = _fetched(names, [row[: -len(keys)] for row in rows])
-        returned.inserted_primary_key_rows = [row[-len(keys) :] for row in rows]
-        if len(rows) == 1:
-            returned.inserted_primary_key = rows[0][-len(keys) :]
-        return returned, [self.columns.raw_key(row[-len(keys) :]) for row in rows]
+        if self.dml._return_defaults:  # which has the keys, and cannot have RETURNING
+            return self._run_returning_defaults()
+        # Of the last table that is inserted into: a subclass' key may have a name of its own.
+        table: Any = self.mapper.local_table
+        names = [self.mapper.get_property_by_column(column).key for column in table.primary_key]
+        keys = [getattr(self.mapper.class_, name) for name in names]
+        if len(self.mapper.tables) == 1:  # else SQLAlchemy looks at each column, for its table
+            keys = [key.label(_KEY_NAME.format(n)) for n, key in enumerate(keys)]
+        result, returned = self.captured(self.invoke(keys), [key.key for key in keys], names)
+        return result, [self.columns.raw_key(key) for key in returned]
+
+    def _run_returning_defaults(self) -> tuple[Result[Any], list[RawKey]]:
+        result: Any = self.invoke()
+        keys = [self.columns.raw_key(key) for key in result.inserted_primary_key_rows if None not in key]
+        if len(keys) < len(result.inserted_primary_key_rows):
+            self.guard.refuse(self.connection, self.dml, _NO_KEYS)
+        return result, keys
+
+    def captured(self, result: Any, names: Sequence[str], key_names: Sequence[str]) -> tuple[Result[Any], list[RawKey]]:
+        """*result* as the caller wants it, and the keys in it: its last columns, with *names*."""
+        if getattr(result, "returns_rows", True):
+            has_keys = list(result.keys())[-len(names) :] == list(names)
+            result = CapturedResult(result, key_names if has_keys else ())
+            if has_keys:
+                return result, result.keys_returned
+        self.guard.refuse(self.connection, self.dml, _REPLACED)
+        return result, []
+
+    def _expire_instances(self, *, modified: bool) -> None:
+        """Have instances, which were synchronised with what is undone, read anew.
+
+        Those with pending changes, which stay, come after the last attempt: SQLAlchemy cannot tell whether an instance
+        that is expired matches, and would forget its changes.
+        """
+        for instance in list(self.state.session.identity_map.values()):
+            state: Any = inspect(instance)
+            if isinstance(instance, self.mapper.class_) and state.modified is modified:
+                self.state.session.expire(instance, state.unmodified if modified else None)
 
 
 class _Unseen(BulkStatement):
     """A write that cannot be logged, where the application is only warned (``on_untracked="warn"``)."""
 
     def run(self) -> Result[Any]:
-        with self.transaction.writing():
-            return self.state.invoke_statement()
+        return self.invoke()
 
 
 class _Insert(BulkStatement):
@@ -198,7 +247,7 @@ class _Upsert(BulkStatement):
         result, raw_keys = self.run_returning_keys()
         by_key = {self.columns.encode_key(raw): raw for raw in raw_keys}
         unknown = recorder.unknown(connection, tracked, by_key)
-        if unknown and not suspects and _may_update(self.statement):
+        if unknown and not suspects and _may_update(self.dml):
             self.suspects = {key: by_key[key] for key in unknown}
             return None
         # A key that the first run did not have comes of a default that is another each time: a row that is new.
@@ -209,67 +258,104 @@ class _Upsert(BulkStatement):
         return result
 
 
+@dataclass
 class _Change(BulkStatement):
-    """UPDATE and DELETE: by a WHERE, or by the primary keys of several sets of parameters."""
+    """UPDATE and DELETE by a WHERE.
+
+    The rows that match are looked at before, for their baselines; RETURNING tells afterwards which of them it changed.
+    """
+
+    suspects: dict[RawKey, None] = field(default_factory=dict)  # changed by an attempt that had not looked at them
+    returns_keys: bool = True
 
     def run(self) -> Result[Any] | None:
-        """None when others committed matching rows between our look and the statement: look again."""
-        if self.state.is_update and _sets_any(self.statement, self._key_columns):
-            self.guard.refuse(self.connection, self.statement, _CHANGES_KEYS)
-        keys = self._keys_of_parameters() if self._has_parameter_sets else self._matching_keys()
-        if keys is None:
+        """None when it changed rows that we have not looked at: look again.
+
+        Others committed them meanwhile, another listener changed the statement, or its WHERE is a random one.
+        """
+        self.refuse_changed_keys()
+        matching_keys = self._matching_keys()
+        if matching_keys is None:
             return None
-        keys = list(dict.fromkeys(keys))
+        keys = list(dict.fromkeys([*matching_keys, *self.suspects]))
         baselines = self.recorder.baselines(self.connection, self.transaction, self.tracked, keys)
-        with self.transaction.writing():
-            result = self.state.invoke_statement()
-            if self.statement._returning:  # read to the end: SQLite releases no SAVEPOINT below an open cursor
-                result = _fetched(list(result.keys()), [tuple(row) for row in result.all()])
-        if self._met_other_rows(result, keys):
+        if not self._can_return_keys:
+            return self._run_counting(keys, baselines)
+        names = [key.name for key in self._returned_keys]
+        try:
+            result, returned = self.captured(self.invoke(self._returned_keys), names, names)
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) != _NOT_SUPPORTED:
+                raise
+            self.returns_keys = False
             return None
-        if self.state.is_update and self._has_parameter_sets:
-            images = self.columns.read(self.connection, keys)
-            keys = [key for key in keys if self.columns.encode_key(key) in images]
+        others = dict.fromkeys(returned)
+        for key in keys:
+            others.pop(key, None)
+        if others and self._may_look_again(others):
+            return None
+        return self.log_changed(result, [*keys, *others], baselines)
+
+    def log_changed(self, result: Result[Any], keys: Iterable[RawKey], baselines: Sequence[LogEntry]) -> Result[Any]:
+        """Log what became of the rows with these keys. Those that were not changed get no entry."""
         touched = {self.tracked: dict.fromkeys(keys, True)}
         self.recorder.log_touched(self.connection, self.transaction, touched, baselines, updated=self.state.is_update)
         return result
 
-    @property
-    def _table(self) -> Any:
-        return self.mapper.local_table if self.state.is_orm_statement else self.statement.table
+    def refuse_changed_keys(self) -> None:
+        if self.state.is_update and _sets_any(self.dml, self.key_columns):
+            self.guard.refuse(self.connection, self.dml, _CHANGES_KEYS)
 
     @property
-    def _key_columns(self) -> list[Any]:
-        return list(self._table.primary_key.columns)
+    def key_columns(self) -> list[Any]:
+        return list(self.dml.table.primary_key)  # of an alias, too
+
+    def lock_first_rows(self, keys: Sequence[RawKey]) -> None:
+        self.columns.of_table[self.tracked.table].lock(self.connection, keys)
 
     @property
-    def _has_parameter_sets(self) -> bool:
-        return isinstance(self.state.parameters, (list, tuple))
+    def _can_return_keys(self) -> bool:
+        dialect = self.connection.dialect
+        is_able = dialect.update_returning if self.state.is_update else dialect.delete_returning
+        # PostgreSQL refuses what synchronize_session='fetch' adds to RETURNING of an alias.
+        is_able &= dialect.name == "sqlite" or not isinstance(self.dml.table, AliasedReturnsRows)
+        return self.returns_keys and is_able and not self.dml._return_defaults
 
-    def _keys_of_parameters(self) -> list[RawKey]:
-        """The keys that sets of parameters name. Locks the first rows of facts in several tables."""
-        if self.statement._where_criteria:
-            self.guard.refuse(self.connection, self.statement, _WHERE_OF_MANY)
-        names = [self.mapper.get_property_by_column(column).key for column in self._key_columns]
-        parameter_sets: Any = self.state.parameters
-        keys = [self.columns.raw_key([parameters[name] for name in names]) for parameters in parameter_sets]
-        if len(self.tracked.tables) > 1:
-            self._lock_first_rows(keys)
-        return keys
+    @property
+    def _returned_keys(self) -> list[Any]:
+        raw = [type_coerce(column, RAW) for column in self.key_columns]
+        return [column.label(_KEY_NAME.format(n)) for n, column in enumerate(raw)]
+
+    def _may_look_again(self, others: dict[RawKey, None]) -> bool:
+        """Whether there is sense in another attempt, after one that changed *others*. Refuses a random WHERE."""
+        if self.suspects and self.connection.dialect.name == "sqlite":  # nobody else writes
+            self.guard.refuse(self.connection, self.dml, _VOLATILE)
+            return False
+        self.suspects |= others
+        return True
+
+    def _run_counting(self, keys: Sequence[RawKey], baselines: Sequence[LogEntry]) -> Result[Any] | None:
+        """Without RETURNING of ours, more rows than those of *keys* tell that there are others."""
+        result: Any = self.invoke()
+        if self.dml._returning:
+            result = CapturedResult(result)
+        if self.connection.dialect.name != "sqlite" and result.rowcount > len(keys):
+            return None
+        return self.log_changed(result, keys, baselines)
 
     def _matching_keys(self) -> list[RawKey] | None:
         """The keys of the rows that match, which it locks. None when another fact matches than a moment before."""
-        table, criteria = self._table, self.statement._where_criteria
-        is_part = table is not self.tracked.table
+        table, criteria = self.dml.table, self.dml._where_criteria
+        is_part = unaliased(table) != self.tracked.table  # by value: it may be an annotated one
         if (criterion := inheritance_criterion(self.mapper)) is not None:
             if is_part:
-                self.guard.refuse(self.connection, self.statement, _SHARES_TABLE)
-            criteria = (*criteria, criterion)
-        matching = select(*(type_coerce(column, RAW) for column in self._key_columns)).where(*criteria)
+                self.guard.refuse(self.connection, self.dml, _SHARES_TABLE)
+            criteria = (*criteria, ClauseAdapter(table).traverse(criterion))
+        matching = select(*(type_coerce(column, RAW) for column in self.key_columns)).where(*criteria)
         first_keys: list[RawKey] = []
         if is_part:  # the first row of a fact is locked before its other parts
             first_keys = self._read_keys(matching)
-            self._lock_first_rows(first_keys)
+            self.lock_first_rows([*first_keys, *self.suspects])
         # As the statement itself locks them: one lock that has to grow may wait for another that has to.
         keys = self._read_keys(matching.with_for_update(of=table, key_share=not self.state.is_delete))
         return None if is_part and not set(keys).issubset(first_keys) else keys
@@ -277,22 +363,46 @@ class _Change(BulkStatement):
     def _read_keys(self, statement: Select[Any]) -> list[RawKey]:
         return [tuple(row) for row in self.connection.execute(statement, self.state.parameters or {}).all()]
 
-    def _lock_first_rows(self, keys: Sequence[RawKey]) -> None:
-        self.columns.of_table[self.tracked.table].lock(self.connection, keys)
 
-    def _met_other_rows(self, result: Any, keys: Sequence[RawKey]) -> bool:
-        """Whether the statement changed more rows than those of *keys*, or fewer. On SQLite we are the only writer."""
-        count: int = getattr(result, "rowcount", -1)
-        if self.connection.dialect.name == "sqlite" or self.state.is_executemany:
-            return False
-        return count not in (-1, len(keys))
+class _ChangeByKeys(_Change):
+    """UPDATE and DELETE by the primary keys of several sets of parameters."""
+
+    def run(self) -> Result[Any]:
+        self.refuse_changed_keys()
+        if self.dml._where_criteria:
+            self.guard.refuse(self.connection, self.dml, _WHERE_OF_MANY)
+        names = [self.mapper.get_property_by_column(column).key for column in self.mapper.local_table.primary_key]
+        parameter_sets: Any = self.state.parameters
+        if not all(name in parameters for parameters in parameter_sets for name in names):
+            return self.state.invoke_statement()  # SQLAlchemy says what is missing; else the guard refuses it
+        keys = list(dict.fromkeys(self.columns.raw_key([params[name] for name in names]) for params in parameter_sets))
+        if len(self.tracked.tables) > 1:
+            self.lock_first_rows(keys)
+        baselines = self.recorder.baselines(self.connection, self.transaction, self.tracked, keys)
+        result = self.invoke()
+        if self.dml._returning:
+            result = CapturedResult(result)
+        if self.state.is_update:
+            images = self.columns.read(self.connection, keys)
+            keys = [key for key in keys if self.columns.encode_key(key) in images]
+        return self.log_changed(result, keys, baselines)
 
 
-def _fetched(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> Result[Any]:
-    """A result of rows that were fetched already, with the ``rowcount`` that callers of DML ask for."""
-    result: Any = IteratorResult(SimpleResultMetaData(names), iter(rows))
-    result.rowcount = len(rows)
-    return result  # type: ignore[no-any-return]
+def _dml_of(statement: Any) -> Any:
+    """The INSERT, UPDATE or DELETE of a statement: itself, what a lambda makes, or what rows of a class are from."""
+    if isinstance(statement, LambdaElement):
+        statement = statement._resolved
+    return statement.element if _is_from_statement(statement) else statement
+
+
+def _is_from_statement(statement: Any) -> bool:
+    return bool(getattr(statement, "is_from_statement", False))
+
+
+def _from_statement(statement: Any, dml: Any, keys: Sequence[Any]) -> Any:
+    """A ``select(...).from_statement(...)`` that selects *keys*, too, from *dml*."""
+    changed: Any = select(*statement._raw_columns, *keys).from_statement(dml)
+    return changed.options(*statement._with_options).execution_options(**statement._execution_options)
 
 
 def _may_update(statement: Any) -> bool:

@@ -13,6 +13,7 @@ from memstate_sa.capture.trigger_context import TriggerContexts, may_write
 from memstate_sa.errors import UntrackedWrite
 from memstate_sa.runtime.warn import warn
 from memstate_sa.tracking.registry import Registry, unaliased
+from memstate_sa.tracking.tracked import Tracked
 
 _SEEN = "memstate_seen"
 _IN_AUTOCOMMIT = (
@@ -23,6 +24,7 @@ _OF_NO_SESSION = (
     "use the Session's objects, or session.execute(insert/update/delete(Model)); what a relationship writes into its "
     "secondary table takes capture='trigger', or an association object in its place"
 )
+_OF_ANOTHER_CLASS = "this flush writes it by a class that is not tracked; use the tracked one"
 _IN_A_CTE = "a CTE that writes cannot be captured; execute it by itself"
 
 
@@ -73,9 +75,33 @@ class Guard:
             self.refuse(connection, context.compiled.statement, _IN_AUTOCOMMIT)
 
     def _check_origin(self, connection: Connection, context: Any, transactions: Collection[OpenTransaction]) -> None:
-        """A write has to be our own, or the unit of work's."""
-        if not any(_is_known(transaction, context) for transaction in transactions):
-            self.refuse(connection, context.compiled.statement, _OF_NO_SESSION)
+        """A write has to be our own, or the unit of work's of a class that is tracked."""
+        if any(transaction.own_writes for transaction in transactions):
+            return
+        statement = context.compiled.statement
+        units = [unit for transaction in transactions if (unit := _unit_of_work(transaction)) is not None]
+        cache = context.execution_options.get("compiled_cache")
+        if cache is None or not units:
+            self.refuse(connection, statement, _OF_NO_SESSION)
+            return
+        tracked = self._registry.named(statement.table, connection.dialect.default_schema_name)
+        if tracked is None or tracked.by_trigger:
+            return
+        is_of_class = cache is tracked.mapper.base_mapper._compiled_cache
+        if not is_of_class or self._is_of_base(tracked, context, units):
+            self.refuse(connection, statement, _OF_ANOTHER_CLASS)
+
+    def _is_of_base(self, tracked: Tracked, context: Any, units: Collection[Any]) -> bool:
+        """Whether a flush changes objects of a base class, by which nothing tells that they may be of *tracked*.
+
+        A new row of the base class is none of a subclass, and a discriminator tells which rows are.
+        """
+        table = context.compiled.statement.table
+        is_of_base = table in tracked.tables[: tracked.base_table_count]
+        if context.isinsert or tracked.mapper.polymorphic_on is not None or not is_of_base:
+            return False
+        mappers = {state.mapper for unit in units for state in unit.states if state.key is not None}
+        return any(table in mapper.tables and self._registry.find(mapper) is None for mapper in mappers)
 
     def _check_ctes(self, connection: Connection, ctes: Collection[Any]) -> None:
         for cte in ctes:
@@ -95,8 +121,11 @@ class Guard:
         warn(message, UntrackedWriteWarning)
 
 
-def _is_known(transaction: OpenTransaction, context: Any) -> bool:
-    """Whether a statement is our own, or the unit of work's: only a flush passes its mapper's cache."""
-    if transaction.own_writes:
-        return True
-    return transaction.flush is not None and "compiled_cache" in context.execution_options
+def _unit_of_work(transaction: OpenTransaction) -> Any:
+    """The unit of work that runs now, if a statement is of it. It passes its base mapper's cache, as bulk_*() do.
+
+    Those, called in an event of a flush, have a transaction of their own below it; before the flush it has none.
+    """
+    unit = None if transaction.flush is None else transaction.flush.context
+    is_running = unit is not None and unit.session._transaction is getattr(unit, "transaction", None)
+    return unit if is_running else None

@@ -24,7 +24,7 @@ from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from memstate_sa.errors import MemstateError
 from memstate_sa.runtime.warn import warn
 
-_NO_TRANSACTION = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN")
+_NO_TRANSACTION = ("SELECT", "PRAGMA", "EXPLAIN", "VALUES", "BEGIN", "VACUUM", "ATTACH", "DETACH")
 _BEGIN = "BEGIN IMMEDIATE"
 _CONFIGURED = "memstate_configured"
 
@@ -114,7 +114,10 @@ def _future() -> Any:
 
 
 def _reads(statement: str, context: Any) -> bool:
-    """By its first word; after WITH there may be anything, which only a compiled statement tells."""
+    """By its first word; after WITH there may be anything, which only a compiled statement tells.
+
+    Some do more than read, and fail in a transaction.
+    """
     first = statement.lstrip()[:8].upper()
     if first.startswith("WITH"):
         return isinstance(getattr(context.compiled, "statement", None), SelectBase)

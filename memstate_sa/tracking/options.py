@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import (
+    Column,
     DateTime,
     inspect,
 )
@@ -137,7 +138,8 @@ def derive(base: Tracked, mapper: Mapper[Any]) -> Tracked:
 
 
 def require_attributes(mapper: Mapper[Any], *names: str) -> None:
-    columns = set(mapper.columns.keys())
+    # A column_property of an expression is among the mapper's columns.
+    columns = {name for name, column in mapper.columns.items() if isinstance(column, Column)}
     for name in names:
         if name not in columns:
             raise MemstateError(

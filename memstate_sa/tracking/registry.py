@@ -28,20 +28,33 @@ class Registry:
         self.by_trigger = False  # whether any class is
 
     def add(self, tracked: Tracked) -> None:
-        self._drop_derived(tracked.mapper)
-        other = self.by_entity.get(tracked.entity)
-        if other is not None:
-            raise MemstateError(f"entity {tracked.entity!r} is already tracked, by {other.model.__name__}")
-        self._claim_tables(tracked)
-        self.by_entity = {**self.by_entity, tracked.entity: tracked}
-        tracked.record_for_autogenerate()
-        self.versions[tracked.entity] = tracked.version
-        self.validates |= tracked.validate is not None or tracked.expires is not None
-        self.by_trigger |= tracked.by_trigger
-        self._by_mapper = {**{m: t for m, t in self._by_mapper.items() if t is not None}, tracked.mapper: tracked}
-        for mapper in list(tracked.mapper.self_and_descendants):
-            if mapper.concrete and mapper is not tracked.mapper and mapper not in self._by_mapper:
-                self.extend(mapper)
+        """Register *tracked*, and its concrete subclasses as entities of their own: all of them, or none.
+
+        Raises MemstateError when one of them cannot be tracked.
+        """
+        same = self._by_mapper.get(tracked.mapper)
+        replaced = same if same is not None and same.derived else None  # now tracked by itself
+        additions = [tracked]
+        for mapper in tracked.mapper.self_and_descendants:
+            if mapper.concrete and mapper is not tracked.mapper and self._by_mapper.get(mapper) is None:
+                base = next(one for one in reversed(additions) if mapper.isa(one.mapper))
+                additions.append(derive(base, mapper))
+        by_entity = {name: other for name, other in self.by_entity.items() if other is not replaced}
+        by_table = {table: other for table, other in self.by_table.items() if other is not replaced}
+        for addition in additions:
+            other = by_entity.setdefault(addition.entity, addition)
+            if other is not addition:
+                raise MemstateError(f"entity {addition.entity!r} is already tracked, by {other.model.__name__}")
+            by_table = _with_tables(by_table, addition)
+        self.by_entity = by_entity
+        self._set_tables(by_table)
+        known = {mapper: other for mapper, other in self._by_mapper.items() if other is not None}
+        self._by_mapper = {**known, **{addition.mapper: addition for addition in additions}}
+        for addition in additions:
+            addition.record_for_autogenerate()
+            self.versions[addition.entity] = addition.version
+            self.validates |= addition.validate is not None or addition.expires is not None
+            self.by_trigger |= addition.by_trigger
 
     def extend(self, mapper: Mapper[Any]) -> None:
         """A subclass of a tracked class was mapped: it is tracked along, a concrete one as an entity of its own."""
@@ -55,26 +68,11 @@ class Registry:
         else:
             base.clear_caches()
             base.check(mapper)
-            self._claim_tables(base)
+            self._set_tables(_with_tables(self.by_table, base))
 
-    def _claim_tables(self, tracked: Tracked) -> None:
-        for table in tracked.tables:
-            other = self.by_table.get(table)
-            if other not in (None, tracked):
-                raise MemstateError(
-                    f"table {table.fullname} is already tracked, by {other.model.__name__}; tracking a base class "
-                    "tracks its subclasses"
-                )
-        self.by_table = {**self.by_table, **dict.fromkeys(tracked.tables, tracked)}
-        self.by_table_name.update({(table.schema, table.name): tracked for table in tracked.tables})
-
-    def _drop_derived(self, mapper: Mapper[Any]) -> None:
-        """Who tracks a concrete subclass by itself does not want it as its base class is tracked."""
-        derived = self._by_mapper.get(mapper)
-        if derived is not None and derived.derived:
-            del self._by_mapper[mapper]
-            self.by_entity = {name: tracked for name, tracked in self.by_entity.items() if tracked is not derived}
-            self.by_table = {table: tracked for table, tracked in self.by_table.items() if tracked is not derived}
+    def _set_tables(self, by_table: dict[Table, Tracked]) -> None:
+        self.by_table = by_table
+        self.by_table_name.update({(table.schema, table.name): tracked for table, tracked in by_table.items()})
 
     def publish(self) -> None:
         """Let relays, in their threads, see what was added: not before its changes are captured."""
@@ -134,6 +132,18 @@ class Registry:
     def require_any(self) -> None:
         if not self.by_entity:
             raise MemstateError("no class is tracked")
+
+
+def _with_tables(by_table: dict[Table, Tracked], tracked: Tracked) -> dict[Table, Tracked]:
+    """*by_table* with the tables of *tracked*. Raises MemstateError when another class has one of them."""
+    for table in tracked.tables:
+        other = by_table.get(table)
+        if other not in (None, tracked):
+            raise MemstateError(
+                f"table {table.fullname} is already tracked, by {other.model.__name__}; tracking a base class "
+                "tracks its subclasses"
+            )
+    return {**by_table, **dict.fromkeys(tracked.tables, tracked)}
 
 
 def unaliased(table: Any) -> Any:

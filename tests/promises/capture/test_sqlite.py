@@ -34,6 +34,16 @@ def test_a_savepoint_first_does_not_leak(configured: Engine) -> None:
         assert session.scalars(select(Tag)).all() == []
 
 
+def test_statements_that_fail_in_a_transaction_are_sent_outside_of_one(configured: Engine) -> None:
+    """As the driver itself sends them."""
+    with configured.connect() as connection:
+        for statement in ("ATTACH DATABASE ':memory:' AS other", "DETACH DATABASE other", "VACUUM", "vacuum main"):
+            connection.execute(text(statement))
+            assert not sqlite.in_transaction(connection)
+        connection.execute(text("ANALYZE"))
+        assert sqlite.in_transaction(connection)
+
+
 def test_an_engine_that_would_leak_is_warned_of(tmp_path: Path) -> None:
     """Once, with the line that mends it; doctor tries it out, and says so too. A recipe of one's own is fine."""
     leaking, own = (create_engine(f"sqlite:///{tmp_path / name}.db") for name in ("leaking", "own"))

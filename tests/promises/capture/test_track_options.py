@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import pytest
 from sqlalchemy import Column, Engine, ForeignKey, Table, select
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, scoped_session
+from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column, relationship, scoped_session
 
 from memstate_sa import Memory, MemstateError, UntrackedWrite
+from memstate_sa.capture.captured_tables import captured_in
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
+from memstate_sa.tracking.tracked import TRACKED
 from tests.support import Tag, World
 from tests.support.apps import make_app
 
@@ -107,6 +111,65 @@ def test_track_refuses_a_text_that_is_none(text: object) -> None:
     with pytest.raises(MemstateError, match="give a function: text=lambda row"):
         memory.track(Page, text=text)  # type: ignore[call-overload]
     memory.track(Page, text="body")
+
+
+class Name(Base):
+    __tablename__ = "name"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    first: Mapped[str] = mapped_column()
+    last: Mapped[str] = mapped_column()
+    full = column_property(first + " " + last)
+
+
+@pytest.mark.parametrize("options", [{"text": "full"}, {"text": Name.full}, {"text": "first", "metadata": ("full",)}])
+def test_track_refuses_an_expression_for_a_column(options: Any) -> None:
+    """A column_property has no column of its own, as a hybrid has none."""
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    with pytest.raises(MemstateError, match="Name has no column attribute 'full'; it has first, id, last"):
+        memory.track(Name, **options)
+    memory.track(Name, text="first")
+
+
+class Document(Base):
+    __tablename__ = "document"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str]
+
+
+class Draft(Document):
+    __tablename__ = "draft"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str]
+    __mapper_args__: ClassVar[dict[str, Any]] = {"concrete": True}
+
+
+class OldDocument(Document):
+    """Has no title."""
+
+    __tablename__ = "old_document"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    words: Mapped[str]
+    __mapper_args__: ClassVar[dict[str, Any]] = {"concrete": True}
+
+
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+def test_track_that_raises_leaves_nothing_tracked(engine: Engine, capture: str) -> None:
+    """Neither the class nor the concrete subclasses that could have been tracked along."""
+    app = make_app(engine, Page, text="body")
+    with pytest.raises(MemstateError, match="OldDocument has no column attribute 'title'"):
+        app.memory.track(Document, text="title", capture=capture)
+    assert captured_in(Document.__table__) == {}
+    app.memory.create_tables(engine)
+    app.write(Document(title="not tracked"), Draft(title="not tracked"))
+    with app.session() as session, pytest.raises(MemstateError, match="not tracked by this Memory"):
+        app.memory.history(session, Document)
+    app.memory.track(Document, text=None, capture=capture)
+    app.memory.create_tables(engine)
+    app.write(Document(id=9, title="tracked"), Draft(id=8, title="tracked"), OldDocument(id=7, words="tracked"))
+    with app.session() as session:
+        kinds: list[Any] = [Document, Draft, OldDocument]
+        assert [[change.key for change in app.memory.history(session, kind)] for kind in kinds] == [[9], [8], [7]]
+    Document.metadata.info.pop(TRACKED, None)
 
 
 def test_track_takes_the_attribute_itself(engine: Engine) -> None:
