@@ -151,7 +151,8 @@ def _logging(rows: Select[Any], dialect_name: str, *, new: bool, baselines: bool
     changed: FromClause = changing.cte("changed") if is_postgresql else changing.subquery("changed")
     entry: list[Any] = [changed.c.key, changed.c.op, typed(changed.c.image, StoredJson), _step]
     shared = [_tx, _at, _version, _entity, statement_snapshot()]
-    entries = select(*shared, *entry)
+    order = [] if new else [func.length(changed.c.key), changed.c.key]  # numbers as numbers
+    entries = select(*shared, *entry).order_by(*order)
     if baselines:
         part = _PARTS.alias("part")
         is_first = part.c.n == 1
@@ -159,7 +160,7 @@ def _logging(rows: Select[Any], dialect_name: str, *, new: bool, baselines: bool
         image = typed(case((is_first, changed.c.first), else_=changed.c.image), StoredJson)
         entry = [changed.c.key, op, image, case((is_first, false()), else_=_step)]
         is_there = or_(~is_first, changed.c.first.is_not(None))
-        entries = select(*shared, *entry).select_from(changed.join(part, is_there)).order_by(part.c.n)
+        entries = select(*shared, *entry).select_from(changed.join(part, is_there)).order_by(part.c.n, *order)
     logging = insert(log).from_select(_LOG_COLUMNS, entries)
     if not is_postgresql:
         return logging
