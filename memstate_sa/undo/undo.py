@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeAlias
 
-from sqlalchemy import bindparam, inspect, select
+from sqlalchemy import bindparam, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session
@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction
-from memstate_sa.db.codec import FactKey, Image, by_entity, decode_key
+from memstate_sa.db.codec import FactKey, Image, by_entity
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import batches, take_write_lock
 from memstate_sa.db.tables import log
@@ -34,6 +34,7 @@ from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
 from memstate_sa.tracking.validation import require_count
 from memstate_sa.undo.constraints import read_constraints
+from memstate_sa.undo.expiring import expire
 from memstate_sa.undo.restore import read_facts, restore, sorted_tables
 from memstate_sa.undo.selection import (
     Plan,
@@ -183,7 +184,7 @@ class Undoing:
             plan.leave_out_blocked(self.connection)
             reverted = self._attempt(plan, reason)
         if reverted and not self.dry_run:
-            self._expire({change.fact for change in plan.selected})
+            expire(self.session, self.connection.dialect, self.registry, reverted)
         return Revocation(
             reverted,
             kept=self._changes({change.id for change in plan.kept}),
@@ -366,17 +367,6 @@ class Undoing:
             public_key = identity[0] if len(identity) == 1 else identity
             changes.append(Change(id_, tx, entity, public_key, op, was, is_, at, reverts=reverts, **labels))
         return changes
-
-    def _expire(self, facts: Collection[FactKey]) -> None:
-        """Have the Session read its copies of *facts* again."""
-        keys: dict[Tracked, set[tuple[Any, ...]]] = {}
-        for entity, key in facts:
-            keys.setdefault(self.registry.by_entity[entity], set()).add(decode_key(key))
-        for instance in list(self.session.identity_map.values()):
-            state: Any = inspect(instance)
-            tracked = self.registry.find(state.mapper)
-            if tracked in keys and tracked.columns_for(self.connection.dialect).raw_key(state.key[1]) in keys[tracked]:
-                self.session.expire(instance)
 
     def _changes(self, ids: Collection[int]) -> list[Change]:
         changes: list[Change] = []
