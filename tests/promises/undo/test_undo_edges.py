@@ -480,3 +480,36 @@ def test_system_column_can_be_the_version_counter(postgres_engine: Engine, captu
         session.commit()
         assert (app.memory.as_of(session, Thing, 1, first) or {})["text"] == "one"
     assert app.memory.doctor(postgres_engine).healthy
+
+
+_read_of_the_trigger_context = sa.text(
+    "SELECT idx_tup_fetch + seq_tup_read FROM pg_stat_xact_user_tables WHERE relname = 'memstate_trigger_context'"
+)
+
+
+def test_triggers_look_up_each_fact_of_an_undo_alone(postgres_engine: Engine) -> None:
+    """Each statement reads one row of the trigger context for a row that it writes, not those of the whole undo."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Thing(Base):
+        __tablename__ = "thing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        text: Mapped[str]
+        n: Mapped[int] = mapped_column(default=0)
+
+    app = make_app(postgres_engine, Thing, capture="trigger")
+
+    count = 200
+    for way in (update(Thing).values(n=1), sa.delete(Thing)):
+        with app.sessions() as session:
+            session.execute(sa.delete(Thing))
+            session.execute(insert(Thing), [{"text": str(n)} for n in range(count)])
+            session.commit()
+            session.execute(way)
+            session.commit()
+            app.memory.rollback(session)
+            assert session.scalar(_read_of_the_trigger_context) <= 10 * count
+            session.commit()
+    app.assert_log_is_truth()
