@@ -24,6 +24,7 @@ from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db.codec import FactKey, Image, by_entity
 from memstate_sa.db.rows import TableColumns
+from memstate_sa.db.sessions import writing_connection
 from memstate_sa.db.statements import batches, take_write_lock
 from memstate_sa.db.tables import log
 from memstate_sa.errors import ConflictError, HistoryMissing, MemstateError
@@ -138,7 +139,7 @@ class Undo:
         """Where the tracked classes of *session* are; it may know an engine for some of them only."""
         for tracked in self._registry.by_entity.values():
             with suppress(UnboundExecutionError):
-                return session.connection(bind_arguments={"mapper": tracked.mapper})
+                return writing_connection(session, tracked.mapper)
         raise MemstateError("this Session is bound to no engine on which a tracked class is")
 
 

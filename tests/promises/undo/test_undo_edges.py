@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Engine, ForeignKey, create_engine, event, func, insert, literal, select, type_coerce, update
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
 from sqlalchemy.orm.exc import StaleDataError
 
 from memstate_sa import Memory, MemstateError
+from memstate_sa.db import sqlite
 from memstate_sa.db.tables import log, transaction, utcnow
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
@@ -513,3 +514,40 @@ def test_triggers_look_up_each_fact_of_an_undo_alone(postgres_engine: Engine) ->
             assert session.scalar(_read_of_the_trigger_context) <= 10 * count
             session.commit()
     app.assert_log_is_truth()
+
+
+def test_undo_and_erasure_write_where_the_session_writes(engine: Engine) -> None:
+    """A Session that reads from a replica is asked for the connection as for a write."""
+    replica = create_engine(engine.url)
+    sqlite.configure(replica)
+
+    @event.listens_for(replica, "connect")
+    def read_only(driver: Any, record: Any) -> None:
+        is_sqlite = engine.dialect.name == "sqlite"
+        driver.execute("PRAGMA query_only = ON" if is_sqlite else "SET default_transaction_read_only = on")
+        driver.commit()
+
+    class RoutingSession(Session):
+        def get_bind(self, mapper: Any = None, *, clause: Any = None, **options: Any) -> Any:
+            is_write = self._flushing or isinstance(clause, (sa.Insert, sa.Update, sa.Delete))
+            return engine if is_write else replica
+
+    world = World(engine)
+    sessions = sessionmaker(class_=RoutingSession)
+    world.memory.attach(sessions)
+    steps: list[Any] = [
+        lambda session: session.add(Tag(name="a", meaning="one")),
+        lambda session: setattr(session.get_one(Tag, "a"), "meaning", "two"),
+        world.memory.rollback,
+        lambda session: setattr(session.get_one(Tag, "a"), "meaning", "three"),
+        lambda session: world.memory.revoke(session, tx=[world.memory.history(session, Tag, "a")[-1].tx]),
+        lambda session: world.memory.erase(session, Tag, "a"),
+    ]
+    meanings = []
+    for step in steps:
+        with sessions() as session:
+            step(session)
+            session.commit()
+            meanings.append(session.scalar(select(Tag.meaning)))
+    replica.dispose()
+    assert meanings == ["one", "two", "one", "three", "one", None]
