@@ -37,4 +37,4 @@ def blocking_session(session: Any) -> Session:
 
 def writing_connection(session: Session, mapper: Mapper[Any]) -> Connection:
     """The connection on which *session* writes rows of *mapper*. A Session may read from another one, of a replica."""
-    return session.connection(bind_arguments={"mapper": mapper, "clause": update(mapper.local_table)})
+    return session.connection(bind_arguments={"mapper": mapper, "clause": update(mapper)})

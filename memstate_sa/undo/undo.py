@@ -14,11 +14,12 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeAlias
 
-from sqlalchemy import bindparam, select
+from sqlalchemy import Table, bindparam, inspect, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session
 
+from memstate_sa.capture.guard import UntrackedWriteWarning
 from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction
@@ -27,10 +28,12 @@ from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.sessions import writing_connection
 from memstate_sa.db.statements import batches, take_write_lock
 from memstate_sa.db.tables import log
+from memstate_sa.db.undeclared_columns import undeclared_columns, what_is_lost
 from memstate_sa.errors import ConflictError, HistoryMissing, MemstateError
 from memstate_sa.log import absent_keys
 from memstate_sa.log.changes import Change, LogEntry, LoggedChange, conflicting_entries, invert, new_tx
 from memstate_sa.log.history import Moment, read_changes
+from memstate_sa.runtime.warn import warn
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
 from memstate_sa.tracking.validation import require_count
@@ -72,6 +75,7 @@ class Undo:
         self._registry = registry
         self._capture = capture
         self._recorder = recorder
+        self._examined: set[Table] = set()
 
     def last_steps(
         self, session: Session, steps: int, scope: Scope, on_conflict: OnConflict, *, dry_run: bool
@@ -131,6 +135,7 @@ class Undo:
             self._registry,
             self._capture,
             self._recorder,
+            self._examined,
             on_conflict,
             dry_run=dry_run,
         )
@@ -153,6 +158,8 @@ class Undoing:
     registry: Registry
     capture: SessionCapture
     recorder: Recorder
+    examined: set[Table]
+    """The tables that were looked at for columns which no undo restores: once is enough."""
     on_conflict: OnConflict
     _: KW_ONLY
     dry_run: bool
@@ -186,6 +193,7 @@ class Undoing:
             reverted = self._attempt(plan, reason)
         if reverted and not self.dry_run:
             expire(self.session, self.connection.dialect, self.registry, reverted)
+            self._warn_of_losses({change.entity for change in reverted if change.op == "insert"})
         return Revocation(
             reverted,
             kept=self._changes({change.id for change in plan.kept}),
@@ -368,6 +376,14 @@ class Undoing:
             public_key = identity[0] if len(identity) == 1 else identity
             changes.append(Change(id_, tx, entity, public_key, op, was, is_, at, reverts=reverts, **labels))
         return changes
+
+    def _warn_of_losses(self, entities: Collection[str]) -> None:
+        """UntrackedWriteWarning for rows of *entities* that came back without columns that the log does not hold."""
+        for tracked in (self.registry.by_entity[entity] for entity in entities if entity in self.registry.by_entity):
+            for table in set(tracked.tables) - self.examined:
+                self.examined.add(table)
+                if columns := undeclared_columns(inspect(self.connection), table):
+                    warn(f"{table.fullname} {what_is_lost(columns)}", UntrackedWriteWarning)
 
     def _changes(self, ids: Collection[int]) -> list[Change]:
         changes: list[Change] = []

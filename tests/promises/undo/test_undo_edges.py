@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import threading
+import warnings
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from sqlalchemy import Engine, ForeignKey, create_engine, event, func, insert, l
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
 from sqlalchemy.orm.exc import StaleDataError
 
-from memstate_sa import Memory, MemstateError
+from memstate_sa import Memory, MemstateError, UntrackedWriteWarning
 from memstate_sa.db import sqlite
 from memstate_sa.db.tables import log, transaction, utcnow
 from memstate_sa.indexes import InMemoryIndex
@@ -551,3 +552,42 @@ def test_undo_and_erasure_write_where_the_session_writes(engine: Engine) -> None
             meanings.append(session.scalar(select(Tag.meaning)))
     replica.dispose()
     assert meanings == ["one", "two", "one", "three", "one", None]
+
+
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+def test_columns_that_no_class_declares_are_named(engine: Engine, capture: str) -> None:
+    """By doctor, and once by an undo that brings a row back without them."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Client(Base):
+        __tablename__ = "client"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        text: Mapped[str]
+
+    app = make_app(engine, Client, capture=capture)
+    assert not app.memory.doctor(engine).problems
+    with engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE client ADD COLUMN iban VARCHAR(34)"))
+        connection.execute(sa.text("ALTER TABLE client ADD COLUMN rank INTEGER DEFAULT 1"))
+    app.write(Client(id=1, text="ana"), Client(id=2, text="bob"))
+    with app.sessions() as session:
+        for text in ("an", "anna"):
+            session.get_one(Client, 1).text = text
+            session.commit()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            app.memory.rollback(session)
+            assert not caught, "the row has kept them"
+            for _ in range(2):
+                session.delete(session.get_one(Client, 1))
+                session.commit()
+                app.memory.rollback(session)
+                session.commit()
+    [warning] = caught
+    assert warning.category is UntrackedWriteWarning and warning.filename == __file__
+    diagnosis = app.memory.doctor(engine)
+    [problem] = diagnosis.problems
+    assert str(warning.message) == f"{problem.subject} {problem.message}"
+    assert "iban, rank" in problem.message and diagnosis.healthy
