@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from sqlalchemy import (
     JSON,
@@ -90,11 +90,16 @@ def values_of(image: Mapping[str, Any] | None, columns: Iterable[Column[Any]]) -
     return None if None in values else values
 
 
-def _unless_refused(process: Callable[[Any], Any], value: Any) -> Any:
+Refusals: TypeAlias = tuple[type[Exception], ...]
+REFUSALS: Refusals = (TypeError, ValueError, AttributeError, LookupError)
+"""The errors by which a type says that it does not take a value."""
+
+
+def _unless_refused(process: Callable[[Any], Any], value: Any, refusals: Refusals = REFUSALS) -> Any:
     """What *process* makes of *value*; the value as it is, where the type does not take it."""
     try:
         return process(value)
-    except (TypeError, ValueError, AttributeError, LookupError):
+    except refusals:
         return value
 
 
@@ -390,10 +395,10 @@ class TableColumns:
             return decoded(key) or (key,)
         return tuple(self.to_python(name, value) for name, value in zip(self.key_names, values, strict=True))
 
-    def to_python(self, name: str, value: Any) -> Any:
+    def to_python(self, name: str, value: Any, refusals: Refusals = REFUSALS) -> Any:
         """*value* as the ORM would load it; one that the type of today refuses stays as it is stored."""
         process = self._to_python.get(name)
-        return value if process is None else _unless_refused(process, value)
+        return value if process is None else _unless_refused(process, value, refusals)
 
     def to_raw(self, name: str, value: Any) -> Any:
         """What the driver is given for a value as the ORM takes it; one that is the driver's already stays as it is."""
@@ -407,11 +412,15 @@ class TableColumns:
             return (getattr(self.dialect, "_json_serializer", None) or json.dumps)(inner)
         return inner
 
-    def values(self, image: dict[str, Any]) -> dict[str, Any]:
+    def values(self, image: dict[str, Any], refusals: Refusals = REFUSALS) -> dict[str, Any]:
         """An image's values as the ORM would load them; columns that are no longer there keep their stored form."""
         names = [name for name in self.names if name in image]  # JSONB does not keep the order
         names += [name for name in image if name not in self._impl]
-        return {name: self.to_python(name, decode(image[name])) for name in names}
+        return {name: self.to_python(name, decode(image[name]), refusals) for name in names}
+
+    def past_values(self, image: dict[str, Any]) -> dict[str, Any]:
+        """The same of an old row, at which a type may raise any error: it has lost the key of an encryption, for example."""
+        return self.values(image, (Exception,))
 
     def _result_processor(self, column: Column[Any]) -> Callable[[Any], Any] | None:
         impl = self._impl[column.name]

@@ -371,7 +371,7 @@ class Undoing:
         for (entity, key, op, image, reverts, _), (id_, _, _, tx, at) in zip(entries, written, strict=True):
             columns = self._columns(entity)
             before, last[entity, key] = last[entity, key], image
-            was, is_ = (None if it is None else columns.values(dict(it)) for it in (before, image))
+            was, is_ = (None if it is None else columns.past_values(dict(it)) for it in (before, image))
             identity = columns.identity(key)
             public_key = identity[0] if len(identity) == 1 else identity
             changes.append(Change(id_, tx, entity, public_key, op, was, is_, at, reverts=reverts, **labels))

@@ -591,3 +591,69 @@ def test_columns_that_no_class_declares_are_named(engine: Engine, capture: str) 
     [problem] = diagnosis.problems
     assert str(warning.message) == f"{problem.subject} {problem.message}"
     assert "iban, rank" in problem.message and diagnosis.healthy
+
+
+class KeyLost(Exception):
+    """Of a library that decrypts: an error of its own kind."""
+
+
+class Sealed(sa.TypeDecorator[str]):
+    """Text that only *key* opens."""
+
+    impl = sa.String
+    cache_ok = True
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.key = key
+
+    def process_bind_param(self, value: Any, dialect: Any) -> Any:
+        return f"{self.key}:{value}"
+
+    def process_result_value(self, value: Any, dialect: Any) -> Any:
+        key, _, words = value.partition(":")
+        if key != self.key:
+            raise KeyLost(key)
+        return words
+
+
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+def test_old_values_that_a_type_refuses_are_shown_and_written_as_stored(engine: Engine, capture: str) -> None:
+    """An enum without a member that it had, and an encryption without a key that it had."""
+
+    def model(*states: str, key: str) -> Any:
+        class Base(DeclarativeBase):
+            pass
+
+        class Task(Base):
+            __tablename__ = "task"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            text: Mapped[str]
+            state: Mapped[str] = mapped_column(sa.Enum(*states, native_enum=False, length=9))
+            secret: Mapped[str] = mapped_column(Sealed(key))
+
+        return Task
+
+    old = model("new", "stuck", "done", key="k1")
+    app = make_app(engine, old, capture=capture)
+    token = app.write(old(id=1, text="a", state="stuck", secret="s"), old(id=2, text="b", state="new", secret="s"))
+    new = model("new", "done", key="k2")
+    app = make_app(engine, new, capture=capture)
+    with app.sessions() as session:
+        values = {"state": "done", "secret": "s", "text": "changed"}
+        session.execute(update(new).values(values))
+        session.commit()
+        stored = {"id": 1, "text": "a", "state": "stuck", "secret": "k1:s"}
+        changed = {"id": 1, **values}
+        for changes in (app.memory.history(session, new), app.memory.history(session, new, 1)):
+            first = [(change.before, change.after) for change in changes if change.key == 1]
+            assert first == [(None, stored), (stored, changed)]
+        assert app.memory.as_of(session, new, 1, token) == stored
+        assert (app.memory.diff(session, token)[0].before, app.memory.diff(session, token)[0].after) == (
+            stored,
+            changed,
+        )
+        assert {change.key: change.after for change in app.memory.rollback(session)}[1] == stored
+        session.commit()
+        rows = session.execute(sa.text("SELECT state, secret FROM task ORDER BY id")).all()
+        assert list(map(tuple, rows)) == [("stuck", "k1:s"), ("new", "k1:s")]
