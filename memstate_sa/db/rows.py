@@ -419,7 +419,7 @@ class TableColumns:
         return {name: self.to_python(name, decode(image[name]), refusals) for name in names}
 
     def past_values(self, image: dict[str, Any]) -> dict[str, Any]:
-        """The same of an old row, at which a type may raise any error: it has lost the key of an encryption, for example."""
+        """The same of an old row, at which a type may raise any error: its encryption may have lost a key."""
         return self.values(image, (Exception,))
 
     def _result_processor(self, column: Column[Any]) -> Callable[[Any], Any] | None:
