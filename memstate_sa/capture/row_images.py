@@ -46,6 +46,12 @@ def _datetime(type_: Any, value: str) -> str:
     return _tagged("$datetime", f"{utc} || '+00:00'")
 
 
+def _uuid(type_: Any, value: str) -> str:
+    if not type_.native_uuid:  # CHAR(32)
+        return f"to_json({value})::text"
+    return _tagged("$uuid", f"replace({value}::text, '-', '')")
+
+
 def _interval(_: Any, value: str) -> str:
     # As psycopg reads it: a year is 365 days, a month 30.
     days, micros = _DAYS.format(value), _SECONDS.format(value)
@@ -58,7 +64,7 @@ _POSTGRESQL: Mapping[type, Callable[[Any, str], str]] = {
     sqltypes.Float: lambda _, value: _tagged("$float", f"{value}::text"),  # before Numeric, whose subclass it may be
     sqltypes.Numeric: lambda _, value: _tagged("$decimal", f"{value}::text"),
     sqltypes.String: lambda _, value: f"to_json({value})::text",
-    sqltypes.Uuid: lambda _, value: _tagged("$uuid", f"replace({value}::text, '-', '')"),
+    sqltypes.Uuid: _uuid,
     sqltypes.LargeBinary: lambda _, value: _tagged("$bytes", f"encode({value}, 'hex')"),
     sqltypes.DateTime: _datetime,
     sqltypes.Date: lambda _, value: _tagged("$date", f"to_char({value}, 'YYYY-MM-DD')"),

@@ -83,6 +83,7 @@ COLUMNS: dict[str, tuple[Any, st.SearchStrategy[Any]]] = {
     "unicode": (sa.Unicode, safe_text),
     "unicode_text": (sa.UnicodeText, safe_text),
     "uuid": (sa.Uuid, st.uuids()),
+    "uuid_chars": (sa.Uuid(native_uuid=False), st.uuids()),
     "uuid_text": (sa.Uuid(as_uuid=False), st.uuids().map(str)),
     "json": (sa.JSON, json_value),
     "json_null": (sa.JSON(none_as_null=True), json_value),
@@ -260,6 +261,7 @@ def test_null_and_json_null_are_told_apart(prepared: Engine, capture: str) -> No
 KEYS = {
     "string": (sa.String(50), "a b", "ü"),
     "uuid": (sa.Uuid, uuid.UUID(int=5), uuid.UUID(int=2**100)),
+    "uuid_chars": (sa.Uuid(native_uuid=False), uuid.UUID(int=5), uuid.UUID(int=2**100)),
     "datetime": (sa.DateTime, datetime(2024, 1, 2, 3, 4, 5, 6), datetime(1999, 1, 1)),
     "date": (sa.Date, date(2024, 1, 2), date(1999, 1, 1)),
     "time": (sa.Time, time(3, 4), time(5)),
