@@ -93,8 +93,6 @@ def _json_postgresql(columns: TableColumns, column: Column[Any], value: str) -> 
     if columns.travels_as_text(column):
         return f"to_json({value}::text)::text"
     if isinstance(type_, sqltypes.ARRAY):
-        if isinstance(type_.item_type, sqltypes.Enum):
-            return f"to_json({value}::text)::text"  # psycopg does not take an array of them apart
         if isinstance(type_.item_type, _ITEMS):
             return f"to_jsonb({value})::text"
     else:

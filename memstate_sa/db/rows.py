@@ -175,6 +175,8 @@ class TableColumns:
         impl = self._impl[column.name]
         if isinstance(impl, sqltypes.ARRAY):
             impl = implementation(impl.item_type, self.dialect)
+            if isinstance(impl, Enum) and impl.native_enum:
+                return True  # drivers differ: psycopg does not take an array of them apart
         return isinstance(impl, JSON) or not isinstance(impl, _PLAIN)
 
     def raw(self, column: Column[Any]) -> ColumnElement[Any]:
@@ -192,7 +194,10 @@ class TableColumns:
         return self._as_stored(column, bindparam(name, type_=RAW))
 
     def _as_stored(self, column: Column[Any], value: BindParameter[Any]) -> ColumnElement[Any]:
-        return cast(value, column.type) if self.dialect.name == "postgresql" else value
+        if self.dialect.name != "postgresql":
+            return value
+        # Of a parameter that is a range, for example, asyncpg takes no text.
+        return cast(cast(value, Text) if self.travels_as_text(column) else value, column.type)
 
     def find(
         self, connection: Connection, columns: Sequence[Column[Any]], values: Sequence[tuple[Any, ...]]
@@ -436,6 +441,5 @@ class TableColumns:
                 return parsed if process is None else process(parsed)
 
             return parse
-        if self.travels_as_text(column):
-            return None
-        return process
+        is_enum_array = isinstance(impl, sqltypes.ARRAY) and isinstance(impl.item_type, Enum)  # reads the text
+        return process if is_enum_array or not self.travels_as_text(column) else None

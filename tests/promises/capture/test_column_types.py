@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from hypothesis import strategies as st
 from sqlalchemy import Engine, inspect, select, text
 from sqlalchemy.dialects import postgresql as pg
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 from sqlalchemy.types import TypeDecorator
 
@@ -229,6 +230,44 @@ def test_postgres_types_round_trip(prepared_postgres: Engine, capture: str, exam
     @explore(examples, values=rows(POSTGRES))
     def survives(values: dict[str, Any]) -> None:
         check(prepared_postgres, ONLY_POSTGRES, capture, values)
+
+
+BY_ASYNCPG = {
+    "int_range": (pg.INT4RANGE, pg.Range(1, 5)),
+    "oid": (pg.OID, 5),
+    "inet": (pg.INET, "10.0.0.1/24"),
+    "array_enum": (pg.ARRAY(sa.Enum(Mood, name="mood")), [Mood.good, Mood.bad]),
+    "jsonb": (pg.JSONB, {"a": 1}),
+    "integer": (sa.Integer, 7),
+    "aware": (sa.DateTime(timezone=True), datetime(2024, 1, 2, tzinfo=UTC)),
+}
+
+
+@both_ways
+async def test_types_round_trip_by_asyncpg(prepared_postgres: Engine, capture: Any) -> None:
+    """What it reads is what psycopg reads, and it takes what was logged: the server's text among it."""
+    pytest.importorskip("asyncpg")
+    model_ = model(f"by_asyncpg_{capture}", BY_ASYNCPG)
+    app = make_app(prepared_postgres, model_, text="label", capture=capture)
+    by_asyncpg = create_async_engine(prepared_postgres.url.set(drivername="postgresql+asyncpg"))
+    sessions = async_sessionmaker(by_asyncpg)
+    app.memory.attach(sessions)
+    async with sessions() as session:
+        session.add(model_(id=1, **{name: value for name, (_, value) in BY_ASYNCPG.items()}))
+        await session.commit()
+    with prepared_postgres.connect() as connection:
+        before = stored(connection, model_.__tablename__)
+    assert app.memory.doctor(prepared_postgres).healthy
+    for change in (sa.delete(model_), sa.update(model_).values(dict.fromkeys(BY_ASYNCPG))):
+        async with sessions() as session:
+            await session.execute(change)
+            await session.commit()
+            await session.run_sync(app.memory.rollback)
+            await session.commit()
+        with prepared_postgres.connect() as connection:
+            assert stored(connection, model_.__tablename__) == before
+    assert app.memory.doctor(prepared_postgres).healthy
+    await by_asyncpg.dispose()
 
 
 @pytest.mark.parametrize("name", sorted(BY_NO_TRIGGER))
