@@ -57,6 +57,8 @@ OnConflict: TypeAlias = Literal["raise", "skip", "force"]
 _ATTEMPTS = 5
 _SHOWN = 100
 """The most changes that an error names."""
+_CHANGED_LATER = "other transactions changed these facts later"
+_BLOCKED = "these rows have a unique value that would come back, or refer to one that would go, or a parent is gone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,12 +262,12 @@ class Undoing:
                 if self._columns(fact[0]).differ(final.get(fact), present.get(fact)) or max(ids) < last[fact]
             }
         if conflicts and self.on_conflict == "raise":
-            self._raise(set().union(*conflicts.values()))
+            self._raise(_CHANGED_LATER, set().union(*conflicts.values()))
         constraints = read_constraints(self.connection, self.registry, final)
         plan = Plan(changes, absent, final, constraints, changed_since, conflicts)
         blocked = plan.leave_out_blocked(self.connection)
         if blocked and self.on_conflict != "skip":
-            self._raise(set().union(*(plan.left_out[fact] for fact in blocked)))
+            self._raise(_BLOCKED, set().union(*(plan.left_out[fact] for fact in blocked)))
         return plan
 
     def _refused(self, plan: Plan) -> list[FactKey]:
@@ -310,13 +312,10 @@ class Undoing:
         finally:
             attempt.rollback()
 
-    def _raise(self, ids: Collection[int]) -> None:
+    def _raise(self, why: str, ids: Collection[int]) -> None:
         changes = self._changes(sorted(ids)[:_SHOWN])
         what = "; ".join(f"{c.entity} {c.key!r} ({c.op} by {c.actor or 'unknown'} in {c.tx})" for c in changes[:5])
-        raise ConflictError(
-            f"changed later, outside of what is to be undone: {what or 'a row that the log does not know'}",
-            changes=changes,
-        )
+        raise ConflictError(f"Cannot undo: {why}: {what or 'a row that the log does not know'}", changes=changes)
 
     # -- doing it ------------------------------------------------------------------------------------------------------
 
