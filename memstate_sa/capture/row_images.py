@@ -17,6 +17,7 @@ from sqlalchemy.sql.util import ClauseAdapter
 
 from memstate_sa.capture.captured_tables import Capturable, header
 from memstate_sa.capture.sql_text import as_sent, literal
+from memstate_sa.db import unreadable_times
 from memstate_sa.db.codec import to_json
 from memstate_sa.db.rows import TableColumns, stored_columns
 from memstate_sa.errors import MemstateError
@@ -98,7 +99,11 @@ def _json_postgresql(columns: TableColumns, column: Column[Any], value: str) -> 
     else:
         for kind, write in _POSTGRESQL.items():
             if isinstance(type_, kind):
-                return write(type_, value)
+                image = write(type_, value)
+                if not isinstance(type_, unreadable_times.KINDS):
+                    return image
+                condition, as_text = unreadable_times.is_readable(type_, value), unreadable_times.as_text(type_, value)
+                return f"CASE WHEN {condition} THEN {image} ELSE to_json({as_text})::text END"
     raise MemstateError(f"a trigger cannot log {column.table.name}.{column.name} ({column.type!r}): track it without")
 
 

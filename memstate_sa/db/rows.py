@@ -47,6 +47,7 @@ from sqlalchemy.sql.elements import BindParameter
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
+from memstate_sa.db import unreadable_times
 from memstate_sa.db.codec import decode, decoded, differ, encode_image, encode_key
 from memstate_sa.db.key_values import DoesNotFit, fitted, is_int64, is_read_by_database, tolerate_refusal, types_of
 from memstate_sa.db.raw_values import RAW, hashable, implementation
@@ -318,12 +319,45 @@ class TableColumns:
             statement = statement.with_for_update(key_share=True, skip_locked=skip_locked)
         images: dict[str, dict[str, Any]] = {}
         for batch in batches(keys):
-            rows = connection.execute(statement, self.key_parameters(batch)).all()  # iterated, it is a fetch a row
+            rows = self._fetch(connection, statement, self.key_parameters(batch))
             try:
                 images.update({self.key_of(row): encode_image(self.names, row) for row in rows})
             except TypeError as error:
                 raise MemstateError(f"{self.table.fullname}: {error}") from error
         return images
+
+    def _fetch(self, connection: Connection, statement: Select[Any], parameters: Mapping[str, Any]) -> Sequence[Any]:
+        """The rows of *statement*, which selects every column; with texts for times that the driver refuses to read."""
+        try:
+            return connection.execute(statement, parameters).all()  # iterated, it is a fetch a row
+        except DataError as error:
+            is_of_the_server = getattr(error.orig, "sqlstate", None) is not None
+            times = self._times_as_text
+            if is_of_the_server or not times:
+                raise
+        columns = [times.get(name, self.raw(column)) for name, column in self.by_name.items()]
+        rows = connection.execute(statement.with_only_columns(*columns), parameters).all()
+        impls = [self._impl[name] if name in times else None for name in self.by_name]
+        return [
+            [
+                value if impl is None else unreadable_times.read(impl, value)
+                for impl, value in zip(impls, row, strict=True)
+            ]
+            for row in rows
+        ]
+
+    @cached_property
+    def _times_as_text(self) -> dict[str, ColumnElement[Any]]:
+        if self.dialect.name != "postgresql":
+            return {}
+        prepare = self.dialect.identifier_preparer
+        times = {name: impl for name, impl in self._impl.items() if isinstance(impl, unreadable_times.KINDS)}
+        table = prepare.format_table(self.table)
+        names = {name: f"{table}.{prepare.quote(name)}".replace("%%", "%") for name in times}
+        return {
+            name: type_coerce(literal_column(unreadable_times.as_text(impl, names[name])), RAW).label(name)
+            for name, impl in times.items()
+        }
 
     def find_rows(
         self, connection: Connection, keys: Iterable[str], *, for_update: bool = False

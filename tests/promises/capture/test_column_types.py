@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, inspect, select, text
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, deferred, mapped_column, sessionmaker
 from sqlalchemy.types import TypeDecorator
 
 from memstate_sa import Memory, MemstateError, UntrackedWrite
@@ -230,6 +230,57 @@ def test_postgres_types_round_trip(prepared_postgres: Engine, capture: str, exam
     @explore(examples, values=rows(POSTGRES))
     def survives(values: dict[str, Any]) -> None:
         check(prepared_postgres, ONLY_POSTGRES, capture, values)
+
+
+UNREADABLE = [
+    ("infinity", "-infinity", "infinity", "24:00"),
+    ("0044-03-15 BC", "0044-03-15 12:00:00.5 BC", "0044-03-15 12:00:00+02 BC", "12:00"),
+    ("20000-01-01", "20000-01-01", "20000-01-01 00:00:00.000001+00", "23:59:59.999999"),
+    ("9999-12-31", "0001-01-01", "9999-12-31 12:00:00+00", "24:00"),
+]
+
+
+@both_ways
+def test_times_that_python_cannot_hold_are_kept_as_text(prepared_postgres: Engine, capture: Any) -> None:
+    """The application's statement goes well, the history shows the text, and an undo writes it back."""
+
+    class Local(DeclarativeBase):
+        pass
+
+    class Price(Local):
+        __tablename__ = "price"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        label: Mapped[str]
+        day = deferred(mapped_column(sa.Date))
+        at = deferred(mapped_column("at %", sa.DateTime))
+        until = deferred(mapped_column(sa.DateTime(timezone=True)))
+        hour = deferred(mapped_column(sa.Time))
+
+    app = make_app(prepared_postgres, Price, text="label", capture=capture)
+    names = ("day", "at", "until", "hour")
+    with app.session() as session:
+        session.execute(text("SET TimeZone = 'Asia/Kolkata'"))
+        for number, row in enumerate(UNREADABLE):
+            typed = zip(names, row, strict=True)
+            values = {name: sa.cast(text(f"'{value}'"), getattr(Price, name).type) for name, value in typed}
+            session.add(Price(id=number, label="p", **values))
+        session.commit()
+        before = sorted(stored(session.connection(), "price"))
+        for change in (sa.delete(Price), sa.update(Price).values(dict.fromkeys(names, sa.null()))):
+            session.execute(change)
+            session.commit()
+            app.memory.rollback(session)
+            session.commit()
+            assert sorted(stored(session.connection(), "price")) == before
+        images = {change.key: change.after or {} for change in app.memory.history(session, Price)}
+    shown = [tuple(images[number].values())[2:] for number in range(len(UNREADABLE))]
+    assert shown == [
+        ("infinity", "-infinity", "infinity", "24:00:00"),
+        ("0044-03-15 BC", "0044-03-15 12:00:00.500000 BC", "0044-03-15 10:00:00.000000+00 BC", time(12)),
+        ("20000-01-01", "20000-01-01 00:00:00.000000", "20000-01-01 00:00:00.000001+00", time(23, 59, 59, 999999)),
+        (date(9999, 12, 31), datetime(1, 1, 1), datetime(9999, 12, 31, 12, tzinfo=UTC), "24:00:00"),
+    ]
+    assert app.memory.doctor(prepared_postgres).healthy
 
 
 BY_ASYNCPG = {
