@@ -17,7 +17,7 @@ from sqlalchemy.sql.util import ClauseAdapter
 
 from memstate_sa.capture.captured_tables import Capturable, header
 from memstate_sa.capture.sql_text import as_sent, literal
-from memstate_sa.db import unreadable_times
+from memstate_sa.db import intervals, unreadable_times
 from memstate_sa.db.codec import to_json
 from memstate_sa.db.rows import TableColumns, stored_columns
 from memstate_sa.errors import MemstateError
@@ -37,7 +37,6 @@ def _iso(value: str, format_: str) -> str:
 
 _DATETIME = 'YYYY-MM-DD"T"HH24:MI:SS'
 _SECONDS = "(extract(hour FROM {0}) * 3600 + extract(minute FROM {0}) * 60) * 1000000 + extract(microseconds FROM {0})"
-_DAYS = "extract(year FROM {0}) * 365 + extract(month FROM {0}) * 30 + extract(day FROM {0})"
 
 
 def _datetime(type_: Any, value: str) -> str:
@@ -54,9 +53,9 @@ def _uuid(type_: Any, value: str) -> str:
 
 
 def _interval(_: Any, value: str) -> str:
-    # As psycopg reads it: a year is 365 days, a month 30.
-    days, micros = _DAYS.format(value), _SECONDS.format(value)
-    return f"""'{{"$timedelta":[' || ({days})::bigint || ',0,' || ({micros})::bigint || ']}}'"""
+    days, micros = f"extract(day FROM {value})", _SECONDS.format(value)
+    image = f"""'{{"$timedelta":[' || ({days})::bigint || ',0,' || ({micros})::bigint || ']}}'"""
+    return f"CASE WHEN {intervals.is_timedelta(value)} THEN {image} ELSE to_json({intervals.as_text(value)})::text END"
 
 
 _POSTGRESQL: Mapping[type, Callable[[Any, str], str]] = {

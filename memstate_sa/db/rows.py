@@ -47,7 +47,7 @@ from sqlalchemy.sql.elements import BindParameter
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
-from memstate_sa.db import unreadable_times
+from memstate_sa.db import intervals, unreadable_times
 from memstate_sa.db.codec import decode, decoded, differ, encode_image, encode_key
 from memstate_sa.db.key_values import DoesNotFit, fitted, is_int64, is_read_by_database, tolerate_refusal, types_of
 from memstate_sa.db.raw_values import RAW, hashable, implementation
@@ -180,25 +180,37 @@ class TableColumns:
                 return True  # drivers differ: psycopg does not take an array of them apart
         return isinstance(impl, JSON) or not isinstance(impl, _PLAIN)
 
+    def _is_interval(self, column: Column[Any]) -> bool:
+        """Whether *column* has more than a timedelta, which is all that a key is looked up by."""
+        is_one = isinstance(self._impl[column.name], intervals.KINDS) and self.dialect.name == "postgresql"
+        return is_one and not column.primary_key
+
     def raw(self, column: Column[Any]) -> ColumnElement[Any]:
         """*column* as the driver reads it, for a SELECT."""
+        if self._is_interval(column):
+            text: ColumnElement[str] = literal_column(intervals.as_text(self._qualified(column.name)))
+            return type_coerce(text, intervals.RawInterval()).label(column.name)
         if self.travels_as_text(column):
             return type_coerce(cast(column, Text), RAW).label(column.name)
         return type_coerce(column, RAW).label(column.name)  # as it is stored, whatever expression reads it
 
     def raw_bind(self, column: Column[Any], value: Any) -> ColumnElement[Any]:
         """A driver value for an INSERT or UPDATE of *column*."""
-        return self._as_stored(column, bindparam(None, value, type_=RAW, unique=True))
+        return self._as_stored(column, bindparam(None, value, type_=self._bind_type(column), unique=True))
 
     def raw_parameter(self, column: Column[Any], name: str) -> ColumnElement[Any]:
         """The same, as the parameter *name* of many executions."""
-        return self._as_stored(column, bindparam(name, type_=RAW))
+        return self._as_stored(column, bindparam(name, type_=self._bind_type(column)))
+
+    def _bind_type(self, column: Column[Any]) -> TypeEngine[Any]:
+        return intervals.RawInterval() if self._is_interval(column) else RAW
 
     def _as_stored(self, column: Column[Any], value: BindParameter[Any]) -> ColumnElement[Any]:
         if self.dialect.name != "postgresql":
             return value
         # Of a parameter that is a range, for example, asyncpg takes no text.
-        return cast(cast(value, Text) if self.travels_as_text(column) else value, column.type)
+        is_text = self.travels_as_text(column) or self._is_interval(column)
+        return cast(cast(value, Text) if is_text else value, column.type)
 
     def find(
         self, connection: Connection, columns: Sequence[Column[Any]], values: Sequence[tuple[Any, ...]]
@@ -350,14 +362,16 @@ class TableColumns:
     def _times_as_text(self) -> dict[str, ColumnElement[Any]]:
         if self.dialect.name != "postgresql":
             return {}
-        prepare = self.dialect.identifier_preparer
         times = {name: impl for name, impl in self._impl.items() if isinstance(impl, unreadable_times.KINDS)}
-        table = prepare.format_table(self.table)
-        names = {name: f"{table}.{prepare.quote(name)}".replace("%%", "%") for name in times}
         return {
-            name: type_coerce(literal_column(unreadable_times.as_text(impl, names[name])), RAW).label(name)
+            name: type_coerce(literal_column(unreadable_times.as_text(impl, self._qualified(name))), RAW).label(name)
             for name, impl in times.items()
         }
+
+    def _qualified(self, name: str) -> str:
+        """A column's name in SQL, as `literal_column` takes it."""
+        prepare = self.dialect.identifier_preparer
+        return f"{prepare.format_table(self.table)}.{prepare.quote(name)}".replace("%%", "%")
 
     def find_rows(
         self, connection: Connection, keys: Iterable[str], *, for_update: bool = False
@@ -475,5 +489,7 @@ class TableColumns:
                 return parsed if process is None else process(parsed)
 
             return parse
+        if self._is_interval(column):
+            return intervals.as_timedelta if process is None else lambda value: process(intervals.as_timedelta(value))
         is_enum_array = isinstance(impl, sqltypes.ARRAY) and isinstance(impl.item_type, Enum)  # reads the text
         return process if is_enum_array or not self.travels_as_text(column) else None

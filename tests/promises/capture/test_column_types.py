@@ -232,6 +232,53 @@ def test_postgres_types_round_trip(prepared_postgres: Engine, capture: str, exam
         check(prepared_postgres, ONLY_POSTGRES, capture, values)
 
 
+INTERVALS = {
+    "1 mon": timedelta(30),
+    "1 year 2 mons": timedelta(425),
+    "24:00:00": timedelta(1),
+    "-1 years -2 mons +3 days -04:05:06.000007": timedelta(-422, microseconds=-14_706_000_007),
+    "-01:00:00": timedelta(hours=-1),
+    "-3 days +23:00:00": timedelta(-3, hours=23),
+}
+
+
+@both_ways
+def test_intervals_are_undone_to_the_month(prepared_postgres: Engine, capture: Any) -> None:
+    """A month is not 30 days, and a day is not 24 hours; the history shows what psycopg reads."""
+
+    class Local(DeclarativeBase):
+        pass
+
+    class Plan(Local):
+        __tablename__ = "plan"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        label: Mapped[str]
+        period = mapped_column("every %", pg.INTERVAL)
+        generic: Mapped[timedelta | None] = mapped_column(sa.Interval)
+
+    app = make_app(prepared_postgres, Plan, text="label", capture=capture)
+    with app.session() as session:
+        for number, period in enumerate(INTERVALS):
+            values = {name: sa.cast(period, pg.INTERVAL) for name in ("period", "generic")}
+            session.execute(sa.insert(Plan).values(id=number, label="p", **values))
+        session.commit()
+        before = sorted(stored(session.connection(), "plan"))
+        for change in (sa.delete(Plan), sa.update(Plan).values(period=None, generic=None)):
+            session.execute(change)
+            session.commit()
+            app.memory.rollback(session)
+            session.commit()
+            assert sorted(stored(session.connection(), "plan")) == before
+        images = {change.key: change.after or {} for change in app.memory.history(session, Plan)}
+        read = {plan.id: plan.period for plan in session.scalars(select(Plan))}
+    periods = list(INTERVALS.values())
+    assert read == dict(enumerate(periods))
+    assert {key: (row["every %"], row["generic"]) for key, row in images.items()} == {
+        number: (period, period) for number, period in enumerate(periods)
+    }
+    assert app.memory.doctor(prepared_postgres).healthy
+
+
 UNREADABLE = [
     ("infinity", "-infinity", "infinity", "24:00"),
     ("0044-03-15 BC", "0044-03-15 12:00:00.5 BC", "0044-03-15 12:00:00+02 BC", "12:00"),
@@ -290,6 +337,8 @@ BY_ASYNCPG = {
     "array_enum": (pg.ARRAY(sa.Enum(Mood, name="mood")), [Mood.good, Mood.bad]),
     "jsonb": (pg.JSONB, {"a": 1}),
     "integer": (sa.Integer, 7),
+    "interval": (pg.INTERVAL, timedelta(40, 5)),
+    "months": (pg.INTERVAL, sa.text("interval '14 months'")),
     "aware": (sa.DateTime(timezone=True), datetime(2024, 1, 2, tzinfo=UTC)),
 }
 
