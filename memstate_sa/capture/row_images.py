@@ -17,6 +17,7 @@ from sqlalchemy.sql.util import ClauseAdapter
 
 from memstate_sa.capture.captured_tables import Capturable, header
 from memstate_sa.capture.sql_text import as_sent, literal
+from memstate_sa.db import intervals, unreadable_times
 from memstate_sa.db.codec import to_json
 from memstate_sa.db.rows import TableColumns, stored_columns
 from memstate_sa.errors import MemstateError
@@ -36,7 +37,6 @@ def _iso(value: str, format_: str) -> str:
 
 _DATETIME = 'YYYY-MM-DD"T"HH24:MI:SS'
 _SECONDS = "(extract(hour FROM {0}) * 3600 + extract(minute FROM {0}) * 60) * 1000000 + extract(microseconds FROM {0})"
-_DAYS = "extract(year FROM {0}) * 365 + extract(month FROM {0}) * 30 + extract(day FROM {0})"
 
 
 def _datetime(type_: Any, value: str) -> str:
@@ -46,10 +46,16 @@ def _datetime(type_: Any, value: str) -> str:
     return _tagged("$datetime", f"{utc} || '+00:00'")
 
 
+def _uuid(type_: Any, value: str) -> str:
+    if not type_.native_uuid:  # CHAR(32)
+        return f"to_json({value})::text"
+    return _tagged("$uuid", f"replace({value}::text, '-', '')")
+
+
 def _interval(_: Any, value: str) -> str:
-    # As psycopg reads it: a year is 365 days, a month 30.
-    days, micros = _DAYS.format(value), _SECONDS.format(value)
-    return f"""'{{"$timedelta":[' || ({days})::bigint || ',0,' || ({micros})::bigint || ']}}'"""
+    days, micros = f"extract(day FROM {value})", _SECONDS.format(value)
+    image = f"""'{{"$timedelta":[' || ({days})::bigint || ',0,' || ({micros})::bigint || ']}}'"""
+    return f"CASE WHEN {intervals.is_timedelta(value)} THEN {image} ELSE to_json({intervals.as_text(value)})::text END"
 
 
 _POSTGRESQL: Mapping[type, Callable[[Any, str], str]] = {
@@ -58,7 +64,7 @@ _POSTGRESQL: Mapping[type, Callable[[Any, str], str]] = {
     sqltypes.Float: lambda _, value: _tagged("$float", f"{value}::text"),  # before Numeric, whose subclass it may be
     sqltypes.Numeric: lambda _, value: _tagged("$decimal", f"{value}::text"),
     sqltypes.String: lambda _, value: f"to_json({value})::text",
-    sqltypes.Uuid: lambda _, value: _tagged("$uuid", f"replace({value}::text, '-', '')"),
+    sqltypes.Uuid: _uuid,
     sqltypes.LargeBinary: lambda _, value: _tagged("$bytes", f"encode({value}, 'hex')"),
     sqltypes.DateTime: _datetime,
     sqltypes.Date: lambda _, value: _tagged("$date", f"to_char({value}, 'YYYY-MM-DD')"),
@@ -87,14 +93,16 @@ def _json_postgresql(columns: TableColumns, column: Column[Any], value: str) -> 
     if columns.travels_as_text(column):
         return f"to_json({value}::text)::text"
     if isinstance(type_, sqltypes.ARRAY):
-        if isinstance(type_.item_type, sqltypes.Enum):
-            return f"to_json({value}::text)::text"  # psycopg does not take an array of them apart
         if isinstance(type_.item_type, _ITEMS):
             return f"to_jsonb({value})::text"
     else:
         for kind, write in _POSTGRESQL.items():
             if isinstance(type_, kind):
-                return write(type_, value)
+                image = write(type_, value)
+                if not isinstance(type_, unreadable_times.KINDS):
+                    return image
+                condition, as_text = unreadable_times.is_readable(type_, value), unreadable_times.as_text(type_, value)
+                return f"CASE WHEN {condition} THEN {image} ELSE to_json({as_text})::text END"
     raise MemstateError(f"a trigger cannot log {column.table.name}.{column.name} ({column.type!r}): track it without")
 
 

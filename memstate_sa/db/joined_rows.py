@@ -11,7 +11,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import Connection, Dialect
 
 from memstate_sa.db.codec import decode_key
-from memstate_sa.db.rows import TableColumns
+from memstate_sa.db.rows import REFUSALS, Refusals, TableColumns
 
 
 class JoinedColumns(TableColumns):
@@ -61,11 +61,11 @@ class JoinedColumns(TableColumns):
         parts.update({self._prefixes.get(prefix, self.table): part for prefix, part in self._divide(image or {})})
         return parts
 
-    def values(self, image: dict[str, Any]) -> dict[str, Any]:
+    def values(self, image: dict[str, Any], refusals: Refusals = REFUSALS) -> dict[str, Any]:
         return {
             prefix + name: value
             for prefix, part in self._divide(image)
-            for name, value in self._of_table[self._prefixes.get(prefix, self.table)].values(part).items()
+            for name, value in self._of_table[self._prefixes.get(prefix, self.table)].values(part, refusals).items()
         }
 
     def to_raw(self, name: str, value: Any) -> Any:

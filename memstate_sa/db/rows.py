@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from sqlalchemy import (
     JSON,
@@ -47,6 +47,7 @@ from sqlalchemy.sql.elements import BindParameter
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
+from memstate_sa.db import intervals, unreadable_times
 from memstate_sa.db.codec import decode, decoded, differ, encode_image, encode_key
 from memstate_sa.db.key_values import DoesNotFit, fitted, is_int64, is_read_by_database, tolerate_refusal, types_of
 from memstate_sa.db.raw_values import RAW, hashable, implementation
@@ -90,11 +91,16 @@ def values_of(image: Mapping[str, Any] | None, columns: Iterable[Column[Any]]) -
     return None if None in values else values
 
 
-def _unless_refused(process: Callable[[Any], Any], value: Any) -> Any:
+Refusals: TypeAlias = tuple[type[Exception], ...]
+REFUSALS: Refusals = (TypeError, ValueError, AttributeError, LookupError)
+"""The errors by which a type says that it does not take a value."""
+
+
+def _unless_refused(process: Callable[[Any], Any], value: Any, refusals: Refusals = REFUSALS) -> Any:
     """What *process* makes of *value*; the value as it is, where the type does not take it."""
     try:
         return process(value)
-    except (TypeError, ValueError, AttributeError, LookupError):
+    except refusals:
         return value
 
 
@@ -170,24 +176,41 @@ class TableColumns:
         impl = self._impl[column.name]
         if isinstance(impl, sqltypes.ARRAY):
             impl = implementation(impl.item_type, self.dialect)
+            if isinstance(impl, Enum) and impl.native_enum:
+                return True  # drivers differ: psycopg does not take an array of them apart
         return isinstance(impl, JSON) or not isinstance(impl, _PLAIN)
+
+    def _is_interval(self, column: Column[Any]) -> bool:
+        """Whether *column* has more than a timedelta, which is all that a key is looked up by."""
+        is_one = isinstance(self._impl[column.name], intervals.KINDS) and self.dialect.name == "postgresql"
+        return is_one and not column.primary_key
 
     def raw(self, column: Column[Any]) -> ColumnElement[Any]:
         """*column* as the driver reads it, for a SELECT."""
+        if self._is_interval(column):
+            text: ColumnElement[str] = literal_column(intervals.as_text(self._qualified(column.name)))
+            return type_coerce(text, intervals.RawInterval()).label(column.name)
         if self.travels_as_text(column):
             return type_coerce(cast(column, Text), RAW).label(column.name)
         return type_coerce(column, RAW).label(column.name)  # as it is stored, whatever expression reads it
 
     def raw_bind(self, column: Column[Any], value: Any) -> ColumnElement[Any]:
         """A driver value for an INSERT or UPDATE of *column*."""
-        return self._as_stored(column, bindparam(None, value, type_=RAW, unique=True))
+        return self._as_stored(column, bindparam(None, value, type_=self._bind_type(column), unique=True))
 
     def raw_parameter(self, column: Column[Any], name: str) -> ColumnElement[Any]:
         """The same, as the parameter *name* of many executions."""
-        return self._as_stored(column, bindparam(name, type_=RAW))
+        return self._as_stored(column, bindparam(name, type_=self._bind_type(column)))
+
+    def _bind_type(self, column: Column[Any]) -> TypeEngine[Any]:
+        return intervals.RawInterval() if self._is_interval(column) else RAW
 
     def _as_stored(self, column: Column[Any], value: BindParameter[Any]) -> ColumnElement[Any]:
-        return cast(value, column.type) if self.dialect.name == "postgresql" else value
+        if self.dialect.name != "postgresql":
+            return value
+        # Of a parameter that is a range, for example, asyncpg takes no text.
+        is_text = self.travels_as_text(column) or self._is_interval(column)
+        return cast(cast(value, Text) if is_text else value, column.type)
 
     def find(
         self, connection: Connection, columns: Sequence[Column[Any]], values: Sequence[tuple[Any, ...]]
@@ -308,12 +331,47 @@ class TableColumns:
             statement = statement.with_for_update(key_share=True, skip_locked=skip_locked)
         images: dict[str, dict[str, Any]] = {}
         for batch in batches(keys):
-            rows = connection.execute(statement, self.key_parameters(batch)).all()  # iterated, it is a fetch a row
+            rows = self._fetch(connection, statement, self.key_parameters(batch))
             try:
                 images.update({self.key_of(row): encode_image(self.names, row) for row in rows})
             except TypeError as error:
                 raise MemstateError(f"{self.table.fullname}: {error}") from error
         return images
+
+    def _fetch(self, connection: Connection, statement: Select[Any], parameters: Mapping[str, Any]) -> Sequence[Any]:
+        """The rows of *statement*, which selects every column; with texts for times that the driver refuses to read."""
+        try:
+            return connection.execute(statement, parameters).all()  # iterated, it is a fetch a row
+        except DataError as error:
+            is_of_the_server = getattr(error.orig, "sqlstate", None) is not None
+            times = self._times_as_text
+            if is_of_the_server or not times:
+                raise
+        columns = [times.get(name, self.raw(column)) for name, column in self.by_name.items()]
+        rows = connection.execute(statement.with_only_columns(*columns), parameters).all()
+        impls = [self._impl[name] if name in times else None for name in self.by_name]
+        return [
+            [
+                value if impl is None else unreadable_times.read(impl, value)
+                for impl, value in zip(impls, row, strict=True)
+            ]
+            for row in rows
+        ]
+
+    @cached_property
+    def _times_as_text(self) -> dict[str, ColumnElement[Any]]:
+        if self.dialect.name != "postgresql":
+            return {}
+        times = {name: impl for name, impl in self._impl.items() if isinstance(impl, unreadable_times.KINDS)}
+        return {
+            name: type_coerce(literal_column(unreadable_times.as_text(impl, self._qualified(name))), RAW).label(name)
+            for name, impl in times.items()
+        }
+
+    def _qualified(self, name: str) -> str:
+        """A column's name in SQL, as `literal_column` takes it."""
+        prepare = self.dialect.identifier_preparer
+        return f"{prepare.format_table(self.table)}.{prepare.quote(name)}".replace("%%", "%")
 
     def find_rows(
         self, connection: Connection, keys: Iterable[str], *, for_update: bool = False
@@ -390,10 +448,10 @@ class TableColumns:
             return decoded(key) or (key,)
         return tuple(self.to_python(name, value) for name, value in zip(self.key_names, values, strict=True))
 
-    def to_python(self, name: str, value: Any) -> Any:
+    def to_python(self, name: str, value: Any, refusals: Refusals = REFUSALS) -> Any:
         """*value* as the ORM would load it; one that the type of today refuses stays as it is stored."""
         process = self._to_python.get(name)
-        return value if process is None else _unless_refused(process, value)
+        return value if process is None else _unless_refused(process, value, refusals)
 
     def to_raw(self, name: str, value: Any) -> Any:
         """What the driver is given for a value as the ORM takes it; one that is the driver's already stays as it is."""
@@ -407,11 +465,15 @@ class TableColumns:
             return (getattr(self.dialect, "_json_serializer", None) or json.dumps)(inner)
         return inner
 
-    def values(self, image: dict[str, Any]) -> dict[str, Any]:
+    def values(self, image: dict[str, Any], refusals: Refusals = REFUSALS) -> dict[str, Any]:
         """An image's values as the ORM would load them; columns that are no longer there keep their stored form."""
         names = [name for name in self.names if name in image]  # JSONB does not keep the order
         names += [name for name in image if name not in self._impl]
-        return {name: self.to_python(name, decode(image[name])) for name in names}
+        return {name: self.to_python(name, decode(image[name]), refusals) for name in names}
+
+    def past_values(self, image: dict[str, Any]) -> dict[str, Any]:
+        """The same of an old row, at which a type may raise any error: its encryption may have lost a key."""
+        return self.values(image, (Exception,))
 
     def _result_processor(self, column: Column[Any]) -> Callable[[Any], Any] | None:
         impl = self._impl[column.name]
@@ -427,6 +489,7 @@ class TableColumns:
                 return parsed if process is None else process(parsed)
 
             return parse
-        if self.travels_as_text(column):
-            return None
-        return process
+        if self._is_interval(column):
+            return intervals.as_timedelta if process is None else lambda value: process(intervals.as_timedelta(value))
+        is_enum_array = isinstance(impl, sqltypes.ARRAY) and isinstance(impl.item_type, Enum)  # reads the text
+        return process if is_enum_array or not self.travels_as_text(column) else None

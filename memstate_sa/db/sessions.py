@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy.orm import Session
+from sqlalchemy import update
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Mapper, Session
 
 from memstate_sa.errors import MemstateError
 
@@ -31,3 +33,8 @@ def blocking_session(session: Any) -> Session:
             "key), for example, gives it the Session; search has `await memory.asearch(session, …)`"
         )
     return sync_session(session)
+
+
+def writing_connection(session: Session, mapper: Mapper[Any]) -> Connection:
+    """The connection on which *session* writes rows of *mapper*. A Session may read from another one, of a replica."""
+    return session.connection(bind_arguments={"mapper": mapper, "clause": update(mapper)})

@@ -188,7 +188,8 @@ def loaded_image(
         return None
     if tracked is None:
         return decode_image(image)
-    return tracked.columns_for(connection.dialect).values(dict(tracked.upcast(image, version, connection.dialect)))
+    columns = tracked.columns_for(connection.dialect)
+    return columns.past_values(dict(tracked.upcast(image, version, connection.dialect)))
 
 
 # -- moments -----------------------------------------------------------------------------------------------------------
@@ -304,7 +305,7 @@ def differences(
         for change in read_changes(connection, registry, log.c.id.in_(newest)):
             if change.id in differing:
                 images = [images.get(differing[change.id]) for images in (before, after)]
-                was, is_ = (None if image is None else columns.values(dict(image)) for image in images)
+                was, is_ = (None if image is None else columns.past_values(dict(image)) for image in images)
                 op: Op = "insert" if was is None else "delete" if is_ is None else "update"
                 changes.append(replace(change, op=op, before=was, after=is_))
     return sorted(changes, key=lambda change: change.id)

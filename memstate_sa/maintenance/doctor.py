@@ -22,6 +22,7 @@ from memstate_sa.db.codec import Image
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import log, metadata, trigger_context
+from memstate_sa.db.undeclared_columns import undeclared_columns, what_is_lost
 from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import ConflictError, MemstateError
 from memstate_sa.log.absent_keys import KeyInserted, require_absent
@@ -52,7 +53,7 @@ class Problem(NamedTuple):
 
 
 class Risk(Problem):
-    """A way past the log that an application may do without. A database with one is healthy as long as none is used."""
+    """Something that the log does not see, and that an application may do without. A database with one is healthy."""
 
 
 def folded(problems: Iterable[Problem]) -> Iterator[Problem]:
@@ -302,6 +303,9 @@ class Doctor:
         if tracked.by_trigger and has_log and (wrong := self._wrong_triggers(tracked)):
             yield Problem(tracked.table.fullname, wrong)
         yield from self._cascades(tracked)
+        for table in tracked.tables:
+            if columns := undeclared_columns(inspector, table):
+                yield Risk(table.fullname, what_is_lost(columns))
 
     def _tracked_tables(self) -> dict[str, Table]:
         return {table.fullname: table for tracked in self._registry.by_entity.values() for table in tracked.tables}

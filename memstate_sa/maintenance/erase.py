@@ -17,6 +17,7 @@ from memstate_sa.capture.recorder import Recorder, normalized_key
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db.codec import Image, decode_key
 from memstate_sa.db.rows import columns_of, values_of
+from memstate_sa.db.sessions import writing_connection
 from memstate_sa.db.sqlite import is_in_memory
 from memstate_sa.db.statements import batches, take_write_lock
 from memstate_sa.db.tables import embedding, index_state, ledger, log, outbox, parked, unique
@@ -51,7 +52,7 @@ class Eraser:
     def erase(self, session: Session, tracked: Tracked, key: Any, reason: str | None) -> int:
         """Returns how many entries of the log are redacted."""
         session.flush()
-        connection = session.connection(bind_arguments={"mapper": tracked.mapper})
+        connection = writing_connection(session, tracked.mapper)
         transaction = self._capture.transaction(session)
         with transaction.writing():
             take_write_lock(connection)

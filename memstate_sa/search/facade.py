@@ -189,7 +189,7 @@ class SearchMethods(MemoryParts):
         """
         tracked, connection = self._reading(session, model)
         image = history.image_at(connection, tracked, history.stored_key(connection, tracked, key), at)
-        return None if image is None else tracked.columns_for(connection.dialect).values(dict(image))
+        return None if image is None else tracked.columns_for(connection.dialect).past_values(dict(image))
 
     @contextlib.contextmanager
     def as_of_session(

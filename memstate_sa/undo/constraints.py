@@ -205,7 +205,7 @@ class _ConstraintReader:
         current = {row.key: row.value for row in self.connection.execute(of_keys, {"keys": as_array(keys)})}
         for key in keys:
             image = self.final[tracked.entity, key]
-            final = None if image is None else unique_value(tracked, columns.values(dict(image)))
+            final = None if image is None else unique_value(tracked, columns.past_values(dict(image)))
             facts.add((tracked.entity, key), current.get(key), final)
         if gained_values := [str(value) for value in facts.final if facts.gaining(value)]:
             having_them = of_class.where(unique.c.value.in_(select(_keys.c.value)))

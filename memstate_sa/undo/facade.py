@@ -41,7 +41,8 @@ class UndoMethods(MemoryParts):
         *session_id* or *actor* (by default what the session is annotated with) only transactions so labelled count,
         with *model* only changes of that class. What is undone does not count again, so two calls walk back two steps.
         Instead of a number, *to* undoes everything since a time or a transaction (``Change.tx``), and *tx* names one
-        transaction; undoing a rollback that way redoes what it undid. Instances in the session are expired.
+        transaction; undoing a rollback that way redoes what it undid. Instances in the session are expired, and so are
+        loaded relationships to them.
 
         Returns the new entries; fewer transactions than *steps* may have been there. Raises ConflictError, with the
         changes in the way, when someone outside of what is undone has since changed a fact, refers to one that would

@@ -41,6 +41,7 @@ from memstate_sa.db.codec import FactKey, Image, by_entity, decode, decode_key, 
 from memstate_sa.db.rows import TableColumns, columns_of, values_of
 from memstate_sa.errors import ConflictError
 from memstate_sa.tracking.registry import Registry
+from memstate_sa.undo.refusals import message_of
 
 Rows: TypeAlias = dict[Table, dict[str, Image | None]]
 """By table and canonical key; None where no row is to be."""
@@ -112,6 +113,7 @@ class _Restoration:
                 self._delete_unwanted,
             ),
         )
+        refused: DBAPIError | None = None
         for order in orders:
             try:
                 with self._connection.begin_nested():
@@ -120,10 +122,11 @@ class _Restoration:
             except DBAPIError as error:  # a value that stood in for another may be refused as one of its type
                 if error.connection_invalidated or not isinstance(error, (IntegrityError, DataError)):
                     raise
-                refused = error
+                refused = error if refused is None or isinstance(error, IntegrityError) else refused
             else:
                 return
-        raise ConflictError("the rows that are there now stand in the way of undoing this") from refused
+        assert refused is not None
+        raise ConflictError(message_of(refused)) from refused
 
     # -- acts ----------------------------------------------------------------------------------------------------------
 

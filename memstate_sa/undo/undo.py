@@ -14,26 +14,31 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeAlias
 
-from sqlalchemy import bindparam, inspect, select
+from sqlalchemy import Table, bindparam, inspect, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session
 
+from memstate_sa.capture.guard import UntrackedWriteWarning
 from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction
-from memstate_sa.db.codec import FactKey, Image, by_entity, decode_key
+from memstate_sa.db.codec import FactKey, Image, by_entity
 from memstate_sa.db.rows import TableColumns
+from memstate_sa.db.sessions import writing_connection
 from memstate_sa.db.statements import batches, take_write_lock
 from memstate_sa.db.tables import log
+from memstate_sa.db.undeclared_columns import undeclared_columns, what_is_lost
 from memstate_sa.errors import ConflictError, HistoryMissing, MemstateError
 from memstate_sa.log import absent_keys
 from memstate_sa.log.changes import Change, LogEntry, LoggedChange, conflicting_entries, invert, new_tx
 from memstate_sa.log.history import Moment, read_changes
+from memstate_sa.runtime.warn import warn
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
 from memstate_sa.tracking.validation import require_count
 from memstate_sa.undo.constraints import read_constraints
+from memstate_sa.undo.expiring import expire
 from memstate_sa.undo.restore import read_facts, restore, sorted_tables
 from memstate_sa.undo.selection import (
     Plan,
@@ -52,6 +57,8 @@ OnConflict: TypeAlias = Literal["raise", "skip", "force"]
 _ATTEMPTS = 5
 _SHOWN = 100
 """The most changes that an error names."""
+_CHANGED_LATER = "other transactions changed these facts later"
+_BLOCKED = "these rows have a unique value that would come back, or refer to one that would go, or a parent is gone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,7 @@ class Undo:
         self._registry = registry
         self._capture = capture
         self._recorder = recorder
+        self._examined: set[Table] = set()
 
     def last_steps(
         self, session: Session, steps: int, scope: Scope, on_conflict: OnConflict, *, dry_run: bool
@@ -129,6 +137,7 @@ class Undo:
             self._registry,
             self._capture,
             self._recorder,
+            self._examined,
             on_conflict,
             dry_run=dry_run,
         )
@@ -137,7 +146,7 @@ class Undo:
         """Where the tracked classes of *session* are; it may know an engine for some of them only."""
         for tracked in self._registry.by_entity.values():
             with suppress(UnboundExecutionError):
-                return session.connection(bind_arguments={"mapper": tracked.mapper})
+                return writing_connection(session, tracked.mapper)
         raise MemstateError("this Session is bound to no engine on which a tracked class is")
 
 
@@ -151,6 +160,8 @@ class Undoing:
     registry: Registry
     capture: SessionCapture
     recorder: Recorder
+    examined: set[Table]
+    """The tables that were looked at for columns which no undo restores: once is enough."""
     on_conflict: OnConflict
     _: KW_ONLY
     dry_run: bool
@@ -183,7 +194,8 @@ class Undoing:
             plan.leave_out_blocked(self.connection)
             reverted = self._attempt(plan, reason)
         if reverted and not self.dry_run:
-            self._expire({change.fact for change in plan.selected})
+            expire(self.session, self.connection.dialect, self.registry, reverted)
+            self._warn_of_losses({change.entity for change in reverted if change.op == "insert"})
         return Revocation(
             reverted,
             kept=self._changes({change.id for change in plan.kept}),
@@ -250,12 +262,12 @@ class Undoing:
                 if self._columns(fact[0]).differ(final.get(fact), present.get(fact)) or max(ids) < last[fact]
             }
         if conflicts and self.on_conflict == "raise":
-            self._raise(set().union(*conflicts.values()))
+            self._raise(_CHANGED_LATER, set().union(*conflicts.values()))
         constraints = read_constraints(self.connection, self.registry, final)
         plan = Plan(changes, absent, final, constraints, changed_since, conflicts)
         blocked = plan.leave_out_blocked(self.connection)
         if blocked and self.on_conflict != "skip":
-            self._raise(set().union(*(plan.left_out[fact] for fact in blocked)))
+            self._raise(_BLOCKED, set().union(*(plan.left_out[fact] for fact in blocked)))
         return plan
 
     def _refused(self, plan: Plan) -> list[FactKey]:
@@ -300,13 +312,10 @@ class Undoing:
         finally:
             attempt.rollback()
 
-    def _raise(self, ids: Collection[int]) -> None:
+    def _raise(self, why: str, ids: Collection[int]) -> None:
         changes = self._changes(sorted(ids)[:_SHOWN])
         what = "; ".join(f"{c.entity} {c.key!r} ({c.op} by {c.actor or 'unknown'} in {c.tx})" for c in changes[:5])
-        raise ConflictError(
-            f"changed later, outside of what is to be undone: {what or 'a row that the log does not know'}",
-            changes=changes,
-        )
+        raise ConflictError(f"Cannot undo: {why}: {what or 'a row that the log does not know'}", changes=changes)
 
     # -- doing it ------------------------------------------------------------------------------------------------------
 
@@ -361,22 +370,19 @@ class Undoing:
         for (entity, key, op, image, reverts, _), (id_, _, _, tx, at) in zip(entries, written, strict=True):
             columns = self._columns(entity)
             before, last[entity, key] = last[entity, key], image
-            was, is_ = (None if it is None else columns.values(dict(it)) for it in (before, image))
+            was, is_ = (None if it is None else columns.past_values(dict(it)) for it in (before, image))
             identity = columns.identity(key)
             public_key = identity[0] if len(identity) == 1 else identity
             changes.append(Change(id_, tx, entity, public_key, op, was, is_, at, reverts=reverts, **labels))
         return changes
 
-    def _expire(self, facts: Collection[FactKey]) -> None:
-        """Have the Session read its copies of *facts* again."""
-        keys: dict[Tracked, set[tuple[Any, ...]]] = {}
-        for entity, key in facts:
-            keys.setdefault(self.registry.by_entity[entity], set()).add(decode_key(key))
-        for instance in list(self.session.identity_map.values()):
-            state: Any = inspect(instance)
-            tracked = self.registry.find(state.mapper)
-            if tracked in keys and tracked.columns_for(self.connection.dialect).raw_key(state.key[1]) in keys[tracked]:
-                self.session.expire(instance)
+    def _warn_of_losses(self, entities: Collection[str]) -> None:
+        """UntrackedWriteWarning for rows of *entities* that came back without columns that the log does not hold."""
+        for tracked in (self.registry.by_entity[entity] for entity in entities if entity in self.registry.by_entity):
+            for table in set(tracked.tables) - self.examined:
+                self.examined.add(table)
+                if columns := undeclared_columns(inspect(self.connection), table):
+                    warn(f"{table.fullname} {what_is_lost(columns)}", UntrackedWriteWarning)
 
     def _changes(self, ids: Collection[int]) -> list[Change]:
         changes: list[Change] = []

@@ -32,6 +32,9 @@ END
 ---
 --- One statement may touch a row several times: by foreign keys that cascade, by other triggers. What it was is its
 --- first old row, unless it was made before that; what it is, the table knows. It is logged if the log says otherwise.
+---
+--- A fact that an undo logs itself is looked up by a subquery that gives a value. Of an EXISTS, PostgreSQL would make a
+--- hash of all the facts of the undo, for each statement of it.
 
 -- name: baselines
   INSERT INTO {ours}.memstate_log (tx, at, xid, version, step, entity, key, op, image)
@@ -39,14 +42,16 @@ END
     o.image::jsonb
   FROM ({old}) AS o LEFT JOIN ({new}) AS n ON n.key = o.key LEFT JOIN ({now}) AS t ON t.key = o.key
   WHERE (n.n IS NULL OR o.n <= n.n) AND o.image IS DISTINCT FROM t.image
-    AND NOT (undoes AND EXISTS (SELECT FROM {ours}.memstate_trigger_context AS c WHERE c.name = 'skip ' || {entity} || o.key))
+    AND NOT (undoes AND coalesce(
+      (SELECT true FROM {ours}.memstate_trigger_context WHERE name = 'skip ' || {entity} || o.key), false))
     AND (SELECT true FROM {ours}.memstate_log WHERE entity = {entity} AND key = o.key ORDER BY id DESC LIMIT 1) IS NULL;
 
 -- name: changes
   WITH state AS (
     SELECT k.key, t.image::jsonb AS image, l.op AS last_op, l.image AS last_image
     FROM ({touched}) AS k LEFT JOIN ({now}) AS t ON t.key = k.key LEFT JOIN LATERAL ({last}) AS l ON true
-    WHERE NOT (undoes AND EXISTS (SELECT FROM {ours}.memstate_trigger_context AS c WHERE c.name = 'skip ' || {entity} || k.key))
+    WHERE NOT (undoes AND coalesce(
+      (SELECT true FROM {ours}.memstate_trigger_context WHERE name = 'skip ' || {entity} || k.key), false))
   ), changed AS (
     SELECT key, image, CASE WHEN image IS NULL THEN 'delete' WHEN last_op IS DISTINCT FROM 'delete'
       AND last_op IS NOT NULL THEN 'update' ELSE 'insert' END AS op

@@ -620,7 +620,10 @@ def test_conflict_shows_the_later_changes_and_their_actors(served: Application) 
     key = served.add("by ana", actor="ana")
     edit(served, key, "by ben", actor="ben", reason="knew better")
     output = served.run("rollback", "--actor", "ana", exit_code=1)
-    assert output.startswith("Error: changed later") and "update by ben" in output.splitlines()[0]
+    assert (
+        output.startswith("Error: Cannot undo: other transactions changed these facts later")
+        and "update by ben" in output.splitlines()[0]
+    )
     assert "in the way" in output and "knew better" in output and "text='by ana' → 'by ben'" in output
     assert "There is nothing to undo" in served.run("rollback", "--actor", "ana", "--on-conflict", "skip")
     assert "1 changes undone" in served.run("rollback", "--actor", "ana", "--on-conflict", "force", "--yes")
@@ -640,7 +643,9 @@ def test_revoke_undoes_a_run_and_reports_kept_facts(served: Application) -> None
     for output in (shown, done):
         assert all(words in output for words in ("delete (undo)", "kept", "built upon", "in the way", "ana"))
     tx = json.loads(served.run("log", "--json").splitlines()[0])["tx"]
-    assert "changed later" in served.run("revoke", "--tx", tx, "--on-conflict", "raise", "--yes", exit_code=1)
+    assert "changed these facts later" in served.run(
+        "revoke", "--tx", tx, "--on-conflict", "raise", "--yes", exit_code=1
+    )
     assert "1 changes undone" in served.run("revoke", "--tx", tx, "--on-conflict", "force", "--yes")
     assert served.texts() == []
     assert "revoke whose changes?" in served.run("revoke", "--yes", exit_code=1)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, event, insert, select, text, update
+from sqlalchemy import Engine, create_engine, event, insert, inspect, select, text, update
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -104,6 +104,25 @@ async def test_async_session_is_captured_searched_and_undone(
         await session.commit()
         assert (await session.scalars(select(Person.about).order_by(Person.id))).all() == ["green tea", "snow"]
     await asyncio.to_thread(world.assert_in_step)
+
+
+async def test_a_collection_forgets_a_fact_that_an_undo_took_back(
+    world: World, sessions: async_sessionmaker[AsyncSession]
+) -> None:
+    async with sessions() as session:
+        persons = [Person(id=n, name=f"p{n}") for n in (1, 2)]
+        session.add_all(persons)
+        await session.commit()
+        for person in persons:
+            await session.refresh(person, ["notes"])
+        persons[0].notes.append(Note(topic="tea", number=1, content="green"))
+        await session.commit()
+        await session.run_sync(world.memory.rollback)
+        await session.commit()
+        assert persons[1].notes == [], "it was not in the way, so it needs no refresh"
+        assert "notes" not in inspect(persons[0]).dict
+        await session.refresh(persons[0], ["notes"])
+        assert persons[0].notes == []
 
 
 async def test_async_search_finds_the_past(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:

@@ -282,7 +282,7 @@ def test_a_unique_value_that_is_taken_cannot_be_brought_back(engine: Engine) -> 
     with app.sessions() as session:
         session.add(Preference(id=3, content="mine"))
         before = app.memory.history(session, Preference)
-        with pytest.raises(ConflictError, match=r"changed later.*: preference 2 \(update"):
+        with pytest.raises(ConflictError, match=r"have a unique value that would come back.*: preference 2 \(update"):
             app.memory.rollback(session, tx=gave_up)
         session.commit()
         assert app.memory.history(session, Preference) == before

@@ -13,7 +13,8 @@ import sqlalchemy as sa
 from hypothesis import strategies as st
 from sqlalchemy import Engine, inspect, select, text
 from sqlalchemy.dialects import postgresql as pg
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, deferred, mapped_column, sessionmaker
 from sqlalchemy.types import TypeDecorator
 
 from memstate_sa import Memory, MemstateError, UntrackedWrite
@@ -83,6 +84,7 @@ COLUMNS: dict[str, tuple[Any, st.SearchStrategy[Any]]] = {
     "unicode": (sa.Unicode, safe_text),
     "unicode_text": (sa.UnicodeText, safe_text),
     "uuid": (sa.Uuid, st.uuids()),
+    "uuid_chars": (sa.Uuid(native_uuid=False), st.uuids()),
     "uuid_text": (sa.Uuid(as_uuid=False), st.uuids().map(str)),
     "json": (sa.JSON, json_value),
     "json_null": (sa.JSON(none_as_null=True), json_value),
@@ -230,6 +232,144 @@ def test_postgres_types_round_trip(prepared_postgres: Engine, capture: str, exam
         check(prepared_postgres, ONLY_POSTGRES, capture, values)
 
 
+INTERVALS = {
+    "1 mon": timedelta(30),
+    "1 year 2 mons": timedelta(425),
+    "24:00:00": timedelta(1),
+    "-1 years -2 mons +3 days -04:05:06.000007": timedelta(-422, microseconds=-14_706_000_007),
+    "-01:00:00": timedelta(hours=-1),
+    "-3 days +23:00:00": timedelta(-3, hours=23),
+}
+
+
+@both_ways
+def test_intervals_are_undone_to_the_month(prepared_postgres: Engine, capture: Any) -> None:
+    """A month is not 30 days, and a day is not 24 hours; the history shows what psycopg reads."""
+
+    class Local(DeclarativeBase):
+        pass
+
+    class Plan(Local):
+        __tablename__ = "plan"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        label: Mapped[str]
+        period = mapped_column("every %", pg.INTERVAL)
+        generic: Mapped[timedelta | None] = mapped_column(sa.Interval)
+
+    app = make_app(prepared_postgres, Plan, text="label", capture=capture)
+    with app.session() as session:
+        for number, period in enumerate(INTERVALS):
+            values = {name: sa.cast(period, pg.INTERVAL) for name in ("period", "generic")}
+            session.execute(sa.insert(Plan).values(id=number, label="p", **values))
+        session.commit()
+        before = sorted(stored(session.connection(), "plan"))
+        for change in (sa.delete(Plan), sa.update(Plan).values(period=None, generic=None)):
+            session.execute(change)
+            session.commit()
+            app.memory.rollback(session)
+            session.commit()
+            assert sorted(stored(session.connection(), "plan")) == before
+        images = {change.key: change.after or {} for change in app.memory.history(session, Plan)}
+        read = {plan.id: plan.period for plan in session.scalars(select(Plan))}
+    periods = list(INTERVALS.values())
+    assert read == dict(enumerate(periods))
+    assert {key: (row["every %"], row["generic"]) for key, row in images.items()} == {
+        number: (period, period) for number, period in enumerate(periods)
+    }
+    assert app.memory.doctor(prepared_postgres).healthy
+
+
+UNREADABLE = [
+    ("infinity", "-infinity", "infinity", "24:00"),
+    ("0044-03-15 BC", "0044-03-15 12:00:00.5 BC", "0044-03-15 12:00:00+02 BC", "12:00"),
+    ("20000-01-01", "20000-01-01", "20000-01-01 00:00:00.000001+00", "23:59:59.999999"),
+    ("9999-12-31", "0001-01-01", "9999-12-31 12:00:00+00", "24:00"),
+]
+
+
+@both_ways
+def test_times_that_python_cannot_hold_are_kept_as_text(prepared_postgres: Engine, capture: Any) -> None:
+    """The application's statement goes well, the history shows the text, and an undo writes it back."""
+
+    class Local(DeclarativeBase):
+        pass
+
+    class Price(Local):
+        __tablename__ = "price"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        label: Mapped[str]
+        day = deferred(mapped_column(sa.Date))
+        at = deferred(mapped_column("at %", sa.DateTime))
+        until = deferred(mapped_column(sa.DateTime(timezone=True)))
+        hour = deferred(mapped_column(sa.Time))
+
+    app = make_app(prepared_postgres, Price, text="label", capture=capture)
+    names = ("day", "at", "until", "hour")
+    with app.session() as session:
+        session.execute(text("SET TimeZone = 'Asia/Kolkata'"))
+        for number, row in enumerate(UNREADABLE):
+            typed = zip(names, row, strict=True)
+            values = {name: sa.cast(text(f"'{value}'"), getattr(Price, name).type) for name, value in typed}
+            session.add(Price(id=number, label="p", **values))
+        session.commit()
+        before = sorted(stored(session.connection(), "price"))
+        for change in (sa.delete(Price), sa.update(Price).values(dict.fromkeys(names, sa.null()))):
+            session.execute(change)
+            session.commit()
+            app.memory.rollback(session)
+            session.commit()
+            assert sorted(stored(session.connection(), "price")) == before
+        images = {change.key: change.after or {} for change in app.memory.history(session, Price)}
+    shown = [tuple(images[number].values())[2:] for number in range(len(UNREADABLE))]
+    assert shown == [
+        ("infinity", "-infinity", "infinity", "24:00:00"),
+        ("0044-03-15 BC", "0044-03-15 12:00:00.500000 BC", "0044-03-15 10:00:00.000000+00 BC", time(12)),
+        ("20000-01-01", "20000-01-01 00:00:00.000000", "20000-01-01 00:00:00.000001+00", time(23, 59, 59, 999999)),
+        (date(9999, 12, 31), datetime(1, 1, 1), datetime(9999, 12, 31, 12, tzinfo=UTC), "24:00:00"),
+    ]
+    assert app.memory.doctor(prepared_postgres).healthy
+
+
+BY_ASYNCPG = {
+    "int_range": (pg.INT4RANGE, pg.Range(1, 5)),
+    "oid": (pg.OID, 5),
+    "inet": (pg.INET, "10.0.0.1/24"),
+    "array_enum": (pg.ARRAY(sa.Enum(Mood, name="mood")), [Mood.good, Mood.bad]),
+    "jsonb": (pg.JSONB, {"a": 1}),
+    "integer": (sa.Integer, 7),
+    "interval": (pg.INTERVAL, timedelta(40, 5)),
+    "months": (pg.INTERVAL, sa.text("interval '14 months'")),
+    "aware": (sa.DateTime(timezone=True), datetime(2024, 1, 2, tzinfo=UTC)),
+}
+
+
+@both_ways
+async def test_types_round_trip_by_asyncpg(prepared_postgres: Engine, capture: Any) -> None:
+    """What it reads is what psycopg reads, and it takes what was logged: the server's text among it."""
+    pytest.importorskip("asyncpg")
+    model_ = model(f"by_asyncpg_{capture}", BY_ASYNCPG)
+    app = make_app(prepared_postgres, model_, text="label", capture=capture)
+    by_asyncpg = create_async_engine(prepared_postgres.url.set(drivername="postgresql+asyncpg"))
+    sessions = async_sessionmaker(by_asyncpg)
+    app.memory.attach(sessions)
+    async with sessions() as session:
+        session.add(model_(id=1, **{name: value for name, (_, value) in BY_ASYNCPG.items()}))
+        await session.commit()
+    with prepared_postgres.connect() as connection:
+        before = stored(connection, model_.__tablename__)
+    assert app.memory.doctor(prepared_postgres).healthy
+    for change in (sa.delete(model_), sa.update(model_).values(dict.fromkeys(BY_ASYNCPG))):
+        async with sessions() as session:
+            await session.execute(change)
+            await session.commit()
+            await session.run_sync(app.memory.rollback)
+            await session.commit()
+        with prepared_postgres.connect() as connection:
+            assert stored(connection, model_.__tablename__) == before
+    assert app.memory.doctor(prepared_postgres).healthy
+    await by_asyncpg.dispose()
+
+
 @pytest.mark.parametrize("name", sorted(BY_NO_TRIGGER))
 def test_what_a_trigger_cannot_log_is_refused(prepared_postgres: Engine, name: str) -> None:
     """Before anything is installed, naming the column."""
@@ -260,6 +400,7 @@ def test_null_and_json_null_are_told_apart(prepared: Engine, capture: str) -> No
 KEYS = {
     "string": (sa.String(50), "a b", "ü"),
     "uuid": (sa.Uuid, uuid.UUID(int=5), uuid.UUID(int=2**100)),
+    "uuid_chars": (sa.Uuid(native_uuid=False), uuid.UUID(int=5), uuid.UUID(int=2**100)),
     "datetime": (sa.DateTime, datetime(2024, 1, 2, 3, 4, 5, 6), datetime(1999, 1, 1)),
     "date": (sa.Date, date(2024, 1, 2), date(1999, 1, 1)),
     "time": (sa.Time, time(3, 4), time(5)),

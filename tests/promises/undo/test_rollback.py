@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import Engine, ForeignKey, String, delete, func, insert, select, update
+from sqlalchemy import Engine, ForeignKey, String, delete, func, insert, inspect, select, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from memstate_sa import ConflictError, HistoryMissing, Memory, MemstateError, NotFound
@@ -179,6 +179,60 @@ def test_loaded_instances_are_expired(world: World) -> None:
         world.memory.rollback(session)
         assert tag.meaning == "1"
         session.commit()
+
+
+def test_collections_and_references_to_undone_facts_are_read_again(world: World) -> None:
+    """A parent loses the child that is gone, and has the one that is back; what others hold stays loaded."""
+    with world.sessions(expire_on_commit=False) as session:
+        persons = [Person(id=n, name=f"p{n}") for n in (1, 2)]
+        tag = Tag(name="t", person=persons[1])
+        session.add_all([*persons, tag])
+        session.commit()
+        first, second = persons
+        note = Note(topic="tea", number=1, content="green")
+        first.notes.append(note)
+        session.commit()
+        assert [len(person.notes) for person in persons] == [1, 0]
+        assert [len(person.tags) for person in persons] == [0, 1]
+
+        world.memory.rollback(session)
+        session.commit()
+        assert "notes" in inspect(second).dict
+        assert first.notes == []
+
+        world.memory.rollback(session, tx=world.memory.history(session, Note)[-1].tx)
+        session.commit()
+        assert [note.content for note in first.notes] == ["green"]
+        first.notes[0].person = second
+        tag.person = None
+        session.commit()
+        assert [len(person.tags) for person in persons] == [0, 0]
+
+        world.memory.rollback(session)
+        session.commit()
+        assert [len(person.notes) for person in persons] == [1, 0]
+        assert (tag.person, second.tags) == (second, [tag])
+        session.delete(first)
+        session.commit()
+    world.assert_in_step()
+
+
+def test_expiring_relationships_sends_no_statement(world: World) -> None:
+    def statements_of_an_undo(*, load: bool) -> list[str]:
+        with world.sessions(expire_on_commit=False) as session:
+            person = Person(name="p")
+            session.add(person)
+            session.commit()
+            session.add(Note(topic="tea", number=person.id, content="green", person_id=person.id))
+            session.commit()
+            assert not load or person.notes
+            seen = statements(world.engine)
+            world.memory.rollback(session)
+            sent = list(seen)
+            session.commit()
+            return sent
+
+    assert statements_of_an_undo(load=True) == statements_of_an_undo(load=False)
 
 
 def test_cost_depends_on_the_steps_not_on_the_history(world: World) -> None:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Engine, ForeignKey, create_engine, event
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import ARRAY, INT4RANGE, ExcludeConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from memstate_sa import ConflictError, sqlite
@@ -653,6 +653,54 @@ def test_added_and_dropped_columns_are_no_conflict(engine: Engine) -> None:
         session.commit()
     assert app.tables() == {"thing": [(1, "x", 7)]}  # what it was before, the log does not know
     app.check()
+
+
+@pytest.mark.parametrize("kind", ["functional index", "exclusion", "new column"])
+def test_refusal_names_the_constraint_and_the_rows_in_the_way(engine: Engine, kind: str) -> None:
+    """Also one that only the database understands."""
+    if kind == "exclusion" and engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has no such constraint")
+    names = {
+        "functional index": {"sqlite": "index 'name_taken'", "postgresql": '"name_taken". Key (lower(text'},
+        "exclusion": {
+            "postgresql": '"no_overlap". Key (nights)=([1,5)) conflicts with existing key (nights)=([1,5))',
+        },
+        "new column": {"sqlite": "stay.needed", "postgresql": '"needed"'},
+    }[kind]
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Stay(Base):
+        __tablename__ = "stay"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        text: Mapped[str]
+        if kind == "functional index":
+            __table_args__ = (sa.Index("name_taken", sa.text("lower(text)"), unique=True),)
+        if kind == "exclusion":
+            nights = mapped_column(INT4RANGE, server_default="[1,5)")
+            __table_args__ = (ExcludeConstraint(("nights", "&&"), name="no_overlap"),)
+
+    app = apps.make_app(engine, Stay)
+    app.write(Stay(id=1, text="Ana"))
+    with app.session(actor="me") as session:
+        session.delete(session.get_one(Stay, 1))
+        session.commit()
+    if kind == "new column":
+        with engine.begin() as connection:
+            connection.execute(sa.text("DROP TABLE stay"))
+            connection.execute(
+                sa.text("CREATE TABLE stay (id INTEGER PRIMARY KEY, text TEXT, needed INTEGER NOT NULL)")
+            )
+    else:
+        app.write(Stay(id=2, text="ana"), actor="you")
+    way_out = "a default in the database" if kind == "new column" else 'on_conflict="skip"'
+    with app.session(actor="me") as session:
+        with pytest.raises(ConflictError) as refused:
+            app.memory.rollback(session)
+        message = str(refused.value)
+        assert message.startswith("Cannot undo: ") and names[engine.dialect.name] in message and way_out in message
+        assert isinstance(refused.value.__cause__, sa.exc.IntegrityError)
 
 
 # -- what others do meanwhile ------------------------------------------------------------------------------------------

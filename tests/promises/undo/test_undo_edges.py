@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import threading
+import warnings
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, ClassVar
@@ -11,10 +12,11 @@ from typing import Any, ClassVar
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Engine, ForeignKey, create_engine, event, func, insert, literal, select, type_coerce, update
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
 from sqlalchemy.orm.exc import StaleDataError
 
-from memstate_sa import Memory, MemstateError
+from memstate_sa import Memory, MemstateError, UntrackedWriteWarning
+from memstate_sa.db import sqlite
 from memstate_sa.db.tables import log, transaction, utcnow
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
@@ -480,3 +482,178 @@ def test_system_column_can_be_the_version_counter(postgres_engine: Engine, captu
         session.commit()
         assert (app.memory.as_of(session, Thing, 1, first) or {})["text"] == "one"
     assert app.memory.doctor(postgres_engine).healthy
+
+
+_read_of_the_trigger_context = sa.text(
+    "SELECT idx_tup_fetch + seq_tup_read FROM pg_stat_xact_user_tables WHERE relname = 'memstate_trigger_context'"
+)
+
+
+def test_triggers_look_up_each_fact_of_an_undo_alone(postgres_engine: Engine) -> None:
+    """Each statement reads one row of the trigger context for a row that it writes, not those of the whole undo."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Thing(Base):
+        __tablename__ = "thing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        text: Mapped[str]
+        n: Mapped[int] = mapped_column(default=0)
+
+    app = make_app(postgres_engine, Thing, capture="trigger")
+
+    count = 200
+    for way in (update(Thing).values(n=1), sa.delete(Thing)):
+        with app.sessions() as session:
+            session.execute(sa.delete(Thing))
+            session.execute(insert(Thing), [{"text": str(n)} for n in range(count)])
+            session.commit()
+            session.execute(way)
+            session.commit()
+            app.memory.rollback(session)
+            assert session.scalar(_read_of_the_trigger_context) <= 10 * count
+            session.commit()
+    app.assert_log_is_truth()
+
+
+def test_undo_and_erasure_write_where_the_session_writes(engine: Engine) -> None:
+    """A Session that reads from a replica is asked for the connection as for a write."""
+    replica = create_engine(engine.url)
+    sqlite.configure(replica)
+
+    @event.listens_for(replica, "connect")
+    def read_only(driver: Any, record: Any) -> None:
+        is_sqlite = engine.dialect.name == "sqlite"
+        driver.execute("PRAGMA query_only = ON" if is_sqlite else "SET default_transaction_read_only = on")
+        driver.commit()
+
+    class RoutingSession(Session):
+        def get_bind(self, mapper: Any = None, *, clause: Any = None, **options: Any) -> Any:
+            is_write = self._flushing or isinstance(clause, (sa.Insert, sa.Update, sa.Delete))
+            return engine if is_write else replica
+
+    world = World(engine)
+    sessions = sessionmaker(class_=RoutingSession)
+    world.memory.attach(sessions)
+    steps: list[Any] = [
+        lambda session: session.add(Tag(name="a", meaning="one")),
+        lambda session: setattr(session.get_one(Tag, "a"), "meaning", "two"),
+        world.memory.rollback,
+        lambda session: setattr(session.get_one(Tag, "a"), "meaning", "three"),
+        lambda session: world.memory.revoke(session, tx=[world.memory.history(session, Tag, "a")[-1].tx]),
+        lambda session: world.memory.erase(session, Tag, "a"),
+    ]
+    meanings = []
+    for step in steps:
+        with sessions() as session:
+            step(session)
+            session.commit()
+            meanings.append(session.scalar(select(Tag.meaning)))
+    replica.dispose()
+    assert meanings == ["one", "two", "one", "three", "one", None]
+
+
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+def test_columns_that_no_class_declares_are_named(engine: Engine, capture: str) -> None:
+    """By doctor, and once by an undo that brings a row back without them."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Client(Base):
+        __tablename__ = "client"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        text: Mapped[str]
+
+    app = make_app(engine, Client, capture=capture)
+    assert not app.memory.doctor(engine).problems
+    with engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE client ADD COLUMN iban VARCHAR(34)"))
+        connection.execute(sa.text("ALTER TABLE client ADD COLUMN rank INTEGER DEFAULT 1"))
+    app.write(Client(id=1, text="ana"), Client(id=2, text="bob"))
+    with app.sessions() as session:
+        for text in ("an", "anna"):
+            session.get_one(Client, 1).text = text
+            session.commit()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            app.memory.rollback(session)
+            assert not caught, "the row has kept them"
+            for _ in range(2):
+                session.delete(session.get_one(Client, 1))
+                session.commit()
+                app.memory.rollback(session)
+                session.commit()
+    [warning] = caught
+    assert warning.category is UntrackedWriteWarning and warning.filename == __file__
+    diagnosis = app.memory.doctor(engine)
+    [problem] = diagnosis.problems
+    assert str(warning.message) == f"{problem.subject} {problem.message}"
+    assert "iban, rank" in problem.message and diagnosis.healthy
+
+
+class KeyLost(Exception):
+    """Of a library that decrypts: an error of its own kind."""
+
+
+class Sealed(sa.TypeDecorator[str]):
+    """Text that only *key* opens."""
+
+    impl = sa.String
+    cache_ok = True
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.key = key
+
+    def process_bind_param(self, value: Any, dialect: Any) -> Any:
+        return f"{self.key}:{value}"
+
+    def process_result_value(self, value: Any, dialect: Any) -> Any:
+        key, _, words = value.partition(":")
+        if key != self.key:
+            raise KeyLost(key)
+        return words
+
+
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+def test_old_values_that_a_type_refuses_are_shown_and_written_as_stored(engine: Engine, capture: str) -> None:
+    """An enum without a member that it had, and an encryption without a key that it had."""
+
+    def model(*states: str, key: str) -> Any:
+        class Base(DeclarativeBase):
+            pass
+
+        class Task(Base):
+            __tablename__ = "task"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            text: Mapped[str]
+            state: Mapped[str] = mapped_column(sa.Enum(*states, native_enum=False, length=9))
+            secret: Mapped[str] = mapped_column(Sealed(key))
+
+        return Task
+
+    old = model("new", "stuck", "done", key="k1")
+    app = make_app(engine, old, capture=capture)
+    token = app.write(old(id=1, text="a", state="stuck", secret="s"), old(id=2, text="b", state="new", secret="s"))
+    new = model("new", "done", key="k2")
+    app = make_app(engine, new, capture=capture)
+    with app.sessions() as session:
+        values = {"state": "done", "secret": "s", "text": "changed"}
+        session.execute(update(new).values(values))
+        session.commit()
+        stored = {"id": 1, "text": "a", "state": "stuck", "secret": "k1:s"}
+        changed = {"id": 1, **values}
+        for changes in (app.memory.history(session, new), app.memory.history(session, new, 1)):
+            first = [(change.before, change.after) for change in changes if change.key == 1]
+            assert first == [(None, stored), (stored, changed)]
+        assert app.memory.as_of(session, new, 1, token) == stored
+        assert (app.memory.diff(session, token)[0].before, app.memory.diff(session, token)[0].after) == (
+            stored,
+            changed,
+        )
+        assert {change.key: change.after for change in app.memory.rollback(session)}[1] == stored
+        session.commit()
+        rows = session.execute(sa.text("SELECT state, secret FROM task ORDER BY id")).all()
+        assert list(map(tuple, rows)) == [("stuck", "k1:s"), ("new", "k1:s")]

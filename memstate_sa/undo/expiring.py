@@ -1,0 +1,113 @@
+"""What a Session has loaded, and an undo has made untrue: it is read again when it is next touched.
+
+The Session itself would know: it expires the collections of objects that it flushes or refreshes. An undo writes by
+Core, past it. No statement is sent here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from sqlalchemy import Table, inspect
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import Mapper, RelationshipProperty, Session
+from sqlalchemy.orm.exc import UnmappedColumnError
+
+from memstate_sa.db.codec import decode_key
+from memstate_sa.db.raw_values import hashable
+from memstate_sa.log.changes import Change
+from memstate_sa.tracking.registry import Registry
+from memstate_sa.tracking.tracked import Tracked
+
+_Rows: TypeAlias = Sequence[Mapping[str, Any] | None]
+"""What one row was, one after the other; None where it was not there."""
+
+
+def expire(session: Session, dialect: Dialect, registry: Registry, changes: Sequence[Change]) -> None:
+    """Expire the loaded copies of what *changes* are about, and the relationships that they add to or take from."""
+    keys: dict[Tracked, set[tuple[Any, ...]]] = {}
+    changes = [change for change in changes if change.entity in registry.by_entity]  # a trigger may log others
+    for change in changes:
+        tracked = registry.by_entity[change.entity]
+        keys.setdefault(tracked, set()).add(decode_key(tracked.columns_for(dialect).canonical(change.key)))
+    relationships = _Relationships(_rows_by_table(dialect, registry, changes))
+    for instance in list(session.identity_map.values()):
+        state: Any = inspect(instance)
+        tracked_class = registry.find(state.mapper)
+        if tracked_class in keys and tracked_class.columns_for(dialect).raw_key(state.key[1]) in keys[tracked_class]:
+            session.expire(instance)
+        elif names := relationships.changed(state.mapper, state.dict):
+            session.expire(instance, names)
+
+
+def _rows_by_table(dialect: Dialect, registry: Registry, changes: Iterable[Change]) -> dict[Table, list[_Rows]]:
+    """What the rows of each table were before, in between and after *changes*, as the ORM loads them."""
+    facts: dict[tuple[str, Hashable], list[Mapping[str, Any] | None]] = {}
+    for change in changes:
+        facts.setdefault((change.entity, hashable(change.key)), [change.before]).append(change.after)
+    rows: dict[Table, list[_Rows]] = {}
+    for (entity, _), images in facts.items():
+        columns = registry.by_entity[entity].columns_for(dialect)
+        parts = [columns.parts(image) for image in images]
+        for table in columns.of_table:
+            rows.setdefault(table, []).append([part[table] for part in parts])
+    return rows
+
+
+@dataclass
+class _Relationships:
+    """The relationships to rows that an undo has written."""
+
+    rows: Mapping[Table, Sequence[_Rows]]
+    _of_mapper: dict[Mapper[Any], list[_Relationship]] = field(default_factory=dict)
+
+    def changed(self, mapper: Mapper[Any], values: Mapping[str, Any]) -> list[str]:
+        """Those that are loaded in an object with these attribute *values*, and may hold other objects now."""
+        if mapper not in self._of_mapper:
+            self._of_mapper[mapper] = list(self._to_written_rows(mapper))
+        return [one.name for one in self._of_mapper[mapper] if one.name in values and one.may_differ(values)]
+
+    def _to_written_rows(self, mapper: Mapper[Any]) -> Iterable[_Relationship]:
+        for relationship in mapper.relationships:
+            tables = {*relationship.mapper.tables, relationship.secondary}
+            if not tables.isdisjoint(self.rows):
+                yield self._relationship(mapper, relationship)
+
+    def _relationship(self, mapper: Mapper[Any], relationship: RelationshipProperty[Any]) -> _Relationship:
+        pairs = relationship.local_remote_pairs or ()
+        tables = {remote.table for _, remote in pairs}
+        is_plain = relationship.secondary is None and not relationship.viewonly
+        if not is_plain or len(tables) != 1 or tables.isdisjoint(self.rows):
+            return _Relationship(relationship.key)
+        try:
+            attributes = [mapper.get_property_by_column(local).key for local, _ in pairs]
+        except UnmappedColumnError:
+            return _Relationship(relationship.key)
+        values = _changed_values(self.rows[tables.pop()], [remote for _, remote in pairs])
+        return _Relationship(relationship.key, attributes, values)
+
+
+def _changed_values(rows: Iterable[_Rows], columns: Sequence[Any]) -> set[Hashable]:
+    """The values of *columns* that a row was given or has lost."""
+    changed: set[Hashable] = set()
+    for row in rows:
+        values = {None if image is None else hashable([image.get(column.name) for column in columns]) for image in row}
+        if len(values) > 1:
+            changed |= values
+    return changed
+
+
+@dataclass(frozen=True)
+class _Relationship:
+    """A relationship, with the *attributes* by which its object refers. None: by something else."""
+
+    name: str
+    attributes: Sequence[str] = ()
+    changed_values: Collection[Hashable] = ()
+
+    def may_differ(self, values: Mapping[str, Any]) -> bool:
+        if not self.attributes or not all(attribute in values for attribute in self.attributes):
+            return True
+        return hashable([values[attribute] for attribute in self.attributes]) in self.changed_values
