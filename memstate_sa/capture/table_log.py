@@ -28,6 +28,7 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
+    true,
     union_all,
 )
 from sqlalchemy.engine import Connection, Dialect
@@ -118,7 +119,8 @@ class TableLog:
             parameters["baselines"] = as_json(baselines)
         kind = new, bool(baselines)
         if kind not in self._logging:
-            self._logging[kind] = _logging(self._rows, connection.dialect.name, new=new, baselines=bool(baselines))
+            statement = _logging(self._rows, connection.dialect.name, new=new, baselines=bool(baselines))
+            self._logging[kind] = statement.execution_options(preserve_rowcount=True)
         result = connection.execute(self._logging[kind], parameters)
         if connection.dialect.name == "postgresql" or not result.rowcount:
             return result.rowcount
@@ -145,8 +147,8 @@ def _look(here: FromClause) -> Select[Any]:
 
 def _logging(rows: Select[Any], dialect_name: str, *, new: bool, baselines: bool) -> Insert:
     """Log what became of *rows*, and on PostgreSQL mark them dirty in the same statement."""
-    changing = _inserted(rows) if new else _changed(rows, baselines=baselines)
     is_postgresql = dialect_name == "postgresql"
+    changing = _inserted(rows) if new else _changed(rows, baselines=baselines, is_postgresql=is_postgresql)
     # On SQLite the statement has to begin with its INSERT: the driver counts the rows of no other.
     changed: FromClause = changing.cte("changed") if is_postgresql else changing.subquery("changed")
     entry: list[Any] = [changed.c.key, changed.c.op, typed(changed.c.image, StoredJson), _step]
@@ -171,11 +173,15 @@ def _logging(rows: Select[Any], dialect_name: str, *, new: bool, baselines: bool
 _PARTS: CompoundSelect[Any] = union_all(select(literal_column("1").label("n")), select(literal_column("2").label("n")))
 """A baseline, and the change after it."""
 
-_marking_logged = insert(outbox).from_select(
-    _OUTBOX_COLUMNS,
-    select(log.c.tx, log.c.at, log.c.entity, literal_column("0"), log.c.key)
-    .where(log.c.id.between(bindparam("first"), bindparam("last")), log.c.op != "baseline")
-    .order_by(log.c.id),
+_marking_logged = (
+    insert(outbox)
+    .from_select(
+        _OUTBOX_COLUMNS,
+        select(log.c.tx, log.c.at, log.c.entity, literal_column("0"), log.c.key)
+        .where(log.c.id.between(bindparam("first"), bindparam("last")), log.c.op != "baseline")
+        .order_by(log.c.id),
+    )
+    .execution_options(preserve_rowcount=True)
 )
 
 
@@ -190,22 +196,31 @@ def _inserted(rows: Select[Any]) -> Select[Any]:
     return select(here.c.key, literal_column("'insert'", Text()).label("op"), here.c.image)
 
 
-def _changed(rows: Select[Any], *, baselines: bool) -> Select[Any]:
+def _with_last_entries(touched: FromClause, *, is_postgresql: bool) -> tuple[FromClause, FromClause, FromClause]:
+    """Each of the keys *touched*, and its last entry if it has one: both together, the keys, the entries."""
+    its = and_(log.c.entity == _entity, log.c.key == touched.c.key)
+    if is_postgresql:  # one look into the index for each key, and not a join, which may read the whole log
+        last: FromClause = select(log.c.op, log.c.image).where(its).order_by(log.c.id.desc()).limit(1).lateral("last")
+        return touched.outerjoin(last, true()), touched, last
+    newest = select(func.max(log.c.id)).where(its).scalar_subquery()
+    known = select(touched.c.key, touched.c.image, newest.label("id")).subquery("known")
+    last = log.alias("last")
+    return known.outerjoin(last, last.c.id == known.c.id), known, last
+
+
+def _changed(rows: Select[Any], *, baselines: bool, is_postgresql: bool) -> Select[Any]:
     """The keys of which the log does not say yet what has become of them."""
     before = select(_before.c.value, literal_column("NULL", Text()))
     each = union_all(rows, before).subquery("each")
     touched = select(each.c.key, func.max(each.c.image).label("image")).group_by(each.c.key).subquery("touched")
-    newest = select(func.max(log.c.id)).where(log.c.entity == _entity, log.c.key == touched.c.key)
-    known = select(touched.c.key, touched.c.image, newest.scalar_subquery().label("id")).subquery("known")
-    last = log.alias("last")
-    source: FromClause = known.outerjoin(last, last.c.id == known.c.id)
+    source, known, last = _with_last_entries(touched, is_postgresql=is_postgresql)
     op: ColumnElement[Any] = last.c.op
     image: ColumnElement[Any] = last.c.image
     columns = []
     if baselines:
         seen = select(row_value(_baselines, 0, Text()).label("key"), row_value(_baselines, 1, Text()).label("image"))
         first = seen.subquery("first")
-        source = source.outerjoin(first, and_(first.c.key == known.c.key, known.c.id.is_(None)))
+        source = source.outerjoin(first, and_(first.c.key == known.c.key, last.c.op.is_(None)))
         op = case((first.c.key.is_not(None), "baseline"), else_=op)
         image = case((first.c.key.is_not(None), typed(first.c.image, StoredJson)), else_=image)
         columns = [first.c.image.label("first")]
