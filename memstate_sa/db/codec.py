@@ -148,8 +148,13 @@ def decoded(key: str) -> tuple[Any, ...] | None:
         return None
 
 
+def normalized(data: Any) -> Any:
+    """An encoded value in the form of `encode`: a database writes floats in another one."""
+    return encode(decode(data)) if isinstance(data, dict) else data
+
+
 def same(one: Any, other: Any) -> bool:
-    """Whether two encoded values are one, which triggers may have encoded in another form than Sessions do."""
+    """Whether two encoded values are one, which a database may have encoded in another form than Python."""
     return bool(one == other) or _equal(decode(one), decode(other))
 
 

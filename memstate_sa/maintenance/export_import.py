@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 
 from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.db import engines, statements
-from memstate_sa.db.codec import FactKey, Image, decode_image, decode_key, encode, encode_key, to_json
+from memstate_sa.db.codec import FactKey, Image, decode_image, decode_key, encode, encode_key, normalized, to_json
 from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.tables import log, transaction, unique, utcnow
 from memstate_sa.errors import ConflictError, MemstateError
@@ -124,7 +124,7 @@ def _write(file: TextIO, line: _Line) -> None:
     if "at" in values:
         values["at"] = values["at"].isoformat()
     if "image" in values:  # JSONB does not keep the order
-        values["image"] = dict(sorted(values["image"].items()))
+        values["image"] = {name: normalized(data) for name, data in sorted(values["image"].items())}
     file.write(to_json(values).translate(_BREAKS) + "\n")
 
 
