@@ -376,16 +376,24 @@ class _ChangeByKeys(_Change):
         if not all(name in parameters for parameters in parameter_sets for name in names):
             return self.state.invoke_statement()  # SQLAlchemy says what is missing; else the guard refuses it
         keys = list(dict.fromkeys(self.columns.raw_key([params[name] for name in names]) for params in parameter_sets))
+        if self.recorder.table_log(self.tracked, self.connection.dialect) is not None:
+            # A key may be given in another form than the database stores it.
+            looks = self.recorder.look(self.connection, self.transaction, self.tracked, keys)
+            result = self._invoke()
+            self.recorder.log_looks(self.connection, self.transaction, self.tracked, looks, (), new=False)
+            return result
         if len(self.tracked.tables) > 1:
             self.lock_first_rows(keys)
         baselines = self.recorder.baselines(self.connection, self.transaction, self.tracked, keys)
-        result = self.invoke()
-        if self.dml._returning:
-            result = CapturedResult(result)
+        result = self._invoke()
         if self.state.is_update:
             images = self.columns.read(self.connection, keys)
             keys = [key for key in keys if self.columns.encode_key(key) in images]
         return self.log_changed(result, keys, baselines)
+
+    def _invoke(self) -> Result[Any]:
+        result = self.invoke()
+        return CapturedResult(result) if self.dml._returning else result
 
 
 def _dml_of(statement: Any) -> Any:

@@ -58,6 +58,12 @@ def check_tables(mapper: Mapper[Any]) -> Table:
         raise MemstateError(f"{name} is not mapped to a table with a primary key")
     if issubclass(mapper.class_, ConcreteBase) and not mapper.concrete:
         raise MemstateError(f"{name} is a union of tables (ConcreteBase): track its subclasses, or do without it")
+    if tuple(mapper.primary_key) != tuple(tables[0].primary_key.columns):
+        own, its = (", ".join(column.name for column in key) for key in (mapper.primary_key, tables[0].primary_key))
+        raise MemstateError(
+            f"{name} is mapped by ({own}), but the primary key of table {tables[0].fullname} is ({its}): a fact has "
+            "the key of its row. Map the class by the table's primary key."
+        )
     if mapper.single or len(tables) == 1:
         return tables[0]
     keys = [tuple(table.primary_key.columns) for table in tables]

@@ -172,6 +172,24 @@ def test_track_that_raises_leaves_nothing_tracked(engine: Engine, capture: str) 
     Document.metadata.info.pop(TRACKED, None)
 
 
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+def test_track_refuses_a_mapper_with_another_primary_key(capture: str) -> None:
+    """The class would say one key, and the database another: a deletion was logged of another row."""
+
+    class Other(DeclarativeBase):
+        pass
+
+    class Item(Other):
+        __tablename__ = "item"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        code: Mapped[int] = mapped_column(unique=True)
+        __mapper_args__: ClassVar[dict[str, Any]] = {"primary_key": [code]}
+
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    with pytest.raises(MemstateError, match=r"Item is mapped by \(code\), but the primary key of table item is \(id\)"):
+        memory.track(Item, text=None, capture=capture)  # type: ignore[arg-type]
+
+
 def test_track_takes_the_attribute_itself(engine: Engine) -> None:
     """`text=Page.body` is what `text="body"` is."""
     app = make_app(engine, Page, text=Page.body)
