@@ -16,13 +16,12 @@ from sqlalchemy.sql.util import ClauseAdapter
 
 from memstate_sa.capture.bulk_results import CapturedResult
 from memstate_sa.capture.guard import Guard
-from memstate_sa.capture.recorder import Recorder, require_no_translation, require_supported
+from memstate_sa.capture.recorder import Before, Recorder, require_no_translation, require_supported
 from memstate_sa.capture.transaction import OpenTransaction, OpenTransactions
 from memstate_sa.db.raw_values import RAW
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import take_write_lock
 from memstate_sa.errors import ConflictError
-from memstate_sa.log.changes import LogEntry
 from memstate_sa.tracking.inheritance import inheritance_criterion
 from memstate_sa.tracking.registry import Registry, unaliased
 from memstate_sa.tracking.tracked import Tracked
@@ -278,9 +277,9 @@ class _Change(BulkStatement):
         if matching_keys is None:
             return None
         keys = list(dict.fromkeys([*matching_keys, *self.suspects]))
-        baselines = self.recorder.baselines(self.connection, self.transaction, self.tracked, keys)
+        before = self.recorder.before_bulk(self.connection, self.transaction, self.tracked, keys)
         if not self._can_return_keys:
-            return self._run_counting(keys, baselines)
+            return self._run_counting(keys, before)
         names = [key.name for key in self._returned_keys]
         try:
             result, returned = self.captured(self.invoke(self._returned_keys), names, names)
@@ -294,12 +293,12 @@ class _Change(BulkStatement):
             others.pop(key, None)
         if others and self._may_look_again(others):
             return None
-        return self.log_changed(result, [*keys, *others], baselines)
+        return self.log_changed(result, [*keys, *others], before)
 
-    def log_changed(self, result: Result[Any], keys: Iterable[RawKey], baselines: Sequence[LogEntry]) -> Result[Any]:
+    def log_changed(self, result: Result[Any], keys: Sequence[RawKey], before: Before) -> Result[Any]:
         """Log what became of the rows with these keys. Those that were not changed get no entry."""
-        touched = {self.tracked: dict.fromkeys(keys, True)}
-        self.recorder.log_touched(self.connection, self.transaction, touched, baselines, updated=self.state.is_update)
+        is_update = self.state.is_update
+        self.recorder.log_bulk(self.connection, self.transaction, self.tracked, keys, before, updated=is_update)
         return result
 
     def refuse_changed_keys(self) -> None:
@@ -334,14 +333,14 @@ class _Change(BulkStatement):
         self.suspects |= others
         return True
 
-    def _run_counting(self, keys: Sequence[RawKey], baselines: Sequence[LogEntry]) -> Result[Any] | None:
+    def _run_counting(self, keys: Sequence[RawKey], before: Before) -> Result[Any] | None:
         """Without RETURNING of ours, more rows than those of *keys* tell that there are others."""
         result: Any = self.invoke()
         if self.dml._returning:
             result = CapturedResult(result)
         if self.connection.dialect.name != "sqlite" and result.rowcount > len(keys):
             return None
-        return self.log_changed(result, keys, baselines)
+        return self.log_changed(result, keys, before)
 
     def _matching_keys(self) -> list[RawKey] | None:
         """The keys of the rows that match, which it locks. None when another fact matches than a moment before."""
@@ -376,24 +375,19 @@ class _ChangeByKeys(_Change):
         if not all(name in parameters for parameters in parameter_sets for name in names):
             return self.state.invoke_statement()  # SQLAlchemy says what is missing; else the guard refuses it
         keys = list(dict.fromkeys(self.columns.raw_key([params[name] for name in names]) for params in parameter_sets))
-        if self.recorder.table_log(self.tracked, self.connection.dialect) is not None:
-            # A key may be given in another form than the database stores it.
-            looks = self.recorder.look(self.connection, self.transaction, self.tracked, keys)
-            result = self._invoke()
-            self.recorder.log_looks(self.connection, self.transaction, self.tracked, looks, (), new=False)
-            return result
         if len(self.tracked.tables) > 1:
             self.lock_first_rows(keys)
-        baselines = self.recorder.baselines(self.connection, self.transaction, self.tracked, keys)
-        result = self._invoke()
+        before = self.recorder.before_bulk(self.connection, self.transaction, self.tracked, keys)
+        result = self.invoke()
+        if self.dml._returning:
+            result = CapturedResult(result)
+        if before.looks:  # which know the keys as the database stores them, and rows that are not there
+            self.recorder.log_looks(self.connection, self.transaction, self.tracked, before.looks, (), new=False)
+            return result
         if self.state.is_update:
             images = self.columns.read(self.connection, keys)
             keys = [key for key in keys if self.columns.encode_key(key) in images]
-        return self.log_changed(result, keys, baselines)
-
-    def _invoke(self) -> Result[Any]:
-        result = self.invoke()
-        return CapturedResult(result) if self.dml._returning else result
+        return self.log_changed(result, keys, before)
 
 
 def _dml_of(statement: Any) -> Any:

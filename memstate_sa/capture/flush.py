@@ -127,7 +127,7 @@ class FlushCapture:
                 continue
             tracked = by_mapper[mapper]
             raw_keys = list(map(tracked.columns_for(connection.dialect).raw_key, keys))
-            if self._recorder.table_log(tracked, connection.dialect) is not None:
+            if self._recorder.table_log(tracked, connection) is not None:
                 flush.unseen.setdefault(tracked, []).extend(raw_keys)
                 continue
             changing.setdefault(tracked, []).extend(raw_keys)
@@ -163,7 +163,8 @@ class FlushCapture:
         _require_one_database(session, {state.mapper for state, _, _ in flush.touched})
         connection = session.connection(bind_arguments={"mapper": flush.touched[0][0].mapper})
         touched = self._touched(flush, connection)
-        for tracked in [each for each in touched if self._recorder.table_log(each, connection.dialect) is not None]:
+        touched = {tracked: keys for tracked, keys in touched.items() if keys or tracked in flush.looks}
+        for tracked in [each for each in touched if self._recorder.table_log(each, connection) is not None]:
             self._log_by_database(connection, flush, tracked, touched.pop(tracked))
         if touched:
             self._recorder.log_touched(connection, flush.transaction, touched, flush.baselines, flush)

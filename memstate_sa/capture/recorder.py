@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
+from weakref import WeakKeyDictionary
 
 from pydantic import ValidationError
 from sqlalchemy import delete, func, insert, select
-from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.pool import Pool
 
 from memstate_sa.capture import hazards, unique_values
 from memstate_sa.capture.table_log import Header, Look, RawKey, TableLog
@@ -46,19 +48,28 @@ _NOT_UNIQUE = (
 )
 
 
+class Before(NamedTuple):
+    """The rows that a statement may change: as the database saw them, or as Python read those that the log has not."""
+
+    looks: Sequence[Look] = ()
+    baselines: Sequence[LogEntry] = ()
+
+
 class Recorder:
     """Logs what became of rows, by as many statements for one as for many."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._table_logs: dict[str, tuple[TableColumns, TableLog | None]] = {}
+        # By the pool of connections to a database, which may have other types than the model says.
+        self._table_logs: WeakKeyDictionary[Pool, dict[str, tuple[TableColumns, TableLog | None]]] = WeakKeyDictionary()
 
-    def table_log(self, tracked: Tracked, dialect: Dialect) -> TableLog | None:
+    def table_log(self, tracked: Tracked, connection: Connection) -> TableLog | None:
         """The statements by which the database logs rows of *tracked*; None where they have to be read."""
-        columns = tracked.columns_for(dialect)
-        known = self._table_logs.get(tracked.entity)
-        if known is None or known[0] is not columns:  # another database, or another subclass was mapped
-            known = self._table_logs[tracked.entity] = (columns, TableLog.of(tracked, dialect))
+        columns = tracked.columns_for(connection.dialect)
+        table_logs = self._table_logs.setdefault(connection.engine.pool, {})
+        known = table_logs.get(tracked.entity)
+        if known is None or known[0] is not columns:  # another subclass was mapped
+            known = table_logs[tracked.entity] = (columns, TableLog.of(tracked, connection))
         return known[1]
 
     def write_header(self, connection: Connection, tx: str, labels: Mapping[str, str | None]) -> None:
@@ -237,10 +248,10 @@ class Recorder:
         its baseline.
         """
         require_supported(connection, transaction)
-        table_log = self.table_log(tracked, connection.dialect)
+        table_log = self.table_log(tracked, connection)
         assert table_log is not None
         with transaction.writing():
-            if not sqlite.in_transaction(connection):
+            if not sqlite.may_write(connection):
                 take_write_lock(connection)
             return table_log.look(connection, keys)
 
@@ -259,7 +270,7 @@ class Recorder:
         *written* are keys of rows that are certain to be there now.
         """
         require_supported(connection, transaction)
-        table_log = self.table_log(tracked, connection.dialect)
+        table_log = self.table_log(tracked, connection)
         assert table_log is not None
         columns = tracked.columns_for(connection.dialect)
         for key in written:
@@ -270,7 +281,7 @@ class Recorder:
             count = sum(table_log.log(connection, header, look, new=new) for look in looks)
             if count:
                 transaction.note_entries(connection, transaction.tx)
-            if count < len(written):
+            if written and count < sum(len(look.keys) for look in looks):
                 lost = len(written) - table_log.count(connection, list(written))
                 if lost > 0:
                     _raise_lost(connection, tracked, lost)
@@ -292,7 +303,7 @@ class Recorder:
         baselines = self._still_unknown(connection, baselines)
         entries = list(baselines)
         for tracked, existed in touched.items():
-            if self.table_log(tracked, connection.dialect) is not None:
+            if self.table_log(tracked, connection) is not None:
                 first = {entry.key: entry.image for entry in baselines if entry.entity == tracked.entity}
                 entries = [entry for entry in entries if entry.entity != tracked.entity]
                 self._log_bulk(connection, transaction, tracked, existed, first, updated=updated)
@@ -324,6 +335,40 @@ class Recorder:
             entries += changes
         self.write(connection, transaction, entries)
 
+    def before_bulk(
+        self, connection: Connection, transaction: OpenTransaction, tracked: Tracked, keys: Sequence[RawKey]
+    ) -> Before:
+        """The rows of *keys*, which a statement may change."""
+        if self.table_log(tracked, connection) is not None:
+            return Before(looks=self.look(connection, transaction, tracked, keys))
+        return Before(baselines=self.baselines(connection, transaction, tracked, keys))
+
+    def log_bulk(
+        self,
+        connection: Connection,
+        transaction: OpenTransaction,
+        tracked: Tracked,
+        keys: Sequence[RawKey],
+        before: Before,
+        *,
+        updated: bool,
+    ) -> None:
+        """Log what became of the rows of *keys*: those that were there *before*, and others.
+
+        *updated*: by an UPDATE, after which they are still there.
+        """
+        table_log = self.table_log(tracked, connection)
+        if table_log is None:
+            touched = {tracked: dict.fromkeys(keys, True)}
+            self.log_touched(connection, transaction, touched, before.baselines, updated=updated)
+            return
+        if updated and table_log.count(connection, keys) < len(keys):
+            _require_visible(connection, tracked)
+        seen = {key for look in before.looks for key in look.keys}
+        others = [key for key in keys if key not in seen]
+        looks = [*before.looks, *(Look(batch, {}) for batch in batches(others))]
+        self.log_looks(connection, transaction, tracked, looks, (), new=False)
+
     def _log_bulk(
         self,
         connection: Connection,
@@ -338,7 +383,7 @@ class Recorder:
         columns = tracked.columns_for(connection.dialect)
         keys = {columns.encode_key(raw): raw for raw in existed}
         if updated:
-            table_log = self.table_log(tracked, connection.dialect)
+            table_log = self.table_log(tracked, connection)
             assert table_log is not None
             if table_log.count(connection, list(existed)) < len(existed):
                 _require_visible(connection, tracked)

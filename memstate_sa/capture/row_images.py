@@ -6,7 +6,7 @@ It writes what `TableColumns` and `codec` would have written in Python.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from sqlalchemy import Column
@@ -74,6 +74,34 @@ _POSTGRESQL: Mapping[type, Callable[[Any, str], str]] = {
     sqltypes.Interval: _interval,
     INTERVAL: _interval,
 }
+_STORED_AS: Mapping[type, Collection[str]] = {
+    sqltypes.Boolean: {"bool"},
+    sqltypes.Integer: {"int2", "int4", "int8"},
+    sqltypes.Float: {"float4", "float8"},
+    sqltypes.Numeric: {"numeric"},
+    sqltypes.String: {"varchar", "text", "bpchar", "citext", "name"},
+    sqltypes.LargeBinary: {"bytea"},
+    sqltypes.Date: {"date"},
+    sqltypes.Interval: {"interval"},
+    INTERVAL: {"interval"},
+}
+
+
+def stored_as(type_: Any) -> Collection[str]:
+    """The names of PostgreSQL's types for which the SQL of *type_* is right; nothing where it is for any.
+
+    A column may have another type in the database than in the model: a migration was forgotten.
+    """
+    if isinstance(type_, (sqltypes.DateTime, sqltypes.Time)):
+        name = "timestamp" if isinstance(type_, sqltypes.DateTime) else "time"
+        return {f"{name}tz" if type_.timezone else name}
+    if isinstance(type_, sqltypes.Uuid):
+        return {"uuid"} if type_.native_uuid else _STORED_AS[sqltypes.String]
+    if isinstance(type_, sqltypes.Enum) and type_.native_enum:
+        return ()
+    return next((names for kind, names in _STORED_AS.items() if isinstance(type_, kind)), ())
+
+
 _ITEMS = (sqltypes.Boolean, sqltypes.Integer, sqltypes.String)
 _KEYS = (
     sqltypes.Boolean,

@@ -28,13 +28,16 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
+    text,
     true,
     union_all,
 )
 from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.exc import CompileError
 from sqlalchemy.sql.util import ClauseAdapter
 
-from memstate_sa.capture.row_images import TableWriter
+from memstate_sa.capture.row_images import TableWriter, stored_as
+from memstate_sa.capture.sql_text import as_sent
 from memstate_sa.db.json_params import as_array, as_json, row_value, typed, unnest_rows, unnest_strings
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import batches
@@ -83,23 +86,32 @@ class TableLog:
         self._logging: dict[tuple[bool, bool], Insert] = {}
 
     @classmethod
-    def of(cls, tracked: Tracked, dialect: Dialect) -> TableLog | None:
+    def of(cls, tracked: Tracked, connection: Connection) -> TableLog | None:
         """None where Python has to look at the rows, or SQL cannot write them."""
+        columns, dialect = tracked.columns_for(connection.dialect), connection.dialect
         looks = tracked.validate or tracked.immutable or tracked.unique_values
-        if looks or len(tracked.tables) > 1:
+        if looks or len(tracked.tables) > 1 or (dialect.name == "sqlite" and len(columns.names) > _COLUMNS):
             return None
         try:
-            return cls(tracked, tracked.columns_for(dialect), dialect)
-        except MemstateError:
+            table_log = cls(tracked, columns, dialect)
+        except (MemstateError, CompileError):
             return None
+        return table_log if _is_stored_as_declared(connection, columns) else None
 
     def look(self, connection: Connection, keys: Sequence[RawKey]) -> list[Look]:
         """The rows of *keys* before they are changed, in batches: one statement for each."""
-        looks = []
+        looks: list[Look] = []
         for batch in batches(keys):
-            rows = connection.execute(self._look, {"entity": self._entity, **self._columns.key_parameters(batch)})
-            looks.append(Look(batch, {row[0]: row[1] for row in rows}))
+            looks += self._looks_of_batch(connection, batch)
         return looks
+
+    def _looks_of_batch(self, connection: Connection, keys: Sequence[RawKey]) -> list[Look]:
+        parameters = {"entity": self._entity, **self._columns.key_parameters(keys)}
+        rows = {row[0]: row[1] for row in connection.execute(self._look, parameters)}
+        if len(keys) == 1 or sum(len(image) for image in rows.values() if image is not None) <= _CHARS:
+            return [Look(keys, rows)]
+        middle = len(keys) // 2
+        return [*self._looks_of_batch(connection, keys[:middle]), *self._looks_of_batch(connection, keys[middle:])]
 
     def count(self, connection: Connection, keys: Sequence[RawKey]) -> int:
         """How many rows there are of *keys*, of whichever class in their table."""
@@ -129,6 +141,28 @@ class TableLog:
         return connection.execute(_marking_logged, ids).rowcount
 
 
+_COLUMNS = 250
+"""SQLite takes an expression of a thousand parts at most. That of an image has three for each column."""
+
+_CHARS = 64_000_000
+"""Of images in one parameter. PostgreSQL takes JSONB of 256 MB."""
+
+_types = text(
+    "SELECT a.attname, coalesce(b.typname, t.typname) FROM pg_attribute AS a JOIN pg_type AS t ON t.oid = a.atttypid "
+    "LEFT JOIN pg_type AS b ON b.oid = t.typbasetype WHERE a.attrelid = to_regclass(:name) AND a.attnum > 0"
+)
+
+
+def _is_stored_as_declared(connection: Connection, columns: TableColumns) -> bool:
+    """Whether the columns have the types for which the SQL of an image is made."""
+    if connection.dialect.name != "postgresql":
+        return True  # SQLite's goes by the value
+    name = as_sent(connection.dialect.identifier_preparer.format_table(columns.table), connection.dialect)
+    stored: dict[str, str] = {row[0]: row[1] for row in connection.execute(_types, {"name": name})}
+    declared = {name: stored_as(columns.implementation(column)) for name, column in columns.by_name.items()}
+    return all(stored[name] in types for name, types in declared.items() if types and name in stored)
+
+
 # -- the statements ----------------------------------------------------------------------------------------------------
 
 _entity = bindparam("entity", type_=Text())
@@ -153,7 +187,7 @@ def _logging(rows: Select[Any], dialect_name: str, *, new: bool, baselines: bool
     changed: FromClause = changing.cte("changed") if is_postgresql else changing.subquery("changed")
     entry: list[Any] = [changed.c.key, changed.c.op, typed(changed.c.image, StoredJson), _step]
     shared = [_tx, _at, _version, _entity, statement_snapshot()]
-    order = [] if new else [func.length(changed.c.key), changed.c.key]  # numbers as numbers
+    order = [func.length(changed.c.key), changed.c.key]  # numbers as numbers
     entries = select(*shared, *entry).order_by(*order)
     if baselines:
         part = _PARTS.alias("part")

@@ -192,6 +192,11 @@ def is_busy(error: DBAPIError) -> bool:
     return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
+def may_write(connection: Connection) -> bool:
+    """Whether the transaction is the one writer already. That of an engine which is not configured may only read."""
+    return bool(getattr(connection.engine, _CONFIGURED, False)) and in_transaction(connection)
+
+
 def in_transaction(connection: Connection) -> bool:
     """Whether the driver's connection has begun."""
     return bool(getattr(connection.connection.driver_connection, "in_transaction", False))
