@@ -264,6 +264,7 @@ def test_env_py_of_another_tool_is_no_sign_of_alembic(folder: Path, url: str) ->
     assert "There is nothing left to do" in invoke("init", "--url", url)
 
 
+@pytest.mark.deep_on("postgres")
 def test_a_database_that_alembic_made_is_left_to_it(folder: Path, engine: Engine) -> None:
     """Whoever runs its migrations may have them elsewhere."""
     url = engine.url.render_as_string(hide_password=False)

@@ -456,6 +456,7 @@ def test_offline_script_stops_at_a_missing_table(tmp_path: Path, postgres_engine
         app.execute(app.offline("head"))
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("sqlite")
 def test_autogenerate_does_not_drop_our_tables(notes: Application) -> None:
     """An application whose metadata has never heard of them; without the plugin it would drop them all."""

@@ -173,6 +173,7 @@ def slow_saves(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent.saver, "put_writes", slow)
 
 
+@pytest.mark.deep_on("sqlite")
 def test_task_commits_with_the_task_that_it_hands_over_to(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own writes nothing to the state, and is gone before the other's are saved.
 
@@ -364,6 +365,7 @@ def test_a_command_to_a_graph_that_saves_nothing_is_refused(agent: Agent, saver:
 # -- many at a time ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep_on("sqlite")
 @pytest.mark.parametrize("kind", ["functions", "coroutines", "functions in a loop"])
 def test_many_runs_with_few_threads_lose_nothing(world: World, kind: str) -> None:
     """Nor wait for each other in a circle: of threads, connections, LangGraph's permits, or SQLite's one writer."""

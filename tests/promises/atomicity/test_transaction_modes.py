@@ -141,6 +141,7 @@ def test_scoped_session_captures_each_thread(engine: Engine, capture: Any) -> No
     world.assert_in_step()
 
 
+@pytest.mark.deep_on("sqlite")
 @pytest.mark.deep_on("session")
 @both_ways
 @pytest.mark.parametrize("transactions", sizes(20, 200))

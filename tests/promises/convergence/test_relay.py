@@ -310,6 +310,7 @@ def test_one_owner_at_a_time(spied: World) -> None:
     spied.assert_in_step()
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("sqlite")
 def test_a_slow_embedder_keeps_its_lease(engine: Engine) -> None:
     """A page that takes longer than the lease is not taken over: the lease is renewed between calls of the embedder."""

@@ -461,6 +461,7 @@ def test_late_write_reported_as_failed_is_put_right(engine: Engine) -> None:
     world.assert_in_step()
 
 
+@pytest.mark.deep
 @pytest.mark.deep_on("postgres")
 def test_a_database_that_was_away_is_not_asked_all_the_time(engine: Engine) -> None:
     """After one failure outside a delivery the background relay is as idle as before."""

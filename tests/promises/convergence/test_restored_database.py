@@ -167,6 +167,7 @@ def test_index_is_compared_when_the_database_was_restored(backups: Backups, make
     app.close()
 
 
+@pytest.mark.deep_on("postgres")
 def test_restore_from_before_any_delivery_is_noticed(
     backups: Backups, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -207,6 +207,7 @@ def test_database_of_the_version_before_opens_and_goes_on(
     world.memory.close()
 
 
+@pytest.mark.deep_on("sqlite")
 def test_create_tables_drops_the_old_table_beside_the_new_one(engine: Engine) -> None:
     """A process of the version before has created it again."""
     world = World(engine, capture="trigger")

@@ -812,6 +812,7 @@ def test_purge_reports_a_reader_of_the_past(accounts: Accounts) -> None:
     accounts.assert_fine()
 
 
+@pytest.mark.deep
 def test_the_bytes_are_gone_from_postgresql(postgres_engine: Engine) -> None:
     """From the files of the tables concerned, of their indexes, and from the statistics."""
     accounts = Accounts(postgres_engine)

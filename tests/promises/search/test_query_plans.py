@@ -182,7 +182,7 @@ def test_undo_and_history_use_indexes(large: World) -> None:
         assert any("ix_memstate_log_step" in plan for plan in found.values())
 
 
-@pytest.mark.deep_on("sqlite")
+@pytest.mark.deep_on("postgres")
 def test_export_and_import_use_indexes(large: World) -> None:
     """Each page of an export and of an import begins where the one before it ended."""
     file = io.StringIO()

@@ -36,6 +36,7 @@ def index(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[VectorInde
         client.close()
 
 
+@pytest.mark.deep_on("qdrant")
 def test_criteria_by_any_type_find_what_sql_finds(engine: Engine, index: VectorIndex) -> None:
     """Each type with a bind processor, each subclass of str, int and float.
 

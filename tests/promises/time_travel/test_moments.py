@@ -50,6 +50,7 @@ def changing(name: str, meaning: str) -> Callable[[Session], Any]:
     return lambda session: session.execute(update(Tag).where(Tag.name == name).values(meaning=meaning))
 
 
+@pytest.mark.deep_on("delete", "insert")
 @both_ways
 @pytest.mark.parametrize(
     ("write", "outcome"),

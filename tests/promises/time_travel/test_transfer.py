@@ -664,6 +664,7 @@ def test_values_of_every_kind_cross_over(second: Engine, engine: Engine, tmp_pat
     target.memory.close()
 
 
+@pytest.mark.deep_on("postgres")
 def test_import_logs_values_as_the_database_stores_them(second: Engine, engine: Engine) -> None:
     """So that the log tells what is in the tables: PostgreSQL pads CHAR, and a trigger may do anything."""
     source, target = Application(second), Application(engine)
