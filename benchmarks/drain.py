@@ -295,14 +295,18 @@ class ByHand(Tracked):
             connection.execute(
                 insert(self.outbox),
                 [
-                    {"slot": hashlib.sha256((entity + key).encode()).digest()[0] % 64, "entity": entity, "key": key,
-                     "tx": tx, "created_at": at}
+                    {"slot": self.slot(entity + key), "entity": entity, "key": key, "tx": tx, "created_at": at}
                     for key in images
                 ],
             )  # fmt: skip
             if transaction.labels:
                 connection.execute(insert(self.transaction), {"tx": tx, "at": at, **transaction.labels})
             session.commit()
+
+    def slot(self, fact: str) -> int:
+        """SQLite has one."""
+        is_postgresql = self.engine.dialect.name == "postgresql"
+        return hashlib.sha256(fact.encode()).digest()[0] % 64 if is_postgresql else 0
 
     @staticmethod
     def image(fact: Any) -> dict[str, Any]:
