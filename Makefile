@@ -26,6 +26,7 @@ help:  ## List the targets
 demo: $(VENV)/.all  ## The same agent memory twice, by hand and with memstate_sa, through faults and a kill (ARGS=--help)
 	$(BIN)/memstate-sa demo $(ARGS)
 
+test: WORKERS := 4  # many of these tests wait for a moment
 test: $(VENV)/.test  ## All but the long searches, on SQLite and PostgreSQL (ARGS="-k search": in one process)
 	$(BIN)/pytest -m 'not deep' $(PARALLEL) $(ARGS)
 
