@@ -17,6 +17,7 @@ from sqlalchemy.sql.util import ClauseAdapter
 from memstate_sa.capture.bulk_results import CapturedResult
 from memstate_sa.capture.guard import Guard
 from memstate_sa.capture.recorder import Before, Recorder, require_no_translation, require_supported
+from memstate_sa.capture.table_log import RawKey
 from memstate_sa.capture.transaction import OpenTransaction, OpenTransactions
 from memstate_sa.db.raw_values import RAW
 from memstate_sa.db.rows import TableColumns
@@ -25,9 +26,6 @@ from memstate_sa.errors import ConflictError
 from memstate_sa.tracking.inheritance import inheritance_criterion
 from memstate_sa.tracking.registry import Registry, unaliased
 from memstate_sa.tracking.tracked import Tracked
-
-RawKey = tuple[Any, ...]
-"""A primary key as the driver has it."""
 
 _ATTEMPTS = 5
 _REPLACES = "OR REPLACE and the like change rows unseen; on_conflict_do_update()"

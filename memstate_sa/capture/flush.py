@@ -21,9 +21,8 @@ from sqlalchemy.orm.base import NO_VALUE
 from sqlalchemy.sql import ClauseElement
 
 from memstate_sa.capture.recorder import TWO_DATABASES, Recorder
-from memstate_sa.capture.table_log import Look, RawKey
+from memstate_sa.capture.table_log import RawKey, with_others
 from memstate_sa.capture.transaction import Flush, OpenTransactions
-from memstate_sa.db.statements import batches
 from memstate_sa.db.tables import in_utc
 from memstate_sa.errors import MemstateError
 from memstate_sa.tracking.registry import Registry
@@ -172,13 +171,12 @@ class FlushCapture:
     def _log_by_database(
         self, connection: Connection, flush: Flush, tracked: Tracked, existed: Mapping[RawKey, bool]
     ) -> None:
-        looks = flush.looks.get(tracked, [])
-        seen = {key for look in looks for key in look.keys}
-        others = [key for key, before in existed.items() if key not in seen and (looks or not before)]
-        if looks or others:
-            looks = [*looks, *(Look(batch, {}) for batch in batches(others))]
+        before = flush.looks.get(tracked, [])
+        # Without a look, no statement changed a row: only new ones may be written.
+        looks = with_others(before, (key for key, was_there in existed.items() if before or not was_there))
+        if looks:
             written = set(flush.written.get(tracked, ()))
-            self._recorder.log_looks(connection, flush.transaction, tracked, looks, written, new=not seen)
+            self._recorder.log_looks(connection, flush.transaction, tracked, looks, written, new=not before)
 
     def _touched(self, flush: Flush, connection: Connection) -> dict[Tracked, dict[tuple[Any, ...], bool]]:
         """The keys that *flush* touched (driver-level), and whether they existed before it; notes those it wrote."""

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.pool import Pool
 
 from memstate_sa.capture import hazards, unique_values
-from memstate_sa.capture.table_log import Header, Look, RawKey, TableLog
+from memstate_sa.capture.table_log import Header, Look, RawKey, TableLog, with_others
 from memstate_sa.capture.transaction import Flush, OpenTransaction
 from memstate_sa.db import sqlite, tables
 from memstate_sa.db.codec import Image, decode_key
@@ -306,7 +306,7 @@ class Recorder:
             if self.table_log(tracked, connection) is not None:
                 first = {entry.key: entry.image for entry in baselines if entry.entity == tracked.entity}
                 entries = [entry for entry in entries if entry.entity != tracked.entity]
-                self._log_bulk(connection, transaction, tracked, existed, first, updated=updated)
+                self._log_inserted(connection, transaction, tracked, existed, first)
                 continue
             columns = tracked.columns_for(connection.dialect)
             images = columns.read(connection, list(existed))
@@ -364,29 +364,19 @@ class Recorder:
             return
         if updated and table_log.count(connection, keys) < len(keys):
             _require_visible(connection, tracked)
-        seen = {key for look in before.looks for key in look.keys}
-        others = [key for key in keys if key not in seen]
-        looks = [*before.looks, *(Look(batch, {}) for batch in batches(others))]
-        self.log_looks(connection, transaction, tracked, looks, (), new=False)
+        self.log_looks(connection, transaction, tracked, with_others(before.looks, keys), (), new=False)
 
-    def _log_bulk(
+    def _log_inserted(
         self,
         connection: Connection,
         transaction: OpenTransaction,
         tracked: Tracked,
         existed: Mapping[RawKey, bool],
         baselines: Mapping[str, Image | None],
-        *,
-        updated: bool,
     ) -> None:
-        """The same by the database, of one class."""
+        """The same by the database, of one class: of an INSERT, and of an upsert. Others go by `log_bulk`."""
         columns = tracked.columns_for(connection.dialect)
         keys = {columns.encode_key(raw): raw for raw in existed}
-        if updated:
-            table_log = self.table_log(tracked, connection)
-            assert table_log is not None
-            if table_log.count(connection, list(existed)) < len(existed):
-                _require_visible(connection, tracked)
         seen = {key: baselines.get(key) for key, raw in keys.items() if existed[raw]}
         looks = [
             Look(

@@ -6,7 +6,7 @@ Python has to look at each of them, `Recorder.log_touched` reads them instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -64,6 +64,13 @@ class Look(NamedTuple):
 
     keys: Sequence[RawKey]
     rows: Mapping[str, str | None]
+
+
+def with_others(looks: Sequence[Look], keys: Iterable[RawKey]) -> list[Look]:
+    """*looks*, and batches of those *keys* that they lack: there was no row of them."""
+    seen = {key for look in looks for key in look.keys}
+    others = [key for key in keys if key not in seen]
+    return [*looks, *(Look(batch, {}) for batch in batches(others))]
 
 
 class TableLog:
