@@ -16,7 +16,8 @@ from sqlalchemy.sql.util import ClauseAdapter
 
 from memstate_sa.capture.bulk_results import CapturedResult
 from memstate_sa.capture.guard import Guard
-from memstate_sa.capture.recorder import Before, Recorder, require_no_translation, require_supported
+from memstate_sa.capture.recorder import Before, Recorder, require_supported
+from memstate_sa.capture.supported import require_no_translation
 from memstate_sa.capture.table_log import RawKey
 from memstate_sa.capture.transaction import OpenTransaction, OpenTransactions
 from memstate_sa.db.raw_values import RAW
