@@ -24,9 +24,9 @@ Columns: TypeAlias = tuple[Column[Any], ...]
 class Kind(Enum):
     """The statement that writes a row."""
 
-    INSERT = 1
+    DELETE = 1
     UPDATE = 2
-    DELETE = 3
+    INSERT = 3
 
 
 @dataclass(eq=False)
@@ -85,28 +85,25 @@ class Order:
                 self._after[wait.before][wait.after] = None
 
     def rounds(self) -> Iterator[list[Write]]:
-        """Writes that may be executed together, in their order. Deletes come when nothing else can go on."""
-        changes, deletes = self._by_kind(write for write in self._waiting if not self._before[write])
+        """Writes of one kind that may be executed together, in their order.
+
+        Of those that wait for nothing, first the deletes, then the updates: they may make room in an index that is not
+        compared here, as a collation or an expression decides.
+        """
+        ready: dict[Kind, list[Write]] = {kind: [] for kind in Kind}
+        released = [write for write in self._waiting if not self._before[write]]
         while self._waiting:
-            if not (changes or deletes):
-                changes, deletes = self._by_kind(self._break_circle())
+            for write in released:
+                ready[write.kind].append(write)
+            kind = next((kind for kind in Kind if ready[kind]), None)
+            if kind is None:
+                released = self._break_circle()
                 continue
-            now = changes or deletes
+            now, ready[kind] = ready[kind], []
             yield now
             for write in now:
                 del self._waiting[write]
             released = [after for write in now for after in self._after[write] if self._release(write, after)]
-            further_changes, further_deletes = self._by_kind(released)
-            deletes = [*deletes, *further_deletes] if now is changes else further_deletes
-            changes = further_changes
-
-    @staticmethod
-    def _by_kind(writes: Iterable[Write]) -> tuple[list[Write], list[Write]]:
-        """Those that bring or change a row, and those that delete one."""
-        parts: tuple[list[Write], list[Write]] = ([], [])
-        for write in writes:
-            parts[write.kind is Kind.DELETE].append(write)
-        return parts
 
     def _release(self, before: Write, after: Write) -> bool:
         """Have *after* wait for *before* no longer. Whether it waits for nothing now."""

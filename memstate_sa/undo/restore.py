@@ -168,7 +168,7 @@ class _Restoration:
 
         def place(row: Row) -> tuple[Any, ...]:
             number = self._tables.index(row.write.table)
-            return row.kind.value, -number if row.kind is Kind.DELETE else number, row.names
+            return -number if row.kind is Kind.DELETE else number, row.names
 
         return sorted((row for row in rows if row.names or row.kind is Kind.DELETE), key=place)
 
