@@ -81,13 +81,25 @@ def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
     def _begin(
         connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
     ) -> None:
-        if not (_reads(statement, context) or in_transaction(connection) or connection._is_autocommit_isolation()):
-            for reference in _watchers:
-                if (watcher := reference()) is not None:
-                    watcher.before_begin(connection)
-            _begin_immediate(connection)
+        if not _reads(statement, context):
+            _begin_to_write(connection)
 
     return engine
+
+
+def begin_to_write(connection: Connection) -> bool:
+    """Begin as the one writer, where the engine is configured and has not begun. Returns whether it did."""
+    return bool(getattr(connection.engine, _CONFIGURED, False)) and _begin_to_write(connection)
+
+
+def _begin_to_write(connection: Connection) -> bool:
+    if in_transaction(connection) or connection._is_autocommit_isolation():
+        return False
+    for reference in _watchers:
+        if (watcher := reference()) is not None:
+            watcher.before_begin(connection)
+    _begin_immediate(connection)
+    return True
 
 
 def _roll_back(dbapi_connection: Any, *_: Any) -> None:

@@ -14,6 +14,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
+from memstate_sa.db import sqlite as sqlite_engines
 from memstate_sa.db.tables import outbox
 
 READ_CHUNK = 1000
@@ -34,7 +35,7 @@ def take_write_lock(connection: Connection) -> None:
     PostgreSQL locks rows instead. A DELETE that matches nothing takes the lock, begins the transaction in the driver's
     legacy mode too, and writes nothing.
     """
-    if connection.dialect.name == "sqlite":
+    if connection.dialect.name == "sqlite" and not sqlite_engines.begin_to_write(connection):
         connection.execute(_nothing)
 
 
