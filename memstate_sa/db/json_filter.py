@@ -6,17 +6,34 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, Integer, Text, and_, case, cast, exists, false, func, literal, not_, select, true
+from sqlalchemy import (
+    ColumnElement,
+    Integer,
+    Text,
+    and_,
+    case,
+    cast,
+    exists,
+    false,
+    func,
+    literal,
+    not_,
+    or_,
+    select,
+    true,
+    type_coerce,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.sql.expression import literal_column
 
+from memstate_sa.db.dialects import POSTGRESQL, SQLITE, Database
 from memstate_sa.db.json_params import as_json
 
 _Test = Callable[[Any], ColumnElement[bool]]
 _ORDERINGS = {"$gt": operator.gt, "$gte": operator.ge, "$lt": operator.lt, "$lte": operator.le}
 
 
-def matches(dialect_name: str, document: Any, filter_: Mapping[str, Any]) -> ColumnElement[bool]:
+def matches(database: Database, document: Any, filter_: Mapping[str, Any]) -> ColumnElement[bool]:
     """Whether each member of the object *document* is as *filter_* says, which is plain JSON.
 
     A scalar is what the member has to be, an object what (more) there has to be in it, a list what it consists of, and
@@ -24,8 +41,18 @@ def matches(dialect_name: str, document: Any, filter_: Mapping[str, Any]) -> Col
     whole of a value, an ordering numbers with numbers, and strings with strings by code points; what is neither, or
     not there, is in no order. Raises ValueError for other operators, and for what has no order.
     """
-    json = _Postgresql() if dialect_name == "postgresql" else _Sqlite()
+    json = _JSON[database]
     return and_(true(), *(_member(json, document, name, value) for name, value in filter_.items()))
+
+
+def member_equals(
+    database: Database, document: Any, name: str, value: str | float | bool | None
+) -> ColumnElement[bool]:
+    """Whether the member *name* is this JSON value: of this type, and nothing that merely casts to it.
+
+    None also selects documents without the member.
+    """
+    return _JSON[database].member_equals(document, name, value)
 
 
 def _member(json: _Json, document: Any, name: str | int, condition: Any) -> ColumnElement[bool]:
@@ -93,6 +120,10 @@ class _Json:
     def compares(self, member: Any, ordering: Callable[[Any, Any], Any], value: Any) -> ColumnElement[bool]:
         raise NotImplementedError
 
+    def member_equals(self, document: Any, name: str, value: str | float | bool | None) -> ColumnElement[bool]:
+        """See the function `member_equals`. An index of the documents may serve it."""
+        raise NotImplementedError
+
 
 class _Postgresql(_Json):
     def member(self, document: Any, name: str | int, test: _Test) -> ColumnElement[bool]:
@@ -118,6 +149,11 @@ class _Postgresql(_Json):
             as_text = member.op("#>>", return_type=Text())(literal_column("'{}'")).collate("C")
             return and_(self.is_a(member, "string"), ordering(as_text, literal(value, Text)))
         return and_(self.is_a(member, "number"), ordering(member, self._bound(value)))
+
+    def member_equals(self, document: Any, name: str, value: str | float | bool | None) -> ColumnElement[bool]:
+        jsonb: Any = type_coerce(document, JSONB)
+        contains: ColumnElement[bool] = jsonb.contains({name: value})
+        return contains if value is not None else or_(not_(jsonb.has_key(name)), contains)
 
     @staticmethod
     def _bound(value: Any) -> Any:
@@ -166,5 +202,23 @@ class _Sqlite(_Json):
     def compares(self, member: Any, ordering: Callable[[Any, Any], Any], value: Any) -> ColumnElement[bool]:
         if isinstance(value, str):
             return and_(member.type == "text", ordering(member.atom, literal(value, Text)))
-        number = value if -(2**63) <= value < 2**63 else float(value)  # as SQLite itself reads larger ones
-        return and_(self.is_a(member, "number"), ordering(member.atom, literal(number)))
+        return and_(self.is_a(member, "number"), ordering(member.atom, literal(_number(value))))
+
+    def member_equals(self, document: Any, name: str, value: str | float | bool | None) -> ColumnElement[bool]:
+        field = func.json_each(document).table_valued("key", "type", "atom")
+        row = select(literal(1)).select_from(field).where(field.c.key == name)
+        if value is None:
+            return not_(exists(row.where(field.c.type != "null")))
+        if isinstance(value, bool):
+            return exists(row.where(field.c.type == ("true" if value else "false")))
+        if isinstance(value, str):
+            return exists(row.where(field.c.type == "text", field.c.atom == value))
+        return exists(row.where(field.c.type.in_(("integer", "real")), field.c.atom == literal(_number(value))))
+
+
+def _number(value: float) -> float:
+    """As SQLite itself reads integers that are larger than its own."""
+    return value if -(2**63) <= value < 2**63 else float(value)
+
+
+_JSON: Mapping[Database, _Json] = {POSTGRESQL: _Postgresql(), SQLITE: _Sqlite()}

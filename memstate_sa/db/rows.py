@@ -49,6 +49,7 @@ from sqlalchemy.types import TypeEngine
 
 from memstate_sa.db import intervals, unreadable_times
 from memstate_sa.db.codec import decode, decoded, differ, encode_image, encode_key
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.key_values import DoesNotFit, fitted, is_int64, is_read_by_database, tolerate_refusal, types_of
 from memstate_sa.db.raw_values import RAW, hashable, implementation
 from memstate_sa.db.statements import batches
@@ -264,7 +265,7 @@ class TableColumns:
 
     @cached_property
     def _key_types(self) -> list[frozenset[type]]:
-        return [types_of(self._impl[name], self.dialect.name) for name in self.key_names]
+        return [types_of(self._impl[name], database_of(self.dialect)) for name in self.key_names]
 
     @cached_property
     def _is_read_by_database(self) -> bool:

@@ -1,19 +1,14 @@
-"""Parts of statements that every module uses: batches, upserts, the write lock of SQLite."""
+"""Parts of statements that every module uses: batches, the write lock of SQLite."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from sqlalchemy import (
-    Delete,
-    Table,
-    delete,
-    false,
-)
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Delete, delete, false
 from sqlalchemy.engine import Connection
 
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.tables import outbox
 
 READ_CHUNK = 1000
@@ -29,18 +24,13 @@ def batches(items: Sequence[T], size: int = READ_CHUNK) -> Iterator[Sequence[T]]
 
 
 def take_write_lock(connection: Connection) -> None:
-    """On SQLite, become the writer now: what is read next stays true until this transaction ends.
+    """Where there is one writer, become it now: what is read next stays true until this transaction ends.
 
-    PostgreSQL locks rows instead. A DELETE that matches nothing takes the lock, begins the transaction in the driver's
-    legacy mode too, and writes nothing.
+    Elsewhere rows are locked instead. A DELETE that matches nothing takes the lock, begins the transaction in the
+    driver's legacy mode too, and writes nothing.
     """
-    if connection.dialect.name == "sqlite":
+    if database_of(connection).has_one_writer:
         connection.execute(_nothing)
 
 
 _nothing: Delete = delete(outbox).where(false())
-
-
-def upsert(dialect_name: str, table: Table) -> Any:
-    """An INSERT that can say ON CONFLICT."""
-    return {"sqlite": sqlite, "postgresql": postgresql}[dialect_name].insert(table)

@@ -19,6 +19,7 @@ from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db import sqlite
 from memstate_sa.db.amendments import lacking
 from memstate_sa.db.codec import Image
+from memstate_sa.db.dialects import SQLITE, database_of
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import log, metadata, trigger_context
@@ -209,7 +210,7 @@ class Doctor:
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
         """In READ COMMITTED, where each statement sees what others have committed."""
-        options = {} if self._engine.dialect.name == "sqlite" else {"isolation_level": "READ COMMITTED"}
+        options = database_of(self._engine).isolation("READ COMMITTED")
         with self._engine.connect().execution_options(**options) as connection, connection.begin():
             take_write_lock(connection)
             yield connection
@@ -262,7 +263,6 @@ class Doctor:
 
     def _problems(self) -> Iterator[Problem]:
         inspector = inspect(self._engine)
-        dialect = self._engine.dialect.name
         tables = set(inspector.get_table_names())
         lacks = lacking(inspector, metadata.sorted_tables)
         for table in metadata.sorted_tables:
@@ -282,7 +282,7 @@ class Doctor:
             )
         if not self._capture.is_any_attached and not all(t.by_trigger for t in self._registry.by_entity.values()):
             yield Problem("Sessions", "none is attached: memory.attach(sessionmaker) has what they write captured")
-        if dialect == "sqlite" and sqlite.leaks_savepoints(self._engine):
+        if database_of(self._engine) is SQLITE and sqlite.leaks_savepoints(self._engine):
             yield Problem(
                 "SAVEPOINTs",
                 "survive the ROLLBACK of their transaction: memstate_sa.sqlite.configure(engine) mends it",

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import BindParameter, ColumnElement, Table, and_, bindparam, select, true
 
+from memstate_sa.db.dialects import Database
 from memstate_sa.db.json_params import row_value, unnest_rows
-from memstate_sa.db.statements import upsert
 
 
 class IndexKey(NamedTuple):
@@ -26,7 +26,7 @@ class IndexKey(NamedTuple):
         return {"the_index": self.name, "the_incarnation": self.incarnation}
 
 
-def insert_rows(dialect_name: str, table: Table, names: Sequence[str], *common: BindParameter[Any]) -> Any:
+def insert_rows(database: Database, table: Table, names: Sequence[str], *common: BindParameter[Any]) -> Any:
     """An INSERT of the parameter ``rows`` (`json_params.unnest_rows`), whose columns are *names*, with `of_index`'s.
 
     *common*: parameters that are the same in all rows, named as their columns. An ON CONFLICT may follow.
@@ -36,7 +36,7 @@ def insert_rows(dialect_name: str, table: Table, names: Sequence[str], *common: 
     rows = unnest_rows("rows")
     given = select(*columns.values(), *(row_value(rows, n, table.c[name].type) for n, name in enumerate(names)))
     # Without a WHERE, SQLite takes ON CONFLICT for a join's ON.
-    return upsert(dialect_name, table).from_select([*columns, *names], given.where(true()))
+    return database.upsert(table).from_select([*columns, *names], given.where(true()))
 
 
 def of_index(table: Table) -> ColumnElement[bool]:
