@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from sqlalchemy import (
     ColumnElement,
@@ -50,9 +50,13 @@ def member_equals(
 ) -> ColumnElement[bool]:
     """Whether the member *name* is this JSON value: of this type, and nothing that merely casts to it.
 
-    None also selects documents without the member.
+    None also selects documents without the member. An index of the documents serves it on PostgreSQL.
     """
-    return _JSON[database].member_equals(document, name, value)
+    if database is not POSTGRESQL:
+        return _member(_JSON[database], document, name, value)
+    jsonb: Any = type_coerce(document, JSONB)
+    contains: ColumnElement[bool] = jsonb.contains({name: value})
+    return contains if value is not None else or_(~jsonb.has_key(name), contains)
 
 
 def _member(json: _Json, document: Any, name: str | int, condition: Any) -> ColumnElement[bool]:
@@ -96,36 +100,26 @@ def _compared(json: _Json, document: Any, name: str | int, how: str, operand: An
     return same if how == "$eq" else not_(same)
 
 
-class _Json:
+class _Json(Protocol):
     """How a database looks into JSON. A member, once found, is whatever the other methods take."""
 
     def member(self, document: Any, name: str | int, test: _Test) -> ColumnElement[bool]:
         """Whether *document* has a member (or, by its number, an item) that passes *test*; never NULL."""
-        raise NotImplementedError
 
     def document(self, member: Any) -> Any:
         """A member as a document with members of its own; NULL when it has none."""
-        raise NotImplementedError
 
-    def is_a(self, member: Any, kind: str) -> ColumnElement[bool]:
-        raise NotImplementedError
+    def is_a(self, member: Any, kind: str) -> ColumnElement[bool]: ...
 
     def has_items(self, member: Any, count: int) -> ColumnElement[bool]:
         """Whether an array or object has so many."""
-        raise NotImplementedError
 
-    def equals(self, member: Any, value: Any) -> ColumnElement[bool]:
-        raise NotImplementedError
+    def equals(self, member: Any, value: Any) -> ColumnElement[bool]: ...
 
-    def compares(self, member: Any, ordering: Callable[[Any, Any], Any], value: Any) -> ColumnElement[bool]:
-        raise NotImplementedError
-
-    def member_equals(self, document: Any, name: str, value: str | float | bool | None) -> ColumnElement[bool]:
-        """See the function `member_equals`. An index of the documents may serve it."""
-        raise NotImplementedError
+    def compares(self, member: Any, ordering: Callable[[Any, Any], Any], value: Any) -> ColumnElement[bool]: ...
 
 
-class _Postgresql(_Json):
+class _Postgresql:
     def member(self, document: Any, name: str | int, test: _Test) -> ColumnElement[bool]:
         key = literal(name, Text() if isinstance(name, str) else Integer())
         return func.coalesce(test(document.op("->", return_type=JSONB())(key)), false())
@@ -150,11 +144,6 @@ class _Postgresql(_Json):
             return and_(self.is_a(member, "string"), ordering(as_text, literal(value, Text)))
         return and_(self.is_a(member, "number"), ordering(member, self._bound(value)))
 
-    def member_equals(self, document: Any, name: str, value: str | float | bool | None) -> ColumnElement[bool]:
-        jsonb: Any = type_coerce(document, JSONB)
-        contains: ColumnElement[bool] = jsonb.contains({name: value})
-        return contains if value is not None else or_(not_(jsonb.has_key(name)), contains)
-
     @staticmethod
     def _bound(value: Any) -> Any:
         return cast(literal(as_json(value), Text), JSONB)
@@ -163,7 +152,7 @@ class _Postgresql(_Json):
 _SQLITE_TYPES = {"null": ("null",), "object": ("object",), "array": ("array",), "number": ("integer", "real")}
 
 
-class _Sqlite(_Json):
+class _Sqlite:
     """A row of json_each() is a member: there is no path in which a name would have to be quoted."""
 
     def member(self, document: Any, name: str | int, test: _Test) -> ColumnElement[bool]:
@@ -202,23 +191,8 @@ class _Sqlite(_Json):
     def compares(self, member: Any, ordering: Callable[[Any, Any], Any], value: Any) -> ColumnElement[bool]:
         if isinstance(value, str):
             return and_(member.type == "text", ordering(member.atom, literal(value, Text)))
-        return and_(self.is_a(member, "number"), ordering(member.atom, literal(_number(value))))
-
-    def member_equals(self, document: Any, name: str, value: str | float | bool | None) -> ColumnElement[bool]:
-        field = func.json_each(document).table_valued("key", "type", "atom")
-        row = select(literal(1)).select_from(field).where(field.c.key == name)
-        if value is None:
-            return not_(exists(row.where(field.c.type != "null")))
-        if isinstance(value, bool):
-            return exists(row.where(field.c.type == ("true" if value else "false")))
-        if isinstance(value, str):
-            return exists(row.where(field.c.type == "text", field.c.atom == value))
-        return exists(row.where(field.c.type.in_(("integer", "real")), field.c.atom == literal(_number(value))))
-
-
-def _number(value: float) -> float:
-    """As SQLite itself reads integers that are larger than its own."""
-    return value if -(2**63) <= value < 2**63 else float(value)
+        number = value if -(2**63) <= value < 2**63 else float(value)  # as SQLite itself reads larger ones
+        return and_(self.is_a(member, "number"), ordering(member.atom, literal(number)))
 
 
 _JSON: Mapping[Database, _Json] = {POSTGRESQL: _Postgresql(), SQLITE: _Sqlite()}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
-from sqlalchemy import Delete, delete, false
+from sqlalchemy import ColumnElement, Delete, Engine, Table, delete, false, select, true
 from sqlalchemy.engine import Connection
 
-from memstate_sa.db.dialects import database_of
+from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.tables import outbox
 
 READ_CHUNK = 1000
@@ -33,4 +34,19 @@ def take_write_lock(connection: Connection) -> None:
         connection.execute(_nothing)
 
 
+@contextmanager
+def writing(engine: Engine, isolation_level: str) -> Iterator[Connection]:
+    """A transaction that is about to write, in *isolation_level* where the database has more than one."""
+    options = database_of(engine).isolation(isolation_level)
+    with engine.connect().execution_options(**options) as connection, connection.begin():
+        take_write_lock(connection)
+        yield connection
+
+
 _nothing: Delete = delete(outbox).where(false())
+
+
+def upsert_select(database: Database, table: Table, values: Mapping[str, ColumnElement[Any]]) -> Any:
+    """An INSERT of *values*, by column, that can say ON CONFLICT."""
+    # Without a WHERE, SQLite takes ON CONFLICT for a join's ON.
+    return database.upsert(table).from_select(list(values), select(*values.values()).where(true()))

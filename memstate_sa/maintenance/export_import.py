@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import chain, islice
@@ -176,17 +175,9 @@ def import_facts(
     engine: Engine, registry: Registry, capture: SessionCapture, file: Iterable[str], progress: Progress | None = None
 ) -> int:
     """Take in what `export_facts` wrote, in one transaction; returns how many entries. Nothing is written on errors."""
-    with _writing(engine) as connection:
+    # In one snapshot: what appears in the log after it was taken is ours.
+    with statements.writing(engine, "REPEATABLE READ") as connection:
         return _Import(connection, registry, capture).run(file, progress)
-
-
-@contextmanager
-def _writing(engine: Engine) -> Iterator[Connection]:
-    """On PostgreSQL in one snapshot: what appears in the log after it was taken is ours."""
-    options = database_of(engine).isolation("REPEATABLE READ")
-    with engine.connect().execution_options(**options) as connection, connection.begin():
-        statements.take_write_lock(connection)
-        yield connection
 
 
 class _Import:

@@ -11,7 +11,6 @@ from sqlalchemy import (
     FromClause,
     Integer,
     LargeBinary,
-    Table,
     Text,
     bindparam,
     cast,
@@ -24,6 +23,7 @@ from sqlalchemy.engine import Connection
 
 from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.json_params import as_json, row_value, unnest_rows
+from memstate_sa.db.statements import upsert_select
 from memstate_sa.db.tables import log
 from memstate_sa.integrations.langgraph.checkpoint_rows import (
     CheckpointKey,
@@ -65,17 +65,12 @@ def _unpacked(rows: FromClause, width: int) -> list[ColumnElement[Any]]:
     ]
 
 
-def _insert(database: Database, table: Table, values: Mapping[str, ColumnElement[Any]]) -> Any:
-    # Without a WHERE, SQLite takes ON CONFLICT for a join's ON.
-    return database.upsert(table).from_select(list(values), select(*values.values()).where(true()))
-
-
 @cache
 def _put_blobs(database: Database) -> Any:
     rows = unnest_rows("given")
     names = ["thread_id", "ns", "channel", "version", "type", "value"]
     values = [thread_param, ns_param, row_value(rows, 0, Text()), row_value(rows, 1, Text()), *_unpacked(rows, 2)]
-    return _insert(database, blob, dict(zip(names, values, strict=True))).on_conflict_do_nothing()
+    return upsert_select(database, blob, dict(zip(names, values, strict=True))).on_conflict_do_nothing()
 
 
 _last_tx = select(log.c.tx).order_by(log.c.id.desc()).limit(1).scalar_subquery()
@@ -103,7 +98,7 @@ def _put_checkpoint(database: Database, *, positioned: bool, with_blobs: bool, r
     values |= {name: bindparam(name, type_=checkpoint.c[name].type) for name in _replaced_columns}
     if positioned:
         values |= log_position(database)
-    row = select(*values.values()).where(true())  # see `_insert`
+    row = select(*values.values()).where(true())  # see `upsert_select`
     if follows:
         # The parent's row stays until this transaction ends, and with it the blobs that both checkpoints share.
         row = row.select_from(_parent.subquery("parent"))
@@ -174,7 +169,7 @@ def _put_writes(database: Database, *, replace: bool) -> Any:
         "channel": row_value(rows, 3, Text()),
     }
     values |= dict(zip(("type", "value"), _unpacked(rows, 4), strict=True))
-    statement = _insert(database, write, values)
+    statement = upsert_select(database, write, values)
     if not replace:
         return statement.on_conflict_do_nothing()
     names = ("channel", "type", "value")
