@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import (
-    Table,
-)
+from sqlalchemy import ColumnElement, Table
 from sqlalchemy.engine import Connection, Dialect
 
 from memstate_sa.db.codec import decode_key
@@ -38,8 +36,9 @@ class JoinedColumns(TableColumns):
         *,
         for_update: bool = False,
         skip_locked: bool = False,
+        where: ColumnElement[bool] | None = None,
     ) -> dict[str, dict[str, Any]]:
-        images = super().read(connection, keys, for_update=for_update, skip_locked=skip_locked)
+        images = super().read(connection, keys, for_update=for_update, skip_locked=skip_locked, where=where)
         keys = [decode_key(key) for key in images]
         for prefix, table in self._prefixes.items():
             parts = self._of_table[table].read(connection, keys) if keys else {}
@@ -49,8 +48,15 @@ class JoinedColumns(TableColumns):
                 images = {key: image for key, image in images.items() if key in parts}
         return images
 
-    def lock(self, connection: Connection, keys: Sequence[Sequence[Any]], *, leaving: bool = False) -> set[str]:
-        locked = super().lock(connection, keys, leaving=leaving)
+    def lock(
+        self,
+        connection: Connection,
+        keys: Sequence[Sequence[Any]],
+        *,
+        leaving: bool = False,
+        skip_locked: bool = False,
+    ) -> set[str]:
+        locked = super().lock(connection, keys, leaving=leaving, skip_locked=skip_locked)
         if leaving:  # others may refer to any part of them
             for table in self._prefixes.values():
                 self._of_table[table].lock(connection, keys, leaving=True)

@@ -321,12 +321,13 @@ class TableColumns:
         *,
         for_update: bool = False,
         skip_locked: bool = False,
+        where: ColumnElement[bool] | None = None,
     ) -> dict[str, dict[str, Any]]:
         """The images of the rows with these (driver-level) *keys*, by canonical key; absent rows are left out.
 
         *skip_locked*: so are, with *for_update*, those that another transaction holds.
         """
-        statement = self._rows_by_key
+        statement = self._rows_by_key if where is None else self._rows_by_key.where(where)
         if for_update:
             statement = statement.order_by(*self._key_order)
             statement = statement.with_for_update(key_share=True, skip_locked=skip_locked)
@@ -380,19 +381,26 @@ class TableColumns:
         """The images of the rows with these canonical *keys*; a key that no row can have is left out."""
         return self.read(connection, list(self.possible(connection, keys).values()), for_update=for_update)
 
-    def lock(self, connection: Connection, keys: Sequence[Sequence[Any]], *, leaving: bool = False) -> set[str]:
+    def lock(
+        self,
+        connection: Connection,
+        keys: Sequence[Sequence[Any]],
+        *,
+        leaving: bool = False,
+        skip_locked: bool = False,
+    ) -> set[str]:
         """Hold the rows of *keys* until the transaction ends: whoever changes another part of them waits.
 
-        Returns the canonical keys of the rows that there are. (SQLite has one writer: none is looked for.)
+        Returns the canonical keys of the rows that it holds. (SQLite has one writer: those that it is given.)
 
         *leaving*: so does whoever writes a row that refers to them. They can go then without taking along, by ON DELETE
         CASCADE, a row that nobody saw: look for what refers to them afterwards.
         """
         if connection.dialect.name == "sqlite":
-            return set()
+            return set(map(self.encode_key, keys))
         names = map(self.raw, self.table.primary_key.columns)
         statement: Select[Any] = select(*names).where(self.key_in).order_by(*self._key_order)
-        statement = statement.with_for_update(key_share=not leaving)
+        statement = statement.with_for_update(key_share=not leaving, skip_locked=skip_locked)
         return {
             self.encode_key(row)
             for batch in batches(keys)

@@ -65,18 +65,6 @@ unknown_keys: Select[Any] = select(_keys.c.value).where(_entry.is_(None))
 One look into the index for each key: NOT EXISTS is a join for PostgreSQL, which may hash all that the log has of it.
 """
 
-_last_op = (
-    select(log.c.op)
-    .where(log.c.entity == bindparam("entity"), log.c.key == _keys.c.value)
-    .order_by(log.c.id.desc())
-    .limit(1)
-    .scalar_subquery()
-)
-
-deleted_keys: Select[Any] = select(_keys.c.value).where(_last_op == "delete")
-"""The keys among ``keys`` of ``entity`` that are deleted, as far as the log goes."""
-
-
 # -- adding -----------------------------------------------------------------------------------------------------------
 
 _LOG_COLUMNS = ("entity", "key", "op", "image", "version", "reverts", "step")

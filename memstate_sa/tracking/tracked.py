@@ -88,6 +88,11 @@ class Tracked:
     hydrations: dict[str, Select[Any]] = field(default_factory=dict, repr=False)
     _columns: dict[str, TableColumns] = field(default_factory=dict, repr=False)
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether Python looks at each row that was written."""
+        return bool(self.validate or self.immutable or self.unique_values)
+
     @cached_property
     def select_all(self) -> Select[Any]:
         return select(self.model)
