@@ -94,11 +94,11 @@ class TableLog:
             parameters["before"] = as_array(look.rows)
         if baselines:
             parameters["baselines"] = as_json(baselines)
-        result = connection.execute(self._statement(connection, new=new, baselines=bool(baselines)), parameters)
+        result = connection.execute(self._statement(new=new, baselines=bool(baselines)), parameters)
         if result.returns_rows:
             entries = self._entries(result)
             return Logged(len(entries), entries)
-        if connection.dialect.name == "postgresql" or not result.rowcount:
+        if self._columns.database.has_writing_ctes or not result.rowcount:
             return Logged(result.rowcount)
         # SQLite has no INSERT within another. Nobody else writes: the ids of the entries follow each other.
         ids = {"first": result.lastrowid - result.rowcount + 1, "last": result.lastrowid}
@@ -111,11 +111,11 @@ class TableLog:
             if sum(len(part) for part in key if isinstance(part, (str, bytes))) > _KEY_CHARS:
                 self._columns.encode_key(key)
 
-    def _statement(self, connection: Connection, *, new: bool, baselines: bool) -> Any:
+    def _statement(self, *, new: bool, baselines: bool) -> Any:
         statement = self._logging.get((new, baselines))
         if statement is None:
-            is_postgresql, returns = connection.dialect.name == "postgresql", self._tracked.is_checked
-            statement = log_rows(self._rows, is_postgresql=is_postgresql, new=new, baselines=baselines, returns=returns)
+            database, returns = self._columns.database, self._tracked.is_checked
+            statement = log_rows(database, self._rows, new=new, baselines=baselines, returns=returns)
             statement = self._logging[new, baselines] = statement.execution_options(preserve_rowcount=True)
         return statement
 
@@ -147,8 +147,8 @@ _types = text(
 
 def _is_stored_as_declared(connection: Connection, columns: TableColumns) -> bool:
     """Whether the columns have the types for which the SQL of an image is made."""
-    if connection.dialect.name != "postgresql":
-        return True  # SQLite's goes by the value
+    if columns.database.has_dynamic_types:
+        return True  # the SQL goes by the value
     name = as_sent(connection.dialect.identifier_preparer.format_table(columns.table), connection.dialect)
     stored: dict[str, str] = {row[0]: row[1] for row in connection.execute(_types, {"name": name})}
     declared = {name: stored_as(columns.implementation(column)) for name, column in columns.by_name.items()}

@@ -33,8 +33,14 @@ class Database(Protocol):
     """The database is a library in this process. There is no server, so no roles and no NOTIFY."""
     has_writing_ctes: bool
     """One statement can write to several tables."""
+    has_arrays: bool
+    """A parameter can be an array."""
+    has_laterals: bool
+    """A subquery of a join can refer to the tables before it."""
     has_dynamic_types: bool
     """A column may hold a value of any type."""
+    has_transaction_settings: bool
+    """Triggers can read what was set for a transaction."""
     aborts_on_error: bool
     """A statement that fails ends its transaction."""
 

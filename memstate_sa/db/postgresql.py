@@ -62,7 +62,7 @@ class Postgresql:
     name = "postgresql"
     blocking_driver = "postgresql+psycopg"
     has_one_writer = runs_in_process = has_dynamic_types = False
-    has_writing_ctes = aborts_on_error = True
+    has_writing_ctes = has_arrays = has_laterals = has_transaction_settings = aborts_on_error = True
 
     def upsert(self, table: Any) -> Any:
         return insert(table)

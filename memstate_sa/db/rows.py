@@ -139,6 +139,7 @@ class TableColumns:
     def __init__(self, table: Table, dialect: Dialect) -> None:
         self.table = table
         self.dialect = dialect
+        self.database = database_of(dialect)
         self.by_name = {column.name: column for column in stored_columns(table)}  # table.c is by key
         self.names = tuple(self.by_name)
         self.key_names = tuple(column.name for column in table.primary_key.columns)
@@ -172,7 +173,7 @@ class TableColumns:
 
     def travels_as_text(self, column: Column[Any]) -> bool:
         """Whether *column* is read in the server's own text form."""
-        if self.dialect.name != "postgresql":
+        if self.database.has_dynamic_types:
             return False
         impl = self._impl[column.name]
         if isinstance(impl, sqltypes.ARRAY):
@@ -183,7 +184,7 @@ class TableColumns:
 
     def _is_interval(self, column: Column[Any]) -> bool:
         """Whether *column* has more than a timedelta, which is all that a key is looked up by."""
-        is_one = isinstance(self._impl[column.name], intervals.KINDS) and self.dialect.name == "postgresql"
+        is_one = isinstance(self._impl[column.name], intervals.KINDS) and not self.database.has_dynamic_types
         return is_one and not column.primary_key
 
     def raw(self, column: Column[Any]) -> ColumnElement[Any]:
@@ -207,7 +208,7 @@ class TableColumns:
         return intervals.RawInterval() if self._is_interval(column) else RAW
 
     def _as_stored(self, column: Column[Any], value: BindParameter[Any]) -> ColumnElement[Any]:
-        if self.dialect.name != "postgresql":
+        if self.database.has_dynamic_types:
             return value
         # Of a parameter that is a range, for example, asyncpg takes no text.
         is_text = self.travels_as_text(column) or self._is_interval(column)
@@ -246,7 +247,7 @@ class TableColumns:
         if len(columns) == 1:
             kind = implementation(columns[0].type, self.dialect)
             if (
-                self.dialect.name == "postgresql"
+                self.database.has_arrays
                 and isinstance(kind, (sqltypes.Integer, sqltypes.String))
                 and not isinstance(kind, sqltypes.Enum)
             ):
@@ -265,12 +266,12 @@ class TableColumns:
 
     @cached_property
     def _key_types(self) -> list[frozenset[type]]:
-        return [types_of(self._impl[name], database_of(self.dialect)) for name in self.key_names]
+        return [types_of(self._impl[name], self.database) for name in self.key_names]
 
     @cached_property
     def _is_read_by_database(self) -> bool:
-        is_postgresql = self.dialect.name == "postgresql"
-        return is_postgresql and any(is_read_by_database(self._impl[name]) for name in self.key_names)
+        is_typed = not self.database.has_dynamic_types
+        return is_typed and any(is_read_by_database(self._impl[name]) for name in self.key_names)
 
     def driver_key(self, key: str) -> tuple[Any, ...] | None:
         """The values of a canonical *key* as the driver takes them; None when no row can have this key."""
@@ -362,7 +363,7 @@ class TableColumns:
 
     @cached_property
     def _times_as_text(self) -> dict[str, ColumnElement[Any]]:
-        if self.dialect.name != "postgresql":
+        if self.database.has_dynamic_types:
             return {}
         times = {name: impl for name, impl in self._impl.items() if isinstance(impl, unreadable_times.KINDS)}
         return {
@@ -391,12 +392,12 @@ class TableColumns:
     ) -> set[str]:
         """Hold the rows of *keys* until the transaction ends: whoever changes another part of them waits.
 
-        Returns the canonical keys of the rows that it holds. (SQLite has one writer: those that it is given.)
+        Returns the canonical keys of the rows that it holds. (The one writer of SQLite holds those that it is given.)
 
         *leaving*: so does whoever writes a row that refers to them. They can go then without taking along, by ON DELETE
         CASCADE, a row that nobody saw: look for what refers to them afterwards.
         """
-        if connection.dialect.name == "sqlite":
+        if self.database.has_one_writer:
             return set(map(self.encode_key, keys))
         names = map(self.raw, self.table.primary_key.columns)
         statement: Select[Any] = select(*names).where(self.key_in).order_by(*self._key_order)
@@ -414,7 +415,7 @@ class TableColumns:
         Two sessions that lock the same rows in two orders wait for each other. A collation has another order.
         """
         columns = list(self.table.primary_key.columns)
-        if self.dialect.name != "postgresql":
+        if self.database.has_one_writer:
             return list(columns)
         return [cast(c, Text).collate("C") if isinstance(self._impl[c.name], String) else c for c in columns]
 

@@ -27,7 +27,7 @@ class Sqlite:
     name = "sqlite"
     blocking_driver = "sqlite+pysqlite"
     has_one_writer = runs_in_process = has_dynamic_types = True
-    has_writing_ctes = aborts_on_error = False
+    has_writing_ctes = has_arrays = has_laterals = has_transaction_settings = aborts_on_error = False
 
     def upsert(self, table: Any) -> Any:
         return insert(table)

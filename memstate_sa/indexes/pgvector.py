@@ -90,8 +90,8 @@ class PgVectorIndex(Adapter):
     ) -> None:
         self._owned = not isinstance(engine, Engine)
         self._engine = engine if isinstance(engine, Engine) else _blocking(engine)
-        if database_of(self._engine) is not POSTGRESQL:
-            raise MemstateError(f"pgvector is an extension of PostgreSQL, and {self._engine.dialect.name} has none")
+        if (database := database_of(self._engine)) is not POSTGRESQL:
+            raise MemstateError(f"pgvector is an extension of PostgreSQL, and {database.name} has none")
         if len(name.encode()) > 63:
             raise MemstateError(f"{name!r} is too long for the name of a table: PostgreSQL would cut it after 63 bytes")
         self._name, self._schema = name, schema

@@ -137,7 +137,7 @@ def find_changes(
 
 def _as_stored(columns: TableColumns, column: Column[Any], value: Any) -> ColumnElement[Any]:
     bound = columns.raw_bind(column, value)
-    if database_of(columns.dialect).has_dynamic_types:
+    if columns.database.has_dynamic_types:
         return type_coerce(cast(cast(bound, Text), column.type), RAW)  # what is a number already is left as it is
     return type_coerce(cast(bound, Text) if columns.travels_as_text(column) else bound, RAW)
 
