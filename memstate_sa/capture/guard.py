@@ -8,8 +8,10 @@ from typing import Any
 from sqlalchemy.engine import Connection
 from sqlalchemy.sql.dml import UpdateBase
 
+from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction, OpenTransactions
 from memstate_sa.capture.trigger_context import TriggerContexts, may_write
+from memstate_sa.db.tables import log
 from memstate_sa.errors import UntrackedWrite
 from memstate_sa.runtime.warn import warn
 from memstate_sa.tracking.registry import Registry, unaliased
@@ -35,8 +37,11 @@ class UntrackedWriteWarning(UserWarning):
 class Guard:
     """Looks at all statements on the connections of Sessions: bulk_*(), Table.insert(), session.connection() too."""
 
-    def __init__(self, registry: Registry, transactions: OpenTransactions, contexts: TriggerContexts) -> None:
+    def __init__(
+        self, registry: Registry, recorder: Recorder, transactions: OpenTransactions, contexts: TriggerContexts
+    ) -> None:
         self._registry = registry
+        self._recorder = recorder
         self._transactions = transactions
         self._contexts = contexts
 
@@ -47,6 +52,8 @@ class Guard:
 
         Most statements only read. They leave first.
         """
+        if context.isddl or (context.is_text and log.name in statement):
+            self._recorder.known_keys(connection).clear()  # the log may be another one
         has_triggers = bool(self._registry.by_trigger)
         writes: bool = context.isinsert or context.isupdate or context.isdelete
         # A SELECT, too, may write: WITH gone AS (DELETE … RETURNING …). Only the compiled statement knows its CTEs.

@@ -55,7 +55,7 @@ class SessionCapture:
         self._veto = veto
         self._transactions = OpenTransactions()
         self._contexts = TriggerContexts()
-        self._guard = Guard(registry, self._transactions, self._contexts)
+        self._guard = Guard(registry, recorder, self._transactions, self._contexts)
         self._flushes = FlushCapture(registry, recorder, self._transactions)
         self._bulk = BulkCapture(registry, recorder, self._transactions, self._guard)
         # Of each Session's last commit: its transactions (an undo is one of its own), and where.
@@ -71,7 +71,10 @@ class SessionCapture:
         self._checked: Any = None  # the entities of which the cascades are known
         self._cascades: set[cascades.ForeignKey] = set()  # those that were warned of
         self.mapper_listeners = self._flushes.mapper_listeners
-        self.engine_listeners: dict[str, Callable[..., None]] = {"before_cursor_execute": self._guard.before_statement}
+        self.engine_listeners: dict[str, Callable[..., None]] = {
+            "before_cursor_execute": self._guard.before_statement,
+            "rollback_savepoint": self._after_savepoint_rollback,
+        }
         self.session_listeners: dict[str, Callable[..., Any]] = {
             "after_begin": self._after_begin,
             **self._flushes.session_listeners,
@@ -109,7 +112,7 @@ class SessionCapture:
                 listening.stop(target, name, listener)
             self._wakers += [_Waker(target, name, self) for name in _BEGINNINGS]
         for engine in list(self._guarded):
-            for name, listener in {**self.engine_listeners, **self._contexts.engine_listeners}.items():
+            for name, listener in (*self.engine_listeners.items(), *self._contexts.engine_listeners.items()):
                 listening.stop(engine, name, listener)
         self._guarded.clear()
         self._with_contexts.clear()
@@ -295,9 +298,15 @@ class SessionCapture:
             return
         assert transaction.written_on is not None
         self.committed[session] = (transaction.logged_under, transaction.written_on.engine)
+        self._recorder.remember(transaction.written_on, transaction)
         if self._veto is not None:
             self._veto.committed(transaction)
         self._on_commit(transaction.written_on.engine)
+
+    def _after_savepoint_rollback(self, connection: Connection, *_: Any) -> None:
+        """Entries that it has seen may have been rolled back."""
+        for transaction in self._transactions.on(connection):
+            transaction.seen.clear()
 
     def _after_rollback(self, session: Session) -> None:
         """A transaction, a SAVEPOINT, or a flush that failed: what it had under way will not happen."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     Boolean,
@@ -19,6 +19,7 @@ from sqlalchemy import (
     func,
     insert,
     literal_column,
+    null,
     or_,
     select,
     true,
@@ -44,19 +45,27 @@ def look_at(here: FromClause) -> Select[Any]:
     return select(here.c.key, case((entry.scalar_subquery().is_(None), here.c.image)))
 
 
-def log_rows(database: Database, rows: Select[Any], *, new: bool, baselines: bool, returns: bool) -> Any:
+class Kind(NamedTuple):
+    """The kind of a statement that logs rows."""
+
+    new: bool  # the transaction has made all of them
+    baselines: bool  # the log has not seen some of those that were there before
+    remembered: bool  # it is known to have an entry of each: one that is missing violates NOT NULL
+
+
+def log_rows(database: Database, rows: Select[Any], kind: Kind, *, returns: bool) -> Any:
     """Log what became of *rows*, and on PostgreSQL mark them dirty in the same statement.
 
     *returns*: it also returns what it has logged of each row. (On SQLite, `reading_logged` does that.)
     """
-    changing = _inserted(rows) if new else _changed(database, rows, baselines=baselines)
+    changing = _inserted(rows) if kind.new else _changed(database, rows, kind)
     # On SQLite the statement has to begin with its INSERT: the driver counts the rows of no other.
     changed: FromClause = changing.cte("changed") if database.has_writing_ctes else changing.subquery("changed")
     entry: list[Any] = [changed.c.key, changed.c.op, typed(changed.c.image, StoredJson), _step]
     shared = [_tx, _at, _version, _entity, statement_snapshot()]
     order = [func.length(changed.c.key), changed.c.key]  # numbers as numbers
     entries = select(*shared, *entry).order_by(*order)
-    if baselines:
+    if kind.baselines:
         part = _PARTS.alias("part")
         is_first = part.c.n == 1
         op: ColumnElement[Any] = case((is_first, "baseline"), else_=changed.c.op)
@@ -111,7 +120,7 @@ def _with_last_entries(database: Database, touched: FromClause) -> tuple[FromCla
     return known.outerjoin(last, last.c.id == known.c.id), known, last
 
 
-def _changed(database: Database, rows: Select[Any], *, baselines: bool) -> Select[Any]:
+def _changed(database: Database, rows: Select[Any], kind: Kind) -> Select[Any]:
     """The keys of which the log does not say yet what has become of them."""
     before = select(_before.c.value, literal_column("NULL", Text()))
     each = union_all(rows, before).subquery("each")
@@ -120,7 +129,7 @@ def _changed(database: Database, rows: Select[Any], *, baselines: bool) -> Selec
     op: ColumnElement[Any] = last.c.op
     image: ColumnElement[Any] = last.c.image
     columns = []
-    if baselines:
+    if kind.baselines:
         seen = select(row_value(_baselines, 0, Text()).label("key"), row_value(_baselines, 1, Text()).label("image"))
         first = seen.subquery("first")
         source = source.outerjoin(first, and_(first.c.key == known.c.key, last.c.op.is_(None)))
@@ -129,6 +138,8 @@ def _changed(database: Database, rows: Select[Any], *, baselines: bool) -> Selec
         columns = [first.c.image.label("first")]
     is_gone, was_gone = known.c.image.is_(None), func.coalesce(op, "delete") == "delete"
     differs = typed(known.c.image, StoredJson).is_distinct_from(image)
-    became = case((is_gone, "delete"), (was_gone, "insert"), else_="update").label("op")
-    has_changed = case((is_gone, ~was_gone), else_=or_(was_gone, differs))
-    return select(known.c.key, became, known.c.image, *columns).select_from(source).where(has_changed)
+    became: ColumnElement[Any] = case((is_gone, "delete"), (was_gone, "insert"), else_="update")
+    has_changed: ColumnElement[Any] = case((is_gone, ~was_gone), else_=or_(was_gone, differs))
+    if kind.remembered:
+        became, has_changed = case((op.is_(None), null()), else_=became), or_(op.is_(None), has_changed)
+    return select(known.c.key, became.label("op"), known.c.image, *columns).select_from(source).where(has_changed)

@@ -25,10 +25,19 @@ class Header(NamedTuple):
 
 
 class Look(NamedTuple):
-    """A batch of keys, and the rows that they had: by canonical key, with the image where the log has not seen it."""
+    """A batch of keys, and the rows that they had: by canonical key, with the image where the log has not seen it.
+
+    ``remembered``: nobody has looked, as the log is known to have an entry of each key. `ClassLog.log` raises
+    `NoEntry` when it has none.
+    """
 
     keys: Sequence[RawKey]
     rows: Mapping[str, str | None]
+    remembered: bool = False
+
+
+class NoEntry(Exception):  # it asks for another attempt
+    """The log has no entry of a key that was known to have one."""
 
 
 def with_others(looks: Sequence[Look], keys: Iterable[RawKey]) -> list[Look]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sqlalchemy.engine import Connection
 
-from memstate_sa.capture.looks import Header, Logged, Look, RawKey
+from memstate_sa.capture.looks import Header, Logged, Look, NoEntry, RawKey
 from memstate_sa.db.json_params import as_array, as_json
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import batches
@@ -42,6 +42,8 @@ class ReadLog:
         last = {} if new else last_entries(connection, self._tracked, keys)
         baselines: list[LogEntry] = []
         changes: list[LogEntry] = []
+        if look.remembered and len(last) < len(keys):
+            raise NoEntry
         for key in keys:
             first = None if key in last else look.rows.get(key)
             before = json.loads(first) if first is not None else last[key].image if key in last else None

@@ -15,7 +15,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.pool import Pool
 
 from memstate_sa.capture import hazards, unique_values
-from memstate_sa.capture.looks import ClassLog, Header, Look, RawKey
+from memstate_sa.capture.known_keys import KnownKeys
+from memstate_sa.capture.looks import ClassLog, Header, Look, NoEntry, RawKey
 from memstate_sa.capture.table_log import class_log
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db import sqlite, tables
@@ -41,6 +42,10 @@ TWO_DATABASES = "the tracked models of one Session must live in one database: th
 _hurry = select(func.set_config("lock_timeout", "100ms", True))
 _LOCK_NOT_AVAILABLE = "55P03"
 _SHOWN = 20
+_NO_ENTRY = (
+    "the log has lost entries of {}: it was emptied or restored while this process ran. Run the transaction again; "
+    "`memstate-sa doctor` tells whether more is missing"
+)
 _NOT_UNIQUE = (
     "%s: %d rows that are older than tracking or than unique_by, or were changed past it, have the same value of what "
     "must be unique as another, and can be changed only so that they have it no longer, or deleted. The first of them "
@@ -55,6 +60,7 @@ class Recorder:
         self._registry = registry
         # By the pool of connections to a database, which may have other types than the model says.
         self._logs: WeakKeyDictionary[Pool, dict[str, tuple[Tracked, TableColumns, ClassLog]]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Pool, KnownKeys] = WeakKeyDictionary()
 
     def _log_of(self, tracked: Tracked, connection: Connection) -> ClassLog:
         columns = tracked.columns_for(connection.dialect)
@@ -63,6 +69,9 @@ class Recorder:
         if known is None or known[0] is not tracked or known[1] is not columns:  # another subclass was mapped
             known = logs[tracked.entity] = (tracked, columns, class_log(tracked, connection))
         return known[2]
+
+    def known_keys(self, connection: Connection) -> KnownKeys:
+        return self._known.setdefault(connection.engine.pool, KnownKeys())
 
     def write_header(self, connection: Connection, tx: str, labels: Mapping[str, str | None]) -> None:
         connection.execute(insert(tables.transaction), {"tx": tx, "at": utcnow(), **labels})
@@ -199,10 +208,27 @@ class Recorder:
         its baseline.
         """
         require_supported(connection, transaction)
+        if known := self.known_keys(connection).find(tracked.entity, keys):
+            return [Look(batch, {known[key]: None for key in batch}, remembered=True) for batch in batches(keys)]
         with transaction.writing():
             if not sqlite.may_write(connection):
                 take_write_lock(connection)
-            return self._log_of(tracked, connection).look(connection, keys)
+            looks = self._log_of(tracked, connection).look(connection, keys)
+        columns = tracked.columns_for(connection.dialect)
+        for look in looks:
+            logged = {key for key, image in look.rows.items() if image is None}
+            canonical = ((raw, columns.encode_key(raw)) for raw in look.keys)
+            transaction.seen.setdefault(tracked.entity, {}).update(
+                (raw, key) for raw, key in canonical if key in logged
+            )
+        return looks
+
+    def remember(self, connection: Connection, transaction: OpenTransaction) -> None:
+        """Remember the keys that *transaction*, which has committed, has seen entries of."""
+        if not connection.in_transaction():  # else it was a part of one
+            known = self.known_keys(connection)
+            for entity, keys in transaction.seen.items():
+                known.add(entity, keys)
 
     def log(
         self,
@@ -218,7 +244,11 @@ class Recorder:
         log = self._log_of(tracked, connection)
         header = Header(transaction.tx, utcnow(), self._registry.versions[tracked.entity], transaction.step)
         with transaction.writing():
-            logged = [log.log(connection, header, look, new=new) for look in looks]
+            try:
+                logged = [log.log(connection, header, look, new=new) for look in looks]
+            except NoEntry as error:
+                self.known_keys(connection).clear()
+                raise ConflictError(_NO_ENTRY.format(tracked.entity)) from error
             count = sum(each.changed for each in logged)
             if count:
                 transaction.note_entries(connection, transaction.tx)

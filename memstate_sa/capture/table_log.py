@@ -22,13 +22,13 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.engine import Connection, Dialect
-from sqlalchemy.exc import CompileError
+from sqlalchemy.exc import CompileError, IntegrityError
 from sqlalchemy.sql.selectable import NamedFromClause
 from sqlalchemy.sql.util import ClauseAdapter
 
 from memstate_sa.capture.captured_tables import CapturedTable
-from memstate_sa.capture.logging_statements import log_rows, look_at, marking_logged, reading_logged
-from memstate_sa.capture.looks import ClassLog, Header, Logged, Look, RawKey
+from memstate_sa.capture.logging_statements import Kind, log_rows, look_at, marking_logged, reading_logged
+from memstate_sa.capture.looks import ClassLog, Header, Logged, Look, NoEntry, RawKey
 from memstate_sa.capture.read_log import ReadLog
 from memstate_sa.capture.row_images import TableWriter, stored_as
 from memstate_sa.capture.sql_text import as_sent
@@ -61,7 +61,7 @@ class TableLog:
         self._look = look_at(self._rows.subquery("here"))
         kinds = [columns.implementation(column) for column in tracked.key_columns]
         self._has_texts = any(isinstance(kind, (String, LargeBinary)) for kind in kinds)
-        self._logging: dict[tuple[bool, bool], Any] = {}
+        self._logging: dict[Kind, Any] = {}
 
     def look(self, connection: Connection, keys: Sequence[RawKey]) -> list[Look]:
         """One statement for each batch."""
@@ -94,7 +94,13 @@ class TableLog:
             parameters["before"] = as_array(look.rows)
         if baselines:
             parameters["baselines"] = as_json(baselines)
-        result = connection.execute(self._statement(new=new, baselines=bool(baselines)), parameters)
+        kind = Kind(new, bool(baselines), look.remembered)
+        try:
+            result = connection.execute(self._statement(kind), parameters)
+        except IntegrityError as error:
+            if look.remembered:
+                raise NoEntry from error
+            raise
         if result.returns_rows:
             entries = self._entries(result)
             return Logged(len(entries), entries)
@@ -111,12 +117,11 @@ class TableLog:
             if sum(len(part) for part in key if isinstance(part, (str, bytes))) > _KEY_CHARS:
                 self._columns.encode_key(key)
 
-    def _statement(self, *, new: bool, baselines: bool) -> Any:
-        statement = self._logging.get((new, baselines))
+    def _statement(self, kind: Kind) -> Any:
+        statement = self._logging.get(kind)
         if statement is None:
-            database, returns = self._columns.database, self._tracked.is_checked
-            statement = log_rows(database, self._rows, new=new, baselines=baselines, returns=returns)
-            statement = self._logging[new, baselines] = statement.execution_options(preserve_rowcount=True)
+            statement = log_rows(self._columns.database, self._rows, kind, returns=self._tracked.is_checked)
+            statement = self._logging[kind] = statement.execution_options(preserve_rowcount=True)
         return statement
 
     def _entries(self, rows: Any) -> list[LogEntry]:

@@ -63,6 +63,7 @@ class OpenTransaction:
     has_header: bool = False  # its labels are written; no rollback takes them back but that of the whole transaction
     has_intents: bool = False  # an index may hold what is not committed yet
     txs: dict[str, None] = field(default_factory=dict)  # it logged under these, an undo's own among them, in order
+    seen: dict[str, dict[RawKey, str]] = field(default_factory=dict)  # keys that the log has, by entity: to remember
     connections: WeakSet[Connection] = field(default_factory=WeakSet)
     trigger_connections: WeakSet[Connection] = field(default_factory=WeakSet)  # to databases with triggers of ours
     context_on: _WeakReference = _WeakReference()  # the Connection where the trigger context names it, or named it

@@ -51,8 +51,10 @@ def types_of(impl: TypeEngine[Any], database: Database) -> frozenset[type]:
     return next((types for kind, types in _READ_BY_PSYCOPG.items() if isinstance(impl, kind)), _OF_ANY)
 
 
-def is_read_by_database(impl: TypeEngine[Any]) -> bool:
-    """Whether PostgreSQL alone can tell if a text is a value of *impl*, as of an enum or an address."""
+def is_read_by_database(impl: TypeEngine[Any], database: Database) -> bool:
+    """Whether the database alone can tell if a text is a value of *impl*, as of an enum or an address."""
+    if database.has_dynamic_types:
+        return False
     return (isinstance(impl, Enum) and impl.native_enum) or not isinstance(impl, (*_READ_BY_PSYCOPG, Uuid))
 
 

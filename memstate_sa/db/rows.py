@@ -246,11 +246,8 @@ class TableColumns:
         columns = list(self.table.primary_key.columns)
         if len(columns) == 1:
             kind = implementation(columns[0].type, self.dialect)
-            if (
-                self.database.has_arrays
-                and isinstance(kind, (sqltypes.Integer, sqltypes.String))
-                and not isinstance(kind, sqltypes.Enum)
-            ):
+            is_plain = isinstance(kind, (sqltypes.Integer, sqltypes.String)) and not isinstance(kind, sqltypes.Enum)
+            if is_plain and self.database.has_arrays:
                 # One parameter, one text: a thousand of them cost more to send than to look up. Of the widest type:
                 # a column of fewer bits has no row for a key that does not fit.
                 kind = BigInteger() if isinstance(kind, sqltypes.Integer) else kind
@@ -270,8 +267,7 @@ class TableColumns:
 
     @cached_property
     def _is_read_by_database(self) -> bool:
-        is_typed = not self.database.has_dynamic_types
-        return is_typed and any(is_read_by_database(self._impl[name]) for name in self.key_names)
+        return any(is_read_by_database(self._impl[name], self.database) for name in self.key_names)
 
     def driver_key(self, key: str) -> tuple[Any, ...] | None:
         """The values of a canonical *key* as the driver takes them; None when no row can have this key."""
@@ -414,9 +410,9 @@ class TableColumns:
 
         Two sessions that lock the same rows in two orders wait for each other. A collation has another order.
         """
-        columns = list(self.table.primary_key.columns)
+        columns: list[Any] = list(self.table.primary_key.columns)
         if self.database.has_one_writer:
-            return list(columns)
+            return columns
         return [cast(c, Text).collate("C") if isinstance(self._impl[c.name], String) else c for c in columns]
 
     def key_of(self, row: Sequence[Any]) -> str:
