@@ -184,8 +184,8 @@ class TableColumns:
 
     def _is_interval(self, column: Column[Any]) -> bool:
         """Whether *column* has more than a timedelta, which is all that a key is looked up by."""
-        is_one = isinstance(self._impl[column.name], intervals.KINDS) and not self.database.has_dynamic_types
-        return is_one and not column.primary_key
+        is_left_out = column.primary_key or self.database.has_dynamic_types
+        return not is_left_out and isinstance(self._impl[column.name], intervals.KINDS)
 
     def raw(self, column: Column[Any]) -> ColumnElement[Any]:
         """*column* as the driver reads it, for a SELECT."""
@@ -398,11 +398,8 @@ class TableColumns:
         names = map(self.raw, self.table.primary_key.columns)
         statement: Select[Any] = select(*names).where(self.key_in).order_by(*self._key_order)
         statement = statement.with_for_update(key_share=not leaving, skip_locked=skip_locked)
-        return {
-            self.encode_key(row)
-            for batch in batches(keys)
-            for row in connection.execute(statement, self.key_parameters(batch)).all()
-        }
+        parameters = map(self.key_parameters, batches(keys))
+        return {self.encode_key(row) for each in parameters for row in connection.execute(statement, each).all()}
 
     @cached_property
     def _key_order(self) -> list[ColumnElement[Any]]:
