@@ -52,7 +52,7 @@ class Guard:
 
         Most statements only read. They leave first.
         """
-        if context.isddl or (context.is_text and log.name in statement):
+        if context.isddl or ((context.is_text or context.isdelete) and log.name in statement):
             self._recorder.known_keys(connection).clear()  # the log may be another one
         has_triggers = bool(self._registry.by_trigger)
         writes: bool = context.isinsert or context.isupdate or context.isdelete
