@@ -6,6 +6,7 @@ A module of a higher folder keeps its own differences in a mapping by `POSTGRESQ
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, Protocol, TypeAlias
@@ -96,17 +97,12 @@ class Database(Protocol):
 POSTGRESQL: Database = Postgresql()
 SQLITE: Database = Sqlite()
 Bind: TypeAlias = Engine | Connection | Dialect
-_DATABASES = {database.name: database for database in (POSTGRESQL, SQLITE)}
-
-
-def named(name: str) -> Database | None:
-    """The database of this name, or None for one that memstate_sa does not know."""
-    return _DATABASES.get(name)
+BY_NAME: Mapping[str, Database] = {database.name: database for database in (POSTGRESQL, SQLITE)}
 
 
 def find_database(bind: Bind) -> Database | None:
     """The database of *bind*, or None for one that memstate_sa does not know."""
-    return named((bind if isinstance(bind, Dialect) else bind.dialect).name)
+    return BY_NAME.get((bind if isinstance(bind, Dialect) else bind.dialect).name)
 
 
 def database_of(bind: Bind) -> Database:

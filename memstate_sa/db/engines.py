@@ -12,7 +12,7 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from memstate_sa.db import sqlite
-from memstate_sa.db.dialects import SQLITE, database_of, named
+from memstate_sa.db.dialects import BY_NAME, SQLITE, database_of
 from memstate_sa.errors import MemstateError, MissingExtra
 from memstate_sa.runtime import forks
 
@@ -89,7 +89,7 @@ def _dispose(separate: Engine, engine: Engine) -> None:
 
 def blocking_engine(url: URL) -> Engine:
     """An engine on *url* with a driver that a thread can use. Options of asyncpg are translated, or left out."""
-    database, query, arguments = named(url.get_backend_name()), dict(url.query), dict[str, Any]()
+    database, query, arguments = BY_NAME.get(url.get_backend_name()), dict(url.query), dict[str, Any]()
     if url.drivername == "postgresql+asyncpg":
         if "ssl" in query:
             query["sslmode"] = query.pop("ssl")
@@ -108,7 +108,7 @@ def engine_of(url: str) -> Engine:
         raise MemstateError("not a database URL: write postgresql://… or sqlite:///…") from None
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
-    in_memory = named(parsed.get_backend_name()) is SQLITE and (parsed.database or ":memory:") == ":memory:"
+    in_memory = BY_NAME.get(parsed.get_backend_name()) is SQLITE and (parsed.database or ":memory:") == ":memory:"
     options: dict[str, Any] = (
         {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}} if in_memory else {}
     )

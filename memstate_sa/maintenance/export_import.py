@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.db import statements
 from memstate_sa.db.codec import FactKey, Image, decode_image, decode_key, encode, encode_key, normalized, to_json
-from memstate_sa.db.dialects import Database, database_of, named
+from memstate_sa.db.dialects import BY_NAME, Database, database_of
 from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.tables import log, transaction, unique, utcnow
 from memstate_sa.errors import ConflictError, MemstateError
@@ -220,8 +220,8 @@ class _Import:
         for entity, version in header.entities.items():
             if version > (ours := self._registry.by_entity[entity].version):
                 raise MemstateError(f"line 1: {entity} is of version {version} there, and only of {ours} here")
-        source = named(header.dialect)
-        if source is not None and source is not database_of(self._connection):
+        source = BY_NAME[header.dialect]
+        if source is not database_of(self._connection):
             for entity in header.entities:
                 tracked = self._registry.by_entity[entity]
                 self._translations[entity] = _EntryTranslation(tracked, source, self._connection.dialect)

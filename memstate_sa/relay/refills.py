@@ -56,7 +56,8 @@ def require_refills(
     missing_names = [name for name in (SCAN, *entities) if name not in delivered]
     if missing_names:
         rows = as_json([[name, slot, None, False] for name in missing_names for slot in slots(database)])
-        connection.execute(_new_refills(database), {**index.parameters(), "rows": rows})
+        new = insert_rows(database, refill, ["entity", "slot", "position", "done"]).on_conflict_do_nothing()
+        connection.execute(new, {**index.parameters(), "rows": rows})
         if delivered:  # the scan passed by the points of an entity that was unknown
             scan = update(refill).where(of_index(refill), refill.c.entity == SCAN).values(done=False, position=None)
             connection.execute(scan, index.parameters())
@@ -72,11 +73,6 @@ def require_refills(
         for statement in (marking, refilling, doubting, revoking) if delivered else (marking,):
             connection.execute(statement, index.parameters())
     return marked or several
-
-
-@cache
-def _new_refills(database: Database) -> Any:
-    return insert_rows(database, refill, ["entity", "slot", "position", "done"]).on_conflict_do_nothing()
 
 
 def next_refill(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime
-from functools import cache
 from typing import Any
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.engine import Connection
 
-from memstate_sa.db.dialects import Database, database_of
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.json_params import as_json
 from memstate_sa.db.tables import cursor, holder, index_state, ledger, parked, past, projection, refill
 from memstate_sa.errors import IndexMismatch
@@ -45,13 +44,9 @@ def require_registered(connection: Connection, index: IndexKey, now: datetime, e
     connection.execute(database.upsert(index_state).on_conflict_do_nothing(), {**index.values(), **state})
     present = position_columns(read_present(connection))
     rows = as_json([[slot, *present.values(), None, 0] for slot in slots(database)])
-    connection.execute(_new_cursors(database, tuple(present)), {**index.parameters(), "rows": rows})
+    new_cursors = insert_rows(database, cursor, ["slot", *present, "owner", "epoch"]).on_conflict_do_nothing()
+    connection.execute(new_cursors, {**index.parameters(), "rows": rows})
     assert _is_registered(connection, index, embedder, dimension)
-
-
-@cache
-def _new_cursors(database: Database, position: tuple[str, ...]) -> Any:
-    return insert_rows(database, cursor, ["slot", *position, "owner", "epoch"]).on_conflict_do_nothing()
 
 
 def _is_registered(connection: Connection, index: IndexKey, embedder: str, dimension: int) -> bool:

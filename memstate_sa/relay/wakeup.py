@@ -64,7 +64,7 @@ class Notifier:
 
     def committed(self, engine: Engine) -> None:
         """Costs the caller no I/O."""
-        if database_of(engine).runs_in_process or self._closed:
+        if self._closed:
             return
         with self._lock:
             self._pending.add(engine)

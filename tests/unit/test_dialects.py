@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
-from memstate_sa.db.dialects import POSTGRESQL, SQLITE, database_of, find_database, named
+from memstate_sa.db.dialects import BY_NAME, POSTGRESQL, SQLITE, database_of, find_database
 from memstate_sa.db.sqlite import configure
 from memstate_sa.errors import MemstateError
 
@@ -18,7 +18,7 @@ def test_engines_connections_and_dialects_give_the_same_object() -> None:
     with engine.connect() as connection:
         assert database_of(engine) is database_of(connection) is database_of(sqlite.dialect()) is SQLITE
     engine.dispose()
-    assert database_of(postgresql.dialect()) is named("postgresql") is POSTGRESQL
+    assert database_of(postgresql.dialect()) is BY_NAME["postgresql"] is POSTGRESQL
 
 
 def test_another_database_is_refused_by_name() -> None:
