@@ -13,6 +13,7 @@ from memstate_sa.capture import append_only, triggers
 from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
 from memstate_sa.db import creation, functions
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.sessions import sync_session
 from memstate_sa.db.sync_engines import SyncEngines
 from memstate_sa.embedders import Embedder
@@ -233,7 +234,8 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         append_only.install(connection)
         for tracked in self._registry.by_entity.values():
             (triggers.install if tracked.by_trigger else triggers.uninstall)(connection, tracked)
-        functions.close(connection)
+        if not database_of(connection).runs_in_process:
+            functions.close(connection)
 
     def annotate(
         self,

@@ -22,6 +22,7 @@ from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction, OpenTransactions, Status
 from memstate_sa.capture.trigger_context import TriggerContexts, have_logged
 from memstate_sa.db import missing_tables, sqlite
+from memstate_sa.db.dialects import SQLITE, find_database
 from memstate_sa.runtime import listening, watching
 from memstate_sa.runtime.warn import warn
 from memstate_sa.tracking.registry import Registry
@@ -216,7 +217,7 @@ class SessionCapture:
         self.warn_of_cascades()
         if engine not in self._connected:
             self._connected.add(engine)
-            if engine.dialect.name == "sqlite":
+            if find_database(engine) is SQLITE:
                 sqlite.warn_of_savepoints(connection)
 
     def warn_of_cascades(self) -> None:

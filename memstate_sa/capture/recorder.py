@@ -21,6 +21,7 @@ from memstate_sa.capture.table_log import class_log
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db import sqlite, tables
 from memstate_sa.db.codec import decode_key
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.json_params import as_array
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import READ_CHUNK, batches, take_write_lock
@@ -141,7 +142,7 @@ class Recorder:
         alone, and passes by others that are locked: who has locked one may wait for another that is locked here. Nor
         does it hold them for long while it waits for a value that must be unique: then fewer are done with, or none.
         """
-        if tracked.unique_values is None or connection.dialect.name != "postgresql":
+        if tracked.unique_values is None or database_of(connection).has_one_writer:
             return self._log_baselines(connection, tracked, keys)
         while keys:
             try:

@@ -17,6 +17,7 @@ from sqlalchemy.engine import Connection
 from memstate_sa.capture import append_only, triggers
 from memstate_sa.capture.captured_tables import CapturedTable, captured_in, read_header, restriction
 from memstate_sa.db.amendments import RENAMED
+from memstate_sa.db.dialects import SQLITE, database_of
 from memstate_sa.db.rows import stored_columns
 from memstate_sa.db.tables import log, outbox, trigger_context
 from memstate_sa.indexes.pgvector_statements import COLUMNS
@@ -114,7 +115,7 @@ class _Comparison:
         if table is None:
             return op if self._is_replaced(op) else None
         if isinstance(op, ops.ModifyTableOps):
-            if self._connection.dialect.name == "sqlite":
+            if database_of(self._connection) is SQLITE:
                 op.ops = [part for part in op.ops if not _is_identity(part)]
             if table.dialect_options["sqlite"]["autoincrement"] and _altering(op):
                 return CountingTableOps(op.table_name, op.ops, schema=op.schema)
@@ -146,7 +147,7 @@ class _Comparison:
         }
         for name in sorted({*installed, *captured}, key=lambda name: (name[0] or "", name[1])):
             yield from self._table(name, installed.get(name, {}), captured.get(name, {}), changes)
-        is_sqlite = self._connection.dialect.name == "sqlite"
+        is_sqlite = database_of(self._connection) is SQLITE
         if changes.rename(*_NAMED) or (is_sqlite and changes.are_of(*_NAMED)):
             for name in sorted(everywhere.keys() - installed.keys() - captured.keys()):  # env.py leaves them out
                 for header in _headers(everywhere[name]).values():

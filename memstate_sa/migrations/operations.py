@@ -14,6 +14,7 @@ from sqlalchemy import Column, MetaData, PrimaryKeyConstraint, Table
 
 from memstate_sa.capture import append_only, triggers
 from memstate_sa.capture.captured_tables import CapturedTable, Only
+from memstate_sa.db.dialects import SQLITE, database_of
 from memstate_sa.db.tables import log
 
 
@@ -146,12 +147,12 @@ _RESTORE = (
 
 
 def _keep(operations: Operations, _: KeepIdsOp) -> None:
-    if operations.get_context().dialect.name == "sqlite":
+    if database_of(operations.get_context().dialect) is SQLITE:
         _run(operations, _KEEP)
 
 
 def _restore(operations: Operations, _: RestoreIdsOp) -> None:
-    if operations.get_context().dialect.name == "sqlite":
+    if database_of(operations.get_context().dialect) is SQLITE:
         _run(operations, _RESTORE)
 
 
@@ -168,11 +169,11 @@ def _untrack(operations: Operations, operation: UntrackOp) -> None:
 
 
 def _protect(operations: Operations, _: ProtectLogOp) -> None:
-    _run(operations, append_only.creating(operations.get_context().dialect.name))
+    _run(operations, append_only.creating(database_of(operations.get_context().dialect)))
 
 
 def _unprotect(operations: Operations, _: UnprotectLogOp) -> None:
-    _run(operations, append_only.dropping(operations.get_context().dialect.name))
+    _run(operations, append_only.dropping(database_of(operations.get_context().dialect)))
 
 
 def _run(operations: Operations, statements: Iterable[str]) -> None:

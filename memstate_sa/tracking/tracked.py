@@ -29,6 +29,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm.attributes import set_committed_value
 
 from memstate_sa.db.codec import Image, decode_image, encode, encode_key
+from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.joined_rows import JoinedColumns
 from memstate_sa.db.json_params import as_json
 from memstate_sa.db.rows import TableColumns
@@ -85,8 +86,8 @@ class Tracked:
     text_version: int = 1
     withdrawn: bool = False  # from an index: it is to hold no point of the class any more
     since: float = field(default_factory=monotonic, repr=False)  # when it was tracked
-    hydrations: dict[str, Select[Any]] = field(default_factory=dict, repr=False)
-    _columns: dict[str, TableColumns] = field(default_factory=dict, repr=False)
+    hydrations: dict[TableColumns, Select[Any]] = field(default_factory=dict, repr=False)
+    _columns: dict[Database, TableColumns] = field(default_factory=dict, repr=False)
 
     @property
     def is_checked(self) -> bool:
@@ -154,14 +155,15 @@ class Tracked:
 
     def columns_for(self, dialect: Dialect) -> TableColumns:
         """This class's statements and conversions for *dialect*."""
-        # Keyed by name: dialect instances of one database differ only in what they learnt from their server.
-        columns = self._columns.get(dialect.name)
+        # By database: the dialects of one database differ only in what they learnt from their server.
+        database = database_of(dialect)
+        columns = self._columns.get(database)
         if columns is None:
             if len(self.tables) > 1:
                 columns = JoinedColumns(self.tables, dialect, required=self.base_table_count)
             else:
                 columns = TableColumns(self.table, dialect)
-            self._columns[dialect.name] = columns
+            self._columns[database] = columns
         return columns
 
     @cached_property
