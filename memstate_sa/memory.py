@@ -116,6 +116,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         version: int = 1,
         upgrade: Mapping[int, Upgrade] | None = None,
         text_version: int = 1,
+        exclude: Sequence[str] = (),
     ) -> type[M]: ...
 
     @overload
@@ -136,6 +137,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         version: int = 1,
         upgrade: Mapping[int, Upgrade] | None = None,
         text_version: int = 1,
+        exclude: Sequence[str] = (),
     ) -> Callable[[type[M]], type[M]]: ...
 
     def track(
@@ -155,6 +157,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         version: int = 1,
         upgrade: Mapping[int, Upgrade] | None = None,
         text_version: int = 1,
+        exclude: Sequence[str] = (),
     ) -> Any:
         """Make every row of *model* a fact; a call, or a class decorator. The table needs no change.
 
@@ -178,6 +181,10 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
 
         Relays notice a change of *text* or *metadata*, and deliver every row again; until then ``Hits.complete`` is
         False. Where *text* is a function, nothing tells when that changes: give another *text_version* then.
+
+        *exclude* are column attributes that the log leaves out: secrets, large files, counters. A change of these alone
+        is no change, history and export do not show them, and an undo leaves them as they are; a deleted row that an
+        undo brings back has their defaults, or NULL. A function *text* cannot read them.
 
         Raises MemstateError for a class that is not mapped, unknown column attributes, or an entity tracked already.
         """
@@ -204,6 +211,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
                     version=version,
                     upgrade=upgrade,
                     text_version=text_version,
+                    exclude=exclude,
                 )
             )
             return model

@@ -26,7 +26,7 @@ from memstate_sa.db.json_params import as_array
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import READ_CHUNK, batches, take_write_lock
 from memstate_sa.db.tables import utcnow
-from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
+from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite
 from memstate_sa.log import outbox
 from memstate_sa.log.changes import LogEntry
 from memstate_sa.log.outbox import unknown_keys
@@ -280,8 +280,10 @@ class Recorder:
                 continue
             try:
                 tracked.validate(values)
-            except ValidationError as error:
-                raise to_validation_failed(tracked.model.__name__, error) or ValidationFailed() from error
+            except ValidationError as error:  # what is excluded was looked at before the flush
+                ignored = frozenset(tracked.exclude)
+                if (failed := to_validation_failed(tracked.model.__name__, error, ignoring=ignored)) is not None:
+                    raise failed from error
 
 
 def require_visible(connection: Connection, tracked: Tracked) -> None:
