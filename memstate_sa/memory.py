@@ -12,6 +12,7 @@ from sqlalchemy.orm import QueryableAttribute, Session
 from memstate_sa.capture import append_only, triggers
 from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
+from memstate_sa.capture.supported import require_supported_tables
 from memstate_sa.db import creation, functions
 from memstate_sa.db.dialects import database_of
 from memstate_sa.db.sessions import sync_session
@@ -232,11 +233,14 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
 
         Triggers of a class that is no longer captured so are dropped.
 
-        Their own tables have to be there. With Alembic, let a migration do it.
+        Their own tables have to be there. With Alembic, let a migration do it. Raises MemstateError, and creates
+        nothing, for a tracked view, for a table in an attached SQLite database, and for a schema_translate_map.
         """
         self._open()
         self._capture.warn_of_cascades()
-        creation.create(self.sync_engine(engine), install=self._install)
+        sync_engine = self.sync_engine(engine)
+        require_supported_tables(sync_engine, self._registry.by_table.keys())
+        creation.create(sync_engine, install=self._install)
 
     def _install(self, connection: Connection) -> None:
         append_only.install(connection)

@@ -17,6 +17,7 @@ from sqlalchemy.pool import Pool
 from memstate_sa.capture import hazards, unique_values
 from memstate_sa.capture.known_keys import KnownKeys
 from memstate_sa.capture.looks import ClassLog, Header, Look, NoEntry, RawKey
+from memstate_sa.capture.supported import require_no_translation
 from memstate_sa.capture.table_log import class_log
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db import sqlite, tables
@@ -299,11 +300,6 @@ def _warn_of(tracked: Tracked, without: Sequence[str]) -> None:
     """Say which rows were given no unique value, as others have it."""
     if without:
         logger.warning(_NOT_UNIQUE, tracked.entity, len(without), ", ".join(without[:_SHOWN]))
-
-
-def require_no_translation(options: Mapping[str, Any]) -> None:
-    if options.get("schema_translate_map"):
-        raise MemstateError("schema_translate_map is not supported for tracked models")
 
 
 def require_supported(connection: Connection, transaction: OpenTransaction) -> None:

@@ -177,6 +177,7 @@ class _Comparison:
         for entity in sorted({*old, *captured}):
             new = captured.get(entity)
             if new is not None:
+                triggers.creating(new, self._connection.dialect)  # raises for what triggers cannot log of the model
                 only = restriction(new, self._connection.dialect)
                 columns = frozen(new.table, logged_columns(new.table, new.excluded))
                 new = CapturedTable.restricted(columns, new.entity, new.version, only)._replace(excluded=new.excluded)
