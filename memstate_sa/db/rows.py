@@ -42,9 +42,7 @@ from sqlalchemy import types as sqltypes
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.exc import DataError
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.elements import BindParameter
-from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
 from memstate_sa.db import intervals, unreadable_times
@@ -52,6 +50,7 @@ from memstate_sa.db.codec import decode, decoded, differ, encode_image, encode_k
 from memstate_sa.db.dialects import database_of
 from memstate_sa.db.key_values import DoesNotFit, fitted, is_int64, is_read_by_database, tolerate_refusal, types_of
 from memstate_sa.db.raw_values import RAW, hashable, implementation
+from memstate_sa.db.rows_in import rows_are, rows_in
 from memstate_sa.db.statements import batches
 from memstate_sa.errors import MemstateError
 
@@ -113,29 +112,6 @@ def _unless_refused(process: Callable[[Any], Any], value: Any, refusals: Refusal
 def _listed(value: Any) -> Any:
     """What `hashable` was made from."""
     return list(map(_listed, value)) if isinstance(value, tuple) else value
-
-
-class _rows_in(FunctionElement[bool]):
-    """``(a, b) IN (:keys)``, served by the index on (a, b)."""
-
-    inherit_cache = True
-    type = sqltypes.Boolean()
-
-    def self_group(self, against: Any = None) -> _rows_in:
-        return self  # a condition as it is: "= 1", which SQLite is given for a boolean, would hide it from the index
-
-
-@compiles(_rows_in)
-def _rows_in_any(element: Any, compiler: Any, **kw: Any) -> str:
-    row, keys = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"{row} IN {keys}"
-
-
-@compiles(_rows_in, "sqlite")
-def _rows_in_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
-    """Of a bare list of VALUES, SQLite makes a scan of the table."""
-    row, keys = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"{row} IN (SELECT * FROM {keys})"  # noqa: S608  # of parameters
 
 
 class TableColumns:
@@ -256,7 +232,8 @@ class TableColumns:
                 return type_coerce(columns[0], kind) == any_(bindparam("keys", type_=sqltypes.ARRAY(kind)))
             return type_coerce(columns[0], RAW).in_(keys)
         keys = bindparam("keys", expanding=True)
-        return _rows_in(tuple_(*(type_coerce(column, RAW) for column in columns)), keys)
+        row = tuple_(*(type_coerce(column, RAW) for column in columns))
+        return rows_are(row, keys) if any(column.nullable for column in columns) else rows_in(row, keys)
 
     def key_parameters(self, keys: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
         if len(self.key_names) == 1:
