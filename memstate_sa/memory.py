@@ -14,6 +14,7 @@ from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.supported import require_supported_tables
 from memstate_sa.db import creation, functions
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.sessions import sync_session
 from memstate_sa.db.sync_engines import SyncEngines
 from memstate_sa.embedders import Embedder
@@ -116,6 +117,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         version: int = 1,
         upgrade: Mapping[int, Upgrade] | None = None,
         text_version: int = 1,
+        exclude: Sequence[str] = (),
     ) -> type[M]: ...
 
     @overload
@@ -136,6 +138,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         version: int = 1,
         upgrade: Mapping[int, Upgrade] | None = None,
         text_version: int = 1,
+        exclude: Sequence[str] = (),
     ) -> Callable[[type[M]], type[M]]: ...
 
     def track(
@@ -155,6 +158,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         version: int = 1,
         upgrade: Mapping[int, Upgrade] | None = None,
         text_version: int = 1,
+        exclude: Sequence[str] = (),
     ) -> Any:
         """Make every row of *model* a fact; a call, or a class decorator. The table needs no change.
 
@@ -178,6 +182,10 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
 
         Relays notice a change of *text* or *metadata*, and deliver every row again; until then ``Hits.complete`` is
         False. Where *text* is a function, nothing tells when that changes: give another *text_version* then.
+
+        *exclude* are column attributes that the log leaves out: secrets, large files, counters. A change of these alone
+        is no change, history and export do not show them, and an undo leaves them as they are; a deleted row that an
+        undo brings back has their defaults, or NULL. A function *text* cannot read them.
 
         Raises MemstateError for a class that is not mapped, unknown column attributes, or an entity tracked already.
         """
@@ -204,6 +212,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
                     version=version,
                     upgrade=upgrade,
                     text_version=text_version,
+                    exclude=exclude,
                 )
             )
             return model
@@ -237,7 +246,8 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         append_only.install(connection)
         for tracked in self._registry.by_entity.values():
             (triggers.install if tracked.by_trigger else triggers.uninstall)(connection, tracked)
-        functions.close(connection)
+        if not database_of(connection).runs_in_process:
+            functions.close(connection)
 
     def annotate(
         self,

@@ -20,6 +20,7 @@ from memstate_sa.capture.looks import Look, RawKey, with_others
 from memstate_sa.capture.recorder import Recorder, require_supported, require_visible
 from memstate_sa.capture.supported import require_no_translation
 from memstate_sa.capture.transaction import OpenTransaction, OpenTransactions
+from memstate_sa.db.dialects import POSTGRESQL, database_of
 from memstate_sa.db.raw_values import RAW
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import take_write_lock
@@ -311,10 +312,10 @@ class _Change(BulkStatement):
 
     @property
     def _can_return_keys(self) -> bool:
-        dialect = self.connection.dialect
+        dialect, database = self.connection.dialect, database_of(self.connection)
         is_able = dialect.update_returning if self.state.is_update else dialect.delete_returning
         # PostgreSQL refuses what synchronize_session='fetch' adds to RETURNING of an alias.
-        is_able &= dialect.name == "sqlite" or not isinstance(self.dml.table, AliasedReturnsRows)
+        is_able &= database is not POSTGRESQL or not isinstance(self.dml.table, AliasedReturnsRows)
         return self.returns_keys and is_able and not self.dml._return_defaults
 
     @property
@@ -324,7 +325,7 @@ class _Change(BulkStatement):
 
     def _may_look_again(self, others: dict[RawKey, None]) -> bool:
         """Whether there is sense in another attempt, after one that changed *others*. Refuses a random WHERE."""
-        if self.suspects and self.connection.dialect.name == "sqlite":  # nobody else writes
+        if self.suspects and database_of(self.connection).has_one_writer:  # nobody else writes
             self.guard.refuse(self.connection, self.dml, _VOLATILE)
             return False
         self.suspects |= others
@@ -335,7 +336,7 @@ class _Change(BulkStatement):
         result: Any = self.invoke()
         if self.dml._returning:
             result = CapturedResult(result)
-        if self.connection.dialect.name != "sqlite" and result.rowcount > len(keys):
+        if not database_of(self.connection).has_one_writer and result.rowcount > len(keys):
             return None
         return self.log_changed(result, keys, before)
 

@@ -17,7 +17,6 @@ from memstate_sa.runtime.warn import warn
 from memstate_sa.tracking.registry import Registry, unaliased
 from memstate_sa.tracking.tracked import Tracked
 
-_SEEN = "memstate_seen"
 _IN_AUTOCOMMIT = (
     "in AUTOCOMMIT each statement is a transaction of its own, so the log cannot be in it: use an engine that begins "
     "one, or capture='trigger'"
@@ -45,22 +44,20 @@ class Guard:
         self._transactions = transactions
         self._contexts = contexts
 
-    def before_statement(
-        self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
-    ) -> None:
+    def before_statement(self, context: Any) -> None:
         """Refuse a statement that no trigger and none of our listeners captures; name its transaction to triggers.
 
         Most statements only read. They leave first.
         """
-        if context.isddl or (context.is_text and log.name in statement):
-            self._recorder.known_keys(connection).clear()  # the log may be another one
-        has_triggers = bool(self._registry.by_trigger)
         writes: bool = context.isinsert or context.isupdate or context.isdelete
         # A SELECT, too, may write: WITH gone AS (DELETE … RETURNING …). Only the compiled statement knows its CTEs.
         ctes = getattr(context.compiled, "ctes", None)
-        if not (writes or ctes or has_triggers) or getattr(context, _SEEN, None) is self:
+        has_triggers = bool(self._registry.by_trigger)
+        if not (writes or ctes or has_triggers or context.isddl or context.is_text):
             return
-        setattr(context, _SEEN, self)  # an INSERT of many rows may be sent in many batches
+        connection = context.root_connection
+        if context.isddl or ((context.isdelete or context.is_text) and log.name in context.statement):
+            self._recorder.known_keys(connection).clear()  # the log may be another one
         transactions = self._transactions.on(connection)
         if not transactions:
             return
@@ -71,7 +68,7 @@ class Guard:
                 if transaction.flush is not None and not transaction.own_writes:
                     transaction.flush.before_change(connection, context.compiled.statement.table)
         self._check_ctes(connection, ctes or ())
-        if has_triggers and may_write(statement):
+        if has_triggers and may_write(context.statement):
             with_triggers = [other for other in transactions if connection in other.trigger_connections]
             self._contexts.name_transaction(connection, with_triggers)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
@@ -22,7 +22,8 @@ from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction, OpenTransactions, Status
 from memstate_sa.capture.trigger_context import TriggerContexts, have_logged
 from memstate_sa.db import missing_tables, sqlite
-from memstate_sa.runtime import listening
+from memstate_sa.db.dialects import SQLITE, find_database
+from memstate_sa.runtime import listening, watching
 from memstate_sa.runtime.warn import warn
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
@@ -70,10 +71,6 @@ class SessionCapture:
         self._checked: Any = None  # the entities of which the cascades are known
         self._cascades: set[cascades.ForeignKey] = set()  # those that were warned of
         self.mapper_listeners = self._flushes.mapper_listeners
-        self.engine_listeners: dict[str, Callable[..., None]] = {
-            "before_cursor_execute": self._guard.before_statement,
-            "rollback_savepoint": self._after_savepoint_rollback,
-        }
         self.session_listeners: dict[str, Callable[..., Any]] = {
             "after_begin": self._after_begin,
             **self._flushes.session_listeners,
@@ -81,6 +78,7 @@ class SessionCapture:
             "before_commit": self._before_commit,
             "after_commit": self._after_commit,
             "after_rollback": self._after_rollback,
+            "after_soft_rollback": self._after_soft_rollback,
             "after_transaction_end": self._after_transaction_end,
         }
 
@@ -111,7 +109,8 @@ class SessionCapture:
                 listening.stop(target, name, listener)
             self._wakers += [_Waker(target, name, self) for name in _BEGINNINGS]
         for engine in list(self._guarded):
-            for name, listener in (*self.engine_listeners.items(), *self._contexts.engine_listeners.items()):
+            watching.unwatch(engine, self._guard.before_statement)
+            for name, listener in self._contexts.engine_listeners.items():
                 listening.stop(engine, name, listener)
         self._guarded.clear()
         self._with_contexts.clear()
@@ -218,7 +217,7 @@ class SessionCapture:
         self.warn_of_cascades()
         if engine not in self._connected:
             self._connected.add(engine)
-            if engine.dialect.name == "sqlite":
+            if find_database(engine) is SQLITE:
                 sqlite.warn_of_savepoints(connection)
 
     def warn_of_cascades(self) -> None:
@@ -259,36 +258,40 @@ class SessionCapture:
         # Add to the set last: other threads treat membership as "already listening". Listening twice does no harm.
         if engine not in self._guarded:
             missing_tables.explain(engine)
-            self._listen_to_engine(engine, self.engine_listeners)
+            watching.watch(engine, self._guard.before_statement)
             self._guarded.add(engine)
         if self._registry.by_trigger and engine not in self._with_contexts:
-            self._listen_to_engine(engine, self._contexts.engine_listeners)
+            for name, listener in self._contexts.engine_listeners.items():
+                listening.listen(engine, name, listener)
             self._with_contexts.add(engine)
 
-    def _listen_to_engine(self, engine: Engine, listeners: Mapping[str, Callable[..., None]]) -> None:
-        for name, listener in listeners.items():
-            listening.listen(engine, name, listener)
-
     def _before_commit(self, session: Session) -> None:
+        """Seal the transaction. What the commit's own flush logs, which comes after this event, seals it then.
+
+        So listeners of the application find what is to be flushed, whenever they were attached.
+        """
         if session.in_nested_transaction():  # fires at every SAVEPOINT release too
             return
-        session.flush()  # the commit's own flush comes after this event
-        transaction = self._transactions.find(session)
-        if transaction is None:
-            return
+        transaction = self._transactions.of(session)
+        transaction.seal = self._seal
+        if self._veto is not None or self._registry.by_trigger:
+            session.flush()  # the veto looks at all that is written, and triggers do not tell what they log
         if transaction.context_on is not None and not transaction.is_logged:
             if have_logged(transaction.context_on, transaction.tx):
                 transaction.status = Status.LOGGED
             transaction.written_on = transaction.context_on
-        if not transaction.is_logged:
-            return
+        if transaction.is_logged:
+            self._seal(transaction)
+            if self._veto is not None:
+                self._veto.write(session, transaction)
+
+    def _seal(self, transaction: OpenTransaction) -> None:
+        """Write the header, when the commit is about to come."""
         has_entries = transaction.tx in transaction.logged_under
         if has_entries and any(transaction.labels.values()) and not transaction.has_header:
             assert transaction.written_on is not None
             self._recorder.write_header(transaction.written_on, transaction.tx, transaction.labels)
             transaction.has_header = True
-        if self._veto is not None:
-            self._veto.write(session, transaction)
         transaction.status = Status.COMMITTING
 
     def _after_commit(self, session: Session) -> None:
@@ -302,17 +305,19 @@ class SessionCapture:
             self._veto.committed(transaction)
         self._on_commit(transaction.written_on.engine)
 
-    def _after_savepoint_rollback(self, connection: Connection, *_: Any) -> None:
-        """Entries that it has seen may have been rolled back."""
-        for transaction in self._transactions.on(connection):
+    def _after_soft_rollback(self, session: Session, _: SessionTransaction) -> None:
+        """Of a SAVEPOINT, too: entries that the transaction has seen may be rolled back."""
+        if (transaction := self._transactions.find(session)) is not None:
             transaction.seen.clear()
 
     def _after_rollback(self, session: Session) -> None:
         """A transaction, a SAVEPOINT, or a flush that failed: what it had under way will not happen."""
         self._flushes.end(session)
         transaction = self._transactions.find(session)
-        if transaction is not None and transaction.status is Status.COMMITTING:
-            transaction.status = Status.LOGGED
+        if transaction is not None:
+            transaction.seal = None
+            if transaction.status is Status.COMMITTING:
+                transaction.status = Status.LOGGED
 
     def _after_transaction_end(self, session: Session, ended: SessionTransaction) -> None:
         """The only event that close() and cancellation fire."""

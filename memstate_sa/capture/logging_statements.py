@@ -26,6 +26,7 @@ from sqlalchemy import (
     union_all,
 )
 
+from memstate_sa.db.dialects import Database
 from memstate_sa.db.json_params import row_value, typed, unnest_rows, unnest_strings
 from memstate_sa.db.tables import StoredJson, log, outbox, statement_snapshot
 from memstate_sa.log.positions import SLOTS
@@ -52,14 +53,14 @@ class Kind(NamedTuple):
     remembered: bool  # it is known to have an entry of each: one that is missing violates NOT NULL
 
 
-def log_rows(rows: Select[Any], kind: Kind, *, is_postgresql: bool, returns: bool) -> Any:
+def log_rows(database: Database, rows: Select[Any], kind: Kind, *, returns: bool) -> Any:
     """Log what became of *rows*, and on PostgreSQL mark them dirty in the same statement.
 
     *returns*: it also returns what it has logged of each row. (On SQLite, `reading_logged` does that.)
     """
-    changing = _inserted(rows) if kind.new else _changed(rows, kind, is_postgresql=is_postgresql)
+    changing = _inserted(rows) if kind.new else _changed(database, rows, kind)
     # On SQLite the statement has to begin with its INSERT: the driver counts the rows of no other.
-    changed: FromClause = changing.cte("changed") if is_postgresql else changing.subquery("changed")
+    changed: FromClause = changing.cte("changed") if database.has_writing_ctes else changing.subquery("changed")
     entry: list[Any] = [changed.c.key, changed.c.op, typed(changed.c.image, StoredJson), _step]
     shared = [_tx, _at, _version, _entity, statement_snapshot()]
     order = [func.length(changed.c.key), changed.c.key]  # numbers as numbers
@@ -73,7 +74,7 @@ def log_rows(rows: Select[Any], kind: Kind, *, is_postgresql: bool, returns: boo
         is_there = or_(~is_first, changed.c.first.is_not(None))
         entries = select(*shared, *entry).select_from(changed.join(part, is_there)).order_by(part.c.n, *order)
     entering = insert(log).from_select(_LOG_COLUMNS, entries)
-    if not is_postgresql:
+    if not database.has_writing_ctes:
         return entering
     marks = select(_tx, _at, _entity, _slot(changed.c.key), changed.c.key)
     marking = insert(outbox).from_select(_OUTBOX_COLUMNS, marks)
@@ -107,10 +108,10 @@ def _inserted(rows: Select[Any]) -> Select[Any]:
     return select(here.c.key, literal_column("'insert'", Text()).label("op"), here.c.image)
 
 
-def _with_last_entries(touched: FromClause, *, is_postgresql: bool) -> tuple[FromClause, FromClause, FromClause]:
+def _with_last_entries(database: Database, touched: FromClause) -> tuple[FromClause, FromClause, FromClause]:
     """Each of the keys *touched*, and its last entry if it has one: both together, the keys, the entries."""
     its = and_(log.c.entity == _entity, log.c.key == touched.c.key)
-    if is_postgresql:  # one look into the index for each key, and not a join, which may read the whole log
+    if database.has_laterals:  # one look into the index for each key, and not a join, which may read the whole log
         last: FromClause = select(log.c.op, log.c.image).where(its).order_by(log.c.id.desc()).limit(1).lateral("last")
         return touched.outerjoin(last, true()), touched, last
     newest = select(func.max(log.c.id)).where(its).scalar_subquery()
@@ -119,12 +120,12 @@ def _with_last_entries(touched: FromClause, *, is_postgresql: bool) -> tuple[Fro
     return known.outerjoin(last, last.c.id == known.c.id), known, last
 
 
-def _changed(rows: Select[Any], kind: Kind, *, is_postgresql: bool) -> Select[Any]:
+def _changed(database: Database, rows: Select[Any], kind: Kind) -> Select[Any]:
     """The keys of which the log does not say yet what has become of them."""
     before = select(_before.c.value, literal_column("NULL", Text()))
     each = union_all(rows, before).subquery("each")
     touched = select(each.c.key, func.max(each.c.image).label("image")).group_by(each.c.key).subquery("touched")
-    source, known, last = _with_last_entries(touched, is_postgresql=is_postgresql)
+    source, known, last = _with_last_entries(database, touched)
     op: ColumnElement[Any] = last.c.op
     image: ColumnElement[Any] = last.c.image
     columns = []

@@ -22,11 +22,12 @@ from memstate_sa.capture.table_log import class_log
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db import sqlite, tables
 from memstate_sa.db.codec import decode_key
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.json_params import as_array
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import READ_CHUNK, batches, take_write_lock
 from memstate_sa.db.tables import utcnow
-from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
+from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite
 from memstate_sa.log import outbox
 from memstate_sa.log.changes import LogEntry
 from memstate_sa.log.outbox import unknown_keys
@@ -142,7 +143,7 @@ class Recorder:
         alone, and passes by others that are locked: who has locked one may wait for another that is locked here. Nor
         does it hold them for long while it waits for a value that must be unique: then fewer are done with, or none.
         """
-        if tracked.unique_values is None or connection.dialect.name != "postgresql":
+        if tracked.unique_values is None or database_of(connection).has_one_writer:
             return self._log_baselines(connection, tracked, keys)
         while keys:
             try:
@@ -280,8 +281,10 @@ class Recorder:
                 continue
             try:
                 tracked.validate(values)
-            except ValidationError as error:
-                raise to_validation_failed(tracked.model.__name__, error) or ValidationFailed() from error
+            except ValidationError as error:  # what is excluded was looked at before the flush
+                ignored = frozenset(tracked.exclude)
+                if (failed := to_validation_failed(tracked.model.__name__, error, ignoring=ignored)) is not None:
+                    raise failed from error
 
 
 def require_visible(connection: Connection, tracked: Tracked) -> None:

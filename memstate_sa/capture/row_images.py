@@ -20,7 +20,8 @@ from memstate_sa.capture.captured_tables import Capturable, header
 from memstate_sa.capture.sql_text import as_sent, literal
 from memstate_sa.db import intervals, unreadable_times
 from memstate_sa.db.codec import to_json
-from memstate_sa.db.rows import TableColumns, stored_columns
+from memstate_sa.db.dialects import POSTGRESQL, SQLITE
+from memstate_sa.db.rows import TableColumns, logged_columns
 from memstate_sa.errors import MemstateError
 
 
@@ -146,7 +147,8 @@ def _json_sqlite(_: TableColumns, __: Column[Any], value: str) -> str:
     )
 
 
-_JSON = {"postgresql": _json_postgresql, "sqlite": _json_sqlite}
+_JSON = {POSTGRESQL: _json_postgresql, SQLITE: _json_sqlite}
+_TRUE = {POSTGRESQL: "true", SQLITE: "1"}
 
 
 _COMMA = " || ',' || "
@@ -181,6 +183,10 @@ class TableWriter:
         for column in self.keys:
             self._require_key(column)
 
+    @property
+    def logged_columns(self) -> list[Column[Any]]:
+        return logged_columns(self.captured.table, self.captured.excluded)
+
     @cached_property
     def header(self) -> str:
         return header(self.captured, self.dialect)
@@ -204,7 +210,7 @@ class TableWriter:
 
     def row(self, alias: str, *, old: bool = False) -> RowImage:
         """What is logged of the row *alias*; *old*: of a transition table, which has no virtual columns."""
-        criterion = "true" if self.dialect.name == "postgresql" else "1"
+        criterion = _TRUE[self._columns.database]
         if self.captured.criterion is not None:
             adapted = ClauseAdapter(self.captured.table.alias(alias)).traverse(self.captured.criterion)
             compiled = adapted.compile(dialect=self.dialect, compile_kwargs={"literal_binds": True})
@@ -221,7 +227,7 @@ class TableWriter:
         return _concatenated(
             [
                 f"{literal(to_json(prefix + column.name) + ':')} || coalesce({self._json(alias, column)}, 'null')"
-                for column in stored_columns(self.captured.table)
+                for column in self.logged_columns
                 if not (old and column.computed is not None and not column.computed.persisted)
             ]
         )
@@ -232,20 +238,20 @@ class TableWriter:
                 f"a trigger cannot log {column.table.name}.{column.name}: its type reads by an expression"
             )
         row = alias if alias in ("NEW", "OLD") else self.quote(alias)
-        return _JSON[self.dialect.name](self._columns, column, f"{row}.{self.quote(column.name)}")
+        return _JSON[self._columns.database](self._columns, column, f"{row}.{self.quote(column.name)}")
 
     def _require_key(self, column: Column[Any]) -> None:
         """A key has one form as text, the one that Python gives it."""
         kind = self._columns.implementation(column)
-        good = isinstance(kind, _KEYS)
+        good, is_typed = isinstance(kind, _KEYS), not self._columns.database.has_dynamic_types
         if isinstance(kind, sqltypes.Float):
             good = False
         elif isinstance(kind, sqltypes.Numeric):  # SQLite keeps it as a float; Python writes 1E-7
-            good = self.dialect.name == "postgresql" and kind.scale is not None and kind.scale <= 6
+            good = is_typed and kind.scale is not None and kind.scale <= 6
         elif isinstance(kind, sqltypes.Time):
             good = not kind.timezone
         elif isinstance(kind, sqltypes.String):  # in SQLite another key may be the same row
-            good = self.dialect.name == "postgresql" or kind.collation in (None, "BINARY")
+            good = is_typed or kind.collation in (None, "BINARY")
         if not good:
             raise MemstateError(
                 f"a trigger cannot log a primary key of {column.type!r} ({column.table.name}.{column.name})"

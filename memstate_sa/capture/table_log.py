@@ -96,7 +96,7 @@ class TableLog:
             parameters["baselines"] = as_json(baselines)
         kind = Kind(new, bool(baselines), look.remembered)
         try:
-            result = connection.execute(self._statement(connection, kind), parameters)
+            result = connection.execute(self._statement(kind), parameters)
         except IntegrityError as error:
             if look.remembered:
                 raise NoEntry from error
@@ -104,7 +104,7 @@ class TableLog:
         if result.returns_rows:
             entries = self._entries(result)
             return Logged(len(entries), entries)
-        if connection.dialect.name == "postgresql" or not result.rowcount:
+        if self._columns.database.has_writing_ctes or not result.rowcount:
             return Logged(result.rowcount)
         # SQLite has no INSERT within another. Nobody else writes: the ids of the entries follow each other.
         ids = {"first": result.lastrowid - result.rowcount + 1, "last": result.lastrowid}
@@ -117,11 +117,10 @@ class TableLog:
             if sum(len(part) for part in key if isinstance(part, (str, bytes))) > _KEY_CHARS:
                 self._columns.encode_key(key)
 
-    def _statement(self, connection: Connection, kind: Kind) -> Any:
+    def _statement(self, kind: Kind) -> Any:
         statement = self._logging.get(kind)
         if statement is None:
-            is_postgresql, returns = connection.dialect.name == "postgresql", self._tracked.is_checked
-            statement = log_rows(self._rows, kind, is_postgresql=is_postgresql, returns=returns)
+            statement = log_rows(self._columns.database, self._rows, kind, returns=self._tracked.is_checked)
             statement = self._logging[kind] = statement.execution_options(preserve_rowcount=True)
         return statement
 
@@ -153,8 +152,8 @@ _types = text(
 
 def _is_stored_as_declared(connection: Connection, columns: TableColumns) -> bool:
     """Whether the columns have the types for which the SQL of an image is made."""
-    if connection.dialect.name != "postgresql":
-        return True  # SQLite's goes by the value
+    if columns.database.has_dynamic_types:
+        return True  # the SQL goes by the value
     name = as_sent(connection.dialect.identifier_preparer.format_table(columns.table), connection.dialect)
     stored: dict[str, str] = {row[0]: row[1] for row in connection.execute(_types, {"name": name})}
     declared = {name: stored_as(columns.implementation(column)) for name, column in columns.by_name.items()}
@@ -180,7 +179,8 @@ def _row(tracked: Tracked, dialect: Dialect) -> tuple[str, str, FromClause, Name
         pairs = zip(_keys(tracked.table, first), _keys(table, part), strict=True)
         is_optional = position > tracked.base_table_count
         tables = tables.join(part, and_(*(one == other for one, other in pairs)), isouter=is_optional)
-        writer = TableWriter(CapturedTable(table, tracked.entity), dialect)
+        captured = CapturedTable(table, tracked.entity, excluded=tracked.excluded_of(table))
+        writer = TableWriter(captured, dialect)
         name = f"{writer.quote(alias)}.{writer.quote(writer.keys[0].name)}"
         fields = f"',' || {writer.fields(alias, prefix=f'{table.fullname}.')}"
         members.append(f"CASE WHEN {name} IS NULL THEN '' ELSE {fields} END" if is_optional else fields)

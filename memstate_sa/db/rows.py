@@ -8,7 +8,7 @@ JSON, whose SQL NULL and 'null' the driver cannot tell apart, travel as the serv
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -42,15 +42,15 @@ from sqlalchemy import types as sqltypes
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.exc import DataError
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.elements import BindParameter
-from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
 from memstate_sa.db import intervals, unreadable_times
 from memstate_sa.db.codec import decode, decoded, differ, encode_image, encode_key
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.key_values import DoesNotFit, fitted, is_int64, is_read_by_database, tolerate_refusal, types_of
 from memstate_sa.db.raw_values import RAW, hashable, implementation
+from memstate_sa.db.rows_in import rows_are, rows_in
 from memstate_sa.db.statements import batches
 from memstate_sa.errors import MemstateError
 
@@ -78,6 +78,11 @@ _PLAIN = (
 def stored_columns(table: Table) -> list[Column[Any]]:
     """Without PostgreSQL's own (xmin), which every table has by itself, and nobody can write."""
     return [column for column in table.columns if not column.system]
+
+
+def logged_columns(table: Table, excluded: Collection[str]) -> list[Column[Any]]:
+    """Those that an image holds: `stored_columns` without the names that are *excluded*."""
+    return [column for column in stored_columns(table) if column.name not in excluded]
 
 
 def columns_of(fk: ForeignKeyConstraint) -> tuple[list[Column[Any]], list[Column[Any]]]:
@@ -109,36 +114,14 @@ def _listed(value: Any) -> Any:
     return list(map(_listed, value)) if isinstance(value, tuple) else value
 
 
-class _rows_in(FunctionElement[bool]):
-    """``(a, b) IN (:keys)``, served by the index on (a, b)."""
-
-    inherit_cache = True
-    type = sqltypes.Boolean()
-
-    def self_group(self, against: Any = None) -> _rows_in:
-        return self  # a condition as it is: "= 1", which SQLite is given for a boolean, would hide it from the index
-
-
-@compiles(_rows_in)
-def _rows_in_any(element: Any, compiler: Any, **kw: Any) -> str:
-    row, keys = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"{row} IN {keys}"
-
-
-@compiles(_rows_in, "sqlite")
-def _rows_in_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
-    """Of a bare list of VALUES, SQLite makes a scan of the table."""
-    row, keys = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"{row} IN (SELECT * FROM {keys})"  # noqa: S608  # of parameters
-
-
 class TableColumns:
     """Statements and conversions for one table on one dialect."""
 
-    def __init__(self, table: Table, dialect: Dialect) -> None:
+    def __init__(self, table: Table, dialect: Dialect, excluded: Collection[str] = ()) -> None:
         self.table = table
         self.dialect = dialect
-        self.by_name = {column.name: column for column in stored_columns(table)}  # table.c is by key
+        self.database = database_of(dialect)
+        self.by_name = {column.name: column for column in logged_columns(table, excluded)}  # table.c is by key
         self.names = tuple(self.by_name)
         self.key_names = tuple(column.name for column in table.primary_key.columns)
         self._key_positions = [self.names.index(name) for name in self.key_names]
@@ -171,7 +154,7 @@ class TableColumns:
 
     def travels_as_text(self, column: Column[Any]) -> bool:
         """Whether *column* is read in the server's own text form."""
-        if self.dialect.name != "postgresql":
+        if self.database.has_dynamic_types:
             return False
         impl = self._impl[column.name]
         if isinstance(impl, sqltypes.ARRAY):
@@ -182,8 +165,8 @@ class TableColumns:
 
     def _is_interval(self, column: Column[Any]) -> bool:
         """Whether *column* has more than a timedelta, which is all that a key is looked up by."""
-        is_one = isinstance(self._impl[column.name], intervals.KINDS) and self.dialect.name == "postgresql"
-        return is_one and not column.primary_key
+        is_left_out = column.primary_key or self.database.has_dynamic_types
+        return not is_left_out and isinstance(self._impl[column.name], intervals.KINDS)
 
     def raw(self, column: Column[Any]) -> ColumnElement[Any]:
         """*column* as the driver reads it, for a SELECT."""
@@ -206,7 +189,7 @@ class TableColumns:
         return intervals.RawInterval() if self._is_interval(column) else RAW
 
     def _as_stored(self, column: Column[Any], value: BindParameter[Any]) -> ColumnElement[Any]:
-        if self.dialect.name != "postgresql":
+        if self.database.has_dynamic_types:
             return value
         # Of a parameter that is a range, for example, asyncpg takes no text.
         is_text = self.travels_as_text(column) or self._is_interval(column)
@@ -216,11 +199,8 @@ class TableColumns:
         self, connection: Connection, columns: Sequence[Column[Any]], values: Sequence[tuple[Any, ...]]
     ) -> list[tuple[str, tuple[Any, ...]]]:
         """The keys of the rows that have one of *values* (driver-level) in *columns*, and which."""
-        names = [column.name for column in columns]
-        selected = [*self.key_names, *names]
-        statement: Select[Any] = select(
-            *(self.raw(self.by_name[name]).label(f"n{n}") for n, name in enumerate(selected))
-        )
+        selected = [*self.table.primary_key.columns, *columns]
+        statement: Select[Any] = select(*(self.raw(column).label(f"n{n}") for n, column in enumerate(selected)))
         pairs = []
         for batch in batches(list(dict.fromkeys(values))):
             rows = connection.execute(statement.where(self._having(columns, batch))).all()
@@ -244,18 +224,16 @@ class TableColumns:
         columns = list(self.table.primary_key.columns)
         if len(columns) == 1:
             kind = implementation(columns[0].type, self.dialect)
-            if (
-                self.dialect.name == "postgresql"
-                and isinstance(kind, (sqltypes.Integer, sqltypes.String))
-                and not isinstance(kind, sqltypes.Enum)
-            ):
+            is_plain = isinstance(kind, (sqltypes.Integer, sqltypes.String)) and not isinstance(kind, sqltypes.Enum)
+            if is_plain and self.database.has_arrays:
                 # One parameter, one text: a thousand of them cost more to send than to look up. Of the widest type:
                 # a column of fewer bits has no row for a key that does not fit.
                 kind = BigInteger() if isinstance(kind, sqltypes.Integer) else kind
                 return type_coerce(columns[0], kind) == any_(bindparam("keys", type_=sqltypes.ARRAY(kind)))
             return type_coerce(columns[0], RAW).in_(keys)
         keys = bindparam("keys", expanding=True)
-        return _rows_in(tuple_(*(type_coerce(column, RAW) for column in columns)), keys)
+        row = tuple_(*(type_coerce(column, RAW) for column in columns))
+        return rows_are(row, keys) if any(column.nullable for column in columns) else rows_in(row, keys)
 
     def key_parameters(self, keys: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
         if len(self.key_names) == 1:
@@ -264,12 +242,11 @@ class TableColumns:
 
     @cached_property
     def _key_types(self) -> list[frozenset[type]]:
-        return [types_of(self._impl[name], self.dialect.name) for name in self.key_names]
+        return [types_of(self._impl[name], self.database) for name in self.key_names]
 
     @cached_property
     def _is_read_by_database(self) -> bool:
-        is_postgresql = self.dialect.name == "postgresql"
-        return is_postgresql and any(is_read_by_database(self._impl[name]) for name in self.key_names)
+        return any(is_read_by_database(self._impl[name], self.database) for name in self.key_names)
 
     def driver_key(self, key: str) -> tuple[Any, ...] | None:
         """The values of a canonical *key* as the driver takes them; None when no row can have this key."""
@@ -361,7 +338,7 @@ class TableColumns:
 
     @cached_property
     def _times_as_text(self) -> dict[str, ColumnElement[Any]]:
-        if self.dialect.name != "postgresql":
+        if self.database.has_dynamic_types:
             return {}
         times = {name: impl for name, impl in self._impl.items() if isinstance(impl, unreadable_times.KINDS)}
         return {
@@ -390,21 +367,18 @@ class TableColumns:
     ) -> set[str]:
         """Hold the rows of *keys* until the transaction ends: whoever changes another part of them waits.
 
-        Returns the canonical keys of the rows that it holds. (SQLite has one writer: those that it is given.)
+        Returns the canonical keys of the rows that it holds. (The one writer of SQLite holds those that it is given.)
 
         *leaving*: so does whoever writes a row that refers to them. They can go then without taking along, by ON DELETE
         CASCADE, a row that nobody saw: look for what refers to them afterwards.
         """
-        if connection.dialect.name == "sqlite":
+        if self.database.has_one_writer:
             return set(map(self.encode_key, keys))
         names = map(self.raw, self.table.primary_key.columns)
         statement: Select[Any] = select(*names).where(self.key_in).order_by(*self._key_order)
         statement = statement.with_for_update(key_share=not leaving, skip_locked=skip_locked)
-        return {
-            self.encode_key(row)
-            for batch in batches(keys)
-            for row in connection.execute(statement, self.key_parameters(batch)).all()
-        }
+        parameters = map(self.key_parameters, batches(keys))
+        return {self.encode_key(row) for each in parameters for row in connection.execute(statement, each).all()}
 
     @cached_property
     def _key_order(self) -> list[ColumnElement[Any]]:
@@ -412,9 +386,9 @@ class TableColumns:
 
         Two sessions that lock the same rows in two orders wait for each other. A collation has another order.
         """
-        columns = list(self.table.primary_key.columns)
-        if self.dialect.name != "postgresql":
-            return list(columns)
+        columns: list[Any] = list(self.table.primary_key.columns)
+        if self.database.has_one_writer:
+            return columns
         return [cast(c, Text).collate("C") if isinstance(self._impl[c.name], String) else c for c in columns]
 
     def key_of(self, row: Sequence[Any]) -> str:

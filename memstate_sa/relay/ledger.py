@@ -11,11 +11,11 @@ from uuid import uuid4
 from sqlalchemy import BindParameter, and_, bindparam, case, delete, false, not_, or_, select, true
 from sqlalchemy.engine import Connection
 
-from memstate_sa.db import leases
 from memstate_sa.db.codec import FactKey, by_entity
+from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.json_params import as_array, as_json, unnest_strings
 from memstate_sa.db.leases import database_now
-from memstate_sa.db.statements import batches, take_write_lock, upsert
+from memstate_sa.db.statements import batches, take_write_lock
 from memstate_sa.db.tables import ledger, parked, utcnow
 from memstate_sa.log.outbox import slot_array, slots
 from memstate_sa.log.positions import slot_of
@@ -41,9 +41,9 @@ _unpark = delete(parked).where(
 
 
 @cache
-def _parked(dialect_name: str) -> Any:
+def _parked(database: Database) -> Any:
     """The parked rows of keys, without those that are to be delivered again later."""
-    counts = or_(parked.c.state != ParkedState.AGAIN, parked.c.next_at <= leases.clock(dialect_name))
+    counts = or_(parked.c.state != ParkedState.AGAIN, parked.c.next_at <= database.clock())
     mine = and_(of_index(parked), parked.c.entity == _entity, parked.c.key.in_(select(_keys.c.value)))
     return select(parked.c.key, parked.c.attempts, parked.c.mark, parked.c.repeat).where(mine, counts)
 
@@ -61,32 +61,32 @@ def read_ledger(connection: Connection, index: IndexKey, facts: Collection[FactK
 
 def read_parked(connection: Connection, index: IndexKey, facts: Collection[FactKey]) -> dict[FactKey, ParkedKey]:
     return {
-        fact: ParkedKey(*row) for fact, row in _of_facts(connection, _parked(connection.dialect.name), index, facts)
+        fact: ParkedKey(*row) for fact, row in _of_facts(connection, _parked(database_of(connection)), index, facts)
     }
 
 
 @cache
-def _due(dialect_name: str) -> Any:
-    due = select(parked.c.entity, parked.c.key).where(claims.due_parking(dialect_name))
+def _due(database: Database) -> Any:
+    due = select(parked.c.entity, parked.c.key).where(claims.due_parking(database))
     return due.order_by(parked.c.next_at).limit(bindparam("limit"))
 
 
 def due(connection: Connection, index: IndexKey, entities: str, slots: Iterable[int], limit: int) -> Sequence[FactKey]:
     """Parked keys of *slots* and *entities* (an array parameter) whose time has come, longest due first."""
     parameters = {"entities": entities, "slots": slot_array(slots), "now": utcnow(), "limit": limit}
-    rows = connection.execute(_due(connection.dialect.name), {**index.parameters(), **parameters}).all()
+    rows = connection.execute(_due(database_of(connection)), {**index.parameters(), **parameters}).all()
     return [(entity, key) for entity, key in rows]
 
 
 def acknowledge(connection: Connection, index: IndexKey, owner: str, record: Acknowledge) -> frozenset[int]:
     """Record a page as far as *owner* still holds the slots. Returns the lost slots."""
     held_slots = claims.still_held(connection, index, owner, record.epochs)
-    slot_count = len(slots(connection.dialect.name))
+    slot_count = len(slots(database_of(connection)))
 
     def is_held(fact: FactKey) -> bool:
         return slot_of(*fact) % slot_count in held_slots
 
-    statement = _record(connection.dialect.name)
+    statement = _record(database_of(connection))
     common = {**index.parameters(), "at": utcnow()}
     written = [
         (*fact, record.epochs[slot], *delivered)
@@ -117,9 +117,9 @@ _RECORDED = ("entity", "key", "epoch", "fingerprint", "text_fingerprint", "delet
 
 
 @cache
-def _record(dialect_name: str) -> Any:
+def _record(database: Database) -> Any:
     """Record deliveries, unless a later owner has delivered since."""
-    statement = insert_rows(dialect_name, ledger, _RECORDED, bindparam("at", type_=ledger.c.at.type))
+    statement = insert_rows(database, ledger, _RECORDED, bindparam("at", type_=ledger.c.at.type))
     return statement.on_conflict_do_update(
         index_elements=list(ledger.primary_key.columns),
         set_={name: statement.excluded[name] for name in ("at", *_RECORDED[2:])},
@@ -146,7 +146,7 @@ _expected_version: BindParameter[str | None] = bindparam("expected_version", typ
 def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, Parked]) -> None:
     if not parking:
         return
-    statement = upsert(connection.dialect.name, parked)
+    statement = database_of(connection).upsert(parked)
     new = statement.excluded
     # A call may land until then, whatever else is the matter with the key.
     lands_later = and_(parked.c.state == ParkedState.AGAIN, parked.c.next_at > new.next_at, not_(new.repeat))
