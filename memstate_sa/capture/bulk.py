@@ -17,7 +17,8 @@ from sqlalchemy.sql.util import ClauseAdapter
 from memstate_sa.capture.bulk_results import CapturedResult
 from memstate_sa.capture.guard import Guard
 from memstate_sa.capture.looks import Look, RawKey, with_others
-from memstate_sa.capture.recorder import Recorder, require_no_translation, require_supported, require_visible
+from memstate_sa.capture.recorder import Recorder, require_supported, require_visible
+from memstate_sa.capture.supported import require_no_translation
 from memstate_sa.capture.transaction import OpenTransaction, OpenTransactions
 from memstate_sa.db.dialects import POSTGRESQL, database_of
 from memstate_sa.db.raw_values import RAW
@@ -340,7 +341,11 @@ class _Change(BulkStatement):
         return self.log_changed(result, keys, before)
 
     def _matching_keys(self) -> list[RawKey] | None:
-        """The keys of the rows that match, which it locks. None when another fact matches than a moment before."""
+        """The keys of the rows that match. None when another fact matches than a moment before.
+
+        It locks the rows, unless a DELETE is to return their keys: PostgreSQL locks rows for roles that may update
+        them, and a role may have the right to delete them alone.
+        """
         table, criteria = self.dml.table, self.dml._where_criteria
         is_part = unaliased(table) != self.tracked.table  # by value: it may be an annotated one
         if (criterion := inheritance_criterion(self.mapper)) is not None:
@@ -352,8 +357,10 @@ class _Change(BulkStatement):
         if is_part:  # the first row of a fact is locked before its other parts
             first_keys = self._read_keys(matching)
             self.lock_first_rows([*first_keys, *self.suspects])
-        # As the statement itself locks them: one lock that has to grow may wait for another that has to.
-        keys = self._read_keys(matching.with_for_update(of=table, key_share=not self.state.is_delete))
+        if self.state.is_update or not self._can_return_keys:
+            # As the statement itself locks them: one lock that has to grow may wait for another that has to.
+            matching = matching.with_for_update(of=table, key_share=not self.state.is_delete)
+        keys = self._read_keys(matching)
         return None if is_part and not set(keys).issubset(first_keys) else keys
 
     def _read_keys(self, statement: Select[Any]) -> list[RawKey]:

@@ -21,6 +21,7 @@ from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.base import NO_VALUE
 from sqlalchemy.sql import ClauseElement
 
+from memstate_sa.capture.hazards import may_lock
 from memstate_sa.capture.looks import RawKey, with_others
 from memstate_sa.capture.recorder import TWO_DATABASES, Recorder, require_visible
 from memstate_sa.capture.transaction import Flush, OpenTransactions
@@ -142,10 +143,11 @@ class FlushCapture:
 
         Others may change another part of such a fact, and neither image would show both changes. The unit of work calls
         this just before its statements for the class, whose first table it updates first. So no lock is out of order.
+        A role that may delete and not update locks a row only by its DELETE.
         """
         tracked = self._registry.find(mapper)
         keys = None if tracked is None else flush.parts.pop((tracked, going), None)
-        if tracked is not None and keys:
+        if tracked is not None and keys and (not going or may_lock(connection, tracked.table)):
             tracked.columns_for(connection.dialect).of_table[tracked.table].lock(connection, keys, leaving=going)
 
     def _after_flush(self, session: Session, context: Any) -> None:

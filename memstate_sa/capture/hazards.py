@@ -44,6 +44,16 @@ _trigger_owners = text(
     "ORDER BY t.n, f.rolname"
 )
 
+_may_update = text("SELECT has_any_column_privilege(CAST(to_regclass(:name) AS oid), 'UPDATE')")
+
+
+def may_lock(connection: Connection, table: Table) -> bool:
+    """Whether this connection's role may lock rows of *table*. PostgreSQL asks for the right to update them."""
+    if connection.dialect.name != "postgresql":
+        return True
+    [name] = _names(connection, [table])
+    return bool(connection.execute(_may_update, {"name": name}).scalar_one())
+
 
 def hidden(connection: Connection, tables: Iterable[Table]) -> dict[str, str]:
     """Those of *tables*, by their full names, of which a policy may hide rows from this connection's role."""

@@ -17,6 +17,7 @@ from sqlalchemy.pool import Pool
 from memstate_sa.capture import hazards, unique_values
 from memstate_sa.capture.known_keys import KnownKeys
 from memstate_sa.capture.looks import ClassLog, Header, Look, NoEntry, RawKey
+from memstate_sa.capture.supported import require_no_translation
 from memstate_sa.capture.table_log import class_log
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db import sqlite, tables
@@ -26,7 +27,7 @@ from memstate_sa.db.json_params import as_array
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import READ_CHUNK, batches, take_write_lock
 from memstate_sa.db.tables import utcnow
-from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
+from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite
 from memstate_sa.log import outbox
 from memstate_sa.log.changes import LogEntry
 from memstate_sa.log.outbox import unknown_keys
@@ -280,8 +281,10 @@ class Recorder:
                 continue
             try:
                 tracked.validate(values)
-            except ValidationError as error:
-                raise to_validation_failed(tracked.model.__name__, error) or ValidationFailed() from error
+            except ValidationError as error:  # what is excluded was looked at before the flush
+                ignored = frozenset(tracked.exclude)
+                if (failed := to_validation_failed(tracked.model.__name__, error, ignoring=ignored)) is not None:
+                    raise failed from error
 
 
 def require_visible(connection: Connection, tracked: Tracked) -> None:
@@ -297,11 +300,6 @@ def _warn_of(tracked: Tracked, without: Sequence[str]) -> None:
     """Say which rows were given no unique value, as others have it."""
     if without:
         logger.warning(_NOT_UNIQUE, tracked.entity, len(without), ", ".join(without[:_SHOWN]))
-
-
-def require_no_translation(options: Mapping[str, Any]) -> None:
-    if options.get("schema_translate_map"):
-        raise MemstateError("schema_translate_map is not supported for tracked models")
 
 
 def require_supported(connection: Connection, transaction: OpenTransaction) -> None:

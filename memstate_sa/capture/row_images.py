@@ -21,7 +21,7 @@ from memstate_sa.capture.sql_text import as_sent, literal
 from memstate_sa.db import intervals, unreadable_times
 from memstate_sa.db.codec import to_json
 from memstate_sa.db.dialects import POSTGRESQL, SQLITE
-from memstate_sa.db.rows import TableColumns, stored_columns
+from memstate_sa.db.rows import TableColumns, logged_columns
 from memstate_sa.errors import MemstateError
 
 
@@ -183,6 +183,10 @@ class TableWriter:
         for column in self.keys:
             self._require_key(column)
 
+    @property
+    def logged_columns(self) -> list[Column[Any]]:
+        return logged_columns(self.captured.table, self.captured.excluded)
+
     @cached_property
     def header(self) -> str:
         return header(self.captured, self.dialect)
@@ -223,7 +227,7 @@ class TableWriter:
         return _concatenated(
             [
                 f"{literal(to_json(prefix + column.name) + ':')} || coalesce({self._json(alias, column)}, 'null')"
-                for column in stored_columns(self.captured.table)
+                for column in self.logged_columns
                 if not (old and column.computed is not None and not column.computed.persisted)
             ]
         )

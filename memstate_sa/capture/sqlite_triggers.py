@@ -11,7 +11,6 @@ from memstate_sa.capture.captured_tables import Trigger
 from memstate_sa.capture.row_images import RowImage, TableWriter
 from memstate_sa.capture.sql_text import templates
 from memstate_sa.db.dialects import SQLITE
-from memstate_sa.db.rows import stored_columns
 
 _SQL = templates(SQLITE)
 INSTALLED = text(_SQL.line("installed"))
@@ -22,7 +21,7 @@ def build(writer: TableWriter) -> Iterator[Trigger]:
     """The triggers of a table."""
     body = _Body(writer)
     old, row = writer.row("OLD"), writer.row("r")
-    columns = [writer.quote(column.name) for column in stored_columns(writer.captured.table)]
+    columns = [writer.quote(column.name) for column in writer.logged_columns]
     names = [writer.quote(column.name) for column in writer.keys]
     bodies = {
         # REPLACE deletes rows without a word, unless recursive_triggers is on.

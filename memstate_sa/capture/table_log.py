@@ -179,7 +179,8 @@ def _row(tracked: Tracked, dialect: Dialect) -> tuple[str, str, FromClause, Name
         pairs = zip(_keys(tracked.table, first), _keys(table, part), strict=True)
         is_optional = position > tracked.base_table_count
         tables = tables.join(part, and_(*(one == other for one, other in pairs)), isouter=is_optional)
-        writer = TableWriter(CapturedTable(table, tracked.entity), dialect)
+        captured = CapturedTable(table, tracked.entity, excluded=tracked.excluded_of(table))
+        writer = TableWriter(captured, dialect)
         name = f"{writer.quote(alias)}.{writer.quote(writer.keys[0].name)}"
         fields = f"',' || {writer.fields(alias, prefix=f'{table.fullname}.')}"
         members.append(f"CASE WHEN {name} IS NULL THEN '' ELSE {fields} END" if is_optional else fields)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, Table
@@ -19,9 +19,16 @@ class JoinedColumns(TableColumns):
     tables only in which the row is. *required*: without a row in the so many tables after the first, there is none.
     """
 
-    def __init__(self, tables: Sequence[Table], dialect: Dialect, *, required: int = 0) -> None:
-        super().__init__(tables[0], dialect)
-        self._of_table = {table: TableColumns(table, dialect) for table in tables}
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        dialect: Dialect,
+        excluded: Callable[[Table], Collection[str]] = lambda _: (),
+        *,
+        required: int = 0,
+    ) -> None:
+        super().__init__(tables[0], dialect, excluded(tables[0]))
+        self._of_table = {table: TableColumns(table, dialect, excluded(table)) for table in tables}
         self._prefixes = {f"{table.fullname}.": table for table in tables[1:]}
         self._required = tables[1 : 1 + required]
 

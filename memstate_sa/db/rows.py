@@ -8,7 +8,7 @@ JSON, whose SQL NULL and 'null' the driver cannot tell apart, travel as the serv
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -81,6 +81,11 @@ def stored_columns(table: Table) -> list[Column[Any]]:
     return [column for column in table.columns if not column.system]
 
 
+def logged_columns(table: Table, excluded: Collection[str]) -> list[Column[Any]]:
+    """Those that an image holds: `stored_columns` without the names that are *excluded*."""
+    return [column for column in stored_columns(table) if column.name not in excluded]
+
+
 def columns_of(fk: ForeignKeyConstraint) -> tuple[list[Column[Any]], list[Column[Any]]]:
     """Those that refer, and those that they refer to."""
     return [element.parent for element in fk.elements], [element.column for element in fk.elements]
@@ -136,11 +141,11 @@ def _rows_in_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
 class TableColumns:
     """Statements and conversions for one table on one dialect."""
 
-    def __init__(self, table: Table, dialect: Dialect) -> None:
+    def __init__(self, table: Table, dialect: Dialect, excluded: Collection[str] = ()) -> None:
         self.table = table
         self.dialect = dialect
         self.database = database_of(dialect)
-        self.by_name = {column.name: column for column in stored_columns(table)}  # table.c is by key
+        self.by_name = {column.name: column for column in logged_columns(table, excluded)}  # table.c is by key
         self.names = tuple(self.by_name)
         self.key_names = tuple(column.name for column in table.primary_key.columns)
         self._key_positions = [self.names.index(name) for name in self.key_names]
@@ -218,11 +223,8 @@ class TableColumns:
         self, connection: Connection, columns: Sequence[Column[Any]], values: Sequence[tuple[Any, ...]]
     ) -> list[tuple[str, tuple[Any, ...]]]:
         """The keys of the rows that have one of *values* (driver-level) in *columns*, and which."""
-        names = [column.name for column in columns]
-        selected = [*self.key_names, *names]
-        statement: Select[Any] = select(
-            *(self.raw(self.by_name[name]).label(f"n{n}") for n, name in enumerate(selected))
-        )
+        selected = [*self.table.primary_key.columns, *columns]
+        statement: Select[Any] = select(*(self.raw(column).label(f"n{n}") for n, column in enumerate(selected)))
         pairs = []
         for batch in batches(list(dict.fromkeys(values))):
             rows = connection.execute(statement.where(self._having(columns, batch))).all()

@@ -14,6 +14,7 @@ from sqlalchemy.orm import configure_mappers
 from memstate_sa.capture import append_only, cascades, hazards, triggers, unique_values
 from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
+from memstate_sa.capture.supported import unsupported_tables
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db import sqlite
 from memstate_sa.db.amendments import lacking
@@ -283,6 +284,8 @@ class Doctor:
                 trigger_context.name, "holds what a transaction has left there, so others are taken for it: empty it"
             )
         yield from self._hazards()
+        for name, reason in unsupported_tables(inspector, self._tracked_tables().values()):
+            yield Problem(name, reason)
         for tracked in self._registry.by_entity.values():
             yield from self._of_class(inspector, tracked, has_log=log.name in tables)
 

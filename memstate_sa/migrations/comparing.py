@@ -18,7 +18,7 @@ from memstate_sa.capture import append_only, triggers
 from memstate_sa.capture.captured_tables import CapturedTable, captured_in, read_header, restriction
 from memstate_sa.db.amendments import RENAMED
 from memstate_sa.db.dialects import SQLITE, database_of
-from memstate_sa.db.rows import stored_columns
+from memstate_sa.db.rows import logged_columns
 from memstate_sa.db.tables import log, outbox, trigger_context
 from memstate_sa.indexes.pgvector_statements import COLUMNS
 from memstate_sa.migrations import is_ours
@@ -177,9 +177,10 @@ class _Comparison:
         for entity in sorted({*old, *captured}):
             new = captured.get(entity)
             if new is not None:
+                triggers.creating(new, self._connection.dialect)  # raises for what triggers cannot log of the model
                 only = restriction(new, self._connection.dialect)
-                columns = frozen(new.table, stored_columns(new.table))
-                new = CapturedTable.restricted(columns, new.entity, new.version, only)
+                columns = frozen(new.table, logged_columns(new.table, new.excluded))
+                new = CapturedTable.restricted(columns, new.entity, new.version, only)._replace(excluded=new.excluded)
                 is_same = bool(sources) and _is_installed(self._connection, sources, new)
                 if is_same and name not in changes.of and not changes.are_of(*_NAMED):
                     continue
@@ -198,7 +199,9 @@ class _Comparison:
             if isinstance(op, ops.AlterColumnOp) and op.modify_type is not None
         }
         mapped = {} if name not in self._tables else {c.name: c for c in self._tables[name].columns}
-        columns = [c if c.name in altered else mapped.get(c.name, c) for c in reflected.columns]
+        excluded = header.get("exclude", ())
+        logged = [c for c in reflected.columns if c.name not in excluded]
+        columns = [c if c.name in altered else mapped.get(c.name, c) for c in logged]
         only = None if header["only"] is None else (header["only"][0], header["only"][1])
         return CapturedTable.restricted(frozen(reflected, columns), header["entity"], header["version"], only), only
 
