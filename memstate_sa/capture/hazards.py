@@ -49,7 +49,7 @@ _may_update = text("SELECT has_any_column_privilege(CAST(to_regclass(:name) AS o
 
 def may_lock(connection: Connection, table: Table) -> bool:
     """Whether this connection's role may lock rows of *table*. PostgreSQL asks for the right to update them."""
-    if connection.dialect.name != "postgresql":
+    if database_of(connection).runs_in_process:
         return True
     [name] = _names(connection, [table])
     return bool(connection.execute(_may_update, {"name": name}).scalar_one())

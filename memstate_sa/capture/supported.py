@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Engine, Inspector, Table, inspect
 from sqlalchemy.engine.reflection import ObjectKind
 
+from memstate_sa.db.dialects import SQLITE, database_of
 from memstate_sa.errors import MemstateError
 
 _TRANSLATED = (
@@ -36,7 +37,7 @@ def require_supported_tables(engine: Engine, tables: Collection[Table]) -> None:
 def unsupported_tables(inspector: Inspector, tables: Collection[Table]) -> Iterator[tuple[str, str]]:
     """Those of *tables* that cannot be tracked in this database, by their full names, and the reason."""
     attached: Collection[str | None] = ()
-    if inspector.dialect.name == "sqlite":
+    if database_of(inspector.dialect) is SQLITE:
         attached = {"temp", *inspector.get_schema_names()} - {"main"}
     for schema in {table.schema for table in tables}:
         names = {str(table.name): table.fullname for table in tables if table.schema == schema}

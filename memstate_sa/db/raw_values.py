@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import (
-    Float,
-)
+from sqlalchemy import Float
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
+
+from memstate_sa.db.dialects import database_of
 
 
 def hashable(value: Any) -> Any:
@@ -31,7 +31,7 @@ RAW = Raw()
 def undecorated(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
     """The type below any TypeDecorator and any variant for *dialect*."""
     while True:
-        variant = type_._variant_mapping.get(dialect.name)  # noqa: SLF001  # there is no other way to ask
+        variant = type_._variant_mapping.get(database_of(dialect).name)  # noqa: SLF001  # there is no other way to ask
         if variant is not None:
             type_ = variant
         elif isinstance(type_, TypeDecorator):
