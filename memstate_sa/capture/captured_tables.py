@@ -45,9 +45,11 @@ class CapturedTable(NamedTuple):
     excluded: Collection[str] = ()
 
     @classmethod
-    def restricted(cls, table: Table, entity: str, version: int, only: Only | None) -> CapturedTable:
+    def restricted(
+        cls, table: Table, entity: str, version: int, only: Only | None, excluded: Collection[str] = ()
+    ) -> CapturedTable:
         criterion = None if only is None else table.columns[only[0]].in_(only[1])
-        return cls(table, entity, version, criterion)
+        return cls(table, entity, version, criterion, excluded)
 
 
 def captured_in(table: Table) -> dict[str, CapturedTable]:

@@ -180,7 +180,7 @@ class _Comparison:
                 triggers.creating(new, self._connection.dialect)  # raises for what triggers cannot log of the model
                 only = restriction(new, self._connection.dialect)
                 columns = frozen(new.table, logged_columns(new.table, new.excluded))
-                new = CapturedTable.restricted(columns, new.entity, new.version, only)._replace(excluded=new.excluded)
+                new = CapturedTable.restricted(columns, new.entity, new.version, only, new.excluded)
                 is_same = bool(sources) and _is_installed(self._connection, sources, new)
                 if is_same and name not in changes.of and not changes.are_of(*_NAMED):
                     continue
@@ -203,7 +203,8 @@ class _Comparison:
         logged = [c for c in reflected.columns if c.name not in excluded]
         columns = [c if c.name in altered else mapped.get(c.name, c) for c in logged]
         only = None if header["only"] is None else (header["only"][0], header["only"][1])
-        return CapturedTable.restricted(frozen(reflected, columns), header["entity"], header["version"], only), only
+        table = frozen(reflected, columns)
+        return CapturedTable.restricted(table, header["entity"], header["version"], only, excluded), only
 
 
 def _tables_of_points(operations: list[ops.MigrateOperation]) -> frozenset[Name]:

@@ -5,7 +5,7 @@ Each is frozen: it says all that its SQL is made from, and neither a model nor a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, ClassVar
 
 from alembic.operations import MigrateOperation, Operations
@@ -50,15 +50,16 @@ class _OfCapture(Ours):
         entity: str,
         version: int = 1,
         only: Only | None = None,
+        exclude: Collection[str] = (),
         schema: str | None = None,
     ) -> None:
-        """*table_name*, of these *columns*, holds the facts of *entity*.
+        """*table_name*, of these *columns*, holds the facts of *entity*. *exclude* names others, which are not logged.
 
         *version* is the shape of its rows, as for `Memory.track`; *only* a column, and the values that it has in its
         rows, of a table shared by single-table inheritance.
         """
         table = Table(table_name, MetaData(), *columns, schema=schema)
-        operations.invoke(cls(CapturedTable.restricted(table, entity, version, only), only))
+        operations.invoke(cls(CapturedTable.restricted(table, entity, version, only, exclude), only))
 
 
 class TrackOp(_OfCapture):

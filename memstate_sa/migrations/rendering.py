@@ -107,6 +107,8 @@ def _render_columns(context: AutogenContext, operation: TrackOp | UntrackOp) -> 
     arguments.append(f"version={operation.captured.version}")
     if operation.only is not None:
         arguments.append(f"only=({operation.only[0]!r}, {list(operation.only[1])!r})")
+    if operation.captured.excluded:
+        arguments.append(f"exclude={sorted(operation.captured.excluded)!r}")
     if table.schema is not None:
         arguments.append(f"schema={str(table.schema)!r}")
     return _render(context, operation, "\n" + "".join(f"    {argument},\n" for argument in arguments))

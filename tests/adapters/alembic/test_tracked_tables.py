@@ -692,3 +692,28 @@ def test_log_excluded_by_env_py_is_left_alone(app: Application) -> None:
     assert app.differences() == ""
     (app.folder / "env.py").write_text(env)
     assert "memstate_protect_log" in app.differences()
+
+
+def test_a_revision_excludes_columns(notes: Application) -> None:
+    """A change of exclude= is a revision, and undoing it brings back the triggers of before."""
+    assert app_images(notes, "INSERT INTO note (id, text) VALUES (1, 'a')") == [{"id": 1, "text": "a"}]
+    notes.write_models(TITLED + TRACKED.replace('text="text"', 'text="text", exclude=("title",)'))
+    source = notes.revise("r2")
+    assert "exclude=['title']" in source
+    notes.upgrade()
+    assert notes.differences() == "" and problems(notes) == []
+    assert app_images(notes, "UPDATE note SET title = 't'") == []
+    notes.write_models(TITLED + TRACKED)
+    notes.revise("r3")
+    notes.upgrade()
+    assert app_images(notes, "UPDATE note SET title = 'u'") == [{"id": 1, "text": "a", "title": "u"}]
+    notes.downgrade("-1")
+    assert app_images(notes, "UPDATE note SET text = 'b'") == [{"id": 1, "text": "b"}]
+    assert app_images(notes, "UPDATE note SET title = 'v'") == []
+
+
+def app_images(app: Application, statement: str) -> list[Any]:
+    """What *statement* has logged."""
+    before = len(images(app))
+    app.execute(statement)
+    return [image for _, _, image in images(app)[before:]]
