@@ -131,6 +131,7 @@ class TableColumns:
             column.type.dialect_impl(dialect).bind_processor(dialect) for column in table.primary_key.columns
         ]
         self._key_is_raw = not any(self._key_binds)
+        self._key_is_read_raw = self._key_is_raw and not any(map(self.travels_as_text, table.primary_key.columns))
 
     @property
     def of_table(self) -> Mapping[Table, TableColumns]:
@@ -421,7 +422,18 @@ class TableColumns:
             raise MemstateError(f"key={key!r}: {self.table.fullname} is keyed by {', '.join(self.key_names)}")
         binds = zip(self._key_binds, identity, strict=True)
         # The log may know a key that is not of today's type.
-        return self.encode_key([v if bind is None else _unless_refused(bind, v) for bind, v in binds])
+        return self.canonical_raw([v if bind is None else _unless_refused(bind, v) for bind, v in binds])
+
+    def canonical_raw(self, key: Sequence[Any]) -> str:
+        """The canonical key of `raw_key`, as far as Python can tell: the database may hold another form of it."""
+        if self._key_is_read_raw:
+            return self.encode_key(key)
+        return self.encode_key(list(map(self._as_read, self.table.primary_key.columns, key)))
+
+    def _as_read(self, column: Column[Any], value: Any) -> Any:
+        """What the driver reads, of what it is given: psycopg wraps bytes, and an address is read as text."""
+        value = getattr(value, "obj", value)
+        return str(value) if self.travels_as_text(column) and value is not None else value
 
     def identity(self, key: str) -> tuple[Any, ...]:
         """The ORM identity of a canonical *key*; one that no row can have stays as it is written."""

@@ -244,12 +244,11 @@ class _Restoration:
 
     def _key_criterion(self, table: Table) -> ColumnElement[bool]:
         columns = self._columns(table)
-        return and_(
-            *(
-                column == columns.raw_parameter(column, f"memstate_key_{n}")
-                for n, column in enumerate(table.primary_key.columns)
-            )
-        )
+        parts = []
+        for n, column in enumerate(table.primary_key.columns):
+            value = columns.raw_parameter(column, f"memstate_key_{n}")
+            parts.append(column.is_not_distinct_from(value) if column.nullable else column == value)
+        return and_(*parts)
 
     def _columns(self, table: Table) -> TableColumns:
         return self._by_table[table]

@@ -52,6 +52,7 @@ KEYS: dict[str, tuple[Any, Any]] = {
     "padded": (sa.CHAR(5), "ab"),
     "number": (sa.Numeric(10, 2), Decimal("1.5")),
     "number as float": (sa.Numeric(10, 2, asdecimal=False), 1.5),
+    "bytes": (sa.LargeBinary(16), b"\x00\xff"),
 }
 
 
@@ -101,6 +102,53 @@ def test_a_fact_has_the_key_that_the_database_holds(engine: Engine, kind: str, c
         session.commit()
         assert session.get_one(model, key).text == "two"
     assert app.memory.doctor(engine).healthy
+
+
+def test_an_address_is_a_key(postgres_engine: Engine) -> None:
+    """A type that the driver reads as an object of its own, and we as the server's text."""
+    model = model_of(postgresql.INET())
+    app = make_app(postgres_engine, model)
+    app.write(model(id="10.0.0.1", text="one"))
+    with app.session() as session:
+        for text in ("two", "three"):
+            session.get_one(model, "10.0.0.1").text = text
+            session.commit()
+        assert [c.op for c in app.memory.history(session, model, "10.0.0.1")] == ["insert", "update", "update"]
+        session.delete(session.get_one(model, "10.0.0.1"))
+        session.commit()
+        app.memory.rollback(session)
+        session.commit()
+    assert ops(postgres_engine)[-2:] == [("delete", '["10.0.0.1/32"]'), ("insert", '["10.0.0.1/32"]')]
+    assert app.memory.doctor(postgres_engine).healthy
+
+
+class Partial(DeclarativeBase):
+    pass
+
+
+class Part(Partial):
+    __tablename__ = "part"
+    a: Mapped[str] = mapped_column(primary_key=True)
+    b: Mapped[str | None] = mapped_column(primary_key=True, nullable=True)
+    text: Mapped[str]
+
+
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+def test_a_part_of_a_key_may_be_null(sqlite_engine: Engine, capture: str) -> None:
+    """SQLite has such rows, and SQLAlchemy finds them."""
+    app = make_app(sqlite_engine, Part, capture=capture)
+    app.write(Part(a="x", b=None, text="one"), Part(a="x", b="y", text="other"))
+    with app.session() as session:
+        session.execute(update(Part).where(Part.b.is_(None)).values(text="two"))  # objects cannot be changed so
+        session.commit()
+        app.memory.rollback(session)
+        session.commit()
+        assert app.rows(Part)["x", None]["text"] == "one"
+        app.memory.rollback(session)
+        session.commit()
+    assert app.rows(Part) == {}
+    assert [op for op, _ in ops(sqlite_engine)] == ["insert", "insert", "update", "update", "delete", "delete"]
+    assert app.memory.doctor(sqlite_engine).healthy
 
 
 def test_a_key_in_another_form_is_the_same_fact(engine: Engine) -> None:
