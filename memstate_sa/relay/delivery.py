@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial, singledispatchmethod
 from typing import Any, TypeVar
@@ -58,6 +58,7 @@ from memstate_sa.relay.requests import (
 )
 from memstate_sa.relay.retry import RetryPolicy, classify, guarded
 from memstate_sa.runtime import forks
+from memstate_sa.runtime.calls import CallBeside
 from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.projection import Projection, point_id, split_point_id
@@ -238,7 +239,7 @@ class Delivery:
             claimant = claims.Claimant(
                 self._owner,
                 self._lease_s,
-                in_process=getattr(self._index, "in_process", False),
+                in_process=self._in_process,
                 embedder=embedder.fingerprint,
                 dimension=embedder.dimension,
                 classes=self._projected(connection),
@@ -400,7 +401,22 @@ class Delivery:
         self._store_vectors()
         self._mark_page()
         points = [write.point for write in request.writes if write.point is not None]
-        self._guarded(lambda: self._index.upsert(points))
+        upsert = partial(self._guarded, lambda: self._index.upsert(points))
+        if request.meanwhile is None or self._in_process:
+            upsert()
+            return
+        call = CallBeside(upsert, f"memstate-write-{self.name}")
+        try:
+            with suppress(Exception):  # the page that is read now has its own turn, and fails then if it still does
+                self._run(request.meanwhile(lambda: not call.is_over))
+        finally:
+            call.wait()
+        call.result()
+
+    @property
+    def _in_process(self) -> bool:
+        """Whether the index lives in this process. It needs the interpreter, and is not called beside other work."""
+        return getattr(self._index, "in_process", False)
 
     @_do.register
     def _do_remove(self, request: Remove) -> None:

@@ -5,7 +5,7 @@ Pure. `protocol` yields them; `delivery` answers them with a database and an ind
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -17,6 +17,7 @@ from memstate_sa.relay.plan import Delivered, Parked
 from memstate_sa.tracking.projection import Projection
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class Request(Generic[R]):
@@ -187,6 +188,21 @@ class PageState:
     parked: Mapping[FactKey, ParkedKey] = field(default_factory=dict)
     impossible: Mapping[FactKey, MemstateError] = field(default_factory=dict)
 
+    def updated(self, facts: Collection[FactKey], newer: PageState) -> PageState:
+        """This state, with the *newer* one of *facts*."""
+        outdated = set(facts)
+
+        def update(old: Mapping[FactKey, T], new: Mapping[FactKey, T]) -> dict[FactKey, T]:
+            return {**{fact: value for fact, value in old.items() if fact not in outdated}, **new}
+
+        return PageState(
+            update(self.truth, newer.truth),
+            update(self.failed, newer.failed),
+            update(self.ledger, newer.ledger),
+            update(self.parked, newer.parked),
+            update(self.impossible, newer.impossible),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Read(Request[PageState]):
@@ -225,7 +241,10 @@ class PointWrite(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Upsert(Request[None]):
+    """Write points. ``meanwhile``: steps that may be run during the call, as long as what they are given is true."""
+
     writes: Sequence[PointWrite]
+    meanwhile: Callable[[Callable[[], bool]], Steps[None]] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
