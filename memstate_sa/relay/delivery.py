@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial, singledispatchmethod
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, MemstateErro
 from memstate_sa.indexes.base import Stored, Vector, is_fenced, keeps_mark
 from memstate_sa.log.outbox import read_page, slots
 from memstate_sa.log.positions import Page
-from memstate_sa.relay import claims, ledger, marks, refills
+from memstate_sa.relay import claims, ledger, marks, refills, registration
 from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.marks import Bookmark
 from memstate_sa.relay.plan import ParkedState
@@ -233,33 +233,28 @@ class Delivery:
 
     @_do.register
     def _do_claim(self, request: Claim) -> Claimed:
-        embedder = self._vectors.embedder
         kept_mark = self._guarded(lambda: marks.kept_by(self._index))
         with self._writing() as connection:
+            now = registration.register(connection, self._index_key, self._vectors.embedder)
             claimant = claims.Claimant(
                 self._owner,
                 self._lease_s,
-                in_process=self._in_process,
-                embedder=embedder.fingerprint,
-                dimension=embedder.dimension,
-                classes=self._projected(connection),
+                self._in_process,
+                self._projected(now),
+                request.epochs,
+                kept_mark,
+                request.went_back or self._bookmark.went_back,
+                now,
             )
-            claimed, past = claims.claim(
-                connection,
-                self._index_key,
-                claimant,
-                epochs=request.epochs,
-                kept_mark=kept_mark,
-                went_back=request.went_back or self._bookmark.went_back,
-            )
+            claimed, past = claims.claim(connection, self._index_key, claimant)
         self._bookmark.claimed(past)
         if claimed.entities is not None:
             self._set_delivered(claimed.entities)
         return claimed
 
-    def _projected(self, connection: Connection) -> dict[str, Projected]:
-        """The projections of our classes, and by the database's clock since when."""
-        now, clock = leases.database_now(connection), time.monotonic()
+    def _projected(self, now: datetime) -> dict[str, Projected]:
+        """The projections of our classes, and by the database's clock, which says *now*, since when."""
+        clock = time.monotonic()
         return {
             entity: Projected(tracked.projection, now - timedelta(seconds=clock - tracked.since), tracked.withdrawn)
             for entity, tracked in self._tracked.items()
