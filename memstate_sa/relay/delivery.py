@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from functools import partial, singledispatchmethod
@@ -58,7 +59,7 @@ from memstate_sa.relay.requests import (
 )
 from memstate_sa.relay.retry import RetryPolicy, classify, guarded
 from memstate_sa.runtime import forks
-from memstate_sa.runtime.calls import CallBeside
+from memstate_sa.runtime.calls import call_beside
 from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.projection import Projection, point_id, split_point_id
@@ -400,12 +401,12 @@ class Delivery:
         if request.meanwhile is None or self._in_process:
             upsert()
             return
-        call = CallBeside(upsert, f"memstate-write-{self.name}")
+        call = call_beside(upsert, f"memstate-write-{self.name}")
         try:
             with suppress(Exception):  # the page that is read now has its own turn, and fails then if it still does
-                self._run(request.meanwhile(lambda: not call.is_over))
+                self._run(request.meanwhile(lambda: not call.done()))
         finally:
-            call.wait()
+            wait([call])
         call.result()
 
     @property

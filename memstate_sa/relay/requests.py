@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from memstate_sa.db.codec import FactKey
@@ -17,7 +18,6 @@ from memstate_sa.relay.plan import Delivered, Parked
 from memstate_sa.tracking.projection import Projection
 
 R = TypeVar("R")
-T = TypeVar("T")
 
 
 class Request(Generic[R]):
@@ -175,33 +175,23 @@ class ParkedKey(NamedTuple):
     deliver_again: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class PageState:
+class PageState(NamedTuple):
     """The committed rows of keys (absent: no row), the keys that could not be projected, and the records of them.
 
     ``impossible`` keys are those that no row can have: the index must hold nothing for them.
     """
 
-    truth: Mapping[FactKey, Projection] = field(default_factory=dict)
-    failed: Mapping[FactKey, MemstateError] = field(default_factory=dict)
-    ledger: Mapping[FactKey, Delivered] = field(default_factory=dict)
-    parked: Mapping[FactKey, ParkedKey] = field(default_factory=dict)
-    impossible: Mapping[FactKey, MemstateError] = field(default_factory=dict)
+    truth: Mapping[FactKey, Projection] = MappingProxyType({})
+    failed: Mapping[FactKey, MemstateError] = MappingProxyType({})
+    ledger: Mapping[FactKey, Delivered] = MappingProxyType({})
+    parked: Mapping[FactKey, ParkedKey] = MappingProxyType({})
+    impossible: Mapping[FactKey, MemstateError] = MappingProxyType({})
 
     def updated(self, facts: Collection[FactKey], newer: PageState) -> PageState:
         """This state, with the *newer* one of *facts*."""
         outdated = set(facts)
-
-        def update(old: Mapping[FactKey, T], new: Mapping[FactKey, T]) -> dict[FactKey, T]:
-            return {**{fact: value for fact, value in old.items() if fact not in outdated}, **new}
-
-        return PageState(
-            update(self.truth, newer.truth),
-            update(self.failed, newer.failed),
-            update(self.ledger, newer.ledger),
-            update(self.parked, newer.parked),
-            update(self.impossible, newer.impossible),
-        )
+        parts: Any = zip(self, newer, strict=True)
+        return PageState(*({**{fact: old[fact] for fact in old if fact not in outdated}, **new} for old, new in parts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Generic, ParamSpec, Protocol, TypeVar
+from concurrent.futures import Future
+from typing import ParamSpec, Protocol, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,32 +30,15 @@ def call_in_thread(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwarg
     return await_only(asyncio.to_thread(function, *args, **kwargs))
 
 
-class CallBeside(Generic[R]):
-    """A call in a thread of its own, while the caller does other work. The thread does not keep a process alive."""
+def call_beside(function: Callable[[], R], name: str) -> Future[R]:
+    """Call *function* in a thread, while the caller does other work. That thread does not keep the process alive."""
+    call: Future[R] = Future()
 
-    def __init__(self, function: Callable[[], R], name: str) -> None:
-        self._function = function
-        self._result: R | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
+    def run() -> None:
         try:
-            self._result = self._function()
+            call.set_result(function())
         except BaseException as error:  # noqa: BLE001  # the caller gets it
-            self._error = error
+            call.set_exception(error)
 
-    @property
-    def is_over(self) -> bool:
-        return not self._thread.is_alive()
-
-    def wait(self) -> None:
-        self._thread.join()
-
-    def result(self) -> R:
-        """Wait for the call. Its error is raised here."""
-        self.wait()
-        if self._error is not None:
-            raise self._error
-        return self._result  # type: ignore[return-value]
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return call
