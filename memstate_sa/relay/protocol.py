@@ -53,8 +53,9 @@ class _Page:
     doubted: Collection[FactKey]
     failed: dict[FactKey, MemstateError]
     written: dict[FactKey, Delivered] = field(default_factory=dict)
-    texts: Mapping[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
     complete: bool = True
+    reads_ahead: bool = True  # until that fails
 
 
 @dataclass
@@ -242,7 +243,7 @@ class SlotWorker(SlotOwner):
             if self._ahead is not None:
                 yield from embed(self._ahead.texts)
         except (DeliveryRejected, DeliveryRetryable):
-            return
+            page.reads_ahead = False
 
     def _page_ahead(self, beginning: object) -> Source | None:
         """The page that begins there, if it was read ahead and may be used."""
@@ -270,7 +271,7 @@ class SlotWorker(SlotOwner):
         differing = {write.fact for write in writes}
         if self._marked:
             # The index tells the content of its points, not whether they carry their entity.
-            again = [fact for fact in readable if fact in listed.keys() - differing]
+            again = [fact for fact in readable if fact in listed and fact not in differing]
             writes += [PlannedWrite(fact, state.truth[fact], True) for fact in again]
             differing.update(again)
         page.texts = _new_texts(writes, page.doubted)
@@ -416,6 +417,8 @@ class SlotWorker(SlotOwner):
                 return self._embed({digest: missing[digest] for digest in batch})
 
             refused.update((yield from _isolate(list(texts), embed)))
+        for digest in refused:
+            page.texts.pop(digest, None)
         yield from self.keep()
         point_writes, is_ours = [], self._is_held_since(page.epochs)
         for write in writes:
@@ -446,8 +449,8 @@ class SlotWorker(SlotOwner):
                 raise
             page.written.update({write.fact: write.delivered for write in batch})
 
-        is_last = page.source.following is None and self._embedded.keys() >= page.texts.keys()
-        meanwhile = None if is_last else partial(self._read_ahead, page)
+        has_more = page.source.following is not None or not self._embedded.keys() >= page.texts.keys()
+        meanwhile = partial(self._read_ahead, page) if has_more and page.reads_ahead else None
         if writes:
             failed = yield from _isolate(writes, send)
             page.failed.update({write.fact: error for write, error in failed})

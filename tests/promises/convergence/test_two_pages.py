@@ -196,6 +196,23 @@ def test_failure_to_embed_the_next_page_is_left_to_its_turn(app: Pages, error: E
         app.holds(**{name: meaning for name, meaning in MEANINGS.items() if meaning != "m4"})
 
 
+def test_text_that_is_refused_ahead_is_not_asked_for_beside_each_write(app: Pages) -> None:
+    """Once ahead, and in its turn: in its batch, then in halves."""
+
+    def embed(texts: Sequence[str]) -> None:
+        if "m4" in texts:
+            raise DeliveryRejected("refused")
+
+    app.begin()
+    app.index._max_batch = 1
+    app.say(*SIX)
+    app.embedder.during = embed
+    app.index.during = lambda: None
+    app.courier.drain()
+    assert app.embedder.texts.count("m4") <= 3
+    app.holds(**{name: meaning for name, meaning in MEANINGS.items() if meaning != "m4"})
+
+
 def test_failure_of_the_database_beside_a_write_is_left_to_the_next_page(app: Pages) -> None:
     """The page that is being written is delivered all the same."""
     app.begin()
