@@ -12,7 +12,9 @@ from sqlalchemy.orm import QueryableAttribute, Session
 from memstate_sa.capture import append_only, triggers
 from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
+from memstate_sa.capture.supported import require_supported_tables
 from memstate_sa.db import creation, functions
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.sessions import sync_session
 from memstate_sa.db.sync_engines import SyncEngines
 from memstate_sa.embedders import Embedder
@@ -115,6 +117,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         version: int = 1,
         upgrade: Mapping[int, Upgrade] | None = None,
         text_version: int = 1,
+        exclude: Sequence[str] = (),
     ) -> type[M]: ...
 
     @overload
@@ -135,6 +138,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         version: int = 1,
         upgrade: Mapping[int, Upgrade] | None = None,
         text_version: int = 1,
+        exclude: Sequence[str] = (),
     ) -> Callable[[type[M]], type[M]]: ...
 
     def track(
@@ -154,6 +158,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         version: int = 1,
         upgrade: Mapping[int, Upgrade] | None = None,
         text_version: int = 1,
+        exclude: Sequence[str] = (),
     ) -> Any:
         """Make every row of *model* a fact; a call, or a class decorator. The table needs no change.
 
@@ -177,6 +182,10 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
 
         Relays notice a change of *text* or *metadata*, and deliver every row again; until then ``Hits.complete`` is
         False. Where *text* is a function, nothing tells when that changes: give another *text_version* then.
+
+        *exclude* are column attributes that the log leaves out: secrets, large files, counters. A change of these alone
+        is no change, history and export do not show them, and an undo leaves them as they are; a deleted row that an
+        undo brings back has their defaults, or NULL. A function *text* cannot read them.
 
         Raises MemstateError for a class that is not mapped, unknown column attributes, or an entity tracked already.
         """
@@ -203,6 +212,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
                     version=version,
                     upgrade=upgrade,
                     text_version=text_version,
+                    exclude=exclude,
                 )
             )
             return model
@@ -223,17 +233,21 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
 
         Triggers of a class that is no longer captured so are dropped.
 
-        Their own tables have to be there. With Alembic, let a migration do it.
+        Their own tables have to be there. With Alembic, let a migration do it. Raises MemstateError, and creates
+        nothing, for a tracked view, for a table in an attached SQLite database, and for a schema_translate_map.
         """
         self._open()
         self._capture.warn_of_cascades()
-        creation.create(self.sync_engine(engine), install=self._install)
+        sync_engine = self.sync_engine(engine)
+        require_supported_tables(sync_engine, self._registry.by_table.keys())
+        creation.create(sync_engine, install=self._install)
 
     def _install(self, connection: Connection) -> None:
         append_only.install(connection)
         for tracked in self._registry.by_entity.values():
             (triggers.install if tracked.by_trigger else triggers.uninstall)(connection, tracked)
-        functions.close(connection)
+        if not database_of(connection).runs_in_process:
+            functions.close(connection)
 
     def annotate(
         self,

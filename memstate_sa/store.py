@@ -17,9 +17,10 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from memstate_sa.db import sqlite
 from memstate_sa.db.codec import decode_key, encode_key
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.engines import engine_of
 from memstate_sa.db.joined_session import current_session, use_session
-from memstate_sa.db.json_equality import member_equals
+from memstate_sa.db.json_filter import member_equals
 from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import in_utc, unique, utcnow
 from memstate_sa.embedders import Embedder
@@ -431,7 +432,7 @@ class MemoryStore:
         if session_id is not None:
             statement = statement.where(Fact.session_id == session_id)
         for name, value in (filters or {}).items():
-            criterion = member_equals(self.engine.dialect.name, Fact.payload, name, filter_value(name, value))
+            criterion = member_equals(database_of(self.engine), Fact.payload, name, filter_value(name, value))
             statement = statement.where(criterion)
         return statement
 

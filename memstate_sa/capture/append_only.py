@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection
 from memstate_sa.capture import triggers
 from memstate_sa.capture.captured_tables import Trigger
 from memstate_sa.db import functions
+from memstate_sa.db.dialects import POSTGRESQL, SQLITE, Database, database_of
 from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import log, trigger_context
 
@@ -89,14 +90,14 @@ def _on_sqlite(name: str, moment: str, when: str = "1") -> Trigger:
     return Trigger(name, source, (f"DROP TRIGGER IF EXISTS {name}", source))
 
 
-_TRIGGERS: Mapping[str, Sequence[Trigger]] = {
-    "postgresql": [
+_TRIGGERS: Mapping[Database, Sequence[Trigger]] = {
+    POSTGRESQL: [
         # Once a statement, as TRUNCATE has no rows.
         _on_postgresql("memstate_append_only", "UPDATE OR DELETE OR TRUNCATE", "STATEMENT", _CHANGE, definer=False),
         # As the owner: who may add entries, need not be allowed to read the sequence.
         _on_postgresql("memstate_append_only_insert", "INSERT", "ROW", _INSERT, definer=True),
     ],
-    "sqlite": [
+    SQLITE: [
         _on_sqlite("update", "BEFORE UPDATE"),
         _on_sqlite("delete", "BEFORE DELETE"),
         # REPLACE deletes rows without a word, unless recursive_triggers is on.
@@ -107,32 +108,32 @@ _TRIGGERS: Mapping[str, Sequence[Trigger]] = {
 }
 
 
-_DROP_FUNCTIONS = [f"DROP FUNCTION IF EXISTS {trigger.name}()" for trigger in _TRIGGERS["postgresql"]]
+_DROP_FUNCTIONS = [f"DROP FUNCTION IF EXISTS {trigger.name}()" for trigger in _TRIGGERS[POSTGRESQL]]
 
 
-def creating(dialect_name: str) -> list[str]:
+def creating(database: Database) -> list[str]:
     """Statements that create the log's triggers, or replace them."""
-    return [statement for trigger in _TRIGGERS.get(dialect_name, ()) for statement in trigger.statements]
+    return [statement for trigger in _TRIGGERS[database] for statement in trigger.statements]
 
 
-def dropping(dialect_name: str) -> list[str]:
+def dropping(database: Database) -> list[str]:
     """Statements that drop them, as far as they are there."""
-    if dialect_name == "postgresql":
-        drop = [f"DROP TRIGGER IF EXISTS {trigger.name} ON {log.name}" for trigger in _TRIGGERS[dialect_name]]
+    if database is POSTGRESQL:
+        drop = [f"DROP TRIGGER IF EXISTS {trigger.name} ON {log.name}" for trigger in _TRIGGERS[database]]
         return drop + _DROP_FUNCTIONS
-    return [f"DROP TRIGGER IF EXISTS {trigger.name}" for trigger in _TRIGGERS.get(dialect_name, ())]
+    return [f"DROP TRIGGER IF EXISTS {trigger.name}" for trigger in _TRIGGERS[database]]
 
 
-def _listen(when: str, statement: str, dialect: str) -> None:
+def _listen(when: str, statement: str, database: Database) -> None:
     ddl: Any = DDL(statement.replace("%", "%%"))  # type: ignore[no-untyped-call]  # SQLAlchemy has not typed it
-    event.listen(log, when, ddl.execute_if(dialect=dialect))
+    event.listen(log, when, ddl.execute_if(dialect=database.name))
 
 
-for _dialect in _TRIGGERS:
-    for _statement in creating(_dialect):
-        _listen("after_create", _statement, _dialect)
+for _database in _TRIGGERS:
+    for _statement in creating(_database):
+        _listen("after_create", _statement, _database)
 for _statement in _DROP_FUNCTIONS:
-    _listen("after_drop", _statement, "postgresql")
+    _listen("after_drop", _statement, POSTGRESQL)
 
 
 def install(connection: Connection) -> None:
@@ -140,13 +141,13 @@ def install(connection: Connection) -> None:
 
     ``metadata.create_all`` installs them with the table, in an Alembic migration ``op.memstate_protect_log()`` does.
     """
-    triggers.replace(connection, log, _TRIGGERS.get(connection.dialect.name, ()))
+    triggers.replace(connection, log, _TRIGGERS[database_of(connection)])
 
 
 def missing(connection: Connection) -> list[str]:
     """Which of the log's triggers are not there, or not as they should be."""
     sources = triggers.installed(connection, log)
-    return [t.name for t in _TRIGGERS.get(connection.dialect.name, ()) if sources.get(t.name) != t.source]
+    return [t.name for t in _TRIGGERS[database_of(connection)] if sources.get(t.name) != t.source]
 
 
 _put = insert(trigger_context).values(name=_REWRITE)
@@ -160,8 +161,8 @@ def rewriting(connection: Connection) -> Iterator[None]:
     In a SAVEPOINT: where one fails, the permission goes with what it has done.
     """
     take_write_lock(connection)  # a driver that begins by itself does not do so at a SAVEPOINT
-    on_postgresql = connection.dialect.name == "postgresql"
+    as_setting = database_of(connection).has_transaction_settings
     with connection.begin_nested():
-        functions.set_transaction_setting(connection, _REWRITE, "on") if on_postgresql else connection.execute(_put)
+        functions.set_transaction_setting(connection, _REWRITE, "on") if as_setting else connection.execute(_put)
         yield
-        functions.set_transaction_setting(connection, _REWRITE, "") if on_postgresql else connection.execute(_remove)
+        functions.set_transaction_setting(connection, _REWRITE, "") if as_setting else connection.execute(_remove)

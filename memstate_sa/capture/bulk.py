@@ -16,9 +16,11 @@ from sqlalchemy.sql.util import ClauseAdapter
 
 from memstate_sa.capture.bulk_results import CapturedResult
 from memstate_sa.capture.guard import Guard
-from memstate_sa.capture.recorder import Before, Recorder, require_no_translation, require_supported
-from memstate_sa.capture.table_log import RawKey
+from memstate_sa.capture.looks import Look, RawKey, with_others
+from memstate_sa.capture.recorder import Recorder, require_supported, require_visible
+from memstate_sa.capture.supported import require_no_translation
 from memstate_sa.capture.transaction import OpenTransaction, OpenTransactions
+from memstate_sa.db.dialects import POSTGRESQL, database_of
 from memstate_sa.db.raw_values import RAW
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import take_write_lock
@@ -223,8 +225,7 @@ class _Insert(BulkStatement):
 
     def run(self) -> Result[Any]:
         result, keys = self.run_returning_keys()
-        touched = {self.tracked: dict.fromkeys(keys, False)}
-        self.recorder.log_touched(self.connection, self.transaction, touched, ())
+        self.recorder.log(self.connection, self.transaction, self.tracked, with_others([], keys), new=True)
         return result
 
 
@@ -235,23 +236,19 @@ class _Upsert(BulkStatement):
     So it runs a second time, when it may have changed rows that the log has not seen: the suspects.
     """
 
-    suspects: dict[str, RawKey] = field(default_factory=dict)
+    suspects: list[RawKey] = field(default_factory=list)
 
     def run(self) -> Result[Any] | None:
         recorder, connection, transaction, tracked = self.recorder, self.connection, self.transaction, self.tracked
-        suspects = list(self.suspects.values())
-        baselines = recorder.baselines(connection, transaction, tracked, suspects) if suspects else []
+        looks = recorder.look(connection, transaction, tracked, self.suspects) if self.suspects else []
         result, raw_keys = self.run_returning_keys()
-        by_key = {self.columns.encode_key(raw): raw for raw in raw_keys}
-        unknown = recorder.unknown(connection, tracked, by_key)
-        if unknown and not suspects and _may_update(self.dml):
-            self.suspects = {key: by_key[key] for key in unknown}
-            return None
+        if not self.suspects and _may_update(self.dml):
+            by_key = {self.columns.encode_key(raw): raw for raw in raw_keys}
+            if unknown := recorder.unknown(connection, tracked, by_key):
+                self.suspects = [by_key[key] for key in unknown]
+                return None
         # A key that the first run did not have comes of a default that is another each time: a row that is new.
-        new = {*unknown, *recorder.deleted_before(connection, tracked, list(by_key))}
-        new -= {baseline.key for baseline in baselines}
-        touched = {raw: key not in new for key, raw in by_key.items()}
-        recorder.log_touched(connection, transaction, {tracked: touched}, baselines)
+        recorder.log(connection, transaction, tracked, with_others(looks, raw_keys))
         return result
 
 
@@ -275,7 +272,7 @@ class _Change(BulkStatement):
         if matching_keys is None:
             return None
         keys = list(dict.fromkeys([*matching_keys, *self.suspects]))
-        before = self.recorder.before_bulk(self.connection, self.transaction, self.tracked, keys)
+        before = self.recorder.look(self.connection, self.transaction, self.tracked, keys)
         if not self._can_return_keys:
             return self._run_counting(keys, before)
         names = [key.name for key in self._returned_keys]
@@ -293,10 +290,13 @@ class _Change(BulkStatement):
             return None
         return self.log_changed(result, [*keys, *others], before)
 
-    def log_changed(self, result: Result[Any], keys: Sequence[RawKey], before: Before) -> Result[Any]:
+    def log_changed(self, result: Result[Any], keys: Sequence[RawKey], before: Sequence[Look]) -> Result[Any]:
         """Log what became of the rows with these keys. Those that were not changed get no entry."""
-        is_update = self.state.is_update
-        self.recorder.log_bulk(self.connection, self.transaction, self.tracked, keys, before, updated=is_update)
+        looks = with_others(before, keys)
+        count = self.recorder.log(self.connection, self.transaction, self.tracked, looks)
+        is_doubtful = self.state.is_update and count < len(keys)
+        if is_doubtful and self.recorder.count_lost(self.connection, self.transaction, self.tracked, keys):
+            require_visible(self.connection, self.tracked)
         return result
 
     def refuse_changed_keys(self) -> None:
@@ -312,10 +312,10 @@ class _Change(BulkStatement):
 
     @property
     def _can_return_keys(self) -> bool:
-        dialect = self.connection.dialect
+        dialect, database = self.connection.dialect, database_of(self.connection)
         is_able = dialect.update_returning if self.state.is_update else dialect.delete_returning
         # PostgreSQL refuses what synchronize_session='fetch' adds to RETURNING of an alias.
-        is_able &= dialect.name == "sqlite" or not isinstance(self.dml.table, AliasedReturnsRows)
+        is_able &= database is not POSTGRESQL or not isinstance(self.dml.table, AliasedReturnsRows)
         return self.returns_keys and is_able and not self.dml._return_defaults
 
     @property
@@ -325,23 +325,27 @@ class _Change(BulkStatement):
 
     def _may_look_again(self, others: dict[RawKey, None]) -> bool:
         """Whether there is sense in another attempt, after one that changed *others*. Refuses a random WHERE."""
-        if self.suspects and self.connection.dialect.name == "sqlite":  # nobody else writes
+        if self.suspects and database_of(self.connection).has_one_writer:  # nobody else writes
             self.guard.refuse(self.connection, self.dml, _VOLATILE)
             return False
         self.suspects |= others
         return True
 
-    def _run_counting(self, keys: Sequence[RawKey], before: Before) -> Result[Any] | None:
+    def _run_counting(self, keys: Sequence[RawKey], before: Sequence[Look]) -> Result[Any] | None:
         """Without RETURNING of ours, more rows than those of *keys* tell that there are others."""
         result: Any = self.invoke()
         if self.dml._returning:
             result = CapturedResult(result)
-        if self.connection.dialect.name != "sqlite" and result.rowcount > len(keys):
+        if not database_of(self.connection).has_one_writer and result.rowcount > len(keys):
             return None
         return self.log_changed(result, keys, before)
 
     def _matching_keys(self) -> list[RawKey] | None:
-        """The keys of the rows that match, which it locks. None when another fact matches than a moment before."""
+        """The keys of the rows that match. None when another fact matches than a moment before.
+
+        It locks the rows, unless a DELETE is to return their keys: PostgreSQL locks rows for roles that may update
+        them, and a role may have the right to delete them alone.
+        """
         table, criteria = self.dml.table, self.dml._where_criteria
         is_part = unaliased(table) != self.tracked.table  # by value: it may be an annotated one
         if (criterion := inheritance_criterion(self.mapper)) is not None:
@@ -353,8 +357,10 @@ class _Change(BulkStatement):
         if is_part:  # the first row of a fact is locked before its other parts
             first_keys = self._read_keys(matching)
             self.lock_first_rows([*first_keys, *self.suspects])
-        # As the statement itself locks them: one lock that has to grow may wait for another that has to.
-        keys = self._read_keys(matching.with_for_update(of=table, key_share=not self.state.is_delete))
+        if self.state.is_update or not self._can_return_keys:
+            # As the statement itself locks them: one lock that has to grow may wait for another that has to.
+            matching = matching.with_for_update(of=table, key_share=not self.state.is_delete)
+        keys = self._read_keys(matching)
         return None if is_part and not set(keys).issubset(first_keys) else keys
 
     def _read_keys(self, statement: Select[Any]) -> list[RawKey]:
@@ -375,17 +381,12 @@ class _ChangeByKeys(_Change):
         keys = list(dict.fromkeys(self.columns.raw_key([params[name] for name in names]) for params in parameter_sets))
         if len(self.tracked.tables) > 1:
             self.lock_first_rows(keys)
-        before = self.recorder.before_bulk(self.connection, self.transaction, self.tracked, keys)
+        before = self.recorder.look(self.connection, self.transaction, self.tracked, keys)
         result = self.invoke()
         if self.dml._returning:
             result = CapturedResult(result)
-        if before.looks:  # which know the keys as the database stores them, and rows that are not there
-            self.recorder.log_looks(self.connection, self.transaction, self.tracked, before.looks, (), new=False)
-            return result
-        if self.state.is_update:
-            images = self.columns.read(self.connection, keys)
-            keys = [key for key in keys if self.columns.encode_key(key) in images]
-        return self.log_changed(result, keys, before)
+        self.recorder.log(self.connection, self.transaction, self.tracked, before)
+        return result
 
 
 def _dml_of(statement: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Column, ColumnElement, Table, inspect
@@ -27,6 +27,8 @@ class Capturable(Protocol):
     def version(self) -> int: ...
     @property
     def criterion(self) -> ColumnElement[bool] | None: ...
+    @property
+    def excluded(self) -> Collection[str]: ...
 
 
 Only = tuple[str, Sequence[Any]]
@@ -40,18 +42,21 @@ class CapturedTable(NamedTuple):
     entity: str
     version: int = 1
     criterion: ColumnElement[bool] | None = None
+    excluded: Collection[str] = ()
 
     @classmethod
-    def restricted(cls, table: Table, entity: str, version: int, only: Only | None) -> CapturedTable:
+    def restricted(
+        cls, table: Table, entity: str, version: int, only: Only | None, excluded: Collection[str] = ()
+    ) -> CapturedTable:
         criterion = None if only is None else table.columns[only[0]].in_(only[1])
-        return cls(table, entity, version, criterion)
+        return cls(table, entity, version, criterion, excluded)
 
 
 def captured_in(table: Table) -> dict[str, CapturedTable]:
     """The classes that triggers on *table* capture, by entity, as `Memory.track` was asked."""
     return {
-        entity: CapturedTable(table, entity, version, inheritance_criterion(inspect(model)))
-        for entity, (model, version) in table.metadata.info.get(TRACKED, {}).get(table.fullname, {}).items()
+        entity: CapturedTable(table, entity, version, inheritance_criterion(inspect(model)), excluded)
+        for entity, (model, version, excluded) in table.metadata.info.get(TRACKED, {}).get(table.fullname, {}).items()
     }
 
 
@@ -71,12 +76,15 @@ def restriction(captured: Capturable, dialect: Dialect) -> Only | None:
 
 def header(captured: Capturable, dialect: Dialect) -> str:
     """The first line of a trigger: it says what the trigger was made from, for who replaces it and may want it back."""
-    parts = {"entity": captured.entity, "version": captured.version, "only": restriction(captured, dialect)}
+    parts: dict[str, Any] = {"entity": captured.entity, "version": captured.version}
+    parts["only"] = restriction(captured, dialect)
+    if captured.excluded:
+        parts["exclude"] = sorted(captured.excluded)
     return f"{_HEADER}{json.dumps(parts)}"
 
 
 def read_header(source: str) -> Mapping[str, Any] | None:
-    """``entity``, ``version`` and ``only`` of the trigger with this *source*; None where it is not ours, or older."""
+    """What `header` wrote into the trigger with this *source*; None where it is not ours, or older."""
     line = next((line for line in source.splitlines() if line.startswith(_HEADER)), None)
     return None if line is None else json.loads(line.removeprefix(_HEADER))
 

@@ -11,6 +11,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import NoReferenceError
 from sqlalchemy.orm import Mapper, RelationshipDirection, RelationshipProperty
 
+from memstate_sa.db.dialects import SQLITE, database_of
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
 
@@ -55,7 +56,7 @@ _of_sqlite = text(
 
 def reflected(connection: Connection, table: Table) -> Iterator[ForeignKey]:
     """The foreign keys of *table* in the database, which need not be those of the mapping."""
-    if connection.dialect.name == "sqlite":  # SQLAlchemy reads no action of a key that is declared with its column
+    if database_of(connection) is SQLITE:  # SQLAlchemy reads no action of a key that is declared with its column
         for _, parent, columns, *actions in connection.execute(_of_sqlite, {"table": table.name}):
             yield ForeignKey(table, tuple(columns.split(",")), (table.schema, parent), *map(_action, actions))
         return

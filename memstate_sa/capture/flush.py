@@ -1,15 +1,16 @@
 """A flush -> log and outbox.
 
-Mapper events note which keys a flush touches. After the flush the database logs their rows (`table_log`), or they are
-read back. What the database computed, rounded or defaulted is thereby in the image, and a SAVEPOINT that rolls back
-takes exactly its own entries with it: the database is the buffer. (Reading attributes, or collecting until commit, is
-wrong in most random histories.)
+The rows that a flush may change are looked at before its first statement that changes their table. Mapper events note
+which rows are new. After the flush the database logs what became of them (`table_log`). What it computed, rounded
+or defaulted is thereby in the image, and a SAVEPOINT that rolls back takes exactly its own entries with it: the
+database is the buffer. (Reading attributes, or collecting until commit, is wrong in most random histories.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
+from itertools import compress
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,11 +21,12 @@ from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.base import NO_VALUE
 from sqlalchemy.sql import ClauseElement
 
-from memstate_sa.capture.recorder import TWO_DATABASES, Recorder
-from memstate_sa.capture.table_log import RawKey, with_others
+from memstate_sa.capture.hazards import may_lock
+from memstate_sa.capture.looks import RawKey, with_others
+from memstate_sa.capture.recorder import TWO_DATABASES, Recorder, require_visible
 from memstate_sa.capture.transaction import Flush, OpenTransactions
 from memstate_sa.db.tables import in_utc
-from memstate_sa.errors import MemstateError
+from memstate_sa.errors import MemstateError, UntrackedWrite
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
 from memstate_sa.tracking.validation import to_validation_failed
@@ -74,14 +76,13 @@ class FlushCapture:
     def _after_insert(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
         flush = self._flushes.get(state.session_id)
         if flush is not None:
-            flush.touched.append((state, "insert", True))
+            flush.inserted.append(state)
 
     def _before_update(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
         flush = self._flushes.get(state.session_id)
         if flush is not None:
             self._before_change(mapper, connection, flush, going=False)
-            # Asked now: what an expression sets is expired by the UPDATE, and the change forgotten.
-            flush.touched.append((state, "update", _has_changes(state)))
+            flush.updated.append(state)
 
     def _after_update(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
         """A row switch, an insert that takes over a deleted row, fires before_insert and this."""
@@ -89,23 +90,22 @@ class FlushCapture:
             flush = self._flushes.get(state.session_id)
             if flush is not None:
                 self._before_change(mapper, connection, flush, going=True)
-                flush.touched.append((state, "update", None))
+                flush.updated.append(state)
 
     def _before_delete(self, mapper: Mapper[Any], connection: Connection, state: Any) -> None:
         flush = self._flushes.get(state.session_id)
         if flush is not None:
             self._before_change(mapper, connection, flush, going=True)
-            flush.touched.append((state, "delete", True))
 
     def _before_change(self, mapper: Mapper[Any], connection: Connection, flush: Flush, *, going: bool) -> None:
-        """Find baselines and lock first rows before the unit of work changes, or deletes, a row of *mapper*."""
+        """Lock first rows before the unit of work changes, or deletes, a row of *mapper*."""
         if not flush.checked:
             self._before_first_change(connection, flush)
         if flush.parts:
             self._lock_first_rows(mapper, connection, flush, going=going)
 
     def _before_first_change(self, connection: Connection, flush: Flush) -> None:
-        """Before the first UPDATE or DELETE: baselines of all rows that this flush will change.
+        """Note the keys of all rows that this flush may update or delete.
 
         Not in before_flush, which knows neither orphans nor children whose foreign key a deleted parent nulls.
         """
@@ -120,87 +120,93 @@ class FlushCapture:
             if (tracked := self._registry.find(mapper)) is not None and not tracked.by_trigger
         }
         _require_one_database(flush.context.session, by_mapper)
-        changing: dict[Tracked, list[tuple[Any, ...]]] = {}
         for (mapper, is_delete), keys in identities.items():
             if mapper not in by_mapper:
                 continue
             tracked = by_mapper[mapper]
             raw_keys = list(map(tracked.columns_for(connection.dialect).raw_key, keys))
-            if self._recorder.table_log(tracked, connection) is not None:
-                flush.unseen.setdefault(tracked, []).extend(raw_keys)
-                continue
-            changing.setdefault(tracked, []).extend(raw_keys)
+            flush.unseen.setdefault(tracked, []).extend(raw_keys)
             if len(tracked.tables) > 1:
                 flush.parts.setdefault((tracked, is_delete), []).extend(raw_keys)
-        for tracked, raw_keys in changing.items():
-            canonical = flush.canonical.setdefault(tracked, {})
-            flush.baselines += self._recorder.baselines(connection, flush.transaction, tracked, raw_keys, canonical)
 
     def _look(self, connection: Connection, flush: Flush, table: Table) -> None:
         """Before the first statement that may change rows of *table*: not earlier, as a flush may send none."""
         if not flush.checked:
             self._before_first_change(connection, flush)
-        for tracked in [tracked for tracked in flush.unseen if tracked.table is table]:
+        for tracked in [tracked for tracked in flush.unseen if table in tracked.tables]:
             keys = list(dict.fromkeys(flush.unseen.pop(tracked)))
             flush.looks[tracked] = self._recorder.look(connection, flush.transaction, tracked, keys)
+            flush.looked_on = connection
 
     def _lock_first_rows(self, mapper: Mapper[Any], connection: Connection, flush: Flush, *, going: bool) -> None:
         """Lock the first row of each fact of *mapper* that this flush changes, or deletes, in several tables.
 
         Others may change another part of such a fact, and neither image would show both changes. The unit of work calls
         this just before its statements for the class, whose first table it updates first. So no lock is out of order.
+        A role that may delete and not update locks a row only by its DELETE.
         """
         tracked = self._registry.find(mapper)
         keys = None if tracked is None else flush.parts.pop((tracked, going), None)
-        if tracked is not None and keys:
+        if tracked is not None and keys and (not going or may_lock(connection, tracked.table)):
             tracked.columns_for(connection.dialect).of_table[tracked.table].lock(connection, keys, leaving=going)
 
     def _after_flush(self, session: Session, context: Any) -> None:
         flush = self.end(session)
-        if flush is None or not flush.touched:
+        if flush is None or not (flush.inserted or flush.updated or flush.looks):
             return
-        _require_one_database(session, {state.mapper for state, _, _ in flush.touched})
-        connection = session.connection(bind_arguments={"mapper": flush.touched[0][0].mapper})
-        touched = self._touched(flush, connection)
-        touched = {tracked: keys for tracked, keys in touched.items() if keys or tracked in flush.looks}
-        for tracked in [each for each in touched if self._recorder.table_log(each, connection) is not None]:
-            self._log_by_database(connection, flush, tracked, touched.pop(tracked))
-        if touched:
-            self._recorder.log_touched(connection, flush.transaction, touched, flush.baselines, flush)
+        states = [*flush.inserted, *flush.updated]
+        _require_one_database(session, {state.mapper for state in states})
+        connection = flush.looked_on or session.connection(bind_arguments={"mapper": states[0].mapper})
+        inserted, updated = self._by_class(flush.inserted), self._by_class(flush.updated)
+        # Unique values are taken in one order of classes, as writers wait for each other.
+        classes = sorted(dict.fromkeys((*inserted, *flush.looks)), key=_order)
+        for tracked in classes:
+            self._log(connection, flush, tracked, inserted.get(tracked, []), updated.get(tracked, []))
 
-    def _log_by_database(
-        self, connection: Connection, flush: Flush, tracked: Tracked, existed: Mapping[RawKey, bool]
-    ) -> None:
-        before = flush.looks.get(tracked, [])
-        # Without a look, no statement changed a row: only new ones may be written.
-        looks = with_others(before, (key for key, was_there in existed.items() if before or not was_there))
-        if looks:
-            written = set(flush.written.get(tracked, ()))
-            self._recorder.log_looks(connection, flush.transaction, tracked, looks, written, new=not before)
-
-    def _touched(self, flush: Flush, connection: Connection) -> dict[Tracked, dict[tuple[Any, ...], bool]]:
-        """The keys that *flush* touched (driver-level), and whether they existed before it; notes those it wrote."""
-        touched: dict[Tracked, dict[tuple[Any, ...], bool]] = {}
+    def _by_class(self, states: Sequence[Any]) -> dict[Tracked, list[Any]]:
+        by_class: dict[Tracked, list[Any]] = {}
         mapper: Mapper[Any] | None = None
-        for state, op, changed in flush.touched:
+        for state in states:
             if state.mapper is not mapper:
                 mapper = state.mapper
-                tracked = self._registry.of(mapper.class_)
-                raw_key = tracked.columns_for(connection.dialect).raw_key
-                existed, written = touched.setdefault(tracked, {}), flush.written.setdefault(tracked, [])
-                certain = flush.certain.setdefault(tracked, set())
-            if op == "delete":
-                existed[raw_key(state.key[1])] = True
-            # before_update also fires when no UPDATE is sent. Asked again, because post_update comes after the events.
-            elif changed is not False or _has_changes(state) is not False:
-                now = raw_key(_primary_key(tracked, state))
-                if changed:
-                    certain.add(now)
-                if op == "update":
-                    existed[raw_key(state.key[1]) if state.key else now] = True
-                existed.setdefault(now, False)
-                written.append(now)
-        return touched
+                of_class = by_class.setdefault(self._registry.of(mapper.class_), [])
+            of_class.append(state)
+        return by_class
+
+    def _log(
+        self,
+        connection: Connection,
+        flush: Flush,
+        tracked: Tracked,
+        inserted: Sequence[Any],
+        updated: Sequence[Any],
+    ) -> None:
+        """Log what became of rows of *tracked*: those that were looked at, and new ones."""
+        raw_key = tracked.columns_for(connection.dialect).raw_key
+        before = flush.looks.get(tracked, [])
+        # Without a look, no statement changed a row: only new ones may be written.
+        states = [*inserted, *updated] if before else inserted
+        keys = [raw_key(_primary_key(tracked, state)) for state in states]
+        looks = with_others(before, keys)
+        count = self._recorder.log(connection, flush.transaction, tracked, looks, new=not before)
+        if count < sum(len(look.keys) for look in looks):
+            # The listeners of a class and of its base note an object twice.
+            is_written = [n < len(inserted) or _has_changes(state) for n, state in enumerate(states)]
+            written = dict.fromkeys(compress(keys, is_written))
+            self._require_found(connection, flush, tracked, list(written))
+
+    def _require_found(self, connection: Connection, flush: Flush, tracked: Tracked, written: Sequence[RawKey]) -> None:
+        lost = self._recorder.count_lost(connection, flush.transaction, tracked, written)
+        if lost > 0:
+            require_visible(connection, tracked)
+            raise UntrackedWrite(
+                f"{lost} row(s) of {tracked.entity} were written, but are not found under the keys they were given: "
+                "give primary keys in the form in which the database stores them"
+            )
+
+
+def _order(tracked: Tracked) -> str:
+    return "" if tracked.unique_values is None else tracked.entity
 
 
 def _require_one_database(session: Session, mappers: Collection[Mapper[Any]]) -> None:
@@ -219,20 +225,14 @@ def _primary_key(tracked: Tracked, state: Any) -> Sequence[Any]:
         return key
 
 
-def _has_changes(state: Any) -> bool | None:
-    """Whether a column attribute of *state* differs from what was loaded; None when what was loaded is not known."""
+def _has_changes(state: Any) -> bool:
+    """Whether a column attribute of *state* is certain to differ from what was loaded."""
     columns, values = state.mapper.columns, state.dict
-    has_changes: bool | None = False
-    for name, before in state.committed_state.items():
-        if name not in columns:
-            continue
-        if before is NO_VALUE or name not in values or before is values[name]:
-            # Expired, set by an expression, or edited in place: the old value is gone.
-            if before is not values.get(name, NO_VALUE) or isinstance(before, (dict, list, set)):
-                has_changes = None
-        elif _differs(before, values[name]):
-            return True
-    return has_changes
+    return any(
+        before is not NO_VALUE and name in values and _differs(before, values[name])
+        for name, before in state.committed_state.items()
+        if name in columns
+    )
 
 
 def _differs(before: Any, after: Any) -> bool:

@@ -8,14 +8,15 @@ from typing import Any
 from sqlalchemy.engine import Connection
 from sqlalchemy.sql.dml import UpdateBase
 
+from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction, OpenTransactions
 from memstate_sa.capture.trigger_context import TriggerContexts, may_write
+from memstate_sa.db.tables import log
 from memstate_sa.errors import UntrackedWrite
 from memstate_sa.runtime.warn import warn
 from memstate_sa.tracking.registry import Registry, unaliased
 from memstate_sa.tracking.tracked import Tracked
 
-_SEEN = "memstate_seen"
 _IN_AUTOCOMMIT = (
     "in AUTOCOMMIT each statement is a transaction of its own, so the log cannot be in it: use an engine that begins "
     "one, or capture='trigger'"
@@ -35,25 +36,28 @@ class UntrackedWriteWarning(UserWarning):
 class Guard:
     """Looks at all statements on the connections of Sessions: bulk_*(), Table.insert(), session.connection() too."""
 
-    def __init__(self, registry: Registry, transactions: OpenTransactions, contexts: TriggerContexts) -> None:
+    def __init__(
+        self, registry: Registry, recorder: Recorder, transactions: OpenTransactions, contexts: TriggerContexts
+    ) -> None:
         self._registry = registry
+        self._recorder = recorder
         self._transactions = transactions
         self._contexts = contexts
 
-    def before_statement(
-        self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
-    ) -> None:
+    def before_statement(self, context: Any) -> None:
         """Refuse a statement that no trigger and none of our listeners captures; name its transaction to triggers.
 
         Most statements only read. They leave first.
         """
-        has_triggers = bool(self._registry.by_trigger)
         writes: bool = context.isinsert or context.isupdate or context.isdelete
         # A SELECT, too, may write: WITH gone AS (DELETE … RETURNING …). Only the compiled statement knows its CTEs.
         ctes = getattr(context.compiled, "ctes", None)
-        if not (writes or ctes or has_triggers) or getattr(context, _SEEN, None) is self:
+        has_triggers = bool(self._registry.by_trigger)
+        if not (writes or ctes or has_triggers or context.isddl or context.is_text):
             return
-        setattr(context, _SEEN, self)  # an INSERT of many rows may be sent in many batches
+        connection = context.root_connection
+        if context.isddl or ((context.isdelete or context.is_text) and log.name in context.statement):
+            self._recorder.known_keys(connection).clear()  # the log may be another one
         transactions = self._transactions.on(connection)
         if not transactions:
             return
@@ -64,7 +68,7 @@ class Guard:
                 if transaction.flush is not None and not transaction.own_writes:
                     transaction.flush.before_change(connection, context.compiled.statement.table)
         self._check_ctes(connection, ctes or ())
-        if has_triggers and may_write(statement):
+        if has_triggers and may_write(context.statement):
             with_triggers = [other for other in transactions if connection in other.trigger_connections]
             self._contexts.name_transaction(connection, with_triggers)
 

@@ -8,6 +8,7 @@ from sqlalchemy import Table, text
 from sqlalchemy.engine import Connection
 
 from memstate_sa.db import functions
+from memstate_sa.db.dialects import database_of
 
 _OPEN = (
     "captures changes as its owner, and other roles can attach it to tables of theirs: memory.create_tables(engine), "
@@ -43,10 +44,20 @@ _trigger_owners = text(
     "ORDER BY t.n, f.rolname"
 )
 
+_may_update = text("SELECT has_any_column_privilege(CAST(to_regclass(:name) AS oid), 'UPDATE')")
+
+
+def may_lock(connection: Connection, table: Table) -> bool:
+    """Whether this connection's role may lock rows of *table*. PostgreSQL asks for the right to update them."""
+    if database_of(connection).runs_in_process:
+        return True
+    [name] = _names(connection, [table])
+    return bool(connection.execute(_may_update, {"name": name}).scalar_one())
+
 
 def hidden(connection: Connection, tables: Iterable[Table]) -> dict[str, str]:
     """Those of *tables*, by their full names, of which a policy may hide rows from this connection's role."""
-    if connection.dialect.name != "postgresql":
+    if database_of(connection).runs_in_process:
         return {}
     names = _names(connection, tables)
     rows = connection.execute(_hidden, {"names": list(names)})
@@ -55,7 +66,7 @@ def hidden(connection: Connection, tables: Iterable[Table]) -> dict[str, str]:
 
 def hazards(connection: Connection, tracked: Iterable[Table], ours: Iterable[Table]) -> Iterator[tuple[str, str]]:
     """What is wrong, as subject and message."""
-    if connection.dialect.name != "postgresql":
+    if database_of(connection).runs_in_process:
         return
     for function in functions.open_functions(connection):
         yield function, _OPEN

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
@@ -22,7 +22,8 @@ from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction, OpenTransactions, Status
 from memstate_sa.capture.trigger_context import TriggerContexts, have_logged
 from memstate_sa.db import missing_tables, sqlite
-from memstate_sa.runtime import listening
+from memstate_sa.db.dialects import SQLITE, find_database
+from memstate_sa.runtime import listening, watching
 from memstate_sa.runtime.warn import warn
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
@@ -54,7 +55,7 @@ class SessionCapture:
         self._veto = veto
         self._transactions = OpenTransactions()
         self._contexts = TriggerContexts()
-        self._guard = Guard(registry, self._transactions, self._contexts)
+        self._guard = Guard(registry, recorder, self._transactions, self._contexts)
         self._flushes = FlushCapture(registry, recorder, self._transactions)
         self._bulk = BulkCapture(registry, recorder, self._transactions, self._guard)
         # Of each Session's last commit: its transactions (an undo is one of its own), and where.
@@ -70,7 +71,6 @@ class SessionCapture:
         self._checked: Any = None  # the entities of which the cascades are known
         self._cascades: set[cascades.ForeignKey] = set()  # those that were warned of
         self.mapper_listeners = self._flushes.mapper_listeners
-        self.engine_listeners: dict[str, Callable[..., None]] = {"before_cursor_execute": self._guard.before_statement}
         self.session_listeners: dict[str, Callable[..., Any]] = {
             "after_begin": self._after_begin,
             **self._flushes.session_listeners,
@@ -78,6 +78,7 @@ class SessionCapture:
             "before_commit": self._before_commit,
             "after_commit": self._after_commit,
             "after_rollback": self._after_rollback,
+            "after_soft_rollback": self._after_soft_rollback,
             "after_transaction_end": self._after_transaction_end,
         }
 
@@ -108,7 +109,8 @@ class SessionCapture:
                 listening.stop(target, name, listener)
             self._wakers += [_Waker(target, name, self) for name in _BEGINNINGS]
         for engine in list(self._guarded):
-            for name, listener in {**self.engine_listeners, **self._contexts.engine_listeners}.items():
+            watching.unwatch(engine, self._guard.before_statement)
+            for name, listener in self._contexts.engine_listeners.items():
                 listening.stop(engine, name, listener)
         self._guarded.clear()
         self._with_contexts.clear()
@@ -215,7 +217,7 @@ class SessionCapture:
         self.warn_of_cascades()
         if engine not in self._connected:
             self._connected.add(engine)
-            if engine.dialect.name == "sqlite":
+            if find_database(engine) is SQLITE:
                 sqlite.warn_of_savepoints(connection)
 
     def warn_of_cascades(self) -> None:
@@ -256,15 +258,12 @@ class SessionCapture:
         # Add to the set last: other threads treat membership as "already listening". Listening twice does no harm.
         if engine not in self._guarded:
             missing_tables.explain(engine)
-            self._listen_to_engine(engine, self.engine_listeners)
+            watching.watch(engine, self._guard.before_statement)
             self._guarded.add(engine)
         if self._registry.by_trigger and engine not in self._with_contexts:
-            self._listen_to_engine(engine, self._contexts.engine_listeners)
+            for name, listener in self._contexts.engine_listeners.items():
+                listening.listen(engine, name, listener)
             self._with_contexts.add(engine)
-
-    def _listen_to_engine(self, engine: Engine, listeners: Mapping[str, Callable[..., None]]) -> None:
-        for name, listener in listeners.items():
-            listening.listen(engine, name, listener)
 
     def _before_commit(self, session: Session) -> None:
         if session.in_nested_transaction():  # fires at every SAVEPOINT release too
@@ -294,9 +293,15 @@ class SessionCapture:
             return
         assert transaction.written_on is not None
         self.committed[session] = (transaction.logged_under, transaction.written_on.engine)
+        self._recorder.remember(transaction.written_on, transaction)
         if self._veto is not None:
             self._veto.committed(transaction)
         self._on_commit(transaction.written_on.engine)
+
+    def _after_soft_rollback(self, session: Session, _: SessionTransaction) -> None:
+        """Of a SAVEPOINT, too: entries that the transaction has seen may be rolled back."""
+        if (transaction := self._transactions.find(session)) is not None:
+            transaction.seen.clear()
 
     def _after_rollback(self, session: Session) -> None:
         """A transaction, a SAVEPOINT, or a flush that failed: what it had under way will not happen."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from sqlalchemy import text
-from sqlalchemy.engine import Connection
+from sqlalchemy import Table, text
+from sqlalchemy.engine import Connection, Dialect
 
 from memstate_sa.capture.captured_tables import Trigger
 from memstate_sa.capture.row_images import TableWriter
-from memstate_sa.capture.sql_text import literal, templates
+from memstate_sa.capture.sql_text import as_sent, literal, templates
 from memstate_sa.db import functions
+from memstate_sa.db.dialects import POSTGRESQL
 from memstate_sa.db.tables import log
 from memstate_sa.errors import MemstateError
 from memstate_sa.log.positions import SLOTS
 
-_SQL = templates("postgresql")
+_SQL = templates(POSTGRESQL)
 _EVENTS = ("insert", "update", "delete", "truncate")
 _TRANSITION_TABLES = {
     "insert": "REFERENCING NEW TABLE AS new_rows ",
@@ -27,6 +28,7 @@ _TRANSITION_TABLES = {
 # A small table, or one without statistics, is read as a whole otherwise: in SERIALIZABLE, it is locked as a whole.
 _BY_INDEX = " SET enable_seqscan = off SET enable_bitmapscan = off"
 _DESCRIBED = {"schema": _SQL.line("schema"), "schema_name": _SQL.line("schema_name"), "parts": _SQL.line("parts")}
+INSTALLED = text(_SQL.line("installed", is_closed=functions.IS_CLOSED))
 _place = text("SELECT {schema}, {schema_name}, {parts} ".format(**_DESCRIBED) + _SQL.line("from_table", table=":name"))
 
 
@@ -36,6 +38,16 @@ class Places(NamedTuple):
     its: str
     its_name: str
     ours: str
+
+
+def triggers(connection: Connection, writer: TableWriter) -> list[Trigger]:
+    """The triggers of a table. Raises MemstateError where they would not see every write."""
+    return list(build(writer, find_places(connection, writer)))
+
+
+def name_in_catalog(table: Table, dialect: Dialect) -> str:
+    """The *table* as the statement `INSTALLED` takes it."""
+    return as_sent(dialect.identifier_preparer.format_table(table), dialect)
 
 
 def find_places(connection: Connection, writer: TableWriter) -> Places:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from itertools import groupby
 from operator import itemgetter
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from pydantic import ValidationError
@@ -15,19 +15,22 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.pool import Pool
 
 from memstate_sa.capture import hazards, unique_values
-from memstate_sa.capture.table_log import Header, Look, RawKey, TableLog, with_others
-from memstate_sa.capture.transaction import Flush, OpenTransaction
+from memstate_sa.capture.known_keys import KnownKeys
+from memstate_sa.capture.looks import ClassLog, Header, Look, NoEntry, RawKey
+from memstate_sa.capture.supported import require_no_translation
+from memstate_sa.capture.table_log import class_log
+from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db import sqlite, tables
-from memstate_sa.db.codec import Image, decode_key
-from memstate_sa.db.json_params import as_array, as_json
-from memstate_sa.db.rows import MAX_KEY_CHARS, TableColumns
+from memstate_sa.db.codec import decode_key
+from memstate_sa.db.dialects import database_of
+from memstate_sa.db.json_params import as_array
+from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import READ_CHUNK, batches, take_write_lock
 from memstate_sa.db.tables import utcnow
-from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
+from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite
 from memstate_sa.log import outbox
-from memstate_sa.log.changes import LogEntry, fold
-from memstate_sa.log.history import last_entries
-from memstate_sa.log.outbox import deleted_keys, unknown_keys
+from memstate_sa.log.changes import LogEntry
+from memstate_sa.log.outbox import unknown_keys
 from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
@@ -40,19 +43,15 @@ TWO_DATABASES = "the tracked models of one Session must live in one database: th
 _hurry = select(func.set_config("lock_timeout", "100ms", True))
 _LOCK_NOT_AVAILABLE = "55P03"
 _SHOWN = 20
-_CHARS = MAX_KEY_CHARS // 6  # of which JSON makes no more than that
+_NO_ENTRY = (
+    "the log has lost entries of {}: it was emptied or restored while this process ran. Run the transaction again; "
+    "`memstate-sa doctor` tells whether more is missing"
+)
 _NOT_UNIQUE = (
     "%s: %d rows that are older than tracking or than unique_by, or were changed past it, have the same value of what "
     "must be unique as another, and can be changed only so that they have it no longer, or deleted. The first of them "
     "by key: %s"
 )
-
-
-class Before(NamedTuple):
-    """The rows that a statement may change: as the database saw them, or as Python read those that the log has not."""
-
-    looks: Sequence[Look] = ()
-    baselines: Sequence[LogEntry] = ()
 
 
 class Recorder:
@@ -61,16 +60,19 @@ class Recorder:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         # By the pool of connections to a database, which may have other types than the model says.
-        self._table_logs: WeakKeyDictionary[Pool, dict[str, tuple[TableColumns, TableLog | None]]] = WeakKeyDictionary()
+        self._logs: WeakKeyDictionary[Pool, dict[str, tuple[Tracked, TableColumns, ClassLog]]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Pool, KnownKeys] = WeakKeyDictionary()
 
-    def table_log(self, tracked: Tracked, connection: Connection) -> TableLog | None:
-        """The statements by which the database logs rows of *tracked*; None where they have to be read."""
+    def _log_of(self, tracked: Tracked, connection: Connection) -> ClassLog:
         columns = tracked.columns_for(connection.dialect)
-        table_logs = self._table_logs.setdefault(connection.engine.pool, {})
-        known = table_logs.get(tracked.entity)
-        if known is None or known[0] is not columns:  # another subclass was mapped
-            known = table_logs[tracked.entity] = (columns, TableLog.of(tracked, connection))
-        return known[1]
+        logs = self._logs.setdefault(connection.engine.pool, {})
+        known = logs.get(tracked.entity)
+        if known is None or known[0] is not tracked or known[1] is not columns:  # another subclass was mapped
+            known = logs[tracked.entity] = (tracked, columns, class_log(tracked, connection))
+        return known[2]
+
+    def known_keys(self, connection: Connection) -> KnownKeys:
+        return self._known.setdefault(connection.engine.pool, KnownKeys())
 
     def write_header(self, connection: Connection, tx: str, labels: Mapping[str, str | None]) -> None:
         connection.execute(insert(tables.transaction), {"tx": tx, "at": utcnow(), **labels})
@@ -134,48 +136,6 @@ class Recorder:
         else:
             _warn_of(tracked, unique_values.give(connection, tracked, values))
 
-    def baselines(
-        self,
-        connection: Connection,
-        transaction: OpenTransaction,
-        tracked: Tracked,
-        raw_keys: Sequence[tuple[Any, ...]],
-        canonical: dict[tuple[Any, ...], str] | None = None,
-    ) -> list[LogEntry]:
-        """A baseline entry for each of the rows that the log has not seen, as it is before we change it.
-
-        It locks no row: the caller's statement does that, in its own order. Others may change a row before that
-        statement has it. They log its baseline then, and `log_touched` drops ours.
-
-        *canonical* gets each raw key as the text it has in the log, also of those that an object holds in another form
-        than is stored: Decimal("1.5") for 1.50, "a" for a padded CHAR. Such a key is unknown to the log, and read here.
-        """
-        require_supported(connection, transaction)
-        columns = tracked.columns_for(connection.dialect)
-        with transaction.writing():
-            take_write_lock(connection)
-        by_key = {columns.encode_key(raw): raw for raw in raw_keys}
-        if canonical is not None:
-            canonical.update((raw, key) for key, raw in by_key.items())
-        unknown = self.unknown(connection, tracked, by_key)
-        if not unknown:
-            return []
-        images = columns.read(connection, [by_key[key] for key in unknown])
-        if canonical is not None:
-            forms = {normalized_key(decode_key(key)): key for key in images if key not in by_key}
-            for key in unknown:
-                if key not in images and normalized_key(by_key[key]) in forms:
-                    canonical[by_key[key]] = forms[normalized_key(by_key[key])]
-        return [LogEntry(tracked.entity, key, "baseline", image) for key, image in images.items()]
-
-    def _still_unknown(self, connection: Connection, baselines: Sequence[LogEntry]) -> list[LogEntry]:
-        """Those of *baselines* whose rows the log has not seen. Nobody else changes the rows now: we hold them."""
-        unseen: list[LogEntry] = []
-        for entity, entries in groupby(baselines, key=lambda entry: entry.entity):
-            images = {entry.key: entry for entry in entries}
-            unseen += [images[key] for key in self.unknown(connection, self._registry.by_entity[entity], images)]
-        return unseen
-
     def log_baselines(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> tuple[int, int]:
         """Log, and mark dirty, those rows of *keys* that the log has not seen, outside of any Session.
 
@@ -183,7 +143,7 @@ class Recorder:
         alone, and passes by others that are locked: who has locked one may wait for another that is locked here. Nor
         does it hold them for long while it waits for a value that must be unique: then fewer are done with, or none.
         """
-        if tracked.unique_values is None or connection.dialect.name != "postgresql":
+        if tracked.unique_values is None or database_of(connection).has_one_writer:
             return self._log_baselines(connection, tracked, keys)
         while keys:
             try:
@@ -198,18 +158,19 @@ class Recorder:
     def _log_baselines(
         self, connection: Connection, tracked: Tracked, keys: Sequence[str], *, hurry: bool = False
     ) -> tuple[int, int]:
-        transaction, columns = OpenTransaction(), tracked.columns_for(connection.dialect)
         take_write_lock(connection)
         unknown = set(self.unknown(connection, tracked, keys))
+        columns = tracked.columns_for(connection.dialect)
         first, others = ([decode_key(key) for key in part if key in unknown] for part in (keys[:1], keys[1:]))
-        images = columns.read(connection, first, for_update=True)
-        images |= columns.read(connection, others, for_update=True, skip_locked=True)
+        held = columns.lock(connection, first) | columns.lock(connection, others, skip_locked=True)
+        looks = self._log_of(tracked, connection).look(connection, list(map(decode_key, held)))
         # Others that held these rows while we waited for them may have logged them.
-        read = [LogEntry(tracked.entity, key, "baseline", image) for key, image in images.items()]
-        entries = self._still_unknown(connection, read)
+        images = {key: image for look in looks for key, image in look.rows.items()}
+        unseen = {key: json.loads(image) for key, image in images.items() if image is not None}
+        entries = [LogEntry(tracked.entity, key, "baseline", image) for key, image in unseen.items()]
         if hurry:
             connection.execute(_hurry)
-        self.write(connection, transaction, entries, deliver_baselines=True, refuse=False)
+        self.write(connection, OpenTransaction(), entries, deliver_baselines=True, refuse=False)
         passed_by = {key for key in keys if key in unknown and key not in images}
         if tracked.unique_values is not None:
             passed_by |= self._take_in_values(connection, tracked, [key for key in keys if key not in unknown])
@@ -242,192 +203,91 @@ class Recorder:
     def look(
         self, connection: Connection, transaction: OpenTransaction, tracked: Tracked, keys: Sequence[RawKey]
     ) -> list[Look]:
-        """The rows of *keys* before they change, for `log_looks`.
+        """The rows of *keys* before they change, for `log`.
 
         It locks no row, as the statement that follows does. Others may change a row before that has it; then they log
         its baseline.
         """
         require_supported(connection, transaction)
-        table_log = self.table_log(tracked, connection)
-        assert table_log is not None
+        if known := self.known_keys(connection).find(tracked.entity, keys):
+            return [Look(batch, {known[key]: None for key in batch}, remembered=True) for batch in batches(keys)]
         with transaction.writing():
             if not sqlite.may_write(connection):
                 take_write_lock(connection)
-            return table_log.look(connection, keys)
+            looks = self._log_of(tracked, connection).look(connection, keys)
+        columns = tracked.columns_for(connection.dialect)
+        for look in looks:
+            logged = {key for key, image in look.rows.items() if image is None}
+            canonical = ((raw, columns.encode_key(raw)) for raw in look.keys)
+            transaction.seen.setdefault(tracked.entity, {}).update(
+                (raw, key) for raw, key in canonical if key in logged
+            )
+        return looks
 
-    def log_looks(
+    def remember(self, connection: Connection, transaction: OpenTransaction) -> None:
+        """Remember the keys that *transaction*, which has committed, has seen entries of."""
+        if not connection.in_transaction():  # else it was a part of one
+            known = self.known_keys(connection)
+            for entity, keys in transaction.seen.items():
+                known.add(entity, keys)
+
+    def log(
         self,
         connection: Connection,
         transaction: OpenTransaction,
         tracked: Tracked,
         looks: Sequence[Look],
-        written: Collection[RawKey],
         *,
-        new: bool,
-    ) -> None:
-        """Have the database log what became of the rows of *looks*. *new*: there was none before.
-
-        *written* are keys of rows that are certain to be there now.
-        """
+        new: bool = False,
+    ) -> int:
+        """Log what became of the rows of *looks*; returns how many have changed. *new*: there was none before."""
         require_supported(connection, transaction)
-        table_log = self.table_log(tracked, connection)
-        assert table_log is not None
-        columns = tracked.columns_for(connection.dialect)
-        for key in written:
-            if sum(len(part) for part in key if isinstance(part, (str, bytes))) > _CHARS:
-                columns.encode_key(key)
+        log = self._log_of(tracked, connection)
         header = Header(transaction.tx, utcnow(), self._registry.versions[tracked.entity], transaction.step)
         with transaction.writing():
-            count = sum(table_log.log(connection, header, look, new=new) for look in looks)
+            try:
+                logged = [log.log(connection, header, look, new=new) for look in looks]
+            except NoEntry as error:
+                self.known_keys(connection).clear()
+                raise ConflictError(_NO_ENTRY.format(tracked.entity)) from error
+            count = sum(each.changed for each in logged)
             if count:
                 transaction.note_entries(connection, transaction.tx)
-            if written and count < sum(len(look.keys) for look in looks):
-                lost = len(written) - table_log.count(connection, list(written))
-                if lost > 0:
-                    _raise_lost(connection, tracked, lost)
+            entries = [entry for each in logged for entry in each.entries]
+            self._check(connection, tracked, entries)
+            if entries and tracked.unique_values is not None:
+                self._write_unique(connection, tracked, entries, refuse=True)
+        return count
 
-    def log_touched(
-        self,
-        connection: Connection,
-        transaction: OpenTransaction,
-        touched: Mapping[Tracked, Mapping[tuple[Any, ...], bool]],
-        baselines: Sequence[LogEntry],
-        flush: Flush | None = None,
-        *,
-        updated: bool = False,
-    ) -> None:
-        """Read the rows that were *touched* (by driver-level key: was it there before?) and log what became of them.
-
-        *updated*: by an UPDATE, after which they are still there.
-        """
-        baselines = self._still_unknown(connection, baselines)
-        entries = list(baselines)
-        for tracked, existed in touched.items():
-            if self.table_log(tracked, connection) is not None:
-                first = {entry.key: entry.image for entry in baselines if entry.entity == tracked.entity}
-                entries = [entry for entry in entries if entry.entity != tracked.entity]
-                self._log_inserted(connection, transaction, tracked, existed, first)
-                continue
-            columns = tracked.columns_for(connection.dialect)
-            images = columns.read(connection, list(existed))
-            canonical = {} if flush is None else dict(flush.canonical.get(tracked, {}))
-            canonical |= {raw: columns.encode_key(raw) for raw in existed if raw not in canonical}
-            keys = {canonical[raw]: before for raw, before in existed.items()}
-            others = [key for key in images if key not in keys]  # stored in another form than given: CHAR is padded
-            keys |= dict.fromkeys(others, False)
-            lost = 0 if flush is None else sum(canonical[raw] not in images for raw in flush.written.get(tracked, ()))
-            if lost > len(others):
-                _raise_lost(connection, tracked, lost)
-            gone = [key for key, before in keys.items() if before and key not in images]
-            if updated and gone:
-                _require_visible(connection, tracked)
-            for key in self.deleted_before(connection, tracked, gone):
-                del keys[key]  # the DELETE found nothing: somebody else's came first
-            changes = [LogEntry(tracked.entity, key, op, image) for key, op, image in fold(keys, images)]
-            certain = set() if flush is None else {canonical[raw] for raw in flush.certain.get(tracked, ())}
-            doubtful = [change for change in changes if change.op == "update" and change.key not in certain]
-            if same := self._unchanged(connection, tracked, doubtful, baselines):
-                changes = [change for change in changes if change.key not in same]
-                entries = [entry for entry in entries if entry.entity != tracked.entity or entry.key not in same]
-            if tracked.validate is not None or tracked.immutable is not None:
-                for change in changes:
-                    self._check(tracked, columns, change)
-            entries += changes
-        self.write(connection, transaction, entries)
-
-    def before_bulk(
+    def count_lost(
         self, connection: Connection, transaction: OpenTransaction, tracked: Tracked, keys: Sequence[RawKey]
-    ) -> Before:
-        """The rows of *keys*, which a statement may change."""
-        if self.table_log(tracked, connection) is not None:
-            return Before(looks=self.look(connection, transaction, tracked, keys))
-        return Before(baselines=self.baselines(connection, transaction, tracked, keys))
-
-    def log_bulk(
-        self,
-        connection: Connection,
-        transaction: OpenTransaction,
-        tracked: Tracked,
-        keys: Sequence[RawKey],
-        before: Before,
-        *,
-        updated: bool,
-    ) -> None:
-        """Log what became of the rows of *keys*: those that were there *before*, and others.
-
-        *updated*: by an UPDATE, after which they are still there.
-        """
-        table_log = self.table_log(tracked, connection)
-        if table_log is None:
-            touched = {tracked: dict.fromkeys(keys, True)}
-            self.log_touched(connection, transaction, touched, before.baselines, updated=updated)
-            return
-        if updated and table_log.count(connection, keys) < len(keys):
-            _require_visible(connection, tracked)
-        self.log_looks(connection, transaction, tracked, with_others(before.looks, keys), (), new=False)
-
-    def _log_inserted(
-        self,
-        connection: Connection,
-        transaction: OpenTransaction,
-        tracked: Tracked,
-        existed: Mapping[RawKey, bool],
-        baselines: Mapping[str, Image | None],
-    ) -> None:
-        """The same by the database, of one class: of an INSERT, and of an upsert. Others go by `log_bulk`."""
-        columns = tracked.columns_for(connection.dialect)
-        keys = {columns.encode_key(raw): raw for raw in existed}
-        seen = {key: baselines.get(key) for key, raw in keys.items() if existed[raw]}
-        looks = [
-            Look(
-                [keys[key] for key in batch],
-                {key: None if seen[key] is None else as_json(seen[key]) for key in batch if key in seen},
-            )
-            for batch in batches(list(keys))
-        ]
-        self.log_looks(connection, transaction, tracked, looks, (), new=False)
-
-    @staticmethod
-    def _unchanged(
-        connection: Connection, tracked: Tracked, updates: Sequence[LogEntry], baselines: Sequence[LogEntry]
-    ) -> set[str]:
-        """The keys of those *updates* that left the row as it was: no step of anybody's, and nothing to deliver."""
-        if not updates:
-            return set()
-        before = {entry.key: entry.image for entry in baselines if entry.entity == tracked.entity}
-        keys = [entry.key for entry in updates if entry.key not in before]
-        before.update({key: last.image for key, last in last_entries(connection, tracked, keys).items()})
-        return {entry.key for entry in updates if before.get(entry.key) == entry.image}
-
-    def deleted_before(self, connection: Connection, tracked: Tracked, keys: Sequence[str]) -> Sequence[str]:
-        """Those of *keys* whose last entry says that the row was deleted."""
+    ) -> int:
+        """How many rows of *keys*, which were written, are not there."""
         if not keys:
-            return ()
-        return connection.scalars(deleted_keys, {"entity": tracked.entity, "keys": as_array(keys)}).all()
+            return 0
+        with transaction.writing():
+            return len(keys) - self._log_of(tracked, connection).count(connection, keys)
 
-    def _check(self, tracked: Tracked, columns: TableColumns, entry: LogEntry) -> None:
-        """What the schema says of the row as the database has it, its own defaults and expressions included."""
-        if entry.image is None:
-            return
-        values = tracked.by_attribute(columns.values(dict(entry.image)))
-        if entry.op == "update" and tracked.immutable is not None and tracked.immutable(values):
-            raise ConflictError(f"a fact of {tracked.entity} is immutable: delete it and add another")
-        if tracked.validate is not None:
+    def _check(self, connection: Connection, tracked: Tracked, entries: Sequence[LogEntry]) -> None:
+        """What the schema says of rows as the database has them, its own defaults and expressions included."""
+        columns = tracked.columns_for(connection.dialect)
+        for entry in entries:
+            if entry.image is None:
+                continue
+            values = tracked.by_attribute(columns.values(dict(entry.image)))
+            if entry.op == "update" and tracked.immutable is not None and tracked.immutable(values):
+                raise ConflictError(f"a fact of {tracked.entity} is immutable: delete it and add another")
+            if tracked.validate is None:
+                continue
             try:
                 tracked.validate(values)
-            except ValidationError as error:
-                raise to_validation_failed(tracked.model.__name__, error) or ValidationFailed() from error
+            except ValidationError as error:  # what is excluded was looked at before the flush
+                ignored = frozenset(tracked.exclude)
+                if (failed := to_validation_failed(tracked.model.__name__, error, ignoring=ignored)) is not None:
+                    raise failed from error
 
 
-def _raise_lost(connection: Connection, tracked: Tracked, count: int) -> NoReturn:
-    _require_visible(connection, tracked)
-    raise UntrackedWrite(
-        f"{count} row(s) of {tracked.entity} were written, but are not found under the keys they were given: give "
-        "primary keys in the form in which the database stores them"
-    )
-
-
-def _require_visible(connection: Connection, tracked: Tracked) -> None:
+def require_visible(connection: Connection, tracked: Tracked) -> None:
     """Raise where a policy may be the reason why a row is not found."""
     if hidden := hazards.hidden(connection, tracked.tables):
         raise UntrackedWrite(
@@ -440,11 +300,6 @@ def _warn_of(tracked: Tracked, without: Sequence[str]) -> None:
     """Say which rows were given no unique value, as others have it."""
     if without:
         logger.warning(_NOT_UNIQUE, tracked.entity, len(without), ", ".join(without[:_SHOWN]))
-
-
-def require_no_translation(options: Mapping[str, Any]) -> None:
-    if options.get("schema_translate_map"):
-        raise MemstateError("schema_translate_map is not supported for tracked models")
 
 
 def require_supported(connection: Connection, transaction: OpenTransaction) -> None:

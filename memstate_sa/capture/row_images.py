@@ -6,7 +6,8 @@ It writes what `TableColumns` and `codec` would have written in Python.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from sqlalchemy import Column
@@ -19,7 +20,8 @@ from memstate_sa.capture.captured_tables import Capturable, header
 from memstate_sa.capture.sql_text import as_sent, literal
 from memstate_sa.db import intervals, unreadable_times
 from memstate_sa.db.codec import to_json
-from memstate_sa.db.rows import TableColumns, stored_columns
+from memstate_sa.db.dialects import POSTGRESQL, SQLITE
+from memstate_sa.db.rows import TableColumns, logged_columns
 from memstate_sa.errors import MemstateError
 
 
@@ -145,7 +147,20 @@ def _json_sqlite(_: TableColumns, __: Column[Any], value: str) -> str:
     )
 
 
-_JSON = {"postgresql": _json_postgresql, "sqlite": _json_sqlite}
+_JSON = {POSTGRESQL: _json_postgresql, SQLITE: _json_sqlite}
+_TRUE = {POSTGRESQL: "true", SQLITE: "1"}
+
+
+_COMMA = " || ',' || "
+_PARTS = 250
+
+
+def _concatenated(parts: Sequence[str]) -> str:
+    """*parts* with commas between them, as a tree: SQLite takes an expression of a thousand levels at most."""
+    if len(parts) <= _PARTS:
+        return _COMMA.join(parts)
+    middle = len(parts) // 2
+    return f"({_concatenated(parts[:middle])}){_COMMA}({_concatenated(parts[middle:])})"
 
 
 class RowImage(NamedTuple):
@@ -165,9 +180,16 @@ class TableWriter:
         self.entity = literal(captured.entity)
         self.keys = list(captured.table.primary_key.columns)
         self._columns = TableColumns(captured.table, dialect)
-        self.header = header(captured, dialect)
         for column in self.keys:
             self._require_key(column)
+
+    @property
+    def logged_columns(self) -> list[Column[Any]]:
+        return logged_columns(self.captured.table, self.captured.excluded)
+
+    @cached_property
+    def header(self) -> str:
+        return header(self.captured, self.dialect)
 
     @property
     def table(self) -> str:
@@ -188,39 +210,48 @@ class TableWriter:
 
     def row(self, alias: str, *, old: bool = False) -> RowImage:
         """What is logged of the row *alias*; *old*: of a transition table, which has no virtual columns."""
-        name = alias if alias in ("NEW", "OLD") else self.quote(alias)
-        key = " || ',' || ".join(f"coalesce({self._json(name, column)}, 'null')" for column in self.keys)
-        fields = " || ',' || ".join(
-            f"{literal(to_json(column.name) + ':')} || coalesce({self._json(name, column)}, 'null')"
-            for column in stored_columns(self.captured.table)
-            if not (old and column.computed is not None and not column.computed.persisted)
-        )
-        criterion = "true" if self.dialect.name == "postgresql" else "1"
+        criterion = _TRUE[self._columns.database]
         if self.captured.criterion is not None:
             adapted = ClauseAdapter(self.captured.table.alias(alias)).traverse(self.captured.criterion)
             compiled = adapted.compile(dialect=self.dialect, compile_kwargs={"literal_binds": True})
             criterion = as_sent(str(compiled), self.dialect)
-        return RowImage(f"'[' || {key} || ']'", f"'{{' || {fields} || '}}'", criterion)
+        return RowImage(self.key(alias), f"'{{' || {self.fields(alias, old=old)} || '}}'", criterion)
+
+    def key(self, alias: str) -> str:
+        """The canonical key of the row *alias*."""
+        key = _COMMA.join(f"coalesce({self._json(alias, column)}, 'null')" for column in self.keys)
+        return f"'[' || {key} || ']'"
+
+    def fields(self, alias: str, *, prefix: str = "", old: bool = False) -> str:
+        """The members of the JSON object that is the image, each with *prefix* before its name."""
+        return _concatenated(
+            [
+                f"{literal(to_json(prefix + column.name) + ':')} || coalesce({self._json(alias, column)}, 'null')"
+                for column in self.logged_columns
+                if not (old and column.computed is not None and not column.computed.persisted)
+            ]
+        )
 
     def _json(self, alias: str, column: Column[Any]) -> str:
         if column.type.column_expression(column) is not None:
             raise MemstateError(
                 f"a trigger cannot log {column.table.name}.{column.name}: its type reads by an expression"
             )
-        return _JSON[self.dialect.name](self._columns, column, f"{alias}.{self.quote(column.name)}")
+        row = alias if alias in ("NEW", "OLD") else self.quote(alias)
+        return _JSON[self._columns.database](self._columns, column, f"{row}.{self.quote(column.name)}")
 
     def _require_key(self, column: Column[Any]) -> None:
         """A key has one form as text, the one that Python gives it."""
         kind = self._columns.implementation(column)
-        good = isinstance(kind, _KEYS)
+        good, is_typed = isinstance(kind, _KEYS), not self._columns.database.has_dynamic_types
         if isinstance(kind, sqltypes.Float):
             good = False
         elif isinstance(kind, sqltypes.Numeric):  # SQLite keeps it as a float; Python writes 1E-7
-            good = self.dialect.name == "postgresql" and kind.scale is not None and kind.scale <= 6
+            good = is_typed and kind.scale is not None and kind.scale <= 6
         elif isinstance(kind, sqltypes.Time):
             good = not kind.timezone
         elif isinstance(kind, sqltypes.String):  # in SQLite another key may be the same row
-            good = self.dialect.name == "postgresql" or kind.collation in (None, "BINARY")
+            good = is_typed or kind.collation in (None, "BINARY")
         if not good:
             raise MemstateError(
                 f"a trigger cannot log a primary key of {column.type!r} ({column.table.name}.{column.name})"

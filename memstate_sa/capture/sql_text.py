@@ -7,6 +7,8 @@ from importlib.resources import files
 
 from sqlalchemy.engine import Dialect
 
+from memstate_sa.db.dialects import Database
+
 _NAME = "-- name: "
 _FOR_READERS = "---"
 
@@ -35,9 +37,9 @@ class Templates:
 
 
 @cache
-def templates(dialect_name: str) -> Templates:
+def templates(database: Database) -> Templates:
     """The templates for a database."""
-    file = files("memstate_sa.capture") / "sql" / f"{dialect_name}.sql"
+    file = files("memstate_sa.capture") / "sql" / f"{database.name}.sql"
     return Templates(file.read_text(encoding="utf-8"))
 
 
@@ -48,4 +50,4 @@ def literal(value: str) -> str:
 
 def as_sent(compiled: str, dialect: Dialect) -> str:
     """What SQLAlchemy has *compiled*, as it is sent without parameters: there a percent sign is one."""
-    return compiled.replace("%%", "%") if dialect.name == "postgresql" else compiled
+    return compiled.replace("%%", "%") if dialect.paramstyle in ("format", "pyformat") else compiled

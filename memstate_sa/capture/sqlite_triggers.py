@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sqlalchemy import Table, text
+from sqlalchemy.engine import Connection, Dialect
+
 from memstate_sa.capture.captured_tables import Trigger
 from memstate_sa.capture.row_images import RowImage, TableWriter
 from memstate_sa.capture.sql_text import templates
-from memstate_sa.db.rows import stored_columns
+from memstate_sa.db.dialects import SQLITE
 
-_SQL = templates("sqlite")
+_SQL = templates(SQLITE)
+INSTALLED = text(_SQL.line("installed"))
 _MOMENTS = (("before", "insert"), ("after", "insert"), ("after", "update"), ("after", "delete"))
 
 
@@ -17,7 +21,7 @@ def build(writer: TableWriter) -> Iterator[Trigger]:
     """The triggers of a table."""
     body = _Body(writer)
     old, row = writer.row("OLD"), writer.row("r")
-    columns = [writer.quote(column.name) for column in stored_columns(writer.captured.table)]
+    columns = [writer.quote(column.name) for column in writer.logged_columns]
     names = [writer.quote(column.name) for column in writer.keys]
     bodies = {
         # REPLACE deletes rows without a word, unless recursive_triggers is on.
@@ -41,6 +45,18 @@ def build(writer: TableWriter) -> Iterator[Trigger]:
             body=statements,
         )
         yield Trigger(name, source, (f"DROP TRIGGER IF EXISTS {name}", source))
+
+
+def triggers(_: Connection, writer: TableWriter) -> list[Trigger]:
+    return list(build(writer))
+
+
+def creating_offline(writer: TableWriter) -> list[str]:
+    return [statement for trigger in build(writer) for statement in trigger.statements]
+
+
+def name_in_catalog(table: Table, _: Dialect) -> str:
+    return str(table.name)
 
 
 def dropping(writer: TableWriter) -> list[str]:

@@ -13,8 +13,8 @@ from sqlalchemy import Table
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
-from memstate_sa.capture.table_log import Look
-from memstate_sa.log.changes import LogEntry, Op, new_tx
+from memstate_sa.capture.looks import Look, RawKey
+from memstate_sa.log.changes import new_tx
 from memstate_sa.tracking.tracked import Tracked
 
 
@@ -63,6 +63,7 @@ class OpenTransaction:
     has_header: bool = False  # its labels are written; no rollback takes them back but that of the whole transaction
     has_intents: bool = False  # an index may hold what is not committed yet
     txs: dict[str, None] = field(default_factory=dict)  # it logged under these, an undo's own among them, in order
+    seen: dict[str, dict[RawKey, str]] = field(default_factory=dict)  # keys that the log has, by entity: to remember
     connections: WeakSet[Connection] = field(default_factory=WeakSet)
     trigger_connections: WeakSet[Connection] = field(default_factory=WeakSet)  # to databases with triggers of ours
     context_on: _WeakReference = _WeakReference()  # the Connection where the trigger context names it, or named it
@@ -109,25 +110,22 @@ class OpenTransaction:
 
 @dataclass
 class Flush:
-    """What one flush touches, while it runs: states of tracked classes, what is done to them, whether it is certain."""
+    """What one flush touches, while it runs."""
 
     transaction: OpenTransaction
     # Of SQLAlchemy, and the Session's; another listener's error leaves a Flush behind.
     context: _WeakReference = _WeakReference()
-    touched: list[tuple[Any, Op, bool | None]] = field(default_factory=list)
-    baselines: list[LogEntry] = field(default_factory=list)
-    canonical: dict[Tracked, dict[tuple[Any, ...], str]] = field(default_factory=dict)
-    written: dict[Tracked, list[tuple[Any, ...]]] = field(default_factory=dict)
-    certain: dict[Tracked, set[tuple[Any, ...]]] = field(default_factory=dict)
+    inserted: list[Any] = field(default_factory=list)  # states of objects
+    updated: list[Any] = field(default_factory=list)  # the same; no UPDATE may have been sent for some
     checked: bool = False
-    # Of classes that the database logs itself: keys of rows that may change, until a statement is about to change them,
-    # and the rows as they were then.
-    unseen: dict[Tracked, list[tuple[Any, ...]]] = field(default_factory=dict)
+    # Keys of rows that may change, until a statement is about to change their tables, and the rows as they were then.
+    unseen: dict[Tracked, list[RawKey]] = field(default_factory=dict)
     looks: dict[Tracked, list[Look]] = field(default_factory=dict)
+    looked_on: _WeakReference = _WeakReference()  # the Connection
     look: Callable[[Connection, Flush, Table], None] | None = None  # at the rows of a table that are `unseen`
 
     # Of facts in several tables: their keys, by whether they are to go, until their first rows are locked.
-    parts: dict[tuple[Tracked, bool], list[tuple[Any, ...]]] = field(default_factory=dict)
+    parts: dict[tuple[Tracked, bool], list[RawKey]] = field(default_factory=dict)
 
     def before_change(self, connection: Connection, table: Table) -> None:
         """The unit of work is about to change, or delete, rows of *table*."""

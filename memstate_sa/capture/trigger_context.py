@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection
 
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db import functions
+from memstate_sa.db.dialects import POSTGRESQL, SQLITE, Database, database_of
 from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.tables import log, trigger_context
 
@@ -27,9 +28,9 @@ _DEFINES = ("CREATE", "ALTER", "DROP")
 _put = insert(trigger_context).prefix_with("OR REPLACE")
 _clear = delete(trigger_context)
 _names = select(unnest_strings("names").c.value)
-_logged: Mapping[str, Executable] = {
-    "sqlite": select(select(log.c.id).where(log.c.tx == bindparam("tx")).exists()),
-    "postgresql": text(
+_logged: Mapping[Database, Executable] = {
+    SQLITE: select(select(log.c.id).where(log.c.tx == bindparam("tx")).exists()),
+    POSTGRESQL: text(
         "SELECT CASE WHEN position(:tx IN coalesce(current_setting('memstate.logged', true), '')) > 0 THEN true "
         # Triggers of an earlier version do not say so.
         "WHEN current_setting('transaction_isolation') = 'serializable' THEN false "
@@ -45,14 +46,14 @@ def may_write(statement: str) -> bool:
 
 def set_trigger_context(connection: Connection, tx: str, *, counts: bool = True) -> None:
     """Have triggers log under the transaction *tx* from now on, which *counts* for rollback, or not."""
-    off = "off" if connection.dialect.name == "postgresql" else "0"
+    off = "off" if database_of(connection).has_transaction_settings else "0"
     _set(connection, {"tx": tx} if counts else {"tx": tx, "step": off})
 
 
 def set_undo_context(connection: Connection, tx: str, facts: Collection[tuple[str, str]]) -> None:
     """Have triggers log under the undo *tx*, which is no step, all but *facts*: the undo logs these itself."""
     names = [SKIP.format("".join(fact)) for fact in facts]
-    if connection.dialect.name == "postgresql":
+    if database_of(connection).has_transaction_settings:
         # In rows, which are looked up: a list in a setting would be read again for every row that is restored.
         connection.execute(insert(trigger_context).from_select(["name"], _names), {"names": as_array(names)})
         _set(connection, {"tx": tx, "step": "off", "skip": "on"})
@@ -62,13 +63,13 @@ def set_undo_context(connection: Connection, tx: str, facts: Collection[tuple[st
 
 def clear_trigger_context(connection: Connection) -> None:
     """Have triggers know of no transaction. Rows of the context have to be gone before a COMMIT."""
-    if connection.dialect.name == "postgresql":
+    if database_of(connection).has_transaction_settings:
         _set(connection, dict.fromkeys(("tx", "step", "skip"), ""))
     connection.execute(_clear)
 
 
 def _set(connection: Connection, settings: Mapping[str, str | None]) -> None:
-    if connection.dialect.name == "postgresql":
+    if database_of(connection).has_transaction_settings:
         for name, value in settings.items():
             functions.set_transaction_setting(connection, name, value or "")
     else:
@@ -77,7 +78,7 @@ def _set(connection: Connection, settings: Mapping[str, str | None]) -> None:
 
 def have_logged(connection: Connection, tx: str) -> bool:
     """Whether triggers have logged an entry under the transaction *tx*."""
-    return bool(connection.execute(_logged[connection.dialect.name], {"tx": tx}).scalar_one())
+    return bool(connection.execute(_logged[database_of(connection)], {"tx": tx}).scalar_one())
 
 
 class TriggerContexts:
@@ -120,7 +121,8 @@ class TriggerContexts:
 
     def _before_connection_commits(self, connection: Connection) -> None:
         """Clear the context, whoever commits: on SQLite, others would find it."""
-        if self._txs.pop(connection, None) is not None and connection.dialect.name == "sqlite":
+        is_named = self._txs.pop(connection, None) is not None
+        if is_named and not database_of(connection).has_transaction_settings:
             clear_trigger_context(connection)
 
     def _after_savepoint_rollback(self, connection: Connection, *_: Any) -> None:

@@ -6,17 +6,19 @@ trigger context names the transaction of a Session. What other programs write is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
 
-from sqlalchemy import Table, inspect, text
+from sqlalchemy import Table, inspect
 from sqlalchemy.engine import Connection, Dialect
 
 from memstate_sa.capture import postgresql_triggers, sqlite_triggers
 from memstate_sa.capture.captured_tables import Capturable, Trigger, read_header
 from memstate_sa.capture.row_images import TableWriter
-from memstate_sa.capture.sql_text import as_sent, templates
-from memstate_sa.db import functions
+from memstate_sa.db.dialects import POSTGRESQL, SQLITE, Database, database_of
 from memstate_sa.errors import MemstateError
+
+_OF: Mapping[Database, ModuleType] = {POSTGRESQL: postgresql_triggers, SQLITE: sqlite_triggers}
 
 
 def triggers(connection: Connection, captured: Capturable) -> list[Trigger]:
@@ -24,25 +26,20 @@ def triggers(connection: Connection, captured: Capturable) -> list[Trigger]:
     writer, table = TableWriter(captured, connection.dialect), captured.table
     if not inspect(connection).has_table(table.name, schema=table.schema):
         raise MemstateError(f"table {table.fullname} is not there yet: create it before its triggers")
-    if connection.dialect.name == "sqlite":
-        return list(sqlite_triggers.build(writer))
-    return list(postgresql_triggers.build(writer, postgresql_triggers.find_places(connection, writer)))
+    triggers_: list[Trigger] = _OF[database_of(connection)].triggers(connection, writer)
+    return triggers_
 
 
 def creating(captured: Capturable, dialect: Dialect) -> list[str]:
     """Statements that create the triggers of *captured* where nobody can be asked for the schemas of the tables."""
-    writer = TableWriter(captured, dialect)
-    if dialect.name == "sqlite":
-        return [statement for trigger in sqlite_triggers.build(writer) for statement in trigger.statements]
-    return postgresql_triggers.creating_offline(writer)
+    statements: list[str] = _OF[database_of(dialect)].creating_offline(TableWriter(captured, dialect))
+    return statements
 
 
 def dropping(captured: Capturable, dialect: Dialect) -> list[str]:
     """Statements that drop the triggers of *captured*, and their functions, as far as they are there."""
-    writer = TableWriter(captured, dialect)
-    if dialect.name == "sqlite":
-        return sqlite_triggers.dropping(writer)
-    return postgresql_triggers.dropping(writer)
+    statements: list[str] = _OF[database_of(dialect)].dropping(TableWriter(captured, dialect))
+    return statements
 
 
 def install(connection: Connection, captured: Capturable) -> None:
@@ -77,21 +74,13 @@ def run(connection: Connection, statements: Iterable[str]) -> None:
 
 def installed(connection: Connection, table: Table) -> dict[str, str]:
     """The source of each trigger of ours that *table* has, by name."""
-    on_postgresql = as_sent(connection.dialect.identifier_preparer.format_table(table), connection.dialect)
-    name = on_postgresql if connection.dialect.name == "postgresql" else table.name
-    by_table = everywhere(connection, name)
+    by_table = everywhere(connection, _OF[database_of(connection)].name_in_catalog(table, connection.dialect))
     return {trigger: source for sources in by_table.values() for trigger, source in sources.items()}
 
 
 def everywhere(connection: Connection, table: str | None = None) -> dict[tuple[str | None, str], dict[str, str]]:
     """The same of every table, or of one; by its schema, None for the default one, and its name."""
     by_table: dict[tuple[str | None, str], dict[str, str]] = {}
-    for schema, name, trigger, source in connection.execute(_installed[connection.dialect.name], {"table": table}):
+    for schema, name, trigger, source in connection.execute(_OF[database_of(connection)].INSTALLED, {"table": table}):
         by_table.setdefault((schema, name), {})[trigger] = source
     return by_table
-
-
-_installed = {
-    "postgresql": text(templates("postgresql").line("installed", is_closed=functions.IS_CLOSED)),
-    "sqlite": text(templates("sqlite").line("installed")),
-}

@@ -13,7 +13,8 @@ from sqlalchemy import bindparam, delete, select, tuple_
 from sqlalchemy.engine import Connection
 
 from memstate_sa.db.codec import Image, decode_key
-from memstate_sa.db.statements import READ_CHUNK, batches, upsert
+from memstate_sa.db.dialects import database_of
+from memstate_sa.db.statements import READ_CHUNK, batches
 from memstate_sa.db.tables import unique
 from memstate_sa.tracking.tracked import Tracked, unique_value
 
@@ -81,7 +82,7 @@ def give(connection: Connection, tracked: Tracked, values: Mapping[str, str]) ->
     rows = [{"entity": tracked.entity, "value": value, "key": key} for key, value in values.items()]
     if not rows:
         return []
-    new = upsert(connection.dialect.name, unique).on_conflict_do_nothing().returning(unique.c.key)
+    new = database_of(connection).upsert(unique).on_conflict_do_nothing().returning(unique.c.key)
     having = set(connection.scalars(new, rows))
     return [key for key in values if key not in having]
 

@@ -36,10 +36,14 @@ class ChecklistItem(NamedTuple):
 
 
 class AlembicProject(NamedTuple):
-    """The application's own: where it is configured, and its env.py."""
+    """The application's own: where it is configured, and its env.py.
+
+    ``options`` is the module whose call of Flask-Migrate names the plugins of autogenerate, if there is one.
+    """
 
     config: Path
     env: Path
+    options: Path | None = None
 
     @property
     def source(self) -> str:
@@ -57,11 +61,13 @@ class AlembicProject(NamedTuple):
 
     @property
     def knows_plugin(self) -> bool:
-        return _names_plugin(_parsed(self.source))
+        options = self.options.read_text(encoding="utf-8") if self.options else ""
+        return any(_names_plugin(_parsed(source)) for source in (self.source, options))
 
     def edited(self, *, has_plugins: bool) -> str:
         """Its env.py as it should be; see `edited`."""
-        return edited(self.source, has_plugins=has_plugins, has_branch=self.has_branch)
+        has_options = self.options is not None
+        return edited(self.source, has_plugins=has_plugins, has_branch=self.has_branch, has_options=has_options)
 
     @property
     def upgrading(self) -> str:
@@ -74,6 +80,16 @@ class AlembicProject(NamedTuple):
 
 
 def find_alembic(folder: Path) -> AlembicProject | None:
+    """The Alembic of the application in *folder*, with the options that it gives to Flask-Migrate."""
+    project = _find_env(folder)
+    if project is None or "configure_args" not in project.source:
+        return project
+    modules = (path for path in _files(folder, "*.py") if path != project.env)
+    passing = (path for path in modules if "autogenerate_plugins" in path.read_text(encoding="utf-8", errors="replace"))
+    return project._replace(options=next(passing, None))
+
+
+def _find_env(folder: Path) -> AlembicProject | None:
     """The Alembic of the application in *folder*, by its alembic.ini or pyproject.toml, or else by its env.py.
 
     Flask-Migrate has no other sign, nor has an alembic.ini of another name.
@@ -118,11 +134,12 @@ def is_migrated(engine: Engine) -> bool:
 # -- env.py ----------------------------------------------------------------------------------------------------------
 
 
-def edited(source: str, *, has_plugins: bool, has_branch: bool = False) -> str:
+def edited(source: str, *, has_plugins: bool, has_branch: bool = False, has_options: bool = False) -> str:
     """*source*, an env.py, with our tables in its metadata and our plugin named, as far as they are not.
 
     *has_plugins*: of Alembic 1.18 and later; before, `register` is called. *has_branch*: our own migrations make the
-    tables. What is written in a way of its own is left to the reader.
+    tables. *has_options*: another module names the plugins, and `configure` takes them once. What is written in a way
+    of its own is left to the reader.
     """
     tree = _parsed(source)
     calls = [
@@ -139,7 +156,7 @@ def edited(source: str, *, has_plugins: bool, has_branch: bool = False) -> str:
             for node in tree.body
         ):
             imports.append("import memstate_sa\n")
-    if not _names_plugin(tree):
+    if not (_names_plugin(tree) or has_options):
         if has_plugins:
             for call in calls:
                 edits += _with_plugin(text, call)
@@ -278,9 +295,10 @@ def checklist(memory: Memory, engine: Engine, project: AlembicProject | None) ->
             f"our tables in {project.env.name}",
             "" if project.knows_tables else f"target_metadata = [..., {_METADATA}]",
         )
+        call = "context.configure" if project.options is None else "Migrate"
         yield ChecklistItem(
-            f"our plugin in {project.env.name}",
-            "" if project.knows_plugin else f"context.configure(..., {_PLUGINS}); before Alembic 1.18: {_REGISTER}",
+            f"our plugin in {(project.options or project.env).name}",
+            "" if project.knows_plugin else f"{call}(..., {_PLUGINS}); before Alembic 1.18: {_REGISTER}",
         )
     others = [problem for problem in problems if problem.subject != "Sessions"]
     missing = [f"{subject} {message}" for subject, message in folded(others)]

@@ -79,7 +79,7 @@ def _only_memory() -> str:
 def _edit(project: alembic_project.AlembicProject, *, dry_run: bool, yes: bool) -> None:
     new = project.edited(has_plugins=migrations.has_plugins())
     if new == project.source:
-        if not (project.knows_tables and project.knows_plugin):
+        if not (project.knows_tables and (project.knows_plugin or project.options)):
             typer.echo(f"{project.env} is written in a way of its own: nothing can be added to it, but by you")
         return
     old, name = project.source.splitlines(keepends=True), str(project.env)

@@ -18,6 +18,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from memstate_sa.cli.display import Console, changes_table
+from memstate_sa.db.dialects import BY_NAME, SQLITE
 from memstate_sa.db.engines import make_engine
 from memstate_sa.errors import ConflictError, MemstateError
 from memstate_sa.log.changes import Change
@@ -69,7 +70,7 @@ def missing_file(url: str) -> Path | None:
     except ArgumentError:  # it is said where the URL is used
         return None
     name = parsed.database or ":memory:"
-    if parsed.get_backend_name() != "sqlite" or parsed.query.get("mode") == "memory":
+    if BY_NAME.get(parsed.get_backend_name()) is not SQLITE or parsed.query.get("mode") == "memory":
         return None
     path = unquote(urlsplit(name).path) if name.startswith("file:") else name
     return None if path == ":memory:" or Path(path).exists() else Path(path)

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-from sqlalchemy import Engine, Inspector, Table, func, inspect, select
+from sqlalchemy import Engine, Inspector, Table, inspect
 from sqlalchemy.engine import Connection
-from sqlalchemy.engine.mock import MockConnection
 
-from memstate_sa.db import sqlite
-from memstate_sa.db.amendments import amend, lacking, old_names, rename
-from memstate_sa.db.functions import dollar_quoted
+from memstate_sa.db.amendments import RENAMED, amend, lacking, old_names
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.tables import metadata
-
-_one_at_a_time = select(func.pg_advisory_xact_lock(func.hashtextextended("memstate_sa", 0)))
 
 
 @contextmanager
 def creating(engine: Engine) -> Iterator[Connection]:
     """A transaction in which no other process creates anything of ours."""
+    database = database_of(engine)
     with engine.connect() as connection:
-        if engine.dialect.name == "postgresql":
-            # Whatever the engine's own: what the process before has made is to be seen, and undone as a whole.
-            connection.execution_options(isolation_level="READ COMMITTED")
+        # Whatever the engine's own: what the process before has made is to be seen, and undone as a whole.
+        connection.execution_options(**database.isolation("READ COMMITTED"))
         with connection.begin():
-            if engine.dialect.name == "postgresql":
-                connection.execute(_one_at_a_time)
-            elif not sqlite.in_transaction(connection):  # else a listener of the application's has begun
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            database.lock_creation(connection)
             yield connection
 
 
@@ -38,41 +30,27 @@ def create(
 ) -> None:
     """Create what of *tables* (default: all of memstate_sa) is not there yet, then *install* what belongs to them.
 
-    Tables of an older version get the name of today, and the columns and indexes that they lack. SQLite is locked only
-    if something is missing. A worker that starts would else wait for whoever writes.
+    Tables of an older version get the name of today, and the columns and indexes that they lack. Where there is
+    one writer, it is locked out only if something is missing. A worker that starts would else wait for it.
     """
     if tables is None:
         tables = metadata.sorted_tables
+    database = database_of(engine)
     is_whole = _is_whole(inspect(engine), tables)
     if is_whole and install is None:
         return
-    alone = not is_whole or engine.dialect.name == "postgresql"
+    alone = not is_whole or not database.has_one_writer
     with creating(engine) if alone else engine.begin() as connection:
         if not is_whole:  # looked at again, now alone
             for name in old_names(inspect(connection).get_table_names(), tables):
-                rename(connection, name)
+                database.rename_table(connection, name, RENAMED[name])
             names = inspect(connection).get_table_names()
             missing_tables = [table for table in tables if table.name not in names]
-            _create(connection, missing_tables)
+            database.create_tables(connection, metadata, missing_tables)
             if len(missing_tables) < len(tables):
                 amend(connection, lacking(inspect(connection), tables))
         if install is not None:
             install(connection)
-
-
-def _create(connection: Connection, tables: Sequence[Table]) -> None:
-    """Create *tables*, with their indexes and comments: on PostgreSQL by one statement, not by a hundred."""
-    if connection.dialect.name != "postgresql":
-        metadata.create_all(connection, tables=tables, checkfirst=False)
-        return
-    statements: list[str] = []
-
-    def collect(ddl: Any, *_: Any) -> None:
-        statements.append(f"{ddl.compile(dialect=connection.dialect)};")
-
-    metadata.create_all(MockConnection(connection.dialect, collect), tables=tables, checkfirst=False)
-    body = "\n".join(("BEGIN", *statements, "END"))
-    connection.exec_driver_sql(f"DO {dollar_quoted(body)}", execution_options={"no_parameters": True})
 
 
 def _is_whole(inspector: Inspector, tables: Sequence[Table]) -> bool:

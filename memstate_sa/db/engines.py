@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, Engine, Pool, StaticPool, create_engine, event
-from sqlalchemy.engine import Connection, make_url
+from sqlalchemy.engine import make_url
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from memstate_sa.db import sqlite
+from memstate_sa.db.dialects import BY_NAME, SQLITE, database_of
 from memstate_sa.errors import MemstateError, MissingExtra
 from memstate_sa.runtime import forks
 
 _ATTRIBUTE = "memstate_own_pool"
 _making = threading.Lock()
-_BLOCKING = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}
 _OF_ASYNCPG = {
     *("async_fallback", "command_timeout", "max_cacheable_statement_size", "max_cached_statement_lifetime"),
     *("prepared_statement_cache_size", "prepared_statement_name_func", "statement_cache_size", "timeout"),
@@ -43,7 +41,7 @@ def _renew_pool(engine: Engine) -> None:
     database is a copy, which the child keeps.
     """
     if not sqlite.is_in_memory(engine):
-        engine.dispose(close=engine.dialect.name == "sqlite")
+        engine.dispose(close=database_of(engine).runs_in_process)
 
 
 class _SeparatePool(OptionEngine):
@@ -91,14 +89,15 @@ def _dispose(separate: Engine, engine: Engine) -> None:
 
 def blocking_engine(url: URL) -> Engine:
     """An engine on *url* with a driver that a thread can use. Options of asyncpg are translated, or left out."""
-    backend, query, arguments = url.get_backend_name(), dict(url.query), dict[str, Any]()
+    database, query, arguments = BY_NAME.get(url.get_backend_name()), dict(url.query), dict[str, Any]()
     if url.drivername == "postgresql+asyncpg":
         if "ssl" in query:
             query["sslmode"] = query.pop("ssl")
         if query.get("prepared_statement_cache_size") == "0":  # as behind PgBouncer
             arguments["prepare_threshold"] = None
         query = {name: value for name, value in query.items() if name not in _OF_ASYNCPG}
-    return make_engine(url.set(drivername=_BLOCKING.get(backend, backend), query=query), connect_args=arguments)
+    driver = url.get_backend_name() if database is None else database.blocking_driver
+    return make_engine(url.set(drivername=driver, query=query), connect_args=arguments)
 
 
 def engine_of(url: str) -> Engine:
@@ -109,7 +108,7 @@ def engine_of(url: str) -> Engine:
         raise MemstateError("not a database URL: write postgresql://… or sqlite:///…") from None
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
-    in_memory = parsed.get_backend_name() == "sqlite" and (parsed.database or ":memory:") == ":memory:"
+    in_memory = BY_NAME.get(parsed.get_backend_name()) is SQLITE and (parsed.database or ":memory:") == ":memory:"
     options: dict[str, Any] = (
         {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}} if in_memory else {}
     )
@@ -128,21 +127,3 @@ def is_same_database(one: Engine, other: Engine) -> bool:
 
 def _kind(engine: Engine) -> str:
     return engine.url.get_backend_name()
-
-
-@contextmanager
-def snapshot(engine: Engine) -> Iterator[Connection]:
-    """A connection that sees one state of the database for as long as it reads, and holds up no writer."""
-    is_sqlite = engine.dialect.name == "sqlite"
-    # On SQLite a BEGIN of our own, which takes no lock that a writer would wait for.
-    level = "AUTOCOMMIT" if is_sqlite else "REPEATABLE READ"
-    with engine.connect().execution_options(isolation_level=level) as connection:
-        if is_sqlite:
-            connection.exec_driver_sql("BEGIN")
-        try:
-            yield connection
-        finally:
-            if is_sqlite:
-                connection.exec_driver_sql("ROLLBACK")
-            else:
-                connection.rollback()

@@ -130,7 +130,7 @@ def open_functions(connection: Connection) -> Sequence[str]:
 
 def close(connection: Connection) -> None:
     """Give them the check, and take the right to attach them from everybody else; drop those that no trigger uses."""
-    if connection.dialect.name == "postgresql" and open_functions(connection):
+    if open_functions(connection):
         statement = _CLOSE.replace("{check}", _as_format())
         connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
 

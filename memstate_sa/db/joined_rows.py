@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import (
-    Table,
-)
+from sqlalchemy import ColumnElement, Table
 from sqlalchemy.engine import Connection, Dialect
 
 from memstate_sa.db.codec import decode_key
@@ -21,9 +19,16 @@ class JoinedColumns(TableColumns):
     tables only in which the row is. *required*: without a row in the so many tables after the first, there is none.
     """
 
-    def __init__(self, tables: Sequence[Table], dialect: Dialect, *, required: int = 0) -> None:
-        super().__init__(tables[0], dialect)
-        self._of_table = {table: TableColumns(table, dialect) for table in tables}
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        dialect: Dialect,
+        excluded: Callable[[Table], Collection[str]] = lambda _: (),
+        *,
+        required: int = 0,
+    ) -> None:
+        super().__init__(tables[0], dialect, excluded(tables[0]))
+        self._of_table = {table: TableColumns(table, dialect, excluded(table)) for table in tables}
         self._prefixes = {f"{table.fullname}.": table for table in tables[1:]}
         self._required = tables[1 : 1 + required]
 
@@ -38,8 +43,9 @@ class JoinedColumns(TableColumns):
         *,
         for_update: bool = False,
         skip_locked: bool = False,
+        where: ColumnElement[bool] | None = None,
     ) -> dict[str, dict[str, Any]]:
-        images = super().read(connection, keys, for_update=for_update, skip_locked=skip_locked)
+        images = super().read(connection, keys, for_update=for_update, skip_locked=skip_locked, where=where)
         keys = [decode_key(key) for key in images]
         for prefix, table in self._prefixes.items():
             parts = self._of_table[table].read(connection, keys) if keys else {}
@@ -49,8 +55,15 @@ class JoinedColumns(TableColumns):
                 images = {key: image for key, image in images.items() if key in parts}
         return images
 
-    def lock(self, connection: Connection, keys: Sequence[Sequence[Any]], *, leaving: bool = False) -> set[str]:
-        locked = super().lock(connection, keys, leaving=leaving)
+    def lock(
+        self,
+        connection: Connection,
+        keys: Sequence[Sequence[Any]],
+        *,
+        leaving: bool = False,
+        skip_locked: bool = False,
+    ) -> set[str]:
+        locked = super().lock(connection, keys, leaving=leaving, skip_locked=skip_locked)
         if leaving:  # others may refer to any part of them
             for table in self._prefixes.values():
                 self._of_table[table].lock(connection, keys, leaving=True)

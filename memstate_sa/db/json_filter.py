@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
-from sqlalchemy import ColumnElement, Integer, Text, and_, case, cast, exists, false, func, literal, not_, select, true
+from sqlalchemy import (
+    ColumnElement,
+    Integer,
+    Text,
+    and_,
+    case,
+    cast,
+    exists,
+    false,
+    func,
+    literal,
+    not_,
+    or_,
+    select,
+    true,
+    type_coerce,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.sql.expression import literal_column
 
+from memstate_sa.db.dialects import POSTGRESQL, SQLITE, Database
 from memstate_sa.db.json_params import as_json
 
 _Test = Callable[[Any], ColumnElement[bool]]
 _ORDERINGS = {"$gt": operator.gt, "$gte": operator.ge, "$lt": operator.lt, "$lte": operator.le}
 
 
-def matches(dialect_name: str, document: Any, filter_: Mapping[str, Any]) -> ColumnElement[bool]:
+def matches(database: Database, document: Any, filter_: Mapping[str, Any]) -> ColumnElement[bool]:
     """Whether each member of the object *document* is as *filter_* says, which is plain JSON.
 
     A scalar is what the member has to be, an object what (more) there has to be in it, a list what it consists of, and
@@ -24,8 +41,22 @@ def matches(dialect_name: str, document: Any, filter_: Mapping[str, Any]) -> Col
     whole of a value, an ordering numbers with numbers, and strings with strings by code points; what is neither, or
     not there, is in no order. Raises ValueError for other operators, and for what has no order.
     """
-    json = _Postgresql() if dialect_name == "postgresql" else _Sqlite()
+    json = _JSON[database]
     return and_(true(), *(_member(json, document, name, value) for name, value in filter_.items()))
+
+
+def member_equals(
+    database: Database, document: Any, name: str, value: str | float | bool | None
+) -> ColumnElement[bool]:
+    """Whether the member *name* is this JSON value: of this type, and nothing that merely casts to it.
+
+    None also selects documents without the member. An index of the documents serves it on PostgreSQL.
+    """
+    if database is not POSTGRESQL:
+        return _member(_JSON[database], document, name, value)
+    jsonb: Any = type_coerce(document, JSONB)
+    contains: ColumnElement[bool] = jsonb.contains({name: value})
+    return contains if value is not None else or_(~jsonb.has_key(name), contains)
 
 
 def _member(json: _Json, document: Any, name: str | int, condition: Any) -> ColumnElement[bool]:
@@ -69,32 +100,26 @@ def _compared(json: _Json, document: Any, name: str | int, how: str, operand: An
     return same if how == "$eq" else not_(same)
 
 
-class _Json:
+class _Json(Protocol):
     """How a database looks into JSON. A member, once found, is whatever the other methods take."""
 
     def member(self, document: Any, name: str | int, test: _Test) -> ColumnElement[bool]:
         """Whether *document* has a member (or, by its number, an item) that passes *test*; never NULL."""
-        raise NotImplementedError
 
     def document(self, member: Any) -> Any:
         """A member as a document with members of its own; NULL when it has none."""
-        raise NotImplementedError
 
-    def is_a(self, member: Any, kind: str) -> ColumnElement[bool]:
-        raise NotImplementedError
+    def is_a(self, member: Any, kind: str) -> ColumnElement[bool]: ...
 
     def has_items(self, member: Any, count: int) -> ColumnElement[bool]:
         """Whether an array or object has so many."""
-        raise NotImplementedError
 
-    def equals(self, member: Any, value: Any) -> ColumnElement[bool]:
-        raise NotImplementedError
+    def equals(self, member: Any, value: Any) -> ColumnElement[bool]: ...
 
-    def compares(self, member: Any, ordering: Callable[[Any, Any], Any], value: Any) -> ColumnElement[bool]:
-        raise NotImplementedError
+    def compares(self, member: Any, ordering: Callable[[Any, Any], Any], value: Any) -> ColumnElement[bool]: ...
 
 
-class _Postgresql(_Json):
+class _Postgresql:
     def member(self, document: Any, name: str | int, test: _Test) -> ColumnElement[bool]:
         key = literal(name, Text() if isinstance(name, str) else Integer())
         return func.coalesce(test(document.op("->", return_type=JSONB())(key)), false())
@@ -127,7 +152,7 @@ class _Postgresql(_Json):
 _SQLITE_TYPES = {"null": ("null",), "object": ("object",), "array": ("array",), "number": ("integer", "real")}
 
 
-class _Sqlite(_Json):
+class _Sqlite:
     """A row of json_each() is a member: there is no path in which a name would have to be quoted."""
 
     def member(self, document: Any, name: str | int, test: _Test) -> ColumnElement[bool]:
@@ -168,3 +193,6 @@ class _Sqlite(_Json):
             return and_(member.type == "text", ordering(member.atom, literal(value, Text)))
         number = value if -(2**63) <= value < 2**63 else float(value)  # as SQLite itself reads larger ones
         return and_(self.is_a(member, "number"), ordering(member.atom, literal(number)))
+
+
+_JSON: Mapping[Database, _Json] = {POSTGRESQL: _Postgresql(), SQLITE: _Sqlite()}

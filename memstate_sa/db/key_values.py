@@ -19,6 +19,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.types import TypeEngine
 
 from memstate_sa.db.codec import is_text
+from memstate_sa.db.dialects import Database, database_of
 
 _NUMBERS: frozenset[type] = frozenset({int, float, Decimal})
 _DAYS: frozenset[type] = frozenset({date, datetime})
@@ -35,23 +36,25 @@ _READ_BY_PSYCOPG: Mapping[type[TypeEngine[Any]], frozenset[type]] = {
     Interval: frozenset({timedelta}),
     INTERVAL: frozenset({timedelta}),
 }
-_OF_SQLITE: frozenset[type] = frozenset({int, float, str, bytes, type(None)})
-"""Any column of SQLite may hold any of them, whatever its type says; NULL as well, where it is one of several."""
+_DYNAMIC: frozenset[type] = frozenset({int, float, str, bytes, type(None)})
+"""Of dynamic types: a column may hold any of them, whatever its type says, and NULL where it is one of several."""
 _OF_ANY: frozenset[type] = frozenset({bool, str, bytes, list, time, timedelta, UUID}) | _NUMBERS | _DAYS
 _INT64 = 2**63
 
 
-def types_of(impl: TypeEngine[Any], dialect_name: str) -> frozenset[type]:
+def types_of(impl: TypeEngine[Any], database: Database) -> frozenset[type]:
     """The types of the values that a key's column of type *impl* may have, as the driver reads them."""
-    if dialect_name == "sqlite":
-        return _OF_SQLITE
+    if database.has_dynamic_types:
+        return _DYNAMIC
     if isinstance(impl, Uuid):
         return frozenset({UUID if impl.native_uuid else str})
     return next((types for kind, types in _READ_BY_PSYCOPG.items() if isinstance(impl, kind)), _OF_ANY)
 
 
-def is_read_by_database(impl: TypeEngine[Any]) -> bool:
-    """Whether PostgreSQL alone can tell if a text is a value of *impl*, as of an enum or an address."""
+def is_read_by_database(impl: TypeEngine[Any], database: Database) -> bool:
+    """Whether the database alone can tell if a text is a value of *impl*, as of an enum or an address."""
+    if database.has_dynamic_types:
+        return False
     return (isinstance(impl, Enum) and impl.native_enum) or not isinstance(impl, (*_READ_BY_PSYCOPG, Uuid))
 
 
@@ -75,5 +78,5 @@ def is_int64(value: int) -> bool:
 
 def tolerate_refusal(connection: Connection) -> AbstractContextManager[Any]:
     """Let the transaction go on after a statement that is refused: on PostgreSQL a refusal ends it otherwise."""
-    ends = connection.dialect.name == "postgresql" and not connection._is_autocommit_isolation()  # noqa: SLF001
+    ends = database_of(connection).aborts_on_error and not connection._is_autocommit_isolation()  # noqa: SLF001
     return connection.begin_nested() if ends else nullcontext()

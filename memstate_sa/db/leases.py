@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from uuid import UUID, uuid4
 from weakref import WeakValueDictionary
 
-from sqlalchemy import (
-    ColumnElement,
-    bindparam,
-    func,
-    select,
-)
 from sqlalchemy.engine import Connection
 
-from memstate_sa.db.tables import (
-    UTCDateTime,
-    utcnow,
-)
+from memstate_sa.db.dialects import database_of
 
 
 def owner_id() -> str:
@@ -93,15 +84,5 @@ def is_dropped(owner: str) -> bool:
     return owner.startswith(_process(os.getpid())) and owner not in _holding
 
 
-def clock(dialect_name: str) -> ColumnElement[datetime]:
-    """Leases live on one clock: the server's. On SQLite every user is on this machine: the parameter ``now``."""
-    if dialect_name == "postgresql":
-        return func.clock_timestamp(type_=UTCDateTime())
-    return bindparam("now", type_=UTCDateTime())
-
-
 def database_now(connection: Connection) -> datetime:
-    if connection.dialect.name != "postgresql":
-        return utcnow()
-    now: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
-    return now.astimezone(UTC)
+    return database_of(connection).now(connection)

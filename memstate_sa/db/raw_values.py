@@ -10,6 +10,8 @@ from sqlalchemy import (
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
+from memstate_sa.db.dialects import database_of
+
 
 def hashable(value: Any) -> Any:
     """*value*, and what is in it, with tuples for lists."""
@@ -29,13 +31,18 @@ RAW = Raw()
 
 
 def undecorated(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
-    """The type below any TypeDecorator."""
-    while isinstance(type_, TypeDecorator):
-        inner = type_.type_engine(dialect)
-        if inner is type_ or isinstance(inner, type(type_)):
-            inner = type_.load_dialect_impl(dialect)
-        type_ = inner
-    return type_
+    """The type below any TypeDecorator and any variant for *dialect*."""
+    while True:
+        variant = type_._variant_mapping.get(database_of(dialect).name)  # noqa: SLF001  # there is no other way to ask
+        if variant is not None:
+            type_ = variant
+        elif isinstance(type_, TypeDecorator):
+            inner = type_.type_engine(dialect)
+            if inner is type_ or isinstance(inner, type(type_)):
+                inner = type_.load_dialect_impl(dialect)
+            type_ = inner
+        else:
+            return type_
 
 
 def implementation(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:

@@ -8,7 +8,7 @@ JSON, whose SQL NULL and 'null' the driver cannot tell apart, travel as the serv
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -49,6 +49,7 @@ from sqlalchemy.types import TypeEngine
 
 from memstate_sa.db import intervals, unreadable_times
 from memstate_sa.db.codec import decode, decoded, differ, encode_image, encode_key
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.key_values import DoesNotFit, fitted, is_int64, is_read_by_database, tolerate_refusal, types_of
 from memstate_sa.db.raw_values import RAW, hashable, implementation
 from memstate_sa.db.statements import batches
@@ -78,6 +79,11 @@ _PLAIN = (
 def stored_columns(table: Table) -> list[Column[Any]]:
     """Without PostgreSQL's own (xmin), which every table has by itself, and nobody can write."""
     return [column for column in table.columns if not column.system]
+
+
+def logged_columns(table: Table, excluded: Collection[str]) -> list[Column[Any]]:
+    """Those that an image holds: `stored_columns` without the names that are *excluded*."""
+    return [column for column in stored_columns(table) if column.name not in excluded]
 
 
 def columns_of(fk: ForeignKeyConstraint) -> tuple[list[Column[Any]], list[Column[Any]]]:
@@ -135,10 +141,11 @@ def _rows_in_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
 class TableColumns:
     """Statements and conversions for one table on one dialect."""
 
-    def __init__(self, table: Table, dialect: Dialect) -> None:
+    def __init__(self, table: Table, dialect: Dialect, excluded: Collection[str] = ()) -> None:
         self.table = table
         self.dialect = dialect
-        self.by_name = {column.name: column for column in stored_columns(table)}  # table.c is by key
+        self.database = database_of(dialect)
+        self.by_name = {column.name: column for column in logged_columns(table, excluded)}  # table.c is by key
         self.names = tuple(self.by_name)
         self.key_names = tuple(column.name for column in table.primary_key.columns)
         self._key_positions = [self.names.index(name) for name in self.key_names]
@@ -171,7 +178,7 @@ class TableColumns:
 
     def travels_as_text(self, column: Column[Any]) -> bool:
         """Whether *column* is read in the server's own text form."""
-        if self.dialect.name != "postgresql":
+        if self.database.has_dynamic_types:
             return False
         impl = self._impl[column.name]
         if isinstance(impl, sqltypes.ARRAY):
@@ -182,8 +189,8 @@ class TableColumns:
 
     def _is_interval(self, column: Column[Any]) -> bool:
         """Whether *column* has more than a timedelta, which is all that a key is looked up by."""
-        is_one = isinstance(self._impl[column.name], intervals.KINDS) and self.dialect.name == "postgresql"
-        return is_one and not column.primary_key
+        is_left_out = column.primary_key or self.database.has_dynamic_types
+        return not is_left_out and isinstance(self._impl[column.name], intervals.KINDS)
 
     def raw(self, column: Column[Any]) -> ColumnElement[Any]:
         """*column* as the driver reads it, for a SELECT."""
@@ -206,7 +213,7 @@ class TableColumns:
         return intervals.RawInterval() if self._is_interval(column) else RAW
 
     def _as_stored(self, column: Column[Any], value: BindParameter[Any]) -> ColumnElement[Any]:
-        if self.dialect.name != "postgresql":
+        if self.database.has_dynamic_types:
             return value
         # Of a parameter that is a range, for example, asyncpg takes no text.
         is_text = self.travels_as_text(column) or self._is_interval(column)
@@ -216,11 +223,8 @@ class TableColumns:
         self, connection: Connection, columns: Sequence[Column[Any]], values: Sequence[tuple[Any, ...]]
     ) -> list[tuple[str, tuple[Any, ...]]]:
         """The keys of the rows that have one of *values* (driver-level) in *columns*, and which."""
-        names = [column.name for column in columns]
-        selected = [*self.key_names, *names]
-        statement: Select[Any] = select(
-            *(self.raw(self.by_name[name]).label(f"n{n}") for n, name in enumerate(selected))
-        )
+        selected = [*self.table.primary_key.columns, *columns]
+        statement: Select[Any] = select(*(self.raw(column).label(f"n{n}") for n, column in enumerate(selected)))
         pairs = []
         for batch in batches(list(dict.fromkeys(values))):
             rows = connection.execute(statement.where(self._having(columns, batch))).all()
@@ -244,11 +248,8 @@ class TableColumns:
         columns = list(self.table.primary_key.columns)
         if len(columns) == 1:
             kind = implementation(columns[0].type, self.dialect)
-            if (
-                self.dialect.name == "postgresql"
-                and isinstance(kind, (sqltypes.Integer, sqltypes.String))
-                and not isinstance(kind, sqltypes.Enum)
-            ):
+            is_plain = isinstance(kind, (sqltypes.Integer, sqltypes.String)) and not isinstance(kind, sqltypes.Enum)
+            if is_plain and self.database.has_arrays:
                 # One parameter, one text: a thousand of them cost more to send than to look up. Of the widest type:
                 # a column of fewer bits has no row for a key that does not fit.
                 kind = BigInteger() if isinstance(kind, sqltypes.Integer) else kind
@@ -264,12 +265,11 @@ class TableColumns:
 
     @cached_property
     def _key_types(self) -> list[frozenset[type]]:
-        return [types_of(self._impl[name], self.dialect.name) for name in self.key_names]
+        return [types_of(self._impl[name], self.database) for name in self.key_names]
 
     @cached_property
     def _is_read_by_database(self) -> bool:
-        is_postgresql = self.dialect.name == "postgresql"
-        return is_postgresql and any(is_read_by_database(self._impl[name]) for name in self.key_names)
+        return any(is_read_by_database(self._impl[name], self.database) for name in self.key_names)
 
     def driver_key(self, key: str) -> tuple[Any, ...] | None:
         """The values of a canonical *key* as the driver takes them; None when no row can have this key."""
@@ -320,12 +320,13 @@ class TableColumns:
         *,
         for_update: bool = False,
         skip_locked: bool = False,
+        where: ColumnElement[bool] | None = None,
     ) -> dict[str, dict[str, Any]]:
         """The images of the rows with these (driver-level) *keys*, by canonical key; absent rows are left out.
 
         *skip_locked*: so are, with *for_update*, those that another transaction holds.
         """
-        statement = self._rows_by_key
+        statement = self._rows_by_key if where is None else self._rows_by_key.where(where)
         if for_update:
             statement = statement.order_by(*self._key_order)
             statement = statement.with_for_update(key_share=True, skip_locked=skip_locked)
@@ -360,7 +361,7 @@ class TableColumns:
 
     @cached_property
     def _times_as_text(self) -> dict[str, ColumnElement[Any]]:
-        if self.dialect.name != "postgresql":
+        if self.database.has_dynamic_types:
             return {}
         times = {name: impl for name, impl in self._impl.items() if isinstance(impl, unreadable_times.KINDS)}
         return {
@@ -379,24 +380,28 @@ class TableColumns:
         """The images of the rows with these canonical *keys*; a key that no row can have is left out."""
         return self.read(connection, list(self.possible(connection, keys).values()), for_update=for_update)
 
-    def lock(self, connection: Connection, keys: Sequence[Sequence[Any]], *, leaving: bool = False) -> set[str]:
+    def lock(
+        self,
+        connection: Connection,
+        keys: Sequence[Sequence[Any]],
+        *,
+        leaving: bool = False,
+        skip_locked: bool = False,
+    ) -> set[str]:
         """Hold the rows of *keys* until the transaction ends: whoever changes another part of them waits.
 
-        Returns the canonical keys of the rows that there are. (SQLite has one writer: none is looked for.)
+        Returns the canonical keys of the rows that it holds. (The one writer of SQLite holds those that it is given.)
 
         *leaving*: so does whoever writes a row that refers to them. They can go then without taking along, by ON DELETE
         CASCADE, a row that nobody saw: look for what refers to them afterwards.
         """
-        if connection.dialect.name == "sqlite":
-            return set()
+        if self.database.has_one_writer:
+            return set(map(self.encode_key, keys))
         names = map(self.raw, self.table.primary_key.columns)
         statement: Select[Any] = select(*names).where(self.key_in).order_by(*self._key_order)
-        statement = statement.with_for_update(key_share=not leaving)
-        return {
-            self.encode_key(row)
-            for batch in batches(keys)
-            for row in connection.execute(statement, self.key_parameters(batch)).all()
-        }
+        statement = statement.with_for_update(key_share=not leaving, skip_locked=skip_locked)
+        parameters = map(self.key_parameters, batches(keys))
+        return {self.encode_key(row) for each in parameters for row in connection.execute(statement, each).all()}
 
     @cached_property
     def _key_order(self) -> list[ColumnElement[Any]]:
@@ -404,9 +409,9 @@ class TableColumns:
 
         Two sessions that lock the same rows in two orders wait for each other. A collation has another order.
         """
-        columns = list(self.table.primary_key.columns)
-        if self.dialect.name != "postgresql":
-            return list(columns)
+        columns: list[Any] = list(self.table.primary_key.columns)
+        if self.database.has_one_writer:
+            return columns
         return [cast(c, Text).collate("C") if isinstance(self._impl[c.name], String) else c for c in columns]
 
     def key_of(self, row: Sequence[Any]) -> str:

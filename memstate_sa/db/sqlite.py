@@ -21,6 +21,8 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
+from memstate_sa.db.dialects import SQLITE, database_of, find_database
+from memstate_sa.db.sqlite_database import in_transaction
 from memstate_sa.errors import MemstateError
 from memstate_sa.runtime.warn import warn
 
@@ -62,7 +64,7 @@ def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
     of another database is left as it is: which one it is may be configuration.
     """
     sync: Engine = getattr(engine, "sync_engine", engine)
-    if sync.dialect.name != "sqlite" or getattr(sync, _CONFIGURED, False):
+    if find_database(sync) is not SQLITE or getattr(sync, _CONFIGURED, False):
         return engine
     setattr(sync, _CONFIGURED, True)
 
@@ -81,13 +83,25 @@ def configure(engine: Any, *, busy_timeout_s: float = 30.0) -> Any:
     def _begin(
         connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
     ) -> None:
-        if not (_reads(statement, context) or in_transaction(connection) or connection._is_autocommit_isolation()):
-            for reference in _watchers:
-                if (watcher := reference()) is not None:
-                    watcher.before_begin(connection)
-            _begin_immediate(connection)
+        if not _reads(statement, context):
+            _begin_to_write(connection)
 
     return engine
+
+
+def begin_to_write(connection: Connection) -> bool:
+    """Begin as the one writer, where the engine is configured and has not begun. Returns whether it did."""
+    return bool(getattr(connection.engine, _CONFIGURED, False)) and _begin_to_write(connection)
+
+
+def _begin_to_write(connection: Connection) -> bool:
+    if in_transaction(connection) or connection._is_autocommit_isolation():
+        return False
+    for reference in _watchers:
+        if (watcher := reference()) is not None:
+            watcher.before_begin(connection)
+    _begin_immediate(connection)
+    return True
 
 
 def _roll_back(dbapi_connection: Any, *_: Any) -> None:
@@ -197,14 +211,9 @@ def may_write(connection: Connection) -> bool:
     return bool(getattr(connection.engine, _CONFIGURED, False)) and in_transaction(connection)
 
 
-def in_transaction(connection: Connection) -> bool:
-    """Whether the driver's connection has begun."""
-    return bool(getattr(connection.connection.driver_connection, "in_transaction", False))
-
-
 def is_in_memory(engine: Engine) -> bool:
     """Whether all of *engine*'s users share one connection, because the database lives and dies with it."""
-    if engine.dialect.name != "sqlite":
+    if not database_of(engine).runs_in_process:
         return False
     database = engine.url.database or ":memory:"
     in_memory = ":memory:" in database or "mode=memory" in str(engine.url)

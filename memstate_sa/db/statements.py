@@ -1,19 +1,16 @@
-"""Parts of statements that every module uses: batches, upserts, the write lock of SQLite."""
+"""Parts of statements that every module uses: batches, the write lock of SQLite."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from sqlalchemy import (
-    Delete,
-    Table,
-    delete,
-    false,
-)
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import ColumnElement, Delete, Engine, Table, delete, false, select, true
 from sqlalchemy.engine import Connection
 
+from memstate_sa.db import sqlite
+from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.tables import outbox
 
 READ_CHUNK = 1000
@@ -29,18 +26,28 @@ def batches(items: Sequence[T], size: int = READ_CHUNK) -> Iterator[Sequence[T]]
 
 
 def take_write_lock(connection: Connection) -> None:
-    """On SQLite, become the writer now: what is read next stays true until this transaction ends.
+    """Where there is one writer, become it now: what is read next stays true until this transaction ends.
 
-    PostgreSQL locks rows instead. A DELETE that matches nothing takes the lock, begins the transaction in the driver's
-    legacy mode too, and writes nothing.
+    Elsewhere rows are locked instead. A DELETE that matches nothing takes the lock, begins the transaction in the
+    driver's legacy mode too, and writes nothing.
     """
-    if connection.dialect.name == "sqlite":
+    if database_of(connection).has_one_writer and not sqlite.begin_to_write(connection):
         connection.execute(_nothing)
+
+
+@contextmanager
+def writing(engine: Engine, isolation_level: str) -> Iterator[Connection]:
+    """A transaction that is about to write, in *isolation_level* where the database has more than one."""
+    options = database_of(engine).isolation(isolation_level)
+    with engine.connect().execution_options(**options) as connection, connection.begin():
+        take_write_lock(connection)
+        yield connection
 
 
 _nothing: Delete = delete(outbox).where(false())
 
 
-def upsert(dialect_name: str, table: Table) -> Any:
-    """An INSERT that can say ON CONFLICT."""
-    return {"sqlite": sqlite, "postgresql": postgresql}[dialect_name].insert(table)
+def upsert_select(database: Database, table: Table, values: Mapping[str, ColumnElement[Any]]) -> Any:
+    """An INSERT of *values*, by column, that can say ON CONFLICT."""
+    # Without a WHERE, SQLite takes ON CONFLICT for a join's ON.
+    return database.upsert(table).from_select(list(values), select(*values.values()).where(true()))

@@ -1,4 +1,4 @@
-"""Columns that a table has in the database, and that its class does not declare: the log does not hold them."""
+"""Columns that a table has in the database, and that the log does not hold, as its class does not declare them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from sqlalchemy import Inspector, Table
 
 _LOST = (
-    "has columns that its class does not declare: {}. The log does not hold them, so a row that an undo brings back "
-    "has their defaults, or NULL. Declare the columns."
+    "has columns that the log does not hold, as its class does not declare or track() excludes them: {}. A row that an "
+    "undo brings back has their defaults, or NULL."
 )
 
 

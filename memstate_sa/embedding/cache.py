@@ -11,11 +11,12 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Integer, LargeBinary, bindparam, delete, func, select, true
+from sqlalchemy import Integer, LargeBinary, bindparam, delete, func, select
 from sqlalchemy.engine import Connection
 
+from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.json_params import as_array, as_json, row_value, unnest_rows, unnest_strings
-from memstate_sa.db.statements import upsert
+from memstate_sa.db.statements import upsert_select
 from memstate_sa.db.tables import embedding
 from memstate_sa.embedding.batches import Vectors
 from memstate_sa.indexes.base import Vector
@@ -62,11 +63,11 @@ def store(connection: Connection, vectors: Mapping[str, Vector], embedder: str) 
     size = stored.shape[1] * _FLOAT32.itemsize
     places = [(digest, n * size + 1) for n, digest in enumerate(digests)]
     parameters = {"embedder": embedder, "vectors": stored.tobytes(), "size": size, "rows": as_json(places)}
-    connection.execute(_store(connection.dialect.name), parameters)
+    connection.execute(_store(database_of(connection)), parameters)
 
 
 @cache
-def _store(dialect_name: str) -> Any:
+def _store(database: Database) -> Any:
     """One parameter holds all the vectors: an executemany takes three times as long on PostgreSQL."""
     rows = unnest_rows("rows")
     vectors, size = bindparam("vectors", type_=LargeBinary()), bindparam("size", type_=Integer())
@@ -75,9 +76,7 @@ def _store(dialect_name: str) -> Any:
         "embedder": bindparam("embedder", type_=embedding.c.embedder.type),
         "vector": func.substr(vectors, row_value(rows, 1, Integer()), size),
     }
-    # Without a WHERE, SQLite takes ON CONFLICT for a join's ON.
-    statement = upsert(dialect_name, embedding).from_select(list(values), select(*values.values()).where(true()))
-    return statement.on_conflict_do_nothing()
+    return upsert_select(database, embedding, values).on_conflict_do_nothing()
 
 
 def count(connection: Connection) -> int:

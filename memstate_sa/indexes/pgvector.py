@@ -22,6 +22,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.schema import CreateIndex, CreateTable, DropIndex
 
+from memstate_sa.db.dialects import POSTGRESQL, database_of
 from memstate_sa.db.engines import blocking_engine, with_separate_pool
 from memstate_sa.errors import (
     DeliveryError,
@@ -89,8 +90,8 @@ class PgVectorIndex(Adapter):
     ) -> None:
         self._owned = not isinstance(engine, Engine)
         self._engine = engine if isinstance(engine, Engine) else _blocking(engine)
-        if self._engine.dialect.name != "postgresql":
-            raise MemstateError(f"pgvector is an extension of PostgreSQL, and {self._engine.dialect.name} has none")
+        if (database := database_of(self._engine)) is not POSTGRESQL:
+            raise MemstateError(f"pgvector is an extension of PostgreSQL, and {database.name} has none")
         if len(name.encode()) > 63:
             raise MemstateError(f"{name!r} is too long for the name of a table: PostgreSQL would cut it after 63 bytes")
         self._name, self._schema = name, schema

@@ -22,6 +22,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from memstate_sa.db.codec import FactKey, by_entity
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.engines import with_separate_pool
 from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.tables import log
@@ -63,7 +64,7 @@ def lock_absent_keys(connection: Connection, facts: Iterable[FactKey]) -> None:
     SQLite has one writer: there is nothing to do.
     """
     groups = sorted(by_entity(facts).items())
-    if not groups or connection.dialect.name != "postgresql":
+    if not groups or database_of(connection).has_one_writer:
         return
     try:
         with _limited_lock_wait(connection):
@@ -118,7 +119,7 @@ def require_absent(connection: Connection, tracked: Tracked, keys: Collection[st
 
     Call it after the entries of *keys* are written. See this module for why.
     """
-    if not keys or connection.dialect.name != "postgresql":
+    if not keys or database_of(connection).has_one_writer:
         return
     _wait_for_writers(connection, tracked)
     columns = tracked.columns_for(connection.dialect)
@@ -170,7 +171,7 @@ def require_current(connection: Connection, tracked: Tracked, keys: Collection[s
 
 def _is_in_snapshot(connection: Connection) -> bool:
     """Whether the transaction goes on seeing the database as it was at its first statement."""
-    if connection.dialect.name != "postgresql":
+    if database_of(connection).has_one_writer:
         return False
     return connection.get_isolation_level() in ("REPEATABLE READ", "SERIALIZABLE")
 
@@ -201,7 +202,7 @@ def keys_others_can_insert(
 
     They cannot where one of *own*, which are this transaction, deleted the row: whoever adds it waits for us.
     """
-    if not keys or connection.dialect.name != "postgresql":
+    if not keys or database_of(connection).has_one_writer:
         return []
     parameters = {"entity": tracked.entity, "keys": as_array(keys)}
     ours = {row.key for row in connection.execute(_deleted, parameters) if row.tx in own}

@@ -1,4 +1,4 @@
-"""`Change`, and the decisions about changes: folding what one flush did to a key, inverting what a transaction did.
+"""`Change`, and the decisions about changes: what became of a row, and how to invert what a transaction did.
 
 Pure: values in, values out.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -60,17 +60,17 @@ def new_tx() -> str:
     return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
 
 
-def fold(existed: Mapping[str, bool], images: Mapping[str, Image]) -> Iterable[tuple[str, Op, Image | None]]:
-    """What a flush did to each key it touched, from whether the row was there before and what is there now.
+def classify(before: Image | None, after: Image | None, *, was_there: bool) -> Op | None:
+    """What a statement did to a row; None: nothing that the log does not know.
 
-    Only the two ends count: a delete and an insert of one key in one flush are an update, as the table shows it.
+    Only the two ends count: a delete and an insert of one key are an update, as the table shows it. *before* is None,
+    too, where the row *was there* and its image was erased.
     """
-    for key, before in existed.items():
-        image = images.get(key)
-        if image is not None:
-            yield key, "update" if before else "insert", image
-        elif before:
-            yield key, "delete", None
+    if after is None:
+        return "delete" if was_there else None
+    if not was_there:
+        return "insert"
+    return None if before == after else "update"
 
 
 class LoggedChange(NamedTuple):

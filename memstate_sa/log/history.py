@@ -26,6 +26,7 @@ from sqlalchemy.engine import Connection, Row
 from sqlalchemy.exc import DataError, ProgrammingError
 
 from memstate_sa.db.codec import Image, decode_image, decode_key, decoded
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.key_values import tolerate_refusal
 from memstate_sa.db.raw_values import RAW
@@ -136,7 +137,7 @@ def find_changes(
 
 def _as_stored(columns: TableColumns, column: Column[Any], value: Any) -> ColumnElement[Any]:
     bound = columns.raw_bind(column, value)
-    if columns.dialect.name == "sqlite":
+    if columns.database.has_dynamic_types:
         return type_coerce(cast(cast(bound, Text), column.type), RAW)  # what is a number already is left as it is
     return type_coerce(cast(bound, Text) if columns.travels_as_text(column) else bound, RAW)
 
@@ -219,7 +220,7 @@ def log_at(connection: Connection, at: Moment) -> LogAtMoment:
     last = connection.execute(select(func.max(log.c.id)).where(log.c.tx == tx)).scalar_one()
     if last is None:
         raise NotFound(f"the log has no transaction {tx!r}")
-    if connection.dialect.name != "postgresql":
+    if database_of(connection).has_one_writer:
         return LogAtMoment(log.c.id <= last)
     its = select(log.c.xid, log.c.snapshot, _is_of_another_cluster).where(log.c.tx == tx, log.c.snapshot.is_not(None))
     own = connection.execute(its.order_by(log.c.id.desc()).limit(1)).one_or_none()

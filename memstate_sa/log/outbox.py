@@ -40,9 +40,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Connection
 
+from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.engines import with_separate_pool
 from memstate_sa.db.json_params import as_array, as_json, row_value, unnest_rows, unnest_strings
-from memstate_sa.db.sqlite import in_transaction, is_in_memory
+from memstate_sa.db.sqlite import is_in_memory
+from memstate_sa.db.sqlite_database import in_transaction
 from memstate_sa.db.statements import batches
 from memstate_sa.db.tables import log, outbox, statement_snapshot
 from memstate_sa.log.changes import LogEntry
@@ -62,18 +64,6 @@ unknown_keys: Select[Any] = select(_keys.c.value).where(_entry.is_(None))
 
 One look into the index for each key: NOT EXISTS is a join for PostgreSQL, which may hash all that the log has of it.
 """
-
-_last_op = (
-    select(log.c.op)
-    .where(log.c.entity == bindparam("entity"), log.c.key == _keys.c.value)
-    .order_by(log.c.id.desc())
-    .limit(1)
-    .scalar_subquery()
-)
-
-deleted_keys: Select[Any] = select(_keys.c.value).where(_last_op == "delete")
-"""The keys among ``keys`` of ``entity`` that are deleted, as far as the log goes."""
-
 
 # -- adding -----------------------------------------------------------------------------------------------------------
 
@@ -138,7 +128,7 @@ def add(
     log_payloads = _payloads(entries, versions)
     outbox_payloads = (as_json(rows) for rows in batches([(slot_of(*fact), *fact) for fact in dirty], _KEYS))
     common = {"tx": tx, "at": at}
-    if connection.dialect.name == "postgresql":
+    if database_of(connection).has_writing_ctes:
         for logged, marked in zip_longest(log_payloads, outbox_payloads, fillvalue="[]"):
             connection.execute(_add_to_both, {**common, "logged": logged, "marked": marked})
         return
@@ -175,15 +165,15 @@ ALL = 1 << 62
 """A ``limit`` that is none."""
 
 
-def slots(dialect_name: str) -> range:
-    """The slots that relays share. SQLite has one: its relays elect one of them."""
-    return range(SLOTS) if dialect_name == "postgresql" else range(1)
+def slots(database: Database) -> range:
+    """The slots that relays share. With one writer there is one: the relays elect one of them."""
+    return range(1 if database.has_one_writer else SLOTS)
 
 
 @cache
-def present_column(dialect_name: str) -> ColumnElement[Any]:
+def present_column(database: Database) -> ColumnElement[Any]:
     """The column that `to_position` reads."""
-    if dialect_name == "postgresql":
+    if not database.has_one_writer:
         return cast(func.pg_current_snapshot(), Text)
     # Not the newest entry that is there: delivered ones are deleted, and only a restore takes the counter back.
     counted = select(func.max(literal_column("seq", Integer))).select_from(table("sqlite_sequence"))
@@ -198,7 +188,7 @@ def to_position(value: Any) -> Position:
 
 
 def read_present(connection: Connection) -> Position:
-    return to_position(connection.execute(select(present_column(connection.dialect.name))).scalar_one())
+    return to_position(connection.execute(select(present_column(database_of(connection)))).scalar_one())
 
 
 def _xid(value: ColumnElement[Any]) -> ColumnElement[Any]:
@@ -210,14 +200,14 @@ _late_xids = unnest_strings("late_xids")
 
 
 def undelivered(
-    dialect_name: str, *columns: ColumnElement[Any], where: ColumnElement[bool], newest_first: bool = False
+    database: Database, *columns: ColumnElement[Any], where: ColumnElement[bool], newest_first: bool = False
 ) -> FromClause:
     """Up to ``limit`` entries after a position, oldest or newest first. See `position_parameters` for the position.
 
     PostgreSQL walks twice along the index on (xid, id): over the entries of late transactions, which were running at
     the position, and over those of newer ones. One condition for both would walk from the oldest transaction that runs.
     """
-    if dialect_name != "postgresql":
+    if database.has_one_writer:
         order_by = outbox.c.id.desc() if newest_first else outbox.c.id.asc()
         entries = select(*columns).where(outbox.c.id > bindparam("after_id"), where)
         return entries.order_by(order_by).limit(_limit).subquery()
@@ -251,9 +241,9 @@ def position_parameters(position: Position, late_xids: Iterable[int] | None = No
     }
 
 
-def in_slots(dialect_name: str, column: ColumnElement[int]) -> ColumnElement[bool]:
+def in_slots(database: Database, column: ColumnElement[int]) -> ColumnElement[bool]:
     """Whether *column* is among the parameter ``slots``, made by `slot_array`."""
-    if dialect_name != "postgresql":
+    if database.has_one_writer:
         return true()
     return column == any_(cast(bindparam("slots", type_=Text()), ARRAY(SmallInteger)))
 
@@ -266,30 +256,30 @@ _running = unnest_strings("running")
 
 
 @cache
-def _page(dialect_name: str) -> Select[Any]:
-    if dialect_name != "postgresql":
+def _page(database: Database) -> Select[Any]:
+    if database.has_one_writer:
         xid: ColumnElement[Any] = literal_column("0").label("xid")
         is_present = outbox.c.id <= bindparam("newest", type_=BigInteger())
     else:
         xid = outbox.c.xid
         has_ended = and_(xid < _xid(bindparam("newest", type_=Text())), xid.not_in(select(_xid(_running.c.value))))
-        is_present = and_(has_ended, in_slots(dialect_name, outbox.c.slot))
+        is_present = and_(has_ended, in_slots(database, outbox.c.slot))
     read = (xid, outbox.c.id, outbox.c.entity, outbox.c.key, outbox.c.intent)
-    entries = undelivered(dialect_name, *read, where=is_present).c
+    entries = undelivered(database, *read, where=is_present).c
     columns = (entries.xid, entries.id, entries.entity, entries.key, entries.intent)
     return select(*columns).order_by(entries.xid, entries.id).limit(_limit)
 
 
 def read_page(connection: Connection, position: Position, present: Position, slots: Iterable[int], limit: int) -> Page:
     """Up to *limit* entries of *slots* that *present* has and *position* has not."""
-    dialect = connection.dialect.name
-    if dialect == "postgresql":
+    database = database_of(connection)
+    if not database.has_one_writer:
         now = present.snapshot
         parameters: dict[str, Any] = position_parameters(position, filter(now.sees, position.snapshot.running))
         running = as_array(str(xid) for xid in now.running if xid >= position.snapshot.xmax)
         parameters |= {"newest": str(now.xmax), "running": running, "slots": slot_array(slots)}
     else:
         parameters = {"after_id": position.id, "newest": present.id}
-    rows = connection.execute(_page(dialect), {**parameters, "limit": limit}).all()
+    rows = connection.execute(_page(database), {**parameters, "limit": limit}).all()
     last = (rows[-1][0], rows[-1][1]) if len(rows) == limit else None
     return Page([(row[2], row[3]) for row in rows], last, frozenset((row[2], row[3]) for row in rows if row[4]))

@@ -18,7 +18,8 @@ from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa.capture import unique_values
 from memstate_sa.capture.recorder import Recorder
-from memstate_sa.db.statements import take_write_lock, upsert
+from memstate_sa.db.dialects import database_of
+from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import backfill
 from memstate_sa.maintenance.progress import Progress
 from memstate_sa.tracking import committed
@@ -62,6 +63,7 @@ class Backfill:
 
         *restart*: anew of all (True), or only where there were none (False).
         """
+        database = database_of(self._engine)
         for entity, tracked in self._tracked.items():
             of_entity = backfill.c.entity == entity
             enough = select(backfill.c.entity).where(of_entity).limit(1)
@@ -73,13 +75,13 @@ class Backfill:
                 total = committed.count(connection, tracked)
             with self._transaction() as connection:
                 take_write_lock(connection)
-                if connection.dialect.name == "postgresql":
+                if not database.has_one_writer:
                     connection.execute(_alone)
                 if not restart and connection.execute(enough).first():
                     continue  # somebody else was first
                 connection.execute(delete(backfill).where(of_entity))
                 connection.execute(
-                    upsert(connection.dialect.name, backfill).on_conflict_do_nothing(),
+                    database.upsert(backfill).on_conflict_do_nothing(),
                     _range(entity, _BEGINNING, total=total),
                 )
             if tracked.unique_values is not None:
@@ -107,8 +109,8 @@ class Backfill:
             self._report(progress)
             now = time.monotonic()
             pause = 0.0 if self._rate is None else turn[0] / self._rate - (now - since)
-            if self._engine.dialect.name == "sqlite":
-                # It has one writer, and who waits to be it asks again after as long as it has waited, about.
+            if database_of(self._engine).has_one_writer:
+                # Who waits to be it asks again after as long as it has waited, about.
                 pause = max(pause, now - since)
             if pause > 0:
                 time.sleep(pause)
@@ -172,14 +174,12 @@ class Backfill:
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
-        """On PostgreSQL in READ COMMITTED: what is read after a lock has to be what is there then."""
-        if self._engine.dialect.name != "postgresql":
-            with self._engine.begin() as connection:
-                yield connection
-            return
-        connected = self._engine.connect().execution_options(isolation_level="READ COMMITTED")
+        """In READ COMMITTED: what is read after a lock has to be what is there then."""
+        database = database_of(self._engine)
+        connected = self._engine.connect().execution_options(**database.isolation("READ COMMITTED"))
         with connected as connection, connection.begin():
-            connection.execute(_limit_idle)
+            if not database.has_one_writer:
+                connection.execute(_limit_idle)
             yield connection
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from textwrap import fill, indent
 from typing import Any, NamedTuple
@@ -15,12 +14,14 @@ from sqlalchemy.orm import configure_mappers
 from memstate_sa.capture import append_only, cascades, hazards, triggers, unique_values
 from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder
+from memstate_sa.capture.supported import unsupported_tables
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db import sqlite
 from memstate_sa.db.amendments import lacking
 from memstate_sa.db.codec import Image
+from memstate_sa.db.dialects import SQLITE, database_of
 from memstate_sa.db.rows import TableColumns
-from memstate_sa.db.statements import take_write_lock
+from memstate_sa.db.statements import writing
 from memstate_sa.db.tables import log, metadata, trigger_context
 from memstate_sa.db.undeclared_columns import undeclared_columns, what_is_lost
 from memstate_sa.embedding.batches import Destination
@@ -196,7 +197,7 @@ class Doctor:
         keys = list(before)
         while keys:
             try:
-                with self._writing() as connection:
+                with writing(self._engine, "READ COMMITTED") as connection:  # each statement sees what others committed
                     self._log_differences(connection, tracked, {key: before[key] for key in keys})
             except KeyInserted as taken:  # they are there again, and logged
                 keys = [key for key in keys if key not in taken.keys]
@@ -205,14 +206,6 @@ class Doctor:
                 return
             else:
                 return
-
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        """In READ COMMITTED, where each statement sees what others have committed."""
-        options = {} if self._engine.dialect.name == "sqlite" else {"isolation_level": "READ COMMITTED"}
-        with self._engine.connect().execution_options(**options) as connection, connection.begin():
-            take_write_lock(connection)
-            yield connection
 
     def _log_differences(self, connection: Connection, tracked: Tracked, before: Mapping[str, LastEntry]) -> None:
         keys = list(before)
@@ -262,7 +255,6 @@ class Doctor:
 
     def _problems(self) -> Iterator[Problem]:
         inspector = inspect(self._engine)
-        dialect = self._engine.dialect.name
         tables = set(inspector.get_table_names())
         lacks = lacking(inspector, metadata.sorted_tables)
         for table in metadata.sorted_tables:
@@ -282,7 +274,7 @@ class Doctor:
             )
         if not self._capture.is_any_attached and not all(t.by_trigger for t in self._registry.by_entity.values()):
             yield Problem("Sessions", "none is attached: memory.attach(sessionmaker) has what they write captured")
-        if dialect == "sqlite" and sqlite.leaks_savepoints(self._engine):
+        if database_of(self._engine) is SQLITE and sqlite.leaks_savepoints(self._engine):
             yield Problem(
                 "SAVEPOINTs",
                 "survive the ROLLBACK of their transaction: memstate_sa.sqlite.configure(engine) mends it",
@@ -292,6 +284,8 @@ class Doctor:
                 trigger_context.name, "holds what a transaction has left there, so others are taken for it: empty it"
             )
         yield from self._hazards()
+        for name, reason in unsupported_tables(inspector, self._tracked_tables().values()):
+            yield Problem(name, reason)
         for tracked in self._registry.by_entity.values():
             yield from self._of_class(inspector, tracked, has_log=log.name in tables)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import ForeignKeyConstraint, Table, delete, false, inspect, null, select, text, update
+from sqlalchemy import ForeignKeyConstraint, Table, delete, false, inspect, null, select, update
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
@@ -16,6 +16,7 @@ from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.capture.recorder import Recorder, normalized_key
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db.codec import Image, decode_key
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.rows import columns_of, values_of
 from memstate_sa.db.sessions import writing_connection
 from memstate_sa.db.sqlite import is_in_memory
@@ -23,7 +24,7 @@ from memstate_sa.db.statements import batches, take_write_lock
 from memstate_sa.db.tables import embedding, index_state, ledger, log, outbox, parked, unique
 from memstate_sa.embedders import Embedder
 from memstate_sa.embedding import cache
-from memstate_sa.errors import ConflictError, MemstateError, NotFound
+from memstate_sa.errors import ConflictError, NotFound
 from memstate_sa.log.absent_keys import KeyInserted, keys_others_can_insert, lock_absent_keys, require_absent
 from memstate_sa.log.changes import REDACTED, LogEntry, new_tx
 from memstate_sa.log.history import loaded_image, stored_key
@@ -130,10 +131,8 @@ class Eraser:
             # A delivery that was under way may have kept a vector anew: what no index holds now, goes.
             used = select(ledger.c.text_fingerprint).where(ledger.c.text_fingerprint.is_not(None))
             connection.execute(delete(embedding).where(embedding.c.text_fingerprint.not_in(used)))
-        if engine.dialect.name == "postgresql":
-            _vacuum_postgresql(engine, self._tables(engine), time.monotonic() + timeout)
-        elif not is_in_memory(engine):
-            _vacuum_sqlite(engine, time.monotonic() + timeout)
+        if not is_in_memory(engine):
+            database_of(engine).vacuum(engine, self._tables(engine), time.monotonic() + timeout)
 
     def _tables(self, engine: Engine) -> list[Table]:
         """Those that erasures have deleted from."""
@@ -226,52 +225,3 @@ def _projectable(tracked: Tracked, values: Image) -> list[Any]:
         if attributes.get(attribute) is None:  # of the same name in several subclasses
             attributes[attribute] = value
     return [attributes.get(name) for name in tracked.projected_attributes]
-
-
-_OLDER = text(
-    "SELECT count(*) FROM ("
-    "SELECT greatest(age(backend_xmin), age(backend_xid)) AS age FROM pg_stat_activity WHERE datname = "
-    "current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend' "
-    "UNION ALL SELECT age(transaction) FROM pg_prepared_xacts WHERE database = current_database()"
-    ") AS others WHERE age > age(CAST(CAST(:mark AS xid8) AS xid))"
-)
-
-
-def _vacuum_postgresql(engine: Engine, tables: Sequence[Table], deadline: float) -> None:
-    """FULL: a plain VACUUM leaves the bytes in their pages until something takes their place.
-
-    ANALYZE: statistics are samples of values. What an older transaction may still see would be copied along, so those
-    have to end first.
-    """
-    prepare = engine.dialect.identifier_preparer
-    names = ", ".join(prepare.format_table(table).replace("%%", "%") for table in dict.fromkeys(tables))
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        mark = connection.scalar(text("SELECT CAST(pg_current_xact_id() AS text)"))
-        while connection.scalar(_OLDER, {"mark": mark}):
-            if time.monotonic() > deadline:
-                raise MemstateError(
-                    "a transaction of before the purge is still open, and may read what was erased: end it, and purge "
-                    "again"
-                )
-            time.sleep(0.05)
-        statement = f"VACUUM (FULL, ANALYZE) {names}"
-        connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
-
-
-def _vacuum_sqlite(engine: Engine, deadline: float) -> None:
-    pooled = engine.raw_connection()  # below the listeners that would begin a transaction
-    try:
-        connection: Any = pooled.driver_connection
-        [patience_ms] = connection.execute("PRAGMA busy_timeout").fetchone()
-        try:
-            connection.execute("VACUUM")
-            connection.execute(f"PRAGMA busy_timeout = {max(0, int(1000 * (deadline - time.monotonic())))}")
-            [busy, *_] = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        finally:
-            connection.execute(f"PRAGMA busy_timeout = {patience_ms}")
-        if busy:
-            raise MemstateError(
-                "a transaction is open that reads what the database was before the purge: end it, and purge again"
-            )
-    finally:
-        pooled.close()

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import chain, islice
 from typing import Annotated, Any, Literal, NamedTuple, TextIO, TypeAlias
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from sqlalchemy import Column, ColumnElement, Select, func, insert, schema, select
+from sqlalchemy import Column, ColumnElement, Select, func, insert, select
 from sqlalchemy.engine import Connection, Dialect, Engine, RowMapping, make_url
 from sqlalchemy.exc import DBAPIError
 
 from memstate_sa.capture.listeners import SessionCapture
-from memstate_sa.db import engines, statements
+from memstate_sa.db import statements
 from memstate_sa.db.codec import FactKey, Image, decode_image, decode_key, encode, encode_key, normalized, to_json
+from memstate_sa.db.dialects import BY_NAME, Database, database_of
 from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.tables import log, transaction, unique, utcnow
 from memstate_sa.errors import ConflictError, MemstateError
@@ -40,7 +40,6 @@ FORMAT = 1
 _PAGE = 1000
 # What JSON leaves as it is, and some readers end a line at.
 _BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
-_DRIVERS = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}
 
 
 # -- lines -------------------------------------------------------------------------------------------------------------
@@ -99,14 +98,14 @@ _keys = unnest_strings("keys")
 def export_facts(engine: Engine, tracked: Sequence[Tracked], file: TextIO, progress: Progress | None = None) -> int:
     """Write what there is of the classes *tracked*, all of it as at one moment; returns how many entries."""
     entries = 0
-    with engines.snapshot(engine) as connection:
+    with database_of(engine).snapshot(engine) as connection:
         entities = {one.entity: one.version for one in tracked}
         mine = _of(entities)
         expected = sum(
             connection.execute(select(func.count()).select_from(statement.subquery())).scalar_one()
             for statement in (_labels(mine), select(log.c.id).where(mine))
         )
-        _write(file, _Header(dialect=engine.dialect.name, entities=entities, expected=expected))  # type: ignore[arg-type]
+        _write(file, _Header(dialect=database_of(engine).name, entities=entities, expected=expected))  # type: ignore[arg-type]
         number = 1
         for number, line in enumerate(_lines(connection, tracked, mine), start=2):
             _write(file, line)
@@ -176,17 +175,9 @@ def import_facts(
     engine: Engine, registry: Registry, capture: SessionCapture, file: Iterable[str], progress: Progress | None = None
 ) -> int:
     """Take in what `export_facts` wrote, in one transaction; returns how many entries. Nothing is written on errors."""
-    with _writing(engine) as connection:
+    # In one snapshot: what appears in the log after it was taken is ours.
+    with statements.writing(engine, "REPEATABLE READ") as connection:
         return _Import(connection, registry, capture).run(file, progress)
-
-
-@contextmanager
-def _writing(engine: Engine) -> Iterator[Connection]:
-    """On PostgreSQL in one snapshot: what appears in the log after it was taken is ours."""
-    options = {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
-    with engine.connect().execution_options(**options) as connection, connection.begin():
-        statements.take_write_lock(connection)
-        yield connection
 
 
 class _Import:
@@ -218,7 +209,9 @@ class _Import:
                 self._write_rows(page)
         for entity, keys in self._deleted.items():
             require_absent(self._connection, self._registry.by_entity[entity], keys)
-        self._move_sequences()
+        for entity, highest in self._highest.items():
+            table = self._registry.by_entity[entity].table
+            database_of(self._connection).skip_keys(self._connection, table, highest)
         return entries
 
     def _begin(self, header: _Header) -> _Header:
@@ -227,10 +220,11 @@ class _Import:
         for entity, version in header.entities.items():
             if version > (ours := self._registry.by_entity[entity].version):
                 raise MemstateError(f"line 1: {entity} is of version {version} there, and only of {ours} here")
-        if header.dialect != self._connection.dialect.name:
+        source = BY_NAME[header.dialect]
+        if source is not database_of(self._connection):
             for entity in header.entities:
                 tracked = self._registry.by_entity[entity]
-                self._translations[entity] = _EntryTranslation(tracked, header.dialect, self._connection.dialect)
+                self._translations[entity] = _EntryTranslation(tracked, source, self._connection.dialect)
         return header
 
     # -- log -----------------------------------------------------------------------------------------------------------
@@ -355,23 +349,6 @@ class _Import:
         if rows:
             self._connection.execute(insert(unique), rows)
 
-    def _move_sequences(self) -> None:
-        """PostgreSQL gives out no key that an imported fact has, or had. (SQLite sees to it by itself.)"""
-        if self._connection.dialect.name != "postgresql":
-            return
-        prepare = self._connection.dialect.identifier_preparer
-        for entity, highest in self._highest.items():
-            table = self._registry.by_entity[entity].table
-            name = prepare.format_table(table).replace("%%", "%")
-            [column] = table.primary_key.columns
-            sequences = [func.pg_get_serial_sequence(name, column.name)]
-            if isinstance(column.default, schema.Sequence):  # which the table need not own
-                sequences.append(func.to_regclass(prepare.format_sequence(column.default).replace("%%", "%")))
-            for sequence in sequences:
-                if self._connection.scalar(select(sequence)) is not None:
-                    moved = func.setval(sequence, func.greatest(highest, func.nextval(sequence)))
-                    self._connection.execute(select(moved))
-
 
 def _read(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
     """The lines of a whole file, checked: the header, then labels and entries."""
@@ -458,11 +435,11 @@ def _referred(tracked: Tracked, among: Sequence[Tracked]) -> set[Tracked]:
 class _EntryTranslation:
     """What the driver of one dialect reads of a class, as that of another would read it."""
 
-    def __init__(self, tracked: Tracked, source: str, target: Dialect) -> None:
+    def __init__(self, tracked: Tracked, source: Database, target: Dialect) -> None:
         self._tracked = tracked
         # A copy, as it keeps what it learns of a dialect under its name, and this one has no driver.
         self._source = replace(tracked, hydrations={}, _columns={})
-        self._dialect = make_url(f"{_DRIVERS[source]}://").get_dialect()()
+        self._dialect = make_url(f"{source.blocking_driver}://").get_dialect()()
         self._target = tracked.columns_for(target)
         of_table = self._target.of_table
         self._zoned = {

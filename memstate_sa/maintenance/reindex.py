@@ -13,7 +13,8 @@ from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa.db import leases
 from memstate_sa.db.codec import FactKey
-from memstate_sa.db.statements import take_write_lock, upsert
+from memstate_sa.db.dialects import database_of
+from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import holder, index_state, ledger, parked, refill, successor, utcnow
 from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import DeliveryError, MemstateError, NotFound
@@ -75,7 +76,7 @@ def switch(connection: Connection, old: IndexKey, new: IndexKey) -> None:
             f"ask {old.name!r}: a Memory that tracks it has to deliver to {new.name!r}, too"
         )
     values = {"successor": new.name, "incarnation": new.incarnation, "switched_at": utcnow()}
-    statement = upsert(connection.dialect.name, successor).values(index=old.name, **values)
+    statement = database_of(connection).upsert(successor).values(index=old.name, **values)
     connection.execute(statement.on_conflict_do_update(index_elements=[successor.c.index], set_=values))
 
 

@@ -13,6 +13,7 @@ from sqlalchemy import bindparam, exists, select
 from sqlalchemy.engine import Connection
 
 from memstate_sa.capture import triggers
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.tables import index_state, log, outbox, parked
 from memstate_sa.embedding.batches import Destination
@@ -104,7 +105,7 @@ def _stale(connection: Connection, index: IndexKey, tracked: Tracked, embedder: 
     if not differing:
         return 0
     entries = undelivered(
-        connection.dialect.name,
+        database_of(connection),
         outbox.c.key,
         where=(outbox.c.entity == tracked.entity) & outbox.c.key.in_(select(unnest_strings("keys").c.value)),
     )

@@ -9,6 +9,7 @@ from sqlalchemy import and_, select
 from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa.db.codec import FactKey, by_entity
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.statements import batches
 from memstate_sa.db.tables import outbox
@@ -172,7 +173,7 @@ class Verify:
     @staticmethod
     def _dirty(connection: Connection, at: Position, entity: str, group: Iterable[str]) -> Iterable[str]:
         among = outbox.c.key.in_(select(unnest_strings("keys").c.value))
-        entries = undelivered(connection.dialect.name, outbox.c.key, where=and_(outbox.c.entity == entity, among))
+        entries = undelivered(database_of(connection), outbox.c.key, where=and_(outbox.c.entity == entity, among))
         parameters = {**position_parameters(at), "keys": as_array(group), "limit": ALL}
         return connection.scalars(select(entries.c.key), parameters).all()
 

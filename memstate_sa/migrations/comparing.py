@@ -17,7 +17,8 @@ from sqlalchemy.engine import Connection
 from memstate_sa.capture import append_only, triggers
 from memstate_sa.capture.captured_tables import CapturedTable, captured_in, read_header, restriction
 from memstate_sa.db.amendments import RENAMED
-from memstate_sa.db.rows import stored_columns
+from memstate_sa.db.dialects import SQLITE, database_of
+from memstate_sa.db.rows import logged_columns
 from memstate_sa.db.tables import log, outbox, trigger_context
 from memstate_sa.indexes.pgvector_statements import COLUMNS
 from memstate_sa.migrations import is_ours
@@ -114,7 +115,7 @@ class _Comparison:
         if table is None:
             return op if self._is_replaced(op) else None
         if isinstance(op, ops.ModifyTableOps):
-            if self._connection.dialect.name == "sqlite":
+            if database_of(self._connection) is SQLITE:
                 op.ops = [part for part in op.ops if not _is_identity(part)]
             if table.dialect_options["sqlite"]["autoincrement"] and _altering(op):
                 return CountingTableOps(op.table_name, op.ops, schema=op.schema)
@@ -146,7 +147,7 @@ class _Comparison:
         }
         for name in sorted({*installed, *captured}, key=lambda name: (name[0] or "", name[1])):
             yield from self._table(name, installed.get(name, {}), captured.get(name, {}), changes)
-        is_sqlite = self._connection.dialect.name == "sqlite"
+        is_sqlite = database_of(self._connection) is SQLITE
         if changes.rename(*_NAMED) or (is_sqlite and changes.are_of(*_NAMED)):
             for name in sorted(everywhere.keys() - installed.keys() - captured.keys()):  # env.py leaves them out
                 for header in _headers(everywhere[name]).values():
@@ -176,9 +177,10 @@ class _Comparison:
         for entity in sorted({*old, *captured}):
             new = captured.get(entity)
             if new is not None:
+                triggers.creating(new, self._connection.dialect)  # raises for what triggers cannot log of the model
                 only = restriction(new, self._connection.dialect)
-                columns = frozen(new.table, stored_columns(new.table))
-                new = CapturedTable.restricted(columns, new.entity, new.version, only)
+                columns = frozen(new.table, logged_columns(new.table, new.excluded))
+                new = CapturedTable.restricted(columns, new.entity, new.version, only, new.excluded)
                 is_same = bool(sources) and _is_installed(self._connection, sources, new)
                 if is_same and name not in changes.of and not changes.are_of(*_NAMED):
                     continue
@@ -197,9 +199,12 @@ class _Comparison:
             if isinstance(op, ops.AlterColumnOp) and op.modify_type is not None
         }
         mapped = {} if name not in self._tables else {c.name: c for c in self._tables[name].columns}
-        columns = [c if c.name in altered else mapped.get(c.name, c) for c in reflected.columns]
+        excluded = header.get("exclude", ())
+        logged = [c for c in reflected.columns if c.name not in excluded]
+        columns = [c if c.name in altered else mapped.get(c.name, c) for c in logged]
         only = None if header["only"] is None else (header["only"][0], header["only"][1])
-        return CapturedTable.restricted(frozen(reflected, columns), header["entity"], header["version"], only), only
+        table = frozen(reflected, columns)
+        return CapturedTable.restricted(table, header["entity"], header["version"], only, excluded), only
 
 
 def _tables_of_points(operations: list[ops.MigrateOperation]) -> frozenset[Name]:

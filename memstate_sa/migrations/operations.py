@@ -5,7 +5,7 @@ Each is frozen: it says all that its SQL is made from, and neither a model nor a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, ClassVar
 
 from alembic.operations import MigrateOperation, Operations
@@ -14,6 +14,7 @@ from sqlalchemy import Column, MetaData, PrimaryKeyConstraint, Table
 
 from memstate_sa.capture import append_only, triggers
 from memstate_sa.capture.captured_tables import CapturedTable, Only
+from memstate_sa.db.dialects import SQLITE, database_of
 from memstate_sa.db.tables import log
 
 
@@ -49,15 +50,16 @@ class _OfCapture(Ours):
         entity: str,
         version: int = 1,
         only: Only | None = None,
+        exclude: Collection[str] = (),
         schema: str | None = None,
     ) -> None:
-        """*table_name*, of these *columns*, holds the facts of *entity*.
+        """*table_name*, of these *columns*, holds the facts of *entity*. *exclude* names others, which are not logged.
 
         *version* is the shape of its rows, as for `Memory.track`; *only* a column, and the values that it has in its
         rows, of a table shared by single-table inheritance.
         """
         table = Table(table_name, MetaData(), *columns, schema=schema)
-        operations.invoke(cls(CapturedTable.restricted(table, entity, version, only), only))
+        operations.invoke(cls(CapturedTable.restricted(table, entity, version, only, exclude), only))
 
 
 class TrackOp(_OfCapture):
@@ -146,12 +148,12 @@ _RESTORE = (
 
 
 def _keep(operations: Operations, _: KeepIdsOp) -> None:
-    if operations.get_context().dialect.name == "sqlite":
+    if database_of(operations.get_context().dialect) is SQLITE:
         _run(operations, _KEEP)
 
 
 def _restore(operations: Operations, _: RestoreIdsOp) -> None:
-    if operations.get_context().dialect.name == "sqlite":
+    if database_of(operations.get_context().dialect) is SQLITE:
         _run(operations, _RESTORE)
 
 
@@ -168,11 +170,11 @@ def _untrack(operations: Operations, operation: UntrackOp) -> None:
 
 
 def _protect(operations: Operations, _: ProtectLogOp) -> None:
-    _run(operations, append_only.creating(operations.get_context().dialect.name))
+    _run(operations, append_only.creating(database_of(operations.get_context().dialect)))
 
 
 def _unprotect(operations: Operations, _: UnprotectLogOp) -> None:
-    _run(operations, append_only.dropping(operations.get_context().dialect.name))
+    _run(operations, append_only.dropping(database_of(operations.get_context().dialect)))
 
 
 def _run(operations: Operations, statements: Iterable[str]) -> None:

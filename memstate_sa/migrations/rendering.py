@@ -15,7 +15,7 @@ from sqlalchemy import Column, Computed, MetaData, PrimaryKeyConstraint, Table
 from sqlalchemy import types as sqltypes
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect
-from sqlalchemy.types import SchemaType, TypeDecorator, TypeEngine
+from sqlalchemy.types import SchemaType, TypeEngine, UserDefinedType
 
 from memstate_sa.db.raw_values import undecorated
 from memstate_sa.migrations.operations import (
@@ -36,24 +36,48 @@ _DIALECTS: tuple[Dialect, Dialect] = (sqlite.dialect(), postgresql.dialect())  #
 
 
 def stored(type_: TypeEngine[Any]) -> TypeEngine[Any]:
-    """*type_* without what the application has wrapped it in, for both databases."""
+    """A type of SQLAlchemy's own that both databases store as they store *type_*."""
+    on_sqlite, on_postgresql = (_plain(undecorated(type_, dialect)) for dialect in _DIALECTS)
+    same = repr(on_sqlite) == repr(on_postgresql)
+    return on_sqlite if same else on_sqlite.with_variant(on_postgresql, "postgresql")
+
+
+def _plain(type_: TypeEngine[Any]) -> TypeEngine[Any]:
+    """*type_* by the nearest standard class. A NullType where there is none: PostgreSQL reads both as text."""
+    standard = next(filter(_is_standard, type(type_).__mro__), sqltypes.NullType)
+    if standard is sqltypes.NullType:
+        return sqltypes.NullType()
+    # A SchemaType listens to the table that it is in.
+    plain = type_.copy() if isinstance(type_, SchemaType) else copy.copy(type_)
+    if standard is not type(type_):
+        plain = plain.adapt(standard)
+    vars(plain).pop("_variant_mapping", None)
+    if isinstance(plain, sqltypes.ARRAY):
+        plain.item_type = stored(plain.item_type)
+        return sqltypes.NullType() if isinstance(plain.item_type, sqltypes.NullType) else plain
+    return plain
+
+
+def _is_standard(kind: type) -> bool:
+    """Whether *kind* is a type of SQLAlchemy's that says how values are stored."""
+    if kind in (TypeEngine, UserDefinedType):
+        return False
+    return kind is postgresql.INTERVAL or (issubclass(kind, TypeEngine) and vars(sqltypes).get(kind.__name__) is kind)
+
+
+def _render_type(context: AutogenContext, type_: TypeEngine[Any]) -> str:
+    """*type_*, one that `stored` has made, as code. Alembic's own would leave out the module of an array's items."""
+    sa = context.opts["sqlalchemy_module_prefix"] or ""
+    text = repr(type_)
     if isinstance(type_, sqltypes.ARRAY):
-        items: sqltypes.ARRAY[Any] = copy.copy(type_)
-        items.item_type = stored(type_.item_type)
-        return items
-    if isinstance(type_, TypeDecorator) and not type(type_).__module__.startswith("sqlalchemy."):
-        on_sqlite, on_postgresql = (stored(undecorated(type_, dialect)) for dialect in _DIALECTS)
-        same = repr(on_sqlite) == repr(on_postgresql)
-        return on_sqlite if same else on_sqlite.with_variant(on_postgresql, "postgresql")
-    public = next(cls for cls in type(type_).__mro__ if _is_public(cls))
-    if public is not type(type_) and type(type_).__module__.startswith("sqlalchemy.dialects."):
-        return type_.adapt(public)
-    return type_.copy() if isinstance(type_, SchemaType) else type_  # it listens to the table that it is in
-
-
-def _is_public(kind: type) -> bool:
-    """Whether users can name the class: ``load_dialect_impl`` may return one that only the dialect knows."""
-    return any(getattr(module, kind.__name__, None) is kind for module in (postgresql, sqlite, sqltypes))
+        text = text.replace(repr(type_.item_type), _render_type(context, type_.item_type), 1)
+    if isinstance(type_, postgresql.INTERVAL):
+        context.imports.add("from sqlalchemy.dialects import postgresql")
+        text = f"postgresql.{text}"
+    else:
+        text = f"{sa}types.{text}" if isinstance(type_, sqltypes.NullType) else f"{sa}{text}"
+    variants = type_._variant_mapping.items()  # noqa: SLF001  # there is no other way to ask
+    return text + "".join(f".with_variant({_render_type(context, other)}, {name!r})" for name, other in variants)
 
 
 def frozen(table: Table, columns: Iterable[Column[Any]]) -> Table:
@@ -74,7 +98,7 @@ def _render_columns(context: AutogenContext, operation: TrackOp | UntrackOp) -> 
     for column in table.columns:
         computed = column.computed
         arguments.append(
-            f"{sa}Column({str(column.name)!r}, {render._repr_type(column.type, context)}"  # noqa: SLF001  # as its own
+            f"{sa}Column({str(column.name)!r}, {_render_type(context, column.type)}"
             + ("" if computed is None else f", {sa}Computed({str(computed.sqltext)!r}, persisted={computed.persisted})")
             + ")"
         )
@@ -83,6 +107,8 @@ def _render_columns(context: AutogenContext, operation: TrackOp | UntrackOp) -> 
     arguments.append(f"version={operation.captured.version}")
     if operation.only is not None:
         arguments.append(f"only=({operation.only[0]!r}, {list(operation.only[1])!r})")
+    if operation.captured.excluded:
+        arguments.append(f"exclude={sorted(operation.captured.excluded)!r}")
     if table.schema is not None:
         arguments.append(f"schema={str(table.schema)!r}")
     return _render(context, operation, "\n" + "".join(f"    {argument},\n" for argument in arguments))

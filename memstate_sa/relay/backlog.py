@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import and_, bindparam, exists, func, literal, not_, select
 from sqlalchemy.engine import Connection
 
+from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.tables import cursor, index_state, outbox, parked, past, projection, refill, utcnow
 from memstate_sa.log.outbox import ALL, in_slots, position_parameters, slot_array, slots, undelivered
@@ -118,10 +119,10 @@ class Backlog:
 
 
 @cache
-def _pending(dialect_name: str) -> Any:
+def _pending(database: Database) -> Any:
     entities = outbox.c.entity.in_(select(unnest_strings("entities").c.value))
     columns = (outbox.c.entity, outbox.c.key, outbox.c.created_at)
-    entries = undelivered(dialect_name, *columns, where=and_(entities, in_slots(dialect_name, outbox.c.slot))).c
+    entries = undelivered(database, *columns, where=and_(entities, in_slots(database, outbox.c.slot))).c
     keys = select(entries.entity, entries.key, func.min(entries.created_at).label("at"))
     grouped = keys.group_by(entries.entity, entries.key).subquery()
     return select(func.count(), func.min(grouped.c.at))
@@ -136,12 +137,12 @@ _paused = select(index_state.c.paused).where(of_index(index_state))
 
 
 def backlog(connection: Connection, index: IndexKey, entities: Sequence[str]) -> Backlog:
-    dialect, pending, oldest = connection.dialect.name, 0, None
+    database, pending, oldest = database_of(connection), 0, None
     names = as_array(entities)
-    positions = read_positions(connection, index) or {BEGINNING: list(slots(dialect))}
+    positions = read_positions(connection, index) or {BEGINNING: list(slots(database))}
     for position, group in positions.items():
         parameters = {**position_parameters(position), "entities": names, "slots": slot_array(group), "limit": ALL}
-        count, since = connection.execute(_pending(dialect), parameters).one()
+        count, since = connection.execute(_pending(database), parameters).one()
         pending += count
         oldest = min(filter(None, (oldest, since)), default=None)
     rows = connection.execute(_by_state, {**index.parameters(), "entities": names}).all()
@@ -151,7 +152,7 @@ def backlog(connection: Connection, index: IndexKey, entities: Sequence[str]) ->
         pending=pending,
         oldest_s=None if oldest is None else max(0.0, (utcnow() - oldest).total_seconds()),
         parked=counts.get(ParkedState.PARKED, 0),
-        due=len(ledger.due(connection, index, names, slots(dialect), 1000)),
+        due=len(ledger.due(connection, index, names, slots(database), 1000)),
         dead=counts.get(ParkedState.DEAD, 0),
         refilling=not refills.is_filled(connection, index, entities),
         paused=bool(connection.execute(_paused, index.parameters()).scalar()),
@@ -169,5 +170,5 @@ def is_delivered(connection: Connection, index: IndexKey, entities: Sequence[str
         bool(positions)
         and all(position.covers(present) for position in positions)
         and refills.is_filled(connection, index, entities)
-        and not ledger.due(connection, index, as_array(entities), slots(connection.dialect.name), 1)
+        and not ledger.due(connection, index, as_array(entities), slots(database_of(connection)), 1)
     )

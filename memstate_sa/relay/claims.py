@@ -29,9 +29,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Connection
 
+from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.json_params import unnest_strings
-from memstate_sa.db.leases import clock, database_now, is_dropped, is_gone
-from memstate_sa.db.statements import take_write_lock, upsert
+from memstate_sa.db.leases import database_now, is_dropped, is_gone
+from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import cursor, holder, index_state, ledger, parked, past, refill, utcnow
 from memstate_sa.log.outbox import in_slots, present_column, read_present, slot_array, slots, to_position
 from memstate_sa.log.positions import Position
@@ -47,46 +48,31 @@ from memstate_sa.runtime.printable import printable_logger
 
 logger = printable_logger("memstate_sa.relay")
 
-_limit = select(
-    func.set_config("lock_timeout", bindparam("limit"), True),
-    func.set_config("idle_in_transaction_session_timeout", bindparam("limit"), True),
-)
-
-
-def limit_transaction(connection: Connection, seconds: float) -> None:
-    """Have PostgreSQL end this transaction if its process stops in it, and limit its waits for locks.
-
-    The settings are local to this transaction, as a pooler in transaction mode needs.
-    """
-    if connection.dialect.name == "postgresql":
-        connection.execute(_limit, {"limit": f"{seconds * 1000:.0f}ms"})
-
-
 _owned = select(func.count()).where(of_index(cursor), cursor.c.owner == bindparam("me"))
 _one = select(literal(1).label("one")).subquery()
 
 
 @cache
-def _look(dialect_name: str) -> Select[Any]:
-    now = clock(dialect_name)
+def _look(database: Database) -> Select[Any]:
+    now = database.clock()
     live = select(func.count()).where(of_index(holder), holder.c.lease_until > now)
     its_owner = exists().where(of_index(holder), holder.c.owner == cursor.c.owner)
     free = exists().where(of_index(cursor), not_(its_owner))
-    due = exists().where(due_parking(dialect_name))
+    due = exists().where(due_parking(database))
     paused = select(index_state.c.paused).where(of_index(index_state))
     counts = (query.scalar_subquery() for query in (live, _owned))
-    state = (present_column(dialect_name), *counts, free, due, paused.scalar_subquery())
+    state = (present_column(database), *counts, free, due, paused.scalar_subquery())
     return select(*state, *marks.columns).select_from(_one.outerjoin(past, of_index(past)))
 
 
-def due_parking(dialect_name: str) -> ColumnElement[bool]:
+def due_parking(database: Database) -> ColumnElement[bool]:
     """Parked keys of ``slots`` and ``entities`` whose time has come."""
     return and_(
         of_index(parked),
         parked.c.state.in_((ParkedState.AGAIN, ParkedState.PARKED)),
-        parked.c.next_at <= clock(dialect_name),
+        parked.c.next_at <= database.clock(),
         parked.c.entity.in_(select(unnest_strings("entities").c.value)),
-        in_slots(dialect_name, parked.c.slot),
+        in_slots(database, parked.c.slot),
     )
 
 
@@ -95,7 +81,7 @@ def look(
 ) -> tuple[DatabaseState, Past | None]:
     """Read the state of *index*, and its past. *entities* is an array parameter."""
     parameters = {"me": owner, "now": utcnow(), "entities": entities, "slots": slot_array(slots)}
-    row = connection.execute(_look(connection.dialect.name), {**index.parameters(), **parameters}).one()
+    row = connection.execute(_look(database_of(connection)), {**index.parameters(), **parameters}).one()
     return DatabaseState(to_position(row[0]), row[1], row[2], row[3], row[4], bool(row[5])), marks.as_past(row[6:])
 
 
@@ -147,7 +133,7 @@ def claim(connection: Connection, index: IndexKey, claimant: Claimant) -> tuple[
     marked = require_refills(connection, index, delivered, settled.delivered, settled.changed)
     present = read_present(connection)
     rows, now_past = _compared(connection, index, claimant, present, alone=len(live) == 1, is_filled=bool(delivered))
-    quota = -(-len(slots(connection.dialect.name)) // len(live))  # rounded up: no slot is unclaimed
+    quota = -(-len(slots(database_of(connection))) // len(live))  # rounded up: no slot is unclaimed
     own_slots = {
         row.slot: HeldSlot(row.epoch, _position(row), fresh=False, settle=False)
         for row in rows
@@ -204,8 +190,10 @@ def _live(connection: Connection, index: IndexKey, claimant: Claimant) -> set[st
     """The owners whose lease runs, the claimant among them. The others are deleted."""
     owner, now = claimant.owner, claimant.now
     until = now + timedelta(seconds=claimant.lease_s)
-    statement = upsert(connection.dialect.name, holder).on_conflict_do_update(
-        index_elements=list(holder.primary_key.columns), set_={"lease_until": until}
+    statement = (
+        database_of(connection)
+        .upsert(holder)
+        .on_conflict_do_update(index_elements=list(holder.primary_key.columns), set_={"lease_until": until})
     )
     connection.execute(statement, {**index.values(), "owner": owner, "lease_until": until})
     lease_rows = connection.execute(_leases, index.parameters()).all()
@@ -241,26 +229,26 @@ def _rebase(connection: Connection, index: IndexKey, present: Position) -> None:
 
 
 @cache
-def _mine(dialect_name: str) -> Select[Any]:
+def _mine(database: Database) -> Select[Any]:
     return (
         select(cursor.c.slot, cursor.c.epoch)
-        .where(of_index(cursor), cursor.c.owner == bindparam("me"), in_slots(dialect_name, cursor.c.slot))
+        .where(of_index(cursor), cursor.c.owner == bindparam("me"), in_slots(database, cursor.c.slot))
         .order_by(cursor.c.slot)
         .with_for_update(key_share=True)
     )
 
 
 @cache
-def _changing(dialect_name: str, *names: str) -> Update:
+def _changing(database: Database, *names: str) -> Update:
     """Set the columns *names* of ``slots``. Given none, it would change all on SQLite, which has one."""
-    statement = update(cursor).where(of_index(cursor), in_slots(dialect_name, cursor.c.slot))
+    statement = update(cursor).where(of_index(cursor), in_slots(database, cursor.c.slot))
     return statement.values({name: bindparam(f"new_{name}") for name in names})
 
 
 def _change(connection: Connection, index: IndexKey, slots: Collection[int], values: Mapping[str, Any]) -> None:
     if slots:
         new = {f"new_{name}": value for name, value in values.items()}
-        statement = _changing(connection.dialect.name, *values)
+        statement = _changing(database_of(connection), *values)
         connection.execute(statement, {**index.parameters(), **new, "slots": slot_array(slots)})
 
 
@@ -268,7 +256,7 @@ def still_held(connection: Connection, index: IndexKey, owner: str, epochs: Mapp
     """The slots of *epochs* that have not changed owners. They cannot, until this transaction ends."""
     take_write_lock(connection)
     parameters = {**index.parameters(), "me": owner, "slots": slot_array(epochs)}
-    rows = connection.execute(_mine(connection.dialect.name), parameters).all() if epochs else ()
+    rows = connection.execute(_mine(database_of(connection)), parameters).all() if epochs else ()
     return {slot for slot, epoch in rows if epochs[slot] == epoch}
 
 

@@ -18,6 +18,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa.db import leases
 from memstate_sa.db.codec import FactKey, by_entity
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.json_params import as_array
 from memstate_sa.db.sqlite import is_in_memory, open_transaction
 from memstate_sa.embedding import cache
@@ -105,11 +106,11 @@ class Delivery:
         self._unstored: dict[str, Vector] = {}  # vectors that are not in the database yet
         self._bookmark = Bookmark()
         self._room = 0  # how many vectors may be stored until they are counted
-        dialect = engine.dialect.name
-        self._page_s = SAVE_EVERY_S if dialect == "postgresql" else 0.0
+        database = database_of(engine)
+        self._page_s = 0.0 if database.has_one_writer else SAVE_EVERY_S
         self.slot_worker = SlotWorker(
             self._tracked,
-            slots=len(slots(dialect)),
+            slots=len(slots(database)),
             page_size=page_size,
             lease_s=lease_s,
             save_every_s=self._page_s,
@@ -121,7 +122,7 @@ class Delivery:
 
     def _forked(self) -> None:
         """Be another owner: slots, lease and open connection are the parent's."""
-        if self._engine.dialect.name == "sqlite":
+        if database_of(self._engine).runs_in_process:
             self._end_reading()  # SQLite believes that this process has the locks of the parent's transaction
         else:
             forks.leave_to_parent(self._reader)
@@ -211,7 +212,7 @@ class Delivery:
     def _writing(self) -> Iterator[Connection]:
         """A short transaction, which ends with the lease if this process is stopped in the middle of it."""
         with forks.uninterrupted(), self._engine.begin() as connection:
-            claims.limit_transaction(connection, self._lease_s)
+            database_of(connection).limit_transaction(connection, self._lease_s)
             yield connection
 
     def _end_reading(self) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import BindParameter, ColumnElement, Table, and_, bindparam, select, true
+from sqlalchemy import BindParameter, ColumnElement, Table, and_, bindparam
 
+from memstate_sa.db.dialects import Database
 from memstate_sa.db.json_params import row_value, unnest_rows
-from memstate_sa.db.statements import upsert
+from memstate_sa.db.statements import upsert_select
 
 
 class IndexKey(NamedTuple):
@@ -26,17 +27,16 @@ class IndexKey(NamedTuple):
         return {"the_index": self.name, "the_incarnation": self.incarnation}
 
 
-def insert_rows(dialect_name: str, table: Table, names: Sequence[str], *common: BindParameter[Any]) -> Any:
+def insert_rows(database: Database, table: Table, names: Sequence[str], *common: BindParameter[Any]) -> Any:
     """An INSERT of the parameter ``rows`` (`json_params.unnest_rows`), whose columns are *names*, with `of_index`'s.
 
     *common*: parameters that are the same in all rows, named as their columns. An ON CONFLICT may follow.
     """
-    columns = {name: bindparam(f"the_{name}", type_=table.c[name].type) for name in ("index", "incarnation")}
-    columns |= {parameter.key: parameter for parameter in common}
-    rows = unnest_rows("rows")
-    given = select(*columns.values(), *(row_value(rows, n, table.c[name].type) for n, name in enumerate(names)))
-    # Without a WHERE, SQLite takes ON CONFLICT for a join's ON.
-    return upsert(dialect_name, table).from_select([*columns, *names], given.where(true()))
+    rows, key = unnest_rows("rows"), ("index", "incarnation")
+    values: dict[str, Any] = {name: bindparam(f"the_{name}", type_=table.c[name].type) for name in key}
+    values |= {parameter.key: parameter for parameter in common}
+    values |= {name: row_value(rows, n, table.c[name].type) for n, name in enumerate(names)}
+    return upsert_select(database, table, values)
 
 
 def of_index(table: Table) -> ColumnElement[bool]:

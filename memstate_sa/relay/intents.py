@@ -18,7 +18,9 @@ from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa.db import sqlite
 from memstate_sa.db.codec import FactKey
+from memstate_sa.db.dialects import POSTGRESQL, SQLITE, database_of
 from memstate_sa.db.json_params import as_json, row_value, unnest_rows
+from memstate_sa.db.sqlite_database import in_transaction
 from memstate_sa.db.statements import batches, take_write_lock
 from memstate_sa.db.tables import outbox, utcnow
 from memstate_sa.log.positions import slot_of
@@ -42,8 +44,8 @@ def _insert_intents(xid: Any) -> Insert:
 
 
 _add_intents = {
-    "sqlite": _insert_intents(literal_column("0")),
-    "postgresql": _insert_intents(cast(bindparam("the_xid", type_=Text()), BigInteger())),
+    SQLITE: _insert_intents(literal_column("0")),
+    POSTGRESQL: _insert_intents(cast(bindparam("the_xid", type_=Text()), BigInteger())),
 }
 
 
@@ -51,7 +53,7 @@ def add_intents(connection: Connection, tx: str, facts: Sequence[FactKey], **xid
     """Add an intent for each of *facts* to the outbox. On PostgreSQL *xid* is that of their transaction."""
     for rows in batches([(slot_of(*fact), *fact) for fact in facts], 8_000):
         parameters = {"tx": tx, "at": utcnow(), "intended": as_json(rows), **xid}
-        connection.execute(_add_intents[connection.dialect.name], parameters)
+        connection.execute(_add_intents[database_of(connection)], parameters)
 
 
 class IntentJournal(Protocol):
@@ -124,7 +126,7 @@ class IntentFiles:
     def replay(self, engine: Engine) -> None:
         with engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA busy_timeout = 0")
-            if not sqlite.in_transaction(connection):
+            if not in_transaction(connection):
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             take_write_lock(connection)
             intents = {path.name: read_complete_lines(path) for path in self.folder.iterdir()}

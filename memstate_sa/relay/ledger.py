@@ -10,11 +10,11 @@ from uuid import uuid4
 from sqlalchemy import BindParameter, and_, bindparam, delete, or_, select
 from sqlalchemy.engine import Connection
 
-from memstate_sa.db import leases
 from memstate_sa.db.codec import FactKey, by_entity
+from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.json_params import as_array, as_json, unnest_strings
 from memstate_sa.db.leases import database_now
-from memstate_sa.db.statements import batches, take_write_lock, upsert
+from memstate_sa.db.statements import batches, take_write_lock
 from memstate_sa.db.tables import ledger, parked, utcnow
 from memstate_sa.log.outbox import slot_array, slots
 from memstate_sa.log.positions import slot_of
@@ -40,9 +40,9 @@ _unpark = delete(parked).where(
 
 
 @cache
-def _parked(dialect_name: str) -> Any:
+def _parked(database: Database) -> Any:
     """The parked rows of keys, without those that are to be delivered again later."""
-    counts = or_(parked.c.state != ParkedState.AGAIN, parked.c.next_at <= leases.clock(dialect_name))
+    counts = or_(parked.c.state != ParkedState.AGAIN, parked.c.next_at <= database.clock())
     mine = and_(of_index(parked), parked.c.entity == _entity, parked.c.key.in_(select(_keys.c.value)))
     return select(parked.c.key, parked.c.attempts, parked.c.mark, parked.c.repeat).where(mine, counts)
 
@@ -60,32 +60,32 @@ def read_ledger(connection: Connection, index: IndexKey, facts: Collection[FactK
 
 def read_parked(connection: Connection, index: IndexKey, facts: Collection[FactKey]) -> dict[FactKey, ParkedKey]:
     return {
-        fact: ParkedKey(*row) for fact, row in _of_facts(connection, _parked(connection.dialect.name), index, facts)
+        fact: ParkedKey(*row) for fact, row in _of_facts(connection, _parked(database_of(connection)), index, facts)
     }
 
 
 @cache
-def _due(dialect_name: str) -> Any:
-    due = select(parked.c.entity, parked.c.key).where(claims.due_parking(dialect_name))
+def _due(database: Database) -> Any:
+    due = select(parked.c.entity, parked.c.key).where(claims.due_parking(database))
     return due.order_by(parked.c.next_at).limit(bindparam("limit"))
 
 
 def due(connection: Connection, index: IndexKey, entities: str, slots: Iterable[int], limit: int) -> Sequence[FactKey]:
     """Parked keys of *slots* and *entities* (an array parameter) whose time has come, longest due first."""
     parameters = {"entities": entities, "slots": slot_array(slots), "now": utcnow(), "limit": limit}
-    rows = connection.execute(_due(connection.dialect.name), {**index.parameters(), **parameters}).all()
+    rows = connection.execute(_due(database_of(connection)), {**index.parameters(), **parameters}).all()
     return [(entity, key) for entity, key in rows]
 
 
 def acknowledge(connection: Connection, index: IndexKey, owner: str, record: Acknowledge) -> frozenset[int]:
     """Record a page as far as *owner* still holds the slots. Returns the lost slots."""
     held_slots = claims.still_held(connection, index, owner, record.epochs)
-    slot_count = len(slots(connection.dialect.name))
+    slot_count = len(slots(database_of(connection)))
 
     def is_held(fact: FactKey) -> bool:
         return slot_of(*fact) % slot_count in held_slots
 
-    statement = _record(connection.dialect.name)
+    statement = _record(database_of(connection))
     common = {**index.parameters(), "at": utcnow()}
     written = [
         (*fact, record.epochs[slot], *delivered)
@@ -116,9 +116,9 @@ _RECORDED = ("entity", "key", "epoch", "fingerprint", "text_fingerprint", "delet
 
 
 @cache
-def _record(dialect_name: str) -> Any:
+def _record(database: Database) -> Any:
     """Record deliveries, unless a later owner has delivered since."""
-    statement = insert_rows(dialect_name, ledger, _RECORDED, bindparam("at", type_=ledger.c.at.type))
+    statement = insert_rows(database, ledger, _RECORDED, bindparam("at", type_=ledger.c.at.type))
     return statement.on_conflict_do_update(
         index_elements=list(ledger.primary_key.columns),
         set_={name: statement.excluded[name] for name in ("at", *_RECORDED[2:])},
@@ -149,9 +149,9 @@ _locked = (
 
 
 @cache
-def _park(dialect_name: str) -> tuple[Any, Any]:
+def _park(database: Database) -> tuple[Any, Any]:
     """Two statements: for keys whose rows are locked, and for keys without a row. The second returns its keys."""
-    statement = upsert(dialect_name, parked)
+    statement = database.upsert(parked)
     new_values = {name: statement.excluded[name] for name in _columns}
     replacing = statement.on_conflict_do_update(index_elements=list(parked.primary_key.columns), set_=new_values)
     return replacing, statement.on_conflict_do_nothing().returning(parked.c.entity, parked.c.key)
@@ -159,7 +159,7 @@ def _park(dialect_name: str) -> tuple[Any, Any]:
 
 def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, Parked]) -> None:
     """Set keys aside, each as `merge` says. Others may park the same keys at the same time."""
-    replace, insert = _park(connection.dialect.name)
+    replace, insert = _park(database_of(connection))
     version = uuid4().hex
     facts: Collection[FactKey] = sorted(parking)  # in this order: two may lock the same keys
     while facts:

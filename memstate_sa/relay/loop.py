@@ -15,6 +15,7 @@ from typing import Self, TypeVar
 
 from sqlalchemy.engine import Connection, Engine
 
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.sqlite import is_in_memory, require_no_transaction
 from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import DeliveryError, DeliveryRetryable, MemstateError
@@ -72,12 +73,12 @@ class Relay:
         *sweep* deletes what has expired, now and then, and says how much that was.
         *notifier* tells other processes of this one's commits; what it sends is no news here.
         """
-        if engine.dialect.name == "postgresql":
+        if not database_of(engine).has_one_writer:
             # Each statement has to see what is committed; and locks have to last until the end of a transaction.
             engine = engine.execution_options(isolation_level="READ COMMITTED")
         self._engine = engine
         self._destinations = destinations
-        poll_s = poll_s or ((0.002, 0.05) if engine.dialect.name == "sqlite" else (0.05, 5.0))
+        poll_s = poll_s or ((0.002, 0.05) if database_of(engine).runs_in_process else (0.05, 5.0))
         policy = policy or RetryPolicy()
         self._workers = [
             IndexWorker(

@@ -15,7 +15,8 @@ from uuid import uuid4
 from sqlalchemy import Row, select, update
 from sqlalchemy.engine import Connection
 
-from memstate_sa.db.statements import take_write_lock, upsert
+from memstate_sa.db.dialects import database_of
+from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import past
 from memstate_sa.indexes.base import VectorIndex, keeps_mark
 from memstate_sa.log.outbox import slots
@@ -128,7 +129,7 @@ def begin_page(connection: Connection, index: IndexKey) -> Past | None:
     if known is None:
         return None
     # One more name than there can be relays, each of which may have ended before it wrote to the index.
-    new = known.next(len(slots(connection.dialect.name)) + 1)
+    new = known.next(len(slots(database_of(connection))) + 1)
     _save(connection, index, new)
     return new
 
@@ -142,7 +143,7 @@ def compare(
     relay has seen a later page. An index without a mark fits a database that has just begun to count pages.
     """
     first = {**index.values(), **beginning().values()}
-    connection.execute(upsert(connection.dialect.name, past).on_conflict_do_nothing(), first)
+    connection.execute(database_of(connection).upsert(past).on_conflict_do_nothing(), first)
     known = _locked(connection, index)
     assert known is not None
     if known.fits(kept_mark, alone=alone) and not went_back:

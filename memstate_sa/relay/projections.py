@@ -13,7 +13,7 @@ from typing import NamedTuple
 from sqlalchemy import delete, select
 from sqlalchemy.engine import Connection
 
-from memstate_sa.db.statements import upsert
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.tables import projection
 from memstate_sa.relay.index_key import IndexKey, of_index
 
@@ -80,7 +80,7 @@ def settle(
     gone = delete(projection).where(of_index(projection), projection.c.owner.in_({owner, *ended}))
     connection.execute(gone, index.parameters())
     if delivered:
-        statement = upsert(connection.dialect.name, projection)
+        statement = database_of(connection).upsert(projection)
         new = {name: statement.excluded[name] for name in ("projection", "since", "seen_at")}
         connection.execute(
             statement.on_conflict_do_update(index_elements=list(projection.primary_key.columns), set_=new),

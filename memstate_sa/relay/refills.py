@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Select, Update, bindparam, not_, select, update
 from sqlalchemy.engine import Connection
 
+from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.json_params import as_array, as_json, unnest_strings
 from memstate_sa.db.tables import cursor, index_state, ledger, refill
 from memstate_sa.log.outbox import in_slots, slot_array, slots
@@ -48,14 +49,15 @@ def require_refills(
     They do when the index gets a second entity, and not before: in Chroma a field costs a tenth of the writing rate.
     All points are then written again, without a new embedding.
     """
-    dialect = connection.dialect.name
+    database = database_of(connection)
     if changed:
         restart = update(refill).where(of_index(refill), refill.c.entity.in_(changed))
         connection.execute(restart.values(done=False, position=None), index.parameters())
     missing_names = [name for name in (SCAN, *entities) if name not in delivered]
     if missing_names:
-        rows = as_json([[name, slot, None, False] for name in missing_names for slot in slots(dialect)])
-        connection.execute(_new_refills(dialect), {**index.parameters(), "rows": rows})
+        rows = as_json([[name, slot, None, False] for name in missing_names for slot in slots(database)])
+        new = insert_rows(database, refill, ["entity", "slot", "position", "done"]).on_conflict_do_nothing()
+        connection.execute(new, {**index.parameters(), "rows": rows})
         if delivered:  # the scan passed by the points of an entity that was unknown
             scan = update(refill).where(of_index(refill), refill.c.entity == SCAN).values(done=False, position=None)
             connection.execute(scan, index.parameters())
@@ -73,11 +75,6 @@ def require_refills(
     return marked or several
 
 
-@cache
-def _new_refills(dialect_name: str) -> Any:
-    return insert_rows(dialect_name, refill, ["entity", "slot", "position", "done"]).on_conflict_do_nothing()
-
-
 def next_refill(
     connection: Connection, index: IndexKey, slots: Collection[int], entities: Collection[str]
 ) -> Refill | None:
@@ -88,7 +85,7 @@ def next_refill(
     if not slots:
         return None
     parameters = {"entities": as_array([SCAN, *entities]), "slots": slot_array(slots)}
-    rows = connection.execute(_undone(connection.dialect.name), {**index.parameters(), **parameters}).all()
+    rows = connection.execute(_undone(database_of(connection)), {**index.parameters(), **parameters}).all()
     if not rows:
         return None
     entity, position, _ = rows[0]
@@ -96,10 +93,10 @@ def next_refill(
 
 
 @cache
-def _undone(dialect_name: str) -> Select[Any]:
+def _undone(database: Database) -> Select[Any]:
     return (
         select(refill.c.entity, refill.c.position, refill.c.slot)
-        .where(of_index(refill), not_(refill.c.done), in_slots(dialect_name, refill.c.slot))
+        .where(of_index(refill), not_(refill.c.done), in_slots(database, refill.c.slot))
         .where(refill.c.entity.in_(select(unnest_strings("entities").c.value)))
         .order_by(refill.c.entity, refill.c.position.is_not(None), refill.c.position, refill.c.slot)
     )
@@ -109,14 +106,14 @@ def save_refill(connection: Connection, index: IndexKey, progress: Refill, held_
     slots = progress.slots & set(held_slots)
     if slots:
         new = {"new_position": progress.position, "new_done": progress.done, "the_entity": progress.entity}
-        connection.execute(_saving(connection.dialect.name), {**index.parameters(), **new, "slots": slot_array(slots)})
+        connection.execute(_saving(database_of(connection)), {**index.parameters(), **new, "slots": slot_array(slots)})
 
 
 @cache
-def _saving(dialect_name: str) -> Update:
+def _saving(database: Database) -> Update:
     return (
         update(refill)
-        .where(of_index(refill), refill.c.entity == bindparam("the_entity"), in_slots(dialect_name, refill.c.slot))
+        .where(of_index(refill), refill.c.entity == bindparam("the_entity"), in_slots(database, refill.c.slot))
         .values(position=bindparam("new_position"), done=bindparam("new_done"))
     )
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from datetime import datetime
-from functools import cache
 from typing import Any
 
-from sqlalchemy import delete, func, select, text, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.engine import Connection
 
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.json_params import as_json
 from memstate_sa.db.leases import database_now
-from memstate_sa.db.statements import take_write_lock, upsert
+from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import cursor, holder, index_state, ledger, parked, past, projection, refill
 from memstate_sa.embedders import Embedder
 from memstate_sa.errors import IndexMismatch
@@ -51,19 +51,15 @@ def _insert(connection: Connection, index: IndexKey, embedder: Embedder, now: da
         connection.execute(
             delete(table).where(table.c.index == index.name, table.c.incarnation.not_in(live.scalar_subquery()))
         )
-    dialect = connection.dialect.name
+    database = database_of(connection)
     # Two relays may find it new: the second one leaves the rows of the first.
     state = {"embedder": embedder.fingerprint, "dimension": embedder.dimension, "marked": False, "paused": paused}
-    state |= {"created_at": now, "active_at": now, "cluster": _read_cluster(connection)}
-    connection.execute(upsert(dialect, index_state).on_conflict_do_nothing(), {**index.values(), **state})
+    state |= {"created_at": now, "active_at": now, "cluster": database.cluster(connection)}
+    connection.execute(database.upsert(index_state).on_conflict_do_nothing(), {**index.values(), **state})
     present = position_columns(read_present(connection))
-    rows = as_json([[slot, *present.values(), None, 0] for slot in slots(dialect)])
-    connection.execute(_new_cursors(dialect, tuple(present)), {**index.parameters(), "rows": rows})
-
-
-@cache
-def _new_cursors(dialect_name: str, position: tuple[str, ...]) -> Any:
-    return insert_rows(dialect_name, cursor, ["slot", *position, "owner", "epoch"]).on_conflict_do_nothing()
+    rows = as_json([[slot, *present.values(), None, 0] for slot in slots(database)])
+    new_cursors = insert_rows(database, cursor, ["slot", *present, "owner", "epoch"]).on_conflict_do_nothing()
+    connection.execute(new_cursors, {**index.parameters(), "rows": rows})
 
 
 def _is_registered(connection: Connection, index: IndexKey, embedder: Embedder) -> bool:
@@ -88,27 +84,10 @@ def position_columns(position: Position) -> dict[str, Any]:
     return {"snapshot": str(position.snapshot), "xid": position.xid, "position": position.id}
 
 
-_may_ask = select(func.has_function_privilege("pg_control_system()", "execute"))
-
-# The insertion point's timeline: it changes at once when a standby is promoted or a backup recovered.
-_cluster = text(
-    "SELECT concat(system_identifier, '/', left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)) "
-    "FROM pg_control_system()"
-)
-
-
-def _read_cluster(connection: Connection) -> str | None:
-    """The cluster and timeline of transaction ids; None where the server does not tell them."""
-    if connection.dialect.name != "postgresql" or not connection.execute(_may_ask).scalar_one():
-        return None
-    cluster: str = connection.execute(_cluster).scalar_one()
-    return cluster
-
-
 def has_moved(connection: Connection, index: IndexKey) -> bool:
     """Whether the database has moved to another cluster since the positions were recorded. Records the new one."""
     known = connection.execute(select(index_state.c.cluster).where(of_index(index_state)), index.parameters()).scalar()
-    cluster = _read_cluster(connection)
+    cluster = database_of(connection).cluster(connection)
     if cluster is not None and cluster != known:
         recording = update(index_state).where(of_index(index_state)).values(cluster=cluster)
         connection.execute(recording, index.parameters())

@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy.engine import Connection, Engine
 
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.sync_engines import SyncEngines
 from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import DeliveryError
@@ -73,7 +74,7 @@ class Relays:
     def committed(self, engine: Engine) -> None:
         """Wake the relays, those of other processes too: something is committed in *engine*'s database."""
         self.wake()
-        if engine.dialect.name == "postgresql":
+        if not database_of(engine).runs_in_process:
             with contextlib.suppress(ImportError):  # of a driver that blocks: relays elsewhere find it by polling
                 self._notifier.committed(self._engines.for_threads(engine))
 

@@ -28,6 +28,7 @@ from sqlalchemy.engine import Connection
 
 from memstate_sa.capture.append_only import rewriting
 from memstate_sa.db.codec import by_entity
+from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.json_params import as_array, unnest_strings
 from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import (
@@ -75,14 +76,14 @@ def forget_delivered(connection: Connection, limit: int = 10_000) -> int:
     take_write_lock(connection)
     floor = min(Position.parse(*row).floor for row in rows)
     parameters = {"xid": floor[0], "id": floor[1], "filling": as_array(filling), "limit": limit}
-    return connection.execute(_forget(connection.dialect.name), parameters).rowcount
+    return connection.execute(_forget(database_of(connection)), parameters).rowcount
 
 
 @cache
-def _forget(dialect_name: str) -> Any:
+def _forget(database: Database) -> Any:
     up_to: ColumnElement[bool] = outbox.c.id <= bindparam("id", type_=BigInteger())
     order: tuple[ColumnElement[Any], ...] = (outbox.c.id,)
-    if dialect_name == "postgresql":
+    if not database.has_one_writer:
         end = tuple_(bindparam("xid", type_=BigInteger()), bindparam("id", type_=BigInteger()))
         up_to, order = tuple_(outbox.c.xid, outbox.c.id) <= end, (outbox.c.xid, outbox.c.id)
     is_filling = outbox.c.entity.in_(select(unnest_strings("filling").c.value))

@@ -17,10 +17,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from memstate_sa.capture.transaction import OpenTransaction
-from memstate_sa.db import sqlite
 from memstate_sa.db.codec import FactKey, by_entity
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.engines import with_separate_pool
 from memstate_sa.db.json_params import as_array, unnest_strings
+from memstate_sa.db.sqlite_database import in_transaction
 from memstate_sa.db.statements import batches
 from memstate_sa.db.tables import log
 from memstate_sa.embedding import cache
@@ -123,7 +124,7 @@ class Strict:
             }
             keys = call(self._open, [name for name, index_facts in facts_of.items() if index_facts])
             epochs_of = self._announce(connection, transaction, facts, keys, call)
-        slot_count = len(slots(connection.dialect.name))
+        slot_count = len(slots(database_of(connection)))
         for name, slot_epochs in epochs_of.items():
             deletes: dict[int, list[str]] = {}
             points: list[Point] = []
@@ -192,7 +193,7 @@ class Strict:
     ) -> dict[str, claims.SlotEpochs]:
         """Make the intent durable. Returns the claims on the slots of each index after that."""
         try:
-            if connection.dialect.name == "postgresql":
+            if not database_of(connection).has_one_writer:
                 xid: str = connection.execute(_read_xid).scalar_one()
                 transaction.has_intents = True
                 return call(self._announce_apart, connection.engine, xid, transaction.tx, facts, keys)
@@ -212,7 +213,7 @@ class Strict:
         No position passes it before that transaction ends.
         """
         with self._separate(engine).begin() as connection:
-            claims.limit_transaction(connection, LOCK_TIMEOUT_S)
+            database_of(connection).limit_transaction(connection, LOCK_TIMEOUT_S)
             add_intents(connection, tx, facts, the_xid=xid)
             # Read here: the transaction itself may look at an older snapshot.
             return {name: claims.read_slot_epochs(connection, key) for name, key in keys.items()}
@@ -224,7 +225,7 @@ class Strict:
             journal = self._journals.get(transaction.written_on.engine)
             if journal is None:
                 transaction.has_intents = False
-            elif not sqlite.in_transaction(transaction.written_on):
+            elif not in_transaction(transaction.written_on):
                 transaction.has_intents = False
                 journal.drop(transaction.tx)
 
@@ -243,7 +244,7 @@ class Strict:
 
     def watch(self, engine: Engine) -> None:
         """Look for the intents of ended transactions, of any process, whenever *engine* is used."""
-        if engine.dialect.name == "sqlite" and engine not in self._watched:
+        if database_of(engine).has_one_writer and engine not in self._watched:
             self._watched.add(engine)
             listening.listen(engine, "engine_connect", self._connected)
 

@@ -13,6 +13,7 @@ from sqlalchemy import and_, bindparam, exists, literal, select
 from sqlalchemy.engine import Connection, Engine
 
 from memstate_sa.db.codec import FactKey, by_entity
+from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.tables import log, outbox, parked
 from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import DeliveryError, DeliveryRetryable
@@ -92,9 +93,9 @@ _refused = (
 
 
 @cache
-def _undelivered(dialect_name: str) -> Any:
-    mine = and_(outbox.c.tx == bindparam("tx"), in_slots(dialect_name, outbox.c.slot))
-    return select(undelivered(dialect_name, literal(1), where=mine))
+def _undelivered(database: Database) -> Any:
+    mine = and_(outbox.c.tx == bindparam("tx"), in_slots(database, outbox.c.slot))
+    return select(undelivered(database, literal(1), where=mine))
 
 
 @dataclass
@@ -151,11 +152,11 @@ class _IndexWait:
 
     def _is_pending(self, connection: Connection) -> bool:
         """Whether there are entries of the transaction after the recorded positions: perhaps it walks the backlog."""
-        dialect = connection.dialect.name
-        positions = read_positions(connection, self.index) or {BEGINNING: list(slots(dialect))}
+        database = database_of(connection)
+        positions = read_positions(connection, self.index) or {BEGINNING: list(slots(database))}
         return any(
             connection.execute(
-                _undelivered(dialect),
+                _undelivered(database),
                 {**position_parameters(position), "slots": slot_array(group), "tx": self.tx, "limit": 1},
             ).first()
             for position, group in positions.items()

@@ -19,6 +19,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.engines import with_separate_pool
 from memstate_sa.runtime import forks
 from memstate_sa.runtime.printable import printable_logger
@@ -63,7 +64,7 @@ class Notifier:
 
     def committed(self, engine: Engine) -> None:
         """Costs the caller no I/O."""
-        if engine.dialect.name != "postgresql" or self._closed:
+        if self._closed:
             return
         with self._lock:
             self._pending.add(engine)
@@ -126,7 +127,7 @@ class Listener:
         self._own_name = "" if own_notifier is None else own_notifier.name
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        if (engine.dialect.name, engine.dialect.driver) == ("postgresql", "psycopg"):
+        if not database_of(engine).runs_in_process and engine.dialect.driver == "psycopg":
             self._stop_sender, self._stop_receiver = socket.socketpair()
             self._thread = threading.Thread(target=self._run, name="memstate-listener", daemon=True)
             self._thread.start()
@@ -195,7 +196,7 @@ class Changes:
         forks.in_child(self, Changes.close)  # SQLite believes that the child has the locks of the parent's connection
 
     def seen(self) -> bool:
-        if self._engine.dialect.name != "sqlite":
+        if not database_of(self._engine).runs_in_process:
             return True
         with forks.uninterrupted():
             return self._is_changed()

@@ -31,6 +31,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.pool import Pool
 from sqlalchemy.types import TypeEngine
 
+from memstate_sa.db.dialects import POSTGRESQL, SQLITE, database_of
 from memstate_sa.db.raw_values import RAW
 from memstate_sa.indexes.base import Scalar
 
@@ -73,7 +74,7 @@ class Comparable:
         if not all(type(value) is kind for value in operands):
             # A driver may adapt a subclass as it likes, an enum for example: the database shows what it was sent.
             operands = self._echo(parameter.type, operands)
-        if kind is bool and self._connection.dialect.name == "sqlite":
+        if kind is bool and database_of(self._connection).has_dynamic_types:
             operands = [bool(value) if value in (0, 1) else value for value in operands]
         return operands if all(type(value) is kind for value in operands) else None
 
@@ -84,7 +85,7 @@ class Comparable:
     def _stored(self) -> Mapping[str, Sequence[Kind]]:
         tables = _stored_kinds.setdefault(self._connection.engine.pool, {})
         if self._table not in tables:
-            read = {"postgresql": _read_postgresql, "sqlite": _read_sqlite}[self._connection.dialect.name]
+            read = {POSTGRESQL: _read_postgresql, SQLITE: _read_sqlite}[database_of(self._connection)]
             tables[self._table] = read(self._connection, self._table)
         return tables[self._table]
 

@@ -77,14 +77,14 @@ class Hydration:
 def _hydration_statement(statement: Select[Any], tracked: Tracked, columns: TableColumns) -> Select[Any]:
     """*statement* for the rows of some keys, with the projected columns beside the entity."""
     is_plain = statement is tracked.select_all
-    cached: Select[Any] | None = tracked.hydrations.get(columns.dialect.name) if is_plain else None
+    cached: Select[Any] | None = tracked.hydrations.get(columns) if is_plain else None
     if cached is not None:
         return cached
     projected_columns = () if tracked.is_projected_of_many else tracked.projected_columns
     labels = [column.label(f"memstate_{n}") for n, column in enumerate(projected_columns)]
     hydrating = statement.order_by(None).add_columns(*raw_key_columns(tracked), *labels).where(columns.key_in)
     if is_plain:
-        tracked.hydrations[columns.dialect.name] = hydrating
+        tracked.hydrations[columns] = hydrating
     return hydrating
 
 

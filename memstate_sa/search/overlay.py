@@ -21,6 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Connection
 
+from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.tables import outbox
 from memstate_sa.log.outbox import position_parameters, undelivered
 from memstate_sa.relay.backlog import EntityCoverage, refused_keys
@@ -50,12 +51,12 @@ def read_overlay(
     position, complete = (coverage.position, True) if coverage.filled else (None, False)
     keys: list[str] = []
     # One statement finds all: an undelivered key may be refused, and its entry deleted, before the next one.
-    is_caught_up = connection.dialect.name == "sqlite" and position is not None and position.id >= coverage.newest_id
+    is_caught_up = database_of(connection).has_one_writer and position is not None and position.id >= coverage.newest_id
     if not is_caught_up:
         parameters: dict[str, Any] = {"entity": entity, "own_tx": own_tx, "limit": _RECENT}
         if position is not None:
             parameters |= position_parameters(position)
-        statement = _undelivered_keys(connection.dialect.name, everything=position is None)
+        statement = _undelivered_keys(database_of(connection), everything=position is None)
         rows = connection.execute(statement, parameters).all()
         keys = [key for key, _ in rows]
         if sum(count for _, count in rows) >= _RECENT:
@@ -70,22 +71,22 @@ def read_overlay(
 
 
 @cache
-def _undelivered_keys(dialect_name: str, *, everything: bool) -> Select[Any]:
+def _undelivered_keys(database: Database, *, everything: bool) -> Select[Any]:
     """The keys of recent entries after a position, or of *everything*, and how many entries each has.
 
     The caller's own keys come first. The statement is built once: building costs more than running.
     """
     own = case((outbox.c.tx == bindparam("own_tx"), 1), else_=0).label("own")
     columns, of_entity = (outbox.c.id, outbox.c.key, own), outbox.c.entity == bindparam("entity")
-    if dialect_name == "sqlite":  # the index by entity has the xid before the id, and here it is always 0
+    if database.has_one_writer:  # the index by entity has the xid before the id, and here it is always 0
         of_entity = and_(of_entity, outbox.c.xid == literal_column("0"))
     if everything:
         newest_first = select(*columns).where(of_entity).order_by(outbox.c.xid.desc(), outbox.c.id.desc())
         newest_first = newest_first.limit(bindparam("limit"))
         entries: FromClause = newest_first.subquery()
     else:
-        entries = undelivered(dialect_name, *columns, where=of_entity, newest_first=True)
-        if dialect_name == "postgresql":
+        entries = undelivered(database, *columns, where=of_entity, newest_first=True)
+        if not database.has_one_writer:
             # The entries of a long transaction are older than entries that were committed after it began.
             own_entries = select(*columns).where(outbox.c.xid == _own_xid, of_entity)
             entries = union(select(entries), own_entries).subquery()

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from memstate_sa.capture.listeners import SessionCapture
 from memstate_sa.db.codec import encode_key
+from memstate_sa.db.dialects import database_of
 from memstate_sa.embedding import cache as embeddings
 from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import DeliveryError, DeliveryRejected, MemstateError
@@ -267,7 +268,7 @@ class Search:
     def _sees_the_past(self) -> bool:
         """Whether the index may be ahead of the rows that this transaction sees. Ask after the query."""
         connection = self._connection()
-        if connection.dialect.name == "sqlite":
+        if database_of(connection).has_one_writer:
             return is_behind(connection)
         isolation: str = connection.execute(select(func.current_setting("transaction_isolation"))).scalar_one()
         return isolation in ("repeatable read", "serializable")

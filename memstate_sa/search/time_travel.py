@@ -11,17 +11,17 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
-from sqlalchemy import BigInteger, Column, Integer, MetaData, Select, Table, and_, event, func, select, text, true
+from sqlalchemy import BigInteger, Column, Integer, MetaData, Select, Table, and_, event, select
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import ORMExecuteState, Session
 from sqlalchemy.schema import CreateTable
 from sqlalchemy.types import TypeEngine
 
-from memstate_sa.db import engines
 from memstate_sa.db.codec import decode, decode_key, encode_key
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.rows import TableColumns, stored_columns
 from memstate_sa.db.sqlite import is_in_memory
-from memstate_sa.db.statements import batches, upsert
+from memstate_sa.db.statements import batches
 from memstate_sa.embedding import cache
 from memstate_sa.embedding.batches import Vectors
 from memstate_sa.errors import MemstateError
@@ -65,7 +65,7 @@ def as_of_session(engine: Engine, tracked: Iterable[Tracked], at: Moment) -> Ite
 
     It holds one connection, in one snapshot, and takes the time and space of writing those rows once.
     """
-    is_sqlite = engine.dialect.name == "sqlite"
+    database = database_of(engine)
     if is_in_memory(engine):
         raise MemstateError(
             "an in-memory SQLite has one connection, on which the past would hide the present: use a file"
@@ -73,26 +73,19 @@ def as_of_session(engine: Engine, tracked: Iterable[Tracked], at: Moment) -> Ite
     tracked = list(tracked)
     for table in (table for one in tracked for table in one.tables if table.schema is not None):
         raise MemstateError(f"{table.fullname} names its schema, so no temporary table can stand for it: use as_of()")
-    with engines.snapshot(engine) as connection:
-        try:
-            # Asked before any table is hidden.
-            log_at(connection, at)
-            filled = [_rows_at(connection, one, at) for one in tracked]
-            if not is_sqlite:  # whatever the path says of temporary tables
-                path = connection.execute(select(func.current_setting("search_path"))).scalar_one()
-                connection.execute(select(func.set_config("search_path", f"pg_temp, {path}", true())))
-            for own, rows in (item for one in filled for item in one.items()):
-                _hide(connection, own, rows)
-            if is_sqlite:
-                connection.exec_driver_sql("PRAGMA query_only = ON")
-            else:
-                connection.execute(text("SET TRANSACTION READ ONLY"))
-            # Its rollback() ends a SAVEPOINT, not the snapshot.
-            with PastSession(connection, autoflush=False, join_transaction_mode="create_savepoint") as session:
-                yield session
-        finally:
-            if is_sqlite:
-                connection.exec_driver_sql("PRAGMA query_only = OFF")
+    with database.snapshot(engine) as connection:
+        # Asked before any table is hidden.
+        log_at(connection, at)
+        filled = [_rows_at(connection, one, at) for one in tracked]
+        database.prefer_temporary_tables(connection)
+        for own, rows in (item for one in filled for item in one.items()):
+            _hide(connection, own, rows)
+        # Its rollback() ends a SAVEPOINT, not the snapshot.
+        with (
+            database.read_only(connection),
+            PastSession(connection, autoflush=False, join_transaction_mode="create_savepoint") as session,
+        ):
+            yield session
 
 
 Rows: TypeAlias = dict[TableColumns, list[Sequence[Any]]]
@@ -142,7 +135,7 @@ def _hide(connection: Connection, own: TableColumns, rows: Sequence[Sequence[Any
     values = {c.name: own.raw_parameter(c, name) for c, name in zip(past.columns, names, strict=True)}
     for batch in batches(rows):
         # SQLite takes 1 and "1" for one key of a text column: a key of before its type was changed.
-        statement = upsert(connection.dialect.name, past).values(values).on_conflict_do_nothing()
+        statement = database_of(connection).upsert(past).values(values).on_conflict_do_nothing()
         connection.execute(statement, [dict(zip(names, row, strict=True)) for row in batch])
 
 

@@ -40,6 +40,7 @@ def describe(
     version: int = 1,
     upgrade: Mapping[int, Upgrade] | None = None,
     text_version: int = 1,
+    exclude: Sequence[str] = (),
 ) -> Tracked:
     """Check what `Memory.track` was asked for against the mapping. Raises MemstateError saying what does not fit."""
     try:
@@ -50,7 +51,7 @@ def describe(
         raise MemstateError(f"{model!r} is not a mapped class; track() takes SQLAlchemy ORM models")
     check_all_tables(mapper, by_trigger=capture == "trigger")
     source = _text_source(model, text, text_version)
-    for option, names in (("metadata", metadata), ("unique_by", unique_by)):
+    for option, names in (("metadata", metadata), ("unique_by", unique_by), ("exclude", exclude)):
         if isinstance(names, str):
             raise MemstateError(f"{option}={names!r}: give a tuple of column attributes, for example ({names!r},)")
     unique_names = () if callable(unique_by) else tuple(unique_by)
@@ -72,6 +73,8 @@ def describe(
     if not entity or "[" in entity or len(entity) > 128:
         raise MemstateError(f"entity={entity!r}: a name of 1 to 128 characters without '['")
     _check_expiry(mapper, expires)
+    needed = {"text": attributes_of(source), "metadata": metadata, "unique_by": unique_names, "expires": (expires,)}
+    _check_excluded(mapper, exclude, needed)
     _check_shapes(version, upgrade or {})
     always = (lambda _values: True) if immutable is True else None
     return Tracked(
@@ -90,6 +93,7 @@ def describe(
         version=version,
         upgrade=dict(upgrade or {}),
         text_version=text_version,
+        exclude=tuple(exclude),
     )
 
 
@@ -117,6 +121,25 @@ def _check_expiry(mapper: Mapper[Any], expires: str | None) -> None:
         raise MemstateError(f"expires={expires!r}: its column holds no times, but {type_!r}")
 
 
+def _check_excluded(mapper: Mapper[Any], exclude: Sequence[str], needed: Mapping[str, Sequence[str | None]]) -> None:
+    """Refuse to leave out of the log what it, an index or the mapper needs."""
+    columns = {name: column for each in mapper.self_and_descendants for name, column in each.columns.items()}
+    mapped = {
+        "the primary key": mapper.primary_key,
+        "polymorphic_on": (mapper.polymorphic_on,),
+        "version_id_col": (mapper.version_id_col,),
+    }
+    for name in exclude:
+        if not isinstance(columns.get(name), Column):
+            require_attributes(mapper, name)
+        users = [option for option, names in needed.items() if name in names]
+        users += [option for option, its in mapped.items() if any(columns[name] is column for column in its)]
+        if users:
+            raise MemstateError(
+                f"Cannot exclude {mapper.class_.__name__}.{name}: {users[0]} needs it. Take it out of exclude=."
+            )
+
+
 def _check_shapes(version: int, upgrade: Mapping[int, Upgrade]) -> None:
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version < 2**15:
         raise MemstateError(f"version={version!r}: a whole number from 1, one more for each change of shape")
@@ -134,7 +157,9 @@ def derive(base: Tracked, mapper: Mapper[Any]) -> Tracked:
         require_attributes(mapper, *attributes_of(base.text), *base.metadata, *base.unique_names, *base.expiry)
     except MemstateError as error:
         raise MemstateError(f"{error}: what {base.model.__name__} is tracked by") from error
-    return replace(base, model=mapper.class_, entity=str(table.fullname), derived=True, hydrations={}, _columns={})
+    entity, exclude = str(table.fullname), tuple(name for name in base.exclude if name in mapper.columns)
+    model: type[Any] = mapper.class_
+    return replace(base, model=model, entity=entity, derived=True, exclude=exclude, hydrations={}, _columns={})
 
 
 def require_attributes(mapper: Mapper[Any], *names: str) -> None:

@@ -29,6 +29,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm.attributes import set_committed_value
 
 from memstate_sa.db.codec import Image, decode_image, encode, encode_key
+from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.joined_rows import JoinedColumns
 from memstate_sa.db.json_params import as_json
 from memstate_sa.db.rows import TableColumns
@@ -54,7 +55,8 @@ _COPIES: Mapping[type, Callable[[Any], Any]] = {kind: type(kind.__name__, (kind,
 
 
 TRACKED = "memstate_sa"
-"""The key in a MetaData's ``info``: of each table that triggers capture, the class and its version, by entity."""
+"""The key in a MetaData's ``info``: of each table that triggers capture, by entity, the class, its version, and columns
+that are not logged."""
 
 
 Upgrade = Callable[[dict[str, Any]], Mapping[str, Any]]
@@ -83,10 +85,16 @@ class Tracked:
     version: int = 1
     upgrade: Mapping[int, Upgrade] = field(default_factory=dict, repr=False)
     text_version: int = 1
+    exclude: tuple[str, ...] = ()
     withdrawn: bool = False  # from an index: it is to hold no point of the class any more
     since: float = field(default_factory=monotonic, repr=False)  # when it was tracked
-    hydrations: dict[str, Select[Any]] = field(default_factory=dict, repr=False)
-    _columns: dict[str, TableColumns] = field(default_factory=dict, repr=False)
+    hydrations: dict[TableColumns, Select[Any]] = field(default_factory=dict, repr=False)
+    _columns: dict[Database, TableColumns] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether Python looks at each row that was written."""
+        return bool(self.validate or self.immutable or self.unique_values)
 
     @cached_property
     def select_all(self) -> Select[Any]:
@@ -125,7 +133,7 @@ class Tracked:
         """
         if self.by_trigger:
             of_tables = self.table.metadata.info.setdefault(TRACKED, {})
-            of_tables.setdefault(self.table.fullname, {})[self.entity] = (self.model, self.version)
+            of_tables.setdefault(self.table.fullname, {})[self.entity] = (self.model, self.version, self.excluded)
 
     @property
     def expiry(self) -> tuple[str, ...]:
@@ -138,6 +146,7 @@ class Tracked:
             "attributes",
             "_names",
             "_attribute_columns",
+            "excluded",
             "projected_attributes",
             "projected_columns",
             "rows",
@@ -149,14 +158,15 @@ class Tracked:
 
     def columns_for(self, dialect: Dialect) -> TableColumns:
         """This class's statements and conversions for *dialect*."""
-        # Keyed by name: dialect instances of one database differ only in what they learnt from their server.
-        columns = self._columns.get(dialect.name)
+        # By database: the dialects of one database differ only in what they learnt from their server.
+        database = database_of(dialect)
+        columns = self._columns.get(database)
         if columns is None:
             if len(self.tables) > 1:
-                columns = JoinedColumns(self.tables, dialect, required=self.base_table_count)
+                columns = JoinedColumns(self.tables, dialect, self.excluded_of, required=self.base_table_count)
             else:
-                columns = TableColumns(self.table, dialect)
-            self._columns[dialect.name] = columns
+                columns = TableColumns(self.table, dialect, self.excluded)
+            self._columns[database] = columns
         return columns
 
     @cached_property
@@ -178,6 +188,15 @@ class Tracked:
                 if column in self._names and column not in (columns := columns_of.setdefault(name, [])):
                     columns.append(column)
         return columns_of
+
+    def excluded_of(self, table: Table) -> frozenset[str]:
+        """The names of the columns of *table* that the log does not hold."""
+        columns = (column for name in self.exclude for column in self._attribute_columns.get(name, ()))
+        return frozenset(str(column.name) for column in columns if column.table is table)
+
+    @cached_property
+    def excluded(self) -> frozenset[str]:
+        return self.excluded_of(self.table)
 
     def by_attribute(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Column values by attribute name."""
@@ -239,7 +258,7 @@ class Tracked:
     def projected_attributes(self) -> tuple[str, ...]:
         if callable(self.text):
             configure_mappers()  # a process that only relays has loaded no instance yet
-            return tuple(self._attribute_columns)
+            return tuple(name for name in self._attribute_columns if name not in self.exclude)
         return (*attributes_of(self.text), *self.metadata)
 
     @cached_property

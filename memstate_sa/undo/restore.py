@@ -38,6 +38,7 @@ from sqlalchemy.exc import CircularDependencyError, DataError, DBAPIError, Integ
 from sqlalchemy.schema import sort_tables_and_constraints
 
 from memstate_sa.db.codec import FactKey, Image, by_entity, decode, decode_key, same
+from memstate_sa.db.dialects import POSTGRESQL, database_of
 from memstate_sa.db.rows import TableColumns, columns_of, values_of
 from memstate_sa.errors import ConflictError
 from memstate_sa.tracking.registry import Registry
@@ -406,6 +407,6 @@ def _unused(type_: Any) -> Any:  # a case a type
 
 def _generated_always(connection: Connection, table: Table) -> list[Column[Any]]:
     """Columns that only PostgreSQL may write; SQLite has no such thing, and ignores that they were declared so."""
-    if connection.dialect.name != "postgresql":
+    if database_of(connection) is not POSTGRESQL:
         return []
     return [column for column in table.columns if column.identity is not None and column.identity.always]

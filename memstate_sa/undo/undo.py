@@ -381,7 +381,8 @@ class Undoing:
         for tracked in (self.registry.by_entity[entity] for entity in entities if entity in self.registry.by_entity):
             for table in set(tracked.tables) - self.examined:
                 self.examined.add(table)
-                if columns := undeclared_columns(inspect(self.connection), table):
+                columns = [*undeclared_columns(inspect(self.connection), table), *tracked.excluded_of(table)]
+                if columns:
                     warn(f"{table.fullname} {what_is_lost(columns)}", UntrackedWriteWarning)
 
     def _changes(self, ids: Collection[int]) -> list[Change]:

@@ -13,7 +13,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from memstate_sa import metadata
 from memstate_sa.capture.append_only import rewriting
-from memstate_sa.db.statements import upsert
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.tables import trigger_context
 from tests.support import Base, Note, Person, Tag, World
 
@@ -199,7 +199,7 @@ class Play:
         self.session.execute(self.upsert(Tag).values(rows).on_conflict_do_nothing())
 
     def upsert(self, model: Any) -> Any:
-        return upsert(self.session.get_bind().dialect.name, model)
+        return database_of(self.session.get_bind()).upsert(model)
 
     def core_insert(self, n: int, about: str) -> None:
         self.session.execute(insert(Person.__table__), [{"name": f"core{i}", "about": about} for i in range(n + 1)])

@@ -103,6 +103,13 @@ def test_the_documented_folders_are_those_of_the_package() -> None:
     assert sorted({name for row in rows for name in re.findall(r"`(\w+)/[\w/]*`", row)}) == FOLDERS
 
 
+def test_one_file_looks_at_the_name_of_a_dialect() -> None:
+    """All others ask `dialects.database_of`: a third database, or a changed one, is then found in one place."""
+    look = re.compile(r"dialect\.name\b|dialect_name\b|get_backend_name\(\) *[!=]=")
+    files = {name for name, file in FILES.items() if look.search(file.read_text())}
+    assert files == {"memstate_sa.db.dialects"}
+
+
 @pytest.mark.parametrize("path", PUBLIC)
 def test_a_public_import_path_gives_its_names(path: str) -> None:
     if path in NEEDS and find_spec(NEEDS[path]) is None:

@@ -11,7 +11,6 @@ from sqlalchemy import (
     FromClause,
     Integer,
     LargeBinary,
-    Table,
     Text,
     bindparam,
     cast,
@@ -22,8 +21,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Connection
 
+from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.json_params import as_json, row_value, unnest_rows
-from memstate_sa.db.statements import upsert
+from memstate_sa.db.statements import upsert_select
 from memstate_sa.db.tables import log
 from memstate_sa.integrations.langgraph.checkpoint_rows import (
     CheckpointKey,
@@ -65,17 +65,12 @@ def _unpacked(rows: FromClause, width: int) -> list[ColumnElement[Any]]:
     ]
 
 
-def _insert(dialect_name: str, table: Table, values: Mapping[str, ColumnElement[Any]]) -> Any:
-    # Without a WHERE, SQLite takes ON CONFLICT for a join's ON.
-    return upsert(dialect_name, table).from_select(list(values), select(*values.values()).where(true()))
-
-
 @cache
-def _put_blobs(dialect_name: str) -> Any:
+def _put_blobs(database: Database) -> Any:
     rows = unnest_rows("given")
     names = ["thread_id", "ns", "channel", "version", "type", "value"]
     values = [thread_param, ns_param, row_value(rows, 0, Text()), row_value(rows, 1, Text()), *_unpacked(rows, 2)]
-    return _insert(dialect_name, blob, dict(zip(names, values, strict=True))).on_conflict_do_nothing()
+    return upsert_select(database, blob, dict(zip(names, values, strict=True))).on_conflict_do_nothing()
 
 
 _last_tx = select(log.c.tx).order_by(log.c.id.desc()).limit(1).scalar_subquery()
@@ -87,27 +82,27 @@ _parent = (
 _replaced_columns = ("parent_id", "run_id", "position", "snapshot", "metadata", "channels", "type", "payload")
 
 
-def log_position(dialect_name: str) -> dict[str, ColumnElement[Any]]:
+def log_position(database: Database) -> dict[str, ColumnElement[Any]]:
     """The columns that hold where the log is now.
 
     On PostgreSQL a snapshot belongs to it: the log's last transaction may have seen less than is committed.
     """
-    if dialect_name != "postgresql":
+    if database.has_one_writer:
         return {"position": _last_tx, "snapshot": null()}
     return {"position": _last_tx, "snapshot": cast(func.pg_current_snapshot(), Text)}
 
 
 @cache
-def _put_checkpoint(dialect_name: str, *, positioned: bool, with_blobs: bool, replace: bool, follows: bool) -> Any:
+def _put_checkpoint(database: Database, *, positioned: bool, with_blobs: bool, replace: bool, follows: bool) -> Any:
     values: dict[str, ColumnElement[Any]] = {"thread_id": thread_param, "ns": ns_param, "id": id_param}
     values |= {name: bindparam(name, type_=checkpoint.c[name].type) for name in _replaced_columns}
     if positioned:
-        values |= log_position(dialect_name)
-    row = select(*values.values()).where(true())  # see `_insert`
+        values |= log_position(database)
+    row = select(*values.values()).where(true())  # see `upsert_select`
     if follows:
         # The parent's row stays until this transaction ends, and with it the blobs that both checkpoints share.
         row = row.select_from(_parent.subquery("parent"))
-    statement = upsert(dialect_name, checkpoint).from_select(list(values), row)
+    statement = database.upsert(checkpoint).from_select(list(values), row)
     if replace:
         statement = statement.on_conflict_do_update(
             index_elements=list(checkpoint.primary_key),
@@ -117,7 +112,7 @@ def _put_checkpoint(dialect_name: str, *, positioned: bool, with_blobs: bool, re
         statement = statement.on_conflict_do_nothing()
     if follows:
         statement = statement.returning(checkpoint.c.id)
-    return statement.add_cte(_put_blobs(dialect_name).cte("putting_blobs")) if with_blobs else statement
+    return statement.add_cte(_put_blobs(database).cte("putting_blobs")) if with_blobs else statement
 
 
 def put_checkpoint(
@@ -149,20 +144,20 @@ def put_checkpoint(
         params |= {"position": tx or None, "snapshot": snapshot or None}
     if follows:
         params["the_parent"] = new.parent_id
-    dialect = connection.dialect.name
-    together = bool(blobs) and dialect == "postgresql"
+    database = database_of(connection)
+    together = bool(blobs) and database.has_writing_ctes
     packed = _packed(((channel, version), value) for (channel, version), value in blobs.items())
     if blobs and not together:
-        connection.execute(_put_blobs(dialect), {**graph_params(new.key.thread_id, new.key.ns), **packed})
+        connection.execute(_put_blobs(database), {**graph_params(new.key.thread_id, new.key.ns), **packed})
     statement = _put_checkpoint(
-        dialect, positioned=is_positioned, with_blobs=together, replace=replace, follows=follows
+        database, positioned=is_positioned, with_blobs=together, replace=replace, follows=follows
     )
     result = connection.execute(statement, {**params, **packed} if together else params)
     return not follows or result.first() is not None
 
 
 @cache
-def _put_writes(dialect_name: str, *, replace: bool) -> Any:
+def _put_writes(database: Database, *, replace: bool) -> Any:
     rows = unnest_rows("given")
     values = {
         "thread_id": thread_param,
@@ -174,7 +169,7 @@ def _put_writes(dialect_name: str, *, replace: bool) -> Any:
         "channel": row_value(rows, 3, Text()),
     }
     values |= dict(zip(("type", "value"), _unpacked(rows, 4), strict=True))
-    statement = _insert(dialect_name, write, values)
+    statement = upsert_select(database, write, values)
     if not replace:
         return statement.on_conflict_do_nothing()
     names = ("channel", "type", "value")
@@ -191,5 +186,5 @@ def put_writes(connection: Connection, key: CheckpointKey, writes: Iterable[Task
             unique_writes[task_write.task_id, task_write.idx] = task_write
     if unique_writes:
         packed = _packed(((w.task_id, w.idx, w.task_path, w.channel), w.value) for w in unique_writes.values())
-        statement = _put_writes(connection.dialect.name, replace=replace)
+        statement = _put_writes(database_of(connection), replace=replace)
         connection.execute(statement, {**checkpoint_params(key), **packed})

@@ -28,6 +28,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from memstate_sa.db import json_filter
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.json_params import as_array
 from memstate_sa.integrations.langgraph.checkpoint_rows import (
     CheckpointKey,
@@ -175,7 +176,7 @@ def page(
     c = checkpoint.c
     conditions = ((c.thread_id, query.thread_id), (c.ns, query.ns), (c.id, query.id))
     criteria = [column == value for column, value in conditions if value is not None]
-    criteria.append(json_filter.matches(connection.dialect.name, c.metadata, filters))
+    criteria.append(json_filter.matches(database_of(connection), c.metadata, filters))
     if query.before is not None:
         criteria.append(c.id < query.before)
     if query.after is not None:

@@ -26,6 +26,7 @@ from langgraph.checkpoint.serde.types import ERROR, INTERRUPT
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import sessionmaker
 
+from memstate_sa.db.dialects import database_of
 from memstate_sa.errors import ConflictError, MemstateError
 from memstate_sa.integrations.langgraph import (
     checkpoint_inserts,
@@ -64,7 +65,7 @@ class CheckpointSaver(BaseCheckpointSaver[str]):
         self.memory = memory
         self.engine = engine
         self._autocommit = self._read_committed = engine
-        if engine.dialect.name != "sqlite":
+        if not database_of(engine).has_one_writer:
             # For one statement, BEGIN and COMMIT are most of the time; on SQLite it would take longer to say so.
             self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
             # Whatever the application's own level: a late writer must see what others committed, and not fail for it.

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from memstate_sa.db import sqlite
 from memstate_sa.db.creation import create
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.engines import is_same_database
 from memstate_sa.db.joined_session import use_session
 from memstate_sa.db.leases import owner_id
@@ -91,7 +92,7 @@ class MemStateCheckpointer(CheckpointSaver):
             )
         super().__init__(engine, memory, serde or StateSerializer(allow), step_timeout_s)
         self._owns_engine = isinstance(where, (str, URL)) or (memory is None and engine is not where)
-        if engine.dialect.name == "sqlite":
+        if database_of(engine).has_one_writer:
             sqlite.watch(self)
 
     def setup(self) -> None:

@@ -9,7 +9,7 @@ from langgraph.checkpoint.base import DeltaChannelHistory
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from sqlalchemy.engine import Engine
 
-from memstate_sa.db import engines
+from memstate_sa.db.dialects import database_of
 from memstate_sa.integrations.langgraph import checkpoint_queries
 from memstate_sa.integrations.langgraph.checkpoint_codec import decoded, decoded_write
 from memstate_sa.integrations.langgraph.checkpoint_rows import CheckpointKey
@@ -29,7 +29,7 @@ def delta_history(
     seeds: dict[str, str] = {}
     paths: dict[str, Sequence[str]] = {}
     # Several statements of one state, in which nothing is pruned half-way.
-    with engines.snapshot(engine) as connection:
+    with database_of(engine).snapshot(engine) as connection:
         if checkpoint_id is None:
             latest = checkpoint_queries.get_checkpoint(connection, *graph, None)
             if latest is None:

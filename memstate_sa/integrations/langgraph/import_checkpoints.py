@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Engine, Table, func, inspect, literal, select
 from sqlalchemy.engine import URL
 from sqlalchemy.schema import MetaData
 
+from memstate_sa.db.dialects import POSTGRESQL, database_of
 from memstate_sa.errors import MemstateError
 from memstate_sa.integrations.langgraph import checkpoint_inserts
 from memstate_sa.integrations.langgraph.checkpoint_codec import is_small, storable
@@ -85,9 +86,8 @@ class _SaverTables:
 
     def __init__(self, engine: Engine, serde: SerializerProtocol | None, new_serde: SerializerProtocol) -> None:
         self._serde, self._new_serde = serde, new_serde
-        names = {"checkpoints", "checkpoint_writes" if engine.dialect.name == "postgresql" else "writes"}
-        self._has_blobs = engine.dialect.name == "postgresql"
-        names |= {"checkpoint_blobs"} if self._has_blobs else set()
+        self._has_blobs = database_of(engine) is POSTGRESQL
+        names = {"checkpoints", *(("checkpoint_writes", "checkpoint_blobs") if self._has_blobs else ("writes",))}
         missing = names - set(inspect(engine).get_table_names())
         if missing:
             raise MemstateError(f"no checkpoints of LangGraph's savers there: no table {', '.join(sorted(missing))}")

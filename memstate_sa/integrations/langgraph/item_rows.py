@@ -31,8 +31,9 @@ from sqlalchemy import (
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Mapped, Session, aliased, mapped_column
 
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.json_params import as_array, unnest_strings
-from memstate_sa.db.statements import take_write_lock, upsert
+from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import StoredJson, UTCDateTime, metadata
 from memstate_sa.fact import OwnBase
 
@@ -249,7 +250,7 @@ def keep_without_waiting(connection: Connection, items: Collection[KeptItem]) ->
 def _keep(connection: Connection, items: Collection[KeptItem], present_ids: set[str]) -> None:
     if any(item.id not in present_ids for item in items):
         raise ItemSwept
-    new = upsert(connection.dialect.name, kept)
+    new = database_of(connection).upsert(kept)
     later = new.excluded.until
     new = new.on_conflict_do_update(index_elements=["id", "of"], set_={"until": later}, where=later > kept.c.until)
     # In an order, so that two readers cannot wait for each other.

@@ -23,6 +23,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
+from memstate_sa.db.dialects import database_of
 from memstate_sa.errors import MemstateError
 from memstate_sa.integrations.langgraph.checkpoint_rows import CheckpointKey
 from memstate_sa.integrations.langgraph.fair_semaphore import FairSemaphore
@@ -94,7 +95,7 @@ class NodeTransaction:
 
         @event.listens_for(session, "after_begin")
         def _keep_driver(_: Session, __: SessionTransaction, connection: Connection) -> None:
-            if connection.dialect.name == "sqlite":
+            if database_of(connection).has_one_writer:
                 self._driver = connection.connection.driver_connection
 
         @event.listens_for(session, "after_transaction_end")

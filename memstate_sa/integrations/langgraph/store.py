@@ -22,6 +22,7 @@ from sqlalchemy.orm.attributes import flag_modified
 
 from memstate_sa.db import json_filter, sqlite
 from memstate_sa.db.codec import is_text
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.joined_session import current_session
 from memstate_sa.db.json_params import as_array
 from memstate_sa.db.statements import take_write_lock
@@ -129,7 +130,7 @@ class MemStateStore(BaseStore):
             self.memory.track(ItemRow, text="text", metadata=("scope",))
         in_memory = sqlite.is_in_memory(self.engine)
         # For one statement, BEGIN and ROLLBACK are most of the time; on SQLite it would take longer to say so.
-        autocommit = {} if self.engine.dialect.name == "sqlite" else {"isolation_level": "AUTOCOMMIT"}
+        autocommit = database_of(self.engine).isolation("AUTOCOMMIT")
         self._readers = sessionmaker(self.engine.execution_options(**autocommit))
         self._facts = where if isinstance(where, MemoryStore) else None
         if self._facts is not None:
@@ -306,12 +307,12 @@ class MemStateStore(BaseStore):
         if not isinstance(value, Mapping):
             raise InvalidItem("a filter is an object: names and what they have to be")
         filter_ = plain(value, "filter")
-        dialect = self.engine.dialect.name
+        database = database_of(self.engine)
         try:
-            json_filter.matches(dialect, ItemRow.value, filter_)
+            json_filter.matches(database, ItemRow.value, filter_)
         except (ValueError, OverflowError) as error:
             raise InvalidItem(f"filter: {error}") from error
-        return lambda row: json_filter.matches(dialect, row.value, filter_)
+        return lambda row: json_filter.matches(database, row.value, filter_)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 

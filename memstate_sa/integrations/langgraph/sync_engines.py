@@ -8,6 +8,7 @@ from sqlalchemy.engine import URL, Engine
 from sqlalchemy.pool import QueuePool
 
 from memstate_sa.db import missing_tables
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.engines import engine_of
 from memstate_sa.errors import MemstateError
 from memstate_sa.memory import Memory
@@ -42,7 +43,7 @@ def _sync_engine(where: MemoryStore | Engine | AsyncEngine | URL | str, memory: 
 
 def room_for_steps(engine: Engine) -> int:
     """How many steps may be open at a time: one on SQLite, which has one writer, else one for each connection."""
-    if engine.dialect.name == "sqlite":
+    if database_of(engine).has_one_writer:
         return 1
     pool: Any = engine.pool
     if not isinstance(pool, QueuePool) or pool.size() == 0 or pool._max_overflow < 0:  # noqa: SLF001  # nothing tells it

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, cast
 from sqlalchemy import bindparam, delete, select, update
 from sqlalchemy.engine import Connection
 
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.leases import database_now, is_gone
-from memstate_sa.db.statements import upsert
 from memstate_sa.errors import ConflictError
 from memstate_sa.integrations.langgraph.tables import lease
 from memstate_sa.integrations.langgraph.thread_ids import thread_id_of
@@ -43,7 +43,7 @@ def acquire(connection: Connection, thread_id: str, owner: str, lease_s: float, 
     """
     now = database_now(connection)
     until = now + timedelta(seconds=lease_s)
-    new = upsert(connection.dialect.name, lease).on_conflict_do_nothing()
+    new = database_of(connection).upsert(lease).on_conflict_do_nothing()
     row = {"thread_id": thread_id, "owner": owner, "lease_until": until}
     current = None
     while current is None:  # released in between, and by now perhaps somebody else's

@@ -8,8 +8,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, Table, Text, bindparam, delete, false, func, literal_column, select
 from sqlalchemy.engine import Connection
 
+from memstate_sa.db.dialects import Database, database_of
 from memstate_sa.db.json_params import as_array, unnest_strings
-from memstate_sa.db.statements import upsert
 from memstate_sa.integrations.langgraph.checkpoint_rows import TABLES
 from memstate_sa.integrations.langgraph.tables import checkpoint
 
@@ -32,7 +32,7 @@ def lock_threads(connection: Connection, thread_ids: Iterable[str]) -> None:
 
     A checkpoint that follows another one waits for that one's row; one whose parent is gone waits for the thread.
     """
-    if connection.dialect.name == "sqlite":
+    if database_of(connection).has_one_writer:
         connection.execute(_delete_nothing)  # which takes the write lock
         return
     params = {"threads": as_array(sorted(thread_ids))}
@@ -50,7 +50,7 @@ def delete_threads(connection: Connection, thread_ids: Iterable[str]) -> None:
 
 def _execute_at_once(connection: Connection, statements: Sequence[Any], params: Mapping[str, Any]) -> None:
     """Run *statements* on one state of the database."""
-    if connection.dialect.name == "postgresql":  # where each statement sees another; on SQLite, we are the writer
+    if database_of(connection).has_writing_ctes:  # elsewhere we are the one writer, and each statement sees the same
         first, *others = statements
         statements = [first.add_cte(*(other.cte(f"also_{n}") for n, other in enumerate(others)))]
     for statement in statements:
@@ -59,15 +59,15 @@ def _execute_at_once(connection: Connection, statements: Sequence[Any], params: 
 
 def copy_thread(connection: Connection, source: str, target: str) -> None:
     """Copy all rows of a thread as they are at one moment, in which nothing is pruned half-way."""
-    statements = [_copy(connection.dialect.name, table) for table in TABLES]
+    statements = [_copy(database_of(connection), table) for table in TABLES]
     _execute_at_once(connection, statements, {"source": source, "target": target})
 
 
-def _copy(dialect_name: str, table: Table) -> Any:
+def _copy(database: Database, table: Table) -> Any:
     values: dict[str, ColumnElement[Any]] = {column.name: column for column in table.columns}
     values["thread_id"] = bindparam("target", type_=Text())
     copied = select(*values.values()).where(table.c.thread_id == bindparam("source", type_=Text()))
-    return upsert(dialect_name, table).from_select(list(values), copied).on_conflict_do_nothing()
+    return database.upsert(table).from_select(list(values), copied).on_conflict_do_nothing()
 
 
 def threads_of_runs(connection: Connection, run_ids: Iterable[str]) -> list[str]:

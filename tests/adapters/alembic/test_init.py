@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
+import flask_migrate
 import pytest
 from alembic import command
 from alembic.config import Config
@@ -202,24 +204,50 @@ def test_init_finds_alembic_wherever_its_config_points(folder: Path, url: str, l
     assert tables(url) == {"note"}
 
 
-FLASK_MIGRATE = """from flask import current_app
+FLASK_MIGRATE = (Path(flask_migrate.__file__).parent / "templates" / "flask" / "env.py").read_text()
+FLASK_SHOP = """
+from types import SimpleNamespace
+from flask import Flask
+from flask_migrate import Migrate
 
-from alembic import context
-
-target_db = current_app.extensions['migrate'].db
-
-def get_metadata():
-    return target_db.metadata
-
-def run_migrations_online():
-    conf_args = current_app.extensions['migrate'].configure_args
-    with get_engine().connect() as connection:
-        context.configure(
-            connection=connection,
-            target_metadata=get_metadata(),
-            **conf_args
-        )
+app = Flask("shop")
+db = SimpleNamespace(metadata=Base.metadata, engine=sa.create_engine(URL, poolclass=sa.NullPool))
+Migrate(app, db, "migrations"OPTIONS)
 """
+NAMES_US = ', autogenerate_plugins=["alembic.autogenerate.*", "memstate_sa"]'
+
+
+@pytest.mark.parametrize("options", ["", NAMES_US])
+def test_flask_migrate_creates_tables_and_triggers(
+    folder: Path, url: str, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """init adds what its env.py lacks; a plugin that the application passes to Migrate() is not named twice."""
+    monkeypatch.setattr("logging.config.fileConfig", lambda _: None)
+    monkeypatch.syspath_prepend(folder)
+    facts = folder / "shop" / "facts.py"
+    facts.write_text(SHOP + FLASK_SHOP.replace("URL", repr(url)).replace("OPTIONS", options))
+    app = import_module("shop.facts").app
+    with app.app_context():
+        flask_migrate.init()
+        assert "1 of 5 steps are left" in invoke("init", "--url", url, "--apply", "--yes")
+        source = (folder / "migrations" / "env.py").read_text()
+        assert source.count("[get_metadata(), memstate_sa.metadata]") == 2
+        assert source.count("autogenerate_plugins") == (0 if options else 2)
+        flask_migrate.stamp()
+        flask_migrate.migrate()
+        flask_migrate.upgrade()
+    assert "There is nothing left to do" in invoke("init", "--url", url, "--apply", "--yes")
+
+
+def test_plugins_that_migrate_is_given_lack_ours(folder: Path, url: str) -> None:
+    """The checklist names the module that names the others."""
+    (folder / "shop" / "web.py").write_text("Migrate(app, db, autogenerate_plugins=['alembic.autogenerate.*'])\n")
+    (folder / "migrations").mkdir()
+    (folder / "migrations" / "env.py").write_text(FLASK_MIGRATE)
+    shown = invoke("init", "--url", url, "--apply", "--yes")
+    assert "✗ our plugin in web.py\n    Migrate(..., autogenerate_plugins=[" in shown
+    assert "autogenerate_plugins" not in (folder / "migrations" / "env.py").read_text()
+    assert "in a way of its own" not in invoke("init", "--url", url, "--apply", "--yes")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from sqlalchemy import Engine, create_engine, inspect, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
+from memstate_sa import MemstateError
 from memstate_sa.db.tables import outbox
 from tests.adapters.alembic.application import HAS_PLUGINS, OURS_TOO, Application, contents, routines
 from tests.support.older import NEW, OLD, make_older
@@ -352,6 +353,8 @@ def test_triggers_of_an_older_version_of_ours_are_replaced(notes: Application) -
 # -- what is rendered --------------------------------------------------------------------------------------------------
 
 EVERYTHING = """
+from sqlalchemy.dialects.postgresql import ARRAY
+
 class Kind(enum.Enum):
     memo = "m"
     idea = "i"
@@ -369,6 +372,21 @@ class Guid(sa.types.TypeDecorator):
     def load_dialect_impl(self, dialect):
         return dialect.type_descriptor(sa.Uuid() if dialect.name == "postgresql" else sa.CHAR(32))
 
+class Opaque(sa.types.UserDefinedType):
+    # As those of pgvector.
+    cache_ok = True
+    def __init__(self, dimensions=3):
+        self.dimensions = dimensions
+    def get_col_spec(self, **_):
+        return "TEXT"
+
+class Packed(sa.types.TypeDecorator):
+    impl = Opaque
+    cache_ok = True
+
+class Email(sa.String):
+    pass
+
 class Item(Base):
     __tablename__ = "an item's"
     __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": Kind.other}
@@ -378,6 +396,12 @@ class Item(Base):
     kind: Mapped[Kind]
     upper: Mapped[Optional[str]] = mapped_column(Upper)
     guid: Mapped[Optional[Any]] = mapped_column(Guid)
+    opaque: Mapped[Optional[str]] = mapped_column(Opaque(3))
+    packed: Mapped[Optional[str]] = mapped_column(Packed)
+    email: Mapped[Optional[str]] = mapped_column(Email(50))
+    here: Mapped[Optional[str]] = mapped_column(sa.Text().with_variant(Opaque(3), "postgresql"))
+    there: Mapped[Optional[str]] = mapped_column(Upper().with_variant(sa.Text(), "sqlite"))
+    tags: Mapped[Optional[Any]] = mapped_column(sa.JSON().with_variant(ARRAY(sa.String(9)), "postgresql"))
     uuid: Mapped[Optional[uuid.UUID]]
     price: Mapped[Optional[decimal.Decimal]] = mapped_column(sa.Numeric(10, 2))
     at: Mapped[Optional[datetime.datetime]] = mapped_column(sa.DateTime(timezone=True))
@@ -396,19 +420,22 @@ memory.track(Memo, text="upper", entity="a 'memo': of 100%", capture="trigger", 
 """
 
 
+def import_types(source: str) -> str:
+    """For Alembic's own create_table."""
+    return source.replace(
+        "import sqlalchemy as sa\n", "import sqlalchemy as sa\nimport models\nfrom sqlalchemy import String\n"
+    )
+
+
 @pytest.mark.deep_on("postgres")
 def test_revision_renders_every_kind_of_mapping(app: Application) -> None:
     """Types of the application, a key in another order, single-table inheritance, names that need care: rendered so
     that the revision needs no import of the application's, and makes the very triggers that create_tables makes.
     """
     app.write_models(EVERYTHING)
-
-    def import_types(source: str) -> str:  # as for create_table, which asks for it
-        return source.replace("import sqlalchemy as sa\n", "import sqlalchemy as sa\nimport models\n")
-
     source = app.revise("r1", import_types)
     tracks = source.split("op.memstate_track(")[1:2]
-    assert all("models" not in each for each in tracks)
+    assert not re.search("models|Upper|Opaque", tracks[0])
     assert "sa.PrimaryKeyConstraint('second', 'first')" in tracks[0]
     app.upgrade()
     assert app.differences() == "" and problems(app) == []
@@ -427,9 +454,7 @@ def test_revision_renders_every_kind_of_mapping(app: Application) -> None:
 def test_offline_script_makes_the_same_triggers(app: Application) -> None:
     """`--sql` asks no database, and what it prints makes the same triggers."""
     app.write_models(EVERYTHING)
-    app.revise(
-        "r1", lambda source: source.replace("import sqlalchemy as sa\n", "import sqlalchemy as sa\nimport models\n")
-    )
+    app.revise("r1", import_types)
     printed = app.offline("head")
     app.upgrade()
     online = (contents(app.engine, ours=True), routines(app.engine))
@@ -443,6 +468,18 @@ def test_offline_script_makes_the_same_triggers(app: Application) -> None:
     connection.close()
     assert (contents(app.engine, ours=True), routines(app.engine)) == online
     assert app.differences() == "" and problems(app) == []
+
+
+def test_autogenerate_refuses_a_type_that_create_tables_refuses(app: Application) -> None:
+    """A revision names types of SQLAlchemy's own, of which triggers would log other values."""
+    reads_otherwise = """
+class Shown(sa.String):
+    def column_expression(self, column):
+        return sa.func.upper(column)
+"""
+    app.write_models(reads_otherwise + NOTE + "    shown: Mapped[Optional[str]] = mapped_column(Shown)\n" + TRACKED)
+    with pytest.raises(MemstateError, match=r"cannot log note\.shown"):
+        app.revise("r1")
 
 
 def test_offline_script_stops_at_a_missing_table(tmp_path: Path, postgres_engine: Engine) -> None:
@@ -655,3 +692,28 @@ def test_log_excluded_by_env_py_is_left_alone(app: Application) -> None:
     assert app.differences() == ""
     (app.folder / "env.py").write_text(env)
     assert "memstate_protect_log" in app.differences()
+
+
+def test_a_revision_excludes_columns(notes: Application) -> None:
+    """A change of exclude= is a revision, and undoing it brings back the triggers of before."""
+    assert app_images(notes, "INSERT INTO note (id, text) VALUES (1, 'a')") == [{"id": 1, "text": "a"}]
+    notes.write_models(TITLED + TRACKED.replace('text="text"', 'text="text", exclude=("title",)'))
+    source = notes.revise("r2")
+    assert "exclude=['title']" in source
+    notes.upgrade()
+    assert notes.differences() == "" and problems(notes) == []
+    assert app_images(notes, "UPDATE note SET title = 't'") == []
+    notes.write_models(TITLED + TRACKED)
+    notes.revise("r3")
+    notes.upgrade()
+    assert app_images(notes, "UPDATE note SET title = 'u'") == [{"id": 1, "text": "a", "title": "u"}]
+    notes.downgrade("-1")
+    assert app_images(notes, "UPDATE note SET text = 'b'") == [{"id": 1, "text": "b"}]
+    assert app_images(notes, "UPDATE note SET title = 'v'") == []
+
+
+def app_images(app: Application, statement: str) -> list[Any]:
+    """What *statement* has logged."""
+    before = len(images(app))
+    app.execute(statement)
+    return [image for _, _, image in images(app)[before:]]

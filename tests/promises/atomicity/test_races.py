@@ -28,7 +28,7 @@ from memstate_sa.relay import RetryPolicy, ledger, waiting
 from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.plan import Parked, ParkedState
 from memstate_sa.relay.retention import fold_log
-from memstate_sa.runtime import listening
+from memstate_sa.runtime import watching
 from memstate_sa.search.search import Search
 from memstate_sa.testing import HashEmbedder
 from memstate_sa.undo import selection
@@ -434,24 +434,28 @@ def test_two_threads_that_use_an_engine_first_are_both_guarded(engine: Engine, m
     """What the second one wrote past the log was not refused, as the first was just about to see to that."""
     world = World(engine)
     elsewhere: Engine = sqlite.configure(create_engine(engine.url))
-    before = len(elsewhere.dispatch.before_cursor_execute)
     sessions = sessionmaker()
     world.memory.attach(sessions)
-    listens, come_in = listening.listen, list[str]()
+    watch, come_in = watching.watch, list[Engine]()
 
-    def write_first(target: Any, name: str, *given: Any, **options: Any) -> None:
-        if name == "before_cursor_execute" and not come_in:
-            come_in.append(name)
+    def write_first(target: Engine, watcher: Any) -> None:
+        if not come_in:
+            come_in.append(target)
             in_a_thread(write_past)
-        listens(target, name, *given, **options)
+        watch(target, watcher)
 
     def write_past() -> None:
         with sessions(bind=elsewhere) as session, pytest.raises(UntrackedWrite):
             session.connection().execute(insert(Tag.__table__).values(name="a", meaning="x"))
 
-    monkeypatch.setattr(listening, "listen", write_first)
+    monkeypatch.setattr(watching, "watch", write_first)
     with sessions(bind=elsewhere) as session:
         session.connection()
         assert come_in
-    assert len(elsewhere.dispatch.before_cursor_execute) == before + 1  # not twice
+    mine = [
+        each
+        for each in elsewhere.dialect.execution_ctx_cls.watchers
+        if each == world.memory._capture._guard.before_statement
+    ]
+    assert len(mine) == 1  # not twice
     elsewhere.dispose()

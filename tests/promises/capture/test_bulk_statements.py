@@ -13,7 +13,7 @@ from sqlalchemy import Engine, bindparam, delete, event, func, insert, lambda_st
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, mapped_column, with_loader_criteria
 
 from memstate_sa import ConflictError, UntrackedWrite
-from memstate_sa.db.statements import upsert
+from memstate_sa.db.dialects import database_of
 from memstate_sa.log.changes import replay
 from tests.support.apps import App, make_app
 
@@ -157,7 +157,7 @@ def _from_statement(session: Session, dml: Any) -> list[str]:
 
 
 def _upserted(session: Session) -> list[str]:
-    statement = upsert(session.get_bind().dialect.name, USERS).values([{"id": 1, "name": "u1", "text": "merged"}])
+    statement = database_of(session.get_bind()).upsert(USERS).values([{"id": 1, "name": "u1", "text": "merged"}])
     statement = statement.on_conflict_do_update(index_elements=["id"], set_={"text": statement.excluded.text})
     return _from_statement(session, statement)
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from memstate_sa import Memory, MemstateError, UntrackedWrite
 from memstate_sa.capture.guard import UntrackedWriteWarning
-from memstate_sa.db.statements import upsert
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.tables import log, outbox, transaction
 from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.testing import HashEmbedder
@@ -285,7 +285,7 @@ def test_upsert_logs_baselines_of_rows_older_than_tracking(world: World) -> None
     with world.session() as session:
         session.execute(insert(Tag), [{"name": "known", "meaning": "one"}])
         session.commit()
-        statement = upsert(world.engine.dialect.name, Tag)
+        statement = database_of(world.engine).upsert(Tag)
         statement = statement.on_conflict_do_update(
             index_elements=["name"], set_={"meaning": statement.excluded.meaning}, where=Tag.name != "kept"
         )

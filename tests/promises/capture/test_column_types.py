@@ -91,6 +91,7 @@ COLUMNS: dict[str, tuple[Any, st.SearchStrategy[Any]]] = {
     "shouting": (Shouting, safe_text),
 }
 POSTGRES = {
+    "shouting_variant": (Shouting().with_variant(pg.JSONB(), "postgresql"), json_value),
     "aware": (sa.DateTime(timezone=True), naive.map(lambda at: at.replace(tzinfo=UTC))),
     "jsonb": (pg.JSONB, json_value),
     "array": (pg.ARRAY(sa.String), st.lists(st.none() | safe_text, max_size=3)),

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import Engine, select, text, update
+from sqlalchemy import Engine, ForeignKey, delete, select, text, update
 from sqlalchemy.exc import DBAPIError, ProgrammingError
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from memstate_sa import Memory, MemstateError
 from memstate_sa.capture import triggers
+from memstate_sa.capture.append_only import rewriting
 from memstate_sa.capture.captured_tables import CapturedTable, captured_in
 from memstate_sa.db import functions
 from memstate_sa.db.tables import log, outbox, trigger_context
@@ -23,6 +24,7 @@ from memstate_sa.indexes import InMemoryIndex
 from memstate_sa.migrations import VERSION_TABLE, __main__
 from memstate_sa.testing import HashEmbedder
 from tests.support import Note, Person, Tag, World
+from tests.support.apps import make_app
 from tests.support.roles import Role, database, name_of, role, sql, values
 
 __all__ = ["role"]
@@ -455,6 +457,73 @@ def test_an_application_and_a_relay_need_what_the_documentation_grants(
     with pytest.raises(ProgrammingError, match="permission denied"):
         sql(relay, "INSERT INTO tag (name, meaning) VALUES ('b', 'x')")
     world.memory.close()
+
+
+class Vehicles(DeclarativeBase):
+    pass
+
+
+class Vehicle(Vehicles):
+    __tablename__ = "vehicle"
+    __mapper_args__: ClassVar[Any] = {"polymorphic_on": "kind", "polymorphic_identity": "vehicle"}
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    text: Mapped[str]
+
+
+class Car(Vehicle):
+    __tablename__ = "car"
+    __mapper_args__: ClassVar[Any] = {"polymorphic_identity": "car"}
+    id: Mapped[int] = mapped_column(ForeignKey("vehicle.id"), primary_key=True)
+    doors: Mapped[int]
+
+
+class Bike(Vehicles):
+    __tablename__ = "bike"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str]
+
+
+def delete_object(session: Session, model: type[Any]) -> None:
+    session.delete(session.get_one(model, 1))
+
+
+DELETES: dict[str, Callable[[Session, type[Any]], Any]] = {
+    "of an object": delete_object,
+    "by a WHERE": lambda session, model: session.execute(delete(model).where(model.text == "one")),
+    "of a table": lambda session, model: session.execute(delete(model.__table__)),
+    "by a WHERE, with results": lambda session, model: session.scalars(delete(model).returning(model.text)).all(),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "capture", "kind"),
+    [(Bike, capture, kind) for capture in ("session", "trigger") for kind in DELETES]
+    + [(Car, "session", "of an object")],
+)
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_role_that_may_not_update_can_delete(
+    postgres_engine: Engine, role: Role, model: type[Any], capture: Any, kind: str, is_known: bool
+) -> None:
+    """PostgreSQL locks rows for nobody else than who may update them. *is_known*: the log has an entry of the row."""
+    app = make_app(postgres_engine, Vehicle if model is Car else Bike, capture=capture)
+    values = {"id": 1, "text": "one", **({"doors": 3} if model is Car else {})}
+    with app.session() if is_known else Session(postgres_engine) as session:
+        session.add(model(**values))
+        session.commit()
+    if not is_known:
+        with postgres_engine.begin() as connection, rewriting(connection):
+            connection.execute(delete(log))
+    engine = role()
+    sql(postgres_engine, re.sub("GRANT .* person.*;\n", "", granted("app", name_of(engine))))
+    sql(postgres_engine, f"GRANT SELECT, DELETE ON vehicle, car, bike TO {name_of(engine)}")
+    with app.sessions(bind=engine) as session:
+        DELETES[kind](session, model)
+        session.commit()
+    with app.session() as session:
+        operations = [change.op for change in app.memory.history(session, app.models[0])]
+    assert operations == ["insert" if is_known else "baseline", "delete"]
+    app.assert_log_is_truth()
 
 
 def test_a_program_that_only_writes_tables_needs_no_right_on_ours(world: World, role: Role) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, sessionmaker
 
 from memstate_sa import ConflictError, MemstateError, UntrackedWrite, sqlite
-from memstate_sa.db.statements import upsert
+from memstate_sa.db.dialects import database_of
 from memstate_sa.db.tables import log, trigger_context
 from tests.support import apps
 
@@ -542,7 +542,7 @@ def test_an_upsert_that_changes_keys_is_refused(engine: Engine) -> None:
     with app.sessions() as session:
         session.add(Mail(id=1, text="a"))
         session.commit()
-        statement: Any = upsert(engine.dialect.name, Mail).values(id=7, text="a")
+        statement: Any = database_of(engine).upsert(Mail).values(id=7, text="a")
         statement = statement.on_conflict_do_update(index_elements=["text"], set_={"id": statement.excluded.id})
         for refused in (statement, update(Mail).prefix_with("OR REPLACE").values(text="b")):
             with pytest.raises(UntrackedWrite):

@@ -29,7 +29,7 @@ from sqlalchemy.orm import (
 )
 
 from memstate_sa import UntrackedWrite
-from memstate_sa.db.statements import upsert
+from memstate_sa.db.dialects import database_of
 from tests.support import apps
 
 pytestmark = [
@@ -244,7 +244,7 @@ def rowcounts(session: Session) -> None:
 
 
 def upsert_of(session: Session, model: Any) -> Any:
-    return upsert(session.get_bind().dialect.name, model)
+    return database_of(session.get_bind()).upsert(model)
 
 
 def upserts(session: Session) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, select, text, update
+from sqlalchemy import Engine, delete, insert, select, text, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from memstate_sa import ConflictError, Memory
@@ -56,6 +56,26 @@ def test_doctor_reports_rows_changed_past_the_log(world: World) -> None:
             world.memory.rollback(session)
     world.memory.backfill(world.engine, Tag)
     world.assert_in_step()
+
+
+@pytest.mark.parametrize("capture", ["session", "trigger"])
+def test_doctor_finds_rows_that_core_wrote_without_a_session(engine: Engine, capture: str) -> None:
+    """As pandas.to_sql does. Triggers log them."""
+    app = make_app(engine, Tag, text="meaning", capture=capture)
+    app.write(Tag(name="a", meaning="one"), Tag(name="b", meaning="one"), Tag(name="c", meaning="one"))
+    table = Tag.__table__
+    with engine.begin() as connection:
+        connection.execute(insert(table), [{"name": "d", "meaning": "new"}, {"name": "e", "meaning": "new"}])
+        connection.execute(update(table).where(table.c.name == "a"), {"meaning": "two"})
+        connection.execute(delete(table).where(table.c.name == "b"))
+    diagnosis = app.memory.doctor(engine, repair=True)
+    if capture == "trigger":
+        assert diagnosis.healthy and diagnosis.unlogged == 0
+    else:
+        assert diagnosis.unlogged_by_class == {Tag: 2}
+        assert (diagnosis.changed, diagnosis.gone) == ([("tag", "a")], [("tag", "b")])
+        app.memory.backfill(engine, Tag)
+    app.assert_log_is_truth()
 
 
 def test_repair_logs_and_warns_of_duplicate_unique_values(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:

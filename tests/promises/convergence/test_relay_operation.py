@@ -633,10 +633,10 @@ def test_a_relay_frozen_in_a_transaction_blocks_nobody(postgres_engine: Engine) 
     world.relay.drain()
     frozen = create_engine(postgres_engine.url)
     connection = frozen.connect()
-    from memstate_sa.relay.claims import limit_transaction
+    from memstate_sa.db.dialects import POSTGRESQL
 
     connection.execute(select(cursor).with_for_update()).all()
-    limit_transaction(connection, 0.3)
+    POSTGRESQL.limit_transaction(connection, 0.3)
     say(world, b="x")
     world.memory.relay(postgres_engine).drain()
     assert_index_holds(world.index, world.embedder, means("a", "b"))

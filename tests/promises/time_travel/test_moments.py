@@ -10,6 +10,7 @@ from sqlalchemy import Engine, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
 from memstate_sa.capture.append_only import rewriting
+from memstate_sa.db.dialects import POSTGRESQL
 from memstate_sa.db.tables import log, utcnow
 from memstate_sa.integrations.langgraph.checkpoint_inserts import log_position
 from memstate_sa.log.history import SNAPSHOT_MARK
@@ -127,7 +128,7 @@ def test_a_position_has_what_was_committed_by_then(postgres_engine: Engine) -> N
         other.commit()
         one.commit()
         with postgres_engine.connect() as connection:
-            position = SNAPSHOT_MARK.join(connection.execute(select(*log_position("postgresql").values())).one())
+            position = SNAPSHOT_MARK.join(connection.execute(select(*log_position(POSTGRESQL).values())).one())
         late.commit()
     assert then(world, position) == {"a": "a", "b": "b"}
     assert undo_to(world, position) == {"c"}

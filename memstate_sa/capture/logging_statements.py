@@ -1,0 +1,145 @@
+"""The statements of `TableLog`: images of rows -> log and outbox, in the database."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    Boolean,
+    ColumnElement,
+    CompoundSelect,
+    FromClause,
+    Select,
+    SmallInteger,
+    Text,
+    and_,
+    bindparam,
+    case,
+    false,
+    func,
+    insert,
+    literal_column,
+    null,
+    or_,
+    select,
+    true,
+    union_all,
+)
+
+from memstate_sa.db.dialects import Database
+from memstate_sa.db.json_params import row_value, typed, unnest_rows, unnest_strings
+from memstate_sa.db.tables import StoredJson, log, outbox, statement_snapshot
+from memstate_sa.log.positions import SLOTS
+
+_entity = bindparam("entity", type_=Text())
+_tx, _at = bindparam("tx", type_=log.c.tx.type), bindparam("at", type_=log.c.at.type)
+_version, _step = bindparam("version", type_=SmallInteger()), bindparam("step", type_=Boolean())
+_LOG_COLUMNS = ("tx", "at", "version", "entity", "snapshot", "key", "op", "image", "step")
+_OUTBOX_COLUMNS = ("tx", "created_at", "entity", "slot", "key")
+_before, _baselines = unnest_strings("before"), unnest_rows("baselines")
+
+
+def look_at(here: FromClause) -> Select[Any]:
+    """The rows, with the images of those that the log has not seen."""
+    entry: Select[Any] = select(literal_column("1")).where(log.c.entity == _entity, log.c.key == here.c.key).limit(1)
+    return select(here.c.key, case((entry.scalar_subquery().is_(None), here.c.image)))
+
+
+class Kind(NamedTuple):
+    """The kind of a statement that logs rows."""
+
+    new: bool  # the transaction has made all of them
+    baselines: bool  # the log has not seen some of those that were there before
+    remembered: bool  # it is known to have an entry of each: one that is missing violates NOT NULL
+
+
+def log_rows(database: Database, rows: Select[Any], kind: Kind, *, returns: bool) -> Any:
+    """Log what became of *rows*, and on PostgreSQL mark them dirty in the same statement.
+
+    *returns*: it also returns what it has logged of each row. (On SQLite, `reading_logged` does that.)
+    """
+    changing = _inserted(rows) if kind.new else _changed(database, rows, kind)
+    # On SQLite the statement has to begin with its INSERT: the driver counts the rows of no other.
+    changed: FromClause = changing.cte("changed") if database.has_writing_ctes else changing.subquery("changed")
+    entry: list[Any] = [changed.c.key, changed.c.op, typed(changed.c.image, StoredJson), _step]
+    shared = [_tx, _at, _version, _entity, statement_snapshot()]
+    order = [func.length(changed.c.key), changed.c.key]  # numbers as numbers
+    entries = select(*shared, *entry).order_by(*order)
+    if kind.baselines:
+        part = _PARTS.alias("part")
+        is_first = part.c.n == 1
+        op: ColumnElement[Any] = case((is_first, "baseline"), else_=changed.c.op)
+        image = typed(case((is_first, changed.c.first), else_=changed.c.image), StoredJson)
+        entry = [changed.c.key, op, image, case((is_first, false()), else_=_step)]
+        is_there = or_(~is_first, changed.c.first.is_not(None))
+        entries = select(*shared, *entry).select_from(changed.join(part, is_there)).order_by(part.c.n, *order)
+    entering = insert(log).from_select(_LOG_COLUMNS, entries)
+    if not database.has_writing_ctes:
+        return entering
+    marks = select(_tx, _at, _entity, _slot(changed.c.key), changed.c.key)
+    marking = insert(outbox).from_select(_OUTBOX_COLUMNS, marks)
+    if not returns:
+        return marking.add_cte(entering.cte("logging"))
+    logged = entering.returning(log.c.key, log.c.op, log.c.image).cte("logging")
+    return select(logged).where(logged.c.op != "baseline").add_cte(marking.cte("marking"))
+
+
+_PARTS: CompoundSelect[Any] = union_all(select(literal_column("1").label("n")), select(literal_column("2").label("n")))
+"""A baseline, and the change after it."""
+
+_changes = and_(log.c.id.between(bindparam("first"), bindparam("last")), log.c.op != "baseline")
+_marks = select(log.c.tx, log.c.at, log.c.entity, literal_column("0"), log.c.key).where(_changes).order_by(log.c.id)
+
+marking_logged = insert(outbox).from_select(_OUTBOX_COLUMNS, _marks).execution_options(preserve_rowcount=True)
+"""On SQLite: mark dirty what the entries from id ``first`` to ``last`` say is changed."""
+
+reading_logged = select(log.c.key, log.c.op, log.c.image).where(_changes).order_by(log.c.id)
+"""On SQLite: the same entries."""
+
+
+def _slot(key: ColumnElement[str]) -> ColumnElement[int]:
+    """`positions.slot_of`, in SQL."""
+    digest = func.sha256(func.convert_to(_entity.concat(key), "UTF8"))
+    return func.mod(func.get_byte(digest, 0), literal_column(str(SLOTS)))
+
+
+def _inserted(rows: Select[Any]) -> Select[Any]:
+    here = rows.subquery("here")
+    return select(here.c.key, literal_column("'insert'", Text()).label("op"), here.c.image)
+
+
+def _with_last_entries(database: Database, touched: FromClause) -> tuple[FromClause, FromClause, FromClause]:
+    """Each of the keys *touched*, and its last entry if it has one: both together, the keys, the entries."""
+    its = and_(log.c.entity == _entity, log.c.key == touched.c.key)
+    if database.has_laterals:  # one look into the index for each key, and not a join, which may read the whole log
+        last: FromClause = select(log.c.op, log.c.image).where(its).order_by(log.c.id.desc()).limit(1).lateral("last")
+        return touched.outerjoin(last, true()), touched, last
+    newest = select(func.max(log.c.id)).where(its).scalar_subquery()
+    known = select(touched.c.key, touched.c.image, newest.label("id")).subquery("known")
+    last = log.alias("last")
+    return known.outerjoin(last, last.c.id == known.c.id), known, last
+
+
+def _changed(database: Database, rows: Select[Any], kind: Kind) -> Select[Any]:
+    """The keys of which the log does not say yet what has become of them."""
+    before = select(_before.c.value, literal_column("NULL", Text()))
+    each = union_all(rows, before).subquery("each")
+    touched = select(each.c.key, func.max(each.c.image).label("image")).group_by(each.c.key).subquery("touched")
+    source, known, last = _with_last_entries(database, touched)
+    op: ColumnElement[Any] = last.c.op
+    image: ColumnElement[Any] = last.c.image
+    columns = []
+    if kind.baselines:
+        seen = select(row_value(_baselines, 0, Text()).label("key"), row_value(_baselines, 1, Text()).label("image"))
+        first = seen.subquery("first")
+        source = source.outerjoin(first, and_(first.c.key == known.c.key, last.c.op.is_(None)))
+        op = case((first.c.key.is_not(None), "baseline"), else_=op)
+        image = case((first.c.key.is_not(None), typed(first.c.image, StoredJson)), else_=image)
+        columns = [first.c.image.label("first")]
+    is_gone, was_gone = known.c.image.is_(None), func.coalesce(op, "delete") == "delete"
+    differs = typed(known.c.image, StoredJson).is_distinct_from(image)
+    became: ColumnElement[Any] = case((is_gone, "delete"), (was_gone, "insert"), else_="update")
+    has_changed: ColumnElement[Any] = case((is_gone, ~was_gone), else_=or_(was_gone, differs))
+    if kind.remembered:
+        became, has_changed = case((op.is_(None), null()), else_=became), or_(op.is_(None), has_changed)
+    return select(known.c.key, became.label("op"), known.c.image, *columns).select_from(source).where(has_changed)

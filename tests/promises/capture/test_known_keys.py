@@ -1,0 +1,178 @@
+"""Keys that a process remembers the log to have: their rows change without a look before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import Engine, delete, insert, select
+
+from memstate_sa import ConflictError, metadata
+from memstate_sa.capture.append_only import rewriting
+from memstate_sa.capture.known_keys import KnownKeys
+from memstate_sa.db.tables import log
+from memstate_sa.log.changes import replay
+from memstate_sa.relay.retention import fold_log
+from tests.support import Person, World
+from tests.support.engines import make_engine
+from tests.support.statements import statements
+
+
+def looks(sent: list[str]) -> list[str]:
+    return [statement for statement in sent if statement.startswith("SELECT") and "memstate_log" in statement]
+
+
+def change(world: World, about: str, key: int = 1) -> list[str]:
+    """Change a row in a transaction of its own; returns the looks that it took."""
+    with world.session() as session:
+        person = session.get_one(Person, key)
+        person.about = about
+        seen = statements(world.engine)
+        session.commit()
+    return looks(seen)
+
+
+@pytest.fixture
+def hot(world: World) -> World:
+    """Row 1 is remembered: a look has found an entry of it, and its transaction has committed."""
+    world.write(Person(id=1, name="ada", about="one"))
+    assert change(world, "two")
+    return world
+
+
+def test_a_row_whose_entry_is_known_needs_no_look(hot: World) -> None:
+    """Its changes are logged as ever; how many statements that takes, is told here."""
+    assert change(hot, "three") == []
+    with hot.session() as session:
+        session.delete(session.get_one(Person, 1))
+        session.flush()  # rows that refer to it are looked for
+        session.rollback()
+        person = session.get_one(Person, 1)
+        seen = statements(hot.engine)
+        person.about = "three"  # as it is
+        session.commit()
+        assert seen == []
+        session.delete(session.get_one(Person, 1))
+        seen = statements(hot.engine)
+        session.commit()
+        assert looks(seen) == []
+        assert len([s for s in seen if "memstate_" in s]) == (1 if hot.engine.dialect.name == "postgresql" else 2)
+        changes = hot.memory.history(session, Person)
+    assert [(c.op, c.after and c.after["about"]) for c in changes] == [
+        ("insert", "one"),
+        ("update", "two"),
+        ("update", "three"),
+        ("delete", None),
+    ]
+
+
+def test_what_is_not_committed_is_not_remembered(world: World) -> None:
+    """A look sees entries of its own transaction; when that rolls back, or a SAVEPOINT of it, they never were."""
+    with world.engine.begin() as connection:
+        connection.execute(insert(Person.__table__), {"id": 1, "name": "ada", "about": "old"})
+    with world.session() as session:
+        person = session.get_one(Person, 1)
+        with pytest.raises(RuntimeError), session.begin_nested():
+            person.about = "first"
+            session.flush()
+            person.about = "second"
+            session.flush()
+            raise RuntimeError
+        session.add(Person(id=2, name="bob", about="x"))
+        session.commit()
+        person = session.get_one(Person, 1)
+        person.about = "first"
+        session.flush()
+        person.about = "second"
+        session.flush()
+        session.rollback()
+    assert change(world, "new")
+    with world.session() as session:
+        assert [c.op for c in world.memory.history(session, Person, 1)] == ["baseline", "update"]
+
+
+def test_a_part_of_the_applications_own_transaction_is_not_remembered(world: World) -> None:
+    """A Session on a connection whose transaction the application ends: tests do that, and roll it back."""
+    with world.engine.begin() as connection:
+        connection.execute(insert(Person.__table__), {"id": 1, "name": "ada", "about": "old"})
+    with world.engine.connect() as connection, connection.begin() as outer:
+        with world.sessions(bind=connection, join_transaction_mode="create_savepoint") as session:
+            for about in ("first", "second"):
+                session.get_one(Person, 1).about = about
+                session.commit()
+        outer.rollback()
+    assert change(world, "new")
+    with world.session() as session:
+        assert [c.op for c in world.memory.history(session, Person, 1)] == ["baseline", "update"]
+
+
+def test_a_log_that_this_engine_drops_is_a_new_one(hot: World) -> None:
+    """Test suites do that. The row is older than the new log, which gets its baseline."""
+    with hot.engine.begin() as connection:
+        metadata.drop_all(connection)
+    hot.memory.create_tables(hot.engine)
+    assert change(hot, "three")
+    with hot.session() as session:
+        assert [c.op for c in hot.memory.history(session, Person, 1)] == ["baseline", "update"]
+
+
+@pytest.fixture
+def elsewhere(world: World) -> Iterator[Engine]:
+    """Another process, as far as the world can tell."""
+    engine = make_engine(world.engine.url)
+    yield engine
+    engine.dispose()
+
+
+def require_one_refusal(world: World, about: str, ops: list[str]) -> None:
+    with pytest.raises(ConflictError, match=r"the log has lost entries of person.*Run the transaction again"):
+        change(world, about)
+    change(world, about)
+    with world.session() as session:
+        changes = world.memory.history(session, Person, 1)
+    assert [c.op for c in changes] == ops
+    assert {key: dict(row) for (_, key), row in replay(changes).items()} == world.rows(Person)
+
+
+def test_a_log_that_lost_entries_refuses_one_transaction(hot: World, elsewhere: Engine) -> None:
+    """Emptied or restored behind our back: no change is ever logged without the baseline before it."""
+    with elsewhere.begin() as connection, rewriting(connection):
+        connection.execute(delete(log))
+    require_one_refusal(hot, "three", ["baseline", "update"])
+
+
+def test_a_row_of_which_nothing_is_left_in_the_log(hot: World, elsewhere: Engine) -> None:
+    """It was deleted, its entries were folded away, and somebody has added it again past the log."""
+    with hot.session() as session:
+        session.delete(session.get_one(Person, 1))
+        session.commit()
+    with elsewhere.begin() as connection:
+        fold_log(connection, timedelta(0), 0)
+        assert connection.scalars(select(log.c.id)).all() == []
+        connection.execute(insert(Person.__table__), {"id": 1, "name": "ada", "about": "again"})
+    require_one_refusal(hot, "three", ["baseline", "update"])
+
+
+def test_an_erased_row_that_comes_back_is_logged(hot: World) -> None:
+    with hot.session() as session:
+        hot.memory.erase(session, Person, 1)
+        session.commit()
+    hot.write(Person(id=1, name="eve", about="new"))
+    assert change(hot, "newer") == []
+    with hot.session() as session:
+        assert [c.op for c in hot.memory.history(session, Person, 1)][-2:] == ["insert", "update"]
+
+
+def test_keys_are_bounded() -> None:
+    """The keys that were used last are kept."""
+    known = KnownKeys(limit=3)
+    known.add("e", {(n,): f"[{n}]" for n in range(3)})
+    assert known.find("e", [(0,)]) == {(0,): "[0]"}
+    known.add("e", {(3,): "[3]"})
+    assert known.find("e", [(0,), (2,), (3,)]) == {(0,): "[0]", (2,): "[2]", (3,): "[3]"}
+    assert known.find("e", [(1,)]) is None
+    assert known.find("e", [(0,), (1,)]) is None
+    assert known.find("other", [(0,)]) is None
+    known.clear()
+    assert known.find("e", [(0,)]) is None
