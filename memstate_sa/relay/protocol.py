@@ -212,38 +212,37 @@ class SlotWorker(SlotOwner):
     # -- the page after it, meanwhile ----------------------------------------------------------------------------------
 
     def _read_ahead(self, page: _Page, goes_on: Callable[[], bool]) -> Steps[None]:
-        """Embed the rest of *page*, and read and embed the page that follows it.
+        """Embed the rest of *page*, then read and embed the page that follows it, as long as *goes_on* says so.
 
-        This may run while an `Upsert` of *page* is unanswered. It reads, and it embeds: nobody can tell it from the
-        same reads just before that call, as neither slots nor positions change. It ends before the lease has to be
-        renewed. Failures are left to the page's turn.
+        This may run while an `Upsert` of *page* is unanswered. It reads and embeds, and changes neither slots nor
+        positions. So its reads are the same as reads just before that call. It ends before the lease has to be renewed.
+        The turn of a page meets again what fails here.
         """
-
-        def embed(texts: Mapping[str, str]) -> Steps[None]:
-            missing = {digest: text for digest, text in texts.items() if digest not in self._embedded}
-            for batch in text_batches(missing):
-                if self.stopping or not goes_on() or self._clock() >= self._renew_at:
-                    return
-                yield from self._embed(batch)
-
         try:
-            yield from embed(page.texts)
-            following = page.source.following
-            if self._ahead is None and following is not None:
-                source = yield from following()
-                if source.is_empty:
-                    return
-                state = yield from ask(Read(source.facts))
-                readable = [fact for fact in source.facts if fact not in state.failed]
-                doubted = source.doubted(self._unsure, state)
-                writes = plan(readable, state.truth, source.listed or state.ledger, doubted)
-                texts = _new_texts(writes, doubted)
-                outdated = set(page.source.facts)
-                self._ahead = _PageAhead(source, dict(self.epochs), self.entities, state, texts, outdated)
+            yield from self._embed_ahead(page.texts, goes_on)
+            if self._ahead is None and page.source.following is not None:
+                self._ahead = yield from self._read_following(page, page.source.following)
             if self._ahead is not None:
-                yield from embed(self._ahead.texts)
+                yield from self._embed_ahead(self._ahead.texts, goes_on)
         except (DeliveryRejected, DeliveryRetryable):
             page.reads_ahead = False
+
+    def _embed_ahead(self, texts: Mapping[str, str], goes_on: Callable[[], bool]) -> Steps[None]:
+        missing = {digest: text for digest, text in texts.items() if digest not in self._embedded}
+        for batch in text_batches(missing):
+            if self.stopping or not goes_on() or self._clock() >= self._renew_at:
+                return
+            yield from self._embed(batch)
+
+    def _read_following(self, page: _Page, following: Callable[[], Steps[Source]]) -> Steps[_PageAhead | None]:
+        source = yield from following()
+        if source.is_empty:
+            return None
+        state = yield from ask(Read(source.facts))
+        doubted = source.doubted(self._unsure, state)
+        readable = [fact for fact in source.facts if fact not in state.failed]
+        texts = _new_texts(plan(readable, state.truth, source.listed or state.ledger, doubted), doubted)
+        return _PageAhead(source, dict(self.epochs), self.entities, state, texts, set(page.source.facts))
 
     def _page_ahead(self, beginning: object) -> Source | None:
         """The page that begins there, if it was read ahead and may be used."""

@@ -33,7 +33,7 @@ class Source:
 
     @property
     def beginning(self) -> object:
-        """The place where the page begins. Two pages that begin at equal places have the same keys."""
+        """The place where the page begins. A page that was read ahead has its turn when its place is reached."""
         return None
 
     @property
