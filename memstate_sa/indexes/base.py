@@ -90,7 +90,8 @@ class VectorIndex(Protocol):
         ...
 
     # An index that lives in the process that writes to it may say so by an attribute ``in_process = True``: nothing of
-    # a process that has ended lands in it any more, and the next relay need not wait for its lease.
+    # a process that has ended lands in it any more, and the next relay need not wait for its lease. A relay reads and
+    # embeds the next page while another index is called, in a thread.
 
     def open(self, *, embedder: str, dimension: int) -> None:
         """Create the index, or check that the stored one fits. Idempotent; called before anything else.

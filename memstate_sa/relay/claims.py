@@ -42,7 +42,7 @@ from memstate_sa.relay.marks import Past
 from memstate_sa.relay.plan import ParkedState
 from memstate_sa.relay.projections import Projected
 from memstate_sa.relay.refills import read_entities, require_refills, restart_scan
-from memstate_sa.relay.registration import has_moved, position_columns, require_registered, touch
+from memstate_sa.relay.registration import has_moved, position_columns, touch
 from memstate_sa.relay.requests import Claimed, DatabaseState, HeldSlot
 from memstate_sa.runtime.printable import printable_logger
 
@@ -104,66 +104,40 @@ def renew(connection: Connection, index: IndexKey, owner: str, lease_s: float) -
 
 @dataclass(frozen=True, slots=True)
 class Claimant:
-    """An owner, and the classes that it delivers to an index.
+    """An owner, and what it knows when it claims slots of a registered index.
 
     ``in_process``: nothing lands in the index once its process has ended, so the lease of a dead owner is not waited
-    for. Elsewhere a request may be waiting at a server.
+    for. Elsewhere a request may be waiting at a server. ``epochs`` are those of the slots that it knows to be its own.
+    ``kept_mark``: the mark that the index had before this transaction. ``went_back``: the database was restored (see
+    `marks`). ``now`` is the database's time.
     """
 
     owner: str
     lease_s: float
     in_process: bool
-    embedder: str
-    dimension: int
     classes: Mapping[str, Projected]
+    epochs: Mapping[int, int]
+    kept_mark: str | None
+    went_back: bool
+    now: datetime
 
 
-def claim(
-    connection: Connection,
-    index: IndexKey,
-    claimant: Claimant,
-    *,
-    epochs: Mapping[int, int],
-    kept_mark: str | None = None,
-    went_back: bool = False,
-) -> tuple[Claimed, Past]:
-    """Prolong the lease, and take free slots until the claimant has its share.
-
-    *epochs* are those of the slots that the claimant knows to be its own. *kept_mark* is the mark that the index had
-    before this transaction. *went_back* says that the database was restored (see `marks`). Also returns the past of the
-    index.
-
-    Raises IndexMismatch when another embedder filled the index, also for an index that does not keep this itself.
-    """
-    take_write_lock(connection)
-    now, owner = database_now(connection), claimant.owner
-    require_registered(connection, index, now, claimant.embedder, claimant.dimension)
-    while not touch(connection, index, now):  # another process has just forgotten it
-        require_registered(connection, index, now, claimant.embedder, claimant.dimension)
+def claim(connection: Connection, index: IndexKey, claimant: Claimant) -> tuple[Claimed, Past]:
+    """Prolong the lease, and take free slots until the claimant has its share. Also returns the past of the index."""
+    owner, now = claimant.owner, claimant.now
     # All relays lock them in this order. This waits for relays that acknowledge.
     connection.execute(_cursors.with_for_update(), index.parameters()).all()
-    live = _live(connection, index, claimant, now)
+    live = _live(connection, index, claimant)
     delivered = read_entities(connection, index)
     settled = projections.settle(connection, index, owner, live, delivered, claimant.classes, now)
     marked = require_refills(connection, index, delivered, settled.delivered, settled.changed)
-    rows = connection.execute(_cursors, index.parameters()).all()
     present = read_present(connection)
-    in_future = any(_position(row).snapshot.xmax > present.snapshot.xmax for row in rows)
-    now_past, is_another = marks.compare(connection, index, kept_mark, alone=len(live) == 1, went_back=went_back)
-    if is_another and delivered:
-        logger.warning(
-            "index %r was filled from another past of this database: one of the two was restored, or two databases "
-            "share the index. It is compared with the tables in full",
-            index.name,
-        )
-    if is_another or has_moved(connection, index) or in_future:
-        _rebase(connection, index, present)
-        rows = connection.execute(_cursors, index.parameters()).all()
+    rows, now_past = _compared(connection, index, claimant, present, alone=len(live) == 1, is_filled=bool(delivered))
     quota = -(-len(slots(database_of(connection))) // len(live))  # rounded up: no slot is unclaimed
     own_slots = {
         row.slot: HeldSlot(row.epoch, _position(row), fresh=False, settle=False)
         for row in rows
-        if row.owner == owner and epochs.get(row.slot) == row.epoch
+        if row.owner == owner and claimant.epochs.get(row.slot) == row.epoch
     }
     # Slots that are ours in the database, but unknown to us: our writes to them are unknown, too.
     strays = [row for row in rows if row.owner == owner and row.slot not in own_slots]
@@ -172,6 +146,27 @@ def claim(
     taken = strays + free[: max(0, quota - len(own_slots) - len(strays))]
     fresh_slots = _take(connection, index, owner, taken, now)
     return Claimed({**own_slots, **fresh_slots}, present, len(live), quota, marked, settled.delivered), now_past
+
+
+def _compared(
+    connection: Connection, index: IndexKey, claimant: Claimant, present: Position, *, alone: bool, is_filled: bool
+) -> tuple[Sequence[Row[Any]], Past]:
+    """The cursors of *index*, and its past, which is another one when the index or the database was restored."""
+    now_past, is_another = marks.compare(
+        connection, index, claimant.kept_mark, alone=alone, went_back=claimant.went_back
+    )
+    if is_another and is_filled:
+        logger.warning(
+            "index %r was filled from another past of this database: one of the two was restored, or two databases "
+            "share the index. It is compared with the tables in full",
+            index.name,
+        )
+    rows = connection.execute(_cursors, index.parameters()).all()
+    is_ahead = any(_position(row).snapshot.xmax > present.snapshot.xmax for row in rows)
+    if has_moved(connection, index) or is_another or is_ahead:
+        _rebase(connection, index, present)
+        rows = connection.execute(_cursors, index.parameters()).all()
+    return rows, now_past
 
 
 def _take(
@@ -191,9 +186,10 @@ def _position(row: Row[Any]) -> Position:
     return Position.parse(row.snapshot, row.xid, row.position)
 
 
-def _live(connection: Connection, index: IndexKey, claimant: Claimant, now: datetime) -> set[str]:
+def _live(connection: Connection, index: IndexKey, claimant: Claimant) -> set[str]:
     """The owners whose lease runs, the claimant among them. The others are deleted."""
-    owner, until = claimant.owner, now + timedelta(seconds=claimant.lease_s)
+    owner, now = claimant.owner, claimant.now
+    until = now + timedelta(seconds=claimant.lease_s)
     statement = (
         database_of(connection)
         .upsert(holder)

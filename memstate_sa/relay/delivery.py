@@ -8,8 +8,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import timedelta
+from concurrent.futures import wait
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
 from functools import partial, singledispatchmethod
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from memstate_sa.errors import DeliveryRejected, DeliveryRetryable, MemstateErro
 from memstate_sa.indexes.base import Stored, Vector, is_fenced, keeps_mark
 from memstate_sa.log.outbox import read_page, slots
 from memstate_sa.log.positions import Page
-from memstate_sa.relay import claims, ledger, marks, refills
+from memstate_sa.relay import claims, ledger, marks, refills, registration
 from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.marks import Bookmark
 from memstate_sa.relay.plan import ParkedState
@@ -59,6 +60,7 @@ from memstate_sa.relay.requests import (
 )
 from memstate_sa.relay.retry import RetryPolicy, classify, guarded
 from memstate_sa.runtime import forks
+from memstate_sa.runtime.calls import call_beside
 from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.projection import Projection, point_id, split_point_id
@@ -233,33 +235,28 @@ class Delivery:
 
     @_do.register
     def _do_claim(self, request: Claim) -> Claimed:
-        embedder = self._vectors.embedder
         kept_mark = self._guarded(lambda: marks.kept_by(self._index))
         with self._writing() as connection:
+            now = registration.register(connection, self._index_key, self._vectors.embedder)
             claimant = claims.Claimant(
                 self._owner,
                 self._lease_s,
-                in_process=getattr(self._index, "in_process", False),
-                embedder=embedder.fingerprint,
-                dimension=embedder.dimension,
-                classes=self._projected(connection),
+                self._in_process,
+                self._projected(now),
+                request.epochs,
+                kept_mark,
+                request.went_back or self._bookmark.went_back,
+                now,
             )
-            claimed, past = claims.claim(
-                connection,
-                self._index_key,
-                claimant,
-                epochs=request.epochs,
-                kept_mark=kept_mark,
-                went_back=request.went_back or self._bookmark.went_back,
-            )
+            claimed, past = claims.claim(connection, self._index_key, claimant)
         self._bookmark.claimed(past)
         if claimed.entities is not None:
             self._set_delivered(claimed.entities)
         return claimed
 
-    def _projected(self, connection: Connection) -> dict[str, Projected]:
-        """The projections of our classes, and by the database's clock since when."""
-        now, clock = leases.database_now(connection), time.monotonic()
+    def _projected(self, now: datetime) -> dict[str, Projected]:
+        """The projections of our classes, and by the database's clock, which says *now*, since when."""
+        clock = time.monotonic()
         return {
             entity: Projected(tracked.projection, now - timedelta(seconds=clock - tracked.since), tracked.withdrawn)
             for entity, tracked in self._tracked.items()
@@ -401,7 +398,22 @@ class Delivery:
         self._store_vectors()
         self._mark_page()
         points = [write.point for write in request.writes if write.point is not None]
-        self._guarded(lambda: self._index.upsert(points))
+        upsert = partial(self._guarded, lambda: self._index.upsert(points))
+        if request.meanwhile is None or self._in_process:
+            upsert()
+            return
+        call = call_beside(upsert, f"memstate-write-{self.name}")
+        try:
+            with suppress(Exception):  # the page that is read now has its own turn, and fails then if it still does
+                self._run(request.meanwhile(lambda: not call.done()))
+        finally:
+            wait([call])
+        call.result()
+
+    @property
+    def _in_process(self) -> bool:
+        """Whether the index lives in this process. It needs the interpreter, and is not called beside other work."""
+        return getattr(self._index, "in_process", False)
 
     @_do.register
     def _do_remove(self, request: Remove) -> None:

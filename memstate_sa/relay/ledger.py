@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
 from functools import cache
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import BindParameter, and_, bindparam, case, delete, false, not_, or_, select, true
+from sqlalchemy import BindParameter, and_, bindparam, delete, or_, select
 from sqlalchemy.engine import Connection
 
 from memstate_sa.db.codec import FactKey, by_entity
@@ -21,7 +20,7 @@ from memstate_sa.log.outbox import slot_array, slots
 from memstate_sa.log.positions import slot_of
 from memstate_sa.relay import claims, refills
 from memstate_sa.relay.index_key import IndexKey, insert_rows, of_index
-from memstate_sa.relay.plan import Delivered, Parked, ParkedState
+from memstate_sa.relay.plan import Delivered, Parked, ParkedRow, ParkedState, merge
 from memstate_sa.relay.requests import Acknowledge, ParkedKey
 
 # Statements are built once: building one takes longer than running it, and the relay shares the interpreter with the
@@ -140,42 +139,42 @@ def redirty(connection: Connection, index: IndexKey, facts: Mapping[FactKey, Par
     park_all(connection, index, facts)
 
 
-_expected_version: BindParameter[str | None] = bindparam("expected_version", type_=parked.c.mark.type)
+_columns = {name: parked.c[name] for name in ("attempts", "next_at", "state", "error", "mark", "repeat")}
+_locked = (
+    select(parked.c.key, *_columns.values())
+    .where(of_index(parked), parked.c.entity == _entity, parked.c.key.in_(select(_keys.c.value)))
+    .order_by(parked.c.key)
+    .with_for_update()
+)
+
+
+@cache
+def _park(database: Database) -> tuple[Any, Any]:
+    """Two statements: for keys whose rows are locked, and for keys without a row. The second returns its keys."""
+    statement = database.upsert(parked)
+    new_values = {name: statement.excluded[name] for name in _columns}
+    replacing = statement.on_conflict_do_update(index_elements=list(parked.primary_key.columns), set_=new_values)
+    return replacing, statement.on_conflict_do_nothing().returning(parked.c.entity, parked.c.key)
 
 
 def park_all(connection: Connection, index: IndexKey, parking: Mapping[FactKey, Parked]) -> None:
-    if not parking:
-        return
-    statement = database_of(connection).upsert(parked)
-    new = statement.excluded
-    # A call may land until then, whatever else is the matter with the key.
-    lands_later = and_(parked.c.state == ParkedState.AGAIN, parked.c.next_at > new.next_at, not_(new.repeat))
-    kept = {name: case((lands_later, parked.c[name]), else_=new[name]) for name in ("state", "next_at", "error")}
-    now: datetime = database_now(connection)
+    """Set keys aside, each as `merge` says. Others may park the same keys at the same time."""
+    replace, insert = _park(database_of(connection))
     version = uuid4().hex
-    # A key that has to be delivered again still has to be when it is refused, or parked once more.
-    still_repeats = and_(parked.c.repeat, or_(new.state != ParkedState.AGAIN, new.next_at <= now))
-    repeat = case((or_(still_repeats, new.repeat), true()), (lands_later, parked.c.repeat), else_=false())
-    connection.execute(
-        statement.on_conflict_do_update(
-            index_elements=list(parked.primary_key.columns),
-            set_={"attempts": new.attempts, "mark": new.mark, "repeat": repeat, **kept},
-            where=or_(_expected_version.is_(None), parked.c.mark == _expected_version),
-        ),
-        [
-            {
-                **index.values(),
-                "entity": entity,
-                "key": key,
-                "slot": slot_of(entity, key),
-                "attempts": row.attempts,
-                "next_at": now + timedelta(seconds=row.delay_s),
-                "state": row.state,
-                "error": row.error,
-                "mark": version,
-                "repeat": row.deliver_again,
-                "expected_version": row.expected_version,
-            }
-            for (entity, key), row in sorted(parking.items())  # in this order: two may park the same keys
-        ],
-    )
+    facts: Collection[FactKey] = sorted(parking)  # in this order: two may lock the same keys
+    while facts:
+        known = {fact: ParkedRow(*row) for fact, row in _of_facts(connection, _locked, index, facts)}
+        now = database_now(connection)
+        merged = {fact: merge(known.get(fact), parking[fact], now, version) for fact in facts}
+        values = {fact: _values(index, fact, row) for fact, row in merged.items() if row is not None}
+        if replaced := [row for fact, row in values.items() if fact in known]:
+            connection.execute(replace, replaced)
+        new = {fact: row for fact, row in values.items() if fact not in known}
+        inserted = connection.execute(insert, list(new.values())).all() if new else ()
+        facts = sorted(new.keys() - {(entity, key) for entity, key in inserted})  # others have just parked these
+
+
+def _values(index: IndexKey, fact: FactKey, row: ParkedRow) -> dict[str, Any]:
+    entity, key = fact
+    named = dict(zip(_columns, row, strict=True))
+    return {**index.values(), "entity": entity, "key": key, "slot": slot_of(entity, key), **named}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -87,6 +88,33 @@ class Parked(NamedTuple):
     error: str
     deliver_again: bool = False
     expected_version: str | None = None
+
+
+class ParkedRow(NamedTuple):
+    """A parked key as it is stored. ``version`` is another one whenever the key is parked again."""
+
+    attempts: int
+    next_at: datetime
+    state: ParkedState
+    error: str
+    version: str
+    deliver_again: bool
+
+
+def merge(old: ParkedRow | None, new: Parked, now: datetime, version: str) -> ParkedRow | None:
+    """The row of a key that is parked as *new* at *now*, and was parked as *old*; None when *old* stays as it is."""
+    next_at = now + timedelta(seconds=new.delay_s)
+    row = ParkedRow(new.attempts, next_at, new.state, new.error, version, new.deliver_again)
+    if old is None:
+        return row
+    if new.expected_version not in (None, old.version):
+        return None
+    if old.state == ParkedState.AGAIN and old.next_at > next_at and not new.deliver_again:
+        # A call may land until then, whatever else is the matter with the key.
+        return old._replace(attempts=new.attempts, version=version)
+    # A key that has to be delivered again still has to be when it is refused, or is due at once.
+    still_again = old.deliver_again and (new.state != ParkedState.AGAIN or next_at <= now)
+    return row._replace(deliver_again=new.deliver_again or still_again)
 
 
 def park(error: MemstateError, attempts: int, policy: RetryPolicy, jitter: Callable[[], float]) -> Parked:

@@ -5,8 +5,9 @@ Pure. The same code runs on a database and an index (`delivery`) and, with a see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from memstate_sa.db.codec import FactKey
@@ -35,40 +36,42 @@ from memstate_sa.relay.requests import (
     ask,
 )
 from memstate_sa.relay.retry import RetryPolicy, halves
-from memstate_sa.relay.slot_owner import Move, SlotGroup, SlotOwner
+from memstate_sa.relay.slot_owner import SlotGroup, SlotOwner
+from memstate_sa.relay.sources import OutboxPage, RefillPage, Source
 from memstate_sa.tracking.projection import Projection
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class KeyBatch:
-    """Keys to converge, and the progress to record when they are done.
-
-    ``settle``: the ledger is believed about none of them. ``indexed``: the content that the index listed for them.
-    ``intents``: keys that a strict transaction may be writing. ``foreign``: keys of entities that we do not deliver.
-    """
-
-    facts: Sequence[FactKey]
-    settle: bool = False
-    indexed: Mapping[FactKey, Delivered] = field(default_factory=dict)
-    intents: Collection[FactKey] = ()
-    foreign: Collection[FactKey] = ()
-    move: Move | None = None
-    refill: Refill | None = None
-
-
 @dataclass
 class _Page:
-    """A batch in work: the epochs under which its rows were read, and the outcome of its keys."""
+    """A page in work: the epochs under which its rows were read, and the outcome of its keys."""
 
-    batch: KeyBatch
+    source: Source
     epochs: Mapping[int, int]
     state: PageState
     doubted: Collection[FactKey]
     failed: dict[FactKey, MemstateError]
     written: dict[FactKey, Delivered] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
     complete: bool = True
+    reads_ahead: bool = True  # until that fails
+
+
+@dataclass
+class _PageAhead:
+    """A page that was read before its turn, while the page before it was at the index.
+
+    Its rows are used if no slot and no class has changed hands since. Keys that another page has converged since then
+    are ``outdated``: what was read about them is read again.
+    """
+
+    source: Source
+    epochs: Mapping[int, int]
+    entities: Collection[str]
+    state: PageState
+    texts: Mapping[str, str]
+    outdated: set[FactKey]
 
 
 class SlotWorker(SlotOwner):
@@ -101,6 +104,7 @@ class SlotWorker(SlotOwner):
     def reset(self) -> None:
         super().reset()
         self._embedded: dict[str, Vector] = {}
+        self._ahead: _PageAhead | None = None
 
     def step(self) -> Steps[int | None]:
         """Deliver up to a page from each source. Return the number of keys converged, or None without any work.
@@ -108,6 +112,13 @@ class SlotWorker(SlotOwner):
         Raises DeliveryRetryable when the index or the embedder is unavailable.
         """
         self.more = False
+        ahead = self._ahead
+        count = yield from self._step()
+        if self._ahead is ahead:  # its turn has passed
+            self._ahead = None
+        return count
+
+    def _step(self) -> Steps[int | None]:
         renewed = yield from self.keep()
         if self._late:
             yield from self._redirty()
@@ -144,25 +155,36 @@ class SlotWorker(SlotOwner):
         if not facts:
             return None
         self.more |= len(facts) == self._page_size
-        return (yield from self._converge(KeyBatch(facts)))
+        return (yield from self._converge(Source(facts=facts)))
 
     def _deliver_page(self, group: SlotGroup, present: Position) -> Steps[int | None]:
         if self.stopping or not group.slots or group.position.covers(present):
             return None
-        page = yield from ask(ReadPage(group.position, present, frozenset(group.slots), self._page_size))
-        position = group.position.advance(present, page.last)
-        self.more |= page.last is not None
-        if not page.facts:
-            group.move_to(position)
-            return None
-        batch = KeyBatch(
-            [fact for fact in dict.fromkeys(page.facts) if fact[0] in self.entities],
-            settle=group.unsettled_until is not None,
-            intents=page.intents,
+        slots, start = frozenset(group.slots), group.position
+        source = self._page_ahead((group, slots, start))
+        if source is None:
+            source = page = yield from self._read_outbox(group, slots, start, present)
+            if page.is_empty:
+                group.move_to(page.end)
+                return None
+        self.more |= source.following is not None
+        return (yield from self._converge(source))
+
+    def _read_outbox(
+        self, group: SlotGroup, slots: frozenset[int], start: Position, present: Position
+    ) -> Steps[OutboxPage]:
+        page = yield from ask(ReadPage(start, present, slots, self._page_size))
+        end = start.advance(present, page.last)
+        return OutboxPage(
+            facts=[fact for fact in dict.fromkeys(page.facts) if fact[0] in self.entities],
             foreign={fact for fact in page.facts if fact[0] not in self.entities},
-            move=Move(group, position),
+            intents=page.intents,
+            following=None if page.last is None else partial(self._read_outbox, group, slots, end, present),
+            group=group,
+            slots=slots,
+            start=start,
+            end=end,
         )
-        return (yield from self._converge(batch))
 
     def _deliver_refill(self) -> Steps[int | None]:
         refill = yield from ask(ReadRefill(tuple(self.epochs)))
@@ -170,56 +192,110 @@ class SlotWorker(SlotOwner):
             self._filled = True
             return None
         self.more = True
+        source = self._page_ahead(refill)
+        return (yield from self._converge(source or (yield from self._read_refill(refill))))
+
+    def _read_refill(self, refill: Refill) -> Steps[RefillPage]:
         page = yield from ask(ListFacts(refill.entity, refill.position, self._page_size))
         own = {fact: fingerprint for fact, fingerprint in page.facts.items() if self._slot(fact) in refill.slots}
         facts = {fact: fingerprint for fact, fingerprint in own.items() if fact[0] in self.entities}
-        batch = KeyBatch(
-            list(facts),
-            indexed={fact: Delivered(fingerprint, None, False) for fact, fingerprint in facts.items() if fingerprint},
+        end = refill._replace(position=page.last, done=page.last is None)
+        return RefillPage(
+            facts=list(facts),
             foreign=own.keys() - facts.keys(),
-            refill=refill._replace(position=page.last, done=page.last is None),
+            listed={fact: Delivered(fingerprint, None, False) for fact, fingerprint in facts.items() if fingerprint},
+            following=None if end.done or not refill.entity else partial(self._read_refill, end),
+            start=refill,
+            end=end,
         )
-        return (yield from self._converge(batch))
+
+    # -- the page after it, meanwhile ----------------------------------------------------------------------------------
+
+    def _read_ahead(self, page: _Page, goes_on: Callable[[], bool]) -> Steps[None]:
+        """Embed the rest of *page*, then read and embed the page that follows it, as long as *goes_on* says so.
+
+        This may run while an `Upsert` of *page* is unanswered. It reads and embeds, and changes neither slots nor
+        positions. So its reads are the same as reads just before that call. It ends before the lease has to be renewed.
+        The turn of a page meets again what fails here.
+        """
+        try:
+            yield from self._embed_ahead(page.texts, goes_on)
+            if self._ahead is None and page.source.following is not None:
+                self._ahead = yield from self._read_following(page, page.source.following)
+            if self._ahead is not None:
+                yield from self._embed_ahead(self._ahead.texts, goes_on)
+        except (DeliveryRejected, DeliveryRetryable):
+            page.reads_ahead = False
+
+    def _embed_ahead(self, texts: Mapping[str, str], goes_on: Callable[[], bool]) -> Steps[None]:
+        missing = {digest: text for digest, text in texts.items() if digest not in self._embedded}
+        for batch in text_batches(missing):
+            if self.stopping or not goes_on() or self._clock() >= self._renew_at:
+                return
+            yield from self._embed(batch)
+
+    def _read_following(self, page: _Page, following: Callable[[], Steps[Source]]) -> Steps[_PageAhead | None]:
+        source = yield from following()
+        if source.is_empty:
+            return None
+        state = yield from ask(Read(source.facts))
+        doubted = source.doubted(self._unsure, state)
+        readable = [fact for fact in source.facts if fact not in state.failed]
+        texts = _new_texts(plan(readable, state.truth, source.listed or state.ledger, doubted), doubted)
+        return _PageAhead(source, dict(self.epochs), self.entities, state, texts, set(page.source.facts))
+
+    def _page_ahead(self, beginning: object) -> Source | None:
+        """The page that begins there, if it was read ahead and may be used."""
+        ahead = self._ahead
+        if ahead is None or ahead.source.beginning != beginning:
+            return None
+        return ahead.source if ahead.epochs == self.epochs and ahead.entities is self.entities else None
 
     # -- one page ------------------------------------------------------------------------------------------------------
 
-    def _converge(self, batch: KeyBatch) -> Steps[int]:
-        """Make the index agree with the committed rows of *batch*, then record its progress.
+    def _converge(self, source: Source) -> Steps[int]:
+        """Make the index agree with the committed rows of *source*, then record its progress.
 
         Returns the number of keys that agree now.
         """
-        epochs = dict(self.epochs)
-        facts, indexed = batch.facts, batch.indexed
-        state = (yield from ask(Read(facts))) if facts else PageState()
-        # The index may hold anything for keys that failed before or are unsure, whatever the ledger says.
-        doubted = set(facts) if batch.settle else {*self._unsure, *state.parked, *batch.intents}
+        epochs, facts, listed = dict(self.epochs), source.facts, source.listed
+        state = yield from self._state_of(source)
         # An operator must learn of a change to a key that no row can have. A mere point of such a key is removed.
         refused = [fact for fact, parked in state.parked.items() if parked.attempts]
-        announced = facts if batch.move is not None else refused
+        announced = facts if source.move is not None else refused
         unknown = {fact: state.impossible[fact] for fact in announced if fact in state.impossible}
-        page = _Page(batch, epochs, state, doubted, {**state.failed, **unknown})
+        page = _Page(source, epochs, state, source.doubted(self._unsure, state), {**state.failed, **unknown})
         readable = [fact for fact in facts if fact not in state.failed]
-        writes = plan(readable, state.truth, indexed or state.ledger, doubted)
-        if indexed and self._marked:
+        writes = plan(readable, state.truth, listed or state.ledger, page.doubted)
+        differing = {write.fact for write in writes}
+        if self._marked:
             # The index tells the content of its points, not whether they carry their entity.
-            differing = {write.fact for write in writes}
-            writes += [
-                PlannedWrite(fact, state.truth[fact], True) for fact in readable if fact in indexed.keys() - differing
-            ]
+            again = [fact for fact in readable if fact in listed and fact not in differing]
+            writes += [PlannedWrite(fact, state.truth[fact], True) for fact in again]
+            differing.update(again)
+        page.texts = _new_texts(writes, page.doubted)
         failure: DeliveryRetryable | None = None
         try:
             yield from self._write(page, writes)
         except DeliveryRetryable as error:
             failure, page.complete = error, False
-        differing = {write.fact for write in writes}
         agreed = [fact for fact in readable if fact not in differing]
-        if indexed:
-            page.written.update({fact: _delivered(state.truth[fact]) for fact in agreed if fact in indexed})
+        page.written.update({fact: _delivered(state.truth[fact]) for fact in agreed if fact in listed})
         count = yield from self._record(page, agreed)
         if failure is not None:
             raise failure
         self.counters.unchanged += len(agreed)
         return count
+
+    def _state_of(self, source: Source) -> Steps[PageState]:
+        """The rows of *source*, and the records of them. They are read now, as far as they were not read ahead."""
+        ahead, facts, state = self._ahead, source.facts, PageState()
+        if ahead is not None and ahead.source is source:
+            self._ahead = None
+            facts, state = [fact for fact in facts if fact in ahead.outdated], ahead.state
+        elif ahead is not None:
+            ahead.outdated.update(facts)
+        return state.updated(facts, (yield from ask(Read(facts)))) if facts else state
 
     def _record(self, page: _Page, agreed: Collection[FactKey]) -> Steps[int]:
         """Record the outcome of *page*, whose *agreed* keys needed no write. Returns the number of converged keys."""
@@ -227,13 +303,13 @@ class SlotWorker(SlotOwner):
         parking = self._parking(page)
         self.counters.rejected += len(page.failed)
         converged = [fact for fact in dict.fromkeys([*page.written, *agreed]) if fact not in page.failed]
-        move = page.batch.move
+        move = page.source.move
         positions: Mapping[int, Position] = {}
         if page.complete and self._clock() >= self._save_at:
             positions = self._unsaved_positions(move)
         resolved = {fact: parked[fact].version for fact in converged if fact in parked}
-        refill = page.batch.refill if page.complete else None
-        foreign = page.batch.foreign if page.complete else ()
+        refill = page.source.refill if page.complete else None
+        foreign = page.source.foreign if page.complete else ()
         slots = {self._slot(fact) for fact in (*page.written, *resolved, *parking)}
         slots.update(positions, refill.slots if refill else ())
         if slots or foreign:
@@ -244,7 +320,8 @@ class SlotWorker(SlotOwner):
         for fact in (*converged, *page.failed):
             self._unsure.pop(fact, None)
         if page.complete:
-            self._embedded.clear()
+            coming = self._ahead.texts if self._ahead is not None else {}
+            self._embedded = {digest: vector for digest, vector in self._embedded.items() if digest in coming}
             if move is not None:
                 move.group.has_passed_entries = not positions
                 move.group.move_to(move.position)
@@ -268,7 +345,7 @@ class SlotWorker(SlotOwner):
 
     def _landing(self, page: _Page) -> set[FactKey]:
         """Keys that an unanswered call may still write: deliver them again when no such call can land any more."""
-        intents = page.batch.intents
+        intents = page.source.intents
         repeated = {fact for fact, parked in page.state.parked.items() if parked.deliver_again}
         landing = (repeated | set(intents)) & (page.written.keys() | page.failed.keys())
         landing |= {fact for fact in intents if fact[0] not in self.entities}  # passed by, and to be repeated there
@@ -336,12 +413,11 @@ class SlotWorker(SlotOwner):
                 break
 
             def embed(batch: Sequence[str]) -> Steps[None]:
-                embedded = yield from ask(Embed({digest: missing[digest] for digest in batch}))
-                self._embedded.update(embedded.vectors)
-                self.counters.embedded += embedded.asked
-                self.counters.reused += len(embedded.vectors) - embedded.asked
+                return self._embed({digest: missing[digest] for digest in batch})
 
             refused.update((yield from _isolate(list(texts), embed)))
+        for digest in refused:
+            page.texts.pop(digest, None)
         yield from self.keep()
         point_writes, is_ours = [], self._is_held_since(page.epochs)
         for write in writes:
@@ -354,18 +430,26 @@ class SlotWorker(SlotOwner):
                 self.counters.reused += write.fact in fetched
         return point_writes
 
+    def _embed(self, texts: Mapping[str, str]) -> Steps[None]:
+        embedded = yield from ask(Embed(texts))
+        self._embedded.update(embedded.vectors)
+        self.counters.embedded += embedded.asked
+        self.counters.reused += len(embedded.vectors) - embedded.asked
+
     def _send(self, page: _Page, writes: Sequence[PointWrite]) -> Steps[None]:
         def send(batch: Sequence[PointWrite]) -> Steps[None]:
             # A key is unsure until it is recorded. A call that may still land from an earlier attempt, still may.
             self._unsure.update({write.fact: self._unsure.get(write.fact, False) for write in batch})
             try:
-                yield from ask(Remove(batch) if batch[0].point is None else Upsert(batch))
+                yield from ask(Remove(batch) if batch[0].point is None else Upsert(batch, meanwhile))
             except DeliveryRetryable as error:
                 if error.may_land:
                     self._unsure.update({write.fact: True for write in batch})
                 raise
             page.written.update({write.fact: write.delivered for write in batch})
 
+        has_more = page.source.following is not None or not self._embedded.keys() >= page.texts.keys()
+        meanwhile = partial(self._read_ahead, page) if has_more and page.reads_ahead else None
         if writes:
             failed = yield from _isolate(writes, send)
             page.failed.update({write.fact: error for write, error in failed})
@@ -382,6 +466,15 @@ def _isolate(items: Sequence[T], call: Callable[[Sequence[T]], Steps[None]]) -> 
         return []
     first, second = halves(items)
     return [*(yield from _isolate(first, call)), *(yield from _isolate(second, call))]
+
+
+def _new_texts(writes: Iterable[PlannedWrite], doubted: Collection[FactKey]) -> dict[str, str]:
+    """The texts of *writes* whose vectors the index cannot have, by text fingerprint."""
+    return {
+        _text_fingerprint(write): write.projection.text or ""
+        for write in writes
+        if write.projection is not None and not write.same_text and write.fact not in doubted
+    }
 
 
 def _delivered(projection: Projection | None) -> Delivered:

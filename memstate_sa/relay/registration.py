@@ -10,7 +10,10 @@ from sqlalchemy.engine import Connection
 
 from memstate_sa.db.dialects import database_of
 from memstate_sa.db.json_params import as_json
+from memstate_sa.db.leases import database_now
+from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import cursor, holder, index_state, ledger, parked, past, projection, refill
+from memstate_sa.embedders import Embedder
 from memstate_sa.errors import IndexMismatch
 from memstate_sa.log.outbox import read_present, slots
 from memstate_sa.log.positions import Position
@@ -25,10 +28,21 @@ def touch(connection: Connection, index: IndexKey, now: datetime) -> bool:
 _STATE_TABLES = (index_state, refill, parked, cursor, ledger, holder, past, projection)
 
 
-def require_registered(connection: Connection, index: IndexKey, now: datetime, embedder: str, dimension: int) -> None:
-    """Register a new lifetime of an index. Its cursors start now; the refill brings everything older."""
-    if _is_registered(connection, index, embedder, dimension):
-        return
+def register(connection: Connection, index: IndexKey, embedder: Embedder) -> datetime:
+    """Register a lifetime of an index, unless it is known. Returns the database's time.
+
+    Nothing forgets it until this transaction ends. Raises IndexMismatch when another embedder filled the index, also
+    for an index that does not keep this itself.
+    """
+    take_write_lock(connection)
+    now = database_now(connection)
+    while not (_is_registered(connection, index, embedder) and touch(connection, index, now)):
+        _insert(connection, index, embedder, now)
+    return now
+
+
+def _insert(connection: Connection, index: IndexKey, embedder: Embedder, now: datetime) -> None:
+    """Its cursors start now; the refill brings everything older."""
     live = select(holder.c.incarnation).where(holder.c.index == index.name, holder.c.lease_until > now)
     lifetimes = select(index_state.c.incarnation, index_state.c.paused).where(index_state.c.index == index.name)
     earlier = connection.execute(lifetimes).all()
@@ -39,23 +53,23 @@ def require_registered(connection: Connection, index: IndexKey, now: datetime, e
         )
     database = database_of(connection)
     # Two relays may find it new: the second one leaves the rows of the first.
-    state = {"embedder": embedder, "dimension": dimension, "marked": False, "paused": paused}
+    state = {"embedder": embedder.fingerprint, "dimension": embedder.dimension, "marked": False, "paused": paused}
     state |= {"created_at": now, "active_at": now, "cluster": database.cluster(connection)}
     connection.execute(database.upsert(index_state).on_conflict_do_nothing(), {**index.values(), **state})
     present = position_columns(read_present(connection))
     rows = as_json([[slot, *present.values(), None, 0] for slot in slots(database)])
     new_cursors = insert_rows(database, cursor, ["slot", *present, "owner", "epoch"]).on_conflict_do_nothing()
     connection.execute(new_cursors, {**index.parameters(), "rows": rows})
-    assert _is_registered(connection, index, embedder, dimension)
 
 
-def _is_registered(connection: Connection, index: IndexKey, embedder: str, dimension: int) -> bool:
+def _is_registered(connection: Connection, index: IndexKey, embedder: Embedder) -> bool:
     filled_by = select(index_state.c.embedder, index_state.c.dimension).where(of_index(index_state))
     row = connection.execute(filled_by, index.parameters()).one_or_none()
-    if row is not None and tuple(row) != (embedder, dimension):
+    if row is not None and tuple(row) != (embedder.fingerprint, embedder.dimension):
         raise IndexMismatch(
             f"index {index.name!r} was filled by embedder {row.embedder!r} ({row.dimension} dimensions), not by "
-            f"{embedder!r} ({dimension}): give it another name, or delete it to have it filled anew"
+            f"{embedder.fingerprint!r} ({embedder.dimension}): give it another name, or delete it to have it filled "
+            "anew"
         )
     return row is not None
 

@@ -5,8 +5,9 @@ Pure. `protocol` yields them; `delivery` answers them with a database and an ind
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from memstate_sa.db.codec import FactKey
@@ -174,18 +175,23 @@ class ParkedKey(NamedTuple):
     deliver_again: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class PageState:
+class PageState(NamedTuple):
     """The committed rows of keys (absent: no row), the keys that could not be projected, and the records of them.
 
     ``impossible`` keys are those that no row can have: the index must hold nothing for them.
     """
 
-    truth: Mapping[FactKey, Projection] = field(default_factory=dict)
-    failed: Mapping[FactKey, MemstateError] = field(default_factory=dict)
-    ledger: Mapping[FactKey, Delivered] = field(default_factory=dict)
-    parked: Mapping[FactKey, ParkedKey] = field(default_factory=dict)
-    impossible: Mapping[FactKey, MemstateError] = field(default_factory=dict)
+    truth: Mapping[FactKey, Projection] = MappingProxyType({})
+    failed: Mapping[FactKey, MemstateError] = MappingProxyType({})
+    ledger: Mapping[FactKey, Delivered] = MappingProxyType({})
+    parked: Mapping[FactKey, ParkedKey] = MappingProxyType({})
+    impossible: Mapping[FactKey, MemstateError] = MappingProxyType({})
+
+    def updated(self, facts: Collection[FactKey], newer: PageState) -> PageState:
+        """This state, with the *newer* one of *facts*."""
+        outdated = set(facts)
+        parts: Any = zip(self, newer, strict=True)
+        return PageState(*({**{fact: old[fact] for fact in old if fact not in outdated}, **new} for old, new in parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +231,10 @@ class PointWrite(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Upsert(Request[None]):
+    """Write points. ``meanwhile``: steps that may be run during the call, as long as what they are given is true."""
+
     writes: Sequence[PointWrite]
+    meanwhile: Callable[[Callable[[], bool]], Steps[None]] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

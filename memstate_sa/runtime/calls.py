@@ -1,8 +1,10 @@
-"""How to make a call that may take long: at once, or in a thread while the event loop goes on."""
+"""How to make a call that may take long: at once, in a thread while the event loop goes on, or beside other work."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import ParamSpec, Protocol, TypeVar
 
 P = ParamSpec("P")
@@ -26,3 +28,17 @@ def call_in_thread(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwarg
     from sqlalchemy.util import await_only
 
     return await_only(asyncio.to_thread(function, *args, **kwargs))
+
+
+def call_beside(function: Callable[[], R], name: str) -> Future[R]:
+    """Call *function* in a thread, while the caller does other work. That thread does not keep the process alive."""
+    call: Future[R] = Future()
+
+    def run() -> None:
+        try:
+            call.set_result(function())
+        except BaseException as error:  # noqa: BLE001  # the caller gets it
+            call.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return call

@@ -23,6 +23,7 @@ from memstate_sa.relay.requests import (
     Claimed,
     KeyPage,
     ListFacts,
+    PageState,
     PointWrite,
     ReadPage,
     ReadRefill,
@@ -32,6 +33,7 @@ from memstate_sa.relay.requests import (
     Steps,
     Upsert,
 )
+from memstate_sa.relay.sources import Source
 from tests.simulation.database import SCAN, Database, Me, Row, State
 from tests.simulation.world import LEASE_S, Config, Index, Worker, World, explain, simulate
 from tests.support import PATIENCE_S
@@ -44,6 +46,7 @@ ENOUGH = 2000  # seeds, to find a fault that was made
 
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.skipif(ONE is not None, reason="one seed is asked for")
+@pytest.mark.parametrize("reads_ahead", [False, True], ids=["one-page", "two-pages"])
 @pytest.mark.parametrize(
     "seeds",
     [
@@ -51,19 +54,19 @@ ENOUGH = 2000  # seeds, to find a fault that was made
         *(pytest.param(range(n, SEEDS, SHARES), id=f"deep{n}", marks=pytest.mark.deep) for n in range(SHARES)),
     ],
 )
-def test_every_history_converges(seeds: range) -> None:
+def test_every_history_converges(seeds: range, reads_ahead: bool) -> None:
     """No fault, crash or delay keeps an index from the truth, and it never holds what was not committed."""
     for seed in seeds:
-        if simulate(Config.of(seed)) is not None:
-            pytest.fail(
-                f"{explain(Config.of(seed))}\nreplay: MEMSTATE_SIM_SEED={seed} pytest tests/simulation", pytrace=False
-            )
+        config = replace(Config.of(seed), reads_ahead=reads_ahead)
+        if simulate(config) is not None:
+            pytest.fail(f"{explain(config)}\nreplay: MEMSTATE_SIM_SEED={seed} pytest tests/simulation", pytrace=False)
 
 
 @pytest.mark.skipif(ONE is None, reason="MEMSTATE_SIM_SEED says which")
-def test_history_of_one_seed_converges() -> None:
+@pytest.mark.parametrize("reads_ahead", [False, True], ids=["one-page", "two-pages"])
+def test_history_of_one_seed_converges(reads_ahead: bool) -> None:
     """The history of one seed, told whether it converges or not."""
-    told = explain(Config.of(int(ONE or 0)))
+    told = explain(replace(Config.of(int(ONE or 0)), reads_ahead=reads_ahead))
     print(told)
     assert told.what is None, told.what
 
@@ -100,6 +103,44 @@ def test_a_row_that_is_deleted_while_a_refill_is_taken_over() -> None:
     deletion = world.database.begin()
     world.database.write(deletion, fact, None)
     world.commit(deletion)
+    world.converge()
+
+
+def run_step(world: World, worker: Worker) -> None:
+    """Run a step to its end, and read ahead as far as that goes."""
+    world.advance(worker)
+    while worker.steps is not None:
+        world.advance(worker)
+
+
+def test_a_page_read_ahead_is_not_written_after_a_takeover() -> None:
+    """Its rows are older than what another owner has delivered since, and nothing would tell that they are."""
+    config = replace(Config.of(0).about("ahead"), slots=1, workers=0, ticks=0, older=0.0, in_process=False, rates={})
+    world = World(config)
+    index, changed = world.indexes[0], world.facts[-1]
+    for fact in world.facts:
+        world.database.facts[fact] = Row("a", 0)
+        world.committed[fact].add("a|0")
+    first = world.start(index, ("fact",))
+    while not first.slot_worker._ahead:
+        world.advance(first)
+    while first.steps is not None:
+        world.advance(first)
+
+    world.pass_time(2 * LEASE_S)
+    second = world.start(index, ("fact",))
+    run_step(world, second)  # its claim
+    change = world.database.begin()
+    world.database.write(change, changed, Row("b", 0))
+    world.commit(change)
+    state = world.database.state(first.me)
+    while not (index.points.get(changed) and state.refill[SCAN, 0] == (None, True)):
+        run_step(world, second)
+    second.leaving = True
+    while second in world.workers:
+        world.advance(second)
+
+    assert state.refill["fact", 0] == (world.facts[1][1], False)
     world.converge()
 
 
@@ -233,6 +274,15 @@ class LeavesWithoutAWord(SlotWorker):
         return super()._repeats(slots, why) if why == "lease lost" else {}
 
 
+class RowsReadAheadAreNotReadAgain(SlotWorker):
+    """A page that was read ahead is written as it was, though some of its keys have been delivered since."""
+
+    def _state_of(self, source: Source) -> Steps[PageState]:
+        if self._ahead is not None:
+            self._ahead.outdated.clear()
+        return (yield from super()._state_of(source))
+
+
 class GhostsAreNotScannedFor(World):
     """What an index holds from earlier is not looked at."""
 
@@ -257,6 +307,7 @@ FAULTS: dict[type, str] = {
     TimeoutsAreFinal: "late calls",
     LeavesWithoutAWord: "outages",
     Unfenced: "takeovers, fenced",
+    RowsReadAheadAreNotReadAgain: "ahead",
     GhostsAreNotScannedFor: "strangers, scanning",
 }
 """What is broken, and in which histories that shows soon."""

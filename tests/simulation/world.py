@@ -28,6 +28,7 @@ from memstate_sa.relay.requests import (
     ListFacts,
     PointWrite,
     Read,
+    ReadPage,
     Redirty,
     Release,
     Remove,
@@ -81,6 +82,17 @@ THEMES: dict[str, Mapping[str, Any]] = {
     "strangers, strict": {**STRANGERS, "strict": True, "keys": 1, "rates": {"times out": 0.5, "stop": 0.1}},
 }
 
+AHEAD: Mapping[str, Any] = {
+    **FEW,
+    "keys": 4,
+    "texts": TEXTS[:2],
+    "workers": 1,
+    "page_size": 2,
+    "reads_ahead": True,
+    "rates": {"index is emptied": 0.3, "answers wait": 0.5},
+}
+"""The theme of two pages in work. Not one of `THEMES`: a seed stays the history that it was."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -103,6 +115,7 @@ class Config:
     ticks: int
     older: float  # how much an index holds from earlier
     rates: Mapping[str, float]
+    reads_ahead: bool = False  # while a page is at the index
 
     FAULTS: ClassVar[Mapping[str, float]] = {
         # of a call
@@ -168,7 +181,7 @@ class Config:
 
     def about(self, theme: str) -> Config:
         """A history in which certain things happen often, to few keys, and little else."""
-        return replace(self, **THEMES[theme])
+        return replace(self, **(AHEAD if theme == "ahead" else THEMES[theme]))
 
 
 @dataclass(eq=False)
@@ -211,6 +224,8 @@ class Worker:
     doing: str = ""
     request: Request[Any] | None = None
     answer: tuple[Any, Exception | None] | None = None
+    ahead: Steps[None] | None = None  # beside an Upsert
+    asks_ahead: Request[Any] | None = None
     rests: bool = False  # its last step found nothing to do
     paused_until: float = 0.0
     leaving: bool = False
@@ -539,6 +554,9 @@ class World:
 
     def advance(self, worker: Worker) -> None:
         """One request is executed, or one answer is told."""
+        if worker.ahead is not None and self.rng.random() < 0.7:
+            self._advance_ahead(worker, worker.ahead)
+            return
         if worker.answer is not None:
             answer, worker.answer = worker.answer, None
             self._tell(worker, *answer)
@@ -566,6 +584,23 @@ class World:
             worker.answer = (reply, error)
         else:
             self._tell(worker, reply, error)
+
+    def _advance_ahead(self, worker: Worker, ahead: Steps[None]) -> None:
+        """One request is executed beside a call of the index, which may not have landed yet."""
+        request, reply, error = worker.asks_ahead, None, None
+        if request is not None:
+            if not isinstance(request, (ReadPage, ListFacts, Read, Embed)):
+                raise Violation(f"{worker.owner} does more than read beside a call: {_short(request)}")
+            try:
+                reply = self._execute(worker, request)
+            except (Outage, DeliveryRetryable, DeliveryRejected) as raised:
+                error = raised
+            self.log(worker.owner, "ahead:", _short(request), "->", _short(reply) if error is None else repr(error))
+            self.counts["ahead"] += 1
+        try:
+            worker.asks_ahead = ahead.send(reply) if error is None else ahead.throw(error)
+        except (StopIteration, Outage):
+            worker.ahead = worker.asks_ahead = None
 
     def _befalls(self, worker: Worker, request: Request[Any]) -> bool:
         """Whether something keeps *worker* from this request, more often where it matters most."""
@@ -612,9 +647,11 @@ class World:
 
     def _resume_steps(self, worker: Worker, reply: Any, error: Exception | None) -> None:
         assert worker.steps is not None
-        worker.request = None
+        worker.request = worker.ahead = worker.asks_ahead = None
         try:
-            worker.request = worker.steps.send(reply) if error is None else worker.steps.throw(error)
+            request = worker.request = worker.steps.send(reply) if error is None else worker.steps.throw(error)
+            if self.config.reads_ahead and isinstance(request, Upsert) and request.meanwhile is not None:
+                worker.ahead = request.meanwhile(lambda: worker.answer is None)
             return
         except StopIteration as end:
             worker.steps = None

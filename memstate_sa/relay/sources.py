@@ -1,0 +1,88 @@
+"""The pages of dirty keys that the protocol converges, by the place that they are from. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from memstate_sa.db.codec import FactKey
+from memstate_sa.log.positions import Position
+from memstate_sa.relay.plan import Delivered
+from memstate_sa.relay.requests import PageState, Refill, Steps
+from memstate_sa.relay.slot_owner import Move, SlotGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A page of keys: of parked ones whose time has come, or of a place that has a class below.
+
+    ``foreign``: keys of entities that we do not deliver. ``intents``: keys that a strict transaction may be writing.
+    ``listed``: the content that the index itself lists for keys. ``following`` reads the next page of the same place;
+    None when there is none.
+    """
+
+    facts: Sequence[FactKey]
+    foreign: Collection[FactKey] = ()
+    intents: Collection[FactKey] = ()
+    listed: Mapping[FactKey, Delivered] = field(default_factory=dict)
+    following: Callable[[], Steps[Source]] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.facts and not self.foreign
+
+    @property
+    def beginning(self) -> object:
+        """The place where the page begins. A page that was read ahead has its turn when its place is reached."""
+        return None
+
+    @property
+    def move(self) -> Move | None:
+        """The position to record when the page is done."""
+        return None
+
+    @property
+    def refill(self) -> Refill | None:
+        """The progress of a refill to record when the page is done."""
+        return None
+
+    def doubted(self, unsure: Collection[FactKey], state: PageState) -> Collection[FactKey]:
+        """The keys about which the ledger is not believed: the index may hold anything for them."""
+        return {*unsure, *state.parked, *self.intents}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutboxPage(Source):
+    """Keys that were changed after the position of a group of slots, up to ``end``."""
+
+    group: SlotGroup
+    slots: frozenset[int]
+    start: Position
+    end: Position
+
+    @property
+    def beginning(self) -> object:
+        return self.group, self.slots, self.start
+
+    @property
+    def move(self) -> Move:
+        return Move(self.group, self.end)
+
+    def doubted(self, unsure: Collection[FactKey], state: PageState) -> Collection[FactKey]:
+        return set(self.facts) if self.group.unsettled_until is not None else super().doubted(unsure, state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefillPage(Source):
+    """The next rows of an entity, or the next points of the index itself, in a delivery in full."""
+
+    start: Refill
+    end: Refill
+
+    @property
+    def beginning(self) -> object:
+        return self.start
+
+    @property
+    def refill(self) -> Refill:
+        return self.end
