@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 
 from memstate_sa.capture.looks import RawKey
 
+KnownKey = tuple[str, RawKey]
+"""An entity, and a key as the driver has it."""
+
 
 class KnownKeys:
     """The last used keys whose entries were seen, and committed: their rows need no look before they change.
@@ -17,8 +20,8 @@ class KnownKeys:
     """
 
     def __init__(self, limit: int = 16_384) -> None:
-        self._limit = limit
-        self._keys: OrderedDict[tuple[str, RawKey], str] = OrderedDict()
+        self.limit = limit
+        self._keys: OrderedDict[KnownKey, str] = OrderedDict()
         self._lock = threading.Lock()
 
     def find(self, entity: str, keys: Iterable[RawKey]) -> dict[RawKey, str] | None:
@@ -35,12 +38,12 @@ class KnownKeys:
                 found[key] = canonical
         return found
 
-    def add(self, entity: str, keys: Mapping[RawKey, str]) -> None:
+    def add(self, keys: Mapping[KnownKey, str]) -> None:
         with self._lock:
             for key, canonical in keys.items():
-                self._keys[entity, key] = canonical
-                self._keys.move_to_end((entity, key))
-            while len(self._keys) > self._limit:
+                self._keys[key] = canonical
+                self._keys.move_to_end(key)
+            while len(self._keys) > self.limit:
                 self._keys.popitem(last=False)
 
     def clear(self) -> None:

@@ -114,6 +114,7 @@ class SessionCapture:
                 listening.stop(engine, name, listener)
         self._guarded.clear()
         self._with_contexts.clear()
+        self._recorder.forget_keys()
 
     def resume(self) -> None:
         """Listen again to what was tracked and attached before `stop`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.pool import Pool
 
 from memstate_sa.capture import hazards, unique_values
-from memstate_sa.capture.known_keys import KnownKeys
+from memstate_sa.capture.known_keys import KnownKey, KnownKeys
 from memstate_sa.capture.looks import ClassLog, Header, Look, NoEntry, RawKey
 from memstate_sa.capture.supported import require_no_translation
 from memstate_sa.capture.table_log import class_log
@@ -72,7 +72,12 @@ class Recorder:
         return known[2]
 
     def known_keys(self, connection: Connection) -> KnownKeys:
+        """Those of the database of *connection*, for all of its connections."""
         return self._known.setdefault(connection.engine.pool, KnownKeys())
+
+    def forget_keys(self) -> None:
+        """Whoever empties the log from now on is not seen."""
+        self._known.clear()
 
     def write_header(self, connection: Connection, tx: str, labels: Mapping[str, str | None]) -> None:
         connection.execute(insert(tables.transaction), {"tx": tx, "at": utcnow(), **labels})
@@ -215,21 +220,25 @@ class Recorder:
             if not sqlite.may_write(connection):
                 take_write_lock(connection)
             looks = self._log_of(tracked, connection).look(connection, keys)
+        if len(transaction.seen) < self.known_keys(connection).limit:
+            transaction.seen.update(self._logged(connection, tracked, looks))
+        return looks
+
+    def _logged(
+        self, connection: Connection, tracked: Tracked, looks: Sequence[Look]
+    ) -> Iterator[tuple[KnownKey, str]]:
+        """The keys of *looks* of which the log has an entry."""
         columns = tracked.columns_for(connection.dialect)
         for look in looks:
-            logged = {key for key, image in look.rows.items() if image is None}
-            canonical = ((raw, columns.canonical_raw(raw)) for raw in look.keys)
-            transaction.seen.setdefault(tracked.entity, {}).update(
-                (raw, key) for raw, key in canonical if key in logged
-            )
-        return looks
+            for raw_key in look.keys:
+                key = columns.canonical_raw(raw_key)
+                if look.rows.get(key, "") is None:
+                    yield (tracked.entity, raw_key), key
 
     def remember(self, connection: Connection, transaction: OpenTransaction) -> None:
         """Remember the keys that *transaction*, which has committed, has seen entries of."""
         if not connection.in_transaction():  # else it was a part of one
-            known = self.known_keys(connection)
-            for entity, keys in transaction.seen.items():
-                known.add(entity, keys)
+            self.known_keys(connection).add(transaction.seen)
 
     def log(
         self,

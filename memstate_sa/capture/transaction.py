@@ -13,6 +13,7 @@ from sqlalchemy import Table
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
+from memstate_sa.capture.known_keys import KnownKey
 from memstate_sa.capture.looks import Look, RawKey
 from memstate_sa.log.changes import new_tx
 from memstate_sa.tracking.tracked import Tracked
@@ -64,7 +65,7 @@ class OpenTransaction:
     has_header: bool = False  # its labels are written; no rollback takes them back but that of the whole transaction
     has_intents: bool = False  # an index may hold what is not committed yet
     txs: dict[str, None] = field(default_factory=dict)  # it logged under these, an undo's own among them, in order
-    seen: dict[str, dict[RawKey, str]] = field(default_factory=dict)  # keys that the log has, by entity: to remember
+    seen: dict[KnownKey, str] = field(default_factory=dict)  # keys that the log has: to be remembered
     connections: WeakSet[Connection] = field(default_factory=WeakSet)
     trigger_connections: WeakSet[Connection] = field(default_factory=WeakSet)  # to databases with triggers of ours
     context_on: _WeakReference = _WeakReference()  # the Connection where the trigger context names it, or named it

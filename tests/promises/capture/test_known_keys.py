@@ -154,6 +154,16 @@ def test_a_row_of_which_nothing_is_left_in_the_log(hot: World, elsewhere: Engine
     require_one_refusal(hot, "three", ["baseline", "update"])
 
 
+def test_a_memory_that_was_closed_remembers_nothing(hot: World) -> None:
+    """Whoever emptied the log meanwhile, was not seen. The next use of an attached Session opens it again."""
+    hot.memory.close()
+    with hot.engine.begin() as connection, rewriting(connection):
+        connection.execute(delete(log))
+    assert change(hot, "three")
+    with hot.session() as session:
+        assert [c.op for c in hot.memory.history(session, Person, 1)] == ["baseline", "update"]
+
+
 def test_an_erased_row_that_comes_back_is_logged(hot: World) -> None:
     with hot.session() as session:
         hot.memory.erase(session, Person, 1)
@@ -167,9 +177,9 @@ def test_an_erased_row_that_comes_back_is_logged(hot: World) -> None:
 def test_keys_are_bounded() -> None:
     """The keys that were used last are kept."""
     known = KnownKeys(limit=3)
-    known.add("e", {(n,): f"[{n}]" for n in range(3)})
+    known.add({("e", (n,)): f"[{n}]" for n in range(3)})
     assert known.find("e", [(0,)]) == {(0,): "[0]"}
-    known.add("e", {(3,): "[3]"})
+    known.add({("e", (3,)): "[3]"})
     assert known.find("e", [(0,), (2,), (3,)]) == {(0,): "[0]", (2,): "[2]", (3,): "[3]"}
     assert known.find("e", [(1,)]) is None
     assert known.find("e", [(0,), (1,)]) is None
