@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from benchmarks import backfill, capture, commits, drain, indexes, langgraph, latency, relay, search, strict, undo
+from benchmarks import backfill, capture, commits, drain, far, indexes, langgraph, latency, relay, search, strict, undo
 from benchmarks.report import console
 
 BENCHMARKS = {
@@ -14,6 +14,7 @@ BENCHMARKS = {
     "commits": commits.run,
     "relay": relay.run,
     "drain": drain.run,
+    "far": far.run,
     "indexes": indexes.run,
     "langgraph": langgraph.run,
     "latency": latency.run,

@@ -21,8 +21,8 @@ from benchmarks.writer import memstate_sa, plain
 
 OPERATIONS = ("insert", "update", "delete")
 TARGETS = {
-    "SQLite, file": {"insert": Target(1.6), "update": Target(2.0), "delete": Target(2.4)},
-    "PostgreSQL": {"insert": Target(2.2), "update": Target(2.8), "delete": Target(3.3)},
+    "SQLite, file": {"insert": Target(1.4), "update": Target(1.7), "delete": Target(2.0)},
+    "PostgreSQL": {"insert": Target(1.4), "update": Target(1.5), "delete": Target(1.6)},
 }
 SLOW = {"continuum": 3, "history": 3}
 """Contenders that take part in every n-th round only: they take seconds a commit."""
@@ -33,7 +33,7 @@ PEERS = {
     "history": "sqlalchemy-history",
 }
 CONTENDERS = ("plain", "by hand", "memstate_sa", "triggers", *PEERS)
-GET = Target(1.05)
+GET = Target(1.03)
 
 
 def run(*, quick: bool = False, databases_: tuple[str, ...] = ("sqlite", "postgresql")) -> None:

@@ -243,7 +243,7 @@ class _Upsert(BulkStatement):
         looks = recorder.look(connection, transaction, tracked, self.suspects) if self.suspects else []
         result, raw_keys = self.run_returning_keys()
         if not self.suspects and _may_update(self.dml):
-            by_key = {self.columns.encode_key(raw): raw for raw in raw_keys}
+            by_key = {self.columns.canonical_raw(raw): raw for raw in raw_keys}
             if unknown := recorder.unknown(connection, tracked, by_key):
                 self.suspects = [by_key[key] for key in unknown]
                 return None

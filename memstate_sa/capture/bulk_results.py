@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy.engine import IteratorResult, Result, Row
+from sqlalchemy.engine import CursorResult, IteratorResult, Result, Row
 from sqlalchemy.engine.result import SimpleResultMetaData
 
 
-class CapturedResult(IteratorResult[Any]):
-    """The rows that the caller asked for; in everything else the cursor's own result.
+class CapturedResult(IteratorResult[Any], CursorResult[Any]):  # type: ignore[misc, override]
+    """The rows that the caller asked for; in everything else the cursor's own result, which it is taken for.
 
     The rows are read to the end: SQLite releases no SAVEPOINT below an open cursor.
     """
 
     def __init__(self, result: Result[Any], key_names: Sequence[str] = ()) -> None:
         """Read *result*. The last columns of it are keys, with *key_names*, and not the caller's."""
-        # An ORM result is made of the cursor's result.
-        self._of_cursor: Any = getattr(result, "raw", None) or result
         frozen = result.freeze()
         metadata: Any = frozen.metadata
         names = list(metadata.keys)
@@ -28,22 +26,24 @@ class CapturedResult(IteratorResult[Any]):
         rows = [tuple(row) for row in frozen().all()]
         self.keys_returned = [row[width:] for row in rows]
         super().__init__(SimpleResultMetaData(names[:width], extra=columns), iter([row[:width] for row in rows]))
+        of_cursor: Any = getattr(result, "raw", None) or result  # an ORM result is made of it
+        for name in CursorResult.__slots__:
+            setattr(self, name, getattr(of_cursor, name, None))
         self._key_names = key_names
         self.rowcount = len(rows)
-        self.returns_rows = bool(names[:width])
-        if not self.returns_rows:
+        self._returns_rows = bool(names[:width])
+        if not self._returns_rows:
             self.close()
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._of_cursor, name)
+    @property
+    def returns_rows(self) -> bool:
+        return self._returns_rows
 
     @property
-    def inserted_primary_key_rows(self) -> Sequence[Row[Any]]:
+    def inserted_primary_key_rows(self) -> Sequence[Row[Any]]:  # type: ignore[override]
         """As `CursorResult` has them; it refuses them where RETURNING was asked for."""
-        if self.returns_rows or not self._of_cursor.is_insert:
-            rows: Any = self._of_cursor.inserted_primary_key_rows
+        if self.returns_rows or not self.is_insert:
+            rows: Any = super().inserted_primary_key_rows
         else:
             rows = IteratorResult(SimpleResultMetaData(self._key_names), iter(self.keys_returned)).all()
         return rows  # type: ignore[no-any-return]
@@ -52,4 +52,4 @@ class CapturedResult(IteratorResult[Any]):
     def inserted_primary_key(self) -> Any:
         """Of the row, where one was inserted."""
         rows = self.inserted_primary_key_rows
-        return rows[0] if len(rows) == 1 else self._of_cursor.inserted_primary_key
+        return rows[0] if len(rows) == 1 else super().inserted_primary_key

@@ -82,31 +82,35 @@ def unseen(registry: Registry, tracked: Tracked, keys: Iterable[ForeignKey]) -> 
     for key in keys:
         if not (key.on_delete or key.on_update) or _is_inheritance(tracked, key):
             continue
-        parent = registry.by_table_name.get(key.parent)
-        relationships = [] if parent is None else list(_relationships(parent.mapper, key))
-        actions, ways = [], [f"Track {tracked.model.__name__} with capture='trigger'."]
-        for name, action, by_the_database in (
-            ("DELETE", key.on_delete, "passive_deletes"),
-            ("UPDATE", key.on_update, "passive_updates"),
-        ):
-            if action is None:
-                continue
-            passive = [relationship for relationship in relationships if getattr(relationship, by_the_database)]
-            if parent is not None and not parent.by_trigger and len(passive) < len(relationships):
-                continue
-            actions.append(f"ON {name} {action}")
-            without = "without passive_deletes" if name == "DELETE" else "with passive_updates=False"
-            if passive:
-                ways.append(f"Or define {', '.join(map(str, passive))} {without}.")
-            elif parent is None:
-                ways.append(f"Or track {key.parent_name}, with a relationship to {tracked.model.__name__} {without}.")
-            elif not parent.by_trigger:
-                ways.append(f"Or give {parent.model.__name__} a relationship to {tracked.model.__name__} {without}.")
-        if actions:
-            if above := _above(key):
-                ways.insert(0, f"Rows of {key.parent_name} go with those of {', '.join(above)}.")
+        missed = list(_missed(tracked, registry.by_table_name.get(key.parent), key))
+        if missed:
+            above = _above(key)
+            ways = [f"Rows of {key.parent_name} go with those of {', '.join(above)}."] if above else []
+            ways.append(f"Track {tracked.model.__name__} with capture='trigger'.")
+            ways += [way for _, way in missed if way]
+            actions = " and ".join(action for action, _ in missed)
             names = {"table": key.table.fullname, "parent": key.parent_name, "columns": ", ".join(key.columns)}
-            yield key, _MESSAGE.format(actions=" and ".join(actions), ways=" ".join(ways), **names)
+            yield key, _MESSAGE.format(actions=actions, ways=" ".join(ways), **names)
+
+
+def _missed(tracked: Tracked, parent: Tracked | None, key: ForeignKey) -> Iterator[tuple[str, str]]:
+    """The actions of *key* that no unit of work does in the database's place, and what to do about each."""
+    relationships = [] if parent is None else list(_relationships(parent.mapper, key))
+    for event, action, by_the_database, without in (
+        ("DELETE", key.on_delete, "passive_deletes", "without passive_deletes"),
+        ("UPDATE", key.on_update, "passive_updates", "with passive_updates=False"),
+    ):
+        passive = [relationship for relationship in relationships if getattr(relationship, by_the_database)]
+        is_done = parent is not None and not parent.by_trigger and len(passive) < len(relationships)
+        if action is None or is_done:
+            continue
+        if passive:
+            way = f"Or define {', '.join(map(str, passive))} {without}."
+        elif parent is None:
+            way = f"Or track {key.parent_name}, with a relationship to {tracked.model.__name__} {without}."
+        else:
+            way = f"Or give {parent.model.__name__} a relationship to {tracked.model.__name__} {without}."
+        yield f"ON {event} {action}", "" if parent is not None and parent.by_trigger and not passive else way
 
 
 def _is_inheritance(tracked: Tracked, key: ForeignKey) -> bool:

@@ -266,25 +266,32 @@ class SessionCapture:
             self._with_contexts.add(engine)
 
     def _before_commit(self, session: Session) -> None:
+        """Seal the transaction. What the commit's own flush logs, which comes after this event, seals it then.
+
+        So listeners of the application find what is to be flushed, whenever they were attached.
+        """
         if session.in_nested_transaction():  # fires at every SAVEPOINT release too
             return
-        session.flush()  # the commit's own flush comes after this event
-        transaction = self._transactions.find(session)
-        if transaction is None:
-            return
+        transaction = self._transactions.of(session)
+        transaction.seal = self._seal
+        if self._veto is not None or self._registry.by_trigger:
+            session.flush()  # the veto looks at all that is written, and triggers do not tell what they log
         if transaction.context_on is not None and not transaction.is_logged:
             if have_logged(transaction.context_on, transaction.tx):
                 transaction.status = Status.LOGGED
             transaction.written_on = transaction.context_on
-        if not transaction.is_logged:
-            return
+        if transaction.is_logged:
+            self._seal(transaction)
+            if self._veto is not None:
+                self._veto.write(session, transaction)
+
+    def _seal(self, transaction: OpenTransaction) -> None:
+        """Write the header, when the commit is about to come."""
         has_entries = transaction.tx in transaction.logged_under
         if has_entries and any(transaction.labels.values()) and not transaction.has_header:
             assert transaction.written_on is not None
             self._recorder.write_header(transaction.written_on, transaction.tx, transaction.labels)
             transaction.has_header = True
-        if self._veto is not None:
-            self._veto.write(session, transaction)
         transaction.status = Status.COMMITTING
 
     def _after_commit(self, session: Session) -> None:
@@ -307,8 +314,10 @@ class SessionCapture:
         """A transaction, a SAVEPOINT, or a flush that failed: what it had under way will not happen."""
         self._flushes.end(session)
         transaction = self._transactions.find(session)
-        if transaction is not None and transaction.status is Status.COMMITTING:
-            transaction.status = Status.LOGGED
+        if transaction is not None:
+            transaction.seal = None
+            if transaction.status is Status.COMMITTING:
+                transaction.status = Status.LOGGED
 
     def _after_transaction_end(self, session: Session, ended: SessionTransaction) -> None:
         """The only event that close() and cancellation fire."""

@@ -218,7 +218,7 @@ class Recorder:
         columns = tracked.columns_for(connection.dialect)
         for look in looks:
             logged = {key for key, image in look.rows.items() if image is None}
-            canonical = ((raw, columns.encode_key(raw)) for raw in look.keys)
+            canonical = ((raw, columns.canonical_raw(raw)) for raw in look.keys)
             transaction.seen.setdefault(tracked.entity, {}).update(
                 (raw, key) for raw, key in canonical if key in logged
             )

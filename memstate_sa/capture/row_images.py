@@ -21,6 +21,7 @@ from memstate_sa.capture.sql_text import as_sent, literal
 from memstate_sa.db import intervals, unreadable_times
 from memstate_sa.db.codec import to_json
 from memstate_sa.db.dialects import POSTGRESQL, SQLITE
+from memstate_sa.db.raw_values import implementation
 from memstate_sa.db.rows import TableColumns, logged_columns
 from memstate_sa.errors import MemstateError
 
@@ -123,7 +124,7 @@ def _json_postgresql(columns: TableColumns, column: Column[Any], value: str) -> 
     if columns.travels_as_text(column):
         return f"to_json({value}::text)::text"
     if isinstance(type_, sqltypes.ARRAY):
-        if isinstance(type_.item_type, _ITEMS):
+        if isinstance(implementation(type_.item_type, columns.dialect), _ITEMS):
             return f"to_jsonb({value})::text"
     else:
         for kind, write in _POSTGRESQL.items():
@@ -233,10 +234,6 @@ class TableWriter:
         )
 
     def _json(self, alias: str, column: Column[Any]) -> str:
-        if column.type.column_expression(column) is not None:
-            raise MemstateError(
-                f"a trigger cannot log {column.table.name}.{column.name}: its type reads by an expression"
-            )
         row = alias if alias in ("NEW", "OLD") else self.quote(alias)
         return _JSON[self._columns.database](self._columns, column, f"{row}.{self.quote(column.name)}")
 

@@ -36,7 +36,7 @@ class Status(Enum):
     """How far a transaction has come.
 
     - OPEN → LOGGED: it logs its first entry, or triggers have logged one.
-    - LOGGED → COMMITTING: its header and the indexes are written; its COMMIT comes next.
+    - LOGGED → COMMITTING: its header and the indexes are written; its COMMIT comes next, or the flush before it.
     - COMMITTING → LOGGED: the COMMIT failed, or a SAVEPOINT or a flush was rolled back.
     - LOGGED → OPEN: `OpenTransaction.back_to`, when the entries that made it LOGGED are rolled back.
 
@@ -60,6 +60,7 @@ class OpenTransaction:
     status: Status = Status.OPEN
     flush: Flush | None = None
     own_writes: int = 0  # how many `writing` blocks are open
+    seal: Callable[[OpenTransaction], None] | None = None  # once its commit has begun
     has_header: bool = False  # its labels are written; no rollback takes them back but that of the whole transaction
     has_intents: bool = False  # an index may hold what is not committed yet
     txs: dict[str, None] = field(default_factory=dict)  # it logged under these, an undo's own among them, in order
@@ -85,10 +86,12 @@ class OpenTransaction:
 
     def note_entries(self, connection: Connection, tx: str) -> None:
         """Note that entries are logged under *tx* on *connection*."""
-        if self.status is Status.OPEN:
-            self.status = Status.LOGGED
         self.written_on = connection
         self.txs[tx] = None
+        if self.status is Status.OPEN:
+            self.status = Status.LOGGED
+        if self.seal is not None:
+            self.seal(self)
 
     @property
     def mark(self) -> tuple[Status, Connection | None, dict[str, None]]:

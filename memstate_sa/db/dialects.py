@@ -102,16 +102,17 @@ BY_NAME: Mapping[str, Database] = {database.name: database for database in (POST
 
 def find_database(bind: Bind) -> Database | None:
     """The database of *bind*, or None for one that memstate_sa does not know."""
-    return BY_NAME.get((bind if isinstance(bind, Dialect) else bind.dialect).name)
+    dialect: Any = getattr(bind, "dialect", bind)
+    return BY_NAME.get(dialect.name)
 
 
 def database_of(bind: Bind) -> Database:
     """The database of *bind*. Raises MemstateError for one that memstate_sa does not know."""
-    database = find_database(bind)
-    if database is None:
-        dialect = bind if isinstance(bind, Dialect) else bind.dialect
+    dialect: Any = getattr(bind, "dialect", bind)
+    try:
+        return BY_NAME[dialect.name]
+    except KeyError:
         raise MemstateError(
             f"Cannot use a database of the dialect {dialect.name!r}. memstate_sa works with PostgreSQL and SQLite. "
             "Give an engine of one of them."
-        )
-    return database
+        ) from None

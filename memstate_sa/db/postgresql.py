@@ -64,8 +64,7 @@ class Postgresql:
     has_one_writer = runs_in_process = has_dynamic_types = False
     has_writing_ctes = has_arrays = has_laterals = has_transaction_settings = aborts_on_error = True
 
-    def upsert(self, table: Any) -> Any:
-        return insert(table)
+    upsert = staticmethod(insert)
 
     def clock(self) -> ColumnElement[datetime]:
         return func.clock_timestamp(type_=UTCDateTime())

@@ -42,9 +42,7 @@ from sqlalchemy import types as sqltypes
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.exc import DataError
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.elements import BindParameter
-from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
 from memstate_sa.db import intervals, unreadable_times
@@ -52,6 +50,7 @@ from memstate_sa.db.codec import decode, decoded, differ, encode_image, encode_k
 from memstate_sa.db.dialects import database_of
 from memstate_sa.db.key_values import DoesNotFit, fitted, is_int64, is_read_by_database, tolerate_refusal, types_of
 from memstate_sa.db.raw_values import RAW, hashable, implementation
+from memstate_sa.db.rows_in import rows_are, rows_in
 from memstate_sa.db.statements import batches
 from memstate_sa.errors import MemstateError
 
@@ -115,29 +114,6 @@ def _listed(value: Any) -> Any:
     return list(map(_listed, value)) if isinstance(value, tuple) else value
 
 
-class _rows_in(FunctionElement[bool]):
-    """``(a, b) IN (:keys)``, served by the index on (a, b)."""
-
-    inherit_cache = True
-    type = sqltypes.Boolean()
-
-    def self_group(self, against: Any = None) -> _rows_in:
-        return self  # a condition as it is: "= 1", which SQLite is given for a boolean, would hide it from the index
-
-
-@compiles(_rows_in)
-def _rows_in_any(element: Any, compiler: Any, **kw: Any) -> str:
-    row, keys = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"{row} IN {keys}"
-
-
-@compiles(_rows_in, "sqlite")
-def _rows_in_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
-    """Of a bare list of VALUES, SQLite makes a scan of the table."""
-    row, keys = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"{row} IN (SELECT * FROM {keys})"  # noqa: S608  # of parameters
-
-
 class TableColumns:
     """Statements and conversions for one table on one dialect."""
 
@@ -155,6 +131,7 @@ class TableColumns:
             column.type.dialect_impl(dialect).bind_processor(dialect) for column in table.primary_key.columns
         ]
         self._key_is_raw = not any(self._key_binds)
+        self._key_is_read_raw = self._key_is_raw and not any(map(self.travels_as_text, table.primary_key.columns))
 
     @property
     def of_table(self) -> Mapping[Table, TableColumns]:
@@ -256,7 +233,8 @@ class TableColumns:
                 return type_coerce(columns[0], kind) == any_(bindparam("keys", type_=sqltypes.ARRAY(kind)))
             return type_coerce(columns[0], RAW).in_(keys)
         keys = bindparam("keys", expanding=True)
-        return _rows_in(tuple_(*(type_coerce(column, RAW) for column in columns)), keys)
+        row = tuple_(*(type_coerce(column, RAW) for column in columns))
+        return rows_are(row, keys) if any(column.nullable for column in columns) else rows_in(row, keys)
 
     def key_parameters(self, keys: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
         if len(self.key_names) == 1:
@@ -444,7 +422,18 @@ class TableColumns:
             raise MemstateError(f"key={key!r}: {self.table.fullname} is keyed by {', '.join(self.key_names)}")
         binds = zip(self._key_binds, identity, strict=True)
         # The log may know a key that is not of today's type.
-        return self.encode_key([v if bind is None else _unless_refused(bind, v) for bind, v in binds])
+        return self.canonical_raw([v if bind is None else _unless_refused(bind, v) for bind, v in binds])
+
+    def canonical_raw(self, key: Sequence[Any]) -> str:
+        """The canonical key of `raw_key`, as far as Python can tell: the database may hold another form of it."""
+        if self._key_is_read_raw:
+            return self.encode_key(key)
+        return self.encode_key(list(map(self._as_read, self.table.primary_key.columns, key)))
+
+    def _as_read(self, column: Column[Any], value: Any) -> Any:
+        """What the driver reads, of what it is given: psycopg wraps bytes, and an address is read as text."""
+        value = getattr(value, "obj", value)
+        return str(value) if self.travels_as_text(column) and value is not None else value
 
     def identity(self, key: str) -> tuple[Any, ...]:
         """The ORM identity of a canonical *key*; one that no row can have stays as it is written."""

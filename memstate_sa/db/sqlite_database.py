@@ -29,8 +29,7 @@ class Sqlite:
     has_one_writer = runs_in_process = has_dynamic_types = True
     has_writing_ctes = has_arrays = has_laterals = has_transaction_settings = aborts_on_error = False
 
-    def upsert(self, table: Any) -> Any:
-        return insert(table)
+    upsert = staticmethod(insert)
 
     def clock(self) -> ColumnElement[datetime]:
         return bindparam("now", type_=UTCDateTime())

@@ -68,7 +68,7 @@ class Sweeper:
         columns = tracked.columns_for(engine.dialect)
         expires = tracked.mapper.columns[tracked.expires or ""]
         now = utcnow() if getattr(expires.type, "timezone", True) else utcnow().replace(tzinfo=None)
-        keys = select(*raw_key_columns(tracked)).select_from(tracked.rows).where(expires <= now)
+        keys = select(*raw_key_columns(columns)).select_from(tracked.rows).where(expires <= now)
         if tracked.criterion is not None:
             keys = keys.where(tracked.criterion)
         keys = keys.order_by(expires, *tracked.key_columns).with_for_update(of=tracked.table, skip_locked=True)

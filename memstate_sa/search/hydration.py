@@ -82,14 +82,14 @@ def _hydration_statement(statement: Select[Any], tracked: Tracked, columns: Tabl
         return cached
     projected_columns = () if tracked.is_projected_of_many else tracked.projected_columns
     labels = [column.label(f"memstate_{n}") for n, column in enumerate(projected_columns)]
-    hydrating = statement.order_by(None).add_columns(*raw_key_columns(tracked), *labels).where(columns.key_in)
+    hydrating = statement.order_by(None).add_columns(*raw_key_columns(columns), *labels).where(columns.key_in)
     if is_plain:
         tracked.hydrations[columns] = hydrating
     return hydrating
 
 
-def keys_of(statement: Select[Any], tracked: Tracked) -> Select[Any]:
+def keys_of(statement: Select[Any], columns: TableColumns) -> Select[Any]:
     """The keys of all facts that *statement* selects."""
-    keys = statement.with_only_columns(*raw_key_columns(tracked), maintain_column_froms=True).order_by(None).distinct()
+    keys = statement.with_only_columns(*raw_key_columns(columns), maintain_column_froms=True).order_by(None).distinct()
     keys._for_update_arg = None  # noqa: SLF001  # PostgreSQL locks no DISTINCT rows; hydrating locks them
     return keys

@@ -299,8 +299,9 @@ class Search:
 
     def _few_ids(self) -> list[str] | None:
         """The point ids of all rows that the statement selects; None when there are too many to name."""
-        keys = keys_of(self._statement, self._tracked).limit(_IDS_LIMIT + 1)
-        rows = self._connection().execute(keys).all()
+        connection = self._connection()
+        keys = keys_of(self._statement, self._tracked.columns_for(connection.dialect)).limit(_IDS_LIMIT + 1)
+        rows = connection.execute(keys).all()
         if len(rows) > _IDS_LIMIT:
             self._too_many_ids = True
             return None

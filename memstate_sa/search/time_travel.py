@@ -154,7 +154,7 @@ def search_past(
 ) -> Hits[Any]:
     """The facts nearest to *query* among the rows that *statement* selects in *session*: all of them are measured."""
     connection = session.connection()
-    keys = [encode_key(row) for row in connection.execute(keys_of(statement, tracked))]
+    keys = [encode_key(row) for row in connection.execute(keys_of(statement, tracked.columns_for(connection.dialect)))]
     embedder = vectors.embedder.fingerprint
     projections = [
         tracked.project(key, row, embedder) for key, row in committed.read(connection, tracked, keys).items()
@@ -170,7 +170,7 @@ def search_past(
     limit, max_distance = query.limit, query.max_distance
     near = [pair for pair in distances if max_distance is None or pair[0] <= max_distance]
     columns = tracked.columns_for(connection.dialect)
-    hydration = statement.order_by(None).add_columns(*raw_key_columns(tracked)).where(columns.key_in)
+    hydration = statement.order_by(None).add_columns(*raw_key_columns(columns)).where(columns.key_in)
     hydration._for_update_arg = None  # noqa: SLF001  # nobody changes the past
     hits: Hits[Any] = Hits()
     for batch in filter(None, (near[:limit], *batches(near[limit:]))):

@@ -11,17 +11,20 @@ from sqlalchemy.sql import operators
 
 from memstate_sa.db.codec import encode_key
 from memstate_sa.db.raw_values import RAW
+from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import batches
 from memstate_sa.tracking.projection import Projection
 from memstate_sa.tracking.tracked import Tracked
 
 
-def raw_key_columns(tracked: Tracked) -> list[ColumnElement[Any]]:
-    return [type_coerce(column, RAW).label(f"memstate_key_{n}") for n, column in enumerate(tracked.key_columns)]
+def raw_key_columns(columns: TableColumns) -> list[ColumnElement[Any]]:
+    """The primary key as `TableColumns.encode_key` takes it."""
+    keys = columns.table.primary_key.columns
+    return [columns.raw(column).label(f"memstate_key_{n}") for n, column in enumerate(keys)]
 
 
-def _rows(tracked: Tracked) -> Select[Any]:
-    statement = select(*raw_key_columns(tracked), *tracked.projected_columns).select_from(tracked.rows)
+def _rows(tracked: Tracked, columns: TableColumns) -> Select[Any]:
+    statement = select(*raw_key_columns(columns), *tracked.projected_columns).select_from(tracked.rows)
     criterion = tracked.criterion
     return statement if criterion is None else statement.where(criterion)
 
@@ -34,7 +37,7 @@ def _split(tracked: Tracked, row: Row[Any]) -> tuple[str, Sequence[Any]]:
 def read(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> dict[str, Sequence[Any]]:
     """The rows of *keys* that exist, each as the values `Tracked.project` takes."""
     columns = tracked.columns_for(connection.dialect)
-    statement = _rows(tracked).where(columns.key_in)
+    statement = _rows(tracked, columns).where(columns.key_in)
     values: dict[str, Sequence[Any]] = {}
     for batch in batches(keys):
         possible = columns.possible(connection, batch)
@@ -74,8 +77,9 @@ def page(
 
     A bound that no row can have, as the type of the key has changed, is none.
     """
-    possible = tracked.columns_for(connection.dialect).possible(connection, filter(None, (after, until)))
-    statement = select(*raw_key_columns(tracked)).select_from(tracked.rows)
+    columns = tracked.columns_for(connection.dialect)
+    possible = columns.possible(connection, filter(None, (after, until)))
+    statement = select(*raw_key_columns(columns)).select_from(tracked.rows)
     statement = statement.order_by(*tracked.key_columns).limit(limit)
     if tracked.criterion is not None:
         statement = statement.where(tracked.criterion)
@@ -85,7 +89,7 @@ def page(
         statement = statement.where(operators.le(*_compared(connection, tracked, possible[until])))
     if skip:
         statement = statement.offset(skip)
-    return list(map(tracked.columns_for(connection.dialect).encode_key, connection.execute(statement).all()))
+    return list(map(columns.encode_key, connection.execute(statement).all()))
 
 
 def _compared(connection: Connection, tracked: Tracked, key: Sequence[Any]) -> tuple[Any, Any]:

@@ -47,8 +47,9 @@ class UndoMethods(MemoryParts):
         Returns the new entries; fewer transactions than *steps* may have been there. Raises ConflictError, with the
         changes in the way, when someone outside of what is undone has since changed a fact, refers to one that would
         go, or holds a value that must be unique; nothing is written then. ``on_conflict="skip"`` leaves such facts as
-        they are, "force" overwrites later changes of the same facts. *dry_run* writes nothing, and returns the entries
-        that would have been written.
+        they are, "force" overwrites later changes of the same facts. A constraint that only the database knows (an
+        index on some rows, a table that is not tracked) raises ConflictError in any case. *dry_run* writes nothing, and
+        returns the entries that would have been written.
         """
         session = blocking_session(session)
         scope = self._scope(session, session_id, actor, model, on_conflict)

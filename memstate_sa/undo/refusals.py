@@ -10,7 +10,7 @@ from memstate_sa.runtime.printable import printable
 
 _IN_THE_WAY = (
     "Cannot undo: the database refuses the rows as they were, beside those that are there now. It says: {}. Change the "
-    'rows in the way, or leave out what they block with on_conflict="skip".'
+    "rows in the way, and undo again."
 )
 _NO_VALUE = (
     "Cannot undo: a row that would come back has no value for a column that must have one. The database says: {}. Give "

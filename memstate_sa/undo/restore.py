@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from decimal import Decimal
-from functools import partial
-from graphlib import CycleError, TopologicalSorter
 from itertools import groupby
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from uuid import uuid4
 
 from sqlalchemy import (
@@ -34,14 +32,16 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import CircularDependencyError, DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import CircularDependencyError, DataError, IntegrityError
 from sqlalchemy.schema import sort_tables_and_constraints
 
 from memstate_sa.db.codec import FactKey, Image, by_entity, decode, decode_key, same
 from memstate_sa.db.dialects import POSTGRESQL, database_of
-from memstate_sa.db.rows import TableColumns, columns_of, values_of
+from memstate_sa.db.rows import TableColumns
 from memstate_sa.errors import ConflictError
 from memstate_sa.tracking.registry import Registry
+from memstate_sa.tracking.tracked import Tracked
+from memstate_sa.undo.order import Columns, Kind, Order, Wait, Write, waits_for_references, waits_for_unique_values
 from memstate_sa.undo.refusals import message_of
 
 Rows: TypeAlias = dict[Table, dict[str, Image | None]]
@@ -53,7 +53,7 @@ def restore(
 ) -> dict[FactKey, Image | None]:
     """Write the rows that *final* demands; returns them as the database then has them.
 
-    Raises ConflictError when a constraint allows it in no order; the caller's SAVEPOINT takes back what was written.
+    Raises ConflictError when the database refuses them; the caller's SAVEPOINT takes back what was written.
     """
     if final:
         _Restoration(connection, registry, rows_by_table(connection, registry, final)).run()
@@ -79,144 +79,126 @@ def read_facts(connection: Connection, registry: Registry, facts: Iterable[FactK
     return present
 
 
+class Row(NamedTuple):
+    """A statement for the row of a write, and the values that it sets."""
+
+    kind: Kind
+    write: Write
+    values: Mapping[str, Any]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.values)
+
+
 class _Restoration:
     def __init__(self, connection: Connection, registry: Registry, final: Rows) -> None:
         self._connection = connection
         self._registry = registry
-        self._final = final
-        self._tables: list[Table] = []
-        self._circular: set[ForeignKeyConstraint] = set()  # no order satisfies them: their columns are set last
-        self._placeholders: dict[tuple[Table, str], dict[str, Any]] = {}
-        for table, constraints in sorted_tables(list(final)):
-            if table is None:
-                self._circular.update(fk for fk in constraints if _can_be_null(fk))
-            else:
-                self._tables.append(table)
-        dialect = connection.dialect
+        self._tables = sorted_tables(list(final))
         self._by_table = {
-            table: registry.by_table[table].columns_for(dialect).of_table[table] for table in self._tables
+            table: registry.by_table[table].columns_for(connection.dialect).of_table[table] for table in self._tables
         }
-        self._current = {table: self._read(table) for table in self._tables}
+        self._cleared: dict[Write, dict[str, Any]] = {}
+        self._replaced: dict[Write, dict[str, Any]] = {}
+        self._writes = list(self._to_write(final))
 
     def run(self) -> None:
-        """Write the rows in the first of these orders that no constraint refuses."""
-        orders: tuple[tuple[Callable[[], None], ...], ...] = (
-            (self._insert_missing, self._update_differing, self._delete_unwanted),
-            # First free the unique values that move from one row to another.
-            (self._free_unique_values, self._insert_missing, self._update_differing, self._delete_unwanted),
-            (self._delete_unwanted, self._update_differing, self._insert_missing),
-            # First clear the references to such values, too.
-            (
-                self._clear_references,
-                self._free_unique_values,
-                self._insert_missing,
-                self._update_differing,
-                self._delete_unwanted,
-            ),
+        rows: list[Row] = []
+        for writes in Order(self._writes, self._waits(), self._clear, self._replace).rounds():
+            for early in (self._cleared, self._replaced):
+                rows += self._sorted(Row(Kind.UPDATE, write, values) for write, values in early.items())
+                early.clear()
+            rows += self._sorted(Row(write.kind, write, self._new(write)) for write in writes)
+        rows += self._sorted(
+            Row(Kind.UPDATE, write, self._values(write, only=sorted(write.postponed))) for write in self._writes
         )
-        refused: DBAPIError | None = None
-        for order in orders:
-            try:
-                with self._connection.begin_nested():
-                    for act in order:
-                        act()
-            except DBAPIError as error:  # a value that stood in for another may be refused as one of its type
-                if error.connection_invalidated or not isinstance(error, (IntegrityError, DataError)):
-                    raise
-                refused = error if refused is None or isinstance(error, IntegrityError) else refused
-            else:
-                return
-        assert refused is not None
-        raise ConflictError(message_of(refused)) from refused
+        try:
+            for (kind, table, names), group in groupby(rows, key=lambda row: (row.kind, row.write.table, row.names)):
+                self._execute(kind, table, names, group)
+        except (IntegrityError, DataError) as error:
+            raise ConflictError(message_of(error)) from error
 
-    # -- acts ----------------------------------------------------------------------------------------------------------
+    # -- what is to be written, and in which order -------------------------------------------------------------------
 
-    def _insert_missing(self) -> None:
-        inserted: list[tuple[Table, dict[str, Image], list[str]]] = []
+    def _to_write(self, final: Rows) -> Iterator[Write]:
+        current = {table: self._read(table, final[table]) for table in self._tables}
+        changed: set[tuple[Tracked, str]] = set()
+        writes: list[Write] = []
         for table in self._tables:
-            missing = {
-                key: image
-                for key, image in self._final[table].items()
-                if image is not None and key not in self._current[table]
-            }
-            order = self._parents_first(table, missing)
-            deferred = self._deferred_columns(table)
-            generated = [column.name for column in _generated_always(self._connection, table)]
-            if missing and generated:
+            for key, image in final[table].items():
+                row = current[table].get(key)
+                if row is None and image is None:
+                    continue
+                kind = Kind.INSERT if row is None else Kind.DELETE if image is None else Kind.UPDATE
+                write = Write(table, key, kind, row, None if image is None else {**(row or {}), **image})
+                writes.append(write)
+                if kind is Kind.UPDATE and self._differing(write):
+                    changed.add((self._registry.by_table[table], key))
+        # A fact that changes in one of its tables has the version counter of another.
+        for write in writes:
+            if write.kind is not Kind.UPDATE or (self._registry.by_table[write.table], write.key) in changed:
+                yield write
+
+    def _waits(self) -> Iterator[Wait]:
+        by_table: dict[Table, list[Write]] = {table: [] for table in self._tables}
+        for write in self._writes:
+            by_table[write.table].append(write)
+        for table, writes in by_table.items():
+            for columns in unique_columns(table):
+                yield from waits_for_unique_values(writes, columns)
+            for fk in table.foreign_key_constraints:
+                if fk.referred_table in by_table:
+                    yield from waits_for_references(writes, by_table[fk.referred_table], fk)
+
+    def _clear(self, write: Write, columns: Columns) -> bool:
+        names = [column.name for column in columns if column.nullable and not column.primary_key]
+        self._cleared.setdefault(write, {}).update(dict.fromkeys(names))
+        write.given_up.update(names)
+        return bool(names)
+
+    def _replace(self, write: Write, columns: Columns) -> bool:
+        name, value = self._placeholder(write.table, columns)
+        if name:
+            self._replaced.setdefault(write, {})[name] = value
+            write.given_up.add(name)
+        return bool(name)
+
+    def _sorted(self, rows: Iterable[Row]) -> list[Row]:
+        """Parents first, but deleted children first. Rows that set the same columns make one executemany."""
+
+        def place(row: Row) -> tuple[Any, ...]:
+            number = self._tables.index(row.write.table)
+            return -number if row.kind is Kind.DELETE else number, row.names
+
+        return sorted((row for row in rows if row.names or row.kind is Kind.DELETE), key=place)
+
+    # -- rows --------------------------------------------------------------------------------------------------------
+
+    def _new(self, write: Write) -> dict[str, Any]:
+        """The values that the statement of *write* sets."""
+        if write.kind is Kind.DELETE:
+            return {}
+        if write.kind is Kind.INSERT:
+            generated = _generated_always(self._connection, write.table)
+            if generated:
                 raise ConflictError(
-                    f"{table.name}.{generated[0]} is GENERATED ALWAYS: a deleted row cannot be brought back"
+                    f"{write.table.name}.{generated[0].name} is GENERATED ALWAYS: a deleted row cannot be brought back"
                 )
-            rows = []
-            for key in order:
-                values = self._values(table, missing[key])
-                rows.append((key, values | {name: None for name in deferred if name in values}))
-            self._insert(table, rows)
-            if deferred:
-                inserted.append((table, missing, deferred))
-        for table, images, deferred in inserted:
-            self._update(table, [(key, self._values(table, image, only=deferred)) for key, image in images.items()])
+            values = self._values(write, only=write.final or ())
+        else:
+            names = dict.fromkeys([*self._differing(write), *sorted(write.given_up)])
+            values = self._with_version(write, self._values(write, only=names))
+        return {name: None if name in write.postponed else value for name, value in values.items()}
 
-    def _update_differing(self) -> None:
-        differing = {table: self._differing(table) for table in self._tables}
-        for table in self._tables:
-            rows = []
-            for key, names in differing[table].items():
-                image = self._final[table][key]
-                assert image is not None
-                entity = self._registry.by_table[table]
-                changes = any(
-                    of.get(key) for other, of in differing.items() if self._registry.by_table[other] is entity
-                )
-                values = self._values(table, image, only=names)
-                rows.append((key, self._with_version(table, values, self._current[table][key]) if changes else values))
-            self._update(table, rows)
-
-    def _differing(self, table: Table) -> dict[str, list[str]]:
-        """The columns that are to change, of each row that exists and is to stay."""
-        differing: dict[str, list[str]] = {}
-        version = self._registry.by_table[table].mapper.version_id_col
-        counter = version.name if version is not None and version.table is table else None
-        for key, image in self._final[table].items():
-            current = self._current[table].get(key)
-            if image is not None and current is not None:
-                placeholders = self._placeholders.get((table, key), {})
-                names = (name for name in image if name in current and name != counter)
-                differing[key] = [n for n in names if n in placeholders or not same(current[n], image[n])]
-        return differing
-
-    def _delete_unwanted(self) -> None:
-        for table in self._tables:
-            if deferred := self._deferred_columns(table):
-                self._update(table, [(key, dict.fromkeys(deferred)) for key in self._deleted_keys(table)])
-        for table in reversed(self._tables):
-            images = {key: self._current[table][key] for key in self._deleted_keys(table)}
-            rows: list[tuple[str, dict[str, Any]]] = [(key, {}) for key in reversed(self._parents_first(table, images))]
-            self._execute(rows, partial(self._deletion, table), table)
-
-    def _clear_references(self) -> None:
-        """Give foreign keys that may be NULL, and are to change, no value."""
-        for table in self._tables:
-            self._set_placeholders(table, [tuple(fk.columns) for fk in table.foreign_key_constraints])
-
-    def _free_unique_values(self) -> None:
-        """Give unique columns whose value is to change a value that no row has."""
-        for table in self._tables:
-            self._set_placeholders(table, unique_columns(table))
-
-    def _set_placeholders(self, table: Table, groups: Iterable[tuple[Column[Any], ...]]) -> None:
-        rows = []
-        for key, current in self._current[table].items():
-            final = self._final[table][key]
-            differing = [
-                columns
-                for columns in groups
-                if final is None or not all(same(final.get(c.name, current[c.name]), current[c.name]) for c in columns)
-            ]
-            placeholders = dict(self._placeholder(table, columns) for columns in differing)
-            placeholders.pop("", None)
-            self._placeholders.setdefault((table, key), {}).update(placeholders)
-            rows.append((key, placeholders))
-        self._update(table, rows)
+    def _differing(self, write: Write) -> list[str]:
+        """The columns that are to change."""
+        current, final = write.current, write.final
+        assert current is not None
+        assert final is not None
+        version = self._registry.by_table[write.table].mapper.version_id_col
+        counter = version.name if version is not None and version.table is write.table else None
+        return [n for n in final if n in current and n != counter and not same(current[n], final[n])]
 
     def _placeholder(self, table: Table, columns: Sequence[Column[Any]]) -> tuple[str, Any]:
         """One of *columns*, which are unique together, and a value that no row has; ("", None): none is known."""
@@ -233,44 +215,24 @@ class _Restoration:
 
     # -- statements --------------------------------------------------------------------------------------------------
 
-    def _deletion(self, table: Table, _: Sequence[str]) -> Any:
-        return delete(table).where(self._key_criterion(table))
-
-    def _insert(self, table: Table, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    def _statement(self, kind: Kind, table: Table, names: Sequence[str]) -> Any:
         by_name = self._columns(table).by_name
-        self._execute(
-            rows,
-            lambda names: insert(table).values({by_name[name].key: self._bind(table, name) for name in names}),
-            table,
-        )
+        values: dict[str, Any] = {by_name[name].key: self._bind(table, name) for name in names}
+        if kind is Kind.INSERT:
+            return insert(table).values(values)
+        if kind is Kind.DELETE:
+            return delete(table).where(self._key_criterion(table))
+        # onupdate would overwrite what is being restored.
+        unchanged = {c.key: c for c in table.columns if c.onupdate is not None and c.key not in values}
+        return update(table).where(self._key_criterion(table)).values({**unchanged, **values})
 
-    def _update(self, table: Table, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-        by_name = self._columns(table).by_name
-        fixed = {column.name for column in (*table.primary_key.columns, *_generated_always(self._connection, table))}
-
-        def statement(names: Sequence[str]) -> Any:
-            values: dict[str, Any] = {by_name[name].key: self._bind(table, name) for name in names}
-            # onupdate would overwrite what is being restored.
-            unchanged = {c.key: c for c in table.columns if c.onupdate is not None and c.key not in values}
-            return update(table).where(self._key_criterion(table)).values({**unchanged, **values})
-
-        changes = [(key, {n: v for n, v in values.items() if n not in fixed}) for key, values in rows]
-        # Of those that set the same columns, one executemany: their order is of no matter.
-        changes.sort(key=lambda row: tuple(row[1]))
-        self._execute([(key, values) for key, values in changes if values], statement, table)
-
-    def _execute(
-        self,
-        rows: Sequence[tuple[str, Mapping[str, Any]]],
-        statement: Callable[[Sequence[str]], Any],
-        table: Table,
-    ) -> None:
-        """One executemany for each run of rows that set the same columns; the order of rows is kept."""
-        for names, together in groupby(rows, key=lambda row: tuple(row[1])):
-            parameters = [f"memstate_key_{n}" for n in range(len(table.primary_key.columns))]
-            parameters += [self._parameter(table, name) for name in names]
-            run = [dict(zip(parameters, (*decode_key(key), *values.values()), strict=True)) for key, values in together]
-            self._connection.execute(statement(names), run)
+    def _execute(self, kind: Kind, table: Table, names: Sequence[str], rows: Iterable[Row]) -> None:
+        parameters = [f"memstate_key_{n}" for n in range(len(table.primary_key.columns))]
+        parameters += [self._parameter(table, name) for name in names]
+        parameter_sets = [
+            dict(zip(parameters, (*decode_key(row.write.key), *row.values.values()), strict=True)) for row in rows
+        ]
+        self._connection.execute(self._statement(kind, table, names), parameter_sets)
 
     def _bind(self, table: Table, name: str) -> ColumnElement[Any]:
         columns = self._columns(table)
@@ -282,67 +244,44 @@ class _Restoration:
 
     def _key_criterion(self, table: Table) -> ColumnElement[bool]:
         columns = self._columns(table)
-        return and_(
-            *(
-                column == columns.raw_parameter(column, f"memstate_key_{n}")
-                for n, column in enumerate(table.primary_key.columns)
-            )
-        )
-
-    # -- rows --------------------------------------------------------------------------------------------------------
+        parts = []
+        for n, column in enumerate(table.primary_key.columns):
+            value = columns.raw_parameter(column, f"memstate_key_{n}")
+            parts.append(column.is_not_distinct_from(value) if column.nullable else column == value)
+        return and_(*parts)
 
     def _columns(self, table: Table) -> TableColumns:
         return self._by_table[table]
 
-    def _read(self, table: Table) -> dict[str, dict[str, Any]]:
-        keys = [decode_key(key) for key in self._final[table]]
-        return self._columns(table).read(self._connection, keys, for_update=True)
+    def _read(self, table: Table, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+        return self._columns(table).read(self._connection, [decode_key(key) for key in keys], for_update=True)
 
-    def _deleted_keys(self, table: Table) -> list[str]:
-        return [key for key, image in self._final[table].items() if image is None and key in self._current[table]]
-
-    def _values(self, table: Table, image: Image, *, only: Sequence[str] | None = None) -> dict[str, Any]:
-        """What of *image* can be written, by column name: columns that are still there and not computed."""
-        by_name = self._columns(table).by_name
+    def _values(self, write: Write, *, only: Iterable[str]) -> dict[str, Any]:
+        """What of the final row can be written, by column name: columns that are still there and not computed."""
+        by_name, fixed = self._columns(write.table).by_name, self._fixed(write)
+        final = write.final or {}
         return {
-            name: decode(image[name])
-            for name in (image if only is None else only)
-            if name in by_name and name in image and by_name[name].computed is None
+            name: decode(final[name])
+            for name in only
+            if name in by_name and name in final and name not in fixed and by_name[name].computed is None
         }
 
-    def _with_version(self, table: Table, values: dict[str, Any], current: Image) -> dict[str, Any]:
+    def _fixed(self, write: Write) -> set[str]:
+        """The columns that no UPDATE sets."""
+        if write.kind is Kind.INSERT:
+            return set()
+        generated = _generated_always(self._connection, write.table)
+        return {column.name for column in (*write.table.primary_key.columns, *generated)}
+
+    def _with_version(self, write: Write, values: dict[str, Any]) -> dict[str, Any]:
         """A stale copy somewhere must still notice that the row, or another part of the fact, moved on."""
-        mapper = self._registry.by_table[table].mapper
+        mapper = self._registry.by_table[write.table].mapper
         version, generate = mapper.version_id_col, mapper.version_id_generator
-        if version is None or version.table is not table or not callable(generate):
+        if version is None or version.table is not write.table or not callable(generate):
             return values
-        columns = self._columns(table)
-        newest = columns.to_python(version.name, decode(current.get(version.name)))
+        columns = self._columns(write.table)
+        newest = columns.to_python(version.name, decode((write.current or {}).get(version.name)))
         return values | {version.name: columns.to_raw(version.name, generate(newest))}
-
-    def _deferred_columns(self, table: Table) -> list[str]:
-        """The columns of circular foreign keys that can be set later."""
-        return [c.name for fk in self._circular if fk.table is table for c in fk.columns if c.nullable]
-
-    def _parents_first(self, table: Table, images: Mapping[str, Image]) -> list[str]:
-        """Keys ordered so that a row comes after the row of the same table that it refers to."""
-        own = [fk for fk in table.foreign_key_constraints if fk.referred_table is table and fk not in self._circular]
-        if not own:
-            return list(images)
-        sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(images, ()))
-        for fk in own:
-            local, remote = columns_of(fk)
-            owners = {values_of(image, remote): key for key, image in images.items()}
-            for key, image in images.items():
-                value = values_of(image, local)
-                parent = None if value is None else owners.get(value)
-                if parent is not None and parent != key:
-                    sorter.add(key, parent)
-        try:
-            return list(sorter.static_order())
-        except CycleError:
-            self._circular.update(own)
-            return list(images)
 
 
 def _can_be_null(fk: ForeignKeyConstraint) -> bool:
@@ -350,16 +289,17 @@ def _can_be_null(fk: ForeignKeyConstraint) -> bool:
     return any(column.nullable for column in fk.columns)
 
 
-def sorted_tables(tables: Sequence[Table]) -> list[tuple[Table | None, Collection[ForeignKeyConstraint]]]:
-    """Parents first. In a circle the foreign keys that can wait give way: they are what comes with None, at the end."""
+def sorted_tables(tables: Sequence[Table]) -> list[Table]:
+    """Parents first. In a circle the foreign keys that can wait give way."""
     sort: Any = sort_tables_and_constraints
     firm = [fk for table in tables for fk in table.foreign_key_constraints if not _can_be_null(fk)]
     # As dependencies, too: what says use_alter is none by itself.
     parents = [(fk.referred_table, fk.table) for fk in firm if fk.referred_table is not fk.table]
     try:
-        return list(sort(tables, filter_fn=lambda fk: None if _can_be_null(fk) else False, extra_dependencies=parents))
+        pairs = sort(tables, filter_fn=lambda fk: None if _can_be_null(fk) else False, extra_dependencies=parents)
     except CircularDependencyError:  # of keys that are checked at COMMIT
-        return list(sort(tables))
+        pairs = sort(tables)
+    return [table for table, _ in pairs if table is not None]
 
 
 def unique_columns(table: Table, *, partial: bool = True) -> list[tuple[Column[Any], ...]]:

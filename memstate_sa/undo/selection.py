@@ -73,11 +73,6 @@ class Plan:
     def conflicts(self) -> set[int]:
         return set().union(*self.left_out.values())
 
-    def possible(self, facts: Collection[FactKey]) -> set[FactKey]:
-        """The facts among *facts* that can be restored when all others stay as they are."""
-        others = self.final.keys() - facts
-        return set(facts) - self.constraints.blocked_facts(others).keys()
-
     def leave_out_blocked(self, connection: Connection) -> BlockedFacts:
         """Leave out what other rows block, or what is left out already, and return that."""
         blocked = self.constraints.blocked_facts(self.left_out)

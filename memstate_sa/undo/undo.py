@@ -6,11 +6,9 @@ both are known.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
-from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeAlias
 
@@ -184,15 +182,7 @@ class Undoing:
         if all_or_none and {change.tx for change in changes} != set(targets):
             return Revocation()
         plan = self._plan(changes, absent, targets)
-        try:
-            reverted = self._attempt(plan, reason)
-        except ConflictError:
-            refused = self._refused(plan) if self.on_conflict == "skip" else []
-            if not refused:
-                raise
-            plan.left_out.update((fact, set()) for fact in refused)
-            plan.leave_out_blocked(self.connection)
-            reverted = self._attempt(plan, reason)
+        reverted = self._attempt(plan, reason)
         if reverted and not self.dry_run:
             expire(self.session, self.connection.dialect, self.registry, reverted)
             self._warn_of_losses({change.entity for change in reverted if change.op == "insert"})
@@ -237,7 +227,7 @@ class Undoing:
         """
         classes = [self.registry.by_entity[entity] for entity in entities if entity in self.registry.by_entity]
         classes.sort(key=lambda tracked: (tracked.model.__module__, tracked.model.__name__))
-        tables = [table for table, _ in sorted_tables([tracked.table for tracked in classes])]
+        tables = sorted_tables([tracked.table for tracked in classes])
         return sorted(classes, key=lambda tracked: tables.index(tracked.table))
 
     def _plan(self, changes: list[LoggedChange], absent: Collection[FactKey], targets: Sequence[str]) -> Plan:
@@ -269,48 +259,6 @@ class Undoing:
         if blocked and self.on_conflict != "skip":
             self._raise(_BLOCKED, set().union(*(plan.left_out[fact] for fact in blocked)))
         return plan
-
-    def _refused(self, plan: Plan) -> list[FactKey]:
-        """The facts that the database does not let *plan* restore, for reasons that only it knows: found by trying.
-
-        Fact by fact joins those that can be restored together, as many at once as go well; which those are is found by
-        halving. Others may have to wait for the one that fails: it is to blame if it fails without them.
-        """
-        accepted: set[FactKey] = set()
-        waiting = [fact for fact in plan.final if fact not in plan.left_out]
-        refused: list[FactKey] = []
-        fails_with = partial(self._fails, plan)
-        while True:
-            most = 1
-            while most < len(waiting) and not fails_with({*accepted, *waiting[:most]}):
-                most *= 2
-            most = min(most, len(waiting))
-            fine = most // 2 + bisect_left(
-                range(most // 2 + 1, most + 1), True, key=lambda n: fails_with({*accepted, *waiting[:n]})
-            )
-            accepted = plan.possible({*accepted, *waiting[:fine]})
-            if fine == len(waiting):
-                return refused
-            suspect = waiting.pop(fine)
-            waiting = [fact for fact in waiting if fact not in accepted]
-            alone = plan.possible({*accepted, suspect})
-            if suspect in alone and not fails_with(alone):
-                accepted = alone
-            else:
-                refused.append(suspect)
-
-    def _fails(self, plan: Plan, facts: Collection[FactKey]) -> bool:
-        final = {fact: plan.final[fact] for fact in plan.possible(facts)}
-        attempt = self.connection.begin_nested()
-        try:
-            with self.transaction.writing(), self.capture.undoing(self.connection, new_tx(), final):
-                restore(self.connection, self.registry, final)
-        except ConflictError:
-            return True
-        else:
-            return False
-        finally:
-            attempt.rollback()
 
     def _raise(self, why: str, ids: Collection[int]) -> None:
         changes = self._changes(sorted(ids)[:_SHOWN])

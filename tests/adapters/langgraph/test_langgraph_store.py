@@ -631,11 +631,13 @@ def test_statements_do_not_grow_with_the_items(shelf: Shelf) -> None:
     def put_all(n: int, round_: int) -> None:
         shelf.store.batch([PutOp(NOTES, f"k{i}", {"text": f"t{i}", "round": round_}) for i in range(n)])
 
-    put_all(20, 0)
-    assert statements(lambda: put_all(20, 1)) == statements(lambda: put_all(20, 2))
-    some = statements(lambda: put_all(20, 3))
-    put_all(300, 0)
-    assert statements(lambda: put_all(300, 1)) <= some
+    for round_ in (0, 1):  # from the second put on, the log is known to have the keys
+        put_all(20, round_)
+    assert statements(lambda: put_all(20, 2)) == statements(lambda: put_all(20, 3))
+    some = statements(lambda: put_all(20, 4))
+    for round_ in (0, 1):
+        put_all(300, round_)
+    assert statements(lambda: put_all(300, 2)) <= some
     assert statements(lambda: shelf.store.batch([GetOp(NOTES, f"k{i}") for i in range(300)])) == 1
     assert statements(lambda: shelf.store.search(NOTES, limit=300)) == 1
 

@@ -438,7 +438,7 @@ def _describe(result: Any) -> dict[str, Any]:
     described = {name: _of_result(lambda: getattr(result, name)) for name in names}  # noqa: B023
     for name in ("last_inserted_params", "supports_sane_rowcount", "lastrow_has_defaults", "prefetch_cols", "all"):
         described[name] = _of_result(lambda: getattr(result, name)())  # noqa: B023
-    return described
+    return {**described, "is a CursorResult": isinstance(result, sa.CursorResult)}
 
 
 RESULTS: dict[str, Callable[[Session], Any]] = {

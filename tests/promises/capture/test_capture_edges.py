@@ -18,6 +18,7 @@ from sqlalchemy import (
     column,
     create_engine,
     delete,
+    event,
     insert,
     inspect,
     select,
@@ -724,3 +725,47 @@ def test_sqlite_knows_no_generated_always(sqlite_engine: Engine) -> None:
         app.memory.rollback(session)
         session.commit()
     assert [row["content"] for row in app.stored().values()] == ["x"]
+
+
+def test_listeners_of_the_application_find_what_a_commit_will_flush(world: World) -> None:
+    """Though they were attached after ours: many keep a search index so. Labels and wake-up come with that flush."""
+    noted: list[Any] = []
+
+    def note(session: Session) -> None:
+        noted.append((list(session.new), list(session.dirty), list(session.deleted)))
+
+    event.listen(world.sessions.class_, "before_commit", note)
+    first, second = Person(id=1, name="ada", about="x"), Person(id=2, name="bob", about="y")
+    with world.session(actor="me") as session:
+        session.add_all([first, second])
+        session.commit()
+        world.memory.annotate(session, actor="you")
+        first.about = "z"
+        session.delete(second)
+        session.flush()
+        first.about = "new"
+        session.commit()
+        changes = world.memory.history(session, Person)
+    assert [tuple(map(set, each)) for each in noted] == [({first, second}, set(), set()), (set(), {first}, set())]
+    assert [(c.op, c.key, c.actor) for c in changes] == [
+        ("insert", 1, "me"),
+        ("insert", 2, "me"),
+        ("update", 1, "you"),
+        ("delete", 2, "you"),
+        ("update", 1, "you"),
+    ]
+
+
+def test_a_listener_that_writes_in_a_commit_is_labelled(world: World) -> None:
+    """By statements of its own, when nothing was logged before."""
+
+    def write(session: Session) -> None:
+        session.execute(insert(Tag).values(name="t", meaning="m"))
+
+    event.listen(world.sessions.class_, "before_commit", write)
+    with world.session(actor="me") as session:
+        session.get(Person, 1)
+        session.commit()
+        event.remove(world.sessions.class_, "before_commit", write)
+        assert world.memory.token(session) is not None
+        assert [(c.op, c.key, c.actor) for c in world.memory.history(session, Tag)] == [("insert", "t", "me")]
