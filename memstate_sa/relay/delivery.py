@@ -1,6 +1,7 @@
 """One owner at work on one index: each request of the protocol becomes a short transaction, or a call.
 
-No database transaction is open during an embedding or index call.
+No database transaction is open during an embedding or index call. One exception: while a server index is called in a
+thread, short ones read the next page, and keep its vectors. They do not wait for that call.
 """
 
 from __future__ import annotations
@@ -406,6 +407,7 @@ class Delivery:
         try:
             with suppress(Exception):  # the page that is read now has its own turn, and fails then if it still does
                 self._run(request.meanwhile(lambda: not call.done()))
+                self._store_vectors()
         finally:
             wait([call])
         call.result()
