@@ -266,6 +266,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         transaction.actor = actor if actor is not None else transaction.actor
         transaction.reason = reason if reason is not None else transaction.reason
         transaction.session_id = session_id if session_id is not None else transaction.session_id
+        self._capture.relabel(transaction)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

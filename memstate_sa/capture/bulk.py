@@ -225,7 +225,7 @@ class _Insert(BulkStatement):
 
     def run(self) -> Result[Any]:
         result, keys = self.run_returning_keys()
-        self.recorder.log(self.connection, self.transaction, self.tracked, with_others([], keys), new=True)
+        self.recorder.log(self.connection, self.transaction, self.tracked, (), keys)
         return result
 
 
@@ -240,9 +240,10 @@ class _Upsert(BulkStatement):
 
     def run(self) -> Result[Any] | None:
         recorder, connection, transaction, tracked = self.recorder, self.connection, self.transaction, self.tracked
-        looks = recorder.look(connection, transaction, tracked, self.suspects) if self.suspects else []
+        suspects = self.suspects
+        looks = recorder.look(connection, transaction, tracked, suspects, remembered=False) if suspects else []
         result, raw_keys = self.run_returning_keys()
-        if not self.suspects and _may_update(self.dml):
+        if not suspects and _may_update(self.dml):
             by_key = {self.columns.canonical_raw(raw): raw for raw in raw_keys}
             if unknown := recorder.unknown(connection, tracked, by_key):
                 self.suspects = [by_key[key] for key in unknown]

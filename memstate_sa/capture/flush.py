@@ -62,12 +62,15 @@ class FlushCapture:
                     _check_expiry(tracked.expires, state)
         # Last: when this event raises, no other says that there will be no flush.
         transaction = self._transactions.of(session)
-        transaction.flush = self._flushes[session.hash_key] = Flush(transaction, context, look=self._look)
+        flush = Flush(transaction, context, look=self._look, within=transaction.own_writes)
+        transaction.flush, transaction.own_writes = flush, 0
+        self._flushes[session.hash_key] = flush
 
     def end(self, session: Session) -> Flush | None:
         """End the flush that *session* is in, if it is in one: nothing more of it will happen."""
         transaction = self._transactions.find(session)
-        if transaction is not None:
+        if transaction is not None and transaction.flush is not None:
+            transaction.own_writes = transaction.flush.within
             transaction.flush = None
         return self._flushes.pop(session.hash_key, None)
 
@@ -105,7 +108,7 @@ class FlushCapture:
             self._lock_first_rows(mapper, connection, flush, going=going)
 
     def _before_first_change(self, connection: Connection, flush: Flush) -> None:
-        """Note the keys of all rows that this flush may update or delete.
+        """Note the identities of all rows that this flush may update or delete.
 
         Not in before_flush, which knows neither orphans nor children whose foreign key a deleted parent nulls.
         """
@@ -124,17 +127,17 @@ class FlushCapture:
             if mapper not in by_mapper:
                 continue
             tracked = by_mapper[mapper]
-            raw_keys = list(map(tracked.columns_for(connection.dialect).raw_key, keys))
-            flush.unseen.setdefault(tracked, []).extend(raw_keys)
+            flush.unseen.setdefault(tracked, []).extend(keys)
             if len(tracked.tables) > 1:
-                flush.parts.setdefault((tracked, is_delete), []).extend(raw_keys)
+                flush.parts.setdefault((tracked, is_delete), []).extend(keys)
 
     def _look(self, connection: Connection, flush: Flush, table: Table) -> None:
         """Before the first statement that may change rows of *table*: not earlier, as a flush may send none."""
         if not flush.checked:
             self._before_first_change(connection, flush)
         for tracked in [tracked for tracked in flush.unseen if table in tracked.tables]:
-            keys = list(dict.fromkeys(flush.unseen.pop(tracked)))
+            raw_keys = map(tracked.columns_for(connection.dialect).raw_key, flush.unseen.pop(tracked))
+            keys = list(dict.fromkeys(raw_keys))
             flush.looks[tracked] = self._recorder.look(connection, flush.transaction, tracked, keys)
             flush.looked_on = connection
 
@@ -148,7 +151,8 @@ class FlushCapture:
         tracked = self._registry.find(mapper)
         keys = None if tracked is None else flush.parts.pop((tracked, going), None)
         if tracked is not None and keys and (not going or may_lock(connection, tracked.table)):
-            tracked.columns_for(connection.dialect).of_table[tracked.table].lock(connection, keys, leaving=going)
+            columns = tracked.columns_for(connection.dialect).of_table[tracked.table]
+            columns.lock(connection, list(map(columns.raw_key, keys)), leaving=going)
 
     def _after_flush(self, session: Session, context: Any) -> None:
         flush = self.end(session)
@@ -187,9 +191,11 @@ class FlushCapture:
         # Without a look, no statement changed a row: only new ones may be written.
         states = [*inserted, *updated] if before else inserted
         keys = [raw_key(_primary_key(tracked, state)) for state in states]
-        looks = with_others(before, keys)
-        count = self._recorder.log(connection, flush.transaction, tracked, looks, new=not before)
-        if count < sum(len(look.keys) for look in looks):
+        seen = {key for look in before for key in look.keys}
+        new = [key for key in keys[: len(inserted)] if key not in seen]
+        looks = with_others(before, keys[len(inserted) :]) if before else []
+        count = self._recorder.log(connection, flush.transaction, tracked, looks, new)
+        if count < len(new) + sum(len(look.keys) for look in looks):
             # The listeners of a class and of its base note an object twice.
             is_written = [n < len(inserted) or _has_changes(state) for n, state in enumerate(states)]
             written = dict.fromkeys(compress(keys, is_written))

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Mapper, Session, SessionTransaction, scoped_session, sessionmaker
 
@@ -61,6 +61,7 @@ class SessionCapture:
         # Of each Session's last commit: its transactions (an undo is one of its own), and where.
         self.committed: WeakKeyDictionary[Session, tuple[Sequence[str], Engine]] = WeakKeyDictionary()
         self._guarded: WeakSet[Engine] = WeakSet()
+        self._watched: WeakSet[Dialect] = WeakSet()  # which engines of execution_options() share
         self._with_contexts: WeakSet[Engine] = WeakSet()  # engines whose commits and rollbacks end trigger contexts
         self._connected: WeakSet[Engine] = WeakSet()
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -109,9 +110,11 @@ class SessionCapture:
                 listening.stop(target, name, listener)
             self._wakers += [_Waker(target, name, self) for name in _BEGINNINGS]
         for engine in list(self._guarded):
-            watching.unwatch(engine, self._guard.before_statement)
             for name, listener in self._contexts.engine_listeners.items():
                 listening.stop(engine, name, listener)
+        for dialect in list(self._watched):
+            watching.unwatch(dialect, self._guard.before_statement)
+        self._watched.clear()
         self._guarded.clear()
         self._with_contexts.clear()
         self._recorder.forget_keys()
@@ -259,7 +262,8 @@ class SessionCapture:
         # Add to the set last: other threads treat membership as "already listening". Listening twice does no harm.
         if engine not in self._guarded:
             missing_tables.explain(engine)
-            watching.watch(engine, self._guard.before_statement)
+            watching.watch(engine.dialect, self._guard.before_statement)
+            self._watched.add(engine.dialect)
             self._guarded.add(engine)
         if self._registry.by_trigger and engine not in self._with_contexts:
             for name, listener in self._contexts.engine_listeners.items():
@@ -295,9 +299,14 @@ class SessionCapture:
             transaction.has_header = True
         transaction.status = Status.COMMITTING
 
+    def relabel(self, transaction: OpenTransaction) -> None:
+        """Write the header of *transaction* with its first labels, if its commit has begun without any."""
+        if transaction.seal is not None and transaction.is_logged:
+            self._seal(transaction)
+
     def _after_commit(self, session: Session) -> None:
         transaction = self._transactions.find(session)
-        if transaction is None or transaction.status is not Status.COMMITTING or session.in_nested_transaction():
+        if transaction is None or not transaction.is_logged or session.in_nested_transaction():
             return
         assert transaction.written_on is not None
         self.committed[session] = (transaction.logged_under, transaction.written_on.engine)
@@ -306,16 +315,20 @@ class SessionCapture:
             self._veto.committed(transaction)
         self._on_commit(transaction.written_on.engine)
 
-    def _after_soft_rollback(self, session: Session, _: SessionTransaction) -> None:
-        """Of a SAVEPOINT, too: entries that the transaction has seen may be rolled back."""
-        if (transaction := self._transactions.find(session)) is not None:
+    def _after_soft_rollback(self, session: Session, previous: SessionTransaction) -> None:
+        """Of a SAVEPOINT, too: what the transaction has logged may be rolled back, and its header with it."""
+        transaction = self._transactions.find(session)
+        if transaction is not None:
             transaction.seen.clear()
+            if transaction.has_header and previous.nested:
+                assert transaction.written_on is not None
+                self._recorder.write_header(transaction.written_on, transaction.tx, transaction.labels)
 
     def _after_rollback(self, session: Session) -> None:
         """A transaction, a SAVEPOINT, or a flush that failed: what it had under way will not happen."""
         self._flushes.end(session)
         transaction = self._transactions.find(session)
-        if transaction is not None:
+        if transaction is not None and not session.in_nested_transaction():
             transaction.seal = None
             if transaction.status is Status.COMMITTING:
                 transaction.status = Status.LOGGED

@@ -34,6 +34,9 @@ from memstate_sa.log.positions import SLOTS
 _entity = bindparam("entity", type_=Text())
 _tx, _at = bindparam("tx", type_=log.c.tx.type), bindparam("at", type_=log.c.at.type)
 _version, _step = bindparam("version", type_=SmallInteger()), bindparam("step", type_=Boolean())
+ROW = "t"
+"""The alias of a row's first table in what `log_rows` and `look_at` are given."""
+
 _LOG_COLUMNS = ("tx", "at", "version", "entity", "snapshot", "key", "op", "image", "step")
 _OUTBOX_COLUMNS = ("tx", "created_at", "entity", "slot", "key")
 _before, _baselines = unnest_strings("before"), unnest_rows("baselines")
@@ -50,7 +53,7 @@ class Kind(NamedTuple):
 
     new: bool  # the transaction has made all of them
     baselines: bool  # the log has not seen some of those that were there before
-    remembered: bool  # it is known to have an entry of each: one that is missing violates NOT NULL
+    remembered: bool  # it is known to have an entry of each: that of a row which lacks it violates NOT NULL
 
 
 def log_rows(database: Database, rows: Select[Any], kind: Kind, *, returns: bool) -> Any:
@@ -58,7 +61,7 @@ def log_rows(database: Database, rows: Select[Any], kind: Kind, *, returns: bool
 
     *returns*: it also returns what it has logged of each row. (On SQLite, `reading_logged` does that.)
     """
-    changing = _inserted(rows) if kind.new else _changed(database, rows, kind)
+    changing = _inserted(database, rows) if kind.new else _changed(database, rows, kind)
     # On SQLite the statement has to begin with its INSERT: the driver counts the rows of no other.
     changed: FromClause = changing.cte("changed") if database.has_writing_ctes else changing.subquery("changed")
     entry: list[Any] = [changed.c.key, changed.c.op, typed(changed.c.image, StoredJson), _step]
@@ -103,8 +106,21 @@ def _slot(key: ColumnElement[str]) -> ColumnElement[int]:
     return func.mod(func.get_byte(digest, 0), literal_column(str(SLOTS)))
 
 
-def _inserted(rows: Select[Any]) -> Select[Any]:
-    here = rows.subquery("here")
+def _current(database: Database, rows: Select[Any]) -> FromClause:
+    """*rows*, one of each key.
+
+    An old snapshot shows two, where others have deleted a row since, and this transaction has made another one.
+    """
+    if database.has_one_writer:
+        return rows.subquery("here")
+    key = next(iter(rows.selected_columns))
+    is_newest = func.row_number().over(partition_by=key, order_by=func.age(literal_column(f"{ROW}.xmin"))).label("n")
+    each = rows.add_columns(is_newest).subquery("each_row")
+    return select(each.c.key, each.c.image).where(each.c.n == 1).subquery("here")
+
+
+def _inserted(database: Database, rows: Select[Any]) -> Select[Any]:
+    here = _current(database, rows)
     return select(here.c.key, literal_column("'insert'", Text()).label("op"), here.c.image)
 
 
@@ -122,9 +138,12 @@ def _with_last_entries(database: Database, touched: FromClause) -> tuple[FromCla
 
 def _changed(database: Database, rows: Select[Any], kind: Kind) -> Select[Any]:
     """The keys of which the log does not say yet what has become of them."""
-    before = select(_before.c.value, literal_column("NULL", Text()))
-    each = union_all(rows, before).subquery("each")
-    touched = select(each.c.key, func.max(each.c.image).label("image")).group_by(each.c.key).subquery("touched")
+    here = _current(database, rows)
+    there = select(here.c.key, here.c.image, literal_column("0").label("seen"))
+    before = select(_before.c.value, literal_column("NULL", Text()), literal_column("1"))
+    each = union_all(there, before).subquery("each")
+    image_now, seen_before = func.max(each.c.image).label("image"), func.max(each.c.seen).label("seen")
+    touched = select(each.c.key, image_now, seen_before).group_by(each.c.key).subquery("touched")
     source, known, last = _with_last_entries(database, touched)
     op: ColumnElement[Any] = last.c.op
     image: ColumnElement[Any] = last.c.image
@@ -140,6 +159,11 @@ def _changed(database: Database, rows: Select[Any], kind: Kind) -> Select[Any]:
     differs = typed(known.c.image, StoredJson).is_distinct_from(image)
     became: ColumnElement[Any] = case((is_gone, "delete"), (was_gone, "insert"), else_="update")
     has_changed: ColumnElement[Any] = case((is_gone, ~was_gone), else_=or_(was_gone, differs))
+    if not database.has_one_writer:
+        # A snapshot may not show what others have logged of a key that was free: a row in its place is another one.
+        is_old_snapshot = func.current_setting("transaction_isolation") != "read committed"
+        has_changed = or_(has_changed, and_(known.c.seen == 0, is_old_snapshot))
     if kind.remembered:
-        became, has_changed = case((op.is_(None), null()), else_=became), or_(op.is_(None), has_changed)
+        is_lost = and_(op.is_(None), known.c.image.is_not(None))
+        became, has_changed = case((is_lost, null()), else_=became), or_(is_lost, has_changed)
     return select(known.c.key, became.label("op"), known.c.image, *columns).select_from(source).where(has_changed)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy.engine import Connection
 
+from memstate_sa.db.codec import Image
 from memstate_sa.db.statements import batches
 from memstate_sa.log.changes import LogEntry
 
@@ -27,8 +28,8 @@ class Header(NamedTuple):
 class Look(NamedTuple):
     """A batch of keys, and the rows that they had: by canonical key, with the image where the log has not seen it.
 
-    ``remembered``: nobody has looked, as the log is known to have an entry of each key. `ClassLog.log` raises
-    `NoEntry` when it has none.
+    ``remembered``: there was no look, as the log is known to have an entry of each key. `ClassLog.log` raises `NoEntry`
+    for a row of which it has none.
     """
 
     keys: Sequence[RawKey]
@@ -59,6 +60,9 @@ class ClassLog(Protocol):
 
     def look(self, connection: Connection, keys: Sequence[RawKey]) -> list[Look]:
         """The rows of *keys* before they are changed, in batches."""
+
+    def images(self, connection: Connection, keys: Sequence[RawKey]) -> dict[str, Image]:
+        """The images of the rows of *keys*, in the form that `log` gives them."""
 
     def count(self, connection: Connection, keys: Sequence[RawKey]) -> int:
         """How many rows there are of *keys*, of whichever class in their table."""

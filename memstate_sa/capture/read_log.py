@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from sqlalchemy.engine import Connection
 
 from memstate_sa.capture.looks import Header, Logged, Look, NoEntry, RawKey
+from memstate_sa.db.codec import Image
 from memstate_sa.db.json_params import as_array, as_json
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import batches
@@ -33,6 +34,9 @@ class ReadLog:
         unknown = set(connection.scalars(outbox.unknown_keys, parameters))
         return Look(keys, {key: as_json(image) if key in unknown else None for key, image in images.items()})
 
+    def images(self, connection: Connection, keys: Sequence[RawKey]) -> dict[str, Image]:
+        return {**self._columns.read(connection, keys, where=self._tracked.criterion)}
+
     def count(self, connection: Connection, keys: Sequence[RawKey]) -> int:
         return len(self._columns.read(connection, keys))
 
@@ -42,7 +46,7 @@ class ReadLog:
         last = {} if new else last_entries(connection, self._tracked, keys)
         baselines: list[LogEntry] = []
         changes: list[LogEntry] = []
-        if look.remembered and len(last) < len(keys):
+        if look.remembered and not last.keys() >= images.keys():
             raise NoEntry
         for key in keys:
             first = None if key in last else look.rows.get(key)

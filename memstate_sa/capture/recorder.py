@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,19 +15,19 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.pool import Pool
 
 from memstate_sa.capture import hazards, unique_values
-from memstate_sa.capture.known_keys import KnownKey, KnownKeys
-from memstate_sa.capture.looks import ClassLog, Header, Look, NoEntry, RawKey
+from memstate_sa.capture.known_keys import KnownKeys
+from memstate_sa.capture.looks import ClassLog, Header, Logged, Look, NoEntry, RawKey
 from memstate_sa.capture.supported import require_no_translation
 from memstate_sa.capture.table_log import class_log
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db import sqlite, tables
-from memstate_sa.db.codec import decode_key
+from memstate_sa.db.codec import Image, decode_key
 from memstate_sa.db.dialects import database_of
 from memstate_sa.db.json_params import as_array
 from memstate_sa.db.rows import TableColumns
 from memstate_sa.db.statements import READ_CHUNK, batches, take_write_lock
 from memstate_sa.db.tables import utcnow
-from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite
+from memstate_sa.errors import ConflictError, MemstateError, UntrackedWrite, ValidationFailed
 from memstate_sa.log import outbox
 from memstate_sa.log.changes import LogEntry
 from memstate_sa.log.outbox import unknown_keys
@@ -80,7 +80,9 @@ class Recorder:
         self._known.clear()
 
     def write_header(self, connection: Connection, tx: str, labels: Mapping[str, str | None]) -> None:
-        connection.execute(insert(tables.transaction), {"tx": tx, "at": utcnow(), **labels})
+        """Write the labels of *tx*, unless they are there: what a SAVEPOINT may have rolled back is written again."""
+        new = database_of(connection).upsert(tables.transaction).values(tx=tx, at=utcnow(), **labels)
+        connection.execute(new.on_conflict_do_nothing())
 
     def write(
         self,
@@ -206,39 +208,26 @@ class Recorder:
         return connection.scalars(unknown_keys, {"entity": tracked.entity, "keys": as_array(keys)}).all()
 
     def look(
-        self, connection: Connection, transaction: OpenTransaction, tracked: Tracked, keys: Sequence[RawKey]
+        self,
+        connection: Connection,
+        transaction: OpenTransaction,
+        tracked: Tracked,
+        keys: Sequence[RawKey],
+        *,
+        remembered: bool = True,
     ) -> list[Look]:
-        """The rows of *keys* before they change, for `log`.
+        """The rows of *keys* before they change, for `log`. Not *remembered*: whatever the log is known to have.
 
         It locks no row, as the statement that follows does. Others may change a row before that has it; then they log
         its baseline.
         """
         require_supported(connection, transaction)
-        if known := self.known_keys(connection).find(tracked.entity, keys):
+        if remembered and (known := self.known_keys(connection).find(tracked.entity, keys)):
             return [Look(batch, {known[key]: None for key in batch}, remembered=True) for batch in batches(keys)]
         with transaction.writing():
             if not sqlite.may_write(connection):
                 take_write_lock(connection)
-            looks = self._log_of(tracked, connection).look(connection, keys)
-        if len(transaction.seen) < self.known_keys(connection).limit:
-            transaction.seen.update(self._logged(connection, tracked, looks))
-        return looks
-
-    def _logged(
-        self, connection: Connection, tracked: Tracked, looks: Sequence[Look]
-    ) -> Iterator[tuple[KnownKey, str]]:
-        """The keys of *looks* of which the log has an entry."""
-        columns = tracked.columns_for(connection.dialect)
-        for look in looks:
-            for raw_key in look.keys:
-                key = columns.canonical_raw(raw_key)
-                if look.rows.get(key, "") is None:
-                    yield (tracked.entity, raw_key), key
-
-    def remember(self, connection: Connection, transaction: OpenTransaction) -> None:
-        """Remember the keys that *transaction*, which has committed, has seen entries of."""
-        if not connection.in_transaction():  # else it was a part of one
-            self.known_keys(connection).add(transaction.seen)
+            return self._log_of(tracked, connection).look(connection, keys)
 
     def log(
         self,
@@ -246,19 +235,24 @@ class Recorder:
         transaction: OpenTransaction,
         tracked: Tracked,
         looks: Sequence[Look],
-        *,
-        new: bool = False,
+        new: Sequence[RawKey] = (),
     ) -> int:
-        """Log what became of the rows of *looks*; returns how many have changed. *new*: there was none before."""
+        """Log what became of the rows of *looks*, and *new* rows; returns how many have changed.
+
+        A row that the transaction has made is not compared with the log: its snapshot may not show what others have
+        logged of that key.
+        """
         require_supported(connection, transaction)
         log = self._log_of(tracked, connection)
         header = Header(transaction.tx, utcnow(), self._registry.versions[tracked.entity], transaction.step)
         with transaction.writing():
             try:
-                logged = [log.log(connection, header, look, new=new) for look in looks]
+                logged = [log.log(connection, header, look, new=False) for look in looks]
             except NoEntry as error:
                 self.known_keys(connection).clear()
                 raise ConflictError(_NO_ENTRY.format(tracked.entity)) from error
+            self._note(connection, transaction, tracked, zip(looks, logged, strict=True))
+            logged += [log.log(connection, header, Look(batch, {}), new=True) for batch in batches(new)]
             count = sum(each.changed for each in logged)
             if count:
                 transaction.note_entries(connection, transaction.tx)
@@ -267,6 +261,34 @@ class Recorder:
             if entries and tracked.unique_values is not None:
                 self._write_unique(connection, tracked, entries, refuse=True)
         return count
+
+    def _note(
+        self,
+        connection: Connection,
+        transaction: OpenTransaction,
+        tracked: Tracked,
+        logged: Iterable[tuple[Look, Logged]],
+    ) -> None:
+        """Note the keys that the log has now, to be remembered: of rows that were changed.
+
+        Of others, a transaction with an older snapshot may not see the entry.
+        """
+        if len(transaction.seen) >= self.known_keys(connection).limit:
+            return
+        columns = tracked.columns_for(connection.dialect)
+        for look, its in logged:
+            if its.changed == len(look.keys) and not look.remembered:
+                canonical = ((raw, columns.canonical_raw(raw)) for raw in look.keys)
+                transaction.seen.update(((tracked.entity, raw), key) for raw, key in canonical if key in look.rows)
+
+    def remember(self, connection: Connection, transaction: OpenTransaction) -> None:
+        """Remember the keys that *transaction*, which has committed, has changed."""
+        if not connection.in_transaction():  # else it was a part of one
+            self.known_keys(connection).add(transaction.seen)
+
+    def images(self, connection: Connection, tracked: Tracked, keys: Collection[str]) -> dict[str, Image]:
+        """The rows of canonical *keys*, in the form that the log has of a flush."""
+        return self._log_of(tracked, connection).images(connection, list(map(decode_key, keys)))
 
     def count_lost(
         self, connection: Connection, transaction: OpenTransaction, tracked: Tracked, keys: Sequence[RawKey]
@@ -279,6 +301,8 @@ class Recorder:
 
     def _check(self, connection: Connection, tracked: Tracked, entries: Sequence[LogEntry]) -> None:
         """What the schema says of rows as the database has them, its own defaults and expressions included."""
+        if tracked.validate is None and tracked.immutable is None:
+            return
         columns = tracked.columns_for(connection.dialect)
         for entry in entries:
             if entry.image is None:
@@ -290,10 +314,8 @@ class Recorder:
                 continue
             try:
                 tracked.validate(values)
-            except ValidationError as error:  # what is excluded was looked at before the flush
-                ignored = frozenset(tracked.exclude)
-                if (failed := to_validation_failed(tracked.model.__name__, error, ignoring=ignored)) is not None:
-                    raise failed from error
+            except ValidationError as error:
+                raise to_validation_failed(tracked.model.__name__, error) or ValidationFailed() from error
 
 
 def require_visible(connection: Connection, tracked: Tracked) -> None:

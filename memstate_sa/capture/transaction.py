@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 from memstate_sa.capture.known_keys import KnownKey
-from memstate_sa.capture.looks import Look, RawKey
+from memstate_sa.capture.looks import Look
 from memstate_sa.log.changes import new_tx
 from memstate_sa.tracking.tracked import Tracked
 
@@ -122,14 +122,15 @@ class Flush:
     inserted: list[Any] = field(default_factory=list)  # states of objects
     updated: list[Any] = field(default_factory=list)  # the same; no UPDATE may have been sent for some
     checked: bool = False
-    # Keys of rows that may change, until a statement is about to change their tables, and the rows as they were then.
-    unseen: dict[Tracked, list[RawKey]] = field(default_factory=dict)
+    within: int = 0  # the `own_writes` around it: a listener may flush while a statement of ours runs
+    # Identities of rows that may change, until a statement is about to change their tables; the rows as they were then.
+    unseen: dict[Tracked, list[Any]] = field(default_factory=dict)
     looks: dict[Tracked, list[Look]] = field(default_factory=dict)
     looked_on: _WeakReference = _WeakReference()  # the Connection
     look: Callable[[Connection, Flush, Table], None] | None = None  # at the rows of a table that are `unseen`
 
-    # Of facts in several tables: their keys, by whether they are to go, until their first rows are locked.
-    parts: dict[tuple[Tracked, bool], list[RawKey]] = field(default_factory=dict)
+    # Of facts in several tables: their identities, by whether they are to go, until their first rows are locked.
+    parts: dict[tuple[Tracked, bool], list[Any]] = field(default_factory=dict)
 
     def before_change(self, connection: Connection, table: Table) -> None:
         """The unit of work is about to change, or delete, rows of *table*."""

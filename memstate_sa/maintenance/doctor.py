@@ -210,13 +210,14 @@ class Doctor:
     def _log_differences(self, connection: Connection, tracked: Tracked, before: Mapping[str, LastEntry]) -> None:
         keys = list(before)
         rows = _rows(connection, tracked, keys, for_update=True)
+        images = self._recorder.images(connection, tracked, list(rows))
         entries = []
         for key, last in last_entries(connection, tracked, keys).items():
             row = rows.get(key)
             # A row that is not there is not locked: it may have come again since, and been logged.
             if last.id == before[key].id and _differs(last, row, tracked.columns_for(connection.dialect)):
                 op = "delete" if row is None else "insert" if last.op == "delete" else "update"
-                entries.append(LogEntry(tracked.entity, key, op, row, step=False))  # type: ignore[arg-type]
+                entries.append(LogEntry(tracked.entity, key, op, images.get(key), step=False))  # type: ignore[arg-type]
         if entries:
             tx = new_tx()
             self._recorder.write(connection, OpenTransaction(), entries, tx=tx, refuse=False)

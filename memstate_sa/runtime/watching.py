@@ -10,8 +10,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy.engine import Engine
-
 Watcher = Callable[[Any], None]
 """It is given the ExecutionContext of a statement that is about to be sent, and may raise."""
 
@@ -34,10 +32,9 @@ class _Watched:
             raise
 
 
-def watch(engine: Engine, watcher: Watcher) -> None:
-    """Show *watcher* each statement of *engine*, and of those that share its dialect, until `unwatch`. Idempotent."""
+def watch(dialect: Any, watcher: Watcher) -> None:
+    """Show *watcher* each statement of the engines that have *dialect*, until `unwatch`. Idempotent."""
     with _changing:
-        dialect: Any = engine.dialect
         kind = dialect.execution_ctx_cls
         if not issubclass(kind, _Watched):
             kind = dialect.execution_ctx_cls = type(kind.__name__, (_Watched, kind), {})
@@ -45,7 +42,7 @@ def watch(engine: Engine, watcher: Watcher) -> None:
             kind.watchers = (*kind.watchers, watcher)
 
 
-def unwatch(engine: Engine, watcher: Watcher) -> None:
+def unwatch(dialect: Any, watcher: Watcher) -> None:
     with _changing:
-        kind: Any = engine.dialect.execution_ctx_cls
+        kind = dialect.execution_ctx_cls
         kind.watchers = tuple(other for other in getattr(kind, "watchers", ()) if other != watcher)

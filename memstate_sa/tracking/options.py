@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from memstate_sa.db.tables import UTCDateTime
 from memstate_sa.errors import MemstateError
 from memstate_sa.tracking.inheritance import check_all_tables, tables_of
 from memstate_sa.tracking.tracked import Tracked, UniqueValues, Upgrade, attributes_of
-from memstate_sa.tracking.validation import validator
+from memstate_sa.tracking.validation import field_names, validator
 
 
 def describe(
@@ -73,7 +73,13 @@ def describe(
     if not entity or "[" in entity or len(entity) > 128:
         raise MemstateError(f"entity={entity!r}: a name of 1 to 128 characters without '['")
     _check_expiry(mapper, expires)
-    needed = {"text": attributes_of(source), "metadata": metadata, "unique_by": unique_names, "expires": (expires,)}
+    needed = {
+        "text": attributes_of(source),
+        "metadata": metadata,
+        "unique_by": unique_names,
+        "expires": (expires,),
+        "schema": field_names(schema),
+    }
     _check_excluded(mapper, exclude, needed)
     _check_shapes(version, upgrade or {})
     always = (lambda _values: True) if immutable is True else None
@@ -121,19 +127,20 @@ def _check_expiry(mapper: Mapper[Any], expires: str | None) -> None:
         raise MemstateError(f"expires={expires!r}: its column holds no times, but {type_!r}")
 
 
-def _check_excluded(mapper: Mapper[Any], exclude: Sequence[str], needed: Mapping[str, Sequence[str | None]]) -> None:
+def _check_excluded(mapper: Mapper[Any], exclude: Sequence[str], needed: Mapping[str, Collection[str | None]]) -> None:
     """Refuse to leave out of the log what it, an index or the mapper needs."""
-    columns = {name: column for each in mapper.self_and_descendants for name, column in each.columns.items()}
-    mapped = {
-        "the primary key": mapper.primary_key,
-        "polymorphic_on": (mapper.polymorphic_on,),
-        "version_id_col": (mapper.version_id_col,),
+    mappers = list(mapper.self_and_descendants)
+    mapped: dict[str, set[Any]] = {
+        "the primary key": {column for each in mappers for table in tables_of(each) for column in table.primary_key},
+        "polymorphic_on": {each.polymorphic_on for each in mappers},
+        "version_id_col": {each.version_id_col for each in mappers},
     }
     for name in exclude:
-        if not isinstance(columns.get(name), Column):
+        columns = {each.columns[name] for each in mappers if name in each.columns}
+        if not columns or not all(isinstance(column, Column) for column in columns):
             require_attributes(mapper, name)
         users = [option for option, names in needed.items() if name in names]
-        users += [option for option, its in mapped.items() if any(columns[name] is column for column in its)]
+        users += [option for option, its in mapped.items() if columns & its]
         if users:
             raise MemstateError(
                 f"Cannot exclude {mapper.class_.__name__}.{name}: {users[0]} needs it. Take it out of exclude=."

@@ -20,18 +20,25 @@ def validator(schema: Any) -> Validate:
     A model sees the fields it declares; other columns are not its business.
     """
     if isinstance(schema, type) and issubclass(schema, BaseModel):
-        field_names = set(schema.model_fields)
-        for field in schema.model_fields:
-            names = read_names(schema, field)
-            field_names.update(str(name.path[0]) if isinstance(name, AliasPath) else name for name in names)
+        fields = field_names(schema)
 
         def check(values: Mapping[str, Any]) -> None:
-            schema.model_validate({name: value for name, value in values.items() if name in field_names})
+            schema.model_validate({name: value for name, value in values.items() if name in fields})
 
         return check
     if callable(schema):
         return schema  # type: ignore[no-any-return]  # any callable is taken at its word
     raise MemstateError(f"schema={schema!r}: give a Pydantic model class")
+
+
+def field_names(schema: Any) -> set[str]:
+    """The names under which *schema*, if it is a Pydantic model, reads a row."""
+    if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
+        return set()
+    names = set(schema.model_fields)
+    for field in schema.model_fields:
+        names.update(str(n.path[0]) if isinstance(n, AliasPath) else n for n in read_names(schema, field))
+    return names
 
 
 def read_names(model: type[BaseModel], field: str) -> tuple[str | AliasPath, ...]:

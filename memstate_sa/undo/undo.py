@@ -291,6 +291,7 @@ class Undoing:
             current = read_facts(connection, registry, final.keys() & plan.changed_since)
             with self.capture.undoing(connection, tx, final):
                 restored = restore(connection, registry, final)
+            restored |= self._images(restored)
             entries = list(_with_last_images(_from_current_rows(inverse, current), restored))
             self.recorder.write(connection, self.transaction, entries, tx=tx)
             self.recorder.write_header(connection, tx, labels)
@@ -323,6 +324,12 @@ class Undoing:
             public_key = identity[0] if len(identity) == 1 else identity
             changes.append(Change(id_, tx, entity, public_key, op, was, is_, at, reverts=reverts, **labels))
         return changes
+
+    def _images(self, facts: Iterable[FactKey]) -> Iterator[tuple[FactKey, Image]]:
+        """The rows of *facts*, in the form in which a flush that changes nothing finds them."""
+        for entity, keys in by_entity(facts).items():
+            images = self.recorder.images(self.connection, self.registry.by_entity[entity], keys)
+            yield from (((entity, key), image) for key, image in images.items())
 
     def _warn_of_losses(self, entities: Collection[str]) -> None:
         """UntrackedWriteWarning for rows of *entities* that came back without columns that the log does not hold."""

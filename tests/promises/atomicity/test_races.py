@@ -436,9 +436,9 @@ def test_two_threads_that_use_an_engine_first_are_both_guarded(engine: Engine, m
     elsewhere: Engine = sqlite.configure(create_engine(engine.url))
     sessions = sessionmaker()
     world.memory.attach(sessions)
-    watch, come_in = watching.watch, list[Engine]()
+    watch, come_in = watching.watch, list[Any]()
 
-    def write_first(target: Engine, watcher: Any) -> None:
+    def write_first(target: Any, watcher: Any) -> None:
         if not come_in:
             come_in.append(target)
             in_a_thread(write_past)
