@@ -31,6 +31,9 @@ from memstate_sa.tracking.tracked import Tracked
 
 _ATTEMPTS = 5
 _REPLACES = "OR REPLACE and the like change rows unseen; on_conflict_do_update()"
+_RETURNS_STAR = (
+    "an ORM statement with RETURNING * cannot return the keys of its rows too; returning(*Model.__table__.columns)"
+)
 _LEAVES_BASE = "it leaves the base class' row; delete the objects"
 _CHANGES_KEYS = "it changes primary keys; do that on the objects"
 _WHERE_OF_MANY = "give executemany rows their primary keys instead of a WHERE"
@@ -97,6 +100,9 @@ class BulkCapture:
         """The kind of the statement. Refuses what cannot be logged."""
         if dml._prefixes:
             self._guard.refuse(connection, dml, _REPLACES)
+            return _Unseen
+        if _returns_star(dml):
+            self._guard.refuse(connection, dml, _RETURNS_STAR)
             return _Unseen
         if not state.is_insert:
             if state.is_delete and tracked.base_table_count:
@@ -394,6 +400,11 @@ def _dml_of(statement: Any) -> Any:
     if isinstance(statement, LambdaElement):
         statement = statement._resolved
     return statement.element if _is_from_statement(statement) else statement
+
+
+def _returns_star(dml: Any) -> bool:
+    """Whether SQLAlchemy lets the statement return nothing beside its ``*``. Statements on a table may."""
+    return "parententity" in dml.table._annotations and any(column._is_star for column in dml._returning)
 
 
 def _is_from_statement(statement: Any) -> bool:

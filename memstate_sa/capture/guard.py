@@ -118,6 +118,7 @@ class Guard:
         tracked = self._registry.named(table, connection.dialect.default_schema_name)
         if tracked is None or tracked.by_trigger:
             return
+        statement = getattr(statement, "_resolved", statement)  # of a lambda_stmt()
         kind = statement.__visit_name__.upper()  # the class may be an annotated one
         message = f"{kind} on {table.name} would bypass the log of {tracked.model.__name__}: {way_out}"
         if tracked.on_untracked == "raise":
