@@ -175,7 +175,11 @@ class BulkStatement:
             dml = self.dml.returning(*keys)
             statement = _from_statement(statement, dml, keys) if _is_from_statement(statement) else dml
         with self.transaction.writing():
-            return self.state.invoke_statement(statement=statement)
+            self.transaction.statement_on = self.connection
+            try:
+                return self.state.invoke_statement(statement=statement)
+            finally:
+                self.transaction.statement_on = None
 
     def run_returning_keys(self) -> tuple[Result[Any], list[RawKey]]:
         """Run an INSERT; its result as the caller wants it, and the keys of the rows that it inserted or changed."""
