@@ -324,7 +324,9 @@ class _Change(BulkStatement):
     def _can_return_keys(self) -> bool:
         dialect, database = self.connection.dialect, database_of(self.connection)
         is_able = dialect.update_returning if self.state.is_update else dialect.delete_returning
-        # PostgreSQL refuses what synchronize_session='fetch' adds to RETURNING of an alias.
+        # With RETURNING, synchronize_session='fetch' adds the key by the name that it has in its first table. Databases
+        # refuse that in a DELETE of another table; PostgreSQL refuses it for an alias, too.
+        is_able &= self.state.is_update or unaliased(self.dml.table) == self.tracked.table
         is_able &= database is not POSTGRESQL or not isinstance(self.dml.table, AliasedReturnsRows)
         return self.returns_keys and is_able and not self.dml._return_defaults
 
