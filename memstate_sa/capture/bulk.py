@@ -31,6 +31,9 @@ from memstate_sa.tracking.tracked import Tracked
 
 _ATTEMPTS = 5
 _REPLACES = "OR REPLACE and the like change rows unseen; on_conflict_do_update()"
+_RETURNS_STAR = (
+    "an ORM statement with RETURNING * cannot return the keys of its rows too; returning(*Model.__table__.columns)"
+)
 _LEAVES_BASE = "it leaves the base class' row; delete the objects"
 _CHANGES_KEYS = "it changes primary keys; do that on the objects"
 _WHERE_OF_MANY = "give executemany rows their primary keys instead of a WHERE"
@@ -97,6 +100,9 @@ class BulkCapture:
         """The kind of the statement. Refuses what cannot be logged."""
         if dml._prefixes:
             self._guard.refuse(connection, dml, _REPLACES)
+            return _Unseen
+        if _returns_star(dml):
+            self._guard.refuse(connection, dml, _RETURNS_STAR)
             return _Unseen
         if not state.is_insert:
             if state.is_delete and tracked.base_table_count:
@@ -169,7 +175,11 @@ class BulkStatement:
             dml = self.dml.returning(*keys)
             statement = _from_statement(statement, dml, keys) if _is_from_statement(statement) else dml
         with self.transaction.writing():
-            return self.state.invoke_statement(statement=statement)
+            self.transaction.statement_on = self.connection
+            try:
+                return self.state.invoke_statement(statement=statement)
+            finally:
+                self.transaction.statement_on = None
 
     def run_returning_keys(self) -> tuple[Result[Any], list[RawKey]]:
         """Run an INSERT; its result as the caller wants it, and the keys of the rows that it inserted or changed."""
@@ -315,7 +325,9 @@ class _Change(BulkStatement):
     def _can_return_keys(self) -> bool:
         dialect, database = self.connection.dialect, database_of(self.connection)
         is_able = dialect.update_returning if self.state.is_update else dialect.delete_returning
-        # PostgreSQL refuses what synchronize_session='fetch' adds to RETURNING of an alias.
+        # With RETURNING, synchronize_session='fetch' adds the key by the name that it has in its first table. Databases
+        # refuse that in a DELETE of another table; PostgreSQL refuses it for an alias, too.
+        is_able &= self.state.is_update or unaliased(self.dml.table) == self.tracked.table
         is_able &= database is not POSTGRESQL or not isinstance(self.dml.table, AliasedReturnsRows)
         return self.returns_keys and is_able and not self.dml._return_defaults
 
@@ -395,6 +407,11 @@ def _dml_of(statement: Any) -> Any:
     if isinstance(statement, LambdaElement):
         statement = statement._resolved
     return statement.element if _is_from_statement(statement) else statement
+
+
+def _returns_star(dml: Any) -> bool:
+    """Whether SQLAlchemy lets the statement return nothing beside its ``*``. Statements on a table may."""
+    return "parententity" in dml.table._annotations and any(column._is_star for column in dml._returning)
 
 
 def _is_from_statement(statement: Any) -> bool:

@@ -8,7 +8,7 @@ database is the buffer. (Reading attributes, or collecting until commit, is wron
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from itertools import compress
 from typing import Any
@@ -23,10 +23,10 @@ from sqlalchemy.sql import ClauseElement
 
 from memstate_sa.capture.hazards import may_lock
 from memstate_sa.capture.looks import RawKey, with_others
-from memstate_sa.capture.recorder import TWO_DATABASES, Recorder, require_visible
+from memstate_sa.capture.recorder import Recorder, require_visible
 from memstate_sa.capture.transaction import Flush, OpenTransactions
 from memstate_sa.db.tables import in_utc
-from memstate_sa.errors import MemstateError, UntrackedWrite
+from memstate_sa.errors import UntrackedWrite
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
 from memstate_sa.tracking.validation import to_validation_failed
@@ -122,7 +122,6 @@ class FlushCapture:
             for mapper, _ in identities
             if (tracked := self._registry.find(mapper)) is not None and not tracked.by_trigger
         }
-        _require_one_database(flush.context.session, by_mapper)
         for (mapper, is_delete), keys in identities.items():
             if mapper not in by_mapper:
                 continue
@@ -139,7 +138,6 @@ class FlushCapture:
             raw_keys = map(tracked.columns_for(connection.dialect).raw_key, flush.unseen.pop(tracked))
             keys = list(dict.fromkeys(raw_keys))
             flush.looks[tracked] = self._recorder.look(connection, flush.transaction, tracked, keys)
-            flush.looked_on = connection
 
     def _lock_first_rows(self, mapper: Mapper[Any], connection: Connection, flush: Flush, *, going: bool) -> None:
         """Lock the first row of each fact of *mapper* that this flush changes, or deletes, in several tables.
@@ -156,11 +154,9 @@ class FlushCapture:
 
     def _after_flush(self, session: Session, context: Any) -> None:
         flush = self.end(session)
-        if flush is None or not (flush.inserted or flush.updated or flush.looks):
+        if flush is None or flush.written_on is None:
             return
-        states = [*flush.inserted, *flush.updated]
-        _require_one_database(session, {state.mapper for state in states})
-        connection = flush.looked_on or session.connection(bind_arguments={"mapper": states[0].mapper})
+        connection = flush.written_on
         inserted, updated = self._by_class(flush.inserted), self._by_class(flush.updated)
         # Unique values are taken in one order of classes, as writers wait for each other.
         classes = sorted(dict.fromkeys((*inserted, *flush.looks)), key=_order)
@@ -213,12 +209,6 @@ class FlushCapture:
 
 def _order(tracked: Tracked) -> str:
     return "" if tracked.unique_values is None else tracked.entity
-
-
-def _require_one_database(session: Session, mappers: Collection[Mapper[Any]]) -> None:
-    """Raise where *session* reaches the tables of *mappers* through several connections."""
-    if len(mappers) > 1 and len({session.connection(bind_arguments={"mapper": mapper}) for mapper in mappers}) > 1:
-        raise MemstateError(TWO_DATABASES)
 
 
 def _primary_key(tracked: Tracked, state: Any) -> Sequence[Any]:

@@ -8,11 +8,11 @@ from typing import Any
 from sqlalchemy.engine import Connection
 from sqlalchemy.sql.dml import UpdateBase
 
-from memstate_sa.capture.recorder import Recorder
-from memstate_sa.capture.transaction import OpenTransaction, OpenTransactions
+from memstate_sa.capture.recorder import TWO_DATABASES, Recorder
+from memstate_sa.capture.transaction import Flush, OpenTransaction, OpenTransactions
 from memstate_sa.capture.trigger_context import TriggerContexts, may_write
 from memstate_sa.db.tables import log
-from memstate_sa.errors import UntrackedWrite
+from memstate_sa.errors import MemstateError, UntrackedWrite
 from memstate_sa.runtime.warn import warn
 from memstate_sa.tracking.registry import Registry, unaliased
 from memstate_sa.tracking.tracked import Tracked
@@ -81,22 +81,38 @@ class Guard:
 
     def _check_origin(self, connection: Connection, context: Any, transactions: Collection[OpenTransaction]) -> None:
         """A write has to be our own, or the unit of work's of a class that is tracked."""
-        if any(transaction.own_writes for transaction in transactions):
-            return
         statement = context.compiled.statement
-        units = [unit for transaction in transactions if (unit := _unit_of_work(transaction)) is not None]
+        if any(transaction.own_writes for transaction in transactions):
+            if any(transaction.statement_on not in (None, connection) for transaction in transactions):
+                self._refuse_second_database(connection, statement)
+            return
+        flushes = [flush for transaction in transactions if (flush := _running_flush(transaction)) is not None]
         cache = context.execution_options.get("compiled_cache")
-        if cache is None or not units:
+        if cache is None or not flushes:
             self.refuse(connection, statement, _OF_NO_SESSION)
             return
-        tracked = self._registry.named(statement.table, connection.dialect.default_schema_name)
-        if tracked is None or tracked.by_trigger:
+        tracked = self._logged(connection, statement.table)
+        if tracked is None:
             return
         is_of_class = cache is tracked.mapper.base_mapper._compiled_cache
-        if not is_of_class or self._is_of_base(tracked, context, units):
+        if not is_of_class or self._is_of_base(tracked, context, flushes):
             self.refuse(connection, statement, _OF_ANOTHER_CLASS)
+        for flush in flushes:
+            if flush.written_on not in (None, connection):
+                self._refuse_second_database(connection, statement)
+            flush.written_on = connection
 
-    def _is_of_base(self, tracked: Tracked, context: Any, units: Collection[Any]) -> bool:
+    def _refuse_second_database(self, connection: Connection, statement: Any) -> None:
+        """A Session with several binds, of its classes or of shards: the log of one does not tell of the others."""
+        if self._logged(connection, statement.table) is not None:
+            raise MemstateError(TWO_DATABASES)
+
+    def _logged(self, connection: Connection, table: Any) -> Tracked | None:
+        """The class whose rows are in *table*, where no trigger logs them."""
+        tracked = self._registry.named(table, connection.dialect.default_schema_name)
+        return None if tracked is None or tracked.by_trigger else tracked
+
+    def _is_of_base(self, tracked: Tracked, context: Any, flushes: Collection[Flush]) -> bool:
         """Whether a flush changes objects of a base class, by which nothing tells that they may be of *tracked*.
 
         A new row of the base class is none of a subclass, and a discriminator tells which rows are.
@@ -105,7 +121,7 @@ class Guard:
         is_of_base = table in tracked.tables[: tracked.base_table_count]
         if context.isinsert or tracked.mapper.polymorphic_on is not None or not is_of_base:
             return False
-        mappers = {state.mapper for unit in units for state in unit.states if state.key is not None}
+        mappers = {state.mapper for flush in flushes for state in flush.context.states if state.key is not None}
         return any(table in mapper.tables and self._registry.find(mapper) is None for mapper in mappers)
 
     def _check_ctes(self, connection: Connection, ctes: Collection[Any]) -> None:
@@ -116,9 +132,10 @@ class Guard:
     def refuse(self, connection: Connection, statement: Any, way_out: str) -> None:
         """Raise, or warn, if *statement* is on a tracked table, and no trigger sees it."""
         table = unaliased(getattr(statement, "table", None))
-        tracked = self._registry.named(table, connection.dialect.default_schema_name)
-        if tracked is None or tracked.by_trigger:
+        tracked = self._logged(connection, table)
+        if tracked is None:
             return
+        statement = getattr(statement, "_resolved", statement)  # of a lambda_stmt()
         kind = statement.__visit_name__.upper()  # the class may be an annotated one
         message = f"{kind} on {table.name} would bypass the log of {tracked.model.__name__}: {way_out}"
         if tracked.on_untracked == "raise":
@@ -126,11 +143,12 @@ class Guard:
         warn(message, UntrackedWriteWarning)
 
 
-def _unit_of_work(transaction: OpenTransaction) -> Any:
-    """The unit of work that runs now, if a statement is of it. It passes its base mapper's cache, as bulk_*() do.
+def _running_flush(transaction: OpenTransaction) -> Flush | None:
+    """The flush that runs now, if a statement is of it. It passes its base mapper's cache, as bulk_*() do.
 
     Those, called in an event of a flush, have a transaction of their own below it; before the flush it has none.
     """
-    unit = None if transaction.flush is None else transaction.flush.context
+    flush = transaction.flush
+    unit = None if flush is None else flush.context
     is_running = unit is not None and unit.session._transaction is getattr(unit, "transaction", None)
-    return unit if is_running else None
+    return flush if is_running else None

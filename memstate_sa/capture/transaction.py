@@ -70,6 +70,7 @@ class OpenTransaction:
     trigger_connections: WeakSet[Connection] = field(default_factory=WeakSet)  # to databases with triggers of ours
     context_on: _WeakReference = _WeakReference()  # the Connection where the trigger context names it, or named it
     written_on: _WeakReference = _WeakReference()  # the Connection where its entries are logged
+    statement_on: _WeakReference = _WeakReference()  # the Connection whose rows are logged of a statement that runs
 
     @property
     def labels(self) -> dict[str, str | None]:
@@ -126,7 +127,7 @@ class Flush:
     # Identities of rows that may change, until a statement is about to change their tables; the rows as they were then.
     unseen: dict[Tracked, list[Any]] = field(default_factory=dict)
     looks: dict[Tracked, list[Look]] = field(default_factory=dict)
-    looked_on: _WeakReference = _WeakReference()  # the Connection
+    written_on: _WeakReference = _WeakReference()  # the Connection of its statements on tracked tables
     look: Callable[[Connection, Flush, Table], None] | None = None  # at the rows of a table that are `unseen`
 
     # Of facts in several tables: their identities, by whether they are to go, until their first rows are locked.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 Watcher = Callable[[Any], None]
@@ -28,7 +29,8 @@ class _Watched:
             for watcher in self.watchers:
                 watcher(context)
         except BaseException:
-            context.cursor.close()  # as SQLAlchemy does where a listener raises
+            with suppress(Exception):  # an interrupt has closed the connection, too
+                context.cursor.close()  # as SQLAlchemy does where a listener raises
             raise
 
 

@@ -16,6 +16,9 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
 from memstate_sa import sqlite
+from memstate_sa.db.tables import log
+from tests.support import Tag, World
+from tests.support.tags import tags
 
 pytestmark = pytest.mark.sa20
 WRITE, READ = text("INSERT INTO t VALUES (1)"), text("SELECT n FROM t")
@@ -81,6 +84,26 @@ def test_connection_that_is_given_up_leaves_no_write_lock(file: Path, end: str) 
     write_at_once(file)
     assert result is not None
     engine.dispose()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_interrupted_look_at_a_row_raises_the_interrupt(world: World, error: type[BaseException]) -> None:
+    """It comes in a statement of ours. The cursor of the UPDATE that was to follow is closed with the connection."""
+    with Session(world.engine) as unattached:
+        unattached.add(Tag(name="t", meaning="old"))
+        unattached.commit()
+
+    def interrupt(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if log.name in statement:
+            raise error
+
+    with world.session() as session:
+        session.get_one(Tag, "t").meaning = "new"
+        event.listen(world.engine, "before_cursor_execute", interrupt)
+        with pytest.raises(error):
+            session.commit()
+    event.remove(world.engine, "before_cursor_execute", interrupt)
+    assert tags(world) == {"t": "old"}
 
 
 async def test_cancelled_statement_leaves_no_write_lock(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,19 @@ import re
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, bindparam, create_engine, delete, event, insert, select, text, update
+from sqlalchemy import (
+    Engine,
+    bindparam,
+    create_engine,
+    delete,
+    event,
+    insert,
+    lambda_stmt,
+    literal_column,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
@@ -332,6 +344,8 @@ UNTRACKED = {
     ),
     "connection": lambda s: s.connection().execute(Tag.__table__.delete()),
     "key update": lambda s: s.execute(update(Tag).values(name="z")),
+    "lambda on a connection": lambda s: s.connection().execute(lambda_stmt(lambda: delete(Tag))),
+    "returning star": lambda s: s.execute(update(Tag).values(meaning="x").returning(literal_column("*"))),
     "or replace": lambda s: s.execute(insert(Tag).prefix_with("OR REPLACE").values(name="a", meaning="x")),
 }
 

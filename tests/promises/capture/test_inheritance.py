@@ -160,6 +160,8 @@ def bulk_delete(session: Session) -> None:
     session.execute(delete(Engineer.__table__).where(Engineer.__table__.c.id == 3))
 
 
+FETCH = {"synchronize_session": "fetch"}
+
 CELLS: dict[str, Callable[[Session], Any]] = {
     "add": lambda s: s.add_all([Chief(name="new", skill="new"), Intern(name="new", skill="new")]),
     "change in every table": of_all_classes,
@@ -170,6 +172,8 @@ CELLS: dict[str, Callable[[Session], Any]] = {
     "insert(Model)": bulk_insert,
     "update(Model)": bulk_update,
     "delete(Model)": bulk_delete,
+    "delete(Model), fetched": lambda s: s.execute(delete(Chief), execution_options=FETCH),
+    "update(Model), fetched": lambda s: s.execute(update(Engineer).values(skill="x"), execution_options=FETCH),
 }
 
 
