@@ -65,8 +65,7 @@ class Guard:
             self._check_autocommit(connection, context, transactions)
             self._check_origin(connection, context, transactions)
             for transaction in () if context.isinsert else transactions:
-                flush = transaction.flush
-                if flush is not None and not transaction.own_writes and _unit_of_work(transaction) is not None:
+                if not transaction.own_writes and (flush := _running_flush(transaction)) is not None:
                     flush.before_change(connection, context.compiled.statement.table)
         self._check_ctes(connection, ctes or ())
         if has_triggers and may_write(context.statement):
