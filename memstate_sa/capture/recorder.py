@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from pydantic import ValidationError
@@ -39,7 +38,7 @@ from memstate_sa.tracking.validation import to_validation_failed
 logger = printable_logger("memstate_sa.recorder")
 
 TWO_DATABASES = "the tracked models of one Session must live in one database: this one writes to two"
-# Shorter than it takes PostgreSQL to look for a deadlock, and to choose a victim: a second, as it comes.
+# PostgreSQL looks for a deadlock after a second (deadlock_timeout), and then cancels one of the transactions.
 _hurry = select(func.set_config("lock_timeout", "100ms", True))
 _LOCK_NOT_AVAILABLE = "55P03"
 _SHOWN = 20
@@ -337,8 +336,3 @@ def require_supported(connection: Connection, transaction: OpenTransaction) -> N
     require_no_translation(connection.get_execution_options())
     if transaction.written_on not in (None, connection):
         raise MemstateError(TWO_DATABASES)
-
-
-def normalized_key(key: Sequence[Any]) -> tuple[Any, ...]:
-    """A key in a form that all ways of writing it share."""
-    return tuple(value.rstrip() if isinstance(value, str) else value for value in key)

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from memstate_sa.capture.append_only import rewriting
 from memstate_sa.capture.listeners import SessionCapture
-from memstate_sa.capture.recorder import Recorder, normalized_key
+from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.transaction import OpenTransaction
 from memstate_sa.db.codec import Image, decode_key
 from memstate_sa.db.dialects import database_of
@@ -115,10 +115,10 @@ class Eraser:
 
     def _mark_instances_deleted(self, session: Session, connection: Connection, tracked: Tracked, key: str) -> None:
         """As the ORM does after a DELETE of its own: deleted, and there again when the transaction rolls back."""
-        columns, erased = tracked.columns_for(connection.dialect), normalized_key(decode_key(key))
+        columns, erased = tracked.columns_for(connection.dialect), _normalized(decode_key(key))
         for instance in list(session.identity_map.values()):
             state: Any = inspect(instance)
-            if self._registry.find(state.mapper) is tracked and normalized_key(columns.raw_key(state.key[1])) == erased:
+            if self._registry.find(state.mapper) is tracked and _normalized(columns.raw_key(state.key[1])) == erased:
                 session.expire(instance)
                 session._remove_newly_deleted([state])  # noqa: SLF001  # expunge() would not come back, and cascades
 
@@ -225,3 +225,8 @@ def _projectable(tracked: Tracked, values: Image) -> list[Any]:
         if attributes.get(attribute) is None:  # of the same name in several subclasses
             attributes[attribute] = value
     return [attributes.get(name) for name in tracked.projected_attributes]
+
+
+def _normalized(key: Sequence[Any]) -> tuple[Any, ...]:
+    """A key in a form that all ways of writing it share."""
+    return tuple(value.rstrip() if isinstance(value, str) else value for value in key)
