@@ -197,17 +197,27 @@ def test_failure_to_embed_the_next_page_is_left_to_its_turn(app: Pages, error: E
 
 
 def test_text_that_is_refused_ahead_is_not_asked_for_beside_each_write(app: Pages) -> None:
-    """Once ahead, and in its turn: in its batch, then in halves."""
+    """Once ahead, and in its turn: in its batch, then in halves. (Tried again, it is not in this test.)"""
+    app.courier = app.memory.relay(app.engine, page_size=3, policy=RetryPolicy(delay_s=3600))
+
+    asked = threading.Event()
 
     def embed(texts: Sequence[str]) -> None:
         if "m4" in texts:
+            asked.set()
             raise DeliveryRejected("refused")
+
+    def write() -> None:
+        asked.clear()
+        if len(app.index.batches) <= 3:  # of the first page: beside the second and third, it should not be asked
+            asked.wait(0.3)
 
     app.begin()
     app.index._max_batch = 1
+    app.index.batches.clear()
     app.say(*SIX)
     app.embedder.during = embed
-    app.index.during = lambda: None
+    app.index.during = write
     app.courier.drain()
     assert app.embedder.texts.count("m4") <= 3
     app.holds(**{name: meaning for name, meaning in MEANINGS.items() if meaning != "m4"})
