@@ -154,7 +154,10 @@ class FlushCapture:
 
     def _after_flush(self, session: Session, context: Any) -> None:
         flush = self.end(session)
-        if flush is None or flush.written_on is None:
+        if flush is None:
+            return
+        if flush.written_on is None:
+            self._require_none(flush.inserted)
             return
         connection = flush.written_on
         inserted, updated = self._by_class(flush.inserted), self._by_class(flush.updated)
@@ -162,6 +165,15 @@ class FlushCapture:
         classes = sorted(dict.fromkeys((*inserted, *flush.looks)), key=_order)
         for tracked in classes:
             self._log(connection, flush, tracked, inserted.get(tracked, []), updated.get(tracked, []))
+
+    def _require_none(self, inserted: Sequence[Any]) -> None:
+        """Raise where rows were *inserted* by statements that the guard did not see."""
+        for tracked in self._by_class(inserted):
+            if not tracked.by_trigger:
+                raise UntrackedWrite(
+                    f"rows of {tracked.entity} were written on a connection whose statements this Memory does not see, "
+                    "so they cannot be logged: call memory.attach() before the transaction begins"
+                )
 
     def _by_class(self, states: Sequence[Any]) -> dict[Tracked, list[Any]]:
         by_class: dict[Tracked, list[Any]] = {}

@@ -61,6 +61,7 @@ class SessionCapture:
         # Of each Session's last commit: its transactions (an undo is one of its own), and where.
         self.committed: WeakKeyDictionary[Session, tuple[Sequence[str], Engine]] = WeakKeyDictionary()
         self._guarded: WeakSet[Engine] = WeakSet()
+        self._stopped: WeakSet[Engine] = WeakSet()  # those that were listened to when this was stopped
         self._watched: WeakSet[Dialect] = WeakSet()  # which engines of execution_options() share
         self._with_contexts: WeakSet[Engine] = WeakSet()  # engines whose commits and rollbacks end trigger contexts
         self._connected: WeakSet[Engine] = WeakSet()
@@ -115,6 +116,7 @@ class SessionCapture:
         for dialect in list(self._watched):
             watching.unwatch(dialect, self._guard.before_statement)
         self._watched.clear()
+        self._stopped.update(self._guarded)
         self._guarded.clear()
         self._with_contexts.clear()
         self._recorder.forget_keys()
@@ -129,6 +131,9 @@ class SessionCapture:
                 self._listen_to_model(tracked)
             for target in list(self._attached):
                 self._listen_to_sessions(target)
+            for engine in list(self._stopped):  # a transaction may be open, which began before
+                self.guard(engine)
+            self._stopped.clear()
 
     def is_superseded(self, session: Session) -> bool:
         """Whether a Memory that was attached later captures the same tables of *session*: one entry is enough."""

@@ -110,7 +110,11 @@ def execute(session: Session) -> None:
     session.execute(insert(Tag).values(name="seen", meaning="x"))
 
 
-@pytest.mark.parametrize("write", [add, execute])
+def change(session: Session) -> None:
+    session.get_one(Tag, "old").meaning = "seen"
+
+
+@pytest.mark.parametrize("write", [add, execute, change])
 @pytest.mark.parametrize("is_open", [False, True])
 def test_closed_memory_captures_what_attached_sessions_write(
     world: World, write: Callable[[Session], None], is_open: bool
@@ -120,6 +124,7 @@ def test_closed_memory_captures_what_attached_sessions_write(
     Its kind: an application that closes its Memory at shutdown, or in a fixture, and goes on; a transaction that is
     open when the Memory is closed; a service that is started again in the same process.
     """
+    world.write(Tag(name="old", meaning="x"))
     with world.session() as session:
         if is_open:
             session.add(Tag(name="before", meaning="x"))
@@ -129,7 +134,8 @@ def test_closed_memory_captures_what_attached_sessions_write(
         session.commit()
     world.assert_in_step()
     with world.session() as session:
-        assert [change.key for change in world.memory.history(session, Tag)] == ["before"] * is_open + ["seen"]
+        keys = [change.key for change in world.memory.history(session, Tag)]
+    assert keys == ["old", *["before"] * is_open, "old" if write is change else "seen"]
 
 
 def test_closed_memories_do_not_capture_beside_a_later_one(engine: Engine) -> None:
