@@ -79,7 +79,7 @@ def log_rows(database: Database, rows: Select[Any], kind: Kind, *, returns: bool
     entering = insert(log).from_select(_LOG_COLUMNS, entries)
     if not database.has_writing_ctes:
         return entering
-    marks = select(_tx, _at, _entity, _slot(changed.c.key), changed.c.key)
+    marks = select(_tx, _at, _entity, _slot(changed.c.key), changed.c.key).order_by(*order)
     marking = insert(outbox).from_select(_OUTBOX_COLUMNS, marks)
     if not returns:
         return marking.add_cte(entering.cte("logging"))
