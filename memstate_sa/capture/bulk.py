@@ -344,11 +344,14 @@ class _Change(BulkStatement):
         self.suspects |= others
         return True
 
+    def _invoke_as_given(self) -> Any:
+        """Run the statement without keys of ours in its result."""
+        result = self.invoke()
+        return CapturedResult(result) if self.dml._returning else result
+
     def _run_counting(self, keys: Sequence[RawKey], before: Sequence[Look]) -> Result[Any] | None:
         """Without RETURNING of ours, more rows than those of *keys* tell that there are others."""
-        result: Any = self.invoke()
-        if self.dml._returning:
-            result = CapturedResult(result)
+        result = self._invoke_as_given()
         if not database_of(self.connection).has_one_writer and result.rowcount > len(keys):
             return None
         return self.log_changed(result, keys, before)
@@ -395,9 +398,7 @@ class _ChangeByKeys(_Change):
         if len(self.tracked.tables) > 1:
             self.lock_first_rows(keys)
         before = self.recorder.look(self.connection, self.transaction, self.tracked, keys)
-        result = self.invoke()
-        if self.dml._returning:
-            result = CapturedResult(result)
+        result: Result[Any] = self._invoke_as_given()
         self.recorder.log(self.connection, self.transaction, self.tracked, before)
         return result
 

@@ -72,7 +72,9 @@ class Recorder:
 
     def known_keys(self, connection: Connection) -> KnownKeys:
         """Those of the database of *connection*, for all of its connections."""
-        return self._known.setdefault(connection.engine.pool, KnownKeys())
+        pool = connection.engine.pool
+        known = self._known.get(pool)
+        return self._known.setdefault(pool, KnownKeys()) if known is None else known
 
     def forget_keys(self) -> None:
         """Whoever empties the log from now on is not seen."""

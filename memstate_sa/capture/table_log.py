@@ -182,7 +182,7 @@ def _row(tracked: Tracked, dialect: Dialect) -> tuple[str, str, FromClause, Name
     first = tracked.table.alias(ROW)
     tables: FromClause = first
     writer = TableWriter(tracked, dialect)
-    members = [writer.fields(ROW)]
+    key, members = writer.key(ROW), [writer.fields(ROW)]
     for position, table in enumerate(tracked.tables[1:], start=1):
         alias = f"t{position}"
         part = table.alias(alias)
@@ -194,4 +194,4 @@ def _row(tracked: Tracked, dialect: Dialect) -> tuple[str, str, FromClause, Name
         name = f"{writer.quote(alias)}.{writer.quote(writer.keys[0].name)}"
         fields = f"',' || {writer.fields(alias, prefix=f'{table.fullname}.')}"
         members.append(f"CASE WHEN {name} IS NULL THEN '' ELSE {fields} END" if is_optional else fields)
-    return TableWriter(tracked, dialect).key(ROW), f"'{{' || {' || '.join(members)} || '}}'", tables, first
+    return key, f"'{{' || {' || '.join(members)} || '}}'", tables, first
