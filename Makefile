@@ -45,6 +45,7 @@ lint: $(VENV)/.dev  ## Style, types, import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.bench  ## Ratios against peers and physical limits (ARGS="--quick capture")
