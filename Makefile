@@ -45,6 +45,7 @@ lint: $(VENV)/.dev  ## Style, types, import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.docs  ## The documentation as a site, in site/; a broken link fails

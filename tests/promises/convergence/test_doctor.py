@@ -157,7 +157,7 @@ def test_doctor_reports_gaps_that_let_an_index_drift(engine: Engine) -> None:
     memory.track(Nowhere, text="text")
     told = {problem.subject: problem.message for problem in memory.doctor(engine).problems}
     assert set(told) == {"memstate_log", "memstate_outbox", "nowhere"}
-    assert "no index ix_memstate_log_key" in told["memstate_log"]
+    assert "lacks the index ix_memstate_log_key" in told["memstate_log"]
     assert "lacks intent" in told["memstate_outbox"]
 
 

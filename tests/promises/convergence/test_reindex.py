@@ -355,7 +355,7 @@ def test_a_successor_that_refuses_facts_takes_no_place(shop: Shop) -> None:
     shop.indexes["memory_v2"] = Picky()
     moving = shop.moving()
     moving.say(**DRINKS)
-    with pytest.raises(DeliveryError, match="'memory_v2' refused 1 facts that 'memory' has"):
+    with pytest.raises(DeliveryError, match="'memory_v2': it refused 1 facts that index 'memory' has"):
         moving.memory.reindex(shop.engine)
     assert moving.asks() == "memory"
     policy = RetryPolicy(max_attempts=1)
@@ -395,7 +395,7 @@ def test_successor_unfilled_by_another_memory_takes_no_place(shop: Shop) -> None
     with people.sessions() as session:
         hits = people.memory.search(session, "tea", Person, index="memory_v2", consistency="eventual")
         assert not hits.complete, "it is being filled"
-    with pytest.raises(DeliveryError, match="'memory_v2' is not filled with person"):
+    with pytest.raises(DeliveryError, match="index 'memory_v2': it is not filled with person"):
         tags.memory.reindex(shop.engine)
     assert tags.asks() == "memory"
     people.memory.relay(shop.engine).drain()
@@ -536,7 +536,7 @@ def test_forget_index_removes_an_index_out_of_use(shop: Shop) -> None:
         after.memory.forget_index(shop.engine, "memori")
     relay = before.memory.relay(shop.engine)
     relay.run_once()
-    with pytest.raises(MemstateError, match="a relay delivers to index 'memory'"):
+    with pytest.raises(MemstateError, match="Cannot forget index 'memory': a relay delivers to it"):
         after.memory.forget_index(shop.engine, "memory")
     relay.stop()
     after.memory.forget_index(shop.engine, "memory")
