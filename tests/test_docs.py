@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, make_url
 
+import memstate_sa
+
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md"))
 PAGES = [
@@ -197,6 +199,47 @@ def test_the_package_page_has_absolute_links() -> None:
         assert link.startswith(("https://img.shields.io/badge/", source)), link
         if link.startswith(source):
             assert (ROOT / link.removeprefix(source).partition("#")[0]).exists(), link
+
+
+# -- the reference -----------------------------------------------------------------------------------------------------
+
+REFERENCE = ROOT / "docs" / "reference"
+
+
+def documented() -> set[str]:
+    """The objects that the reference shows, by their full names."""
+    pages = [page.read_text() for page in REFERENCE.glob("*.md")]
+    return {name for text in pages for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)}
+
+
+def test_the_reference_has_each_public_name() -> None:
+    names = {f"memstate_sa.{name}" for name in memstate_sa.__all__} - {"memstate_sa.metadata", "memstate_sa.sqlite"}
+    page = (REFERENCE / "errors.md").read_text()
+    shown = {name.rpartition(".")[2] for name in documented()} | set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert {name.rpartition(".")[2] for name in names} - shown == {"UntrackedWriteWarning"}
+    assert "`UntrackedWriteWarning`" in page
+
+
+def test_the_reference_has_each_method_of_a_memory() -> None:
+    listed = re.findall(r"^        - (\w+)$", (REFERENCE / "memory.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(name for name in dir(memstate_sa.Memory) if not name.startswith("_"))
+
+
+def test_the_reference_has_each_table() -> None:
+    listed = re.findall(r"^\| `(memstate_\w+)` \|", (REFERENCE / "tables.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(memstate_sa.metadata.tables)
+
+
+def test_the_reference_has_each_metric() -> None:
+    processes = pytest.importorskip("memstate_sa.cli.processes")
+    listed = re.findall(r"^\| `(memstate_\w+)` \|", (REFERENCE / "metrics.md").read_text(), re.MULTILINE)
+    gauges, counters = vars(processes)["_GAUGES"], vars(processes)["_COUNTERS"]
+    assert listed == [*(f"memstate_{name}" for name in gauges), *(f"memstate_{name}_total" for name in counters)]
+
+
+def test_the_navigation_has_each_page() -> None:
+    pages = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert pages == {str(page.relative_to("docs")) for page in DOCS}
 
 
 # -- the README --------------------------------------------------------------------------------------------------------
