@@ -511,7 +511,7 @@ def test_embedder_of_wrong_dimensions_is_named_and_loses_nothing(world: World) -
         "shape (0, 64)": lambda vectors: vectors[:-1],
         "shape (0,)": lambda vectors: [],
         "shape ()": lambda vectors: None,
-        "no array of numbers": lambda vectors: "x",
+        "not return an array of numbers": lambda vectors: "x",
     }
     for number, (told, change) in enumerate(wrong.items()):
         world.embedder.embed = lambda texts, change=change: change(embed(texts))  # type: ignore[method-assign]
@@ -521,7 +521,7 @@ def test_embedder_of_wrong_dimensions_is_named_and_loses_nothing(world: World) -
             parking = {row.key: row.error for row in connection.execute(select(parked))}
         assert parking.keys() == {f'["t{n}"]' for n in range(number + 1)}
         assert told in parking[f'["t{number}"]']
-        with world.session() as session, pytest.raises(DeliveryRejected, match="embedder 'hash:64' returned") as caught:
+        with world.session() as session, pytest.raises(DeliveryRejected, match="Embedder 'hash:64'") as caught:
             world.memory.search(session, "drink", Tag)
         assert told in str(caught.value)
     world.embedder.embed = embed  # type: ignore[method-assign]
