@@ -68,7 +68,6 @@ def test_child_does_not_wait_for_a_lock_of_a_database_in_memory() -> None:
 @pytest.mark.deep
 @pytest.mark.deep_on("postgres")
 def test_graphs_of_a_child_have_threads_of_their_own(engine: Engine) -> None:
-    """The parent's threads, and the holders of its locks, are not in the child. The same kind: any object with threads.
-    """
+    """The parent's threads and the holders of its locks are not in the child. The same kind: objects with threads."""
     pytest.importorskip("langgraph.graph")
     assert run("graph", engine) == {"child": ["before", "child"], "parent": ["before", "child", "parent"]}

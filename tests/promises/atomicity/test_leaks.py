@@ -140,8 +140,7 @@ def test_closed_memory_captures_what_attached_sessions_write(
 
 
 def test_closed_memories_do_not_capture_beside_a_later_one(engine: Engine) -> None:
-    """Fixtures make Memories on one sessionmaker, one after the other. They are closed, but may not be collected yet.
-    """
+    """Fixtures make Memories on one sessionmaker, one after the other. They are closed, but maybe not collected yet."""
     Base.metadata.create_all(engine)
     sessions, closed = sessionmaker(engine), []
     for number in range(3):

@@ -230,8 +230,7 @@ def test_erase_covers_a_row_that_comes_again(postgres_engine: Engine, monkeypatc
 def test_undo_is_right_while_its_entries_are_folded(
     revoked: bool, postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Folding happens between reading entries and their predecessors. Undo used to mistake a changed row for a new one.
-    """
+    """Folding happens between reading entries and their predecessors. Undo used to mistake a change for a new row."""
     world = World(postgres_engine)
     for meaning in ("one", "two", "three"):
         say(world, a=meaning)

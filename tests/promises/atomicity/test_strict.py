@@ -347,8 +347,7 @@ def test_a_transaction_around_the_sessions_own_decides(app: App) -> None:
 
 
 def test_a_call_that_lands_late_is_overwritten(engine: Engine) -> None:
-    """The call timed out and vetoed the commit. The intent has the key delivered again when no call can land any more.
-    """
+    """The call timed out and vetoed the commit. The intent has the key delivered again when no call can land."""
     index = Hooked()
     app = App(engine, index)
     relay = app.memory.relay(engine)

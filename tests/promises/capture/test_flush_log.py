@@ -413,8 +413,7 @@ def test_a_row_that_cannot_be_found_is_refused(engine: Engine, write: Callable[[
 
 
 def test_a_column_of_another_type_than_declared_is_logged_as_it_is_stored(postgres_engine: Engine) -> None:
-    """A migration was forgotten. Without the column's real type, an undo would shift times by the session's time zone.
-    """
+    """A migration was forgotten. Without the column's real type, an undo would shift times by the time zone."""
 
     class Other(DeclarativeBase):
         pass

@@ -241,8 +241,7 @@ def mend_by_migration(world: World) -> None:
     "mend", [lambda world: world.memory.create_tables(world.engine), mend_by_another_memory, mend_by_migration]
 )
 def test_functions_that_are_installed_are_closed(world: World, role: Role, mend: Callable[[World], None]) -> None:
-    """Functions of tracked tables are closed, and triggers of other roles on them fail. Functions of dropped tables go.
-    """
+    """Functions of tracked tables are closed: other roles' triggers on them fail. Functions of dropped tables go."""
     open_up(world)
     mallory = role(f"CREATE ON DATABASE {database(world)}")
     [truncate] = [name for name in triggers_of(world, "tag") if "truncate" in name]

@@ -80,7 +80,7 @@ def test_a_table_of_an_attached_database_is_refused(tmp_path: Path, capture: Cap
 
 @both_ways
 def test_a_table_may_name_the_schema_that_it_is_in_anyway(engine: Engine, capture: Capture) -> None:
-    """"main" and "public" are the log's schemas."""
+    """ "main" and "public" are the log's schemas."""
     schema = {"sqlite": "main", "postgresql": "public"}[engine.dialect.name]
     execute(engine, "CREATE TABLE note (id INTEGER PRIMARY KEY, text VARCHAR NOT NULL)")
     memory = memory_of(capture, schema)

@@ -412,8 +412,7 @@ async def test_every_write_is_captured(engine: Engine, name: str, capture: str, 
 
 @pytest.mark.parametrize("name", BY_TRIGGER_ONLY)
 def test_uncaptured_write_is_refused_or_found(engine: Engine, name: str) -> None:
-    """Without triggers nothing is lost silently: UntrackedWrite comes before the write, or doctor names the difference.
-    """
+    """Without triggers nothing is lost silently: UntrackedWrite comes first, or doctor names the difference."""
     app = App(engine, "session")
     app.prepare()
     if name not in SEEN_BY_NOBODY:

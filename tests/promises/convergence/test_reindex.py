@@ -218,8 +218,7 @@ def distances(hits: Hits[Tag]) -> list[float]:
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("kills", sizes(1, KILLS))
 def test_reindex_killed_again_and_again_ends_clean(tmp_path: Path, engine: Engine, kills: int) -> None:
-    """SIGKILL during filling, switching and switching back, under writes: no answer is mixed, and the move ends clean.
-    """
+    """SIGKILL during filling, switching and switching back, under writes: no answer is mixed, and the move ends."""
     pytest.importorskip("chromadb")
     from tests.promises.convergence import reindex_child
 

@@ -335,8 +335,7 @@ def test_no_window_passes_an_intent_before_its_transaction_ends(postgres_engine:
 
 
 def test_a_dump_restored_into_a_younger_cluster_is_noticed(postgres_engine: Engine) -> None:
-    """Its snapshots are in the future and would hide every entry. The index is compared in full, and delivery goes on.
-    """
+    """Its snapshots are in the future and would hide every entry. The index is compared in full."""
     world = World(postgres_engine)
     say(world, a="x", b="x")
     world.relay.drain()

@@ -107,8 +107,7 @@ def test_restarted_relay_goes_on_beside_its_old_thread(engine: Engine) -> None:
 
 @pytest.mark.parametrize("failing", [True, False])
 def test_relay_that_was_dropped_keeps_no_lease(engine: Engine, failing: bool) -> None:
-    """The next relay of this process delivers at once. The same kind: a relay in a cycle, a relay that raised an error.
-    """
+    """The next relay of this process delivers at once. The same kind: a relay in a cycle, a relay that raised."""
     world = World(engine)
     world.relay.drain()
     relay = world.memory.relay(engine, lease_s=3600)

@@ -110,8 +110,7 @@ def upgraded(engine: Engine, was: list[dict[str, Any]], upgrade: Any, *, before:
 
 
 def test_upgrade_makes_values_as_the_orm_takes_them(engine: Engine) -> None:
-    """This holds for any other values in the row, although Python shares small numbers, short texts and truth values.
-    """
+    """This holds for any other values in the row. (Python shares small numbers, short texts and truth values.)"""
     was = [
         {"id": 4, "count": 5, "word": "Y", "flag": True, "data": 5},
         {"id": 5, "count": 6, "word": "", "flag": False, "data": "x"},

@@ -178,8 +178,7 @@ def test_2_a_lost_acknowledgement_leaves_no_newer_vector(store: MemoryStore, fai
 
 @pytest.mark.parametrize("moment", ["before", "half", "after"])
 def test_3_a_failed_delete_leaves_no_ghost(store: MemoryStore, failing: Failing, moment: str) -> None:
-    """The fact leaves search at once, even if the index still holds it. It leaves the index when the index is up again.
-    """
+    """The fact leaves search at once, even if the index still has it. It leaves the index when that is up again."""
     ids = {store.commit(note(text)): text for text in ("green tea", "mint tea", "black tea", "rain")}
     assert_agree(store, ids)
     kept = {id_: text for id_, text in ids.items() if text == "rain"}

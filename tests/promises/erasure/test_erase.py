@@ -470,8 +470,7 @@ class Family(Accounts):
 @pytest.mark.parametrize("column", ["parent_id", "friend_id"])
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_erase_cascades_only_where_triggers_log_it(engine: Engine, capture: str, column: str) -> None:
-    """ON DELETE may delete children or clear their parent where triggers log it. Elsewhere children block the erasure.
-    """
+    """ON DELETE may delete or change children where triggers log it. Elsewhere children block the erasure."""
     family = Family(engine, capture)
     family.add(Child(id=1, **{column: 1}), Child(id=2, **{column: 2}))
     assert family.refuses() is (capture == "session")

@@ -570,8 +570,7 @@ def test_a_thousand_steps_take_as_many_statements_as_one_for_each_kind(app: App)
 
 
 def test_undo_returns_the_changes_that_the_history_shows(app: App) -> None:
-    """Inserts, several updates of one fact and a delete are undone together, redone, and undone around others' changes.
-    """
+    """Inserts, updates of one fact and a delete are undone together, redone, and undone around others' changes."""
     app.write(player(1), player(2))
     start = app.write(player(3))
     app.write(player_1={"text": "one"})

@@ -239,8 +239,7 @@ def test_swapped_values_that_others_refer_to_are_undone(engine: Engine) -> None:
 
 
 def test_taken_value_of_unique_by_is_a_conflict(engine: Engine) -> None:
-    """The error names the present holder. revoke skips only this fact. A holder that is undone too does not conflict.
-    """
+    """The error names the present holder, and revoke skips only this fact. An undone holder does not conflict."""
 
     class Base(DeclarativeBase):
         pass
