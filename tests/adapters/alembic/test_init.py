@@ -466,7 +466,7 @@ def test_edited_env_py_keeps_its_own_lines(before: str, after: str, has_plugins:
     ],
 )
 def test_other_plugins_stay(tmp_path: Path, before: str, after: str) -> None:
-    """This includes the form of formatters. A list that is built elsewhere is left to the reader, unless we are in it."""
+    """This includes the form of formatters. A list that is built elsewhere is left to the reader if we are missing."""
     source = f"target_metadata = memstate_sa.metadata\ncontext.configure(autogenerate_plugins={before})\n"
     new = edited(source, has_plugins=True)
     assert new == source.replace(before, after)

@@ -219,7 +219,7 @@ def test_prototype_moves_from_create_tables_to_a_revision(
     source = app.revise("adopt")
     assert operations(source).count("memstate_track") == 2
     app.upgrade()
-    assert app.differences() == "" and problems(app)[1:] == []  # of SAVEPOINTs: this engine is not configured
+    assert app.differences() == "" and problems(app)[1:] == []  # the first is about SAVEPOINTs
     app.engine.dispose()
     app.engine = here
     app.stamp("adopt")
