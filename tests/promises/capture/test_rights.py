@@ -32,7 +32,7 @@ __all__ = ["role"]
 pytestmark = pytest.mark.sa20
 
 
-SECURITY = Path(__file__).parents[3] / "docs" / "security.md"
+SECURITY = Path(__file__).parents[3] / "docs" / "how-to" / "roles.md"
 
 
 OURS = "FROM pg_proc WHERE proname LIKE 'memstate\\_%' AND pronamespace = 'public'::regnamespace"
