@@ -69,7 +69,7 @@ class Journal:
             raise
 
     def replace(self, records: Iterable[Record]) -> None:
-        """Replace all records by *records*. After a failure or a kill, the old records are still there.
+        """Replace all records by *records*, as a whole. If this fails or is killed, the old records stay.
 
         If only synchronising the folder fails, the new records are in place. The next `append` synchronises it first.
         """

@@ -14,7 +14,8 @@ from pathlib import Path
 
 
 def main(folder: Path) -> None:
-    # List the files before the rows. Chroma writes the row of a new segment before its files, so each has a row below.
+    # List the files before reading the rows. Chroma writes a new segment's row before its files, so every listed
+    # segment that is in use has its row.
     vectors = [path for path in folder.iterdir() if (path / "header.bin").is_file()]
     with closing(sqlite3.connect(folder / "chroma.sqlite3", timeout=30, isolation_level=None)) as connection:
         # A folder older than Chroma's "automatically_purge" setting keeps every write.

@@ -107,15 +107,15 @@ class InMemoryIndex(Adapter):
             for id_ in ids:
                 if not self._passes(id_, epoch):
                     continue
-                gone = self._points.pop(id_, None)
-                if gone is None:
+                point = self._points.pop(id_, None)
+                if point is None:
                     continue
                 self._sorted_ids = None
                 last = self._ids.pop()
                 if last != id_:  # the last row moves into the gap
-                    self._ids[gone.row] = last
-                    self._units[gone.row] = self._units[len(self._ids)]
-                    self._points[last] = self._points[last]._replace(row=gone.row)
+                    self._ids[point.row] = last
+                    self._units[point.row] = self._units[len(self._ids)]
+                    self._points[last] = self._points[last]._replace(row=point.row)
 
     def query(
         self, vector: Vector, limit: int, *, where: Filter | None = None, ids: Sequence[str] | None = None
