@@ -39,7 +39,7 @@ class ItemPut:
         if not op.namespace:
             raise InvalidNamespaceError("Namespace cannot be empty.")
         if not is_text(op.key):
-            raise InvalidItem(f"Invalid key {op.key!r}: it must be a string without NUL or lone surrogates.")
+            raise InvalidItem("Invalid key: it must be a string without NUL or lone surrogates.")
         self.key = str.__str__(op.key)
         if not isinstance(op.value, Mapping):
             raise InvalidItem(f"Invalid value: it must be a dict, not {type(op.value).__name__}.")

@@ -248,7 +248,7 @@ def _parts(annotation: Any) -> Iterable[Any]:
 def _hints(annotated: Any) -> Iterable[Any]:
     try:
         return get_type_hints(annotated, include_extras=True).values()
-    except Exception:  # noqa: BLE001  # e.g. a name that only type checkers know; reading such a value raises an error that explains it
+    except Exception:  # noqa: BLE001  # e.g. a name that only type checkers know
         return ()
 
 

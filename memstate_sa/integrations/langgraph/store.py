@@ -261,9 +261,8 @@ class MemStateStore(BaseStore):
         return results, kept
 
     def _alive(self, now: datetime) -> list[ColumnElement[bool]]:
-        return (
-            [item_rows.alive(now)] if self._moment is None else []
-        )  # the past shows the table's content, expired or not
+        # The past shows the content of the table, including expired items.
+        return [item_rows.alive(now)] if self._moment is None else []
 
     def _search(self, session: Session, op: SearchOp, now: datetime) -> list[tuple[Row[Any], float | None]]:
         if not wants_results(op):
@@ -312,7 +311,7 @@ class MemStateStore(BaseStore):
 
     def _filter(self, value: Any) -> Callable[[Any], ColumnElement[bool]]:
         if not isinstance(value, Mapping):
-            raise InvalidItem(f"Invalid filter {value!r}: it must be a dict of names and values.")
+            raise InvalidItem(f"Invalid filter: it must be a dict, not {type(value).__name__}.")
         filter_ = plain(value, "filter")
         database = database_of(self.engine)
         try:
