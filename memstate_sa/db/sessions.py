@@ -1,4 +1,4 @@
-"""The Session behind what an application has: a Session, a scoped_session, or their async counterparts."""
+"""The Session behind an application's session object: a Session, a scoped_session, or their async counterparts."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from memstate_sa.errors import MemstateError
 
 
 def in_scope(session: Any) -> Any:
-    """The session of this scope, if *session* is a scoped_session or an async_scoped_session; else itself."""
+    """The current session if *session* is a scoped_session or an async_scoped_session, otherwise *session* itself."""
     return session() if hasattr(session, "registry") else session
 
 
 def sync_session(session: Any) -> Session:
-    """The Session that *session* is, stands for (scoped_session), or has (AsyncSession)."""
+    """The Session behind *session*, which may be a scoped_session or an AsyncSession."""
     current = in_scope(session)
     sync = getattr(current, "sync_session", current)
     if not isinstance(sync, Session):
-        raise MemstateError(f"{session!r} is not a Session")
+        raise MemstateError(f"session={session!r} is not a Session. Pass a Session, AsyncSession or scoped_session.")
     return sync
 
 
 def blocking_session(session: Any) -> Session:
-    """The same, for calls that wait for the database. Raises MemstateError for an AsyncSession."""
+    """The Session behind *session*, for calls that block. Raises MemstateError for an AsyncSession."""
     if hasattr(in_scope(session), "sync_session"):
         raise MemstateError(
-            "this waits for the database, which an AsyncSession cannot: await session.run_sync(memory.history, Model, "
-            "key), for example, gives it the Session; search has `await memory.asearch(session, …)`"
+            "Cannot use an AsyncSession: this call blocks. Use its async form, such as `await memory.asearch(session, "
+            "…)`, or `await session.run_sync(memory.history, Model, key)`."
         )
     return sync_session(session)
 
 
 def writing_connection(session: Session, mapper: Mapper[Any]) -> Connection:
-    """The connection on which *session* writes rows of *mapper*. A Session may read from another one, of a replica."""
+    """The connection on which *session* writes rows of *mapper*. The Session may read from another, a replica."""
     return session.connection(bind_arguments={"mapper": mapper, "clause": update(mapper)})

@@ -38,7 +38,7 @@ from tests.support.apps import App, make_app
 from tests.support.relays import say
 
 # A hole that they show: what the database does by itself, no Session sees.
-pytestmark = pytest.mark.filterwarnings("ignore:The database itself changes rows")
+pytestmark = pytest.mark.filterwarnings("ignore:The log misses some changes")
 
 MARKERS = ("Zxqvertigo77", "Şükrü Überfährt 東京 Zxqvertigo77")
 """In ASCII and not; the text of what is erased."""
