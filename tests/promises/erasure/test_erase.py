@@ -41,7 +41,7 @@ from tests.support.apps import App, make_app
 from tests.support.relays import say
 
 # The tests show a gap: no Session sees changes that the database makes by itself.
-pytestmark = pytest.mark.filterwarnings("ignore:The database itself changes rows")
+pytestmark = pytest.mark.filterwarnings("ignore:The log misses some changes")
 
 MARKERS = ("Zxqvertigo77", "Şükrü Überfährt 東京 Zxqvertigo77")
 """The erased text, in ASCII and in other scripts."""

@@ -432,7 +432,7 @@ def test_as_of_takes_a_time_or_a_transaction(app: App) -> None:
         ]  # fmt: skip
         with pytest.raises(NotFound):
             words("nothing")
-        with pytest.raises(MemstateError, match="is keyed by id"):
+        with pytest.raises(MemstateError, match=r"the primary key of .* is id"):
             app.memory.as_of(session, Player, (1, 2), first)
 
 
