@@ -86,7 +86,7 @@ VALUES: list[Any] = [
 ]
 
 
-def test_an_item_is_what_was_put(store: BaseStore) -> None:
+def test_get_returns_the_value_that_was_put(store: BaseStore) -> None:
     for n, value in enumerate(VALUES):
         store.put(PEOPLE, str(n), value)
         item = store.get(PEOPLE, str(n))
@@ -167,7 +167,7 @@ def test_a_replaced_item_keeps_the_time_of_its_creation(our_store: BaseStore) ->
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
-def test_reads_of_a_batch_see_what_was_before_it(store: BaseStore) -> None:
+def test_reads_of_a_batch_see_the_items_before_it(store: BaseStore) -> None:
     store.put(PEOPLE, "ann", {"n": 1})
     results = store.batch(
         [

@@ -487,7 +487,7 @@ def test_embedder_that_returns_nan_parks_only_that_text(world: World, value: flo
     world.assert_in_step()
 
 
-def test_one_bad_text_does_not_hide_what_else_is_undelivered(world: World) -> None:
+def test_one_bad_text_does_not_hide_other_undelivered_rows(world: World) -> None:
     """A fresh search finds all embeddable texts. Only the bad text is missing."""
     poison(world, lambda vector: np.full_like(vector, np.nan))
     say(world, bad="poison", good="mint tea")

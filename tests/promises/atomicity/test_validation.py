@@ -92,7 +92,7 @@ def test_missing_values_are_invalid_unless_a_default_comes(sessions: Any) -> Non
         assert session.execute(select(Preference.strength, Preference.low)).one() == (5, 1)
 
 
-def test_what_the_database_computes_is_checked_too(sessions: Any) -> None:
+def test_values_that_the_database_computes_are_checked_too(sessions: Any) -> None:
     """Defaults and SQL expressions are known after the statement. The flush fails, and nothing is kept."""
     with sessions() as session:
         session.add(Preference(content="fine", strength=0))  # low defaults to 1 in the database

@@ -103,7 +103,7 @@ def test_autoflush_false_is_heeded(engine: Engine, way: str) -> None:
     app.assert_log_is_truth()
 
 
-def test_a_pending_change_outlives_an_attempt_that_is_taken_back(engine: Engine) -> None:
+def test_a_pending_change_survives_an_attempt_that_is_undone(engine: Engine) -> None:
     """Another listener turns the statement to other rows, so it runs twice. Unflushed changes survive this."""
     app = users_of(engine)
     event.listen(app.sessions, "do_orm_execute", _to_user_3)
@@ -473,7 +473,7 @@ RESULTS: dict[str, Callable[[Session], Any]] = {
 
 
 @pytest.mark.parametrize("name", RESULTS)
-def test_a_result_has_what_a_cursor_result_has(engine: Engine, name: str) -> None:
+def test_a_result_has_all_of_a_cursor_result(engine: Engine, name: str) -> None:
     app = users_of(engine)
     with Session(engine) as plain:
         expected = RESULTS[name](plain)

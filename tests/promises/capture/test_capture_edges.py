@@ -219,7 +219,7 @@ def test_redoing_over_an_older_undo_of_others_is_a_conflict(world: World) -> Non
 # -- unique values ---------------------------------------------------------------------------------------------------
 
 
-def handed_over(app: App, *, transactions: int) -> list[str]:
+def hand_over(app: App, *, transactions: int) -> list[str]:
     """Move "x" from fact 1 (which takes "w", then "y") to fact 2. Returns the ids of the transactions."""
     with app.sessions() as session:
         session.add_all([Preference(id=1, content="x"), Preference(id=2, content="z")])
@@ -245,7 +245,7 @@ def contents(app: App) -> dict[int, str]:
 def test_undo_gives_a_moved_unique_value_back(engine: Engine, transactions: int) -> None:
     """Each fact has its value back after one step or two. Redoing moves it again."""
     app = App(engine, Preference, unique_by=("content",))
-    assert len(handed_over(app, transactions=transactions)) == transactions
+    assert len(hand_over(app, transactions=transactions)) == transactions
     with app.sessions() as session:
         undo = app.memory.rollback(session, transactions)[0].tx
         session.commit()
@@ -279,7 +279,7 @@ def test_undo_reverses_a_swap_of_unique_values(engine: Engine) -> None:
 def test_a_unique_value_that_is_taken_cannot_be_brought_back(engine: Engine) -> None:
     """Undoing the transaction that gave the value up is a conflict. Nothing changes, and the caller's work is kept."""
     app = App(engine, Preference, unique_by=("content",))
-    gave_up, took = handed_over(app, transactions=2)
+    gave_up, took = hand_over(app, transactions=2)
     with app.sessions() as session:
         session.add(Preference(id=3, content="mine"))
         before = app.memory.history(session, Preference)
@@ -727,7 +727,7 @@ def test_sqlite_knows_no_generated_always(sqlite_engine: Engine) -> None:
     assert [row["content"] for row in app.stored().values()] == ["x"]
 
 
-def test_listeners_of_the_application_find_what_a_commit_will_flush(world: World) -> None:
+def test_listeners_of_the_application_find_the_pending_changes_of_a_commit(world: World) -> None:
     """Applications maintain search indexes in such listeners. Labels and wake-up come with the same flush."""
     noted: list[Any] = []
 

@@ -386,7 +386,7 @@ async def test_types_round_trip_by_asyncpg(prepared_postgres: Engine, capture: A
 
 
 @pytest.mark.parametrize("name", sorted(BY_NO_TRIGGER))
-def test_what_a_trigger_cannot_log_is_refused(prepared_postgres: Engine, name: str) -> None:
+def test_types_that_a_trigger_cannot_log_are_refused(prepared_postgres: Engine, name: str) -> None:
     """It is refused before anything is installed. The error names the column."""
     refused = model(f"refused_{name}", {name: POSTGRES[name]})
     refused.__table__.create(prepared_postgres)
@@ -607,7 +607,7 @@ def test_a_key_that_the_database_changes_is_not_silently_lost(postgres_engine: E
 
 
 @both_ways
-def test_what_reads_by_an_expression_is_logged_as_it_is_stored(engine: Engine, capture: Any) -> None:
+def test_columns_read_by_an_expression_are_logged_as_stored(engine: Engine, capture: Any) -> None:
     """Undo writes the same value back. Only the database can read it as the application does."""
 
     class Own(DeclarativeBase):

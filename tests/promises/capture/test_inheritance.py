@@ -284,7 +284,7 @@ def test_search_finds_by_the_text_of_a_subclass(engine: Engine, target: str) -> 
         assert [hit.fact.id for hit in app.memory.search(session, "cid rests", Employee, limit=1)] == [4]
 
 
-def test_doctor_finds_what_was_changed_in_any_table(engine: Engine) -> None:
+def test_doctor_finds_changes_in_any_table(engine: Engine) -> None:
     app = App(engine)
     app.prepare()
     with engine.begin() as connection:
@@ -439,7 +439,7 @@ def test_concrete_subclasses_are_entities_of_their_own(engine: Engine) -> None:
     assert app.memory.doctor(engine).healthy
 
 
-def test_a_concrete_subclass_may_be_tracked_otherwise(engine: Engine) -> None:
+def test_a_concrete_subclass_may_have_other_options(engine: Engine) -> None:
     app = App(engine, Paper, text="title")
     app.memory.track(Article, text="journal", entity="in_journals")
     with app.sessions() as session:
@@ -450,7 +450,7 @@ def test_a_concrete_subclass_may_be_tracked_otherwise(engine: Engine) -> None:
     assert_index_holds(app.index, app.embedder, {"in_journals[1]": "journal"})
 
 
-def test_what_cannot_be_tracked_says_why() -> None:
+def test_track_explains_its_refusals() -> None:
     class Root(DeclarativeBase):
         pass
 

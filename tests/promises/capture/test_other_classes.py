@@ -107,7 +107,7 @@ def test_another_class_is_warned_of_on_request(engine: Engine) -> None:
             session.commit()
 
 
-def test_rows_of_a_base_class_are_its_own_business(app: App) -> None:
+def test_rows_of_a_base_class_may_be_written(app: App) -> None:
     """New rows belong to no subclass, and a discriminator shows the class of each row."""
     with app.session() as session:
         session.add_all([Person(id=2, name="new"), Animal(id=2)])

@@ -122,7 +122,7 @@ def test_older_row_touched_several_times_gets_one_baseline(engine: Engine) -> No
         assert (first.op, first.after) == ("baseline", {"id": 1, "text": "x", "one": 1, "two": 1, "three": 1})
 
 
-def test_an_undo_does_not_delete_what_others_have_built_upon(engine: Engine) -> None:
+def test_an_undo_does_not_delete_a_row_with_children(engine: Engine) -> None:
     """The inserted row has children by now, and the database would delete them too."""
     app = App(engine, Top, Owned)
     with app.sessions() as session:

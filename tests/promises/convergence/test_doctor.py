@@ -27,9 +27,7 @@ def run(world: World, *statements: str) -> None:
 
 
 def test_doctor_reports_rows_changed_past_the_log(world: World) -> None:
-    """Rows that were changed, deleted, restored or never logged are named. Repair logs all but the last, and vectors
-    follow.
-    """
+    """Rows that were changed, deleted, added again or never logged are named. Repair logs all but the last kind."""
     with world.session() as session:
         session.add_all(Tag(name=name, meaning="one") for name in "abcd")
         session.add(Note(topic="t", number=1, content="x", person=Person(name="p", about="y")))

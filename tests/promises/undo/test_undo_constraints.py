@@ -481,7 +481,7 @@ def test_unique_arrays_are_compared_like_other_values(postgres_engine: Engine) -
 
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
-def test_what_only_the_database_knows_refuses_the_undo_as_a_whole(engine: Engine, capture: str) -> None:
+def test_constraints_that_only_the_database_knows_refuse_the_whole_undo(engine: Engine, capture: str) -> None:
     """A partial index and an untracked row: nothing is written, even with on_conflict="skip"."""
     here = sa.text("NOT gone")
 
