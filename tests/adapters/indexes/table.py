@@ -48,7 +48,7 @@ def _cells(suite: type[IndexConformance]) -> tuple[str, ...]:
 
 
 def written() -> str:
-    """The document, with the table as it should be."""
+    """The document with an up-to-date table."""
     text = DOCUMENT.read_text()
     before, rest = text.split(BEGIN)
     return before + BEGIN + table() + END + rest.split(END)[1]

@@ -1,4 +1,4 @@
-"""What docs/indexes.md shows runs, and its index of one's own passes the suite, in the words of the document."""
+"""The code in docs/indexes.md runs, and its custom index passes the suite as documented."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def documented() -> dict[str, Any]:
 class TestSqliteIndex(documented()["TestSqliteIndex"]):  # type: ignore[misc]
     @pytest.fixture(autouse=True)
     def _importable(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """For the process that is killed."""
+        """Let the process that is killed import the index."""
         monkeypatch.setenv("PYTHONPATH", FOLDER.name)
 
 
 def test_other_blocks_of_the_document_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is opened there yet."""
+    """These blocks open no index."""
     for package in ("faiss", "psycopg", "qdrant_client", "redis"):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
