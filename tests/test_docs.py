@@ -29,7 +29,7 @@ RUN_ELSEWHERE = {
 }
 ONLY_POSTGRES = {"docs/how-to/asyncio.md"}
 
-OURS = {"memstate-sa": "memstate_sa.cli", "alembic": "alembic", "python": None, "pytest": "pytest", "flask": "flask"}
+OURS = {"memstate-sa": None, "alembic": "alembic", "python": None, "pytest": "pytest", "flask": "flask"}
 """Commands that a console block runs, and the module that each of them is."""
 OTHERS = {
     "curl",
@@ -59,6 +59,17 @@ FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 PRELUDE = """\
 import subprocess, sys
 from pathlib import Path
+
+
+def _memstate_sa(*arguments):
+    # In this process, which has imported everything already.
+    from memstate_sa.cli import main
+
+    sys.argv = ["memstate-sa", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, f"memstate-sa {arguments} exited with {end.code}"
 
 
 def _write(name, code):
@@ -110,7 +121,9 @@ def lines(block: Block) -> Iterator[str]:
     elif block.language == "console":
         for program, *arguments in commands(block.code):
             assert program in OURS or program in OTHERS, f"the tests do not know the command {program}"
-            if program in OURS:
+            if program == "memstate-sa":
+                yield f"_memstate_sa(*{arguments!r})\n"
+            elif program in OURS:
                 module = OURS[program]
                 yield f"_run(*{['-m', module, *arguments] if module else arguments!r})\n"
 
