@@ -28,13 +28,14 @@ from memstate_sa.maintenance.doctor import Diagnosis
 from memstate_sa.maintenance.verify import DriftReport
 from memstate_sa.memory import Memory
 from memstate_sa.search.hits import Hit, Hits
-from memstate_sa.store import MemoryStore
+from memstate_sa.store import AsyncMemoryStore, MemoryStore
 
 __version__ = "0.1.0"
 
 del _item_rows, _tables  # imported for their tables: the metadata is complete for every application
 
 __all__ = [
+    "AsyncMemoryStore",
     "Change",
     "ConflictError",
     "DeliveryError",

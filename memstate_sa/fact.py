@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -18,7 +19,7 @@ class OwnBase(DeclarativeBase):
 
 
 class Fact(OwnBase):
-    """A fact for people without models of their own: a type and a JSON payload."""
+    """A fact for applications without models of their own: a type and a JSON payload."""
 
     __tablename__ = "memstate_fact"
 
@@ -31,6 +32,28 @@ class Fact(OwnBase):
     updated_at: Mapped[datetime] = mapped_column(UTCDateTime, default=utcnow, onupdate=utcnow)
     expires_at: Mapped[datetime | None] = mapped_column(UTCDateTime, index=True)
 
+    def __init__(
+        self,
+        *,
+        type: str,
+        payload: Mapping[str, Any],
+        id: str | None = None,
+        session_id: str | None = None,
+        ephemeral: bool = False,
+        created_at: datetime | None = None,
+        updated_at: datetime | None = None,
+        expires_at: datetime | None = None,
+    ) -> None:
+        columns = {
+            "id": id,
+            "session_id": session_id,
+            "created_at": created_at,
+            "updated_at": updated_at,
+            "expires_at": expires_at,
+        }
+        given = {name: value for name, value in columns.items() if value is not None}  # the others have defaults
+        super().__init__(type=type, payload=payload, ephemeral=ephemeral, **given)
+
     def __repr__(self) -> str:
         return f"Fact(id={self.id!r}, type={self.type!r}, payload={self.payload!r})"
 
@@ -38,8 +61,8 @@ class Fact(OwnBase):
 def expiry_after(ttl: Any) -> datetime:
     """The ``expires_at`` of a fact that ends after *ttl*."""
     if not isinstance(ttl, timedelta) or ttl <= timedelta():
-        raise MemstateError(f"ttl={ttl!r}: a timedelta, of more than nothing")
+        raise MemstateError(f"ttl={ttl!r} is not a positive timedelta. Give, for example, timedelta(hours=1).")
     try:
         return utcnow() + ttl
     except OverflowError as error:
-        raise MemstateError(f"ttl={ttl!r}: no time is that late") from error
+        raise MemstateError(f"ttl={ttl!r} ends after the year 9999. Give a shorter timedelta.") from error

@@ -142,7 +142,7 @@ class Relay:
     def _stop_unless_running(self) -> None:
         """Release the lease unless threads go on, so that the next relay need not wait until it runs out."""
         with self._lock:  # start() comes before this look, or after what follows from it
-            if not self._running:
+            if not self.is_running:
                 self.stop()
 
     def _drain(self, deadline: float, timeout: float, progress: Callable[[int], None] | None) -> int:
@@ -311,7 +311,7 @@ class Relay:
                 "drain() after commits, or use a file"
             )
         with self._lock:
-            if not self._running:
+            if not self.is_running:
                 for worker in self._workers:
                     worker.open()
                 self._listener = Listener(self._engine, self.wake, self._notifier)
@@ -350,7 +350,8 @@ class Relay:
             worker.woken.set()
 
     @property
-    def _running(self) -> bool:
+    def is_running(self) -> bool:
+        """Whether it runs in the background."""
         return any(worker.is_running for worker in self._workers)
 
     def __enter__(self) -> Self:

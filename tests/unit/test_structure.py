@@ -19,9 +19,9 @@ CATALOGUES = {"memstate_sa/testing/conformance.py"}
 
 PUBLIC = {
     "memstate_sa": (
-        "Change ConflictError DeliveryError DeliveryRejected DeliveryRetryable Diagnosis DriftReport Fact "
-        "HistoryMissing Hit Hits IndexMismatch Memory MemoryStore MemstateError MissingExtra NotFound UntrackedWrite "
-        "UntrackedWriteWarning ValidationFailed metadata sqlite"
+        "AsyncMemoryStore Change ConflictError DeliveryError DeliveryRejected DeliveryRetryable Diagnosis DriftReport "
+        "Fact HistoryMissing Hit Hits IndexMismatch Memory MemoryStore MemstateError MissingExtra NotFound "
+        "UntrackedWrite UntrackedWriteWarning ValidationFailed metadata sqlite"
     ),
     "memstate_sa.indexes": (
         "ChromaIndex Entry FaissIndex FencedIndex Filter InMemoryIndex MarkedIndex Match PgVectorIndex Point "
