@@ -648,7 +648,7 @@ def test_revoke_undoes_a_run_and_reports_kept_facts(served: Application) -> None
     )
     assert "1 changes undone" in served.run("revoke", "--tx", tx, "--on-conflict", "force", "--yes")
     assert served.texts() == []
-    assert "revoke whose changes?" in served.run("revoke", "--yes", exit_code=1)
+    assert "Cannot revoke: whose changes?" in served.run("revoke", "--yes", exit_code=1)
 
 
 def test_exported_facts_import_into_another_database(served: Application, tmp_path: Path) -> None:

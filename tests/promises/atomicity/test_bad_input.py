@@ -90,7 +90,7 @@ class ReservedName(Reserved):
 
 
 TRACKING: dict[str, tuple[Callable[[Memory], Any], str]] = {
-    "an unmapped class": (lambda m: m.track(Plain, text="name"), "Plain'> is not a mapped class"),
+    "an unmapped class": (lambda m: m.track(Plain, text="name"), "Plain'>: it is not a mapped class"),
     "an instance": (lambda m: m.track(Person(), text="about"), "is not a mapped class"),
     "a table": (lambda m: m.track(Person.__table__, text="about"), "is not a mapped class"),
     "no column": (lambda m: m.track(Person, text="abuot"), "Person has no column attribute 'abuot'; it has about, id"),
@@ -102,13 +102,13 @@ TRACKING: dict[str, tuple[Callable[[Memory], Any], str]] = {
     "a reserved name": (lambda m: m.track(ReservedName, text="id", metadata=("memstate_x",)), "memstate_ are ours"),
     "no such unique": (lambda m: m.track(Person, text="about", unique_by=("naem",)), "no column attribute 'naem'"),
     "entity with a bracket": (lambda m: m.track(Person, text="about", entity="a[b"), r"without '\['"),
-    "entity that is no name": (lambda m: m.track(Person, text="about", entity=5), "entity=5: give a name"),
+    "entity that is no name": (lambda m: m.track(Person, text="about", entity=5), "entity=5. Give a name"),
     "empty entity": (lambda m: m.track(Person, text="about", entity=""), "1 to 128 characters"),
     "long entity": (lambda m: m.track(Person, text="about", entity="x" * 129), "1 to 128 characters"),
     "no such index": (lambda m: m.track(Person, text="about", index="other"), "this Memory has memory"),
     "no index": (lambda m: m.track(Person, text="about", index=()), "this Memory has memory"),
     "no schema": (lambda m: m.track(Person, text="about", schema=5), "give a Pydantic model class"),
-    "no such way": (lambda m: m.track(Person, text="about", on_untracked="log"), "choose 'raise' or 'warn'"),
+    "no such way": (lambda m: m.track(Person, text="about", on_untracked="log"), "Choose 'raise' or 'warn'"),
 }
 
 
@@ -189,7 +189,7 @@ def test_key_of_the_wrong_shape_is_refused(world: World) -> None:
             world.memory.history(session, Note, "a")
         with pytest.raises(MemstateError, match=r"person is keyed by id"):
             world.memory.history(session, Person, (1, 2))
-        with pytest.raises(MemstateError, match="was never flushed, so it has no history"):
+        with pytest.raises(MemstateError, match="has no history: it was never flushed"):
             world.memory.history(session, Person(name="x"))
         assert world.memory.history(session, Note, ("a", 1)) == []
 
