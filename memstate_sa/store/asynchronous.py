@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from functools import partial, wraps
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 from sqlalchemy.engine import Engine
 
 from memstate_sa.errors import MemstateError
+from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.memory import Memory
+from memstate_sa.options import Labels, StoreOptions
 from memstate_sa.relay import Relay
 from memstate_sa.relay.loop import STOP_TIMEOUT_S
-from memstate_sa.store.parts import Labels
 from memstate_sa.store.store import MemoryStore
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,8 +71,13 @@ class AsyncMemoryStore:
             print(hits[0].fact.payload)
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        self.sync_store: MemoryStore = _LateStore(*arguments, **options)
+    def __init__(
+        self,
+        url_or_engine: str | Engine | AsyncEngine,
+        index: VectorIndex | Mapping[str, VectorIndex],
+        **options: Unpack[StoreOptions],
+    ) -> None:
+        self.sync_store: MemoryStore = _LateStore(url_or_engine, index, **options)
         self._threads = ThreadPoolExecutor(_THREADS, "memstate-store")
         self._closed = False
 

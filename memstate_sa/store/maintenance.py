@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TextIO
+from typing import TextIO, Unpack
 
 from memstate_sa.fact import Fact
-from memstate_sa.log.changes import Change
+from memstate_sa.log.changes import Changes
 from memstate_sa.maintenance.doctor import Diagnosis
 from memstate_sa.maintenance.progress import Progress
 from memstate_sa.maintenance.verify import DriftReport
+from memstate_sa.options import RevokeOptions, RollbackOptions
 from memstate_sa.relay.backlog import Backlog
 from memstate_sa.store.parts import StoreParts
 from memstate_sa.tracking.fact_types import check_id
@@ -19,15 +20,24 @@ from memstate_sa.undo.undo import Revocation
 class MaintenanceMethods(StoreParts):
     """The methods of `MemoryStore` that do as the method of `Memory` with the same name does."""
 
-    def rollback(self, steps: int = 1, session_id: str | None = None, **options: Any) -> list[Change]:
-        """Undo the last *steps* transactions (of a session); see `Memory.rollback`, also for the *options*."""
+    def rollback(self, steps: int = 1, session_id: str | None = None, **options: Unpack[RollbackOptions]) -> Changes:
+        """Undo the last *steps* transactions, of all or of one session, and return the new entries.
+
+        See `Memory.rollback`, and `RollbackOptions` for the *options*.
+
+        ::
+
+            store.rollback()  # undoes the last transaction
+            store.rollback(tx=store.token(id), on_conflict="skip")
+        """
         with self.transaction() as session:
             return self.memory.rollback(session, steps, session_id=session_id, **options)
 
-    def revoke(self, **options: Any) -> Revocation:
-        """Undo all changes of one actor, session or list of transactions; see `Memory.revoke`.
+    def revoke(self, **options: Unpack[RevokeOptions]) -> Revocation:
+        """Undo all changes of one actor, of one session, or of some transactions.
 
-        By default, changes that others have built upon are kept. The result lists them.
+        By default, facts that others have changed since stay as they are. The result lists them. See `Memory.revoke`,
+        and `RevokeOptions` for the *options*.
         """
         with self.transaction() as session:
             return self.memory.revoke(session, **options)

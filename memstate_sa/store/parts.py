@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from memstate_sa.db.joined_session import current_session, use_session
 from memstate_sa.errors import DeliveryError, MemstateError
 from memstate_sa.memory import Memory
+from memstate_sa.options import Labels, require_options
 from memstate_sa.relay import Relay
 from memstate_sa.runtime import forks
 from memstate_sa.runtime.printable import printable_logger
@@ -22,19 +23,6 @@ from memstate_sa.tracking.fact_types import FactTypes, check_texts
 logger = printable_logger("memstate_sa.store")
 
 DRAIN_TIMEOUT_S = 30.0
-
-
-class Labels(TypedDict, total=False):
-    """The labels of a transaction. History shows them, and `rollback` and `revoke` select by them."""
-
-    session_id: str | None
-    """The session or conversation that the facts belong to."""
-
-    actor: str | None
-    """The user or agent that changes the facts."""
-
-    reason: str | None
-    """The reason of the change."""
 
 
 class StoreParts:
@@ -69,6 +57,7 @@ class StoreParts:
         same thread get MemstateError until it ends. They can wait for it, or await
         ``asyncio.to_thread(store.commit, …)``.
         """
+        require_options("transaction", labels, Labels)
         check_texts(**labels)
         open_session = current_session(self.memory, self.engine)
         if open_session is not None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Unpack
 
 from sqlalchemy import Select, select
 
 from memstate_sa.db.dialects import database_of
 from memstate_sa.db.json_filter import member_equals
 from memstate_sa.fact import Fact
-from memstate_sa.log.changes import Change
+from memstate_sa.log.changes import Changes
+from memstate_sa.log.history import Moment
+from memstate_sa.options import SearchOptions
 from memstate_sa.search.hits import Hits
 from memstate_sa.store.parts import StoreParts
 from memstate_sa.tracking.fact_types import check_id, check_texts
@@ -43,12 +44,11 @@ class ReadingMethods(StoreParts):
         *,
         type: str | None = None,
         session_id: str | None = None,
-        max_distance: float | None = None,
-        consistency: Literal["fresh", "eventual"] = "fresh",
-        index: str | None = None,
-        as_of: datetime | str | None = None,
+        **options: Unpack[SearchOptions],
     ) -> Hits[Fact]:
-        """The facts nearest in meaning to *query*, best first. `query` explains *filters*, `Memory.search` the rest.
+        """The *limit* facts nearest in meaning to *query*, best first; see `Memory.search`.
+
+        *type*, *filters* and *session_id* select facts as in `query`. *options*: see `SearchOptions`.
 
         ::
 
@@ -57,16 +57,7 @@ class ReadingMethods(StoreParts):
         """
         with self._reading() as session:
             target = self._selecting(type, filters, session_id)
-            return self.memory.search(
-                session,
-                query,
-                target,
-                limit=limit,
-                max_distance=max_distance,
-                consistency=consistency,
-                index=index,
-                as_of=as_of,
-            )
+            return self.memory.search(session, query, target, limit=limit, **options)
 
     def _selecting(self, type: str | None, filters: Mapping[str, Any] | None, session_id: str | None) -> Select[Any]:
         check_texts(type=type, session_id=session_id)
@@ -89,7 +80,7 @@ class ReadingMethods(StoreParts):
         actor: str | None = None,
         session_id: str | None = None,
         limit: int | None = None,
-    ) -> list[Change]:
+    ) -> Changes:
         """The changes of fact *id*, or of all facts; the oldest first.
 
         *actor* and *session_id* keep the changes with these labels, *limit* keeps the last so many of them.
@@ -99,7 +90,7 @@ class ReadingMethods(StoreParts):
         with self._reading() as session:
             return self.memory.history(session, Fact, id, actor=actor, session_id=session_id, limit=limit)
 
-    def as_of(self, id: str, at: datetime | str) -> Fact | None:
+    def as_of(self, id: str, at: Moment) -> Fact | None:
         """A copy of fact *id* as it was at a time, or after a transaction (``Change.tx``).
 
         None: there was no such fact. Raises HistoryMissing for an erased fact.
@@ -109,7 +100,7 @@ class ReadingMethods(StoreParts):
             values = self.memory.as_of(session, Fact, id, at)
         return None if values is None else Fact(**values)
 
-    def diff(self, a: datetime | str, b: datetime | str | None = None) -> list[Change]:
+    def diff(self, a: Moment, b: Moment | None = None) -> Changes:
         """The difference between two moments (*b*: now), as one change for each fact; see `Memory.diff`."""
         with self._reading() as session:
             return self.memory.diff(session, a, b, Fact)

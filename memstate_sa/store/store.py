@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self, Unpack, cast
 
 from pydantic import BaseModel
 from sqlalchemy.engine import Engine
@@ -13,10 +13,10 @@ from sqlalchemy.orm import sessionmaker
 
 from memstate_sa.db import sqlite
 from memstate_sa.db.engines import engine_of
-from memstate_sa.embedders import Embedder
 from memstate_sa.fact import Fact
 from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.memory import Memory
+from memstate_sa.options import MemoryOptions, StoreOptions, require_options
 from memstate_sa.relay.loop import STOP_TIMEOUT_S
 from memstate_sa.runtime import forks
 from memstate_sa.store.maintenance import MaintenanceMethods
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
     """Facts with a type and a JSON payload, in any SQLite or PostgreSQL database. `AsyncMemoryStore` is for asyncio.
 
-    It creates its tables. With *background*, a relay thread keeps the index up to date. On an in-memory SQLite, each
-    commit delivers to the index instead. It is thread-safe. Close it, or use it as a context manager. The facts that
-    it returns are detached, so they stay usable after it is closed.
+    *index*: a `VectorIndex`, which is then named "memory", or several by name.
+    *options*: see `StoreOptions`.
 
-    With *strict_types*, only types with a schema are allowed, see `register_schema`. `Memory` explains the other
-    options. ``.memory``, ``.engine`` and ``.relay`` are its `Memory`, its Engine and its `Relay`.
+    It creates its tables, and a relay in a background thread keeps the index up to date. It is thread-safe. Close it,
+    or use it as a context manager. The facts that it returns are detached, so they stay usable after it is closed.
+    ``.memory``, ``.engine`` and ``.relay`` are its `Memory`, its Engine and its `Relay`.
 
     Raises MemstateError for a URL that does not connect, IndexMismatch for an index of another embedder.
 
@@ -54,18 +54,13 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
         self,
         url_or_engine: str | Engine | AsyncEngine,
         index: VectorIndex | Mapping[str, VectorIndex],
-        *,
-        embedder: Embedder | Mapping[str, Embedder] | None = None,
-        delivery: Literal["relay", "strict"] = "relay",
-        background: bool = True,
-        strict_types: bool = False,
-        embedding_cache: int = 100_000,
-        successors: Mapping[str, str] | None = None,
+        **options: Unpack[StoreOptions],
     ) -> None:
-        self._types = FactTypes(strict=strict_types)
-        self.memory = Memory(
-            index, embedder=embedder, delivery=delivery, embedding_cache=embedding_cache, successors=successors
-        )
+        require_options("MemoryStore", options, StoreOptions)
+        names = MemoryOptions.__annotations__
+        memory_options = {name: value for name, value in options.items() if name in names}
+        self.memory = Memory(index, **cast("MemoryOptions", memory_options))
+        self._types = FactTypes(strict=options.get("strict_types", False))
         self.memory.track(
             Fact,
             text=_text,
@@ -84,8 +79,8 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
         self._is_shared = sqlite.is_in_memory(self.engine)
         self._make_lock()
         forks.in_child(self, MemoryStore._make_lock)
-        self._background = background
-        self._drains = background and self._is_shared
+        self._background = options.get("background", True)
+        self._drains = self._background and self._is_shared
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
         self.memory.attach(self._sessions)
         self.relay = self.memory.relay(self.engine)

@@ -17,7 +17,8 @@ from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import in_utc, unique, utcnow
 from memstate_sa.errors import ConflictError, MemstateError, NotFound
 from memstate_sa.fact import Fact, expiry_after
-from memstate_sa.store.parts import Labels, StoreParts
+from memstate_sa.options import Labels
+from memstate_sa.store.parts import StoreParts
 from memstate_sa.tracking.fact_types import check_id
 from memstate_sa.tracking.payloads import json_payload, payload_of
 
