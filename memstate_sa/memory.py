@@ -40,12 +40,18 @@ from memstate_sa.undo.undo import Undo
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
 
+    SessionSource: TypeAlias = (
+        sessionmaker[Any]
+        | scoped_session[Any]
+        | type[Session]
+        | Session
+        | async_sessionmaker[Any]
+        | async_scoped_session[Any]
+        | AsyncSession
+    )
+
 M = TypeVar("M")
 Text: TypeAlias = str | QueryableAttribute[Any] | Callable[[M], str | None] | None
-SessionSource: TypeAlias = (
-    "sessionmaker[Any] | type[Session] | scoped_session[Any] | Session"
-    " | async_sessionmaker[Any] | async_scoped_session[Any] | AsyncSession"
-)
 
 
 class Memory(SearchMethods, UndoMethods, MaintenanceMethods):

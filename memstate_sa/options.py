@@ -118,8 +118,8 @@ class TrackOptions(TypedDict, total=False):
     """Each older version, with a function from its columns to those of the next version. Default: none.
 
     The function gets a dict of values as the driver reads them, by column name. History from before a migration is
-    shown and undone through it. A value that the function passes on stays the driver's value. A value that the
-    function makes is one that the ORM takes, and None is always NULL.
+    shown and undone through it. A value that the function passes on stays the driver's value. The ORM converts
+    a value that the function makes, and None is always NULL.
     """
 
     text_version: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 from sqlalchemy import Select, inspect
 from sqlalchemy.engine import Connection, Engine
@@ -39,6 +39,19 @@ class SearchMethods(MemoryParts):
 
     _searcher: Searcher
 
+    # SQLAlchemy 2.0 types select(Model) as Select[tuple[Model]], and 2.1 as Select[Model].
+    @overload
+    def search(
+        self,
+        session: SyncSession,
+        query: str,
+        target: Select[tuple[M]],
+        *,
+        limit: int = 5,
+        **options: Unpack[SearchOptions],
+    ) -> Hits[M]: ...
+
+    @overload
     def search(
         self,
         session: SyncSession,
@@ -47,7 +60,11 @@ class SearchMethods(MemoryParts):
         *,
         limit: int = 5,
         **options: Unpack[SearchOptions],
-    ) -> Hits[M]:
+    ) -> Hits[M]: ...
+
+    def search(
+        self, session: SyncSession, query: str, target: Any, *, limit: int = 5, **options: Unpack[SearchOptions]
+    ) -> Hits[Any]:
         """The *limit* facts nearest in meaning to *query*, best first, among the rows that *target* selects.
 
         Every hit is a row that this Session's transaction sees, found by an embedding of its current content. The
@@ -60,6 +77,18 @@ class SearchMethods(MemoryParts):
         """
         return self._search(call_directly, blocking_session(session, "search"), query, target, limit, options)
 
+    @overload
+    async def asearch(
+        self,
+        session: AwaitedSession,
+        query: str,
+        target: Select[tuple[M]],
+        *,
+        limit: int = 5,
+        **options: Unpack[SearchOptions],
+    ) -> Hits[M]: ...
+
+    @overload
     async def asearch(
         self,
         session: AwaitedSession,
@@ -68,13 +97,17 @@ class SearchMethods(MemoryParts):
         *,
         limit: int = 5,
         **options: Unpack[SearchOptions],
-    ) -> Hits[M]:
+    ) -> Hits[M]: ...
+
+    async def asearch(
+        self, session: AwaitedSession, query: str, target: Any, *, limit: int = 5, **options: Unpack[SearchOptions]
+    ) -> Hits[Any]:
         """`search` for an AsyncSession. It calls the index and the embedder in threads."""
 
-        def run(sync: Session) -> Hits[M]:
+        def run(sync: Session) -> Hits[Any]:
             return self._search(call_in_thread, sync, query, target, limit, options)
 
-        hits: Hits[M] = await awaited_session(session, "search").run_sync(run)
+        hits: Hits[Any] = await awaited_session(session, "search").run_sync(run)
         return hits
 
     def _search(
