@@ -47,28 +47,6 @@ class Fact(OwnBase):
     updated_at: Mapped[datetime] = mapped_column(UTCDateTime, default=utcnow, onupdate=utcnow)
     expires_at: Mapped[datetime | None] = mapped_column(UTCDateTime, index=True)
 
-    def __init__(
-        self,
-        *,
-        type: str,
-        payload: Mapping[str, Any],
-        id: str | None = None,
-        session_id: str | None = None,
-        ephemeral: bool = False,
-        created_at: datetime | None = None,
-        updated_at: datetime | None = None,
-        expires_at: datetime | None = None,
-    ) -> None:
-        columns = {
-            "id": id,
-            "session_id": session_id,
-            "created_at": created_at,
-            "updated_at": updated_at,
-            "expires_at": expires_at,
-        }
-        given = {name: value for name, value in columns.items() if value is not None}  # the others have defaults
-        super().__init__(type=type, payload=payload, ephemeral=ephemeral, **given)
-
     def __repr__(self) -> str:
         return f"Fact(id={self.id!r}, type={self.type!r}, payload={self.payload!r})"
 

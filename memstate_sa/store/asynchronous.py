@@ -60,8 +60,8 @@ class AsyncMemoryStore:
     The first call connects and creates the tables, as ``async with`` does. All work runs in threads, so the event loop
     goes on. ``.sync_store`` is the `MemoryStore` itself.
 
-    A call that is cancelled before it begins does nothing. Later, its thread cannot be stopped: it finishes, and may
-    commit. In a `transaction`, nothing of a cancelled call is committed.
+    A call that is cancelled goes on in its thread, and may still commit. In a `transaction`, a cancelled call is never
+    committed.
 
     ::
 
@@ -119,6 +119,9 @@ class AsyncMemoryStore:
     status = in_thread(MemoryStore.status)
     verify = in_thread(MemoryStore.verify)
     doctor = in_thread(MemoryStore.doctor)
+    backfill = in_thread(MemoryStore.backfill)
+    reindex = in_thread(MemoryStore.reindex)
+    reindex_back = in_thread(MemoryStore.reindex_back)
     export_facts = in_thread(MemoryStore.export_facts)
     import_facts = in_thread(MemoryStore.import_facts)
 
@@ -223,7 +226,7 @@ class _TransactionBlock:
         try:
             return await _in(self.thread, call)
         except asyncio.CancelledError:
-            self.has_cancelled_call = True  # its thread goes on: nobody knows what it writes
+            self.has_cancelled_call = True  # its thread goes on, and may still write
             raise
 
     def require_whole(self) -> None:
@@ -244,13 +247,14 @@ def _block_of(store: AsyncMemoryStore) -> _TransactionBlock | None:
             if block.task is not asyncio.current_task():
                 raise MemstateError(
                     "Cannot use this transaction. It belongs to the task that created this one. Await the call in the "
-                    "block itself, or create the task before the block. asyncio.gather and wait_for create tasks."
+                    "block itself: asyncio.gather and wait_for create tasks."
                 )
             return block
     return None
 
 
 def _in(executor: Executor, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
+    """Call *function* in a thread of *executor*, with the context variables of this task."""
     call = partial(copy_context().run, function, *args, **kwargs)
     return asyncio.get_running_loop().run_in_executor(executor, call)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TextIO, Unpack
 
@@ -10,7 +11,7 @@ from memstate_sa.log.changes import Changes
 from memstate_sa.maintenance.doctor import Diagnosis
 from memstate_sa.maintenance.progress import Progress
 from memstate_sa.maintenance.verify import DriftReport
-from memstate_sa.options import RevokeOptions, RollbackOptions
+from memstate_sa.options import BackfillOptions, RevokeOptions, RollbackOptions
 from memstate_sa.relay.backlog import Backlog
 from memstate_sa.store.parts import StoreParts
 from memstate_sa.tracking.fact_types import check_id
@@ -76,7 +77,7 @@ class MaintenanceMethods(StoreParts):
             store.wait(store.token(id))
         """
         with self._using_engine() as engine:
-            if self._drains and token is not None:  # no relay delivers what a commit failed to deliver
+            if self._drains and token is not None:  # no relay runs, and a commit may have failed to deliver
                 self.relay.drain(timeout)
             self.memory.wait(token, timeout, engine=engine)
 
@@ -86,7 +87,7 @@ class MaintenanceMethods(StoreParts):
             return self.memory.status(engine)
 
     def verify(self, *, repair: bool = False, progress: Progress | None = None) -> DriftReport:
-        """Compare every index with the facts, by content; see `Memory.verify`. *repair* delivers what differs."""
+        """Compare every index with the facts, by content; see `Memory.verify`. *repair* mends them."""
         with self._using_engine() as engine:
             return self.memory.verify(engine, repair=repair, progress=progress)
 
@@ -94,6 +95,28 @@ class MaintenanceMethods(StoreParts):
         """Compare the log with the facts, and look for missing tables and triggers; see `Memory.doctor`."""
         with self._changing_by_engine() as engine:
             return self.memory.doctor(engine, repair=repair, rows=rows, progress=progress)
+
+    def backfill(self, **options: Unpack[BackfillOptions]) -> int:
+        """Record facts that are older than a rule: their rows in the log, their ``unique_by`` values.
+
+        Call it after `register_schema` has a new ``unique_by``. *options*: see `BackfillOptions`. Returns the number of
+        rows that the log did not have; see `Memory.backfill`.
+        """
+        with self._changing_by_engine() as engine:
+            return self.memory.backfill(engine, Fact, **options)
+
+    def reindex(self, index: str | None = None, *, timeout: float = math.inf, progress: Progress | None = None) -> str:
+        """Fill the successor of *index*, then have all searches use it. Returns its name.
+
+        Give the store ``successors=``. *index* can be left out if only one index has a successor. See `Memory.reindex`.
+        """
+        with self._using_engine() as engine:
+            return self.memory.reindex(engine, index, timeout=timeout, progress=progress)
+
+    def reindex_back(self, index: str | None = None) -> str:
+        """Have all searches use *index* again, and not its successor. Returns its name."""
+        with self._using_engine() as engine:
+            return self.memory.reindex_back(engine, index)
 
     # -- other databases -------------------------------------------------------------------------------------------
 

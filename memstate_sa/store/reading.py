@@ -83,7 +83,8 @@ class ReadingMethods(StoreParts):
     ) -> Changes:
         """The changes of fact *id*, or of all facts; the oldest first.
 
-        *actor* and *session_id* keep the changes with these labels, *limit* keeps the last so many of them.
+        *actor*, *session_id*: only changes with this label.
+        *limit*: only the newest changes, at most this number.
         """
         if id is not None:
             check_id(id)

@@ -200,7 +200,10 @@ class WritingMethods(StoreParts):
     # -- sessions of an agent --------------------------------------------------------------------------------------
 
     def promote_session(self, session_id: str, selector: Callable[[Fact], bool] | None = None) -> list[str]:
-        """Make the ephemeral facts of a session durable, or only those that *selector* accepts. Returns their ids."""
+        """Make the ephemeral facts of a session durable, and return their ids.
+
+        *selector*: a function that chooses the facts. Default: all.
+        """
         with self.transaction(session_id=session_id, reason="promote") as session:
             facts = [fact for fact in self._ephemeral(session, session_id) if selector is None or selector(fact)]
             self._promote(session, facts, session_id)

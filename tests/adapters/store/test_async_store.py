@@ -254,7 +254,7 @@ async def test_a_commit_that_fails_raises_at_the_end(store: AsyncMemoryStore) ->
 
 
 async def test_transactions_of_tasks_are_their_own(engine: Engine) -> None:
-    """One that fails takes only its own facts along."""
+    """A transaction that fails rolls back only its own facts."""
     async with opened_async(engine) as store:
 
         async def work(n: int) -> None:
