@@ -47,6 +47,8 @@ class Succession:
 
     def index_for(self, tracked: Tracked, index: str | None) -> str:
         """The index that a search of *tracked* is meant for; see `current` for the one that is asked."""
+        if not tracked.indexes:
+            raise MemstateError("Cannot search: this Memory has no index. Use Memory(index, embedder=…).")
         if index is None:
             following = {*self._successors.values()}
             return next((name for name in tracked.indexes if name not in following), tracked.indexes[0])

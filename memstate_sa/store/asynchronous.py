@@ -74,7 +74,7 @@ class AsyncMemoryStore:
     def __init__(
         self,
         url_or_engine: str | Engine | AsyncEngine,
-        index: VectorIndex | Mapping[str, VectorIndex],
+        index: VectorIndex | Mapping[str, VectorIndex] | None = None,
         **options: Unpack[StoreOptions],
     ) -> None:
         self.sync_store: MemoryStore = _LateStore(url_or_engine, index, **options)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
     """Facts with a type and a JSON payload, in any SQLite or PostgreSQL database. `AsyncMemoryStore` is for asyncio.
 
-    *index*: a `VectorIndex`, which is then named "memory", or several by name.
+    *index*: a `VectorIndex`, which is then named "memory", or several by name. Without an index there is no search.
     *options*: see `StoreOptions`.
 
     It creates its tables, and a relay in a background thread keeps the index up to date. It is thread-safe. Close it,
@@ -53,7 +53,7 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
     def __init__(
         self,
         url_or_engine: str | Engine | AsyncEngine,
-        index: VectorIndex | Mapping[str, VectorIndex],
+        index: VectorIndex | Mapping[str, VectorIndex] | None = None,
         **options: Unpack[StoreOptions],
     ) -> None:
         require_options("MemoryStore", options, StoreOptions)
@@ -129,7 +129,8 @@ class MemoryStore(WritingMethods, ReadingMethods, MaintenanceMethods):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<MemoryStore [{self._shown_url()} | index: {', '.join(self.memory.indexes)} | {self._state()}]>"
+        indexes = ", ".join(self.memory.indexes) or "none"
+        return f"<MemoryStore [{self._shown_url()} | index: {indexes} | {self._state()}]>"
 
     def _state(self) -> str:
         if self._closed:

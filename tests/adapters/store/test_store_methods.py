@@ -283,6 +283,20 @@ def test_repr_of_an_in_memory_store() -> None:
         assert repr(store) == "<MemoryStore [sqlite:// | index: memory | relay: after each commit]>"
 
 
+def test_store_without_an_index_keeps_history_and_undo(engine: Engine) -> None:
+    with MemoryStore(engine) as store:
+        assert "index: none | relay: running" in repr(store)
+        id_ = store.commit(note("tea"))
+        store.update(id_, {"payload": {"content": "coffee"}})
+        store.rollback()
+        assert contents(store) == ["tea"]
+        assert [change.op for change in store.history(id_)] == ["insert", "update", "update"]
+        assert (store.status(), store.verify().clean, store.doctor().healthy) == ({}, True, True)
+        store.wait(store.token(id_))
+        with pytest.raises(MemstateError, match="index"):
+            store.search("tea")
+
+
 # -- facts -------------------------------------------------------------------------------------------------------------
 
 
