@@ -58,7 +58,7 @@ class AsyncMemoryStore:
     """A `MemoryStore` for asyncio. It has the same options and the same methods, to be awaited.
 
     The first call connects and creates the tables, as ``async with`` does. All work runs in threads, so the event loop
-    goes on. ``.sync_store`` is the `MemoryStore` itself.
+    goes on. ``.sync_store`` is the `MemoryStore` itself, for LangGraph's checkpointer and store, for example.
 
     A call that is cancelled goes on in its thread, and may still commit. In a `transaction`, a cancelled call is never
     committed.

@@ -97,10 +97,10 @@ class MaintenanceMethods(StoreParts):
             return self.memory.doctor(engine, repair=repair, rows=rows, progress=progress)
 
     def backfill(self, **options: Unpack[BackfillOptions]) -> int:
-        """Record facts that are older than a rule: their rows in the log, their ``unique_by`` values.
+        """Log the facts that the log does not have, and record the ``unique_by`` values of older facts.
 
-        Call it after `register_schema` has a new ``unique_by``. *options*: see `BackfillOptions`. Returns the number of
-        rows that the log did not have; see `Memory.backfill`.
+        Call it when `register_schema` got a new ``unique_by``. *options*: see `BackfillOptions`. Returns the number of
+        facts that the log did not have; see `Memory.backfill`.
         """
         with self._changing_by_engine() as engine:
             return self.memory.backfill(engine, Fact, **options)

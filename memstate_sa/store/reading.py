@@ -31,7 +31,12 @@ class ReadingMethods(StoreParts):
     def query(
         self, type: str | None = None, filters: Mapping[str, Any] | None = None, session_id: str | None = None
     ) -> list[Fact]:
-        """The facts of a type, or of a session, whose payload fields equal *filters*; the oldest first."""
+        """The facts of a type and of a session whose payload fields equal *filters*, oldest first.
+
+        ::
+
+            notes = store.query("note", {"user": "ada"}, session_id="chat-1")
+        """
         with self._reading() as session:
             statement = self._selecting(type, filters, session_id).order_by(Fact.created_at, Fact.id)
             return list(session.scalars(statement))
@@ -81,7 +86,7 @@ class ReadingMethods(StoreParts):
         session_id: str | None = None,
         limit: int | None = None,
     ) -> Changes:
-        """The changes of fact *id*, or of all facts; the oldest first.
+        """The changes of fact *id*, or of all facts, oldest first.
 
         *actor*, *session_id*: only changes with this label.
         *limit*: only the newest changes, at most this number.
@@ -95,6 +100,11 @@ class ReadingMethods(StoreParts):
         """A copy of fact *id* as it was at a time, or after a transaction (``Change.tx``).
 
         None: there was no such fact. Raises HistoryMissing for an erased fact.
+
+        ::
+
+            first = store.history(id)[0]
+            print(store.as_of(id, first.tx).payload)
         """
         check_id(id)
         with self._reading() as session:
@@ -107,6 +117,6 @@ class ReadingMethods(StoreParts):
             return self.memory.diff(session, a, b, Fact)
 
     def token(self, id: str) -> str | None:
-        """The transaction that changed fact *id* last, for `wait` in any process. None: there is no such fact."""
+        """The transaction that changed fact *id* last, for `wait` in any process. None: there never was such a fact."""
         changes = self.history(id, limit=1)
         return changes[0].tx if changes else None
