@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from sqlalchemy import Engine, event
-from sqlalchemy.orm import Session
 
 from memstate_sa import AsyncMemoryStore, ConflictError, Fact, Hit, MemoryStore, MemstateError, ValidationFailed
 from memstate_sa.indexes import InMemoryIndex
@@ -38,6 +37,12 @@ async def all_contents(store: AsyncMemoryStore) -> list[str]:
     return await store.run_sync(contents)
 
 
+def before_commit(store: MemoryStore, work: Callable[[], None]) -> None:
+    """Do *work* when the transaction that is open now commits; its SAVEPOINTs do not count."""
+    with store.transaction() as session:
+        event.listen(session, "before_commit", lambda one: None if one.in_nested_transaction() else work())
+
+
 class Latch:
     """A call that waits in its thread until the test lets it go on."""
 
@@ -48,9 +53,12 @@ class Latch:
 
     def commit(self, store: MemoryStore, content: str) -> str:
         """Wait, then commit."""
+        self.wait()
+        return store.commit(note(content))
+
+    def wait(self) -> None:
         self._loop.call_soon_threadsafe(self.entered.set)
         assert self.released.wait(30)
-        return store.commit(note(content))
 
     async def time_out(self, call: Awaitable[Any]) -> None:
         """Await *call*, and time out when `commit` waits in its thread. The thread then goes on."""
@@ -184,6 +192,7 @@ async def test_close_waits_for_calls_under_way(engine: Engine) -> None:
     await asyncio.sleep(0)
     with pytest.raises(MemstateError, match="This AsyncMemoryStore is closed"):
         await store.query()
+    assert await asyncio.wait([closing], timeout=0.2) == (set(), {closing})
     latch.released.set()
     await closing
     assert isinstance(await call, str)
@@ -239,17 +248,14 @@ async def test_a_block_inside_rolls_back_alone(store: AsyncMemoryStore) -> None:
 
 
 async def test_a_commit_that_fails_raises_at_the_end(store: AsyncMemoryStore) -> None:
-    def refuse(_: Session) -> None:
+    def refuse() -> None:
         raise ConflictError("refused at COMMIT")
-
-    def listen(facts: MemoryStore) -> None:
-        with facts.transaction() as session:
-            event.listen(session, "before_commit", refuse)
 
     with pytest.raises(ConflictError, match="refused at COMMIT"):
         async with store.transaction():
             await store.commit(note("lost"))
-            await store.run_sync(listen)
+            await store.run_sync(before_commit, refuse)
+            await store.commit(note("lost, too"))
     assert await all_contents(store) == []
 
 
@@ -407,6 +413,25 @@ async def test_a_block_cancelled_while_it_begins_leaves_no_transaction() -> None
             await waiter
         await store.commit(note("second"))
         assert await all_contents(store) == ["first", "second"]
+
+
+async def test_a_block_cancelled_while_it_commits_waits_for_that(store: AsyncMemoryStore) -> None:
+    """A commit that has begun is finished, and then the task is cancelled."""
+    latch = Latch()
+
+    async def work() -> None:
+        async with store.transaction():
+            await store.commit(note("tea"))
+            await store.run_sync(before_commit, latch.wait)
+
+    task = asyncio.create_task(work())
+    await latch.entered.wait()
+    task.cancel()
+    assert await asyncio.wait([task], timeout=0.2) == (set(), {task})
+    latch.released.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await all_contents(store) == ["tea"]
 
 
 async def test_a_cancelled_commit_is_whole_or_absent(store: AsyncMemoryStore) -> None:
