@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from memstate_sa.embedders import Embedder
     from memstate_sa.log.history import Moment
-    from memstate_sa.maintenance.progress import Progress
+    from memstate_sa.relay.progress import ProgressOption
     from memstate_sa.relay.retention import Retention
     from memstate_sa.relay.retry import RetryPolicy
     from memstate_sa.tracking.tracked import UniqueValues, Upgrade
@@ -214,8 +214,8 @@ class BackfillOptions(TypedDict, total=False):
     restart: bool | None
     """True begins again. False does not begin again where all is done. Default: only finished classes begin again."""
 
-    progress: Progress
-    """Called with the rows that all callers have seen, and the total. True shows a progress bar."""
+    progress: ProgressOption
+    """A function of the rows that all callers have seen, and of the total. True shows a progress bar."""
 
 
 def require_options(function: str, options: Mapping[str, object], declared: type) -> None:

@@ -35,7 +35,7 @@ from memstate_sa.relay.retry import guarded, halves
 from memstate_sa.runtime.calls import Call, call_directly
 from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.search.comparable import Comparable
-from memstate_sa.search.hits import Hit, Hits, cosine_distance
+from memstate_sa.search.hits import Hit, Hits, Reason, cosine_distance
 from memstate_sa.search.hydration import Hydration, keys_of
 from memstate_sa.search.overlay import OVERLAY_LIMIT, read_overlay
 from memstate_sa.search.pushdown import push_down
@@ -108,7 +108,7 @@ class Search:
         self._resolve = resolve
         self._use_index(name)
         self._capture = capture
-        self._complete = True
+        self._reasons: dict[Reason, None] = {}
         self._hydration = Hydration(session, statement, tracked)
         self._distances: dict[str, float] = {}
         self._distances_of_texts: dict[str | None, float] = {}
@@ -154,9 +154,10 @@ class Search:
         if fresh and self._is_complete and self._mismatched_keys:
             self._check_mismatches(set(self._mismatched_keys[:_MISMATCH_LIMIT]))
         rows = self._hydration.rows
-        hits: Hits[Any] = Hits(Hit(rows[key].fact, distance) for distance, key in nearest)  # type: ignore[union-attr]
-        hits.complete = self._is_complete and not self._sees_the_past()
-        return hits
+        if self._is_complete and self._sees_the_past():
+            self._reasons[Reason.OLD_SNAPSHOT] = None
+        hits = (Hit(rows[key].fact, distance) for distance, key in nearest)  # type: ignore[union-attr]
+        return Hits(hits, {**self._reasons, **self._hydration.reasons})
 
     def _query(
         self, vector: Vector, limit: int, max_distance: float | None, undelivered: Sequence[str], *, fresh: bool
@@ -194,7 +195,7 @@ class Search:
 
     @property
     def _is_complete(self) -> bool:
-        return self._complete and self._hydration.complete
+        return not self._reasons and not self._hydration.reasons
 
     def _embedded(self, query: str) -> Vector:
         return np.asarray(self._call(self._vectors.of_query, query), dtype=np.float32)
@@ -220,7 +221,8 @@ class Search:
                 self._tracked.entity,
                 stale_keys[0],
             )
-        self._complete = not stale_keys
+        if stale_keys:
+            self._reasons[Reason.OTHER_CONTENT] = None
 
     # -- what the index may not know -----------------------------------------------------------------------------------
 
@@ -240,14 +242,19 @@ class Search:
         overlay = read_overlay(connection, index, self._tracked.entity, coverage, own_tx)
         possible = self._tracked.columns_for(connection.dialect).possible(connection, overlay.keys)
         # With fewer possible keys, something has changed, and no row has such a key.
-        if not overlay.complete or len(possible) < len(overlay.keys):
-            self._complete = False
+        if not coverage.filled:
+            self._reasons[Reason.FILLING] = None
+        elif not overlay.complete:
+            self._reasons[Reason.TOO_MANY] = None
+        if len(possible) < len(overlay.keys):
+            self._reasons[Reason.IMPOSSIBLE_KEY] = None
         return overlay.keys
 
     def _no_keys(self) -> list[str]:
         """No undelivered keys are looked for. The hits are complete if the index was once delivered in full."""
         coverage = self._coverage = self._read_coverage(self._connection(), self._index_key())
-        self._complete = coverage.filled
+        if not coverage.filled:
+            self._reasons[Reason.FILLING] = None
         return []
 
     def _read_coverage(self, connection: Connection, index: IndexKey) -> EntityCoverage:
@@ -331,7 +338,7 @@ class Search:
                 if match is not None and key not in undelivered:
                     self._mismatched_keys.append(key)
         if len(unknown) > self._budget:
-            self._complete = False
+            self._reasons[Reason.TOO_MANY] = None
             unknown = dict(list(unknown.items())[: self._budget])
         self._budget -= len(unknown)
         if not unknown:
@@ -358,13 +365,13 @@ class Search:
         try:
             return self._call(self._vectors.embed, texts, remember=True)
         except DeliveryRejected:
-            self._complete = False
+            self._reasons[Reason.REFUSED] = None
             if len(texts) == 1:
                 return {}
             first, second = halves(list(texts))
             return self._embed({k: texts[k] for k in first}) | self._embed({k: texts[k] for k in second})
         except DeliveryError:
-            self._complete = False
+            self._reasons[Reason.UNAVAILABLE] = None
             return {}
 
     def _nearest(self, limit: int, max_distance: float | None, keys: Collection[str]) -> list[tuple[float, str]]:

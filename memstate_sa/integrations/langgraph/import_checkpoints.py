@@ -23,7 +23,7 @@ from memstate_sa.integrations.langgraph.checkpoint_codec import is_small, storab
 from memstate_sa.integrations.langgraph.checkpoint_rows import CheckpointKey, NewCheckpoint, SerializedValue, TaskWrite
 from memstate_sa.integrations.langgraph.checkpointer import MemStateCheckpointer
 from memstate_sa.integrations.langgraph.sync_engines import sync_engine
-from memstate_sa.maintenance.progress import Progress
+from memstate_sa.relay.progress import ProgressOption, reporting
 
 _PAGE = 200
 _PASS_ON = ormsgpack.OPT_PASSTHROUGH_DATACLASS | ormsgpack.OPT_NON_STR_KEYS
@@ -35,11 +35,12 @@ def import_checkpoints(
     *,
     threads: Sequence[str] = (),
     serde: SerializerProtocol | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> int:
     """Copy the checkpoints (of *threads*) that a PostgresSaver or SqliteSaver keeps in *source*; returns how many.
 
     One transaction a thread. What is there already stays as it is, so it may be run again, for what has come since.
+    *progress* is told of the checkpoints; True shows a progress bar.
     *serde* is the serializer that they were stored with, where it was not the default: they are read by it then.
 
     Raises MemstateError where there are no such tables, or for values that only *serde* could read.
@@ -47,15 +48,15 @@ def import_checkpoints(
     engine = sync_engine(source, None)
     tables = _SaverTables(engine, serde, checkpointer.serde)
     count = 0
-    with engine.connect() as connection:
+    with engine.connect() as connection, reporting(progress, "importing") as report:
         total = tables.count(connection, threads)
         for thread_id in tables.threads(connection, threads):
             with checkpointer.engine.begin() as target:
                 for key, source_checkpoint in tables.checkpoints(connection, thread_id):
                     _put(target, checkpointer, key, source_checkpoint)
                     count += 1
-                    if progress is not None:
-                        progress(count, total)
+                    if report is not None:
+                        report(count, total)
     if engine is not source:
         engine.dispose()
     return count
