@@ -6,7 +6,6 @@ Every option may be left out. Its comment names the default.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
@@ -223,6 +222,8 @@ def require_options(function: str, options: Mapping[str, object], declared: type
     names = list(declared.__annotations__)
     for name in options:
         if name not in names:
+            from difflib import get_close_matches
+
             close = get_close_matches(name, names, 1)
             hint = f"Did you mean {close[0]!r}?" if close else f"The options are {', '.join(names)}."
             raise TypeError(f"{function}() has no option {name!r}. {hint}")

@@ -15,7 +15,7 @@ from memstate_sa.db.sessions import AnySession, SyncSession, blocking_session, s
 from memstate_sa.db.sqlite import require_no_transaction
 from memstate_sa.errors import MemstateError
 from memstate_sa.indexes.base import PurgeableIndex
-from memstate_sa.maintenance import export_import, reindex
+from memstate_sa.maintenance import reindex
 from memstate_sa.maintenance.backfill import Backfill
 from memstate_sa.maintenance.doctor import Diagnosis, Doctor
 from memstate_sa.maintenance.erase import Eraser
@@ -204,6 +204,8 @@ class MaintenanceMethods(MemoryParts):
         *file*: a text stream in UTF-8.
         *progress*: a function of the written entries, and of their total. True shows a progress bar.
         """
+        from memstate_sa.maintenance import export_import
+
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
         tracked = [self._registry.of(model) for model in models] or list(self._registry.by_entity.values())
@@ -226,6 +228,8 @@ class MaintenanceMethods(MemoryParts):
           is not tracked,
         - ConflictError for a fact or transaction that the database has or had, and for a row that the tables refuse.
         """
+        from memstate_sa.maintenance import export_import
+
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
         with reporting(progress, "importing") as report:

@@ -33,7 +33,7 @@ class Hit(Generic[F]):
         return summary(self, f"{self.distance:.3f}", f"{name} {texts}".rstrip())
 
 
-class Reason(StrEnum):
+class Incomplete(StrEnum):
     """Why a search could not consider some rows."""
 
     FILLING = "the index is still being filled"
@@ -54,7 +54,7 @@ class Hits(list[Hit[F]]):
 
     def __init__(self, hits: Any = (), reasons: Any = ()) -> None:
         super().__init__(hits)
-        self.reasons: list[Reason] = list(reasons)
+        self.reasons: list[Incomplete] = list(reasons)
 
     @property
     def complete(self) -> bool:

@@ -16,7 +16,7 @@ from memstate_sa.log.changes import Changes
 from memstate_sa.maintenance.doctor import Problem
 from memstate_sa.relay.backlog import Backlog
 from memstate_sa.relay.progress import reporting
-from memstate_sa.search.hits import Reason
+from memstate_sa.search.hits import Incomplete
 from memstate_sa.testing import HashEmbedder
 from memstate_sa.undo.undo import Revocation
 from tests.support.apps import App
@@ -58,8 +58,8 @@ def test_changed_is_the_columns_that_differ() -> None:
         (Hit(Tip(id=7, text="green tea"), 0.1234), "<Hit [0.123 | Tip id=7, text='green tea']>"),
         (Hits(), "<Hits [0 hits | complete]>"),
         (
-            Hits([Hit("fact", 0.5)], [Reason.FILLING, Reason.UNAVAILABLE]),
-            f"<Hits [1 hits | incomplete: {Reason.FILLING}, {Reason.UNAVAILABLE} | <Hit [0.500 | 'fact']>]>",
+            Hits([Hit("fact", 0.5)], [Incomplete.FILLING, Incomplete.UNAVAILABLE]),
+            f"<Hits [1 hits | incomplete: {Incomplete.FILLING}, {Incomplete.UNAVAILABLE} | <Hit [0.500 | 'fact']>]>",
         ),
         (
             Backlog(3, 61.2, 1, 0, 2, refilling=True),

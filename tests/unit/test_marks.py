@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from memstate_sa.relay.marks import NONE, Bookmark, Mark, Past, beginning
 
@@ -18,7 +17,7 @@ def after(pages: int, *, most: int = 3, past: Past | None = None) -> Past:
 
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(2, 5))
 def test_index_of_this_past_fits(pages: int, more: int, most: int) -> None:
-    """The index may be behind by fewer pages than there are names. Beside other relays it may be behind further."""
+    """The index may be behind by fewer pages than there are names, or by any number beside other relays."""
     earlier = after(pages, most=most)
     later = after(more, most=most, past=earlier)
     kept = str(earlier.mark)
