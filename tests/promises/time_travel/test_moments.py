@@ -1,4 +1,4 @@
-"""The moment after a transaction is what that one saw, and did. Who commits later is of later, and it never changes."""
+"""The moment after a transaction is its own view, with its changes. Later commits do not change it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def tags(world: World, **meanings: str) -> str:
         return str(world.memory.token(session))
 
 
-def then(world: World, moment: str) -> dict[str, str]:
-    """Every way of asking for the tags of a moment has one answer."""
+def tags_at(world: World, moment: str) -> dict[str, str]:
+    """The tags at *moment*. All ways to ask must agree."""
     with world.memory.as_of_session(world.engine, moment) as past:
         found = {tag.name: tag.meaning for tag in past.scalars(select(Tag))}
     with world.session() as session:
@@ -62,33 +62,33 @@ def changing(name: str, meaning: str) -> Callable[[Session], Any]:
     ],
     ids=["update", "delete", "insert"],
 )
-def test_a_moment_leaves_out_what_was_not_committed_then(
+def test_a_moment_leaves_out_later_commits(
     postgres_engine: Engine, capture: Any, write: Callable[[Session], Any], outcome: dict[str, str]
 ) -> None:
-    """Its id is lower. The same for several statements, SAVEPOINTs, and labels or none."""
+    """Its ids are lower. The same kind: several statements, SAVEPOINTs, with labels or without."""
     world = World(postgres_engine, capture=capture)
     tags(world, a="1", b="1")
     with world.session() as late:
         write(late)
         late.flush()
         moment = tags(world, b="2")
-        assert then(world, moment) == {"a": "1", "b": "2"}
+        assert tags_at(world, moment) == {"a": "1", "b": "2"}
         late.commit()
-    assert then(world, moment) == {"a": "1", "b": "2"}
+    assert tags_at(world, moment) == {"a": "1", "b": "2"}
     with world.session() as session:
         assert {tag.name: tag.meaning for tag in session.scalars(select(Tag))} == outcome
         [difference] = world.memory.diff(session, moment, utcnow())
         assert difference.key in {"a", "c"}
     assert undo_to(world, moment) == {difference.key}
-    assert then(world, moment) == {"a": "1", "b": "2"}
+    assert tags_at(world, moment) == {"a": "1", "b": "2"}
     with world.session() as session:
         assert {tag.name: tag.meaning for tag in session.scalars(select(Tag))} == {"a": "1", "b": "2"}
     world.assert_in_step()
 
 
 @both_ways
-def test_a_baseline_of_a_late_transaction_is_how_the_row_was(postgres_engine: Engine, capture: Any) -> None:
-    """It is older than tracking, or came past it: before its first change it was as the baseline says."""
+def test_a_baseline_of_a_late_transaction_shows_the_row_before_it(postgres_engine: Engine, capture: Any) -> None:
+    """The row is older than tracking, or was written without the log. Its baseline shows it before its first change."""
     world = World(postgres_engine, capture=capture)
     with postgres_engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
@@ -97,13 +97,13 @@ def test_a_baseline_of_a_late_transaction_is_how_the_row_was(postgres_engine: En
         changing("a", "late")(late)
         moment = tags(world, b="1")
         late.commit()
-    assert then(world, moment) == {"a": "old", "b": "1"}
+    assert tags_at(world, moment) == {"a": "old", "b": "1"}
     assert undo_to(world, moment) == {"a"}
-    assert then(world, moment) == {"a": "old", "b": "1"}
+    assert tags_at(world, moment) == {"a": "old", "b": "1"}
 
 
 def test_concurrent_transactions_have_different_moments(postgres_engine: Engine) -> None:
-    """Neither saw the other, so each one's moment lacks the other, and both differ."""
+    """Neither saw the other, so each one's moment lacks the other, and the two differ."""
     world = World(postgres_engine)
     with world.session() as one, world.session() as other:
         for session, name in ((one, "a"), (other, "b")):
@@ -112,14 +112,14 @@ def test_concurrent_transactions_have_different_moments(postgres_engine: Engine)
         one.commit()
         other.commit()
         first, second = world.memory.token(one), world.memory.token(other)
-    assert (then(world, str(first)), then(world, str(second))) == ({"a": "a"}, {"b": "b"})
+    assert (tags_at(world, str(first)), tags_at(world, str(second))) == ({"a": "a"}, {"b": "b"})
     with world.session() as session:
         found = world.memory.diff(session, str(first), str(second))
     assert {(change.op, change.key) for change in found} == {("delete", "a"), ("insert", "b")}
 
 
-def test_a_position_has_what_was_committed_by_then(postgres_engine: Engine) -> None:
-    """Its last transaction did not see all of it: two steps of a graph ran at once."""
+def test_a_position_includes_earlier_commits(postgres_engine: Engine) -> None:
+    """Its last transaction did not see all of it, because two steps of a graph ran at once."""
     world = World(postgres_engine)
     with world.session() as one, world.session() as other, world.session() as late:
         for session, name in ((late, "c"), (one, "a"), (other, "b")):
@@ -130,14 +130,14 @@ def test_a_position_has_what_was_committed_by_then(postgres_engine: Engine) -> N
         with postgres_engine.connect() as connection:
             position = SNAPSHOT_MARK.join(connection.execute(select(*log_position(POSTGRESQL).values())).one())
         late.commit()
-    assert then(world, position) == {"a": "a", "b": "b"}
+    assert tags_at(world, position) == {"a": "a", "b": "b"}
     assert undo_to(world, position) == {"c"}
 
 
 def test_rollback_to_a_moment_finds_a_transaction_begun_long_before(
     postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its entries are pages behind those of the moment."""
+    """Its entries are pages before the moment's."""
     monkeypatch.setattr(selection, "_PAGES", (2, 2))
     world = World(postgres_engine)
     tags(world, a="1", b="1")
@@ -150,12 +150,12 @@ def test_rollback_to_a_moment_finds_a_transaction_begun_long_before(
             tags(world, d=meaning)
         late.commit()
     assert undo_to(world, moment) == {"a", "d"}
-    assert then(world, moment) == {"a": "1", "b": "2", "c": "9"}
+    assert tags_at(world, moment) == {"a": "1", "b": "2", "c": "9"}
     world.assert_in_step()
 
 
 def test_a_moment_is_a_transaction_with_its_undos(engine: Engine) -> None:
-    """Two transactions of the log in one of the database: the second one's moment has both."""
+    """Two transactions of the log are in one transaction of the database. The moment of the second has both."""
     world = World(engine)
     tags(world, a="1")
     tags(world, a="2")
@@ -164,11 +164,11 @@ def test_a_moment_is_a_transaction_with_its_undos(engine: Engine) -> None:
         world.memory.rollback(session, steps=1)
         session.commit()
         moment = world.memory.token(session)
-    assert then(world, str(moment)) == {"a": "1", "b": "1"}
+    assert tags_at(world, str(moment)) == {"a": "1", "b": "1"}
 
 
 def test_moments_survive_a_restore_into_another_cluster(postgres_engine: Engine) -> None:
-    """The numbers of the other cluster's transactions are greater, or smaller, than those of this one."""
+    """The other cluster's transaction ids are greater or smaller than this cluster's."""
     world = World(postgres_engine)
     for ahead in (10**9, -(10**3)):
         world = World(postgres_engine)
@@ -182,15 +182,15 @@ def test_moments_survive_a_restore_into_another_cluster(postgres_engine: Engine)
             moved = {"xid": log.c.xid + ahead, "snapshot": snapshot}
             connection.execute(update(log).where(log.c.id <= changed).values(moved))
         new = tags(world, b="new")
-        assert then(world, old)["a"] == f"old {ahead}"
-        assert then(world, new) == {"a": f"old {ahead}", "b": "new"}
+        assert tags_at(world, old)["a"] == f"old {ahead}"
+        assert tags_at(world, new) == {"a": f"old {ahead}", "b": "new"}
         with world.session() as session:
             session.execute(delete(Tag))
             session.commit()
 
 
 def test_a_log_of_the_version_before_gets_its_columns(engine: Engine) -> None:
-    """Its moments go by ids, as they did; those of what is written from now on do not."""
+    """Old entries have moments by id, as before. New entries have real moments."""
     world = World(engine)
     before = tags(world, a="1")
     with engine.begin() as connection:
@@ -201,6 +201,6 @@ def test_a_log_of_the_version_before_gets_its_columns(engine: Engine) -> None:
     world.memory.create_tables(engine)
     assert world.memory.doctor(engine).healthy
     after = tags(world, b="2")
-    assert then(world, before) == {"a": "1"}
-    assert then(world, after) == {"a": "1", "b": "2"}
+    assert tags_at(world, before) == {"a": "1"}
+    assert tags_at(world, after) == {"a": "1", "b": "2"}
     world.assert_in_step()
