@@ -267,7 +267,7 @@ def test_settling_does_not_embed_again(engine: Engine) -> None:
     world.embedder.embed = lambda texts: embedded.extend(texts) or embed(texts)  # type: ignore[method-assign,assignment,func-returns-value]
     say(world, b="y", c="z")
     dying = world.memory.relay(engine)
-    dying._workers[0].step()
+    dying._workers[0].deliver()
     dying._workers[0].delivery.slot_worker.reset()
     with engine.begin() as connection:  # the position was not recorded
         first = connection.scalar(select(func.min(outbox.c.id)))
