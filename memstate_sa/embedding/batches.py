@@ -6,8 +6,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
-from memstate_sa.embedders import Embedder, checked, embed_query
+from memstate_sa.embedders import Embedder, WordLlamaEmbedder, checked, embed_query
 from memstate_sa.indexes.base import Vector, VectorIndex
 from memstate_sa.runtime import forks
 
@@ -21,8 +22,9 @@ class Vectors:
     *stored*: the number of vectors that the application's database keeps, see `embedding.cache`.
     """
 
-    def __init__(self, embedder: Embedder, *, capacity: int = 4096, stored: int = 0) -> None:
-        self.embedder = embedder
+    def __init__(self, embedder: Embedder | None, *, capacity: int = 4096, stored: int = 0) -> None:
+        if embedder is not None:
+            self.embedder = embedder
         self.stored = stored
         self._capacity = capacity
         self._recent: OrderedDict[str, Vector] = OrderedDict()
@@ -31,6 +33,11 @@ class Vectors:
 
     def _make_lock(self) -> None:
         self._lock = threading.Lock()
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The embedder. The default one is made at its first use, and raises MissingExtra without its package."""
+        return WordLlamaEmbedder()
 
     def of_query(self, query: str) -> Vector:
         return embed_query(self.embedder, query)

@@ -22,6 +22,7 @@ from memstate_sa.errors import DeliveryError, DeliveryRetryable, MemstateError
 from memstate_sa.log.outbox import read_present
 from memstate_sa.log.positions import Position
 from memstate_sa.relay import backlog, deadletters, projections, retention
+from memstate_sa.relay.clean_up import CleanUpThread
 from memstate_sa.relay.deadletters import DeadLetter
 from memstate_sa.relay.delivery import Delivery
 from memstate_sa.relay.index_key import IndexKey
@@ -99,6 +100,7 @@ class Relay:
         self._clean_up_at = time.monotonic()
         self._folded_up_to = 0
         self._listener: Listener | None = None
+        self._cleaner: CleanUpThread | None = None
         self._make_locks()
         forks.in_child(self, Relay._forked)
 
@@ -109,6 +111,7 @@ class Relay:
     def _forked(self) -> None:
         """Start without threads after a fork: they run only in the parent process."""
         self._make_locks()
+        self._cleaner = None
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.left_to_parent()
@@ -206,7 +209,7 @@ class Relay:
         keep, jobs = self._retention, list[Callable[[Connection], int]]()
         if keep.index is not None:
             jobs.append(partial(retention.forget_idle_indexes, keep=keep.index))
-        jobs.append(retention.forget_delivered)
+        jobs.append(retention.forget_delivered if self._workers else retention.forget_unneeded)
         if keep.ledger is not None:
             jobs.append(partial(retention.forget_ledger, keep=keep.ledger))
         if keep.log is not None:
@@ -323,6 +326,9 @@ class Relay:
             if not self._running:
                 for worker in self._workers:
                     worker.open()
+                if not self._workers:
+                    self._cleaner = CleanUpThread(self._clean_up)
+                    return self
                 self._listener = Listener(self._engine, self.wake, self._notifier)
                 for worker in self._workers:
                     worker.start(self._clean_up)
@@ -341,6 +347,9 @@ class Relay:
             if self._listener is not None:
                 self._listener.close(timeout)
                 self._listener = None
+            if self._cleaner is not None:
+                self._cleaner.stop(deadline)
+                self._cleaner = None
             with ExitStack() as stack:  # stops all workers, even if one raises
                 for worker in self._workers:
                     stack.callback(worker.stop, deadline)
@@ -360,7 +369,7 @@ class Relay:
 
     @property
     def _running(self) -> bool:
-        return any(worker.is_running for worker in self._workers)
+        return self._cleaner is not None or any(worker.is_running for worker in self._workers)
 
     def __enter__(self) -> Self:
         return self.start()

@@ -21,6 +21,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    text,
     tuple_,
     update,
 )
@@ -79,6 +80,24 @@ def forget_delivered(connection: Connection, limit: int = 10_000) -> int:
     floor = min(Position.parse(*row).floor for row in rows)
     parameters = {"xid": floor[0], "id": floor[1], "filling": as_array(filling), "limit": limit}
     return connection.execute(_forget(database_of(connection)), parameters).rowcount
+
+
+def forget_unneeded(connection: Connection, limit: int = 10_000) -> int:
+    """Delete up to *limit* outbox entries if there is no index, oldest first. Returns how many.
+
+    An index that comes later is filled from the tables.
+    """
+    take_write_lock(connection)
+    if not database_of(connection).has_one_writer:
+        # An index that began between the look and the DELETE would need the newest entries.
+        connection.execute(_keep_indexes_out)
+    if connection.execute(select(cursor.c.index).limit(1)).first() is not None:
+        return 0
+    oldest = select(outbox.c.id).order_by(outbox.c.id).limit(limit)
+    return connection.execute(delete(outbox).where(outbox.c.id.in_(oldest))).rowcount
+
+
+_keep_indexes_out = text(f"LOCK TABLE {cursor.name} IN SHARE MODE")
 
 
 @cache

@@ -48,6 +48,8 @@ class Succession:
 
     def index_for(self, tracked: Tracked, index: str | None) -> str:
         """The index for a search of *tracked*, before `current` replaces it by its successor."""
+        if not tracked.indexes:
+            raise MemstateError("Cannot search: this Memory has no index. Use Memory(index, embedder=…).")
         if index is None:
             successor_names = {*self._successors.values()}
             return next((name for name in tracked.indexes if name not in successor_names), tracked.indexes[0])

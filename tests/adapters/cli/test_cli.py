@@ -563,7 +563,7 @@ def test_diff_tells_what_became_of_each_fact(served: Application) -> None:
     assert "text='one' → 'two'" in served.run("diff", tx, at)
     assert "text='two' → 'three'" in served.run("diff", at, "--model", "Note")
     assert json.loads(served.run("diff", tx, "--json"))["after"]["text"] == "three"
-    assert "the log has no transaction 'nope'" in served.run("diff", "nope", exit_code=1)
+    assert "The log has no transaction 'nope'" in served.run("diff", "nope", exit_code=1)
 
 
 def test_rollback_asks_before_it_changes_anything(served: Application) -> None:

@@ -69,7 +69,7 @@ def test_wait_takes_a_token_of_another_process(engine: Engine) -> None:
     elsewhere.engine.dispose()
 
 
-def test_wait_says_what_an_index_refused(engine: Engine) -> None:
+def test_wait_names_keys_that_an_index_refused(engine: Engine) -> None:
     """Otherwise it would wait for ever."""
     index = Spy()
     index.refuse = lambda point: DeliveryRejected("no")
@@ -568,7 +568,7 @@ def test_the_ledger_forgets_deleted_rows(engine: Engine) -> None:
 # -- stopping ----------------------------------------------------------------------------------------------------------
 
 
-def test_stopping_ends_after_the_batch_in_work(engine: Engine) -> None:
+def test_stopping_ends_after_the_current_batch(engine: Engine) -> None:
     """Written points are recorded. The next owner can have the rest at once."""
     index = Spy(max_batch=5)
     world = World(engine, index)
@@ -747,7 +747,7 @@ def test_page_begun_before_a_second_entity_is_delivered_again(engine: Engine) ->
     assert [m.id for m in index.query(vector, 1, where={"memstate_entity": {"$eq": "tag"}})] == ['tag["a"]']
 
 
-def test_an_engine_in_autocommit_or_serializable_will_do(postgres_engine: Engine) -> None:
+def test_relay_works_with_an_engine_in_autocommit_or_serializable(postgres_engine: Engine) -> None:
     """The relay sets the isolation level that it needs."""
     for level in ("AUTOCOMMIT", "SERIALIZABLE"):
         world = World(postgres_engine)

@@ -213,7 +213,7 @@ def test_pending_edits_are_neither_lost_nor_searched(world: World) -> None:
         assert person.about == "snow"
 
 
-def test_eventual_shows_only_what_was_delivered(world: World) -> None:
+def test_eventual_shows_only_delivered_rows(world: World) -> None:
     """There is no overlay, and there are no ghosts either."""
     people(world, "tea", "green tea")
     world.relay.drain()
@@ -426,7 +426,7 @@ def test_search_past_the_overlay_limit_is_incomplete(world: World) -> None:
         assert world.memory.search(session, "zebra", Tag).complete
 
 
-def test_a_failing_embedder_leaves_out_what_is_undelivered(world: World) -> None:
+def test_a_failing_embedder_leaves_out_undelivered_rows(world: World) -> None:
     """Delivered facts are still found. The result is marked incomplete."""
     people(world, "tea")
     world.relay.drain()
