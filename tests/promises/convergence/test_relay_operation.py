@@ -228,7 +228,7 @@ def test_a_call_that_timed_out_may_land_after_the_retry(engine: Engine) -> None:
 
     index.upsert = time_out  # type: ignore[method-assign]
     say(world, a="second")
-    _, failure = relay._step()  # like a relay's thread: run_once() would release the claim
+    _, failure = relay._deliver_once()  # like a relay's thread: run_once() would release the claim
     assert isinstance(failure, DeliveryRetryable)
     say(world, a="third")
     assert relay.run_once() == 1
