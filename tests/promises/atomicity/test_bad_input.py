@@ -206,7 +206,7 @@ def test_unattached_session_may_only_read(world: World) -> None:
             lambda: world.memory.rollback(session),
             lambda: world.memory.rollback(session, tx="x"),
         ):
-            with pytest.raises(MemstateError, match=r"not attached: call memory.attach\(\) with its sessionmaker"):
+            with pytest.raises(MemstateError, match=r"not attached\. Call memory\.attach\(\) with its sessionmaker"):
                 call()
         session.commit()
     world.assert_in_step()
