@@ -31,8 +31,8 @@ from memstate_sa.errors import (
     require_module,
 )
 from memstate_sa.indexes._adapter import REMEMBERED_S, Adapter, IdListing, OpenState, file_identity, id_bytes
-from memstate_sa.indexes._nearest import Answer, Candidate, nearest
 from memstate_sa.indexes._filters import canonical
+from memstate_sa.indexes._nearest import Answer, Candidate, nearest
 from memstate_sa.indexes._tags import number_name, numbers, stored, tag, tags
 from memstate_sa.indexes._units import at_length, clipped_distance, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix

@@ -18,8 +18,8 @@ import numpy as np
 
 from memstate_sa.errors import DeliveryError, DeliveryRetryable, IndexMismatch, MemstateError, require_module
 from memstate_sa.indexes._adapter import REMEMBERED_S, Adapter, OpenState, id_bytes
-from memstate_sa.indexes._nearest import Answer, Candidate, nearest
 from memstate_sa.indexes._filters import canonical, matches
+from memstate_sa.indexes._nearest import Answer, Candidate, nearest
 from memstate_sa.indexes._tags import has_number, number_name, numbers, stored, tag, tags
 from memstate_sa.indexes._units import at_length, clipped_distance, unit_rows
 from memstate_sa.indexes.base import Entry, Filter, Match, Point, Stored, Vector, matrix
