@@ -81,7 +81,7 @@ class TestFlaky(IndexConformance):
         return lambda: FlakyIndex(InMemoryIndex(), rate=0)
 
     def test_every_kind_of_failure_happens(self) -> None:
-        """A failed upsert leaves nothing, half or all of its batch, and so on for a failed delete."""
+        """A failed upsert leaves nothing, half or all of its batch. So does a failed delete."""
         inner = InMemoryIndex()
         index = FlakyIndex(inner, rate=1)
         index.open(embedder=EMBEDDER, dimension=3)
@@ -243,7 +243,7 @@ class ChromaSuite(IndexConformance):
         [point("a", metadata={"v": object()}), point("\ud800"), point("")],
         ids=["object", "surrogate", "empty-id"],
     )
-    def test_what_chroma_refuses_is_rejected(self, index: VectorIndex, bad: Any) -> None:
+    def test_points_that_chroma_refuses_are_rejected(self, index: VectorIndex, bad: Any) -> None:
         """Chroma's own error is the cause. Its text is not repeated, because it may quote the fact."""
         with pytest.raises(DeliveryRejected) as caught:
             index.upsert([bad])

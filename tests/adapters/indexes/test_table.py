@@ -28,7 +28,7 @@ def test_the_table_is_up_to_date() -> None:
 
 
 def test_every_suite_is_in_the_table() -> None:
-    """Each module has at most one suite outside of the table's."""
+    """The modules of the table's suites have no other suites, except `ALIKE`."""
     suites = {
         f"{module}.{name}"
         for module in {row.partition(".")[0] for row in table.ROWS.values()}
