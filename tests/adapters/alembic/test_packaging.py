@@ -71,4 +71,4 @@ def test_broken_plugin_does_not_stop_alembic(missing: str) -> None:
         "import alembic.command; from alembic import op; print(hasattr(op, 'create_table'))"
     )
     assert shown.stdout.strip() == "True"
-    assert "autogenerate will not know memstate_sa: ModuleNotFoundError" in shown.stderr
+    assert "Could not load the Alembic plugin of memstate_sa: ModuleNotFoundError" in shown.stderr

@@ -178,8 +178,8 @@ def test_a_revision_made_on_one_database_runs_on_the_other(
 @pytest.mark.deep_on("sqlite")
 def test_application_adopts_our_migrations_as_a_branch(app: Application, unharmed: Any) -> None:
     """The alternative: ``version_locations``, ``upgrade heads``, and metadata without our tables."""
-    docs = (Path(__file__).parents[3] / "docs" / "migrations.md").read_text()
-    way = docs.split("**Our migrations, as a branch of yours**")[1].split("\nWithout any Alembic")[0]
+    docs = (Path(__file__).parents[3] / "docs" / "how-to" / "migrations.md").read_text()
+    way = docs.split("## Our migrations, as a branch of yours")[1].split("\nWithout any Alembic")[0]
     assert KNOW_US in way and "register()" in way, "docs and test must agree"
     app.versions.append(location() / "versions")
     app.write_models(models() + TRACKED)

@@ -251,7 +251,7 @@ def test_paused_relay_delivers_nothing_until_resumed(app: Application) -> None:
     assert "it is paused" in flat(app.run("drain", "--timeout", "0.2", exit_code=1))
     assert "Resumed: memory" in app.run("resume", "--index", "memory")
     assert "1 keys converged" in app.run("relay", "--once")
-    assert "no index 'other'" in app.run("pause", "--index", "other", exit_code=1)
+    assert "Unknown index 'other'" in app.run("pause", "--index", "other", exit_code=1)
 
 
 HOSTILE = "a\x1b]0;owned\x07\x1b[2J\x9b31m\u202ecba\r\nforged row\x7f"
@@ -563,7 +563,7 @@ def test_diff_tells_what_became_of_each_fact(served: Application) -> None:
     assert "text='one' → 'two'" in served.run("diff", tx, at)
     assert "text='two' → 'three'" in served.run("diff", at, "--model", "Note")
     assert json.loads(served.run("diff", tx, "--json"))["after"]["text"] == "three"
-    assert "the log has no transaction 'nope'" in served.run("diff", "nope", exit_code=1)
+    assert "The log has no transaction 'nope'" in served.run("diff", "nope", exit_code=1)
 
 
 def test_rollback_asks_before_it_changes_anything(served: Application) -> None:
@@ -648,7 +648,7 @@ def test_revoke_undoes_a_run_and_reports_kept_facts(served: Application) -> None
     )
     assert "1 changes undone" in served.run("revoke", "--tx", tx, "--on-conflict", "force", "--yes")
     assert served.texts() == []
-    assert "revoke whose changes?" in served.run("revoke", "--yes", exit_code=1)
+    assert "Cannot revoke: whose changes?" in served.run("revoke", "--yes", exit_code=1)
 
 
 def test_exported_facts_import_into_another_database(served: Application, tmp_path: Path) -> None:
@@ -671,7 +671,7 @@ def test_exported_facts_import_into_another_database(served: Application, tmp_pa
     invoke("init", *at)
     assert "2 changes imported" in invoke("import", *at, "-", input=piped)
     assert "Likes coffee ☕" in invoke("log", *at, "Note", str(key))
-    assert "was this imported before?" in invoke("import", *at, str(file), exit_code=1)
+    assert "Was this file imported before?" in invoke("import", *at, str(file), exit_code=1)
     with engine.connect() as connection:
         assert connection.scalars(select(served.module.Note.text)).all() == ["Likes coffee ☕"]
     engine.dispose()

@@ -61,7 +61,7 @@ def test_steps_of_one_turn_stay_together() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the input is empty"),
+        ("", "The input is empty"),
         ("hello", "line 1: not JSON"),
         (REMEMBER + "hello", "line 2: not JSON"),
         ('{"op": "remember", ', "line 1: not JSON"),

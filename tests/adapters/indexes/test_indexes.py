@@ -202,7 +202,7 @@ class ChromaSuite(IndexConformance):
         index.upsert([point("a")])
         before = index.incarnation
         client.delete_collection(name)
-        with pytest.raises(DeliveryRetryable, match="gone"):
+        with pytest.raises(DeliveryRetryable, match="was deleted"):
             index.upsert([point("b")])
         assert index.incarnation != before
         assert fingerprints(index) == {}
@@ -256,7 +256,7 @@ class ChromaSuite(IndexConformance):
         index.scan(None, 1)
         client.delete_collection(name)
         opened(client, name).upsert([point("d")])
-        with pytest.raises(DeliveryRetryable, match="gone"):
+        with pytest.raises(DeliveryRetryable, match="was deleted"):
             index.scan("a", 10)
         assert [entry.id for entry in index.scan("a", 10)] == ["d"]
 

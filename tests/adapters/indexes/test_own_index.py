@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 BLOCKS = re.findall(
-    r"^```python\n(.*?)^```$", (Path(__file__).parents[3] / "docs" / "indexes.md").read_text(), re.MULTILINE | re.DOTALL
+    r"^```python\n(.*?)^```$",
+    (Path(__file__).parents[3] / "docs" / "how-to" / "indexes.md").read_text(),
+    re.MULTILINE | re.DOTALL,
 )
 [SOURCE] = [block for block in BLOCKS if "class SqliteIndex" in block]
 [TEST] = [block for block in BLOCKS if "class TestSqliteIndex" in block]
@@ -24,7 +26,7 @@ def documented() -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": __name__}
     sys.path.insert(0, FOLDER.name)
     try:
-        exec(compile(TEST, "docs/indexes.md", "exec"), names)
+        exec(compile(TEST, "docs/how-to/indexes.md", "exec"), names)
     finally:
         sys.path.remove(FOLDER.name)
     return names

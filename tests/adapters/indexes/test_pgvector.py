@@ -196,7 +196,7 @@ def test_lost_content_gives_a_new_incarnation(vector_engine: Engine, index: PgVe
     before = index.incarnation
     with vector_engine.begin() as connection:
         connection.execute(text(how.format(f'"{name}"')))
-    with pytest.raises(DeliveryRetryable, match="gone"):
+    with pytest.raises(DeliveryRetryable, match="dropped"):
         _ = index.incarnation
     index.open(embedder=EMBEDDER, dimension=3)
     assert index.incarnation != before

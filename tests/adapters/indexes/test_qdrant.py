@@ -174,7 +174,7 @@ def test_deleted_collection_gets_a_new_incarnation(client: QdrantClient, name: s
         index.upsert([point("b")])
         before = index.incarnation
         client.delete_collection(name)
-        with pytest.raises(DeliveryRetryable, match="gone"):
+        with pytest.raises(DeliveryRetryable, match="was deleted"):
             call()
         call()
         assert index.incarnation != before

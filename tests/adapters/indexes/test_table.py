@@ -33,6 +33,6 @@ def test_every_suite_is_in_the_table() -> None:
         f"{module}.{name}"
         for module in {row.partition(".")[0] for row in table.ROWS.values()}
         for name, found in vars(import_module(f"tests.adapters.indexes.{module}")).items()
-        if name.startswith("Test") and hasattr(found, "test_it_is_what_it_says")
+        if name.startswith("Test") and hasattr(found, "test_index_has_exactly_the_declared_parts")
     }
     assert suites - ALIKE == set(table.ROWS.values())

@@ -302,7 +302,7 @@ def test_a_missing_or_refusing_class_is_an_error(engine: Engine) -> None:
     with pytest.raises(MemstateError, match="Statue does not exist any more"):
         by_name.loads_typed((stored[0], stored[1].replace(b"Status", b"Statue")))
     other = StateSerializer([Enum("Status", {"CLOSED": "closed"}, module=__name__)])
-    with pytest.raises(MemstateError, match=r"Status does not accept what was stored \(ValueError\)") as raised:
+    with pytest.raises(MemstateError, match=r"Status does not accept the stored value \(ValueError\)") as raised:
         other.loads_typed(stored)
     assert "open" not in str(raised.value)
 

@@ -486,7 +486,7 @@ def test_checkpoints_are_no_facts(world: World) -> None:
 
 
 def test_checkpointer_refuses_impossible_arguments(engine: Engine) -> None:
-    with pytest.raises(MemstateError, match="use a file"):
+    with pytest.raises(MemstateError, match="Use a file"):
         MemStateCheckpointer("sqlite://")
     with pytest.raises(MemstateError, match="not a database URL"):
         MemStateCheckpointer("nonsense")
@@ -504,7 +504,7 @@ async def test_checkpointer_takes_an_async_engine(engine: Engine) -> None:
         await saver.asetup()
         assert (await line(saver, "a").ainvoke({"trail": ["in"]}, config()))["trail"] == ["in", "a"]
     await made.dispose()
-    with pytest.raises(MemstateError, match="give a MemoryStore"):
+    with pytest.raises(MemstateError, match="pass a MemoryStore"):
         MemStateCheckpointer(42)  # type: ignore
 
 

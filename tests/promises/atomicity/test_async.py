@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from inspect import iscoroutinefunction
 from typing import Any
 
 import pytest
@@ -42,28 +44,34 @@ def sessions(world: World, async_engine: AsyncEngine) -> async_sessionmaker[Asyn
     return maker
 
 
-async def test_blocking_call_with_an_async_session_names_run_sync(
+async def test_blocking_call_with_an_async_session_names_the_async_method(
     world: World, sessions: async_sessionmaker[AsyncSession]
 ) -> None:
-    """An AsyncSession in place of a Session raises an error that names run_sync. No coroutine is left behind."""
+    """The error names the async method, which then works. With a Session it names the blocking method."""
     memory = world.memory
     async with sessions() as session:
         session.add(Person(id=1, name="p", about="green tea"))
         await session.commit()
         calls: list[tuple[Any, ...]] = [
             (memory.history, Person, 1),
-            (memory.rollback,),
-            (memory.as_of, Person, 1, "x"),
-            (memory.diff, "x"),
-            (memory.erase, Person, 1),
+            (memory.as_of, Person, 1, memory.token(session)),
+            (memory.diff, datetime(2020, 1, 1, tzinfo=UTC)),
             (memory.search, "tea", Person),
+            (memory.rollback,),
+            (memory.revoke,),
+            (memory.erase, Person, 1),
         ]
         for method, *arguments in calls:
-            with pytest.raises(MemstateError, match=r"await session.run_sync\(memory.history, Model, key\)"):
-                method(session, *arguments)
-        with pytest.raises(MemstateError, match="run_sync"):
-            memory.revoke(session, actor="a")
-        assert [change.op for change in await session.run_sync(memory.history, Person, 1)] == ["insert"]
+            options = {"actor": "ann"} if method == memory.revoke else {}
+            name = method.__name__
+            with pytest.raises(MemstateError, match=rf"this call blocks\. Use `await memory\.a{name}\("):
+                method(session, *arguments, **options)
+            awaited = getattr(memory, f"a{name}")
+            with pytest.raises(MemstateError, match=rf"for an AsyncSession\. Use `memory\.{name}\("):
+                await awaited(session.sync_session, *arguments, **options)
+            assert await awaited(session, *arguments, **options), name
+            assert iscoroutinefunction(awaited)
+            assert awaited.__doc__.startswith(f"`{name}` for an AsyncSession.")
 
 
 async def test_sync_engine_uses_the_applications_own_engine(world: World, async_engine: AsyncEngine) -> None:
@@ -146,13 +154,16 @@ async def test_an_async_scoped_session_is_used_as_it_is(world: World, async_engi
     assert [hit.fact.about for hit in hits] == ["green tea"]
     await scoped.commit()
     assert world.memory.token(scoped)
-    with pytest.raises(MemstateError, match="this waits for the database"):
-        world.memory.history(scoped, Person, 1)
+    with pytest.raises(MemstateError, match=r"this call blocks. Use `await memory.ahistory\("):
+        world.memory.history(scoped, Person, 1)  # type: ignore[arg-type]
+    assert [change.after for change in await world.memory.ahistory(scoped, Person, 1)] == [
+        {"id": 1, "name": "p", "about": "green tea"}
+    ]
     await scoped.remove()
     with world.session() as session:
         assert [change.actor for change in world.memory.history(session, Person, 1)] == ["ann"]
-        with pytest.raises(MemstateError, match=r"is not an AsyncSession; memory.search\(\)"):
-            await world.memory.asearch(session, "tea", Person)  # type: ignore[call-overload]
+        with pytest.raises(MemstateError, match=r"Cannot use a Session: .* Use `memory.search\("):
+            await world.memory.asearch(session, "tea", Person)  # type: ignore[arg-type]
 
 
 def test_options_of_asyncpg_are_translated(postgres_engine: Engine) -> None:

@@ -206,7 +206,7 @@ def test_sweep_leaves_facts_that_others_refer_to(engine: Engine, caplog: pytest.
         session.add(Reply(note_id=2))
         session.commit()
     assert app.memory.sweep(engine) == 2
-    assert "note [2] has expired, but cannot be deleted (IntegrityError)" in caplog.text
+    assert "Cannot delete expired note [2] (IntegrityError)." in caplog.text
     with app.sessions() as session:
         assert session.scalars(select(Note.id)).all() == [2]
     app.check()

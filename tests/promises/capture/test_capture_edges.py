@@ -283,7 +283,7 @@ def test_a_unique_value_that_is_taken_cannot_be_brought_back(engine: Engine) -> 
     with app.sessions() as session:
         session.add(Preference(id=3, content="mine"))
         before = app.memory.history(session, Preference)
-        with pytest.raises(ConflictError, match=r"have a unique value that would come back.*: preference 2 \(update"):
+        with pytest.raises(ConflictError, match=r"a unique value is taken.*: preference 2 \(update"):
             app.memory.rollback(session, tx=gave_up)
         session.commit()
         assert app.memory.history(session, Preference) == before
@@ -307,11 +307,11 @@ def test_backfilled_rows_have_their_unique_values(engine: Engine) -> None:
     app.assert_unique_is_truth()
     with app.sessions() as session:
         session.add(Preference(content="tea"))
-        with pytest.raises(ConflictError, match="must be unique"):
+        with pytest.raises(ConflictError, match="same value of unique_by"):
             session.commit()
         session.rollback()
         session.get_one(Preference, 2).content = "rye"
-        with pytest.raises(ConflictError, match="must be unique"):
+        with pytest.raises(ConflictError, match="same value of unique_by"):
             session.commit()
         session.rollback()
         session.get_one(Preference, 1).content = "oolong"
@@ -449,7 +449,7 @@ def test_rows_with_generated_always_keys_cannot_be_brought_back(postgres_engine:
         session.commit()
         before = app.memory.history(session, Ticket)
         with pytest.raises(
-            MemstateError, match=r"ticket\.id is GENERATED ALWAYS: a deleted row cannot be brought back"
+            MemstateError, match=r"Cannot bring back a deleted row of ticket: its column id is GENERATED ALWAYS"
         ):
             app.memory.rollback(session)
         session.commit()
@@ -503,7 +503,7 @@ def test_facts_of_one_transaction_live_in_one_database(world: World, other_engin
         session.add(Person(name="p", about="here"))
         session.flush()
         session.add(Tag(name="t"))
-        with pytest.raises(MemstateError, match="must live in one database"):
+        with pytest.raises(MemstateError, match="the Session writes to two databases"):
             session.commit()
         session.rollback()
     for engine in (world.engine, other_engine):
@@ -527,7 +527,7 @@ def test_schema_translate_map_is_refused(world: World) -> None:
     translated = world.engine.execution_options(schema_translate_map={None: schema})
     for write in writes:
         with world.sessions(bind=translated) as session:
-            with pytest.raises(MemstateError, match="schema_translate_map is not supported"):
+            with pytest.raises(MemstateError, match="Cannot use schema_translate_map"):
                 write(session)
                 session.commit()
             session.rollback()
@@ -658,7 +658,7 @@ def test_a_cte_that_writes_is_refused(postgres_engine: Engine) -> None:
     say(world, a="1")
     gone = delete(Tag.__table__).returning(Tag.__table__.c.name).cte("gone")
     for statement in (select(gone.c.name), insert(Person).from_select(["name"], select(gone.c.name))):
-        with world.session() as session, pytest.raises(UntrackedWrite, match="a CTE that writes"):
+        with world.session() as session, pytest.raises(UntrackedWrite, match="A CTE that writes"):
             session.execute(statement)
     world.assert_in_step()
 
@@ -668,7 +668,7 @@ def test_schema_translate_map_of_one_statement_is_refused(world: World, statemen
     """It would write to a table other than the logged one."""
     say(world, a="1")
     options = {"schema_translate_map": {None: "tenant"}}
-    with world.session() as session, pytest.raises(MemstateError, match="schema_translate_map is not supported"):
+    with world.session() as session, pytest.raises(MemstateError, match="Cannot use schema_translate_map"):
         session.execute(statement, execution_options=options)
     world.assert_in_step()
 
@@ -684,7 +684,7 @@ def test_one_flush_on_two_databases_is_refused(world: World, other_engine: Engin
     with world.sessions(binds={Person: world.engine, Tag: other_engine}) as session:
         session.get_one(Tag, "t").meaning = "changed"
         session.add(Person(name="p", about="x"))
-        with pytest.raises(MemstateError, match="must live in one database"):
+        with pytest.raises(MemstateError, match="the Session writes to two databases"):
             session.commit()
     world.assert_in_step()
     with other_engine.connect() as connection:

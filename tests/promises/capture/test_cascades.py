@@ -144,7 +144,7 @@ def test_a_chain_names_where_it_begins(engine: Engine) -> None:
 
     memory, warned = start(engine, Leaf)
     assert sorted(each.partition("(")[2].partition(")")[0] for each in warned) == ["branch_id", "leaf_id"]
-    assert [each for each in warned if "Rows of branch go with those of root." in each]
+    assert [each for each in warned if "Rows of branch are deleted with those of root." in each]
     memory.close()
 
 

@@ -114,7 +114,7 @@ def assert_delivered_again(engine: Engine, make: Make, before: Any, after: Any, 
     index = make()
     new = Release(engine, index, **after)
     [problem] = new.problems()
-    assert "is delivered as" in problem and "a relay of this release delivers it again" in problem
+    assert "was delivered as" in problem and "A relay of this release delivers it again" in problem
     assert new.found("zebra", Note.owner == "bob")[1] is False
     if before["text"] is not None:
         assert new.found("zebra", Note.owner == "bob")[0] == {9}
@@ -346,7 +346,7 @@ def test_new_unique_by_covers_older_rows_after_backfill(
         old.add(id_, email)
     new = People(engine, unique_by=("email",))
     [problem] = new.problems()
-    assert "has 4 rows" not in problem and "has 3 rows without the unique values" in problem
+    assert "has 4 rows" not in problem and "has 3 rows without their unique values" in problem
     assert new.memory.backfill(engine, batch_size=batch_size) == 0
     assert new.holders() == {'["ann@x"]': "[1]", '["bob@x"]': "[2]"}
     assert new.problems() == []

@@ -392,7 +392,7 @@ def test_types_that_a_trigger_cannot_log_are_refused(prepared_postgres: Engine, 
     refused.__table__.create(prepared_postgres)
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     memory.track(refused, text="label", capture="trigger")
-    with pytest.raises(MemstateError, match=rf"a trigger cannot log refused_{name}\.{name} \(ARRAY"):
+    with pytest.raises(MemstateError, match=rf"Cannot capture refused_{name}\.{name} by triggers: .* ARRAY"):
         memory.create_tables(prepared_postgres)
 
 
@@ -479,7 +479,7 @@ def test_a_float_is_no_key_for_a_trigger(sqlite_engine: Engine, type_: Any) -> N
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     memory.track(Thing, text="label", capture="trigger")
     Local.metadata.create_all(sqlite_engine)
-    with pytest.raises(MemstateError, match="a trigger cannot log a primary key of"):
+    with pytest.raises(MemstateError, match="cannot log a primary key of"):
         memory.create_tables(sqlite_engine)
 
 
@@ -602,7 +602,7 @@ def test_a_key_that_the_database_changes_is_not_silently_lost(postgres_engine: E
     app = make_app(postgres_engine, Thing, text="label")
     with app.session() as session:
         session.add_all([Thing(id=Decimal("1.00"), label="fine"), Thing(id=Decimal("2.345"), label="rounded")])
-        with pytest.raises(UntrackedWrite, match="not found under the keys they were given"):
+        with pytest.raises(UntrackedWrite, match="not found under their keys"):
             session.commit()
         session.rollback()
         assert session.scalars(select(Thing)).all() == []

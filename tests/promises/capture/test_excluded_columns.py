@@ -204,7 +204,7 @@ class AccountSchema(BaseModel):
         (Account, {"exclude": ("password",), "schema": AccountSchema}, "Account.password: schema needs it"),
         (Document, {"exclude": ("scan_id",), "text": "text"}, "Document.scan_id: the primary key needs it"),
         (Account, {"exclude": ("sen",)}, "Account has no column attribute 'sen'"),
-        (Account, {"exclude": "seen"}, "exclude='seen': give a tuple"),
+        (Account, {"exclude": "seen"}, "exclude='seen': it is a string. Give a tuple"),
         (Document, {"exclude": ("kind",), "text": "text"}, "Document.kind: polymorphic_on needs it"),
         (Document, {"exclude": ("version",), "text": "text"}, "Document.version: version_id_col needs it"),
         (Document, {"exclude": ("double",), "text": "text"}, "Document has no column attribute 'double'"),

@@ -406,7 +406,7 @@ def test_a_row_that_cannot_be_found_is_refused(engine: Engine, write: Callable[[
     lowercase_keys(engine)
     with app.session() as session:
         write(model, session)
-        with pytest.raises(UntrackedWrite, match="not found under the keys they were given"):
+        with pytest.raises(UntrackedWrite, match="not found under their keys"):
             session.commit()
     assert ops(engine) == [("insert", '["old"]')]
     assert app.rows(model).keys() == {"old"}

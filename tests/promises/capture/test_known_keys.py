@@ -126,7 +126,7 @@ def elsewhere(world: World) -> Iterator[Engine]:
 
 
 def require_one_refusal(world: World, about: str, ops: list[str]) -> None:
-    with pytest.raises(ConflictError, match=r"the log has lost entries of person.*Run the transaction again"):
+    with pytest.raises(ConflictError, match=r"The log has lost entries of person.*Run the transaction again"):
         change(world, about)
     change(world, about)
     with world.session() as session:

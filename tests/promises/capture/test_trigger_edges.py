@@ -377,7 +377,7 @@ def test_case_insensitive_column_logs_a_change_of_case(sqlite_engine: Engine) ->
     app = App(sqlite_engine, Word)
     app.run("INSERT INTO word (text) VALUES ('Tea')", "UPDATE word SET text = 'tea'")
     app.check()
-    with pytest.raises(MemstateError, match="a trigger cannot log a primary key"):
+    with pytest.raises(MemstateError, match="cannot log a primary key"):
         App(sqlite_engine, Key)
 
 
@@ -394,7 +394,7 @@ def test_decimal_key_is_captured_or_refused_by_its_scale(postgres_engine: Engine
         text: Mapped[str]
 
     if refused:
-        with pytest.raises(MemstateError, match="a trigger cannot log a primary key"):
+        with pytest.raises(MemstateError, match="cannot log a primary key"):
             App(postgres_engine, Amount)
         return
     app = App(postgres_engine, Amount)
@@ -520,7 +520,7 @@ def test_a_partitioned_table_is_refused(postgres_engine: Engine) -> None:
         text: Mapped[str]
         __table_args__: ClassVar[dict[str, Any]] = {"postgresql_partition_by": "RANGE (id)"}
 
-    with pytest.raises(MemstateError, match="part is partitioned"):
+    with pytest.raises(MemstateError, match="Cannot capture part by triggers: it is partitioned"):
         App(postgres_engine, Part)
 
 

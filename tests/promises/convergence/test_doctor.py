@@ -90,10 +90,7 @@ def test_repair_logs_and_warns_of_duplicate_unique_values(engine: Engine, caplog
     with caplog.at_level("WARNING"):
         assert len(app.memory.doctor(engine, repair=True).changed) == 3
     [warning] = [record.getMessage() for record in caplog.records if record.name == "memstate_sa.recorder"]
-    assert (
-        "2 rows that are older than tracking or than unique_by, or were changed past it," in warning
-        and '["b"], ["c"]' in warning
-    )
+    assert "the unique_by value of 2 rows already belongs to another row" in warning and '["b"], ["c"]' in warning
     assert app.memory.doctor(engine).healthy
     with engine.connect() as connection:
         assert {row.value: row.key for row in connection.execute(select(unique))} == {
@@ -157,7 +154,7 @@ def test_doctor_reports_gaps_that_let_an_index_drift(engine: Engine) -> None:
     memory.track(Nowhere, text="text")
     told = {problem.subject: problem.message for problem in memory.doctor(engine).problems}
     assert set(told) == {"memstate_log", "memstate_outbox", "nowhere"}
-    assert "no index ix_memstate_log_key" in told["memstate_log"]
+    assert "lacks the index ix_memstate_log_key" in told["memstate_log"]
     assert "lacks intent" in told["memstate_outbox"]
 
 

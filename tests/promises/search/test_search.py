@@ -490,19 +490,19 @@ def test_repeatable_read_cannot_promise_completeness(postgres_engine: Engine) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target": "person"}, "give a tracked class or a select"),
-        ({"target": select(Person.name)}, "select\\(\\) of exactly one tracked class"),
-        ({"target": select(Person, Tag)}, "select\\(\\) of exactly one tracked class"),
-        ({"target": select(Person).limit(3)}, "no LIMIT"),
-        ({"target": select(Person).fetch(3)}, "no LIMIT"),
+        ({"target": "person"}, "neither a tracked class nor a select"),
+        ({"target": select(Person.name)}, "select\\(\\) must have exactly one tracked class"),
+        ({"target": select(Person, Tag)}, "select\\(\\) must have exactly one tracked class"),
+        ({"target": select(Person).limit(3)}, "has LIMIT"),
+        ({"target": select(Person).fetch(3)}, "has LIMIT"),
         ({"target": int}, "int is not tracked"),
         ({"limit": 0}, "at least 1"),
         ({"limit": "5"}, "at least 1"),
-        ({"max_distance": "1"}, "max_distance='1': a cosine distance"),
-        ({"max_distance": float("nan")}, "max_distance=nan: a cosine distance"),
-        ({"query": None}, "a string to search for"),
+        ({"max_distance": "1"}, "max_distance='1'. Give a cosine distance"),
+        ({"max_distance": float("nan")}, "max_distance=nan. Give a cosine distance"),
+        ({"query": None}, "query=None. Give a string"),
         ({"consistency": "strong"}, "'fresh' or 'eventual'"),
-        ({"index": "other"}, "does not go to an index 'other'"),
+        ({"index": "other"}, "Cannot search index 'other': Person is not delivered to it"),
     ],
 )
 def test_bad_arguments_get_a_clear_error(world: World, arguments: dict[str, Any], message: str) -> None:

@@ -353,7 +353,7 @@ def test_a_broken_file_is_refused_as_a_whole(world: World) -> None:
     assert refused(world, "").startswith("line 1: ")
     assert refused(world, "[1, 2]\n") == "line 1: not an export of facts"
     assert refused(world, body(file)) == "line 1: not an export of facts"
-    assert "format 2; this version reads format 1" in refused(world, changed(file, 1, format=2))
+    assert "format 2, but this release reads format 1" in refused(world, changed(file, 1, format=2))
     assert refused(world, file[:-60]).startswith(f"line {count - 1}: Invalid JSON")
     assert refused(world, "".join(file.splitlines(keepends=True)[:-1])).startswith(f"line {count}: ")
     assert refused(world, file.replace(file.splitlines(keepends=True)[first], "")).startswith(f"line {count - 1}: ")
@@ -378,9 +378,10 @@ def test_a_broken_file_is_refused_as_a_whole(world: World) -> None:
     ):
         assert refused(world, changed(file, first, **values)).startswith(f"line {first}: "), values
     assert (
-        refused(world, changed(file, 3, tx=json.loads(file.splitlines()[1])["tx"])) == "a transaction has labels twice"
+        refused(world, changed(file, 3, tx=json.loads(file.splitlines()[1])["tx"]))
+        == "The file has two lines of labels for one transaction."
     )
-    assert "is not of this key" in refused(world, changed(file, count - 1, key='["x"]'))
+    assert "its last image is a row with another key" in refused(world, changed(file, count - 1, key='["x"]'))
     with pytest.raises(MemstateError, match="line 2: not UTF-8"):
         stream = io.TextIOWrapper(io.BytesIO(file.splitlines(keepends=True)[0].encode() + b"\xff\xfe\n"), "utf-8")
         stream._CHUNK_SIZE = 1  # type: ignore[attr-defined]
@@ -393,8 +394,8 @@ def test_classes_that_are_not_tracked_are_refused(world: World) -> None:
     write_history(world)
     file = export(world.memory, world.engine)
     empty(world)
-    assert "no class is tracked as other" in refused(world, changed(file, 1, entities={"person": 1, "other": 1}))
-    assert "person is of version 7 there" in refused(world, changed(file, 1, entities={"person": 7}))
+    assert "unknown entities: other" in refused(world, changed(file, 1, entities={"person": 1, "other": 1}))
+    assert "person has version 7 in the file" in refused(world, changed(file, 1, entities={"person": 7}))
     assert "does not name the entity 'note'" in refused(world, changed(file, 1, entities={"person": 1, "tag": 1}))
 
 
@@ -402,22 +403,22 @@ def test_import_refuses_facts_that_exist(world: World) -> None:
     """A known transaction, a fact, a deleted fact, and a row that the log does not know."""
     write_history(world)
     file = export(world.memory, world.engine)
-    assert "was this imported before?" in refused(world, file, ConflictError)
+    assert "Was this file imported before?" in refused(world, file, ConflictError)
     without_labels = [line for line in file.splitlines(keepends=True) if '"line":"transaction"' not in line]
     shorter = "".join([*without_labels[:-1], json.dumps({"line": "end", "lines": len(without_labels) - 1})])
-    assert "was this imported before?" in refused(world, shorter, ConflictError)
+    assert "Was this file imported before?" in refused(world, shorter, ConflictError)
     empty(world)
     with world.session() as session:
         session.add(Tag(name="early", meaning="another"))
         session.commit()
-        assert 'tag ["early"] is in this database already' in refused(world, file, ConflictError)
+        assert 'Cannot import tag ["early"]: this database has or had' in refused(world, file, ConflictError)
         session.delete(session.get_one(Tag, "early"))
         session.commit()
-    assert 'tag ["early"] is in this database already' in refused(world, file, ConflictError)
+    assert 'Cannot import tag ["early"]: this database has or had' in refused(world, file, ConflictError)
     empty(world)
     with world.engine.begin() as connection:
         connection.execute(insert(Tag.__table__), {"name": "early", "meaning": "unlogged"})
-    assert 'tag ["early"] is in this database already' in refused(world, file, ConflictError)
+    assert 'Cannot import tag ["early"]: this database has or had' in refused(world, file, ConflictError)
     with world.engine.begin() as connection:
         connection.execute(text("DELETE FROM tag"))
         connection.execute(insert(Tag.__table__), {"name": "another", "meaning": "in nobody's way"})
@@ -603,7 +604,7 @@ def test_a_row_that_the_tables_refuse_fails_the_whole_import(second: Engine, eng
     source, target = Application(second), Application(engine)
     for row in (Team(id=1), Player(id=1, team_id=1), Goal(player_id=1)):
         source.write(row)
-    with pytest.raises(ConflictError, match=r"rows of a_goal cannot be written: .*(?i:foreign key)"):
+    with pytest.raises(ConflictError, match=r"Cannot import rows of a_goal: .*(?i:foreign key)"):
         import_file(target.memory, engine, export(source.memory, second, Goal))
     with engine.connect() as connection:
         assert connection.scalar(select(func.count()).select_from(log)) == 0

@@ -170,13 +170,13 @@ def test_bad_arguments_are_refused(app: App) -> None:
             app.memory.rollback(session, to=datetime(2024, 1, 1))
         with pytest.raises(MemstateError, match="aware datetime"):
             app.memory.rollback(session, to=5)  # type: ignore[arg-type]
-        with pytest.raises(MemstateError, match="not both"):
+        with pytest.raises(MemstateError, match="both tx= and to="):
             app.memory.rollback(session, to="a", tx="b")
         with pytest.raises(MemstateError, match="on_conflict"):
             app.memory.rollback(session, on_conflict="ignore")  # type: ignore[arg-type]
-        with pytest.raises(MemstateError, match="revoke whose changes"):
+        with pytest.raises(MemstateError, match="Cannot revoke: whose changes"):
             app.memory.revoke(session)
-        with pytest.raises(MemstateError, match="revoke whose changes"):
+        with pytest.raises(MemstateError, match="Cannot revoke: whose changes"):
             app.memory.revoke(session, actor="a", tx=["b"])
         with pytest.raises(NotFound):
             app.memory.revoke(session, tx=["no such transaction"])
@@ -432,7 +432,7 @@ def test_as_of_takes_a_time_or_a_transaction(app: App) -> None:
         ]  # fmt: skip
         with pytest.raises(NotFound):
             words("nothing")
-        with pytest.raises(MemstateError, match="is keyed by id"):
+        with pytest.raises(MemstateError, match=r"the primary key of .* is id"):
             app.memory.as_of(session, Player, (1, 2), first)
 
 

@@ -767,7 +767,7 @@ def test_refusal_names_the_constraint_and_the_rows_in_the_way(engine: Engine, ki
 # -- concurrent transactions -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:The database itself changes rows of child")
+@pytest.mark.filterwarnings("ignore:The log misses some changes of child")
 @pytest.mark.parametrize("joined", [False, True])
 def test_undo_waits_for_a_child_that_arrives(postgres_engine: Engine, *, joined: bool) -> None:
     """The undo waits and then sees the child. Otherwise the database would delete it without a log entry."""
