@@ -522,7 +522,7 @@ class World:
     def _crash(self, worker: Worker) -> None:
         index, request = worker.index, worker.request
         if not index.fenced and worker.overtaken:
-            return  # only this worker could report its late writes: see the deadline in docs/architecture
+            return  # only this worker could report its late writes: see docs/explanation/architecture.md
         self.counts["crash"] += 1
         self._heat(request)
         self.log(worker.owner, "crashes, before", _short(request))
