@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import Engine, make_url
 
 import memstate_sa
+from memstate_sa import options
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md"))
@@ -228,6 +229,8 @@ def documented() -> set[str]:
 def test_the_reference_has_each_public_name() -> None:
     names = {f"memstate_sa.{name}" for name in memstate_sa.__all__} - {"memstate_sa.metadata", "memstate_sa.sqlite"}
     page = (REFERENCE / "errors.md").read_text()
+    assert "memstate_sa.options" in documented()
+    names -= {f"memstate_sa.{name}" for name in dir(options)}
     shown = {name.rpartition(".")[2] for name in documented()} | set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
     assert {name.rpartition(".")[2] for name in names} - shown == {"UntrackedWriteWarning"}
     assert "`UntrackedWriteWarning`" in page
