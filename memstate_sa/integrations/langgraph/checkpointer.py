@@ -57,11 +57,10 @@ class MemStateCheckpointer(CheckpointSaver):
     that database as *memory*. Then each checkpoint also records the log's last transaction, and `step` commits facts
     with the state. Checkpoints themselves are not facts: they have no history, and are in no index.
 
-    Values are stored as msgpack, never as pickle. Reading builds only these classes: plain types, LangChain's messages,
-    LangGraph's own classes, classes in the schemas of a graph, and classes in *allow*. A value of another class raises
-    MemstateError, so an attacker with write access to the database cannot make this process build other objects.
-    *allow* takes classes, and schemas, which stand for all classes in their fields. *serde* replaces the serializer,
-    for example to encrypt.
+    Values are stored as msgpack, never as pickle. Reading builds only plain types, LangChain's messages, LangGraph's
+    own classes, classes in the graph's schemas, and classes in *allow*. A value of another class raises MemstateError.
+    So an attacker who can write to the database cannot make this process build other objects. *allow* takes classes,
+    and schemas, which stand for all classes in their fields. *serde* replaces the serializer, for example to encrypt.
 
     All methods may be called from any thread. The async methods run the same code in threads.
 
@@ -135,8 +134,7 @@ class MemStateCheckpointer(CheckpointSaver):
         the transaction. Changes are labelled with the thread as session_id
         (``memory.rollback(session, session_id=thread_id)``) and with the node as reason.
 
-        If a node leaves its graph by a Command to a parent, its step commits with the parent's task that called the
-        graph.
+        If a node leaves its graph by a Command to a parent, its step commits with the task that called the graph.
 
         Write late in the node: until it returns, rows stay locked, and on SQLite the whole database. On SQLite, a write
         outside the step and a subgraph that is called after it raise MemstateError. A node that begins a step sees the
@@ -232,7 +230,7 @@ class MemStateCheckpointer(CheckpointSaver):
             metadata = stored.metadata
         if POSITION not in metadata:
             raise MemstateError(
-                "This checkpoint has no position in the log. It was saved by a checkpointer without memory=."
+                "This checkpoint records no moment of the log. It was saved by a checkpointer without memory=."
             )
         return moment_of(metadata[POSITION])
 

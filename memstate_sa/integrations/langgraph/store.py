@@ -82,12 +82,12 @@ _SWEEP_INTERVAL_MINUTES = 5
 class MemStateStore(BaseStore):
     """LangGraph's store in the database of the facts: PostgreSQL or SQLite.
 
-    *where* is a `MemoryStore`. With *memory*, it can also be an Engine (or AsyncEngine) or a URL. Items are facts: the
-    log has every put and delete, `Memory.rollback` undoes them, relays deliver them, and a search returns only items
+    *where* is a `MemoryStore`. With *memory*, it can also be an Engine (or AsyncEngine) or a URL. Items are facts. The
+    log has every put and delete, `Memory.rollback` undoes them, and relays deliver them. A search returns only items
     that SQL has. In a node of a graph, changes are labelled with the thread as session_id and the node as reason.
 
-    Calls inside ``with memory_store.transaction():``, or inside a checkpointer's `step`, join that transaction if they
-    are in the same thread (with asyncio, in the same task).
+    Calls inside ``with memory_store.transaction():``, or inside a checkpointer's `step`, join that transaction. This
+    works in the same thread only (with asyncio, in the same task).
 
     *index* has the paths to the texts for embedding: ``{"fields": ["title", "notes[*].text"]}``. Each text has its own
     vector. The default is the whole value, as JSON. With False nothing is embedded, and a *query* is ignored. The
