@@ -45,6 +45,32 @@ class MemoryOptions(TypedDict, total=False):
     """
 
 
+class StoreOptions(MemoryOptions, total=False):
+    """The options of `MemoryStore` and `AsyncMemoryStore`."""
+
+    background: bool
+    """Run a relay in a background thread (default: True). Without it, run one elsewhere: see ``memstate-sa relay``.
+
+    An in-memory SQLite has no such thread. There, each commit delivers to the index.
+    """
+
+    strict_types: bool
+    """Refuse a fact whose type has no schema, see `MemoryStore.register_schema`. Default: False."""
+
+
+class Labels(TypedDict, total=False):
+    """The labels of a transaction of a `MemoryStore`. History shows them. Undo selects transactions by them."""
+
+    session_id: str | None
+    """The session, conversation or thread that the facts belong to."""
+
+    actor: str | None
+    """The user or agent that changes the facts."""
+
+    reason: str | None
+    """The reason of the change."""
+
+
 class TrackOptions(TypedDict, total=False):
     """The options of `Memory.track`."""
 

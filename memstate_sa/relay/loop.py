@@ -127,7 +127,7 @@ class Relay:
         """
         succeeded = False
         try:
-            count, failure = self._step()
+            count, failure = self._deliver_once()
             succeeded = failure is None
         finally:
             if not succeeded:
@@ -155,7 +155,7 @@ class Relay:
     def _stop_unless_running(self) -> None:
         """Release the lease if no threads run, so that the next relay need not wait until it ends."""
         with self._lock:  # so that start() cannot come between the check and the stop
-            if not self._running:
+            if not self.is_running:
                 self.stop()
 
     def _drain(self, deadline: float, timeout: float, progress: Callable[[int], None] | None) -> int:
@@ -164,7 +164,7 @@ class Relay:
             present = read_present(connection)
         total = 0
         while True:
-            count, failure = self._step()
+            count, failure = self._deliver_once()
             total += count
             if progress is not None:
                 progress(total)
@@ -178,7 +178,7 @@ class Relay:
                 raise DeliveryError(f"The relay has not drained within {timeout:g} s: {reason}") from failure
             time.sleep(wait)
 
-    def _step(self) -> tuple[int, DeliveryRetryable | None]:
+    def _deliver_once(self) -> tuple[int, DeliveryRetryable | None]:
         """Deliver one page of each source to each index. Return the number of keys, and the first failure.
 
         The failure of one index does not stop the others.
@@ -187,7 +187,7 @@ class Relay:
         require_no_transaction(self._engine)
         for worker in self._workers:
             try:
-                total += worker.step(save=True) or 0
+                total += worker.deliver(save=True) or 0
             except DeliveryRetryable as error:
                 failure = failure or error
         self._clean_up()
@@ -329,7 +329,7 @@ class Relay:
                 "database has only one. Call drain() after commits, or use a database file."
             )
         with self._lock:
-            if not self._running:
+            if not self.is_running:
                 for worker in self._workers:
                     worker.open()
                 if not self._workers:
@@ -374,7 +374,8 @@ class Relay:
             worker.woken.set()
 
     @property
-    def _running(self) -> bool:
+    def is_running(self) -> bool:
+        """Whether it runs in the background."""
         return self._cleaner is not None or any(worker.is_running for worker in self._workers)
 
     def __repr__(self) -> str:

@@ -44,7 +44,7 @@ def say(world: World, name: str) -> None:
     with world.session() as session:
         session.add(Tag(name=name, meaning="x"))
         session.commit()
-        world.memory.wait(session) if world.relay._running else None
+        world.memory.wait(session) if world.relay.is_running else None
 
 
 def relay(url: str) -> dict[str, Any]:
