@@ -49,6 +49,7 @@ __all__ = [
     "RevokeOptions",
     "RollbackOptions",
     "SearchOptions",
+    "StoreOptions",
     "TrackOptions",
     "UntrackedWrite",
     "UntrackedWriteWarning",

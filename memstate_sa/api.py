@@ -37,6 +37,7 @@ from memstate_sa.options import (
     RevokeOptions as RevokeOptions,
     RollbackOptions as RollbackOptions,
     SearchOptions as SearchOptions,
+    StoreOptions as StoreOptions,
     TrackOptions as TrackOptions,
 )
 from memstate_sa.relay import (
