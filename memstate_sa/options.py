@@ -6,7 +6,6 @@ Every option may be left out. Its comment names the default.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
     from memstate_sa.embedders import Embedder
     from memstate_sa.log.history import Moment
-    from memstate_sa.maintenance.progress import Progress
+    from memstate_sa.relay.progress import ProgressOption
     from memstate_sa.relay.retention import Retention
     from memstate_sa.relay.retry import RetryPolicy
     from memstate_sa.tracking.tracked import UniqueValues, Upgrade
@@ -240,8 +239,8 @@ class BackfillOptions(TypedDict, total=False):
     restart: bool | None
     """True begins again. False does not begin again where all is done. Default: only finished classes begin again."""
 
-    progress: Progress
-    """Called with the rows that all callers have seen, and the total. True shows a progress bar."""
+    progress: ProgressOption
+    """A function of the rows that all callers have seen, and of the total. True shows a progress bar."""
 
 
 def require_options(function: str, options: Mapping[str, object], declared: type) -> None:
@@ -249,6 +248,8 @@ def require_options(function: str, options: Mapping[str, object], declared: type
     names = list(declared.__annotations__)
     for name in options:
         if name not in names:
+            from difflib import get_close_matches
+
             close = get_close_matches(name, names, 1)
             hint = f"Did you mean {close[0]!r}?" if close else f"The options are {', '.join(names)}."
             raise TypeError(f"{function}() has no option {name!r}. {hint}")

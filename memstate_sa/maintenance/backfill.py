@@ -20,7 +20,7 @@ from memstate_sa.capture.recorder import Recorder
 from memstate_sa.db.dialects import database_of
 from memstate_sa.db.statements import take_write_lock
 from memstate_sa.db.tables import backfill
-from memstate_sa.maintenance.progress import Progress
+from memstate_sa.relay.progress import Progress
 from memstate_sa.tracking import committed
 from memstate_sa.tracking.tracked import Tracked
 

@@ -35,7 +35,7 @@ from memstate_sa.errors import ConflictError, MemstateError
 from memstate_sa.log import outbox, unlogged
 from memstate_sa.log.absent_keys import require_absent
 from memstate_sa.log.changes import REDACTED, Op, new_tx
-from memstate_sa.maintenance.progress import Progress
+from memstate_sa.relay.progress import Progress
 from memstate_sa.tracking.inheritance import image_name
 from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked, unique_value

@@ -27,11 +27,13 @@ from memstate_sa.relay.deadletters import DeadLetter
 from memstate_sa.relay.delivery import Delivery
 from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.index_worker import IndexWorker
+from memstate_sa.relay.progress import reporting
 from memstate_sa.relay.retention import Retention
 from memstate_sa.relay.retry import Breaker, RetryPolicy, describe
 from memstate_sa.relay.slot_owner import Counters
 from memstate_sa.relay.wakeup import Listener, Notifier
 from memstate_sa.runtime import forks
+from memstate_sa.runtime.display import summary
 from memstate_sa.runtime.printable import printable_logger
 from memstate_sa.tracking.tracked import Tracked
 
@@ -134,15 +136,19 @@ class Relay:
             raise failure
         return count
 
-    def drain(self, timeout: float = 30.0, *, progress: Callable[[int], None] | None = None) -> int:
+    def drain(self, timeout: float = 30.0, *, progress: Callable[[int], None] | bool | None = None) -> int:
         """Deliver until every index holds all rows that are committed now. Return the number of keys.
 
         It waits and tries again when a delivery fails, but it does not wait for parked keys, which an index refused.
-        *progress* is called after every page and every wait, with the number of keys so far. Raises DeliveryError after
-        *timeout* seconds, with the last failure as its cause.
+        *progress* is called after every page and every wait, with the number of keys so far; True shows a progress bar.
+        Raises DeliveryError after *timeout* seconds, with the last failure as its cause.
         """
+        deadline = time.monotonic() + timeout
         try:
-            return self._drain(time.monotonic() + timeout, timeout, progress)
+            if callable(progress):
+                return self._drain(deadline, timeout, progress)
+            with reporting(progress, "delivering") as report:
+                return self._drain(deadline, timeout, report and (lambda count: report(count, None)))
         finally:
             self._stop_unless_running()
 
@@ -371,6 +377,14 @@ class Relay:
     def is_running(self) -> bool:
         """Whether it runs in the background."""
         return self._cleaner is not None or any(worker.is_running for worker in self._workers)
+
+    def __repr__(self) -> str:
+        problems = self.problems()
+        delivered = (
+            f"{name}: {counters.converged} delivered{f', {problems[name]}' if name in problems else ''}"
+            for name, counters in self.counters().items()
+        )
+        return summary(self, "running" if self._running else "not running", *delivered)
 
     def __enter__(self) -> Self:
         return self.start()

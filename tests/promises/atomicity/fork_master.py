@@ -14,8 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import create_engine
-from sqlalchemy import select as sql_select
+from sqlalchemy import create_engine, select as sql_select
 
 from memstate_sa import Fact, MemoryStore, sqlite
 from memstate_sa.db.tables import holder

@@ -18,8 +18,18 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from memstate_sa import DeliveryError, DeliveryRejected, DeliveryRetryable, MemstateError
 from memstate_sa.capture.append_only import rewriting
-from memstate_sa.db.tables import cursor, holder, index_state, ledger, log, metadata, outbox, parked, utcnow
-from memstate_sa.db.tables import transaction as header
+from memstate_sa.db.tables import (
+    cursor,
+    holder,
+    index_state,
+    ledger,
+    log,
+    metadata,
+    outbox,
+    parked,
+    transaction as header,
+    utcnow,
+)
 from memstate_sa.indexes import InMemoryIndex, Point
 from memstate_sa.log.positions import slot_of
 from memstate_sa.relay import Relay, Retention, RetryPolicy, waiting
