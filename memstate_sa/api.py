@@ -50,5 +50,5 @@ from memstate_sa.relay import (
 from memstate_sa.relay.backlog import Backlog as Backlog
 from memstate_sa.search.hits import Hit as Hit, Hits as Hits, Incomplete as Incomplete
 from memstate_sa.search.time_travel import PastSession as PastSession
-from memstate_sa.store import AsyncMemoryStore as AsyncMemoryStore, MemoryStore as MemoryStore
+from memstate_sa.store import MemoryStore as MemoryStore
 from memstate_sa.undo.undo import Revocation as Revocation

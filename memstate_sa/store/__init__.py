@@ -1,6 +1,8 @@
-"""Memory for people without models of their own: a thin layer over `Memory` and `Fact`."""
+"""Memory for applications without models of their own: a thin layer over `Memory` and `Fact`.
 
-from memstate_sa.store.asynchronous import AsyncMemoryStore
+`AsyncMemoryStore` is in `asynchronous`, which is imported when it is needed.
+"""
+
 from memstate_sa.store.store import MemoryStore
 
-__all__ = ["AsyncMemoryStore", "MemoryStore"]
+__all__ = ["MemoryStore"]

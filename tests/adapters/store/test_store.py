@@ -319,7 +319,7 @@ def test_filters_take_any_field_name(store: MemoryStore) -> None:
 def test_filters_that_no_payload_can_hold_are_refused(store: MemoryStore) -> None:
     """The error is ours, not the driver's."""
     for value in ([1], {"a": 1}, b"x", float("nan"), float("inf"), "a\x00b", "\ud800"):
-        with pytest.raises(MemstateError, match="Cannot filter by '?x"):
+        with pytest.raises(MemstateError, match=r"Cannot filter by '?x"):
             store.query(filters={"x": value})
     for name in ("a\x00b", "\ud800", 5):
         with pytest.raises(MemstateError, match="filter by"):
@@ -679,7 +679,7 @@ def test_immutable_fact_cannot_be_changed(store: MemoryStore) -> None:
     """Such a fact can be added, promoted, deleted and restored, but not changed."""
     store.register_schema("preference", Preference, immutable=True)
     id_ = store.commit(Fact(type="preference", payload={"content": "tea"}), session_id="s1", ephemeral=True)
-    with pytest.raises(ConflictError, match="it is immutable. Delete it and add another"):
+    with pytest.raises(ConflictError, match="it is immutable"):
         store.update(id_, {"payload": {"content": "coffee"}})
     with pytest.raises(ConflictError, match="immutable"):
         store.commit_model(Preference(content="coffee"), fact_id=id_)
