@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memstate_sa.api import *
-    from memstate_sa.store.asynchronous import AsyncMemoryStore
 
 __version__ = "0.1.0"
 
@@ -66,7 +65,8 @@ def __getattr__(name: str) -> Any:
     """Import the public names when the first of them is needed: `memstate-sa --help` needs none."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "memstate_sa.store.asynchronous" if name == "AsyncMemoryStore" else "memstate_sa.api"  # asyncio is heavy
+    # asyncio is only loaded for an application that uses it.
+    module = "memstate_sa.store.asynchronous" if name == "AsyncMemoryStore" else "memstate_sa.api"
     value = globals()[name] = getattr(import_module(module), name)
     return value
 

@@ -174,16 +174,16 @@ class Doctor:
         while True:
             with self._engine.connect() as connection:
                 keys = committed.page(connection, tracked, after, self._page_size)
-                known = last_entries(connection, tracked, keys)
+                entries = last_entries(connection, tracked, keys)
             if not keys:
                 break
             after = keys[-1]
             diagnosis.checked += len(keys)
-            if unlogged := len(keys) - len(known):
+            if unlogged := len(keys) - len(entries):
                 diagnosis.unlogged_by_class[tracked.model] = (
                     diagnosis.unlogged_by_class.get(tracked.model, 0) + unlogged
                 )
-            if differing := self._confirmed(tracked, known):
+            if differing := self._confirmed(tracked, entries):
                 yield differing, False
             if progress is not None:
                 progress(diagnosis.checked, None)

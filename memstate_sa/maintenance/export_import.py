@@ -374,7 +374,8 @@ def _read(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
         for number, text in enumerate(file, start=1):
             line = _parse(number, text)
             if is_ended or isinstance(line, _Header) is (number > 1):
-                raise MemstateError(f"line {number}: after the end" if is_ended else f"line {number}: a second header")
+                problem = "it follows the closing line" if is_ended else "a second header"
+                raise MemstateError(f"line {number}: {problem}")
             is_ended = isinstance(line, _End)
             if isinstance(line, _End) and line.lines != number - 1:
                 raise MemstateError(

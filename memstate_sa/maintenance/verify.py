@@ -118,8 +118,8 @@ class Verify:
             if repair:
                 # Park the keys: the relay writes a parked key even if the ledger has the same fingerprint.
                 with self._engine.begin() as connection:
-                    again = Parked(0, 0.0, ParkedState.AGAIN, f"drift: {kind}")
-                    ledger.redirty(connection, self._key, dict.fromkeys(drifted, again))
+                    parking = Parked(0, 0.0, ParkedState.AGAIN, f"drift: {kind}")
+                    ledger.redirty(connection, self._key, dict.fromkeys(drifted, parking))
 
     def _differences(self, report: DriftReport, progress: Progress | None) -> Iterator[tuple[str, list[FactKey]]]:
         after: str | None = None

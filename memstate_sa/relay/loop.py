@@ -127,7 +127,7 @@ class Relay:
         """
         succeeded = False
         try:
-            count, failure = self._step()
+            count, failure = self._deliver_once()
             succeeded = failure is None
         finally:
             if not succeeded:
@@ -164,7 +164,7 @@ class Relay:
             present = read_present(connection)
         total = 0
         while True:
-            count, failure = self._step()
+            count, failure = self._deliver_once()
             total += count
             if progress is not None:
                 progress(total)
@@ -178,7 +178,7 @@ class Relay:
                 raise DeliveryError(f"The relay has not drained within {timeout:g} s: {reason}") from failure
             time.sleep(wait)
 
-    def _step(self) -> tuple[int, DeliveryRetryable | None]:
+    def _deliver_once(self) -> tuple[int, DeliveryRetryable | None]:
         """Deliver one page of each source to each index. Return the number of keys, and the first failure.
 
         The failure of one index does not stop the others.
@@ -187,7 +187,7 @@ class Relay:
         require_no_transaction(self._engine)
         for worker in self._workers:
             try:
-                total += worker.step(save=True) or 0
+                total += worker.deliver(save=True) or 0
             except DeliveryRetryable as error:
                 failure = failure or error
         self._clean_up()

@@ -251,8 +251,8 @@ class Undoing:
         changed_since: Collection[FactKey] = set(final)
         if self.on_conflict != "force":
             later = later_entries(self.connection, changes)
-            own = {change.id for change in changes}
-            changed_since = {entry.fact for entry in later if entry.id not in own}
+            own_ids = {change.id for change in changes}
+            changed_since = {entry.fact for entry in later if entry.id not in own_ids}
             if changed_since:
                 undone_changes = undone(self.connection, {entry.tx for entry in later}.difference(targets))
                 ids_by_fact = conflicting_entries(later, set(targets), undone_changes)

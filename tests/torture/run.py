@@ -510,12 +510,12 @@ def show(report: Report, console: Console) -> None:
     done.add_row("commits without an answer", str(journal["committing"] - journal["committed"]))
     for name in report.oldest_s:
         done.add_row(f"{name}: keys delivered", str(counters[f"{name} converged"]))
-        done.add_row(f"{name}: keys refused, set aside", str(counters[f"{name} rejected"]))
+        done.add_row(f"{name}: keys refused and parked", str(counters[f"{name} rejected"]))
         done.add_row(f"{name}: slots lost to another worker", str(counters[f"{name} lost"]))
     done.add_row("lines in the workers' logs", str(report.log_lines))
-    done.add_row("CPU time of a worker, of the time", f"{report.cpu_s / WORKERS / (report.seconds or 1.0):.0%}")
+    done.add_row("CPU time of a worker, share of the time", f"{report.cpu_s / WORKERS / (report.seconds or 1.0):.0%}")
     for name, seconds in report.oldest_s.items():
-        done.add_row(f"{name}: longest wait that was seen", f"{seconds:.1f} s")
+        done.add_row(f"{name}: longest wait", f"{seconds:.1f} s")
     drained = report.drained_after_s
     done.add_row("Chroma's own files broken, and replaced", str(report.chroma_replaced))
     done.add_row("all delivered after the last fault", "never" if drained is None else f"{drained:.1f} s")

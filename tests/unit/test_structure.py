@@ -100,7 +100,7 @@ def test_the_package_shows_few_files_beside_its_folders() -> None:
 
 
 def test_the_documented_folders_are_those_of_the_package() -> None:
-    """The folders are in the first column of the table in docs/architecture.md."""
+    """The folders are in the first column of the table in docs/explanation/architecture.md."""
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/explanation/architecture.md").read_text(), re.MULTILINE)
     assert sorted({name for row in rows for name in re.findall(r"`(\w+)/[\w/]*`", row)}) == FOLDERS
 

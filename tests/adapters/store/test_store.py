@@ -679,7 +679,7 @@ def test_immutable_fact_cannot_be_changed(store: MemoryStore) -> None:
     """Such a fact can be added, promoted, deleted and restored, but not changed."""
     store.register_schema("preference", Preference, immutable=True)
     id_ = store.commit(Fact(type="preference", payload={"content": "tea"}), session_id="s1", ephemeral=True)
-    with pytest.raises(ConflictError, match="it is immutable"):
+    with pytest.raises(ConflictError, match=r"it is immutable\. Delete it and add another"):
         store.update(id_, {"payload": {"content": "coffee"}})
     with pytest.raises(ConflictError, match="immutable"):
         store.commit_model(Preference(content="coffee"), fact_id=id_)

@@ -418,7 +418,7 @@ def test_any_name_can_be_captured(postgres_engine: Engine, name: str) -> None:
 
 
 def documented_grants(to: str, role: str) -> str:
-    """The GRANT statements of docs/security.md, for *role*."""
+    """The GRANT statements of docs/how-to/roles.md, for *role*."""
     blocks = re.findall(r"^```sql\n(.*?)^```$", SECURITY.read_text(), re.MULTILINE | re.DOTALL)
     [block] = [block for block in blocks if f"TO {to};" in block]
     return block.replace(f"TO {to};", f"TO {role};")
