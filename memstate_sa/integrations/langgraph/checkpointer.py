@@ -29,7 +29,7 @@ from memstate_sa.integrations.langgraph.tables import lease
 from memstate_sa.integrations.langgraph.thread_ids import graph_of
 from memstate_sa.log.history import Moment
 from memstate_sa.memory import Memory
-from memstate_sa.store import MemoryStore
+from memstate_sa.store import AsyncMemoryStore, MemoryStore
 
 try:
     from langchain_core.runnables import RunnableConfig
@@ -53,9 +53,9 @@ T = TypeVar("T")
 class MemStateCheckpointer(CheckpointSaver):
     """Saves a graph's checkpoints in the database of the facts: PostgreSQL, or SQLite in a file.
 
-    *where* is a `MemoryStore`, an Engine (or AsyncEngine) or a URL. Pass a MemoryStore, or a `Memory` with facts in
-    that database as *memory*. Then each checkpoint also records the log's last transaction, and `step` commits facts
-    with the state. Checkpoints themselves are not facts: they have no history, and are in no index.
+    *where* is a `MemoryStore` (or AsyncMemoryStore), an Engine (or AsyncEngine) or a URL. Pass a store, or a `Memory`
+    with facts in that database as *memory*. Then each checkpoint also records the log's last transaction, and `step`
+    commits facts with the state. Checkpoints themselves are not facts: they have no history, and are in no index.
 
     Values are stored as msgpack, never as pickle. Reading builds only plain types, LangChain's messages, LangGraph's
     own classes, classes in the graph's schemas, and classes in *allow*. A value of another class raises MemstateError.
@@ -73,7 +73,7 @@ class MemStateCheckpointer(CheckpointSaver):
 
     def __init__(
         self,
-        where: MemoryStore | Engine | AsyncEngine | URL | str,
+        where: MemoryStore | AsyncMemoryStore | Engine | AsyncEngine | URL | str,
         *,
         memory: Memory | None = None,
         serde: SerializerProtocol | None = None,
@@ -85,6 +85,8 @@ class MemStateCheckpointer(CheckpointSaver):
             raise MemstateError(
                 "Cannot use allow= with serde=. Your serializer decides which classes it reads. Configure it instead."
             )
+        if isinstance(where, AsyncMemoryStore):
+            where = where.sync_store
         if isinstance(where, MemoryStore):
             memory = where.memory
         engine = sync_engine(where, memory)
