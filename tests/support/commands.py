@@ -50,6 +50,10 @@ memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
 memory.track(Note, text="text")
 memory.track(Pair, text="text")
 something_else = 3
+
+
+def make():
+    return memory
 """
 
 

@@ -100,7 +100,7 @@ class Application:
     def running(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         """As the leader of a group of processes, which is killed at the end."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "memstate_sa.cli", "backfill", *arguments],
+            [sys.executable, "-m", "memstate_sa", "backfill", *arguments],
             cwd=self.folder,
             env={**os.environ, "PYTHONPATH": str(ROOT), **self.environment},
             stdout=subprocess.PIPE,
