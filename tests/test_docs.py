@@ -1,45 +1,219 @@
-"""The documentation is true: its Python blocks run, in order, as a reader would run them."""
+"""The documentation is true: its blocks run, in order, as a reader would run them, and its links lead somewhere."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Engine, make_url
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DOCS = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md"))
+PAGES = [
+    Path("README.md"),
+    *DOCS,
+    *(Path(name) for name in ("CONTRIBUTING.md", "SECURITY.md") if (ROOT / name).exists()),
+]
+RUN_ELSEWHERE = {
+    "docs/how-to/indexes.md": "tests/adapters/indexes/test_own_index.py",
+    "docs/cli.md": "tests/adapters/cli",
+}
+ONLY_POSTGRES = {"docs/how-to/asyncio.md"}
+
+OURS = {"memstate-sa": "memstate_sa.cli", "alembic": "alembic", "python": None, "pytest": "pytest", "flask": "flask"}
+"""Commands that a console block runs, and the module that each of them is."""
+OTHERS = {
+    "curl",
+    "docker",
+    "git",
+    "gunicorn",
+    "journalctl",
+    "make",
+    "pg_dump",
+    "pg_restore",
+    "pip",
+    "sqlite3",
+    "systemctl",
+    "uvicorn",
+}
+"""Commands of other programs, which are shown and not run: they install something, or need a server."""
+NOT_RUN = "Not run by the tests: "
+"""A paragraph in front of a block that cannot run begins with this, and gives the reader the reason."""
+
+BLOCK = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<code>.*?)^(?P=indent)```$",
+    re.MULTILINE | re.DOTALL,
+)
+HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+PRELUDE = """\
+import subprocess, sys
+from pathlib import Path
 
 
-@pytest.mark.deep_on("docs/reindex.md", "docs/langgraph.md")
-@pytest.mark.parametrize("document", ["README.md", "docs/reindex.md", "docs/langgraph.md"])
-def test_python_blocks_run(document: str, tmp_path: Path) -> None:
-    """All blocks of a document, one after the other as one script in an empty folder; no warning either."""
-    pytest.importorskip("chromadb")
-    pytest.importorskip("wordllama")
-    pytest.importorskip("langgraph.graph")
-    script = tmp_path / "document.py"
-    script.write_text("\n".join(match.group(1) for match in BLOCK.finditer((ROOT / document).read_text())))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-W", "error", script.name], cwd=tmp_path, env=environment, check=True)
+def _write(name, code):
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(code)
 
 
-def test_links_lead_somewhere() -> None:
-    """Every relative link of the documents."""
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+def _run(*command):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{command} exited with {done.returncode}\\n{done.stdout}\\n{done.stderr}"
+    print(done.stdout)
+
+
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code of a page; with a *title* it is a file of that name."""
+
+    language: str
+    title: str | None
+    code: str
+    runs: bool
+
+
+def blocks(text: str) -> Iterator[Block]:
+    for match in BLOCK.finditer(text):
+        code = re.sub(f"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
+        before = text[: match.start()].rstrip().rpartition("\n\n")[2]
+        yield Block(match["language"], match["title"], code, NOT_RUN not in before)
+
+
+def commands(console: str) -> Iterator[list[str]]:
+    """The commands of a console block. Its other lines are output."""
+    for line in re.sub(r"\\\n\s*", "", console).splitlines():
+        if line.startswith("$ "):
+            yield shlex.split(line[2:], comments=True)
+
+
+def lines(block: Block) -> Iterator[str]:
+    """Python lines that follow *block* as a reader would."""
+    if not block.runs:
+        return
+    if block.title is not None:
+        yield f"_write({block.title!r}, {block.code!r})\n"
+    elif block.language == "python":
+        yield block.code
+    elif block.language == "console":
+        for program, *arguments in commands(block.code):
+            assert program in OURS or program in OTHERS, f"the tests do not know the command {program}"
+            if program in OURS:
+                module = OURS[program]
+                yield f"_run(*{['-m', module, *arguments] if module else arguments!r})\n"
+
+
+def script(page: Path, url: str) -> str:
+    """A page as one program, on the database of *url*; empty when nothing of it runs."""
+    steps = [step for block in blocks((ROOT / page).read_text()) for step in lines(block)]
+    code = "\n".join(steps)
+    if not url.startswith("sqlite"):
+        code = re.sub(r"(sqlite|postgresql)(\+\w+)?://[/\w@.:-]+", lambda match: _with_driver(url, match[2]), code)
+    return f"{PRELUDE}{code}" if steps else ""
+
+
+def _with_driver(url: str, driver: str | None) -> str:
+    name = "postgresql+asyncpg" if driver == "+asyncpg" else "postgresql+psycopg"
+    return make_url(url).set(drivername=name).render_as_string(hide_password=False)
+
+
+RUN = [str(page) for page in PAGES if str(page) not in RUN_ELSEWHERE and script(page, "sqlite")]
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_blocks_run(page: str, engine: Engine, tmp_path: Path) -> None:
+    """All blocks of a page, one after the other, in an empty folder; a warning is an error."""
+    for package in ("chromadb", "wordllama", "langgraph.graph", "fastapi", "flask", "sqlmodel", "asyncpg", "httpx"):
+        pytest.importorskip(package)
+    if page in ONLY_POSTGRES and engine.dialect.name == "sqlite":
+        pytest.skip("the page is about PostgreSQL")
+    url = engine.url.render_as_string(hide_password=False)
+    program = tmp_path / "document.py"
+    program.write_text(script(Path(page), url))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "PYTHONWARNINGS": "error"}
+    done = subprocess.run(
+        [sys.executable, program.name], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", [*map(str, PAGES)])
+def test_blocks_are_in_known_languages(page: str) -> None:
+    """Blocks in another spelling of the language would be passed over in silence."""
+    languages = {block.language for block in blocks((ROOT / page).read_text())}
+    assert languages <= {
+        "python",
+        "console",
+        "text",
+        "sql",
+        "ini",
+        "toml",
+        "yaml",
+        "diff",
+        "json",
+        "dockerfile",
+        "promql",
+    }
+
+
+# -- links -------------------------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    titles = HEADING.findall(FENCED.sub("", page.read_text()))
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+@pytest.mark.parametrize("page", [*map(str, PAGES)])
+def test_links_lead_somewhere(page: str) -> None:
+    """Every relative link, to a file and to a heading in it."""
+    document = ROOT / page
+    for link in re.findall(r"\]\((?!https?://)([^)\s]+)", FENCED.sub("", document.read_text())):
+        target, _, anchor = link.partition("#")
+        file = document.parent / target if target else document
+        assert file.exists(), f"{page}: {link}"
+        assert not anchor or anchor in anchors(file), f"{page}: {link}"
+
+
+def test_the_package_page_has_absolute_links() -> None:
+    """The README as the package shows it: every link leads below a URL that pyproject.toml declares."""
+    pytest.importorskip("hatch_fancy_pypi_readme")
+    metadata = pytest.importorskip("hatchling.metadata.core")
+    project = metadata.ProjectMetadata(str(ROOT), pytest.importorskip("hatchling.plugin.manager").PluginManager()).core
+    source = project.urls["Source"]
+    links = re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", project.readme))
+    assert len(links) > 20
+    for link in links:
+        assert link.startswith(("https://img.shields.io/badge/", source)), link
+        if link.startswith(source):
+            assert (ROOT / link.removeprefix(source).partition("#")[0]).exists(), link
+
+
+# -- the README --------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short() -> None:
+    assert len(FENCED.sub("", (ROOT / "README.md").read_text()).split()) <= 900
 
 
 def test_each_guarantee_links_to_its_tests() -> None:
-    """A folder with tests in it, for each row of the README's table."""
-    table = (ROOT / "README.md").read_text().split("| | guarantee | limit |\n")[1].split("\n\n")[0]
+    """A folder with tests in it, and a section about limits, for each row of the README's table."""
+    table = (ROOT / "README.md").read_text().split("| guarantee | in short | tests |\n")[1].split("\n\n")[0]
     rows = table.splitlines()[1:]
     assert len(rows) >= 12
     for row in rows:
-        link = re.match(r"\| \[[^]]+\]\((tests/[^)]+)\) \| ", row)
+        link = re.match(
+            r"\| \[[^]]+\]\(docs/explanation/guarantees.md#[a-z-]+\) \| .+ \| \[\w+\]\((tests/[^)]+)\) \|", row
+        )
         assert link, f"no link to tests: {row[:60]}"
         assert any((ROOT / link.group(1)).glob("test_*.py")), link.group(1)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqlalchemy import update
 from sqlalchemy.engine import Connection
-from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm import Mapper, Session, scoped_session
 
 from memstate_sa.errors import MemstateError
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
+
+SyncSession: TypeAlias = "Session | scoped_session[Any]"
+AwaitedSession: TypeAlias = "AsyncSession | async_scoped_session[Any]"
+AnySession: TypeAlias = "SyncSession | AwaitedSession"
 
 
 def in_scope(session: Any) -> Any:
@@ -25,13 +32,10 @@ def sync_session(session: Any) -> Session:
     return sync
 
 
-def blocking_session(session: Any) -> Session:
-    """The same, for calls that wait for the database. Raises MemstateError for an AsyncSession."""
+def blocking_session(session: Any, method: str) -> Session:
+    """The Session for *method* of a Memory, which waits for the database. Raises MemstateError for an AsyncSession."""
     if hasattr(in_scope(session), "sync_session"):
-        raise MemstateError(
-            "this waits for the database, which an AsyncSession cannot: await session.run_sync(memory.history, Model, "
-            "key), for example, gives it the Session; search has `await memory.asearch(session, …)`"
-        )
+        raise MemstateError(f"Cannot use an AsyncSession: this call blocks. Use `await memory.a{method}(…)`.")
     return sync_session(session)
 
 

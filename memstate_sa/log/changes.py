@@ -44,6 +44,10 @@ class Change:
     reverts: str | None = None
 
 
+class Changes(list[Change]):
+    """Changes, in the order that the method which returns them names."""
+
+
 class LogEntry(NamedTuple):
     """A log entry about to be written; ``image`` is encoded. ``step``: rollback counts its transaction."""
 

@@ -1,1 +1,1 @@
-"""What an operator runs: backfill, verify, doctor, reindex, erase, export and import."""
+"""Commands for operators: backfill, verify, doctor, reindex, erase, export and import."""

@@ -1,9 +1,8 @@
-"""Rows that are older than tracking, taken in: a baseline in the log, and a mark for delivery.
+"""Take in rows that are older than tracking: log a baseline for each, and mark it for delivery.
 
-Batch by batch, by any number of processes, each going on where another was killed. What is left is kept as ranges of
-keys. A worker is one transaction at a time: it locks a range that nobody else has, logs its next rows, and moves its
-beginning past them. So there is nothing to lease, and nothing to clean up: the database lets go of a range when the
-process that had it dies.
+The work is done in batches, by any number of processes, and it resumes after a crash. The remaining keys are kept as
+ranges in a table. In each transaction, a worker locks a free range, logs its next rows, and moves its position past
+them. So leases and clean-up are not needed: the database unlocks a range when its worker dies.
 """
 
 from __future__ import annotations
@@ -26,13 +25,16 @@ from memstate_sa.tracking import committed
 from memstate_sa.tracking.tracked import Tracked
 
 _BATCHES = 20
-"""So many of them are divided off as a range: few enough ranges, and at the end no worker is idle for long."""
+"""The number of batches in a range: large enough for few ranges, small enough to keep all workers busy to the end."""
 
 _BEGINNING = ""
 
 
 class BackfillState(NamedTuple):
-    """How far the backfill of some classes is, whoever works on it: rows seen, of how many; those new to the log."""
+    """The progress of all workers that backfill some classes.
+
+    ``seen`` rows of about ``total`` were looked at, and ``added`` of them were new to the log.
+    """
 
     seen: int
     total: int
@@ -41,7 +43,7 @@ class BackfillState(NamedTuple):
 
 
 class Backfill:
-    """One worker's part in the backfill of *tracked*. *rate*: it looks at no more rows a second than that."""
+    """One worker in the backfill of *tracked*. *rate* is the greatest number of rows per second that it looks at."""
 
     def __init__(
         self,
@@ -59,9 +61,9 @@ class Backfill:
         self._rate = rate
 
     def begin(self, *, restart: bool | None = None) -> None:
-        """See to it that there are ranges: of classes that have none, and anew of those that are done with.
+        """Create the first range of each class that has no unfinished range.
 
-        *restart*: anew of all (True), or only where there were none (False).
+        *restart*: True replaces the ranges of all classes. False keeps finished classes finished.
         """
         database = database_of(self._engine)
         for entity, tracked in self._tracked.items():
@@ -78,7 +80,7 @@ class Backfill:
                 if not database.has_one_writer:
                     connection.execute(_alone)
                 if not restart and connection.execute(enough).first():
-                    continue  # somebody else was first
+                    continue  # another worker was first
                 connection.execute(delete(backfill).where(of_entity))
                 connection.execute(
                     database.upsert(backfill).on_conflict_do_nothing(),
@@ -97,7 +99,7 @@ class Backfill:
                 unique_values.take(connection, tracked, of_no_row)
 
     def run(self, *, limit: int | None = None, progress: Progress | None = None) -> int:
-        """Work until nothing is left, or *limit* rows were looked at; how many of them were new to the log."""
+        """Work until no row is left, or until *limit* rows were looked at. Return how many were new to the log."""
         added = seen = 0
         self._report(progress)
         while limit is None or seen < limit:
@@ -110,7 +112,7 @@ class Backfill:
             now = time.monotonic()
             pause = 0.0 if self._rate is None else turn[0] / self._rate - (now - since)
             if database_of(self._engine).has_one_writer:
-                # Who waits to be it asks again after as long as it has waited, about.
+                # Other writers poll for the lock, at growing intervals: give them as much time as this batch took.
                 pause = max(pause, now - since)
             if pause > 0:
                 time.sleep(pause)
@@ -130,7 +132,7 @@ class Backfill:
     # -- one transaction -----------------------------------------------------------------------------------------------
 
     def _turn(self, size: int) -> tuple[int, int] | None:
-        """How many rows were looked at, and how many of them were logged; None when nothing is left."""
+        """Process the next batch. Return how many rows were looked at and how many were logged; None at the end."""
         with self._transaction() as connection:
             take_write_lock(connection)
             range_row = self._lock_range(connection)
@@ -141,7 +143,7 @@ class Backfill:
             if range_row.until is None:
                 skip = _BATCHES * self._batch_size - 1
                 boundary = committed.page(connection, tracked, after, 1, skip=skip)
-                if boundary:  # what is beyond is for whoever comes next
+                if boundary:  # leave the rest to the next worker
                     connection.execute(update(backfill).where(this).values(until=boundary[0]))
                     connection.execute(insert(backfill), _range(range_row.entity, boundary[0]))
                     return 0, 0
@@ -162,19 +164,19 @@ class Backfill:
             return passed, added
 
     def _lock_range(self, connection: Connection) -> Row[Any] | None:
-        """Lock a range, that is not worked on, if there is one; None when all are done."""
+        """Lock an unfinished range, if possible one without waiting. None when all are done."""
         entities = {"entities": list(self._tracked)}
         while True:
             for statement in (_unlocked, _any):
                 if range_row := connection.execute(statement, entities).first():
                     return range_row
-            # Nothing, or what was waited for is done now, and others are not.
+            # Another worker may have finished the range that we waited for. Look for other ranges.
             if self.state(connection).done:
                 return None
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
-        """In READ COMMITTED: what is read after a lock has to be what is there then."""
+        """A transaction in READ COMMITTED, so that reads after a lock see the latest rows."""
         database = database_of(self._engine)
         connected = self._engine.connect().execution_options(**database.isolation("READ COMMITTED"))
         with connected as connection, connection.begin():
@@ -188,12 +190,12 @@ def _range(entity: str, start: str, *, total: int = 0) -> dict[str, Any]:
     return {"entity": entity, "start": start, "until": None, "position": start, "done": False, **counts}
 
 
-# A process that is stopped in the middle of a batch must not hold the rows for ever.
+# A process that is suspended in the middle of a batch must not lock the rows for ever.
 _limit_idle = select(func.set_config("idle_in_transaction_session_timeout", "60s", True))
-# Not the ranges: a worker that divides one meanwhile would leave a range that is not of these.
+# Lock the table, not its rows: otherwise another worker could divide a range and insert a new one at the same time.
 _alone = text(f"LOCK TABLE {backfill.name} IN EXCLUSIVE MODE")
 _of_entities = backfill.c.entity.in_(bindparam("entities", expanding=True))
-# The undivided rest last, so that others can divide it meanwhile.
+# The undivided range comes last: as long as it is not locked, other workers can divide it.
 _ranges: Select[Any] = (
     select(backfill.c.entity, backfill.c.start, backfill.c.until, backfill.c.position)
     .where(_of_entities, backfill.c.done == false())

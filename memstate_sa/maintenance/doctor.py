@@ -1,4 +1,4 @@
-"""Is the log still what the tables are? And is there anything about this database that would make it cease to be?"""
+"""Check that the log agrees with the tables, and that nothing in the database will make them differ later."""
 
 from __future__ import annotations
 
@@ -39,44 +39,48 @@ from memstate_sa.tracking.tracked import Tracked
 logger = printable_logger("memstate_sa.doctor")
 
 _UNSURE = (
-    "%s: rows that are gone were not logged as deleted. Another transaction is writing to the table and may be adding "
-    "them. Repair again when it has ended."
+    "%s: cannot log missing rows as deleted. Another transaction is writing to the table, and may be inserting them "
+    "again. Repair again when that transaction has ended."
 )
 RECONCILED = "reconciled"
-"""The reason of transactions that log what others changed."""
+"""The reason of transactions in which the doctor logs unlogged changes."""
 
 
 class Problem(NamedTuple):
-    """Something that makes, or may make, the log untrue: of what, and what to do about it."""
+    """Something that makes, or may make, the log untrue.
+
+    The message completes a sentence that begins with the subject. It also says what to do.
+    """
 
     subject: str
     message: str
 
 
 class Risk(Problem):
-    """Something that the log does not see, and that an application may do without. A database with one is healthy."""
+    """Something that the log does not see, and that an application may not need. A database with a risk is healthy."""
 
 
 def folded(problems: Iterable[Problem]) -> Iterator[Problem]:
-    """For people: those of which the same is to be said become one, with all their names on lines of their own."""
-    subjects: dict[str, list[str]] = {}
+    """The problems for people to read: problems with the same message become one, which lists all subjects."""
+    subjects_of: dict[str, list[str]] = {}
     for subject, message in problems:
-        subjects.setdefault(message, []).append(subject)
-    for message, named in subjects.items():
-        if len(named) == 1:
-            yield Problem(named[0], message)
+        subjects_of.setdefault(message, []).append(subject)
+    for message, subjects in subjects_of.items():
+        if len(subjects) == 1:
+            yield Problem(subjects[0], message)
         else:
-            names = fill(", ".join(named), width=70, break_long_words=False, break_on_hyphens=False)
+            names = fill(", ".join(subjects), width=70, break_long_words=False, break_on_hyphens=False)
             yield Problem("each of these", f"{message}\n{indent(names, '  ')}")
 
 
 @dataclass
 class Diagnosis:
-    """What `Memory.doctor` found; facts as (entity, primary key).
+    """The findings of `Memory.doctor`. A fact is (entity, primary key).
 
-    ``changed``: the row is not what the log says · ``gone``: the log says that there is a row · ``unlogged``: how many
-    rows the log has not seen, because they are older than tracking, or came past it; `Memory.backfill` of the classes
-    in ``unlogged_by_class`` logs them.
+    - ``changed``: facts whose row differs from the log.
+    - ``gone``: facts that the log has, and whose row is missing.
+    - ``unlogged``: the number of rows without a log entry. They are older than tracking, or capture missed them.
+      `Memory.backfill` of the classes in ``unlogged_by_class`` logs them.
     """
 
     checked: int = 0
@@ -91,7 +95,10 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        """The log agrees with the tables, or did not before ``repair=True``, and nothing but a `Risk` is in its way."""
+        """True if no fact is in ``changed`` or ``gone``, and every problem is only a `Risk`.
+
+        Facts that ``repair=True`` has logged count as different.
+        """
         return not (self.changed or self.gone or self.has_problems)
 
     @property
@@ -145,7 +152,7 @@ class Doctor:
     def _differences(
         self, tracked: Tracked, diagnosis: Diagnosis, progress: Progress | None
     ) -> Iterator[tuple[dict[str, LastEntry], bool]]:
-        """The last entries of which rows differ, page by page, and whether that is because the row is gone."""
+        """Pages of last log entries that differ from their rows, with True where the rows are missing."""
         after: str | None = None
         while True:
             with self._engine.connect() as connection:
@@ -178,30 +185,33 @@ class Doctor:
                 yield lost, True
 
     def _confirmed(self, tracked: Tracked, before: Mapping[str, LastEntry]) -> dict[str, LastEntry]:
-        """Those of the last entries *before* from which the row differs, and that are the last after it was read."""
+        """The entries of *before* that still differ from their rows, and are still the last of their facts.
+
+        The last entries are read again after the rows: an entry written in between explains the difference.
+        """
         if not before:
             return {}
         keys = list(before)
         with self._engine.connect() as connection:
             rows = _rows(connection, tracked, keys)
             after = last_entries(connection, tracked, keys)
-        same = [key for key, last in before.items() if key in after and after[key].id == last.id]
+        keys = [key for key, last in before.items() if key in after and after[key].id == last.id]
         columns = tracked.columns_for(self._engine.dialect)
-        return {key: before[key] for key in same if _differs(before[key], rows.get(key), columns)}
+        return {key: before[key] for key in keys if _differs(before[key], rows.get(key), columns)}
 
     def _reconcile(self, tracked: Tracked, before: Mapping[str, LastEntry]) -> None:
-        """Log what became of the rows that differ from their last entries, and have them delivered.
+        """Log the present state of rows that differ from their last entries, and mark them for delivery.
 
-        It is no step of anybody's: rollback passes it by.
+        This transaction is not a step: rollback skips it.
         """
         keys = list(before)
         while keys:
             try:
-                with writing(self._engine, "READ COMMITTED") as connection:  # each statement sees what others committed
+                with writing(self._engine, "READ COMMITTED") as connection:  # each statement sees all commits
                     self._log_differences(connection, tracked, {key: before[key] for key in keys})
-            except KeyInserted as taken:  # they are there again, and logged
-                keys = [key for key in keys if key not in taken.keys]
-            except ConflictError:  # they may come: another examination finds what has become of them
+            except KeyInserted as error:  # these rows exist again, and their insert is logged
+                keys = [key for key in keys if key not in error.keys]
+            except ConflictError:  # another transaction may insert them: the next examination will tell
                 logger.warning(_UNSURE, tracked.entity)
                 return
             else:
@@ -214,7 +224,7 @@ class Doctor:
         entries = []
         for key, last in last_entries(connection, tracked, keys).items():
             row = rows.get(key)
-            # A row that is not there is not locked: it may have come again since, and been logged.
+            # A missing row cannot be locked: another transaction may have inserted and logged it since.
             if last.id == before[key].id and _differs(last, row, tracked.columns_for(connection.dialect)):
                 op = "delete" if row is None else "insert" if last.op == "delete" else "update"
                 entries.append(LogEntry(tracked.entity, key, op, images.get(key), step=False))  # type: ignore[arg-type]
@@ -225,34 +235,34 @@ class Doctor:
             require_absent(connection, tracked, [entry.key for entry in entries if entry.op == "delete"])
 
     def _unique_values(self, tracked: Tracked) -> Iterator[Problem]:
-        """Rows that have a history, and not the unique values that ``unique_by`` gives them now."""
+        """A problem if logged rows lack the unique values that ``unique_by`` gives them now."""
         if tracked.unique_values is None:
             return
         after, count = None, 0
         while True:
             with self._engine.connect() as connection:
                 keys = committed.page(connection, tracked, after, self._page_size)
-                wrong = self._differing(connection, tracked, list(last_entries(connection, tracked, keys)))
+                suspects = self._differing(connection, tracked, list(last_entries(connection, tracked, keys)))
             if not keys:
                 break
             after = keys[-1]
-            if wrong:
-                with self._engine.connect() as connection:  # others may have written between the first two looks
-                    count += len(self._differing(connection, tracked, list(wrong)))
+            if suspects:
+                with self._engine.connect() as connection:  # others may have written between the first two reads
+                    count += len(self._differing(connection, tracked, list(suspects)))
         if count:
             name = tracked.model.__name__
             yield Problem(
                 tracked.entity,
-                f"has {count} rows without the unique values of its unique_by=, which is new or was changed: another "
-                f"row may take the same. memory.backfill(engine, {name}) takes them in, and warns of those that share "
-                "one",
+                f"has {count} rows without their unique values. Its unique_by= is new or was changed, so other rows "
+                f"may take the same values. Run memory.backfill(engine, {name}): it stores them, and warns of "
+                "duplicates.",
             )
 
     @staticmethod
     def _differing(connection: Connection, tracked: Tracked, keys: Sequence[str]) -> set[str]:
         return unique_values.differences(connection, tracked, _rows(connection, tracked, keys)).keys
 
-    # -- what would make them differ -----------------------------------------------------------------------------------
+    # -- problems of the database --------------------------------------------------------------------------------------
 
     def _problems(self) -> Iterator[Problem]:
         inspector = inspect(self._engine)
@@ -260,29 +270,32 @@ class Doctor:
         lacks = lacking(inspector, metadata.sorted_tables)
         for table in metadata.sorted_tables:
             if table.name not in tables:
-                yield Problem(table.name, "is not there: memory.create_tables(engine), or a migration, creates it")
+                yield Problem(table.name, "does not exist. Create it with memory.create_tables(engine) or a migration.")
                 continue
             if columns := sorted(column.name for column in lacks.columns if column.table is table):
-                yield Problem(table.name, f"is of another version: it lacks {', '.join(columns)}; migrate it")
+                yield Problem(table.name, f"is of another version: it lacks {', '.join(columns)}. Migrate it.")
             for index in lacks.indexes:
                 if index.table is table:
-                    yield Problem(table.name, f"has no index {index.name}: what reads it, reads it all; create it")
+                    yield Problem(
+                        table.name, f"lacks the index {index.name}, so queries read the whole table. Create the index."
+                    )
         if log.name in tables and (lost := self._lost_protection()):
             yield Problem(
                 log.name,
-                f"may be rewritten by anybody, as it has no trigger {', '.join(lost)}: memory.create_tables(engine), "
-                "or a migration, installs what is missing",
+                f"may be rewritten: it has no trigger {', '.join(lost)}. Install the missing triggers with "
+                "memory.create_tables(engine) or a migration.",
             )
         if not self._capture.is_any_attached and not all(t.by_trigger for t in self._registry.by_entity.values()):
-            yield Problem("Sessions", "none is attached: memory.attach(sessionmaker) has what they write captured")
+            yield Problem("Sessions", "are not captured. Call memory.attach(sessionmaker).")
         if database_of(self._engine) is SQLITE and sqlite.leaks_savepoints(self._engine):
             yield Problem(
                 "SAVEPOINTs",
-                "survive the ROLLBACK of their transaction: memstate_sa.sqlite.configure(engine) mends it",
+                "survive the ROLLBACK of their transaction. Call memstate_sa.sqlite.configure(engine).",
             )
         if trigger_context.name in tables and self._has_leftover_context():
             yield Problem(
-                trigger_context.name, "holds what a transaction has left there, so others are taken for it: empty it"
+                trigger_context.name,
+                "holds rows that a transaction has left. Triggers give its labels to other transactions. Empty it.",
             )
         yield from self._hazards()
         for name, reason in unsupported_tables(inspector, self._tracked_tables().values()):
@@ -292,11 +305,11 @@ class Doctor:
 
     def _of_class(self, inspector: Inspector, tracked: Tracked, *, has_log: bool) -> Iterator[Problem]:
         if absent := _absent(inspector, tracked):
-            named = "" if absent == [tracked.entity] else f" {', '.join(absent)}"
-            yield Problem(tracked.entity, f"is tracked, but has no table{named}")
+            names = "" if absent == [tracked.entity] else f" {', '.join(absent)}"
+            yield Problem(tracked.entity, f"is tracked, but has no table{names}. Create it with a migration.")
             return
-        if tracked.by_trigger and has_log and (wrong := self._wrong_triggers(tracked)):
-            yield Problem(tracked.table.fullname, wrong)
+        if tracked.by_trigger and has_log and (problem := self._trigger_problem(tracked)):
+            yield Problem(tracked.table.fullname, problem)
         yield from self._cascades(tracked)
         for table in tracked.tables:
             if columns := undeclared_columns(inspector, table):
@@ -306,7 +319,7 @@ class Doctor:
         return {table.fullname: table for tracked in self._registry.by_entity.values() for table in tracked.tables}
 
     def _hidden(self) -> Collection[str]:
-        """The tracked tables of which this connection may not see every row: they cannot be compared."""
+        """The tracked tables that may hide rows from this connection. They cannot be compared."""
         with self._engine.connect() as connection:
             return hazards.hidden(connection, self._tracked_tables().values())
 
@@ -316,7 +329,7 @@ class Doctor:
             return [Problem(*hazard) for hazard in hazards.hazards(connection, tables, metadata.sorted_tables)]
 
     def _changed(self, inspector: Inspector) -> Iterator[Problem]:
-        """What another release has left behind."""
+        """Problems that another release has left behind."""
         if not {table.name for table in metadata.sorted_tables}.issubset(inspector.get_table_names()):
             return
         with self._engine.connect() as connection:
@@ -330,7 +343,7 @@ class Doctor:
                         yield Problem(*problem)
 
     def _cascades(self, tracked: Tracked) -> Iterator[Problem]:
-        configure_mappers()  # a process that only looks has loaded no instance yet
+        configure_mappers()  # relationships are known only then, and this process may have loaded no instance yet
         with self._engine.connect() as connection:
             keys = [key for table in tracked.tables for key in cascades.reflected(connection, table)]
         for key, message in cascades.unseen(self._registry, tracked, keys):
@@ -344,18 +357,18 @@ class Doctor:
         with self._engine.connect() as connection:
             return connection.execute(select(trigger_context.c.name).limit(1)).first() is not None
 
-    def _wrong_triggers(self, tracked: Tracked) -> str:
-        way_out = "memory.create_tables(engine), or a migration, installs them"
+    def _trigger_problem(self, tracked: Tracked) -> str:
+        remedy = "Install them with memory.create_tables(engine) or a migration."
         with self._engine.connect() as connection:
             try:
                 expected = {trigger.name: trigger.source for trigger in triggers.triggers(connection, tracked)}
-            except MemstateError as error:  # it has become what triggers cannot capture: a partition, for example
+            except MemstateError as error:  # triggers cannot capture it any more: it became a partition, for example
                 return f"cannot be captured by triggers: {error}"
             installed = triggers.installed(connection, tracked.table)
         if not expected.keys() & installed.keys():
-            return f"has none of its triggers: {way_out}"
-        wrong = [f"trigger {name}" for name, source in expected.items() if installed.get(name) != source]
-        return f"has no {', '.join(wrong)} as it should be: {way_out}" if wrong else ""
+            return f"has none of its triggers. {remedy}"
+        outdated = [f"trigger {name}" for name, source in expected.items() if installed.get(name) != source]
+        return f"lacks the current {', '.join(outdated)}. {remedy}" if outdated else ""
 
 
 _logged_keys = (
@@ -374,10 +387,10 @@ def _rows(
 
 
 def _differs(last: LastEntry, row: Image | None, columns: TableColumns) -> bool:
-    """A column that was added or dropped since is no difference: nobody has changed the row."""
+    """Whether the row differs from the entry. Columns that were added or dropped since are no difference."""
     return columns.differ(None if last.op == "delete" else last.image, row)
 
 
 def _absent(inspector: Inspector, tracked: Tracked) -> list[str]:
-    """Its tables that are not there."""
+    """The tables of *tracked* that do not exist."""
     return [table.fullname for table in tracked.tables if not inspector.has_table(table.name, schema=table.schema)]

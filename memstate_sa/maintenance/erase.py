@@ -1,4 +1,7 @@
-"""Forgetting a fact for good: what it was, wherever our tables say it. That it was, and when it went, stays."""
+"""Erase a fact: delete its row and redact all its images in our tables.
+
+The log still shows that the fact existed, and when it changed and was erased.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ from memstate_sa.tracking.tracked import Tracked
 
 ERASED = "erased"
 _ATTEMPTS = 3
-"""At a fact whose row comes again while we look: then that row is erased as well."""
+"""The number of attempts if another transaction inserts the row again: then that row is erased as well."""
 
 
 class Eraser:
@@ -51,7 +54,7 @@ class Eraser:
     # -- in the caller's transaction -----------------------------------------------------------------------------------
 
     def erase(self, session: Session, tracked: Tracked, key: Any, reason: str | None) -> int:
-        """Returns how many entries of the log are redacted."""
+        """Erase a fact and return the number of redacted log entries."""
         session.flush()
         connection = writing_connection(session, tracked.mapper)
         transaction = self._capture.transaction(session)
@@ -79,17 +82,19 @@ class Eraser:
         vacant = [] if row else keys_others_can_insert(connection, tracked, [fact], transaction.logged_under)
         if vacant:
             lock_absent_keys(connection, [(tracked.entity, fact)])
-            row = _row(connection, tracked, fact)  # whoever held the key may have added it
-        mine = (log.c.entity == tracked.entity, log.c.key == fact)
-        if not row and connection.execute(select(log.c.id).where(*mine).limit(1)).first() is None:
+            row = _row(connection, tracked, fact)  # a transaction that had the key locked may have inserted the row
+        of_fact = (log.c.entity == tracked.entity, log.c.key == fact)
+        if not row and connection.execute(select(log.c.id).where(*of_fact).limit(1)).first() is None:
             identity = tracked.columns_for(connection.dialect).identity(fact)
             key = identity[0] if len(identity) == 1 else identity
-            raise NotFound(f"neither {tracked.table.fullname} nor its history has a row with the key {key!r}")
+            raise NotFound(
+                f"Cannot erase {key!r}: neither {tracked.table.fullname} nor its history has a row with this key."
+            )
         if row:
             _require_unreferred(connection, self._registry, tracked, fact)
             with self._capture.undoing(connection, tx, [(tracked.entity, fact)]):
                 _delete(connection, tracked, fact)
-        # Nothing is left to undo: it is no step.
+        # An erasure is not a step, because it cannot be undone.
         self._recorder.write(
             connection, transaction, [LogEntry(tracked.entity, fact, "delete", None, step=False)], tx=tx
         )
@@ -98,44 +103,44 @@ class Eraser:
         )
         if not row:
             require_absent(connection, tracked, vacant)
-        # After the wait: what others have added and deleted meanwhile is redacted as well.
-        older = (*mine, log.c.tx != tx)
+        # Redact only now, after the wait for locks: other transactions may have logged more entries until here.
+        older = (*of_fact, log.c.tx != tx)
         entries = connection.execute(select(log.c.image, log.c.version).where(*older)).all()
         images = [(image, tracked.version) for image in row.values()]
         images += [(image, version) for image, version in entries if image is not None]
         with rewriting(connection):
             connection.execute(update(log).where(*older).values(image=null(), version=REDACTED, step=false()))
         connection.execute(delete(unique).where(unique.c.entity == tracked.entity, unique.c.key == fact))
-        known = (parked.c.entity == tracked.entity, parked.c.key == fact)
-        connection.execute(update(parked).where(*known, parked.c.error.is_not(None)).values(error=ERASED))
+        parked_rows = (parked.c.entity == tracked.entity, parked.c.key == fact)
+        connection.execute(update(parked).where(*parked_rows, parked.c.error.is_not(None)).values(error=ERASED))
         embedders = {embedder.fingerprint for embedder in self._embedders}
         embedders.update(connection.scalars(select(index_state.c.embedder).distinct()))
         cache.forget(connection, set(_texts(connection, tracked, fact, images, embedders)))
         return len(entries)
 
     def _mark_instances_deleted(self, session: Session, connection: Connection, tracked: Tracked, key: str) -> None:
-        """As the ORM does after a DELETE of its own: deleted, and there again when the transaction rolls back."""
+        """Mark instances of the fact as the ORM does after its own DELETE: a rollback makes them persistent again."""
         columns, erased = tracked.columns_for(connection.dialect), _normalized(decode_key(key))
         for instance in list(session.identity_map.values()):
             state: Any = inspect(instance)
             if self._registry.find(state.mapper) is tracked and _normalized(columns.raw_key(state.key[1])) == erased:
                 session.expire(instance)
-                session._remove_newly_deleted([state])  # noqa: SLF001  # expunge() would not come back, and cascades
+                session._remove_newly_deleted([state])  # noqa: SLF001  # expunge() cascades, and no rollback undoes it
 
     # -- afterwards ----------------------------------------------------------------------------------------------------
 
     def overwrite(self, engine: Engine, timeout: float) -> None:
-        """Rewrite the database's files without what was deleted from its tables."""
+        """Rewrite the database's files without the deleted rows."""
         with engine.begin() as connection:
             take_write_lock(connection)
-            # A delivery that was under way may have kept a vector anew: what no index holds now, goes.
+            # A delivery that ran during the erasure may have cached a vector again: delete vectors that no index holds.
             used = select(ledger.c.text_fingerprint).where(ledger.c.text_fingerprint.is_not(None))
             connection.execute(delete(embedding).where(embedding.c.text_fingerprint.not_in(used)))
         if not is_in_memory(engine):
             database_of(engine).vacuum(engine, self._tables(engine), time.monotonic() + timeout)
 
     def _tables(self, engine: Engine) -> list[Table]:
-        """Those that erasures have deleted from."""
+        """The tables that erasures have deleted rows from."""
         with engine.connect() as connection:
             erased = set(connection.scalars(select(log.c.entity).where(log.c.version == REDACTED).distinct()))
         tracked = [self._registry.by_entity[entity] for entity in sorted(erased) if entity in self._registry.by_entity]
@@ -143,38 +148,41 @@ class Eraser:
 
 
 def _row(connection: Connection, tracked: Tracked, key: str) -> dict[str, dict[str, Any]]:
-    """The image of the fact's row, locked, by the key that it has in the log; empty when there is none."""
+    """Lock the fact's row, and return its image by its key in the log; empty if the row does not exist."""
     try:
         images = tracked.columns_for(connection.dialect).find_rows(connection, [key], for_update=True)
-        if tracked.criterion is not None:  # the table has rows of other classes, too
-            ours = committed.read(connection, tracked, list(images))
-            return {key: image for key, image in images.items() if key in ours}
+        if tracked.criterion is not None:  # the table also has rows of other classes
+            own_keys = committed.read(connection, tracked, list(images))
+            return {key: image for key, image in images.items() if key in own_keys}
         return images
     except DataError as error:
-        raise NotFound(f"{key} cannot be a key of {tracked.table.fullname}") from error
+        raise NotFound(f"Cannot erase {key}: it cannot be a key of {tracked.table.fullname}.") from error
 
 
 def _require_unreferred(connection: Connection, registry: Registry, tracked: Tracked, key: str) -> None:
-    """Raise ConflictError for a row that refers to the fact, or to what goes along with it, and has no trigger of ours.
+    """Raise ConflictError if a row without our triggers refers to the fact, or to a row that is deleted with it.
 
-    The database would delete such a row along, or set its foreign key to NULL, and nobody would log that.
+    The database would delete such a row too, or set its foreign key to NULL, and the log would not have the change.
     """
-    going = {table: {key} for table in tracked.tables}
-    queue = list(going.items())
+    deleted_keys = {table: {key} for table in tracked.tables}
+    queue = list(deleted_keys.items())
     referring = [fk for other in registry.by_table for fk in other.foreign_key_constraints]
     for table, keys in queue:
         for fk in (fk for fk in referring if fk.referred_table is table):
             owner = registry.by_table[fk.table]
-            referring_keys = _referring(connection, registry, fk, list(keys)) - going.get(fk.table, set())
+            referring_keys = _referring(connection, registry, fk, list(keys)) - deleted_keys.get(fk.table, set())
             if referring_keys and not owner.by_trigger:
                 raise ConflictError(_REFERRED.format(tracked.entity, key, f" ({owner.entity} {min(referring_keys)})"))
             if referring_keys and (fk.ondelete or "").upper() == "CASCADE":
-                going.setdefault(fk.table, set()).update(referring_keys)
+                deleted_keys.setdefault(fk.table, set()).update(referring_keys)
                 queue.append((fk.table, referring_keys))
 
 
 def _referring(connection: Connection, registry: Registry, fk: ForeignKeyConstraint, keys: Sequence[str]) -> set[str]:
-    """The keys of the rows that refer to those of *keys*, to which nobody can add one until the transaction ends."""
+    """Lock the rows of *keys*, and return the keys of the rows that refer to them.
+
+    Because of the locks, other transactions can add no such row until this transaction ends.
+    """
     tables = (fk.referred_table, fk.table)
     referred, other = (registry.by_table[table].columns_for(connection.dialect).of_table[table] for table in tables)
     local, remote = columns_of(fk)
@@ -196,7 +204,7 @@ def _delete(connection: Connection, tracked: Tracked, key: str) -> None:
         raise ConflictError(_REFERRED.format(tracked.entity, key, "")) from error
 
 
-_REFERRED = "{} {} cannot be erased: other rows refer to it{}; delete or erase those first"
+_REFERRED = "Cannot erase {} {}: other rows refer to it{}. Delete or erase these rows first."
 
 
 def _texts(
@@ -206,27 +214,27 @@ def _texts(
     images: Sequence[tuple[Image, int]],
     embedders: Collection[str],
 ) -> Iterator[str]:
-    """The text fingerprints that the fact has had, as far as they can be told; see `Eraser.overwrite` for the rest."""
+    """The fact's text fingerprints, as far as they can still be computed. `Eraser.overwrite` deletes the others."""
     for image, version in images:
-        for shape in {version, tracked.version}:  # in today's shape, and in the one that it had
+        for assumed_version in {version, tracked.version}:  # once with upgrades, once without
             try:
-                row = _projectable(tracked, loaded_image(connection, tracked, image, shape) or {})
+                row = _projectable(tracked, loaded_image(connection, tracked, image, assumed_version) or {})
                 fingerprints = [tracked.project(key, row, embedder).text_fingerprint for embedder in embedders]
-            except Exception:  # noqa: BLE001, S112  # the application's own callables, which need not know such rows
+            except Exception:  # noqa: BLE001, S112  # the application's functions may not know rows of older versions
                 continue
             yield from filter(None, fingerprints)
 
 
 def _projectable(tracked: Tracked, values: Image) -> list[Any]:
-    """Column *values* of a row as `Tracked.project` takes them."""
+    """Column *values* in the form that `Tracked.project` takes."""
     attributes: dict[str, Any] = {}
     for name, value in values.items():
         attribute = tracked.attributes.get(name, name)
-        if attributes.get(attribute) is None:  # of the same name in several subclasses
+        if attributes.get(attribute) is None:  # several subclasses may have a column of this name
             attributes[attribute] = value
     return [attributes.get(name) for name in tracked.projected_attributes]
 
 
 def _normalized(key: Sequence[Any]) -> tuple[Any, ...]:
-    """A key in a form that all ways of writing it share."""
+    """The key without trailing blanks, because a CHAR column pads its values."""
     return tuple(value.rstrip() if isinstance(value, str) else value for value in key)

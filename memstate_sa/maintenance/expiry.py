@@ -1,4 +1,4 @@
-"""Facts that expire: a sweeper deletes them, as anybody would, and history says that they expired."""
+"""Facts that expire: a sweeper deletes them through a Session, and their history says that they expired."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from memstate_sa.tracking.tracked import Tracked
 logger = printable_logger("memstate_sa.expiry")
 
 EXPIRED = "expired"
-"""The reason of transactions that delete what has expired."""
+"""The reason of transactions that delete expired facts."""
 
 _PAGE = 500
 
 
 class Sweeper:
-    """Deletes expired facts of one Memory, a page a transaction. Any number may run at once."""
+    """Deletes expired facts of one Memory, one page per transaction. Any number of sweepers may run at once."""
 
     def __init__(self, capture: SessionCapture) -> None:
         self._capture = capture
         self._session_class = type("SweepSession", (Session,), {})
 
     def sweep(self, engine: Engine, tracked: Iterable[Tracked]) -> int:
-        """Returns how many facts it deleted. One that cannot be deleted is left, and a warning logged."""
+        """Delete expired facts, and return their number. Log a warning for each fact that cannot be deleted."""
         expiring = [one for one in tracked if one.expires is not None]
         if not expiring:
             return 0
@@ -41,7 +41,7 @@ class Sweeper:
 
     def _sweep(self, engine: Engine, tracked: Tracked) -> int:
         count, refused = 0, set[str]()
-        halves: list[int] = []  # how many facts each part has of a page that was refused
+        halves: list[int] = []  # the sizes of the smaller pages that a refused page was divided into
         while True:
             chosen: list[str] = []
             size = halves.pop() if halves else _PAGE
@@ -55,16 +55,17 @@ class Sweeper:
                     halves += [len(chosen) - half, half]
                 else:
                     refused.update(chosen)
-                    logger.warning(
-                        "%s %s has expired, but cannot be deleted (%s)", tracked.entity, *chosen, type(error).__name__
-                    )
+                    logger.warning("Cannot delete expired %s %s (%s).", tracked.entity, *chosen, type(error).__name__)
                 continue
             count += len(chosen)
             if len(chosen) < size:
                 return count
 
     def _page(self, engine: Engine, tracked: Tracked, refused: set[str], chosen: list[str], limit: int) -> None:
-        """Delete up to *limit* expired facts that are not *held*. Puts their keys in *chosen*, first."""
+        """Delete up to *limit* expired facts that are not in *refused*.
+
+        Their keys are added to *chosen* before the deletion, so that the caller knows them when it fails.
+        """
         columns = tracked.columns_for(engine.dialect)
         expires = tracked.mapper.columns[tracked.expires or ""]
         now = utcnow() if getattr(expires.type, "timezone", True) else utcnow().replace(tzinfo=None)

@@ -1,8 +1,14 @@
-"""Facts with their history as JSON lines, to be kept, or taken into another database.
+"""Export facts with their history as JSON lines, and import them into another database.
 
-A header; the labels of transactions, in the order of their ids; the log, in its order, followed by baselines of rows
-that it does not tell of; a closing line with the number of lines before it, as a file may be cut off between two lines.
-Images and keys are as in the log, of the database's own driver: the header says which, and another one translates.
+A file has these lines:
+
+1. A header.
+2. The labels of transactions, in the order of their ids.
+3. The entries of the log, in its order, then baselines of rows that the log does not have.
+4. A closing line with the number of lines before it. It shows that the file was not cut off between two lines.
+
+Images and keys are written as in the log, in the form of the database's driver. The header names the database, so that
+an import into another one can translate them.
 """
 
 from __future__ import annotations
@@ -38,7 +44,7 @@ from memstate_sa.undo.restore import read_facts, restore
 FORMAT = 1
 
 _PAGE = 1000
-# What JSON leaves as it is, and some readers end a line at.
+# JSON does not escape these characters, but some readers end a line at them.
 _BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 
@@ -56,8 +62,8 @@ class _Header(_Line):
     line: Literal["header"] = "header"
     format: int = FORMAT
     dialect: Literal["sqlite", "postgresql"]
-    entities: dict[str, int]  # and of which shape their newest images are
-    expected: int  # about how many lines follow
+    entities: dict[str, int]  # the version of each entity's newest images
+    expected: int  # the approximate number of lines that follow
 
 
 class _Labels(_Line):
@@ -96,18 +102,18 @@ _keys = unnest_strings("keys")
 
 
 def export_facts(engine: Engine, tracked: Sequence[Tracked], file: TextIO, progress: Progress | None = None) -> int:
-    """Write what there is of the classes *tracked*, all of it as at one moment; returns how many entries."""
+    """Write all facts of the classes *tracked*, from one snapshot, and return the number of entries."""
     entries = 0
     with database_of(engine).snapshot(engine) as connection:
         entities = {one.entity: one.version for one in tracked}
-        mine = _of(entities)
+        of_entities = _of(entities)
         expected = sum(
             connection.execute(select(func.count()).select_from(statement.subquery())).scalar_one()
-            for statement in (_labels(mine), select(log.c.id).where(mine))
+            for statement in (_labels(of_entities), select(log.c.id).where(of_entities))
         )
         _write(file, _Header(dialect=database_of(engine).name, entities=entities, expected=expected))  # type: ignore[arg-type]
         number = 1
-        for number, line in enumerate(_lines(connection, tracked, mine), start=2):
+        for number, line in enumerate(_lines(connection, tracked, of_entities), start=2):
             _write(file, line)
             entries += isinstance(line, _LoggedEntry)
             if progress is not None and number % _PAGE == 0:
@@ -131,16 +137,16 @@ def _of(entities: Iterable[str]) -> ColumnElement[bool]:
     return log.c.entity.in_(list(entities))
 
 
-def _labels(mine: ColumnElement[bool]) -> Select[Any]:
-    return select(transaction).where(select(log.c.id).where(log.c.tx == transaction.c.tx, mine).exists())
+def _labels(of_entities: ColumnElement[bool]) -> Select[Any]:
+    return select(transaction).where(select(log.c.id).where(log.c.tx == transaction.c.tx, of_entities).exists())
 
 
 def _lines(
-    connection: Connection, tracked: Sequence[Tracked], mine: ColumnElement[bool]
+    connection: Connection, tracked: Sequence[Tracked], of_entities: ColumnElement[bool]
 ) -> Iterator[_Labels | _LoggedEntry]:
-    for row in _pages(connection, _labels(mine), transaction.c.tx, ""):
+    for row in _pages(connection, _labels(of_entities), transaction.c.tx, ""):
         yield _Labels.model_construct(**row)
-    for row in _pages(connection, select(log).where(mine), log.c.id, 0):
+    for row in _pages(connection, select(log).where(of_entities), log.c.id, 0):
         yield _LoggedEntry.model_construct(
             **{name: value for name, value in row.items() if name in _LoggedEntry.model_fields}
         )
@@ -161,7 +167,7 @@ def _lines(
 
 
 def _pages(connection: Connection, statement: Select[Any], by: Column[Any], after: Any) -> Iterator[RowMapping]:
-    """The rows of *statement* in the order of its column *by*, from *after* on: never more than a page of them."""
+    """The rows of *statement* in the order of its column *by*, beginning after *after*. They are read in pages."""
     statement = statement.order_by(by).limit(_PAGE)
     while rows := connection.execute(statement.where(by > after)).mappings().all():
         yield from rows
@@ -174,8 +180,8 @@ def _pages(connection: Connection, statement: Select[Any], by: Column[Any], afte
 def import_facts(
     engine: Engine, registry: Registry, capture: SessionCapture, file: Iterable[str], progress: Progress | None = None
 ) -> int:
-    """Take in what `export_facts` wrote, in one transaction; returns how many entries. Nothing is written on errors."""
-    # In one snapshot: what appears in the log after it was taken is ours.
+    """Import a file of `export_facts` in one transaction, and return the number of entries. An error writes nothing."""
+    # REPEATABLE READ: the snapshot hides other transactions, so new entries in the log are those of this import.
     with statements.writing(engine, "REPEATABLE READ") as connection:
         return _Import(connection, registry, capture).run(file, progress)
 
@@ -216,10 +222,15 @@ class _Import:
 
     def _begin(self, header: _Header) -> _Header:
         if unknown := sorted(header.entities.keys() - self._registry.by_entity.keys()):
-            raise MemstateError(f"line 1: no class is tracked as {', '.join(unknown)}")
+            raise MemstateError(
+                f"line 1: unknown entities: {', '.join(unknown)}. Track their classes before the import."
+            )
         for entity, version in header.entities.items():
             if version > (ours := self._registry.by_entity[entity].version):
-                raise MemstateError(f"line 1: {entity} is of version {version} there, and only of {ours} here")
+                raise MemstateError(
+                    f"line 1: {entity} has version {version} in the file, but only version {ours} here. Import it "
+                    "with the newer application."
+                )
         source = BY_NAME[header.dialect]
         if source is not database_of(self._connection):
             for entity in header.entities:
@@ -230,24 +241,24 @@ class _Import:
     # -- log -----------------------------------------------------------------------------------------------------------
 
     def _row(self, number: int, entry: _LoggedEntry, header: _Header) -> dict[str, Any]:
-        """*entry* as a row of the log. Raises MemstateError for what could not be read again."""
-        known = header.entities.get(entry.entity)
-        if known is None:
+        """*entry* as a row of the log. Raises MemstateError if the entry cannot be decoded."""
+        newest_version = header.entities.get(entry.entity)
+        if newest_version is None:
             raise MemstateError(f"line {number}: the header does not name the entity {entry.entity!r}")
-        if not REDACTED <= entry.version <= known or (entry.image is None) is not (
+        if not REDACTED <= entry.version <= newest_version or (entry.image is None) is not (
             entry.op == "delete" or entry.version == REDACTED
         ):
-            raise MemstateError(f"line {number}: op, image and version do not fit together")
+            raise MemstateError(f"line {number}: op, image and version contradict each other")
         row = {name: value for name, value in entry if name != "line"}
         try:
             is_key = encode_key(decode_key(entry.key)) == entry.key
             decode_image(entry.image or {})
             if entry.entity in self._translations:
                 row |= self._translations[entry.entity].translate(entry)
-        except Exception as error:  # an upgrade is the application's own; what is broken may raise anything
+        except Exception as error:  # the application's upgrade function, or a broken value, may raise anything
             raise MemstateError(f"line {number}: {error!r}") from error
         if not is_key:
-            raise MemstateError(f"line {number}: {entry.key!r} is no key as the log has it")
+            raise MemstateError(f"line {number}: {entry.key!r} is not a key in the form of the log")
         [first, *others] = decode_key(row["key"])
         if isinstance(first, int) and not others:
             self._highest[entry.entity] = max(first, self._highest.get(entry.entity, 0))
@@ -257,7 +268,7 @@ class _Import:
         txs = [line.tx for line in labels]
         self._require_new(select(transaction.c.tx).where(transaction.c.tx.in_(select(_keys.c.value))), txs)
         if len(set(txs)) < len(txs):
-            raise MemstateError("a transaction has labels twice")
+            raise MemstateError("The file has two lines of labels for one transaction.")
         if labels:
             rows = [{name: value for name, value in line if name != "line"} for line in labels]
             self._connection.execute(insert(transaction), rows)
@@ -274,18 +285,24 @@ class _Import:
             present = read_facts(self._connection, self._registry, [(entity, key) for key in entity_keys])
             known_keys |= {key for (_, key), image in present.items() if image is not None}
             if known_keys:
-                raise ConflictError(f"{entity} {min(known_keys)} is in this database already, or was")
+                raise ConflictError(
+                    f"Cannot import {entity} {min(known_keys)}: this database has or had such a fact. Import into a "
+                    "database without these facts."
+                )
         if rows:
             self._connection.execute(insert(log), list(rows))
 
     def _require_new(self, statement: Select[Any], txs: Sequence[str]) -> None:
         if known_txs := set(self._connection.scalars(statement, {"keys": as_array(txs)})):
-            raise ConflictError(f"transaction {min(known_txs)} is in this database already: was this imported before?")
+            raise ConflictError(
+                f"Cannot import transaction {min(known_txs)}: this database already has it. Was this file imported "
+                "before?"
+            )
 
     # -- tables --------------------------------------------------------------------------------------------------------
 
     def _last_entries(self, tracked: Tracked) -> Iterator[Sequence[RowMapping]]:
-        """What the imported entries say last of each key, in pages."""
+        """Pages of the last imported entry of each key."""
         newest = (
             select(func.max(log.c.id))
             .where(log.c.entity == tracked.entity, log.c.id > self._since)
@@ -319,21 +336,21 @@ class _Import:
         except (ConflictError, DBAPIError) as error:
             cause = error if isinstance(error, DBAPIError) else error.__cause__
             names = ", ".join(sorted({entity for entity, _ in final}))
-            raise ConflictError(f"rows of {names} cannot be written: {getattr(cause, 'orig', error)}") from error
+            raise ConflictError(f"Cannot import rows of {names}: {getattr(cause, 'orig', error)}") from error
         amended = []
         for (entity, key), image in final.items():
             now = present[entity, key]
             if now is None:
-                raise MemstateError(f"the last image of {entity} {key} is not of this key")
+                raise MemstateError(f"Cannot import {entity} {key}: its last image is a row with another key.")
             if self._differs(entity, image, now):
                 row = {name: value for name, value in last[entity, key].items() if name in _LoggedEntry.model_fields}
-                # In the transaction that it is of: so it is no later change, and undone with it.
+                # Logged under the tx of the last entry, so that the two are undone together.
                 amended.append({**row, "op": "update", "image": now, "version": self._registry.versions[entity]})
         if amended:
             connection.execute(insert(log), amended)
 
     def _differs(self, entity: str, image: Image, now: Image) -> bool:
-        """Whether the database has made something else of a value: the log has to say so."""
+        """Whether the database has changed a value while storing it, so that the log must have another image."""
         columns = self._registry.by_entity[entity].columns_for(self._connection.dialect)
         names = [name for name in image if name in now and image[name] != now[name]]
         one, other = (columns.values({name: row[name] for name in names}) for row in (image, now))
@@ -351,7 +368,7 @@ class _Import:
 
 
 def _read(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    """The lines of a whole file, checked: the header, then labels and entries."""
+    """The header, labels and entries of a file. Raises MemstateError if the file is not whole."""
     number, is_ended = 0, False
     try:
         for number, text in enumerate(file, start=1):
@@ -360,13 +377,15 @@ def _read(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
                 raise MemstateError(f"line {number}: after the end" if is_ended else f"line {number}: a second header")
             is_ended = isinstance(line, _End)
             if isinstance(line, _End) and line.lines != number - 1:
-                raise MemstateError(f"line {number}: {line.lines} lines were written, and {number - 1} are here")
+                raise MemstateError(
+                    f"line {number}: the file should have {line.lines} lines before this one, and has {number - 1}"
+                )
             if not is_ended:
                 yield number, line
     except UnicodeDecodeError as error:
         raise MemstateError(f"line {number + 1}: not UTF-8") from error
     if not is_ended:
-        raise MemstateError(f"line {number + 1}: there is none, but the last one says that it is the last: cut off")
+        raise MemstateError(f"line {number + 1}: missing. The file was cut off: it has no closing line.")
 
 
 def _parse(number: int, text: str) -> Any:
@@ -376,7 +395,7 @@ def _parse(number: int, text: str) -> Any:
         except (ValueError, TypeError, KeyError) as error:
             raise MemstateError("line 1: not an export of facts") from error
         if written != FORMAT:
-            raise MemstateError(f"line 1: an export of format {written!r}; this version reads format {FORMAT}")
+            raise MemstateError(f"line 1: the file has format {written!r}, but this release reads format {FORMAT}")
     try:
         return _any_line.validate_json(text)
     except ValidationError as error:
@@ -394,20 +413,24 @@ def _batches(lines: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]
 
 
 class _Group(NamedTuple):
-    """Classes to be written together; *is_circular* when their rows refer to each other, and so are written at once."""
+    """Classes that are written together.
+
+    *is_circular*: their rows refer to each other, so all of them must be written at once.
+    """
 
     members: list[Tracked]
     is_circular: bool
 
 
 def _parents_first(tracked: Sequence[Tracked]) -> list[_Group]:
-    """Ordered so that a class comes after those whose rows its own refer to."""
+    """The classes in groups, in an order in which referred rows are written before the rows that refer to them."""
     reached = {one: frozenset(_referred(one, tracked)) for one in tracked}
     for _ in tracked:
         reached = {one: parents.union(*(reached[other] for other in parents)) for one, parents in reached.items()}
     groups: list[_Group] = []
     circular: dict[frozenset[Tracked], _Group] = {}
-    # With itself, who refers to another reaches more than that one does; those that refer to each other reach the same.
+    # A class reaches itself and all that it refers to, directly or not. So it reaches more classes than any class that
+    # it refers to, except within a circle: there, all classes reach the same.
     for one in sorted(tracked, key=lambda one: len(reached[one] | {one})):
         is_circular = one in reached[one]
         if is_circular and reached[one] in circular:
@@ -433,11 +456,11 @@ def _referred(tracked: Tracked, among: Sequence[Tracked]) -> set[Tracked]:
 
 
 class _EntryTranslation:
-    """What the driver of one dialect reads of a class, as that of another would read it."""
+    """Translates the raw values of a class from the driver of one database to the driver of another."""
 
     def __init__(self, tracked: Tracked, source: Database, target: Dialect) -> None:
         self._tracked = tracked
-        # A copy, as it keeps what it learns of a dialect under its name, and this one has no driver.
+        # A copy with empty caches: they are kept by the dialect's name, and the dialect below has no driver.
         self._source = replace(tracked, hydrations={}, _columns={})
         self._dialect = make_url(f"{source.blocking_driver}://").get_dialect()()
         self._target = tracked.columns_for(target)
@@ -453,7 +476,7 @@ class _EntryTranslation:
         source, target = self._source.columns_for(self._dialect), self._target
         changes: dict[str, Any] = {"key": target.encode_key(target.raw_key(source.identity(entry.key)))}
         if entry.image is not None:
-            # In today's shape: upgrades of older ones take what the driver of their time read.
+            # Upgrade before translating: upgrade functions expect values in the form of the source's driver.
             image = dict(self._source.upcast(entry.image, entry.version, self._dialect))
             values = source.values(image)
             changes["image"] = {name: encode(self._raw(name, image[name], value)) for name, value in values.items()}
@@ -461,7 +484,7 @@ class _EntryTranslation:
         return changes
 
     def _raw(self, name: str, encoded: Any, value: Any) -> Any:
-        if encoded is None:  # SQL NULL, of which a JSON type would make 'null'
+        if encoded is None:  # SQL NULL: a JSON type would write the JSON value 'null'
             return None
         raw = self._target.to_raw(name, value)
         if name in self._zoned and isinstance(raw, datetime) and raw.tzinfo is None:

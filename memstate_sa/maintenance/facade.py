@@ -6,12 +6,12 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, Unpack
 
 from sqlalchemy.engine import Engine
-from sqlalchemy.orm import Session
 
-from memstate_sa.db.sessions import blocking_session, sync_session
+from memstate_sa.db.async_methods import AsyncMethod
+from memstate_sa.db.sessions import AnySession, SyncSession, blocking_session, sync_session
 from memstate_sa.db.sqlite import require_no_transaction
 from memstate_sa.errors import MemstateError
 from memstate_sa.indexes.base import PurgeableIndex
@@ -22,6 +22,7 @@ from memstate_sa.maintenance.erase import Eraser
 from memstate_sa.maintenance.expiry import Sweeper
 from memstate_sa.maintenance.progress import Progress
 from memstate_sa.maintenance.verify import DriftReport, Verify, remake_if_broken
+from memstate_sa.options import BackfillOptions, RelayOptions, require_options
 from memstate_sa.relay import Relay
 from memstate_sa.relay.backlog import Backlog
 from memstate_sa.relay.memory_parts import MemoryParts
@@ -30,7 +31,7 @@ from memstate_sa.search.succession import Succession
 from memstate_sa.tracking.validation import require_count, require_label
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 
 class MaintenanceMethods(MemoryParts):
@@ -40,18 +41,19 @@ class MaintenanceMethods(MemoryParts):
     _sweeper: Sweeper
     _eraser: Eraser
 
-    def relay(self, engine: Engine | AsyncEngine, **options: Any) -> Relay:
-        """What brings the indexes up to date with *engine*'s database; see `Relay` for the options.
+    def relay(self, engine: Engine | AsyncEngine, **options: Unpack[RelayOptions]) -> Relay:
+        """The relay that brings the indexes up to date with the committed rows of *engine*'s database.
 
-        ``with memory.relay(engine):`` runs it in the background.
+        ``with memory.relay(engine):`` runs it in the background. *options*: see `RelayOptions`.
         """
+        require_options("relay", options, RelayOptions)
         self._open()
         sync = self.sync_engine(engine)
         self._capture.guard(sync)
         self._strict.watch(sync)
-        return self._relays.add(sync, **{"sweep": partial(self.sweep, sync), **options})
+        return self._relays.add(sync, partial(self.sweep, sync), options)
 
-    def token(self, session: Session | AsyncSession) -> str | None:
+    def token(self, session: AnySession) -> str | None:
         """Names the last transaction with tracked changes that *session* committed, for `wait`, in any process.
 
         It is the ``tx`` of the `Change` entries of that transaction.
@@ -61,7 +63,7 @@ class MaintenanceMethods(MemoryParts):
 
     def wait(
         self,
-        session_or_token: Session | AsyncSession | str | None,
+        session_or_token: AnySession | str | None,
         timeout: float = 30.0,
         *,
         engine: Engine | AsyncEngine | None = None,
@@ -139,35 +141,30 @@ class MaintenanceMethods(MemoryParts):
         self,
         engine: Engine | AsyncEngine,
         model: type[Any] | Collection[type[Any]] | None = None,
-        *,
-        batch_size: int = 1000,
-        rate: float | None = None,
-        limit: int | None = None,
-        restart: bool | None = None,
-        progress: Progress | None = None,
+        **options: Unpack[BackfillOptions],
     ) -> int:
-        """Log a baseline for the rows of *model* that the log has not seen, and mark them for delivery.
+        """Log a baseline for each row of *model* that the log lacks, and mark it for delivery.
 
-        *model* is a tracked class, several, or None for all. Each batch is one transaction, safe beside live writes,
-        in which it is noted how far that is: after an interruption the next call goes on there, and calls in other
-        threads and processes share what is left. *rate* is how many rows a second this call looks at, at most; *limit*
-        how many at all (0: only note that there is something to do). On SQLite it rests after each batch for as long
-        as that took, so that others get to write.
+        It works in batches, alongside live writes, and resumes after an interruption. Calls in other threads and
+        processes share the work. On SQLite it pauses after each batch for as long as the batch took, so that others can
+        write. Returns the number of baselines that this call logged.
 
-        A class that is done with is gone through again; *restart* says so of others, too, or (False) not even of that.
-        *progress* is told of all callers' rows. Returns how many rows this one found that were new to the log.
+        *model*: a tracked class, or several (default: all).
+        *options*: see `BackfillOptions`.
         """
+        require_options("backfill", options, BackfillOptions)
+        batch_size, rate = options.get("batch_size", 1000), options.get("rate")
         require_count("batch_size", batch_size, "at least 1")
         if rate is not None and not rate > 0:
-            raise MemstateError(f"rate={rate!r}: rows a second")
+            raise MemstateError(f"Cannot use rate={rate!r}. Give a number of rows a second, more than 0.")
         sync = self.sync_engine(engine)
         models = [model] if isinstance(model, type) else model
         registered = self._registry.by_entity.values()
         tracked = list(registered) if models is None else [self._registry.of(one) for one in models]
         require_no_transaction(sync)
         worker = Backfill(sync, self._recorder, tracked, batch_size=batch_size, rate=rate)
-        worker.begin(restart=restart)
-        added = worker.run(limit=limit, progress=progress)
+        worker.begin(restart=options.get("restart"))
+        added = worker.run(limit=options.get("limit"), progress=options.get("progress"))
         self._relays.committed(sync)
         return added
 
@@ -278,7 +275,7 @@ class MaintenanceMethods(MemoryParts):
 
     # -- erasure -------------------------------------------------------------------------------------------------------
 
-    def erase(self, session: Session, model: type[Any], key: Any, reason: str | None = None) -> int:
+    def erase(self, session: SyncSession, model: type[Any], key: Any, reason: str | None = None) -> int:
         """Forget a fact for good: its row, what the log says it was, its vectors; in the caller's transaction.
 
         That there was such a key, and when it changed and was erased, stays in the history, as does the key itself,
@@ -293,9 +290,12 @@ class MaintenanceMethods(MemoryParts):
         """
         require_label("reason", reason)
         tracked = self._registry.of(model)
-        session = blocking_session(session)
-        self._transaction(session)
-        return self._eraser.erase(session, tracked, key, reason)
+        sync = blocking_session(session, "erase")
+        self._transaction(sync)
+        return self._eraser.erase(sync, tracked, key, reason)
+
+    aerase = AsyncMethod(erase)
+    """`erase` for an AsyncSession."""
 
     def purge(self, engine: Engine | AsyncEngine, timeout: float = 30.0) -> None:
         """After erasures that are committed: have them delivered, and rewrite the files that may still hold the bytes.

@@ -1,8 +1,8 @@
-"""`Progress`: how long work reports how far it is."""
+"""`Progress`: the callback with which a long task reports its progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[int, int | None], None]
-"""Called with what is done and, where it is known, the total."""
+"""Called with the number of rows done and the total; the total is None if it is unknown."""

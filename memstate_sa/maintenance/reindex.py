@@ -1,7 +1,7 @@
-"""Moving to another index, or to another embedder, while the application runs.
+"""Move to another index or another embedder while the application runs.
 
-The successor is filled beside the index that it replaces, which relays go on delivering to. Then one row says, to every
-process, which of the two searches ask: a search asks one index, with the embedder that filled it.
+Relays fill the successor, and also go on delivering to the old index. Then one row tells every process which of the two
+indexes searches ask. A search asks one index, with the embedder that filled it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def fill_and_switch(
     timeout: float,
     progress: Progress | None,
 ) -> None:
-    """Have *relay* fill the index *new*, then have searches ask it instead of *old*. Both are a name and an index."""
+    """Fill the index *new* with *relay*, then let searches ask it instead of *old*."""
     total = 0
     if progress is not None:
         with engine.connect() as connection:
@@ -52,28 +52,29 @@ def fill_and_switch(
 
 
 def switch(connection: Connection, old: IndexKey, new: IndexKey) -> None:
-    """Have searches of *old* ask *new*, from this transaction's COMMIT on.
+    """Let searches of *old* ask *new*, from this transaction's COMMIT on.
 
-    Raises DeliveryError when *new* lacks facts that *old* has, because it refused them, or because they are of classes
-    that another Memory delivers: nobody would find them any more.
+    Raises DeliveryError when *new* lacks facts that *old* has, because searches would miss them. Either *new* refused
+    them, or another Memory delivers their classes.
     """
     take_write_lock(connection)
-    lost = _refusals(connection, new) - _refusals(connection, old)
-    if lost:
+    refused_keys = _refusals(connection, new) - _refusals(connection, old)
+    if refused_keys:
         raise DeliveryError(
-            f"index {new.name!r} refused {len(lost)} facts that {old.name!r} has, so searches still ask {old.name!r}: "
-            f"`memstate-sa dead list --index {new.name}` says why, `dead drop` gives them up"
+            f"Cannot switch searches to index {new.name!r}: it refused {len(refused_keys)} facts that index "
+            f"{old.name!r} has. `memstate-sa dead list --index {new.name}` shows the reasons; `dead drop` gives the "
+            "facts up."
         )
-    of_others = [
+    unfilled = [
         entity
         for entity in connection.scalars(_entities, old.parameters()).all()
         if connection.scalar(_held, {**old.parameters(), "entity": entity})
         and not refills.is_filled(connection, new, [entity])
     ]
-    if of_others:
+    if unfilled:
         raise DeliveryError(
-            f"index {new.name!r} is not filled with {', '.join(of_others)}, which {old.name!r} has, so searches still "
-            f"ask {old.name!r}: a Memory that tracks it has to deliver to {new.name!r}, too"
+            f"Cannot switch searches to index {new.name!r}: it is not filled with {', '.join(unfilled)}, which index "
+            f"{old.name!r} has. Let a Memory that tracks it deliver to {new.name!r} too."
         )
     values = {"successor": new.name, "incarnation": new.incarnation, "switched_at": utcnow()}
     statement = database_of(connection).upsert(successor).values(index=old.name, **values)
@@ -93,24 +94,26 @@ def _refusals(connection: Connection, index: IndexKey) -> set[FactKey]:
 
 
 def switch_back(connection: Connection, name: str) -> None:
-    """Have searches of *name* ask *name* itself."""
+    """Let searches of the index *name* ask this index itself again."""
     connection.execute(delete(successor).where(successor.c.index == name))
 
 
 def delete_index_state(connection: Connection, name: str) -> None:
-    """Forget what relays know of the index *name*.
+    """Delete the delivery state of the index *name*.
 
-    Raises NotFound for one that was never delivered to, and MemstateError while a relay holds it.
+    Raises NotFound if no relay ever delivered to the index, and MemstateError while a relay has a claim on it.
     """
     take_write_lock(connection)
-    known = select(index_state.c.incarnation).where(index_state.c.index == name).with_for_update()
-    keys = [IndexKey(name, incarnation) for incarnation in connection.scalars(known)]
+    incarnations = select(index_state.c.incarnation).where(index_state.c.index == name).with_for_update()
+    keys = [IndexKey(name, incarnation) for incarnation in connection.scalars(incarnations)]
     if not keys:
-        raise NotFound(f"nothing was ever delivered from this database to an index {name!r}")
+        raise NotFound(f"Unknown index {name!r}: nothing was ever delivered to it from this database.")
     now = leases.database_now(connection)
     live = select(holder.c.owner).where(holder.c.index == name, holder.c.lease_until > now)
     if not all(leases.is_gone(owner) or leases.is_dropped(owner) for owner in connection.scalars(live)):
-        raise MemstateError(f"a relay delivers to index {name!r}: take the index out of that application first")
+        raise MemstateError(
+            f"Cannot forget index {name!r}: a relay delivers to it. Remove the index from that application first."
+        )
     for key in keys:
         registration.forget_index(connection, key)
     connection.execute(delete(successor).where(or_(successor.c.index == name, successor.c.successor == name)))

@@ -1,6 +1,6 @@
-"""What a release has changed of its tracked classes, and what of the release before is still there. For `Doctor`.
+"""Differences between this release's tracked classes and the data that an earlier release has left. For `Doctor`.
 
-It reads the database alone: an index may be open in another process.
+It reads only the database, because another process may have the index open.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
 
 _SAMPLE = 200
-"""So many rows of a class are projected anew, to see whether an index was given the same."""
+"""The number of rows of a class that are projected again, to compare them with the ledger."""
 
 
 class Finding(NamedTuple):
-    """A subject, and what is to be said of it."""
+    """A subject, and a message that completes a sentence about it."""
 
     subject: str
     message: str
 
 
 def problems(connection: Connection, registry: Registry, destinations: Mapping[str, Destination]) -> Iterator[Finding]:
-    """What searches would miss, as an index was filled by a release that projected a class otherwise."""
+    """Classes that an index holds in the projection of an earlier release: searches would miss their rows."""
     for name, destination in destinations.items():
         index = _latest(connection, name)
         if index is None:
@@ -47,11 +47,11 @@ def problems(connection: Connection, registry: Registry, destinations: Mapping[s
         classes = registry.delivered(name)
         current = {entity: tracked.projection for entity, tracked in classes.items()}
         differing = projections.differing(connection, index, current)
-        for entity, was in differing.items():
+        for entity, delivered in differing.items():
             yield Finding(
                 f"{entity} in index {name!r}",
-                f"is delivered as {_shown(was)}, and tracked as {_shown(current[entity])}: a relay of this release "
-                "delivers it again, once those of the other release have ended",
+                f"was delivered as {_shown(delivered)}, but is tracked as {_shown(current[entity])}. A relay of this "
+                "release delivers it again as soon as the other release's relays have stopped.",
             )
         for entity, tracked in classes.items():
             if entity in differing or not callable(tracked.text):
@@ -59,9 +59,9 @@ def problems(connection: Connection, registry: Registry, destinations: Mapping[s
             if stale := _stale(connection, index, tracked, destination.vectors.embedder.fingerprint):
                 yield Finding(
                     f"{entity} in index {name!r}",
-                    f"was given other content than {stale} of {_SAMPLE} rows have now, and no change of them is on "
-                    "its way: if text= does something else now, give another text_version=; if not, "
-                    "memory.verify(engine, repair=True) delivers them",
+                    f"is outdated for {stale} of {_SAMPLE} rows, and no delivery of them is pending. If the text= "
+                    "function was changed, pass another text_version=. If not, deliver them with "
+                    "memory.verify(engine, repair=True).",
                 )
 
 
@@ -75,9 +75,9 @@ def _shown(projection: str) -> str:
 
 
 def _latest(connection: Connection, name: str) -> IndexKey | None:
-    """The lifetime of the index that a relay last claimed."""
-    lifetimes = select(index_state.c.incarnation).where(index_state.c.index == name)
-    incarnation = connection.scalar(lifetimes.order_by(index_state.c.active_at.desc()).limit(1))
+    """The incarnation of the index that a relay claimed last."""
+    incarnations = select(index_state.c.incarnation).where(index_state.c.index == name)
+    incarnation = connection.scalar(incarnations.order_by(index_state.c.active_at.desc()).limit(1))
     return None if incarnation is None else IndexKey(name, incarnation)
 
 
@@ -90,18 +90,18 @@ _parked = select(parked.c.key).where(
 
 
 def _stale(connection: Connection, index: IndexKey, tracked: Tracked, embedder: str) -> int:
-    """Of how many rows *index* was last given other content than they have, of those that are not on their way."""
+    """The number of sampled rows whose content differs from the ledger, and that are not waiting for delivery."""
     keys = committed.page(connection, tracked, None, _SAMPLE)
-    places = read_positions(connection, index)
-    if not keys or not places:
+    positions = read_positions(connection, index)
+    if not keys or not positions:
         return 0
-    now = {
+    current = {
         (tracked.entity, row.key): row.fingerprint
         for row in committed.project(connection, tracked, keys, embedder)
         if isinstance(row, Projection)
     }
-    delivered = ledger.read_ledger(connection, index, now)
-    differing = [key for (entity, key), entry in delivered.items() if entry.fingerprint != now[entity, key]]
+    delivered = ledger.read_ledger(connection, index, current)
+    differing = [key for (entity, key), entry in delivered.items() if entry.fingerprint != current[entity, key]]
     if not differing:
         return 0
     entries = undelivered(
@@ -110,13 +110,13 @@ def _stale(connection: Connection, index: IndexKey, tracked: Tracked, embedder: 
         where=(outbox.c.entity == tracked.entity) & outbox.c.key.in_(select(unnest_strings("keys").c.value)),
     )
     parameters = {"keys": as_array(differing), "limit": ALL}
-    late = set(connection.scalars(select(entries.c.key), {**position_parameters(meet(places)), **parameters}))
-    late |= set(connection.scalars(_parked, {**index.values(), "entity": tracked.entity, **parameters}))
-    return len(set(differing) - late)
+    waiting = set(connection.scalars(select(entries.c.key), {**position_parameters(meet(positions)), **parameters}))
+    waiting |= set(connection.scalars(_parked, {**index.values(), "entity": tracked.entity, **parameters}))
+    return len(set(differing) - waiting)
 
 
 def renamed(connection: Connection, registry: Registry, tracked: Tracked) -> Iterator[Finding]:
-    """Whether the class may have had another name: its rows have no history, and a class that is gone has one."""
+    """A finding if the class may have been renamed: its rows have no history, and an untracked entity has one."""
     of_class = select(exists().where(log.c.entity == tracked.entity))
     if connection.scalar(of_class) or not committed.page(connection, tracked, None, 1):
         return
@@ -124,34 +124,35 @@ def renamed(connection: Connection, registry: Registry, tracked: Tracked) -> Ite
     if others:
         yield Finding(
             tracked.entity,
-            f"has rows, and none of them has a history; no class is tracked as {', '.join(others)}, of which there is "
-            "one: if the class or its table was renamed, track it with entity= the old name; if not, memory.backfill "
-            "takes the rows in",
+            f"has rows without any history, and the log has entries of {', '.join(others)}, which no class is tracked "
+            "as. If the class or its table was renamed, track it with entity= the old name. If not, log the rows with "
+            "memory.backfill.",
         )
 
 
 def _logged_entities(connection: Connection) -> Iterator[str]:
-    """By one look at the index for each, however long the log is."""
+    """The entities of the log, each found by one look-up in its index: the cost does not grow with the log."""
     name: str | None = ""
-    following = select(log.c.entity).where(log.c.entity > bindparam("name")).order_by(log.c.entity).limit(1)
-    while (name := connection.scalar(following, {"name": name})) is not None:
+    next_entity = select(log.c.entity).where(log.c.entity > bindparam("name")).order_by(log.c.entity).limit(1)
+    while (name := connection.scalar(next_entity, {"name": name})) is not None:
         yield name
 
 
 def left_triggers(connection: Connection, registry: Registry, tracked: Tracked) -> Iterator[Finding]:
-    """Triggers that a release before has left: what they log is logged twice, or for nobody."""
+    """Triggers that an earlier release has left: they log changes twice, or under an unknown entity."""
     for table in tracked.tables:
         for entity in sorted(triggers.entities_of(connection, table)):
-            known = registry.by_entity.get(entity)
-            if known is None:
+            owner = registry.by_entity.get(entity)
+            if owner is None:
                 yield Finding(
                     table.fullname,
-                    f"has triggers that log it as {entity}, as which no class is tracked: memory.history knows nothing "
-                    "of that. A migration removes them, or track the class with entity= that name",
+                    f"has triggers that log it as {entity}, but no class is tracked by that name, so memory.history "
+                    f"shows none of these entries. Remove the triggers with a migration, or track the class with "
+                    f"entity={entity!r}.",
                 )
-            elif not known.by_trigger:
+            elif not owner.by_trigger:
                 yield Finding(
                     table.fullname,
-                    f"has triggers that log {entity}, which is tracked with capture='session': each change is logged "
-                    "twice. memory.create_tables(engine), or a migration, removes them",
+                    f"has triggers that log {entity}, which is tracked with capture='session', so each change is "
+                    "logged twice. Remove the triggers with memory.create_tables(engine) or a migration.",
                 )

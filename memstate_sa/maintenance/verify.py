@@ -1,4 +1,4 @@
-"""Comparing an index with the table, by content, a page at a time; and putting right what differs."""
+"""Compare an index with the tables by content, page by page, and repair differences."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ logger = printable_logger("memstate_sa.memory")
 
 @dataclass
 class DriftReport:
-    """How the indexes differ from the tables, as (entity, primary key).
+    """Facts that the indexes and the tables disagree on, as (entity, primary key).
 
-    ``missing``: a row without a vector · ``ghost``: a vector without a row · ``stale``: a vector of other content ·
-    ``pending``: not compared, its change is still on its way.
+    - ``missing``: rows without a vector.
+    - ``ghost``: vectors without a row.
+    - ``stale``: vectors of other content than the row has.
+    - ``pending``: facts that were not compared, because a change of them still waits for delivery.
     """
 
     checked: int = 0
@@ -47,19 +49,19 @@ class DriftReport:
 
     @property
     def clean(self) -> bool:
-        """Nothing differs, or differed before ``repair=True``; what is pending does not count."""
+        """True if no difference was found. Pending facts do not count; differences that were repaired do."""
         return not (self.missing or self.ghost or self.stale)
 
 
 def remake_if_broken(name: str, destination: Destination) -> None:
-    """Make the index *name* anew if its files are damaged. Raises IndexBroken where it cannot be remade."""
+    """Replace the index *name* by an empty one if its files are damaged. Raises IndexBroken if that is impossible."""
     index = destination.index
     try:
         destination.open()
     except IndexBroken:
         if not isinstance(index, RemakableIndex):
             raise
-        logger.warning("index %r is damaged, and made anew", name)
+        logger.warning("Index %r is damaged. It is replaced by an empty one and filled again.", name)
         index.remake()
 
 
@@ -76,7 +78,7 @@ class Verify:
         intended: Callable[[], Collection[FactKey]] = set,
         page_size: int = 500,
     ) -> None:
-        """*intended*: what an index may have been given that is committed only then."""
+        """*intended* returns the keys of announced intents: an index may get these facts before they are committed."""
         self._engine = engine
         self._intended = intended
         self._index = destination.index
@@ -88,20 +90,21 @@ class Verify:
     def run(self, report: DriftReport, *, repair: bool, progress: Progress | None = None) -> None:
         for kind, facts in self._differences(report, progress):
             at = self._position() if facts else None
-            late = self._pending(facts, at)
-            drifted = self._confirmed([fact for fact in facts if fact not in late])
-            # Changed between the two looks, and perhaps delivered by now. Who announces no more, is in the outbox.
-            since = set(self._intended()).intersection(drifted) if drifted else set()
-            since |= self._pending(drifted, at)
-            late |= since
-            drifted = [fact for fact in drifted if fact not in since]
-            if late:
-                report.pending += map(self._shown, late)
+            pending = self._pending(facts, at)
+            drifted = self._confirmed([fact for fact in facts if fact not in pending])
+            # Facts that changed between the two reads may be delivered by now: they do not count as drift. Read the
+            # intents first: when an intent is gone, its fact is in the outbox already.
+            changed = set(self._intended()).intersection(drifted) if drifted else set()
+            changed |= self._pending(drifted, at)
+            pending |= changed
+            drifted = [fact for fact in drifted if fact not in changed]
+            if pending:
+                report.pending += map(self._shown, pending)
             if not drifted:
                 continue
             getattr(report, kind).extend(map(self._shown, drifted))
             if repair:
-                # A parked key is written whatever the ledger says of it.
+                # Park the keys: the relay writes a parked key even if the ledger has the same fingerprint.
                 with self._engine.begin() as connection:
                     again = Parked(0, 0.0, ParkedState.AGAIN, f"drift: {kind}")
                     ledger.redirty(connection, self._key, dict.fromkeys(drifted, again))
@@ -134,7 +137,7 @@ class Verify:
                     progress(report.checked, None)
 
     def _confirmed(self, facts: list[FactKey]) -> list[FactKey]:
-        """Those of *facts* that still differ at a second look: a delivery may have come between row and vector."""
+        """The *facts* that still differ when read again: a delivery may have changed the vector between the reads."""
         if not facts:
             return facts
         ids = {fact: self._tracked[fact[0]].point_id(fact[1]) for fact in facts}
@@ -153,13 +156,13 @@ class Verify:
         return truth
 
     def _position(self) -> Position | None:
-        """Where the relay is."""
+        """The position of the relay."""
         with self._engine.connect() as connection:
-            places = read_positions(connection, self._key)
-        return meet(places) if places else None
+            positions = read_positions(connection, self._key)
+        return meet(positions) if positions else None
 
     def _pending(self, facts: Collection[FactKey], at: Position | None) -> set[FactKey]:
-        """Those of *facts* that a relay has not come to that is *at* a position."""
+        """The *facts* with a change that a relay at the position *at* has not delivered."""
         if not facts or at is None:
             return set()
         with self._engine.connect() as connection:

@@ -6,10 +6,9 @@ import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from sqlalchemy.engine import Connection, Engine
 
@@ -18,6 +17,7 @@ from memstate_sa.db.sync_engines import SyncEngines
 from memstate_sa.embedding.batches import Destination
 from memstate_sa.errors import DeliveryError
 from memstate_sa.indexes.base import VectorIndex
+from memstate_sa.options import RelayOptions
 from memstate_sa.relay.backlog import Backlog, backlog
 from memstate_sa.relay.index_key import IndexKey
 from memstate_sa.relay.loop import Relay
@@ -44,15 +44,21 @@ class Relays:
     def _make_lock(self) -> None:
         self._listing = threading.RLock()  # a relay that is made while a commit wakes the others would fail that commit
 
-    def make(self, engine: Engine, names: Iterable[str], **options: Any) -> Relay:
+    def make(
+        self,
+        engine: Engine,
+        names: Iterable[str],
+        sweep: Callable[[], int] | None = None,
+        options: RelayOptions | None = None,
+    ) -> Relay:
         """A relay from *engine*'s database to the indexes *names*. A commit does not wake it."""
         delivered = self._registry.delivered
         destinations = {name: (self._destinations[name], partial(delivered, name)) for name in names}
-        return Relay(engine, destinations, notifier=self._notifier, **options)
+        return Relay(engine, destinations, notifier=self._notifier, sweep=sweep, **options or {})
 
-    def add(self, engine: Engine, **options: Any) -> Relay:
-        """A relay from *engine*'s database to all indexes."""
-        relay = self.make(engine, self._destinations, **options)
+    def add(self, engine: Engine, sweep: Callable[[], int], options: RelayOptions) -> Relay:
+        """A relay from *engine*'s database to all indexes. *sweep* deletes expired facts."""
+        relay = self.make(engine, self._destinations, sweep, options)
         with self._listing:
             self._relays.add(relay)
         return relay

@@ -1,25 +1,27 @@
-"""`SearchMethods`: the methods of `Memory` that read: searches, history, time travel."""
+"""`SearchMethods`: the methods of `Memory` that read: search, history, time travel."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 from sqlalchemy import Select, inspect
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session
 
+from memstate_sa.db.async_methods import AsyncMethod, awaited_session
 from memstate_sa.db.codec import Image
-from memstate_sa.db.sessions import blocking_session, in_scope
+from memstate_sa.db.sessions import AwaitedSession, SyncSession, blocking_session
 from memstate_sa.db.sqlite import require_no_transaction
 from memstate_sa.db.tables import utcnow
 from memstate_sa.errors import MemstateError
 from memstate_sa.log import history
-from memstate_sa.log.changes import Change
+from memstate_sa.log.changes import Change, Changes
+from memstate_sa.log.history import Moment
+from memstate_sa.options import SearchOptions, require_options
 from memstate_sa.relay.memory_parts import MemoryParts
-from memstate_sa.runtime.calls import call_directly, call_in_thread
+from memstate_sa.runtime.calls import Call, call_directly, call_in_thread
 from memstate_sa.search.hits import Hits
 from memstate_sa.search.query import Query
 from memstate_sa.search.searcher import Searcher
@@ -27,7 +29,7 @@ from memstate_sa.search.time_travel import PastSession, as_of_session
 from memstate_sa.tracking.tracked import Tracked
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 M = TypeVar("M")
 
@@ -37,168 +39,154 @@ class SearchMethods(MemoryParts):
 
     _searcher: Searcher
 
+    # SQLAlchemy 2.0 types select(Model) as Select[tuple[Model]], and 2.1 as Select[Model].
     @overload
     def search(
         self,
-        session: Session,
+        session: SyncSession,
         query: str,
-        target: type[M],
+        target: Select[tuple[M]],
         *,
         limit: int = 5,
-        max_distance: float | None = None,
-        consistency: Literal["fresh", "eventual"] = "fresh",
-        index: str | None = None,
-        as_of: datetime | str | None = None,
+        **options: Unpack[SearchOptions],
     ) -> Hits[M]: ...
 
     @overload
     def search(
         self,
-        session: Session,
+        session: SyncSession,
         query: str,
-        target: Select[Any],
+        target: type[M] | Select[M],
         *,
         limit: int = 5,
-        max_distance: float | None = None,
-        consistency: Literal["fresh", "eventual"] = "fresh",
-        index: str | None = None,
-        as_of: datetime | str | None = None,
-    ) -> Hits[Any]: ...
+        **options: Unpack[SearchOptions],
+    ) -> Hits[M]: ...
 
     def search(
-        self,
-        session: Session,
-        query: str,
-        target: Any,
-        *,
-        limit: int = 5,
-        max_distance: float | None = None,
-        consistency: Literal["fresh", "eventual"] = "fresh",
-        index: str | None = None,
-        as_of: datetime | str | None = None,
+        self, session: SyncSession, query: str, target: Any, *, limit: int = 5, **options: Unpack[SearchOptions]
     ) -> Hits[Any]:
-        """The facts nearest in meaning to *query*, best first, among the rows that *target* selects.
+        """The *limit* facts nearest in meaning to *query*, best first, among the rows that *target* selects.
 
-        Every hit is a row that this Session's transaction sees, found by an embedding of its current content. "fresh"
-        includes what is committed, or flushed in this transaction, and not yet delivered; "eventual" does not look
-        for it. ``.complete`` of the result is False when something could not be considered.
+        Every hit is a row that this Session's transaction sees, found by an embedding of its current content. The
+        result's ``complete`` is False when the search could not consider some rows, and ``reasons`` says why.
 
-        *target* is a tracked class or a ``select()`` of one, whose criteria may be anything; its order is ignored.
-        With *as_of*, a time or a transaction (``Change.tx``), it searches the facts as they were then: exactly, so it
-        embeds what is not known any more; the hits' facts are detached.
-        Raises MemstateError for other targets, DeliveryError when the index or the embedder is unavailable.
+        *target*: a tracked class, or a ``select()`` of one with any criteria. Its order is ignored.
+        *options*: see `SearchOptions`.
+
+        Raises MemstateError for another target, and DeliveryError when the index or the embedder is unavailable.
         """
-        session = blocking_session(session)
-        asked = Query(query, limit, max_distance, consistency, index, as_of)
-        return self._searcher.search(call_directly, session, target, asked)
+        return self._search(call_directly, blocking_session(session, "search"), query, target, limit, options)
 
     @overload
     async def asearch(
         self,
-        session: AsyncSession,
+        session: AwaitedSession,
         query: str,
-        target: type[M],
+        target: Select[tuple[M]],
         *,
         limit: int = 5,
-        max_distance: float | None = None,
-        consistency: Literal["fresh", "eventual"] = "fresh",
-        index: str | None = None,
-        as_of: datetime | str | None = None,
+        **options: Unpack[SearchOptions],
     ) -> Hits[M]: ...
 
     @overload
     async def asearch(
         self,
-        session: AsyncSession,
+        session: AwaitedSession,
         query: str,
-        target: Select[Any],
+        target: type[M] | Select[M],
         *,
         limit: int = 5,
-        max_distance: float | None = None,
-        consistency: Literal["fresh", "eventual"] = "fresh",
-        index: str | None = None,
-        as_of: datetime | str | None = None,
-    ) -> Hits[Any]: ...
+        **options: Unpack[SearchOptions],
+    ) -> Hits[M]: ...
 
     async def asearch(
-        self,
-        session: AsyncSession,
-        query: str,
-        target: Any,
-        *,
-        limit: int = 5,
-        max_distance: float | None = None,
-        consistency: Literal["fresh", "eventual"] = "fresh",
-        index: str | None = None,
-        as_of: datetime | str | None = None,
+        self, session: AwaitedSession, query: str, target: Any, *, limit: int = 5, **options: Unpack[SearchOptions]
     ) -> Hits[Any]:
-        """`search` for an AsyncSession; the index and the embedder are called in threads."""
+        """`search` for an AsyncSession. It calls the index and the embedder in threads."""
 
         def run(sync: Session) -> Hits[Any]:
-            asked = Query(query, limit, max_distance, consistency, index, as_of)
-            return self._searcher.search(call_in_thread, sync, target, asked)
+            return self._search(call_in_thread, sync, query, target, limit, options)
 
-        current = in_scope(session)
-        if not hasattr(current, "run_sync"):
-            raise MemstateError(f"{session!r} is not an AsyncSession; memory.search() is for a Session")
-        return await current.run_sync(run)  # type: ignore[no-any-return]
+        hits: Hits[Any] = await awaited_session(session, "search").run_sync(run)
+        return hits
+
+    def _search(
+        self, call: Call, session: Session, query: str, target: Any, limit: int, options: SearchOptions
+    ) -> Hits[Any]:
+        require_options("search", options, SearchOptions)
+        return self._searcher.search(call, session, target, Query(query, limit, **options))
 
     # -- history -------------------------------------------------------------------------------------------------------
 
     def history(
         self,
-        session: Session,
-        model_or_instance: Any = None,
+        session: SyncSession,
+        model_or_instance: object = None,
         key: Any = None,
         *,
         actor: str | None = None,
         session_id: str | None = None,
         limit: int | None = None,
-    ) -> list[Change]:
-        """What happened to a fact, oldest first: ``history(session, instance)`` or ``history(session, Model, key)``.
+    ) -> Changes:
+        """The changes of a fact, oldest first: ``history(session, instance)`` or ``history(session, Model, key)``.
 
-        A class without a key gives the changes of all its facts, no class those of all. A composite key is a tuple.
-        *actor* and *session_id* keep what is so labelled, *limit* the last so many changes.
+        A class without a key gives the changes of all its facts. Without a class, all changes are returned. A composite
+        key is a tuple.
+
+        *actor*, *session_id*: only changes with this label.
+        *limit*: only the newest changes, at most this number.
         """
-        model = model_or_instance
-        if model is not None and not isinstance(model, type):
-            model = type(model_or_instance)
+        model = model_or_instance if model_or_instance is None else type(model_or_instance)
+        if isinstance(model_or_instance, type):
+            model = model_or_instance
+        elif model is not None:
             self._registry.of(model)
             key = inspect(model_or_instance).identity
             if key is None:
-                raise MemstateError(f"{model_or_instance!r} was never flushed, so it has no history")
+                raise MemstateError(f"{model_or_instance!r} has no history: it was never flushed. Flush it first.")
         if model is None and key is not None:
-            raise MemstateError(f"key={key!r}: of which class?")
-        tracked, connection = self._reading(session, model)
-        return history.find_changes(
-            connection,
-            self._registry,
-            entity=None if model is None else tracked.entity,
-            key=None if key is None else history.stored_key(connection, tracked, key),
-            actor=actor,
-            session_id=session_id,
-            limit=limit,
+            raise MemstateError(f"Cannot use key={key!r} without a class. Use history(session, Model, key).")
+        tracked, connection = self._reading(session, "history", model)
+        return Changes(
+            history.find_changes(
+                connection,
+                self._registry,
+                entity=None if model is None else tracked.entity,
+                key=None if key is None else history.stored_key(connection, tracked, key),
+                actor=actor,
+                session_id=session_id,
+                limit=limit,
+            )
         )
+
+    ahistory = AsyncMethod(history)
+    """`history` for an AsyncSession."""
 
     # -- time travel ---------------------------------------------------------------------------------------------------
 
-    def as_of(self, session: Session, model: type[Any], key: Any, at: datetime | str) -> Image | None:
-        """What the fact's row was at a time, or after a transaction (``Change.tx``), by column name; None: no row.
+    def as_of(self, session: SyncSession, model: type[Any], key: Any, at: Moment) -> Image | None:
+        """The row of a fact at a moment, by column name; None when there was no row.
 
-        A row that is older than its history was as its first entry says. Raises HistoryMissing for an erased fact.
+        *at*: an aware datetime, or a transaction (``Change.tx``). Before its first entry, a row was as that entry says.
+
+        Raises HistoryMissing for an erased fact.
         """
-        tracked, connection = self._reading(session, model)
+        tracked, connection = self._reading(session, "as_of", model)
         image = history.image_at(connection, tracked, history.stored_key(connection, tracked, key), at)
         return None if image is None else tracked.columns_for(connection.dialect).past_values(dict(image))
 
+    aas_of = AsyncMethod(as_of)
+    """`as_of` for an AsyncSession."""
+
     @contextlib.contextmanager
     def as_of_session(
-        self, engine: Engine | AsyncEngine, at: datetime | str, models: Sequence[type[Any]] = ()
+        self, engine: Engine | AsyncEngine, at: Moment, models: Sequence[type[Any]] = ()
     ) -> Iterator[PastSession]:
-        """A read-only Session in which tracked classes (or *models*) have the rows that they had at a moment.
+        """A read-only Session in which tracked classes (or *models*) have the rows of a moment.
 
-        Any ``select()`` works, relationships too, and gives ordinary instances; tables that are not tracked are as they
-        are now. The rows of that moment are written to temporary tables first, so it takes time in proportion to them.
+        Any ``select()`` works, relationships too, and returns ordinary instances. Tables that are not tracked have
+        their present rows. The rows of the moment are copied to temporary tables first: this takes time in proportion
+        to their number.
         """
         sync = self.sync_engine(engine)
         require_no_transaction(sync)
@@ -206,26 +194,28 @@ class SearchMethods(MemoryParts):
         with as_of_session(sync, dict.fromkeys(tracked), at) as session:
             yield session
 
-    def diff(
-        self, session: Session, a: datetime | str, b: datetime | str | None = None, model: type[Any] | None = None
-    ) -> list[Change]:
-        """What became of each fact (of *model*) from moment *a* to *b* (default: now), as one change a fact.
+    def diff(self, session: SyncSession, a: Moment, b: Moment | None = None, model: type[Any] | None = None) -> Changes:
+        """The difference between moment *a* and moment *b* (default: now), as one change a fact.
 
-        Facts that are the same at both are left out; labels and ids are those of the last change between.
+        Facts that are the same at both moments are left out. Labels and ids are those of the fact's last change.
+        *model*: only facts of this class.
         """
         classes = [self._registry.of_whole(model)] if model is not None else list(self._registry.by_entity.values())
         changes: list[Change] = []
         for one in classes:
-            tracked, connection = self._reading(session, one.model)
+            tracked, connection = self._reading(session, "diff", one.model)
             end = utcnow() if b is None else b
             changes += history.differences(connection, self._registry, [tracked.entity], a, end)
-        return sorted(changes, key=lambda change: change.id)
+        return Changes(sorted(changes, key=lambda change: change.id))
 
-    def _reading(self, session: Session, model: type[Any] | None) -> tuple[Tracked, Connection]:
-        """What tracks *model*, or the first class, and the connection to its database."""
-        session = blocking_session(session)
+    adiff = AsyncMethod(diff)
+    """`diff` for an AsyncSession."""
+
+    def _reading(self, session: SyncSession, method: str, model: type[Any] | None) -> tuple[Tracked, Connection]:
+        """The `Tracked` of *model*, or of the first class, and the connection to its database."""
+        sync = blocking_session(session, method)
         if model is None:
             self._registry.require_any()
         tracked = next(iter(self._registry.by_entity.values())) if model is None else self._registry.of(model)
-        session.flush()
-        return tracked, session.connection(bind_arguments={"mapper": tracked.mapper})
+        sync.flush()
+        return tracked, sync.connection(bind_arguments={"mapper": tracked.mapper})

@@ -12,23 +12,25 @@ from memstate_sa.tracking.validation import require_count
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What `Memory.search` was asked, but for the Session and the target. Raises MemstateError for a bad argument."""
+    """The arguments of `Memory.search`, without the Session and the target. Raises MemstateError for a bad one."""
 
     text: str
     limit: int
-    max_distance: float | None
-    consistency: str
-    index: str | None
-    as_of: datetime | str | None
+    max_distance: float | None = None
+    consistency: str = "fresh"
+    index: str | None = None
+    as_of: datetime | str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
-            raise MemstateError(f"query={self.text!r}: a string to search for")
+            raise MemstateError(f"Cannot search for query={self.text!r}. Give a string.")
         require_count("limit", self.limit, "how many hits, at least 1")
         distance = self.max_distance
         if distance is not None and (
             isinstance(distance, bool) or not isinstance(distance, (int, float)) or math.isnan(distance)
         ):
-            raise MemstateError(f"max_distance={distance!r}: a cosine distance, from 0 (identical) to 2 (opposite)")
+            raise MemstateError(
+                f"Cannot use max_distance={distance!r}. Give a cosine distance, from 0 (identical) to 2 (opposite)."
+            )
         if self.consistency not in ("fresh", "eventual"):
-            raise MemstateError(f"consistency={self.consistency!r}: 'fresh' or 'eventual'")
+            raise MemstateError(f"Cannot use consistency={self.consistency!r}. Choose 'fresh' or 'eventual'.")

@@ -1,4 +1,4 @@
-"""`describe`: the options of `Memory.track`, checked and turned into a `Tracked`."""
+"""`describe`: check the options of `Memory.track`, and make a `Tracked` of them."""
 
 from __future__ import annotations
 
@@ -19,94 +19,108 @@ from sqlalchemy.orm import (
 
 from memstate_sa.db.tables import UTCDateTime
 from memstate_sa.errors import MemstateError
+from memstate_sa.options import TrackOptions
 from memstate_sa.tracking.inheritance import check_all_tables, tables_of
 from memstate_sa.tracking.tracked import Tracked, UniqueValues, Upgrade, attributes_of
 from memstate_sa.tracking.validation import field_names, validator
 
 
-def describe(
-    model: type[Any],
-    *,
-    text: str | QueryableAttribute[Any] | Callable[[Any], str | None] | None,
-    metadata: Sequence[str] = (),
-    schema: Any = None,
-    entity: str | None = None,
-    indexes: tuple[str, ...] = (),
-    unique_by: Sequence[str] | UniqueValues = (),
-    immutable: bool | Callable[[Mapping[str, Any]], bool] = False,
-    on_untracked: str = "raise",
-    capture: str = "session",
-    expires: str | None = None,
-    version: int = 1,
-    upgrade: Mapping[int, Upgrade] | None = None,
-    text_version: int = 1,
-    exclude: Sequence[str] = (),
-) -> Tracked:
-    """Check what `Memory.track` was asked for against the mapping. Raises MemstateError saying what does not fit."""
-    try:
-        mapper = inspect(model)
-    except NoInspectionAvailable as error:
-        raise MemstateError(f"{model!r} is not a mapped class; track() takes SQLAlchemy ORM models") from error
-    if not isinstance(mapper, Mapper):
-        raise MemstateError(f"{model!r} is not a mapped class; track() takes SQLAlchemy ORM models")
-    check_all_tables(mapper, by_trigger=capture == "trigger")
+def describe(model: type[Any], text: Any, indexes: Sequence[str], options: TrackOptions) -> Tracked:
+    """The `Tracked` of *model*. Raises MemstateError for an option that does not fit the mapping."""
+    mapper = _mapper_of(model)
+    by_trigger = _choice(options, "capture", "session", "trigger") == "trigger"
+    check_all_tables(mapper, by_trigger=by_trigger)
+    version, upgrade = options.get("version", 1), options.get("upgrade") or {}
+    text_version = options.get("text_version", 1)
     source = _text_source(model, text, text_version)
-    for option, names in (("metadata", metadata), ("unique_by", unique_by), ("exclude", exclude)):
-        if isinstance(names, str):
-            raise MemstateError(f"{option}={names!r}: give a tuple of column attributes, for example ({names!r},)")
-    unique_names = () if callable(unique_by) else tuple(unique_by)
+    metadata, exclude = _attribute_names(options, "metadata"), _attribute_names(options, "exclude")
+    unique_by: Any = options.get("unique_by", ())
+    unique_names = () if callable(unique_by) else _attribute_names(options, "unique_by")
     require_attributes(mapper, *attributes_of(source), *metadata, *unique_names)
     if reserved := [name for name in metadata if name.startswith("memstate_")]:
-        raise MemstateError(f"metadata={reserved[0]!r}: names that begin with memstate_ are ours in an index")
-    if on_untracked not in ("raise", "warn"):
-        raise MemstateError(f"on_untracked={on_untracked!r}: choose 'raise' or 'warn'")
-    if capture not in ("session", "trigger"):
-        raise MemstateError(f"capture={capture!r}: choose 'session' or 'trigger'")
-    if capture == "trigger" and (unique_by or immutable):
         raise MemstateError(
-            f"capture='trigger' sees {model.__name__} only once it is written: what must be unique or immutable there, "
-            "a constraint of its table has to say"
+            f"Cannot use metadata={reserved[0]!r}: names that begin with memstate_ are ours in an index. Rename the "
+            "attribute."
         )
-    if entity is not None and not isinstance(entity, str):
-        raise MemstateError(f"entity={entity!r}: give a name, or leave it to be the table's")
-    entity = str(entity if entity is not None else tables_of(mapper)[-1].fullname)  # not a quoted_name
-    if not entity or "[" in entity or len(entity) > 128:
-        raise MemstateError(f"entity={entity!r}: a name of 1 to 128 characters without '['")
+    on_untracked = _choice(options, "on_untracked", "raise", "warn")
+    immutable = options.get("immutable", False)
+    if by_trigger and (unique_by or immutable):
+        raise MemstateError(
+            f"Cannot use unique_by= or immutable= for {model.__name__} with capture='trigger': triggers run after the "
+            "write. Give the table a constraint instead."
+        )
+    schema, expires = options.get("schema"), options.get("expires")
     _check_expiry(mapper, expires)
-    needed = {
+    users = {
         "text": attributes_of(source),
         "metadata": metadata,
         "unique_by": unique_names,
         "expires": (expires,),
         "schema": field_names(schema),
     }
-    _check_excluded(mapper, exclude, needed)
-    _check_shapes(version, upgrade or {})
+    _check_excluded(mapper, exclude, users)
+    _check_shapes(version, upgrade)
     always = (lambda _values: True) if immutable is True else None
     return Tracked(
         model=model,
-        entity=entity,
+        entity=_entity(mapper, options.get("entity")),
         text=source,
-        metadata=tuple(metadata),
+        metadata=metadata,
         validate=None if schema is None else validator(schema),
-        indexes=indexes,
+        indexes=tuple(indexes),
         unique_values=unique_by if callable(unique_by) else _unique_values(unique_names),
         immutable=immutable if callable(immutable) else always,
         on_untracked=on_untracked,
-        by_trigger=capture == "trigger",
+        by_trigger=by_trigger,
         unique_names=unique_names,
         expires=expires,
         version=version,
-        upgrade=dict(upgrade or {}),
+        upgrade=dict(upgrade),
         text_version=text_version,
-        exclude=tuple(exclude),
+        exclude=exclude,
     )
+
+
+def _mapper_of(model: Any) -> Mapper[Any]:
+    try:
+        mapper = inspect(model)
+    except NoInspectionAvailable:
+        mapper = None
+    if not isinstance(mapper, Mapper):
+        raise MemstateError(f"Cannot track {model!r}: it is not a mapped class. Give a SQLAlchemy ORM model.")
+    return mapper
+
+
+def _choice(options: TrackOptions, name: str, default: str, other: str) -> str:
+    value: Any = options.get(name, default)
+    if value not in (default, other):
+        raise MemstateError(f"Cannot use {name}={value!r}. Choose {default!r} or {other!r}.")
+    return str(value)
+
+
+def _attribute_names(options: TrackOptions, option: str) -> tuple[str, ...]:
+    names: Any = options.get(option, ())
+    if isinstance(names, str):
+        raise MemstateError(
+            f"Cannot use {option}={names!r}: it is a string. Give a tuple of attributes, for example ({names!r},)."
+        )
+    return tuple(names)
+
+
+def _entity(mapper: Mapper[Any], entity: Any) -> str:
+    name = tables_of(mapper)[-1].fullname if entity is None else entity
+    if not isinstance(name, str) or not name or "[" in name or len(name) > 128:
+        raise MemstateError(
+            f"Cannot use entity={entity!r}. Give a name of 1 to 128 characters without '[', or leave it out to "
+            "use the table's name."
+        )
+    return str(name)  # a table's name may be a quoted_name
 
 
 def _text_source(model: type[Any], text: Any, text_version: Any) -> str | Callable[[Any], str | None] | None:
     """The name of the text's attribute, or the function that makes it; None where there is no text."""
     if isinstance(text_version, bool) or not isinstance(text_version, int):
-        raise MemstateError(f"text_version={text_version!r}: give a whole number, another one for each other text=")
+        raise MemstateError(f"Cannot use text_version={text_version!r}. Give a whole number, and change it with text=.")
     if isinstance(text, QueryableAttribute) and issubclass(model, text.parent.class_):
         return str(text.key)
     if text is not None and not isinstance(text, str) and not callable(text):
@@ -124,11 +138,11 @@ def _check_expiry(mapper: Mapper[Any], expires: str | None) -> None:
     require_attributes(mapper, expires)
     type_ = mapper.columns[expires].type
     if not isinstance(type_, (DateTime, UTCDateTime)):
-        raise MemstateError(f"expires={expires!r}: its column holds no times, but {type_!r}")
+        raise MemstateError(f"Cannot use expires={expires!r}: its column holds no times, but {type_!r}.")
 
 
 def _check_excluded(mapper: Mapper[Any], exclude: Sequence[str], needed: Mapping[str, Collection[str | None]]) -> None:
-    """Refuse to leave out of the log what it, an index or the mapper needs."""
+    """Raise MemstateError for an excluded attribute that the log, an index or the mapper needs."""
     mappers = list(mapper.self_and_descendants)
     mapped: dict[str, set[Any]] = {
         "the primary key": {column for each in mappers for table in tables_of(each) for column in table.primary_key},
@@ -149,28 +163,29 @@ def _check_excluded(mapper: Mapper[Any], exclude: Sequence[str], needed: Mapping
 
 def _check_shapes(version: int, upgrade: Mapping[int, Upgrade]) -> None:
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version < 2**15:
-        raise MemstateError(f"version={version!r}: a whole number from 1, one more for each change of shape")
+        raise MemstateError(f"Cannot use version={version!r}. Give a whole number from 1 to {2**15 - 1}.")
     for shape, step in upgrade.items():
         if shape not in range(1, version) or not callable(step):
             raise MemstateError(
-                f"upgrade={shape!r}: give {{n: function from the columns of version n to those of n + 1}}"
+                f"Cannot use upgrade={shape!r}. Give a dict: each version before {version}, and a function from its "
+                "columns to the columns of the next version."
             )
 
 
 def derive(base: Tracked, mapper: Mapper[Any]) -> Tracked:
-    """As *base* is tracked, *mapper*, a concrete subclass: its rows are elsewhere, and keyed by themselves."""
+    """The `Tracked` of *mapper*, a concrete subclass of *base*: it has its own table and keys, and the same options."""
     table = check_all_tables(mapper, by_trigger=base.by_trigger)
     try:
         require_attributes(mapper, *attributes_of(base.text), *base.metadata, *base.unique_names, *base.expiry)
     except MemstateError as error:
-        raise MemstateError(f"{error}: what {base.model.__name__} is tracked by") from error
+        raise MemstateError(f"{error}. {base.model.__name__} is tracked by it.") from error
     entity, exclude = str(table.fullname), tuple(name for name in base.exclude if name in mapper.columns)
     model: type[Any] = mapper.class_
     return replace(base, model=model, entity=entity, derived=True, exclude=exclude, hydrations={}, _columns={})
 
 
 def require_attributes(mapper: Mapper[Any], *names: str) -> None:
-    # A column_property of an expression is among the mapper's columns.
+    # The mapper's columns contain column_property expressions too.
     columns = {name for name, column in mapper.columns.items() if isinstance(column, Column)}
     for name in names:
         if name not in columns:

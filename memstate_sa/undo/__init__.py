@@ -1,1 +1,1 @@
-"""Taking transactions back."""
+"""Undo of transactions."""

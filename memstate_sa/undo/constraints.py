@@ -1,7 +1,7 @@
-"""The constraints that may block an undo, checked before it is tried: foreign keys and unique values.
+"""Check the foreign keys and unique values that may block an undo, before it writes.
 
-The database would only say that it refuses. For tracked tables this says which fact blocks, so that the error can
-name its author. The values that constraints compare are read once; the rest is decided in memory.
+The database would only report that it refuses. For tracked tables, this check finds the fact that blocks, so that the
+error can name its author. The values that constraints compare are read once. The rest is decided in memory.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from memstate_sa.tracking.tracked import Tracked, unique_value
 from memstate_sa.undo.restore import rows_by_table, unique_columns
 
 BlockedFacts: TypeAlias = dict[FactKey, FactKey | None]
-"""Facts that cannot be restored, each with the fact that blocks it; None: a row that no key tells."""
+"""Facts that cannot be restored, each with the fact that blocks it; None if the blocking row has no known key."""
 
 _Facts: TypeAlias = dict[FactKey, None]
 
 
-# -- what follows from what (pure) -------------------------------------------------------------------------------------
+# -- decisions (pure) --------------------------------------------------------------------------------------------------
 
 
 class FactsByValue:
-    """The facts that have a value: currently, and in the end, when all facts are restored. For most it is the same."""
+    """The facts by the value that they have now, and by the value that they have after all facts are restored."""
 
     def __init__(self) -> None:
         self.current: dict[Hashable, _Facts] = {}
@@ -59,7 +59,7 @@ class FactsByValue:
 
 @dataclass(eq=False)
 class Uniqueness:
-    """At most one fact has a value."""
+    """The constraint that at most one fact has a value."""
 
     facts: FactsByValue
 
@@ -75,7 +75,10 @@ class Uniqueness:
 
 @dataclass(eq=False)
 class Reference:
-    """A value that a fact refers to exists. *entity*: whose keys the values are; None: they are no keys."""
+    """The constraint that a referred value exists.
+
+    *entity* is the entity whose keys the values are, or None if the values are no keys.
+    """
 
     referring: FactsByValue
     referred: FactsByValue
@@ -107,7 +110,7 @@ class Constraints:
 
     def __init__(self, constraints: Iterable[Constraint]) -> None:
         self._of_fact: dict[FactKey, list[tuple[Constraint, Hashable]]] = {}
-        """The constraints that a fact takes part in, with the value by which it does."""
+        """The constraints of each fact, with the value that the constraint compares."""
         for constraint in constraints:
             for side in constraint.sides:
                 for facts_of in (side.current, side.final):
@@ -116,24 +119,24 @@ class Constraints:
                             self._of_fact.setdefault(fact, []).append((constraint, value))
 
     def blocked_facts(self, left_out: Collection[FactKey]) -> BlockedFacts:
-        """The facts that must be left out, too, when the facts *left_out* stay as they are."""
+        """The facts that cannot be restored either, if the facts *left_out* stay as they are."""
         blocked: BlockedFacts = {}
         staying = set(left_out)
-        waiting = dict.fromkeys(pair for pairs in self._of_fact.values() for pair in pairs)
-        while waiting:
-            (constraint, value), _ = waiting.popitem()
+        unchecked = dict.fromkeys(pair for pairs in self._of_fact.values() for pair in pairs)
+        while unchecked:
+            (constraint, value), _ = unchecked.popitem()
             for fact, blocking in constraint.blocked_facts(value, staying).items():
                 blocked[fact] = blocking
                 staying.add(fact)
-                waiting.update(dict.fromkeys(self._of_fact[fact]))  # it may be what others need
+                unchecked.update(dict.fromkeys(self._of_fact[fact]))  # other facts may need this one: check again
         return blocked
 
 
-# -- what the database has ---------------------------------------------------------------------------------------------
+# -- reading the database ----------------------------------------------------------------------------------------------
 
 
 def read_constraints(connection: Connection, registry: Registry, final: Mapping[FactKey, Image | None]) -> Constraints:
-    """What foreign keys and unique values of tracked tables ask of *final*."""
+    """The foreign keys and unique values of tracked tables that *final* must satisfy."""
     reader = _ConstraintReader(connection, registry, final)
     return Constraints([*reader.references(), *reader.unique_constraints(), *reader.declared_unique_values()])
 
@@ -153,7 +156,10 @@ class _ConstraintReader:
         self._final_rows = rows_by_table(self.connection, self.registry, self.final)
 
     def references(self) -> list[Reference]:
-        """Rows that refer to one that is to go, or to have another value; and what those that come are to refer to."""
+        """The foreign keys, with the rows that lose their referred row, and the rows that restored rows refer to.
+
+        Rows that will be deleted, or lose a referred value, are locked first.
+        """
         tracked = self.registry.by_table
         references = [
             (fk, self._reference(fk))
@@ -184,7 +190,7 @@ class _ConstraintReader:
         return Reference(self._facts_by_value(fk.table, local), self._facts_by_value(parent, remote), entity)
 
     def unique_constraints(self) -> Iterator[Uniqueness]:
-        """Rows that have a unique value which one of the table is to get."""
+        """The unique constraints of tables, with the rows that have a value which a restored row gets."""
         for table in self._final_rows:
             for columns in unique_columns(table, partial=False):
                 facts = self._facts_by_value(table, columns)
@@ -192,7 +198,7 @@ class _ConstraintReader:
                 yield Uniqueness(facts)
 
     def declared_unique_values(self) -> Iterator[Uniqueness]:
-        """The same of values that `track` was told to be unique."""
+        """The unique values of ``unique_by``, with the facts that have a value which a restored fact gets."""
         for entity, keys in by_entity(self.final).items():
             tracked = self.registry.by_entity[entity]
             if tracked.unique_values is not None:
@@ -208,14 +214,14 @@ class _ConstraintReader:
             final = None if image is None else unique_value(tracked, columns.past_values(dict(image)))
             facts.add((tracked.entity, key), current.get(key), final)
         if gained_values := [str(value) for value in facts.final if facts.gaining(value)]:
-            having_them = of_class.where(unique.c.value.in_(select(_keys.c.value)))
-            for key, value in self.connection.execute(having_them, {"keys": as_array(gained_values)}):
+            holders = of_class.where(unique.c.value.in_(select(_keys.c.value)))
+            for key, value in self.connection.execute(holders, {"keys": as_array(gained_values)}):
                 if key not in current:
                     facts.add((tracked.entity, key), value, value)
         return Uniqueness(facts)
 
     def _facts_by_value(self, table: Table, columns: Sequence[Column[Any]]) -> FactsByValue:
-        """The facts to be restored that are rows of *table*, by their values of *columns*."""
+        """The restored facts that have rows in *table*, by their values of *columns*."""
         facts, current = FactsByValue(), self._rows_now(table)
         for key, image in self._final_rows.get(table, {}).items():
             facts.add(self._fact(table, key), values_of(current.get(key), columns), values_of(image, columns))
@@ -224,7 +230,7 @@ class _ConstraintReader:
     def _add_others(
         self, facts: FactsByValue, table: Table, columns: Sequence[Column[Any]], values: Sequence[Hashable]
     ) -> None:
-        """Add to *facts* all others that have one of *values* now."""
+        """Add to *facts* the other facts that have one of *values* now."""
         current, final = self._rows_now(table), self._final_rows.get(table, {})
         for value, key in self._find(table, columns, values):
             moves = key in final and values_of(final[key], columns) != values_of(current.get(key), columns)
@@ -237,7 +243,7 @@ class _ConstraintReader:
         keys = find(self.connection, columns, values)
         if {value for _, value in keys} <= set(values):
             yield from ((value, key) for key, value in keys)
-        else:  # a collation finds a value in another form, too: of which, each of them says when asked by itself
+        else:  # the collation takes other spellings for equal: query value by value, to know which row matches which
             for value in values:
                 yield from ((value, key) for key, _ in find(self.connection, columns, [value]))
 
@@ -245,14 +251,14 @@ class _ConstraintReader:
         return self.registry.by_table[table].columns_for(self.connection.dialect).of_table[table]
 
     def _rows_now(self, table: Table) -> Mapping[str, Image]:
-        """The rows as they are, read when they are first asked for: of many tables nothing has to be known."""
+        """The current rows of *table*. They are read at the first call, because many tables are never needed."""
         if table not in self._final_rows:
             return {}
         if table not in self._current_rows:
             keys = [decode_key(key) for key in self._final_rows[table]]
             current = self._current_rows[table] = self._columns(table).read(self.connection, keys)
             for key, image in self._final_rows[table].items():
-                if image is not None:  # columns that it does not know stay as they are
+                if image is not None:  # columns that the image lacks keep their values
                     self._final_rows[table][key] = {**current.get(key, {}), **image}
         return self._current_rows[table]
 

@@ -1,7 +1,7 @@
-"""What a Session has loaded, and an undo has made untrue: it is read again when it is next touched.
+"""Expire the loaded attributes that an undo has changed. The Session loads them again at the next access.
 
-The Session itself would know: it expires the collections of objects that it flushes or refreshes. An undo writes by
-Core, past it. No statement is sent here.
+A Session expires collections only when it flushes or refreshes objects itself. It does not see an undo, which writes by
+Core. This module sends no statements.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from memstate_sa.tracking.registry import Registry
 from memstate_sa.tracking.tracked import Tracked
 
 _Rows: TypeAlias = Sequence[Mapping[str, Any] | None]
-"""What one row was, one after the other; None where it was not there."""
+"""The successive states of one row; None where the row did not exist."""
 
 
 def expire(session: Session, dialect: Dialect, registry: Registry, changes: Sequence[Change]) -> None:
-    """Expire the loaded copies of what *changes* are about, and the relationships that they add to or take from."""
+    """Expire the loaded objects that *changes* have written, and the relationships that may hold other objects now."""
     keys: dict[Tracked, set[tuple[Any, ...]]] = {}
-    changes = [change for change in changes if change.entity in registry.by_entity]  # a trigger may log others
+    changes = [change for change in changes if change.entity in registry.by_entity]  # triggers may log other entities
     for change in changes:
         tracked = registry.by_entity[change.entity]
         keys.setdefault(tracked, set()).add(decode_key(tracked.columns_for(dialect).canonical(change.key)))
@@ -43,7 +43,7 @@ def expire(session: Session, dialect: Dialect, registry: Registry, changes: Sequ
 
 
 def _rows_by_table(dialect: Dialect, registry: Registry, changes: Iterable[Change]) -> dict[Table, list[_Rows]]:
-    """What the rows of each table were before, in between and after *changes*, as the ORM loads them."""
+    """The states of each table's rows before, between and after *changes*, in the values that the ORM loads."""
     facts: dict[tuple[str, Hashable], list[Mapping[str, Any] | None]] = {}
     for change in changes:
         facts.setdefault((change.entity, hashable(change.key)), [change.before]).append(change.after)
@@ -64,7 +64,7 @@ class _Relationships:
     _of_mapper: dict[Mapper[Any], list[_Relationship]] = field(default_factory=dict)
 
     def changed(self, mapper: Mapper[Any], values: Mapping[str, Any]) -> list[str]:
-        """Those that are loaded in an object with these attribute *values*, and may hold other objects now."""
+        """The loaded relationships of an object with these attribute *values* that may hold other objects now."""
         if mapper not in self._of_mapper:
             self._of_mapper[mapper] = list(self._to_written_rows(mapper))
         return [one.name for one in self._of_mapper[mapper] if one.name in values and one.may_differ(values)]
@@ -90,7 +90,7 @@ class _Relationships:
 
 
 def _changed_values(rows: Iterable[_Rows], columns: Sequence[Any]) -> set[Hashable]:
-    """The values of *columns* that a row was given or has lost."""
+    """The values of *columns* that some row has gained or lost."""
     changed: set[Hashable] = set()
     for row in rows:
         values = {None if image is None else hashable([image.get(column.name) for column in columns]) for image in row}
@@ -101,7 +101,7 @@ def _changed_values(rows: Iterable[_Rows], columns: Sequence[Any]) -> set[Hashab
 
 @dataclass(frozen=True)
 class _Relationship:
-    """A relationship, with the *attributes* by which its object refers. None: by something else."""
+    """A relationship, with the *attributes* that the object refers with. They are empty if they cannot be told."""
 
     name: str
     attributes: Sequence[str] = ()

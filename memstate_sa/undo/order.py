@@ -1,9 +1,11 @@
-"""The order in which an undo writes rows: each write after those that it waits for. It asks no database.
+"""The order in which an undo writes rows. It is computed without asking the database.
 
-There are three reasons why a write waits for another. In a circle one of them has to give way:
-1. It refers to a row that the other brings: then it writes NULL, and the reference at the end.
-2. It takes away a row that the other refers to: then that reference becomes NULL before.
-3. It writes a unique value that the other gives up: then the other's row gets a value before that no row has.
+There are three cases in which a write waits for another one. When writes wait for each other in a circle, one of them
+gives way:
+
+1. The write refers to a row that the other write inserts. To give way, it writes NULL first, and the reference last.
+2. The write deletes a row that the other row still refers to. To give way, the other reference becomes NULL first.
+3. The write needs a unique value that the other row still has. To give way, the other row gets an unused value first.
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ class Kind(Enum):
 
 @dataclass(eq=False)
 class Write:
-    """One row of *table* that is to become *final*.
+    """A change of one row of *table* from *current* to *final*.
 
-    ``given_up`` are columns that have lost their values before, and ``postponed`` those that get theirs at the end.
+    ``given_up``: columns whose values were cleared or replaced first. ``postponed``: columns that are written last.
     """
 
     table: Table
@@ -54,7 +56,7 @@ class Reason(Enum):
 
 
 class Wait(NamedTuple):
-    """*after* waits for *before*, because of these columns of the one that would give way."""
+    """*after* waits for *before*. The *columns* belong to the write that can give way."""
 
     before: Write
     after: Write
@@ -63,20 +65,20 @@ class Wait(NamedTuple):
 
 
 GiveWay: TypeAlias = Callable[[Write, Columns], bool]
-"""Have a row give these columns up before the next round; False where it cannot."""
+"""Gives up a row's values in these columns before the next round. Returns False if that is impossible."""
 
 
 class Order:
-    """The writes in an order that keeps each waiting for the others, as far as there is one."""
+    """The writes in an order in which each comes after the writes that it waits for, as far as possible."""
 
     def __init__(self, writes: Sequence[Write], waits: Iterable[Wait], clear: GiveWay, replace: GiveWay) -> None:
-        """*clear* gives references up, then *replace* gives unique values up, for which all references are cleared."""
+        """*clear* sets references to NULL. *replace* replaces unique values, after all references to them are NULL."""
         self._clear, self._replace = clear, replace
         self._waiting = dict.fromkeys(writes)
         self._before: dict[Write, dict[Write, list[Wait]]] = {write: {} for write in writes}
         self._after: dict[Write, dict[Write, None]] = {write: {} for write in writes}
         self._referring: dict[Write, list[Wait]] = {write: [] for write in writes}
-        """Waits for the end of references to a row, those of the row itself among them."""
+        """For each write that takes a referred value away: its waits, including references of the row to itself."""
         for wait in waits:
             if wait.reason is Reason.LOSES_REFERENCE:
                 self._referring[wait.after].append(wait)
@@ -85,10 +87,10 @@ class Order:
                 self._after[wait.before][wait.after] = None
 
     def rounds(self) -> Iterator[list[Write]]:
-        """Writes of one kind that may be executed together, in their order.
+        """Lists of writes of one kind that can be executed together, in order.
 
-        Of those that wait for nothing, first the deletes, then the updates: they may make room in an index that is not
-        compared here, as a collation or an expression decides.
+        Writes that wait for nothing are ordered by kind: deletes, updates, inserts. So they free the values of unique
+        indexes that are not compared here, because only the database knows their collation or expression.
         """
         ready: dict[Kind, list[Write]] = {kind: [] for kind in Kind}
         released = [write for write in self._waiting if not self._before[write]]
@@ -99,18 +101,21 @@ class Order:
             if kind is None:
                 released = self._break_circle()
                 continue
-            now, ready[kind] = ready[kind], []
-            yield now
-            for write in now:
+            writes, ready[kind] = ready[kind], []
+            yield writes
+            for write in writes:
                 del self._waiting[write]
-            released = [after for write in now for after in self._after[write] if self._release(write, after)]
+            released = [after for write in writes for after in self._after[write] if self._release(write, after)]
 
     def _release(self, before: Write, after: Write) -> bool:
-        """Have *after* wait for *before* no longer. Whether it waits for nothing now."""
+        """Let *after* no longer wait for *before*. Return True if it now waits for nothing."""
         return self._before[after].pop(before, None) is not None and not self._before[after]
 
     def _break_circle(self) -> list[Write]:
-        """Have one write of a circle give way. Without one that can, the constraint may be checked at COMMIT."""
+        """Let one write of a circle give way, and return the writes that wait for nothing now.
+
+        Release one even if no write can give way: the database may check the constraint only at COMMIT.
+        """
         circle = self._circle()
         for before, after in circle:
             if all(map(self._gives_way, self._before[after][before])):
@@ -119,7 +124,7 @@ class Order:
         return [after] if self._release(before, after) else []
 
     def _circle(self) -> list[tuple[Write, Write]]:
-        """Pairs of writes, each of which the next one waits for, in a circle."""
+        """Writes that wait for each other in a circle, as pairs (before, after)."""
         path = {next(iter(self._waiting)): 0}
         while True:
             after = next(reversed(path))
@@ -133,19 +138,19 @@ class Order:
         if wait.reason is Reason.LOSES_REFERENCE:
             return self._clear(wait.before, wait.columns)
         if wait.reason is Reason.UNIQUE_VALUE:
-            return self._is_let_go(wait.before) and self._replace(wait.before, wait.columns)
+            return self._clear_references(wait.before) and self._replace(wait.before, wait.columns)
         nullable = [column.name for column in wait.columns if column.nullable and not column.primary_key]
         wait.after.postponed.update(nullable)
         return bool(nullable)
 
-    def _is_let_go(self, write: Write) -> bool:
-        """Have the rows that refer to the row of *write* give that up, before it has another value."""
+    def _clear_references(self, write: Write) -> bool:
+        """Clear the references to the row of *write*, before its value is replaced. Return False if one cannot be."""
         waits = (wait for wait in self._referring[write] if wait.before in self._waiting)
         return all(self._clear(wait.before, wait.columns) for wait in waits)
 
 
 def waits_for_unique_values(writes: Sequence[Write], columns: Columns) -> Iterator[Wait]:
-    """Who is to have a unique value waits for who has it."""
+    """The waits of rows that need a unique value, for the rows that have it now."""
     holders = {value: write for write in writes if (value := values_of(write.current, columns)) is not None}
     for write in writes:
         value = values_of(write.final, columns)
@@ -157,17 +162,17 @@ def waits_for_unique_values(writes: Sequence[Write], columns: Columns) -> Iterat
 def waits_for_references(
     referring: Sequence[Write], referred: Sequence[Write], fk: ForeignKeyConstraint
 ) -> Iterator[Wait]:
-    """Who is to refer to a row waits for who brings it. Who takes a row away waits for those that refer to it."""
+    """The waits of new references for their referred rows, and of removed rows for the rows that refer to them."""
     local, remote = map(tuple, columns_of(fk))
-    bringing, taking = {}, {}
+    adding, removing = {}, {}  # the writes that add or remove a referred value
     for write in referred:
-        now, then = values_of(write.current, remote), values_of(write.final, remote)
-        if now != then:
-            bringing[then], taking[now] = write, write
+        current, final = values_of(write.current, remote), values_of(write.final, remote)
+        if current != final:
+            adding[final], removing[current] = write, write
     for write in referring:
-        now, then = values_of(write.current, local), values_of(write.final, local)
-        if now != then:
-            if then is not None and then in bringing:
-                yield Wait(bringing[then], write, Reason.GAINS_REFERENCE, local)
-            if now is not None and now in taking:
-                yield Wait(write, taking[now], Reason.LOSES_REFERENCE, local)
+        current, final = values_of(write.current, local), values_of(write.final, local)
+        if current != final:
+            if final is not None and final in adding:
+                yield Wait(adding[final], write, Reason.GAINS_REFERENCE, local)
+            if current is not None and current in removing:
+                yield Wait(write, removing[current], Reason.LOSES_REFERENCE, local)

@@ -1,4 +1,4 @@
-"""The words for rows that the database does not let an undo write."""
+"""The error messages for rows that the database refuses during an undo."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from sqlalchemy.exc import DBAPIError
 from memstate_sa.runtime.printable import printable
 
 _IN_THE_WAY = (
-    "Cannot undo: the database refuses the rows as they were, beside those that are there now. It says: {}. Change the "
-    "rows in the way, and undo again."
+    "Cannot undo: the old rows contradict rows that exist now. The database says: {}. Change the rows in the way, and "
+    "undo again."
 )
 _NO_VALUE = (
-    "Cannot undo: a row that would come back has no value for a column that must have one. The database says: {}. Give "
-    "the column a default in the database, or write the row by hand."
+    "Cannot undo: a restored row has no value for a NOT NULL column. The database says: {}. Give the column a default "
+    "in the database, or write the row by hand."
 )
 
 
 def message_of(error: DBAPIError) -> str:
-    """Why the database refused, with the name of the constraint, and with the values in the way where it tells them."""
+    """The error message for a refusal. It quotes the database, which names the constraint, and often the values."""
     refusal: Any = error.orig
     diagnostics = getattr(refusal, "diag", None)
     parts = [str(refusal)] if diagnostics is None else [diagnostics.message_primary, diagnostics.message_detail]

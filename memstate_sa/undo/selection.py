@@ -1,6 +1,6 @@
-"""Which transactions an undo takes back, and which of their changes.
+"""Select the transactions that an undo takes back, and their changes.
 
-Statements that read the log, and decisions about what they return. Nothing here writes.
+This module reads the log and decides. It writes nothing.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from memstate_sa.tracking.registry import Registry
 from memstate_sa.undo.constraints import BlockedFacts, Constraints
 
 Undone: TypeAlias = set[tuple[str, FactKey]]
-"""(transaction, fact) whose change was undone, and not redone."""
+"""The changes, as (transaction, fact), that were undone and not redone."""
 
 _PAGES = (100, 1000)
-"""Entries or headers a SELECT: a walk begins with what it probably needs, and goes on with the most."""
+"""The least and the most entries or headers that a SELECT reads. The first SELECT reads about as many as are needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Whose transactions count, and what of them: all, or those with these labels; all facts, or those of one class."""
+    """The changes that an undo considers, limited to these labels and this entity. None means no limit."""
 
     session_id: str | None = None
     actor: str | None = None
@@ -48,9 +48,10 @@ class Scope:
 class Plan:
     """How to undo *changes*, newest first.
 
-    *final* has the row that each fact must end up with. Facts that are *left_out* stay as they are, each because of the
-    entries with these ids. Facts that were *changed_since* may have later entries than *changes*. The *absent_keys*
-    have no row: others may be adding one.
+    - *final*: the row that each fact must have in the end.
+    - *left_out*: facts that stay as they are, with the ids of the entries that are the reason.
+    - *changed_since*: facts that may have later entries than *changes*.
+    - *absent_keys*: facts without a row. Other transactions may be inserting one.
     """
 
     changes: list[LoggedChange]
@@ -74,9 +75,9 @@ class Plan:
         return set().union(*self.left_out.values())
 
     def leave_out_blocked(self, connection: Connection) -> BlockedFacts:
-        """Leave out what other rows block, or what is left out already, and return that."""
+        """Leave out the facts that other rows or left-out facts block. Return them with the facts that block them."""
         blocked = self.constraints.blocked_facts(self.left_out)
-        # What is left out may be what others need. They are told why it is, not that it is.
+        # Report only the causes: a blocking fact that is left out itself has its own cause in the report already.
         causes = {by for by in blocked.values() if by is not None and by not in blocked and by not in self.left_out}
         entries = _newest_entries(connection, causes) if causes else {}
         for fact, by in blocked.items():
@@ -98,14 +99,14 @@ _chain = select(
         )
     )
 )
-"""The undos of ``keys``, the undos of those undos, and so on: a chain may have been toggled a thousand times."""
+"""The undos of ``keys``, the undos of these undos, and so on: a change may have been undone and redone many times."""
 
 
 def undone(connection: Connection, txs: Collection[str]) -> Undone:
-    """The changes of *txs* that a rollback has undone, and no rollback of that rollback has redone."""
+    """The changes of *txs* that a rollback has undone, and that no other rollback has redone since."""
     rows = connection.execute(_chain, {"keys": as_array(txs)}).all()
     undone_changes: Undone = set()
-    for row in sorted(rows, reverse=True):  # by id: what undoes an undo comes after it
+    for row in sorted(rows, reverse=True):  # by id, newest first: an undo comes after the entry that it undoes
         if (row.tx, (row.entity, row.key)) not in undone_changes:
             undone_changes.add((row.reverts, (row.entity, row.key)))
     targets = set(txs)
@@ -115,7 +116,10 @@ def undone(connection: Connection, txs: Collection[str]) -> Undone:
 def effective_transactions(
     connection: Connection, own: Collection[str], scope: Scope, count: int = _PAGES[1]
 ) -> Iterator[str]:
-    """Transactions of *scope* with something to undo, the last one first, except *own*. About *count* will be read."""
+    """The transactions of *scope* that have changes to undo, newest first, without *own*.
+
+    *count* is the number of transactions that the caller will probably read.
+    """
     seen = set(own)
     walk = _labelled if scope.labels else _all
     least, most = _PAGES
@@ -132,7 +136,7 @@ _changed_by = _changed.where(log.c.tx.in_(select(_keys.c.value)))
 
 
 def _all(connection: Connection, scope: Scope, page: int) -> Iterator[Sequence[Any]]:
-    """Entries of steps, backwards, page by page."""
+    """Pages of the entries of steps, newest first."""
     steps = _changed.where(log.c.step)
     if scope.entity is not None:
         steps = steps.where(log.c.entity == scope.entity)
@@ -140,26 +144,29 @@ def _all(connection: Connection, scope: Scope, page: int) -> Iterator[Sequence[A
 
 
 def _labelled(connection: Connection, scope: Scope, page: int) -> Iterator[Sequence[Any]]:
-    """The same of steps with the labels, found by their headers: there may be few of them in a long log."""
+    """Pages of the entries of steps with the scope's labels, newest first.
+
+    They are found by their headers, because a long log may have only few of them.
+    """
     headers = select(transaction.c.at, transaction.c.tx).where(*scope.labels).order_by(transaction.c.at.desc())
     for header_page in _backwards(connection, headers, transaction.c.at, page):
-        # Chosen and sorted here: for either, SQLite would walk all steps, or all of an entity, to find these.
+        # Filter and sort in Python: for either, SQLite would read all steps, or all entries of the entity.
         rows = connection.execute(_changed_by, {"keys": as_array({row.tx for row in header_page})}).all()
         steps = [row for row in rows if row.step and scope.entity in (None, row.entity)]
         yield sorted(steps, key=lambda row: row.id, reverse=True)
 
 
 def _backwards(connection: Connection, statement: Select[Any], by: Column[Any], page: int) -> Iterator[Sequence[Any]]:
-    """Pages of *statement*, whose first column is *by*, from the greatest; rows of one value are on one page.
+    """Pages of *statement* in descending order of *by*, its first column. Rows with the same value are on one page.
 
-    The first page has *page* rows.
+    *page* is the size of the first page.
     """
     rows = connection.execute(statement.limit(page)).all()
     while len(rows) == page:
         last = rows[-1][0]
         if not by.primary_key:
-            same = connection.execute(statement.where(by == last)).all()
-            rows = [*(row for row in rows if row[0] != last), *same]
+            last_rows = connection.execute(statement.where(by == last)).all()
+            rows = [*(row for row in rows if row[0] != last), *last_rows]
         yield rows
         page = _PAGES[1]
         rows = connection.execute(statement.where(by < last).limit(page)).all()
@@ -167,13 +174,13 @@ def _backwards(connection: Connection, statement: Select[Any], by: Column[Any], 
 
 
 def transactions_since(connection: Connection, own: Collection[str], scope: Scope, moment: Moment) -> list[str]:
-    """The effective transactions of *scope* since a moment, the last one first."""
+    """The transactions of *scope* since a moment that have changes to undo, newest first."""
     at_moment = log_at(connection, moment)
     of_page = select(log.c.tx, log.c.snapshot, (~at_moment.criterion).label("since"))
     of_page = of_page.where(log.c.tx.in_(select(_keys.c.value)))
     txs: list[str] = []
     candidates = effective_transactions(connection, own, scope)
-    # Transactions that ran at once are in no order: so it ends with a page that has none.
+    # Concurrent transactions have no order, so stop only at a whole page without any transaction since the moment.
     while page := list(islice(candidates, _PAGES[1])):
         rows = connection.execute(of_page, {"keys": as_array(page)}).all()
         since = {row.tx for row in rows if row.since}
@@ -184,20 +191,23 @@ def transactions_since(connection: Connection, own: Collection[str], scope: Scop
 
 
 def _is_before(moment: Snapshot | None, snapshots: Iterable[str | None]) -> bool:
-    """Whether one of *snapshots* was taken when nothing had begun that was open at *moment*, or none is known."""
-    known = [Snapshot.parse(snapshot) for snapshot in snapshots if snapshot is not None]
-    return moment is None or not known or any(snapshot.xmax <= moment.xmin for snapshot in known)
+    """Whether one of *snapshots* is older than all transactions that were open at *moment*.
+
+    Also True if the snapshots are unknown.
+    """
+    known_snapshots = [Snapshot.parse(snapshot) for snapshot in snapshots if snapshot is not None]
+    return moment is None or not known_snapshots or any(snapshot.xmax <= moment.xmin for snapshot in known_snapshots)
 
 
 def require_closed(connection: Connection, open_tx: str, tx: str) -> None:
-    """Raise MemstateError for the transaction that is open, and NotFound for one that the log does not have."""
+    """Raise MemstateError if *tx* is the open transaction, and NotFound if the log does not have it."""
     if tx == open_tx:
-        raise MemstateError("this transaction is still open; session.rollback() undoes it")
+        raise MemstateError(f"Cannot undo transaction {tx}: it is still open. Call session.rollback().")
     if connection.execute(select(log.c.id).where(log.c.tx == tx).limit(1)).first() is None:
-        raise NotFound(f"the log has no transaction {tx!r}")
+        raise NotFound(f"Cannot undo: the log has no transaction {tx!r}.")
 
 
-# -- which of their changes --------------------------------------------------------------------------------------------
+# -- which changes -----------------------------------------------------------------------------------------------------
 
 _earlier = log.alias("earlier")
 _previous = (
@@ -205,8 +215,8 @@ _previous = (
     .where(_earlier.c.entity == log.c.entity, _earlier.c.key == log.c.key, _earlier.c.id < log.c.id)
     .scalar_subquery()
 )
-# The entry before each is looked up by another statement: joined, PostgreSQL reads all of a log of few large
-# transactions, as it expects as many rows of these.
+# The images of the previous entries are read by another statement. With a join, PostgreSQL would expect many rows, and
+# read the whole log if it has few, large transactions.
 _entries = (
     select(
         log.c.id, log.c.tx, log.c.entity, log.c.key, log.c.op, log.c.image, log.c.version, _previous.label("previous")
@@ -233,17 +243,21 @@ def changes_to_undo(
     images.update({row.id: row for row in connection.execute(_images, {"keys": earlier})})
     untracked = {row.entity for row in rows} - set(registry.by_entity)
     if untracked:
-        raise HistoryMissing(f"{', '.join(sorted(untracked))}: no longer tracked, so it cannot be written back")
+        raise HistoryMissing(
+            f"Cannot undo changes of {', '.join(sorted(untracked))}: no longer tracked. Track the class again."
+        )
     undone_changes = undone(connection, targets)
     changes = []
     for row in rows:
         previous = images.get(row.previous)
         outside = scope.entity is not None and row.entity != scope.entity
-        # After a redacted entry comes a tombstone: it is never what a living one goes back to.
+        # Skip redacted entries. The next entry needs no image of them either: it is the delete of the erasure.
         if row.version == REDACTED or outside or (row.tx, (row.entity, row.key)) in undone_changes:
             continue
         if row.previous is not None and row.previous not in images:
-            raise HistoryMissing(f"{row.entity} {row.key}: what it was before has just been folded (Retention.log)")
+            raise HistoryMissing(
+                f"Cannot undo {row.entity} {row.key}: its earlier entries have just been folded (Retention.log)."
+            )
         upcast = registry.by_entity[row.entity].upcast
         before, after = (
             None if it is None or it.image is None else upcast(it.image, it.version, connection.dialect)
@@ -254,7 +268,7 @@ def changes_to_undo(
 
 
 def later_entries(connection: Connection, changes: Sequence[LoggedChange]) -> list[LaterEntry]:
-    """Entries of the same facts that came after the first of *changes*, further ones of *changes* among them."""
+    """The entries of each fact after the first of its *changes*, including later ones of *changes*."""
     first: dict[FactKey, int] = {}
     for change in changes:
         first[change.fact] = min(change.id, first.get(change.fact, change.id))

@@ -1,7 +1,7 @@
-"""Undoing what the log says: new entries that compensate, in the caller's transaction.
+"""Undo changes of the log: write compensating entries in the caller's transaction.
 
-`selection` says which transactions are undone, `constraints` which of their changes can be. Nothing is written before
-both are known.
+`selection` chooses the transactions, and `constraints` tells which of their changes can be undone. Nothing is written
+before both are known.
 """
 
 from __future__ import annotations
@@ -54,14 +54,19 @@ OnConflict: TypeAlias = Literal["raise", "skip", "force"]
 
 _ATTEMPTS = 5
 _SHOWN = 100
-"""The most changes that an error names."""
+"""The greatest number of changes in `ConflictError.changes`."""
 _CHANGED_LATER = "other transactions changed these facts later"
-_BLOCKED = "these rows have a unique value that would come back, or refer to one that would go, or a parent is gone"
+_BLOCKED = "other rows are in the way, because a unique value is taken, a row is still referred to, or a parent is gone"
 
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
-    """What `Memory.revoke` did: its new entries, the changes of the run that stay, and those that are in their way."""
+    """The result of `Memory.revoke`.
+
+    - ``reverted``: the new entries, which undo changes.
+    - ``kept``: the changes that were not undone.
+    - ``conflicts``: the changes of other transactions that are the reason.
+    """
 
     reverted: list[Change] = field(default_factory=list)
     kept: list[Change] = field(default_factory=list)
@@ -86,7 +91,7 @@ class Undo:
         for attempts_left in reversed(range(_ATTEMPTS)):
             targets = list(islice(effective_transactions(undoing.connection, undoing.own, scope, steps), steps))
             result = undoing.run(targets, scope, all_or_none=attempts_left > 0)
-            # Nothing, although there was something: another undo came first, and ended while we waited for it.
+            # Try again if nothing was undone: another undo of the same steps has committed while we waited for it.
             if result.reverted or result.kept or not targets:
                 break
         return result.reverted
@@ -94,7 +99,7 @@ class Undo:
     def back_to(
         self, session: Session, moment: Moment, scope: Scope, on_conflict: OnConflict, *, dry_run: bool
     ) -> list[Change]:
-        """Undo everything of *scope* since a moment."""
+        """Undo all changes of *scope* since a moment."""
         undoing = self._begin(session, on_conflict, dry_run=dry_run)
         scope = undoing.default_scope(scope)
         targets = transactions_since(undoing.connection, undoing.own, scope, moment)
@@ -107,7 +112,7 @@ class Undo:
         require_closed(undoing.connection, undoing.transaction.tx, tx)
         result = undoing.run([tx], scope)
         if not result.reverted and not result.kept:
-            raise ConflictError(f"transaction {tx} is already undone")
+            raise ConflictError(f"Cannot undo transaction {tx}: it is already undone.")
         return result.reverted
 
     def revoke(
@@ -141,11 +146,11 @@ class Undo:
         )
 
     def _connection(self, session: Session) -> Connection:
-        """Where the tracked classes of *session* are; it may know an engine for some of them only."""
+        """The connection of *session* to the tracked classes. The Session may have an engine for only some of them."""
         for tracked in self._registry.by_entity.values():
             with suppress(UnboundExecutionError):
                 return writing_connection(session, tracked.mapper)
-        raise MemstateError("this Session is bound to no engine on which a tracked class is")
+        raise MemstateError("Cannot undo: no tracked class is bound to an engine of this Session.")
 
 
 @dataclass
@@ -159,14 +164,14 @@ class Undoing:
     capture: SessionCapture
     recorder: Recorder
     examined: set[Table]
-    """The tables that were looked at for columns which no undo restores: once is enough."""
+    """The tables that were already checked for columns that an undo cannot restore."""
     on_conflict: OnConflict
     _: KW_ONLY
     dry_run: bool
 
     @property
     def own(self) -> set[str]:
-        """What an undo passes by: the transaction that it is part of."""
+        """The transaction that the undo is part of, which the undo skips."""
         return {self.transaction.tx}
 
     def default_scope(self, scope: Scope) -> Scope:
@@ -192,12 +197,12 @@ class Undoing:
             conflicts=self._changes(plan.conflicts),
         )
 
-    # -- what can be undone --------------------------------------------------------------------------------------------
+    # -- planning ------------------------------------------------------------------------------------------------------
 
     def _lock(self, targets: Sequence[str]) -> set[FactKey]:
-        """Lock what *targets* changed: what the log says of it from here on is true until the end.
+        """Lock the facts that *targets* changed, so that no entries of them are added until the transaction ends.
 
-        Returns the facts without a row, of which others may be adding one.
+        Return the facts that have no row, and that another transaction may be inserting.
         """
         absent: set[FactKey] = set()
         keys_of = changed_facts(self.connection, targets)
@@ -205,10 +210,10 @@ class Undoing:
             entity, keys = tracked.entity, keys_of[tracked.entity]
             columns = tracked.columns_for(self.connection.dialect)
             possible = columns.possible(self.connection, keys)
-            if lost := set(keys) - possible.keys():
+            if impossible := set(keys) - possible.keys():
                 raise HistoryMissing(
-                    f"Cannot undo: no row of {entity} can have the key {min(lost)}. The type of its key has changed. "
-                    "Undo the steps before that by hand."
+                    f"Cannot undo: no row of {entity} can have the key {min(impossible)}. The type of its key has "
+                    "changed. Undo the steps before that by hand."
                 )
             present = columns.lock(self.connection, list(possible.values()))
             missing = [key for key in keys if key not in present]
@@ -221,9 +226,9 @@ class Undoing:
         return absent
 
     def _in_flush_order(self, entities: Iterable[str]) -> list[Tracked]:
-        """The classes of *entities* that are tracked, in the order in which a flush comes to them.
+        """The tracked classes of *entities*, in the order in which a flush writes them.
 
-        An undo that locked them in another order, and a flush, would wait for each other.
+        If an undo locked them in another order, it could deadlock with a flush.
         """
         classes = [self.registry.by_entity[entity] for entity in entities if entity in self.registry.by_entity]
         classes.sort(key=lambda tracked: (tracked.model.__module__, tracked.model.__name__))
@@ -244,7 +249,7 @@ class Undoing:
                 conflicts = {fact: set(ids) for fact, ids in ids_by_fact.items()}
         if conflicts:
             present = read_facts(self.connection, self.registry, conflicts)
-            # Where others have left a fact as it should be, nobody's change is lost.
+            # A fact that already has its final state is no conflict: restoring it loses no change.
             last = {change.fact: change.id for change in reversed(changes)}
             conflicts = {
                 fact: ids
@@ -252,23 +257,31 @@ class Undoing:
                 if self._columns(fact[0]).differ(final.get(fact), present.get(fact)) or max(ids) < last[fact]
             }
         if conflicts and self.on_conflict == "raise":
-            self._raise(_CHANGED_LATER, set().union(*conflicts.values()))
+            self._raise(
+                _CHANGED_LATER,
+                set().union(*conflicts.values()),
+                'Keep these facts with on_conflict="skip", or overwrite them with "force".',
+            )
         constraints = read_constraints(self.connection, self.registry, final)
         plan = Plan(changes, absent, final, constraints, changed_since, conflicts)
         blocked = plan.leave_out_blocked(self.connection)
         if blocked and self.on_conflict != "skip":
-            self._raise(_BLOCKED, set().union(*(plan.left_out[fact] for fact in blocked)))
+            self._raise(
+                _BLOCKED,
+                set().union(*(plan.left_out[fact] for fact in blocked)),
+                'Change these rows first, or leave the blocked facts out with on_conflict="skip".',
+            )
         return plan
 
-    def _raise(self, why: str, ids: Collection[int]) -> None:
+    def _raise(self, why: str, ids: Collection[int], remedy: str) -> None:
         changes = self._changes(sorted(ids)[:_SHOWN])
-        what = "; ".join(f"{c.entity} {c.key!r} ({c.op} by {c.actor or 'unknown'} in {c.tx})" for c in changes[:5])
-        raise ConflictError(f"Cannot undo: {why}: {what or 'a row that the log does not know'}", changes=changes)
+        names = "; ".join(f"{c.entity} {c.key!r} ({c.op} by {c.actor or 'unknown'} in {c.tx})" for c in changes[:5])
+        raise ConflictError(f"Cannot undo: {why}: {names or 'a row without history'}. {remedy}", changes=changes)
 
-    # -- doing it ------------------------------------------------------------------------------------------------------
+    # -- execution -----------------------------------------------------------------------------------------------------
 
     def _attempt(self, plan: Plan, reason: str) -> list[Change]:
-        """Carry *plan* out, or nothing of it."""
+        """Carry out all of *plan* or nothing, and return the new changes. With ``dry_run``, roll them back."""
         reverted: list[Change] = []
         if plan.selected:
             attempt, before = self.connection.begin_nested(), self.transaction.mark
@@ -311,7 +324,7 @@ class Undoing:
         written: Sequence[Any],
         labels: Mapping[str, str | None],
     ) -> list[Change]:
-        """What `read_changes` would find, of which everything but ids and times is known already."""
+        """The changes that `read_changes` would return. Only their ids and times had to be read."""
         last: dict[FactKey, Image | None] = {}
         for undone_change in undone_changes:  # newest first
             last.setdefault(undone_change.fact, undone_change.after)
@@ -319,20 +332,20 @@ class Undoing:
         for (entity, key, op, image, reverts, _), (id_, _, _, tx, at) in zip(entries, written, strict=True):
             columns = self._columns(entity)
             before, last[entity, key] = last[entity, key], image
-            was, is_ = (None if it is None else columns.past_values(dict(it)) for it in (before, image))
+            old, new = (None if state is None else columns.past_values(dict(state)) for state in (before, image))
             identity = columns.identity(key)
             public_key = identity[0] if len(identity) == 1 else identity
-            changes.append(Change(id_, tx, entity, public_key, op, was, is_, at, reverts=reverts, **labels))
+            changes.append(Change(id_, tx, entity, public_key, op, old, new, at, reverts=reverts, **labels))
         return changes
 
     def _images(self, facts: Iterable[FactKey]) -> Iterator[tuple[FactKey, Image]]:
-        """The rows of *facts*, in the form in which a flush that changes nothing finds them."""
+        """The current images of *facts*, in the form in which a flush would log them."""
         for entity, keys in by_entity(facts).items():
             images = self.recorder.images(self.connection, self.registry.by_entity[entity], keys)
             yield from (((entity, key), image) for key, image in images.items())
 
     def _warn_of_losses(self, entities: Collection[str]) -> None:
-        """UntrackedWriteWarning for rows of *entities* that came back without columns that the log does not hold."""
+        """Warn if restored rows of *entities* lack columns that the log does not hold."""
         for tracked in (self.registry.by_entity[entity] for entity in entities if entity in self.registry.by_entity):
             for table in set(tracked.tables) - self.examined:
                 self.examined.add(table)
@@ -356,7 +369,7 @@ _written = (
 
 
 def _from_current_rows(entries: Sequence[LogEntry], current: Mapping[FactKey, Image | None]) -> Iterator[LogEntry]:
-    """*entries*, but those of *current* facts say what they do to the row that is there now."""
+    """*entries*, with the operations of *current* facts corrected: they start from the row that exists now."""
     exists = {fact: image is not None for fact, image in current.items()}
     for entry in entries:
         fact, stays = (entry.entity, entry.key), entry.image is not None
@@ -368,7 +381,10 @@ def _from_current_rows(entries: Sequence[LogEntry], current: Mapping[FactKey, Im
 
 
 def _with_last_images(changes: Iterable[LogEntry], rows: Mapping[FactKey, Image | None]) -> Iterator[LogEntry]:
-    """*changes*, the last one of each key showing the row as it is: version counters and generated columns moved."""
+    """*changes*, with the actual row in the last entry of each key.
+
+    Version counters and generated columns differ from the logged image.
+    """
     entries = list(changes)
     last = {(entry.entity, entry.key): position for position, entry in enumerate(entries)}
     for position, entry in enumerate(entries):

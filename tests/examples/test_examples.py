@@ -1,4 +1,4 @@
-"""The examples do what they say, on recorded data that lies beside the project."""
+"""The examples work as documented, on recorded data that lies beside the project."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def expected(recording: example.Recording, tmp_path_factory: pytest.TempPathFact
 
 
 def test_the_recording_is_read_as_it_is(recording: example.Recording) -> None:
-    """Every successful call of a write tool, in turn, and none that an error answered."""
+    """It has every successful call of a writing tool, in order, and no call that failed."""
     assert len(recording.runs) == 200 and sum(run.failed for run in recording.runs) == 116
     assert len(recording.calls()) == 177 and len(recording.calls(failed=True)) == 134
     first_turn = recording.calls()[: sum(bool(run.calls) for run in recording.runs)]
@@ -52,7 +52,7 @@ def test_the_recording_is_read_as_it_is(recording: example.Recording) -> None:
 def test_revoked_runs_leave_what_the_others_alone_would_have_made(
     recording: example.Recording, airline: example.Airline, expected: example.State, by: example.Granularity
 ) -> None:
-    """Rows and vectors, by content, but for facts that are reported: several runs wrote the same ones."""
+    """Rows and vectors are equal by content, except facts that several runs wrote, which are reported."""
     proof = example.prove(recording, airline, expected, by)
     assert proof.holds
     assert proof.facts == len(expected.rows) > 10_000
@@ -60,8 +60,8 @@ def test_revoked_runs_leave_what_the_others_alone_would_have_made(
     assert proof.differing_rows < proof.revoked.reported
     assert {"payment_method", "itinerary", "reservation"} >= {name for name, _ in proof.revoked.reported}
     cards = {fact for fact in proof.differing_rows if fact[0] == "payment_method"}
-    assert len(cards) == 4  # charged by a failed run, and by a good one afterwards
-    if by == "transaction":  # what was blindly overwritten is as the last good run wrote it
+    assert len(cards) == 4  # charged by a failed run, and by a good run afterwards
+    if by == "transaction":  # the last good run's value replaces values that were blindly overwritten
         assert proof.differing_rows == cards
     with airline.sessions() as session:
         texts = {

@@ -1,4 +1,4 @@
-"""The FastAPI service: before the memory, the patch that adopts it, and after, over HTTP."""
+"""The FastAPI service: before the memory, with the patch that adopts it, and after, over HTTP."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ httpx = pytest.importorskip("httpx")
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "fastapi_app"
 REVISION = "migrations/versions/0007_memory.py"
-# What came with the memory, beside the patch.
+# Files that came with the memory, beside the patch.
 NEW = ("crm/routers/recall.py", "tests/test_memory.py", "tests/test_memory_behind.py", REVISION)
 
 pytestmark = pytest.mark.timeout(400)
 
 
 class Project:
-    """A copy of the service in a folder of its own, on a database."""
+    """A copy of the service in its own folder, on a database."""
 
     def __init__(self, folder: Path, engine: Engine) -> None:
         self.folder = folder
@@ -56,7 +56,7 @@ class Project:
         return {str(path.relative_to(self.folder)): path.read_text() for path in paths}
 
     def patch(self, *options: str) -> None:
-        # It asks for a repository that the folder may lie in, and leaves alone what is not of it.
+        # git would look for a repository around the folder, and ignore files outside of it.
         self.environment["GIT_CEILING_DIRECTORIES"] = str(self.folder.parent)
         self.execute("git", "apply", *options, "adopt.patch")
 
@@ -75,9 +75,9 @@ class Project:
 
     @contextmanager
     def serve(self) -> Iterator[str]:
-        """The address of the service, run by uvicorn in a process of its own.
+        """The address of the service, which uvicorn runs in its own process.
 
-        The socket listens before the process has begun: a first request waits until it is answered.
+        The socket listens before the process begins: a first request waits until it is answered.
         """
         with socket.create_server(("127.0.0.1", 0)) as listener, (self.folder / "uvicorn.log").open("a+") as log:
             process = subprocess.Popen(
@@ -89,7 +89,7 @@ class Project:
                 stderr=log,
             )
             address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            listener.close()  # now it is the server's alone: a server that has died refuses
+            listener.close()  # only the server has it now: if it dies, connections are refused
             try:
                 yield address
             finally:
@@ -101,7 +101,7 @@ class Project:
 
 
 class User:
-    """A client of the service; what it sends must succeed."""
+    """A client of the service. Each request must succeed."""
 
     def __init__(self, address: str, key: str) -> None:
         self.address, self.key = address, key
@@ -132,7 +132,7 @@ def project(tmp_path: Path, engine: Engine) -> Project:
 
 @pytest.fixture
 def chroma(tmp_path: Path, engine: Engine) -> Iterator[str | None]:
-    """SQLite goes with a folder, PostgreSQL with a server."""
+    """A client's folder for SQLite, a server for PostgreSQL."""
     if engine.dialect.name == "sqlite":
         yield None
         return
@@ -156,7 +156,7 @@ def test_the_patch_takes_the_memory_out_and_brings_it_back(project: Project) -> 
 
 @pytest.mark.deep
 def test_the_service_without_memory_passes_its_tests(project: Project) -> None:
-    """As the patch, applied in reverse, leaves it."""
+    """The patch, applied in reverse, makes this service."""
     project.without_memory()
     project.run("pytest", "-q")
 
@@ -168,7 +168,7 @@ def test_the_service_with_memory_passes_its_tests(project: Project) -> None:
 
 @pytest.mark.deep
 def test_service_adopts_memory_over_http(project: Project, chroma: str | None) -> None:
-    """Notes from before are found, undone and explained; Alembic writes the migration that the example has."""
+    """Earlier notes are found, undone and explained. Alembic writes the same migration as the example has."""
     if chroma is not None:
         project.environment["CRM_CHROMA"] = chroma
     project.without_memory()
@@ -204,12 +204,12 @@ def test_service_adopts_memory_over_http(project: Project, chroma: str | None) -
         assert ada.sends("GET", f"/notes/{violin}")["tags"] == ["family"]
         history = ada.sends("GET", f"/notes/{violin}/history")
         assert [change["op"] for change in history] == ["baseline", "delete", "insert"]
-    for command in ("verify", "doctor"):  # indexes against tables, the log against tables; and that it is protected
+    for command in ("verify", "doctor"):  # indexes against tables, log against tables, and the protection
         project.execute(cli, command, "--app", "crm.memory:memory", "--url", project.url)
 
 
 def code(revision: Path) -> str:
-    """What a migration does, however it is formatted."""
+    """The code of a migration in one format."""
     return ast.dump(
         ast.Module([node for node in ast.parse(revision.read_text()).body if isinstance(node, ast.FunctionDef)], [])
     )

@@ -1,4 +1,4 @@
-"""The examples that are one file each do what they say, with real embeddings."""
+"""The single-file examples work as documented, with real embeddings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 @pytest.mark.deep_on("postgres")
 def test_the_agent_remembers_corrects_itself_and_is_undone(engine: Engine) -> None:
-    """Word for word, but for what tools were called with; as a user would run it, with no warning."""
+    """The output is exact, except arguments of tools. It runs as a user would run it, without a warning."""
     url = engine.url.render_as_string(hide_password=False)
     command = [sys.executable, "-W", "error", str(EXAMPLES / "agent.py"), "--url", url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
@@ -59,7 +59,7 @@ def test_the_agent_remembers_corrects_itself_and_is_undone(engine: Engine) -> No
         "agent  Priya plays the violin.",
     ]
     fish = "Priya eats fish again, but no meat"
-    # What the schema refused came back to the model, which knew better then.
+    # The schema's refusal went back to the model, which then corrected its call.
     assert talk.count("'certainty': 90}: ['certainty: Input should be less than or equal to 1']") == 3
     assert known.splitlines() == [
         "  Priya is a vegetarian",
@@ -75,7 +75,7 @@ def test_the_agent_remembers_corrects_itself_and_is_undone(engine: Engine) -> No
 
 
 def test_failed_turn_leaves_nothing(engine: Engine) -> None:
-    """The model goes away after a tool was called: no belief, no history, no vector."""
+    """The model becomes unreachable after a tool call: no belief, no history, no vector."""
     from examples import agent as example
 
     def unreachable(said: str, results: list[example.Result]) -> example.Call | str:
@@ -104,7 +104,7 @@ Ask = Callable[..., Any]
 
 @pytest.fixture
 def ask(engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Ask]:
-    """``ask("ada", "GET", "/bookmarks")``; each request has a Session of its own, as from a browser."""
+    """``ask("ada", "GET", "/bookmarks")``. Each request has its own Session, as from a browser."""
     pytest.importorskip("flask")
     pytest.importorskip("chromadb")
     import atexit
@@ -128,7 +128,7 @@ def ask(engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
 
 @pytest.mark.deep_on("sqlite")
 def test_bookmarks_are_found_and_undone_by_their_user(ask: Ask) -> None:
-    """Each user's searches and undos are of its own bookmarks."""
+    """Each user searches and undoes only their own bookmarks."""
 
     def add(user: str, note: str) -> Any:
         return ask(user, "POST", "/bookmarks", 201, json={"url": "https://example.org", "note": note})

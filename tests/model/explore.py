@@ -1,4 +1,4 @@
-"""Search of a state space: all of it, breadth first, or seeded walks through one that is too large."""
+"""Search a state space: all of it, breadth first, or by seeded walks if it is too large."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ S = TypeVar("S", bound=Hashable)
 
 
 class Found(NamedTuple):
-    """What a search found: how many states, and the shortest way to a violation, if there is one."""
+    """The result of a search: the number of states, and the shortest way to a violation, if there is one."""
 
     states: int
     violation: object = None
@@ -27,7 +27,7 @@ class Found(NamedTuple):
 
 
 class Model(NamedTuple, Generic[S]):
-    """A state space, and what may not be in it. ``wrong`` is told whether the state has no successor."""
+    """A state space, and its forbidden states. ``wrong`` also gets whether the state has no successor."""
 
     initial: S
     successors: Callable[[S], Iterable[tuple[str, S]]]
@@ -35,7 +35,7 @@ class Model(NamedTuple, Generic[S]):
 
 
 def exhaust(model: Model[S]) -> Found:
-    """Visit every reachable state; stop at the first violation, to which no way is shorter."""
+    """Visit every reachable state. Stop at the first violation, which has the shortest way."""
     came_from: dict[S, S | None] = {model.initial: None}
     queue = deque([model.initial])
     with _no_garbage_collection():
@@ -54,7 +54,7 @@ def exhaust(model: Model[S]) -> Found:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """States have no cycles, and looking for some among hundreds of thousands of them is a quarter of the time."""
+    """States have no cycles, and searching hundreds of thousands of them for cycles takes a quarter of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -65,7 +65,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def walk(model: Model[S], seed: int, weight: Callable[[str], float] = lambda label: 1.0) -> Found:
-    """Go on at random until nothing can happen, or something is wrong. The same seed goes the same way."""
+    """Take random steps until nothing can happen, or something is wrong. A seed always gives the same walk."""
     choose = random.Random(seed)
     state, labels = model.initial, list[str]()
     while True:
@@ -79,7 +79,9 @@ def walk(model: Model[S], seed: int, weight: Callable[[str], float] = lambda lab
 
 
 def _trace(model: Model[S], came_from: dict[S, S | None], state: S) -> tuple[str, ...]:
-    """The labels of the way to *state*. They are made again, for keeping them would take more room than the states."""
+    """The labels of the way to *state*. They are computed again, because storing them would need more room than the
+    states.
+    """
     labels = []
     while (before := came_from[state]) is not None:
         labels.append(next(label for label, successor in model.successors(before) if successor == state))

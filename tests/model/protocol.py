@@ -1,34 +1,35 @@
 """The relay's protocol as a state machine: no database, no threads, every interleaving.
 
-What is modelled
-    *Truth.* An application changes keys in transactions. A transaction takes its xid when it begins, and its outbox
-    entry becomes visible when it commits: a slow one shows up behind entries with higher ids. A snapshot is the set of
-    entries that it sees, as a bit mask: bit *i* is the entry of ``Config.changes[i]``.
+The model
+    *Truth.* An application changes keys in transactions. A transaction takes its xid when it begins. Its outbox entry
+    becomes visible when it commits, so a slow transaction appears behind entries with higher ids. A snapshot is the
+    set of entries that it sees, as a bit mask: bit *i* is the entry of ``Config.changes[i]``.
 
-    *Slots.* Per index and slot the database holds a cursor (``seen``, and the ``target`` of a window in work), an
-    epoch, a lease, a ledger and parked keys. What a worker knows beyond that is in `Worker`, and dies with it.
+    *Slots.* For each index and slot, the database holds a cursor, an epoch, a lease, a ledger and parked keys. The
+    cursor is ``seen``, and the ``target`` of an open window. All other knowledge of a worker is in `Worker`, and dies
+    with it.
 
-    *Delivery.* claim → open a window → read a page, which is one key's entries, with the truth, and check the lease →
-    call the index → acknowledge. At every arrow others act, the lease expires, the worker crashes; a pause (SIGSTOP,
-    garbage collection, a slow network) is a worker that takes no step meanwhile. An acknowledgement may leave the
-    stored cursor where it was: checkpoints come about twice a second.
+    *Delivery.* claim → open a window → read a page → call the index → acknowledge. A page is one key's entries. Reading
+    it also reads the truth and checks the lease. At every arrow others act, the lease expires, the worker crashes. A
+    pause (SIGSTOP, garbage collection, a slow network) is a worker that takes no step for a time. An acknowledgement
+    may leave the stored cursor unchanged, because checkpoints come about twice a second.
 
-    *Calls* succeed, or fail with or without effect, or are reported as failed and take effect later. What holds late
-    writes back is the business of the index and its deployment: see `Landing`.
+    *Calls* succeed, or fail with or without effect, or are reported as failed and take effect later. The index and its
+    deployment decide how late writes are stopped: see `Landing`.
 
     *Strict writes.* The application itself writes the index before it commits.
 
-What is merged, and why nothing is lost by it
-    Reading the parking, the truth and the ledger and checking the lease is one step: the lease is checked last, so
-    whoever takes over does so after the reading. A page that needs no write is acknowledged at once: nobody sees the
-    difference. A refused acknowledgement and its re-dirtying are one step: a crash between them is a crash before. An
-    idle worker forgets a claim whose lease has expired: it would find out before its next call.
+Merged steps, and why they lose nothing
+    Reading the parking, the truth and the ledger and checking the lease is one step. The lease is checked last, so a
+    takeover comes after the reading. A page that needs no write is acknowledged at once, and no other step sees the
+    difference. A refused acknowledgement and its re-dirtying are one step: a crash between them equals a crash before.
+    An idle worker forgets a claim whose lease has expired, because it would notice this before its next call.
 
-What is bounded
-    Three changes: the last one goes back to the first content, which is the trap for a ledger that is believed too
-    long; rollbacks make the shorter histories of them. Faults, by `Faults`: one crash, one expired lease of a holder
-    that lives and one failed call are 141,536, 75,741 and 59,435 states in the order of `Landing`, and with a third
-    worker the same numbers again, for no more than two claims can be in work. These graphs have no cycles.
+Bounds
+    There are three changes. The last one restores the first content, which is the trap for a ledger that is trusted
+    too long. Rollbacks make shorter histories of them. The faults are one crash, one expired lease of a living holder
+    and one failed call. They give 141,536, 75,741 and 59,435 states in the order of `Landing`. A third worker
+    gives the same numbers, because no more than two claims can be active. These graphs have no cycles.
 
 The properties are in `violation` and `wrong`. A rule that is broken on purpose (``Config.broken``) must lead to one of
 them.
@@ -45,50 +46,50 @@ from typing import NamedTuple, TypeAlias, TypeVar
 T = TypeVar("T")
 
 NO_ROW, A, B, C = range(4)  # contents: of a row, of an index, in a ledger
-FUTURE, OPEN, WRITTEN, COMMITTED, ROLLED_BACK = range(5)  # a change; WRITTEN: a strict one, in the index
-FREE, LIVE, EXPIRED = range(3)  # a lease; FREE: released cleanly, no owner is left
-IDLE, READY, WROTE = range(3)  # a worker; READY: about to call the index, or in the call; WROTE: not acknowledged
+FUTURE, OPEN, WRITTEN, COMMITTED, ROLLED_BACK = range(5)  # states of a change; WRITTEN: a strict one, in the index
+FREE, LIVE, EXPIRED = range(3)  # states of a lease; FREE: released cleanly, no owner is left
+IDLE, READY, WROTE = range(3)  # states of a worker; READY: before or in the call, WROTE: not acknowledged
 
 _SHOWN = "-abc"
 
 
 class Landing(Enum):
-    """What an index, and the deployment around it, promise about writes that come late."""
+    """The promise of an index and its deployment about late writes."""
 
-    FENCED = "at any time, even after a crash; but not over what was written under a later claim, tombstones included"
-    DEADLINE = "not after the lease under which it was sent has run out: calls have shorter timeouts"
-    REPORTED = "at any time, but before the call returns; and the worker lives to see its acknowledgement refused"
+    FENCED = "at any time, even after a crash, but not over points or tombstones of a later claim"
+    DEADLINE = "not after its own lease has expired, because calls have shorter timeouts"
+    REPORTED = "at any time before the call returns, and the worker lives to see its acknowledgement refused"
 
 
 class Rule(Enum):
-    """What the protocol consists of; each can be broken."""
+    """The rules of the protocol. Each can be broken."""
 
-    READ_BEFORE_ACK = "I1: only what was read is acknowledged"
+    READ_BEFORE_ACK = "I1: only entries that were read are acknowledged"
     TRUTH_AFTER_CLAIM = "I2: the truth is read after the epoch was granted"
     FENCE_BY_EPOCH = "I3: the fence is the claim's epoch, not a sequence of the worker's own"
-    SETTLE_ON_TAKEOVER = "I4: a takeover settles what its predecessor may have written"
+    SETTLE_ON_TAKEOVER = "I4: a takeover settles the possible writes of its predecessor"
     REDIRTY = "I5: a refused acknowledgement re-dirties its keys"
     NO_LOCK_IN_CALL = "I6: no database transaction is open during a call of the index"
 
-    FENCE_TOMBSTONES = "the fence outlives what is deleted"
+    FENCE_TOMBSTONES = "the fence outlives deleted points"
     READ_COMMITTED = "the relay reads committed rows"
-    LEASES_END = "a lease ends, whatever became of its holder"
+    LEASES_END = "a lease ends, also if its holder dies"
     SNAPSHOTS = "a cursor is a snapshot, not the highest id it has seen"
     CHECK_LEASE = "the lease is checked between reading and calling"
     CHECK_EPOCH = "an acknowledgement holds only under the slot's epoch"
     SETTLE_TO_PRESENT = "a takeover settles up to the present, also when a window is stored"
     SETTLE_ALL_PAGES = "a window is settled to its end, not for one page"
-    RELEASE_SETTLED = "who has not settled all that it took over leaves as if it had died"
-    SETTLE_FAILED = "after a failed call the ledger is not believed"
-    SETTLE_PARKED = "for a parked key the ledger is not believed"
-    PARKING_VERSION = "who delivers a parked key removes only the parking it has read"
+    RELEASE_SETTLED = "a worker that leaves before it has settled a takeover counts as dead"
+    SETTLE_FAILED = "after a failed call the ledger is not trusted"
+    SETTLE_PARKED = "for a parked key the ledger is not trusted"
+    PARKING_VERSION = "delivering a parked key removes only the parking that was read"
     REPEAT_UNANSWERED = "a key whose call may land later is delivered again when it cannot land any more"
-    WAIT_FOR_LEASE = "without a fence, not even a process known to be dead is succeeded before its lease has expired"
+    WAIT_FOR_LEASE = "without a fence, even a dead process is succeeded only after its lease has expired"
 
     INTENT = "strict: an intent is durable before the index is written"
     INTENT_XID = "strict: the intent carries the xid of the transaction it announces"
-    INTENT_SETTLES = "strict: for a key with an intent the ledger is not believed"
-    INTENT_AGAIN = "strict: a key with an intent is delivered again when no call of the application can be under way"
+    INTENT_SETTLES = "strict: for a key with an intent the ledger is not trusted"
+    INTENT_AGAIN = "strict: a key with an intent is delivered again when no call of the application can land"
 
 
 class Change(NamedTuple):
@@ -101,12 +102,14 @@ class Change(NamedTuple):
 
 
 class Faults(NamedTuple):
-    """How many of each may still happen. Expiries: of leases whose holder lives; a dead one's expires at will."""
+    """The numbers of faults that are left. Expiries are of living holders' leases: a dead holder's may expire at any
+    time.
+    """
 
     crashes: int = 0
     expiries: int = 0
     failures: int = 0
-    releases: int = 0  # clean ones: no fault, but without a bound there would be no end to them
+    releases: int = 0  # clean ones: no fault, but without a bound they would never end
 
 
 NO_FAULTS = Faults()
@@ -114,29 +117,29 @@ NO_FAULTS = Faults()
 
 @dataclass(frozen=True, eq=False)
 class Config:
-    """What is explored. Compared by identity, which makes it a cheap key for memoised helpers."""
+    """The bounds of a search. It is compared by identity, which makes it a cheap key for memoised helpers."""
 
     landing: Landing
     changes: tuple[Change, ...] = (Change(B, slow=True), Change(NO_ROW), Change(A))
     faults: Faults = NO_FAULTS
-    slots: tuple[int, ...] = (0,)  # of each key
+    slots: tuple[int, ...] = (0,)  # the slot of each key
     workers: int = 2
     indexes: int = 1
-    late_calls: bool = True  # a call reported as failed, or whose caller died, may still be under way
+    late_calls: bool = True  # a call that was reported as failed, or whose caller died, may still land
     broken: Rule | None = None
 
 
 class Worker(NamedTuple):
-    """What a worker knows of one slot. All zero: nothing."""
+    """A worker's knowledge of one slot. All zero: nothing."""
 
     step: int = IDLE
-    epoch: int = 0  # of its claim; 0: none
+    epoch: int = 0  # the epoch of its claim; 0: none
     seen: int = 0  # its cursor, at or ahead of the stored one
-    target: int = 0  # of the window in work; 0: none
-    settle: bool = False  # the ledger is not believed for this window
-    key: int = 0  # the page in work: the key,
-    content: int = 0  # what it is to become,
-    page: int = 0  # its entries, or
+    target: int = 0  # the target of the open window; 0: none
+    settle: bool = False  # the ledger is not trusted for this window
+    key: int = 0  # the key of the current page
+    content: int = 0  # the key's new content
+    page: int = 0  # the page's entries, or
     parking: int = 0  # the version of its parking
     overtook: bool = False  # the write landed after another had claimed the slot
     sent: int = 0  # only where FENCE_BY_EPOCH is broken: its own sequence
@@ -144,22 +147,22 @@ class Worker(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A write under way whose caller no longer waits for it."""
+    """A write that may still land, although its caller no longer waits for it."""
 
     epoch: int  # 0: the application's
     key: int
-    token: int  # what the fence compares
+    token: int  # the fence compares it
     content: int
 
 
 class Slot(NamedTuple):
-    """One slot of one index: what the index holds, the relay's tables, and the workers' memory. Tuples are by key."""
+    """One slot of one index: the index's content, the relay's tables, and the workers' memory. Tuples are by key."""
 
     held: tuple[int, ...]  # by the index
     fence: tuple[int, ...]  # kept by the index
     ledger: tuple[int, ...]
     parked: tuple[int, ...]  # version of the parking; 0: not parked
-    again: tuple[bool, ...]  # to be parked when no call for the key is under way that nobody waits for
+    again: tuple[bool, ...]  # to be parked when no abandoned call for the key can land
     seen: int
     target: int
     epoch: int
@@ -181,14 +184,14 @@ SlotStep: TypeAlias = tuple[Label, Slot, Faults]
 
 
 class Violation(Enum):
-    DIVERGED = "nothing is left to do, and the index does not hold the truth"
-    GHOST = "the index holds what was rolled back"
-    BLOCKED = "a lease has expired, and nobody can claim the slot"
-    STUCK = "nothing can happen, and something is left to do"
+    DIVERGED = "nothing is left to do, but the index does not hold the truth"
+    GHOST = "the index holds rolled back content"
+    BLOCKED = "a lease has expired, but no worker can claim the slot"
+    STUCK = "nothing can happen, but work is left"
 
 
 def initial(config: Config) -> State:
-    """Everything is delivered and released: each row holds A, and so do ledgers and indexes."""
+    """Everything is delivered and released: rows, ledgers and indexes all hold A."""
     assert config.indexes == 1 or not any(change.strict for change in config.changes), "a strict write has one index"
     keys = len(config.slots)
     zeros, all_a = (0,) * keys, (A,) * keys
@@ -198,7 +201,7 @@ def initial(config: Config) -> State:
 
 
 def successors(state: State, config: Config) -> Iterator[Step]:
-    """Every step that can be taken, by anybody."""
+    """Every possible next step of the application and the relay."""
     yield from _application(state, config)
     present = visible(state.changes, config)
     truth = state.truth
@@ -218,7 +221,7 @@ def successors(state: State, config: Config) -> Iterator[Step]:
 
 
 class Move(NamedTuple):
-    """What the application may do next with one of its transactions."""
+    """A possible next move of the application in one of its transactions."""
 
     label: str
     change: int
@@ -227,7 +230,7 @@ class Move(NamedTuple):
 
 @cache
 def _moves(statuses: tuple[int, ...], config: Config) -> tuple[Move, ...]:
-    """Xids are taken in the order of the changes; the row of a strict change is locked from its write to its end."""
+    """Xids are taken in the order of the changes. The row of a strict change is locked from its write to its end."""
     running = [change for change, status in zip(config.changes, statuses, strict=True) if status in (OPEN, WRITTEN)]
     locked = {change.key for change in running if change.strict}
     moves = []
@@ -262,10 +265,11 @@ def _application(state: State, config: Config) -> Iterator[Step]:
 
 
 def _strict_write(state: State, n: int, label: str, config: Config) -> Iterator[Step]:
-    """It carries the epoch of the claim that stands when it is sent: a later claim's writes are not overwritten.
+    """Write the index under the epoch of the current claim, so that later claims' writes are not overwritten.
 
-    A refusal by the fence does no harm, for the relay delivers the key anyway. Nor does a failed call: it vetoes the
-    commit, and is in the model as a rollback before or after the write.
+    A refusal by the fence does no harm, because the relay delivers the key anyway. A failed call does no harm either:
+    it
+    vetoes the commit, and is in the model as a rollback before or after the write.
     """
     changes, truth, slots, faults = state
     key, content = config.changes[n].key, config.changes[n].content
@@ -279,11 +283,11 @@ def _strict_write(state: State, n: int, label: str, config: Config) -> Iterator[
         yield what, State(_put(changes, n, ROLLED_BACK), truth, sent, fewer)
 
 
-# -- what can be seen of it --------------------------------------------------------------------------------------------
+# -- visibility --------------------------------------------------------------------------------------------------------
 
 
 class View(NamedTuple):
-    """What a slot's steps depend on outside it."""
+    """The state outside a slot that its steps depend on."""
 
     present: int  # a snapshot, of the slot's own entries
     truth: tuple[int, ...]
@@ -294,8 +298,9 @@ class View(NamedTuple):
 def visible(changes: tuple[int, ...], config: Config) -> int:
     """The entries that a snapshot taken now sees.
 
-    An intent carries the xid of its transaction, so it is seen when that has ended, either way. Without that xid it
-    would be an entry of its own, seen at once.
+    An intent has the xid of its transaction, so it is seen when the transaction has ended, by commit or rollback.
+    Without
+    that xid it would be a separate entry, seen at once.
     """
     mask = 0
     for n, (change, status) in enumerate(zip(config.changes, changes, strict=True)):
@@ -326,7 +331,7 @@ def key_mask(key: int, config: Config) -> int:
 
 @cache
 def slot_mask(slot: int, config: Config) -> int:
-    """The entries of the keys of *slot*; slots are counted through, index by index."""
+    """The entries of the keys of *slot*. Slots are numbered index by index."""
     slot %= len(set(config.slots))
     return sum(key_mask(key, config) for key, its in enumerate(config.slots) if its == slot)
 
@@ -338,7 +343,7 @@ def _slot_steps(slot: Slot, view: View, config: Config) -> Iterator[SlotStep]:
     faults = view.faults
     for n, worker in enumerate(slot.workers):
         if n and worker == slot.workers[n - 1] and _is_symmetric(config):
-            continue  # its steps are its twin's
+            continue  # its steps equal its twin's
         if worker.step == READY:
             yield from _call(slot, n, view, config)
         elif worker.step == WROTE:
@@ -364,9 +369,10 @@ def _slot_steps(slot: Slot, view: View, config: Config) -> Iterator[SlotStep]:
 
 
 def _claim(slot: Slot, n: int, view: View, config: Config) -> Iterator[SlotStep]:
-    """A free slot is resumed. From an owner whose lease expired it is taken over, and what the stored cursor has not
-    seen is settled up to the present: all that the predecessor may have under way was read before now, for the lease is
-    checked between reading and calling.
+    """Resume a free slot, or take over a slot whose owner's lease has expired.
+
+    A takeover settles all entries that the stored cursor has not seen, up to the present. The predecessor read all its
+    running writes before now, because it checks the lease between reading and calling.
     """
     worker = slot.workers[n]
     if config.broken is Rule.TRUTH_AFTER_CLAIM and not worker.remembered:
@@ -392,7 +398,7 @@ def _claim(slot: Slot, n: int, view: View, config: Config) -> Iterator[SlotStep]
 
 
 def _read(slot: Slot, n: int, view: View, config: Config) -> Iterator[SlotStep]:
-    """Open a window; or read its next page, or a parked key, with the truth, and check the lease."""
+    """Open a window, or read its next page or a parked key, with the truth, and check the lease."""
     worker = slot.workers[n]
     stands = slot.lease == LIVE and slot.epoch == worker.epoch
     assert stands or config.broken in (Rule.CHECK_LEASE, Rule.CHECK_EPOCH), "an idle worker's claim stands"
@@ -430,7 +436,7 @@ def _converge(slot: Slot, n: int, worker: Worker, settle: bool, view: View, conf
 
 
 def _call(slot: Slot, n: int, view: View, config: Config) -> Iterator[SlotStep]:
-    """The index is called: it succeeds, or fails in one of three ways."""
+    """Call the index: it succeeds, or fails in one of three ways."""
     worker, faults = slot.workers[n], view.faults
     name, what = _name(worker), _what(worker.key, worker.content)
     stands = slot.lease == LIVE and slot.epoch == worker.epoch
@@ -453,7 +459,7 @@ def _call(slot: Slot, n: int, view: View, config: Config) -> Iterator[SlotStep]:
 
 
 def _failed(slot: Slot, n: int, stands: bool, config: Config) -> Slot:
-    """A call has failed, and has ended: try again under the same claim, if that stands."""
+    """A call has failed and ended. Try again under the same claim if it still holds."""
     worker = slot.workers[n]
     if not stands:
         return _give_up(slot, n, worker, config)
@@ -462,8 +468,9 @@ def _failed(slot: Slot, n: int, stands: bool, config: Config) -> Slot:
 
 
 def _timed_out(slot: Slot, n: int, stands: bool, config: Config) -> Slot:
-    """A call has been given up that may still land, after what is written next: under the same claim no fence holds it
-    back. So the key is delivered at once, and once more when it cannot land any more.
+    """A call was abandoned that may still land after the next write, because no fence stops it under the same claim.
+
+    So the key is delivered at once, and again when the call cannot land any more.
     """
     failed = _failed(slot, n, stands, config)
     if config.broken is Rule.REPEAT_UNANSWERED:
@@ -472,7 +479,7 @@ def _timed_out(slot: Slot, n: int, stands: bool, config: Config) -> Slot:
 
 
 def _acknowledge(slot: Slot, n: int, worker: Worker, view: View, config: Config) -> Iterator[SlotStep]:
-    """One transaction: ledger, parking and lease, and the stored cursor or not. Refused when another has claimed."""
+    """Commit one transaction: ledger, parking, lease, and perhaps the stored cursor. Refused if another has claimed."""
     name = _name(worker)
     stands = slot.epoch == worker.epoch
     if not stands and config.broken is not Rule.CHECK_EPOCH:
@@ -510,7 +517,7 @@ def _acknowledge(slot: Slot, n: int, worker: Worker, view: View, config: Config)
 
 
 def _give_up(slot: Slot, n: int, worker: Worker, config: Config) -> Slot:
-    """Another holds the slot, or nobody. What was written, or may have been, is to be delivered again."""
+    """Another worker holds the slot, or none does. Written keys, and perhaps written ones, are delivered again."""
     left = _with(slot, n, _forgotten(worker), config)
     if worker.step == IDLE or config.broken is Rule.REDIRTY:
         return left
@@ -539,7 +546,7 @@ def _expire(slot: Slot, faults: Faults, config: Config) -> Iterator[SlotStep]:
 
 
 def _crashes(state: State, config: Config) -> Iterator[Step]:
-    """A worker loses what it knows, of every slot; its calls are lost, or land later."""
+    """A worker loses its knowledge of every slot. Its calls are lost, or land later."""
     faults = state.faults._replace(crashes=state.faults.crashes - 1)
     for n in range(config.workers):
         workers = [slot.workers[n] for slot in state.slots]
@@ -569,11 +576,11 @@ def _crash(slot: Slot, n: int, late: bool, config: Config) -> Slot:
     return left
 
 
-# -- the parts ---------------------------------------------------------------------------------------------------------
+# -- helpers -----------------------------------------------------------------------------------------------------------
 
 
 def _land(slot: Slot, call: Call, config: Config) -> Slot:
-    """The index takes a write, unless its fence is above it."""
+    """The index takes a write, unless its fence is higher."""
     held = _put(slot.held, call.key, call.content)
     if config.landing is not Landing.FENCED:
         return slot._replace(held=held)
@@ -585,7 +592,7 @@ def _land(slot: Slot, call: Call, config: Config) -> Slot:
 
 
 def _send(slot: Slot, call: Call, config: Config) -> Slot:
-    """A call may land later. What the fence will refuse, for it never sinks, is as good as lost."""
+    """A call may land later. If the fence refuses it now, it is lost, because a fence never gets lower."""
     if config.landing is Landing.FENCED and call.token < slot.fence[call.key]:
         return slot
     return slot._replace(calls=tuple(sorted((*slot.calls, call))))
@@ -596,7 +603,7 @@ def _park(slot: Slot, key: int) -> tuple[int, ...]:
 
 
 def _idle(worker: Worker) -> Worker:
-    """The page is done with; the claim and the window go on."""
+    """The page is finished. The claim and the window go on."""
     return worker._replace(step=IDLE, key=0, content=0, page=0, parking=0, overtook=False)
 
 
@@ -605,7 +612,7 @@ def _forgotten(worker: Worker) -> Worker:
 
 
 def _superseded(worker: Worker, config: Config) -> Worker:
-    """Who has lost the slot can only write what was read, if that is not done, and be refused."""
+    """A worker that lost the slot can only finish writing its page, and be refused."""
     if worker.step == IDLE or config.broken is Rule.CHECK_EPOCH:
         return worker
     content = worker.content if worker.step == READY else 0
@@ -622,7 +629,7 @@ def _ordered(workers: tuple[Worker, ...], config: Config) -> tuple[Worker, ...]:
 
 @cache
 def _is_symmetric(config: Config) -> bool:
-    """With one slot, workers are interchangeable: only what they know matters, not which of them knows it."""
+    """With one slot, workers are interchangeable: only their knowledge matters."""
     return config.indexes == 1 and len(set(config.slots)) == 1
 
 
@@ -651,7 +658,7 @@ def _entries(mask: int) -> str:
 
 
 def violation(state: State, config: Config) -> Violation | None:
-    """What is wrong with *state*, if anything."""
+    """The violated property of *state*, if any."""
     present = visible(state.changes, config)
     for n, slot in enumerate(state.slots):
         if slot.lease == EXPIRED and _is_locked(slot, config):
@@ -669,16 +676,16 @@ def violation(state: State, config: Config) -> Violation | None:
 
 
 def wrong(state: State, is_last: bool, config: Config) -> Violation | None:
-    """`violation`, and whether something is left to do when nothing can happen.
+    """`violation`, and whether work is left when nothing can happen.
 
-    As faults and changes are bounded, every run comes to such an end. So this is the other half of convergence: what
-    is to be done is done, once faults stop.
+    Faults and changes are bounded, so every run reaches such an end. This is the other half of convergence: all work is
+    done once faults stop.
     """
     return violation(state, config) or (Violation.STUCK if is_last and not is_done(state, config) else None)
 
 
 def is_quiescent(slot: Slot, present: int) -> bool:
-    """Whether the relay has nothing to do: no step under way, no call, nothing parked, nothing undelivered."""
+    """Whether the relay has nothing to do: no step or call in progress, nothing parked, nothing undelivered."""
     if slot.calls or any(slot.parked) or any(slot.again) or slot.lease == EXPIRED:
         return False
     if any(worker.step != IDLE for worker in slot.workers):
@@ -689,7 +696,7 @@ def is_quiescent(slot: Slot, present: int) -> bool:
 
 
 def is_done(state: State, config: Config) -> bool:
-    """Whether the application is through as well."""
+    """Whether the application has finished as well."""
     present = visible(state.changes, config)
     return all(status in (COMMITTED, ROLLED_BACK) for status in state.changes) and all(
         is_quiescent(slot, present & slot_mask(n, config)) for n, slot in enumerate(state.slots)

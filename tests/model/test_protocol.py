@@ -1,6 +1,6 @@
 """The relay's protocol, checked in every interleaving that its bounds allow.
 
-The model states what the protocol promises; that each of its rules is needed is shown by breaking it.
+The model states the promises of the protocol. Breaking a rule shows that the rule is needed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def search(landing: Landing, **options: Any) -> Found:
 @pytest.mark.parametrize("faults", BOUNDS, ids=str)
 @pytest.mark.parametrize("landing", Landing, ids=lambda landing: landing.name)
 def test_every_interleaving_converges(landing: Landing, faults: Faults) -> None:
-    """One key, two workers: whatever the faults, the index ends up with the truth, and never held anything else."""
+    """One key, two workers: with any faults, the index ends with the truth, and never holds uncommitted content."""
     found = search(landing, faults=faults)
     assert found.violation is None, str(found)
     assert found.states > 5_000
@@ -78,7 +78,7 @@ def test_strict_writes_converge(landing: Landing) -> None:
 
 @pytest.mark.parametrize("landing", Landing, ids=lambda landing: landing.name)
 def test_every_interleaving_of_one_crash_converges(landing: Landing) -> None:
-    """The small sibling of the searches above."""
+    """The small version of the searches above."""
     for faults, changes in ((Faults(crashes=1), {}), (Faults(expiries=1), {"changes": STRICT[:1]})):
         found = search(landing, faults=faults, **changes)
         assert found.violation is None, str(found)
@@ -90,7 +90,7 @@ def test_every_interleaving_of_one_crash_converges(landing: Landing) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """What it takes to see that a rule is needed."""
+    """The conditions under which breaking a rule shows."""
 
     broken: Rule
     landing: Landing = Landing.DEADLINE
@@ -142,7 +142,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_rule_can_be_left_out(case: Case) -> None:
-    """With the rule, nothing goes wrong; without it, the shortest way to what does ends as expected."""
+    """With the rule nothing goes wrong. Without it, the shortest way to a violation ends as expected."""
     config = Config(case.landing, faults=case.faults, **case.options)
     whole = exhaust(model(config))
     assert whole.violation is None, str(whole)
@@ -152,12 +152,12 @@ def test_no_rule_can_be_left_out(case: Case) -> None:
 
 
 def test_every_rule_has_a_case() -> None:
-    """A rule that nothing depends on is no rule."""
+    """A rule that no case needs is not a rule."""
     assert {case.broken for case in CASES} == set(Rule)
 
 
 def test_a_counterexample_can_be_read() -> None:
-    """The shortest: a cursor that is an id runs past a transaction that commits late."""
+    """The shortest one: a cursor that is an id passes a transaction that commits late."""
     found = search(Landing.FENCED, changes=(Change(B, slow=True), Change(NO_ROW)), broken=Rule.SNAPSHOTS)
     assert str(found).splitlines() == [
         "Violation.DIVERGED after 8 steps:",
@@ -172,7 +172,7 @@ def test_a_counterexample_can_be_read() -> None:
     ]
 
 
-# -- walks through what is too large -----------------------------------------------------------------------------------
+# -- walks through spaces that are too large ---------------------------------------------------------------------------
 
 RARE = {
     "rolls back": 0.1,
@@ -186,7 +186,7 @@ RARE = {
 
 
 def weight(label: str) -> float:
-    """The relay is fast, faults and rollbacks are rare: otherwise a walk is over before it has come into trouble."""
+    """The relay is fast, faults and rollbacks are rare. Otherwise a walk would end before it meets trouble."""
     return next((weight for part, weight in RARE.items() if part in label), 1.0)
 
 
@@ -225,11 +225,11 @@ def test_random_walks_converge(landing: Landing, slots: tuple[int, ...], walks: 
     ids=lambda value: value.name,
 )
 def test_random_walks_find_a_broken_protocol(broken: Rule, landing: Landing) -> None:
-    """Walks of the same kind find what is wrong with a broken protocol."""
+    """Walks of the same kind find the violations of a broken protocol."""
     assert any(random_walk(seed, landing, (0, 1), broken).violation for seed in range(60))
 
 
 def test_a_walk_can_be_repeated() -> None:
-    """Its seed is all there is to it."""
+    """The seed alone decides the walk."""
     first, second = (random_walk(7, Landing.FENCED, (0, 1), Rule.READ_BEFORE_ACK) for _ in range(2))
     assert first == second

@@ -1,7 +1,7 @@
 """A simulated database: an application's transactions and rows, and the relay's own tables, as plain dicts.
 
-Each request of the protocol that is a transaction is executed at once, with the meaning that `claims`, `ledger` and
-`outbox` give it on PostgreSQL. The SQLite flavour has one writer at a time, one slot, and positions that are ids.
+Each transaction request of the protocol is executed at once, with its meaning in `claims`, `ledger` and `outbox` on
+PostgreSQL. The SQLite flavour has one writer at a time, one slot, and positions that are ids.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from memstate_sa.tracking.projection import Projection
 
 SCAN = ""
 UNREADABLE, REFUSED_BY_EMBEDDER, REFUSED_BY_INDEX = "unreadable", "unembeddable", "unstorable"
-"""Texts that some part refuses, always."""
+"""Texts that the embedder or the index always refuses."""
 
 
 class Outage(Exception):
@@ -48,7 +48,7 @@ class Outage(Exception):
 
 
 class Violation(AssertionError):
-    """The protocol did what it never may."""
+    """The protocol broke one of its promises."""
 
 
 class Row(NamedTuple):
@@ -75,7 +75,7 @@ class Entry(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Transaction:
-    """One of the application's. It has an xid once it has written, and locks what it wrote."""
+    """A transaction of the application. It has an xid once it has written, and locks its written rows."""
 
     name: int
     xid: int | None = None
@@ -106,7 +106,7 @@ class Waiting(NamedTuple):
 
 
 class Me(NamedTuple):
-    """Who asks."""
+    """The owner that sends a request."""
 
     owner: str
     index: str
@@ -117,19 +117,19 @@ class Me(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class State:
-    """What the database knows of one lifetime of one index."""
+    """The database's knowledge of one lifetime of one index."""
 
     cursors: dict[int, Cursor]
     paused: bool = False
     marked: bool = False
-    leases: dict[str, float] = field(default_factory=dict)  # until when
+    leases: dict[str, float] = field(default_factory=dict)  # until when, by owner
     refill: dict[tuple[str, int], tuple[str | None, bool]] = field(default_factory=dict)
     ledger: dict[FactKey, Recorded] = field(default_factory=dict)
     parked: dict[FactKey, Waiting] = field(default_factory=dict)
 
 
 class Database:
-    """``clock`` is the server's; ``ended`` are the owners whose process is known to have ended."""
+    """``clock`` is the server's. ``ended`` are owners whose process is known to have ended."""
 
     def __init__(self, clock: Callable[[], float], *, slots: int, sqlite: bool, lease_s: float) -> None:
         self.sqlite = sqlite
@@ -140,9 +140,9 @@ class Database:
         self.open: list[Transaction] = []
         self.states: dict[tuple[str, int], State] = {}
         self.ended: set[str] = set()
-        self.may_go_back = False  # to where it was before a record whose answer was lost
+        self.may_go_back = False  # to its state before a record whose answer was lost
         self.steps = 0  # transactions of the relay so far: a logical clock
-        self.granted: dict[tuple[Any, ...], tuple[str, int]] = {}  # (index, incarnation, slot, epoch): to whom, when
+        self.granted: dict[tuple[Any, ...], tuple[str, int]] = {}  # (index, incarnation, slot, epoch): owner and step
         self._clock = clock
         self._lease_s = lease_s
         self._next_xid = 10
@@ -186,7 +186,7 @@ class Database:
         return slot
 
     def state(self, me: Me) -> State:
-        """Of an index that was emptied long ago, nothing is known any more."""
+        """The state of an index that was emptied long ago is forgotten."""
         return self.states.get((me.index, me.incarnation)) or State({})
 
     # -- the application ---------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class Database:
         tx.entries.append(self._entry(fact))
 
     def intend(self, tx: Transaction) -> None:
-        """Committed on another connection, under the xid of *tx*, which runs on."""
+        """Commit an intent on another connection, under the xid of *tx*, which goes on."""
         assert tx.xid is not None
         tx.strict = True
         self.outbox.setdefault(tx.xid, []).extend(self._entry(fact, intent=True) for fact in tx.rows)
@@ -249,7 +249,7 @@ class Database:
             self._newest_ended = max(self._newest_ended, tx.xid)
 
     def forget_delivered(self) -> None:
-        """As the relay does now and then."""
+        """Delete old entries, as the relay does from time to time."""
         cursors = [cursor for state in self.states.values() for cursor in state.cursors.values()]
         if not cursors:
             return
@@ -297,13 +297,13 @@ class Database:
                 if cursor.owner is not None and any(
                     not done for (_, of), (_, done) in state.refill.items() if of == slot
                 ):
-                    # Its last owner may have written rows that nobody lists any more.
+                    # Its last owner may have written rows that no refill lists any more.
                     state.refill[SCAN, slot] = (None, False)
                 fresh[slot] = HeldSlot(epoch, cursor.at, fresh=True, settle=cursor.owner is not None)
                 if cursor.owner is not None and any(
                     not done for (_, at), (_, done) in state.refill.items() if at == slot
                 ):
-                    # Its last owner may have written rows that nobody lists any more.
+                    # Its last owner may have written rows that no refill lists any more.
                     state.refill[SCAN, slot] = (None, False)
                 cursor.owner, cursor.epoch = me.owner, epoch
                 self.granted[me.index, me.incarnation, slot, epoch] = (me.owner, self.steps)
@@ -321,12 +321,12 @@ class Database:
             self.states[me.index, me.incarnation] = state
         known = {entity for entity, _ in state.refill}
         missing = {SCAN, *me.entities} - known
-        # Who scanned the index before passed by the points of an entity that nobody knew.
+        # Earlier scans skipped the points of entities that were unknown then.
         for entity in {*missing, SCAN} if missing else ():
             state.refill.update({(entity, slot): (None, False) for slot in range(self.slots)})
         if len({SCAN, *known, *me.entities}) > 2 and not state.marked:
             state.marked = True
-            # Whoever is writing points that are not marked is not believed: it has lost its slots.
+            # Do not trust an owner that is writing points without marks: it loses its slots.
             for cursor in state.cursors.values():
                 cursor.epoch += 1
             for entity, slot in state.refill:
@@ -378,7 +378,7 @@ class Database:
     def entries(
         self, at: Position, present: Position, slots: Collection[int], limit: int = 1 << 62
     ) -> list[tuple[int, Entry]]:
-        """What *present* has and *at* has not, oldest first: the two walks of `outbox.undelivered`."""
+        """The entries that *present* has and *at* does not, oldest first: the two walks of `outbox.undelivered`."""
         rows: list[tuple[int, Entry]] = []
         if self.sqlite:
             rows = [(0, entry) for entry in self.outbox.get(0, ()) if at.id < entry.id <= present.id]
@@ -478,7 +478,7 @@ class Database:
         self._park(self.state(me), request.facts)
 
     def repair(self, state: State, fact: FactKey) -> None:
-        """As `verify` does about a key that drifted."""
+        """Repair a key that drifted, like `verify`."""
         self._park(state, {fact: Parked(0, 0.0, ParkedState.AGAIN, "drift")})
 
     def _still_held(self, me: Me, state: State, epochs: Mapping[int, int]) -> set[int]:
@@ -511,7 +511,7 @@ class Database:
                 and old.next_at > new.next_at
                 and not new.deliver_again
             ):
-                # A call may land until then, whatever else is the matter with the key.
+                # Until then a call may land, even if the key has other problems.
                 new = old._replace(attempts=new.attempts, version=new.version)
             state.parked[fact] = new
 
@@ -519,14 +519,14 @@ class Database:
         for slot, at in positions.items():
             if not self.may_go_back and not at.snapshot.includes(state.cursors[slot].at.snapshot):
                 raise Violation(f"slot {slot} goes back from {state.cursors[slot].at} to {at}")
-            # As it is stored.
+            # Use the stored form.
             stored = Position(Snapshot.parse(str(at.snapshot)), at.xid, at.id)
             state.cursors[slot].at = stored
 
-    # -- when all is over ----------------------------------------------------------------------------------------------
+    # -- the end -------------------------------------------------------------------------------------------------------
 
     def left(self, state: State) -> str | None:
-        """What of the work on an index is not done."""
+        """The work on an index that is not done."""
         present = self.present()
         for slot, cursor in state.cursors.items():
             if rows := self.entries(cursor.at, present, {slot}):

@@ -1,7 +1,7 @@
-"""The relay's real protocol in simulated worlds: whatever befalls it, the indexes end up with the truth.
+"""The relay's real protocol in simulated worlds: after any faults, the indexes end with the truth.
 
-``MEMSTATE_SIM_SEED=1234 pytest tests/simulation`` tells the history of one seed, ``MEMSTATE_SIM_SEEDS=100000`` looks
-at more of them. That the simulation finds faults is shown by making some.
+``MEMSTATE_SIM_SEED=1234 pytest tests/simulation`` prints the history of one seed. ``MEMSTATE_SIM_SEEDS=100000`` tries
+more seeds. Faults made on purpose show that the simulation finds faults.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tests.support import PATIENCE_S
 SEEDS = int(os.environ.get("MEMSTATE_SIM_SEEDS", "5000"))
 SHARES = 4  # of the deep search, for several processes
 ONE = os.environ.get("MEMSTATE_SIM_SEED")
-ENOUGH = 2000  # seeds, to find a fault that was made
+ENOUGH = 2000  # seeds that are enough to find a fault made on purpose
 
 
 @pytest.mark.timeout(PATIENCE_S)
@@ -55,7 +55,7 @@ ENOUGH = 2000  # seeds, to find a fault that was made
     ],
 )
 def test_every_history_converges(seeds: range, reads_ahead: bool) -> None:
-    """No fault, crash or delay keeps an index from the truth, and it never holds what was not committed."""
+    """No fault, crash or delay keeps an index from the truth, and it never holds uncommitted content."""
     for seed in seeds:
         config = replace(Config.of(seed), reads_ahead=reads_ahead)
         if simulate(config) is not None:
@@ -65,7 +65,7 @@ def test_every_history_converges(seeds: range, reads_ahead: bool) -> None:
 @pytest.mark.skipif(ONE is None, reason="MEMSTATE_SIM_SEED says which")
 @pytest.mark.parametrize("reads_ahead", [False, True], ids=["one-page", "two-pages"])
 def test_history_of_one_seed_converges(reads_ahead: bool) -> None:
-    """The history of one seed, told whether it converges or not."""
+    """Print the history of one seed, whether it converges or not."""
     told = explain(replace(Config.of(int(ONE or 0)), reads_ahead=reads_ahead))
     print(told)
     assert told.what is None, told.what
@@ -77,7 +77,7 @@ def test_a_seed_is_a_history() -> None:
         assert explain(Config.of(seed)) == explain(Config.of(seed))
 
 
-# -- too rare to be met by chance ------------------------------------------------------------------------------------
+# -- cases too rare to meet by chance ----------------------------------------------------------------------------------
 
 
 def run_until(world: World, worker: Worker, request: type[Request[Any]]) -> None:
@@ -86,7 +86,7 @@ def run_until(world: World, worker: Worker, request: type[Request[Any]]) -> None
 
 
 def test_a_row_that_is_deleted_while_a_refill_is_taken_over() -> None:
-    """What an owner wrote before it crashed is removed, though the refill no longer lists it and no ledger knows it."""
+    """A point that an owner wrote before its crash is removed, although refill and ledger no longer know its key."""
     config = replace(Config.of(0).about("takeovers"), sqlite=False, entities=("fact",), fenced={"one": True})
     world = World(replace(config, slots=1, keys=1, texts=("a",), workers=0, ticks=0, older=0.0, rates={}))
     fact, index = world.facts[0], world.indexes[0]
@@ -107,14 +107,14 @@ def test_a_row_that_is_deleted_while_a_refill_is_taken_over() -> None:
 
 
 def run_step(world: World, worker: Worker) -> None:
-    """Run a step to its end, and read ahead as far as that goes."""
+    """Run a step to its end, and read ahead as far as possible."""
     world.advance(worker)
     while worker.steps is not None:
         world.advance(worker)
 
 
 def test_a_page_read_ahead_is_not_written_after_a_takeover() -> None:
-    """Its rows are older than what another owner has delivered since, and nothing would tell that they are."""
+    """Its rows are older than another owner's deliveries, and nothing else would show this."""
     config = replace(Config.of(0).about("ahead"), slots=1, workers=0, ticks=0, older=0.0, in_process=False, rates={})
     world = World(config)
     index, changed = world.indexes[0], world.facts[-1]
@@ -144,11 +144,11 @@ def test_a_page_read_ahead_is_not_written_after_a_takeover() -> None:
     world.converge()
 
 
-# -- faults that were made on purpose ----------------------------------------------------------------------------------
+# -- faults made on purpose --------------------------------------------------------------------------------------------
 
 
 class NothingIsSettled(Database):
-    """I4 broken: a takeover believes the ledger."""
+    """I4 broken: a takeover trusts the ledger."""
 
     def claim(self, me: Me, request: Claim) -> Claimed:
         claimed = super().claim(me, request)
@@ -157,14 +157,14 @@ class NothingIsSettled(Database):
 
 
 class ReleasedIsSettled(Database):
-    """Who lets a slot go before it has settled it does not say so."""
+    """An owner that releases a slot before it has settled it does not report this."""
 
     def release(self, me: Me, request: Release) -> None:
         super().release(me, replace(request, unsettled=()))
 
 
 class EpochsAreNotChecked(Database):
-    """Whoever lost a slot records all the same."""
+    """An owner that lost a slot can still record."""
 
     def _still_held(self, me: Me, state: State, epochs: Mapping[int, int]) -> set[int]:
         return set(epochs) & state.cursors.keys()
@@ -178,7 +178,7 @@ class LateKeysAreForgotten(Database):
 
 
 class VersionsAreNotChecked(Database):
-    """A key that was parked again meanwhile is resolved."""
+    """A key that was parked again is resolved by its earlier version."""
 
     def _resolve(self, state: State, resolved: Mapping[FactKey, str]) -> None:
         for fact in resolved:
@@ -186,7 +186,7 @@ class VersionsAreNotChecked(Database):
 
 
 class LateCommitsAreSkipped(Database):
-    """A position is a number: whoever commits later than a younger transaction is not seen."""
+    """A position is a number, so a transaction that commits after a younger one is not seen."""
 
     def present(self) -> Position:
         return Position(Snapshot(super().present().snapshot.xmax)) if not self.sqlite else super().present()
@@ -200,14 +200,14 @@ class FullPagesAreTheLast(Database):
 
 
 class IntentsAreOrdinary(Database):
-    """What a strict transaction may be writing is believed to be as the ledger says."""
+    """The ledger is trusted for keys that a strict transaction may be writing."""
 
     def read_page(self, me: Me, request: ReadPage) -> Page:
         return super().read_page(me, request)._replace(intents=frozenset())
 
 
 class RefusalsOverrule(Database):
-    """A key that was refused is no longer delivered once more when a call may have landed."""
+    """A refused key is no longer delivered again after a call that may have landed."""
 
     def _park(self, state: State, parking: Mapping[FactKey, Parked]) -> None:
         for fact, given in parking.items():
@@ -216,7 +216,7 @@ class RefusalsOverrule(Database):
 
 
 class UnmarkedIsBelieved(Database):
-    """Whoever writes points without their entity goes on, though an index has several."""
+    """An owner that writes points without their entity continues, although the index has several."""
 
     def _registered(self, me: Me, now: float) -> State:
         known = self.states.get((me.index, me.incarnation))
@@ -228,7 +228,7 @@ class UnmarkedIsBelieved(Database):
 
 
 class IndexIsScannedOnce(Database):
-    """Points of an entity that becomes known later are not looked at again."""
+    """Points of an entity that becomes known later are not scanned again."""
 
     def _registered(self, me: Me, now: float) -> State:
         known = self.states.get((me.index, me.incarnation))
@@ -239,21 +239,21 @@ class IndexIsScannedOnce(Database):
 
 
 class ForeignKeysAreDropped(Database):
-    """An owner that does not know an entity passes by its keys for good."""
+    """An owner that does not know an entity drops its keys."""
 
     def acknowledge(self, me: Me, request: Acknowledge) -> frozenset[int]:
         return super().acknowledge(me, replace(request, foreign=()))
 
 
 class Unfenced(Index):
-    """Promises to leave alone what was written under a higher epoch, and does not."""
+    """Promises to keep points of a higher epoch, and overwrites them."""
 
     def passes(self, write: PointWrite) -> bool:
         return True
 
 
 class UnsureIsForgotten(SlotWorker):
-    """What may have been written and was not recorded is not written again."""
+    """Writes that may have landed and were not recorded are not repeated."""
 
     def step(self) -> Steps[int | None]:
         self._unsure.clear()
@@ -261,21 +261,21 @@ class UnsureIsForgotten(SlotWorker):
 
 
 class TimeoutsAreFinal(SlotWorker):
-    """A call without an answer is believed to have no effect later."""
+    """A call without an answer is assumed to have no later effect."""
 
     def _landing(self, page: Any) -> set[FactKey]:
         return set()
 
 
 class LeavesWithoutAWord(SlotWorker):
-    """Who stops does not tell which keys it is unsure of."""
+    """An owner that stops does not report its unsure keys."""
 
     def _repeats(self, slots: Collection[int], why: str) -> dict[FactKey, Parked]:
         return super()._repeats(slots, why) if why == "lease lost" else {}
 
 
 class RowsReadAheadAreNotReadAgain(SlotWorker):
-    """A page that was read ahead is written as it was, though some of its keys have been delivered since."""
+    """A page that was read ahead is written unchanged, although some of its keys have been delivered since."""
 
     def _state_of(self, source: Source) -> Steps[PageState]:
         if self._ahead is not None:
@@ -284,7 +284,7 @@ class RowsReadAheadAreNotReadAgain(SlotWorker):
 
 
 class GhostsAreNotScannedFor(World):
-    """What an index holds from earlier is not looked at."""
+    """Points from earlier are not scanned."""
 
     def _scan(self, worker: Worker, request: ListFacts) -> KeyPage:
         return KeyPage({}, None)
@@ -310,13 +310,13 @@ FAULTS: dict[type, str] = {
     RowsReadAheadAreNotReadAgain: "ahead",
     GhostsAreNotScannedFor: "strangers, scanning",
 }
-"""What is broken, and in which histories that shows soon."""
+"""The broken part, and a theme of histories that soon shows it."""
 
 
 @pytest.mark.skipif(ONE is not None, reason="one seed is asked for")
 @pytest.mark.parametrize("broken", FAULTS, ids=lambda kind: kind.__name__)
 def test_a_fault_is_found(broken: type) -> None:
-    """Each rule that is broken on purpose shows in some history, which without that converges."""
+    """Each rule that is broken on purpose shows in some history that converges without the fault."""
     place = {Database: "database_class", SlotWorker: "slot_worker_class", Index: "index_class"}.get(
         broken.__base__ or World
     )

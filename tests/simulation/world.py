@@ -1,7 +1,7 @@
-"""Everything around the relay's real protocol, simulated: clock, database, indexes, processes, and what befalls them.
+"""The simulated surroundings of the relay's real protocol: clock, database, indexes, processes, and their faults.
 
-One seed decides everything. Between any two requests of an owner the scheduler may let others go on, move the clock,
-or let the owner crash, so that every interleaving of transactions and calls can happen.
+One seed decides everything. Between any two requests of an owner the scheduler may let others run, move the clock, or
+crash the owner. So every interleaving of transactions and calls can happen.
 """
 
 from __future__ import annotations
@@ -91,12 +91,12 @@ AHEAD: Mapping[str, Any] = {
     "reads_ahead": True,
     "rates": {"index is emptied": 0.3, "answers wait": 0.5},
 }
-"""The theme of two pages in work. Not one of `THEMES`: a seed stays the history that it was."""
+"""The theme of two concurrent pages. It is not in `THEMES`, so that seeds keep their histories."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """What kind of history a seed is. ``rates``: the faults that happen in it, and how often."""
+    """The parameters of a seed's history. ``rates``: its faults, and how often they happen."""
 
     seed: int
     sqlite: bool
@@ -113,12 +113,12 @@ class Config:
     strict: bool
     partial: bool  # some workers do not know every entity
     ticks: int
-    older: float  # how much an index holds from earlier
+    older: float  # share of rows that an index holds from earlier
     rates: Mapping[str, float]
     reads_ahead: bool = False  # while a page is at the index
 
     FAULTS: ClassVar[Mapping[str, float]] = {
-        # of a call
+        # faults of a call
         "fails": 0.2,
         "times out": 0.2,
         "is half done": 0.15,
@@ -127,31 +127,31 @@ class Config:
         "is refused at first": 0.1,
         "is slow": 0.1,
         "loses points": 0.1,
-        # of a transaction
+        # faults of a transaction
         "not executed": 0.08,
         "answer lost": 0.08,
-        # of a process
+        # faults of a process
         "crash": 0.06,
         "pause": 0.08,
         "stop": 0.05,
         "clock leaps": 0.06,
         "answers wait": 0.3,
         "stops at once": 0.1,
-        # of an operator, or of another process
+        # faults by an operator, or by another process
         "index is paused": 0.02,
         "index is emptied": 0.012,
         "point is lost": 0.2,
     }
 
     HEALING: ClassVar = frozenset({"crash", "clock leaps", "index is emptied"})
-    """What has everything delivered again, and so hides what went wrong before."""
+    """Faults after which everything is delivered again, which hides earlier errors."""
 
     @classmethod
     def of(cls, seed: int) -> Config:
         rng = random.Random(seed)
         sqlite = rng.random() < 0.2
         names = ("one", "two") if rng.random() < 0.12 else ("one",)
-        # In each history only some of the faults happen: a rare one is then not always hidden by a frequent one.
+        # Each history has only some of the faults, so that a rare fault is not always hidden by a frequent one.
         rates = {
             name: rng.choice((0.5, 1.0, 3.0)) * rate
             for name, rate in cls.FAULTS.items()
@@ -186,7 +186,7 @@ class Config:
 
 @dataclass(eq=False)
 class Index:
-    """``fenced``: what was written under a higher epoch is left alone, deleted points too."""
+    """``fenced``: points written under a higher epoch are kept, also deleted ones."""
 
     name: str
     fenced: bool
@@ -212,7 +212,7 @@ class Index:
 
 @dataclass(eq=False)
 class Worker:
-    """A process with one owner. ``request`` is what it asks next; ``answer`` what it has not been told yet."""
+    """A process with one owner. ``request`` is its next request, ``answer`` an answer that it has not got yet."""
 
     owner: str
     index: Index
@@ -231,13 +231,13 @@ class Worker:
     leaving: bool = False
     began: float = 0.0
     idle_until: float = 0.0
-    settling: int = 0  # for so many requests
+    settling: int = 0  # a number of requests
     read: dict[FactKey, int] = field(default_factory=dict)  # when, in steps of the database
     overtaken: set[FactKey] = field(default_factory=set)  # written after another had claimed the slot
 
 
 class Landing(NamedTuple):
-    """A call that has not reached the index yet; without ``at`` it may do so at any time."""
+    """A call that has not reached the index yet. Without ``at`` it may do so at any time."""
 
     at: float | None
     worker: Worker | None
@@ -266,7 +266,7 @@ class World:
         self.workers: list[Worker] = []
         self.landings: list[Landing] = []
         self.facts = [(entity, key) for entity in config.entities for key in KEYS[: config.keys]]
-        self.hot: deque[FactKey] = deque(maxlen=4)  # where something has gone wrong: changes are likely to matter
+        self.hot: deque[FactKey] = deque(maxlen=4)  # keys that had errors: changes are likely to matter
         self.before: dict[FactKey, Row | None] = {}  # the last change
         self.committed: dict[FactKey, set[str | None]] = {fact: set() for fact in self.facts}
         self._started = 0
@@ -285,14 +285,14 @@ class World:
         if self.trace is not None:
             self.trace.append(f"{self.now - 1000:7.3f} " + " ".join(map(str, words)))
 
-    # -- the whole of it ---------------------------------------------------------------------------------------------
+    # -- the whole run -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Raises Violation."""
+        """Run the history. Raises Violation."""
         rng = self.rng
         for tick in range(self.config.ticks):
             chance = rng.random()
-            # Later on it changes little, lest another change hides what went wrong with the one before.
+            # Later ticks change little, so that a new change does not hide an error of an earlier one.
             if chance < (0.3 if 2 * tick < self.config.ticks else 0.1):
                 self.application()
             elif chance < 0.35:
@@ -303,7 +303,7 @@ class World:
                 if busy:
                     self.advance(rng.choice(busy))
                 elif ready and chance < 0.6:
-                    self.advance(rng.choice(ready))  # it is woken by a commit
+                    self.advance(rng.choice(ready))  # a commit wakes it
                 else:
                     self.pass_time(rng.random() * LEASE_S / 4)
         self.converge()
@@ -316,7 +316,7 @@ class World:
                 self._land(landing)
 
     def _begin(self) -> None:
-        """Rows that are older than the outbox, and sometimes points in an index that nothing is known of."""
+        """Add rows that are older than the outbox, and sometimes unknown points in an index."""
         rng = self.rng
         for fact in self.facts:
             if rng.random() < 0.4:
@@ -392,7 +392,7 @@ class World:
         self.database.commit(tx)
 
     def _write_strictly(self, tx: Transaction) -> None:
-        """Before it commits. What it writes may be seen in the index although it rolls back."""
+        """Write the index before the commit. The index may show this content although the transaction rolls back."""
         self.log("application", tx.name, "intends, and writes to the indexes", tx.rows)
         self.database.intend(tx)
         self.counts["strict"] += 1
@@ -420,7 +420,7 @@ class World:
             self._land(landing)
 
     def _all_known(self) -> bool:
-        """Whether each index has positions. An intent that is older than those of an index is not delivered to it."""
+        """Whether each index has positions. An intent older than an index's positions is not delivered to it."""
         return all((index.name, index.incarnation) in self.database.states for index in self.indexes)
 
     def _marked(self, index: Index) -> bool:
@@ -450,14 +450,14 @@ class World:
         return worker
 
     def disturb(self) -> None:
-        """Something happens to a process, to the clock, or to an index."""
+        """Disturb a process, the clock, or an index."""
         rng = self.rng
         chance = rng.random()
         if chance < 0.2:
             self.database.forget_delivered()
             return
         for fault in ("crash", "pause", "stop", "clock leaps", "index is paused", "index is emptied", "point is lost"):
-            # The rate is that of a tick, a tenth of which come here.
+            # The rate is per tick, and a tenth of the ticks come here.
             if fault not in self.rates or rng.random() >= 2 * self.rates[fault]:
                 continue
             worker = rng.choice(self.workers) if self.workers else None
@@ -492,7 +492,7 @@ class World:
         self.landings = [landing for landing in self.landings if landing.index is not index]
 
     def _lose(self, index: Index, fact: FactKey) -> None:
-        """Somebody else deletes a point, and `verify` repairs that."""
+        """Delete a point like another program, and let `verify` repair this."""
         state = self.database.states.get((index.name, index.incarnation))
         if state is not None and index.points.pop(fact, None) is not None:
             self.log("index", index.name, "has lost", fact, "and is to be given it again")
@@ -522,7 +522,7 @@ class World:
     def _crash(self, worker: Worker) -> None:
         index, request = worker.index, worker.request
         if not index.fenced and worker.overtaken:
-            return  # what it wrote late, only it can tell: see the deadline in docs/architecture
+            return  # only this worker could report its late writes: see the deadline in docs/architecture
         self.counts["crash"] += 1
         self._heat(request)
         self.log(worker.owner, "crashes, before", _short(request))
@@ -553,7 +553,7 @@ class World:
     # -- one worker, one request ---------------------------------------------------------------------------------------
 
     def advance(self, worker: Worker) -> None:
-        """One request is executed, or one answer is told."""
+        """Execute one request, or pass one answer."""
         if worker.ahead is not None and self.rng.random() < 0.7:
             self._advance_ahead(worker, worker.ahead)
             return
@@ -586,7 +586,7 @@ class World:
             self._tell(worker, reply, error)
 
     def _advance_ahead(self, worker: Worker, ahead: Steps[None]) -> None:
-        """One request is executed beside a call of the index, which may not have landed yet."""
+        """Execute one request beside a call of the index, which may not have landed yet."""
         request, reply, error = worker.asks_ahead, None, None
         if request is not None:
             if not isinstance(request, (ReadPage, ListFacts, Read, Embed)):
@@ -603,7 +603,7 @@ class World:
             worker.ahead = worker.asks_ahead = None
 
     def _befalls(self, worker: Worker, request: Request[Any]) -> bool:
-        """Whether something keeps *worker* from this request, more often where it matters most."""
+        """Whether something keeps *worker* from this request. This happens more often where it matters most."""
         if isinstance(request, (Upsert, Remove, Acknowledge, Redirty, Release)):
             for fault, befall in (("crash", self._crash), ("pause", self._pause)):
                 if self.rng.random() < self.rates.get(fault, 0.0):
@@ -681,7 +681,7 @@ class World:
                     raise Violation(f"{worker.owner} spins: it did nothing, and is due since {due_at - 1000:.3f}")
                 worker.idle_until = min(self.now + LEASE_S / 3, due_at)
 
-    # -- what requests do ----------------------------------------------------------------------------------------------
+    # -- the effects of requests ---------------------------------------------------------------------------------------
 
     def _execute(self, worker: Worker, request: Request[Any]) -> Any:
         self.pass_time(self.rng.random() * 0.01)
@@ -710,7 +710,7 @@ class World:
         return reply
 
     def _check(self, worker: Worker, request: Request[Any]) -> None:
-        """I2: what is recorded was read after its epoch was granted."""
+        """I2: recorded rows were read after their epoch was granted."""
         if isinstance(request, Acknowledge):
             for fact in (*request.written, *request.resolved):
                 self._check_read(worker, fact, request.epochs[self.database.slot(fact)])
@@ -724,7 +724,7 @@ class World:
             raise Violation(f"{worker.owner} read {fact} before epoch {epoch} was granted")
 
     def _reach(self, worker: Worker) -> None:
-        """A call that is not of this time, or not of this world, fails."""
+        """Fail a call that comes too late, or for another incarnation."""
         if self.happens("is slow"):
             self.pass_time(self.rng.choice((0.2, 0.6, 1.2, 2.5)) * LEASE_S)
         if worker.me.incarnation != worker.index.incarnation:
@@ -808,7 +808,7 @@ class World:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def converge(self) -> None:
-        """No more faults: everything comes to rest, and agrees."""
+        """Stop all faults: everything comes to rest, and agrees."""
         self.log("no more faults")
         self.rates = {}
         for state in self.database.states.values():
@@ -853,7 +853,7 @@ class World:
         return True
 
     def _left(self) -> str | None:
-        """What is not done."""
+        """The work that is not done."""
         for index in self.indexes:
             state = self.database.states.get((index.name, index.incarnation))
             left = "everything" if state is None else self.database.left(state)
@@ -907,7 +907,7 @@ def _short(value: Any) -> str:
 
 
 def point(fact: FactKey, row: Row, *, marked: bool = False) -> Point:
-    """What an index is given for a row; its vector is its text."""
+    """The point of a row. Its vector is its text."""
     assert row.fingerprint is not None
     return Point("".join(fact), cast("Any", row.text), row.fingerprint, 0, {ENTITY: fact[0]} if marked else {}, None)
 
@@ -917,7 +917,7 @@ def is_poison(write: PointWrite) -> bool:
 
 
 class Told(NamedTuple):
-    """A history: ``what`` went wrong in it, if anything."""
+    """A history, and the error in it, if any."""
 
     config: Config
     what: str | None
@@ -929,7 +929,7 @@ class Told(NamedTuple):
 
 
 def simulate(config: Config, world_class: type[World] = World, counts: Counter[str] | None = None) -> str | None:
-    """What went wrong, if anything."""
+    """Run a history. Returns its error, if any."""
     world = world_class(config)
     try:
         world.run()
@@ -942,7 +942,7 @@ def simulate(config: Config, world_class: type[World] = World, counts: Counter[s
 
 
 def explain(config: Config, world_class: type[World] = World) -> Told:
-    """The same again, with a record of what happened."""
+    """Run the history again, with a record of its events."""
     world = world_class(config, traced=True)
     what = None
     try:

@@ -1,4 +1,4 @@
-"""A small application whose facts are tracked, and the comparison that every test ends with."""
+"""A small application whose facts are tracked, and the comparison that ends every test."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from memstate_sa.relay import Relay
 from tests.support.apps import App
 
 PATIENCE_S = 3600
-"""The time limit of a search: it ends a hang, and never a slow machine."""
+"""The time limit of a search. It is for hangs, not for slow machines."""
 
 _TIMES = int(os.environ.get("MEMSTATE_PROGRAMS", "1"))
 
@@ -36,7 +36,7 @@ def sizes(small: int, deep: int) -> list[Any]:
 
 
 def explore(examples: int, **strategies: Any) -> Callable[[Callable[..., None]], None]:
-    """Run the decorated property at once, on *examples* examples; `make fuzz` multiplies them."""
+    """Run the decorated property at once, on *examples* examples. `make fuzz` multiplies them."""
 
     def run(holds: Callable[..., None]) -> None:
         checks = list(HealthCheck)
@@ -48,7 +48,7 @@ def explore(examples: int, **strategies: Any) -> Callable[[Callable[..., None]],
 
 
 WAITING_FOR_A_LOCK = "FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-"""Who waits for one in PostgreSQL; other databases of the server may be those of tests that run beside this one."""
+"""Sessions that wait for a lock in PostgreSQL. Other databases of the server may belong to other tests."""
 
 
 class Base(DeclarativeBase):
@@ -56,7 +56,7 @@ class Base(DeclarativeBase):
 
 
 class Person(Base):
-    """A parent whose children are deleted with it, or when they are taken from it."""
+    """A parent whose children are deleted with it, or when they are removed from it."""
 
     __tablename__ = "person"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -78,7 +78,7 @@ class Note(Base):
 
 
 class Tag(Base):
-    """A fact with a string key; its foreign key is nulled when the person goes."""
+    """A fact with a string key. Its foreign key becomes NULL when the person is deleted."""
 
     __tablename__ = "tag"
     name: Mapped[str] = mapped_column(String(40), primary_key=True)
@@ -102,7 +102,7 @@ class World(App):
         self.relay = self.memory.relay(engine)
 
     def assert_in_step(self) -> None:
-        """replay(log) == tables, and index == f(tables), by content."""
+        """Assert replay(log) == tables, and index == f(tables), by content."""
         self.assert_log_is_truth()
         self.relay.drain()
         with self.session() as session:
@@ -124,7 +124,7 @@ _OTHERS_WAIT = (
 
 @contextmanager
 def beside(engine: Engine, work: Callable[[], Any]) -> Iterator[Future[Any]]:
-    """Run *work* in a thread, and go on when it waits for another transaction, or has ended."""
+    """Run *work* in a thread. The block begins when it waits for another transaction, or has ended."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work)
         deadline = time.monotonic() + 60
@@ -136,7 +136,7 @@ def beside(engine: Engine, work: Callable[[], Any]) -> Iterator[Future[Any]]:
 
 
 def in_threads(count: int, work: Callable[[int], None]) -> list[BaseException]:
-    """Run *work* in *count* threads that start together; what they raised."""
+    """Run *work* in *count* threads that start together. Returns their errors."""
     barrier, errors = threading.Barrier(count), []
 
     def run(number: int) -> None:
@@ -155,7 +155,7 @@ def in_threads(count: int, work: Callable[[int], None]) -> list[BaseException]:
 
 
 def overtake(engine: Engine) -> None:
-    """Another holder takes every slot of every index, as if ours had been stopped for longer than its lease."""
+    """Let another owner take every slot of every index, as if ours had been stopped for longer than its lease."""
     other = {"owner": "elsewhere 1 x", "lease_until": utcnow() + timedelta(minutes=1)}
     with engine.begin() as connection:
         indexes = connection.execute(select(cursor.c.index, cursor.c.incarnation).distinct()).mappings().all()
@@ -170,7 +170,7 @@ def expire_leases(engine: Engine) -> None:
 
 
 def grow_older(engine: Engine, relay: Relay, by: timedelta) -> None:
-    """As if *by* had passed since *relay* last renewed its lease."""
+    """Act as if *by* had passed since *relay* last renewed its lease."""
     delivery = relay._workers[0].delivery
     delivery.slot_worker._renew_at -= by.total_seconds()
     its = holder.c.owner == delivery._owner
@@ -181,13 +181,13 @@ def grow_older(engine: Engine, relay: Relay, by: timedelta) -> None:
 
 
 def make_due(engine: Engine) -> None:
-    """As if all that is parked had waited for long enough."""
+    """Act as if all parked keys had waited long enough."""
     with engine.begin() as connection:
         connection.execute(update(parked).values(next_at=utcnow() - timedelta(seconds=1)))
 
 
 def connections_of_this_thread(engine: Engine) -> set[Any]:
-    """Those that are checked out just now: a thread that tells other relays has one for a moment, too."""
+    """The connections in use. A thread that wakes other relays also has one for a moment, which does not count."""
     held, me = set[Any](), threading.get_ident()
 
     def checked_out(driver: Any, record: Any, proxy: Any) -> None:
@@ -206,7 +206,7 @@ def texts(entity: str, rows: Iterable[Any], key: Any, text: Any) -> dict[str, st
 
 
 def assert_index_holds(index: VectorIndex, embedder: Any, expected: dict[str, str]) -> None:
-    """*index* holds exactly these texts (by point id), each as its own vector."""
+    """Assert that *index* holds exactly these texts (by point id), each as its own vector."""
     ids: list[str] = []
     while entries := index.scan(ids[-1] if ids else None, 100):
         ids += [entry.id for entry in entries]

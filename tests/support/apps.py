@@ -1,4 +1,4 @@
-"""An application with a Memory: the set-up that most tests begin with."""
+"""An application with a Memory: the set-up of most tests."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from memstate_sa.testing import HashEmbedder
 
 
 def enforce_foreign_keys(engine: Engine) -> None:
-    """Make SQLite enforce foreign keys, as PostgreSQL does by itself."""
+    """Make SQLite enforce foreign keys, as PostgreSQL always does."""
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", lambda dbapi, record: dbapi.cursor().execute("PRAGMA foreign_keys = ON"))
         engine.dispose()
 
 
 class App:
-    """Mapped classes that a Memory tracks, and their database; a test file adds its own methods in a subclass.
+    """Mapped classes that a Memory tracks, and their database. A test file adds its own methods in a subclass.
 
-    *memory* holds options of the Memory, *options* those of `Memory.track`. *tracking* holds options of one class,
-    by the class or by its name.
+    *memory* holds options of the Memory, *options* those of `Memory.track`. *tracking* holds options of one class, by
+    the
+    class or by its name.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class App:
             return self.memory.token(session) or ""
 
     def rows(self, model: type[Any], session: Session | None = None) -> dict[Any, dict[str, Any]]:
-        """The table's rows by their keys, as *session* sees them."""
+        """The table's rows by key, as *session* sees them."""
         table = inspect(model).local_table
         names = [column.name for column in table.columns]
         keys = [column.name for column in table.primary_key]
@@ -90,7 +91,7 @@ class App:
         return rows
 
     def assert_log_is_truth(self, *models: type[Any]) -> None:
-        """replay(log) == tables, of *models* or of all."""
+        """Assert replay(log) == tables, for *models* or for all."""
         with self.session() as session:
             for model in models or self.models:
                 history = self.memory.history(session, model)
@@ -98,5 +99,5 @@ class App:
 
 
 def make_app(engine: Engine, *models: type[Any], **options: Any) -> App:
-    """An App that tracks *models*; its options are those of the class."""
+    """An App that tracks *models*. Its options are those of the class."""
     return App(engine, *models, **options)

@@ -58,7 +58,7 @@ def make():
 
 
 class Application:
-    """An application's module and database, and the command line run on them."""
+    """An application's module and database, and the command line on them."""
 
     def __init__(self, folder: Path) -> None:
         self.name = f"application_{uuid4().hex}"
@@ -96,7 +96,7 @@ class Application:
 def invoke(
     *arguments: str, exit_code: int = 0, input: str | None = None, stdout: bool = False, columns: int = 200
 ) -> str:
-    """What it says on the terminal, or on *stdout* alone."""
+    """Run the command line. Returns its output on the terminal, or on *stdout* only."""
     environment = {"COLUMNS": str(columns), "TERM": "dumb"}
     result = CliRunner().invoke(cli.application(), list(arguments), input=input, env=environment)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -107,7 +107,7 @@ def invoke(
 
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Application]:
-    """An application whose database has its own tables only."""
+    """An application whose database has only its own tables."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     application = Application(tmp_path)

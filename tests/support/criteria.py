@@ -86,7 +86,7 @@ class Count(int):
 
 
 class Upper(TypeDecorator[str]):
-    """Stored in another form than it is given in."""
+    """Stored in another form than the given one."""
 
     impl = String
     cache_ok = True
@@ -96,7 +96,7 @@ class Upper(TypeDecorator[str]):
 
 
 class Shifted(Integer):
-    """A subclass, with processors of its own."""
+    """A subclass with its own processors."""
 
     cache_ok = True
 
@@ -197,7 +197,7 @@ _SECOND: dict[str, Any] = {
 
 
 def criteria() -> Iterator[ColumnElement[bool]]:
-    """On each column by the values that it has; on plain columns by everything else that a driver takes for one."""
+    """Criteria on each column by its values, and on plain columns by every other type that a driver takes for them."""
     for name in NAMES:
         column, first, second = getattr(Everything, name), _FIRST[name], _SECOND[name]
         yield from (column == first, column.in_([first, second]), column.in_([second]))
@@ -214,7 +214,7 @@ def criteria() -> Iterator[ColumnElement[bool]]:
         yield from (column == np.float64(1.0), column == 1.0, column < Decimal("1.5"))
     yield or_(Everything.short == OldRole.NOTE, Everything.whole == Rank.LOW)
     yield Everything.flag.in_([np.True_])
-    # The parameter has a type of its own.
+    # The parameter has its own type.
     yield Everything.short == bindparam(None, "TIP", Lowered())
     yield Everything.upper == bindparam(None, "tip", Upper())
     yield Everything.variant == bindparam(None, "TIP", String())
@@ -222,7 +222,7 @@ def criteria() -> Iterator[ColumnElement[bool]]:
 
 
 def assert_agrees_with_sql(engine: Engine, index: VectorIndex, more: Iterable[Any] = ()) -> None:
-    """For each of the criteria, and *more*, a search finds the rows that a SELECT does."""
+    """Assert that a search with each of the criteria, and of *more*, finds the rows of a SELECT."""
     app = make_app(engine, Everything, index=index, text="content", metadata=NAMES)
     with app.session() as session:
         session.add_all(
@@ -241,7 +241,7 @@ def assert_agrees_with_sql(engine: Engine, index: VectorIndex, more: Iterable[An
 
 def _difference(memory: Memory, session: Session, criterion: ColumnElement[bool]) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of SQLite and decimals
+        warnings.simplefilter("ignore")  # about SQLite and decimals
         rows = sorted(session.scalars(select(Everything.id).where(criterion)))
         hits = memory.search(session, "one", select(Everything).where(criterion))
     found = sorted(hit.fact.id for hit in hits)

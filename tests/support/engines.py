@@ -1,4 +1,4 @@
-"""Engines of tests: each on a database of its own, all with one cache of compiled SQL."""
+"""Engines for tests: each on its own database, all with one cache of compiled SQL."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ _OF_A_POOL = {"connect_args", "pool_pre_ping", "pool_size", "pool_timeout", "max
 
 
 def make_engine(url: Any, *, comments: bool = False, **options: Any) -> Engine:
-    """An engine on *url* that uses what the engines before it have compiled.
+    """An engine on *url* that reuses the SQL compiled by earlier engines.
 
-    SQLAlchemy compiles a statement once for each dialect object, so all engines of a kind have the first one's. Without
-    *comments*, it takes a third fewer statements to make our tables on PostgreSQL.
+    SQLAlchemy compiles a statement once for each dialect object, so all engines of a kind share the first one's.
+    Without
+    *comments*, making our tables on PostgreSQL takes a third fewer statements.
     """
     engine = create_engine(url, **options)
-    if not options.keys() <= _OF_A_POOL:  # of the dialect, perhaps
+    if not options.keys() <= _OF_A_POOL:  # options that may belong to the dialect
         return engine
     kind = engine.dialect.name, comments
     first = _first.get(kind)

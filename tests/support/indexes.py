@@ -1,4 +1,4 @@
-"""Every index, as a test needs it that runs the same on each of them."""
+"""Every index, for a test that runs the same on each of them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Make = Callable[[], VectorIndex]
 
 @contextmanager
 def storage(kind: str, folder: Path, request: pytest.FixtureRequest) -> Iterator[Make]:
-    """Returns what makes an index on one storage, as each process of an application would; one is open at a time."""
+    """Yield a function that makes an index on one storage, like an application's processes. One is open at a time."""
     if kind == "memory":
-        only = InMemoryIndex()  # nothing else outlives it
+        only = InMemoryIndex()  # no other object of it survives
         yield lambda: only
     elif kind == "faiss":
         pytest.importorskip("faiss")
@@ -57,7 +57,7 @@ def storage(kind: str, folder: Path, request: pytest.FixtureRequest) -> Iterator
 
 @contextmanager
 def _database(url: str) -> Iterator[Any]:
-    """One that no restore of the application's reaches."""
+    """The URL of a database that no restore of the application's database touches."""
     name = f"index_{uuid.uuid4().hex[:12]}"
     admin = create_engine(url, isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:

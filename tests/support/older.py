@@ -1,4 +1,4 @@
-"""A database as the version before memstate_0007 made it: one table of ours, and the triggers that name it, differ."""
+"""A database as made by the version before memstate_0007: one of our tables differs, and the triggers that name it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def migrate(engine: Engine, command: str, revision: str) -> None:
 
 
 def make_older(engine: Engine) -> None:
-    """Take a database of today back to the version before memstate_0007, with all that its triggers say."""
+    """Take a current database back to the version before memstate_0007, triggers included."""
     sources = routines(engine)
     migrate(engine, "stamp", "memstate_0007")
     migrate(engine, "downgrade", "memstate_0006")

@@ -1,4 +1,4 @@
-"""Fewer cases of a test that still have each value, or each pair of values: what `make test` runs of a product."""
+"""A smaller set of a test's cases that still has each value, or each pair of values. `make test` runs this set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from itertools import combinations
 def covering(cases: Sequence[Mapping[str, Hashable]], size: int = 1) -> list[int]:
     """The numbers of the *cases* that together have each combination of *size* values that any case has.
 
-    Greedy. Of equal cases it takes the one whose values were used least, so that both databases get their share.
+    The choice is greedy. Among equal cases it takes the one with the least used values, so that both databases get a
+    share.
     """
     names = [name for name in cases[0] if len({case[name] for case in cases}) > 1]
     parts = [{tuple((name, case[name]) for name in chosen) for chosen in combinations(names, size)} for case in cases]

@@ -9,11 +9,11 @@ from sqlalchemy import Engine, event, text
 
 
 def plans(engine: Engine, action: Any, tables: str = "memstate_") -> dict[str, str]:
-    """The plan of each statement that *action* runs on a table of ours, or that *tables* matches."""
+    """The plan of each statement that *action* runs on our tables, or on tables that *tables* matches."""
     seen: dict[str, Any] = {}
 
     def note(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-        # "WHERE 0 = 1" takes SQLite's write lock; a constant condition is tested before the table is looked at.
+        # "WHERE 0 = 1" takes SQLite's write lock, and its constant condition is tested before the table is read.
         if (
             re.search(tables, statement)
             and "0 = 1" not in statement
@@ -27,7 +27,7 @@ def plans(engine: Engine, action: Any, tables: str = "memstate_") -> dict[str, s
     explain = "EXPLAIN QUERY PLAN " if engine.dialect.name == "sqlite" else "EXPLAIN "
     with engine.connect() as connection:
         if engine.dialect.name == "postgresql":
-            connection.execute(text("SET enable_seqscan = off"))  # is there an index that serves it?
+            connection.execute(text("SET enable_seqscan = off"))  # to see whether an index can serve it
         return {
             statement: "\n".join(
                 str(row[-1]) for row in connection.exec_driver_sql(explain + statement, parameters).all()

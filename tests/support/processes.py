@@ -18,7 +18,7 @@ EMBEDDERS = {"memory": HashEmbedder(64), "memory_v2": HashEmbedder(48)}
 
 
 class Shop:
-    """An application that moves from one index to another, as one process after the other is deployed anew."""
+    """An application that moves from one index to another, while its processes are redeployed one by one."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -62,7 +62,7 @@ class Process:
             return self.memory.search(session, query, Tag, **options)
 
     def asks(self, query: str = "something to drink") -> str:
-        """The index that a search asks, told by the distances of its hits: no two embedders give the same."""
+        """The index that a search asks, known from its hits' distances, because no two embedders give the same."""
         [name] = embedded_by(self.search(query), query)
         return name
 
@@ -76,7 +76,7 @@ class Process:
 
 
 def embedded_by(hits: Hits[Tag], query: str) -> set[str]:
-    """The embedders by which every distance is what it is."""
+    """The embedders that explain every distance."""
     found = set()
     for name, embedder in EMBEDDERS.items():
         vectors = embedder.embed([query, *(hit.fact.meaning for hit in hits)])

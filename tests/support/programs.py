@@ -1,4 +1,4 @@
-"""Random programs of an application: what they do, and a memory that plays them."""
+"""Random programs of an application: their steps, and a memory that plays them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ UNSEEN_STEPS = {
     "rename_tags": st.tuples(small),
     "another_program": st.tuples(small, word),
 }
-"""What only triggers capture."""
+"""Steps that only triggers capture."""
 
 
 def programs(steps: dict[str, Any]) -> Any:
@@ -81,17 +81,17 @@ def programs(steps: dict[str, Any]) -> Any:
 
 
 class Play:
-    """Plays steps on one Session; a step that finds nothing to act on does nothing."""
+    """Plays steps on one Session. A step without a row to act on does nothing."""
 
     def __init__(self, world: World, session: Session) -> None:
         self.world = world
         self.session = session
         self.savepoints: list[Any] = []
-        self.held: list[Any] = []  # what a Session has loaded must not depend on the garbage collector
+        self.held: list[Any] = []  # loaded instances must not depend on the garbage collector
 
     def run(self, steps: list[tuple[str, tuple[Any, ...]]]) -> None:
         with warnings.catch_warnings():
-            # Raised from the middle of a flush or a rollback, they would leave the Session half way.
+            # As errors in the middle of a flush or a rollback, they would leave the Session in between.
             warnings.filterwarnings("ignore", "Session's state has been changed on a non-active")
             warnings.filterwarnings("ignore", "DELETE statement on table")
             self._run(steps)
@@ -210,7 +210,7 @@ class Play:
     def core_delete(self, n: int) -> None:
         self.session.execute(delete(Tag.__table__).where(Tag.__table__.c.name == f"tag{n}"))
 
-    # What no Session sees; the first statement flushes what is pending, as the others would do by themselves.
+    # Steps that no Session sees. The first statement flushes pending changes, like the other steps.
 
     def text(self, n: int, meaning: str) -> None:
         self.session.flush()
@@ -235,7 +235,7 @@ class Play:
         self.session.expire_all()
 
     def another_program(self, n: int, about: str) -> None:
-        """Between two transactions of ours."""
+        """It runs between two transactions of ours."""
         self.commit()
         with self.world.engine.connect() as connection, connection.begin():
             connection.execute(text("INSERT INTO person (name, about) VALUES ('other', :a)"), {"a": about})

@@ -22,17 +22,17 @@ NOTHING = ["--appendonly", "no", "--save", ""]
 
 
 def redis_client(port: int, **options: Any) -> redis.Redis:
-    """Without redis-py's own retries, which take seconds where nobody listens."""
+    """A client without redis-py's own retries, which take seconds if no server listens."""
     return redis.Redis(port=port, retry=Retry(NoBackoff(), 1), **options)
 
 
 class Server:
-    """A redis-server on a port and on a socket; `folder` is its own."""
+    """A redis-server on a port and on a socket, with its own `folder`."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder, self.port, self._options = folder, free_port(), options
         self._process: subprocess.Popen[bytes] | None = None
-        # By a socket it stays reachable for the test while the port is closed.
+        # The test can reach it by the socket while the port is closed.
         self.admin = redis.Redis(unix_socket_path=str(folder / "s"))
         self.client = redis_client(self.port)
 
@@ -43,7 +43,7 @@ class Server:
             try:
                 self.admin.ping()
                 return self
-            except redis.ConnectionError:  # BusyLoadingError among them
+            except redis.ConnectionError:  # BusyLoadingError is a subclass
                 time.sleep(0.05)
         raise AssertionError("redis-server does not answer")
 
@@ -54,7 +54,7 @@ class Server:
 
     @contextmanager
     def unreachable(self) -> Iterator[None]:
-        """Its port is closed, and so are its connections; nothing is lost."""
+        """Close its port and its connections. Nothing is lost."""
         self.admin.config_set("port", 0)
         self.admin.client_kill_filter(_type="normal", skipme=True)
         yield

@@ -1,4 +1,4 @@
-"""What tests of the relay share."""
+"""Helpers that the relay's tests share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import (
 
 
 class Spy(InMemoryIndex):
-    """A real index that remembers what it was asked, and can be told to refuse."""
+    """A real index that records its calls, and can be told to refuse points."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -53,7 +53,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 def holds(index: VectorIndex, expected: dict[str, str]) -> bool:
-    """Whether *index* holds these texts, by point id; the comparison while a relay is at work."""
+    """Whether *index* holds these texts, by point id. For comparisons while a relay runs."""
     try:
         assert_index_holds(index, HashEmbedder(), expected)
     except (AssertionError, KeyError):
@@ -62,7 +62,7 @@ def holds(index: VectorIndex, expected: dict[str, str]) -> bool:
 
 
 class Interrupted(InMemoryIndex):
-    """A real index beside which something else happens: once, when `during` names the call, before or after it."""
+    """A real index with an interruption: once, before or after the call that `during` names."""
 
     def __init__(self, *, fenced: bool = True) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Interrupted(InMemoryIndex):
 
 
 class Waits(threading.Event):
-    """What a relay waits for work with: short waits are over at once, long ones last until it is woken."""
+    """A relay's wait for work: short waits end at once, long ones last until it is woken."""
 
     def __init__(self, short_s: float) -> None:
         super().__init__()

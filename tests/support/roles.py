@@ -22,7 +22,7 @@ Role = Callable[..., Engine]
 
 @pytest.fixture
 def role(postgres_engine: Engine) -> Iterator[Role]:
-    """Makes a role, with the rights that are given, and returns an engine that connects as this role."""
+    """A function that makes a role with these rights, and returns an engine that connects as this role."""
     engines: dict[str, Engine] = {}
 
     def make(*rights: str, attributes: str = "") -> Engine:

@@ -1,4 +1,4 @@
-"""A store of LangGraph and what it should hold."""
+"""A store of LangGraph, and its expected content."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Shelf:
         return {item.key: item.value for item in self.store.search(namespace, limit=1000, refresh_ttl=False)}
 
     def texts(self) -> dict[str, list[str | None]]:
-        """Of each item, by its key, what its rows say is embedded."""
+        """The embedded texts of each item's rows, by the item's key."""
         found: dict[str, list[str | None]] = {}
         with self.sessions() as session:
             for row in session.scalars(select(ItemRow).order_by(ItemRow.id)):
@@ -64,7 +64,7 @@ class Shelf:
         return found
 
     def assert_in_step(self) -> None:
-        """replay(log) == the table, and the index == f(the table), by content."""
+        """Assert replay(log) == the table, and the index == f(the table), by content."""
         self.memory.relay(self.engine).drain()
         with self.sessions() as session:
             replayed = {key: dict(row) for (_, key), row in replay(self.memory.history(session, ItemRow)).items()}

@@ -9,7 +9,7 @@ from tests.support import Tag, World
 
 
 def say(world: World, actor: str | None = None, session_id: str | None = None, **tags: str | None) -> str:
-    """One transaction that sets these tags (None deletes); returns its id."""
+    """Set these tags in one transaction (None deletes). Returns its id."""
     with world.session() as session:
         world.memory.annotate(session, actor=actor, session_id=session_id)
         for name, meaning in tags.items():

@@ -1,4 +1,4 @@
-"""What a migration made of tables and triggers."""
+"""Tables and triggers that a migration made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def images(app: Application) -> list[tuple[str, str, Any]]:
 
 
 def problems(app: Application) -> list[str]:
-    """What the doctor says of the application as it is written now."""
+    """The doctor's report on the application as it is written now."""
     memory = app.models.memory
     sessions = sessionmaker(app.engine)
     memory.attach(sessions)
@@ -28,6 +28,6 @@ def problems(app: Application) -> list[str]:
 
 
 def operations(source: str, of: str = "upgrade") -> list[str]:
-    """The names of what a revision does, in order."""
+    """The names of a revision's operations, in order."""
     body = source.split(f"def {of}():")[1].split("\ndef ", maxsplit=1)[0]
     return re.findall(r"(?:batch_)?op\.(\w+)\(", re.sub(r"op\.f\(", "", body))

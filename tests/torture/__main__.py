@@ -1,4 +1,4 @@
-"""`python -m tests.torture`: writers, relays, databases and indexes are killed, stopped and cut off; then the audit."""
+"""`python -m tests.torture`: writers, relays, databases and indexes are killed, stopped and cut off. Then the audit."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Base(DeclarativeBase):
 
 
 class Recollection(Base):
-    """A fact of one writer, which therefore knows what it must be."""
+    """A fact of one writer, which therefore knows its expected value."""
 
     __tablename__ = "recollection"
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
@@ -50,9 +50,9 @@ class Habit(Base):
 
 
 class Receipt(Base):
-    """Not tracked. Every transaction that is to be committed adds one: whether it was committed can be looked up.
+    """Not tracked. Every transaction adds one before its commit, so that the audit can see whether it committed.
 
-    Points carry the mark of the transaction that wrote them; one without a receipt was never committed.
+    Points carry the mark of the transaction that wrote them. A mark without a receipt was never committed.
     """
 
     __tablename__ = "receipt"
@@ -61,7 +61,7 @@ class Receipt(Base):
 
 @dataclass(frozen=True)
 class Setting:
-    """What every process of a run knows."""
+    """The settings that every process of a run shares."""
 
     folder: Path
     url: str
@@ -76,7 +76,7 @@ class Setting:
 
 
 class App:
-    """One process's application. Its indexes fail until the file ``calm`` is there."""
+    """One process's application. Its indexes fail until the file ``calm`` exists."""
 
     def __init__(self, setting: Setting, name: str, life: int = 0) -> None:
         self.setting = setting
@@ -111,7 +111,7 @@ def habit_text(habit: Habit) -> str:
 
 
 def chroma_client(port: int, timeout: float = 60.0) -> ClientAPI:
-    """Its constructor already asks the server, which may be down just now."""
+    """Its constructor already asks the server, which may be down."""
     deadline = time.monotonic() + timeout
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What must be true when the faults are over; by content, without asking memstate_sa what it believes."""
+"""The checks after the faults, by content, without trusting memstate_sa's own records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.torture.app import VECTORS, App, Habit, Receipt, Recollection, habit_
 
 
 class Held(NamedTuple):
-    """What an index should hold, or holds, of one row."""
+    """An index's expected or actual content of one row."""
 
     fingerprint: str
     metadata: Mapping[str, Any]
@@ -28,7 +28,7 @@ class Held(NamedTuple):
 
 @dataclass
 class Audit:
-    """``differences`` are what must not be; ``context`` is what the relay's tables say about the first of them."""
+    """``differences`` are the violations. ``context`` is the relay's records about the first of them."""
 
     counts: dict[str, int] = field(default_factory=dict)
     differences: list[str] = field(default_factory=list)
@@ -121,7 +121,7 @@ def _of_pgvector(app: App) -> dict[str, Held]:
 
 
 def _of_redis(app: App) -> dict[str, Held]:
-    """The ids of its list of them, which has as many as its vector set."""
+    """The ids of its own list, which has as many as its vector set."""
     client, (_, points, ids, _) = app.redis._client, app.redis._keys
     named = [id_.decode() for id_ in client.zrange(ids, 0, -1)]
     assert client.execute_command("VCARD", points) == len(named)
@@ -152,7 +152,7 @@ def _receipts(app: App) -> set[str]:
 
 
 def _lost(journals: Mapping[str, list[Any]], receipts: set[str]) -> Iterator[str]:
-    """Whose commit() returned."""
+    """Transactions whose commit() returned."""
     for lines in journals.values():
         yield from (line["mark"] for line in lines if "committed" in line and line["mark"] not in receipts)
 
@@ -163,7 +163,7 @@ def _come_back(journals: Mapping[str, list[Any]], receipts: set[str]) -> Iterato
 
 
 def _unlike(app: App, journals: Mapping[str, list[Any]], receipts: set[str]) -> Iterator[str]:
-    """Of each writer's own: its transactions one after the other, as far as they have a receipt."""
+    """Each writer's own rows must follow from its transactions that have a receipt."""
     with app.sessions() as session:
         there = {
             row.id: {"shelf": row.shelf, "content": row.content, "mark": row.mark}
@@ -204,11 +204,11 @@ def _unlike_log(app: App) -> Iterator[str]:
                     yield f"{key}: {rows.get(key)}, log: {replayed.get(key)}"
 
 
-# -- for whoever has to find out why ----------------------------------------------------------------------------------
+# -- help for finding the cause ----------------------------------------------------------------------------------------
 
 
 def _context(app: App, index: str, id_: str) -> Iterator[str]:
-    """What the relay's tables hold of a key, and every call that carried it."""
+    """The relay's records of a key, and every call that carried it."""
     fact = split_point_id(id_)
     yield f"-- {index} {id_}"
     if fact is None:
@@ -242,7 +242,7 @@ def _context(app: App, index: str, id_: str) -> Iterator[str]:
 
 
 def _lines(paths: Iterable[Path]) -> list[Any]:
-    """Of a process that was killed, the last line may be cut off."""
+    """The lines of the files. The last line of a killed process may be cut off."""
     found = []
     for path in paths:
         for line in path.read_bytes().splitlines():

@@ -1,4 +1,4 @@
-"""What writers and workers have in common: a log file of their own, and an end when they are told."""
+"""Shared parts of writers and workers: their own log file, and an end on request."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Stopping:
 
 
 def begin(setting: Setting, name: str, life: int) -> Stopping:
-    """Everything that is said goes to ``logs/<name>.log``; SIGUSR1 adds what every thread is doing."""
+    """Send all output to ``logs/<name>.log``. SIGUSR1 adds the stack of every thread."""
     path = setting.folder / "logs" / f"{name}.log"
     path.parent.mkdir(exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

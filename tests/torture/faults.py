@@ -1,4 +1,4 @@
-"""An index that fails in every way that a remote one does, and that writes down what it was given."""
+"""An index that fails in every way that a remote one does, and records its writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from memstate_sa.indexes.base import Entry, FencedIndex, Filter, Match, Point, S
 T = TypeVar("T")
 
 EXPOSED_S = 8.0
-"""So long after a call, or a stop, beyond its lease a process may need to find out, and say so, on a busy machine."""
+"""Seconds beyond the lease that a process may need to notice and report a late call or stop, on a busy machine."""
 
 _OF_WRITES = {
     "index: failed before": 3.0,
@@ -32,7 +32,7 @@ _OF_READS = {name: _OF_WRITES[name] for name in ("index: failed before", "index:
 
 
 class HTTPError(Exception):
-    """As vendors' clients raise it: what tells what happened is ``response``, never the text."""
+    """An error like those of vendors' clients: its cause is in ``response``, never in the text."""
 
     def __init__(self, status: int, **headers: str) -> None:
         super().__init__(f"HTTP {status}")
@@ -42,7 +42,7 @@ class HTTPError(Exception):
 
 
 class Lines:
-    """A file that is appended to line by line; what was written outlives a SIGKILL."""
+    """A file to which lines are appended. Written lines survive a SIGKILL."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Lines:
 
 
 class Injector:
-    """Decides which calls of one process fail; none does while the file ``calm`` is there."""
+    """Decides which calls of one process fail. None does while the file ``calm`` exists."""
 
     def __init__(self, folder: Path, name: str, seed: str, rate: float) -> None:
         self.calls = Lines(folder / "calls" / f"{name}.jsonl")
@@ -66,7 +66,7 @@ class Injector:
         self._number = 0
 
     def draw(self, kinds: dict[str, float]) -> tuple[int, str | None, float]:
-        """The call's number, its fault, and a random number for that."""
+        """The call's number, its fault, and a random number for the fault."""
         with self._lock:
             self._number += 1
             fault = None
@@ -76,12 +76,12 @@ class Injector:
             return self._number, fault, self._random.random()
 
     def expose(self, until: float) -> None:
-        """Until then a kill of this process could leave what only verify() finds; see `Torture.is_exposed`."""
+        """Record that a kill before *until* could leave a point that only verify() finds; see `Torture.is_exposed`."""
         self._exposed.write_text(str(until))
 
 
 class FaultyIndex:
-    """*inner*, behind an unreliable network. Raises what vendors raise; ``open`` and ``incarnation`` do not fail."""
+    """*inner* behind an unreliable network. Raises vendors' errors. ``open`` and ``incarnation`` do not fail."""
 
     def __init__(self, inner: VectorIndex, name: str, injector: Injector, lease_s: float) -> None:
         self.inner = inner

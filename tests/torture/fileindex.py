@@ -1,4 +1,4 @@
-"""An exact index in one SQLite file, shared by any number of processes, that fences."""
+"""An exact index in one SQLite file, with fencing, shared by any number of processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS lifetime (incarnation TEXT, embedder TEXT, dimension INTEGER);
 CREATE TABLE IF NOT EXISTS point (id TEXT PRIMARY KEY, epoch INTEGER, fingerprint TEXT, vector BLOB, metadata TEXT);
 """
-# A deleted point stays, without a fingerprint, for its epoch. 0 stands for no epoch.
+# A deleted point stays for its epoch, without a fingerprint. 0 stands for no epoch.
 _WRITE = """
 INSERT INTO point VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET
 epoch = max(epoch, excluded.epoch), fingerprint = excluded.fingerprint, vector = excluded.vector,
@@ -105,7 +105,7 @@ class FileIndex:
         return {row[0]: json.loads(row[3]) for row in self._rows()}
 
     def close(self) -> None:
-        """Does nothing: every call has a connection of its own."""
+        """Nothing to close: every call has its own connection."""
 
     def _rows(self, where: str = "TRUE", *parameters: Any) -> list[Any]:
         # `fingerprint IS NOT NULL` first: *where* may end with ORDER BY.
@@ -121,7 +121,7 @@ class FileIndex:
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        """Autocommitting; what SQLite raises, such as the lock of a process that was stopped, may succeed later."""
+        """A connection in autocommit mode. SQLite's errors, such as a stopped process's lock, may go away later."""
         try:
             with closing(sqlite3.connect(self._path, timeout=2.0, isolation_level=None)) as connection:
                 # Processes are killed here, not machines.

@@ -41,7 +41,7 @@ _BROKEN_AFTER_S = 15.0
 _ENDED_WITHIN_S = 60.0
 _SHOWN = 20
 _LINES_IN_A_SECOND = 100
-"""More in a worker's log, and it does not wait before it tries again."""
+"""More in a worker's log means that it does not wait before it tries again."""
 
 
 @dataclass
@@ -74,10 +74,10 @@ class Report:
     """Of all workers together, also after the last fault."""
     log_lines: int = 0
     oldest_s: dict[str, float] = field(default_factory=dict)
-    """The longest that a key was seen to wait, by index."""
+    """The longest time that a key waited, by index."""
     drained_after_s: float | None = None
     chroma_replaced: int = 0
-    """Its files were broken, by Chroma's own measure."""
+    """Chroma itself found its files broken."""
     problems: list[str] = field(default_factory=list)
     audit: Audit = field(default_factory=Audit)
 
@@ -87,18 +87,18 @@ class Report:
 
 
 class Torture:
-    """One run in *folder*. The schedule follows from *seed*; how the processes interleave does not."""
+    """One run in *folder*. *seed* decides the schedule, but not how the processes interleave."""
 
     def __init__(self, folder: Path, seed: int, console: Console) -> None:
         self._folder = folder
         self._console = console
         self._chance = random.Random(seed)
-        self._processes = multiprocessing.get_context("forkserver")  # imports once what every process needs
+        self._processes = multiprocessing.get_context("forkserver")  # imports shared modules only once
         self._processes.set_forkserver_preload([worker.__name__, writer.__name__])
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         self._postgres = Postgres()
         self._chroma = Chroma(folder / "chroma", folder / "logs" / "chroma.log")
-        self._redis_folder = tempfile.TemporaryDirectory(prefix="redis-")  # a socket's path is at most 107 characters
+        self._redis_folder = tempfile.TemporaryDirectory(prefix="redis-")  # a socket's path has at most 107 characters
         self._redis = Redis(Path(self._redis_folder.name), *AT_ONCE)
         self._setting = Setting(folder, self._postgres.url, self._chroma.port, self._redis.port, seed)
         self._children: dict[str, Child] = {}
@@ -141,7 +141,7 @@ class Torture:
         return self._report
 
     def _identify(self) -> None:
-        """Who the indexes are now, as far as they answer."""
+        """Record the indexes' present incarnations, as far as they answer."""
         assert self._app is not None
         for name, index in self._app.memory.indexes.items():
             with contextlib.suppress(DeliveryError):
@@ -164,7 +164,7 @@ class Torture:
         self._report.seconds = time.monotonic() - self._began
 
     def _calm(self, app: App) -> None:
-        """No more faults; everything that was stopped goes on; then the workers have to bring it to an end."""
+        """Stop all faults, and let stopped processes go on. Then the workers must finish the work."""
         while self._agenda:
             self._agenda.sort(key=lambda item: item[0])
             self._agenda.pop(0)[1]()
@@ -182,7 +182,7 @@ class Torture:
             elif quiet_since is None:
                 quiet_since = time.monotonic()
                 self._report.drained_after_s = quiet_since - began
-            elif time.monotonic() - quiet_since > 2 * self._setting.lease_s:  # whoever was late has said so
+            elif time.monotonic() - quiet_since > 2 * self._setting.lease_s:  # late calls have been reported by now
                 break
             if time.monotonic() - began > _BROKEN_AFTER_S and self._replace_broken_chroma(app):
                 began, quiet_since = time.monotonic(), None
@@ -193,9 +193,9 @@ class Torture:
         self._stop("worker")
 
     def _replace_broken_chroma(self, app: App) -> bool:
-        """Do as its operator would: a kill may leave Chroma's own files such that it answers with 500 from then on.
+        """Act as Chroma's operator: a kill may damage Chroma's own files so that it answers with 500 from then on.
 
-        What it held is then delivered anew.
+        Its content is then delivered again.
         """
         try:
             app.chroma._client.get_collection(COLLECTION, embedding_function=None).get(limit=1)
@@ -204,7 +204,7 @@ class Torture:
             self._report.chroma_replaced += 1
             self._note(replaced="Chroma")
             return True
-        except Exception:  # it is asked again
+        except Exception:  # the next round asks again
             return False
         return False
 
@@ -224,7 +224,7 @@ class Torture:
         self._children[name] = Child(kind, number, life, process)
 
     def _watch(self) -> None:
-        """Nobody ends but by our hand."""
+        """Check that no process ends by itself."""
         for child in list(self._children.values()):
             if child.process.exitcode is not None:
                 self._report.problems.append(
@@ -245,7 +245,7 @@ class Torture:
                 time.sleep(1.0)
                 child.process.kill()
                 child.process.join()
-            elif child.process.exitcode not in (0, -signal.SIGTERM):  # told before it had begun to listen
+            elif child.process.exitcode not in (0, -signal.SIGTERM):  # it was told before it listened
                 self._report.problems.append(f"{child.name} ended with {child.process.exitcode}: see its log")
             del self._children[child.name]
 
@@ -301,11 +301,13 @@ class Torture:
         return [child for child in self._children.values() if child.kind == "worker" and not child.stopped]
 
     def _is_exposed(self, worker: Child) -> bool:
-        """Chroma has no fence: a request that was sent under a lease which has run out meanwhile may land last.
+        """Chroma has no fence, so a request whose lease has expired may land last.
 
-        The worker finds out, and has the keys delivered again. One that is killed before it can (just after SIGCONT,
-        after a call that was held up beyond the lease, or while it cannot reach PostgreSQL to say so) may leave a point
-        that only verify() finds. That is documented; this run stays out of it.
+        The worker notices this, and has the keys delivered again. A kill before that may leave a point that only
+        verify()
+        finds. This can happen just after SIGCONT, after a call beyond the lease, or while the worker cannot reach
+        PostgreSQL.
+        It is documented, and the run avoids it.
         """
         until = worker.exposed_until
         with contextlib.suppress(OSError, ValueError):
@@ -390,7 +392,7 @@ class Torture:
         return True
 
     def _kill_redis(self) -> bool:
-        """It comes again with what it had acknowledged, or with nothing."""
+        """It returns with its acknowledged writes, or with nothing."""
         if not self._redis_is_up:
             return False
         self._redis_is_up = False
@@ -409,14 +411,14 @@ class Torture:
         self._later(self._chance.uniform(0.0, 3.0), start)
         return True
 
-    # -- what is shown -------------------------------------------------------------------------------------------------
+    # -- output --------------------------------------------------------------------------------------------------------
 
     def _note(self, **values: Any) -> None:
         with (self._folder / "timeline.jsonl").open("a") as timeline:
             timeline.write(json.dumps({"t": round(time.monotonic(), 3), **values}) + "\n")
 
     def _look(self) -> None:
-        """Count what the processes have written down; once a second."""
+        """Count the lines that the processes have written, once a second."""
         if time.monotonic() - self._looked_at < 1.0:
             return
         self._looked_at = time.monotonic()
@@ -444,7 +446,7 @@ class Torture:
         self._say(f"{report.journal['committed']} commits, {report.faults.total()} faults")
 
     def _waiting(self) -> dict[str, float]:
-        """Since when the oldest undelivered key is there; without asking the indexes, which may be away."""
+        """The age of the oldest undelivered key, by index. It does not ask the indexes, which may be away."""
         found = dict.fromkeys(self._keys, 0.0) | self._report.oldest_s
         if self._app is None:
             return found
@@ -467,7 +469,7 @@ class Torture:
                 self._report.problems.append(f"{path.name}: {tracebacks} tracebacks")
 
     def _say(self, what: str) -> None:
-        """On a terminal one line that changes; elsewhere a line now and then."""
+        """Print one changing line on a terminal, and a line from time to time elsewhere."""
         now = time.monotonic()
         if self._console.is_terminal:
             self._console.print(

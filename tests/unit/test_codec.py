@@ -1,4 +1,4 @@
-"""Stored values survive JSON, and what PostgreSQL's JSONB does to it."""
+"""Stored values survive JSON, and the changes that PostgreSQL's JSONB makes."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def test_an_instant_has_one_form() -> None:
 
 @pytest.mark.parametrize("value", ["a\x00b", float("nan"), -0.0, 1e300, 2**70, Decimal("1.10")])
 def test_what_jsonb_would_change_is_tagged(value: Any) -> None:
-    """No NUL, no NaN, no float beyond plain notation reaches JSONB."""
+    """No NUL, no NaN, and no float beyond plain notation reaches JSONB."""
     assert same(decode(json.loads(json.dumps(encode(value), allow_nan=False))), value)
     assert "\\u0000" not in json.dumps(encode(value))
 
 
 def test_an_unknown_type_is_named() -> None:
-    """What cannot be kept is refused, not stringified."""
+    """A value that cannot be kept is refused, not converted to a string."""
     with pytest.raises(TypeError, match="complex"):
         encode(1j)

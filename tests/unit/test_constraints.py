@@ -1,4 +1,4 @@
-"""What follows from leaving a fact out of an undo."""
+"""The consequences of leaving a fact out of an undo."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _side(now: list[int | None], then: list[int | None]) -> FactsByValue:
 
 @given(states=_states, out=st.sets(st.sampled_from(_FACTS)))
 def test_what_is_not_left_out_is_allowed(states: list[tuple[int | None, ...]], out: set[FactKey]) -> None:
-    """Nobody arrives at a value that somebody has or that is not there, and nobody leaves one that is referred to."""
+    """No row gets a value that another has or that is missing, and no row loses a value that is referred to."""
     own, own_then, refers, refers_then = ([state[n] for state in states] for n in range(4))
     unique = Uniqueness(_side(own, own_then))
     reference = Reference(_side(refers, refers_then), _side(own, own_then))
@@ -43,7 +43,7 @@ def test_what_is_not_left_out_is_allowed(states: list[tuple[int | None, ...]], o
 
 
 def test_a_chain_is_left_out_whole_and_a_bystander_is_not() -> None:
-    """Each link because of the next one, which refers to it; the last because of a row of somebody else."""
+    """Each link stays because the next one refers to it. The last link stays because of another's row."""
     referring, referred = FactsByValue(), FactsByValue()
     for n in range(1, 4):
         referring.add(("node", str(n)), n - 1 or None, None)

@@ -1,4 +1,4 @@
-"""Which database it is, and what is said of one that memstate_sa does not know."""
+"""Recognising a database, and the error for an unknown one."""
 
 from __future__ import annotations
 

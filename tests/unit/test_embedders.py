@@ -1,4 +1,4 @@
-"""Embedders: what they must return, and which of their failures are worth another try."""
+"""Embedders: their valid results, and their failures that are worth another try."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECRET = "the user is allergic to peanuts"
 
 
 class Scripted:
-    """Returns or raises what it was given."""
+    """Returns or raises the given result."""
 
     dimension = 2
     fingerprint = "scripted:2"
@@ -77,13 +77,13 @@ def test_empty_batch_calls_no_model() -> None:
     ids=["nan", "inf", "overflow", "dimension", "count", "flat", "ragged", "strings", "none", "empty"],
 )
 def test_a_wrong_answer_is_rejected(result: Any) -> None:
-    """By a message that names the embedder."""
+    """The message names the embedder."""
     with pytest.raises(DeliveryRejected, match="scripted:2"):
         checked(Scripted(result), ["a"])
 
 
 class OpenAIStyleError(Exception):
-    """As SDKs raise: a status, no OSError."""
+    """An error like those of SDKs: a status, no OSError."""
 
     def __init__(self, status_code: int) -> None:
         super().__init__(SECRET)
@@ -114,7 +114,7 @@ def chained(outer: Exception, inner: Exception) -> Exception:
     ids=repr,
 )
 def test_failures_are_told_apart_by_type(error: Exception, expected: type[DeliveryError]) -> None:
-    """A provider that is down or busy is retryable, a text that it refuses is not; its words stay in the cause."""
+    """A provider that is down or busy is retryable. A refused text is not. The provider's words stay in the cause."""
     with pytest.raises(DeliveryError, match="scripted:2") as caught:
         checked(Scripted(error), [SECRET])
     assert type(caught.value) is expected
@@ -123,7 +123,7 @@ def test_failures_are_told_apart_by_type(error: Exception, expected: type[Delive
 
 
 def test_a_delivery_error_passes_through() -> None:
-    """An embedder may decide itself."""
+    """An embedder may decide by itself."""
     error = DeliveryRetryable("busy", retry_after_s=3)
     with pytest.raises(DeliveryRetryable) as caught:
         checked(Scripted(error), ["a"])
@@ -139,7 +139,7 @@ def retry_after_s(header: str | None) -> float | None:
 
 
 def test_retry_after_is_passed_on() -> None:
-    """In seconds from now, from either form of the header; what cannot be read is as good as absent."""
+    """The seconds from now, from either form of the header. An unreadable header counts as absent."""
     now = datetime.now(UTC)
     assert retry_after_s("7") == 7
     assert retry_after_s(format_datetime(now + timedelta(seconds=600), usegmt=True)) == pytest.approx(600, abs=60)
@@ -150,19 +150,19 @@ def test_retry_after_is_passed_on() -> None:
 
 
 def test_a_circular_chain_ends() -> None:
-    """Exceptions that cause each other are read once round."""
+    """Exceptions that cause each other are read only once."""
     first, second = ValueError(), KeyError()
     first.__cause__, second.__cause__ = second, first
     assert type(delivery_error(first, "x", unknown=DeliveryRetryable)) is DeliveryRetryable
 
 
 def test_a_query_is_embedded_like_a_text() -> None:
-    """By embed, where the embedder has nothing else."""
+    """embed is used if the embedder has no embed_query."""
     assert embed_query(Scripted([[1, 2]]), "q").tolist() == [1, 2]
 
 
 def test_an_asymmetric_embedder_is_asked_its_own_way() -> None:
-    """embed_query is preferred, and its answer and its failures are checked just the same."""
+    """embed_query is preferred. Its results and failures are checked like those of embed."""
 
     class Asymmetric(Scripted):
         query: Any = (3, 4)
@@ -196,14 +196,14 @@ def cosine(a: Any, b: Any) -> float:
 
 
 def test_question_is_near_the_fact_that_answers_it(wordllama: WordLlamaEmbedder) -> None:
-    """The question finds the fact that answers it, without a word in common."""
+    """The question finds the fact that answers it, without a common word."""
     facts = checked(wordllama, ["User prefers vegetarian food", "The invoice is due on Friday"])
     query = embed_query(wordllama, "what should I cook?")
     assert cosine(facts[0], query) > cosine(facts[1], query)
 
 
 def test_vectors_are_wordllamas_own(wordllama: WordLlamaEmbedder, quiet_logging: None) -> None:
-    """Reading its files directly gives what its embed() gives."""
+    """Reading its files directly gives the vectors of its own embed()."""
     package = importlib.import_module("wordllama")
     texts = ["User prefers vegetarian food", "", "naïve café 🙂", "a\0b", "x " * 300]
     folder = Path(package.__file__ or "").parent
@@ -221,7 +221,7 @@ def quiet_logging() -> Iterator[None]:
 
 
 def test_the_application_keeps_its_logging() -> None:
-    """Embedding neither configures the root logger nor says a word."""
+    """Embedding does not configure the root logger, and logs nothing."""
     code = """
 import logging
 from memstate_sa.embedders import WordLlamaEmbedder
@@ -233,7 +233,7 @@ assert (logging.getLogger().handlers, logging.getLogger().level) == ([], logging
 
 
 def test_a_vector_does_not_depend_on_its_batch(wordllama: WordLlamaEmbedder) -> None:
-    """Alone or beside a long text, it is the same to the bit."""
+    """The vector is the same to the bit, alone or beside a long text."""
     alone = wordllama.embed(["User prefers tea"])[0]
     assert np.array_equal(wordllama.embed(["y " * 5000, "User prefers tea"])[1], alone)
 
@@ -270,7 +270,7 @@ def test_threads_load_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At construction, not at the first search."""
+    """The error comes at construction, not at the first search."""
     monkeypatch.setattr("memstate_sa.embedders.find_spec", lambda _: None)
     with pytest.raises(MissingExtra, match=r"memstate-sa\[wordllama\]"):
         WordLlamaEmbedder()
@@ -282,7 +282,7 @@ chroma_types = pytest.importorskip("chromadb.api.types")
 
 
 class Lengths(chroma_types.EmbeddingFunction):  # type: ignore[misc,name-defined]
-    """A Chroma embedding function of today: named, configured, asymmetric."""
+    """A modern embedding function of Chroma: named, configured, asymmetric."""
 
     def __init__(self, model_name: str = "small") -> None:
         self.model_name = model_name
@@ -304,7 +304,7 @@ class Lengths(chroma_types.EmbeddingFunction):  # type: ignore[misc,name-defined
 
 
 class Nameless(chroma_types.EmbeddingFunction):  # type: ignore[misc,name-defined]
-    """A Chroma embedding function as the older documentation has it."""
+    """An embedding function as in Chroma's older documentation."""
 
     def __init__(self) -> None:
         pass
@@ -314,7 +314,7 @@ class Nameless(chroma_types.EmbeddingFunction):  # type: ignore[misc,name-define
 
 
 def test_chromas_functions_embed() -> None:
-    """Texts by calling it, queries by its embed_query."""
+    """Texts are embedded by calling it, queries by its embed_query."""
     embedder = ChromaEmbedder(Lengths())
     assert checked(embedder, ["ab", "abc"]).tolist() == [[2, 1, 0], [3, 1, 0]]
     assert embed_query(embedder, "abcd").tolist() == [4, 0, 1]
@@ -324,7 +324,7 @@ def test_chromas_functions_embed() -> None:
 
 
 def test_the_dimension_is_found_by_one_call() -> None:
-    """At the first use, once; not when it is given."""
+    """The call comes at the first use, once, not at construction."""
     function = Lengths()
     embedder = ChromaEmbedder(function)
     assert function.calls == []
@@ -334,7 +334,7 @@ def test_the_dimension_is_found_by_one_call() -> None:
 
 
 def test_the_fingerprint_tells_models_apart() -> None:
-    """By name and configuration; it is stable, readable, and can be given."""
+    """It depends on name and configuration. It is stable, readable, and can be set."""
     small, large = ChromaEmbedder(Lengths("small")).fingerprint, ChromaEmbedder(Lengths("large")).fingerprint
     assert small.startswith("chroma:lengths:small:")
     assert large.startswith("chroma:lengths:large:")
@@ -343,14 +343,14 @@ def test_the_fingerprint_tells_models_apart() -> None:
 
 
 def test_a_nameless_function_is_known_by_its_class() -> None:
-    """Without the DeprecationWarning that asking it for its name would give."""
+    """There is no DeprecationWarning, which reading its name would cause."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ChromaEmbedder(Nameless()).fingerprint == f"chroma:{__name__}.Nameless"
 
 
 def test_a_failing_function_is_an_embedder_that_fails() -> None:
-    """Also while it is asked for its dimension."""
+    """This includes the call for its dimension."""
 
     class Down(Lengths):
         def __call__(self, input: Any) -> Any:
@@ -360,11 +360,11 @@ def test_a_failing_function_is_an_embedder_that_fails() -> None:
         _ = ChromaEmbedder(Down()).dimension
 
 
-# -- for tests --------------------------------------------------------------------------------------------------------
+# -- for tests ---------------------------------------------------------------------------------------------------------
 
 
 def test_hash_embedder_is_deterministic() -> None:
-    """The same vectors always, of length 1; spelling makes near; blank text is zero."""
+    """Its vectors are always the same, with length 1. Similar spelling is near, and blank text is zero."""
     embedder = HashEmbedder()
     vectors = checked(embedder, ["I like green tea", "I like green teas", "quarterly invoice", " ", "\ud800"])
     assert np.linalg.norm(vectors, axis=1).tolist() == pytest.approx([1, 1, 1, 0, 1])

@@ -1,4 +1,4 @@
-"""Filters: the canonical form means what was asked, and is what every index can translate."""
+"""Filters: the canonical form has the same meaning, and every index can translate it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def meaning(where: Filter, metadata: Mapping[str, Any]) -> bool:
 
 
 def well_formed(where: dict[str, Any]) -> bool:
-    """What Chroma asks of a filter."""
+    """Chroma's rules for a filter."""
     [(key, condition)] = where.items()
     if key.startswith("$"):
         return len(condition) >= 2 and all(well_formed(part) for part in condition)
@@ -70,7 +70,7 @@ def well_formed(where: dict[str, Any]) -> bool:
 @settings(max_examples=60)
 @given(filters, st.dictionaries(keys, scalars))
 def test_the_canonical_form_means_the_same(where: Filter, metadata: dict[str, Any]) -> None:
-    """For any filter and any metadata."""
+    """This holds for any filter and any metadata."""
     form = canonical(where)
     assert (form is not None and matches(form, metadata)) == meaning(where, metadata)
 
@@ -78,7 +78,7 @@ def test_the_canonical_form_means_the_same(where: Filter, metadata: dict[str, An
 @settings(max_examples=60)
 @given(filters)
 def test_the_canonical_form_is_well_formed(where: Filter) -> None:
-    """One key per mapping, two parts or more in a list, no None, no empty $in; and it is its own canonical form."""
+    """One key per mapping, two parts or more in a list, no None, no empty $in. It is its own canonical form."""
     form = canonical(where)
     if form:
         assert well_formed(form)
@@ -88,7 +88,7 @@ def test_the_canonical_form_is_well_formed(where: Filter) -> None:
 @given(st.one_of(scalars, st.integers(), st.floats()))
 @example(10**400)
 def test_stored_values_fit_64_bits(value: Any) -> None:
-    """NaN and infinity become None, huge integers the nearest float; the rest stays as it is."""
+    """NaN and infinity become None, huge integers the nearest float. Other values stay."""
     stored = storable(value)
     if value == 10**400 or (isinstance(value, float) and not math.isfinite(value)):
         assert stored is None

@@ -1,4 +1,4 @@
-"""Which marks belong to a past: those of its last pages."""
+"""Marks of a past: those of its last pages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def after(pages: int, *, most: int = 3, past: Past | None = None) -> Past:
 
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(2, 5))
 def test_index_of_this_past_fits(pages: int, more: int, most: int) -> None:
-    """It may be behind by fewer pages than there are names; beside other relays, by any number. It is never ahead."""
+    """The index may be behind by fewer pages than there are names. Beside other relays it may be behind further."""
     earlier = after(pages, most=most)
     later = after(more, most=most, past=earlier)
     kept = str(earlier.mark)
@@ -32,7 +32,7 @@ def test_index_of_this_past_fits(pages: int, more: int, most: int) -> None:
 
 @given(st.integers(0, 4), st.integers(0, 4), st.integers(0, 2))
 def test_index_of_another_past_does_not_fit(pages: int, others: int, ours: int) -> None:
-    """Two databases that were one once: of equally many pages, too."""
+    """Two databases were one before. They may have equally many pages since."""
     common = after(pages)
     one, other = after(1 + others, past=common), after(1 + ours, past=common)
     assert not one.fits(str(other.mark), alone=True)
@@ -42,7 +42,7 @@ def test_index_of_another_past_does_not_fit(pages: int, others: int, ours: int) 
 
 @pytest.mark.parametrize("kept", ["", "no mark of ours", "7", "x.y", "-1.a", "1.2.3"])
 def test_any_text_may_be_kept(kept: str) -> None:
-    """What somebody else has written there belongs to no past; nothing fits a past that has just begun."""
+    """Text of another program belongs to no past. Nothing fits a past that has just begun."""
     assert beginning().fits(kept, alone=True) is (kept == NONE)
     assert after(9).fits(kept, alone=True) is False
 
@@ -56,7 +56,7 @@ def test_mark_that_is_being_compared_fits() -> None:
 
 
 def test_bookmark_sees_a_restore() -> None:
-    """Others begin pages, and compare the index anew: neither is one."""
+    """Other relays begin pages, and compare the index again. This is not a restore."""
     before = after(2)
     bookmark = Bookmark()
     assert bookmark.sees(None)

@@ -32,7 +32,7 @@ Rows = dict[int, dict[str, Any]]
 
 
 def is_valid(rows: Rows) -> bool:
-    """Unique values, and rows and values that others refer to."""
+    """Whether unique values hold, and references to rows and values."""
     values = [row["value"] for row in rows.values() if row["value"] is not None]
     return len(values) == len(set(values)) and all(
         row["parent"] in (None, *rows) and row["likes"] in (None, *values) for row in rows.values()
@@ -68,8 +68,8 @@ def node(id_: int, value: int | None = None, parent: int | None = None, likes: i
 @example(current=node(0, parent=5) | node(5, 1, likes=1), final=node(0, 1))
 @example(current=node(0, parent=5) | node(4, likes=1) | node(5, 1), final=node(0, 1))
 def test_no_step_breaks_a_constraint(current: Rows, final: Rows) -> None:
-    """Whatever moves from row to row, in circles too; no value has to be known to the database to stand in."""
-    # Nobody goes on referring to a value that another row has now: that takes ON UPDATE CASCADE.
+    """Values may move between rows, also in circles. A temporary value need not be known to the database."""
+    # No row keeps a reference to a value that another row has now, because that needs ON UPDATE CASCADE.
     holders, new_holders = ({row["value"]: id_ for id_, row in rows.items()} for rows in (current, final))
     for id_ in current.keys() & final.keys():
         kept = current[id_]["likes"]
@@ -117,7 +117,7 @@ def test_no_step_breaks_a_constraint(current: Rows, final: Rows) -> None:
 
 
 def test_rows_that_wait_for_nothing_are_one_round() -> None:
-    """So many rows are few statements."""
+    """Many rows need few statements."""
     writes = [Write(NODE, str(n), Kind.INSERT, None, {"id": n, "value": n, "parent": None}) for n in range(100)]
     never: Any = None
     assert list(Order(writes, waits_of(writes), never, never).rounds()) == [writes]

@@ -1,4 +1,4 @@
-"""`covering` leaves no value and no pair of values out, and does leave cases out."""
+"""`covering` keeps each value and each pair of values, and still leaves cases out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decisions of the relay: pure, so that every case can be tried."""
+"""Decisions of the relay: pure functions, so that every case can be tried."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def test_a_plan_makes_the_index_agree(
     told: set[tuple[str, str]],
     settle: bool,
 ) -> None:
-    """Whatever the index holds: after the writes it holds the truth of every dirty key, and nothing else changed.
+    """After the writes, any index holds the truth of every dirty key, and nothing else has changed.
 
-    The ledger knows what the index holds of the keys in *told*; of others only when they are settled.
+    The ledger knows the index's content for the keys in *told*, and for others only when they are settled.
     """
     held = {key: value for key, value in index.items() if value[0]}
     ledger = {key: delivered(*value) for key, value in index.items() if key in told}
@@ -65,7 +65,7 @@ def test_a_plan_makes_the_index_agree(
 def test_a_second_delivery_writes_nothing(
     dirty: list[tuple[str, str]], truth: dict[tuple[str, str], tuple[str, str]]
 ) -> None:
-    """What the ledger vouches for is skipped."""
+    """Keys that the ledger confirms are skipped."""
     rows = {key: projection(key[1], *value) for key, value in truth.items()}
     ledger = {key: delivered(*value) for key, value in truth.items()}
     assert plan(dirty, rows, ledger) == []
@@ -73,14 +73,14 @@ def test_a_second_delivery_writes_nothing(
 
 @given(st.integers(1, 60), st.floats(0, 1))
 def test_backoff_grows_to_its_bound(attempt: int, jitter: float) -> None:
-    """Never longer than the bound, never shorter than half of what it stands for."""
+    """It is never longer than the bound, and never shorter than half of its nominal time."""
     policy = RetryPolicy(delay_s=1, max_delay_s=60)
     full = min(2.0 ** (attempt - 1), 60)
     assert full / 2 <= policy.delay(attempt, lambda: jitter) <= full
 
 
 def test_rejected_key_is_parked_until_dead() -> None:
-    """Rejections are counted; the last one makes the key dead."""
+    """Rejections are counted. The last one makes the key dead."""
     policy = RetryPolicy(max_attempts=2, delay_s=1)
     first = park(DeliveryRejected("no"), 1, policy, lambda: 1.0)
     assert (first.state, first.delay_s, first.error) == ("parked", 1.0, "DeliveryRejected: no")
@@ -88,7 +88,7 @@ def test_rejected_key_is_parked_until_dead() -> None:
 
 
 def test_failures_are_told_apart_by_type() -> None:
-    """Connections and timeouts are tried again; what a vendor says is never repeated."""
+    """Connection errors and timeouts are tried again. A vendor's message is never repeated."""
     assert isinstance(classify(TimeoutError("x"), "the index"), DeliveryRetryable)
     assert isinstance(classify(ConnectionError("x"), "the index"), DeliveryRetryable)
     rejected = classify(ValueError("the secret"), "the index")
@@ -98,7 +98,7 @@ def test_failures_are_told_apart_by_type() -> None:
 
 @given(st.lists(st.integers(), min_size=1), st.integers(1, 9))
 def test_splitting_loses_nothing(items: list[int], size: int) -> None:
-    """Batches and halves, in order."""
+    """Batches and halves keep all items, in order."""
     assert [item for batch in batches(items, size) for item in batch] == items
     first, second = halves(items)
     assert [*first, *second] == items

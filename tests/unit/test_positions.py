@@ -1,4 +1,4 @@
-"""How far an index is: every entry is delivered, whatever the order in which transactions commit."""
+"""Positions: every entry is delivered, in any order of commits."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Entry = tuple[int, int]
 
 
 class Database(NamedTuple):
-    """Transactions in the order of their xids: when each ends, and how many entries it writes."""
+    """Transactions in the order of their xids, with each one's end and number of entries."""
 
     ends: Sequence[int]
     entries: Sequence[Entry]
 
     def snapshot(self, now: int) -> Snapshot:
-        """Transaction n takes its xid, 10 + n, at moment n."""
+        """The snapshot at moment *now*: transaction n takes its xid, 10 + n, at moment n."""
         running = tuple(10 + n for n, end in enumerate(self.ends) if n < now < end)
         return Snapshot(10 + min(now, len(self.ends)), running)
 
@@ -55,7 +55,7 @@ positions = st.builds(Position, snapshots, st.integers(0, 11), st.integers(0, 3)
 
 @given(databases(), st.integers(1, 3), st.data())
 def test_pages_deliver_everything(database: Database, limit: int, data: st.DataObject) -> None:
-    """Late committers are neither skipped nor waited for, and an entry is not seen before its transaction ends."""
+    """Late commits are neither skipped nor waited for. An entry is not seen before its transaction ends."""
     at, delivered, now = Position(Snapshot(10)), set[Entry](), 0
     last = max(database.ends) + 1
     page: list[Entry] = []
@@ -65,7 +65,7 @@ def test_pages_deliver_everything(database: Database, limit: int, data: st.DataO
         assert all(present.snapshot.sees(xid) for xid, _ in page)
         delivered.update(page)
         at = at.advance(present, page[-1] if len(page) == limit else None)
-        # What is delivered is exactly what the position says, as far as this database goes.
+        # The position covers the delivered entries, and no others.
         for entry in database.entries:
             says = at.snapshot.sees(entry[0]) or (entry[0] == at.xid and entry[1] <= at.id)
             assert not says or entry in delivered
@@ -75,7 +75,7 @@ def test_pages_deliver_everything(database: Database, limit: int, data: st.DataO
 
 @given(st.integers(0, 40), st.integers(1, 5))
 def test_sqlite_pages_by_id(newest: int, limit: int) -> None:
-    """The same arithmetic where every entry has xid 0."""
+    """The same arithmetic works where every entry has xid 0."""
     at, delivered = Position(Snapshot(0)), list[int]()
     present = Position(Snapshot(0), 0, newest)
     while not at.covers(present):
@@ -88,13 +88,13 @@ def test_sqlite_pages_by_id(newest: int, limit: int) -> None:
 
 @given(snapshots)
 def test_snapshot_survives_as_text(snapshot: Snapshot) -> None:
-    """As PostgreSQL writes it."""
+    """The text is PostgreSQL's own form."""
     assert Snapshot.parse(str(snapshot)) == snapshot
 
 
 @given(snapshots, snapshots)
 def test_snapshots_compare_by_what_they_see(one: Snapshot, other: Snapshot) -> None:
-    """Inclusion, which may fail to see that one includes a later one that sees no more; and what both see."""
+    """Inclusion may miss a later snapshot that sees no more entries. The intersection is exact."""
     sees = [{xid for xid in range(14) if snapshot.sees(xid)} for snapshot in (one, other)]
     assert one.includes(other) == (sees[0] >= sees[1] and one.xmax >= other.xmax)
     assert {xid for xid in range(14) if one.meet(other).sees(xid)} == sees[0] & sees[1]
@@ -108,7 +108,7 @@ def holds(at: Position) -> set[Entry]:
 
 @given(positions, positions)
 def test_positions_compare_by_what_is_delivered(one: Position, other: Position) -> None:
-    """`covers` never says too much; `meet` is delivered at both, and so is everything below a floor."""
+    """`covers` never claims too much. Entries below `meet`, or below a floor, are delivered at both positions."""
     if one.covers(other):
         assert holds(one) >= holds(other)
     assert holds(meet([one, other])) <= holds(one) & holds(other)
@@ -117,6 +117,6 @@ def test_positions_compare_by_what_is_delivered(one: Position, other: Position) 
 
 
 def test_slots_never_change() -> None:
-    """So they must never change."""
+    """Stored slots depend on this function."""
     assert SLOTS == 64
     assert [slot_of("note", f"[{n}]") for n in range(4)] == [53, 40, 54, 1]

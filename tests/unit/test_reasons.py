@@ -1,4 +1,4 @@
-"""What an operator is told of a provider's failure."""
+"""The operator's view of a provider's failure."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def said(error: Exception, *sent: str) -> str:
     ],
 )
 def test_status_and_words_of_an_answer_are_told(answer: Any, words: str) -> None:
-    """Its kind: the answers of OpenAI, Cohere, Ollama, TEI, FastAPI; other clients; a gateway's page of HTML."""
+    """The same kind: answers of OpenAI, Cohere, Ollama, TEI, FastAPI, other clients, a gateway's HTML page."""
     assert said(HTTPError(Response(400, answer))) == f"failed: HTTPError: 400 Bad Request{words}"
     assert said(HTTPError(Response(400, None, b"<html>Bad</html>"))) == "failed: HTTPError: 400 Bad Request"
     assert said(HTTPError(Response(400, None, b"busy\nnow"))) == "failed: HTTPError: 400 Bad Request: busy"
@@ -66,7 +66,7 @@ def test_status_without_a_name_is_told() -> None:
 
 
 def test_words_stay_in_the_chain_where_the_sent_text_is_unknown() -> None:
-    """As of an index, whose client may quote metadata."""
+    """An index is such a case, because its client may quote metadata."""
     error = HTTPError(Response(400, {"error": TEXT}))
     assert str(delivery_error(error, "failed", unknown=DeliveryRejected)) == "failed: HTTPError: 400 Bad Request"
 
@@ -83,7 +83,7 @@ def test_words_stay_in_the_chain_where_the_sent_text_is_unknown() -> None:
 )
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_text_that_was_sent_is_left_out(words: str, wrapped: bool) -> None:
-    """Whole, cut, quoted, in capitals; of an HTTP answer and of an exception of a local model."""
+    """The text may be whole, cut, quoted or in capitals, in an HTTP answer or in an exception of a local model."""
     error = HTTPError(Response(422, {"detail": words})) if wrapped else ValueError(words)
     message = said(error, "another text", TEXT)
     assert "bad input: " in message
@@ -102,7 +102,7 @@ def test_words_are_short() -> None:
 
 @given(st.text(min_size=12, max_size=60).filter(lambda text: len(text.split()) == 1), st.text(max_size=30))
 def test_no_long_piece_of_a_text_is_told(text: str, around: str) -> None:
-    """Whatever characters it has."""
+    """This holds for text of any characters."""
     words = f"{around} {text} {around}"
     message = said(ValueError(words), text)
     assert text not in message or text in around

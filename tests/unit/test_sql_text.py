@@ -1,4 +1,4 @@
-"""Templates of SQL: what is filled in, and what of the file is for its readers alone."""
+"""Templates of SQL: their placeholders, and their parts for readers only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DELETE FROM a
 
 
 def test_block_keeps_lines_and_comments() -> None:
-    """Its own comments, and not those for readers."""
+    """The block's own comments stay, and comments for readers go."""
     block = Templates(SOURCE).block("block", statement="DELETE FROM a")
     assert block == "BEGIN\n  -- A comment of the function.\n  DELETE FROM a;\n\n  RETURN NULL;\nEND"
 

@@ -1,4 +1,4 @@
-"""The package's own structure: who may use whose names, how long files are, and the import paths that users write."""
+"""The package's own structure: use of names, length of files, and the import paths that users write."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "memstate_sa"
 MOST_LINES = 500
 CATALOGUES = {"memstate_sa/testing/conformance.py"}
-"""Lists of cases, which nobody reads from top to bottom."""
+"""Lists of cases, which are not read from top to bottom."""
 
 PUBLIC = {
     "memstate_sa": (
@@ -98,13 +98,13 @@ def test_the_package_shows_few_files_beside_its_folders() -> None:
 
 
 def test_the_documented_folders_are_those_of_the_package() -> None:
-    """The first column of the table in docs/architecture.md."""
-    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    """The folders are in the first column of the table in docs/architecture.md."""
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/explanation/architecture.md").read_text(), re.MULTILINE)
     assert sorted({name for row in rows for name in re.findall(r"`(\w+)/[\w/]*`", row)}) == FOLDERS
 
 
 def test_one_file_looks_at_the_name_of_a_dialect() -> None:
-    """All others ask `dialects.database_of`: a third database, or a changed one, is then found in one place."""
+    """All others call `dialects.database_of`, so that a new database needs a change in one place only."""
     look = re.compile(r"dialect\.name\b|dialect_name\b|get_backend_name\(\) *[!=]=")
     files = {name for name, file in FILES.items() if look.search(file.read_text())}
     assert files == {"memstate_sa.db.dialects"}

@@ -73,12 +73,12 @@ class Application:
         self.engine = engine
         folder.mkdir()
         (folder / "versions").mkdir()
-        # As `alembic init` writes it: without any import of ours.
+        # The template of `alembic init`, without any import of ours.
         mako = (location() / "script.py.mako").read_text()
         (folder / "script.py.mako").write_text(mako)
         self.versions = [folder / "versions"]
 
-    # -- what a developer edits ------------------------------------------------------------------------------------
+    # -- a developer's edits -------------------------------------------------------------------------------------------
 
     def write_models(self, source: str) -> None:
         (self.folder / "models.py").write_text(HEAD + source)
@@ -91,15 +91,15 @@ class Application:
         (self.folder / "env.py").write_text(ENV.format(imports=imports, metadata=metadata, options=options))
 
     def write_revision(self, name: str, down: str | None, upgrade: str, downgrade: str) -> None:
-        """By hand."""
+        """Write a revision by hand."""
         body = f"import sqlalchemy as sa\nfrom alembic import op\nrevision = {name!r}\ndown_revision = {down!r}\n"
         body += f"def upgrade():\n    {upgrade}\ndef downgrade():\n    {downgrade}\n"
         (self.folder / "versions" / f"{name}.py").write_text(body)
 
-    # -- what he runs ----------------------------------------------------------------------------------------------
+    # -- a developer's commands ----------------------------------------------------------------------------------------
 
     def revise(self, name: str, edit: Callable[[str], str] = str, **options: Any) -> str:
-        """`alembic revision --autogenerate`; the file's source, after it was *edited*."""
+        """Run `alembic revision --autogenerate`. Returns the file's source, after *edited* has changed it."""
         script: Any = self.run(command.revision, message=name, autogenerate=True, rev_id=name, **options)
         path = Path(script.path)
         path.write_text(edit(path.read_text()))
@@ -115,13 +115,13 @@ class Application:
         self.run(command.stamp, to)
 
     def offline(self, to: str) -> str:
-        """`alembic upgrade --sql`."""
+        """The output of `alembic upgrade --sql`."""
         out = io.StringIO()
         self.run(command.upgrade, to, sql=True, output=out)
         return out.getvalue()
 
     def differences(self) -> str:
-        """What `alembic check` complains of; nothing when it is clean. As of the revision where the database is."""
+        """The complaints of `alembic check` at the database's revision, or an empty string."""
         later = [Path(script.path) for script in self.run(_beyond, self.engine)]
         for path in later:
             path.rename(path.with_suffix(".later"))
@@ -156,7 +156,7 @@ class Application:
 
     @contextmanager
     def _importable(self) -> Iterator[None]:
-        """Anew, as in a new process: the file may have been edited."""
+        """Import the models again, like a new process. The file may have been edited."""
         sys.path.insert(0, str(self.folder))
         written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
         try:
@@ -166,10 +166,10 @@ class Application:
             sys.path.remove(str(self.folder))
             sys.modules.pop("models", None)
 
-    # -- what is in the database -----------------------------------------------------------------------------------
+    # -- content of the database ---------------------------------------------------------------------------------------
 
     def execute(self, *statements: str) -> None:
-        """By another program, which has never heard of us."""
+        """Run statements like another program that does not know memstate_sa."""
         engine = create_engine(self.engine.url, poolclass=NullPool)
         with engine.begin() as connection:
             for statement in statements:
@@ -177,7 +177,7 @@ class Application:
 
 
 def _beyond(config: Config, engine: Engine) -> list[Any]:
-    """The revisions that a database has not come to."""
+    """The revisions that a database has not reached."""
     with engine.connect() as connection:
         at = MigrationContext.configure(connection).get_current_heads()
     script = ScriptDirectory.from_config(config)
@@ -186,7 +186,7 @@ def _beyond(config: Config, engine: Engine) -> list[Any]:
 
 
 def contents(engine: Engine, *, ours: bool = False) -> dict[str, Any]:
-    """Every table's definition and rows, but for Alembic's own, and ours if they are not asked for."""
+    """The definition and rows of each table, without Alembic's own. *ours* adds our tables."""
     inspector = inspect(engine)
     names = [
         name
@@ -220,7 +220,7 @@ def shown(reflected: Any) -> str:
 
 
 def routines(engine: Engine) -> list[tuple[str, ...]]:
-    """Every trigger and function of the database, with its source."""
+    """All triggers and functions of the database, with their source."""
     if engine.dialect.name == "sqlite":
         statement = "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
     else:

@@ -1,4 +1,4 @@
-"""Migrations make tables with their comments."""
+"""Migrations create tables with their comments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`memstate-sa init`: what is still to be done, and done where it can be."""
+"""`memstate-sa init` lists the missing setup, and completes it where it can."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ memory.track(Note, text="text", capture="trigger")
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of an application, which is the working directory."""
+    """The application's folder, which is the working directory."""
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "__init__.py").write_text("")
     (tmp_path / "shop" / "facts.py").write_text(SHOP)
@@ -50,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def url(folder: Path) -> str:
-    """Of a database that has the application's table."""
+    """The URL of a database with the application's table."""
     made = f"sqlite:///{folder / 'shop.db'}"
     engine = create_engine(made)
     with engine.begin() as connection:
@@ -67,12 +67,12 @@ def tables(url: str) -> set[str]:
 
 
 def run_alembic(folder: Path, function: object, *arguments: str, **options: object) -> None:
-    """By its alembic.ini."""
+    """Run Alembic by its alembic.ini."""
     function(Config(folder / "alembic.ini", stdout=io.StringIO()), *arguments, **options)  # type: ignore[operator]
 
 
 def test_without_alembic_tables_and_triggers_are_created(url: str) -> None:
-    """The Memory is found by itself; a dry run does nothing."""
+    """init finds the Memory without a name. A dry run does nothing."""
     shown = invoke("init", "--url", url, "--dry-run")
     assert "--app shop.facts:memory" in shown
     assert "✓ a Memory that tracks note" in shown
@@ -98,7 +98,7 @@ memory.track(Word, text=None, capture="trigger")
 
 
 def test_init_reports_each_problem_once_with_all_names(folder: Path, url: str) -> None:
-    """By the names of all: of tables, the application's own too, and of triggers; one that is changed is named."""
+    """The problem names all tables (the application's too) and all triggers. A changed trigger is named."""
     (folder / "shop" / "facts.py").write_text(SHOP + MORE)
     shown = invoke("init", "--url", url, "--dry-run")
     to_do = shown[shown.index("✗ tables and triggers") :]
@@ -131,8 +131,8 @@ def test_init_reports_each_problem_once_with_all_names(folder: Path, url: str) -
 def test_init_with_alembic_leaves_creation_to_a_migration(
     folder: Path, url: str, metadata: str, with_ours: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a project as `alembic init` makes it: init adds two lines to env.py, and the revision does the rest."""
-    # Such an env.py calls it, and it switches off every logger that this process has.
+    """On a project as made by `alembic init`, init adds two lines to env.py, and the revision does the rest."""
+    # This env.py calls fileConfig, which would switch off every logger of this process.
     monkeypatch.setattr("logging.config.fileConfig", lambda _: None)
     run_alembic(folder, command.init, directory=str(folder / "migrations"))
     ini, env = folder / "alembic.ini", folder / "migrations" / "env.py"
@@ -164,7 +164,7 @@ def test_init_with_alembic_leaves_creation_to_a_migration(
 
 
 def test_init_with_create_tables_bypasses_alembic(folder: Path, url: str) -> None:
-    """For a prototype."""
+    """A prototype may do this."""
     (folder / "migrations").mkdir()
     (folder / "migrations" / "env.py").write_text("")
     (folder / "pyproject.toml").write_text('[tool.alembic]\nscript_location = "%(here)s/migrations"\n')
@@ -185,7 +185,7 @@ LOCATIONS = {
 @pytest.mark.parametrize("src", ["", "src"])
 @pytest.mark.parametrize("location", LOCATIONS)
 def test_init_finds_alembic_wherever_its_config_points(folder: Path, url: str, location: str, src: str) -> None:
-    """And then no table is created; a package that it is in is not imported for that."""
+    """Then no table is created. A package around the configuration is not imported."""
     name, content = LOCATIONS[location]
     if src:
         (folder / src).mkdir()
@@ -221,7 +221,7 @@ NAMES_US = ', autogenerate_plugins=["alembic.autogenerate.*", "memstate_sa"]'
 def test_flask_migrate_creates_tables_and_triggers(
     folder: Path, url: str, options: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """init adds what its env.py lacks; a plugin that the application passes to Migrate() is not named twice."""
+    """init adds the missing lines to its env.py. A plugin that is passed to Migrate() is not named twice."""
     monkeypatch.setattr("logging.config.fileConfig", lambda _: None)
     monkeypatch.syspath_prepend(folder)
     facts = folder / "shop" / "facts.py"
@@ -240,7 +240,7 @@ def test_flask_migrate_creates_tables_and_triggers(
 
 
 def test_plugins_that_migrate_is_given_lack_ours(folder: Path, url: str) -> None:
-    """The checklist names the module that names the others."""
+    """The checklist names the module with the other plugins."""
     (folder / "shop" / "web.py").write_text("Migrate(app, db, autogenerate_plugins=['alembic.autogenerate.*'])\n")
     (folder / "migrations").mkdir()
     (folder / "migrations" / "env.py").write_text(FLASK_MIGRATE)
@@ -259,7 +259,7 @@ def test_plugins_that_migrate_is_given_lack_ours(folder: Path, url: str) -> None
     ],
 )
 def test_an_env_py_is_a_sign_of_alembic(folder: Path, url: str, place: str, config: str | None, to_do: str) -> None:
-    """Flask-Migrate has no alembic.ini that says where; others have it elsewhere."""
+    """Flask-Migrate has no alembic.ini with the location. Other projects keep it elsewhere."""
     env = folder / place / "env.py"
     env.parent.mkdir(parents=True)
     env.write_text(FLASK_MIGRATE)
@@ -272,7 +272,7 @@ def test_an_env_py_is_a_sign_of_alembic(folder: Path, url: str, place: str, conf
     assert tables(url) == {"note"}
     assert "target_metadata=[get_metadata(), memstate_sa.metadata],\n" in env.read_text()
     assert find_alembic(folder) is not None
-    if config is not None:  # our own migrations, in place of the metadata
+    if config is not None:  # our own migrations, instead of the metadata
         env.write_text(FLASK_MIGRATE)
         (folder / config).write_text("[alembic]\nversion_locations = v memstate_sa:_migrations/versions\n")
         assert "alembic upgrade heads" in invoke("init", "--url", url, "--apply", "--yes")
@@ -280,7 +280,7 @@ def test_an_env_py_is_a_sign_of_alembic(folder: Path, url: str, place: str, conf
 
 
 def test_missing_env_py_does_not_rule_out_alembic(folder: Path, url: str) -> None:
-    """It may be in a package that is installed elsewhere."""
+    """env.py may be in a package that is installed elsewhere."""
     (folder / "alembic.ini").write_text("[alembic]\nscript_location = elsewhere:migrations\n")
     assert "✗ our tables in env.py" in invoke("init", "--url", url, "--apply", "--yes")
     assert tables(url) == {"note"}
@@ -294,7 +294,7 @@ def test_env_py_of_another_tool_is_no_sign_of_alembic(folder: Path, url: str) ->
 
 @pytest.mark.deep_on("postgres")
 def test_a_database_that_alembic_made_is_left_to_it(folder: Path, engine: Engine) -> None:
-    """Whoever runs its migrations may have them elsewhere."""
+    """The project's migrations may be elsewhere."""
     url = engine.url.render_as_string(hide_password=False)
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE note (id INTEGER NOT NULL, text VARCHAR, PRIMARY KEY (id))")
@@ -307,7 +307,7 @@ def test_a_database_that_alembic_made_is_left_to_it(folder: Path, engine: Engine
 
 @pytest.mark.parametrize("migrated", [True, False])
 def test_looking_at_a_missing_sqlite_file_does_not_create_it(folder: Path, migrated: bool) -> None:
-    """Where Alembic makes it, not by `init` either."""
+    """If Alembic creates it, `init` must not."""
     options = [] if migrated else ["--dry-run"]
     if migrated:
         (folder / "env.py").write_text("from alembic import context\n")
@@ -326,7 +326,7 @@ def test_init_names_an_env_py_that_it_cannot_edit(folder: Path, url: str) -> Non
 
 
 def test_init_refuses_no_memory_and_several_memories(folder: Path, url: str) -> None:
-    """No Memory, and several."""
+    """There is no Memory, or there are several."""
     (folder / "shop" / "facts.py").rename(folder / "shop" / "memories.py")
     second = (
         folder / "shop" / "memories.py"
@@ -352,7 +352,7 @@ def test_a_module_that_cannot_be_imported_is_named(folder: Path, url: str) -> No
     ],
 )
 def test_our_branch_needs_no_metadata(folder: Path, url: str, locations: str, to_do: str) -> None:
-    """Whose revisions are among the application's, is told to upgrade to all heads."""
+    """The revisions are among the application's, so init tells it to upgrade to all heads."""
     (folder / "migrations").mkdir()
     (folder / "migrations" / "env.py").write_text("")
     config = f"[alembic]\nscript_location = migrations\nversion_locations = {locations}\nsqlalchemy.url = memstate_sa\n"
@@ -361,7 +361,9 @@ def test_our_branch_needs_no_metadata(folder: Path, url: str, locations: str, to
 
 
 def test_only_modules_that_make_a_memory_are_imported(folder: Path) -> None:
-    """A script runs when it is imported, and one that only uses a Memory, or makes one when it is run, need not be."""
+    """Importing a script runs it. init does not import scripts that only use a Memory, or make one only as a main
+    program.
+    """
     for name, content in {
         "seed": "from memstate_sa import Memory\nfrom shop.facts import memory\nhow = 'by Memory(…)'\n",
         "demo": "from memstate_sa import Memory\ndef main():\n    memory = Memory(1)\n",
@@ -389,7 +391,7 @@ def test_memory_is_found_however_it_is_made(folder: Path, imported: str, made: s
 
 
 def test_modules_in_src_are_found(folder: Path) -> None:
-    """By the name under which the application imports them."""
+    """Modules have the name under which the application imports them."""
     (folder / "src").mkdir()
     (folder / "shop").rename(folder / "src" / "shop")
     assert find_memories(folder) == ["shop.facts:memory"]
@@ -433,7 +435,7 @@ def offline():
 )
 @pytest.mark.parametrize("has_plugins", [True, False])
 def test_edited_env_py_keeps_its_own_lines(before: str, after: str, has_plugins: bool) -> None:
-    """Its own lines stay; edited twice, it is as edited once."""
+    """Its own lines stay. A second edit changes nothing."""
     source = CONFIGURED.format(before=before).replace("  # all of it", "")
     new = edited(source, has_plugins=has_plugins)
     assert f"target_metadata = {after}\n" in new
@@ -464,7 +466,7 @@ def test_edited_env_py_keeps_its_own_lines(before: str, after: str, has_plugins:
     ],
 )
 def test_other_plugins_stay(tmp_path: Path, before: str, after: str) -> None:
-    """In the form that formatters write, too; what is made elsewhere is left to the reader, unless we are in it."""
+    """This includes the form of formatters. A list that is built elsewhere is left to the reader if we are missing."""
     source = f"target_metadata = memstate_sa.metadata\ncontext.configure(autogenerate_plugins={before})\n"
     new = edited(source, has_plugins=True)
     assert new == source.replace(before, after)

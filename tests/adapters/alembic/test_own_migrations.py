@@ -1,4 +1,4 @@
-"""Our own migrations: what they make is what the metadata says, and nothing is left when they are undone."""
+"""Our own migrations create exactly the metadata's tables. Their downgrade leaves nothing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def emptied(engine: Engine) -> None:
 
 
 def test_migrations_make_the_tables_of_the_metadata(engine: Engine) -> None:
-    """Both ways: nothing is missing, nothing is too much, and each column, index and trigger is the same."""
+    """Nothing is missing and nothing is extra: each column, index and trigger is the same."""
     __main__.main(["upgrade", "head"])
     assert differences(engine) == []
     migrated = (contents(engine, ours=True), routines(engine))
@@ -62,7 +62,7 @@ def test_migrations_make_the_tables_of_the_metadata(engine: Engine) -> None:
 
 
 def test_downgrading_leaves_nothing(engine: Engine) -> None:
-    """No table, and no function; and it can be upgraded again."""
+    """Neither a table nor a function is left. A second upgrade works."""
     before = routines(engine)
     for _ in range(2):
         __main__.main(["upgrade", "head"])
@@ -73,7 +73,7 @@ def test_downgrading_leaves_nothing(engine: Engine) -> None:
 
 
 def test_offline_script_makes_and_drops_the_same_tables(engine: Engine) -> None:
-    """`--sql` connects to nothing; what it prints makes what the migrations make, and unmakes it."""
+    """`--sql` connects to no database. Its script creates and drops the same objects as the migrations."""
 
     def printed(run: Any, revisions: str) -> str:
         out = io.StringIO()
@@ -102,7 +102,7 @@ def test_offline_script_makes_and_drops_the_same_tables(engine: Engine) -> None:
 
 
 def test_migrations_ignore_tables_of_the_application(engine: Engine) -> None:
-    """`check` of our migrations says nothing of what is not ours; its own alembic_version stays as it is."""
+    """`check` of our migrations reports only our own tables. The application's alembic_version stays as it is."""
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
         connection.exec_driver_sql("INSERT INTO alembic_version VALUES ('theirs')")

@@ -1,4 +1,4 @@
-"""What is installed: the wheel with our migrations, and the entry point that Alembic loads whenever it is imported."""
+"""The installed package: the wheel with our migrations, and the entry point that Alembic loads at each import."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.deep
 def test_the_wheel_carries_our_migrations(tmp_path: Path) -> None:
-    """Inside of the package, never as alembic/, which would land inside of Alembic; and they run from there."""
+    """They are inside the package, not in alembic/, which would land inside Alembic. They run from there."""
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     [wheel] = tmp_path.glob("*.whl")
@@ -65,7 +65,7 @@ def test_importing_memstate_sa_imports_no_alembic() -> None:
 @pytest.mark.deep_on("comparing", "rendering")
 @pytest.mark.parametrize("missing", ["operations", "comparing", "rendering"])
 def test_broken_plugin_does_not_stop_alembic(missing: str) -> None:
-    """An environment may hold our package, and an Alembic that has nothing to do with it."""
+    """An environment may hold our package and an unrelated Alembic."""
     shown = python(
         f"import sys; sys.modules['memstate_sa.migrations.{missing}'] = None\n"
         "import alembic.command; from alembic import op; print(hasattr(op, 'create_table'))"

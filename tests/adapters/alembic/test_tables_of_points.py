@@ -1,4 +1,4 @@
-"""Tables that no metadata has, and that are not the application's: autogenerate leaves them alone."""
+"""Tables of points are in no metadata and do not belong to the application. Autogenerate leaves them alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_env(app: Application, *, knows_us: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:Did not recognize type 'vector'")
 def test_autogenerate_does_not_drop_tables_of_points(tmp_path: Path, postgres_engine: Engine) -> None:
-    """Under any name, in any schema; a table of the application with nearly their columns goes as it should."""
+    """This holds for any name and schema. A table of the application with similar columns is still dropped as usual."""
     app = Application(tmp_path / "app", postgres_engine)
     app.write_models("")
     write_env(app, knows_us=False)

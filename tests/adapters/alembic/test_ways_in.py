@@ -1,6 +1,6 @@
-"""An application of 12 models and 20 revisions adopts memstate_sa, in each of three ways, and leaves it again.
+"""An application with 12 models and 20 revisions adopts memstate_sa in each of three ways, and removes it again.
 
-Nothing of its own is touched: its tables' definitions and rows, compared before, between and after.
+Its own tables do not change: their definitions and rows are compared before, between and after.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODELS = (
     "Note",
 )  # fmt: skip
 LATE = MODELS[:8]
-"""Each of these got a column, or an index, by a later revision."""
+"""Models that got a column or an index by a later revision."""
 TRACKED = """
 memory.track(Note, text="name")
 memory.track(Comment, text="name", capture="trigger")
@@ -46,7 +46,7 @@ def base_columns(number: int) -> list[str]:
 
 
 def late(number: int) -> tuple[str, str, str]:
-    """What the model says of what came late, and the revision's two directions."""
+    """The late column or index of the model, and the two directions of its revision."""
     name = table(number)
     if number % 2:
         index = f"sa.Index('ix_{name}_name', 'name')"
@@ -72,7 +72,7 @@ def models() -> str:
 
 @pytest.fixture
 def app(tmp_path: Path, engine: Engine) -> Application:
-    """The application before it has heard of us, at its twentieth revision, with rows."""
+    """The application before it uses memstate_sa, at its twentieth revision, with rows."""
     return grown(Application(tmp_path / "app", engine))
 
 
@@ -99,7 +99,7 @@ def grown(app: Application) -> Application:
 
 @pytest.fixture
 def unharmed(app: Application) -> Iterator[Any]:
-    """That the application is as it was: its definitions, its rows, and no function or trigger that was not there."""
+    """Check that the application is unchanged: definitions and rows, and no new function or trigger."""
     assert app.differences() == ""
     before = (contents(app.engine), routines(app.engine))
 
@@ -116,7 +116,7 @@ def unharmed(app: Application) -> Iterator[Any]:
 
 
 def write_and_undo(app: Application) -> None:
-    """What is written is logged, whichever way the tables were made, and undone again."""
+    """Write, check the log, and undo, for tables made in any way."""
     found = app.models
     sessions = sessionmaker(app.engine)
     found.memory.attach(sessions)
@@ -140,7 +140,7 @@ def write_and_undo(app: Application) -> None:
 
 @pytest.mark.deep_on("sqlite")
 def test_application_adopts_our_tables_in_its_own_migrations(app: Application, unharmed: Any) -> None:
-    """The default: ``target_metadata=[Base.metadata, memstate_sa.metadata]``, and a revision like any other."""
+    """The default: ``target_metadata=[Base.metadata, memstate_sa.metadata]``, and an ordinary revision."""
     app.write_models(models() + TRACKED)
     app.write_env(OURS_TOO)
     source = app.revise("adopt")
@@ -160,7 +160,7 @@ def test_application_adopts_our_tables_in_its_own_migrations(app: Application, u
 def test_a_revision_made_on_one_database_runs_on_the_other(
     tmp_path: Path, sqlite_engine: Engine, postgres_engine: Engine
 ) -> None:
-    """Development on SQLite, production on PostgreSQL; and the other way round."""
+    """Development on SQLite and production on PostgreSQL, or the other way round."""
     for number, (here, there) in enumerate([(sqlite_engine, postgres_engine), (postgres_engine, sqlite_engine)]):
         app = Application(tmp_path / f"app{number}", here)
         app.write_models(models() + TRACKED)
@@ -177,9 +177,9 @@ def test_a_revision_made_on_one_database_runs_on_the_other(
 @pytest.mark.deep
 @pytest.mark.deep_on("sqlite")
 def test_application_adopts_our_migrations_as_a_branch(app: Application, unharmed: Any) -> None:
-    """For those who prefer them: ``version_locations``, ``upgrade heads``, and metadata that need not know us."""
-    docs = (Path(__file__).parents[3] / "docs" / "migrations.md").read_text()
-    way = docs.split("**Our migrations, as a branch of yours**")[1].split("\nWithout any Alembic")[0]
+    """The alternative: ``version_locations``, ``upgrade heads``, and metadata without our tables."""
+    docs = (Path(__file__).parents[3] / "docs" / "how-to" / "migrations.md").read_text()
+    way = docs.split("## Our migrations, as a branch of yours")[1].split("\nWithout any Alembic")[0]
     assert KNOW_US in way and "register()" in way, "as it is done here"
     app.versions.append(location() / "versions")
     app.write_models(models() + TRACKED)
@@ -203,7 +203,7 @@ def test_application_adopts_our_migrations_as_a_branch(app: Application, unharme
 def test_prototype_moves_from_create_tables_to_a_revision(
     app: Application, unharmed: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """create_tables makes them at once. Later, a revision is written against an empty database, and stamped here."""
+    """create_tables makes the tables at once. Later a revision is written against an empty database and stamped."""
     app.write_models(models() + TRACKED)
     app.write_env()
     app.models.memory.create_tables(app.engine)
@@ -219,7 +219,7 @@ def test_prototype_moves_from_create_tables_to_a_revision(
     source = app.revise("adopt")
     assert operations(source).count("memstate_track") == 2
     app.upgrade()
-    assert app.differences() == "" and problems(app)[1:] == []  # of SAVEPOINTs: this engine is not configured
+    assert app.differences() == "" and problems(app)[1:] == []  # the first is about SAVEPOINTs
     app.engine.dispose()
     app.engine = here
     app.stamp("adopt")

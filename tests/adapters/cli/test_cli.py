@@ -651,7 +651,7 @@ def test_revoke_undoes_a_run_and_reports_kept_facts(served: Application) -> None
     )
     assert "1 changes undone" in served.run("revoke", "--tx", tx, "--on-conflict", "force", "--yes")
     assert served.texts() == []
-    assert "revoke whose changes?" in served.run("revoke", "--yes", exit_code=1)
+    assert "Cannot revoke: whose changes?" in served.run("revoke", "--yes", exit_code=1)
 
 
 def test_exported_facts_import_into_another_database(served: Application, tmp_path: Path) -> None:
@@ -674,7 +674,7 @@ def test_exported_facts_import_into_another_database(served: Application, tmp_pa
     invoke("init", *at)
     assert "2 changes imported" in invoke("import", *at, "-", input=piped)
     assert "Likes coffee ☕" in invoke("log", *at, "Note", str(key))
-    assert "was this imported before?" in invoke("import", *at, str(file), exit_code=1)
+    assert "Was this file imported before?" in invoke("import", *at, str(file), exit_code=1)
     with engine.connect() as connection:
         assert connection.scalars(select(served.module.Note.text)).all() == ["Likes coffee ☕"]
     engine.dispose()

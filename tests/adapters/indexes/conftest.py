@@ -1,4 +1,4 @@
-"""Every index does what the whole suite asks. `make test` asks one kind of each, and kills the program of one."""
+"""Every index passes the whole suite. `make test` runs one kind of each index, and kills one program."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The engine of a Qdrant server, without its network: the wheel qdrant-edge-py, by the calls that QdrantIndex makes.
+"""The engine of a Qdrant server without its network: the wheel qdrant-edge-py behind the calls of QdrantIndex.
 
-No wheel carries a server. Filters, preconditions, payload indexes, payloads as they come back and the graph are the
-engine's; what HTTP does to a request is not seen here.
+No wheel has a server. Filters, preconditions, payload indexes, returned payloads and the graph are the engine's own.
+HTTP is not tested here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Collection:
 
 
 class EngineClient:
-    """A QdrantClient as far as it is called; *optimise* builds the graph after every write."""
+    """A QdrantClient with the methods that are called. *optimise* builds the graph after every write."""
 
     init_options: dict[str, Any] = {"path": None, "location": None}  # noqa: RUF012  # as in qdrant-client
 
@@ -132,7 +132,7 @@ class EngineClient:
         return self._held[name]
 
     def _update(self, name: str, operation: Any) -> None:
-        with self._mutex:  # a server takes a shard's updates one after the other
+        with self._mutex:  # a server applies a shard's updates one after the other
             self._collection(name).shard.update(operation)
             if self._optimise:
                 self._collection(name).shard.optimize()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from memstate_sa.testing import IndexConformance
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "indexes.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "how-to" / "indexes.md"
 BEGIN, END = "<!-- the table begins -->\n", "<!-- the table ends -->\n"
 
 ROWS = {
@@ -39,7 +39,7 @@ def _cells(suite: type[IndexConformance]) -> tuple[str, ...]:
     shared = "any number of processes" if suite.remote else "any number of objects of one process"
     return (
         "exact" if suite.recall == 1 else f"approximate, at least {suite.recall:.0%}",
-        "nothing is lost" if suite.persistent else "filled anew",
+        "nothing is lost" if suite.persistent else "filled again",
         shared if suite.shared else "one object",
         "yes" if suite.fenced else "no",
         "yes" if suite.purgeable else "nothing to erase" if not suite.persistent else "by its operator",
@@ -48,7 +48,7 @@ def _cells(suite: type[IndexConformance]) -> tuple[str, ...]:
 
 
 def written() -> str:
-    """The document, with the table as it should be."""
+    """The document with an up-to-date table."""
     text = DOCUMENT.read_text()
     before, rest = text.split(BEGIN)
     return before + BEGIN + table() + END + rest.split(END)[1]

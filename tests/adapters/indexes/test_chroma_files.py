@@ -1,4 +1,4 @@
-"""Files of a Chroma collection that a crash has damaged: they are found, and the collection is made anew."""
+"""Files of a Chroma collection that a crash has damaged: the damage is found, and the collection is made again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ chromadb = pytest.importorskip("chromadb")
 ROOT = Path(__file__).resolve().parents[3]
 FILES = ("header.bin", "data_level0.bin", "length.bin", "link_lists.bin", "index_metadata.pickle")
 
-# A process of its own: Chroma keeps what it has read for as long as its process lives, and damaged files may crash it.
+# A separate process: Chroma caches its files while its process lives, and damaged files may crash it.
 SCRIPT = """
 import sys, chromadb
 from sqlalchemy import create_engine
@@ -65,7 +65,7 @@ def cut(file: Path) -> None:
 
 
 def zero(file: Path) -> None:
-    """As a file system does that had made room for what was never written."""
+    """Overwrite with zeros, like a file system that reserved the space and lost the writes."""
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
 
@@ -79,7 +79,7 @@ def empty(file: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [cut, zero, empty, Path.unlink])
 def test_damage_is_found(filled: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]) -> None:
-    """Before Chroma reads the files. Its kind: a disk that was full, a restored backup that is not whole."""
+    """It is found before Chroma reads the files. The same kind: a full disk, a restored backup that is incomplete."""
     from memstate_sa.indexes._chroma_files import _damage
 
     [segment] = [path for path in (filled / "chroma").iterdir() if path.is_dir()]
@@ -88,7 +88,7 @@ def test_damage_is_found(filled: Path, tmp_path: Path, name: str, damage: Callab
     damage(copy / name)
     found = _damage(copy)
     if (name, damage) == ("length.bin", zero):
-        assert found is None  # Chroma does not read what it holds
+        assert found is None  # Chroma does not read the collection's content
     else:
         assert found is not None
         assert name in found

@@ -45,7 +45,7 @@ class TestFaiss(IndexConformance):
         return f"from memstate_sa.indexes import FaissIndex\nindex = FaissIndex({str(files)!r})"
 
 
-# -- what its folder goes through ----------------------------------------------------------------------------------
+# -- changes of the folder ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def opened(folder: Path, **options: Any) -> Iterator[FaissIndex]:
 
 
 def written(folder: Path) -> str:
-    """Five calls; the incarnation."""
+    """Make five calls. Returns the incarnation."""
     with opened(folder) as index:
         for n in range(4):
             index.upsert([point(f"p{n}", (1, n, 0), fingerprint=f"f{n}", metadata={"n": n})])
@@ -78,18 +78,18 @@ def written(folder: Path) -> str:
 
 
 def states(steps: int) -> dict[str, str]:
-    """The fingerprints after so many of those calls."""
+    """The fingerprints after *steps* of these calls."""
     held = {f"p{n}": f"f{n}" for n in range(min(steps, 4))}
     return {id_: mark for id_, mark in held.items() if steps < 5 or id_ != "p1"}
 
 
 @pytest.mark.deep
 def test_a_kill_in_the_middle_of_a_call_cuts_off_that_call(folder: Path, journal: Path, tmp_path: Path) -> None:
-    """At every byte: what is whole is there, under the same incarnation, and more can be written."""
+    """The journal is cut at every byte. All complete calls are there, under the same incarnation, and writes work."""
     before = written(folder)
     whole = journal.read_bytes()
     ends = [*record_ends(whole)]
-    assert len(ends) == 6  # what it is, and five calls
+    assert len(ends) == 6  # the header, and five calls
     for cut in range(ends[0], len(whole)):
         torn = tmp_path / f"cut{cut}"
         torn.mkdir()
@@ -97,7 +97,7 @@ def test_a_kill_in_the_middle_of_a_call_cuts_off_that_call(folder: Path, journal
         with opened(torn) as index:
             done = sum(end <= cut for end in ends) - 1
             assert (index.incarnation, fingerprints(index)) == (before, states(done)), cut
-            index.delete(["p0"])  # which is shorter than what was cut off
+            index.delete(["p0"])  # shorter than the record that was cut off
         with opened(torn) as index:
             assert index.incarnation == before
             assert fingerprints(index) == {id_: mark for id_, mark in states(done).items() if id_ != "p0"}
@@ -105,7 +105,7 @@ def test_a_kill_in_the_middle_of_a_call_cuts_off_that_call(folder: Path, journal
 
 
 def test_damaged_journal_gives_a_new_incarnation(folder: Path, journal: Path, tmp_path: Path) -> None:
-    """A byte that is not as it was written, wherever: what follows may be lost, so the relay has to compare."""
+    """Any byte is changed. Records after it may be lost, so a new incarnation makes the relay compare."""
     before = written(folder)
     whole = journal.read_bytes()
     ends = [0, *record_ends(whole)]
@@ -131,7 +131,7 @@ def record_ends(whole: bytes) -> Iterator[int]:
 
 
 def test_killed_replacement_leaves_no_trace(folder: Path, journal: Path) -> None:
-    """What it had written is removed with the next opening: it may hold what is erased afterwards."""
+    """The next opening removes its file, which may hold facts that are erased later."""
     before = written(folder)
     left = journal.with_suffix(".new")
     left.write_bytes(b"half of a journal")
@@ -141,7 +141,7 @@ def test_killed_replacement_leaves_no_trace(folder: Path, journal: Path) -> None
 
 
 def test_a_journal_does_not_grow_for_ever(folder: Path, journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often the same points are written; the content and the incarnation stay."""
+    """The same points are written often. The content and the incarnation stay."""
     monkeypatch.setattr("memstate_sa.indexes.faiss._SPARE", 100)
     sizes = []
     with opened(folder) as index:
@@ -158,7 +158,7 @@ def test_a_journal_does_not_grow_for_ever(folder: Path, journal: Path, monkeypat
 
 
 def test_vectors_do_not_change_however_often_they_are_copied(folder: Path) -> None:
-    """Bit by bit."""
+    """The copies are equal bit by bit."""
     rng = np.random.default_rng(1)
     vectors = rng.standard_normal((50, 3)).astype(np.float32) * 1e5
     ids = [f"p{n}" for n in range(50)]
@@ -172,7 +172,7 @@ def test_vectors_do_not_change_however_often_they_are_copied(folder: Path) -> No
 
 
 def test_full_disk_leaves_no_partial_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retryable; what was written of the call is taken back, and the next one is whole."""
+    """The error is retryable. The partial write is removed, and the next write is complete."""
     with opened(folder) as index:
         index.upsert([point("a")])
         with monkeypatch.context() as full:
@@ -197,7 +197,7 @@ def test_full_disk_leaves_no_partial_write(folder: Path, monkeypatch: pytest.Mon
 def test_writes_continue_without_room_for_a_second_journal(
     folder: Path, journal: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Writes go on, in the long one; it is made shorter later, and not tried with every write meanwhile."""
+    """Writes continue in the long journal. It is shortened later, and not tried again with every write."""
     monkeypatch.setattr("memstate_sa.indexes.faiss._SPARE", 20)
     write, tried = _journal._write, []
 
@@ -226,7 +226,7 @@ def test_writes_continue_without_room_for_a_second_journal(
 
 
 def test_write_fails_while_the_folder_cannot_be_synchronised(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is acknowledged while the name of a new journal may not be on the disk; then all goes on."""
+    """No write is acknowledged while the new journal's name may not be on the disk. Later all works again."""
     said: list[str] = []
     data, whole, failing = os.fdatasync, os.fsync, False
 
@@ -254,13 +254,13 @@ def test_write_fails_while_the_folder_cannot_be_synchronised(folder: Path, monke
         assert said == ["folder", "data", "data"]
         index.purge()
         said.clear()
-    with opened(folder) as index:  # and where who replaced it was killed before its name was on the disk
+    with opened(folder) as index:  # the process that replaced it was killed before its name was on the disk
         assert said == ["folder"]
         assert (index.incarnation, fingerprints(index)) == (before, {"a": "f", "c": "f", "d": "f"})
 
 
 def test_acknowledged_write_is_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The journal is synchronised by every write, and by a replacement before it takes the old one's place."""
+    """Each write syncs the journal. A replacement is synced before it takes the old journal's place."""
     said: list[str] = []
     data, whole, rename = os.fdatasync, os.fsync, Path.replace
     monkeypatch.setattr(os, "fdatasync", lambda file: (said.append("data"), data(file)))
@@ -277,7 +277,7 @@ def test_acknowledged_write_is_on_the_disk(folder: Path, monkeypatch: pytest.Mon
 
 
 def test_a_deleted_folder_is_noticed(folder: Path) -> None:
-    """By every call; opened anew, it is empty, and another incarnation."""
+    """Every call notices it. A new index on the folder is empty, with another incarnation."""
     index = FaissIndex(folder)
     index.open(embedder=EMBEDDER, dimension=3)
     index.upsert([point("a")])
@@ -294,7 +294,7 @@ def test_a_deleted_folder_is_noticed(folder: Path) -> None:
 
 @pytest.mark.deep
 def test_a_second_process_is_refused(folder: Path) -> None:
-    """While one has it open; the error says what to use instead."""
+    """One process has the folder open. The error names an alternative."""
     code = f"""
 from memstate_sa.errors import MemstateError
 from memstate_sa.indexes import FaissIndex
@@ -322,7 +322,7 @@ def test_a_forked_child_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_selective_filter_is_exact(folder: Path) -> None:
-    """Where none of the nearest satisfies it, all that do are found, nearest first."""
+    """None of the nearest points matches. All matching points are found, nearest first."""
     with opened(folder) as index:
         index.upsert([point(f"p{n}", (1, n / 1000, 0), metadata={"rare": n >= 2990}) for n in range(3000)])
         found = index.query(vector(*X), 4, where={"rare": {"$eq": True}})
@@ -331,7 +331,7 @@ def test_a_selective_filter_is_exact(folder: Path) -> None:
 
 @pytest.mark.parametrize("absent", ["faiss", "filelock"])
 def test_a_missing_package_names_its_extra(absent: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When it is constructed, not when it is imported."""
+    """The error comes at construction, not at import."""
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(MissingExtra, match=r"memstate-sa\[faiss\]"):
         FaissIndex(folder)

@@ -1,4 +1,4 @@
-"""Every index that memstate_sa ships, against the real thing."""
+"""Every index that memstate_sa ships, tested against the real thing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def opened(client: ClientAPI, name: str, **options: Any) -> ChromaIndex:
 
 
 def add_foreign(client: ClientAPI, name: str, count: int = 1) -> Any:
-    """Points of somebody else, all nearer to X than anything of ours."""
+    """Add another program's points, all nearer to X than ours."""
     collection: Any = client.get_collection(name, embedding_function=None)
     ids = [f"foreign{n}" for n in range(count)]
     collection.upsert(ids=ids, embeddings=[vector(*X)] * count, metadatas=[{"role": "tip"}] * count, documents=ids)
@@ -77,11 +77,11 @@ class TestInMemory(IndexConformance):
 class TestFlaky(IndexConformance):
     @pytest.fixture
     def make(self) -> Callable[[], VectorIndex]:
-        """A flaky index whose rate is 0 must be no different."""
+        """A flaky index with rate 0 behaves like any other."""
         return lambda: FlakyIndex(InMemoryIndex(), rate=0)
 
     def test_every_kind_of_failure_happens(self) -> None:
-        """A failed upsert left nothing, half or all of its batch behind; a failed delete likewise."""
+        """A failed upsert leaves nothing, half or all of its batch, and so on for a failed delete."""
         inner = InMemoryIndex()
         index = FlakyIndex(inner, rate=1)
         index.open(embedder=EMBEDDER, dimension=3)
@@ -105,7 +105,7 @@ class ChromaSuite(IndexConformance):
     marked = True
     recall = 0.95
     shared = True
-    atomic = False  # a vector and its metadata are in two places, written one after the other
+    atomic = False  # a vector and its metadata are written to two places, one after the other
 
     @pytest.fixture
     def client(self) -> ClientAPI:
@@ -120,23 +120,23 @@ class ChromaSuite(IndexConformance):
         return lambda: ChromaIndex(client, name)
 
     def test_incarnation_belongs_to_the_collection(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
-        """It survives reopening; another collection has another."""
+        """It survives reopening. Another collection has another incarnation."""
         other = unique()
         assert opened(client, name).incarnation == index.incarnation
         assert opened(client, other).incarnation != index.incarnation
 
     def test_max_batch_is_the_limit_of_the_client(self, client: ClientAPI, index: VectorIndex) -> None:
-        """Chroma's own limit, never a constant of ours."""
+        """The limit is Chroma's own, not a constant of ours."""
         assert index.max_batch == client.get_max_batch_size()
 
     def test_another_distance_is_refused(self, client: ClientAPI, name: str) -> None:
-        """Chroma's default distance is l2; the error names it and cosine."""
+        """Chroma's default distance is l2. The error names it, and cosine."""
         client.create_collection(name, embedding_function=None)
         with pytest.raises(IndexMismatch, match=r"l2 distance.*cosine distance"):
             ChromaIndex(client, name).open(embedder=EMBEDDER, dimension=3)
 
     def test_a_stored_embedder_is_remembered(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
-        """A new object on the same collection is refused another embedder and another dimension."""
+        """A new object on the same collection cannot have another embedder or dimension."""
         assert index.incarnation
         with pytest.raises(IndexMismatch, match=r"'suite:3'.*'other:3'"):
             ChromaIndex(client, name).open(embedder="other:3", dimension=3)
@@ -145,7 +145,7 @@ class ChromaSuite(IndexConformance):
 
     @pytest.mark.parametrize("style", ["configuration", "metadata"])
     def test_an_existing_collection_is_adopted(self, client: ClientAPI, name: str, style: str) -> None:
-        """A cosine collection of somebody else's is stamped; its metadata and its points stay."""
+        """Another program's cosine collection gets our mark. Its metadata and its points stay."""
         if style == "metadata":
             client.create_collection(
                 name, embedding_function=None, metadata={"hnsw:space": "cosine", "hnsw:M": 8, "owner": "them"}
@@ -166,7 +166,7 @@ class ChromaSuite(IndexConformance):
             ChromaIndex(client, name).open(embedder="other:3", dimension=3)
 
     def test_an_existing_collection_of_another_dimension_is_refused(self, client: ClientAPI, name: str) -> None:
-        """Chroma knows the dimension from the first point."""
+        """Chroma learns the dimension from the first point."""
         client.create_collection(name, embedding_function=None, configuration={"hnsw": {"space": "cosine"}})
         add_foreign(client, name)
         with pytest.raises(IndexMismatch, match=r"\b3 dimensions.*\b4 dimensions"):
@@ -185,20 +185,20 @@ class ChromaSuite(IndexConformance):
         assert set(collection.get(include=[])["ids"]) == {"mine", "foreign0", "foreign1"}
 
     def test_foreign_points_do_not_crowd_out_ours(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
-        """The nearest 60 are somebody else's, and still the answer is full."""
+        """The nearest 60 points belong to another program. The answer is still full."""
         index.upsert([point(f"mine{n}", (1, 1 + n, 0)) for n in range(4)])
         add_foreign(client, name, 60)
         assert [m.id for m in index.query(vector(*X), 3)] == ["mine0", "mine1", "mine2"]
 
     def test_a_foreign_point_is_not_overwritten(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
-        """An id that somebody else uses is rejected by name."""
+        """A point with an id of another program is rejected by name."""
         collection = add_foreign(client, name)
         with pytest.raises(DeliveryRejected, match="foreign0"):
             index.upsert([point("foreign0", Y)])
         assert collection.get("foreign0")["documents"] == ["foreign0"]
 
     def test_a_deleted_collection_is_noticed(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
-        """The call that meets its absence says to try again; then there is an empty one with a new incarnation."""
+        """The first call that misses it raises a retryable error. Then there is an empty one with a new incarnation."""
         index.upsert([point("a")])
         before = index.incarnation
         client.delete_collection(name)
@@ -212,7 +212,9 @@ class ChromaSuite(IndexConformance):
     def test_open_notices_another_collection_under_the_name(
         self, client: ClientAPI, index: VectorIndex, name: str
     ) -> None:
-        """Deleted and made anew by another: open, which the relay calls at each step, sees the new incarnation."""
+        """Another object deletes it and makes it again. The relay calls open at each step, which sees the new
+        incarnation.
+        """
         before = index.incarnation
         client.delete_collection(name)
         other = opened(client, name)
@@ -220,7 +222,7 @@ class ChromaSuite(IndexConformance):
         assert index.incarnation == other.incarnation != before
 
     def test_upsert_replaces_the_stored_text(self, client: ClientAPI, name: str) -> None:
-        """With store_text the document is the last text, and none stays behind a text that is gone."""
+        """With store_text the document is the latest text, and a removed text leaves none."""
         index = opened(client, name, store_text=True)
         index.upsert([point("a", text="first"), point("b", text="kept"), point("c")])
         index.upsert([point("a", text=None), point("c", text="late")])
@@ -229,7 +231,7 @@ class ChromaSuite(IndexConformance):
         assert dict(zip(stored["ids"], stored["documents"] or [], strict=True)) == {"a": "", "b": "", "c": "late"}
 
     def test_text_is_not_stored_without_store_text(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
-        """The relay hands the text over; the index drops it."""
+        """The relay passes the text, and the index drops it."""
         index.upsert([point("a", text=SECRET)])
         collection = client.get_collection(name, embedding_function=None)
         stored: Any = collection.get("a", include=["documents", "metadatas"])
@@ -242,14 +244,14 @@ class ChromaSuite(IndexConformance):
         ids=["object", "surrogate", "empty-id"],
     )
     def test_what_chroma_refuses_is_rejected(self, index: VectorIndex, bad: Any) -> None:
-        """With Chroma's own error as the cause, whose text is not repeated: it may quote the fact."""
+        """Chroma's own error is the cause. Its text is not repeated, because it may quote the fact."""
         with pytest.raises(DeliveryRejected) as caught:
             index.upsert([bad])
         assert caught.value.__cause__ is not None
         assert str(caught.value.__cause__) not in str(caught.value)
 
     def test_a_pass_does_not_outlive_its_collection(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
-        """Resumed on a new collection, it lists what is there now."""
+        """A scan that resumes on a new collection lists its present content."""
         index.upsert([point("a"), point("b"), point("c")])
         index.scan(None, 1)
         client.delete_collection(name)
@@ -259,7 +261,7 @@ class ChromaSuite(IndexConformance):
         assert [entry.id for entry in index.scan("a", 10)] == ["d"]
 
     def test_a_pass_can_be_resumed(self, client: ClientAPI, index: VectorIndex, name: str) -> None:
-        """By a new object, where it stopped."""
+        """A new object continues at the same place."""
         index.upsert([point(f"p{n}") for n in range(6)])
         first = index.scan(None, 3)
         resumed = opened(client, name).scan(first[-1].id, 10)
@@ -313,7 +315,7 @@ class TestChromaPersistent(ChromaSuite):
             index.close()
 
     def test_a_deleted_folder_gets_a_new_incarnation(self, tmp_path: Path) -> None:
-        """Under a live client every call says that the folder is gone; a new client starts anew."""
+        """With a live client every call reports the lost folder. A new client starts with an empty index."""
         with persistent(tmp_path / "chroma") as client:
             index = opened(client, "memory")
             index.upsert([point("a")])
@@ -336,7 +338,7 @@ class TestChromaPersistent(ChromaSuite):
             index.close()
 
     def test_a_second_process_is_refused(self, tmp_path: Path) -> None:
-        """While any index of this process has the folder open; the error names server mode."""
+        """No other index of this process may have the folder open. The error names server mode."""
         with persistent(tmp_path) as client:
             first, second = opened(client, "memory"), opened(client, "others")
             code = f"""
@@ -398,7 +400,7 @@ for _ in range(3):
         assert any(SECRET.encode() in path.read_bytes() for path in files) is store_text
 
     def test_closed_client_is_retryable(self, tmp_path: Path) -> None:
-        """A relay that outlives the client by a moment must not declare its facts dead."""
+        """A relay that outlives the client for a moment must not declare its facts dead."""
         with persistent(tmp_path) as client:
             index = opened(client, "memory")
         with pytest.raises(DeliveryRetryable):
@@ -408,7 +410,7 @@ for _ in range(3):
 
 @contextmanager
 def server(path: Path, port: int | None = None) -> Iterator[Chroma]:
-    """`chroma run`, answering."""
+    """A `chroma run` that answers."""
     made = Chroma(path, path / "server.log", port)
     made.start()
     try:
@@ -455,7 +457,7 @@ class TestChromaServer(ChromaSuite):
 
     @contextmanager
     def outage(self) -> Iterator[None]:
-        """The server is killed, and started again on what it left."""
+        """Kill the server, and start it again on its files."""
         self.server.kill()
         try:
             yield
@@ -464,14 +466,14 @@ class TestChromaServer(ChromaSuite):
             self.server.wait()
 
     def test_a_killed_server_is_retryable(self, tmp_path: Path) -> None:
-        """Killed during an upsert: try again later; once restarted, the same index goes on."""
+        """Killed during an upsert, the index asks for a retry. After the restart the same index goes on."""
         points = [point(f"p{n}", np.random.default_rng(n).standard_normal(3).tolist()) for n in range(100)]
         with server(tmp_path) as first, http(first.port) as client:
             index = opened(client, "memory")
             before = index.incarnation
             killer = threading.Timer(0.3, first.kill)
             killer.start()
-            with pytest.raises(DeliveryRetryable) as caught:  # whichever upsert it is
+            with pytest.raises(DeliveryRetryable) as caught:  # any of the upserts
                 while True:
                     index.upsert(points)
             assert isinstance(caught.value.__cause__, httpx.TransportError)
@@ -504,7 +506,7 @@ class TestChromaServer(ChromaSuite):
         expected: type[Exception],
         retry_after_s: float | None,
     ) -> None:
-        """Retry-After is passed on where Chroma's client leaves it to be found."""
+        """Retry-After is passed on if Chroma's client exposes it."""
         answer = httpx.Response(status, content=body, headers={"retry-after": "7"})
         session = httpx.Client(transport=httpx.MockTransport(lambda _: answer))
         with monkeypatch.context() as broken:
@@ -517,7 +519,7 @@ class TestChromaServer(ChromaSuite):
 
 @pytest.mark.parametrize("absent", ["chromadb.errors", "filelock"])
 def test_a_missing_package_names_its_extra(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Constructing a ChromaIndex without chromadb or filelock says what to install."""
+    """Constructing a ChromaIndex without chromadb or filelock names the package to install."""
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(MissingExtra, match=r"memstate-sa\[chroma\]"):
         ChromaIndex(chromadb.EphemeralClient())
@@ -536,7 +538,7 @@ import memstate_sa.indexes, memstate_sa.embedders, memstate_sa.testing
 
 
 def test_query_by_ids_succeeds_beside_a_writer(tmp_path: Path) -> None:
-    """Chroma fails a query for an id that is being written or deleted at that moment; ours does not."""
+    """Chroma fails a query for an id that is being written or deleted. Our index does not."""
     client = chromadb.PersistentClient(str(tmp_path))
     index = ChromaIndex(client, "busy")
     index.open(embedder="e", dimension=4)
@@ -566,7 +568,7 @@ def test_query_by_ids_succeeds_beside_a_writer(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_query_succeeds_beside_the_first_write(tmp_path: Path) -> None:
-    """Chroma now and then fails a query of a folder that is just getting its first vectors; ours asks again."""
+    """Chroma sometimes fails a query of a folder that is getting its first vectors. Our index asks again."""
     for n in range(30):
         with persistent(tmp_path / str(n)) as client:
             index = opened(client, "memory")
@@ -580,5 +582,5 @@ def test_query_succeeds_beside_the_first_write(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_criteria_by_any_type_find_what_sql_finds(sqlite_engine: Engine) -> None:
-    """A search with criteria by any type finds what SQL finds; see tests/promises/search/test_search_criteria.py."""
+    """See tests/promises/search/test_search_criteria.py for the same on other indexes."""
     assert_agrees_with_sql(sqlite_engine, ChromaIndex(chromadb.EphemeralClient(), unique()))

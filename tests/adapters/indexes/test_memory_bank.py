@@ -1,4 +1,4 @@
-"""Real conversations, asked real questions: every exact index finds the same facts."""
+"""Real conversations and real questions: every exact index finds the same facts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ Answers = dict[tuple[str, str], list[tuple[str, float]]]
 
 
 def answers(index: VectorIndex, folder: Path, embedder: WordLlamaEmbedder) -> Answers:
-    """By question, of everybody and of one: facts, sorted by what they say, and their distances."""
+    """The facts and distances for each question, among all facts and among one user's, sorted by content."""
     rows = turns()
     engine = sqlite.configure(create_engine(f"sqlite:///{folder / 'facts.db'}"))
     app = make_app(engine, Turn, index=index, embedder=embedder, text="content", metadata=("user", "day"))
@@ -115,7 +115,7 @@ def test_the_same_questions_find_the_same_facts(
     expected: tuple[WordLlamaEmbedder, Answers],
     tmp_path: Path,
 ) -> None:
-    """Asked of everybody's facts and of one user's, with the filter in the index."""
+    """The questions cover all facts and one user's, with the filter in the index."""
     embedder, reference = expected
     found = answers(make(kind), tmp_path, embedder)
     assert found.keys() == reference.keys()

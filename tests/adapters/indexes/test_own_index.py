@@ -1,4 +1,4 @@
-"""What docs/indexes.md shows runs, and its index of one's own passes the suite, in the words of the document."""
+"""The code in docs/indexes.md runs, and its custom index passes the suite as documented."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 BLOCKS = re.findall(
-    r"^```python\n(.*?)^```$", (Path(__file__).parents[3] / "docs" / "indexes.md").read_text(), re.MULTILINE | re.DOTALL
+    r"^```python\n(.*?)^```$",
+    (Path(__file__).parents[3] / "docs" / "how-to" / "indexes.md").read_text(),
+    re.MULTILINE | re.DOTALL,
 )
 [SOURCE] = [block for block in BLOCKS if "class SqliteIndex" in block]
 [TEST] = [block for block in BLOCKS if "class TestSqliteIndex" in block]
@@ -24,7 +26,7 @@ def documented() -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": __name__}
     sys.path.insert(0, FOLDER.name)
     try:
-        exec(compile(TEST, "docs/indexes.md", "exec"), names)
+        exec(compile(TEST, "docs/how-to/indexes.md", "exec"), names)
     finally:
         sys.path.remove(FOLDER.name)
     return names
@@ -33,12 +35,12 @@ def documented() -> dict[str, Any]:
 class TestSqliteIndex(documented()["TestSqliteIndex"]):  # type: ignore[misc]
     @pytest.fixture(autouse=True)
     def _importable(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """For the process that is killed."""
+        """Open the index in the process that is killed."""
         monkeypatch.setenv("PYTHONPATH", FOLDER.name)
 
 
 def test_other_blocks_of_the_document_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is opened there yet."""
+    """These blocks open no index."""
     for package in ("faiss", "psycopg", "qdrant_client", "redis"):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)

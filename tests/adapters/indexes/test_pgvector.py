@@ -66,7 +66,7 @@ class PgVectorSuite(IndexConformance):
 
     @pytest.fixture
     def name(self) -> str:
-        return f"memory {uuid.uuid4().hex}"  # to be quoted
+        return f"memory {uuid.uuid4().hex}"  # a name that needs quotes
 
     @pytest.fixture
     def program(self, vector_url: str, name: str) -> str:
@@ -74,7 +74,7 @@ class PgVectorSuite(IndexConformance):
 
     @contextmanager
     def outage(self) -> Iterator[None]:
-        """The database takes no connections, and those that there were are cut."""
+        """Refuse connections to the database, and cut the open ones."""
         url = self.engine.url
         admin = create_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
         with admin.connect() as connection:
@@ -96,7 +96,7 @@ class TestPgVector(PgVectorSuite):
 
 
 class TestPgVectorByItsGraph(PgVectorSuite):
-    """Where a table is small, PostgreSQL would rather sort it."""
+    """PostgreSQL would sort a small table instead of using its graph."""
 
     recall = 0.95
 
@@ -113,7 +113,7 @@ class TestPgVectorExact(PgVectorSuite):
         return lambda: PgVectorIndex(vector_engine, name, exact=True)
 
 
-# -- what only a database has ----------------------------------------------------------------------------------------
+# -- features of a database --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -129,14 +129,14 @@ def index(vector_engine: Engine, name: str) -> PgVectorIndex:
 
 
 def rows(engine: Engine, name: str) -> set[tuple[str | None, int]]:
-    """Ids and epochs of the table, as they are stored, but for the row that says what it is."""
+    """Stored ids and epochs of the table, without the row that describes the index."""
     with engine.connect() as connection:
         found = connection.execute(text(f"SELECT id, epoch FROM \"{name}\" WHERE key <> ''"))
         return {(id_, epoch) for id_, epoch in found}
 
 
 def poll(connection: Connection, statement: str) -> None:
-    """Until *statement* says true."""
+    """Wait until *statement* returns true."""
     deadline = time.monotonic() + 60
     while not connection.scalar(text(statement)):
         assert time.monotonic() < deadline, statement
@@ -146,7 +146,7 @@ def poll(connection: Connection, statement: str) -> None:
 def test_an_overtaken_write_waits_for_the_newer_and_is_refused(
     vector_engine: Engine, index: PgVectorIndex, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It meets a transaction that has not committed: of points that are there, of one that is not, of deletions."""
+    """The newer transaction, not yet committed, writes existing points and a new point, and deletes."""
     ids = ["absent", "going", "new", "there"]
     index.upsert([point("there", fingerprint="old", epoch=4), point("going", fingerprint="old", epoch=4)])
     newer = PgVectorIndex(vector_engine, name)
@@ -154,7 +154,7 @@ def test_an_overtaken_write_waits_for_the_newer_and_is_refused(
     late = [point(id_, Z, fingerprint="late", epoch=5) for id_ in ids]
     with ThreadPoolExecutor(1) as pool, vector_engine.connect() as connection:
         with connection.begin():
-            # In one transaction, which somebody else ends.
+            # Write in one transaction, which the test ends.
             monkeypatch.setattr(newer, "_writer", lambda: nullcontext(connection))
             newer.upsert([point(id_, Y, fingerprint="new", epoch=6) for id_ in ("there", "new")])
             newer.delete(["going", "absent"], epoch=6)
@@ -170,7 +170,7 @@ def test_an_overtaken_write_waits_for_the_newer_and_is_refused(
 def test_deleted_ids_are_not_remembered_for_ever(
     vector_engine: Engine, index: PgVectorIndex, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each fenced deletion forgets some that are old enough; a point that comes back is not among them."""
+    """Each fenced deletion forgets some old ids. An id whose point came back is kept."""
     index.upsert([point("a", epoch=1)])
     for n in range(5):
         index.delete([f"{n}-{m}" for m in range(10)] + ["a"], epoch=n + 1)
@@ -191,7 +191,7 @@ def remembered(engine: Engine, name: str) -> list[bytes]:
 
 @pytest.mark.parametrize("how", ["DROP TABLE {}", "TRUNCATE {}", "DELETE FROM {}"])
 def test_lost_content_gives_a_new_incarnation(vector_engine: Engine, index: PgVectorIndex, name: str, how: str) -> None:
-    """Whoever did it; the next open() begins anew, and the relay fills it."""
+    """Any program may have done it. The next open() makes a new incarnation, and the relay fills it."""
     index.upsert([point("a")])
     before = index.incarnation
     with vector_engine.begin() as connection:
@@ -205,7 +205,7 @@ def test_lost_content_gives_a_new_incarnation(vector_engine: Engine, index: PgVe
 
 
 def test_concurrent_opens_make_one_table(vector_engine: Engine, name: str) -> None:
-    """One of them makes the table; all find the same incarnation."""
+    """One of them makes the table. All find the same incarnation."""
     indexes = [PgVectorIndex(vector_engine, name) for _ in range(5)]
     with ThreadPoolExecutor(5) as pool:
         list(pool.map(lambda each: each.open(embedder=EMBEDDER, dimension=3), indexes))
@@ -214,7 +214,7 @@ def test_concurrent_opens_make_one_table(vector_engine: Engine, name: str) -> No
 
 @pytest.mark.parametrize("odd", ['say "hi"', "50%", "a:b", "%(x)s", "naïve", "select"])
 def test_any_name_is_quoted(vector_engine: Engine, odd: str) -> None:
-    """In every statement, those of a purge too."""
+    """It is quoted in every statement, also in a purge."""
     index = PgVectorIndex(vector_engine, f"{odd} {uuid.uuid4().hex[:8]}")
     index.open(embedder=EMBEDDER, dimension=3)
     index.upsert([point("a"), point("b", Y, metadata={"n": 1})])
@@ -226,7 +226,7 @@ def test_any_name_is_quoted(vector_engine: Engine, odd: str) -> None:
 
 @pytest.mark.parametrize("letter", ["x", "é", "日", "🐘"])
 def test_the_longest_name_has_all_its_indexes(vector_engine: Engine, letter: str) -> None:
-    """63 bytes of any script; PostgreSQL would cut longer names of indexes, and find that one is there already."""
+    """63 bytes of any script. PostgreSQL would cut longer names of indexes, and report that one exists already."""
     unique = uuid.uuid4().hex[:8]
     long = unique + letter * ((63 - len(unique)) // len(letter.encode()))
     index = PgVectorIndex(vector_engine, long)
@@ -254,7 +254,7 @@ def test_same_name_in_another_schema_is_another_index(vector_engine: Engine, nam
 
 
 def test_index_refuses_another_database_and_a_long_name(sqlite_engine: Engine) -> None:
-    """Another database, or a name that PostgreSQL would cut."""
+    """It refuses another database, and a name that PostgreSQL would cut."""
     with pytest.raises(MemstateError, match="sqlite"):
         PgVectorIndex(sqlite_engine)
     with pytest.raises(MemstateError, match="63 bytes"):
@@ -262,7 +262,7 @@ def test_index_refuses_another_database_and_a_long_name(sqlite_engine: Engine) -
 
 
 def test_index_takes_a_url_or_an_async_engine(vector_url: str, name: str) -> None:
-    """With any driver named in it, or none; its connections are closed with it."""
+    """The URL may name any driver, or none. The index closes its connections."""
     plain = vector_url.replace("+psycopg", "")
     index = PgVectorIndex(plain, name)
     index.open(embedder=EMBEDDER, dimension=3)
@@ -281,7 +281,7 @@ def test_index_takes_a_url_or_an_async_engine(vector_url: str, name: str) -> Non
     ids=["NUL", "lone surrogate", "no scalar"],  # the same in every process
 )
 def test_what_postgresql_refuses_is_rejected(index: PgVectorIndex, bad: Point) -> None:
-    """Nothing of the batch is stored, and the message does not repeat what was refused."""
+    """Nothing of the batch is stored. The message does not repeat the refused value."""
     with pytest.raises(DeliveryRejected) as caught:
         index.upsert([point("good"), bad])
     assert bad.id == "a" or bad.id not in str(caught.value)
@@ -289,7 +289,7 @@ def test_what_postgresql_refuses_is_rejected(index: PgVectorIndex, bad: Point) -
 
 
 def test_odd_text_in_metadata_is_found_exactly(index: PgVectorIndex) -> None:
-    """What jsonb does not take is stored, and found, all the same; and not mistaken for how it is stored."""
+    """Text that jsonb does not take is stored and found. It is not mistaken for its encoded form."""
     odd = ["nul\0", "\ud800", "6e756c00", "$text"]
     index.upsert([point(f"p{n}", metadata={"v": value}) for n, value in enumerate(odd)])
     for n, value in enumerate(odd):
@@ -301,7 +301,7 @@ def test_odd_text_in_metadata_is_found_exactly(index: PgVectorIndex) -> None:
 
 @pytest.fixture(scope="module")
 def large(vector_url: str) -> Iterator[tuple[Engine, PgVectorIndex, str]]:
-    """2,000 points, of which two are rare. PostgreSQL would read so few as a whole, were it not discouraged."""
+    """2,000 points, two of them rare. Sequential scans are discouraged, because PostgreSQL would choose one here."""
     engine, name = create_engine(vector_url, connect_args={"options": "-c enable_seqscan=off"}), "large"
     index = PgVectorIndex(engine, name, exact=False)
     index.open(embedder="e", dimension=8)
@@ -322,7 +322,7 @@ def large(vector_url: str) -> Iterator[tuple[Engine, PgVectorIndex, str]]:
 
 
 def plans(large: tuple[Engine, PgVectorIndex, str], call: Callable[[], object]) -> str:
-    """Of every statement on the table that *call* executes."""
+    """The plans of all statements on the table that *call* executes."""
     engine, _, name = large
     found: list[str] = []
     explaining = False
@@ -344,7 +344,7 @@ def plans(large: tuple[Engine, PgVectorIndex, str], call: Callable[[], object]) 
 
 
 def test_every_statement_has_an_index(large: tuple[Engine, PgVectorIndex, str]) -> None:
-    """No statement reads the whole table, but for the search that is asked to, or has to."""
+    """No statement reads the whole table, except a search that must."""
     _, index, _ = large
     near = np.ones(8, dtype=np.float32)
     calls: dict[str, Callable[[], object]] = {
@@ -362,12 +362,14 @@ def test_every_statement_has_an_index(large: tuple[Engine, PgVectorIndex, str]) 
         plan = plans(large, call)
         assert "_pkey" in plan, plan
         assert "Seq Scan" not in plan, plan
-    # In the order of the index: only ids that begin alike are sorted.
+    # The order is that of the index: only ids with the same beginning are sorted.
     assert "Incremental Sort" in plans(large, lambda: index.scan("p0100", 10))
 
 
 def test_where_the_graph_runs_out_all_are_compared(vector_url: str, large: tuple[Engine, PgVectorIndex, str]) -> None:
-    """It is told to look on where a filter leaves too little; if it is left early all the same, all are compared."""
+    """A filter may leave too few points, so the graph's scan continues. If it still ends early, all points are
+    compared.
+    """
     options = {"options": "-c enable_seqscan=off -c enable_bitmapscan=off -c enable_sort=off"}
     engine = create_engine(vector_url, connect_args=options)
     index = PgVectorIndex(engine, large[2], exact=False)
@@ -393,7 +395,7 @@ def test_where_the_graph_runs_out_all_are_compared(vector_url: str, large: tuple
 def test_one_outlier_among_duplicates_is_found(
     unsorting_engine: Engine, name: str, where: dict[str, Any] | None
 ) -> None:
-    """Whatever its place among them: up to some thousand points are compared one by one.
+    """Up to some thousand points are compared one by one, so the outlier's place does not matter.
 
     The same kind: two clusters, the last of many upserts, a point whose neighbours were deleted.
     """
@@ -412,7 +414,7 @@ def test_one_outlier_among_duplicates_is_found(
 def test_a_table_that_has_grown_is_searched_by_its_graph(
     large: tuple[Engine, PgVectorIndex, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How many points there are is counted no further than it matters, and not by every query."""
+    """The points are counted only up to the limit, and not by every query."""
     engine, _, name = large
     near = np.ones(8, dtype=np.float32)
     for limit, uses_graph in ((1_999, True), (2_000, False)):
@@ -429,7 +431,7 @@ def test_a_table_that_has_grown_is_searched_by_its_graph(
 def test_large_dimensions_get_a_half_precision_graph(
     vector_engine: Engine, name: str, dimension: int, graph: str
 ) -> None:
-    """Distances are exact all the same; beyond 4,000 dimensions there is none."""
+    """Distances are still exact. Beyond 4,000 dimensions there is no graph."""
     index = PgVectorIndex(vector_engine, name, exact=False)
     index.open(embedder="e", dimension=dimension)
     rng = np.random.default_rng(5)
@@ -449,7 +451,7 @@ def test_large_dimensions_get_a_half_precision_graph(
 
 
 def test_half_precision_does_not_change_the_order(vector_engine: Engine, name: str) -> None:
-    """What the graph cannot tell apart is in the order of the full vectors."""
+    """The full vectors order the points that are equal in the graph."""
     index = PgVectorIndex(vector_engine, name, exact=False)
     index.open(embedder="e", dimension=2500)
     vectors = np.zeros((40, 2500), dtype=np.float32)
@@ -462,14 +464,14 @@ def test_half_precision_does_not_change_the_order(vector_engine: Engine, name: s
 
 
 def test_whole_floats_are_numbers_like_others(index: PgVectorIndex) -> None:
-    """JSON would write 2.0**60 with fewer digits than 2**60 has."""
+    """JSON would write 2.0**60 with fewer digits than 2**60."""
     index.upsert([point("float", metadata={"v": 2.0**60}), point("int", metadata={"v": 2**60})])
     for where in ({"$eq": 2**60}, {"$eq": 2.0**60}, {"$gte": 2**60}, {"$lte": 2.0**60}):
         assert {match.id for match in index.query(vector(*X), 9, where={"v": where})} == {"float", "int"}
 
 
 def test_an_exact_index_gets_a_graph_when_it_is_asked_for(vector_engine: Engine, name: str) -> None:
-    """A table that was made without one is not searched slowly for ever."""
+    """A table made without a graph does not stay slow for ever."""
     exact = PgVectorIndex(vector_engine, name, exact=True)
     exact.open(embedder=EMBEDDER, dimension=3)
     exact.upsert([point("a")])
@@ -482,7 +484,7 @@ def test_an_exact_index_gets_a_graph_when_it_is_asked_for(vector_engine: Engine,
 
 
 def test_a_purge_rewrites_the_files(vector_engine: Engine, index: PgVectorIndex) -> None:
-    """Beside an older transaction that could still see what was deleted."""
+    """An older transaction that could still see deleted rows is open."""
     secret = f"XYZZY-{uuid.uuid4().hex}"
 
     def in_files() -> bool:
@@ -506,14 +508,16 @@ def test_a_purge_rewrites_the_files(vector_engine: Engine, index: PgVectorIndex)
 
 @pytest.mark.parametrize("absent", ["psycopg"])
 def test_a_missing_package_names_its_extra(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the index is given a URL."""
+    """The index is given a URL."""
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(MissingExtra, match=r"memstate-sa\[pgvector\]"):
         PgVectorIndex("postgresql://nowhere/none")
 
 
 def test_index_takes_no_connection_of_the_application_pool(vector_url: str, name: str) -> None:
-    """Who searches in a transaction holds one, and may not wait for a second: as many as the pool has wait for ever."""
+    """The searching transaction holds one connection. If it waited for a second, a full pool of these would wait for
+    ever.
+    """
     engine = create_engine(vector_url, pool_size=1, max_overflow=0)
     index = PgVectorIndex(engine, name)
     with engine.connect() as held:
@@ -526,7 +530,7 @@ def test_index_takes_no_connection_of_the_application_pool(vector_url: str, name
 
 
 def test_role_without_ownership_can_read_and_write(vector_engine: Engine, vector_url: str, name: str) -> None:
-    """It may read and write what is there, in a schema that is not on its path."""
+    """The role reads and writes an existing table, in a schema that is not on its path."""
     role = f"app_{uuid.uuid4().hex[:12]}"
     preparer = vector_engine.dialect.identifier_preparer
     schema = preparer.quote_identifier(name)
@@ -555,5 +559,5 @@ def test_role_without_ownership_can_read_and_write(vector_engine: Engine, vector
 
 @pytest.mark.deep
 def test_criteria_by_any_type_find_what_sql_finds(postgres_engine: Engine, vector_engine: Engine) -> None:
-    """A search with criteria by any type finds what SQL finds; see tests/promises/search/test_search_criteria.py."""
+    """See tests/promises/search/test_search_criteria.py for the same on other indexes."""
     assert_agrees_with_sql(postgres_engine, PgVectorIndex(vector_engine, f"memory {uuid.uuid4().hex}"))

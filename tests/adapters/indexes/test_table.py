@@ -1,4 +1,4 @@
-"""What docs/indexes.md says of each index is what the suite holds it to."""
+"""The table in docs/indexes.md agrees with the suite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ALIKE = {
     "test_qdrant.TestQdrantEngine",
     "test_qdrant.TestQdrantGraph",
 }
-"""Suites of an index that is in the table, under other conditions. Qdrant's server is in no wheel, its engine is."""
+"""Suites of a listed index under other conditions. No wheel has Qdrant's server, but one has its engine."""
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +23,12 @@ def _everything_is_installed() -> None:
 
 
 def test_the_table_is_up_to_date() -> None:
-    """Otherwise: python -m tests.adapters.indexes.table."""
+    """If this fails, run python -m tests.adapters.indexes.table."""
     assert table.DOCUMENT.read_text() == table.written()
 
 
 def test_every_suite_is_in_the_table() -> None:
-    """Each of the modules that it is made of has no other."""
+    """Each module has at most one suite outside of the table's."""
     suites = {
         f"{module}.{name}"
         for module in {row.partition(".")[0] for row in table.ROWS.values()}

@@ -1,4 +1,6 @@
-"""LangGraph's conformance suite for checkpointers, whole: its level says nothing, so what ran is counted."""
+"""LangGraph's whole conformance suite for checkpointers. The suite's level proves little, so the tests that ran are
+counted.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ TESTS = {
 
 
 class ThroughAsync(BaseCheckpointSaver[str]):
-    """The suite calls what is async; this has it call what is not."""
+    """A saver whose async methods call our sync ones, because the suite calls only async methods."""
 
     def __init__(self, saver: MemStateCheckpointer) -> None:
         super().__init__(serde=saver.serde)
@@ -87,11 +89,11 @@ async def test_whole_conformance_suite_passes(saver: MemStateCheckpointer, throu
     assert sum(TESTS.values()) == 81
 
 
-# -- what the suite's next version adds: channels that store what came, and rarely what it came to ---------------------
+# -- from the suite's next version: delta channels, which store writes and only sometimes a value ----------------------
 
 
 class Chain:
-    """Checkpoints one after the other, each with the given values of channels, and then what is written to them."""
+    """A chain of checkpoints. Each has values of channels, and then writes to them."""
 
     def __init__(self, saver: MemStateCheckpointer) -> None:
         self.saver, self.thread_id, self.configs = saver, str(uuid4()), []
@@ -129,11 +131,11 @@ class Chain:
         return self.head
 
     def history(self, *channels: str, of: Any = None) -> dict[str, tuple[Any, list[Any]]]:
-        """Of each channel, the stored value (or "none") and what was written since; sync and async agree."""
+        """The stored value (or "none") and the later writes of each channel. Sync and async must agree."""
         found = self.saver.get_delta_channel_history(config=of or self.head, channels=channels)
         assert found == BaseCheckpointSaver.get_delta_channel_history(
             self.saver, config=of or self.head, channels=channels
-        )  # what reads one checkpoint after the other says the same
+        )  # the base class reads one checkpoint after the other, and must agree
         shown = {}
         for channel, entry in found.items():
             seed = entry.get("seed", "none")
@@ -150,7 +152,7 @@ def test_delta_writes_come_oldest_first(chain: Chain) -> None:
     chain.add({"ch": _DeltaSnapshot([])})
     for n in range(1, 5):
         chain.add({}, ("ch", n))
-    assert chain.history("ch") == {"ch": ([], [1, 2, 3])}  # what is written at the head is still to be applied
+    assert chain.history("ch") == {"ch": ([], [1, 2, 3])}  # writes at the head are still to be applied
 
 
 def test_delta_seed_is_the_nearest_value(chain: Chain) -> None:
@@ -178,7 +180,7 @@ def test_delta_history_of_no_channel_is_empty(chain: Chain) -> None:
 
 
 def test_delta_history_without_a_value_has_no_seed(chain: Chain) -> None:
-    """No value on the way: no seed. Also of a thread, or a checkpoint, that is not there."""
+    """No ancestor has a value, so there is no seed. The same kind: a thread or a checkpoint that does not exist."""
     for n in range(3):
         chain.add({}, ("ch", n))
     assert chain.history("ch") == {"ch": ("none", [0, 1])}
@@ -189,7 +191,7 @@ def test_delta_history_without_a_value_has_no_seed(chain: Chain) -> None:
 
 @pytest.mark.parametrize("plain", [[10, 20, 30], "short", None, True], ids=repr)
 def test_delta_seed_may_be_plain(chain: Chain, plain: Any) -> None:
-    """As the channel was before it became one: stored as a blob, or small, with the checkpoint."""
+    """The channel was an ordinary one before. Its value is a blob, or small and inside the checkpoint."""
     chain.add({}, ("ch", "older"))
     chain.add({"ch": plain}, ("ch", "its own"))
     chain.add({}, ("ch", "later"))
@@ -198,7 +200,9 @@ def test_delta_seed_may_be_plain(chain: Chain, plain: Any) -> None:
 
 
 def test_delta_writes_of_one_step_come_by_path(chain: Chain) -> None:
-    """Not by the id of the task, which is a hash; without a path (a graph's input), first."""
+    """They are ordered by path, not by the task's id, which is a hash. Writes without a path (a graph's input) come
+    first.
+    """
     chain.add({"ch": _DeltaSnapshot([])})
     chain.saver.put_writes(chain.head, [("ch", 3)], "00000000-0000-0000-0000-000000000000", "~pull, 02")
     chain.saver.put_writes(chain.head, [("ch", 2)], "ffffffff-ffff-ffff-ffff-ffffffffffff", "~pull, 01")
@@ -219,7 +223,7 @@ def test_delta_history_of_a_fork_is_its_own(chain: Chain) -> None:
 
 
 def test_distant_seed_is_found(chain: Chain) -> None:
-    """It is walked in stretches."""
+    """The walk reads checkpoints in batches."""
     from memstate_sa.integrations.langgraph import checkpoint_queries
 
     chain.add({"ch": _DeltaSnapshot([])})
@@ -231,7 +235,7 @@ def test_distant_seed_is_found(chain: Chain) -> None:
 
 
 def test_pruning_keeps_what_a_delta_channel_is_rebuilt_from(chain: Chain) -> None:
-    """Back to the nearest value of each, and nothing before it."""
+    """It keeps checkpoints back to the nearest value of each channel, and none before it."""
     chain.add({"a": _DeltaSnapshot(["old"]), "b": _DeltaSnapshot(["old"])}, ("a", 0))
     chain.add({"a": _DeltaSnapshot([1])}, ("a", 1), ("b", 1), counted=["b"])
     chain.add({"b": _DeltaSnapshot([2])}, ("a", 2), ("b", 2), counted=["a"])

@@ -1,4 +1,4 @@
-"""Values of a graph's state come back as what its schemas name, in another process too, or reading them fails."""
+"""Values of a graph's state come back as the classes of its schemas, also in another process, or reading fails."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Inner(TypedDict):
 
 
 class Day(datetime):
-    """No class of ours may be mistaken for what LangGraph builds itself."""
+    """A class of ours must not be mistaken for a type that LangGraph builds itself."""
 
 
 TicketId = NewType("TicketId", Ticket)
@@ -127,7 +127,7 @@ SCHEMAS: dict[str, tuple[Any, Any]] = {
 
 
 def asking(schema: Any, value: Any, **schemas: Any) -> StateGraph[Any, Any]:
-    """A graph that stores *value*, asks, and goes on with what it reads back."""
+    """A graph that stores *value*, asks, and goes on with the value that it reads back."""
 
     def ask(state: Any) -> Any:
         interrupt("go on?")
@@ -158,7 +158,7 @@ def test_a_value_comes_back_as_the_class_that_the_schema_names(engine: Engine, k
 
 
 def test_a_class_of_a_function_comes_back(engine: Engine) -> None:
-    """No import finds it, but the schema holds it. The kind: a class in a class, in a notebook's cell."""
+    """No import finds the class, but the schema has it. The same kind: a class in a class, in a notebook's cell."""
 
     class Local(BaseModel):
         status: Status
@@ -181,7 +181,7 @@ def test_asyncio_reads_the_same(engine: Engine) -> None:
 
 
 def test_the_schemas_of_input_output_context_and_nodes_count(engine: Engine) -> None:
-    """A Send's argument is named by the node that gets it."""
+    """The receiving node names the type of a Send's argument."""
 
     class State(TypedDict):
         seen: Annotated[list[Any], operator.add]
@@ -229,7 +229,7 @@ def test_a_model_as_the_update_of_a_command_comes_back(engine: Engine) -> None:
 
 
 def test_values_of_an_entrypoint_come_back(engine: Engine) -> None:
-    """The functional API has no graph of nodes: the function's annotations are the schema."""
+    """The functional API has no graph of nodes. The function's annotations are the schema."""
     before: list[Any] = []
 
     def build(saver: MemStateCheckpointer) -> Any:
@@ -254,9 +254,10 @@ def test_a_copied_thread_reads_the_same(engine: Engine) -> None:
 
 
 def test_class_that_no_schema_names_is_refused(engine: Engine) -> None:
-    """In the state, an interrupt, a task's result: never the dict in its place. Messages are always built.
+    """In the state, an interrupt or a task's result, reading fails instead of returning a dict. Messages are always
+    built.
 
-    The same kind: a subclass of what the schema names, a subclass of datetime.
+    The same kind: a subclass of a class that the schema names, a subclass of datetime.
     """
     for schema, value in ((Any, [AIMessage("x"), TICKET]), (Any, Place(1, Status.OPEN)), (datetime, Day(2026, 1, 1))):
         saver = opened(engine)
@@ -270,7 +271,7 @@ def test_class_that_no_schema_names_is_refused(engine: Engine) -> None:
 
 
 def test_allow_takes_a_schema_for_all_that_it_names(engine: Engine) -> None:
-    """What tasks of the functional API return, no schema names."""
+    """No schema names the return types of tasks in the functional API."""
 
     @task
     def work() -> Point:
@@ -292,7 +293,7 @@ def test_allow_takes_a_schema_for_all_that_it_names(engine: Engine) -> None:
 
 
 def test_a_class_that_is_gone_or_refuses_is_an_error(engine: Engine) -> None:
-    """An enum without the member that was stored; a class that was renamed. The error shows nothing of the value."""
+    """An enum lacks the stored member, or a class was renamed. The error shows nothing of the value."""
     serde = StateSerializer([Status, Level])
     stored = serde.dumps_typed({"a": Status.OPEN})
     by_name = StateSerializer()
@@ -307,7 +308,9 @@ def test_a_class_that_is_gone_or_refuses_is_an_error(engine: Engine) -> None:
 
 
 def test_json_of_older_checkpoints_is_held_to_the_same(engine: Engine) -> None:
-    """As imported from LangGraph's own savers: an object of a class that is not allowed was its description."""
+    """A checkpoint imported from LangGraph's own savers. A class that was not allowed used to come back as its
+    description.
+    """
     stored = b'{"lc": 2, "type": "constructor", "id": ["%s", "Point"], "kwargs": {"x": 1}}'
     stored = stored.replace(b"%s", b'", "'.join(part.encode() for part in __name__.split(".")))
     with pytest.raises(MemstateError, match=r"allow=\[Point\]"):
@@ -316,7 +319,7 @@ def test_json_of_older_checkpoints_is_held_to_the_same(engine: Engine) -> None:
 
 
 def test_only_classes_of_data_are_taken_from_a_schema() -> None:
-    """A class that does something when it is made is not to be called by who writes to the database."""
+    """A class with side effects in its constructor must not be callable by anyone who can write to the database."""
 
     class Client:
         def __init__(self, url: str) -> None: ...
@@ -326,7 +329,7 @@ def test_only_classes_of_data_are_taken_from_a_schema() -> None:
 
 
 def test_other_checkpointers_are_not_made_strict(engine: Engine) -> None:
-    """And a serializer of the application's own stays as it was; allow= cannot change it, so it is refused."""
+    """The application's own serializer stays as it was. allow= cannot change it, so this is refused."""
     from langgraph.checkpoint.memory import InMemorySaver
 
     graph = asking(Any, TICKET).compile(checkpointer=InMemorySaver())
@@ -337,7 +340,7 @@ def test_other_checkpointers_are_not_made_strict(engine: Engine) -> None:
 
 
 def test_a_stored_name_imports_nothing(engine: Engine) -> None:
-    """Who can write to the database names any class: it is neither imported nor called."""
+    """A row can name any class. It is neither imported nor called."""
     import sys
 
     saver = opened(engine)

@@ -1,4 +1,4 @@
-"""However a task ends, and however many wait: its facts are there with its part of the state, or neither is."""
+"""A task's facts commit with its part of the state, or not at all, however the task ends and however many wait."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Scratch(State):
 
 
 class Agent:
-    """Nodes that write a fact, and say so in the state."""
+    """Nodes that write a fact, and its name in the state."""
 
     def __init__(self, world: World, coroutines: bool = False, **options: Any) -> None:
         self.world, self.coroutines = world, coroutines
@@ -59,7 +59,7 @@ class Agent:
         self.written: list[str] = []
 
     def node(self, name: str, then: Callable[[], Any] = lambda: None, leave: Command[Any] | None = None) -> Any:
-        """A node that writes *name*, with the thread's, and returns it, or by *leave*."""
+        """A node that writes *name* with its thread, and returns it, or leaves by the Command *leave*."""
 
         def write() -> str:
             mine = f"{get_config()['configurable']['thread_id']} {name} {next(self.numbers)}"
@@ -120,20 +120,20 @@ def two_levels(agent: Agent) -> Any:
 
 
 def three_levels(agent: Agent) -> Any:
-    """Each hands over to the one around it."""
+    """Each graph hands over to the graph around it."""
     inner = one("leave", agent.node("a", leave=Command(goto="on", graph=Command.PARENT))).compile()
     middle = one("inner", inner, destinations=("on",)).add_node("on", agent.node("b", leave=TO_BOB))
     return one("middle", middle.compile(), destinations=("bob",))
 
 
 def two_levels_up(agent: Agent) -> Any:
-    """At once: a Command to the graph that a node of that name is in."""
+    """It leaves two graphs at once, by a Command to the graph with a node of that name."""
     inner = one("leave", agent.node("a", leave=Command(goto="bob", graph="middle"))).compile()
     return one("middle", one("inner", inner).compile(), destinations=("bob",))
 
 
 def beside_others(agent: Agent) -> Any:
-    """Which write nothing in a step, and are saved by the graph that is left."""
+    """Other nodes run beside it without a step. The graph that it leaves saves them."""
     inner = one("leave", agent.node("a", leave=TO_BOB))
     for n in range(4):
         inner.add_node(f"n{n}", lambda state: {"trail": []}).add_edge(START, f"n{n}")
@@ -141,14 +141,14 @@ def beside_others(agent: Agent) -> Any:
 
 
 def sent(agent: Agent) -> Any:
-    """Several at a time, each to a graph that is left."""
+    """Several tasks run at once, and each leaves its graph."""
     alice = one("leave", agent.node("a", leave=TO_BOB)).compile()
     outer = StateGraph(State).add_node("alice", alice, destinations=("bob",))
     return outer.add_conditional_edges(START, lambda state: [Send("alice", {"trail": [n]}) for n in "123"])
 
 
 def called(agent: Agent) -> Any:
-    """By a node, and not as one."""
+    """A node calls the graph, which is not a node itself."""
     inner = one("leave", agent.node("a", leave=TO_BOB)).compile()
 
     async def acall(state: State) -> Any:
@@ -161,13 +161,13 @@ SHAPES = [two_levels, three_levels, two_levels_up, beside_others, sent, called]
 
 
 def slow_saves(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have saves come after whatever is collected, and is done by who waited for that."""
+    """Let saves come after garbage collection, and after the waiting threads have gone on."""
     put_writes = agent.saver.put_writes
     gc.freeze()  # so that the collector is quick
 
     def slow(config: Any, writes: Any, task_id: str, task_path: str = "") -> None:
         gc.collect()
-        threading.Event().wait(0.02)  # nothing is asserted about how long
+        threading.Event().wait(0.02)  # no time is asserted
         put_writes(config, writes, task_id, task_path)
 
     monkeypatch.setattr(agent.saver, "put_writes", slow)
@@ -175,23 +175,26 @@ def slow_saves(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.deep_on("sqlite")
 def test_task_commits_with_the_task_that_it_hands_over_to(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own writes nothing to the state, and is gone before the other's are saved.
+    """A task that hands over writes nothing to the state, and is gone before the other task's writes are saved.
 
-    The same kind: hand-off tools, supervisors, swarms; a Command from a ToolNode, from a task that was sent, from any
-    depth, to any graph around it; graphs that are nodes, and that nodes call; beside others that end as ever.
+    The same kind: hand-off tools, supervisors, swarms, a Command from a ToolNode or from a sent task, from any depth to
+    any
+    outer graph.
+
+    Also graphs that are nodes, graphs that nodes call, and other tasks beside them that end normally.
     """
     slow_saves(agent, monkeypatch)
     for shape in SHAPES:
         graph = shape(agent).add_node("bob", agent.node("bob")).compile(checkpointer=agent.saver)
         trail = agent.run(graph, shape.__name__)["trail"]
         assert trail[-1].startswith(f"{shape.__name__} bob")
-        assert agent.tags() == sorted(agent.written)  # that of the middle graph is in its own state
+        assert agent.tags() == sorted(agent.written)  # the middle graph's own is in its own state
         assert set(trail) - set("123") <= set(agent.written)
         assert agent.saver._steps._open == {}
 
 
 def test_a_tool_that_hands_over_keeps_its_facts(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tools run in threads of their own, and a ToolNode leaves by the Commands that they return."""
+    """Tools run in their own threads. A ToolNode leaves by the Commands that they return."""
     slow_saves(agent, monkeypatch)
 
     @tool
@@ -217,7 +220,7 @@ def test_a_tool_that_hands_over_keeps_its_facts(agent: Agent, monkeypatch: pytes
 def test_a_graph_with_a_channel_that_is_not_saved_keeps_its_facts(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """LangGraph saves a copy of the task's writes, and forgets the task before that is done."""
+    """LangGraph saves a copy of the task's writes, and forgets the task before the copy is saved."""
     slow_saves(agent, monkeypatch)
     builder = one("a", agent.node("a"), Scratch).add_node("b", agent.node("b")).add_edge("a", "b")
     trail = agent.run(builder.compile(checkpointer=agent.saver))["trail"]
@@ -234,9 +237,9 @@ def suppress_error(words: str) -> Iterator[None]:
 
 
 def test_only_one_of_two_leaving_tasks_counts(agent: Agent) -> None:
-    """LangGraph takes one Command; facts of the other go with its Command.
+    """LangGraph takes one Command. The facts of the other task are dropped with its Command.
 
-    Where there is one writer, the second is refused at once. LangGraph raises its error, or takes the Command.
+    With one writer, the second task is refused at once. LangGraph raises its error, or takes the Command.
     """
     inner = one("x", agent.node("x", leave=TO_BOB)).add_node("y", agent.node("y", leave=TO_BOB)).add_edge(START, "y")
     outer = one("alice", inner.compile(), destinations=("bob",)).add_node("bob", agent.node("bob"))
@@ -254,7 +257,7 @@ def fail() -> None:
 
 
 def test_node_does_not_commit_an_inner_failure_that_it_caught(agent: Agent) -> None:
-    """The parent goes on without it, and so do its facts.
+    """The parent goes on without the inner task's result, so its facts are dropped.
 
     The same kind: an inner task that is cancelled or timed out, an interrupt before it, a graph that is drained.
     """
@@ -278,7 +281,7 @@ def test_node_does_not_commit_an_inner_failure_that_it_caught(agent: Agent) -> N
 
 @pytest.mark.parametrize("beside", [False, True])
 async def test_node_does_not_commit_an_inner_timeout_that_it_caught(world: World, beside: bool) -> None:
-    """No task of asyncio ends as cancelled, and LangGraph saves nothing of it: only the end of its graph tells."""
+    """No asyncio task is cancelled, and LangGraph saves nothing of it. Only the end of its graph shows the timeout."""
     agent = Agent(world, coroutines=True)
 
     async def slow(state: State) -> State:
@@ -309,9 +312,9 @@ async def test_node_does_not_commit_an_inner_timeout_that_it_caught(world: World
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_an_attempt_that_begins_no_step_takes_over_none(agent: Agent, inside: bool) -> None:
-    """What the attempt before wrote is rolled back, though the task succeeds.
+    """The first attempt's facts are rolled back, although the task succeeds later.
 
-    The same kind: a step of a graph that the attempt before called, and that left to it.
+    The same kind: a step of a graph that the first attempt called, and that left to it.
     """
     attempts: list[int] = []
     leaving = one("leave", agent.node("a", leave=TO_BOB)).compile() if inside else None
@@ -347,7 +350,7 @@ def test_an_attempt_that_begins_no_step_takes_over_none(agent: Agent, inside: bo
 
 @pytest.mark.parametrize("saver", [None, True])
 def test_a_command_to_a_graph_that_saves_nothing_is_refused(agent: Agent, saver: bool | None) -> None:
-    """There is no save for the facts to go with: without a checkpointer, and with durability='exit' around it."""
+    """No save takes the facts along: there is no checkpointer, or durability='exit' around the graph."""
     inner = one("leave", agent.node("a", leave=TO_BOB)).compile(checkpointer=agent.saver)
     durability: Any = saver and "async"
 
@@ -368,7 +371,7 @@ def test_a_command_to_a_graph_that_saves_nothing_is_refused(agent: Agent, saver:
 @pytest.mark.deep_on("sqlite")
 @pytest.mark.parametrize("kind", ["functions", "coroutines", "functions in a loop"])
 def test_many_runs_with_few_threads_lose_nothing(world: World, kind: str) -> None:
-    """Nor wait for each other in a circle: of threads, connections, LangGraph's permits, or SQLite's one writer."""
+    """They do not deadlock on threads, connections, LangGraph's permits, or SQLite's one writer."""
     engine = create_engine(world.engine.url, pool_size=3, max_overflow=1)
     sqlite.configure(engine)
     agent = Agent(world, coroutines=kind == "coroutines")
@@ -395,7 +398,7 @@ def test_many_runs_with_few_threads_lose_nothing(world: World, kind: str) -> Non
 
 
 async def test_failed_task_is_rolled_back_before_tasks_that_wait_for_it(world: World) -> None:
-    """Its error is saved by threads that all may wait for another step, and that for a thread."""
+    """All save threads may wait for another step, which waits for a thread that saves the error."""
     agent = Agent(world, coroutines=True)
     agent.saver._threads |= {kind: ThreadPoolExecutor(1) for kind in ("save", "settle")}
     inner = one("a", agent.node("a", then=fail)).compile()
@@ -415,7 +418,7 @@ async def test_failed_task_is_rolled_back_before_tasks_that_wait_for_it(world: W
 
 @pytest.mark.parametrize("routed", [False, True])
 async def test_functions_in_a_loop_do_not_wait_for_its_threads(world: World, routed: bool) -> None:
-    """Their steps wait in them for a save, or for a turn, and both need none."""
+    """Their steps wait in these threads for a save or a turn. Saves and turns need none of them."""
     agent = Agent(world)
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
     builder = one("a", agent.node("a")).add_node("b", agent.node("b"))
@@ -428,7 +431,7 @@ async def test_functions_in_a_loop_do_not_wait_for_its_threads(world: World, rou
 
 @pytest.mark.parametrize("concurrency", [1, None])
 def test_more_functions_than_threads_take_turns(agent: Agent, concurrency: int | None) -> None:
-    """On SQLite one has a step at a time, and what ends it would never have a thread, or a permit."""
+    """SQLite allows one step at a time. The end of a step must not need a thread or a permit that the others hold."""
     sends = lambda state: [Send("w", state)] * 9  # noqa: E731
     builder = StateGraph(State).add_node("w", agent.node("w")).add_conditional_edges(START, sends)
     options = {} if concurrency is None else {"max_concurrency": concurrency}
@@ -436,12 +439,12 @@ def test_more_functions_than_threads_take_turns(agent: Agent, concurrency: int |
     assert agent.tags() == sorted(trail) and len(trail) == 9
 
 
-# -- where a step begins, and what it is in the way of ----------------------------------------------------------------
+# -- beginning of a step, and the work that it blocks ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("in_a_node", [False, True])
 def test_a_step_of_a_called_task_commits_with_its_result(world: World, in_a_node: bool) -> None:
-    """It is not run again when what called it has failed, and is."""
+    """The task does not run again when its caller fails and is retried."""
     agent, fails = Agent(world), [True]
 
     @task
@@ -468,10 +471,10 @@ def test_a_step_of_a_called_task_commits_with_its_result(world: World, in_a_node
 
 @pytest.mark.parametrize("beside", ["a task", "a chain", "another attempt"])
 def test_a_step_of_a_called_task_outlives_what_begins_beside_it(world: World, beside: str) -> None:
-    """Functions under @task share the callbacks of the node that calls them; each hears when another one begins.
+    """Functions under @task share the callbacks of the node that calls them, so each sees when another one begins.
 
-    The same kind: a graph or a model that the node calls meanwhile, a sibling that is tried again. Only the next
-    attempt at the task itself takes its step back.
+    The same kind: a graph or a model that the node calls at the same time, a sibling that is tried again. Only the next
+    attempt at the same task rolls its step back.
     """
     agent, stepped, begun = Agent(world), threading.Event(), threading.Event()
     attempts: list[int] = []
@@ -507,9 +510,9 @@ def test_a_step_of_a_called_task_outlives_what_begins_beside_it(world: World, be
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_thread_that_comes_to_an_ended_step_leaves_nothing_open(world: World, fails: bool) -> None:
-    """It would begin a transaction that nobody ends, and keep SQLite's writer.
+    """It would begin a transaction that never ends, and hold SQLite's writer.
 
-    Its kind: astep() of a coroutine that is cancelled before its thread has begun, a tool that outlives its node.
+    The same kind: astep() of a coroutine that is cancelled before its thread begins, a tool that outlives its node.
     """
     agent, steps = Agent(world), list[Any]()
     write = agent.node("a")
@@ -550,7 +553,7 @@ def test_a_called_task_that_is_tried_again_takes_its_step_back(world: World) -> 
 
 @pytest.mark.parametrize("by", ["the same engine", "another engine", "a thread"])
 def test_a_write_after_a_step_is_refused_by_one_writer(world: World, by: str) -> None:
-    """At once: it would wait for the node's own step, and the node for it. The same kind: a store's put, a relay."""
+    """It would wait for the node's own step, and the node for it. The same kind: a store's put, a relay."""
     agent = Agent(world)
     other = create_engine(world.engine.url)
     sqlite.configure(other)
@@ -570,14 +573,14 @@ def test_a_write_after_a_step_is_refused_by_one_writer(world: World, by: str) ->
     else:
         assert sorted([*agent.run(graph)["trail"], "after"]) == agent.tags() + ["t a 1"] * ("t a 1" not in agent.tags())
     agent.saver.close()
-    with other.begin() as connection:  # nobody looks any longer
+    with other.begin() as connection:  # no guard is active any more
         connection.execute(insert(Tag), {"name": "later"})
     other.dispose()
 
 
 @pytest.mark.parametrize("what", ["a step", "a save"])
 def test_error_names_the_holder_of_the_sqlite_writer(sqlite_world: World, what: str) -> None:
-    """Instead of the driver's words, which name nobody."""
+    """The driver's message names no holder."""
     world = sqlite_world
     engine = create_engine(world.engine.url)
     sqlite.configure(engine, busy_timeout_s=0.05)
@@ -603,7 +606,7 @@ def test_error_names_the_holder_of_the_sqlite_writer(sqlite_world: World, what: 
 
 
 def test_a_save_beside_a_step_is_put_off_and_not_lost(agent: Agent) -> None:
-    """Where one connection writes; and it is saved though the step fails."""
+    """With one writer, the save waits for the step to end. It happens even if the step fails."""
     saved, fails = threading.Event(), [True]
     put_writes = agent.saver.put_writes
 

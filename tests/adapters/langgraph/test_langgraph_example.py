@@ -1,4 +1,4 @@
-"""The example of an agent does what it says."""
+"""The example agent works as described."""
 
 from __future__ import annotations
 

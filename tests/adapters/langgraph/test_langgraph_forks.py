@@ -1,4 +1,4 @@
-"""A run goes on from a checkpoint that somebody deletes meanwhile: what it saves is whole, or it says why not."""
+"""A run continues from a checkpoint that is deleted during the run. Its saves are complete, or it gets an error."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ RUNS: dict[str, Callable[[Any, Any], Any]] = {
 def test_fork_saves_its_whole_state_when_its_parent_is_deleted(
     engine: Engine, state: Any, deletion: str, run: str
 ) -> None:
-    """The blobs that it shares with what it follows had gone, and a channel was missing without an error.
+    """The deletion removed blobs that the fork shares, and a channel was missing without an error.
 
-    The same kind: the run of a thread that is deleted meanwhile, a replay, a copy.
+    The same kind: a run of a thread that is deleted, a replay, a copy.
     """
     with MemStateCheckpointer(engine) as saver:
         saver.setup()
@@ -97,7 +97,7 @@ def test_fork_saves_its_whole_state_when_its_parent_is_deleted(
 
 
 def test_a_run_that_cannot_be_saved_whole_says_so(engine: Engine) -> None:
-    """A DeltaChannel is rebuilt from the writes of ancestors: where these are gone, it would read back without them."""
+    """A DeltaChannel is rebuilt from the writes of its ancestors. Without them it would come back incomplete."""
     with MemStateCheckpointer(engine) as saver:
         saver.setup()
 
@@ -116,7 +116,7 @@ def test_a_run_that_cannot_be_saved_whole_says_so(engine: Engine) -> None:
 def test_saving_and_deleting_wait_for_each_other(
     engine: Engine, deletion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint is saved after a deletion has chosen what goes, and before it has ended."""
+    """A checkpoint is saved after a deletion has chosen its rows, and before it has ended."""
     with MemStateCheckpointer(engine) as saver:
         saver.setup()
         graph = graph_of(saver)
@@ -133,7 +133,7 @@ def test_saving_and_deleting_wait_for_each_other(
                 fork.start()
                 assert saving.wait(60)
                 until = time.monotonic() + 60
-                # SQLite's writers wait in the driver, where nobody sees them.
+                # SQLite's writers wait inside the driver, which no query shows.
                 while engine.dialect.name == "postgresql" and time.monotonic() < until:
                     with engine.connect() as other:
                         if other.scalar(text(f"SELECT count(*) {WAITING_FOR_A_LOCK}")):
@@ -152,7 +152,7 @@ def test_saving_and_deleting_wait_for_each_other(
 
 
 def test_a_step_of_a_fork_whose_checkpoint_is_pruned_commits(world: World) -> None:
-    """It waited for the checkpoint to be saved, which it had been, and blamed ``checkpointer=False``."""
+    """It used to wait for a checkpoint that was already saved, and blamed ``checkpointer=False``."""
     with MemStateCheckpointer(world.engine, memory=world.memory, step_timeout_s=5.0) as saver:
 
         def write(_: Any) -> Any:

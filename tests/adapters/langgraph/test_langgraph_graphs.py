@@ -1,4 +1,4 @@
-"""What somebody who runs a graph sees of its checkpointer."""
+"""The checkpointer as a user of a graph sees it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def line(saver: MemStateCheckpointer, *names: str, **nodes: Any) -> Any:
 
 
 def test_an_interrupt_waits_for_its_answer(saver: MemStateCheckpointer) -> None:
-    """It is seen from a graph of another process, and what was answered is not asked again."""
+    """A graph of another process sees the question. An answered question is not asked again."""
     asked = []
 
     def ask(state: State) -> State:
@@ -84,7 +84,7 @@ def test_an_interrupt_waits_for_its_answer(saver: MemStateCheckpointer) -> None:
 
 
 def test_finished_siblings_do_not_run_again(saver: MemStateCheckpointer) -> None:
-    """Of two nodes at once, one fails: only that one is run by the next invoke."""
+    """One of two parallel nodes fails. The next invoke runs only this node."""
     ran: list[str] = []
     broken = [True]
     saved = threading.Event()
@@ -103,7 +103,7 @@ def test_finished_siblings_do_not_run_again(saver: MemStateCheckpointer) -> None
 
     def bad(state: State) -> State:
         ran.append("bad")
-        # Not before: LangGraph itself may drop what a sibling wrote that ends as it gives up.
+        # Wait, because LangGraph may drop the writes of a sibling that ends while the graph fails.
         assert saved.wait(60)
         if broken:
             raise ValueError("once")
@@ -131,7 +131,7 @@ def test_history_is_newest_first(saver: MemStateCheckpointer) -> None:
 
 
 def test_a_fork_leaves_what_it_forks_from(saver: MemStateCheckpointer) -> None:
-    """Two branches that write the same channel at the same step keep each its own value."""
+    """Two branches that write the same channel at the same step both keep their own value."""
     graph = line(saver, "a", "b", "c")
     graph.invoke({"trail": ["in"]}, config())
     at_b = next(snapshot for snapshot in graph.get_state_history(config()) if snapshot.next == ("b",))
@@ -165,7 +165,7 @@ def test_update_state_saves_a_checkpoint(saver: MemStateCheckpointer) -> None:
 
 
 def test_subgraphs_have_states_of_their_own(saver: MemStateCheckpointer) -> None:
-    """A subgraph that waits is seen from outside, and goes on where it was."""
+    """A waiting subgraph is visible from outside, and resumes at its position."""
     ran: list[str] = []
 
     def first(state: State) -> State:
@@ -197,7 +197,7 @@ def test_threads_know_nothing_of_each_other(saver: MemStateCheckpointer) -> None
 
 
 def test_sent_tasks_are_kept(saver: MemStateCheckpointer) -> None:
-    """Tasks that a node sends, with an argument each, are there after a failure."""
+    """Tasks that a node sends, with one argument each, survive a failure."""
     broken = [True]
 
     def fan_out(state: State) -> list[Send]:
@@ -234,7 +234,7 @@ def test_a_retried_node_counts_once(saver: MemStateCheckpointer) -> None:
 
 @pytest.mark.parametrize("durability", ["sync", "async", "exit"])
 async def test_asyncio_and_threads_share_checkpoints(saver: MemStateCheckpointer, durability: Any) -> None:
-    """Whatever the durability: what a coroutine saved, a thread goes on with."""
+    """With every durability, a thread continues a run that a coroutine saved."""
 
     async def slow(state: State) -> State:
         return {"trail": ["slow"]}
@@ -250,7 +250,7 @@ async def test_asyncio_and_threads_share_checkpoints(saver: MemStateCheckpointer
 
 @pytest.mark.parametrize("durability", ["async", "exit"])
 def test_a_delta_channel_outlives_pruning(saver: MemStateCheckpointer, durability: Any) -> None:
-    """Its state is what its writes make of it, and pruning keeps those that it needs."""
+    """Its state is computed from its writes, and pruning keeps the necessary ones."""
 
     class Long(TypedDict):
         trail: Annotated[list[str], DeltaChannel(lambda have, new: [*have, *(x for w in new for x in w)])]
@@ -267,7 +267,7 @@ def test_a_delta_channel_outlives_pruning(saver: MemStateCheckpointer, durabilit
 
 
 def test_pruning_keeps_what_a_thread_needs_and_no_more(saver: MemStateCheckpointer) -> None:
-    """The latest state, and the blobs of that; a subgraph's call goes with the checkpoint it began at."""
+    """The latest state and its blobs stay. A subgraph's checkpoints go with the checkpoint that called it."""
     inner = StateGraph(State).add_node("x", step("x")).add_edge(START, "x").compile()
     builder = StateGraph(State).add_node("inner", inner).add_node("b", step("b"))
     graph = builder.add_edge(START, "inner").add_edge("inner", "b").compile(checkpointer=saver)
@@ -291,7 +291,7 @@ def test_pruning_keeps_what_a_thread_needs_and_no_more(saver: MemStateCheckpoint
 
 
 def test_copied_thread_shows_one_moment(engine: Engine) -> None:
-    """Whatever is deleted while it is made: on SQLite that waits, on PostgreSQL nothing does."""
+    """A deletion during the copy does not matter. It waits on SQLite, and does not wait on PostgreSQL."""
     saver, other = MemStateCheckpointer(engine), MemStateCheckpointer(create_engine(engine.url))
     saver.setup()
     graph = line(saver, "a", "b")
@@ -323,7 +323,7 @@ def test_deleting_a_run_leaves_the_others_whole(saver: MemStateCheckpointer) -> 
     assert graph.get_state(config()).values == expected
     history = list(graph.get_state_history(config()))
     assert {snapshot.metadata["run_id"] for snapshot in history} == {"2"}
-    assert history[-1].parent_config is None  # whose parent was of the run that is gone
+    assert history[-1].parent_config is None  # its parent was of the deleted run
     assert all(len(snapshot.values["trail"]) >= 3 for snapshot in history)
 
 
@@ -368,7 +368,7 @@ VALUES = {
 
 @pytest.mark.parametrize("kind", VALUES)
 def test_values_come_back_as_they_were(engine: Engine, kind: str) -> None:
-    """In the state, and as a write that is pending; classes of the application because they were allowed."""
+    """Both in the state and as a pending write. Classes of the application are allowed here."""
     saver = MemStateCheckpointer(engine, allow=[Plan, Point, Colour])
     saver.setup()
 
@@ -384,7 +384,7 @@ def test_values_come_back_as_they_were(engine: Engine, kind: str) -> None:
 
 
 def test_class_that_is_not_allowed_is_not_built(engine: Engine) -> None:
-    """Who can write to the database does not choose which classes are imported and called."""
+    """Anyone who can write to the database must not choose the classes that are imported and called."""
     saver = MemStateCheckpointer(engine)
     saver.setup()
     graph = line(saver, "set", set=lambda state: {"value": Point(1, 2)})
@@ -396,7 +396,7 @@ def test_class_that_is_not_allowed_is_not_built(engine: Engine) -> None:
 
 
 def test_none_and_empty_values_are_saved(saver: MemStateCheckpointer) -> None:
-    """None, and no bytes, alone in what a task wrote."""
+    """None and empty bytes, as a task's only write."""
     for n, value in enumerate((None, b"", "", [])):
         conf = config(checkpoint_ns="", checkpoint_id=f"{n}")
         checkpoint: Any = {
@@ -414,7 +414,7 @@ def test_none_and_empty_values_are_saved(saver: MemStateCheckpointer) -> None:
 
 
 def test_a_value_that_is_changed_in_place_leaves_the_others(saver: MemStateCheckpointer) -> None:
-    """Nobody tells that it is another one now; it stays what it was when it was saved, as with LangGraph's savers."""
+    """The channel does not notice the change, so the saved value stays as it was, like with LangGraph's own savers."""
 
     def change(state: State) -> State:
         state["value"].append("x")
@@ -428,7 +428,7 @@ def test_a_value_that_is_changed_in_place_leaves_the_others(saver: MemStateCheck
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf"), "\ud800x"])
 def test_metadata_that_is_no_json_is_kept_as_far_as_possible(saver: MemStateCheckpointer, bad: Any) -> None:
-    """Is kept as far as it can be: what it is for is somebody's own, and no reason for a run to fail."""
+    """Metadata belongs to the application, and must not fail a run."""
     line(saver, "a").invoke({"trail": []}, {**config(), "metadata": {"score": bad, "label": "x"}})
     found = list(saver.list(None, filter={"label": "x"}))
     expected = "?x" if isinstance(bad, str) else None
@@ -437,14 +437,14 @@ def test_metadata_that_is_no_json_is_kept_as_far_as_possible(saver: MemStateChec
 
 
 def test_forked_versions_do_not_collide(saver: MemStateCheckpointer) -> None:
-    """Two next versions of one version differ, both are later, also than those of LangGraph's own savers."""
+    """Two successors of one version differ. Both are later than it, also with versions of LangGraph's own savers."""
     for current in (None, saver.get_next_version(None, None), f"{41:032}.{0.5:016}", "00000009.ffffffffffff"):
         a, b = (saver.get_next_version(current, None) for _ in range(2))
         assert a != b and (current is None or (a > current and b > current))
 
 
 def test_filters_bind_what_they_are_given(saver: MemStateCheckpointer) -> None:
-    """Names and values of any kind, those that are no SQL and no path among them."""
+    """Names and values may be of any kind, including some that are neither SQL nor a path."""
     odd = {"a.b": 1, "it's": "o'clock", '"$': True, "none": None, "list": [1, {"a": 2}], "float": 1.5, "%s": "?"}
     graph = line(saver, "a")
     graph.invoke({"trail": ["in"]}, config())
@@ -461,7 +461,7 @@ def test_filters_bind_what_they_are_given(saver: MemStateCheckpointer) -> None:
 
 
 def test_nul_in_metadata_is_left_out(saver: MemStateCheckpointer) -> None:
-    """PostgreSQL holds none in JSON, and LangGraph takes it only from the outermost strings."""
+    """PostgreSQL's JSON holds no NUL, and LangGraph removes it only from the outermost strings."""
     graph = line(saver, "a")
     graph.invoke({"trail": ["in"]}, {**config(), "metadata": {"user": "a\x00b"}})
     found = saver.get_tuple(config())
@@ -495,7 +495,7 @@ def test_checkpointer_refuses_impossible_arguments(engine: Engine) -> None:
 
 
 async def test_checkpointer_takes_an_async_engine(engine: Engine) -> None:
-    """Its URL is: the saver has threads, and an engine for these."""
+    """The saver uses the engine's URL for a sync engine, because it works in threads."""
     from sqlalchemy.ext.asyncio import create_async_engine
 
     driver = "sqlite+aiosqlite" if engine.dialect.name == "sqlite" else "postgresql+psycopg"
@@ -513,6 +513,6 @@ def test_checkpointer_takes_a_url(tmp_path: Any) -> None:
         saver.setup()
         saver.setup()
         assert line(saver, "a").invoke({"trail": ["in"]}, config())["trail"] == ["in", "a"]
-    plain = create_engine(f"sqlite:///{tmp_path / 'graph.db'}")  # one that nobody has configured
+    plain = create_engine(f"sqlite:///{tmp_path / 'graph.db'}")  # an engine without sqlite.configure()
     assert line(MemStateCheckpointer(plain), "a").invoke({"trail": ["x"]}, config())["trail"] == ["in", "a", "x", "a"]
     plain.dispose()

@@ -1,4 +1,4 @@
-"""Threads that LangGraph's own savers have stored go on with ours."""
+"""Threads that LangGraph's own savers have stored continue with ours."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Plain(TypedDict, total=False):
 
 @contextmanager
 def own_saver(engine: Engine) -> Iterator[Any]:
-    """LangGraph's own, in the same database."""
+    """LangGraph's own saver in the same database."""
     url = engine.url.render_as_string(hide_password=False)
     serde = JsonPlusSerializer(allowed_msgpack_modules=[(Plan.__module__, "Plan")])
     if engine.dialect.name == "sqlite":
@@ -93,7 +93,7 @@ def config(thread: str) -> Any:
 
 
 def shown(saver: Any, thread: str) -> list[Any]:
-    """All there is of a thread, newest first."""
+    """All checkpoints and writes of a thread, newest first."""
     return [
         (
             found.config,
@@ -114,7 +114,7 @@ def saver(engine: Engine) -> MemStateCheckpointer:
 
 
 def test_a_thread_goes_on_where_it_was(engine: Engine, saver: MemStateCheckpointer) -> None:
-    """All of its checkpoints are the same, subgraphs, delta channels and what is waited for included."""
+    """All of its checkpoints are equal, with subgraphs, delta channels and interrupts."""
     with own_saver(engine) as old:
         for thread in ("1", "2"):
             build(old).invoke({"trail": ["in"], "words": ["in"]}, config(thread))
@@ -134,7 +134,7 @@ def test_a_thread_goes_on_where_it_was(engine: Engine, saver: MemStateCheckpoint
 
 
 def test_second_import_adds_only_new_checkpoints(engine: Engine, saver: MemStateCheckpointer) -> None:
-    """For what has come since; what has gone on here stays."""
+    """It adds the newer ones. Checkpoints that were made here stay."""
     with own_saver(engine) as old:
         build(old).invoke({"trail": ["in"]}, config("1"))
         import_checkpoints(engine.url, saver, threads=["1"])
@@ -147,7 +147,7 @@ def test_second_import_adds_only_new_checkpoints(engine: Engine, saver: MemState
 
 
 def test_import_leaves_existing_checkpoints_alone(engine: Engine, saver: MemStateCheckpointer) -> None:
-    """A pruned thread's checkpoint has another parent now, or none."""
+    """After pruning, a thread's checkpoint has another parent, or none."""
     plain = StateGraph(Plain).add_node("a", lambda state: {"trail": ["a"]}).add_edge(START, "a")
     with own_saver(engine) as old:
         plain.compile(checkpointer=old).invoke({"trail": ["in"]}, config("1"))
@@ -163,7 +163,7 @@ def test_import_leaves_existing_checkpoints_alone(engine: Engine, saver: MemStat
 def test_command_imports_the_named_threads(
     engine: Engine, saver: MemStateCheckpointer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As many threads as it is told of; the password of a URL that is none is not shown, and no database is made."""
+    """It imports only the named threads. A wrong URL shows no password, and creates no database."""
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
@@ -194,7 +194,7 @@ def test_command_imports_the_named_threads(
 
 
 def test_tasks_sent_before_version_4_are_imported(engine: Engine, saver: MemStateCheckpointer) -> None:
-    """It was not in the checkpoint, but in the writes at its parent."""
+    """They were not in the checkpoint, but in the writes at its parent."""
     with own_saver(engine) as old:
         empty: Any = {"ts": "2025-01-01T00:00:00+00:00", "channel_values": {}, "versions_seen": {}}
         parent = old.put(
@@ -212,7 +212,7 @@ def test_tasks_sent_before_version_4_are_imported(engine: Engine, saver: MemStat
 
 
 def test_nothing_is_unpickled(engine: Engine, saver: MemStateCheckpointer) -> None:
-    """Unless whoever asks for it brings what does it; the message names the checkpoint, not the value."""
+    """The caller can pass a serializer that does it. The message names the checkpoint, not the value."""
     with own_saver(engine) as old:
         old.serde = JsonPlusSerializer(pickle_fallback=True)
         graph = StateGraph(State).add_node("a", lambda state: {"plan": Unknown("secret")}).add_edge(START, "a")
@@ -228,7 +228,7 @@ def test_nothing_is_unpickled(engine: Engine, saver: MemStateCheckpointer) -> No
 
 
 class Unknown:
-    """No msgpack has a form for it."""
+    """msgpack cannot encode it."""
 
     def __init__(self, name: str) -> None:
         self.name = name

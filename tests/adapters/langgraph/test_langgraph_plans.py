@@ -1,4 +1,4 @@
-"""What a checkpointer asks of its tables is served by their keys, however many checkpoints there are."""
+"""Keys serve all statements of a checkpointer, for any number of checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def saver(world: World) -> MemStateCheckpointer:
 
 @pytest.fixture
 def large(saver: MemStateCheckpointer) -> MemStateCheckpointer:
-    """Enough checkpoints that a planner prefers an index, and fresh statistics."""
+    """A saver with enough checkpoints for a planner to prefer an index, and with fresh statistics."""
     fill(saver, 60)
     if saver.engine.dialect.name == "postgresql":
         with saver.engine.begin() as connection:
@@ -81,7 +81,7 @@ def leased(saver: MemStateCheckpointer) -> None:
 
 
 def test_no_table_is_read_as_a_whole(large: MemStateCheckpointer) -> None:
-    for action in (leased, *ACTIONS.values()):  # those that delete come last
+    for action in (leased, *ACTIONS.values()):  # deletions come last
         assert_served(large.engine, plans(large.engine, partial(action, large)), TABLES)
 
 
@@ -98,7 +98,7 @@ def statements(engine: Engine, action: Any) -> list[str]:
 
 
 def test_checkpoint_takes_few_statements(saver: MemStateCheckpointer) -> None:
-    """One to read a checkpoint with all that belongs to it; on PostgreSQL, one to save it, and no BEGIN."""
+    """One statement reads a checkpoint with all that belongs to it. On PostgreSQL one saves it, without a BEGIN."""
     assert len(statements(saver.engine, lambda: saver.get_tuple(T))) == 1
     saved = statements(saver.engine, lambda: put(saver, T, 1000))
     if saver.engine.dialect.name == "postgresql":

@@ -1,4 +1,4 @@
-"""Steps and sweepers, and another thread between two of the looks or changes that they make."""
+"""Steps and sweepers, and another thread that acts between two of their looks or changes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def begin(steps: StepCoordinator) -> None:
 
 
 class Other(threading.Thread):
-    """What it does, and whether that was over before the first thread went on."""
+    """A thread that works between two steps of the first thread, and records whether it finished there."""
 
     def __init__(self, work: Any) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Other(threading.Thread):
 
 
 def test_step_given_up_as_its_block_ends_is_closed(world: World, steps: StepCoordinator) -> None:
-    """After the block has looked whether it is, and before it lets go of the lock: nobody closed the Session."""
+    """The step is given up after the block's last check, before it releases the lock. The Session used to stay open."""
     step = steps.begin(TASK, lambda _: True, StepLifetime(RUN))
     lock, given_up = step.lock, list[int]()
 
@@ -89,7 +89,7 @@ def test_step_given_up_as_its_block_ends_is_closed(world: World, steps: StepCoor
 
 
 def test_checkpoint_waits_for_a_task_that_begins_to_commit(steps: StepCoordinator) -> None:
-    """It waits for it, all the time."""
+    """It waits all the time."""
     begin(steps)
     saving = Other(lambda: steps.wait_for_tasks("t", "", "1", RUN))
 
@@ -108,7 +108,7 @@ def test_checkpoint_waits_for_a_task_that_begins_to_commit(steps: StepCoordinato
 
 @pytest.mark.parametrize("saved", ["checkpoint", "writes"])
 def test_save_fails_while_its_task_is_given_up(steps: StepCoordinator, saved: str) -> None:
-    """What it has written is rolled back, so nothing may be saved that comes after it."""
+    """The task's facts are rolled back, so no later save may succeed."""
 
     def save() -> None:
         if saved == "checkpoint":
@@ -131,7 +131,7 @@ def test_save_fails_while_its_task_is_given_up(steps: StepCoordinator, saved: st
 
 
 def test_sweeper_starts_while_another_ends(engine: Engine) -> None:
-    """That was still alive, so there was none a moment later."""
+    """The old sweeper was still alive, so no new one started, and a moment later there was none."""
     world = World(engine)
     store = MemStateStore(engine, memory=world.memory, ttl={"default_ttl": 1})
     store.setup()
@@ -220,9 +220,9 @@ _WAITING = text(
 
 
 def test_a_batch_that_adds_what_another_changes(engine: Engine) -> None:
-    """The first batch finds neither item, and adds both. A third writer adds one, and the second batch changes that.
+    """The first batch finds neither item, and adds both. A third writer adds one, and the second batch changes it.
 
-    The second batch also adds the other item. It must do that before its change, or each waits for the other.
+    The second batch also adds the other item. It must do that before its change, or the two would deadlock.
     """
     if engine.dialect.name == "sqlite":
         pytest.skip("SQLite has one writer")

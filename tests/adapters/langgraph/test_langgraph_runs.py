@@ -1,4 +1,4 @@
-"""A thread has one run at a time, where runs ask for it: who was taken over is told so, and has written nothing."""
+"""A thread has one run at a time if runs ask for a lease. An overtaken run gets an error, and writes nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONFIG: Any = {"configurable": {"thread_id": "t"}}
 
 
 def another(engine: Engine) -> MemStateCheckpointer:
-    """As in another process: nothing is shared but the database."""
+    """A checkpointer as in another process: it shares only the database."""
     made = MemStateCheckpointer(engine)
     made.setup()
     return made
@@ -56,7 +56,7 @@ def say(name: str, then: Any = None) -> Any:
 
 
 def wait_for_a_checkpoint(saver: MemStateCheckpointer) -> None:
-    """They are saved in the background."""
+    """Wait, because checkpoints are saved in the background."""
     deadline = time.monotonic() + 60
     while saver.get_tuple(CONFIG) is None:
         assert time.monotonic() < deadline
@@ -64,7 +64,7 @@ def wait_for_a_checkpoint(saver: MemStateCheckpointer) -> None:
 
 
 def test_the_second_run_is_refused(engine: Engine) -> None:
-    """While the first has the thread, and not afterwards; other threads are nobody's business."""
+    """It is refused while the first run has the thread. Other threads are free."""
     a, b = another(engine), another(engine)
     with a.run(CONFIG) as config:
         graph(a, one=say("one")).invoke({"trail": []}, config)
@@ -80,7 +80,9 @@ def test_the_second_run_is_refused(engine: Engine) -> None:
 
 @pytest.mark.parametrize("durability", ["sync", "async"])
 def test_overtaken_run_writes_nothing(engine: Engine, durability: Any) -> None:
-    """A process is stopped in a node, another takes the thread over and ends it; the first wakes up, and is told."""
+    """A process stops inside a node. Another process takes the thread and finishes it. The first one resumes with an
+    error.
+    """
     late, new = another(engine), another(engine)
     taken: list[Any] = []
 
@@ -98,7 +100,7 @@ def test_overtaken_run_writes_nothing(engine: Engine, durability: Any) -> None:
 
 
 def test_overtaken_run_commits_no_facts(world: World) -> None:
-    """The fence is in the transaction of the step."""
+    """The fence is checked in the step's transaction."""
     late = MemStateCheckpointer(world.engine, memory=world.memory)
     new = MemStateCheckpointer(world.engine, memory=world.memory)
     late.setup()
@@ -117,11 +119,11 @@ def test_overtaken_run_commits_no_facts(world: World) -> None:
 
 
 def test_a_lease_ends_by_itself(engine: Engine) -> None:
-    """And lasts from the last save on."""
+    """Each save extends it."""
     a, b = another(engine), another(engine)
     with a.run(CONFIG, lease_s=60) as config:
         expire(engine)
-        graph(a, one=say("one")).invoke({"trail": []}, config)  # nobody wanted it: renewed
+        graph(a, one=say("one")).invoke({"trail": []}, config)  # no other run wanted it: renewed
         with pytest.raises(StaleRun), b.run(CONFIG):
             pass
         expire(engine)
@@ -129,7 +131,7 @@ def test_a_lease_ends_by_itself(engine: Engine) -> None:
             graph(b, one=say("two")).invoke({"trail": []}, other)
             with pytest.raises(StaleRun, match="too late"):
                 graph(a, one=say("one")).invoke({"trail": []}, config)
-        with pytest.raises(StaleRun, match="too late"):  # it stays refused when nobody has it
+        with pytest.raises(StaleRun, match="too late"):  # it stays refused after the other run has ended
             graph(a, one=say("one")).invoke({"trail": []}, config)
 
 
@@ -147,7 +149,7 @@ def test_a_process_that_has_ended_is_not_waited_for(engine: Engine, monkeypatch:
 
 
 def test_run_without_the_lease_does_not_get_the_thread(postgres_engine: Engine) -> None:
-    """It was released, and taken by another, between two statements of a third that wanted it."""
+    """The lease was released, and another run took it between two statements of this run."""
     another(postgres_engine)
     others = create_engine(postgres_engine.url)
     with others.begin() as connection:
@@ -173,7 +175,7 @@ def test_run_without_the_lease_does_not_get_the_thread(postgres_engine: Engine) 
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
 def test_overtaken_run_is_stale_on_every_isolation_level(postgres_engine: Engine, level: Any) -> None:
-    """And not that its transaction could not be serialized."""
+    """The error is StaleRun, not a serialization failure."""
     strict = create_engine(postgres_engine.url, isolation_level=level)
     late, new = another(strict), another(postgres_engine)
     left = ["take over"]
@@ -193,7 +195,7 @@ def test_overtaken_run_is_stale_on_every_isolation_level(postgres_engine: Engine
 
 
 def test_late_writer_without_a_lease_makes_a_fork(engine: Engine) -> None:
-    """Without a lease nobody is refused: branches of a thread may be written side by side."""
+    """Without a lease no run is refused, and branches of a thread may be written side by side."""
     a, b = another(engine), another(engine)
     graph(a, one=say("a")).invoke({"trail": []}, CONFIG)
     start = list(a.list(CONFIG))[1].config

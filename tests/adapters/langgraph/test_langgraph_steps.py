@@ -1,4 +1,4 @@
-"""What a node writes to the application's tables commits with what it writes to the state, or not at all."""
+"""A node's writes to the application's tables commit with its writes to the state, or not at all."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CONFIG: Any = {"configurable": {"thread_id": "t"}}
 
 
 class Agent:
-    """A graph whose nodes write facts, and what became of them."""
+    """A graph whose nodes write facts, and the results."""
 
     def __init__(self, world: World, **options: Any) -> None:
         self.world = world
@@ -66,7 +66,7 @@ class Agent:
             return sorted(session.scalars(select(Tag.name)))
 
     def saved_writes(self, graph: Any) -> list[str]:
-        """What tasks have written at the latest checkpoint, as it is stored."""
+        """The stored task writes at the latest checkpoint."""
         found = self.saver.get_tuple(CONFIG)
         assert found is not None
         return [value for _, channel, values in found.pending_writes or () if channel == "trail" for value in values]
@@ -100,7 +100,7 @@ def fail_once(error: type[Exception] = ValueError) -> Any:
 
 
 def test_facts_commit_with_the_writes(agent: Agent) -> None:
-    """Not when the block ends: when the node's writes are saved; and others see nothing of it before."""
+    """The commit comes when the node's writes are saved, not at the end of the block. Others see nothing before."""
     seen: list[Any] = []
     graph = agent.graph(agent.writer("a", lambda: seen.append(agent.tags())), agent.writer("b"))
     assert graph.invoke({"trail": []}, CONFIG)["trail"] == ["a", "b"]
@@ -109,7 +109,7 @@ def test_facts_commit_with_the_writes(agent: Agent) -> None:
 
 
 def test_facts_are_labelled_with_thread_and_node(agent: Agent) -> None:
-    """With the thread and the node, so that a thread can be undone alone."""
+    """The labels have the thread and the node, so that a single thread can be undone."""
     with agent.world.session() as session:
         session.add(Tag(name="somebody else's"))
         session.commit()
@@ -123,7 +123,7 @@ def test_facts_are_labelled_with_thread_and_node(agent: Agent) -> None:
 
 
 def test_a_node_that_fails_leaves_no_fact(agent: Agent) -> None:
-    """It will run again, and what it wrote would be there twice."""
+    """It will run again, so its facts would exist twice."""
     graph = agent.graph(agent.writer("a"), agent.writer("b", fail_once()))
     with pytest.raises(ValueError, match="once"):
         graph.invoke({"trail": []}, CONFIG)
@@ -139,7 +139,7 @@ def test_an_attempt_that_is_retried_leaves_no_fact(agent: Agent) -> None:
 
 
 def test_a_node_that_waits_for_an_answer_leaves_no_fact(agent: Agent) -> None:
-    """It begins anew when the answer is there."""
+    """It runs from its start again when the answer arrives."""
     graph = agent.graph(agent.writer("a", lambda: interrupt("sure?")))
     graph.invoke({"trail": []}, CONFIG)
     assert agent.tags() == []
@@ -151,9 +151,9 @@ def test_a_node_that_waits_for_an_answer_leaves_no_fact(agent: Agent) -> None:
 def test_facts_that_cannot_be_committed_take_the_step_along(
     agent: Agent, looked_at: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the node's writes nor the next checkpoint are saved; the next run has the node run again.
+    """Neither the node's writes nor the next checkpoint are saved. The next run repeats the node.
 
-    It does not matter who looks at the thread in between.
+    Reading the thread in between changes nothing.
     """
     refused = [True]
     if looked_at:
@@ -187,7 +187,7 @@ def test_facts_that_cannot_be_committed_take_the_step_along(
 
 
 def test_writes_that_cannot_be_saved_take_the_facts_along(agent: Agent) -> None:
-    """A value that has no msgpack, say."""
+    """For example, a value that msgpack cannot encode."""
 
     def bad(state: State) -> State:
         with agent.saver.step() as session:
@@ -201,7 +201,7 @@ def test_writes_that_cannot_be_saved_take_the_facts_along(agent: Agent) -> None:
 
 
 def test_node_can_catch_an_error_of_its_block(agent: Agent) -> None:
-    """It can catch it, and go on; what other blocks wrote before stays."""
+    """The node catches the error and goes on. Writes of its earlier blocks stay."""
 
     def a(state: State) -> State:
         with agent.saver.step() as session:
@@ -221,7 +221,7 @@ def test_node_can_catch_an_error_of_its_block(agent: Agent) -> None:
 
 
 def test_parallel_nodes_commit_by_themselves(agent: Agent) -> None:
-    """Each commits by itself; when one fails, the others' facts stay with their writes, and do not come twice."""
+    """Each commits by itself. If one fails, the others' facts stay with their writes, and are not repeated."""
     names = [f"n{n}" for n in range(4)]
     nodes = [agent.writer(name) for name in names] + [agent.writer("bad", fail_once())]
     graph = agent.graph(*nodes, parallel=True)
@@ -254,7 +254,7 @@ def test_tools_of_one_node_share_its_step(agent: Agent) -> None:
 
 @pytest.mark.parametrize("durability", ["sync", "async"])
 async def test_coroutines_write_facts_with_astep(agent: Agent, durability: Any) -> None:
-    """The work is done in a thread; nodes that are no coroutines use `step` as ever."""
+    """The work runs in a thread. Nodes that are not coroutines use `step` as before."""
 
     async def a(state: State) -> State:
         with pytest.raises(MemstateError, match="astep"), agent.saver.step():
@@ -268,7 +268,7 @@ async def test_coroutines_write_facts_with_astep(agent: Agent, durability: Any) 
 
 
 async def test_many_graphs_in_one_loop_do_not_block_each_other(agent: Agent) -> None:
-    """More steps wait for their checkpoints than asyncio has threads: the saves they wait for go on all the same."""
+    """More steps wait for their checkpoints than asyncio has threads. The saves still run."""
 
     async def a(state: State, config: RunnableConfig) -> State:
         name = config["configurable"]["thread_id"]
@@ -286,7 +286,7 @@ async def test_many_graphs_in_one_loop_do_not_block_each_other(agent: Agent) -> 
 
 @pytest.fixture
 def crowded(agent: Agent) -> Iterator[Agent]:
-    """With fewer connections than there are nodes."""
+    """An agent with fewer connections than nodes."""
     engine = create_engine(agent.world.engine.url, pool_size=3, max_overflow=1)
     sqlite.configure(engine)
     agent.saver = MemStateCheckpointer(engine, memory=agent.world.memory)
@@ -296,7 +296,7 @@ def crowded(agent: Agent) -> Iterator[Agent]:
 
 
 async def look(agent: Agent) -> None:
-    """By a connection apart, as a search or a store's get would."""
+    """Read on a separate connection, like a search or a store's get."""
 
     def select_one() -> None:
         with agent.saver.engine.connect() as connection:
@@ -306,7 +306,7 @@ async def look(agent: Agent) -> None:
 
 
 async def test_more_nodes_than_connections_all_finish(crowded: Agent) -> None:
-    """Each has a step, reads by another connection, and goes on: there is one for whoever can end."""
+    """Each node has a step and reads on another connection. One connection stays free for a node that can finish."""
 
     def node(n: int) -> Any:
         async def work(state: State) -> State:
@@ -325,7 +325,7 @@ async def test_more_nodes_than_connections_all_finish(crowded: Agent) -> None:
 
 
 async def test_subgraphs_of_more_nodes_than_connections_all_finish(crowded: Agent) -> None:
-    """Steps further in have connections of their own, which those around them, that wait for them, cannot take."""
+    """Inner steps have their own connections. The outer steps that wait for them cannot take these."""
 
     def inside(n: int) -> Any:
         async def write(state: State) -> State:
@@ -353,7 +353,7 @@ async def test_subgraphs_of_more_nodes_than_connections_all_finish(crowded: Agen
 
 @pytest.mark.parametrize("cancelled", [False, True])
 async def test_failed_run_gives_all_turns_back(crowded: Agent, cancelled: bool) -> None:
-    """Of its turn, too, when the run fails or is cancelled: the next run has them all."""
+    """A run that fails or is cancelled also gives back its turn. The next run has all turns."""
     begun, fails = asyncio.Event(), [True]
 
     def node(n: int) -> Any:
@@ -386,7 +386,7 @@ async def test_failed_run_gives_all_turns_back(crowded: Agent, cancelled: bool) 
 async def test_node_that_waits_for_a_node_without_a_turn_is_refused(
     crowded: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Is told what is the matter, instead of waiting for ever."""
+    """It gets an error with the reason instead of waiting for ever."""
     begun: list[int] = []
     all_begun, done = threading.Event(), asyncio.Event()
     limit, wait = 1 if crowded.world.engine.dialect.name == "sqlite" else 2, FairSemaphore.wait
@@ -422,7 +422,9 @@ async def test_node_that_waits_for_a_node_without_a_turn_is_refused(
 
 
 def test_steps_of_subgraphs_are_saved_at_their_checkpoints(agent: Agent) -> None:
-    """Their steps are saved at checkpoints of their own; that of a Command to the parent, at the parent's."""
+    """Steps of a subgraph are saved at its own checkpoints. The step of a Command to the parent is saved at the
+    parent's.
+    """
 
     def leave(state: State) -> Any:
         with agent.saver.step() as session:
@@ -440,7 +442,7 @@ def test_steps_of_subgraphs_are_saved_at_their_checkpoints(agent: Agent) -> None
 @pytest.mark.parametrize("durability", ["sync", "async"])
 @pytest.mark.parametrize("inside", [True, False])
 def test_subgraph_called_in_a_writing_step_needs_a_second_writer(agent: Agent, durability: Any, inside: bool) -> None:
-    """SQLite has one writer, which the caller is: what it calls could only wait for it, in vain, and is told so."""
+    """SQLite's one writer is the caller. The called graph would wait for it in vain, so it gets an error."""
     inner = StateGraph(State).add_node("inner", agent.writer("inner")).add_edge(START, "inner").compile()
     writes = False
 
@@ -458,7 +460,7 @@ def test_subgraph_called_in_a_writing_step_needs_a_second_writer(agent: Agent, d
         return {"trail": ["outer"]}
 
     graph = agent.graph(outer)
-    assert graph.invoke({"trail": []}, CONFIG)["trail"] == ["outer"]  # who only reads is in nobody's way
+    assert graph.invoke({"trail": []}, CONFIG)["trail"] == ["outer"]  # a step that only reads blocks no other
     assert agent.tags() == ["inner 1"]
     writes = True
     if agent.world.engine.dialect.name == "sqlite":
@@ -471,7 +473,7 @@ def test_subgraph_called_in_a_writing_step_needs_a_second_writer(agent: Agent, d
 
 
 def test_rolled_back_step_does_not_block_others(world: World) -> None:
-    """Its connection is another's now, whatever that writes by it; until it writes again, by another one."""
+    """After the rollback, another transaction uses its connection. It blocks others again after its next write."""
     steps, run = StepCoordinator(world.session, 1.0), threading.Event()  # an object
     task = Task(CheckpointKey("t", "", "1"), "task", run, 1)
 
@@ -507,7 +509,7 @@ def test_rolled_back_step_does_not_block_others(world: World) -> None:
 
 
 def test_tasks_that_must_commit_together_are_refused(agent: Agent) -> None:
-    """Are refused, and nothing of the step is saved."""
+    """They are refused, and nothing of the step is saved."""
 
     def leave(state: State) -> Any:
         with agent.saver.step() as session:
@@ -519,7 +521,7 @@ def test_tasks_that_must_commit_together_are_refused(agent: Agent) -> None:
     def outer(state: State) -> Any:
         with agent.saver.step() as session:
             session.add(Tag(name="outer"))
-            if agent.world.engine.dialect.name == "sqlite":  # whose one writer this is, until the node returns
+            if agent.world.engine.dialect.name == "sqlite":  # its one writer is busy until the node returns
                 session.rollback()
         return inner.invoke(state)
 
@@ -530,7 +532,7 @@ def test_tasks_that_must_commit_together_are_refused(agent: Agent) -> None:
 
 
 def test_step_is_refused_where_nothing_is_saved(world: World) -> None:
-    """Rather than losing facts, or committing them apart from the state."""
+    """Otherwise facts would be lost, or committed separately from the state."""
     agent = Agent(world, step_timeout_s=0.05)
     graph = agent.graph(agent.writer("a"))
     with pytest.raises(MemstateError, match="durability='exit'"):
@@ -545,13 +547,13 @@ def test_step_is_refused_where_nothing_is_saved(world: World) -> None:
 
 
 def test_a_step_waits_for_its_checkpoint(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a crash would have the node run again, at another checkpoint, beside what it has committed."""
+    """Otherwise, after a crash, the node would run again at another checkpoint, beside its committed facts."""
     graph = agent.graph(agent.writer("a"), agent.writer("b"))
     order: list[str] = []
     put, go_on = checkpoint_inserts.put_checkpoint, threading.Event()
 
     def slow(*given: Any, **options: Any) -> bool:
-        go_on.wait(0.2)  # a save that takes its time; nothing is asserted about how long
+        go_on.wait(0.2)  # a slow save; no time is asserted
         is_stored = put(*given, **options)
         order.append("checkpoint")
         return is_stored
@@ -560,12 +562,12 @@ def test_a_step_waits_for_its_checkpoint(agent: Agent, monkeypatch: pytest.Monke
     session = agent.saver._steps._sessions
     monkeypatch.setattr(agent.saver._steps, "_sessions", lambda: (order.append("step"), session())[1])
     graph.invoke({"trail": []}, CONFIG)
-    # The input's, the one that a runs at, a, the one that b runs at, b, the last.
+    # The input's checkpoint, the one before a, step a, the one before b, step b, the last checkpoint.
     assert order == ["checkpoint", "checkpoint", "step", "checkpoint", "step", "checkpoint"]
 
 
 def test_a_checkpoint_waits_for_its_tasks(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a crash would leave a state that says of a node that it is done, without its facts."""
+    """Otherwise a crash would leave a state in which the node is done, without its facts."""
     graph = agent.graph(agent.writer("a"))
     order: list[str] = []
     put, put_writes, go_on = checkpoint_inserts.put_checkpoint, checkpoint_inserts.put_writes, threading.Event()
@@ -598,7 +600,7 @@ def store(engine: Engine, tmp_path: Path) -> Iterator[MemoryStore]:
 
 @pytest.mark.parametrize("by_engine", [False, True])
 def test_calls_of_a_store_join_the_step(store: MemoryStore, by_engine: bool) -> None:
-    """In the block; outside of it they commit by themselves, as ever."""
+    """Calls inside the block join. Calls outside of it commit by themselves, as before."""
     saver = MemStateCheckpointer(store.engine, memory=store.memory) if by_engine else MemStateCheckpointer(store)
     saver.setup()
     failures = fail_once()
@@ -622,7 +624,7 @@ def test_calls_of_a_store_join_the_step(store: MemoryStore, by_engine: bool) -> 
 
 
 def test_items_by_engine_join_a_transaction_of_the_store(store: MemoryStore) -> None:
-    """Whichever way the two were made."""
+    """It does not matter how store and items were made."""
     from memstate_sa.integrations.langgraph import MemStateStore
 
     items = MemStateStore(store.engine, memory=store.memory)
@@ -635,7 +637,7 @@ def test_items_by_engine_join_a_transaction_of_the_store(store: MemoryStore) -> 
 
 
 def test_deleting_a_thread_keeps_its_facts_by_default(store: MemoryStore) -> None:
-    """Leaves the facts, unless they are to go, too; others' facts stay in any case."""
+    """The facts stay unless deletion is requested. Other threads' facts always stay."""
     saver = MemStateCheckpointer(store)
     saver.setup()
 
@@ -655,11 +657,11 @@ def test_deleting_a_thread_keeps_its_facts_by_default(store: MemoryStore) -> Non
     assert [fact.payload["text"] for fact in store.query("note")] == ["somebody's"]
 
 
-# -- nodes that are given up -------------------------------------------------------------------------------------------
+# -- nodes that were stopped -------------------------------------------------------------------------------------------
 
 
 def assert_nothing_is_left_open(agent: Agent) -> None:
-    """No step, and no lock: somebody else can write. Soon: who gave it up is not who ends it."""
+    """Assert that soon no step and no lock is left. Another thread closes the step, so this may take a moment."""
     deadline = time.monotonic() + 60
     while agent.saver._steps._open or agent.saver._steps._committing:
         assert time.monotonic() < deadline, "a step is left open"
@@ -674,7 +676,7 @@ def assert_nothing_is_left_open(agent: Agent) -> None:
 def test_node_that_times_out_keeps_facts_and_writes_together(
     agent: Agent, parallel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run has failed when its thread ends; its facts are there with its writes, or else it runs again."""
+    """Its thread ends after the run has failed. Its facts exist with its writes, or else it runs again."""
     given_up, cancel = threading.Event(), Future.cancel
 
     def give_up(future: Future[Any]) -> bool:
@@ -695,7 +697,7 @@ def test_node_that_times_out_keeps_facts_and_writes_together(
 
 
 async def test_run_that_times_out_after_a_step_rolls_it_back(agent: Agent) -> None:
-    """No asyncio.Task ends as cancelled, so that only the end of the node's life tells."""
+    """No asyncio.Task is cancelled, so only the end of the node's life shows it."""
 
     async def a(state: State) -> State:
         await agent.saver.astep(lambda session: session.add(Tag(name="a")))
@@ -711,7 +713,7 @@ async def test_run_that_times_out_after_a_step_rolls_it_back(agent: Agent) -> No
 
 
 async def test_cancelled_coroutine_rolls_its_step_back(agent: Agent) -> None:
-    """While its step is being written, in a thread that nobody can stop. Nothing waits for the collector of garbage."""
+    """The step is being written in a thread that cannot be stopped. This does not need garbage collection."""
     begun, go_on, kept = threading.Event(), threading.Event(), []
 
     def work(session: Any) -> None:
@@ -737,7 +739,7 @@ async def test_cancelled_coroutine_rolls_its_step_back(agent: Agent) -> None:
 
 
 async def test_node_that_catches_a_cancellation_is_not_done(agent: Agent) -> None:
-    """The node's earlier writes went with it: it is not done, however it goes on."""
+    """The node's earlier writes were rolled back, so it must run again, even if it goes on."""
     catches = [True]
 
     async def a(state: State) -> State:
@@ -763,7 +765,7 @@ async def test_node_that_catches_a_cancellation_is_not_done(agent: Agent) -> Non
 
 
 def test_step_ends_when_its_task_is_gone(agent: Agent) -> None:
-    """Whoever might have settled its step: the end of what holds its writes is the end of the step."""
+    """The object that holds the task's writes is gone. This ends the step, even if nothing else settles it."""
 
     class Writes: ...
 

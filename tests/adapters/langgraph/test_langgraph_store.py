@@ -1,4 +1,4 @@
-"""Items of a LangGraph store are facts: history, undo, transactions, time, and what may not be put."""
+"""Items of a LangGraph store are facts: history, undo, transactions, time, and refused values."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_puts_and_deletes_are_history(shelf: Shelf) -> None:
 
 
 def test_the_same_value_makes_no_history(shelf: Shelf) -> None:
-    """Whatever the order of names, or how JSONB writes a number; but True is not 1."""
+    """The order of names and JSONB's way of writing numbers do not matter. But True is not 1."""
     value = {"text": "one", "n": 1, "big": 1e16, "deep": {"x": [1.5, None], "y": True}}
     shelf.store.put(NOTES, "a", value)
     before = shelf.store.get(NOTES, "a")
@@ -66,7 +66,7 @@ def test_the_same_value_makes_no_history(shelf: Shelf) -> None:
 
 
 def test_updated_at_says_when_the_value_last_changed(shelf: Shelf) -> None:
-    """And a search without a query sorts by it: putting what is there already does not bring an item up."""
+    """A search without a query sorts by it. Putting an existing value again does not move an item up."""
     for key in ("a", "b"):
         shelf.store.put(NOTES, key, {"seen": 1})
         shelf.later(1)
@@ -102,7 +102,7 @@ def test_an_undone_delete_is_found_again(shelf: Shelf) -> None:
 
 
 def test_undo_keeps_or_undoes_an_item_as_a_whole(shelf: Shelf) -> None:
-    """One run puts an item; another changes its value, and not its texts: the first, revoked, leaves them findable."""
+    """One run puts an item. Another changes its value only, not its texts. Revoking the first keeps the texts."""
     with MemoryStore(shelf.engine, shelf.index, embedder=shelf.embedder, background=False) as facts:
         store = MemStateStore(facts, index={"fields": ["more[*]"]})
         with facts.transaction(actor="first"):
@@ -116,7 +116,7 @@ def test_undo_keeps_or_undoes_an_item_as_a_whole(shelf: Shelf) -> None:
 
 
 def test_search_finds_items_that_its_transaction_sees(shelf: Shelf) -> None:
-    """Put and not delivered: found. Deleted and still in the index: not found. Rolled back: never was."""
+    """An undelivered item is found. A deleted item that the index still has is not. A rolled back item is not."""
     with MemoryStore(shelf.engine, shelf.index, embedder=shelf.embedder, background=False) as facts:
         store = MemStateStore(facts, index={"fields": ["text"]})
         store.put(NOTES, "old", {"text": "sweet red apple"})
@@ -146,7 +146,7 @@ def test_a_put_that_fails_leaves_the_transaction_it_joined(shelf: Shelf) -> None
 
 
 def test_an_erased_item_is_in_no_history(shelf: Shelf) -> None:
-    """Nor are texts that it had once."""
+    """Its former texts are not in history either."""
     shelf.store.put(NOTES, "a", {"text": "secret", "more": ["secret two", "secret three"]})
     shelf.store.put(NOTES, "a", {"text": "secret", "more": ["secret two"]})
     shelf.store.put(NOTES, "b", {"text": "other"})
@@ -178,7 +178,7 @@ def test_as_of_shows_the_store_as_it_was(shelf: Shelf) -> None:
     assert [item.key for item in past.search((), filter={"text": "ann lives in berlin"})] == []
     [best] = past.search(("people",), query="ann lives in paris", limit=1)
     assert (best.namespace, best.score) == (("people", "ann"), pytest.approx(1.0, abs=1e-5))
-    shelf.memory.relay(shelf.engine).drain()  # the index has forgotten him
+    shelf.memory.relay(shelf.engine).drain()  # the index has forgotten it
     [best] = past.search(("people",), query="bob lives in rome", limit=1)
     assert (best.namespace, best.score) == (("people", "bob"), pytest.approx(1.0, abs=1e-5))
     assert past.list_namespaces() == [("people", "ann"), ("people", "bob")]
@@ -189,7 +189,7 @@ def test_as_of_shows_the_store_as_it_was(shelf: Shelf) -> None:
 
 
 def test_expired_item_is_not_found_before_the_sweep(shelf: Shelf) -> None:
-    """Before it is swept."""
+    """It is hidden as soon as it expires."""
     shelf.store.put(("a", "b"), "mortal", {"text": "sweet red apple", "more": ["pear"]}, ttl=10)
     shelf.store.put(("a", "c"), "immortal", {"text": "sweet red apple"})
     shelf.memory.relay(shelf.engine).drain()
@@ -253,14 +253,14 @@ def test_same_put_restarts_the_ttl(shelf: Shelf) -> None:
     shelf.later(9)
     assert shelf.values() == {"a": {"n": 1}}
     assert shelf.ops("a") == ["insert"]
-    shelf.store.put(NOTES, "a", {"n": 1})  # for good: another item, to history
+    shelf.store.put(NOTES, "a", {"n": 1})  # without an end: another item, for history
     shelf.later(1000)
     assert shelf.values() == {"a": {"n": 1}}
     assert shelf.ops("a") == ["insert", "update"]
 
 
 def test_later_put_may_shorten_the_ttl(shelf: Shelf) -> None:
-    """What a reader had prolonged, a put does not."""
+    """A put overrides a reader's extension."""
     shelf.store.put(NOTES, "a", {"n": 1}, ttl=100)
     shelf.later(50)
     assert shelf.store.get(NOTES, "a") is not None
@@ -270,7 +270,7 @@ def test_later_put_may_shorten_the_ttl(shelf: Shelf) -> None:
 
 
 def test_late_reader_does_not_shorten_the_ttl(shelf: Shelf) -> None:
-    """Its clock was read before that of another."""
+    """Its clock was read earlier than another reader's."""
     shelf.store.put(NOTES, "a", {"n": 1}, ttl=10)
     shelf.later(5)
     assert shelf.store.get(NOTES, "a") is not None
@@ -358,7 +358,7 @@ def test_without_ttl_there_is_no_sweeper(shelf: Shelf) -> None:
 
 
 def test_sweep_inside_a_transaction_is_refused(shelf: Shelf) -> None:
-    """Its step would no longer count."""
+    """It would no longer count as a step."""
     with MemoryStore(shelf.engine, shelf.index, embedder=shelf.embedder, background=False) as facts:
         store = MemStateStore(facts)
         with facts.transaction(), pytest.raises(MemstateError, match="transaction of its own"):
@@ -431,7 +431,7 @@ def test_bad_values_are_refused_and_lose_nothing(shelf: Shelf) -> None:
 
 
 def test_large_values_are_stored(shelf: Shelf) -> None:
-    """10 MB, and as deep as may be."""
+    """10 MB, and as deep as allowed."""
     large = {"blob": "x" * 10_000_000, "deep": nested(190)}
     shelf.store.put(NOTES, "large", large)
     assert shelf.store.get(NOTES, "large").value == large  # type: ignore[union-attr]
@@ -479,7 +479,7 @@ def test_store_takes_a_url_an_engine_or_an_async_engine(shelf: Shelf, tmp_path: 
 
 
 def test_store_works_on_an_in_memory_database() -> None:
-    """Of a MemoryStore, which lets one thread at a time have the connection."""
+    """The MemoryStore lets one thread at a time use the connection."""
     with MemoryStore("sqlite://", InMemoryIndex(), embedder=HashEmbedder()) as facts:
         store = MemStateStore(facts, ttl={"default_ttl": 5})
         store.setup()
@@ -508,7 +508,7 @@ def test_a_relay_that_ran_before_delivers_items(engine: Engine) -> None:
 
 
 def test_sixteen_writers_of_one_key_lose_nothing(shelf: Shelf) -> None:
-    """Each is in the history, after the other; none is lost, none is an error."""
+    """Each write is in the history, in order. None is lost, and none raises an error."""
 
     def write(n: int) -> None:
         for round_ in range(3):
@@ -526,7 +526,7 @@ def test_sixteen_writers_of_one_key_lose_nothing(shelf: Shelf) -> None:
 
 
 def test_overlapping_batches_do_not_deadlock(shelf: Shelf) -> None:
-    """New keys and old ones, in any order, with readers that keep them: nobody waits for another in a circle."""
+    """Batches have new and old keys in any order, beside readers that extend items. There is no deadlock."""
     shelf.store.batch([PutOp(NOTES, f"k{n}", {"by": -1}, ttl=60) for n in range(0, 12, 2)])
 
     def write(n: int) -> None:
@@ -560,7 +560,7 @@ def test_put_that_keeps_losing_raises_a_conflict(shelf: Shelf, monkeypatch: pyte
 
 
 def test_statements_are_served_by_indexes(shelf: Shelf) -> None:
-    """Of 3,000 items in 300 namespaces, each of the operations looks at those that it is about."""
+    """There are 3,000 items in 300 namespaces. Each operation reads only its own items."""
     shelf.store.batch(
         [
             PutOp(("t", str(n % 300)), f"k{n}", {"text": f"t{n}", "n": n}, ttl=None if n % 7 else 60, index=False)
@@ -588,7 +588,7 @@ def test_statements_are_served_by_indexes(shelf: Shelf) -> None:
 
 
 def test_search_filters_the_index_by_namespace(shelf: Shelf) -> None:
-    """As long as its namespaces can be named; when they cannot, their rows say which vectors count."""
+    """The filter lists the namespaces while their number allows it. Otherwise their rows decide."""
     asked: list[Any] = []
     query = shelf.index.query
 
@@ -614,11 +614,11 @@ def test_search_filters_the_index_by_namespace(shelf: Shelf) -> None:
 
 
 def test_statements_do_not_grow_with_the_items(shelf: Shelf) -> None:
-    """None is for each of the items."""
+    """No statement is sent per item."""
     counts: list[str] = []
 
     def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
-        if "memstate_" in statement:  # relays are told of it by another thread
+        if "memstate_" in statement:  # another thread notifies relays
             counts.append(statement)
 
     event.listen(shelf.engine, "before_cursor_execute", note)

@@ -1,4 +1,4 @@
-"""What coroutines ask of a store at the same time is one batch, and each of them gets what its own call gives."""
+"""Concurrent calls of coroutines on a store form one batch, and each call gets its own result."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def values(store: MemStateStore) -> dict[str, Any]:
 
 
 def test_puts_and_gets_of_one_moment_are_one_batch(store: MemStateStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same kind: deletes, lists of namespaces, a put and a delete of one key, of which the later one counts."""
+    """The same kind: deletes, lists of namespaces, a put and a delete of one key, where the later one counts."""
     batches: list[int] = []
     batch = store.batch
     monkeypatch.setattr(store, "batch", lambda ops: batches.append(len(ops)) or batch(ops))
@@ -73,7 +73,7 @@ def test_puts_and_gets_of_one_moment_are_one_batch(store: MemStateStore, monkeyp
 
 
 def test_searches_do_not_wait_for_each_other(store: MemStateStore) -> None:
-    """An embedder may be slow: searches are made at the same time, each by itself."""
+    """An embedder may be slow, so searches run separately at the same time."""
 
     async def run() -> list[list[SearchItem]]:
         await store.aput(NOTES, "a", {"text": "apples"})
@@ -99,7 +99,7 @@ class Strange:
 def test_a_call_that_is_refused_fails_alone(
     engine: Engine, namespace: Any, key: str, value: Any, error: type[Exception]
 ) -> None:
-    """By us, or with strict delivery by the embedder; wherever it is among the others."""
+    """Our code refuses it, or the embedder with strict delivery, at any place among the others."""
 
     class Picky(HashEmbedder):
         def embed(self, texts: Any) -> Any:
@@ -124,7 +124,7 @@ def test_a_call_that_is_refused_fails_alone(
 
 
 def test_a_database_that_is_away_is_asked_once(store: MemStateStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of the calls fail: each by itself would wait as long again."""
+    """All calls fail together, because separate calls would each wait as long again."""
     asked: list[int] = []
 
     def away(ops: Any) -> Any:
@@ -152,7 +152,7 @@ def test_a_call_that_is_cancelled_takes_no_other_along(store: MemStateStore) -> 
 
 
 def test_nodes_of_different_threads_are_labelled_by_their_own(store: MemStateStore) -> None:
-    """Runs of two visitors go on at the same time in one event loop: an undo of one leaves the other's."""
+    """Runs of two users share one event loop. Undoing one run leaves the other's puts."""
 
     async def write(state: dict[str, Any]) -> dict[str, Any]:
         await asyncio.gather(*(get_store().aput(NOTES, f"{state['of']}{n}", {}) for n in range(3)))

@@ -1,4 +1,4 @@
-"""A graph that remembers: its nodes use the store, and what they put is a fact like others."""
+"""A graph with memory: its nodes use the store, and their puts are ordinary facts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def config(thread: str, **more: Any) -> Any:
 
 
 class Agent:
-    """A MemoryStore, the store and the checkpointer on it."""
+    """A MemoryStore, with a store and a checkpointer on it."""
 
     def __init__(self, engine: Engine) -> None:
         self.facts = MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False)
@@ -101,7 +101,7 @@ async def test_graph_of_coroutines_remembers_across_threads(agent: Agent) -> Non
 
 
 def test_puts_of_a_thread_can_be_undone(agent: Agent) -> None:
-    """Changes are labelled with the thread, and the node."""
+    """The labels have the thread and the node."""
     graph = agent.graph(remember)
     graph.invoke({"said": "i like green pears"}, config("one"))
     graph.invoke({"said": "my sister is called jo"}, config("two"))
@@ -127,7 +127,7 @@ def test_transaction_in_a_node_keeps_its_own_labels(agent: Agent) -> None:
 
 
 def test_a_step_is_one_transaction_with_what_its_node_puts(agent: Agent) -> None:
-    """A fact, an item and the state: all of them, or none."""
+    """A fact, an item and the state are saved together, or not at all."""
     fails = True
 
     def work(state: State, *, store: BaseStore) -> State:
@@ -154,7 +154,7 @@ def test_a_step_is_one_transaction_with_what_its_node_puts(agent: Agent) -> None
 
 @pytest.mark.parametrize("where", ["engine", "url"])
 def test_a_store_without_a_memory_store_joins_the_step(engine: Engine, where: str) -> None:
-    """Made of an Engine and a Memory, as the checkpointer is: on SQLite it would wait for the step that it is in."""
+    """It is made of an Engine and a Memory, like the checkpointer. On SQLite it would else wait for its own step."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     url = engine.url.render_as_string(hide_password=False)
     store = MemStateStore(engine if where == "engine" else url, memory=memory)
@@ -207,7 +207,7 @@ def test_a_replay_may_read_the_store_as_it_was(agent: Agent) -> None:
 
 
 def test_two_stores_of_one_memory_find_each_others_items(agent: Agent) -> None:
-    """And a Memory that has items of before: another process."""
+    """This includes a Memory of another process with earlier items."""
     other = MemStateStore(agent.facts, index={"fields": ["other"]}, ttl={"default_ttl": 5})
     other.put(("x",), "k", {"other": "green pears"})
     assert [item.key for item in agent.store.search((), query="green pears")] == ["k"]

@@ -1,4 +1,4 @@
-"""Random operations on a LangGraph store, beside a dict that does the same."""
+"""Random operations on a LangGraph store, compared with a dict."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FILTERS: list[tuple[Any, Any]] = [
 
 
 class Held:
-    """What the model knows of an item."""
+    """An item as the model knows it."""
 
     def __init__(
         self, value: dict[str, Any], texts: list[str], ttl: float | None, now: datetime, was: Held | None
@@ -83,7 +83,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.root = f"run{next(self.numbers)}"  # each run has a namespace of its own
+        self.root = f"run{next(self.numbers)}"  # each run has its own namespace
         self.model: dict[tuple[tuple[str, ...], str], Held] = {}
 
     @property
@@ -204,7 +204,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_locked(self) -> None:
-        deadline = time.monotonic() + 60  # whoever tells other relays has a connection for a moment
+        deadline = time.monotonic() + 60  # notifying other relays takes a connection for a moment
         while self.shelf.engine.pool.checkedout():  # type: ignore[attr-defined]
             assert time.monotonic() < deadline, "a connection was not given back"
             time.sleep(0.001)

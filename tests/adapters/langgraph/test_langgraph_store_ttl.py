@@ -1,4 +1,4 @@
-"""A read that prolongs an item, beside a sweep that deletes it: it returns the item and keeps it, or returns None."""
+"""A read that extends an item, beside a sweep that deletes it: it returns the item and keeps it, or returns None."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NOTES = ("notes",)
 
 @pytest.fixture
 def store(engine: Engine) -> Iterator[MemStateStore]:
-    """At a time one second before "old" is over."""
+    """A store whose clock is one second before the end of "old"."""
     with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as facts:
         made = MemStateStore(facts)
         made.setup()
         now = made._now()
-        made._now = lambda: now  # it stands still, however slow the machine is
+        made._now = lambda: now  # the clock stands still, however slow the machine is
         made.put(NOTES, "old", {"text": "apples"}, ttl=10)
         made.put(NOTES, "young", {"text": "apples"}, ttl=20)
         facts.memory.relay(engine).drain(60)
@@ -43,7 +43,7 @@ def later(store: MemStateStore) -> None:
 
 
 def sweep_elsewhere(store: MemStateStore) -> int:
-    """In a thread of its own, two seconds later: in this one it would join the reader's transaction."""
+    """Sweep two seconds later, in another thread. In this thread it would join the reader's transaction."""
     later(store)
     counts: list[int] = []
     assert in_threads(1, lambda _: counts.append(store.sweep_ttl())) == []
@@ -71,7 +71,7 @@ READS: dict[str, Callable[[MemStateStore], list[str]]] = {
 def test_item_swept_before_it_is_prolonged_is_not_returned(
     store: MemStateStore, read: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same kind: an item that somebody deletes. A batch that writes holds SQLite's lock only when it has read."""
+    """The same kind: a deleted item. A batch that writes takes SQLite's lock only after its reads."""
     keep, swept = item_rows.keep, list[int]()
 
     def sweep() -> None:
@@ -101,7 +101,7 @@ def test_item_swept_before_it_is_prolonged_is_not_returned(
 
 
 def test_item_prolonged_during_a_sweep_stays(store: MemStateStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PostgreSQL: the sweep passes by rows that a reader holds, and looks again at those that one held before."""
+    """PostgreSQL: the sweep skips rows that a reader locks. It checks rows again that a reader has just released."""
     if store.engine.dialect.name == "sqlite":
         pytest.skip("SQLite has one writer")
     keep, living, swept = item_rows._keep, item_rows.living, list[int]()
@@ -122,7 +122,7 @@ def test_item_prolonged_during_a_sweep_stays(store: MemStateStore, monkeypatch: 
     [row] = [row for row in [store.get(NOTES, "other", refresh_ttl=False)] if row]
 
     def kept_meanwhile(connection: Any, ids: Any, at: Any) -> set[str]:
-        with store.engine.begin() as beside:  # by a reader that committed just before the sweep locked the row
+        with store.engine.begin() as beside:  # a reader committed just before the sweep locked the row
             item_rows._keep(beside, [item_rows.KeptItem(other, row.updated_at, at + timedelta(minutes=5))], {other})
         return living(connection, ids, at)
 
@@ -132,7 +132,7 @@ def test_item_prolonged_during_a_sweep_stays(store: MemStateStore, monkeypatch: 
 
 
 def test_a_batch_reads_what_it_deletes_or_puts_itself(store: MemStateStore) -> None:
-    """It need not keep that, and is not to wait for it: the item has another end now."""
+    """It need not extend these items or wait for them, because it sets their end itself."""
     ops: list[Any] = [GetOp(NOTES, "old"), SearchOp(NOTES), PutOp(NOTES, "old", None), PutOp(NOTES, "young", {"n": 2})]
     assert [found(result) for result in store.batch(ops)] == [["old"], ["old", "young"], [], []]
     assert {item.key: item.value for item in store.search(NOTES)} == {"young": {"n": 2}}

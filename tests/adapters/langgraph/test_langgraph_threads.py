@@ -1,4 +1,4 @@
-"""A config that names no thread is refused by every method, before anything is read or written."""
+"""Every method refuses a config without a thread, before anything is read or written."""
 
 from __future__ import annotations
 
@@ -83,18 +83,18 @@ OF_IDS: dict[str, Callable[[MemStateCheckpointer, Any], Any]] = {
 }
 NO_THREADS = [MISSING, None, "", " \t", "a\0b", "\ud800"]
 NO_IDS = [b"bytes", True, 1.5, ["t"], object()]
-"""The methods of a graph make text of these, before we see them."""
+"""Ids that a graph's methods turn into text before our code sees them."""
 OF_GRAPHS = ("invoke", "ainvoke", "get_state", "get_state_history", "update_state")
 
 
 @pytest.mark.parametrize("name", [*CALLS, *OF_IDS])
 def test_invalid_thread_id_is_refused(saver: MemStateCheckpointer, name: str) -> None:
-    """All anonymous visitors shared the thread "None". The same kind: "None" itself, which str() of None gives."""
+    """All anonymous visitors used to share the thread "None". The same kind: "None" itself, the str() of None."""
     graph(saver).invoke({"messages": ["theirs"]}, config("theirs"))
     before = rows(saver.engine)
     for thread_id in [*NO_THREADS, *(NO_IDS if name not in OF_GRAPHS else ())]:
         if thread_id is MISSING and name in (*OF_IDS, *OF_GRAPHS[2:]):
-            continue  # there is none to leave out, or LangGraph itself raises KeyError
+            continue  # no id to leave out, or LangGraph itself raises KeyError
         with pytest.raises(InvalidThread, match="thread_id") as raised:
             {**CALLS, **OF_IDS}[name](saver, thread_id)
         assert isinstance(raised.value, MemstateError) and isinstance(raised.value, ValueError)
@@ -139,7 +139,7 @@ def test_ids_that_are_no_strings_are_one_thread_with_their_text(
 
 
 def test_invalid_checkpoint_id_and_namespace_are_refused(saver: MemStateCheckpointer) -> None:
-    """A NUL in an id out of a URL was the driver's error on PostgreSQL. No namespace is the graph itself."""
+    """A NUL in an id from a URL raised the driver's error on PostgreSQL. An empty namespace is the graph itself."""
     graph(saver).invoke({"messages": ["hi"]}, config("t"))
     for bad in ("a\0", "\ud800", b"x"):
         with pytest.raises(InvalidThread, match="checkpoint_id"):
@@ -153,7 +153,7 @@ def test_invalid_checkpoint_id_and_namespace_are_refused(saver: MemStateCheckpoi
 
 
 def test_none_is_no_label_and_no_key_of_a_store(engine: Engine) -> None:
-    """The store's side of it: ``("memories", user_id)`` of a visitor without an id, and a key that is missing."""
+    """The same for the store: ``("memories", user_id)`` of a visitor without an id, and a missing key."""
     with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as facts:
         store = MemStateStore(facts)
         store.put(("memories", "None"), "None", {"pin": 1234})

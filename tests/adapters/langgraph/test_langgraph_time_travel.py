@@ -1,4 +1,4 @@
-"""A graph that goes back to a checkpoint, and the facts of that moment: read, searched, or brought back."""
+"""A graph goes back to a checkpoint. The facts of that moment are read, searched, or restored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class State(TypedDict, total=False):
 
 
 class Traveller:
-    """An agent that remembers where somebody lives, and is asked for it."""
+    """An agent that remembers a person's home, and is asked for it."""
 
     def __init__(self, world: World) -> None:
         self.world, self.memory = world, world.memory
@@ -73,7 +73,9 @@ def traveller(world: World) -> Traveller:
 
 
 def test_a_replay_reads_the_present_unless_asked_otherwise(traveller: Traveller) -> None:
-    """From before the first answer: of today's facts, it says Berlin; of those of then, Paris."""
+    """A replay from before the first answer says Berlin with the present facts, and Paris with the facts of that
+    moment.
+    """
     then = traveller.before("answer", 1)
     assert traveller.graph.invoke(None, then.config)["trail"][-1] == "Berlin"
     assert traveller.graph.invoke(None, traveller.saver.at(then))["trail"][-1] == "Paris"
@@ -81,7 +83,7 @@ def test_a_replay_reads_the_present_unless_asked_otherwise(traveller: Traveller)
 
 
 def test_all_of_a_replay_is_at_one_moment(traveller: Traveller) -> None:
-    """Its later nodes, too, whose checkpoints are new; and what goes on from these says of when they are."""
+    """Its later nodes have new checkpoints, and read the same moment. Runs that continue from them do so too."""
     then = traveller.before("think", 1)
     assert traveller.graph.invoke(None, traveller.saver.at(then))["trail"][-1] == "Paris"
     state = traveller.graph.get_state(CONFIG)
@@ -89,7 +91,7 @@ def test_all_of_a_replay_is_at_one_moment(traveller: Traveller) -> None:
 
 
 def test_memory_goes_back_with_the_graph(traveller: Traveller) -> None:
-    """If that is what is wanted: facts and vectors, as new entries of the log."""
+    """The application can undo facts and vectors to the checkpoint, by new entries of the log."""
     then = traveller.before("answer", 1)
     with traveller.world.session() as session:
         session.add(Tag(name="unrelated", meaning="of somebody else"))
@@ -107,7 +109,7 @@ def test_memory_goes_back_with_the_graph(traveller: Traveller) -> None:
 
 
 def test_empty_log_has_a_position_to_return_to(traveller: Traveller) -> None:
-    """When the log was empty, a time takes the place of its last transaction."""
+    """The log was empty, so a time replaces its last transaction."""
     first = list(traveller.graph.get_state_history(CONFIG))[-1]
     at = traveller.saver.position(first)
     with traveller.world.session() as session:

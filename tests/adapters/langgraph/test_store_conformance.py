@@ -1,7 +1,7 @@
-"""What a LangGraph store does, asked of LangGraph's own InMemoryStore and of ours on both databases.
+"""The behaviour of a LangGraph store, tested on LangGraph's InMemoryStore and on ours, on both databases.
 
-Where the stores of LangGraph differ among themselves, ours does as its PostgresStore, or as JSON has it: those tests
-are of ours alone, and say so.
+Our store follows PostgresStore or JSON if LangGraph's stores differ. Tests of such behaviour run on ours only, and say
+so.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def test_an_item_is_what_was_put(store: BaseStore) -> None:
         item = store.get(PEOPLE, str(n))
         assert item is not None
         assert (item.namespace, item.key, item.value) == (PEOPLE, str(n), value)
-        assert repr(dict(sorted(item.value.items()))) == repr(dict(sorted(value.items())))  # 1 is not True, nor 1.0
+        assert repr(dict(sorted(item.value.items()))) == repr(dict(sorted(value.items())))  # 1 is neither True nor 1.0
         assert item.created_at <= item.updated_at
         assert item.created_at.tzinfo is not None
 
@@ -144,7 +144,7 @@ def test_delete_removes_one_item(store: BaseStore) -> None:
 
 
 def test_put_and_get_copy_the_value(our_store: BaseStore) -> None:
-    """InMemoryStore returns what it holds."""
+    """InMemoryStore returns its own object."""
     value = {"list": [1]}
     our_store.put(PEOPLE, "ann", value)
     value["list"].append(2)
@@ -155,7 +155,7 @@ def test_put_and_get_copy_the_value(our_store: BaseStore) -> None:
 
 
 def test_a_replaced_item_keeps_the_time_of_its_creation(our_store: BaseStore) -> None:
-    """As PostgresStore does; InMemoryStore and SqliteStore take a put for a creation."""
+    """PostgresStore does the same. InMemoryStore and SqliteStore treat each put as a creation."""
     our_store.put(PEOPLE, "ann", {"n": 1})
     first = our_store.get(PEOPLE, "ann")
     our_store.put(PEOPLE, "ann", {"n": 2})
@@ -223,7 +223,7 @@ def test_a_bad_namespace_is_refused(store: BaseStore) -> None:
 
 
 def test_a_bad_namespace_in_a_batch_is_refused(our_store: BaseStore) -> None:
-    """So that ("a.b",) is no other name for ("a", "b"). InMemoryStore leaves it to put() and get()."""
+    """Otherwise ("a.b",) would be another name for ("a", "b"). InMemoryStore checks only put() and get()."""
     bad: list[Any] = [("a.b",), ("a", ""), ("a\x00",)]
     for namespace in bad:
         for op in (
@@ -240,7 +240,7 @@ def test_a_bad_namespace_in_a_batch_is_refused(our_store: BaseStore) -> None:
 
 
 def test_nul_in_a_label_is_refused(our_store: BaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused by ourselves: langgraph-checkpoint 4.3.0 lets it pass, and history() asks nobody."""
+    """Our own code refuses it: langgraph-checkpoint 4.3.0 lets it pass, and history() has no such check."""
     assert isinstance(our_store, MemStateStore)
     our_store.put(("mem", "ann", "private"), "k", {"n": 1})
     monkeypatch.setattr(langgraph_store, "validate_op_namespace", lambda op: None)
@@ -283,7 +283,7 @@ def many(store: BaseStore) -> BaseStore:
 
 
 def test_a_search_is_within_a_namespace(many: BaseStore) -> None:
-    """`LIKE 'foo%'` would find foobar, F% would find foo, and a collation may take ô for o."""
+    """`LIKE 'foo%'` would find foobar, F% would find foo, and a collation may treat ô as o."""
     for prefix in [(), *NAMESPACES, ("f",), ("bar",), ("foo", "ba"), ("foo", "bar", "baz", "x"), ("%",)]:
         found = many.search(prefix, limit=100)
         expected = sorted(namespace for namespace in NAMESPACES if namespace[: len(prefix)] == prefix)
@@ -307,7 +307,7 @@ CONDITIONS: list[dict[str, Any]] = [
 
 
 def test_list_namespaces_matches_prefix_suffix_and_depth(many: BaseStore) -> None:
-    """Sorted by their labels; cut to a depth, each once."""
+    """Namespaces are sorted by labels, cut to the depth, and unique."""
     for given, depth in itertools.product(CONDITIONS, [None, 1, 2, 3]):
         prefix, suffix = given.get("prefix", ()), given.get("suffix", ())
 
@@ -335,7 +335,7 @@ def test_several_conditions_of_a_kind_must_all_hold(many: BaseStore) -> None:
 
 
 def test_namespace_without_items_is_not_listed(our_store: BaseStore) -> None:
-    """As the stores in databases have it; InMemoryStore goes on listing it."""
+    """Stores in databases do the same. InMemoryStore still lists it."""
     our_store.put(("a", "b"), "k", {"n": 1})
     our_store.put(("c",), "k", {"n": 1})
     our_store.delete(("a", "b"), "k")
@@ -436,7 +436,7 @@ ORDERINGS: list[tuple[Any, list[str]]] = [
     ({"v": {"$lt": "B"}}, ["digits"]),
     ({"v": {"$gt": 10**30}}, []),
     ({"v": {"$lt": 10**30, "$gt": 2}}, ["ten"]),
-    # JSON's own types: to Python, True is 1.
+    # JSON's own types. In Python, True equals 1.
     ({"v": 1}, ["one"]),
     ({"v": True}, ["true"]),
     ({"v": 0}, []),
@@ -447,7 +447,7 @@ ORDERINGS: list[tuple[Any, list[str]]] = [
 
 
 def test_an_ordering_compares_like_with_like(our_documents: BaseStore) -> None:
-    """Ours alone: "10" < "9" in PostgresStore, and InMemoryStore raises for a document that has no number there."""
+    """Ours only: "10" < "9" in PostgresStore, and InMemoryStore raises if a document has no number there."""
     for wanted, expected in ORDERINGS:
         assert matching(our_documents, wanted) == expected, wanted
 
@@ -486,7 +486,7 @@ def test_pages_show_each_item_once(store: BaseStore) -> None:
 
 
 def test_the_latest_come_first(our_store: BaseStore) -> None:
-    """As in the stores in databases; InMemoryStore has the order of namespaces, and within, of first puts."""
+    """Stores in databases do the same. InMemoryStore sorts by namespace, then by first put."""
     for key in ("a", "b", "c", "a"):
         our_store.put(PEOPLE, key, {"at": key, "again": len(our_store.search(()))})
     assert keys(our_store.search(())) == ["a", "c", "b"]
@@ -515,7 +515,7 @@ FOODS = {
 
 
 def expected_scores(query: str, texts: dict[str, list[str]]) -> dict[str, float]:
-    """The best of each, by the embedder itself."""
+    """The best score of each item, by the embedder itself."""
     embed = HashEmbedder().embed
     wanted = embed([query])[0]
     return {key: max(float(vector @ wanted) for vector in embed(words)) for key, words in texts.items() if words}
@@ -528,7 +528,7 @@ def put_all(store: BaseStore, namespace: tuple[str, ...] = ("food",), **options:
 
 @pytest.mark.parametrize("fields", [["text"], ["text", "note"], ["$"], ["missing", "note"]])
 def test_the_nearest_come_first(make: Make, fields: list[str]) -> None:
-    """With the score of the nearest of an item's fields; what has none of them comes last, without a score."""
+    """The score is that of the item's nearest field. Items without fields come last, without a score."""
     store = make(fields)
     put_all(store)
     texts = {
@@ -562,7 +562,7 @@ def test_each_text_of_a_list_is_a_vector_of_its_own(make: Make) -> None:
 
 
 def test_many_texts_of_one_item_leave_room_for_others(make: Make) -> None:
-    """An item is one result, however many of its texts are near."""
+    """An item is one result, even if several of its texts are near."""
     store = make(["notes[*]"])
     store.put(("n",), "loud", {"notes": [f"sweet red apple number {n}" for n in range(40)]})
     for n in range(6):
@@ -574,7 +574,7 @@ def test_many_texts_of_one_item_leave_room_for_others(make: Make) -> None:
 
 
 def test_put_can_name_its_own_index_paths(make: Make) -> None:
-    """`index=` of a put is for this put: paths of its own, or False for none."""
+    """`index=` of a put applies to this put: its own paths, or False for none."""
     store = make(["text"])
     store.put(("i",), "own", {"text": "tax forms", "other": "sweet red apple"}, index=["other"])
     store.put(("i",), "default", {"text": "sweet red pear"})
@@ -584,7 +584,7 @@ def test_put_can_name_its_own_index_paths(make: Make) -> None:
 
 
 def test_reused_key_is_not_found_by_its_old_text(our_store: BaseStore) -> None:
-    """langgraph#8757: there, the old vector stays, and ranks the new value."""
+    """langgraph#8757: in LangGraph, the old vector stays and ranks the new value."""
     engine: Any = our_store.engine  # type: ignore[attr-defined]
     store = ours(engine)(["text"])
 
@@ -605,7 +605,7 @@ def test_reused_key_is_not_found_by_its_old_text(our_store: BaseStore) -> None:
 
 
 def test_removed_text_of_a_list_is_not_found(our_store: BaseStore) -> None:
-    """What a list no longer has is not found."""
+    """A text that was removed from a list is not found."""
     engine: Any = our_store.engine  # type: ignore[attr-defined]
     store = ours(engine)(["notes[*]"])
     store.put(("n",), "a", {"notes": ["rain", "sweet red apple", "tax"]})
@@ -627,7 +627,7 @@ def test_search_by_meaning_keeps_to_namespace_and_filter(make: Make) -> None:
 
 
 def test_ranked_items_appear_once_across_pages(make: Make) -> None:
-    """Ranked by meaning across pages. InMemoryStore returns what has no vector on every page: see the next test."""
+    """Ranked items come in order across pages. InMemoryStore returns unranked items on each page: see the next test."""
     store = make(["text"])
     store.batch([PutOp(("p",), f"k{n}", {"text": f"apple number {n}"}) for n in range(20)])
     whole = store.search(("p",), query="apple number 7", limit=20)
@@ -637,7 +637,7 @@ def test_ranked_items_appear_once_across_pages(make: Make) -> None:
 
 
 def test_unranked_items_follow_ranked_ones_across_pages(our_store: BaseStore) -> None:
-    """On one page each, after all that is ranked."""
+    """Each is on one page only, after all ranked items."""
     engine: Any = our_store.engine  # type: ignore[attr-defined]
     store = ours(engine)(["text"])
     for n in range(20):

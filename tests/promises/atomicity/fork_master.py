@@ -1,6 +1,6 @@
-"""A process with a relay that forks workers, as gunicorn --preload does: ``fork_master.py <scenario> <url>``.
+"""A process with a relay that forks workers, like gunicorn --preload: ``fork_master.py <scenario> <url>``.
 
-Prints what it saw as JSON. A process of its own, as a fork of the tests would have pytest's threads.
+It prints its observations as JSON. It is a separate process because a fork of the tests would copy pytest's threads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.support import Tag, World
 
 
 def child(work: Callable[[], Any]) -> Any:
-    """What *work* returned, or raised, in a forked child."""
+    """The result or the error of *work* in a forked child."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -59,7 +59,7 @@ def relay(url: str) -> dict[str, Any]:
         listener = world.relay._listener
 
         def work() -> str:
-            engine.dispose(close=False)  # as SQLAlchemy asks of a child, for an engine of the application's
+            engine.dispose(close=False)  # SQLAlchemy asks a child to do this for the application's engines
             say(world, "in the child")
             world.memory.close()
             return world.memory._notifier.name
@@ -84,7 +84,7 @@ def relay(url: str) -> dict[str, Any]:
 
 
 def store(url: str) -> dict[str, Any]:
-    """Workers use an engine that memstate_sa made before they were forked."""
+    """Workers use an engine that memstate_sa made before the fork."""
     with MemoryStore(url, InMemoryIndex(), embedder=HashEmbedder()) as facts:
         facts.commit(Fact(type="n", payload={"of": "the parent"}))
 
@@ -98,7 +98,7 @@ def store(url: str) -> dict[str, Any]:
 
 
 def memory(_: str) -> dict[str, Any]:
-    """A thread of the parent waits in the middle of a call, with the lock of a database in memory."""
+    """A thread of the parent is inside a call, and holds the lock of an in-memory database."""
     waiting, go = threading.Event(), threading.Event()
     with MemoryStore("sqlite://", InMemoryIndex(), embedder=HashEmbedder()) as facts:
 
@@ -117,7 +117,7 @@ def memory(_: str) -> dict[str, Any]:
 
 
 def graph(url: str) -> dict[str, Any]:
-    """The parent's checkpointer has threads, and a step under way."""
+    """The parent's checkpointer has threads and an open step."""
     from langgraph.graph import START, StateGraph
 
     from memstate_sa.integrations.langgraph import MemStateCheckpointer
@@ -139,7 +139,7 @@ def graph(url: str) -> dict[str, Any]:
             return sorted(fact.payload["name"] for fact in facts.query("n"))
 
         run("before")
-        saver._steps._changed.acquire()  # as another thread of the parent may have it
+        saver._steps._changed.acquire()  # as if another thread of the parent held it
         forked.append(child(lambda: run("child")))
         saver._steps._changed.release()
         found = {"child": forked[0], "parent": run("parent")}
@@ -148,7 +148,7 @@ def graph(url: str) -> dict[str, Any]:
 
 
 def search(url: str) -> dict[str, Any]:
-    """What the parent's relay delivers after the fork does not arrive in the child's copy of an index in memory."""
+    """The parent's deliveries after the fork do not reach the child's copy of an in-memory index."""
     told, tell = os.pipe()
     done, finish = os.pipe()
     engine = sqlite.configure(create_engine(url))
@@ -170,7 +170,7 @@ def search(url: str) -> dict[str, Any]:
 
 
 def wal(url: str) -> dict[str, Any]:
-    """The parent closes an SQLite database that a child has open: the child's log of changes must stay."""
+    """The parent closes an SQLite database that a child has open. The child's WAL file must stay."""
     told, tell = os.pipe()
     done, finish = os.pipe()
     facts = MemoryStore(url, InMemoryIndex(), embedder=HashEmbedder(), background=False)

@@ -1,9 +1,11 @@
-"""AsyncSession: captured by the same listeners, with no other Session touched."""
+"""AsyncSession: captured by the same listeners, without any effect on other Sessions."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from inspect import iscoroutinefunction
 from typing import Any
 
 import pytest
@@ -42,32 +44,38 @@ def sessions(world: World, async_engine: AsyncEngine) -> async_sessionmaker[Asyn
     return maker
 
 
-async def test_blocking_call_with_an_async_session_names_run_sync(
+async def test_blocking_call_with_an_async_session_names_the_async_method(
     world: World, sessions: async_sessionmaker[AsyncSession]
 ) -> None:
-    """An AsyncSession where a Session is needed: an error that names run_sync, and no coroutine left behind."""
+    """The error names the async method, which then works. With a Session it names the blocking method."""
     memory = world.memory
     async with sessions() as session:
         session.add(Person(id=1, name="p", about="green tea"))
         await session.commit()
         calls: list[tuple[Any, ...]] = [
             (memory.history, Person, 1),
-            (memory.rollback,),
-            (memory.as_of, Person, 1, "x"),
-            (memory.diff, "x"),
-            (memory.erase, Person, 1),
+            (memory.as_of, Person, 1, memory.token(session)),
+            (memory.diff, datetime(2020, 1, 1, tzinfo=UTC)),
             (memory.search, "tea", Person),
+            (memory.rollback,),
+            (memory.revoke,),
+            (memory.erase, Person, 1),
         ]
         for method, *arguments in calls:
-            with pytest.raises(MemstateError, match=r"await session.run_sync\(memory.history, Model, key\)"):
-                method(session, *arguments)
-        with pytest.raises(MemstateError, match="run_sync"):
-            memory.revoke(session, actor="a")
-        assert [change.op for change in await session.run_sync(memory.history, Person, 1)] == ["insert"]
+            options = {"actor": "ann"} if method == memory.revoke else {}
+            name = method.__name__
+            with pytest.raises(MemstateError, match=rf"this call blocks\. Use `await memory\.a{name}\("):
+                method(session, *arguments, **options)
+            awaited = getattr(memory, f"a{name}")
+            with pytest.raises(MemstateError, match=rf"for an AsyncSession\. Use `memory\.{name}\("):
+                await awaited(session.sync_session, *arguments, **options)
+            assert await awaited(session, *arguments, **options), name
+            assert iscoroutinefunction(awaited)
+            assert awaited.__doc__.startswith(f"`{name}` for an AsyncSession.")
 
 
 async def test_sync_engine_uses_the_applications_own_engine(world: World, async_engine: AsyncEngine) -> None:
-    """What a URL does not say, the application's own engine has; one that was derived is closed with the memory."""
+    """It has settings that the URL lacks. An engine that was derived is closed with the memory."""
     own = create_engine(world.engine.url)
     assert world.memory.sync_engine(async_engine, use=own) is own
     assert world.memory.sync_engine(async_engine) is own
@@ -84,7 +92,7 @@ async def test_sync_engine_uses_the_applications_own_engine(world: World, async_
 async def test_async_session_is_captured_searched_and_undone(
     world: World, sessions: async_sessionmaker[AsyncSession]
 ) -> None:
-    """The whole round, on aiosqlite and on psycopg's async driver."""
+    """The whole cycle, on aiosqlite and on psycopg's async driver."""
     async with sessions() as session:
         world.memory.annotate(session, actor="ada")
         session.add(Person(name="p", about="green tea", notes=[Note(topic="t", number=1, content="x")]))
@@ -126,7 +134,7 @@ async def test_a_collection_forgets_a_fact_that_an_undo_took_back(
 
 
 async def test_async_search_finds_the_past(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
-    """On a connection beside the Session's, of the same driver."""
+    """It uses another connection of the same driver, beside the Session's."""
     async with sessions() as session:
         session.add(Person(id=1, name="p", about="green tea"))
         await session.commit()
@@ -146,17 +154,20 @@ async def test_an_async_scoped_session_is_used_as_it_is(world: World, async_engi
     assert [hit.fact.about for hit in hits] == ["green tea"]
     await scoped.commit()
     assert world.memory.token(scoped)
-    with pytest.raises(MemstateError, match="this waits for the database"):
-        world.memory.history(scoped, Person, 1)
+    with pytest.raises(MemstateError, match=r"this call blocks. Use `await memory.ahistory\("):
+        world.memory.history(scoped, Person, 1)  # type: ignore[arg-type]
+    assert [change.after for change in await world.memory.ahistory(scoped, Person, 1)] == [
+        {"id": 1, "name": "p", "about": "green tea"}
+    ]
     await scoped.remove()
     with world.session() as session:
         assert [change.actor for change in world.memory.history(session, Person, 1)] == ["ann"]
-        with pytest.raises(MemstateError, match=r"is not an AsyncSession; memory.search\(\)"):
-            await world.memory.asearch(session, "tea", Person)  # type: ignore[call-overload]
+        with pytest.raises(MemstateError, match=r"Cannot use a Session: .* Use `memory.search\("):
+            await world.memory.asearch(session, "tea", Person)  # type: ignore[arg-type]
 
 
 def test_options_of_asyncpg_are_translated(postgres_engine: Engine) -> None:
-    """As it is given behind PgBouncer, where no driver may prepare statements."""
+    """PgBouncer needs these options, because no driver may prepare statements behind it."""
     options = {"prepared_statement_cache_size": "0", "ssl": "disable", "command_timeout": "5"}
     url = postgres_engine.url.set(drivername="postgresql+asyncpg").update_query_dict(options)
     engine = engines.blocking_engine(url)
@@ -169,7 +180,7 @@ def test_options_of_asyncpg_are_translated(postgres_engine: Engine) -> None:
 
 
 async def test_no_other_session_is_touched(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
-    """By default an async_sessionmaker uses SQLAlchemy's own Session class: that one gets no listeners."""
+    """By default an async_sessionmaker uses SQLAlchemy's own Session class, which must get no listeners."""
     assert not event.contains(Session, "after_flush", world.memory._capture.session_listeners["after_flush"])
     other = async_sessionmaker(sessions.kw["bind"])
     for plain in (Session(world.engine), other().sync_session):
@@ -182,14 +193,14 @@ async def test_no_other_session_is_touched(world: World, sessions: async_session
 
 
 async def test_refusals_reach_the_caller(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
-    """UntrackedWrite from an await, like anywhere."""
+    """An await raises UntrackedWrite, too."""
     async with sessions() as session:
         with pytest.raises(UntrackedWrite):
             await session.run_sync(lambda sync: sync.bulk_save_objects([Tag(name="x")]))
 
 
 async def test_cancellation_leaves_nothing(world: World, sessions: async_sessionmaker[AsyncSession]) -> None:
-    """A task that is cancelled with work flushed fires neither commit nor rollback; all of it is gone."""
+    """A task is cancelled after a flush. Neither commit nor rollback fires, and all its work is gone."""
     flushed = asyncio.Event()
 
     async def work() -> None:
@@ -233,7 +244,7 @@ async def test_the_event_loop_goes_on_during_a_search(world: World, sessions: as
 
 
 async def test_engine_arguments_take_an_async_engine(world: World, async_engine: AsyncEngine) -> None:
-    """The relay is a thread: it gets a sync engine on the same URL."""
+    """The relay is a thread, so it gets a sync engine for the same URL."""
     with world.session() as session:
         session.add(Person(name="p", about="green tea"))
         session.commit()
@@ -247,7 +258,7 @@ async def test_engine_arguments_take_an_async_engine(world: World, async_engine:
 
 
 async def test_triggers_know_the_labels_of_an_async_session(engine: Engine, async_engine: AsyncEngine) -> None:
-    """They are told on the connection that the AsyncSession writes on."""
+    """The labels are set on the connection that the AsyncSession writes on."""
     world = World(engine, capture="trigger")
     maker = async_sessionmaker(async_engine)
     world.memory.attach(maker)

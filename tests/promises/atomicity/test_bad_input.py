@@ -1,4 +1,4 @@
-"""What cannot work says so, in words that help, and takes nothing else with it."""
+"""Wrong input raises an error that helps, and does no other damage."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Plain:
 
 
 class Reserved(DeclarativeBase):
-    """A base of its own: the other tests create the tables of theirs."""
+    """A separate base, because other tests create the tables of theirs."""
 
 
 class ReservedName(Reserved):
@@ -90,7 +90,7 @@ class ReservedName(Reserved):
 
 
 TRACKING: dict[str, tuple[Callable[[Memory], Any], str]] = {
-    "an unmapped class": (lambda m: m.track(Plain, text="name"), "Plain'> is not a mapped class"),
+    "an unmapped class": (lambda m: m.track(Plain, text="name"), "Plain'>: it is not a mapped class"),
     "an instance": (lambda m: m.track(Person(), text="about"), "is not a mapped class"),
     "a table": (lambda m: m.track(Person.__table__, text="about"), "is not a mapped class"),
     "no column": (lambda m: m.track(Person, text="abuot"), "Person has no column attribute 'abuot'; it has about, id"),
@@ -102,19 +102,19 @@ TRACKING: dict[str, tuple[Callable[[Memory], Any], str]] = {
     "a reserved name": (lambda m: m.track(ReservedName, text="id", metadata=("memstate_x",)), "memstate_ are ours"),
     "no such unique": (lambda m: m.track(Person, text="about", unique_by=("naem",)), "no column attribute 'naem'"),
     "entity with a bracket": (lambda m: m.track(Person, text="about", entity="a[b"), r"without '\['"),
-    "entity that is no name": (lambda m: m.track(Person, text="about", entity=5), "entity=5: give a name"),
+    "entity that is no name": (lambda m: m.track(Person, text="about", entity=5), "entity=5. Give a name"),
     "empty entity": (lambda m: m.track(Person, text="about", entity=""), "1 to 128 characters"),
     "long entity": (lambda m: m.track(Person, text="about", entity="x" * 129), "1 to 128 characters"),
     "no such index": (lambda m: m.track(Person, text="about", index="other"), "this Memory has memory"),
     "no index": (lambda m: m.track(Person, text="about", index=()), "this Memory has memory"),
     "no schema": (lambda m: m.track(Person, text="about", schema=5), "give a Pydantic model class"),
-    "no such way": (lambda m: m.track(Person, text="about", on_untracked="log"), "choose 'raise' or 'warn'"),
+    "no such way": (lambda m: m.track(Person, text="about", on_untracked="log"), "Choose 'raise' or 'warn'"),
 }
 
 
 @pytest.mark.parametrize("kind", TRACKING)
 def test_class_that_cannot_be_tracked_is_refused(kind: str) -> None:
-    """The error names what is wrong and what there is; the class can be tracked rightly afterwards."""
+    """The error names the mistake and the choices. Afterwards the class can be tracked correctly."""
     memory = untracked()
     track, message = TRACKING[kind]
     with pytest.raises(MemstateError, match=message):
@@ -123,7 +123,7 @@ def test_class_that_cannot_be_tracked_is_refused(kind: str) -> None:
 
 
 def test_tracking_twice_is_refused() -> None:
-    """Neither a class, nor an entity, nor a table; the first stays as it was."""
+    """A class, an entity or a table cannot be tracked twice. The first one stays as it was."""
     memory = untracked()
     memory.track(Tag, text="meaning", entity="word")
     with pytest.raises(MemstateError, match="entity 'word' is already tracked, by Tag"):
@@ -136,7 +136,7 @@ def test_tracking_twice_is_refused() -> None:
 
 
 def test_memory_without_its_parts_is_refused() -> None:
-    """No index at all, and a way of delivery that there is not."""
+    """There is no index, or the delivery is unknown."""
     with pytest.raises(MemstateError, match="give at least one index"):
         Memory({}, embedder=HashEmbedder())
     for index in (None, "chroma", {"memory": None}, {1: InMemoryIndex()}, InMemoryIndex):
@@ -150,7 +150,7 @@ def test_memory_without_its_parts_is_refused() -> None:
 
 @pytest.mark.parametrize("wrong", [None, "sqlite://", 5, Session])
 def test_argument_that_is_no_engine_is_refused(wrong: Any) -> None:
-    """Everything that takes an engine says how one is made."""
+    """Every method that takes an engine explains how to make one."""
     memory = untracked()
     memory.track(Tag, text="meaning")
     calls: list[Callable[[Any], Any]] = [
@@ -183,13 +183,13 @@ def test_calls_on_an_untracked_class_are_refused(world: World) -> None:
 
 
 def test_key_of_the_wrong_shape_is_refused(world: World) -> None:
-    """A composite key that is not whole, and an instance that has none yet."""
+    """A composite key that is incomplete, and an instance without a key."""
     with world.session() as session:
         with pytest.raises(MemstateError, match=r"key='a': note is keyed by topic, number"):
             world.memory.history(session, Note, "a")
         with pytest.raises(MemstateError, match=r"person is keyed by id"):
             world.memory.history(session, Person, (1, 2))
-        with pytest.raises(MemstateError, match="was never flushed, so it has no history"):
+        with pytest.raises(MemstateError, match="has no history: it was never flushed"):
             world.memory.history(session, Person(name="x"))
         assert world.memory.history(session, Note, ("a", 1)) == []
 
@@ -198,7 +198,7 @@ def test_key_of_the_wrong_shape_is_refused(world: World) -> None:
 
 
 def test_unattached_session_may_only_read(world: World) -> None:
-    """It may search and read history; what would have to be captured is refused, and nothing is written."""
+    """It may search and read history. Writes that need capture are refused, and nothing is written."""
     say(world, tea="a drink")
     with Session(world.engine) as session:
         assert [hit.fact.name for hit in world.memory.search(session, "drink", Tag)] == ["tea"]
@@ -215,7 +215,7 @@ def test_unattached_session_may_only_read(world: World) -> None:
 
 
 def test_closed_session_starts_again_without_labels(world: World) -> None:
-    """As SQLAlchemy has it; labels given before the close are gone."""
+    """The Session starts again, like in SQLAlchemy. Its labels from before the close are gone."""
     say(world, tea="a drink")
     session = world.session()
     session.scalars(select(Tag)).all()
@@ -224,7 +224,7 @@ def test_closed_session_starts_again_without_labels(world: World) -> None:
     assert [hit.fact.name for hit in world.memory.search(session, "drink", Tag)] == ["tea"]
     session.close()
     assert [(c.op, c.actor) for c in world.memory.rollback(session)] == [("delete", None)]
-    session.close()  # not committed
+    session.close()  # without a commit
     session.add(Tag(name="rain"))
     session.commit()
     assert [(c.op, c.key, c.actor) for c in world.memory.history(session, Tag)] == [
@@ -236,7 +236,7 @@ def test_closed_session_starts_again_without_labels(world: World) -> None:
 
 
 def test_session_closed_for_good_raises_sqlalchemys_error(world: World) -> None:
-    """SQLAlchemy's own error, and nothing written."""
+    """SQLAlchemy raises its own error, and nothing is written."""
     say(world, tea="a drink")
     session = sessionmaker(world.engine, class_=world.sessions.class_, close_resets_only=False)()
     session.close()
@@ -252,7 +252,7 @@ def test_session_closed_for_good_raises_sqlalchemys_error(world: World) -> None:
 
 @pytest.mark.parametrize("call", ["search", "history", "annotate", "rollback"])
 def test_argument_that_is_no_session_is_refused(world: World, call: str) -> None:
-    """Everything that takes a Session says so."""
+    """Every method that takes a Session says so."""
     calls: dict[str, Callable[[Any], Any]] = {
         "search": lambda wrong: world.memory.search(wrong, "tea", Tag),
         "history": lambda wrong: world.memory.history(wrong, Tag),
@@ -266,7 +266,7 @@ def test_argument_that_is_no_session_is_refused(world: World, call: str) -> None
 
 @pytest.mark.parametrize("name", ["actor", "reason", "session_id"])
 def test_labels_that_are_no_text_are_refused(world: World, name: str) -> None:
-    """Refused where they are given, not when the transaction commits: that would take the facts with it."""
+    """They are refused when they are set, not at COMMIT, which would lose the facts."""
     with world.session() as session:
         for label in (5, object(), "a\x00b", "\ud800"):
             with pytest.raises(MemstateError, match=name):
@@ -277,7 +277,7 @@ def test_labels_that_are_no_text_are_refused(world: World, name: str) -> None:
 
 
 def test_scopes_that_are_no_text_are_refused(world: World) -> None:
-    """A transaction, session or actor of another type is refused alike on both databases."""
+    """A transaction, session or actor of another type raises the same error on both databases."""
     say(world, tea="a drink")
     with world.session() as session:
         for scope in ({"tx": 5}, {"session_id": 5}, {"actor": 5}):
@@ -293,8 +293,8 @@ def test_scopes_that_are_no_text_are_refused(world: World) -> None:
 @pytest.mark.deep
 @pytest.mark.deep_on("postgres")
 def test_text_of_ten_megabytes_is_delivered_and_found(world: World) -> None:
-    """Delivered, found, and in the history as it was and as it became."""
-    embed = world.embedder.embed  # as models do: the beginning counts
+    """It is delivered and found, and history has its old and its new value."""
+    embed = world.embedder.embed  # like models, which read only the beginning
     world.embedder.embed = lambda texts: embed([text[:200] for text in texts])  # type: ignore[method-assign]
     long = "mint tea " + "x" * 10_000_000
     with world.session() as session:
@@ -314,7 +314,7 @@ def test_text_of_ten_megabytes_is_delivered_and_found(world: World) -> None:
 
 
 def test_nul_byte_in_a_text_loses_nothing_else(world: World) -> None:
-    """SQLite stores it, so it is delivered, found and logged; PostgreSQL cannot, and nothing else is lost."""
+    """SQLite stores it, so it is delivered, found and logged. PostgreSQL cannot, and nothing else is lost."""
     say(world, tea="a drink")
     with world.session() as session:
         session.add(Person(id=1, name="ada", about="mint\x00tea"))
@@ -332,7 +332,7 @@ def test_nul_byte_in_a_text_loses_nothing_else(world: World) -> None:
 
 
 def test_lone_surrogate_in_a_text_loses_nothing_else(world: World) -> None:
-    """No driver can encode it: its own error at the flush, and nothing else is lost."""
+    """No driver can encode it. The flush raises the driver's error, and nothing else is lost."""
     say(world, tea="a drink")
     with world.session() as session:
         session.add(Person(id=1, name="ada", about="mint \ud800 tea"))
@@ -349,7 +349,7 @@ def test_lone_surrogate_in_a_text_loses_nothing_else(world: World) -> None:
 
 @pytest.mark.parametrize("bad", ["a\x00b", "\ud800"], ids=["NUL", "surrogate"])
 def test_payloads_that_jsonb_cannot_hold_are_refused(engine: Engine, bad: str) -> None:
-    """Wherever in the payload they are: the same clear error on both databases, before anything is sent."""
+    """Such a value anywhere in the payload raises the same error on both databases, before anything is sent."""
     with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as store:
         kept = store.commit(Fact(type="note", payload={"text": "a\\u0000b, spelled out"}))
         payloads: list[Any] = [{"x": bad}, {bad: 1}, {"x": [{"y": bad}]}, {"x": ("y", bad)}, {"x": {5: bad}}]
@@ -364,7 +364,7 @@ def test_payloads_that_jsonb_cannot_hold_are_refused(engine: Engine, bad: str) -
 
 
 def test_too_long_primary_key_is_refused(pages: PageWorld) -> None:
-    """Refused when it is flushed, naming table and limit; the longest that fits works, and nothing is left of it."""
+    """The flush is refused with the table and the limit. The longest key that fits works, and leaves nothing behind."""
     fits = "x" * 1990
     with pages.sessions() as session:
         session.add(Page(path=fits, content="fits"))
@@ -383,7 +383,7 @@ def test_too_long_primary_key_is_refused(pages: PageWorld) -> None:
 
 
 def test_very_long_value_is_still_unique(postgres_engine: Engine) -> None:
-    """Of any length, or refused in our words."""
+    """The value works at any length, or our own error refuses it."""
     world = PageWorld(postgres_engine, unique_by=("content",))
     long = "".join(chr(0x4E00 + n * 7919 % 20000) for n in range(9000))
     with world.sessions() as session:
@@ -403,7 +403,7 @@ def by_parent(page: Page) -> str:
 
 @pytest.fixture
 def family(engine: Engine) -> Iterator[PageWorld]:
-    """Pages whose text callable touches a relationship, for one of them."""
+    """Pages whose text callable touches a relationship for one page."""
     world = PageWorld(engine, text=by_parent)
     with world.sessions() as session:
         root = Page(path="root", content="green tea")
@@ -414,7 +414,7 @@ def family(engine: Engine) -> Iterator[PageWorld]:
 
 
 def test_text_callable_that_touches_a_relationship_parks_its_row(family: PageWorld) -> None:
-    """Its row alone waits, the operator sees why without seeing the fact, and a change of the row mends it."""
+    """Only this row waits. The operator sees the reason without the fact, and a change of the row repairs it."""
     family.relay.drain()
     assert_index_holds(family.index, family.embedder, {'page["root"]': "green tea", 'page["other"]': "rain"})
     with family.engine.connect() as connection:
@@ -435,7 +435,7 @@ def test_text_callable_that_touches_a_relationship_parks_its_row(family: PageWor
 
 @pytest.mark.parametrize("delivered", [False, True])
 def test_a_text_callable_that_raises_hides_its_row_alone(family: PageWorld, delivered: bool) -> None:
-    """Search finds the others, and says that it is not complete."""
+    """Search finds the other rows, and is marked incomplete."""
     if delivered:
         family.relay.drain()
     with family.sessions() as session:
@@ -448,7 +448,7 @@ def test_a_text_callable_that_raises_hides_its_row_alone(family: PageWorld, deli
 
 
 def poison(world: World, vector: Callable[[np.ndarray[Any, Any]], Any]) -> Callable[[], None]:
-    """Make the embedder return *vector(true one)* for texts that hold "poison"; returns the cure."""
+    """Make the embedder return *vector(correct vector)* for texts with "poison". Returns a function that ends this."""
     embed = world.embedder.embed
 
     def poisoned(texts: Any) -> Any:
@@ -468,7 +468,7 @@ def poison(world: World, vector: Callable[[np.ndarray[Any, Any]], Any]) -> Calla
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_embedder_that_returns_nan_parks_only_that_text(world: World, value: float) -> None:
-    """The text at fault is parked, all others are delivered and found; healed, everything is in step."""
+    """The bad text is parked, and all others are delivered and found. After the repair everything is in step."""
     world.relay = world.memory.relay(world.engine, policy=RetryPolicy(delay_s=0.001, max_attempts=10**6))
     cure = poison(world, lambda vector: np.full_like(vector, value))
     names = [f"t{n}" for n in range(9)]
@@ -488,7 +488,7 @@ def test_embedder_that_returns_nan_parks_only_that_text(world: World, value: flo
 
 
 def test_one_bad_text_does_not_hide_what_else_is_undelivered(world: World) -> None:
-    """Fresh: what the embedder takes is found, only the text at fault is missing."""
+    """A fresh search finds all embeddable texts. Only the bad text is missing."""
     poison(world, lambda vector: np.full_like(vector, np.nan))
     say(world, bad="poison", good="mint tea")
     with world.session() as session:
@@ -499,7 +499,7 @@ def test_one_bad_text_does_not_hide_what_else_is_undelivered(world: World) -> No
 
 @pytest.mark.deep_on("postgres")
 def test_embedder_of_wrong_dimensions_is_named_and_loses_nothing(world: World) -> None:
-    """Search names the embedder and what it returned, delivery parks the key; healed, nothing is lost."""
+    """Search names the embedder and its shapes, and delivery parks the key. After the repair nothing is lost."""
     policy = RetryPolicy(delay_s=0.001, max_attempts=10**6)
     world.relay = world.memory.relay(world.engine, policy=policy)
     embed = world.embedder.embed
@@ -533,7 +533,7 @@ def test_embedder_of_wrong_dimensions_is_named_and_loses_nothing(world: World) -
 
 
 def test_index_of_another_embedder_is_refused(engine: Engine, tmp_path: Path) -> None:
-    """Every way in names both embedders, and neither facts nor index are touched; with the right one all is well."""
+    """Each entry point names both embedders, and changes neither facts nor index. The right embedder still works."""
     text = "green tea"
 
     def store(client: Any, embedder: HashEmbedder, **options: Any) -> MemoryStore:
@@ -571,7 +571,7 @@ def test_index_of_another_embedder_is_refused(engine: Engine, tmp_path: Path) ->
 
 
 def test_collection_of_another_distance_is_refused(tmp_path: Path, sqlite_engine: Engine) -> None:
-    """Refused when the store is made, on an in-memory SQLite too; nothing is written to it."""
+    """It is refused when the store is made, also on in-memory SQLite. Nothing is written to the collection."""
     with persistent(tmp_path / "chroma") as client:
         client.create_collection("theirs", configuration={"hnsw": {"space": "l2"}}, embedding_function=None)
         for where in ("sqlite://", sqlite_engine):
@@ -599,7 +599,7 @@ URLS = {
 
 @pytest.mark.parametrize("kind", URLS)
 def test_url_that_does_not_connect_is_refused_without_password(kind: str) -> None:
-    """Said at once, without the password: not in the message, not in what it is chained from."""
+    """The error comes at once. Neither its message nor the chained errors have the password."""
     url, message = URLS[kind]
     with pytest.raises(MemstateError, match=message) as caught:
         MemoryStore(url, InMemoryIndex(), embedder=HashEmbedder())
@@ -609,7 +609,7 @@ def test_url_that_does_not_connect_is_refused_without_password(kind: str) -> Non
 
 @pytest.mark.parametrize("content", [b"this is no database, but it is long enough to look like one" * 20, None])
 def test_file_that_is_no_sqlite_database_is_refused(tmp_path: Path, content: bytes | None) -> None:
-    """Another file, or a folder: a clear error, and it is left as it was."""
+    """Another file or a folder raises a clear error, and is left unchanged."""
     path = tmp_path / "facts.db"
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(MemstateError, match="cannot open sqlite"):
@@ -619,7 +619,7 @@ def test_file_that_is_no_sqlite_database_is_refused(tmp_path: Path, content: byt
 
 @pytest.mark.parametrize("wrong", [None, 5, object(), Path("x.db")], ids=lambda value: type(value).__name__)
 def test_argument_that_is_neither_url_nor_engine_is_refused(wrong: Any) -> None:
-    """The error says what to give."""
+    """The error names the accepted types."""
     with pytest.raises(MemstateError, match="is not an Engine"):
         MemoryStore(wrong, InMemoryIndex(), embedder=HashEmbedder())
 
@@ -628,7 +628,7 @@ def test_argument_that_is_neither_url_nor_engine_is_refused(wrong: Any) -> None:
 
 
 def test_store_call_with_a_wrong_type_names_the_argument(engine: Engine) -> None:
-    """Each names the argument, and nothing is written."""
+    """Each error names the argument, and nothing is written."""
     with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as store:
         kept = store.commit(Fact(type="note", payload={"text": "green tea"}))
         before = everything(store)

@@ -1,4 +1,4 @@
-"""What must be unique, what must not change and what expires: also for sixteen who write at once."""
+"""Unique values, immutable facts and expiry, also with sixteen concurrent writers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_only_one_of_sixteen_writers_gets_a_unique_value(engine: Engine) -> None
 
 
 def test_only_one_of_sixteen_writers_moves_to_a_unique_value(engine: Engine) -> None:
-    """By update, by bulk update, and by a delete that makes room."""
+    """Writers use an update, a bulk update, and a delete that frees the value."""
     app = App(engine)
     with app.sessions() as session:
         session.add_all([Seat(id=n, row=n + 100, letter="A") for n in range(1, WRITERS + 1)])
@@ -125,7 +125,7 @@ def test_sixteen_writers_cannot_change_an_immutable_fact(engine: Engine) -> None
 
 
 def test_undo_ignores_the_unique_value_of_the_row_itself(engine: Engine) -> None:
-    """Its key has a value: that row's own, which is not in the way of what the undo makes of it."""
+    """The row's key has a unique value already. It is the row's own, so it does not block the undo."""
     app = App(engine)
     with app.sessions() as session:
         session.add(Seat(id=1, row=7, letter="A"))
@@ -148,7 +148,7 @@ class Setting(BaseModel):
 
 
 def test_sixteen_writers_of_one_unique_fact_update_it(engine: Engine) -> None:
-    """MemoryStore updates where a fact is there; an immutable type refuses that."""
+    """MemoryStore updates the existing fact. An immutable type refuses this."""
     with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as store:
         store.register_schema("setting", Setting, unique_by="name")
         store.register_schema("oath", Setting, unique_by="name", immutable=True)
@@ -189,7 +189,7 @@ def test_sweep_deletes_expired_facts_and_logs_them(engine: Engine, capture: str)
     with app.sessions() as session:
         last = app.memory.history(session, Note, 1)[-1]
         assert (last.op, last.reason) == ("delete", "expired")
-        app.memory.rollback(session)  # a sweep is nobody's step
+        app.memory.rollback(session)  # a sweep is not a step
         session.commit()
         assert session.scalars(select(Note.id)).all() == []
         app.memory.rollback(session, tx=last.tx, on_conflict="force")
@@ -206,7 +206,7 @@ def test_sweep_leaves_facts_that_others_refer_to(engine: Engine, caplog: pytest.
         session.add(Reply(note_id=2))
         session.commit()
     assert app.memory.sweep(engine) == 2
-    assert "note [2] has expired, but cannot be deleted (IntegrityError)" in caplog.text
+    assert "Cannot delete expired note [2] (IntegrityError)." in caplog.text
     with app.sessions() as session:
         assert session.scalars(select(Note.id)).all() == [2]
     app.check()
@@ -215,7 +215,7 @@ def test_sweep_leaves_facts_that_others_refer_to(engine: Engine, caplog: pytest.
 @pytest.mark.deep_on("postgres")
 @pytest.mark.parametrize("referred", [1, 700, 1000])
 def test_sweep_passes_referenced_facts_in_few_statements(engine: Engine, referred: int) -> None:
-    """Its page is bisected: some pages more, not as many as facts."""
+    """The page is bisected, so this costs a few more pages, not a page for each fact."""
     app = App(engine)
     statements: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
@@ -244,7 +244,7 @@ def test_sweep_passes_referenced_facts_in_few_statements(engine: Engine, referre
 
 
 def test_sweep_deletes_facts_between_many_referenced_ones(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every one of them, or each other one: the others go."""
+    """A whole page is referenced, or every second fact. All other facts are deleted."""
     monkeypatch.setattr("memstate_sa.maintenance.expiry._PAGE", 8)
     app = App(engine)
     with app.sessions() as session:
@@ -260,7 +260,7 @@ def test_sweep_deletes_facts_between_many_referenced_ones(engine: Engine, monkey
 
 
 def test_sweep_does_not_count_facts_that_it_leaves(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one of a page is refused, and pages are full."""
+    """One fact of a page is refused, and pages are full."""
     monkeypatch.setattr("memstate_sa.maintenance.expiry._PAGE", 5)
     app = App(engine)
     with app.sessions() as session:

@@ -1,4 +1,4 @@
-"""Workers that start at once on an empty database: all of them start."""
+"""Workers that start together on an empty database all start."""
 
 from __future__ import annotations
 
@@ -48,8 +48,11 @@ def set_up_store(engine: Engine) -> None:
 def test_workers_that_start_together_all_start(
     engine: Engine, start: Callable[[Engine], None], configured: bool
 ) -> None:
-    """Each has looked before any creates, if they may. Its kind: processes, threads, an upgrade beside a start, and any
-    object of ours that is made where it is missing: tables, triggers, functions, an extension."""
+    """All look before any creates, where the database allows it.
+
+    The same kind: processes, threads, an upgrade beside a start. Also each kind of object that a start creates: tables,
+    triggers, functions, an extension.
+    """
     if start in (set_up_checkpointer, set_up_store):
         pytest.importorskip("langgraph.graph")
     Base.metadata.create_all(engine)
@@ -59,7 +62,7 @@ def test_workers_that_start_together_all_start(
     def wait_for_the_other(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
         if "CREATE TABLE" in statement and not both_looked.broken:
             with suppress(threading.BrokenBarrierError):
-                both_looked.wait(0.5)  # in vain where they come one after the other
+                both_looked.wait(0.5)  # times out where they come one after the other
             both_looked.abort()
 
     for each in engines:
@@ -73,7 +76,7 @@ def test_workers_that_start_together_all_start(
 
 
 def test_start_waits_for_no_writer_where_all_tables_are_there(sqlite_engine: Engine) -> None:
-    """Only what is missing is made under the write lock."""
+    """Only missing tables are created under the write lock."""
     make_store(sqlite_engine)
     with sqlite_engine.connect() as writer:
         writer.exec_driver_sql("BEGIN IMMEDIATE")

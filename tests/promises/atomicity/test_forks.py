@@ -28,7 +28,7 @@ def run(scenario: str, engine: Engine) -> dict[str, Any]:
 @pytest.mark.deep
 @pytest.mark.deep_on("sqlite")
 def test_child_that_closes_its_memory_leaves_the_parents_relay_alone(engine: Engine) -> None:
-    """Its kind: stop(), drain() and run_once() in a child, a child that exits, and one that is forked by a child."""
+    """The same kind: stop(), drain() and run_once() in a child, a child that exits, a child of a child."""
     seen = run("relay", engine)
     assert seen == {
         "the lease stays": True,
@@ -41,14 +41,14 @@ def test_child_that_closes_its_memory_leaves_the_parents_relay_alone(engine: Eng
 
 @pytest.mark.deep_on("sqlite")
 def test_children_have_connections_of_their_own(engine: Engine) -> None:
-    """Its kind: the checkpointer's and the store's engines, those beside an AsyncEngine, and own pools."""
+    """The same kind: the checkpointer's and the store's engines, engines beside an AsyncEngine, and own pools."""
     assert run("store", engine) == {"children": [[0, 1, 2, 3, 4]] * 2, "parent": 11}
 
 
 @pytest.mark.deep
 @pytest.mark.deep_on("sqlite")
 def test_search_in_a_child_does_not_believe_the_parents_index(engine: Engine) -> None:
-    """An index in memory is copied by a fork, and goes on by itself. Its kind: any state of this process's alone."""
+    """A fork copies an in-memory index, which then changes separately. The same kind: any state of one process."""
     seen = run("search", engine)
     assert "late" in seen["found"]
     assert seen["complete"] is False
@@ -56,7 +56,7 @@ def test_search_in_a_child_does_not_believe_the_parents_index(engine: Engine) ->
 
 @pytest.mark.deep
 def test_parent_that_closes_sqlite_leaves_a_child_its_log(sqlite_engine: Engine) -> None:
-    """SQLite would take the child's connections for closed, and delete the file that they write to."""
+    """SQLite would treat the child's connections as closed, and delete the file that they write to."""
     assert run("wal", sqlite_engine) == {"found": [0, 1, 2]}
 
 
@@ -68,6 +68,6 @@ def test_child_does_not_wait_for_a_lock_of_a_database_in_memory() -> None:
 @pytest.mark.deep
 @pytest.mark.deep_on("postgres")
 def test_graphs_of_a_child_have_threads_of_their_own(engine: Engine) -> None:
-    """Threads of the parent's checkpointer are not there, nor who has its locks. Its kind: whatever keeps threads."""
+    """The parent's threads and the holders of its locks are not in the child. The same kind: objects with threads."""
     pytest.importorskip("langgraph.graph")
     assert run("graph", engine) == {"child": ["before", "child"], "parent": ["before", "child", "parent"]}

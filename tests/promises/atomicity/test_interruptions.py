@@ -1,4 +1,4 @@
-"""A statement that is interrupted or cancelled: its SQLite connection is closed, and its write lock is free at once."""
+"""A statement is interrupted or cancelled: its SQLite connection is closed, and its write lock is free at once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WRITE, READ = text("INSERT INTO t VALUES (1)"), text("SELECT n FROM t")
 
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[Path]:
-    """A database of one table; the garbage collector stays away."""
+    """A database with one table. The garbage collector is off."""
     path = tmp_path / "a.db"
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE t (n INTEGER)")
@@ -37,7 +37,7 @@ def file(tmp_path: Path) -> Iterator[Path]:
 
 
 def write_at_once(path: Path) -> None:
-    """Raises OperationalError where another connection has the write lock."""
+    """Write. Raises OperationalError if another connection has the write lock."""
     connection = sqlite3.connect(path, timeout=0, isolation_level=None)
     try:
         connection.execute("BEGIN IMMEDIATE")
@@ -49,8 +49,12 @@ def write_at_once(path: Path) -> None:
 @pytest.mark.parametrize("how", ["connection", "session"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_interrupted_statement_leaves_no_write_lock(file: Path, how: str, error: type[BaseException]) -> None:
-    """Its traceback still has the cursor. Its kind: an exception of a signal handler, gevent's GreenletExit, a timeout
-    that is raised into a thread, an interrupted COMMIT, an invalidated or detached connection."""
+    """The traceback still refers to the cursor.
+
+    The same kind: an exception of a signal handler, gevent's GreenletExit, a timeout raised into a thread.
+
+    Also an interrupted COMMIT, and an invalidated or detached connection.
+    """
     engine: Engine = sqlite.configure(create_engine(f"sqlite:///{file}"))
 
     @event.listens_for(engine, "after_cursor_execute")
@@ -63,14 +67,14 @@ def test_interrupted_statement_leaves_no_write_lock(file: Path, how: str, error:
     with pytest.raises(error) as raised:
         opened.execute(READ)
     write_at_once(file)
-    assert raised.traceback  # it is still here, and the cursor with it
+    assert raised.traceback  # this reference keeps the exception and its cursor alive
     opened.close()
     engine.dispose()
 
 
 @pytest.mark.parametrize("end", ["invalidate", "detach"])
 def test_connection_that_is_given_up_leaves_no_write_lock(file: Path, end: str) -> None:
-    """With a cursor in use, as that of a result that was not read to its end."""
+    """The cursor is still in use, like that of a partly read result."""
     engine: Engine = sqlite.configure(create_engine(f"sqlite:///{file}"))
     connection = engine.connect()
     connection.execute(WRITE)
@@ -88,7 +92,7 @@ def test_connection_that_is_given_up_leaves_no_write_lock(file: Path, end: str) 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_interrupted_look_at_a_row_raises_the_interrupt(world: World, error: type[BaseException]) -> None:
-    """It comes in a statement of ours. The cursor of the UPDATE that was to follow is closed with the connection."""
+    """The interrupt comes in a statement of ours. The application's unused cursor is closed with the connection."""
     with Session(world.engine) as unattached:
         unattached.add(Tag(name="t", meaning="old"))
         unattached.commit()
@@ -107,7 +111,7 @@ def test_interrupted_look_at_a_row_raises_the_interrupt(world: World, error: typ
 
 
 async def test_cancelled_statement_leaves_no_write_lock(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kind: wait_for() and asyncio.timeout(), a TaskGroup that fails, a client that closes its request."""
+    """The same kind: wait_for() and asyncio.timeout(), a TaskGroup that fails, a client that closes its request."""
     engine = sqlite.configure(create_async_engine(f"sqlite+aiosqlite:///{file}"))
     execute = aiosqlite.core.Connection._execute
 

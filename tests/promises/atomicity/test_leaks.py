@@ -1,4 +1,4 @@
-"""What was closed is given back, and what the application dropped is not kept."""
+"""Closed objects release their resources, and dropped objects are not kept."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def open_store(engine: Engine) -> weakref.ref[Any]:
 
 
 def open_memory(engine: Engine, capture: Literal["session", "trigger"] = "session") -> weakref.ref[Any]:
-    """On classes that stay, with a relay, a Session class and a strict delivery of its own."""
+    """Open a Memory on classes that stay, with its own relay, Session class and strict delivery."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder(), delivery="strict")
     memory.track(Tag, text="meaning", capture=capture)
     sessions = sessionmaker(engine)
@@ -62,9 +62,9 @@ def open_triggers(engine: Engine) -> weakref.ref[Any]:
 @pytest.mark.deep_on("postgres")
 @pytest.mark.parametrize("opened", [open_store, open_memory, open_triggers])
 def test_closed_memory_is_collected(engine: Engine, opened: Callable[[Engine], weakref.ref[Any]]) -> None:
-    """Though engine, mapped classes and Session class live on, with as many listeners as after the first.
+    """Engine, mapped classes and Session class stay, and the number of listeners does not grow.
 
-    Its kind: whatever a Memory adds to what is not its own, and threads, hooks and registries that refer to it.
+    The same kind: everything that a Memory adds to foreign objects, and threads, hooks and registries that refer to it.
     """
     Base.metadata.create_all(engine)
     events = ("before_cursor_execute", "commit", "rollback", "rollback_savepoint", "engine_connect")
@@ -81,7 +81,7 @@ def test_closed_memory_is_collected(engine: Engine, opened: Callable[[Engine], w
 
 
 def test_closed_checkpointer_and_store_are_collected(engine: Engine) -> None:
-    """The facts' Memory lives on."""
+    """The facts' Memory stays alive."""
     pytest.importorskip("langgraph.graph")
     langgraph = import_module("memstate_sa.integrations.langgraph.checkpointer")
     stores = import_module("memstate_sa.integrations.langgraph.store")
@@ -121,8 +121,9 @@ def test_closed_memory_captures_what_attached_sessions_write(
 ) -> None:
     """No write is lost silently: the next use of an attached Session opens the Memory again.
 
-    Its kind: an application that closes its Memory at shutdown, or in a fixture, and goes on; a transaction that is
-    open when the Memory is closed; a service that is started again in the same process.
+    The same kind: an application that closes its Memory at shutdown or in a fixture, and goes on. Also a transaction
+    that
+    is open when the Memory is closed, and a service that starts again in the same process.
     """
     world.write(Tag(name="old", meaning="x"))
     with world.session() as session:
@@ -139,7 +140,7 @@ def test_closed_memory_captures_what_attached_sessions_write(
 
 
 def test_closed_memories_do_not_capture_beside_a_later_one(engine: Engine) -> None:
-    """As fixtures make them, one after the other on one sessionmaker. They are closed, and may not be collected yet."""
+    """Fixtures make Memories on one sessionmaker, one after the other. They are closed, but maybe not collected yet."""
     Base.metadata.create_all(engine)
     sessions, closed = sessionmaker(engine), []
     for number in range(3):
@@ -172,7 +173,7 @@ def write(session: Session) -> None:
 
 
 def fail_in_another_listener(session: Session) -> None:
-    """The event that comes after ours raises, so no other event says that there will be no flush."""
+    """Fail in a listener that runs after ours. No other event shows that there will be no flush."""
 
     def refuse(*_: Any) -> None:
         raise ZeroDivisionError
@@ -190,9 +191,9 @@ def fail_in_another_listener(session: Session) -> None:
 def test_dropped_session_gives_its_connection_back(
     engine: Engine, capture: Literal["session", "trigger"], use: Callable[[Session], None]
 ) -> None:
-    """As soon as the garbage collector has been there once, as without memstate_sa.
+    """The connection returns at the garbage collector's first run, as without memstate_sa.
 
-    Its kind: scoped_session, a Session in a failed flush, an AsyncSession, several Sessions on one connection.
+    The same kind: scoped_session, a Session in a failed flush, an AsyncSession, several Sessions on one connection.
     """
     world = World(engine, capture=capture)
     before = engine.pool.checkedout()  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""A tracked Session waits for others in a circle only where plain SQLAlchemy does: it locks what its statements lock.
+"""Tracked Sessions do not deadlock where plain SQLAlchemy does not: they take only the locks of their statements.
 
-Each test is one circle that there was. The first session holds one row. The second one needs that row and another, and
-must hold nothing while it waits, so that the first session can go on to the other row.
+Each test is a deadlock that has happened. The first session holds one row. The second session needs that row and
+another. It must hold no lock while it waits, so that the first session can take the other row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.support import beside, in_threads
 
 pytestmark = pytest.mark.sa20
 Sessions = Callable[..., Session]
-KEYS = ("a", "b")  # as Python sorts them, and the unit of work
+KEYS = ("a", "b")  # the order of Python and of the unit of work
 
 
 class Base(DeclarativeBase):
@@ -37,7 +37,7 @@ class Note(Base):
 
 
 class Animal(Base):
-    """Its table comes last in the alphabet, and its class first in the unit of work. PostgreSQL sorts b before a."""
+    """Its table is last in the alphabet, its class first in the unit of work. PostgreSQL sorts b before a."""
 
     __tablename__ = "lock_zoo"
     id: Mapped[str] = mapped_column(Enum("b", "a", name="lock_key"), primary_key=True)
@@ -61,7 +61,7 @@ class Email(Base):
 
 @pytest.fixture
 def memory(postgres_engine: Engine) -> Iterator[Memory]:
-    """With rows that are older than tracking: what the log has not seen is looked at before it is changed."""
+    """A Memory with rows that are older than tracking. A look precedes their first change."""
     Base.metadata.create_all(postgres_engine)
     with Session(postgres_engine) as session:
         for key in KEYS:
@@ -95,7 +95,7 @@ def circle(
     both: Callable[[Session], Any],
     second: Callable[[Session], None],
 ) -> None:
-    """*first* and then *second* in one session, and *both* at once in another that began in between."""
+    """Run *first* and then *second* in one session, and *both* in another session that begins in between."""
 
     def run() -> None:
         with sessions() as session:
@@ -114,11 +114,11 @@ def circle(
 
 
 def assert_logged(memory: Memory, session: Session, *models: type[Any]) -> None:
-    """The log's last images are the rows."""
+    """Assert that the log's last images equal the rows."""
     for model in models:
         replayed = {key: row for (_, key), row in replay(memory.history(session, model)).items()}
         for instance in session.scalars(select(model)):
-            if instance.id not in replayed:  # nobody changed it
+            if instance.id not in replayed:  # it has not changed
                 continue
             row = {name.rpartition(".")[2]: value for name, value in replayed[instance.id].items()}
             assert row == {name: getattr(instance, name) for name in row}
@@ -126,7 +126,7 @@ def assert_logged(memory: Memory, session: Session, *models: type[Any]) -> None:
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_flush_of_two_classes_locks_as_the_unit_of_work(memory: Memory, sessions: Sessions, turned: bool) -> None:
-    """In whatever order the application changed the objects: not all of one class's rows before the other's."""
+    """The order is the same for every order of changes. Rows of one class are not all locked before the other's."""
     items = [(Animal, "a", "name"), (Note, "a", "content")]
     circle(
         sessions,
@@ -142,7 +142,9 @@ def test_flush_of_two_classes_locks_as_the_unit_of_work(memory: Memory, sessions
 def test_flush_locks_strings_as_python_sorts_them(
     memory: Memory, sessions: Sessions, model: type[Any], attribute: str
 ) -> None:
-    """Not as an enum, or a collation, does. So does what else locks rows by key: undo, bulk DML of joined classes."""
+    """An enum or a collation sorts differently. The same kind: other locks by key, in undo and bulk DML of joined
+    classes.
+    """
     first, second = ((model, key, attribute) for key in KEYS)
     circle(
         sessions,
@@ -153,7 +155,7 @@ def test_flush_locks_strings_as_python_sorts_them(
 
 
 def test_flush_of_a_joined_class_locks_its_rows_when_it_comes_to_them(memory: Memory, sessions: Sessions) -> None:
-    """The first row of a fact is locked for another part of it. Not before the rows of a class that comes first."""
+    """A change of another part locks the fact's first row, but not before the rows of an earlier class."""
     order: list[str] = []
 
     def sent(conn: Any, cursor: Any, statement: str, *_: Any) -> None:
@@ -169,7 +171,7 @@ def test_flush_of_a_joined_class_locks_its_rows_when_it_comes_to_them(memory: Me
 
 
 def test_parts_of_one_fact_that_two_sessions_change_are_both_logged(memory: Memory, sessions: Sessions) -> None:
-    """Each changes another table: plain SQLAlchemy lets them pass each other, and the last image would lack one."""
+    """Each changes another table. Plain SQLAlchemy would let both go on, and the last image would lack one change."""
 
     def run() -> None:
         with sessions() as session:
@@ -204,7 +206,7 @@ def test_bulk_update_of_a_part_locks_the_first_row_first(memory: Memory, session
 
 
 def test_undo_locks_classes_in_the_order_of_a_flush(memory: Memory, sessions: Sessions) -> None:
-    """Parents first, and then by the names of classes; not by those of tables."""
+    """Parents come first, then the order is by class name, not by table name."""
     items = [(Animal, "a", "name"), (Note, "a", "content")]
     with sessions() as session:
         change(session, *items)
@@ -222,7 +224,7 @@ def test_undo_locks_classes_in_the_order_of_a_flush(memory: Memory, sessions: Se
 
 
 def test_upsert_locks_rows_in_the_order_of_its_values(memory: Memory, sessions: Sessions) -> None:
-    """Also where the log has not seen them, and it runs twice."""
+    """This holds even if the log does not know the rows, and the statement runs twice."""
 
     def upsert(*keys: str) -> Callable[[Session], Any]:
         statement = postgresql.insert(Note).values([{"id": key, "content": "y"} for key in keys])
@@ -233,7 +235,7 @@ def test_upsert_locks_rows_in_the_order_of_its_values(memory: Memory, sessions: 
 
 
 def test_unique_values_are_claimed_in_one_order(memory: Memory, sessions: Sessions) -> None:
-    """In that of the values, whatever the order of the rows. The second session then finds one of them taken."""
+    """The order is that of the values, not of the rows. The second session then finds one value taken."""
 
     def add(*rows: tuple[int, str]) -> Callable[[Session], Any]:
         return lambda session: session.execute(insert(Email), [{"id": id_, "address": a} for id_, a in rows])
@@ -243,7 +245,7 @@ def test_unique_values_are_claimed_in_one_order(memory: Memory, sessions: Sessio
 
 
 def test_a_row_that_another_session_logs_first_has_one_baseline(memory: Memory, sessions: Sessions) -> None:
-    """Nothing is locked between the look at the row and the statement: what is seen may be old by then."""
+    """The look locks nothing, so its result may be old when the statement runs."""
 
     def run() -> None:
         with sessions() as session:
@@ -264,7 +266,7 @@ def test_a_row_that_another_session_logs_first_has_one_baseline(memory: Memory, 
 @pytest.mark.deep_on("trigger")
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_eight_threads_wait_for_each_other_in_no_circle(postgres_engine: Engine, capture: Any) -> None:
-    """Two classes and several keys in one flush. A DeadlockDetected would be among the errors."""
+    """Each flush changes two classes and several keys. A DeadlockDetected would be among the errors."""
     Base.metadata.create_all(postgres_engine)
     engine = create_engine(postgres_engine.url, pool_size=8)
     memory, sessions = Memory(InMemoryIndex(), embedder=HashEmbedder()), sessionmaker(engine, autoflush=False)

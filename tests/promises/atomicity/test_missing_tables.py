@@ -1,4 +1,4 @@
-"""A database without our tables: one sentence says what to do, whichever call finds out."""
+"""A database without our tables: one sentence says what to do, whichever call meets it first."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ON_AN_ENGINE: dict[str, Callable[[Memory, Engine], Any]] = {
 def test_call_without_our_tables_says_what_to_do(
     engine: Engine, call: str, capture: Literal["session", "trigger"]
 ) -> None:
-    """Its kind: an AsyncSession, the checkpointer's and store's tables, one table that is missing among others."""
+    """The same kind: an AsyncSession, the tables of the checkpointer and the store, a single missing table."""
     Base.metadata.create_all(engine)
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     memory.track(Tag, text="meaning", capture=capture)
@@ -69,7 +69,7 @@ def test_call_without_our_tables_says_what_to_do(
 
 
 def test_column_of_another_version_is_reported(engine: Engine) -> None:
-    """A database of a version that is newer, or older, than the program."""
+    """The database's version is newer or older than the program's."""
     Base.metadata.create_all(engine)
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     memory.track(Tag, text="meaning")
@@ -82,7 +82,7 @@ def test_column_of_another_version_is_reported(engine: Engine) -> None:
 
 
 def test_missing_application_table_keeps_the_drivers_error(engine: Engine) -> None:
-    """Also where their name begins as ours do."""
+    """This holds even if the table's name has our prefix."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     memory.track(Tag, text="meaning")
     memory.create_tables(engine)

@@ -1,4 +1,4 @@
-"""Engines that memstate_sa makes itself: of a URL, beside an AsyncEngine, with a pool of their own."""
+"""Engines that memstate_sa makes itself: for a URL, beside an AsyncEngine, with a pool of its own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def beside_async(url: str) -> Iterator[Call]:
 
 @contextmanager
 def pool_of_its_own(url: str) -> Iterator[Call]:
-    """The application's engine does not ask before, and this one is ours."""
+    """The application's engine does not test its connections first. Our own engine must."""
     engine = create_engine(url)
     made = with_separate_pool(engine)
 
@@ -59,7 +59,7 @@ def pool_of_its_own(url: str) -> Iterator[Call]:
 
 @pytest.mark.parametrize("opened", [store, checkpointer, beside_async, pool_of_its_own])
 def test_call_works_after_the_server_closed_idle_connections(postgres_engine: Engine, opened: Any) -> None:
-    """Its kind: a pooler's or a firewall's timeout, a restart of the server, a failover."""
+    """The same kind: a pooler's or a firewall's timeout, a restart of the server, a failover."""
     with opened(postgres_engine.url.render_as_string(hide_password=False)) as call:
         call()
         with postgres_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:

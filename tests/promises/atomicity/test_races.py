@@ -1,4 +1,4 @@
-"""What is decided of two looks, between which somebody else acts: there, and nowhere else, the other one comes in."""
+"""Decisions that need two looks: each test lets another thread act exactly between the two."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def switching_often() -> Iterator[None]:
 
 @pytest.mark.deep
 def test_commit_succeeds_while_a_relay_is_made(sqlite_engine: Engine) -> None:
-    """What the commit wakes is a set to which another thread adds: that was an error, after the COMMIT."""
+    """The commit walks a set to which another thread adds. This used to raise an error after the COMMIT."""
     world = World(sqlite_engine)
     held, until = [world.memory.relay(sqlite_engine) for _ in range(3)], time.monotonic() + 2.0
 
@@ -71,7 +71,7 @@ def test_commit_succeeds_while_a_relay_is_made(sqlite_engine: Engine) -> None:
 
 
 def test_track_succeeds_while_a_transaction_begins(engine: Engine) -> None:
-    """Which goes through the classes that are tracked by then."""
+    """A class is tracked while the transaction walks the tracked classes."""
 
     class Late(DeclarativeBase):
         pass
@@ -100,7 +100,7 @@ def test_track_succeeds_while_a_transaction_begins(engine: Engine) -> None:
 
 
 def test_relay_started_while_a_drain_ends_keeps_running(world: World) -> None:
-    """A drain lets go of what it holds, unless the relay runs: as it does by the time that it lets go."""
+    """A drain releases its claims only if the relay is not running. Here the relay starts just before the release."""
     relay, stop = world.relay, world.relay.stop
     starting = threading.Thread(target=relay.start)
 
@@ -124,7 +124,7 @@ def test_relay_started_while_a_drain_ends_keeps_running(world: World) -> None:
 
 
 def test_two_threads_share_the_engine_of_an_async_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each made an engine of it, and nobody could tell any more in which one a token's transaction is."""
+    """Otherwise each would make an engine, and the database of a token would be ambiguous."""
     pytest.importorskip("aiosqlite")
     made, together = sync_engines.blocking_engine, threading.Barrier(2)
 
@@ -154,7 +154,7 @@ class Resident(BaseModel):
 def test_commit_spares_a_fact_that_gets_other_unique_values(
     postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the look at which fact has them and the lock on it. It was overwritten: what it is now, was lost."""
+    """The fact changes between the look for its unique values and its lock. The commit used to overwrite it."""
     with MemoryStore(postgres_engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as store:
         store.register_schema("person", Resident, unique_by="name")
         first = store.commit(Fact(type="person", payload={"name": "Ann", "city": "Rome"}))
@@ -177,7 +177,7 @@ def in_a_thread(work: Callable[[], object]) -> None:
 
 
 def test_repair_sees_a_row_that_comes_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the looks at the table and at the log, which then says that it is there: it was logged as deleted."""
+    """The row returns between the looks at the table and at the log. It used to be logged as deleted."""
     world = World(engine)
     say(world, a="x")
     with engine.begin() as connection:
@@ -204,7 +204,7 @@ def add(world: World, name: str) -> None:
 
 
 def test_erase_covers_a_row_that_comes_again(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row that was not there to be deleted was logged as deleted, and stayed. It is erased as well."""
+    """A missing row came back. It used to be logged as deleted, and stayed. Now it is erased too."""
     world = World(postgres_engine)
     say(world, a="x")
     with world.session() as session:
@@ -230,7 +230,7 @@ def test_erase_covers_a_row_that_comes_again(postgres_engine: Engine, monkeypatc
 def test_undo_is_right_while_its_entries_are_folded(
     revoked: bool, postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the entries and those before them: without these, a row that was changed looked like one added."""
+    """Folding happens between reading entries and their predecessors. Undo used to mistake a change for a new row."""
     world = World(postgres_engine)
     for meaning in ("one", "two", "three"):
         say(world, a=meaning)
@@ -262,7 +262,7 @@ def test_undo_is_right_while_its_entries_are_folded(
 
 
 def test_undo_passes_a_step_that_another_undoes_first(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the look at which they are and the locks: what is undone by then is none of the two."""
+    """Another undo comes between finding the steps and locking them. Its step does not count as one of the two."""
     world = World(postgres_engine)
     for name in "abcd":
         say(world, **{name: "x"})
@@ -291,7 +291,7 @@ def test_undo_passes_a_step_that_another_undoes_first(postgres_engine: Engine, m
 
 
 def test_verify_reports_no_drift_beside_a_quick_relay(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each look finds a vector that was right a moment ago; and by the next, what made it wrong is delivered."""
+    """Each look finds a vector that was right a moment ago. The change is delivered before the next look."""
     world = World(engine)
     say(world, a="one")
     world.relay.drain()
@@ -311,7 +311,7 @@ def test_verify_reports_no_drift_beside_a_quick_relay(engine: Engine, monkeypatc
 
 
 def test_retry_is_not_lost_while_a_dead_key_is_refused_again(engine: Engine) -> None:
-    """Its row has changed, and the relay has read it; then somebody mends the index, and has its dead keys retried."""
+    """The relay has read the changed row. Then an operator repairs the index and retries its dead keys."""
     world = World(engine, index := Spy())
     relay = world.memory.relay(engine, policy=RetryPolicy(max_attempts=1))
 
@@ -333,7 +333,9 @@ def test_retry_is_not_lost_while_a_dead_key_is_refused_again(engine: Engine) -> 
 
 
 def test_refusal_does_not_cancel_the_repeat_of_another_relay(engine: Engine) -> None:
-    """Who has lost the slot says so while its successor's call is under way: once more, when that can land no more."""
+    """A relay that lost the slot asks for one more delivery during its successor's call. The refusal must keep this
+    request.
+    """
     world = World(engine, index := Spy())
     relay = world.memory.relay(engine, policy=RetryPolicy(max_attempts=2, delay_s=0))
     may_land = {("tag", '["a"]'): Parked(0, 0.0, ParkedState.AGAIN, "lease lost", deliver_again=True)}
@@ -353,7 +355,7 @@ def test_refusal_does_not_cancel_the_repeat_of_another_relay(engine: Engine) -> 
 
 
 def test_wait_returns_while_the_incarnation_changes(engine: Engine) -> None:
-    """As a purge leaves it: what is known of it before, is not kept up to date."""
+    """A purge changes it. The ledger of the earlier incarnation is not updated any more."""
     world = World(engine, index := Spy())
     with world.session() as session:
         session.add(Tag(name="a"))
@@ -373,7 +375,7 @@ def test_wait_returns_while_the_incarnation_changes(engine: Engine) -> None:
 
 @pytest.mark.deep_on("sqlite")
 def test_wait_returns_although_the_key_goes_on_changing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each time that it looks, the key has changed once more, after what is waited for was delivered."""
+    """At each look the key has changed again since the awaited change was delivered."""
     world = World(engine)
     with world.session() as session:
         session.add(Tag(name="a"))
@@ -395,7 +397,7 @@ def test_wait_returns_although_the_key_goes_on_changing(engine: Engine, monkeypa
 def test_purge_keeps_a_key_that_is_delivered_at_the_same_time(
     sqlite_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Into the collection that is being replaced by its copy, to which a search comes that has seen it delivered."""
+    """The key goes to a collection that a copy is replacing. A search that has seen its delivery must find it there."""
     chromadb = pytest.importorskip("chromadb")
     index = ChromaIndex(chromadb.PersistentClient(str(tmp_path / "chroma")))
     world = World(sqlite_engine, index)
@@ -431,7 +433,7 @@ def test_purge_keeps_a_key_that_is_delivered_at_the_same_time(
 
 
 def test_two_threads_that_use_an_engine_first_are_both_guarded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the second one wrote past the log was not refused, as the first was just about to see to that."""
+    """The first thread was about to install the guard. The second thread's untracked write was not refused."""
     world = World(engine)
     elsewhere: Engine = sqlite.configure(create_engine(engine.url))
     sessions = sessionmaker()

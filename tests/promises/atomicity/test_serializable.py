@@ -1,4 +1,4 @@
-"""SERIALIZABLE on PostgreSQL: triggers read no more than they must, so that few transactions fail because of them."""
+"""SERIALIZABLE on PostgreSQL: triggers read as little as possible, so that few transactions fail because of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def world(postgres_engine: Engine) -> Iterator[World]:
 
 
 def locked(connection: Connection) -> dict[str, set[str]]:
-    """What this transaction has read, as PostgreSQL remembers it: by table or index, a tuple, a page, or all of it."""
+    """This transaction's predicate locks: the kinds (tuple, page, relation) by table or index."""
     found: dict[str, set[str]] = {}
     of_mine = "FROM pg_locks WHERE mode = 'SIReadLock' AND pid = pg_backend_pid()"
     for name, kind in connection.execute(text(f"SELECT relation::regclass::text, locktype {of_mine}")):
@@ -39,7 +39,7 @@ def locked(connection: Connection) -> dict[str, set[str]]:
 def test_new_rows_are_no_conflict(world: World, serializable: Engine) -> None:
     """Two transactions that add different rows both commit, by SQL and by Sessions with labels, at any size of the log.
 
-    Of the same kind: upserts of new rows, INSERT … SELECT, COPY.
+    The same kind: upserts of new rows, INSERT … SELECT, COPY.
     """
     for rows in (1, 500):
         with serializable.connect() as one, serializable.connect() as other:
@@ -67,7 +67,7 @@ def test_new_rows_are_no_conflict(world: World, serializable: Engine) -> None:
 def test_a_change_reads_only_what_is_known_of_its_row(
     world: World, serializable: Engine, postgres_engine: Engine, rows: int, analyzed: bool
 ) -> None:
-    """Whatever the statistics say: the log is neither read as a whole, nor all that it has of a class."""
+    """With any statistics, neither the whole log nor all entries of the class are read."""
     with postgres_engine.begin() as connection:
         values = f"SELECT 'tag ' || n, 'x' FROM generate_series(1, {rows}) n"
         connection.execute(text(f"INSERT INTO tag (name, meaning) {values}"))
@@ -88,7 +88,7 @@ def test_a_change_reads_only_what_is_known_of_its_row(
 
 
 def test_transaction_without_tracked_writes_does_not_read_the_log(world: World, serializable: Engine) -> None:
-    """A Session asks before its COMMIT whether triggers have logged anything."""
+    """Before its COMMIT, a Session asks whether triggers have logged anything."""
     with serializable.begin() as connection:
         connection.execute(text("CREATE TABLE other (id int)"))
     sessions = sessionmaker(serializable)
@@ -103,9 +103,9 @@ def test_transaction_without_tracked_writes_does_not_read_the_log(world: World, 
 def test_changes_by_application_triggers_are_logged(
     world: World, serializable: Engine, postgres_engine: Engine
 ) -> None:
-    """They change the same row again within the statement: there the table is read.
+    """The application's triggers change the same row again within the statement. In this case the table is read.
 
-    Of the same kind: a trigger that deletes what was inserted, one on another table, one that changes a key.
+    The same kind: a trigger that deletes the inserted row, a trigger on another table, a trigger that changes a key.
     """
     body = """
     BEGIN

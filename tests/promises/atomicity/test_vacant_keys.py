@@ -1,4 +1,4 @@
-"""History of a key that has no row, written beside a transaction that is adding one: the log ends as the table does."""
+"""Entries for a key without a row, beside a transaction that adds the row: the log ends like the table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ any_isolation = pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATA
 
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine may let the other transaction end late."""
+    """Wait long, because a busy machine may end the other transaction late."""
     monkeypatch.setattr(absent_keys, "LOCK_WAIT_S", 60.0)
 
 
@@ -45,7 +45,7 @@ def remove(world: World, key: int = 5) -> None:
 
 
 def erasing(world: World, isolation: str) -> Callable[[], bool]:
-    """Erase person 5 in a transaction whose snapshot is taken now; whether it was not refused."""
+    """A function that erases person 5 under a snapshot taken now. It returns False if it was refused."""
     session = world.sessions(bind=world.engine.execution_options(isolation_level=isolation))
     session.execute(select(Tag)).all()
 
@@ -67,7 +67,7 @@ def erasing(world: World, isolation: str) -> Callable[[], bool]:
 def test_erase_waits_for_a_row_that_is_being_added(
     postgres_engine: Engine, capture: Any, isolation: str, ending: str, patience: None
 ) -> None:
-    """So do upserts, COPY, text SQL that triggers log, and an undo that brings the row back."""
+    """The same kind: upserts, COPY, text SQL that triggers log, and an undo that brings the row back."""
     world = World(postgres_engine, capture=capture)
     add(world, about="old")
     remove(world)
@@ -88,7 +88,7 @@ def test_erase_waits_for_a_row_that_is_being_added(
 def test_erase_in_an_old_snapshot_is_refused(
     postgres_engine: Engine, isolation: str, stays: bool, patience: None
 ) -> None:
-    """Of what was added after the snapshot, it redacts nothing: neither the row nor, if that is gone, its history."""
+    """It could not redact a row that was added after the snapshot, or the history of such a row."""
     world = World(postgres_engine)
     add(world, about="old")
     remove(world)
@@ -104,7 +104,7 @@ def test_erase_in_an_old_snapshot_is_refused(
 def test_erase_after_its_own_delete_waits_for_no_writer(
     postgres_engine: Engine, isolation: str, patience: None
 ) -> None:
-    """Nobody can add it until the end: other writers of the table are not waited for."""
+    """No other transaction can add the row before the end, so other writers of the table are not waited for."""
     world = World(postgres_engine)
     add(world)
     with (
@@ -122,7 +122,7 @@ def test_erase_after_its_own_delete_waits_for_no_writer(
 
 
 def test_erase_is_refused_while_a_writer_stays_open(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says so, and has written nothing. The same for a writer that itself waits for the erasing transaction."""
+    """The error says so, and nothing is written. The same holds for a writer that waits for the erasing transaction."""
     monkeypatch.setattr(absent_keys, "LOCK_WAIT_S", 0.1)
     world = World(postgres_engine)
     add(world)
@@ -185,7 +185,7 @@ def test_erase_waits_for_an_undo_of_the_deletion(
 def test_undo_waits_for_an_erasure(
     postgres_engine: Engine, capture: Any, isolation: str, on_conflict: Any, there: bool, patience: None
 ) -> None:
-    """Whatever it read before: what is erased does not come back."""
+    """An erased fact does not come back, even if the undo read it earlier."""
     world = World(postgres_engine, capture=capture)
     add(world)
     with world.session() as session:
@@ -222,7 +222,7 @@ def test_undo_waits_for_an_erasure(
 def test_undo_of_an_insert_waits_for_the_next_one(
     postgres_engine: Engine, capture: Any, isolation: str, patience: None
 ) -> None:
-    """Its row is gone, so a forced undo logs a deletion: not as the last entry of a row that another adds."""
+    """The row is gone, so a forced undo logs a deletion. It must not be the last entry of a row that another adds."""
     world = World(postgres_engine, capture=capture)
     with world.session() as session:
         session.add(Person(id=5, name="n", about="first"))
@@ -253,7 +253,7 @@ def test_undo_of_an_insert_waits_for_the_next_one(
 def test_doctor_waits_for_a_row_that_is_being_added(
     postgres_engine: Engine, capture: Any, engine_isolation: str, patience: None
 ) -> None:
-    """Two rows are gone, and one comes again: the other one is logged as deleted."""
+    """Two rows are gone, and one comes again. Only the other one is logged as deleted."""
     engine = create_engine(postgres_engine.url, isolation_level=engine_isolation)
     world = World(engine, capture=capture)
     add(world, 5)
@@ -294,7 +294,7 @@ def test_doctor_leaves_a_key_for_later_while_a_writer_stays_open(
 def test_import_waits_for_a_row_that_is_being_added(
     sqlite_engine: Engine, postgres_engine: Engine, capture: Any, ending: str, patience: None
 ) -> None:
-    """Of a key that ends deleted in the file, and so is no row that the import itself would add."""
+    """The key is deleted at the end of the file, so the import itself would add no row."""
     source = World(sqlite_engine)
     add(source)
     remove(source)
@@ -323,7 +323,7 @@ def test_import_waits_for_a_row_that_is_being_added(
 def test_keys_are_held_by_one_lock_where_they_are_many(
     postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch, patience: None
 ) -> None:
-    """An undo of thousands of deletions would take all of PostgreSQL's memory for locks."""
+    """Thousands of single locks would use up PostgreSQL's lock memory."""
     monkeypatch.setattr(absent_keys, "_MOST_KEYS", 2)
     world = World(postgres_engine)
     for key in (5, 6, 7):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.sa20
 
 
 def checked_by(schema: Any, engine: Engine) -> Any:
-    """Sessions in which *schema* says what may be remembered."""
+    """Sessions whose rows *schema* validates."""
     return make_app(engine, Preference, text="content", schema=schema).sessions
 
 
@@ -37,7 +37,7 @@ def assert_nothing_written(sessions: Any) -> None:
 
 @pytest.mark.parametrize("alias", ["content", AliasChoices("x", "content")])
 def test_field_aliased_to_a_column_is_checked(engine: Engine, alias: Any) -> None:
-    """By an alias for validation alone: what it would refuse must not pass as missing."""
+    """A validation alias names the column. Otherwise the value would count as missing, and pass."""
 
     class Schema(BaseModel):
         text: str | None = Field(default=None, max_length=3, validation_alias=alias)
@@ -51,7 +51,7 @@ def test_field_aliased_to_a_column_is_checked(engine: Engine, alias: Any) -> Non
 
 
 def test_nothing_is_sent_for_an_invalid_object(sessions: Any) -> None:
-    """The error carries Pydantic's error list; the session stays usable, and the object can be mended."""
+    """The error has Pydantic's list of errors. The session stays usable, and the object can be corrected."""
     with sessions() as session:
         seen = statements(session.get_bind())
         wrong = Preference(content="x", strength=11)
@@ -71,7 +71,7 @@ def test_nothing_is_sent_for_an_invalid_object(sessions: Any) -> None:
 
 
 def test_the_error_list_does_not_repeat_the_fact(sessions: Any) -> None:
-    """It goes to logs and back to models: field, type and message, not the input."""
+    """The list goes to logs and back to models. It has field, type and message, but not the input."""
     with sessions() as session:
         session.add(Preference(content="MY SECRET"))
         with pytest.raises(ValidationFailed) as caught:
@@ -80,7 +80,7 @@ def test_the_error_list_does_not_repeat_the_fact(sessions: Any) -> None:
 
 
 def test_missing_values_are_invalid_unless_a_default_comes(sessions: Any) -> None:
-    """A column without default is None; one with a default is checked when the database has applied it."""
+    """A column without a default is None. A column with one is checked after the database has applied it."""
     with sessions() as session:
         session.add(Preference())
         with pytest.raises(ValidationFailed) as caught:
@@ -93,7 +93,7 @@ def test_missing_values_are_invalid_unless_a_default_comes(sessions: Any) -> Non
 
 
 def test_what_the_database_computes_is_checked_too(sessions: Any) -> None:
-    """Defaults and SQL expressions are known after the statement: the flush fails, and nothing is kept."""
+    """Defaults and SQL expressions are known after the statement. The flush fails, and nothing is kept."""
     with sessions() as session:
         session.add(Preference(content="fine", strength=0))  # low defaults to 1 in the database
         with pytest.raises(ValidationFailed, match="low is above strength"):
@@ -129,7 +129,7 @@ def test_bulk_statements_are_checked_inside_a_savepoint(sessions: Any, kind: str
 
 
 def test_only_the_schemas_own_fields_are_given_to_it(engine: Engine) -> None:
-    """Other columns are not its business, even where it forbids unknown fields."""
+    """Other columns are ignored, even if the schema forbids unknown fields."""
 
     class Strict(BaseModel, extra="forbid"):
         content: str
@@ -140,14 +140,14 @@ def test_only_the_schemas_own_fields_are_given_to_it(engine: Engine) -> None:
 
 
 def test_a_schema_must_be_a_model() -> None:
-    """A clear error where it is declared."""
+    """A clear error is raised at declaration."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     with pytest.raises(MemstateError, match="give a Pydantic model class"):
         memory.track(Preference, text="content", schema={"content": str})
 
 
 def test_unique_and_immutable_violations_are_refused(engine: Engine) -> None:
-    """Refused with ConflictError; nothing of the flush is kept; a deleted value is free again."""
+    """They raise ConflictError, and nothing of the flush is kept. A deleted value is free again."""
     from memstate_sa import ConflictError
 
     app = make_app(engine, Preference, text="content", unique_by=("content",), immutable=True)

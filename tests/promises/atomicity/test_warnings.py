@@ -1,4 +1,4 @@
-"""Our warnings point at the application's line, which `python -W error` and filters by module go by."""
+"""Our warnings point to the application's line. `python -W error` and filters by module rely on it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def lines(caught: list[warnings.WarningMessage], category: type[Warning]) -> lis
 
 @pytest.mark.parametrize("use", [flush, execute, commit])
 def test_warning_points_at_the_line_of_the_application(tmp_path: Path, use: Callable[[Session], None]) -> None:
-    """Its kind: autoflush by a query, bulk statements, a scoped_session, a MemoryStore; each warning that we give."""
+    """The same kind: autoflush by a query, bulk statements, a scoped_session, a MemoryStore, each of our warnings."""
     engine = create_engine(f"sqlite:///{tmp_path / 'a.db'}")
     sessions = sessionmaker(engine)
     memory = attached(sessions, tmp_path / "a.db")

@@ -1,4 +1,4 @@
-"""The log is append-only, whoever asks and by whatever means; erasure and retention are let through."""
+"""The log is append-only for every writer. Only erasure and retention may change it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Local(DeclarativeBase):
 
 
 class Entry(Local):
-    """An application may map the log, to read it."""
+    """An application may map the log in order to read it."""
 
     __table__ = log
 
@@ -96,7 +96,7 @@ def by_another_program(world: World, statement: Any) -> None:
 
 @pytest.mark.parametrize("by", [by_session, by_engine, by_another_program])
 def test_every_statement_that_changes_an_entry_is_refused(world: World, by: Callable[[World, Any], None]) -> None:
-    """And says what to do instead; the log stays as it was, and goes on growing."""
+    """The error names the right method. The log stays as it was, and keeps growing."""
     before = contents(world.engine)
     for name, statement in {**STATEMENTS, **ONLY[world.engine.dialect.name]}.items():
         with pytest.raises(IntegrityError, match=MESSAGE):
@@ -109,7 +109,7 @@ def test_every_statement_that_changes_an_entry_is_refused(world: World, by: Call
 
 
 def test_objects_of_the_log_cannot_be_changed(world: World) -> None:
-    """Nor deleted, by an application that maps it."""
+    """An application that maps the log cannot delete its objects either."""
     before = contents(world.engine)
     with world.session() as session:
         session.scalars(select(Entry)).first().op = "delete"  # type: ignore[union-attr]
@@ -123,7 +123,7 @@ def test_objects_of_the_log_cannot_be_changed(world: World) -> None:
 
 
 def test_the_driver_itself_is_refused(world: World) -> None:
-    """Below SQLAlchemy, too."""
+    """The refusal also holds below SQLAlchemy."""
     before = contents(world.engine)
     connection: Any = world.engine.raw_connection()
     cursor = connection.cursor()
@@ -135,7 +135,7 @@ def test_the_driver_itself_is_refused(world: World) -> None:
 
 
 def test_inserting_is_not_rewriting(world: World) -> None:
-    """With an id of one's own, too, as a dump that is restored has them."""
+    """An INSERT may bring its own id. Restoring a dump does this."""
     row = {"tx": "x", "entity": "e", "key": "[1]", "op": "insert", "version": 1, "step": False, "at": func.now()}
     with world.engine.begin() as connection:
         connection.execute(insert(log).values(id=1000, **row))
@@ -158,9 +158,9 @@ PAST: dict[str, str] = {
 @pytest.mark.parametrize("name", PAST)
 @pytest.mark.parametrize("by", [by_session, by_engine, by_another_program])
 def test_an_entry_of_the_past_is_refused(world: World, by: Callable[[World, Any], None], name: str) -> None:
-    """An id below those that were given out, taken or not: an INSERT does not change what was.
+    """An INSERT below the last id is refused, even where that id is free: it would change the past.
 
-    Of the same kind: COPY, OVERRIDING SYSTEM VALUE, the ids of transactions that were rolled back.
+    The same kind: COPY, OVERRIDING SYSTEM VALUE, the ids of transactions that were rolled back.
     """
     with world.engine.begin() as connection, rewriting(connection):  # a rollback leaves such a gap on PostgreSQL
         connection.execute(delete(log).where(log.c.key == '["b"]'))
@@ -175,7 +175,7 @@ def test_an_entry_of_the_past_is_refused(world: World, by: Callable[[World, Any]
 
 
 def test_copy_is_refused_as_well(postgres_engine: Engine) -> None:
-    """It gives ids whatever the column says."""
+    """COPY can set ids even when the column does not allow it."""
     world = World(postgres_engine)
     say(world, a="one", b="two")
     before = contents(postgres_engine)
@@ -191,7 +191,7 @@ ANOTHER = insert(log).values(tx="x", entity="e", op="insert", version=1, step=Fa
 
 
 def test_a_slow_transaction_still_logs(postgres_engine: Engine) -> None:
-    """Its ids are below those that others have committed since, and its session's last one is not the last."""
+    """Its ids are lower than ids that other transactions have committed. currval() is not the last id either."""
     world = World(postgres_engine)
     say(world, a="one")
     with postgres_engine.connect() as slow, postgres_engine.connect() as quick:
@@ -213,7 +213,7 @@ def test_a_slow_transaction_still_logs(postgres_engine: Engine) -> None:
 
 
 def test_a_log_that_has_numbered_nothing_takes_any_id(postgres_engine: Engine) -> None:
-    """As a dump of data alone is restored: in any order, and the sequence last."""
+    """A restored dump (data only) inserts in any order, and sets the sequence last."""
     metadata.create_all(postgres_engine)
     with postgres_engine.begin() as connection:
         for id_ in (5, 3, 7):
@@ -224,7 +224,7 @@ def test_a_log_that_has_numbered_nothing_takes_any_id(postgres_engine: Engine) -
 
 
 def test_entries_after_an_id_of_the_future_follow_it(world: World) -> None:
-    """On both databases: the log stays in its order."""
+    """The log keeps its order on both databases."""
     with world.engine.begin() as connection:
         connection.execute(ANOTHER.values(id=1000, key="[1]"))
         connection.execute(ANOTHER.values(key="[2]"))
@@ -232,7 +232,7 @@ def test_entries_after_an_id_of_the_future_follow_it(world: World) -> None:
     assert [row.key for row in contents(world.engine)] == ['["a"]', '["b"]', "[1]", "[2]", '["c"]']
 
 
-# -- what is let through -----------------------------------------------------------------------------------------------
+# -- permitted changes -------------------------------------------------------------------------------------------------
 
 
 def told(connection: Connection) -> Any:
@@ -242,7 +242,7 @@ def told(connection: Connection) -> Any:
 
 
 def test_log_changes_only_inside_rewriting(world: World) -> None:
-    """Not after it in the same transaction, not when it failed, not on another connection."""
+    """Changes are refused after the block, after a block that failed, and on another connection."""
     with world.engine.begin() as connection:
         with rewriting(connection):
             connection.execute(update(log).values(tx="rewritten"))
@@ -271,7 +271,7 @@ def test_log_changes_only_inside_rewriting(world: World) -> None:
 
 
 def test_retention_folds_the_log(world: World) -> None:
-    """It is the relay's own, and leaves no permission behind."""
+    """Folding is the relay's own work. It leaves no permission behind."""
     say(world, a="three")
     with world.engine.begin() as connection, rewriting(connection):
         connection.execute(update(log).values(at=utcnow() - timedelta(days=31)))
@@ -300,7 +300,7 @@ def unprotect(world: World) -> None:
 
 
 def test_missing_triggers_are_reported_and_restored(world: World) -> None:
-    """Those of an older version, of a migration that rebuilt the table, of an intruder."""
+    """An older version, a migration that rebuilt the table or an intruder can have removed them."""
     assert world.memory.doctor(world.engine).healthy
     unprotect(world)
     [problem] = world.memory.doctor(world.engine).problems
@@ -313,7 +313,7 @@ def test_missing_triggers_are_reported_and_restored(world: World) -> None:
 
 
 def test_disabled_or_replaced_trigger_is_reported(world: World) -> None:
-    """It is there by its name, and does nothing."""
+    """The trigger's name is there, but it does nothing."""
     unprotect(world)
     with world.engine.begin() as connection:
         if world.engine.dialect.name == "sqlite":
@@ -330,7 +330,7 @@ def test_disabled_or_replaced_trigger_is_reported(world: World) -> None:
 
 
 def test_create_all_installs_them_and_drop_all_leaves_nothing(world: World) -> None:
-    """Without a Memory, as a migration may do it."""
+    """A migration may create the tables without a Memory."""
     metadata.drop_all(world.engine)
     with world.engine.connect() as connection:
         left = "SELECT count(*) FROM sqlite_master WHERE name LIKE '%append_only%'"
@@ -347,7 +347,7 @@ def test_create_all_installs_them_and_drop_all_leaves_nothing(world: World) -> N
 
 
 def test_undo_only_adds(world: World) -> None:
-    """What a rollback writes are new entries."""
+    """A rollback writes new entries."""
     before = contents(world.engine)
     with world.session() as session:
         world.memory.rollback(session)

@@ -1,4 +1,4 @@
-"""INSERT, UPDATE and DELETE through a Session do what they do without memstate_sa, and the log has what changed."""
+"""Bulk INSERT, UPDATE and DELETE behave as they do without memstate_sa, and the log has the changes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class User(Base):
 
 
 class Topic(Base):
-    """Counts the posts, which are not tracked."""
+    """The number of posts, which are not tracked."""
 
     __tablename__ = "topic"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -74,7 +74,7 @@ def users_of(engine: Engine, **options: Any) -> App:
 
 
 def _hand_over(session: Session, take: Callable[[], Any]) -> list[Any]:
-    """A new user takes the name that a statement takes from another, before the new one is flushed."""
+    """Give a new user the name that a statement takes from another user before the flush."""
     session.add(User(id=9, name="u1"))
     take()
     session.commit()
@@ -104,7 +104,7 @@ def test_autoflush_false_is_heeded(engine: Engine, way: str) -> None:
 
 
 def test_a_pending_change_outlives_an_attempt_that_is_taken_back(engine: Engine) -> None:
-    """A statement that another listener turns to other rows runs twice; what is not flushed yet is still there."""
+    """Another listener turns the statement to other rows, so it runs twice. Unflushed changes survive this."""
     app = users_of(engine)
     event.listen(app.sessions, "do_orm_execute", _to_user_3)
     with app.session() as session:
@@ -126,7 +126,7 @@ def test_a_pending_change_outlives_an_attempt_that_is_taken_back(engine: Engine)
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 @pytest.mark.parametrize("name", ["before_flush", "after_flush", "after_flush_postexec", "after_insert"])
 def test_a_statement_may_run_within_a_flush(engine: Engine, name: str, capture: str) -> None:
-    """Counters are kept so."""
+    """Applications maintain counters like this."""
     app = make_app(engine, Topic, capture=capture)
     app.write(Topic(id=1, text="t"))
     done: list[bool] = []
@@ -228,7 +228,7 @@ STATEMENTS: dict[str, Callable[[Session], Any]] = {
 
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_a_statement_answers_as_it_does_untracked(engine: Engine, name: str) -> None:
-    """And leaves the same rows, and the log has them."""
+    """The rows are the same too, and the log has them."""
     app = users_of(engine)
     held = []
     with Session(engine) as plain:
@@ -273,7 +273,7 @@ def test_rows_of_a_joined_subclass_whose_key_has_its_own_name(engine: Engine) ->
     assert logged == expected and sorted(expected.values()) == ["a", "b", "c", "d"]
 
 
-# -- which rows were changed -------------------------------------------------------------------------------------------
+# -- changed rows ------------------------------------------------------------------------------------------------------
 
 SOFT_DELETE = """
     CREATE FUNCTION soft() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -295,7 +295,7 @@ BY_DATABASE = {
 
 @pytest.mark.parametrize("name", BY_DATABASE)
 def test_the_database_may_change_fewer_rows(postgres_engine: Engine, name: str) -> None:
-    """Soft deletes: what became of the rows is logged."""
+    """Soft deletes: the log has the rows as they are afterwards."""
     app = users_of(postgres_engine)
     ddl, statement = BY_DATABASE[name]
     with postgres_engine.begin() as connection:
@@ -324,7 +324,7 @@ def test_a_trigger_of_sqlite_may_keep_rows(sqlite_engine: Engine) -> None:
 
 
 def _to_user_3(state: Any) -> None:
-    """Another statement, which keeps RETURNING."""
+    """Replace the statement, and keep its RETURNING."""
     if state.is_update or state.is_delete:
         dml: Any = delete(User) if state.is_delete else update(User).values(text="x")
         state.statement = dml.where(User.id == 3).returning(*state.statement._returning)
@@ -356,7 +356,7 @@ LISTENERS: dict[str, Any] = {
 @pytest.mark.parametrize("statement", ["update", "delete"])
 @pytest.mark.parametrize("name", LISTENERS)
 def test_a_later_listener_may_change_the_statement(engine: Engine, name: str, statement: str) -> None:
-    """It runs after ours: the log has what the statement changed in the end."""
+    """The application's listener runs after ours. The log has the changes of the final statement."""
     app = users_of(engine)
     if LISTENERS[name] is not None:
         event.listen(app.sessions, "do_orm_execute", LISTENERS[name])
@@ -393,7 +393,7 @@ def test_options_of_a_statement_may_hide_rows(engine: Engine) -> None:
 
 @pytest.mark.parametrize("statement", ["update", "delete"])
 def test_a_where_that_matches_other_rows_each_time_is_refused_on_sqlite(sqlite_engine: Engine, statement: str) -> None:
-    """Nobody else writes there, so it is the WHERE. Nothing has changed."""
+    """There is no other writer, so the WHERE itself must be the cause. Nothing has changed."""
     numbers = itertools.count(1)
     event.listen(
         sqlite_engine, "connect", lambda dbapi, record: dbapi.create_function("draw", 0, lambda: next(numbers))
@@ -412,7 +412,7 @@ def test_a_where_that_matches_other_rows_each_time_is_refused_on_sqlite(sqlite_e
 
 
 def test_a_where_that_matches_other_rows_each_time_is_never_silent(engine: Engine) -> None:
-    """ORDER BY random() LIMIT 1: captured when it is the same row by chance, else refused."""
+    """ORDER BY random() LIMIT 1 is captured when both runs choose the same row. Otherwise it is refused."""
     app = users_of(engine)
     for _ in range(5):
         with app.session() as session:
@@ -493,7 +493,7 @@ def test_a_result_tells_whether_it_has_rows(engine: Engine) -> None:
 
 
 def test_return_defaults_is_captured_where_it_tells_the_keys(engine: Engine) -> None:
-    """Of one row, and of many; not of several rows in VALUES."""
+    """It is captured for one row and for executemany, but not for several rows in VALUES."""
     app = users_of(engine)
     inserting: Any = USERS.insert().return_defaults(USERS.c.text)
     with app.session() as session:

@@ -1,4 +1,4 @@
-"""Capture: what is logged, when, on whose connection; and what each listener is there for."""
+"""Capture: which changes are logged, when, on which connection, and why each listener exists."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_fact_log_and_outbox_are_one_transaction(world: World) -> None:
 
 
 def test_flush_sends_at_most_two_statements_a_class(world: World) -> None:
-    """The price of a flush, whatever its size: on PostgreSQL log and outbox are one trip."""
+    """The fixed cost of a flush of any size. On PostgreSQL, log and outbox share one round trip."""
     with world.session() as session:
         seen = statements(world.engine)
         session.add_all([Person(name=f"p{n}", about=f"person {n}") for n in range(50)])
@@ -96,7 +96,7 @@ def test_commit_calls_neither_index_nor_embedder(world: World) -> None:
 
 
 def test_row_older_than_tracking_gets_a_baseline_first(world: World) -> None:
-    """The first change of an unknown row logs what it was before."""
+    """The first change of an unknown row logs its earlier values."""
     with world.engine.begin() as connection:
         connection.execute(
             insert(Person.__table__), [{"name": "old", "about": "was here"}, {"name": "b", "about": "b"}]
@@ -132,7 +132,7 @@ def test_baselines_of_a_flush_are_read_together(world: World) -> None:
 
 
 def test_foreign_keys_nulled_by_the_flush_are_captured(world: World) -> None:
-    """Deleting a parent changes children that nobody touched, and that the log may not know yet."""
+    """Deleting a parent changes its children, which the log may not know yet."""
     with world.engine.begin() as connection:
         connection.execute(insert(Person.__table__), {"id": 7, "name": "p", "about": "x"})
         connection.execute(insert(Tag.__table__), {"name": "t", "meaning": "m", "person_id": 7})
@@ -144,7 +144,7 @@ def test_foreign_keys_nulled_by_the_flush_are_captured(world: World) -> None:
 
 
 def test_delete_and_insert_of_one_key_in_one_flush_is_an_update(world: World) -> None:
-    """Only the two ends of a flush count."""
+    """Only the state before and after the flush counts."""
     with world.session() as session:
         session.add(Tag(name="t", meaning="first"))
         session.commit()
@@ -168,7 +168,7 @@ def test_orphans_are_captured(world: World) -> None:
 
 
 def test_a_primary_key_change_is_a_delete_and_an_insert(world: World) -> None:
-    """The old key goes, the new one comes, even when another row takes the old key in the same flush."""
+    """The old key goes and the new one comes, even when another row takes the old key in the same flush."""
     with world.session() as session:
         session.add(Person(name="p", about="x", notes=[Note(topic="t", number=n, content=f"n{n}") for n in (1, 2)]))
         session.commit()
@@ -187,7 +187,7 @@ def test_a_primary_key_change_is_a_delete_and_an_insert(world: World) -> None:
 
 
 def test_expired_deferred_and_expression_values_are_in_the_image(world: World) -> None:
-    """The image is the row, not what the instance happens to hold."""
+    """The image is the row, not the values in the instance."""
     with world.session() as session:
         person = Person(name="p", about="x")
         session.add(person)
@@ -198,7 +198,7 @@ def test_expired_deferred_and_expression_values_are_in_the_image(world: World) -
 
 
 def test_nothing_is_logged_for_an_unchanged_object(world: World) -> None:
-    """Setting a value to itself is no change."""
+    """Setting a value to itself is not a change."""
     with world.session() as session:
         person = Person(name="p", about="x")
         session.add(person)
@@ -210,7 +210,7 @@ def test_nothing_is_logged_for_an_unchanged_object(world: World) -> None:
 
 
 def test_savepoints_take_exactly_their_own_entries(world: World) -> None:
-    """What a rolled back SAVEPOINT wrote is gone, what was written around it stays."""
+    """Writes inside a rolled back SAVEPOINT are gone. Writes around it stay."""
     with world.session() as session:
         session.add(Tag(name="before"))
         session.flush()
@@ -290,7 +290,7 @@ def test_a_bulk_delete_of_unknown_rows_can_be_undone(world: World) -> None:
 
 
 def test_upsert_logs_baselines_of_rows_older_than_tracking(world: World) -> None:
-    """Their baselines come first, as they were; a row that it inserts has none, one that it leaves alone neither."""
+    """Baselines come first, with the old values. Rows that it inserts or leaves alone have none."""
     with world.engine.begin() as connection:
         rows = [{"name": name, "meaning": "old"} for name in ("kept", "changed")]
         connection.execute(insert(Tag.__table__), rows)
@@ -324,7 +324,7 @@ def test_upsert_logs_baselines_of_rows_older_than_tracking(world: World) -> None
 
 
 def test_a_failed_bulk_statement_leaves_nothing(world: World) -> None:
-    """Neither rows nor entries, and the transaction goes on."""
+    """Neither rows nor entries remain, and the transaction goes on."""
     with world.session() as session:
         session.add(Tag(name="a"))
         session.flush()
@@ -352,7 +352,7 @@ UNTRACKED = {
 
 @pytest.mark.parametrize("way", UNTRACKED)
 def test_what_cannot_be_captured_is_refused(world: World, way: str) -> None:
-    """UntrackedWrite, before anything is sent, naming the statement and the way out."""
+    """UntrackedWrite is raised before anything is sent. It names the statement and the alternative."""
     with world.session() as session:
         session.add(Tag(name="a"))
         session.commit()
@@ -373,7 +373,7 @@ def test_other_sessions_and_tables_are_left_alone(world: World) -> None:
 
 
 def test_on_untracked_warn_lets_the_write_through(engine: Engine) -> None:
-    """Who asked for it is warned instead, and the write goes through."""
+    """With on_untracked="warn" there is a warning instead, and the write goes through."""
     app = make_app(engine, Tag, text="meaning", on_untracked="warn")
     with app.session() as session:
         with pytest.warns(UntrackedWriteWarning, match="bypass the log of Tag"):
@@ -394,7 +394,7 @@ def test_before_commit_writes_the_header(world: World) -> None:
 
 
 def test_after_rollback_ends_the_flush_that_failed(world: World) -> None:
-    """A flush that fails inside a SAVEPOINT is over: what comes after it is not taken for its statements."""
+    """A flush that fails inside a SAVEPOINT is over. Later statements do not belong to it."""
     with world.session() as session:
         session.add(Tag(name="a"))
         session.flush()
@@ -409,7 +409,7 @@ def test_after_rollback_ends_the_flush_that_failed(world: World) -> None:
 
 
 def test_after_rollback_disarms_the_wake_up(world: World) -> None:
-    """A commit that fails after it was sealed wakes nobody."""
+    """A commit that fails after it was sealed does not wake a relay."""
     woken: list[bool] = []
     world.memory._capture._on_commit = lambda engine: woken.append(True)  # type: ignore[method-assign]
     with world.session() as session:
@@ -462,7 +462,7 @@ def test_a_savepoint_keeps_the_labels(world: World) -> None:
 
 
 def test_flush_only_session_logs_without_a_header(world: World) -> None:
-    """Who commits the connection themselves still has log and outbox, only without a header."""
+    """The application commits the connection itself. Log and outbox are written, but no header."""
     with world.engine.begin() as connection:
         session = world.sessions(bind=connection)
         session.add(Tag(name="t"))
@@ -500,7 +500,7 @@ def test_attach_takes_every_kind_of_session(engine: Engine, kind: str) -> None:
 
 
 def test_attach_refuses_what_it_cannot_listen_to() -> None:
-    """A clear error that names what it takes."""
+    """The error names the types that it takes."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     for wrong in (create_engine("sqlite://"), "session", None):
         with pytest.raises(TypeError, match="sessionmaker, a Session class, a scoped_session or an async_sessionmaker"):
@@ -527,6 +527,6 @@ def test_two_memories_do_not_see_each_other(engine: Engine) -> None:
 
 
 def test_annotating_a_foreign_session_is_refused(world: World) -> None:
-    """Labels nobody would read are a mistake."""
+    """Labels that would never be stored are a mistake."""
     with Session(world.engine) as session, pytest.raises(MemstateError, match="not attached"):
         world.memory.annotate(session, actor="ada")

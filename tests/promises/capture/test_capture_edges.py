@@ -48,7 +48,7 @@ class App(apps.App):
         self.model = model
 
     def stored(self) -> dict[Any, dict[str, Any]]:
-        """The table as the database has it, by primary key; the key is the first column."""
+        """The rows of the table, by primary key. The key is the first column."""
         with self.engine.connect() as connection:
             found = connection.execute(text(f"SELECT * FROM {self.model.__table__.name}")).mappings()
             return {next(iter(row.values())): dict(row) for row in found}
@@ -63,7 +63,7 @@ class App(apps.App):
         assert {key: dict(row) for (_, key), row in replay(changes).items()} == self.stored()
 
     def assert_unique_is_truth(self) -> None:
-        """memstate_unique holds the value of every row, and nothing else."""
+        """Assert that memstate_unique holds the value of every row, and nothing else."""
         with self.engine.connect() as connection:
             held = {row.key: row.value for row in connection.execute(select(unique))}
         assert held == {encode_key([id_]): encode_key([row["content"]]) for id_, row in self.stored().items()}
@@ -79,7 +79,7 @@ BULK: list[Callable[[Session], Any]] = [
 
 @pytest.mark.parametrize("invalid", [{"content": "x"}, {"content": "fine", "strength": 0}], ids=["before", "after"])
 def test_bulk_methods_are_refused_after_a_flush_that_failed_validation(engine: Engine, invalid: dict[str, Any]) -> None:
-    """Whether it failed before SQL was sent or on what the database computed: the flush is over."""
+    """The flush is over, whether it failed before any SQL or on a value that the database computed."""
     app = App(engine, Preference, schema=PreferenceSchema)
     with app.sessions() as session:
         session.add(Preference(content="valid"))
@@ -89,7 +89,7 @@ def test_bulk_methods_are_refused_after_a_flush_that_failed_validation(engine: E
             session.add(Preference(**invalid))
             with pytest.raises(ValidationFailed):
                 session.flush()
-            if not savepoint.is_active:  # SQL was sent: the flush has rolled it back
+            if not savepoint.is_active:  # SQL was sent, and the flush has rolled it back
                 savepoint.rollback()
             with pytest.raises(UntrackedWrite, match="INSERT on preference would bypass the log of Preference"):
                 smuggle(session)
@@ -100,7 +100,7 @@ def test_bulk_methods_are_refused_after_a_flush_that_failed_validation(engine: E
 
 @pytest.mark.parametrize("synchronize", ["evaluate", "fetch"])
 def test_instances_show_the_database_after_a_bulk_update_that_failed(engine: Engine, synchronize: str) -> None:
-    """The update was synchronised into the objects before it was undone: they are read anew."""
+    """The update reached the objects before it was undone, so they are loaded again."""
     app = App(engine, Preference, schema=PreferenceSchema)
     with app.sessions() as session:
         first, second = Preference(content="first"), Preference(content="second", strength=9)
@@ -159,7 +159,7 @@ def zoo(engine: Engine) -> App:
 
 
 def test_a_bulk_update_of_a_subclass_touches_its_rows_alone(zoo: App) -> None:
-    """Its own subclasses included; neither baselines nor updates for the rows of others."""
+    """Subclasses of the subclass are included. Rows of other classes get neither baselines nor updates."""
     with zoo.sessions() as session:
         session.execute(update(Dog).values(content="new"))
         session.execute(update(Puppy).where(Puppy.content == "new").values(content="newest"))
@@ -172,7 +172,7 @@ def test_a_bulk_update_of_a_subclass_touches_its_rows_alone(zoo: App) -> None:
 
 
 def test_a_bulk_delete_of_a_subclass_touches_its_rows_alone(zoo: App) -> None:
-    """And undoing it brings back exactly those."""
+    """Undoing the delete brings back exactly these rows."""
     before = zoo.stored()
     with zoo.sessions() as session:
         session.execute(delete(Dog))
@@ -192,7 +192,7 @@ def test_a_bulk_delete_of_a_subclass_touches_its_rows_alone(zoo: App) -> None:
 
 
 def test_redoing_over_an_older_undo_of_others_is_a_conflict(world: World) -> None:
-    """Bob's change was undone, then Ada's older one: redoing Bob's alone would write onto what is gone."""
+    """Bob's change was undone, then Ada's older one. Redoing only Bob's would update a row that is gone."""
     say(world, actor="ada", a="1", b="1")
     say(world, actor="bob", a="2")
     with world.session() as session:
@@ -220,7 +220,7 @@ def test_redoing_over_an_older_undo_of_others_is_a_conflict(world: World) -> Non
 
 
 def handed_over(app: App, *, transactions: int) -> list[str]:
-    """Fact 1 gives up "x" (for "w", then "y"), fact 2 takes it; returns the ids of the transactions that did it."""
+    """Move "x" from fact 1 (which takes "w", then "y") to fact 2. Returns the ids of the transactions."""
     with app.sessions() as session:
         session.add_all([Preference(id=1, content="x"), Preference(id=2, content="z")])
         session.commit()
@@ -243,7 +243,7 @@ def contents(app: App) -> dict[int, str]:
 
 @pytest.mark.parametrize("transactions", [1, 2])
 def test_undo_gives_a_moved_unique_value_back(engine: Engine, transactions: int) -> None:
-    """Each fact has its value back, in one step or in two; redoing moves it again."""
+    """Each fact has its value back after one step or two. Redoing moves it again."""
     app = App(engine, Preference, unique_by=("content",))
     assert len(handed_over(app, transactions=transactions)) == transactions
     with app.sessions() as session:
@@ -259,7 +259,7 @@ def test_undo_gives_a_moved_unique_value_back(engine: Engine, transactions: int)
 
 
 def test_undo_reverses_a_swap_of_unique_values(engine: Engine) -> None:
-    """In one flush, each takes what the other had."""
+    """Both facts take the other's value in one flush."""
     app = App(engine, Preference, unique_by=("content",))
     with app.sessions() as session:
         session.add_all([Preference(id=1, content="x"), Preference(id=2, content="y")])
@@ -277,13 +277,13 @@ def test_undo_reverses_a_swap_of_unique_values(engine: Engine) -> None:
 
 
 def test_a_unique_value_that_is_taken_cannot_be_brought_back(engine: Engine) -> None:
-    """Undoing who gave it up, while another has it, is a conflict that changes nothing, nor costs the caller's work."""
+    """Undoing the transaction that gave the value up is a conflict. Nothing changes, and the caller's work is kept."""
     app = App(engine, Preference, unique_by=("content",))
     gave_up, took = handed_over(app, transactions=2)
     with app.sessions() as session:
         session.add(Preference(id=3, content="mine"))
         before = app.memory.history(session, Preference)
-        with pytest.raises(ConflictError, match=r"have a unique value that would come back.*: preference 2 \(update"):
+        with pytest.raises(ConflictError, match=r"a unique value is taken.*: preference 2 \(update"):
             app.memory.rollback(session, tx=gave_up)
         session.commit()
         assert app.memory.history(session, Preference) == before
@@ -298,7 +298,7 @@ def test_a_unique_value_that_is_taken_cannot_be_brought_back(engine: Engine) -> 
 
 
 def test_backfilled_rows_have_their_unique_values(engine: Engine) -> None:
-    """What was there before tracking stands in the way of a later duplicate."""
+    """Values from before tracking block a later duplicate."""
     app = App(engine, Preference, unique_by=("content",))
     with Session(engine) as session:
         session.add_all([Preference(content="tea"), Preference(content="jam"), Preference(content="rye")])
@@ -323,11 +323,11 @@ def test_backfilled_rows_have_their_unique_values(engine: Engine) -> None:
     app.assert_log_is_truth()
 
 
-# -- columns with names of their own -----------------------------------------------------------------------------------
+# -- columns with other names than their attributes --------------------------------------------------------------------
 
 
 class Renamed(Base):
-    """Attributes named otherwise than their columns."""
+    """Attributes whose names differ from their columns' names."""
 
     __tablename__ = "renamed"
     id: Mapped[int] = mapped_column("note_no", primary_key=True)
@@ -336,7 +336,7 @@ class Renamed(Base):
 
 
 class Crossed(Base):
-    """Each attribute named as the other's column."""
+    """Two attributes, each with the name of the other's column."""
 
     __tablename__ = "crossed"
     id: Mapped[int] = mapped_column("note_no", primary_key=True)
@@ -345,7 +345,7 @@ class Crossed(Base):
 
 
 class Keyed(Base):
-    """Columns that have keys in their Table."""
+    """Columns with keys of their own in the Table."""
 
     __table__ = Table(
         "keyed",
@@ -358,7 +358,7 @@ class Keyed(Base):
 
 @pytest.mark.parametrize("model", [Renamed, Crossed, Keyed])
 def test_columns_named_unlike_their_attributes_are_captured(engine: Engine, model: Any) -> None:
-    """Captured, found, told and undone under their own names; objects and bulk statements alike."""
+    """They are captured, found, shown and undone under their own names, by objects and by bulk statements."""
     app = App(engine, model, metadata=("owner",), unique_by=("owner", "content"))
     _, body, user = (column.name for column in model.__table__.columns)
     with Session(engine) as session:
@@ -408,7 +408,7 @@ def test_columns_named_unlike_their_attributes_are_captured(engine: Engine, mode
 
 @pytest.mark.parametrize("model", [Renamed, Crossed, Keyed])
 def test_columns_named_unlike_their_attributes_are_searched(engine: Engine, model: Any) -> None:
-    """Criteria on metadata and on other columns, delivered and not."""
+    """Criteria on metadata and on other columns, for delivered and undelivered rows."""
     app = App(engine, model, metadata=("owner",))
     with app.sessions() as session:
         session.add(model(id=1, content="green tea", owner="ada"))
@@ -427,7 +427,7 @@ def test_columns_named_unlike_their_attributes_are_searched(engine: Engine, mode
         session.rollback()
 
 
-# -- keys that the database insists on giving -----------------------------------------------------------------------
+# -- generated keys that cannot be chosen ------------------------------------------------------------------------------
 
 
 class Ticket(Base):
@@ -437,7 +437,7 @@ class Ticket(Base):
 
 
 def test_rows_with_generated_always_keys_cannot_be_brought_back(postgres_engine: Engine) -> None:
-    """A clear error that names the column; the transaction goes on, and what needs no key is still undone."""
+    """The error names the column. The transaction goes on, and rows without such a key are still undone."""
     app = App(postgres_engine, Ticket)
     with app.sessions() as session:
         session.add_all([Ticket(content="first"), Ticket(content="second")])
@@ -449,7 +449,7 @@ def test_rows_with_generated_always_keys_cannot_be_brought_back(postgres_engine:
         session.commit()
         before = app.memory.history(session, Ticket)
         with pytest.raises(
-            MemstateError, match=r"ticket\.id is GENERATED ALWAYS: a deleted row cannot be brought back"
+            MemstateError, match=r"Cannot bring back a deleted row of ticket: its column id is GENERATED ALWAYS"
         ):
             app.memory.rollback(session)
         session.commit()
@@ -475,7 +475,7 @@ def other_engine(tmp_path: Path) -> Iterator[Engine]:
 
 @pytest.mark.parametrize("first", ["facts", "other"])
 def test_labels_are_written_where_the_facts_are(engine: Engine, other_engine: Engine, first: str) -> None:
-    """Whichever database the Session begins with: header, log and outbox are in that of the facts."""
+    """Header, log and outbox are in the database of the facts, whichever database the Session uses first."""
     app = App(engine, Animal)
     PreferenceBase.metadata.create_all(other_engine)
     app.memory.create_tables(other_engine)
@@ -496,7 +496,7 @@ def test_labels_are_written_where_the_facts_are(engine: Engine, other_engine: En
 
 
 def test_facts_of_one_transaction_live_in_one_database(world: World, other_engine: Engine) -> None:
-    """Writing tracked models to a second one is refused, and nothing is kept in either."""
+    """Writing tracked models to a second database is refused. Neither database keeps anything."""
     Person.metadata.create_all(other_engine)
     world.memory.create_tables(other_engine)
     with world.sessions(binds={Person: world.engine, Tag: other_engine}) as session:
@@ -513,7 +513,7 @@ def test_facts_of_one_transaction_live_in_one_database(world: World, other_engin
 
 
 def test_schema_translate_map_is_refused(world: World) -> None:
-    """On the engine of a Session, for every kind of write: an error that names it, and nothing is kept."""
+    """Every kind of write on such an engine raises an error that names the option. Nothing is kept."""
     writes: list[Callable[[Session], Any]] = [
         lambda s: s.add(Tag(name="b")),
         lambda s: setattr(s.get_one(Tag, "a"), "meaning", "changed"),
@@ -536,7 +536,7 @@ def test_schema_translate_map_is_refused(world: World) -> None:
 
 
 def test_a_reflected_table_is_the_tracked_table(world: World) -> None:
-    """Another Table object of the same name: a statement on it is refused like one on the model's own."""
+    """It is another Table object of the same name. A statement on it is refused like one on the model's table."""
     say(world, a="1")
     metadata = MetaData()
     metadata.reflect(world.engine, only=["tag"])
@@ -556,7 +556,7 @@ def test_a_reflected_table_is_the_tracked_table(world: World) -> None:
 
 
 def test_two_sessions_on_one_connection_keep_their_labels(world: World) -> None:
-    """Each is captured under its own labels; the guard knows both, and outlives the first that ends."""
+    """Each is captured under its own labels. The guard knows both Sessions, and survives the end of the first."""
     table: Any = Tag.__table__
     with world.engine.connect() as connection:
         with connection.begin(), world.sessions(bind=connection) as ada, world.sessions(bind=connection) as bob:
@@ -593,7 +593,7 @@ def test_two_sessions_on_one_connection_keep_their_labels(world: World) -> None:
     world.assert_in_step()
 
 
-# -- search that locks -------------------------------------------------------------------------------------------------
+# -- searches with locks -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("delivered", [True, False])
@@ -601,7 +601,7 @@ def test_two_sessions_on_one_connection_keep_their_labels(world: World) -> None:
     "criterion", [Person.name == "ada", Person.about.like("likes%")], ids=["in the index", "by ids"]
 )
 def test_search_with_for_update_locks_only_its_hits(world: World, criterion: Any, delivered: bool) -> None:
-    """The hits are locked where the database can; what the search did not return is not."""
+    """The hits are locked where the database can. Other rows are not."""
     with world.session() as session:
         session.add_all(
             [
@@ -645,7 +645,7 @@ AROUND: dict[str, Callable[[Engine], Any]] = {
 
 @pytest.mark.parametrize("way", AROUND)
 def test_the_table_is_known_by_its_name(world: World, way: str) -> None:
-    """However a Core statement names it."""
+    """The name is recognised in every form that Core accepts."""
     say(world, a="1")
     with world.session() as session, pytest.raises(UntrackedWrite):
         session.execute(AROUND[way](world.engine))
@@ -653,7 +653,7 @@ def test_the_table_is_known_by_its_name(world: World, way: str) -> None:
 
 
 def test_a_cte_that_writes_is_refused(postgres_engine: Engine) -> None:
-    """A SELECT or an INSERT elsewhere can carry it."""
+    """A SELECT can carry it, and so can an INSERT into another table."""
     world = World(postgres_engine)
     say(world, a="1")
     gone = delete(Tag.__table__).returning(Tag.__table__.c.name).cte("gone")
@@ -665,7 +665,7 @@ def test_a_cte_that_writes_is_refused(postgres_engine: Engine) -> None:
 
 @pytest.mark.parametrize("statement", [update(Tag).values(meaning="x"), insert(Tag).values(name="n", meaning="x")])
 def test_schema_translate_map_of_one_statement_is_refused(world: World, statement: Any) -> None:
-    """It would write to another table than the one whose rows are logged."""
+    """It would write to a table other than the logged one."""
     say(world, a="1")
     options = {"schema_translate_map": {None: "tenant"}}
     with world.session() as session, pytest.raises(MemstateError, match="schema_translate_map is not supported"):
@@ -674,7 +674,7 @@ def test_schema_translate_map_of_one_statement_is_refused(world: World, statemen
 
 
 def test_one_flush_on_two_databases_is_refused(world: World, other_engine: Engine) -> None:
-    """Also where a row of the same key is on both."""
+    """This also holds when both databases have a row of the same key."""
     say(world, t="in one")
     Person.metadata.create_all(other_engine)
     world.memory.create_tables(other_engine)
@@ -693,7 +693,7 @@ def test_one_flush_on_two_databases_is_refused(world: World, other_engine: Engin
 
 
 class Numbered(Base):
-    """Something else than its key is generated always."""
+    """A column that is not the key is GENERATED ALWAYS."""
 
     __tablename__ = "numbered"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
@@ -702,7 +702,7 @@ class Numbered(Base):
 
 
 def test_an_update_beside_a_generated_always_column_is_undone(postgres_engine: Engine) -> None:
-    """The column keeps the value that nobody could have changed."""
+    """The column keeps its value, which cannot have changed."""
     app = App(postgres_engine, Numbered)
     with app.sessions() as session:
         session.add(Numbered(id=1, content="x"))
@@ -728,7 +728,7 @@ def test_sqlite_knows_no_generated_always(sqlite_engine: Engine) -> None:
 
 
 def test_listeners_of_the_application_find_what_a_commit_will_flush(world: World) -> None:
-    """Though they were attached after ours: many keep a search index so. Labels and wake-up come with that flush."""
+    """Applications maintain search indexes in such listeners. Labels and wake-up come with the same flush."""
     noted: list[Any] = []
 
     def note(session: Session) -> None:
@@ -757,7 +757,7 @@ def test_listeners_of_the_application_find_what_a_commit_will_flush(world: World
 
 
 def test_a_listener_that_writes_in_a_commit_is_labelled(world: World) -> None:
-    """By statements of its own, when nothing was logged before."""
+    """The listener sends its own statements in a transaction without any entry so far."""
 
     def write(session: Session) -> None:
         session.execute(insert(Tag).values(name="t", meaning="m"))

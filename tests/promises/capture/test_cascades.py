@@ -1,4 +1,4 @@
-"""Foreign keys by which the database itself changes tracked rows, which no Session sees."""
+"""Foreign keys whose actions change tracked rows inside the database, where no Session sees it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.sa20
 
 
 def models(*, ondelete: str | None = None, onupdate: str | None = None, **options: Any) -> tuple[Any, Any]:
-    """A parent and its child; *options* are of the parent's relationship, and without any there is none."""
+    """A parent and its child. *options* belong to the parent's relationship, and without options there is none."""
 
     class Base(DeclarativeBase):
         pass
@@ -42,7 +42,7 @@ def models(*, ondelete: str | None = None, onupdate: str | None = None, **option
 
 
 def started(engine: Engine, *tracked: Any, capture: Any = "session") -> tuple[Memory, list[str]]:
-    """A Memory after its first Session, and what was warned of until then."""
+    """A Memory after its first Session, and the warnings until then."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     for model in tracked:
         memory.track(model, text="text", capture=capture)
@@ -91,7 +91,7 @@ SEEN: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", UNSEEN)
 def test_a_cascade_that_no_session_sees_is_warned_of_and_diagnosed(engine: Engine, name: str) -> None:
-    """Once, at a line of the application's. Of the same kind: composite keys, other schemas."""
+    """The warning comes once, and points to the application's line. The same kind: composite keys, other schemas."""
     options, is_parent_tracked, message = UNSEEN[name]
     owner, leaf = models(**options)
     memory, warned = started(engine, *([owner] if is_parent_tracked else []), leaf)
@@ -104,7 +104,7 @@ def test_a_cascade_that_no_session_sees_is_warned_of_and_diagnosed(engine: Engin
 
 @pytest.mark.parametrize("name", SEEN)
 def test_cascade_that_sessions_see_is_not_warned_of(engine: Engine, name: str) -> None:
-    """Because the unit of work does it before the database would."""
+    """The unit of work does the same before the database would."""
     owner, leaf = models(**SEEN[name])
     memory, warned = started(engine, owner, leaf)
     assert warned == [] and diagnosed(memory, engine) == []
@@ -112,7 +112,7 @@ def test_cascade_that_sessions_see_is_not_warned_of(engine: Engine, name: str) -
 
 
 def test_triggers_see_every_cascade(engine: Engine) -> None:
-    """Also of a parent that is not tracked."""
+    """This includes the cascade from a parent that is not tracked."""
     _, leaf = models(ondelete="CASCADE", onupdate="CASCADE")
     memory, warned = started(engine, leaf, capture="trigger")
     assert warned == [] and diagnosed(memory, engine) == []
@@ -120,7 +120,7 @@ def test_triggers_see_every_cascade(engine: Engine) -> None:
 
 
 def test_a_chain_names_where_it_begins(engine: Engine) -> None:
-    """A row goes with its parent's parent, too. A table that refers to itself ends the chain."""
+    """A row can also go with its parent's parent. A table that refers to itself ends the chain."""
 
     class Base(DeclarativeBase):
         pass
@@ -149,7 +149,7 @@ def test_a_chain_names_where_it_begins(engine: Engine) -> None:
 
 
 def test_the_doctor_goes_by_the_database(engine: Engine) -> None:
-    """A key that a migration has given an action, of which the mapping says nothing."""
+    """A migration has given the key an action that the mapping does not have."""
     _, mapped = models()
     memory, warned = started(engine, mapped)
     with engine.begin() as connection:

@@ -1,4 +1,6 @@
-"""A release tracks a class otherwise than the one before: options of `track()` that an index or a table remembers."""
+"""A release tracks a class differently from the release before: options of `track()` that an index or a table
+remembers.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,7 @@ PROJECTIONS: dict[str, tuple[Any, Any, str]] = {
 def test_class_is_delivered_again_when_it_is_projected_otherwise(
     sqlite_engine: Engine, make: Make, change: str
 ) -> None:
-    """On each index. Until then a search is incomplete, finds by no filter on what points lack, and doctor says why."""
+    """On each index. Until then a search is incomplete, filters skip points without the value, and doctor says why."""
     before, after, attribute = PROJECTIONS[change]
     assert_delivered_again(sqlite_engine, make, before, after, attribute)
 
@@ -114,7 +116,7 @@ def assert_delivered_again(engine: Engine, make: Make, before: Any, after: Any, 
     index = make()
     new = Release(engine, index, **after)
     [problem] = new.problems()
-    assert "is delivered as" in problem and "a relay of this release delivers it again" in problem
+    assert "was delivered as" in problem and "A relay of this release delivers it again" in problem
     assert new.found("zebra", Note.owner == "bob")[1] is False
     if before["text"] is not None:
         assert new.found("zebra", Note.owner == "bob")[0] == {9}
@@ -137,9 +139,9 @@ def test_class_without_text_leaves_the_index(engine: Engine) -> None:
 
 
 def test_changed_text_function_is_noticed_by_stale_hits(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
-    """No text_version was given: a hit by content that its row does not have makes a search incomplete; doctor looks.
+    """Without text_version, a hit whose text is not its row's makes the search incomplete. doctor reports it.
 
-    Of one kind with it: points that somebody else has overwritten.
+    The same kind: points that another program has overwritten.
     """
     index = InMemoryIndex()
     old = Release(engine, index, text=titles)
@@ -159,7 +161,7 @@ def test_changed_text_function_is_noticed_by_stale_hits(engine: Engine, caplog: 
 
 
 def test_changed_row_is_no_sign_of_another_text(engine: Engine) -> None:
-    """What is on its way explains a stale hit."""
+    """An undelivered change explains a stale hit."""
     release = Release(engine, InMemoryIndex(), text=titles)
     release.add(*range(1, 9))
     release.drain()
@@ -179,19 +181,19 @@ def refilling(engine: Engine) -> bool:
 
 
 def held(engine: Engine) -> str:
-    """What the index holds of each row."""
+    """The description of the index's content."""
     with engine.connect() as connection:
         return connection.scalars(select(projection.c.projection).where(projection.c.owner == HELD_BY_INDEX)).one()
 
 
 def test_two_releases_do_not_refill_in_turns(engine: Engine) -> None:
-    """While a relay of the old one lives it delivers; then the new one does. The old one does not take it back."""
+    """The old relay delivers while it lives, then the new one. The old one does not take the index back."""
     index = InMemoryIndex()
     old = Release(engine, index, text="title")
     old.add(1, 2)
     old.relay.run_once()
     while refilling(engine):
-        old.relay.run_once()  # and goes on holding its lease
+        old.relay.run_once()  # its lease stays valid
     new = Release(engine, index, text="body")
     new.add(3)
     for _ in range(3):
@@ -205,7 +207,7 @@ def test_two_releases_do_not_refill_in_turns(engine: Engine) -> None:
     assert new.found("zebra") == ({1, 2, 3}, True)
     new.relay.stop()
     old.add(4)
-    for _ in range(3):  # in turns, each with the index to itself
+    for _ in range(3):  # in turns, each alone with the index
         old.relay.run_once()
         old.relay.stop()
         assert "body" in held(engine)
@@ -215,7 +217,7 @@ def test_two_releases_do_not_refill_in_turns(engine: Engine) -> None:
 
 
 def test_older_release_takes_over_when_it_is_left_alone(engine: Engine) -> None:
-    """A release that was tried out and withdrawn: relays of the other one need no restart."""
+    """A new release was tried and withdrawn. Relays of the old release need no restart."""
     index = InMemoryIndex()
     old = Release(engine, index, text="title")
     old.add(1, 2)
@@ -229,7 +231,7 @@ def test_older_release_takes_over_when_it_is_left_alone(engine: Engine) -> None:
 
 
 def test_newer_process_of_the_older_release_takes_over(engine: Engine) -> None:
-    """A deployment that is rolled back."""
+    """A deployment was rolled back."""
     index = InMemoryIndex()
     Release(engine, index, text="title").add(1, 2)
     Release(engine, index, text="body").drain()
@@ -239,7 +241,7 @@ def test_newer_process_of_the_older_release_takes_over(engine: Engine) -> None:
 
 
 def test_database_of_the_version_before_is_delivered_again_once(engine: Engine) -> None:
-    """It does not say what its indexes hold."""
+    """That version did not record the content of its indexes."""
     index = InMemoryIndex()
     Release(engine, index, text="title").add(1, 2)
     old = Release(engine, index, text="title")
@@ -257,7 +259,7 @@ def test_database_of_the_version_before_is_delivered_again_once(engine: Engine) 
 
 
 def test_class_moves_to_another_index(engine: Engine) -> None:
-    """Its points come there, and leave the index that it does not go to any more; what others have there stays."""
+    """Its points move to the new index and leave the old one. Points of other classes stay."""
     indexes: dict[str, VectorIndex] = {"one": InMemoryIndex(), "two": InMemoryIndex()}
     old = Release(engine, indexes, text="title", index="one")
     old.add(1, 2)
@@ -280,7 +282,7 @@ def test_class_moves_to_another_index(engine: Engine) -> None:
 
 
 def test_class_that_is_captured_by_sessions_again_is_logged_once(engine: Engine) -> None:
-    """Triggers of the release before would log each change a second time: create_tables removes them."""
+    """Triggers of the earlier release would log each change a second time. create_tables removes them."""
     index = InMemoryIndex()
     Release(engine, index, text="title", capture="trigger").add(1)
     memory = Memory(index, embedder=HashEmbedder())
@@ -318,7 +320,7 @@ class Person(Base):
 
 
 class People(App):
-    """A process of one release, which says what is unique of a `Person`."""
+    """A process of one release, with its own unique_by for `Person`."""
 
     def __init__(self, engine: Engine, **track: Any) -> None:
         super().__init__(engine, Person, text="email", **track)
@@ -340,13 +342,13 @@ class People(App):
 def test_new_unique_by_covers_older_rows_after_backfill(
     engine: Engine, caplog: pytest.LogCaptureFixture, batch_size: int
 ) -> None:
-    """Backfill takes the values in, and warns of rows that share one; until then doctor says so."""
+    """Backfill stores the values, and warns about rows that share one. Until then doctor reports the gap."""
     old = People(engine)
     for id_, email in enumerate(("ann@x", "bob@x", None, "ann@x"), 1):
         old.add(id_, email)
     new = People(engine, unique_by=("email",))
     [problem] = new.problems()
-    assert "has 4 rows" not in problem and "has 3 rows without the unique values" in problem
+    assert "has 4 rows" not in problem and "has 3 rows without their unique values" in problem
     assert new.memory.backfill(engine, batch_size=batch_size) == 0
     assert new.holders() == {'["ann@x"]': "[1]", '["bob@x"]': "[2]"}
     assert new.problems() == []
@@ -359,7 +361,7 @@ def test_new_unique_by_covers_older_rows_after_backfill(
 
 
 def test_changed_unique_by_forgets_values_of_the_old_columns(engine: Engine) -> None:
-    """Values by the old columns are in nobody's way; nor are those of rows that went while nothing was unique."""
+    """Values of the old columns block no row. Values of rows deleted while nothing was unique do not either."""
     old = People(engine, unique_by=("email",))
     old.add(1, "5551", "5552")
     old.add(2, "gone")
@@ -377,7 +379,7 @@ def test_changed_unique_by_forgets_values_of_the_old_columns(engine: Engine) -> 
 
 
 def test_backfill_gives_a_changing_row_its_locked_value(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is given the value that it has when it is locked."""
+    """Backfill stores the value that the row has when it is locked."""
     from memstate_sa.capture import unique_values
 
     old = People(engine)
@@ -407,7 +409,7 @@ class Contact(BaseModel):
 
 
 def test_new_unique_by_of_a_fact_type_covers_older_facts(engine: Engine) -> None:
-    """A fact of the same value is updated then, not added. A process that does not know the type takes nothing away."""
+    """An older fact with the same value is updated, not added. A process without this type removes no value."""
 
     def opened(schema: Mapping[str, Any] | None = None) -> MemoryStore:
         store = MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False)

@@ -1,4 +1,4 @@
-"""Row -> image -> row, for every generic column type and PostgreSQL's own: what is stored comes back as it was."""
+"""Row -> image -> row, for every generic type and PostgreSQL's own types: the stored value comes back unchanged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Mood(enum.Enum):
 
 
 class Shouting(TypeDecorator[str]):
-    """Its two directions disagree on purpose: only the stored value counts."""
+    """Its two directions disagree on purpose. Only the stored value counts."""
 
     impl = sa.String
     cache_ok = True
@@ -47,7 +47,7 @@ class Shouting(TypeDecorator[str]):
 
 
 class Prefixed(TypeDecorator[str]):
-    """Stored in another form than it is read, by expressions of the database."""
+    """SQL expressions store the value in one form and read it in another."""
 
     impl = sa.String
     cache_ok = True
@@ -135,7 +135,7 @@ def model(name: str, columns: dict[str, Any]) -> type[Any]:
 
 
 BY_NO_TRIGGER = {"array_numeric", "array_uuid"}
-"""What a trigger is refused for."""
+"""Types that triggers refuse."""
 GENERIC = {
     "session": model("generic", COLUMNS),
     "trigger": model("generic_triggered", COLUMNS),
@@ -151,7 +151,7 @@ both_ways = pytest.mark.parametrize("capture", ["session", "trigger"])
 
 
 def stored(connection: Any, table: str) -> list[Any]:
-    """The rows as the server itself would write them down."""
+    """The rows in the server's own text form."""
     if connection.dialect.name == "postgresql":
         return [row[0] for row in connection.execute(text(f"SELECT CAST({table} AS TEXT) FROM {table}"))]
     names = [row[1] for row in connection.execute(text(f"PRAGMA table_info({table})"))]
@@ -160,7 +160,7 @@ def stored(connection: Any, table: str) -> list[Any]:
 
 
 AS_TEXT = {"array_json", "inet", "int_range", "hstore", "bit"}
-"""History shows these as the server writes them."""
+"""Types whose values history shows in the server's text form."""
 
 
 def same(name: str, shown: Any, loaded: Any) -> bool:
@@ -170,7 +170,7 @@ def same(name: str, shown: Any, loaded: Any) -> bool:
 
 
 def check(engine: Engine, models: dict[str, Any], capture: Any, values: dict[str, Any]) -> None:
-    """Delete and change a row, undo both, and compare what the server holds, byte for byte."""
+    """Delete and change a row, undo both, and compare the server's bytes."""
     model = models[capture]
     values = {name: value for name, value in values.items() if hasattr(model, name)}
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
@@ -259,7 +259,7 @@ INTERVALS = {
 
 @both_ways
 def test_intervals_are_undone_to_the_month(prepared_postgres: Engine, capture: Any) -> None:
-    """A month is not 30 days, and a day is not 24 hours; the history shows what psycopg reads."""
+    """A month is not 30 days, and a day is not 24 hours. The history shows the values that psycopg reads."""
 
     class Local(DeclarativeBase):
         pass
@@ -304,7 +304,7 @@ UNREADABLE = [
 
 @both_ways
 def test_times_that_python_cannot_hold_are_kept_as_text(prepared_postgres: Engine, capture: Any) -> None:
-    """The application's statement goes well, the history shows the text, and an undo writes it back."""
+    """The application's statement succeeds, the history shows the text, and an undo writes it back."""
 
     class Local(DeclarativeBase):
         pass
@@ -360,7 +360,7 @@ BY_ASYNCPG = {
 
 @both_ways
 async def test_types_round_trip_by_asyncpg(prepared_postgres: Engine, capture: Any) -> None:
-    """What it reads is what psycopg reads, and it takes what was logged: the server's text among it."""
+    """asyncpg reads the same values as psycopg, and accepts logged values, also those in the server's text form."""
     pytest.importorskip("asyncpg")
     model_ = model(f"by_asyncpg_{capture}", BY_ASYNCPG)
     app = make_app(prepared_postgres, model_, text="label", capture=capture)
@@ -387,7 +387,7 @@ async def test_types_round_trip_by_asyncpg(prepared_postgres: Engine, capture: A
 
 @pytest.mark.parametrize("name", sorted(BY_NO_TRIGGER))
 def test_what_a_trigger_cannot_log_is_refused(prepared_postgres: Engine, name: str) -> None:
-    """Before anything is installed, naming the column."""
+    """It is refused before anything is installed. The error names the column."""
     refused = model(f"refused_{name}", {name: POSTGRES[name]})
     refused.__table__.create(prepared_postgres)
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
@@ -398,7 +398,7 @@ def test_what_a_trigger_cannot_log_is_refused(prepared_postgres: Engine, name: s
 
 @both_ways
 def test_nul_and_nan_in_the_application_do_not_fail_its_commit(prepared: Engine, capture: str) -> None:
-    """What the application's own columns take, the log takes."""
+    """The log accepts every value that the application's own columns accept."""
     values = {"double": float("nan"), "large_binary": b"\x00\xff", "json": {"half": [0.5]}}
     if prepared.dialect.name == "sqlite":
         values |= {"text": "a\x00b", "double": float("inf")}
@@ -407,7 +407,7 @@ def test_nul_and_nan_in_the_application_do_not_fail_its_commit(prepared: Engine,
 
 @both_ways
 def test_null_and_json_null_are_told_apart(prepared: Engine, capture: str) -> None:
-    """A JSON column may hold 'null' or nothing; undo restores which."""
+    """A JSON column may hold 'null' or nothing. Undo restores the right one."""
     check(prepared, GENERIC, capture, {"json": None, "json_null": None})
     check(prepared, GENERIC, capture, {"json": sa.null(), "json_null": sa.JSON.NULL})
 
@@ -466,7 +466,7 @@ def test_keys_of_any_type_work_from_insert_to_undo(engine: Engine, kind: str, ca
 
 @pytest.mark.parametrize("type_", [sa.Float, sa.Numeric(10, 2), sa.Double])
 def test_a_float_is_no_key_for_a_trigger(sqlite_engine: Engine, type_: Any) -> None:
-    """It has more than one form in text; SQLite keeps decimals as floats."""
+    """It has more than one text form. SQLite stores decimals as floats."""
 
     class Local(DeclarativeBase):
         pass
@@ -511,7 +511,7 @@ def things(engine: Engine, type_: Any) -> tuple[Memory, sessionmaker[Session], A
     ],
 )
 def test_key_stored_in_another_form_is_one_key(postgres_engine: Engine, type_: Any, given: Any, stored: Any) -> None:
-    """The object goes on holding what it was given; the log knows one key, the stored one."""
+    """The object keeps the value that it was given. The log has one key, the stored one."""
 
     memory, sessions, Thing = things(postgres_engine, type_)  # noqa: N806
     with sessions() as session:
@@ -537,7 +537,7 @@ def test_key_stored_in_another_form_is_one_key(postgres_engine: Engine, type_: A
     ids=["decimal", "whole", "padded", "rounded"],
 )
 def test_history_is_found_by_a_key_in_another_form(engine: Engine, type_: Any, stored: Any, given: Any) -> None:
-    """The log is asked by the form that it has; of rows that are there, that are older than it, and that are gone."""
+    """The log is queried in its own form: for current rows, older rows and deleted rows."""
     if engine.dialect.name == "sqlite" and not isinstance(type_, sa.Numeric):
         pytest.skip("texts are as they are given")
 
@@ -565,7 +565,7 @@ def test_history_is_found_by_a_key_in_another_form(engine: Engine, type_: Any, s
 
 
 def test_history_of_an_impossible_key_is_empty(engine: Engine) -> None:
-    """Nothing has it, and the transaction goes on."""
+    """No row has the key, and the transaction goes on."""
 
     class Local(DeclarativeBase):
         pass
@@ -587,7 +587,7 @@ def test_history_of_an_impossible_key_is_empty(engine: Engine) -> None:
 
 
 def test_a_key_that_the_database_changes_is_not_silently_lost(postgres_engine: Engine) -> None:
-    """A row that is not found under the key it was given cannot be logged, so it is not written."""
+    """A row that is not found under its given key cannot be logged, so it is not written."""
 
     class Local(DeclarativeBase):
         pass
@@ -608,7 +608,7 @@ def test_a_key_that_the_database_changes_is_not_silently_lost(postgres_engine: E
 
 @both_ways
 def test_what_reads_by_an_expression_is_logged_as_it_is_stored(engine: Engine, capture: Any) -> None:
-    """So an undo writes the same back; only the database can read it as the application does."""
+    """Undo writes the same value back. Only the database can read it as the application does."""
 
     class Own(DeclarativeBase):
         pass

@@ -1,5 +1,7 @@
-"""Random programs, played on several worlds: captured by the Session, and by triggers. All logs replay to their tables,
-which are the same. Where the database logs what a Session did, and where Python reads the rows, the logs are the same.
+"""Random programs run in several worlds: captured by the Session, and by triggers.
+
+Every log replays to its tables, and all tables are equal. The logs are equal too where the database logs a Session's
+changes, and where Python reads the rows.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ SEEN = {name: args for name, args in STEPS.items() if name != "relay"}
 
 
 class Stage:
-    """One world, and how a program is played on it."""
+    """One world, with its way to run a program."""
 
     def __init__(self, engine: Engine, capture: Any, kind: str) -> None:
         self.world = World(engine, capture="trigger" if capture == "trigger" else "session")
@@ -49,8 +51,8 @@ class Stage:
 
     def play(self, steps: Any, untracked: int) -> None:
         wipe(self.world.engine)
-        self.world.memory._recorder.forget_keys()  # an async engine does not see that
-        with self.world.engine.begin() as connection:  # rows that were there before they were tracked
+        self.world.memory._recorder.forget_keys()  # an async engine does not see the wipe
+        with self.world.engine.begin() as connection:  # rows from before tracking
             if self.world.engine.dialect.name == "postgresql":
                 connection.execute(text("SET LOCAL session_replication_role = replica"))
                 connection.execute(text("ALTER SEQUENCE person_id_seq RESTART"))
@@ -83,7 +85,7 @@ class Stage:
             return [self.world.rows(model, session) for model in (Person, Note, Tag)]
 
     def entries(self) -> list[list[Any]]:
-        """What each transaction has logged."""
+        """The entries of each transaction."""
         transactions: dict[str, list[Any]] = {}
         with self.world.engine.connect() as connection:
             for row in connection.execute(
@@ -106,12 +108,12 @@ def _read_log(tracked: Tracked, connection: Connection) -> ReadLog:
 
 
 def _relax(engine: Engine) -> None:
-    """Programs are played, not power failures."""
+    """Turn off fsync: these tests do not simulate power failures."""
     event.listen(engine, "connect", lambda dbapi, record: dbapi.cursor().execute("PRAGMA synchronous = OFF"))
 
 
 def _arguments(engine: Engine, capture: str) -> dict[str, Any]:
-    """On PostgreSQL each world has a schema of its own."""
+    """Arguments that give each world its own schema on PostgreSQL."""
     if engine.dialect.name == "sqlite":
         return {}
     return {"connect_args": {"options": f"-csearch_path={capture}_world"}}
@@ -175,7 +177,7 @@ def test_captures_agree_on_postgres(postgres_engine: Engine, tmp_path: Path, kin
 def test_triggers_log_writes_that_no_session_sees(
     request: pytest.FixtureRequest, tmp_path: Path, database: str, programs_played: int
 ) -> None:
-    """Text SQL, bulk_*(), statements on the connection, other programs, among all the others."""
+    """Text SQL, bulk_*(), statements on the connection and other programs, mixed with all other writes."""
     engine = request.getfixturevalue(f"{database}_engine")
     with stages(engine, tmp_path, "Session", ("trigger",)) as [stage]:
 

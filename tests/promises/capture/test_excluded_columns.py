@@ -92,7 +92,7 @@ def in_bulk(session: Session) -> None:
 
 @pytest.mark.parametrize("change", [by_object, in_bulk])
 def test_a_change_of_excluded_columns_alone_is_none(app: App, change: Any) -> None:
-    """Nothing is logged, and nothing delivered."""
+    """Such a change is neither logged nor delivered."""
     app.relay.drain()
     with app.session() as session:
         change(session)
@@ -100,12 +100,12 @@ def test_a_change_of_excluded_columns_alone_is_none(app: App, change: Any) -> No
     assert entries(app.engine) == [INSERTED]
     with app.engine.connect() as connection:
         keys = connection.scalars(select(outbox.c.tx)).all()
-    assert len(set(keys)) <= 1  # of the insert, until it is forgotten
+    assert len(set(keys)) <= 1  # from the insert, until it is forgotten
     assert app.rows(Account)[1]["password"] == "other"
 
 
 def test_what_is_excluded_is_nowhere(app: App) -> None:
-    """Neither history, nor the past, nor an export has it."""
+    """It is missing from history, from as_of and from exports."""
     with app.session() as session:
         account = session.get_one(Account, 1)
         account.name, account.password = "eve", "0ther"
@@ -131,7 +131,7 @@ def test_an_undo_leaves_them_as_they_are(app: App) -> None:
 
 
 def test_a_row_that_comes_back_lacks_them(app: App) -> None:
-    """The undo says so. It has their defaults, or NULL."""
+    """The restored row has their defaults, or NULL. The undo warns of it."""
     with app.session() as session:
         session.delete(session.get_one(Account, 1))
         session.commit()
@@ -142,7 +142,7 @@ def test_a_row_that_comes_back_lacks_them(app: App) -> None:
 
 
 def test_a_row_that_cannot_come_back_without_them(engine: Engine) -> None:
-    """A column that must have a value, and has no default: the undo is refused, and names it."""
+    """A NOT NULL column without a default is missing, so the undo is refused. The error names the column."""
     app = App(engine, Key, exclude=("secret",))
     app.write(Key(id=1, text="a", secret="s"))
     with app.session() as session:
@@ -156,7 +156,7 @@ def test_a_row_that_cannot_come_back_without_them(engine: Engine) -> None:
 
 
 def test_older_rows_and_erasure(app: App) -> None:
-    """A backfill, and the baseline of a first change, leave them out; an erasure takes the whole row."""
+    """Backfill and the baseline of a first change leave them out. An erasure removes the whole row."""
     with app.engine.begin() as connection:
         connection.execute(insert(Account.__table__), {"id": 2, "name": "bob", "password": "old"})
     app.memory.backfill(app.engine, Account)
@@ -170,7 +170,7 @@ def test_older_rows_and_erasure(app: App) -> None:
 
 
 def test_columns_of_a_subclass(engine: Engine) -> None:
-    """In a table of its own, by joined inheritance."""
+    """The subclass has its own table (joined inheritance)."""
     app = App(engine, Document, exclude=("photo",))
     app.write(Scan(id=1, text="a", pages=3, photo=b"1"), Document(id=2, text="b"))
     with app.session() as session:
@@ -204,7 +204,7 @@ class AccountSchema(BaseModel):
         (Account, {"exclude": ("password",), "schema": AccountSchema}, "Account.password: schema needs it"),
         (Document, {"exclude": ("scan_id",), "text": "text"}, "Document.scan_id: the primary key needs it"),
         (Account, {"exclude": ("sen",)}, "Account has no column attribute 'sen'"),
-        (Account, {"exclude": "seen"}, "exclude='seen': give a tuple"),
+        (Account, {"exclude": "seen"}, "exclude='seen': it is a string. Give a tuple"),
         (Document, {"exclude": ("kind",), "text": "text"}, "Document.kind: polymorphic_on needs it"),
         (Document, {"exclude": ("version",), "text": "text"}, "Document.version: version_id_col needs it"),
         (Document, {"exclude": ("double",), "text": "text"}, "Document has no column attribute 'double'"),
@@ -217,7 +217,7 @@ def test_what_is_needed_cannot_be_excluded(model: Any, options: dict[str, Any], 
 
 
 def test_a_text_function_cannot_read_them(engine: Engine) -> None:
-    """Else the index would have what the log has not, and would not hear of its changes."""
+    """Otherwise the index would have text that the log lacks, and would miss its changes."""
     app = App(engine, Account, text=lambda account: account.password, exclude=EXCLUDED)
     app.write(Account(id=1, name="ada", password="s3cret"))
     app.relay.drain()

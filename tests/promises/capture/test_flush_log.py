@@ -1,4 +1,4 @@
-"""What the database logs of a flush by itself: which keys, what changed, and by how many statements."""
+"""The entries that the database itself writes for a flush: their keys, their values, and the number of statements."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ from tests.support.statements import statements
 
 
 class Guid(TypeDecorator[Any]):
-    """As many applications have it: a UUID in Python, a string for the driver, PostgreSQL's own type in the table."""
+    """A type that many applications define: a UUID in Python, a string for the driver, PostgreSQL's own type in the
+    table.
+    """
 
     impl = CHAR
     cache_ok = True
@@ -78,7 +80,7 @@ def ops(engine: Engine) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 @pytest.mark.parametrize("kind", KEYS)
 def test_a_fact_has_the_key_that_the_database_holds(engine: Engine, kind: str, capture: str) -> None:
-    """From insert to undo, whatever the value of the key is in Python."""
+    """This holds from insert to undo, for keys of any Python type."""
     type_, key = KEYS[kind]
     if "number" in kind and engine.dialect.name == "sqlite" and capture == "trigger":
         pytest.skip("SQLite keeps it as a float: a trigger takes no such key")
@@ -106,7 +108,7 @@ def test_a_fact_has_the_key_that_the_database_holds(engine: Engine, kind: str, c
 
 
 def test_an_address_is_a_key(postgres_engine: Engine) -> None:
-    """A type that the driver reads as an object of its own, and we as the server's text."""
+    """The driver reads this type as its own object. Our code reads the server's text."""
     model = model_of(postgresql.INET())
     app = make_app(postgres_engine, model)
     app.write(model(id="10.0.0.1", text="one"))
@@ -136,11 +138,11 @@ class Part(Partial):
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_a_part_of_a_key_may_be_null(sqlite_engine: Engine, capture: str) -> None:
-    """SQLite has such rows, and SQLAlchemy finds them."""
+    """SQLite allows such rows, and SQLAlchemy finds them."""
     app = make_app(sqlite_engine, Part, capture=capture)
     app.write(Part(a="x", b=None, text="one"), Part(a="x", b="y", text="other"))
     with app.session() as session:
-        session.execute(update(Part).where(Part.b.is_(None)).values(text="two"))  # objects cannot be changed so
+        session.execute(update(Part).where(Part.b.is_(None)).values(text="two"))  # objects cannot be changed
         session.commit()
         app.memory.rollback(session)
         session.commit()
@@ -153,7 +155,7 @@ def test_a_part_of_a_key_may_be_null(sqlite_engine: Engine, capture: str) -> Non
 
 
 def test_a_key_in_another_form_is_the_same_fact(engine: Engine) -> None:
-    """An id as a web form has it, in a detached object, in merge() and in an update of many rows."""
+    """A web form sends ids as text: in a detached object, in merge() and in an update of many rows."""
     model = model_of(sa.Integer())
     app = make_app(engine, model)
     app.write(model(id=7, text="before"))
@@ -174,7 +176,7 @@ def test_a_key_in_another_form_is_the_same_fact(engine: Engine) -> None:
 
 
 class Exact(TypeDecorator[Any]):
-    """Tells True from 1, which are equal in Python."""
+    """Distinguishes True from 1, which are equal in Python."""
 
     impl = sa.Text
     cache_ok = True
@@ -210,7 +212,7 @@ def stamp(mapper: Any, connection: Any, setting: Any) -> None:
 
 
 def stamp_without_a_net_change(session: Session) -> None:
-    """By a listener of the application, which comes after ours."""
+    """Change the row in a listener of the application, which runs after ours."""
     event.listen(Setting, "before_update", stamp)
     try:
         session.get_one(Setting, 1).text = "t"
@@ -221,7 +223,7 @@ def stamp_without_a_net_change(session: Session) -> None:
 
 @pytest.mark.parametrize("change", [change_by_its_type, stamp_without_a_net_change])
 def test_an_update_that_python_does_not_see_is_logged(engine: Engine, change: Callable[[Session], None]) -> None:
-    """What the unit of work sent is compared by the database with what the log says."""
+    """The database compares the updated row with the log."""
     app = make_app(engine, Setting)
     app.write(Setting(id=1, text="t", data={"on": 1}))
     with app.session() as session:
@@ -232,8 +234,8 @@ def test_an_update_that_python_does_not_see_is_logged(engine: Engine, change: Ca
 
 
 def test_a_flush_that_sends_nothing_sends_nothing_of_ours(world: World) -> None:
-    """And locks no row, of which another transaction then has to wait: here one that the log has not seen."""
-    world.write(Person(id=2, name="bob", about="new"))  # once, PostgreSQL is asked for the types of the table's columns
+    """It locks no row either, so no other transaction waits for it. Here the log does not know the row yet."""
+    world.write(Person(id=2, name="bob", about="new"))  # PostgreSQL is asked once for the column types
     with world.engine.begin() as connection:
         connection.execute(insert(Person.__table__), {"id": 1, "name": "ada", "about": "old"})
     with world.session() as session:
@@ -246,7 +248,7 @@ def test_a_flush_that_sends_nothing_sends_nothing_of_ours(world: World) -> None:
 
 
 OURS = {
-    # What a commit of one row sends beside the application's own statement.
+    # Our statements in a commit of one row, beside the application's own statement.
     ("postgresql", "insert"): ["log and outbox"],
     ("postgresql", "update"): ["look", "log and outbox"],
     ("postgresql", "delete"): ["look", "log and outbox"],
@@ -267,7 +269,7 @@ def of_ours(sent: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["insert", "update", "delete"])
 def test_a_commit_of_one_row_sends_few_statements(world: World, kind: str) -> None:
-    """Each is a round trip, on a database that is far away."""
+    """Each statement is a round trip to a database that may be far away."""
     with world.session() as session:
         session.add(Person(id=1, name="ada", about="one"))
         session.commit()
@@ -278,7 +280,7 @@ def test_a_commit_of_one_row_sends_few_statements(world: World, kind: str) -> No
             person.about = "two"
         else:
             session.delete(person)
-            session.flush()  # the rows that refer to it are looked for
+            session.flush()  # SQLAlchemy looks for the rows that refer to it
             session.rollback()
             session.delete(session.get_one(Person, 1))
         seen = statements(world.engine)
@@ -292,7 +294,7 @@ class Named(BaseModel):
 
 @pytest.mark.parametrize("kind", ["insert", "update"])
 def test_a_class_with_a_schema_sends_few_statements(engine: Engine, kind: str) -> None:
-    """Python looks at what was logged, which the statement returns that logs it; on SQLite a SELECT reads it."""
+    """Python validates the logged values. The logging statement returns them; on SQLite a SELECT reads them."""
     app = make_app(engine, Setting, schema=Named)
     app.write(Setting(id=1, text="one"))
     with app.session() as session:
@@ -307,7 +309,7 @@ def test_a_class_with_a_schema_sends_few_statements(engine: Engine, kind: str) -
 
 
 def test_baselines_and_changes_are_logged_together(world: World) -> None:
-    """Of rows that are older than tracking; each baseline comes before its change, and only the change is delivered."""
+    """The rows are older than tracking. Each baseline comes before its change, and only the change is delivered."""
     with world.engine.begin() as connection:
         connection.execute(insert(Person.__table__), [{"id": n, "name": f"p{n}", "about": "old"} for n in (1, 2, 3)])
     with world.session() as session:
@@ -328,12 +330,12 @@ def test_baselines_and_changes_are_logged_together(world: World) -> None:
         steps = set(connection.execute(select(log.c.op, log.c.step)))
     assert steps == {("baseline", False), ("update", True), ("delete", True), ("insert", True)}
     rows = world.rows(Person)
-    del rows[3]  # which nobody has changed since it is tracked
+    del rows[3]  # this row has not changed since it is tracked
     assert {key: dict(row) for (_, key), row in replay(changes).items()} == rows
 
 
 def test_a_row_that_is_gone_already_is_no_change(world: World) -> None:
-    """Somebody has deleted it past us, after it was logged as deleted: the DELETE of a Session finds nothing."""
+    """Another Session deleted and logged the row already, so the DELETE of this Session finds nothing."""
     with world.session() as session:
         session.add(Tag(name="t"))
         session.commit()
@@ -348,7 +350,7 @@ def test_a_row_that_is_gone_already_is_no_change(world: World) -> None:
 
 
 def test_many_rows_are_logged_in_batches(world: World) -> None:
-    """More of them than one look takes, with keys that move from one batch to another."""
+    """There are more rows than one look can take, and keys that move from one batch to another."""
     with world.session() as session:
         session.add(Person(id=1, name="ada", about="x"))
         session.add_all(Note(topic="t", number=n, content="old", person_id=1) for n in range(1100))
@@ -360,13 +362,13 @@ def test_many_rows_are_logged_in_batches(world: World) -> None:
         session.delete(notes[1050])
         session.commit()
     found = ops(world.engine)
-    assert len(found) == 1101 + 1100 + 1  # all inserted, all changed; the one that moved is deleted and inserted
+    assert len(found) == 1101 + 1100 + 1  # all are inserted and changed; the moved one is deleted and inserted
     assert sum(op == "update" for op, _ in found) == 1098
     world.assert_log_is_truth()
 
 
 def lowercase_keys(engine: Engine) -> None:
-    """By a trigger of the application."""
+    """Change new keys in a trigger of the application."""
     if engine.dialect.name == "postgresql":
         body = "'BEGIN NEW.id := lower(NEW.id); RETURN NEW; END'"
         ddl = [
@@ -386,7 +388,7 @@ def add(model: Any, session: Session) -> None:
 
 
 def add_and_delete(model: Any, session: Session) -> None:
-    """What is logged of the other row does not make up for it."""
+    """The entry of the other row does not make up for the missing one."""
     session.delete(session.get_one(model, "old"))
     add(model, session)
 
@@ -397,7 +399,7 @@ def rename(model: Any, session: Session) -> None:
 
 @pytest.mark.parametrize("write", [add, add_and_delete, rename])
 def test_a_row_that_cannot_be_found_is_refused(engine: Engine, write: Callable[[Any, Session], None]) -> None:
-    """The log would not know of it."""
+    """The log would miss it."""
     model = model_of(sa.String(20))
     app = make_app(engine, model)
     app.write(model(id="old", text="x"))
@@ -411,7 +413,7 @@ def test_a_row_that_cannot_be_found_is_refused(engine: Engine, write: Callable[[
 
 
 def test_a_column_of_another_type_than_declared_is_logged_as_it_is_stored(postgres_engine: Engine) -> None:
-    """A migration was forgotten. In the session's time zone, an undo would else bring back another time."""
+    """A migration was forgotten. Without the column's real type, an undo would shift times by the time zone."""
 
     class Other(DeclarativeBase):
         pass
@@ -444,7 +446,7 @@ def test_a_column_of_another_type_than_declared_is_logged_as_it_is_stored(postgr
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_a_table_of_many_columns_is_logged(engine: Engine, capture: str) -> None:
-    """SQLite takes an expression of a thousand levels at most: that of an image is a tree."""
+    """SQLite limits the depth of expressions to 1000. An image of many columns stays below it."""
 
     class Other(DeclarativeBase):
         pass
@@ -473,7 +475,7 @@ def test_a_table_of_many_columns_is_logged(engine: Engine, capture: str) -> None
 
 
 def test_large_images_are_looked_at_in_parts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PostgreSQL takes no parameter of more than 256 MB."""
+    """PostgreSQL limits a parameter to 256 MB."""
     monkeypatch.setattr(table_log, "_CHARS", 500)
     with world.engine.begin() as connection:
         rows = [{"id": n, "name": f"p{n}", "about": "x" * 100} for n in range(1, 20)]
@@ -487,8 +489,10 @@ def test_large_images_are_looked_at_in_parts(world: World, monkeypatch: pytest.M
 
 
 def test_a_look_waits_for_the_writer_of_sqlite(sqlite_engine: Engine) -> None:
-    """Also where the application's own listener begins, which a read would make a reader that cannot write any more."""
-    engine = sa.create_engine(sqlite_engine.url)  # not configured by us
+    """The application's own listener begins the transaction here. If the look were a plain read, it could not write
+    later.
+    """
+    engine = sa.create_engine(sqlite_engine.url)  # without sqlite.configure()
     event.listen(engine, "connect", lambda dbapi, record: setattr(dbapi, "isolation_level", None))
     event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Keys that no row can have: in the outbox, the log, an index and the bookkeeping. None stops what is beside it."""
+"""Keys that no row can have: in the outbox, the log, an index and the bookkeeping. They do not stop other keys."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ IMPOSSIBLE = {
 }
 _REFUSED_BY_POSTGRESQL = {"letters": '["abc"]', "null": "[null]", "bytes": '[{"$bytes": "00"}]'}
 _TAKEN_BY_SQLITE = {"infinity"}
-"""Any column of SQLite may hold it: no row has it, and nothing is refused."""
+"""Any column of SQLite may hold this value. No row has it, and no statement is refused."""
 
 
 def announce(engine: Engine, entity: str, *keys: str) -> None:
-    """As if a change of these keys had been committed."""
+    """Write outbox rows as if a change of these keys had been committed."""
     entry = {"slot": 1, "entity": entity, "tx": "x", "created_at": utcnow(), "intent": False}
     with engine.begin() as connection:
         connection.execute(insert(outbox), [{**entry, "key": key} for key in keys])
@@ -69,9 +69,9 @@ def people(world: World, *ids: int) -> None:
 
 
 def test_relay_parks_impossible_keys_alone(world: World) -> None:
-    """What else is on their page is delivered; they are told of, and die like any key that is refused.
+    """The other keys of their page are delivered. Impossible keys are reported, and die like any key that is refused.
 
-    The same kind: keys of a class whose primary key got another column, or that another program wrote.
+    The same kind: keys from before the primary key got another column, keys that another program wrote.
     """
     poison = impossible(world.engine)
     people(world, 1)
@@ -94,7 +94,7 @@ def test_relay_parks_impossible_keys_alone(world: World) -> None:
 
 
 def test_search_finds_rows_beside_impossible_keys(world: World) -> None:
-    """Undelivered, parked or dead: the rows are found, and the answer says that something is unknown."""
+    """The rows are found beside undelivered, parked or dead impossible keys. The answer is marked incomplete."""
     people(world, 1)
     world.relay.drain()
     announce(world.engine, "person", *impossible(world.engine).values())
@@ -115,7 +115,7 @@ def test_search_finds_rows_beside_impossible_keys(world: World) -> None:
 
 
 def test_points_of_impossible_keys_are_ghosts(world: World) -> None:
-    """Searches pass them by; verify tells of them, and removes them for good."""
+    """Searches skip them. verify reports and removes them."""
     people(world, 1)
     world.relay.drain()
     keys = [key for key in impossible(world.engine).values() if key.startswith("[") and key.endswith("]")]
@@ -145,7 +145,7 @@ def _shown(key: str) -> str:
 
 
 def test_maintenance_works_beside_impossible_keys(world: World) -> None:
-    """In the log: doctor, history, undo, past sessions and backfill go on, or say in our words why not."""
+    """doctor, history, undo, past sessions and backfill work with them in the log, or explain in our words why not."""
     people(world, 1)
     poison = impossible(world.engine)
     log_entry(world.engine, "person", *poison.values())
@@ -169,7 +169,7 @@ def test_maintenance_works_beside_impossible_keys(world: World) -> None:
 
 @pytest.mark.parametrize("key", ["not json", '[{"$": "x"}]', "[99999999999999999999999]"])
 def test_progress_at_an_impossible_key_begins_again(world: World, key: str) -> None:
-    """How far a refill or a backfill was is a key as well, which the type of today may not have."""
+    """The progress of a refill or a backfill is stored as a key, which may not fit the current type."""
     with world.engine.begin() as connection:
         connection.execute(insert(Person), [{"name": "p", "about": f"about {n}"} for n in (1, 2)])
     assert world.memory.backfill(world.engine, Person, limit=1) == 1
@@ -220,7 +220,7 @@ _CHANGE = {
 
 
 def test_key_of_another_type_stops_nothing(engine: Engine) -> None:
-    """With an entry undelivered, points in the index and a log: what is written under the new type is served.
+    """An entry is undelivered, and there are points and a log. Rows of the new type are served.
 
     The same kind: int to UUID, one column to two, a narrower integer.
     """
@@ -257,7 +257,7 @@ def test_key_of_another_type_stops_nothing(engine: Engine) -> None:
 
 
 def with_key(type_: Any) -> Any:
-    """A class whose key is of *type_*, in a table that is always the same."""
+    """A class whose key has *type_*. The table's name is always the same."""
 
     class Base(DeclarativeBase):
         pass
@@ -281,9 +281,9 @@ KEYS = {
 
 @pytest.mark.parametrize("change", KEYS)
 def test_key_of_an_older_type_is_shown_compared_and_erased(engine: Engine, change: str) -> None:
-    """Whatever its type is now: a value that this type refuses is shown as it is stored.
+    """A value that the current type refuses is shown in its stored form.
 
-    The same kind: intervals, types of the application's own; other columns than the key, whose type has changed.
+    The same kind: intervals, types of the application, other columns whose type has changed.
     """
     old, keys, new, key = KEYS[change]
     before, after = with_key(old), with_key(new)
@@ -299,7 +299,7 @@ def test_key_of_an_older_type_is_shown_compared_and_erased(engine: Engine, chang
         session.add(after(id=key, content="new"))
         session.commit()
         *first, last = (change.key for change in app.memory.history(session, after))
-        assert sorted(first, key=str) == sorted(keys, key=str)  # of one transaction: in any order
+        assert sorted(first, key=str) == sorted(keys, key=str)  # one transaction has them in any order
         assert last == key
     with app.memory.as_of_session(engine, moment) as past:
         assert set(past.scalars(select(after.content))) <= {f"of {each}" for each in keys}
@@ -313,7 +313,7 @@ def test_key_of_an_older_type_is_shown_compared_and_erased(engine: Engine, chang
     app.memory.close()
 
 
-# -- what only the database can tell ----------------------------------------------------------------------------------
+# -- keys that only the database can refuse ----------------------------------------------------------------------------
 
 
 class Labelled(Before):
@@ -351,7 +351,7 @@ def test_database_tells_which_keys_it_refuses(postgres_engine: Engine, labelled:
 
 
 def test_key_is_a_json_array_and_nothing_else() -> None:
-    """The short form of a number is one as well."""
+    """The short form of a number is a JSON array as well."""
     assert decode_key("[7]") == (7,)
     for text_ in ('"7"', "x7y", '{"a": 7}', '"ab"', "7"):
         assert decoded(text_) is None

@@ -1,6 +1,6 @@
-"""Joined and concrete inheritance: a fact is a row in several tables, or in one of several.
+"""Joined and concrete inheritance: a fact is a row in several tables, or in one of several tables.
 
-Expected rows are read table by table, as no code of the project reads them.
+The expected rows are read table by table, independently of the project's code.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Engineer(Employee):
     __tablename__ = "engineer"
     id: Mapped[int] = mapped_column(ForeignKey("employee.id"), primary_key=True)
     skill: Mapped[str]
-    name_of_tool: Mapped[str | None] = mapped_column("name")  # the column of another table has that name, too
+    name_of_tool: Mapped[str | None] = mapped_column("name")  # another table has a column of this name, too
     __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "engineer"}
 
 
 class Chief(Engineer):
-    """In a third table, which has but a key."""
+    """Has a third table with nothing but a key."""
 
     __tablename__ = "chief"
     chief_id: Mapped[int] = mapped_column(ForeignKey("engineer.id"), primary_key=True)
@@ -62,7 +62,7 @@ class Writer(Employee):
 
 
 class Intern(Writer):
-    """In the table of its base class."""
+    """Uses the table of its base class."""
 
     months: Mapped[int | None]
     __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "intern"}
@@ -104,7 +104,7 @@ class App(apps.App):
             session.commit()
 
     def images(self, *, of: Any = None) -> dict[Any, dict[str, Any]]:
-        """What an image of each fact should hold."""
+        """The expected image of each fact."""
         found: dict[Any, dict[str, Any]] = {}
         with self.engine.connect() as connection:
             for table in JOINED:
@@ -155,7 +155,7 @@ def bulk_update(session: Session) -> None:
 
 
 def bulk_delete(session: Session) -> None:
-    """What SQLAlchemy leaves of such a row is a fact still."""
+    """The part of the row that SQLAlchemy leaves is still a fact."""
     session.execute(delete(Chief))
     session.execute(delete(Engineer.__table__).where(Engineer.__table__.c.id == 3))
 
@@ -261,7 +261,7 @@ def test_rows_older_than_tracking_get_a_baseline_of_all_tables(engine: Engine) -
 
 @pytest.mark.parametrize("target", ["base", "subclass", "criteria", "single"])
 def test_search_finds_by_the_text_of_a_subclass(engine: Engine, target: str) -> None:
-    """Delivered and undelivered, in a class, its subclass, or a select() of it."""
+    """Delivered and undelivered facts are found: in a class, its subclass, or a select() of it."""
     app = App(engine)
     app.prepare()
     chosen: Any = {
@@ -298,7 +298,7 @@ def test_doctor_finds_what_was_changed_in_any_table(engine: Engine) -> None:
 
 
 def test_last_image_shows_concurrent_changes_of_two_tables(postgres_engine: Engine) -> None:
-    """No row lock makes one wait for the other but ours; the last image must show both changes."""
+    """Only our row lock makes one transaction wait for the other. The last image must show both changes."""
     app = App(postgres_engine)
     app.prepare()
     flushed = threading.Event()
@@ -335,7 +335,7 @@ def test_undo_refuses_what_another_changed_in_another_table(engine: Engine) -> N
 
 
 def test_subclass_tracked_alone_is_captured(engine: Engine) -> None:
-    """Its facts are rows in both tables; those of its siblings are nobody's concern."""
+    """Its facts are rows in both tables. Rows of sibling classes do not matter."""
     app = App(engine, Engineer, text="name")
     app.prepare()
     with app.sessions() as session:

@@ -1,4 +1,4 @@
-"""Writes within writes: listeners that flush, SAVEPOINTs in a commit, rows made under an old snapshot."""
+"""Writes inside writes: listeners that flush, SAVEPOINTs in a commit, rows inserted again under an old snapshot."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def by_flush(session: Session) -> None:
 def test_a_row_made_anew_under_an_old_snapshot_is_logged(
     postgres_engine: Engine, level: str, write: Callable[[Session], None]
 ) -> None:
-    """Another transaction has deleted one with the same key, and the same content; the snapshot shows neither that, nor
-    its entry. It shows both rows.
+    """Another transaction has deleted a row with the same key and content. This snapshot shows neither the delete nor
+    its entry. It shows both the old and the new row.
     """
     world = World(postgres_engine)
     world.write(Person(id=1, name="ada", about="x"), Tag(name="t", meaning="one"), Tag(name="other", meaning="x"))
@@ -106,7 +106,7 @@ def test_a_flush_within_a_bulk_statement_is_logged(world: World) -> None:
 
 
 def test_a_listener_that_refuses_a_flush_leaves_nothing_behind(engine: Engine) -> None:
-    """The application catches its own error, and goes on: here with a class that is not tracked."""
+    """The application catches its own error and goes on, here with an untracked class."""
     app = make_app(engine, Point)
     app.write(Point(id=1, text="a", weight=1.5))
 
@@ -128,7 +128,7 @@ def test_a_listener_that_refuses_a_flush_leaves_nothing_behind(engine: Engine) -
 
 
 def test_a_savepoint_that_rolls_back_in_a_commit(world: World) -> None:
-    """Get or create, by a listener: the labels and the wake-up are those of the transaction all the same."""
+    """A listener gets or creates a row. Labels and wake-up still belong to the transaction."""
     world.write(Tag(name="t", meaning="one"))
 
     def get_or_create(session: Session) -> None:
@@ -146,7 +146,7 @@ def test_a_savepoint_that_rolls_back_in_a_commit(world: World) -> None:
 
 
 def test_the_root_commits_while_a_savepoint_is_open(world: World) -> None:
-    """The token of the commit is there, by which others wait for its delivery."""
+    """The commit has a token, so that other transactions can wait for its delivery."""
     with world.session() as session:
         with session.begin():
             session.begin_nested()
@@ -156,7 +156,7 @@ def test_the_root_commits_while_a_savepoint_is_open(world: World) -> None:
 
 
 def test_a_header_that_a_savepoint_took_back_is_written_again(world: World) -> None:
-    """A listener writes in a SAVEPOINT, when the commit has begun; it rolls back after the header was written."""
+    """A listener of the commit writes in a SAVEPOINT, which rolls back after the header was written."""
     world.write(Tag(name="t", meaning="one"))
 
     def write(session: Session) -> None:
@@ -180,7 +180,7 @@ def test_a_header_that_a_savepoint_took_back_is_written_again(world: World) -> N
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_after_an_undo_a_write_that_changes_nothing_is_no_entry(engine: Engine, capture: str) -> None:
-    """What an undo logs of a row has the form that a flush gives it: a float has several."""
+    """Undo logs a row in the same form as a flush. A float has several forms."""
     app = make_app(engine, Point, capture=capture)
     app.write(Point(id=1, text="a", weight=1.5))
     with app.session() as session:
@@ -195,7 +195,7 @@ def test_after_an_undo_a_write_that_changes_nothing_is_no_entry(engine: Engine, 
 
 
 def test_a_watcher_does_not_outlive_its_memory(world: World) -> None:
-    """An engine of execution_options() is gone; the dialect that it shared is not."""
+    """The engine made by execution_options() is gone, but the dialect that it shared is still there."""
     sessions = sessionmaker(world.engine.execution_options(stream_results=False))
     world.memory.attach(sessions)
     with sessions() as session:
@@ -209,7 +209,7 @@ def test_a_watcher_does_not_outlive_its_memory(world: World) -> None:
 
 
 def test_keys_are_made_for_the_database_of_their_table(sqlite_engine: Engine, postgres_engine: Engine) -> None:
-    """A flush may begin with a table of another database, of a class that is not tracked."""
+    """A flush may begin with a table in another database, of an untracked class."""
 
     class Own(DeclarativeBase):
         pass

@@ -1,4 +1,4 @@
-"""Keys that a process remembers the log to have: their rows change without a look before."""
+"""Keys whose entries a process remembers: their rows change without a look before."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def looks(sent: list[str]) -> list[str]:
 
 
 def change(world: World, about: str, key: int = 1) -> list[str]:
-    """Change a row in a transaction of its own; returns the looks that it took."""
+    """Change a row in its own transaction. Returns the looks that were sent."""
     with world.session() as session:
         person = session.get_one(Person, key)
         person.about = about
@@ -35,22 +35,22 @@ def change(world: World, about: str, key: int = 1) -> list[str]:
 
 @pytest.fixture
 def hot(world: World) -> World:
-    """Row 1 is remembered: a look has found an entry of it, and its transaction has committed."""
+    """A world that remembers row 1: a look found its entry, and that transaction committed."""
     world.write(Person(id=1, name="ada", about="one"))
     assert change(world, "two")
     return world
 
 
 def test_a_row_whose_entry_is_known_needs_no_look(hot: World) -> None:
-    """Its changes are logged as ever; how many statements that takes, is told here."""
+    """Its changes are logged as before. This test counts the statements."""
     assert change(hot, "three") == []
     with hot.session() as session:
         session.delete(session.get_one(Person, 1))
-        session.flush()  # rows that refer to it are looked for
+        session.flush()  # SQLAlchemy looks for rows that refer to it
         session.rollback()
         person = session.get_one(Person, 1)
         seen = statements(hot.engine)
-        person.about = "three"  # as it is
+        person.about = "three"  # its current value
         session.commit()
         assert seen == []
         session.delete(session.get_one(Person, 1))
@@ -68,7 +68,7 @@ def test_a_row_whose_entry_is_known_needs_no_look(hot: World) -> None:
 
 
 def test_what_is_not_committed_is_not_remembered(world: World) -> None:
-    """A look sees entries of its own transaction; when that rolls back, or a SAVEPOINT of it, they never were."""
+    """A look sees entries of its own transaction. They are gone if it or a SAVEPOINT of it rolls back."""
     with world.engine.begin() as connection:
         connection.execute(insert(Person.__table__), {"id": 1, "name": "ada", "about": "old"})
     with world.session() as session:
@@ -93,7 +93,7 @@ def test_what_is_not_committed_is_not_remembered(world: World) -> None:
 
 
 def test_a_part_of_the_applications_own_transaction_is_not_remembered(world: World) -> None:
-    """A Session on a connection whose transaction the application ends: tests do that, and roll it back."""
+    """The Session uses a connection whose transaction the application ends. Test suites do this, and roll it back."""
     with world.engine.begin() as connection:
         connection.execute(insert(Person.__table__), {"id": 1, "name": "ada", "about": "old"})
     with world.engine.connect() as connection, connection.begin() as outer:
@@ -108,7 +108,7 @@ def test_a_part_of_the_applications_own_transaction_is_not_remembered(world: Wor
 
 
 def test_a_log_that_this_engine_drops_is_a_new_one(hot: World) -> None:
-    """Test suites do that. The row is older than the new log, which gets its baseline."""
+    """Test suites do this. The row is older than the new log, so it gets a baseline."""
     with hot.engine.begin() as connection:
         metadata.drop_all(connection)
     hot.memory.create_tables(hot.engine)
@@ -119,7 +119,7 @@ def test_a_log_that_this_engine_drops_is_a_new_one(hot: World) -> None:
 
 @pytest.fixture
 def elsewhere(world: World) -> Iterator[Engine]:
-    """Another process, as far as the world can tell."""
+    """The engine of another process, as far as this world can tell."""
     engine = make_engine(world.engine.url)
     yield engine
     engine.dispose()
@@ -136,14 +136,14 @@ def require_one_refusal(world: World, about: str, ops: list[str]) -> None:
 
 
 def test_a_log_that_lost_entries_refuses_one_transaction(hot: World, elsewhere: Engine) -> None:
-    """Emptied or restored behind our back: no change is ever logged without the baseline before it."""
+    """The log was emptied or restored by another program. Every change is logged after its baseline."""
     with elsewhere.begin() as connection, rewriting(connection):
         connection.execute(delete(log))
     require_one_refusal(hot, "three", ["baseline", "update"])
 
 
 def test_a_row_of_which_nothing_is_left_in_the_log(hot: World, elsewhere: Engine) -> None:
-    """It was deleted, its entries were folded away, and somebody has added it again past the log."""
+    """The row was deleted and its entries folded away. Then a program added it again without the log."""
     with hot.session() as session:
         session.delete(session.get_one(Person, 1))
         session.commit()
@@ -155,7 +155,7 @@ def test_a_row_of_which_nothing_is_left_in_the_log(hot: World, elsewhere: Engine
 
 
 def test_a_memory_that_was_closed_remembers_nothing(hot: World) -> None:
-    """Whoever emptied the log meanwhile, was not seen. The next use of an attached Session opens it again."""
+    """It cannot notice that the log was emptied while it was closed. An attached Session opens it again."""
     hot.memory.close()
     with hot.engine.begin() as connection, rewriting(connection):
         connection.execute(delete(log))
@@ -175,7 +175,7 @@ def test_an_erased_row_that_comes_back_is_logged(hot: World) -> None:
 
 
 def test_keys_are_bounded() -> None:
-    """The keys that were used last are kept."""
+    """The most recently used keys are kept."""
     known = KnownKeys(limit=3)
     known.add({("e", (n,)): f"[{n}]" for n in range(3)})
     assert known.find("e", [(0,)]) == {(0,): "[0]"}

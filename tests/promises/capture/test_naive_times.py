@@ -1,4 +1,4 @@
-"""A time without a time zone is refused wherever one comes in: as local time it would be hours off."""
+"""A time without a time zone is refused everywhere: read as local time it would be hours off."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Said(BaseModel):
 
 
 class Vague(tzinfo):
-    """Says of no time how far it is from UTC."""
+    """Knows no offset from UTC."""
 
     def utcoffset(self, _: datetime | None) -> timedelta | None:
         return None
@@ -52,7 +52,7 @@ def facts(engine: Engine) -> Iterator[MemoryStore]:
 
 @no_moment
 def test_a_fact_ends_at_no_naive_time(facts: MemoryStore, moment: Any) -> None:
-    """In Tokyo, an hour from now in UTC was eight hours ago. The same kind: a date, a number, text."""
+    """In Tokyo, one hour from now in UTC was eight hours ago. The same kind: a date, a number, text."""
     facts.register_schema("one", Said, unique_by="text")
     first = facts.commit(Fact(type="one", payload={"text": "a"}), ttl=timedelta(days=1))
     before = [(fact.id, fact.expires_at) for fact in facts.query()]
@@ -125,7 +125,7 @@ def app(request: pytest.FixtureRequest, engine: Engine) -> Iterator[App]:
 
 @no_moment
 def test_a_column_of_the_application_takes_no_naive_time(app: App, moment: Any) -> None:
-    """Its type is SQLAlchemy's: on PostgreSQL, the time zone of the connection made a moment of it."""
+    """The type is SQLAlchemy's. PostgreSQL would interpret the value in the time zone of the connection."""
     with app.sessions.begin() as session:
         session.add(Note(id=1, ends=SOON))
     for change in (lambda s: s.add(Note(id=2, ends=moment)), lambda s: setattr(s.get_one(Note, 1), "ends", moment)):
@@ -138,7 +138,7 @@ def test_a_column_of_the_application_takes_no_naive_time(app: App, moment: Any) 
 
 
 def test_a_column_of_the_application_ends_at_the_moment_that_was_meant(app: App) -> None:
-    """SQLite keeps no offset: nine in the morning in Tokyo was nine in UTC. What it loads is naive, and stays."""
+    """SQLite stores no offset, so 9:00 in Tokyo became 9:00 UTC. Loaded values are still naive."""
     with app.sessions.begin() as session:
         over = (SOON - timedelta(hours=2)).astimezone(TOKYO)
         session.add_all([Note(id=1, ends=over), Note(id=2, ends=SOON.astimezone(TOKYO)), Note(id=3)])
@@ -151,7 +151,7 @@ def test_a_column_of_the_application_ends_at_the_moment_that_was_meant(app: App)
 
 
 def test_a_column_without_a_time_zone_holds_utc(engine: Engine) -> None:
-    """A naive time is taken for UTC there, and an aware one is stored in UTC."""
+    """A naive time counts as UTC there, and an aware time is stored in UTC."""
 
     class Own(DeclarativeBase):
         pass

@@ -1,4 +1,4 @@
-"""Writes of a flush to a tracked table that are not of a tracked class: refused, never silent."""
+"""Flushes that write to a tracked table through an untracked class: refused, never silent."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Note(Base):
 
 
 class LightNote(Base):
-    """A second, lighter mapping of the same table."""
+    """A second, smaller mapping of the same table."""
 
     __table__ = Note.__table__
     __mapper_args__: ClassVar[dict[str, Any]] = {"include_properties": ["id", "text"]}
 
 
 class Person(Base):
-    """Nothing tells of a row of it whether it is a clerk."""
+    """A row does not show whether it is a clerk."""
 
     __tablename__ = "person"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -89,7 +89,7 @@ BY_OTHER_CLASSES: dict[str, Callable[[Session], Any]] = {
 @pytest.mark.each_pair_once
 @pytest.mark.parametrize("name", BY_OTHER_CLASSES)
 def test_another_class_on_a_tracked_table_is_refused(app: App, name: str) -> None:
-    """Its flush fails before the row is written."""
+    """The flush fails before the row is written."""
     with app.session() as session:
         BY_OTHER_CLASSES[name](session)
         with pytest.raises(UntrackedWrite, match="by a class that is not tracked; use the tracked one"):
@@ -108,7 +108,7 @@ def test_another_class_is_warned_of_on_request(engine: Engine) -> None:
 
 
 def test_rows_of_a_base_class_are_its_own_business(app: App) -> None:
-    """New rows are of no subclass, and a discriminator tells which rows are."""
+    """New rows belong to no subclass, and a discriminator shows the class of each row."""
     with app.session() as session:
         session.add_all([Person(id=2, name="new"), Animal(id=2)])
         session.commit()

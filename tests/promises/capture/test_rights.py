@@ -1,4 +1,4 @@
-"""Roles of PostgreSQL: who may run functions of ours, and what an application and a relay need."""
+"""Roles of PostgreSQL: who may run our functions, and the rights that an application and a relay need."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["role"]
 pytestmark = pytest.mark.sa20
 
 
-SECURITY = Path(__file__).parents[3] / "docs" / "security.md"
+SECURITY = Path(__file__).parents[3] / "docs" / "how-to" / "roles.md"
 
 
 OURS = "FROM pg_proc WHERE proname LIKE 'memstate\\_%' AND pronamespace = 'public'::regnamespace"
@@ -63,7 +63,7 @@ BAIT = "CREATE TEMP TABLE tag (name text, meaning text, person_id int)"
 
 
 def attaching(function: str, table: str = "tag") -> str:
-    """A trigger that lets the function see what it wants to see."""
+    """A trigger that shows the function the tables that it expects."""
     event = function.split("_")[1]
     if event == "append":
         return f"CREATE TRIGGER bait BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION public.{function}()"
@@ -83,7 +83,7 @@ WRITES = {
 
 
 def test_no_other_role_may_attach_a_function_of_ours(world: World, role: Role) -> None:
-    """Each of them: those of tracked tables, by event, and those that protect the log."""
+    """This covers the functions of tracked tables, by event, and the functions that protect the log."""
     functions_ = values(world.engine, f"SELECT proname {OURS}")
     assert {name.split("_")[1] for name in functions_} == set(WRITES)
     before = contents(world.engine)
@@ -96,9 +96,9 @@ def test_no_other_role_may_attach_a_function_of_ours(world: World, role: Role) -
 
 @pytest.mark.parametrize("place", ["a temporary table", "a table of another schema"])
 def test_a_function_that_others_may_attach_still_knows_its_table(world: World, role: Role, place: str) -> None:
-    """As ALTER DEFAULT PRIVILEGES, or a dump without privileges, may grant it.
+    """ALTER DEFAULT PRIVILEGES, or a dump without privileges, may have granted it.
 
-    Of the same kind: a renamed table, a partition, a table of another database's dump.
+    The same kind: a renamed table, a partition, a table of another database's dump.
     """
     functions_ = [name for name in values(world.engine, f"SELECT proname {OURS}") if "append_only" not in name]
     mallory = role(f"CREATE ON DATABASE {database(world)}")
@@ -114,7 +114,7 @@ def test_a_function_that_others_may_attach_still_knows_its_table(world: World, r
 
 
 def test_a_function_of_the_log_knows_its_table(world: World, role: Role) -> None:
-    """It moves a sequence, for an id of the future."""
+    """It would move the sequence for an id of the future."""
     mallory = role(f"TEMPORARY ON DATABASE {database(world)}")
     sql(world.engine, "GRANT EXECUTE ON FUNCTION memstate_append_only_insert() TO PUBLIC")
     with pytest.raises(DBAPIError, match="append-only"):
@@ -128,9 +128,9 @@ def test_a_function_of_the_log_knows_its_table(world: World, role: Role) -> None
 
 @pytest.mark.parametrize("id_", [-5, 0, 2**62 + 1, 2**63 - 1])
 def test_role_that_adds_entries_cannot_choose_their_place(world: World, role: Role, id_: int) -> None:
-    """Not before others, even as a role that tells what `rewriting` does; not so far ahead that no id is left.
+    """It cannot write before other entries, even with `rewriting`'s setting, nor so far ahead that no id is left.
 
-    Of the same kind: the id of a gap, an id that was deleted, several rows of which one is so.
+    The same kind: the id of a gap, a deleted id, one such row among several.
     """
     app = role("SELECT, INSERT ON memstate_log")
     before = contents(world.engine)
@@ -146,7 +146,7 @@ def test_role_that_adds_entries_cannot_choose_their_place(world: World, role: Ro
 
 
 def test_a_function_runs_for_its_event_only(world: World) -> None:
-    """Nor for each row, nor before the event; by the owner's mistake, for example."""
+    """It does not run for each row or before the event, even if the owner attaches it like that by mistake."""
     [insert_] = [name for name in triggers_of(world, "tag") if "insert" in name]
     before = contents(world.engine)
     for trigger in (
@@ -172,7 +172,7 @@ def triggers_of(world: World, table: str) -> list[str]:
 
 
 def test_no_cast_of_another_role_runs_as_the_owner(world: World, role: Role) -> None:
-    """A table of a role's own, with a type and casts of its own, does not get as far as its casts."""
+    """A role makes a table whose column type has its own casts. The function refuses before any cast runs."""
     mallory = role(f"CREATE ON DATABASE {database(world)}")
     name = name_of(mallory)
     [insert_] = [each for each in triggers_of(world, "tag") if "insert" in each]
@@ -192,7 +192,9 @@ def test_no_cast_of_another_role_runs_as_the_owner(world: World, role: Role) -> 
 
 
 def test_renamed_table_is_written_only_after_it_is_tracked_again(world: World) -> None:
-    """Otherwise the log would take another table of its old name for it. Dropped and made again it is the same."""
+    """Otherwise the log would mistake another table of the old name for it. A table dropped and created again is the
+    same.
+    """
     sql(world.engine, "ALTER TABLE tag RENAME TO label", "CREATE TABLE tag (LIKE label INCLUDING ALL)")
     with pytest.raises(DBAPIError, match=r"captures INSERT of public.tag, not of public\.label"):
         sql(world.engine, "INSERT INTO label (name, meaning) VALUES ('b', 'x')")
@@ -203,7 +205,7 @@ def test_renamed_table_is_written_only_after_it_is_tracked_again(world: World) -
 
 
 def open_up(world: World) -> None:
-    """As an earlier version left them: without a check, for everybody to attach."""
+    """Restore the functions of an earlier version: no check, and PUBLIC may attach them."""
     for name, source in sources(world):
         start, end = source.index(f"  {functions.CHECK}"), source.index("  END IF;\n") + len("  END IF;\n")
         body = functions.dollar_quoted(source[:start] + source[end:])
@@ -222,7 +224,7 @@ def sources(world: World) -> list[tuple[str, str]]:
 
 
 def mend_by_another_memory(world: World) -> None:
-    """One that does not track what they capture, as it is another application's."""
+    """Create the tables by another application's Memory, which does not track these tables."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     memory.create_tables(world.engine)
 
@@ -239,7 +241,7 @@ def mend_by_migration(world: World) -> None:
     "mend", [lambda world: world.memory.create_tables(world.engine), mend_by_another_memory, mend_by_migration]
 )
 def test_functions_that_are_installed_are_closed(world: World, role: Role, mend: Callable[[World], None]) -> None:
-    """Those that tracked tables use, and what is attached to them by others fails. Those of dropped tables go."""
+    """Functions of tracked tables are closed: other roles' triggers on them fail. Functions of dropped tables go."""
     open_up(world)
     mallory = role(f"CREATE ON DATABASE {database(world)}")
     [truncate] = [name for name in triggers_of(world, "tag") if "truncate" in name]
@@ -266,7 +268,7 @@ def test_functions_that_are_installed_are_closed(world: World, role: Role, mend:
 
 
 def test_dump_without_privileges_is_reported_and_mended(world: World) -> None:
-    """A function that everybody may execute is not as it should be, though its source is."""
+    """A function that PUBLIC may execute is reported, although its source is right."""
     for name in values(world.engine, f"SELECT proname {OURS}"):
         sql(world.engine, f"GRANT EXECUTE ON FUNCTION {name}() TO PUBLIC")
     assert {"memstate_log", "tag", "note", "person"} <= {subject for subject, _ in problems(world)}
@@ -275,7 +277,7 @@ def test_dump_without_privileges_is_reported_and_mended(world: World) -> None:
 
 
 def test_table_of_another_owner_is_reported(world: World, role: Role) -> None:
-    """Who owns the table can give a column a type whose casts run as the owner of the functions."""
+    """The owner of a table can give a column a type whose casts run as the owner of the functions."""
     owner = name_of(role())
     sql(world.engine, f"ALTER TABLE tag OWNER TO {owner}")
     [(subject, message)] = problems(world)
@@ -284,7 +286,7 @@ def test_table_of_another_owner_is_reported(world: World, role: Role) -> None:
 
 @pytest.mark.parametrize("kind", ["a partition", "a child", "a parent"])
 def test_table_with_partitions_or_children_is_refused(postgres_engine: Engine, kind: str) -> None:
-    """Writes to the other tables fire no trigger of it. It may become one when its triggers are there already."""
+    """Writes to the other tables fire no trigger of it. A table that has its triggers already may get children."""
     world = World(postgres_engine, capture="trigger")
     statements = {
         "a partition": (
@@ -307,10 +309,10 @@ def test_table_with_partitions_or_children_is_refused(postgres_engine: Engine, k
 
 @pytest.mark.parametrize("left_by", ["SET", "a role"])
 def test_leftover_settings_are_ignored(world: World, role: Role, left_by: str) -> None:
-    """A pooled connection on which somebody said SET, or ALTER ROLE … SET: no transaction, no step, no permission."""
+    """SET on a pooled connection, or ALTER ROLE … SET, changes no transaction, no step and no permission."""
     app = role("SELECT, INSERT, UPDATE, DELETE ON tag, memstate_log, memstate_trigger_context")
     settings = {"tx": "forged", "step": "off", "skip": "on", "rewrite": "on"}
-    if left_by == "a role":  # of the role that logs in
+    if left_by == "a role":  # the role that logs in
         me = values(world.engine, "SELECT session_user")[0]
         for name, value in settings.items():
             sql(world.engine, f"ALTER ROLE {me} SET memstate.{name} = '{value}'")
@@ -348,7 +350,7 @@ LABELS = [
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_no_label_keeps_a_change_from_the_log(engine: Engine, capture: Any) -> None:
-    """A label is stored as it is, whatever it says: of actor, reason and session alike."""
+    """Any label is stored as it is: actor, reason and session alike."""
     world = World(engine, capture=capture)
     for number, label in enumerate(LABELS):
         with world.session() as session:
@@ -383,9 +385,9 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_name_can_be_captured(postgres_engine: Engine, name: str) -> None:
-    """Of a schema, a table, a column and an entity; online and in a script that asks no database.
+    """Names of schemas, tables, columns and entities, online and in a script that needs no database.
 
-    Of the same kind: quotes, dollar quotes, what is filled in, the check that is put into older functions.
+    The same kind: quotes, dollar quotes, placeholders of the template, the check that is added to older functions.
     """
     import sqlalchemy as sa
 
@@ -415,7 +417,7 @@ def test_any_name_can_be_captured(postgres_engine: Engine, name: str) -> None:
 
 
 def granted(to: str, role: str) -> str:
-    """What docs/security.md grants, to *role*."""
+    """The GRANT statements of docs/security.md, for *role*."""
     blocks = re.findall(r"^```sql\n(.*?)^```$", SECURITY.read_text(), re.MULTILINE | re.DOTALL)
     [block] = [block for block in blocks if f"TO {to};" in block]
     return block.replace(f"TO {to};", f"TO {role};")
@@ -425,7 +427,9 @@ def granted(to: str, role: str) -> str:
 def test_an_application_and_a_relay_need_what_the_documentation_grants(
     postgres_engine: Engine, role: Role, capture: Any
 ) -> None:
-    """Writing, labels, search, history and undo; delivery by another role. And no more than that."""
+    """The application writes, labels, searches, reads history and undoes. Another role delivers. No other right is
+    granted.
+    """
     world = World(postgres_engine, capture=capture)
     app, relay = role(), role()
     sql(postgres_engine, granted("app", name_of(app)), granted("relay", name_of(relay)))
@@ -505,7 +509,7 @@ DELETES: dict[str, Callable[[Session, type[Any]], Any]] = {
 def test_a_role_that_may_not_update_can_delete(
     postgres_engine: Engine, role: Role, model: type[Any], capture: Any, kind: str, is_known: bool
 ) -> None:
-    """PostgreSQL locks rows for nobody else than who may update them. *is_known*: the log has an entry of the row."""
+    """PostgreSQL lets a role lock only rows that it may update. *is_known*: the log has an entry of the row."""
     app = make_app(postgres_engine, Vehicle if model is Car else Bike, capture=capture)
     values = {"id": 1, "text": "one", **({"doors": 3} if model is Car else {})}
     with app.session() if is_known else Session(postgres_engine) as session:
@@ -527,7 +531,7 @@ def test_a_role_that_may_not_update_can_delete(
 
 
 def test_a_program_that_only_writes_tables_needs_no_right_on_ours(world: World, role: Role) -> None:
-    """And cannot make up entries, nor keep its own from the log."""
+    """It can neither invent entries nor keep its own changes out of the log."""
     app = role("INSERT, UPDATE, DELETE, SELECT ON tag")
     sql(app, WRITES["insert"], "UPDATE tag SET meaning = 'x' WHERE name = 'b'")
     for table in (log, outbox, trigger_context, transactions):

@@ -39,7 +39,7 @@ POLICIES = {
 
 
 def owned(engine: Engine, role: Role, *, capture: Any, before: bool, policies: list[str]) -> tuple[World, Engine, str]:
-    """A world whose tables and functions a plain role owns, and an application with rights on a table of it."""
+    """A world whose tables and functions a plain role owns, and an application with rights on one table."""
     owner = role("CREATE ON SCHEMA public")
     if before:
         World(owner).memory.close()
@@ -52,7 +52,7 @@ def owned(engine: Engine, role: Role, *, capture: Any, before: bool, policies: l
 
 
 def seen_by(world: World, engine: Engine) -> World:
-    """The same, as a superuser sees it."""
+    """The same world, read as a superuser."""
     other = object.__new__(World)
     others = {"engine": engine, "sessions": sessionmaker(engine), "relay": world.memory.relay(engine)}
     other.__dict__ |= {**world.__dict__, **others}
@@ -64,9 +64,9 @@ def seen_by(world: World, engine: Engine) -> World:
 def test_triggers_log_rows_that_their_owner_cannot_see(
     postgres_engine: Engine, role: Role, policy: str, before: bool
 ) -> None:
-    """Each event, of one row and of many; policies that were there *before* the triggers, or came after them.
+    """Each event, on one row and on many, with policies created before the triggers (*before*) or after them.
 
-    Of the same kind: a policy by membership, by a sub-select, by a tenant, for one role, for one command.
+    The same kind: a policy by membership, by a sub-select, by a tenant, for one role, for one command.
     """
     world, app, me = owned(postgres_engine, role, capture="trigger", before=before, policies=POLICIES[policy])
     both = f"VALUES ('a', '{me}'), ('{{}}', '{me}')"
@@ -95,7 +95,7 @@ def test_triggers_log_rows_that_their_owner_cannot_see(
 
 
 def test_the_last_of_several_changes_of_a_hidden_row_is_logged(postgres_engine: Engine, role: Role) -> None:
-    """One statement changes a row several times, by foreign keys that cascade."""
+    """One statement changes a row several times, through foreign keys that cascade."""
     world, app, me = owned(postgres_engine, role, capture="trigger", before=False, policies=POLICIES["by current_user"])
     sql(
         postgres_engine,
@@ -112,7 +112,7 @@ def test_the_last_of_several_changes_of_a_hidden_row_is_logged(postgres_engine: 
 
 
 def test_policies_that_hide_nothing_from_the_owner_are_no_problem(postgres_engine: Engine, role: Role) -> None:
-    """Without FORCE, a policy does not hold for the owner of the table."""
+    """Without FORCE, a policy does not apply to the owner of the table."""
     world, app, me = owned(postgres_engine, role, capture="trigger", before=False, policies=POLICIES["by current_user"])
     sql(world.engine, "ALTER TABLE tag NO FORCE ROW LEVEL SECURITY")
     sql(app, f"INSERT INTO tag (name, meaning) VALUES ('a', '{me}')", "UPDATE tag SET person_id = NULL")
@@ -126,7 +126,7 @@ def test_policies_that_hide_nothing_from_the_owner_are_no_problem(postgres_engin
 def test_the_doctor_does_not_take_hidden_rows_for_deleted_ones(
     postgres_engine: Engine, role: Role, capture: Any
 ) -> None:
-    """It says of which tables it may not see every row, and repairs none of them."""
+    """doctor names the tables whose rows it may not see in full, and repairs none of them."""
     world, app, me = owned(postgres_engine, role, capture=capture, before=False, policies=POLICIES["by current_user"])
     sql(app, f"INSERT INTO tag (name, meaning) VALUES ('a', '{me}')")
     everything = seen_by(world, postgres_engine)
@@ -142,9 +142,9 @@ def test_the_doctor_does_not_take_hidden_rows_for_deleted_ones(
 def test_a_session_does_not_take_a_row_that_it_hides_for_a_deleted_one(
     postgres_engine: Engine, role: Role, way: str
 ) -> None:
-    """It fails, and says why. A policy lets the application write what it does not let it read.
+    """The write fails with the reason. A policy allows writing the row, but not reading it.
 
-    Of the same kind: a moderation queue that is only added to, a row that is given to another tenant.
+    The same kind: a moderation queue that only grows, a row that moves to another tenant.
     """
     policies = [
         "CREATE POLICY reading ON tag FOR SELECT USING (meaning <> 'secret')",

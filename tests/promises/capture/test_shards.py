@@ -1,4 +1,4 @@
-"""A Session that spreads the rows of one class over several databases: it is logged where it writes, or refused."""
+"""A Session spreads the rows of one class over several databases. It is logged where it writes, or refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def shards(engine: Engine, tmp_path: Path) -> Iterator[dict[str, Engine]]:
 
 @pytest.fixture
 def sharded(shards: dict[str, Engine]) -> sessionmaker[ShardedSession]:
-    """Sessions of both shards; both have a row that is older than tracking."""
+    """Sessions on both shards. Each shard has a row that is older than tracking."""
     app = App(shards["one"], Note)
     Base.metadata.create_all(shards["two"])
     app.memory.create_tables(shards["two"])
@@ -96,7 +96,7 @@ WRITES: dict[str, Any] = {
 def test_a_write_to_two_shards_is_refused(
     shards: dict[str, Engine], sharded: sessionmaker[ShardedSession], way: str
 ) -> None:
-    """The log of one shard does not tell of the other; no row is changed past the log."""
+    """The log of one shard does not cover the other. No row changes without an entry."""
     with sharded() as session:
         with pytest.raises(MemstateError, match="must live in one database"):
             WRITES[way](session)

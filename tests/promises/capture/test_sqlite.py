@@ -1,4 +1,4 @@
-"""sqlite.configure(): transactions that begin when, and as strongly as, they must."""
+"""sqlite.configure(): transactions begin at the right time and with the right lock."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def configured(tmp_path: Path) -> Engine:
 
 
 def test_a_savepoint_first_does_not_leak(configured: Engine) -> None:
-    """In the driver's own mode these rows survive the rollback."""
+    """In the driver's default mode these rows would survive the rollback."""
     with Session(configured) as session:
         with session.begin_nested():
             session.add(Tag(name="t"))
@@ -35,7 +35,7 @@ def test_a_savepoint_first_does_not_leak(configured: Engine) -> None:
 
 
 def test_statements_that_fail_in_a_transaction_are_sent_outside_of_one(configured: Engine) -> None:
-    """As the driver itself sends them."""
+    """The driver itself sends them outside, too."""
     with configured.connect() as connection:
         for statement in ("ATTACH DATABASE ':memory:' AS other", "DETACH DATABASE other", "VACUUM", "vacuum main"):
             connection.execute(text(statement))
@@ -45,7 +45,7 @@ def test_statements_that_fail_in_a_transaction_are_sent_outside_of_one(configure
 
 
 def test_an_engine_that_would_leak_is_warned_of(tmp_path: Path) -> None:
-    """Once, with the line that mends it; doctor tries it out, and says so too. A recipe of one's own is fine."""
+    """It warns once, with the line that fixes it. doctor tests it and reports it. An own recipe is accepted."""
     leaking, own = (create_engine(f"sqlite:///{tmp_path / name}.db") for name in ("leaking", "own"))
     event.listen(own, "connect", lambda dbapi, record: setattr(dbapi, "isolation_level", None))
     event.listen(own, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
@@ -64,7 +64,7 @@ def test_an_engine_that_would_leak_is_warned_of(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("transactions", sizes(40, 250))
 def test_commits_succeed_beside_a_writing_relay(tmp_path: Path, transactions: int) -> None:
-    """Transactions that read and then write, in four threads: none fails."""
+    """Four threads read and then write in each transaction. None fails."""
     engine = sqlite.configure(create_engine(f"sqlite:///{tmp_path / 'x.db'}"))
     world = World(engine)
     with world.session() as session:
@@ -87,7 +87,7 @@ def test_commits_succeed_beside_a_writing_relay(tmp_path: Path, transactions: in
 
 
 def test_a_transaction_that_reads_first_can_write_beside_another_writer(configured: Engine) -> None:
-    """A deferred BEGIN fails here with 'database is locked' whatever the timeout."""
+    """A deferred BEGIN would fail here with 'database is locked' after any timeout."""
     with configured.connect() as reader, configured.connect() as writer:
         reader.execute(select(Tag)).all()
         writer.execute(insert(Tag), {"name": "w"})
@@ -98,7 +98,7 @@ def test_a_transaction_that_reads_first_can_write_beside_another_writer(configur
 
 
 def test_readers_do_not_hold_the_write_lock(configured: Engine) -> None:
-    """Two may read at once; the second writer waits, and is told after the timeout."""
+    """Two transactions may read at once. The second writer waits, and fails after the timeout."""
     with configured.connect() as one, configured.connect() as two:
         one.execute(select(Tag)).all()
         two.execute(insert(Tag), {"name": "w"})
@@ -107,7 +107,7 @@ def test_readers_do_not_hold_the_write_lock(configured: Engine) -> None:
 
 
 def test_a_read_with_a_common_table_expression_is_a_read(configured: Engine) -> None:
-    """What may follow WITH in a text is taken for a write."""
+    """Text after WITH that may be a write counts as a write."""
     names = select(Tag.name).cte("names")
     with configured.connect() as one, configured.connect() as two:
         two.execute(insert(Tag), {"name": "w"})
@@ -118,7 +118,7 @@ def test_a_read_with_a_common_table_expression_is_a_read(configured: Engine) -> 
 
 @pytest.mark.parametrize("told", ["engine", "connection"])
 def test_autocommit_is_left_alone(tmp_path: Path, told: str) -> None:
-    """Nobody commits there, so a transaction would be rolled back with the connection's return."""
+    """There is no commit there, so a transaction would be rolled back when the connection returns to the pool."""
     given = {"isolation_level": "AUTOCOMMIT"}
     engine = sqlite.configure(create_engine(f"sqlite:///{tmp_path / 'x.db'}", **given if told == "engine" else {}))
     Tag.metadata.create_all(engine)
@@ -130,7 +130,7 @@ def test_autocommit_is_left_alone(tmp_path: Path, told: str) -> None:
 
 
 def test_configure_sets_wal_once(configured: Engine) -> None:
-    """Configured once, however often it is called; an engine of another database is left alone."""
+    """WAL is set once, even if configure() is called often. An engine of another database is left alone."""
     assert sqlite.configure(configured) is configured
     with configured.connect() as connection:
         assert connection.scalar(text("PRAGMA journal_mode")) == "wal"
@@ -149,5 +149,5 @@ def test_configure_sets_wal_once(configured: Engine) -> None:
     ],
 )
 def test_in_memory_databases_are_recognised(url: str, expected: bool) -> None:
-    """By their URL or their pool."""
+    """The URL or the pool shows it."""
     assert sqlite.is_in_memory(create_engine(url)) is expected

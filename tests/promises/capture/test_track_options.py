@@ -1,4 +1,4 @@
-"""What `track` and the methods of a Memory take, beyond the ordinary."""
+"""Unusual arguments of `track` and of a Memory's methods."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Page(Base):
 
 
 class Link(Base):
-    """The relationship's table, mapped to be tracked."""
+    """The relationship's table, mapped so that it can be tracked."""
 
     __table__ = link
 
 
 def test_facts_without_text_have_history_and_undo(engine: Engine) -> None:
-    """`text=None`: nothing of them is in any index, or pending for one."""
+    """With `text=None`, no index gets or awaits them."""
     app = make_app(engine, Page, text=None, metadata=("body",))
     with app.session() as session:
         session.add(Page(id=1, body="one"))
@@ -67,7 +67,9 @@ def test_facts_without_text_have_history_and_undo(engine: Engine) -> None:
 
 
 def test_secondary_table_is_captured_by_triggers(engine: Engine) -> None:
-    """What a relationship writes by itself is refused with the way out; captured by triggers, undo brings it back."""
+    """Writes by the relationship are refused, and the error names the alternative. With triggers, undo brings the rows
+    back.
+    """
     for capture in ("session", "trigger"):
         app = make_app(engine, Page, Link, tracking={Page: {"text": "body"}, Link: {"text": None, "capture": capture}})
         with app.session() as session:
@@ -85,7 +87,7 @@ def test_secondary_table_is_captured_by_triggers(engine: Engine) -> None:
 
 
 def test_a_scoped_session_is_the_session_of_its_thread(world: World) -> None:
-    """All methods take it, as `attach` does."""
+    """All methods accept it, like `attach`."""
     memory, db = world.memory, scoped_session(world.sessions)
     memory.annotate(db, actor="ada")
     db.add(Tag(name="a", meaning="tea"))
@@ -106,7 +108,7 @@ def test_a_scoped_session_is_the_session_of_its_thread(world: World) -> None:
 
 @pytest.mark.parametrize("text", [("body", "id"), ["body"], 5, Label.name], ids=["tuple", "list", "number", "foreign"])
 def test_track_refuses_a_text_that_is_none(text: object) -> None:
-    """The error names the function that joins columns. The same kind: a set, a Column, another class's attribute."""
+    """The error suggests a function that joins columns. The same kind: a set, a Column, another class's attribute."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     with pytest.raises(MemstateError, match="give a function: text=lambda row"):
         memory.track(Page, text=text)  # type: ignore[call-overload]
@@ -123,7 +125,7 @@ class Name(Base):
 
 @pytest.mark.parametrize("options", [{"text": "full"}, {"text": Name.full}, {"text": "first", "metadata": ("full",)}])
 def test_track_refuses_an_expression_for_a_column(options: Any) -> None:
-    """A column_property has no column of its own, as a hybrid has none."""
+    """A column_property has no column of its own, like a hybrid."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     with pytest.raises(MemstateError, match="Name has no column attribute 'full'; it has first, id, last"):
         memory.track(Name, **options)
@@ -154,7 +156,7 @@ class OldDocument(Document):
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_track_that_raises_leaves_nothing_tracked(engine: Engine, capture: str) -> None:
-    """Neither the class nor the concrete subclasses that could have been tracked along."""
+    """Neither the class nor its concrete subclasses stay tracked."""
     app = make_app(engine, Page, text="body")
     with pytest.raises(MemstateError, match="OldDocument has no column attribute 'title'"):
         app.memory.track(Document, text="title", capture=capture)
@@ -174,7 +176,7 @@ def test_track_that_raises_leaves_nothing_tracked(engine: Engine, capture: str) 
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_track_refuses_a_mapper_with_another_primary_key(capture: str) -> None:
-    """The class would say one key, and the database another: a deletion was logged of another row."""
+    """Class and database would disagree on the key, so a delete would be logged for another row."""
 
     class Other(DeclarativeBase):
         pass
@@ -191,7 +193,7 @@ def test_track_refuses_a_mapper_with_another_primary_key(capture: str) -> None:
 
 
 def test_track_takes_the_attribute_itself(engine: Engine) -> None:
-    """`text=Page.body` is what `text="body"` is."""
+    """`text=Page.body` means the same as `text="body"`."""
     app = make_app(engine, Page, text=Page.body)
     with app.session() as session:
         session.add(Page(id=1, body="one"))

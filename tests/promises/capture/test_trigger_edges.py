@@ -1,4 +1,4 @@
-"""Where triggers of ours meet what else a database does: cascades, other triggers, odd names, other databases."""
+"""Our triggers beside other features of a database: cascades, other triggers, odd names, other databases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.sa20
 
 
 class App(apps.App):
-    """Models captured by triggers, unless it is said otherwise."""
+    """Captures its models by triggers, unless told otherwise."""
 
     def __init__(self, engine: Engine, *models: Any, session: tuple[Any, ...] = (), **options: Any) -> None:
         tracking = {model: {"capture": "session"} for model in session}
@@ -37,7 +37,7 @@ class App(apps.App):
             return [(change.op, change.key) for change in self.memory.history(session, model)]
 
     def check(self) -> None:
-        """replay(log) == tables, and nobody was left told of anything."""
+        """Assert that the log replays to the tables, and that no trigger context is left."""
         self.assert_log_is_truth()
         with self.sessions() as session:
             assert session.execute(select(trigger_context)).all() == []
@@ -83,7 +83,7 @@ class Node(Base):
 
 
 def test_row_touched_several_times_by_one_statement_is_logged(engine: Engine) -> None:
-    """By three foreign keys at once, and one that cascades within its table."""
+    """Three foreign keys change it at once, and another foreign key cascades within its table."""
     app = App(engine, Top, Below, Owned, Node)
     app.run(
         "INSERT INTO top (id, text) VALUES (1, 'a'), (2, 'b')",
@@ -109,7 +109,7 @@ def test_row_touched_several_times_by_one_statement_is_logged(engine: Engine) ->
 
 
 def test_older_row_touched_several_times_gets_one_baseline(engine: Engine) -> None:
-    """Its baseline is what it was at first, once."""
+    """Its one baseline has the original values."""
     Base.metadata.create_all(engine)
     with engine.begin() as connection:
         connection.execute(insert(Top.__table__), [{"id": 1, "text": "a"}])
@@ -123,7 +123,7 @@ def test_older_row_touched_several_times_gets_one_baseline(engine: Engine) -> No
 
 
 def test_an_undo_does_not_delete_what_others_have_built_upon(engine: Engine) -> None:
-    """An undone insert whose row has children by now: the database would delete them along."""
+    """The inserted row has children by now, and the database would delete them too."""
     app = App(engine, Top, Owned)
     with app.sessions() as session:
         session.add(Top(id=1))
@@ -150,7 +150,7 @@ class Kept(Base):
 
 
 def test_undo_includes_changes_by_application_triggers(engine: Engine) -> None:
-    """What a trigger of the application deletes with the undone row, redoing brings back."""
+    """A trigger of the application deletes another row with the undone one. Redoing brings it back."""
     app = App(engine, Top, Kept)
     with engine.begin() as connection:
         for statement in KEEPS[engine.dialect.name]:
@@ -189,7 +189,7 @@ class Shouted(Base):
 
 @pytest.mark.parametrize("first", ["ours", "theirs"])
 def test_log_shows_the_result_of_application_triggers(engine: Engine, first: str) -> None:
-    """One that changes the row that was just written: the log ends with what it has become."""
+    """The trigger changes the new row. The last image in the log has the final values."""
     if first == "theirs":
         Base.metadata.create_all(engine)
         shout(engine)
@@ -223,7 +223,7 @@ def shout(engine: Engine) -> None:
 
 
 def test_both_captures_log_their_rows_in_one_flush(engine: Engine) -> None:
-    """Rows older than tracking of either: each has its baseline before what changed it."""
+    """The rows are older than tracking. Each has its baseline before its change."""
     Base.metadata.create_all(engine)
     with engine.begin() as connection:
         for model in (Top, Shouted):
@@ -237,7 +237,7 @@ def test_both_captures_log_their_rows_in_one_flush(engine: Engine) -> None:
 
 
 def test_session_may_write_to_another_database(engine: Engine, tmp_path: Path) -> None:
-    """Which knows nothing of us."""
+    """The other database has none of our tables."""
 
     class Other(DeclarativeBase):
         pass
@@ -269,7 +269,7 @@ def test_session_may_write_to_another_database(engine: Engine, tmp_path: Path) -
 
 
 def test_unusual_names_are_captured(engine: Engine) -> None:
-    """Percent signs, quotes, capitals, in tables, columns and identities."""
+    """Percent signs, quotes and capitals in tables, columns and identities."""
 
     class Local(DeclarativeBase):
         pass
@@ -299,7 +299,7 @@ def test_unusual_names_are_captured(engine: Engine) -> None:
 
 
 def test_columns_named_like_trigger_variables_are_captured(engine: Engine) -> None:
-    """Its own variables, and those that PostgreSQL gives it."""
+    """The names of the function's own variables, and of PostgreSQL's."""
 
     class Local(DeclarativeBase):
         pass
@@ -331,7 +331,7 @@ def test_columns_named_like_trigger_variables_are_captured(engine: Engine) -> No
 
 
 def test_computed_columns_are_captured(engine: Engine) -> None:
-    """Stored or not: on PostgreSQL 18 a transition table has not those that are not."""
+    """Stored or virtual. On PostgreSQL 18 a transition table lacks virtual columns."""
 
     class Local(DeclarativeBase):
         pass
@@ -360,7 +360,7 @@ def test_computed_columns_are_captured(engine: Engine) -> None:
 
 
 def test_case_insensitive_column_logs_a_change_of_case(sqlite_engine: Engine) -> None:
-    """A change of case is a change; a key of that kind is refused."""
+    """A change of case is a change. A key of that type is refused."""
 
     class Local(DeclarativeBase):
         pass
@@ -383,7 +383,7 @@ def test_case_insensitive_column_logs_a_change_of_case(sqlite_engine: Engine) ->
 
 @pytest.mark.parametrize(("scale", "refused"), [(6, False), (8, True)])
 def test_decimal_key_is_captured_or_refused_by_its_scale(postgres_engine: Engine, scale: int, refused: bool) -> None:
-    """Python writes a small one as 1E-8."""
+    """Python writes a small decimal as 1E-8."""
 
     class Local(DeclarativeBase):
         pass
@@ -403,18 +403,18 @@ def test_decimal_key_is_captured_or_refused_by_its_scale(postgres_engine: Engine
 
 
 def test_two_memories_of_one_table_log_their_own_entities(engine: Engine) -> None:
-    """Each under an entity of its own, with triggers of its own."""
+    """Each Memory has its own entity and its own triggers."""
     app, other = App(engine, Top, entity="first"), App(engine, Top, entity="second")
     app.run("INSERT INTO top (id, text) VALUES (1, 'x')")
     assert app.ops(Top) == other.ops(Top) == [("insert", 1)]
 
 
-# -- what they are told ------------------------------------------------------------------------------------------------
+# -- trigger context ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("by", ["Session", "connection"])
 def test_trigger_context_is_never_committed(engine: Engine, by: str) -> None:
-    """Not after a statement that failed, nor on a connection of somebody else."""
+    """It is removed after a failed statement, and on a connection that the application commits."""
     app = App(engine, Top)
     app.run("INSERT INTO top (id, text) VALUES (1, 'x')")
     with engine.connect() as connection, connection.begin() as outer, app.sessions(bind=connection) as session:
@@ -433,7 +433,7 @@ def test_trigger_context_is_never_committed(engine: Engine, by: str) -> None:
 
 
 def test_swallowed_statement_error_does_not_stop_the_commit(sqlite_engine: Engine) -> None:
-    """On SQLite the transaction goes on, and is committed."""
+    """On SQLite the transaction goes on and commits."""
     app = App(sqlite_engine, Top)
     app.run("INSERT INTO top (id, text) VALUES (1, 'x')")
     with app.sessions() as session:
@@ -444,7 +444,7 @@ def test_swallowed_statement_error_does_not_stop_the_commit(sqlite_engine: Engin
 
 
 def test_triggers_leave_last_insert_rowid_and_changes_alone(sqlite_engine: Engine) -> None:
-    """last_insert_rowid() and changes() are of its own statements."""
+    """last_insert_rowid() and changes() count only the application's statements."""
     app = App(sqlite_engine, Shouted)
     with app.sessions() as session:
         connection = session.connection()
@@ -462,7 +462,7 @@ def test_triggers_leave_last_insert_rowid_and_changes_alone(sqlite_engine: Engin
 
 
 def test_trigger_functions_ignore_temporary_tables(postgres_engine: Engine) -> None:
-    """The functions run as their owner: a temporary table of our log's name is not it."""
+    """The functions run as their owner. They do not write to a temporary table with our log's name."""
     app = App(postgres_engine, Top)
     with postgres_engine.begin() as connection:
         connection.execute(text("CREATE TEMP TABLE memstate_log AS SELECT * FROM memstate_log"))
@@ -477,7 +477,7 @@ def test_trigger_functions_ignore_temporary_tables(postgres_engine: Engine) -> N
 
 
 def test_role_that_writes_a_table_needs_no_right_on_the_log(postgres_engine: Engine) -> None:
-    """Nor to see it."""
+    """The role cannot read the log either."""
     app = App(postgres_engine, Top)
     with postgres_engine.begin() as connection:
         connection.execute(text("CREATE ROLE memstate_plain"))
@@ -494,7 +494,7 @@ def test_role_that_writes_a_table_needs_no_right_on_the_log(postgres_engine: Eng
 
 
 def test_truncate_logs_every_row_as_deleted(postgres_engine: Engine) -> None:
-    """Every row is logged as deleted; where the transaction does not see them all, it is refused."""
+    """Every row is logged as deleted. It is refused if the transaction does not see all rows."""
     app = App(postgres_engine, Shouted)
     app.run("INSERT INTO shouted (id, text) VALUES (1, 'a'), (2, 'b')", "TRUNCATE shouted")
     assert app.ops(Shouted)[2:] == [("delete", 1), ("delete", 2)]
@@ -509,7 +509,7 @@ def test_truncate_logs_every_row_as_deleted(postgres_engine: Engine) -> None:
 
 
 def test_a_partitioned_table_is_refused(postgres_engine: Engine) -> None:
-    """Writes to a partition would not be seen."""
+    """The triggers would miss writes to a partition."""
 
     class Local(DeclarativeBase):
         pass
@@ -524,11 +524,11 @@ def test_a_partitioned_table_is_refused(postgres_engine: Engine) -> None:
         App(postgres_engine, Part)
 
 
-# -- by the Session, where triggers would see more ---------------------------------------------------------------------
+# -- captured by the Session where triggers would see more -------------------------------------------------------------
 
 
 def test_an_upsert_that_changes_keys_is_refused(engine: Engine) -> None:
-    """As any bulk update of keys; and OR REPLACE wherever it stands."""
+    """It is refused like any bulk update of keys, and OR REPLACE is refused everywhere."""
 
     class Local(DeclarativeBase):
         pass

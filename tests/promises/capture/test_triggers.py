@@ -1,4 +1,4 @@
-"""Capture by triggers: whoever writes, and by whatever means, log and outbox have it."""
+"""Capture by triggers: log and outbox have the writes of every program."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ops(world: World, model: Any) -> list[tuple[str, Any]]:
 
 
 def outside(world: World, *statements: str) -> None:
-    """Another program, which has never heard of us."""
+    """Run statements as another program, which does not know memstate_sa."""
     engine = create_engine(world.engine.url)
     with engine.begin() as connection:
         if engine.dialect.name == "sqlite":
@@ -40,7 +40,7 @@ def outside(world: World, *statements: str) -> None:
 
 
 def test_objects_are_logged_with_their_labels(world: World) -> None:
-    """Inserts, updates and deletes of the unit of work, with the labels of their transaction."""
+    """The unit of work inserts, updates and deletes. The entries have the labels of their transaction."""
     with world.session() as session:
         world.memory.annotate(session, actor="planner", session_id="s1")
         ada = Person(name="ada", about="likes tea")
@@ -61,7 +61,7 @@ def test_objects_are_logged_with_their_labels(world: World) -> None:
 
 
 def test_text_sql_of_a_session_has_its_labels(world: World) -> None:
-    """As every statement on its connection that writes."""
+    """Every writing statement on its connection has them."""
     with world.session() as session:
         world.memory.annotate(session, actor="planner")
         session.execute(text("INSERT INTO tag (name, meaning) VALUES ('a', 'one'), ('b', 'two')"))
@@ -78,7 +78,7 @@ def test_text_sql_of_a_session_has_its_labels(world: World) -> None:
 
 
 def test_writes_of_other_programs_are_logged(world: World) -> None:
-    """One that speaks SQL to the database directly."""
+    """Another program sends SQL directly to the database."""
     outside(
         world,
         "INSERT INTO person (id, name, about) VALUES (1, 'ada', 'likes tea'), (2, 'bob', 'it''s')",
@@ -95,7 +95,7 @@ def test_writes_of_other_programs_are_logged(world: World) -> None:
 
 
 def test_writes_after_a_rolled_back_savepoint_keep_their_labels(world: World) -> None:
-    """What comes after it is of the same transaction, and knows its labels."""
+    """Later writes belong to the same transaction and have its labels."""
     with world.session() as session:
         world.memory.annotate(session, actor="planner")
         for end in ("rollback", "connection", "close"):
@@ -114,7 +114,7 @@ def test_writes_after_a_rolled_back_savepoint_keep_their_labels(world: World) ->
 
 
 def test_failed_statement_leaves_no_trigger_context(world: World) -> None:
-    """On SQLite the transaction goes on; whoever writes next is not taken for it."""
+    """On SQLite the transaction goes on. The next writer is not mistaken for the failed statement."""
     with world.session() as session:
         session.add(Tag(name="a"))
         session.commit()

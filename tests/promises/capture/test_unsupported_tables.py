@@ -80,7 +80,7 @@ def test_a_table_of_an_attached_database_is_refused(tmp_path: Path, capture: Cap
 
 @both_ways
 def test_a_table_may_name_the_schema_that_it_is_in_anyway(engine: Engine, capture: Capture) -> None:
-    """ "main" and "public" are where the log is."""
+    """ "main" and "public" are the log's schemas."""
     schema = {"sqlite": "main", "postgresql": "public"}[engine.dialect.name]
     execute(engine, "CREATE TABLE note (id INTEGER PRIMARY KEY, text VARCHAR NOT NULL)")
     memory = memory_of(capture, schema)
@@ -90,7 +90,7 @@ def test_a_table_may_name_the_schema_that_it_is_in_anyway(engine: Engine, captur
 
 @both_ways
 def test_an_engine_with_a_schema_translate_map_is_refused(engine: Engine, capture: Capture) -> None:
-    """Before anything is written; the message names a way out."""
+    """It is refused before anything is written. The message names a way out."""
     execute(engine, "CREATE TABLE note (id INTEGER PRIMARY KEY, text VARCHAR NOT NULL)")
     translated = engine.execution_options(schema_translate_map={None: "tenant"})
     with pytest.raises(MemstateError, match=r"schema_translate_map is not supported.*search_path"):

@@ -1,7 +1,7 @@
-"""Every way in which SQLAlchemy can write: captured by the Session's events, and by triggers; sync and async.
+"""Every way in which SQLAlchemy can write: captured by the Session's events, and by triggers, sync and async.
 
-A cell writes, on rows that are there; then replay(log) must be the tables. Whatever a Session cannot see is a cell of
-`BY_TRIGGER_ONLY`: triggers capture it, and without them it is refused, or `doctor` finds it.
+A cell of the matrix writes to existing rows. Then replay(log) must equal the tables. Writes that a Session cannot see
+are cells of `BY_TRIGGER_ONLY`: triggers capture them. Without triggers they are refused, or `doctor` finds them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.support import apps
 
 pytestmark = [
     pytest.mark.sa20,
-    # A hole that they show: what the database does by itself, no Session sees.
+    # The cells show a gap: no Session sees changes that the database makes by itself.
     pytest.mark.filterwarnings("ignore:The database itself changes rows"),
 ]
 
@@ -50,7 +50,7 @@ class Place:
 
 
 class Owner(Base):
-    """Has everything that a column or a relationship may be."""
+    """Has columns and relationships of every kind."""
 
     __tablename__ = "owner"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -94,7 +94,7 @@ class Owner(Base):
 
 
 class Part(Base):
-    """With a composite key."""
+    """Has a composite key."""
 
     __tablename__ = "part"
     kind: Mapped[str] = mapped_column(sa.String(10), primary_key=True)
@@ -105,7 +105,7 @@ class Part(Base):
 
 
 class Leaf(Base):
-    """Deleted by the database."""
+    """Its rows are deleted by the database."""
 
     __tablename__ = "leaf"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -115,7 +115,7 @@ class Leaf(Base):
 
 
 class Label(Base):
-    """At the other end of an association."""
+    """The other end of an association."""
 
     __tablename__ = "label"
     name: Mapped[str] = mapped_column(sa.String(20), primary_key=True)
@@ -123,7 +123,7 @@ class Label(Base):
 
 
 class Link(Base):
-    """An association object."""
+    """The association object."""
 
     __tablename__ = "link"
     owner_id: Mapped[int] = mapped_column(ForeignKey("owner.id"), primary_key=True)
@@ -134,7 +134,7 @@ class Link(Base):
 
 
 class Animal(Base):
-    """A class with subclasses in its table."""
+    """Has subclasses in the same table."""
 
     __tablename__ = "animal"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -359,7 +359,7 @@ BY_TRIGGER_ONLY: dict[str, Callable[[Session], Any]] = {
     ),
 }
 SEEN_BY_NOBODY = {"ON DELETE CASCADE", "text SQL"}
-"""Without triggers they pass; doctor finds them."""
+"""Writes that pass without triggers. doctor finds them."""
 
 
 def play(app: App, cell: Callable[[Session], Any]) -> None:
@@ -396,7 +396,7 @@ async def play_async(app: App, cell: Callable[[Session], Any]) -> None:
     [*(("session", name) for name in CELLS), *(("trigger", name) for name in (*CELLS, *BY_TRIGGER_ONLY))],
 )
 async def test_every_write_is_captured(engine: Engine, name: str, capture: str, kind: str) -> None:
-    """replay(log) == tables, whatever wrote."""
+    """replay(log) equals the tables after every kind of write."""
     app = App(engine, capture)
     app.prepare()
     cell = {**CELLS, **BY_TRIGGER_ONLY}[name]
@@ -412,7 +412,7 @@ async def test_every_write_is_captured(engine: Engine, name: str, capture: str, 
 
 @pytest.mark.parametrize("name", BY_TRIGGER_ONLY)
 def test_uncaptured_write_is_refused_or_found(engine: Engine, name: str) -> None:
-    """Nothing is silently lost without triggers: UntrackedWrite before it is written, or doctor says what differs."""
+    """Without triggers nothing is lost silently: UntrackedWrite comes first, or doctor names the difference."""
     app = App(engine, "session")
     app.prepare()
     if name not in SEEN_BY_NOBODY:

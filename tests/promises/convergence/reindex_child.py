@@ -1,4 +1,4 @@
-"""An application that moves from one Chroma collection to another while it writes and searches, until it is killed."""
+"""An application that moves between two Chroma collections while it writes and searches, until it is killed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def moving_in(folder: Path, url: str) -> Process:
 
 
 def check(folder: Path, url: str) -> None:
-    """Whatever was interrupted: it goes on, ends, and both indexes hold what the tables do."""
+    """Assert that an interrupted move resumes, ends, and leaves both indexes equal to the tables."""
     moving = moving_in(folder, url)
     moving.memory.reindex(moving.engine, timeout=60)
     assert moving.asks("item 1") == "memory_v2"
@@ -40,7 +40,7 @@ def check(folder: Path, url: str) -> None:
 
 
 def run(folder: Path, url: str, seed: int, started: Connection) -> None:
-    """Search, write, and reindex forth and back, until the process is killed."""
+    """Search, write, and reindex back and forth, until the process is killed."""
     moving = moving_in(folder, url)
     chance = random.Random(seed)
     turn = threading.Lock()
@@ -60,7 +60,7 @@ def run(folder: Path, url: str, seed: int, started: Connection) -> None:
                 session.commit()
 
     def answer(session: Session, query: str) -> Hits[Tag]:
-        """When the relay, which may be far behind, has come near enough: nobody writes meanwhile."""
+        """Search when the relay has nearly caught up. No other thread writes during this time."""
         deadline = time.monotonic() + 60
         while not (hits := moving.memory.search(session, query, Tag, limit=10)).complete:
             assert time.monotonic() < deadline
@@ -71,7 +71,7 @@ def run(folder: Path, url: str, seed: int, started: Connection) -> None:
             while True:
                 query = f"item {chance.randrange(5000)}"
                 with turn, moving.sessions() as session:
-                    # Approximate, and while it is written to, a match of Chroma's may be of two writes for a moment.
+                    # Chroma is approximate, and a match during a write may mix two writes for a moment.
                     assert any(embedded_by(answer(session, query), query) for _ in range(5))
         except BaseException:
             traceback.print_exc()
@@ -82,5 +82,5 @@ def run(folder: Path, url: str, seed: int, started: Connection) -> None:
     while True:
         moving.memory.reindex(moving.engine)
         moving.memory.reindex_back(moving.engine)
-        with moving.engine.begin() as connection:  # as if the index were new: there is always something to interrupt
+        with moving.engine.begin() as connection:  # as if the index were new, so that there is always work to interrupt
             connection.execute(refill.update().where(refill.c.index == "memory_v2").values(done=False, position=None))

@@ -1,4 +1,4 @@
-"""Rows that are older than tracking get one baseline and one vector each, whatever is killed, and written beside."""
+"""Rows that are older than tracking get one baseline and one vector each, despite kills and concurrent writes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ both_ways = pytest.mark.parametrize("capture", ["session", "trigger"])
 
 
 def old_tags(engine: Engine, count: int) -> None:
-    """As they were there before anybody tracked them; of triggers, too."""
+    """Insert rows as they were before tracking. No trigger has seen them either."""
     with engine.begin() as connection:
         tags = [{"name": f"t{n:04}", "meaning": f"old {n}"} for n in range(count)]
         connection.execute(insert(Tag.__table__), tags)
@@ -39,7 +39,7 @@ def old_tags(engine: Engine, count: int) -> None:
 
 @contextmanager
 def before_tracking(world: World) -> Iterator[None]:
-    """Triggers are not there yet."""
+    """Run the block without triggers."""
     tables = [Person.__table__, Note.__table__, Tag.__table__]
     with world.engine.begin() as connection:
         for table in tables:
@@ -57,7 +57,7 @@ def _drop_triggers(connection: Any, table: str) -> None:
 
 
 def logged(engine: Engine) -> dict[tuple[str, str], list[str]]:
-    """The operations on each fact, in their order."""
+    """The operations on each fact, in order."""
     found: dict[tuple[str, str], list[str]] = {}
     with engine.connect() as connection:
         for entity, key, op in connection.execute(select(log.c.entity, log.c.key, log.c.op).order_by(log.c.id)):
@@ -66,7 +66,7 @@ def logged(engine: Engine) -> dict[tuple[str, str], list[str]]:
 
 
 def assert_begins_once(engine: Engine) -> None:
-    """Every fact's first entry is a baseline or an insert, and no later one is a baseline."""
+    """Assert that each fact's first entry is a baseline or an insert, and that no later entry is a baseline."""
     wrong = {
         fact: ops
         for fact, ops in logged(engine).items()
@@ -76,7 +76,7 @@ def assert_begins_once(engine: Engine) -> None:
 
 
 class Spy:
-    """The keys that each batch was given, in the order of batches."""
+    """Records the keys of each batch, in order of batches."""
 
     def __init__(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[list[str]] = []
@@ -116,7 +116,7 @@ def interrupt_after(rows: int) -> Callable[[int, int | None], None]:
 
 
 def test_every_row_gets_one_baseline_and_one_vector(world: World) -> None:
-    """Once: running it again adds nothing, and finds what came past the log since."""
+    """Running it again adds nothing, except rows that were written without the log since."""
     world.relay.drain()
     old_tags(world.engine, 25)
     progress: list[tuple[int, int | None]] = []
@@ -128,13 +128,13 @@ def test_every_row_gets_one_baseline_and_one_vector(world: World) -> None:
 
     with world.engine.begin() as connection:
         connection.execute(insert(Tag.__table__), {"name": "a", "meaning": "unseen"})
-    assert world.memory.backfill(world.engine, Tag, restart=False) == 0  # it is done with
+    assert world.memory.backfill(world.engine, Tag, restart=False) == 0  # the class is finished
     assert world.memory.backfill(world.engine, Tag) == 1
     world.assert_in_step()
 
 
 def test_interrupted_backfill_does_not_read_rows_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupted backfill goes on where it was, in batches of any size."""
+    """An interrupted backfill resumes at its position, with batches of any size."""
     old_tags(world.engine, 25)
     spy = Spy(world, monkeypatch)
     with pytest.raises(Interrupted):
@@ -149,7 +149,7 @@ def test_interrupted_backfill_does_not_read_rows_again(world: World, monkeypatch
 
 
 def test_backfill_obeys_restart_and_limit(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the beginning, although it is not done with; and only so many rows at a time."""
+    """restart begins again even if the last run is unfinished. limit bounds the number of rows."""
     old_tags(world.engine, 10)
     spy = Spy(world, monkeypatch)
     assert world.memory.backfill(world.engine, Tag, batch_size=4, limit=6) == 6
@@ -162,7 +162,7 @@ def test_backfill_obeys_restart_and_limit(world: World, monkeypatch: pytest.Monk
 
 
 def test_backfill_takes_all_classes_or_some(world: World) -> None:
-    """Or several; a single one may be given as such."""
+    """It takes one class, several, or all."""
     with world.engine.begin() as connection:
         connection.execute(insert(Person.__table__), [{"id": n, "name": "p", "about": f"about {n}"} for n in (1, 2, 3)])
         notes = [{"topic": topic, "number": n, "person_id": 1, "content": topic} for n in (1, 2) for topic in "ab"]
@@ -183,7 +183,7 @@ def test_an_untracked_class_is_refused(world: World) -> None:
 
 
 class Clock:
-    """Moves by *step* a look, and by what is slept."""
+    """A clock that moves by *step* at each look, and by each pause."""
 
     def __init__(self, step: float) -> None:
         self.now, self.step = 0.0, step
@@ -199,7 +199,7 @@ class Clock:
 
 
 def test_backfill_keeps_to_its_rate(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a batch itself took is part of its time."""
+    """The time of the batch itself counts."""
     old_tags(world.engine, 10)
     clock = Clock(0.25)
     monkeypatch.setattr(backfill, "time", clock)
@@ -208,7 +208,7 @@ def test_backfill_keeps_to_its_rate(world: World, monkeypatch: pytest.MonkeyPatc
 
 
 def test_backfill_lets_others_write_to_sqlite(sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two batches it rests for as long as one took: whoever waited for the first writes before the second."""
+    """It pauses between batches for as long as one batch took, so that a waiting writer gets its turn."""
     world = World(sqlite_engine)
     old_tags(sqlite_engine, 10)
     clock = Clock(0.5)
@@ -224,7 +224,9 @@ def test_backfill_lets_others_write_to_sqlite(sqlite_engine: Engine, monkeypatch
 def test_row_that_changes_before_its_lock_is_logged_as_it_is(
     engine: Engine, capture: Literal["session", "trigger"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not logged as it was; nor is one that is deleted. SQLite: others wait, as this transaction has begun."""
+    """The old row is not logged, and no entry is made for a deleted row. On SQLite other writers wait for this
+    transaction.
+    """
     world = World(engine, capture=capture)
     with before_tracking(world):
         old_tags(engine, 3)
@@ -244,7 +246,7 @@ def test_row_that_changes_before_its_lock_is_logged_as_it_is(
 
 
 def test_backfill_waits_for_a_locked_row_without_holding_others(postgres_engine: Engine) -> None:
-    """So it stands in nobody's way meanwhile, and nobody's transaction is aborted as the victim of a deadlock."""
+    """So it blocks no transaction while it waits, and no transaction becomes the victim of a deadlock."""
     engine = postgres_engine
     world = World(engine)
     old_tags(engine, 9)
@@ -267,7 +269,7 @@ def test_backfill_waits_for_a_locked_row_without_holding_others(postgres_engine:
 
 
 def _waits(engine: Engine, table: str) -> bool:
-    """Whether somebody waits for a lock of a row of *table*."""
+    """Whether a transaction waits for a row lock of *table*."""
     waiting = text(f"SELECT count(*) {WAITING_FOR_A_LOCK} AND query LIKE :query")
     with engine.connect() as connection:
         return connection.scalar(waiting, {"query": f"%FROM {table}%"}) == 1
@@ -283,7 +285,7 @@ def _poll(is_true: Callable[[], bool]) -> None:
 def test_a_process_that_is_stopped_does_not_hold_rows_for_ever(
     postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server ends its transaction; and whatever the engine's isolation level is, it is READ COMMITTED."""
+    """The server ends its transaction. It is READ COMMITTED, even if the engine has another isolation level."""
     world = World(postgres_engine.execution_options(isolation_level="REPEATABLE READ"))
     old_tags(world.engine, 1)
     spy, told = Spy(world, monkeypatch), []
@@ -298,16 +300,16 @@ def test_a_process_that_is_stopped_does_not_hold_rows_for_ever(
 
 
 def test_workers_share_the_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each row is looked at by one of them; and what one of them looks at is not what another waits for."""
+    """Each row is read by one worker. No worker waits for the batch of another."""
     world = World(engine)
     old_tags(engine, 300)
-    world.memory.backfill(engine, Tag, batch_size=5, limit=1)  # divides off a range that three can wait for
+    world.memory.backfill(engine, Tag, batch_size=5, limit=1)  # splits off a range, so that three ranges can be shared
     spy = Spy(world, monkeypatch)
     both_inside, arrivals = threading.Barrier(2), itertools.count()
 
     def meet(_: Any) -> None:
         if engine.dialect.name == "postgresql" and next(arrivals) < 2:
-            both_inside.wait(60)  # two are in a batch at the same time
+            both_inside.wait(60)  # two workers are inside a batch at the same time
 
     spy.inside = meet
     added: list[int] = []
@@ -319,10 +321,10 @@ def test_workers_share_the_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_worker_waits_for_ranges_of_others(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after the other: who works on them may be killed, and then there is nobody else."""
+    """It waits for one range after the other. A worker that holds a range may be killed, and the rest would be left."""
     world, engine = World(postgres_engine), postgres_engine
     old_tags(engine, 30)
-    world.memory.backfill(engine, Tag, batch_size=1, limit=1)  # divides twenty off
+    world.memory.backfill(engine, Tag, batch_size=1, limit=1)  # splits off twenty rows
     spy, added = Spy(world, monkeypatch), list[int]()
     worker = threading.Thread(target=lambda: added.append(world.memory.backfill(engine, Tag)))
     with engine.connect() as one, engine.connect() as other:
@@ -334,7 +336,7 @@ def test_a_worker_waits_for_ranges_of_others(postgres_engine: Engine, monkeypatc
         one.execute(sa.update(ranges).where(ranges.c.until.is_not(None)).values(done=True))
         one.commit()
         _poll(lambda: _waits(engine, "memstate_backfill") and not spy.batches)
-        # As somebody who divides it, and is done with the part before this one gets the lock.
+        # Act as a worker that divides the range and finishes the first part before this worker gets the lock.
         there = tag_keys(24)[0]
         other.execute(sa.update(ranges).where(ranges.c.until.is_(None)).values(until=there, done=True))
         other.execute(insert(ranges), backfill._range("tag", there))
@@ -345,7 +347,7 @@ def test_a_worker_waits_for_ranges_of_others(postgres_engine: Engine, monkeypatc
 
 
 def test_workers_that_begin_together_share_one_backfill(engine: Engine) -> None:
-    """One of them begins, the others join; of rows that are done with already, too."""
+    """One worker begins and the others join, even if the class was finished before."""
     world = World(engine)
     old_tags(engine, 50)
     for restart in (None, True):
@@ -355,9 +357,10 @@ def test_workers_that_begin_together_share_one_backfill(engine: Engine) -> None:
 
 
 def test_restart_leaves_no_range_of_dividing_workers(postgres_engine: Engine) -> None:
-    """One between its look at the ranges and its lock of them, one before it deletes them: no range of theirs is left.
+    """Two workers divide ranges during a restart: one waits for its lock, one commits before the DELETE. No range is
+    left.
 
-    It would be there already when somebody divides there again, and every run after that would fail.
+    A range that was left would collide with the next division there, and every later run would fail.
     """
     world, engine = World(postgres_engine), postgres_engine
     old_tags(engine, 90)
@@ -366,7 +369,7 @@ def test_restart_leaves_no_range_of_dividing_workers(postgres_engine: Engine) ->
     first, second, restarting = (
         backfill.Backfill(each, world.memory._recorder, [tracked], batch_size=1) for each in engines
     )
-    world.memory.backfill(engine, Tag, batch_size=1, limit=1)  # divides twenty off
+    world.memory.backfill(engine, Tag, batch_size=1, limit=1)  # splits off twenty rows
     divided, restarted = threading.Event(), threading.Event()
     threads = [threading.Thread(target=worker._turn, args=(1,)) for worker in (first, second)]
 
@@ -407,7 +410,7 @@ def test_restart_leaves_no_range_of_dividing_workers(postgres_engine: Engine) ->
 
 
 def test_a_restart_waits_for_a_batch(postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose worker notes how far it is, past the one who waits: it does not wait for it in turn."""
+    """The batch's worker records its position past the waiting restart, so the two do not wait for each other."""
     world, engine = World(postgres_engine), postgres_engine
     old_tags(engine, 5)
     spy = Spy(world, monkeypatch)
@@ -428,7 +431,7 @@ def test_a_restart_waits_for_a_batch(postgres_engine: Engine, monkeypatch: pytes
 
 
 def _waiting(engine: Engine, verb: str = "") -> int:
-    """How many wait for a lock of ranges."""
+    """The number of transactions that wait for a lock of ranges."""
     waiting = text(f"SELECT count(*) {WAITING_FOR_A_LOCK} AND query LIKE :query")
     with engine.connect() as connection:
         return int(connection.scalar(waiting, {"query": f"{verb}%memstate_backfill%"}) or 0)
@@ -439,14 +442,14 @@ def _waiting(engine: Engine, verb: str = "") -> int:
 def test_transaction_that_misses_the_baseline_logs_another(
     postgres_engine: Engine, capture: Literal["session", "trigger"], isolation: str
 ) -> None:
-    """It logs one more, by its older snapshot; which says the same, and is no change to anybody."""
+    """Its older snapshot shows no baseline, so it logs another one. Both are equal, and history shows one."""
     world, engine = World(postgres_engine, capture=capture), postgres_engine
     with before_tracking(world):
         old_tags(engine, 3)
     sessions = sessionmaker(engine.execution_options(isolation_level=isolation))
     world.memory.attach(sessions)
     with sessions() as session:
-        assert session.scalar(select(sa.func.count()).select_from(Tag)) == 3  # the snapshot is taken
+        assert session.scalar(select(sa.func.count()).select_from(Tag)) == 3  # takes the snapshot
         world.memory.backfill(engine, Tag)
         session.get_one(Tag, "t0000").meaning = "new"
         session.delete(session.get_one(Tag, "t0001"))
@@ -477,7 +480,7 @@ def test_transaction_that_misses_the_baseline_logs_another(
 @pytest.mark.deep_on("postgres", "trigger")
 @both_ways
 def test_backfill_converges_beside_busy_writers(engine: Engine, capture: Literal["session", "trigger"]) -> None:
-    """They change, delete and add rows, some many in one transaction, while two workers run; nobody fails."""
+    """Two workers run while writers change, delete and add rows, many of them in one transaction. Nothing fails."""
     world = World(engine, capture=capture)
     with before_tracking(world):
         old_tags(engine, 200)
@@ -490,7 +493,7 @@ def test_backfill_converges_beside_busy_writers(engine: Engine, capture: Literal
             if finished.is_set():
                 return
             with world.session() as session:
-                # In the order of keys, as whoever wants no deadlock with others of his own does.
+                # The writer goes in order of keys, to avoid deadlocks with its own other transactions.
                 for n in sorted({(number * 50 + step * 7 + m * 13) % 100 * 2 + number for m in range(3)}):
                     tag = session.get(Tag, f"t{n:04}")
                     if tag is None:
@@ -515,7 +518,7 @@ def test_backfill_converges_beside_busy_writers(engine: Engine, capture: Literal
             finished.set()
 
     assert not in_threads(4, work)
-    world.memory.backfill(engine, Tag, restart=False)  # of the one that was stopped
+    world.memory.backfill(engine, Tag, restart=False)  # resumes the stopped run
     assert_begins_once(engine)
     world.assert_in_step()
 
@@ -528,7 +531,7 @@ class Base(DeclarativeBase):
 
 
 class Word(Base):
-    """Whose keys come in another order than their bytes."""
+    """The order of its keys differs from the order of their bytes."""
 
     __tablename__ = "word"
     language: Mapped[str] = mapped_column(sa.String(2), primary_key=True)
@@ -547,13 +550,13 @@ class Kind(Base):
 
 
 class Single(Kind):
-    """Some rows of a table."""
+    """Its rows are some of the rows of a table."""
 
     __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "single"}
 
 
 class Joined(Kind):
-    """Rows of two tables."""
+    """Its rows are in two tables."""
 
     __tablename__ = "joined"
     id: Mapped[str] = mapped_column(ForeignKey("kind.id"), primary_key=True)
@@ -566,7 +569,7 @@ WORDS = [(language, word) for language in ("de", "en") for word in ("Zoo", "apfe
 
 @pytest.mark.parametrize("model", [Word, Kind, Single, Joined])
 def test_backfill_covers_all_kinds_of_rows(engine: Engine, model: Any) -> None:
-    """Composite keys in a collation of their own; single-table and joined inheritance, from the base and from below."""
+    """Composite keys with a collation of their own, and single-table and joined inheritance from base and subclass."""
     Base.metadata.create_all(engine)
     with engine.begin() as connection:
         connection.execute(insert(Word.__table__), [{"language": language, "word": word} for language, word in WORDS])
@@ -600,12 +603,12 @@ class Killed(Exception):
 
 @contextmanager
 def at_statement(engine: Engine, number: int, action: Callable[[], None]) -> Iterator[None]:
-    """Run *action* once, before the statement, or the COMMIT, with this *number* of this thread."""
+    """Run *action* once, before this thread's statement or COMMIT with this *number*."""
     seen, here = 0, threading.get_ident()
 
     def count(*_: Any) -> None:
         nonlocal seen
-        if threading.get_ident() != here:  # it tells relays of a commit
+        if threading.get_ident() != here:  # the engine also reports commits to relays, in other threads
             return
         seen += 1
         if seen == number:
@@ -646,11 +649,11 @@ steps = st.lists(
 
 
 class Play:
-    """Steps on twelve rows that are older than tracking; what happens inside of others waits for no lock."""
+    """Random steps on twelve rows that are older than tracking. A step inside another step waits for no lock."""
 
     def __init__(self, world: World, beside: Engine) -> None:
         self.world = world
-        self.beside = beside  # where a lock that is not to be had soon is an error
+        self.beside = beside  # an engine that fails soon instead of waiting for a lock
 
     def run(self, name: str, args: Any) -> None:
         getattr(self, name)(*args)
@@ -661,7 +664,7 @@ class Play:
 
     def meanwhile(self, batch_size: int, statement: int, step: tuple[str, Any]) -> None:
         def act() -> None:
-            with suppress(OperationalError):  # whoever writes to a row of the batch has to wait; here he gives up
+            with suppress(OperationalError):  # a writer of a row of the batch would have to wait, so it gives up
                 self.run(*step)
 
         with at_statement(self.world.engine, statement, act):
@@ -718,7 +721,7 @@ def beside(engine: Engine) -> Iterator[Engine]:
 def test_random_interleavings_log_one_first_entry_a_row(
     engine: Engine, beside: Engine, capture: Literal["session", "trigger"], programs_played: int
 ) -> None:
-    """Batches, live writes, kills at any statement, workers within: one first entry a row, replay(log) == table."""
+    """Batches, live writes, kills at any statement, nested workers: one first entry a row, and replay(log) == table."""
     world = World(engine, capture=capture)
 
     @explore(programs_played, steps=steps)
@@ -727,8 +730,8 @@ def test_random_interleavings_log_one_first_entry_a_row(
         world.index.delete([entry.id for entry in world.index.scan(None, 10_000)])
         with before_tracking(world):
             wipe(engine)
-            world.memory._recorder.forget_keys()  # those of the other engine, which does not see that
-            world.relay.drain()  # of what comes now, the index is given what is marked, and no more
+            world.memory._recorder.forget_keys()  # the other engine's keys, which this world does not see
+            world.relay.drain()  # the next index gets the marked keys, and no more
             old_tags(engine, 12)
         world.memory.backfill(engine, Tag, limit=0)
         script = Play(world, beside)
@@ -751,9 +754,9 @@ def test_random_interleavings_log_one_first_entry_a_row(
 
 @pytest.mark.deep_on("sqlite")
 def test_a_batch_reads_by_indexes(engine: Engine) -> None:
-    """Neither a range nor its boundary reads the table, and the log is asked key by key, however little is known of it.
+    """Neither a range nor its boundary scans the table. The log is queried key by key, even with few statistics.
 
-    A million rows in, one hash of the whole log for each batch made the backfill three times as slow.
+    One hash of the whole log for each batch made a backfill three times as slow after a million rows.
     """
     world = World(engine)
     with engine.begin() as connection:
@@ -781,7 +784,7 @@ def test_a_batch_reads_by_indexes(engine: Engine) -> None:
             statement: "\n".join(str(row[-1]) for row in connection.exec_driver_sql(explain + statement, parameters))
             for statement, parameters in sent.items()
         }
-    assert len(plans) >= 4  # a boundary, a range, its rows, what is known of them
+    assert len(plans) >= 4  # a boundary, a range, its rows, their entries
     for statement, plan in plans.items():
         assert "Seq Scan" not in plan and "Hash" not in plan and "SCAN note\n" not in f"{plan}\n", (
             f"{statement}\n{plan}"

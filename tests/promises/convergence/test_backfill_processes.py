@@ -1,4 +1,4 @@
-"""``memstate-sa backfill``: by several processes, killed and run again while the application writes."""
+"""``memstate-sa backfill`` in several processes, killed and run again while the application writes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ memory.track(Word, text="word")
 
 
 class Application:
-    """An application of its own in a folder, which has *rows* that are older than tracking."""
+    """An application in its own folder, with *rows* rows that are older than tracking."""
 
     def __init__(self, folder: Path, engine: Engine, rows: int) -> None:
         self.name = f"application_{uuid4().hex}"
@@ -91,14 +91,14 @@ class Application:
         return {"MEMSTATE_APP": f"{self.name}:memory", "MEMSTATE_URL": url, "COLUMNS": "200", "TERM": "dumb"}
 
     def run(self, *arguments: str) -> str:
-        """In this process; what it printed."""
+        """Run the command in this process. Returns its output."""
         result = CliRunner().invoke(cli.application(), ["backfill", *arguments], env=self.environment)
         assert result.exit_code == 0, result.output
         return str(result.output)
 
     @contextmanager
     def running(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-        """As the leader of a group of processes, which is killed at the end."""
+        """Start the command as the leader of a process group, which is killed at the end."""
         process = subprocess.Popen(
             [sys.executable, "-m", "memstate_sa", "backfill", *arguments],
             cwd=self.folder,
@@ -120,7 +120,7 @@ class Application:
             return int(connection.scalar(select(func.sum(backfill.c.seen))) or 0)
 
     def assert_taken_in(self) -> None:
-        """One first entry for every row, all of them marked for delivery, replay(log) == tables == index."""
+        """Assert one first entry a row, all rows marked for delivery, and replay(log) == tables == index."""
         with self.engine.connect() as connection:
             entries = connection.execute(select(log.c.entity, log.c.key, log.c.op).order_by(log.c.id)).all()
             assert not connection.execute(select(backfill.c.start).where(~backfill.c.done)).all()
@@ -165,7 +165,7 @@ def poll(is_true: Callable[[], bool]) -> None:
 @pytest.mark.deep
 @pytest.mark.timeout(5 * PATIENCE_S + 20 * KILLS)
 def test_backfill_resumes_after_sigkill_of_all_processes(make: Callable[[int], Application]) -> None:
-    """Each run goes on where the last one was killed, while the application changes, deletes and adds rows."""
+    """Each run resumes where the last one was killed, while the application changes, deletes and adds rows."""
     app = make(ROWS)
     chance = random.Random(int(os.environ.get("MEMSTATE_SEED", "11")))
     finished = threading.Event()
@@ -212,7 +212,7 @@ def test_backfill_resumes_after_sigkill_of_all_processes(make: Callable[[int], A
 
 @pytest.mark.deep
 def test_rows_of_a_killed_worker_are_taken_over(make: Callable[[int], Application]) -> None:
-    """By the others, or at last by the process that started it."""
+    """The other workers take over, or at last the process that started it."""
     app = make(1500)
     with app.running("--workers", "2", "--batch-size", "25", "--rate", "500") as process:
         poll(lambda: app.seen() > 0)
@@ -234,7 +234,7 @@ def test_rows_of_a_killed_worker_are_taken_over(make: Callable[[int], Applicatio
 def test_an_interruption_says_how_to_go_on(
     sqlite_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, workers: int
 ) -> None:
-    """It ends at once, however slowly it goes, and leaves no process behind."""
+    """It ends at once, even between slow batches, and leaves no process behind."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     app = Application(tmp_path, sqlite_engine, 100)
@@ -268,7 +268,7 @@ if os.getpid() != {parent}:
 def test_a_worker_that_does_not_end_is_killed(
     sqlite_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a while: it may be in a driver that no signal gets through to, and somebody waits at the terminal."""
+    """It is killed after a while, because a driver may block all signals and a user waits at the terminal."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -290,7 +290,7 @@ def test_a_worker_that_does_not_end_is_killed(
 
 
 def test_backfill_without_a_name_takes_all_unfinished_classes(make: Callable[[int], Application]) -> None:
-    """A class that is named, or --restart, is gone through again: rows may have come past the log."""
+    """A named class, or --restart, goes through all rows again: some may have been written without the log."""
     app = make(20)
     note = app.module.Note.__table__
     assert "23 rows were new to the log" in app.run("--batch-size", "7")
@@ -309,7 +309,7 @@ def test_backfill_without_a_name_takes_all_unfinished_classes(make: Callable[[in
 
 
 def test_backfill_shows_its_progress(sqlite_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of all, of how many, and how many a second."""
+    """It shows the finished rows, the total, and rows per second."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     app = Application(tmp_path, sqlite_engine, 20)

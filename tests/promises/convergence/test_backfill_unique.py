@@ -1,4 +1,4 @@
-"""Rows that are older than tracking, of a class with ``unique_by``."""
+"""Rows of a class with ``unique_by`` that are older than tracking."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Seat(Base):
 
 
 class Hall(App):
-    """Seats of which each guest has one; those that are older than tracking have them as they like."""
+    """Seats with one guest each. Rows that are older than tracking may share a guest."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine, Seat, text="meal", unique_by=("guest",))
@@ -82,7 +82,7 @@ def poll(is_true: Callable[[], bool]) -> None:
 def test_first_of_equal_rows_gets_the_unique_value(
     hall: Hall, batch_size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """All get their history. The first one has the value; it is said which others have not, and not what it is."""
+    """All rows get their history. The first has the value. The warning names the other rows, but not the value."""
     hall.fill("Ann", "Bob", "Ann", None, "Cid", None, "Ann", "Bob")
     assert hall.memory.backfill(hall.engine, batch_size=batch_size) == 8
     assert hall.logged() == baselines(*range(1, 9))
@@ -96,7 +96,7 @@ def test_first_of_equal_rows_gets_the_unique_value(
 
 
 def test_changed_duplicate_must_become_unique(hall: Hall) -> None:
-    """Changed, a row must be unique; the value of one that gives it up is free."""
+    """A changed row must be unique. A value that a row gives up is free."""
     hall.fill("Ann", "Ann", "Ann", "Ann")
     hall.memory.backfill(hall.engine)
     with hall.sessions() as session:
@@ -120,7 +120,7 @@ def test_changed_duplicate_must_become_unique(hall: Hall) -> None:
 def test_backfill_waits_for_a_unique_value_without_deadlock(
     postgres_hall: Hall, wanted: int, batch_size: int, commits: bool
 ) -> None:
-    """It is waited for without rows of the batch in hand, which it may come to wait for: no deadlock, no victim."""
+    """It holds no row of the batch while it waits for the value, so there is no deadlock."""
     hall, engine = postgres_hall, postgres_hall.engine
     hall.fill(*(f"guest {n}" for n in range(1, 10)))
     added: list[int] = []

@@ -1,4 +1,4 @@
-"""Doctor: what came past the log, and what would let more of it pass."""
+"""doctor: writes that the log lacks, and gaps that would allow more of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def run(world: World, *statements: str) -> None:
 
 
 def test_doctor_reports_rows_changed_past_the_log(world: World) -> None:
-    """Changed, gone, come again, and never logged: each is told; repair logs all but the last, and vectors follow."""
+    """Rows that were changed, deleted, restored or never logged are named. Repair logs all but the last, and vectors
+    follow.
+    """
     with world.session() as session:
         session.add_all(Tag(name=name, meaning="one") for name in "abcd")
         session.add(Note(topic="t", number=1, content="x", person=Person(name="p", about="y")))
@@ -52,7 +54,7 @@ def test_doctor_reports_rows_changed_past_the_log(world: World) -> None:
     with world.session() as session:
         changes = [change for change in world.memory.history(session, Tag) if change.reason == "reconciled"]
         assert [(change.op, change.key) for change in changes] == [("update", "a"), ("insert", "d"), ("delete", "b")]
-        with pytest.raises(ConflictError, match="tag 'd'"):  # the last step deleted it, and it has come again since
+        with pytest.raises(ConflictError, match="tag 'd'"):  # the last step deleted it, and it has been restored since
             world.memory.rollback(session)
     world.memory.backfill(world.engine, Tag)
     world.assert_in_step()
@@ -60,7 +62,7 @@ def test_doctor_reports_rows_changed_past_the_log(world: World) -> None:
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_doctor_finds_rows_that_core_wrote_without_a_session(engine: Engine, capture: str) -> None:
-    """As pandas.to_sql does. Triggers log them."""
+    """pandas.to_sql writes like this. Triggers log such rows."""
     app = make_app(engine, Tag, text="meaning", capture=capture)
     app.write(Tag(name="a", meaning="one"), Tag(name="b", meaning="one"), Tag(name="c", meaning="one"))
     table = Tag.__table__
@@ -79,7 +81,7 @@ def test_doctor_finds_rows_that_core_wrote_without_a_session(engine: Engine, cap
 
 
 def test_repair_logs_and_warns_of_duplicate_unique_values(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
-    """Repair logs it as it is, the rest of its page too, and warns: the first row has the value, others have none."""
+    """Repair logs the row and its page, and warns: the first row has the value, others have none."""
     app = make_app(engine, Tag, text="meaning", unique_by=("meaning",))
     with app.session() as session:
         session.add_all(Tag(name=name, meaning=name) for name in "abcd")
@@ -108,7 +110,7 @@ def test_repair_logs_and_warns_of_duplicate_unique_values(engine: Engine, caplog
 
 
 def test_doctor_walks_all_pages(world: World) -> None:
-    """Both walks, of rows and of keys, go on where a page ended."""
+    """The walks over rows and over keys both resume where a page ended."""
     from memstate_sa.maintenance.doctor import Doctor
 
     say(world, **{f"t{n:02}": "x" for n in range(25)})
@@ -124,7 +126,7 @@ def test_doctor_walks_all_pages(world: World) -> None:
 
 
 def test_columns_that_came_and_went_are_no_difference(world: World) -> None:
-    """Nobody has changed the row."""
+    """The row itself has not changed."""
     say(world, a="x")
     with world.engine.begin() as connection, rewriting(connection):
         connection.execute(update(log).values(image={"name": "a", "meaning": "x", "dropped": 1}))
@@ -132,7 +134,7 @@ def test_columns_that_came_and_went_are_no_difference(world: World) -> None:
 
 
 def test_doctor_reports_gaps_that_let_an_index_drift(engine: Engine) -> None:
-    """Tables, columns and indexes of ours that are not there; nobody attached; a tracked table that is not there."""
+    """Our tables, columns and indexes are missing, no Session is attached, a tracked table is missing."""
 
     class Local(DeclarativeBase):
         pass
@@ -157,12 +159,12 @@ def test_doctor_reports_gaps_that_let_an_index_drift(engine: Engine) -> None:
     memory.track(Nowhere, text="text")
     told = {problem.subject: problem.message for problem in memory.doctor(engine).problems}
     assert set(told) == {"memstate_log", "memstate_outbox", "nowhere"}
-    assert "no index ix_memstate_log_key" in told["memstate_log"]
+    assert "lacks the index ix_memstate_log_key" in told["memstate_log"]
     assert "lacks intent" in told["memstate_outbox"]
 
 
 def test_doctor_reports_missing_and_outdated_triggers(engine: Engine) -> None:
-    """Told, and put right by create_tables."""
+    """doctor reports them, and create_tables repairs them."""
     world = World(engine, capture="trigger")
     assert world.memory.doctor(engine).healthy
     if engine.dialect.name == "postgresql":
@@ -184,14 +186,14 @@ def test_doctor_reports_missing_and_outdated_triggers(engine: Engine) -> None:
 
 
 def test_doctor_reports_a_leftover_trigger_context(engine: Engine) -> None:
-    """Whoever writes next would be taken for that transaction."""
+    """The next writer would be mistaken for that transaction."""
     world = World(engine)
     run(world, "INSERT INTO memstate_trigger_context (name, value) VALUES ('tx', 'x')")
     assert [problem.subject for problem in world.memory.doctor(engine).problems] == ["memstate_trigger_context"]
 
 
 def test_doctor_reports_triggers_that_miss_a_new_column(engine: Engine) -> None:
-    """A column that is added is not logged until create_tables is called again; doctor says so."""
+    """A new column is not logged until create_tables is called again. doctor says so."""
 
     def app(*names: str) -> tuple[Memory, Any]:
         class Local(DeclarativeBase):

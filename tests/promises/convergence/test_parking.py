@@ -1,4 +1,4 @@
-"""Parked keys: a key that is parked once more keeps what still holds of the first time."""
+"""Parked keys: a key that is parked again keeps the parts of its first row that still apply."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def rows(connection: Connection) -> dict[FactKey, ParkedRow]:
     return {(entity, key): ParkedRow(*values) for entity, key, *values in found}
 
 
-# -- beside the SQL that once did it -----------------------------------------------------------------------------------
+# -- compared with the SQL that `merge` replaced -----------------------------------------------------------------------
 
 
 def park_by_sql(connection: Connection, new: Parked, now: datetime, version: str) -> None:
-    """The statement that decided this before `merge` did."""
+    """Park with the SQL statement that `merge` has replaced."""
     statement = insert(parked)
     row = statement.excluded
     lands_later = and_(parked.c.state == ParkedState.AGAIN, parked.c.next_at > row.next_at, not_(row.repeat))
@@ -67,7 +67,7 @@ STATES = list(product((0.0, 0.5, 30.0), ParkedState, (False, True)))
 
 @pytest.mark.parametrize("passed_s", [0.0, 1.0])
 def test_merging_agrees_with_the_sql_that_did_it(connection: Connection, passed_s: float) -> None:
-    """Every kind of parking, after every other; what a third one finds is the row of a second one."""
+    """Each kind of parking follows each other kind. A third one would find the row of the second."""
     begin = datetime(2026, 1, 1, tzinfo=UTC)
     later = begin + timedelta(seconds=passed_s)
     for (delay_s, state, again), expected, earlier in product(STATES, (None, "first", "another"), STATES):
@@ -80,7 +80,7 @@ def test_merging_agrees_with_the_sql_that_did_it(connection: Connection, passed_
         assert rows(connection) == {("tag", '["a"]'): merge(row, second, later, "second") or row}, (first, second)
 
 
-# -- in both databases -------------------------------------------------------------------------------------------------
+# -- both databases ----------------------------------------------------------------------------------------------------
 
 LANDS_LATE = Parked(0, 30.0, ParkedState.AGAIN, "may land late")
 REFUSED = Parked(2, 0.5, ParkedState.PARKED, "refused")
@@ -106,7 +106,7 @@ def test_new_and_known_keys_are_parked_together(engine: Engine) -> None:
 
 
 def test_key_that_another_relay_is_parking_is_merged_with_it(postgres_engine: Engine) -> None:
-    """Its row is not to be seen yet when this relay looks for it, and is not to be overwritten."""
+    """This relay cannot see the other relay's row yet, and must not overwrite it."""
     World(postgres_engine)
 
     def park_beside() -> None:

@@ -1,4 +1,4 @@
-"""Where the operator looks, there is what the provider said: logs, dead letters, problems, status, the search."""
+"""The provider's reason is shown wherever an operator looks: logs, dead letters, problems, status, search."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Refusing(HashEmbedder):
 
 
 def test_reason_of_a_refusal_is_told_everywhere(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
-    """Its kind: what is unavailable, in `problems()`; a query that cannot be embedded; strict delivery."""
+    """The same kind: an unavailable provider in `problems()`, a query that cannot be embedded, strict delivery."""
     world = World(engine)
     for destination in world.memory._destinations.values():
         destination.vectors.embedder = Refusing()

@@ -1,4 +1,4 @@
-"""Moving to another index and embedder while the application runs: beside the old one, then in one step."""
+"""Moving to another index and embedder while the application runs: filled beside the old one, then switched at once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DRINKS = {"a": "green tea to drink", "b": "black coffee to drink", "c": "a chair
 
 
 def test_move_to_another_embedder_finds_everything(shop: Shop) -> None:
-    """Old, both, switched, back, switched again, new alone: each step finds everything, by one embedder."""
+    """Old, both, switched, back, switched again, new alone: each step finds everything through one embedder."""
     before = shop.before()
     before.say(**DRINKS)
     before.assert_in_step("memory")
@@ -74,7 +74,7 @@ def test_move_to_another_embedder_finds_everything(shop: Shop) -> None:
 
 
 def test_the_switch_is_one_for_all_processes(shop: Shop) -> None:
-    """Another Memory, of another process, asks the successor from the same moment on."""
+    """A Memory of another process searches the successor from the same moment."""
     one, other = shop.moving(), shop.moving()
     one.say(**DRINKS)
     assert (one.asks(), other.asks()) == ("memory", "memory")
@@ -83,7 +83,7 @@ def test_the_switch_is_one_for_all_processes(shop: Shop) -> None:
 
 
 def test_a_transaction_that_began_before_is_answered_by_the_old_index(shop: Shop) -> None:
-    """What it sees is of one moment, the switch included."""
+    """Its snapshot is of one moment, which includes the switch."""
     if shop.engine.dialect.name != "postgresql":
         pytest.skip("SQLite: an open reader would make the switch wait")
     moving = shop.moving()
@@ -100,7 +100,7 @@ def test_a_transaction_that_began_before_is_answered_by_the_old_index(shop: Shop
 @pytest.mark.deep
 @pytest.mark.deep_on("postgres")
 def test_no_search_mixes_embedders_while_rows_change(shop: Shop) -> None:
-    """A writer, a relay and searches at once, through the whole move: every answer is of one embedder, and current."""
+    """A writer, a relay and searches run during the whole move. Every answer is current, and of one embedder."""
     move_forth_and_back(shop, rounds=3)
 
 
@@ -110,7 +110,7 @@ def test_no_search_mixes_embedders_while_rows_change(shop: Shop) -> None:
 def test_move_from_chroma_to_another_index_finds_everything(
     kind: str, sqlite_engine: Engine, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """The same, where the indexes are of different makers."""
+    """The move also works between different vendors' indexes."""
     chromadb = pytest.importorskip("chromadb")
     from memstate_sa import indexes
 
@@ -126,13 +126,13 @@ def test_move_from_chroma_to_another_index_finds_everything(
     shop = Shop(sqlite_engine)
     client = chromadb.PersistentClient(str(tmp_path / "chroma"))
     shop.indexes = {"memory": indexes.ChromaIndex(client, "memory"), "memory_v2": made[kind]()}
-    move_forth_and_back(shop, rounds=1, exact=False)  # Chroma's may be of two, beside a writer
+    move_forth_and_back(shop, rounds=1, exact=False)  # Chroma may mix two embedders while rows change
     for index in shop.indexes.values():
         index.close()
 
 
 def move_forth_and_back(shop: Shop, rounds: int, *, exact: bool = True) -> None:
-    """*exact*: a match is of one write, so that every answer can be compared."""
+    """*exact*: each match is of one write, so that every answer can be compared."""
     moving = shop.moving()
     moving.say(**{f"t{n}": f"item {n}" for n in range(200)})
     shop.before().assert_in_step("memory")
@@ -162,7 +162,7 @@ def move_forth_and_back(shop: Shop, rounds: int, *, exact: bool = True) -> None:
 
     def look(chance: random.Random) -> None:
         query = f"item {chance.randrange(1000)}"
-        with turn, moving.sessions() as session:  # nobody writes between the search and what it is compared with
+        with turn, moving.sessions() as session:  # no other thread writes between the search and its comparison
             if exact:
                 by = assert_is_of_one_embedder(moving.memory, session, query)
             else:
@@ -194,7 +194,7 @@ def move_forth_and_back(shop: Shop, rounds: int, *, exact: bool = True) -> None:
 
 
 def assert_is_of_one_embedder(memory: Memory, session: Session, query: str) -> set[str]:
-    """A search says what brute force does, by one embedder; which (several, where they agree)."""
+    """Assert that a search equals brute force by one embedder. Returns its name, or all names where they agree."""
     hits = memory.search(session, query, Tag, limit=10)
     by = embedded_by(hits, query)
     assert by, "no embedder gives these distances"
@@ -218,7 +218,7 @@ def distances(hits: Hits[Tag]) -> list[float]:
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("kills", sizes(1, KILLS))
 def test_reindex_killed_again_and_again_ends_clean(tmp_path: Path, engine: Engine, kills: int) -> None:
-    """SIGKILL while it is filled, switched and switched back, under writes: no answer is mixed, and it ends clean."""
+    """SIGKILL during filling, switching and switching back, under writes: no answer is mixed, and the move ends."""
     pytest.importorskip("chromadb")
     from tests.promises.convergence import reindex_child
 
@@ -257,7 +257,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.deep_on("postgres")
 def test_interrupted_reindex_goes_on_where_it_was(shop: Shop) -> None:
-    """Stopped in the second page: searches go on with the old index, and the first page is not embedded again."""
+    """Stopped in the second page. Searches still use the old index, and the first page is not embedded again."""
     moving = shop.moving()
     with moving.sessions() as session:
         session.execute(insert(Tag), [{"name": f"t{n}", "meaning": f"item {n}"} for n in range(2300)])
@@ -297,7 +297,7 @@ class Spied:
 
 
 def test_strict_delivery_writes_both_each_with_its_embedder(shop: Shop) -> None:
-    """A commit brings both indexes to where it leaves its rows, before it is one."""
+    """A strict commit writes both indexes before it succeeds."""
     moving = shop.moving(delivery="strict")
     moving.say(**DRINKS)
     moving.memory.reindex(shop.engine)
@@ -311,7 +311,7 @@ def test_strict_delivery_writes_both_each_with_its_embedder(shop: Shop) -> None:
 
 
 def test_wait_waits_for_both(shop: Shop) -> None:
-    """What is waited for is found whichever index is asked."""
+    """A waited-for fact is found in either index."""
     moving = shop.moving()
     with moving.memory.relay(shop.engine), moving.sessions() as session:
         session.add(Tag(name="a", meaning="tea"))
@@ -322,7 +322,7 @@ def test_wait_waits_for_both(shop: Shop) -> None:
 
 
 def test_erase_forgets_the_vectors_of_both_embedders(shop: Shop) -> None:
-    """Also those that are kept for the day on which the text is said again."""
+    """This includes vectors that the cache keeps for the same text."""
     moving = shop.moving()
     moving.say(a="my secret", b="tea")
     moving.memory.relay(shop.engine).drain()
@@ -341,7 +341,7 @@ def test_erase_forgets_the_vectors_of_both_embedders(shop: Shop) -> None:
 
 
 class Picky(InMemoryIndex):
-    """Refuses what mentions tea."""
+    """Refuses texts that mention tea."""
 
     def upsert(self, points: Any) -> None:
         for point in points:
@@ -351,11 +351,11 @@ class Picky(InMemoryIndex):
 
 
 def test_a_successor_that_refuses_facts_takes_no_place(shop: Shop) -> None:
-    """Nobody would find them any more; who gives them up, may switch."""
+    """Searches would no longer find these facts. After the operator drops them, the switch is allowed."""
     shop.indexes["memory_v2"] = Picky()
     moving = shop.moving()
     moving.say(**DRINKS)
-    with pytest.raises(DeliveryError, match="'memory_v2' refused 1 facts that 'memory' has"):
+    with pytest.raises(DeliveryError, match="'memory_v2': it refused 1 facts that index 'memory' has"):
         moving.memory.reindex(shop.engine)
     assert moving.asks() == "memory"
     policy = RetryPolicy(max_attempts=1)
@@ -371,7 +371,7 @@ def test_a_successor_that_refuses_facts_takes_no_place(shop: Shop) -> None:
 
 
 def test_successor_unfilled_by_another_memory_takes_no_place(shop: Shop) -> None:
-    """Two Memories, one pair of indexes: the classes of both have to be there before anybody's searches ask it."""
+    """Two Memories share a pair of indexes. The successor must hold the classes of both before any search uses it."""
 
     class Of(Process):
         def __init__(self, model: type, text: str) -> None:
@@ -390,12 +390,12 @@ def test_successor_unfilled_by_another_memory_takes_no_place(shop: Shop) -> None
     people.memory.relay(shop.engine).drain()
     tags.say(**DRINKS)
     tags.memory.relay(shop.engine).drain()
-    with shop.engine.begin() as connection:  # as if nobody had delivered people to the successor
+    with shop.engine.begin() as connection:  # as if people had never been delivered to the successor
         connection.execute(delete(refill).where(refill.c.index == "memory_v2", refill.c.entity == "person"))
     with people.sessions() as session:
         hits = people.memory.search(session, "tea", Person, index="memory_v2", consistency="eventual")
         assert not hits.complete, "it is being filled"
-    with pytest.raises(DeliveryError, match="'memory_v2' is not filled with person"):
+    with pytest.raises(DeliveryError, match="index 'memory_v2': it is not filled with person"):
         tags.memory.reindex(shop.engine)
     assert tags.asks() == "memory"
     people.memory.relay(shop.engine).drain()
@@ -404,7 +404,9 @@ def test_successor_unfilled_by_another_memory_takes_no_place(shop: Shop) -> None
 
 
 def test_rebuilt_successor_is_asked_once_it_is_filled(shop: Shop) -> None:
-    """Lost, or of another attempt under the same name: the old one, which has everything, is asked meanwhile."""
+    """The successor was lost, or is a new attempt under its name. Searches use the complete old index until it is
+    filled.
+    """
     moving = shop.moving()
     moving.say(**DRINKS)
     moving.memory.relay(shop.engine).drain()
@@ -418,7 +420,7 @@ def test_rebuilt_successor_is_asked_once_it_is_filled(shop: Shop) -> None:
 
 
 def test_second_concurrent_reindex_adds_nothing(shop: Shop) -> None:
-    """Whoever is second has nothing to add, and no error."""
+    """The second call has nothing to add, and raises no error."""
     moving = shop.moving()
     moving.say(**DRINKS)
     assert not in_threads(2, lambda _: moving.memory.reindex(shop.engine) and None)
@@ -426,7 +428,7 @@ def test_second_concurrent_reindex_adds_nothing(shop: Shop) -> None:
 
 
 def test_no_transaction_is_open_while_the_query_is_embedded(shop: Shop) -> None:
-    """Also where it has to be looked up which index is asked."""
+    """This includes the lookup of the index that answers."""
     moving = shop.moving()
     moving.say(**DRINKS)
     moving.memory.reindex(shop.engine)
@@ -448,7 +450,7 @@ def test_no_transaction_is_open_while_the_query_is_embedded(shop: Shop) -> None:
 
 
 def test_relay_registers_an_index_again_after_it_is_forgotten(shop: Shop) -> None:
-    """It registers it again, and goes on."""
+    """The relay registers it again, and goes on."""
     after = shop.after()
     after.say(**DRINKS)
     relay = after.memory.relay(shop.engine)
@@ -482,7 +484,7 @@ def test_a_successor_that_is_not_filled_in_time_takes_no_place(shop: Shop) -> No
 
 
 def test_impossible_arguments_are_refused(shop: Shop) -> None:
-    """Clear errors for what cannot be."""
+    """Arguments that are impossible raise clear errors."""
     indexes = {"a": InMemoryIndex(), "b": InMemoryIndex(), "c": InMemoryIndex()}
     one = HashEmbedder()
     with pytest.raises(MemstateError, match=r"give one for each index: a, b, c"):
@@ -506,7 +508,7 @@ def test_impossible_arguments_are_refused(shop: Shop) -> None:
 
 
 def test_chain_of_successors_moves_searches_step_by_step(shop: Shop) -> None:
-    """A chain: each switch moves the searches of the first one further."""
+    """Each switch in the chain moves the searches of the first index further."""
     indexes = {name: InMemoryIndex() for name in "abc"}
     successors = {"successors": {"a": "b", "b": "c"}}
     memory = make_app(shop.engine, Tag, index=indexes, memory=successors, text="meaning").memory
@@ -522,7 +524,9 @@ def test_chain_of_successors_moves_searches_step_by_step(shop: Shop) -> None:
 
 
 def test_forget_index_removes_an_index_out_of_use(shop: Shop) -> None:
-    """Not while a Memory has it, or a relay delivers to it; then nothing is left, and the outbox waits no longer."""
+    """It is refused while a Memory has the index or a relay delivers to it. Then nothing is left, and the outbox
+    shrinks.
+    """
     before, moving = shop.before(), shop.moving()
     moving.say(**DRINKS)
     moving.memory.reindex(shop.engine)
@@ -536,7 +540,7 @@ def test_forget_index_removes_an_index_out_of_use(shop: Shop) -> None:
         after.memory.forget_index(shop.engine, "memori")
     relay = before.memory.relay(shop.engine)
     relay.run_once()
-    with pytest.raises(MemstateError, match="a relay delivers to index 'memory'"):
+    with pytest.raises(MemstateError, match="Cannot forget index 'memory': a relay delivers to it"):
         after.memory.forget_index(shop.engine, "memory")
     relay.stop()
     after.memory.forget_index(shop.engine, "memory")
@@ -569,7 +573,7 @@ after.track(Tag, text="meaning")
 
 
 def test_commands_reindex_and_forget_an_index(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """reindex, its way back, what status says, forget-index; and what they say when they cannot."""
+    """reindex, the way back, the output of status, forget-index, and their errors."""
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 

@@ -1,4 +1,4 @@
-"""The relay: whatever fails, the index converges to the committed rows."""
+"""The relay: the index converges to the committed rows after any failure."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def spied(engine: Engine, spy: Spy) -> World:
 
 @pytest.mark.parametrize("in_background", [False, True])
 def test_class_tracked_later_is_delivered(engine: Engine, in_background: bool) -> None:
-    """A relay that there is learns of it: of its rows of before, and of what is committed from then on."""
+    """A running relay delivers the class: its existing rows, and new commits."""
     app = make_app(engine, Tag, text="meaning")
     with app.relay if in_background else nullcontext(), app.session() as session:
         session.add_all([Tag(name="a", meaning="known"), Person(id=1, name="b", about="there before")])
@@ -62,7 +62,7 @@ def test_class_tracked_later_is_delivered(engine: Engine, in_background: bool) -
 
 
 def test_many_changes_of_one_key_are_one_delivery(spied: World, spy: Spy) -> None:
-    """The relay delivers the row as it is, not the operations that led there."""
+    """The relay delivers the current row, not the operations before it."""
     spied.relay.drain()
     for n in range(5):
         say(spied, a=f"meaning {n}")
@@ -76,7 +76,7 @@ def test_many_changes_of_one_key_are_one_delivery(spied: World, spy: Spy) -> Non
 
 
 def test_unchanged_projection_is_not_written_again(spied: World, spy: Spy) -> None:
-    """Equal fingerprints cost nothing: a column that is neither text nor metadata does not reach the index."""
+    """Equal fingerprints cost nothing. A column that is neither text nor metadata does not reach the index."""
     with spied.session() as session:
         session.add(Person(name="ada", about="likes tea"))
         session.add(Tag(name="a", person_id=None))
@@ -90,7 +90,7 @@ def test_unchanged_projection_is_not_written_again(spied: World, spy: Spy) -> No
 
 
 def test_metadata_alone_needs_no_embedding(spied: World, spy: Spy) -> None:
-    """Text equal, metadata not: the vector that is there is written again."""
+    """The text is equal and the metadata is not, so the existing vector is written again."""
     with spied.session() as session:
         session.add(Person(name="ada", about="likes tea"))
         session.commit()
@@ -105,7 +105,7 @@ def test_metadata_alone_needs_no_embedding(spied: World, spy: Spy) -> None:
 
 
 def test_batches_are_no_larger_than_the_index_takes(spied: World, spy: Spy) -> None:
-    """The index says how much it takes in one call."""
+    """The index declares how many points it takes in one call."""
     say(spied, **{f"t{n:02}": f"meaning {n}" for n in range(25)})
     spied.relay.drain()
     assert [len(batch) for batch in spy.batches] == [10, 10, 5]
@@ -113,7 +113,7 @@ def test_batches_are_no_larger_than_the_index_takes(spied: World, spy: Spy) -> N
 
 
 def test_blank_text_has_no_vector(spied: World) -> None:
-    """None and blank text are rows without a vector; text that becomes blank loses it."""
+    """Rows whose text is None or blank have no vector. Text that becomes blank loses its vector."""
     with spied.session() as session:
         people = [Person(name="a", about=None), Person(name="b", about=" \n"), Person(name="c", about="tea")]
         session.add_all(people)
@@ -126,7 +126,7 @@ def test_blank_text_has_no_vector(spied: World) -> None:
 
 
 def test_a_long_backlog_is_delivered_in_pages(engine: Engine) -> None:
-    """Pages smaller than the backlog, windows that open while others commit."""
+    """Pages are smaller than the backlog, and windows open while others commit."""
     world = World(engine)
     relay = world.memory.relay(engine, page_size=7)
     for round in range(3):
@@ -138,7 +138,7 @@ def test_a_long_backlog_is_delivered_in_pages(engine: Engine) -> None:
 
 
 def test_a_late_commit_is_not_skipped(postgres_engine: Engine) -> None:
-    """PostgreSQL: a transaction that began, and took its ids, before others that were delivered meanwhile."""
+    """PostgreSQL: a transaction took its ids before others that were delivered first."""
     world = World(postgres_engine)
     late = world.session()
     late.add(Tag(name="late"))
@@ -154,7 +154,7 @@ def test_a_late_commit_is_not_skipped(postgres_engine: Engine) -> None:
 
 @pytest.mark.deep_on("postgres")
 def test_index_converges_through_random_failures(engine: Engine) -> None:
-    """Calls that fail before, after, or half way: nothing is lost, nothing stays stale."""
+    """Calls fail before, after, or half way. Nothing is lost, and nothing stays stale."""
     inner = InMemoryIndex(max_batch=5)
     flaky = FlakyIndex(inner, rate=0.4, seed=3)
     world = World(engine, flaky)
@@ -171,7 +171,7 @@ def test_index_converges_through_random_failures(engine: Engine) -> None:
 
 
 def test_an_unavailable_index_is_waited_for(spied: World, spy: Spy) -> None:
-    """run_once says so, drain waits until its timeout, nothing is lost, and no key is blamed."""
+    """run_once reports it, drain waits until its timeout, nothing is lost, and no key is blamed."""
     spied.relay.drain()
     spy.refuse = lambda point: DeliveryRetryable("down", may_land=False)
     say(spied, a="x", b="y")
@@ -188,7 +188,7 @@ def test_an_unavailable_index_is_waited_for(spied: World, spy: Spy) -> None:
 
 
 def test_a_refused_key_is_parked_and_the_others_go_on(spied: World, spy: Spy) -> None:
-    """Bisection finds the key at fault; it alone waits, and is delivered when it is accepted."""
+    """Bisection finds the refused key. Only this key waits, and it is delivered once the index accepts it."""
     spied.relay = spied.memory.relay(spied.engine, policy=RetryPolicy(delay_s=300))
     spy.refuse = lambda point: DeliveryRejected("too odd") if point.id == 'tag["t3"]' else None
     say(spied, **{f"t{n}": f"secret {n}" for n in range(9)})
@@ -207,7 +207,7 @@ def test_a_refused_key_is_parked_and_the_others_go_on(spied: World, spy: Spy) ->
 
 
 def test_a_vendor_text_never_reaches_the_error_column(spied: World, spy: Spy) -> None:
-    """What a client library says may quote the fact; only its type is kept."""
+    """A client library's message may quote the fact, so only its type is stored."""
     spy.refuse = lambda point: RuntimeError(f"cannot take {point}: my secret diary")
     say(spied, a="my secret diary")
     spied.relay.drain()
@@ -218,7 +218,7 @@ def test_a_vendor_text_never_reaches_the_error_column(spied: World, spy: Spy) ->
 
 
 def test_too_many_rejections_make_a_key_dead_until_it_changes(engine: Engine, spy: Spy) -> None:
-    """A dead key is tried no more, and redrives by itself on its next change."""
+    """A dead key is not tried again until its next change."""
     world = World(engine, spy)
     world.relay = world.memory.relay(engine, policy=RetryPolicy(max_attempts=3, delay_s=0.001))
     spy.refuse = lambda point: DeliveryRejected("no") if "t3" in point.id else None
@@ -254,7 +254,7 @@ def test_a_text_callable_that_raises_parks_its_row_alone(engine: Engine) -> None
 
 
 def test_a_lost_acknowledgement_is_settled_by_the_next_owner(spied: World, spy: Spy) -> None:
-    """The index was written, the process died, and the row changed back: the ledger must not be believed."""
+    """The index was written, the process died, and the row changed back. The ledger cannot be trusted."""
     say(spied, a="first")
     spied.relay.drain()
     say(spied, a="second")
@@ -279,7 +279,7 @@ def test_a_lost_acknowledgement_is_settled_by_the_next_owner(spied: World, spy: 
 
 
 def test_a_relay_that_lost_its_lease_records_nothing(spied: World) -> None:
-    """The acknowledgement of an owner that was overtaken is refused; its keys are delivered again."""
+    """The acknowledgement of an overtaken owner is refused. Its keys are delivered again."""
     say(spied, a="x")
     spied.relay.drain()
     spied.relay.run_once()
@@ -295,7 +295,7 @@ def test_a_relay_that_lost_its_lease_records_nothing(spied: World) -> None:
 
 
 def test_one_owner_at_a_time(spied: World) -> None:
-    """A second relay stands by while the first holds the lease, and takes over when it stops."""
+    """A second relay waits while the first holds the lease, and takes over when the first stops."""
     say(spied, a="x")
     spied.relay.drain()
     spied.relay.run_once()  # unlike drain(), it keeps the lease for the next call
@@ -313,7 +313,7 @@ def test_one_owner_at_a_time(spied: World) -> None:
 @pytest.mark.deep
 @pytest.mark.deep_on("sqlite")
 def test_a_slow_embedder_keeps_its_lease(engine: Engine) -> None:
-    """A page that takes longer than the lease is not taken over: the lease is renewed between calls of the embedder."""
+    """The lease is renewed between calls of the embedder, so a page that takes longer is not taken over."""
     world = World(engine)
     embedded: list[str] = []
     embed = world.embedder.embed
@@ -339,7 +339,7 @@ def test_a_slow_embedder_keeps_its_lease(engine: Engine) -> None:
 
 
 def test_another_index_under_the_same_name_is_refilled(engine: Engine) -> None:
-    """A volatile index after a restart holds nothing, whatever cursor and ledger say."""
+    """A volatile index is empty after a restart, even if cursor and ledger claim otherwise."""
     world = World(engine)
     say(world, a="x", b="y")
     world.assert_in_step()
@@ -350,7 +350,7 @@ def test_another_index_under_the_same_name_is_refilled(engine: Engine) -> None:
 
 
 def test_the_database_knows_which_embedder_filled_an_index(engine: Engine) -> None:
-    """An index that does not keep it itself is not mixed from two."""
+    """It refuses a second embedder for an index that does not remember its own."""
 
     class Lasting(InMemoryIndex):
         incarnation = "one"
@@ -374,7 +374,7 @@ def test_the_database_knows_which_embedder_filled_an_index(engine: Engine) -> No
 
 
 def test_rows_that_were_there_before_are_delivered(engine: Engine) -> None:
-    """An index that is new gets every row of every tracked table, log entry or not."""
+    """A new index gets every row of every tracked table, with or without a log entry."""
     world = World(engine)
     with engine.begin() as connection:
         connection.execute(insert(Tag.__table__), [{"name": f"t{n}", "meaning": f"m{n}"} for n in range(30)])
@@ -386,7 +386,7 @@ def test_rows_that_were_there_before_are_delivered(engine: Engine) -> None:
 
 
 def test_a_swapped_in_index_loses_its_ghosts(engine: Engine) -> None:
-    """What an index of another past holds is compared with the rows, too."""
+    """Points from another past are also compared with the rows."""
     index = InMemoryIndex()
     first = World(engine, index)
     say(first, a="x", b="y")
@@ -404,11 +404,11 @@ def test_a_swapped_in_index_loses_its_ghosts(engine: Engine) -> None:
 
 
 def test_a_deleted_chroma_folder_is_refilled(sqlite_engine: Engine, tmp_path: Path) -> None:
-    """The cursor says delivered, the folder says nothing: every row is delivered again."""
+    """The cursor says delivered, but the folder is empty. Every row is delivered again."""
     chromadb = pytest.importorskip("chromadb")
     from memstate_sa.indexes import ChromaIndex
 
-    for name in ("one", "two"):  # a client keeps a deleted folder open; another folder is what a deleted one looks like
+    for name in ("one", "two"):  # a client keeps a deleted folder open, so another folder stands for it
         client = chromadb.PersistentClient(str(tmp_path / name))
         world = World(sqlite_engine, ChromaIndex(client, "memory"))
         if name == "one":
@@ -419,18 +419,18 @@ def test_a_deleted_chroma_folder_is_refilled(sqlite_engine: Engine, tmp_path: Pa
 
 
 def test_the_thread_is_woken_by_a_commit(engine: Engine) -> None:
-    """Of this process; nobody polls for that."""
+    """A commit in this process wakes it without polling."""
     world = World(engine)
     with world.memory.relay(engine, poll_s=(600.0, 600.0), lease_s=1200.0):
         say(world, warm="up")
         eventually(lambda: len(world.index.scan(None, 5)) == 1)
         say(world, a="x")
-        eventually(lambda: len(world.index.scan(None, 5)) == 2)  # far before the next poll
+        eventually(lambda: len(world.index.scan(None, 5)) == 2)  # long before the next poll
     world.assert_in_step()
 
 
 def test_a_commit_of_another_process_is_seen(engine: Engine) -> None:
-    """By polling; another engine without our listeners stands for the other process."""
+    """Polling sees it. Another engine without our listeners stands for the other process."""
     world = World(engine)
     elsewhere = create_engine(engine.url)
     other = World(sqlite.configure(elsewhere) if engine.dialect.name == "sqlite" else elsewhere)
@@ -441,7 +441,7 @@ def test_a_commit_of_another_process_is_seen(engine: Engine) -> None:
 
 
 def test_the_thread_survives_failures(engine: Engine) -> None:
-    """An index that is down, then up again."""
+    """The index goes down and comes up again."""
     index = Spy()
     index.refuse = lambda point: DeliveryRetryable("down")
     world = World(engine, index)
@@ -454,7 +454,7 @@ def test_the_thread_survives_failures(engine: Engine) -> None:
 
 
 def test_no_transaction_is_open_during_an_index_call(engine: Engine) -> None:
-    """Nor during an embedding: others can write, and vacuum, meanwhile."""
+    """There is none during an embedding either, so other transactions can write and VACUUM."""
     index = Spy()
     world = World(engine, index)
     held, open_during = connections_of_this_thread(engine), list[int]()
@@ -465,7 +465,7 @@ def test_no_transaction_is_open_during_an_index_call(engine: Engine) -> None:
 
 
 def test_in_memory_sqlite_is_delivered_by_drain_alone(tmp_path: Path) -> None:
-    """One connection: start() refuses, drain() works, and raises while a transaction is open."""
+    """There is one connection: start() refuses, drain() works, and drain() raises while a transaction is open."""
     from sqlalchemy.pool import StaticPool
 
     for options in ({"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}, {}):
@@ -486,7 +486,7 @@ def test_in_memory_sqlite_is_delivered_by_drain_alone(tmp_path: Path) -> None:
 
 
 def test_writers_are_not_starved_and_do_not_fail(sqlite_engine: Engine) -> None:
-    """SQLite: several threads write while the relay delivers; nobody meets 'database is locked'."""
+    """SQLite: several threads write while the relay delivers, and none gets 'database is locked'."""
     world = World(sqlite_engine)
     errors: list[BaseException] = []
 
@@ -511,7 +511,7 @@ def test_writers_are_not_starved_and_do_not_fail(sqlite_engine: Engine) -> None:
 
 
 def test_delivered_entries_are_forgotten_and_undelivered_kept(world: World) -> None:
-    """The outbox does not grow for ever, and loses nothing."""
+    """The outbox stays small, and loses nothing."""
     from memstate_sa.relay.retention import forget_delivered
 
     say(world, a="x", b="y")
@@ -525,7 +525,7 @@ def test_delivered_entries_are_forgotten_and_undelivered_kept(world: World) -> N
 
 
 def test_ids_are_never_given_out_again(sqlite_engine: Engine) -> None:
-    """SQLite without AUTOINCREMENT reuses the id of a deleted last row, below the cursor."""
+    """Without AUTOINCREMENT, SQLite reuses the id of a deleted last row, which is below the cursor."""
     world = World(sqlite_engine)
     say(world, a="x")
     world.relay.drain()
@@ -542,7 +542,7 @@ def test_an_index_is_a_vector_index() -> None:
 
 @pytest.mark.deep_on("sqlite")
 def test_an_index_that_is_down_does_not_stop_the_others(engine: Engine) -> None:
-    """Two indexes, the first unavailable: the second is brought up to date all the same."""
+    """The first of two indexes is unavailable. The second is still brought up to date."""
     down, up = Spy(), Spy()
     down.refuse = lambda point: DeliveryRetryable("down")
     app = make_app(engine, Tag, index={"down": down, "up": up}, text="meaning")

@@ -1,4 +1,4 @@
-"""The relay where others are in the way: shared indexes, lost leases, open transactions, constant writers."""
+"""Relays that meet others: shared indexes, lost leases, open transactions, constant writers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEXTS: dict[type[Any], str] = {Person: "about", Tag: "meaning"}
 
 
 class Application(App):
-    """A Memory of some of the classes, beside others with the same index and the same database."""
+    """A Memory of some classes, beside others with the same index and database."""
 
     def __init__(self, engine: Engine, index: VectorIndex | dict[str, VectorIndex], *models: type[Any]) -> None:
         super().__init__(engine, *models, index=index, tracking={model: {"text": TEXTS[model]} for model in models})
@@ -55,7 +55,7 @@ def person(key: int, about: str) -> Person:
 
 
 def test_two_memories_share_an_index(engine: Engine) -> None:
-    """What one passes by, because it does not track it, the other delivers all the same."""
+    """Each delivers the classes that the other does not track."""
     index = InMemoryIndex()
     people, tags = Application(engine, index, Person), Application(engine, index, Tag)
     people.memory.relay(engine).drain()
@@ -81,9 +81,9 @@ def test_two_memories_share_an_index(engine: Engine) -> None:
 @pytest.mark.parametrize("fenced", [False, True])
 @pytest.mark.parametrize("meanwhile", ["changed", "deleted"])
 def test_the_late_write_of_an_overtaken_relay_is_put_right(engine: Engine, meanwhile: str, fenced: bool) -> None:
-    """The new owner has delivered the row before a stale write of the old one lands: it delivers it once more.
+    """The new owner delivers the row, then a stale write of the old owner lands. The new owner delivers it again.
 
-    An index that fences leaves the stale write out to begin with.
+    An index with fencing refuses the stale write.
     """
     index = Interrupted(fenced=fenced)
     world = World(engine, index)
@@ -111,14 +111,14 @@ def test_the_late_write_of_an_overtaken_relay_is_put_right(engine: Engine, meanw
     stale = {'tag["a"]': "a means read by the late one", 'tag["b"]': "b means always the same"}
     assert_index_holds(index, world.embedder, truth if fenced else stale)
     assert world.memory.status(engine)["memory"].due == 2
-    assert late.run_once() == 0  # it is not its turn
+    assert late.run_once() == 0  # another relay owns the index
     assert current.run_once() == 2
     assert_index_holds(index, world.embedder, truth)
     world.assert_in_step()
 
 
 def test_an_overtaken_relay_stops_between_two_batches(engine: Engine) -> None:
-    """It asks before each batch whether the index is still its own, and leaves what is left to the new owner."""
+    """Before each batch it checks that it still owns the index. If not, it leaves the rest to the new owner."""
     index = Spy(max_batch=2)
     world = World(engine, index)
     late = world.memory.relay(engine)
@@ -138,11 +138,11 @@ def test_an_overtaken_relay_stops_between_two_batches(engine: Engine) -> None:
 
 
 def test_two_relays_claim_a_new_index_at_once(postgres_engine: Engine) -> None:
-    """PostgreSQL: both find no cursor and register the index; they end up with half of its slots each."""
+    """PostgreSQL: both find no cursor and register the index. In the end each has half of its slots."""
     earlier = World(postgres_engine)
     say(earlier, a="x", b="y")
     earlier.relay.run_once()
-    earlier.relay.stop()  # what it knew of an index that is gone is cleared away by both
+    earlier.relay.stop()  # the next relays remove its rows, because that index is gone
     world = World(postgres_engine)
     both = threading.Barrier(2, timeout=60)
     relays = [world.memory.relay(postgres_engine) for _ in range(2)]
@@ -185,7 +185,7 @@ def test_two_relays_claim_a_new_index_at_once(postgres_engine: Engine) -> None:
 
 
 def test_parked_key_of_an_untracked_class_stays_parked(engine: Engine) -> None:
-    """It stays where it is, in nobody's way, until the class is tracked again."""
+    """The key waits without blocking others until the class is tracked again."""
     index = Spy()
     index.refuse = lambda point: DeliveryRejected("too odd") if point.id == 'tag["a"]' else None
     both = Application(engine, index, Person, Tag)
@@ -218,7 +218,7 @@ def test_parked_key_of_an_untracked_class_stays_parked(engine: Engine) -> None:
 
 @pytest.fixture(params=["StaticPool", "SingletonThreadPool"])
 def in_memory_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """Both ways in which all of a thread shares one connection."""
+    """Both kinds of engine whose threads share one connection."""
     options: dict[str, Any] = {}
     if request.param == "StaticPool":
         options = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
@@ -228,7 +228,9 @@ def in_memory_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 
 def test_an_open_transaction_in_memory_is_left_alone(in_memory_engine: Engine) -> None:
-    """The only connection is in the middle of the application's transaction: a clear error each time; it goes on."""
+    """The only connection is in the application's transaction. Each call raises a clear error, and the transaction goes
+    on.
+    """
     world = World(in_memory_engine)
     say(world, a="x")
     world.relay.drain()
@@ -254,7 +256,7 @@ def test_an_open_transaction_in_memory_is_left_alone(in_memory_engine: Engine) -
 
 @pytest.mark.parametrize("end", ["commit", "rollback"])
 def test_stopping_a_relay_leaves_an_open_transaction_alone(in_memory_engine: Engine, end: str) -> None:
-    """The lease is not given back then: that would end the application's transaction."""
+    """The lease is not released, because that would end the application's transaction."""
     world = World(in_memory_engine)
     say(world, a="x")
     world.relay.run_once()
@@ -269,7 +271,7 @@ def test_stopping_a_relay_leaves_an_open_transaction_alone(in_memory_engine: Eng
 
 
 def test_an_index_in_its_backoff_is_left_alone_while_others_are_served(engine: Engine) -> None:
-    """In the background, each index has a backoff of its own."""
+    """In the background each index has its own backoff."""
     attempts: list[str] = []
 
     def down(point: Point) -> Exception:
@@ -292,7 +294,7 @@ def test_an_index_in_its_backoff_is_left_alone_while_others_are_served(engine: E
 
 
 def test_an_index_is_tried_again_when_its_backoff_is_over(engine: Engine) -> None:
-    """Not before, though commits wake the relay; and then without one, far before the next look at an idle database."""
+    """It is not tried earlier, even when commits wake the relay. Then it is tried long before the next idle poll."""
     attempts: list[float] = []
 
     def down(point: Point) -> Exception | None:
@@ -312,7 +314,7 @@ def test_an_index_is_tried_again_when_its_backoff_is_over(engine: Engine) -> Non
 
 
 def test_a_provider_that_asks_for_too_much_patience_is_asked_again(engine: Engine) -> None:
-    """Retry-After counts up to the policy's longest delay: an hour is not waited for."""
+    """Retry-After counts up to the policy's longest delay, so the relay does not wait an hour."""
     failures = iter([DeliveryRetryable("busy", retry_after_s=3600.0)] * 3)
     index = Spy()
     index.refuse = lambda point: next(failures, None)
@@ -324,7 +326,7 @@ def test_a_provider_that_asks_for_too_much_patience_is_asked_again(engine: Engin
 
 
 def test_an_idle_relay_looks_less_and_less_often(postgres_engine: Engine) -> None:
-    """PostgreSQL, where each look is three statements; a commit in this process is seen at once all the same."""
+    """On PostgreSQL each look costs three statements. A commit in this process is still seen at once."""
     world = World(postgres_engine)
     say(world, a="x")
     world.relay.drain()
@@ -340,7 +342,7 @@ def test_an_idle_relay_looks_less_and_less_often(postgres_engine: Engine) -> Non
     with relay:
         eventually(lambda: bool(waits.asked) and waits.asked[-1] >= waits.short_s)
         assert 0 < len(looks) <= len(waits.asked) + 2
-        for earlier, later in pairwise(waits.asked):  # half as long again each time; or it was woken
+        for earlier, later in pairwise(waits.asked):  # each wait is half as long again, unless a commit woke it
             assert later == pytest.approx(1.5 * earlier) or later == 0.01
         say(world, b="y")
         expected = {'tag["a"]': "a means x", 'tag["b"]': "b means y"}
@@ -349,7 +351,7 @@ def test_an_idle_relay_looks_less_and_less_often(postgres_engine: Engine) -> Non
 
 
 def test_drain_returns_under_a_constant_writer(engine: Engine) -> None:
-    """It waits for what was committed when it was called; a writer is always ahead of it."""
+    """It waits for rows committed before the call. A constant writer is always ahead of the relay."""
     index = Spy()
     world = World(engine, index)
     world.relay.drain()
@@ -362,7 +364,7 @@ def test_drain_returns_under_a_constant_writer(engine: Engine) -> None:
             written[0] += 1
 
     def wait_for_the_writer(point: Point) -> None:
-        before = written[0]  # there may be one more that is committed, and not counted yet
+        before = written[0]  # one more may be committed but not counted yet
         eventually(lambda: written[0] > before + 1)
 
     index.refuse = wait_for_the_writer
@@ -399,7 +401,7 @@ def remove(session: Session) -> None:
 def test_change_during_verify_is_not_drift(
     engine: Engine, moment: str, edit: Callable[[Session], None], delivered: bool
 ) -> None:
-    """Row and vector are read one after the other: what differs is looked at twice, or is on its way."""
+    """Row and vector are read at different times. Differences are read twice, or are pending."""
     index = Interrupted()
     world = World(engine, index)
     say(world, a="x", b="y")
@@ -421,7 +423,7 @@ def test_change_during_verify_is_not_drift(
 
 
 def test_a_row_that_another_memory_deleted_leaves_no_ghost(engine: Engine) -> None:
-    """The one passes its delete by, the other delivers it: there is no row by which a refill would find it."""
+    """One relay skips the delete, the other delivers it. A refill could not find the ghost, because its row is gone."""
     index = InMemoryIndex()
     people, tags = Application(engine, index, Person), Application(engine, index, Tag)
     people.memory.relay(engine).drain()
@@ -434,7 +436,7 @@ def test_a_row_that_another_memory_deleted_leaves_no_ghost(engine: Engine) -> No
 
 
 def test_late_write_reported_as_failed_is_put_right(engine: Engine) -> None:
-    """A call times out after its lease, and lands after what the new owner wrote: it is put right."""
+    """A call times out after its lease, and lands after the new owner's write. The relay corrects it."""
     index = Interrupted(fenced=False)
     world = World(engine, index)
     late, current = world.memory.relay(engine), world.relay
@@ -455,7 +457,7 @@ def test_late_write_reported_as_failed_is_put_right(engine: Engine) -> None:
     with pytest.raises(DeliveryRetryable):
         late.run_once()
     late.run_once()
-    make_due(engine)  # when no call of that lease can land any more
+    make_due(engine)  # no call of that lease can land any more
     assert current.run_once() >= 1
     late.stop()
     world.assert_in_step()
@@ -464,7 +466,7 @@ def test_late_write_reported_as_failed_is_put_right(engine: Engine) -> None:
 @pytest.mark.deep
 @pytest.mark.deep_on("postgres")
 def test_a_database_that_was_away_is_not_asked_all_the_time(engine: Engine) -> None:
-    """After one failure outside a delivery the background relay is as idle as before."""
+    """After one failure outside a delivery, the background relay polls as rarely as before."""
     world = World(engine)
     say(world, a="x")
     world.relay.drain()
@@ -490,7 +492,7 @@ def test_a_database_that_was_away_is_not_asked_all_the_time(engine: Engine) -> N
 
 
 def test_verify_looks_again_at_what_changed_between_its_looks(engine: Engine) -> None:
-    """Changed and delivered after the scan, then changed once more: on its way, no drift."""
+    """A row changes and is delivered after the scan, then changes again. It is pending, not drift."""
     index = Interrupted()
     world = World(engine, index)
     say(world, a="x", b="y")

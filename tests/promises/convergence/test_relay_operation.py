@@ -1,4 +1,4 @@
-"""Living with the relay: waiting for one's own commit, several workers, what is kept, what wakes it."""
+"""Operating the relay: waiting for a commit, several workers, retention, wake-ups."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def means(*names: str, meaning: str = "x") -> dict[str, str]:
 
 
 def test_wait_returns_when_the_index_has_it(engine: Engine) -> None:
-    """An "eventual" search finds it then; a key in the outbox would not be found by that."""
+    """An "eventual" search finds the row. It would not find a key that is still in the outbox."""
     world = World(engine)
     with world.memory.relay(engine), world.session() as session:
         for n in range(5):
@@ -50,7 +50,7 @@ def test_wait_returns_when_the_index_has_it(engine: Engine) -> None:
 
 
 def test_wait_takes_a_token_of_another_process(engine: Engine) -> None:
-    """The token is the transaction's; deletes are waited for, too."""
+    """The token belongs to the transaction. Deletes are waited for, too."""
     world = World(engine)
     say(world, a="x")
     world.relay.drain()
@@ -70,7 +70,7 @@ def test_wait_takes_a_token_of_another_process(engine: Engine) -> None:
 
 
 def test_wait_says_what_an_index_refused(engine: Engine) -> None:
-    """It would wait for ever."""
+    """Otherwise it would wait for ever."""
     index = Spy()
     index.refuse = lambda point: DeliveryRejected("no")
     world = World(engine, index)
@@ -85,7 +85,7 @@ def test_wait_says_what_an_index_refused(engine: Engine) -> None:
 
 @pytest.mark.deep_on("sqlite")
 def test_wait_reads_little_for_a_transaction_of_many_keys(engine: Engine) -> None:
-    """Of a few it asks the ledger, key by key, and leaves the backlog alone; of many, whether any is still ahead."""
+    """For a few keys it reads the ledger, not the backlog. For many it asks whether any of them is still pending."""
     world = World(engine)
     world.relay.drain()
     seen: list[str] = []
@@ -106,7 +106,7 @@ def test_wait_reads_little_for_a_transaction_of_many_keys(engine: Engine) -> Non
 
 
 def test_wait_for_nothing_returns_at_once(world: World) -> None:
-    """A Session that committed nothing of ours; a token where nobody knows which database is meant."""
+    """A Session that committed no tracked row has no token. A token without a known database is an error."""
     with world.session() as session:
         world.memory.wait(session)
         assert world.memory.token(session) is None
@@ -118,7 +118,7 @@ def test_wait_for_nothing_returns_at_once(world: World) -> None:
 
 
 async def test_async_session_waits_for_delivery_in_a_thread(tmp_path: Any) -> None:
-    """In a thread, for an AsyncSession's commit."""
+    """An AsyncSession's commit is waited for in a thread."""
     pytest.importorskip("aiosqlite")
     from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
@@ -143,7 +143,7 @@ async def test_async_session_waits_for_delivery_in_a_thread(tmp_path: Any) -> No
 
 @pytest.mark.deep
 def test_workers_share_the_keys(postgres_engine: Engine) -> None:
-    """Three come one after the other and end up with a third each; when one leaves, the others have its keys."""
+    """Three relays start one after the other and end with a third each. When one leaves, the others take its keys."""
     world = World(postgres_engine)
     relays = [world.memory.relay(postgres_engine, poll_s=(0.01, 0.05)) for _ in range(3)]
 
@@ -171,7 +171,7 @@ def test_workers_share_the_keys(postgres_engine: Engine) -> None:
 
 
 def test_a_slow_index_does_not_hold_the_others(engine: Engine) -> None:
-    """Each has a thread and a position of its own."""
+    """Each index has its own thread and position."""
     from memstate_sa import Memory
 
     slow, fast, go = Interrupted(), InMemoryIndex(), threading.Event()
@@ -190,7 +190,7 @@ def test_a_slow_index_does_not_hold_the_others(engine: Engine) -> None:
 
 
 def test_dead_client_of_a_server_is_succeeded_after_its_lease(engine: Engine) -> None:
-    """Its last request may be waiting there; what lives in the process has died with it."""
+    """The server may still hold its last request. An index inside the process has died with it."""
     world = World(engine, Interrupted())
     world.index.in_process = False  # type: ignore[attr-defined]
     say(world, a="x")
@@ -212,7 +212,7 @@ def test_dead_client_of_a_server_is_succeeded_after_its_lease(engine: Engine) ->
 
 
 def test_a_call_that_timed_out_may_land_after_the_retry(engine: Engine) -> None:
-    """Under the same claim no fence holds it back: the key is delivered once more when it cannot land any more."""
+    """A fence allows it, because the claim is the same. The key is delivered again once the call cannot land."""
     index = Interrupted()
     world = World(engine, index)
     relay = world.memory.relay(engine, policy=RetryPolicy(delay_s=0.01))
@@ -228,7 +228,7 @@ def test_a_call_that_timed_out_may_land_after_the_retry(engine: Engine) -> None:
 
     index.upsert = time_out  # type: ignore[method-assign]
     say(world, a="second")
-    _, failure = relay._step()  # as a thread of the relay: run_once() would let go of the claim
+    _, failure = relay._step()  # like a relay's thread: run_once() would release the claim
     assert isinstance(failure, DeliveryRetryable)
     say(world, a="third")
     assert relay.run_once() == 1
@@ -245,7 +245,7 @@ def test_a_call_that_timed_out_may_land_after_the_retry(engine: Engine) -> None:
 
 @pytest.mark.deep_on("sqlite")
 def test_an_answer_is_not_waited_for_again(engine: Engine) -> None:
-    """A provider that said no, or was not reached, has nothing under way."""
+    """A provider that refused, or was not reached, has no call in progress."""
     index = Spy()
     world = World(engine, index)
     world.relay.drain()
@@ -258,7 +258,7 @@ def test_an_answer_is_not_waited_for_again(engine: Engine) -> None:
 
 
 def test_settling_does_not_embed_again(engine: Engine) -> None:
-    """What the dead owner wrote is there: it is written again with its vector."""
+    """The dead owner's point exists, so it is written again with its own vector."""
     world = World(engine)
     say(world, a="x")
     world.relay.drain()
@@ -285,7 +285,7 @@ def test_settling_does_not_embed_again(engine: Engine) -> None:
 
 
 def add_intent(session: Session, engine: Engine, key: str) -> None:
-    """On another connection, durable at once, under the xid of the transaction that *session* has open."""
+    """Write an intent durably on another connection, under the xid of the transaction that *session* has open."""
     xid = session.connection().exec_driver_sql("SELECT pg_current_xact_id()::text").scalar_one()
     with engine.begin() as connection:
         connection.execute(
@@ -302,7 +302,7 @@ def add_intent(session: Session, engine: Engine, key: str) -> None:
 
 
 def test_no_window_passes_an_intent_before_its_transaction_ends(postgres_engine: Engine) -> None:
-    """And then its key is settled: the index was written whatever became of the transaction."""
+    """Afterwards its key is settled: the index was written, whether the transaction committed or not."""
     index = Interrupted(fenced=False)
     world = World(postgres_engine, index)
     relay = world.memory.relay(postgres_engine)
@@ -322,7 +322,7 @@ def test_no_window_passes_an_intent_before_its_transaction_ends(postgres_engine:
         session.rollback()
     assert relay.run_once() == 1
     assert_index_holds(index, world.embedder, means("a", "b", meaning="truth"))
-    # The application may have died in its call, which lands only now.
+    # The application may have died during its call, which lands only now.
     index.upsert([Point('tag["a"]', vector, "f")])
     assert relay.run_once() == 0
     make_due(postgres_engine)
@@ -335,13 +335,13 @@ def test_no_window_passes_an_intent_before_its_transaction_ends(postgres_engine:
 
 
 def test_a_dump_restored_into_a_younger_cluster_is_noticed(postgres_engine: Engine) -> None:
-    """Its snapshots are in the future, and would hide every entry: the index is compared in full, and goes on."""
+    """Its snapshots are in the future and would hide every entry. The index is compared in full."""
     world = World(postgres_engine)
     say(world, a="x", b="x")
     world.relay.drain()
     with postgres_engine.begin() as connection:
         connection.execute(update(cursor).values(snapshot="900000000:900000000:"))
-        connection.execute(text("UPDATE tag SET meaning = 'y' WHERE name = 'b'"))  # as the dump has it
+        connection.execute(text("UPDATE tag SET meaning = 'y' WHERE name = 'b'"))  # as in the dump
         connection.execute(text("UPDATE memstate_outbox SET xid = '3'"))
     say(world, c="x")
     world.relay.drain()
@@ -349,13 +349,13 @@ def test_a_dump_restored_into_a_younger_cluster_is_noticed(postgres_engine: Engi
 
 
 def test_a_dump_restored_into_another_cluster_is_noticed(postgres_engine: Engine) -> None:
-    """Also one that is older than the dump's snapshots, which see what was committed here later."""
+    """This includes a cluster that is older than the dump's snapshots, which would include later local commits."""
     world = World(postgres_engine)
     say(world, a="x", b="x")
     world.relay.drain()
     say(world, c="x")
     with postgres_engine.begin() as connection:
-        connection.execute(text("DELETE FROM tag WHERE name = 'b'"))  # as the dump has it
+        connection.execute(text("DELETE FROM tag WHERE name = 'b'"))  # as in the dump
         connection.execute(text("UPDATE memstate_cursor SET snapshot = pg_current_snapshot()::text"))
         connection.execute(text("UPDATE memstate_index SET cluster = '7/00000001'"))
     world.relay.drain()
@@ -366,7 +366,7 @@ def test_a_dump_restored_into_another_cluster_is_noticed(postgres_engine: Engine
 
 
 def test_role_without_pg_control_system_is_served(postgres_engine: Engine) -> None:
-    """A provider may keep that function to itself."""
+    """A hosting provider may not grant that function."""
     world = World(postgres_engine)
     role = f"role_{uuid4().hex}"
     with postgres_engine.begin() as connection:
@@ -388,15 +388,15 @@ def test_role_without_pg_control_system_is_served(postgres_engine: Engine) -> No
     plain.dispose()
 
 
-# -- what wakes it -----------------------------------------------------------------------------------------------------
+# -- wake-ups ----------------------------------------------------------------------------------------------------------
 
 
 def test_commit_of_another_process_is_notified(postgres_engine: Engine) -> None:
-    """By NOTIFY, from a connection apart: far before the next poll."""
+    """NOTIFY wakes the relay long before its next poll, on a connection of its own."""
     world = World(postgres_engine)
     other = World(create_engine(postgres_engine.url))
     with world.memory.relay(postgres_engine, poll_s=(600.0, 600.0), lease_s=1200.0):
-        time.sleep(0.3)  # idle, until its next look in ten minutes
+        time.sleep(0.3)  # idle, with ten minutes until the next look
         say(other, a="x")
         eventually(lambda: holds(world.index, means("a")))
     other.memory.close()
@@ -404,22 +404,22 @@ def test_commit_of_another_process_is_notified(postgres_engine: Engine) -> None:
 
 
 def test_process_with_an_empty_pool_still_notifies(postgres_engine: Engine) -> None:
-    """Or it would wait for a connection of the application's, and `Memory.close` for it."""
+    """Otherwise NOTIFY would wait for a connection of the application, and `Memory.close` for NOTIFY."""
     world = World(postgres_engine)
     narrow = World(create_engine(postgres_engine.url, pool_size=1, max_overflow=0, pool_timeout=600))
     with world.memory.relay(postgres_engine, poll_s=(600.0, 600.0), lease_s=1200.0):
-        time.sleep(0.3)  # idle, until its next look in ten minutes
+        time.sleep(0.3)  # idle, with ten minutes until the next look
         with narrow.session() as session:
             session.add(Tag(name="a", meaning="x"))
             session.commit()
-            session.connection()  # there is no other
+            session.connection()  # takes the only connection
             eventually(lambda: holds(world.index, means("a")))
             narrow.memory.close()
     narrow.engine.dispose()
 
 
 def test_transaction_of_the_application_sends_no_notify(postgres_engine: Engine) -> None:
-    """Commits with a NOTIFY wait for each other, cluster-wide."""
+    """Commits with a NOTIFY wait for each other in the whole cluster."""
     world = World(postgres_engine)
     seen: list[tuple[int, str]] = []
     event.listen(
@@ -434,7 +434,7 @@ def test_transaction_of_the_application_sends_no_notify(postgres_engine: Engine)
 
 
 def test_an_idle_relay_costs_next_to_nothing(postgres_engine: Engine) -> None:
-    """At most a query every two seconds: five in two looks."""
+    """It sends at most one query every two seconds, five in two looks."""
     world = World(postgres_engine)
     say(world, a="x")
     statements: list[str] = []
@@ -453,14 +453,14 @@ def test_an_idle_relay_costs_next_to_nothing(postgres_engine: Engine) -> None:
     event.listen(postgres_engine, "before_cursor_execute", note)
     with relay:
         eventually(lambda: holds(world.index, means("a")))
-        eventually(lambda: cost(looks=20) <= 50)  # as soon as what was delivered is recorded
+        eventually(lambda: cost(looks=20) <= 50)  # once the delivered rows are recorded
 
 
-# -- what is kept ------------------------------------------------------------------------------------------------------
+# -- retention ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_outbox_does_not_grow_behind_an_idle_index(engine: Engine) -> None:
-    """One index has nothing to do; its position moves on all the same."""
+    """The idle index has nothing to do, but its position still moves."""
     from memstate_sa import Memory
 
     world = World(engine)
@@ -477,7 +477,7 @@ def test_the_outbox_does_not_grow_behind_an_idle_index(engine: Engine) -> None:
 
 
 def test_an_index_that_nobody_delivers_to_is_forgotten(engine: Engine) -> None:
-    """It holds nothing up any more; when it comes back it is brought up to date, without embedding what it has."""
+    """It no longer keeps outbox rows. When it returns it catches up, without embedding rows that it already has."""
     from memstate_sa import Memory
 
     world = World(engine)
@@ -506,7 +506,7 @@ def test_an_index_that_nobody_delivers_to_is_forgotten(engine: Engine) -> None:
 
 
 def test_old_changes_become_one_baseline(engine: Engine) -> None:
-    """With a retention of the log; without one nothing is ever deleted. What is left replays to the table."""
+    """This needs a retention of the log. Without one nothing is deleted. The rest replays to the table."""
     world = World(engine)
     for meaning in ("one", "two", "three"):
         say(world, a=meaning, b=meaning)
@@ -536,7 +536,7 @@ def test_old_changes_become_one_baseline(engine: Engine) -> None:
 
 
 def test_a_transaction_is_folded_as_a_whole(engine: Engine) -> None:
-    """Half of it could not be undone."""
+    """Half a transaction could not be undone."""
     world = World(engine)
     say(world, a="one", b="one")
     with engine.begin() as connection, rewriting(connection):
@@ -550,7 +550,7 @@ def test_a_transaction_is_folded_as_a_whole(engine: Engine) -> None:
 
 
 def test_the_ledger_forgets_deleted_rows(engine: Engine) -> None:
-    """If told to, and not before their time."""
+    """It forgets them only with a retention, and after its time."""
     world = World(engine)
     say(world, a="x", b="x")
     world.relay.drain()
@@ -569,7 +569,7 @@ def test_the_ledger_forgets_deleted_rows(engine: Engine) -> None:
 
 
 def test_stopping_ends_after_the_batch_in_work(engine: Engine) -> None:
-    """What was written is recorded; the rest is the next owner's, at once."""
+    """Written points are recorded. The next owner can have the rest at once."""
     index = Spy(max_batch=5)
     world = World(engine, index)
     world.relay.drain()
@@ -599,7 +599,7 @@ class Killed(BaseException):
 
 
 def test_relay_with_unsettled_keys_does_not_leave_cleanly(engine: Engine) -> None:
-    """One dies between index and ledger; another takes over, and leaves before it has come to that key."""
+    """One relay dies between index and ledger. The next takes over, and leaves before it reaches that key."""
     index = Spy()
     world = World(engine, index)
     world.relay.drain()
@@ -627,7 +627,7 @@ def test_relay_with_unsettled_keys_does_not_leave_cleanly(engine: Engine) -> Non
 
 
 def test_a_relay_frozen_in_a_transaction_blocks_nobody(postgres_engine: Engine) -> None:
-    """It holds the rows of its slots; the server ends its transaction when its lease is over."""
+    """It holds the rows of its slots. The server ends its transaction when its lease expires."""
     world = World(postgres_engine)
     say(world, a="x")
     world.relay.drain()
@@ -649,7 +649,7 @@ def test_a_relay_frozen_in_a_transaction_blocks_nobody(postgres_engine: Engine) 
 @pytest.mark.deep_on("sqlite")
 @pytest.mark.deep_on("postgres")
 def test_a_database_that_is_away_is_not_hammered(engine: Engine) -> None:
-    """Nor its log flooded; and the relay is back soon after it is."""
+    """The log is not flooded either, and the relay returns soon after the database."""
     world = World(engine)
     world.relay.drain()
     relay = world.memory.relay(engine, lease_s=0.2, policy=RetryPolicy(delay_s=0.05))
@@ -676,11 +676,11 @@ def test_a_database_that_is_away_is_not_hammered(engine: Engine) -> None:
         eventually(lambda: holds(world.index, means("a")))
 
 
-# -- what a review found -----------------------------------------------------------------------------------------------
+# -- defects that a review found ---------------------------------------------------------------------------------------
 
 
 def test_a_relay_that_could_not_be_released_can_be_started_again(engine: Engine) -> None:
-    """The database was away when it was stopped."""
+    """The database was away when the relay was stopped."""
     world = World(engine)
     relay = world.memory.relay(engine)
     relay.run_once()
@@ -702,7 +702,7 @@ def test_a_relay_that_could_not_be_released_can_be_started_again(engine: Engine)
 
 @pytest.mark.deep
 def test_relays_that_leave_and_claim_do_not_deadlock(postgres_engine: Engine) -> None:
-    """They lock the same rows, in the same order."""
+    """They lock the same rows in the same order."""
     world = World(postgres_engine)
     world.relay.drain()
     stop, errors = time.monotonic() + 3, list[BaseException]()
@@ -727,7 +727,7 @@ def test_relays_that_leave_and_claim_do_not_deadlock(postgres_engine: Engine) ->
 
 
 def test_page_begun_before_a_second_entity_is_delivered_again(engine: Engine) -> None:
-    """The page was made without the mark that points carry from then on: it is not acknowledged."""
+    """The page lacks the entity mark that points need from then on, so it is not acknowledged."""
     from memstate_sa import Memory
 
     world, index = World(engine), Interrupted(fenced=False)
@@ -748,7 +748,7 @@ def test_page_begun_before_a_second_entity_is_delivered_again(engine: Engine) ->
 
 
 def test_an_engine_in_autocommit_or_serializable_will_do(postgres_engine: Engine) -> None:
-    """The relay asks for what it needs."""
+    """The relay sets the isolation level that it needs."""
     for level in ("AUTOCOMMIT", "SERIALIZABLE"):
         world = World(postgres_engine)
         engine = postgres_engine.execution_options(isolation_level=level)
@@ -763,7 +763,7 @@ def test_an_engine_in_autocommit_or_serializable_will_do(postgres_engine: Engine
 
 
 def test_a_transaction_longer_than_a_page_is_folded_as_a_whole(engine: Engine) -> None:
-    """A page grows until it holds it."""
+    """A page grows until it holds the whole transaction."""
     from memstate_sa.relay.retention import fold_log
 
     world = World(engine)
@@ -783,7 +783,7 @@ def test_a_transaction_longer_than_a_page_is_folded_as_a_whole(engine: Engine) -
 
 
 def dead_and_mended(engine: Engine) -> tuple[World, Relay]:
-    """The index has refused the tag "a", and would take it now."""
+    """The index has refused the tag "a", and would accept it now."""
     index = Spy()
     index.refuse = lambda point: DeliveryRejected("no")
     world = World(engine, index)
@@ -795,7 +795,7 @@ def dead_and_mended(engine: Engine) -> tuple[World, Relay]:
 
 
 def test_wait_waits_for_a_mended_dead_key(engine: Engine) -> None:
-    """Its row has changed: it is on its way, not refused."""
+    """Its row has changed, so it is pending, not refused."""
     world, relay = dead_and_mended(engine)
     with world.session() as session:
         session.get_one(Tag, "a").meaning = "fine"
@@ -808,7 +808,7 @@ def test_wait_waits_for_a_mended_dead_key(engine: Engine) -> None:
 
 
 def test_wait_succeeds_while_a_dead_key_is_delivered(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the look at what was refused and the look at what is pending."""
+    """It is delivered between the look at refused keys and the look at pending keys."""
     world, relay = dead_and_mended(engine)
     asked, is_pending = [], waiting._IndexWait._is_pending
 
@@ -827,7 +827,7 @@ def test_wait_succeeds_while_a_dead_key_is_delivered(engine: Engine, monkeypatch
 
 
 def test_attaching_a_scoped_session_makes_no_session(engine: Engine) -> None:
-    """It is made when it is first used, as it is configured then."""
+    """The Session is made on first use, with the configuration of that time."""
     registry = scoped_session(sessionmaker())
     World(engine).memory.attach(registry)
     assert not registry.registry.has()
@@ -838,7 +838,7 @@ def test_attaching_a_scoped_session_makes_no_session(engine: Engine) -> None:
 
 
 async def test_commits_succeed_on_an_in_memory_async_sqlite() -> None:
-    """No other connection can see it, and nobody tries."""
+    """No other connection can see this database, and none is opened."""
     pytest.importorskip("aiosqlite")
     from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 

@@ -1,4 +1,4 @@
-"""A database, or an index, that was restored from a backup: the one is ahead of the other, and nobody has said so."""
+"""A database or an index was restored from a backup. One is ahead of the other, without notice."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class App(apps.App):
         super().__init__(engine, Note, index=index, text="words")
 
     def say(self, *, drain: bool = True, **words: str | None) -> None:
-        """Write note ``n5`` and others; None deletes one."""
+        """Write note ``n5`` and others. None deletes a note."""
         with self.sessions() as session:
             for name, said in words.items():
                 note = session.get(Note, int(name[1:]))
@@ -81,7 +81,7 @@ class App(apps.App):
 
 
 class Backups:
-    """A database that is backed up and restored while nothing is connected to it, as its own tools do that."""
+    """A database that is backed up and restored with its own tools while no program is connected."""
 
     def __init__(self, kind: str, folder: Path, postgres_url: Callable[[], str]) -> None:
         self.kind, self.folder = kind, folder
@@ -96,7 +96,7 @@ class Backups:
         return sqlite.configure(create_engine(f"sqlite:///{self.folder / 'app.db'}"))
 
     def back_up(self) -> None:
-        if self.kind == "postgres":  # of the same cluster: transaction ids go on growing
+        if self.kind == "postgres":  # the same cluster: transaction ids keep growing
             self._run(f"CREATE DATABASE {self.name}_backup TEMPLATE {self.name}")
         else:
             copy(self.folder / "app.db", self.folder / "backup.db")
@@ -121,7 +121,7 @@ class Backups:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Also of a database that is in use, and onto one that is."""
+    """Copy a database. Both may be in use."""
     with sqlite3.connect(source) as left, sqlite3.connect(target) as right:
         left.backup(right)
     left.close()
@@ -146,9 +146,9 @@ FIVE = {f"n{n}": f"apple {n}" for n in range(1, 6)}
 
 @pytest.mark.deep_on("qdrant")
 def test_index_is_compared_when_the_database_was_restored(backups: Backups, make: Make) -> None:
-    """Each index, each database. What was written, added and deleted since the backup is in the index, or is not.
+    """This covers each index on each database, with rows written, added and deleted since the backup.
 
-    Of one kind with it: a recovery to a point in time, a file that was copied back, a database made of a template.
+    The same kind: a recovery to a point in time, a file that was copied back, a database made of a template.
     """
     app = App(backups.engine(), make())
     app.say(**FIVE)
@@ -171,7 +171,7 @@ def test_index_is_compared_when_the_database_was_restored(backups: Backups, make
 def test_restore_from_before_any_delivery_is_noticed(
     backups: Backups, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Not even our tables are in the backup; or they are, and no relay had been there."""
+    """The backup has no tables of ours, or it has them, but no relay had run."""
     with storage("faiss", tmp_path, request) as make:
         app = App(backups.engine(), make())
         app.say(n1="apple 1", drain=False)
@@ -188,7 +188,7 @@ def test_restore_from_before_any_delivery_is_noticed(
 
 @pytest.fixture
 def files(tmp_path: Path) -> Callable[..., App]:
-    """Makes an application on a SQLite file, by its name."""
+    """A function that makes an application on a SQLite file of this name."""
 
     def made(index: VectorIndex, name: str = "app.db") -> App:
         return App(sqlite.configure(create_engine(f"sqlite:///{tmp_path / name}")), index)
@@ -197,9 +197,9 @@ def files(tmp_path: Path) -> Callable[..., App]:
 
 
 def test_running_relay_notices_a_restore(files: Callable[..., App], tmp_path: Path) -> None:
-    """The relay has seen a later page than there is; its position is one that the new ids have yet to reach.
+    """The relay remembers a later page than the database has, and a position that new ids have not reached.
 
-    Of one kind with it: a backup that was taken while the same relay held its lease.
+    The same kind: a backup from the time when the same relay held its lease.
     """
     app = files(InMemoryIndex())
     with app.memory.relay(app.engine):
@@ -217,7 +217,7 @@ def test_running_relay_notices_a_restore(files: Callable[..., App], tmp_path: Pa
 
 
 def test_relay_that_wrote_nothing_since_notices_a_restore(files: Callable[..., App], tmp_path: Path) -> None:
-    """No page was begun, as the rows had no text: only the position shows that the database went back."""
+    """No page was begun, because the rows had no text. Only the position shows that the database went back."""
     app = files(InMemoryIndex())
     with app.memory.relay(app.engine):
         app.say(**FIVE, drain=False)
@@ -226,7 +226,7 @@ def test_relay_that_wrote_nothing_since_notices_a_restore(files: Callable[..., A
         app.say(n8="", n9="", drain=False)
         eventually(lambda: app.memory.status(app.engine)["memory"].pending == 0)
         copy(tmp_path / "backup.db", tmp_path / "app.db")
-        app.say(n7="apple 7", drain=False)  # under an id that was used before
+        app.say(n7="apple 7", drain=False)  # reuses an id
         eventually(lambda: holds(app))
     app.close()
 
@@ -249,7 +249,7 @@ def holds(app: App) -> bool:
 
 
 def test_relays_of_two_copies_each_make_the_index_their_own(files: Callable[..., App], tmp_path: Path) -> None:
-    """A copy of the database goes its own way, with the same index: each relay makes the index its own again."""
+    """A copy of the database is used separately with the same index. Each relay makes the index its own again."""
     index = InMemoryIndex()
     one = files(index)
     one.say(**FIVE)
@@ -266,7 +266,7 @@ def test_relays_of_two_copies_each_make_the_index_their_own(files: Callable[...,
 def test_restored_index_is_compared_with_its_database(
     files: Callable[..., App], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """The other way round: the index is behind its database."""
+    """This is the opposite case: the index is behind its database."""
     with storage("faiss", tmp_path, request) as make:
         app = files(make())
         app.say(**FIVE)
@@ -284,7 +284,7 @@ def test_restored_index_is_compared_with_its_database(
 
 
 class Breaking(InMemoryIndex):
-    """An index that breaks off where it is told to."""
+    """An index that fails at the chosen place."""
 
     at = ""
 
@@ -304,7 +304,7 @@ class Breaking(InMemoryIndex):
 @pytest.mark.deep_on("postgres")
 @pytest.mark.parametrize("at", ["upsert", "mark"])
 def test_crash_is_no_restore(engine: Engine, at: str) -> None:
-    """A relay that ends between the row, the index's mark and its points has nothing compared; nor do many of them."""
+    """A relay may end between the row, the mark and the points. Nothing is compared again, even after many ends."""
     index = Breaking()
     app = App(engine, index)
     app.say(**FIVE)
@@ -331,10 +331,10 @@ def test_crash_is_no_restore(engine: Engine, at: str) -> None:
 
 
 def test_index_without_marks_goes_on(engine: Engine) -> None:
-    """One of one's own need not keep a mark."""
+    """A custom index need not keep a mark."""
 
     class Plain:
-        """Everything but the mark."""
+        """Has everything but the mark."""
 
         def __init__(self) -> None:
             self.inner = InMemoryIndex()

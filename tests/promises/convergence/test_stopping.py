@@ -1,4 +1,4 @@
-"""A relay that stops while the embedder hangs, and leases of relays that nobody has any more."""
+"""A relay that stops while the embedder hangs, and leases of relays that are gone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.sa20
 
 
 class Hanging(HashEmbedder):
-    """Answers when it is told to."""
+    """Answers only when told to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def hang(world: World) -> Hanging:
-    """Have a relay in the background wait for the embedder."""
+    """Let a background relay wait for the embedder."""
     embedder = Hanging()
     for destination in world.memory._destinations.values():
         destination.vectors.embedder = embedder
@@ -73,9 +73,9 @@ def hang(world: World) -> Hanging:
 
 
 def test_close_does_not_wait_for_an_embedder_that_hangs(engine: Engine) -> None:
-    """The thread that is left finishes its batch, lets go of the lease, and then closes the index.
+    """The remaining thread finishes its batch, releases the lease, and then closes the index.
 
-    Its kind: an index or a database that hangs, run_once() in another thread, stop() twice, a relay in a context.
+    The same kind: an index or a database that hangs, run_once() in another thread, stop() twice, a relay in a context.
     """
     index = Closing()
     world = World(engine, index)
@@ -90,7 +90,7 @@ def test_close_does_not_wait_for_an_embedder_that_hangs(engine: Engine) -> None:
 
 
 def test_restarted_relay_goes_on_beside_its_old_thread(engine: Engine) -> None:
-    """The old thread does not let go of the lease that the new one has."""
+    """The old thread does not release the lease of the new one."""
     world = World(engine)
     embedder = hang(world)
     world.relay.stop(timeout=0.01)
@@ -107,7 +107,7 @@ def test_restarted_relay_goes_on_beside_its_old_thread(engine: Engine) -> None:
 
 @pytest.mark.parametrize("failing", [True, False])
 def test_relay_that_was_dropped_keeps_no_lease(engine: Engine, failing: bool) -> None:
-    """The next relay of this process delivers at once. Its kind: a relay in a cycle, and one that raised anything."""
+    """The next relay of this process delivers at once. The same kind: a relay in a cycle, a relay that raised."""
     world = World(engine)
     world.relay.drain()
     relay = world.memory.relay(engine, lease_s=3600)
@@ -132,11 +132,11 @@ def _refuse(points: Any) -> None:
     raise ConnectionError
 
 
-# -- who may be gone ---------------------------------------------------------------------------------------------------
+# -- owners that may be gone -------------------------------------------------------------------------------------------
 
 
 def ended() -> str:
-    """The owner that a process was which has ended."""
+    """The owner name of a process that has ended."""
     process = subprocess.Popen(["sleep", "60"])
     owner = f"{leases._machine()} {process.pid} {leases._started(process.pid)} x"
     assert not leases.is_gone(owner)
@@ -165,8 +165,10 @@ def test_process_of_this_boot_that_has_ended_is_gone() -> None:
     ],
 )
 def test_owner_that_may_live_elsewhere_is_not_gone(owner: str) -> None:
-    """Its kind: clones with one host name, containers with one hostname and namespace, owners of an older version, and
-    systems that do not tell which boot this is."""
+    """The same kind: clones with one host name, containers with one hostname and namespace.
+
+    Also owners of an older version, and systems that do not show the current boot.
+    """
     pid = os.getpid()
     values = {"host": os.uname().nodename, "machine": leases._machine(), "pid": pid, "started": leases._started(pid)}
     assert not leases.is_gone(owner.format(**values))

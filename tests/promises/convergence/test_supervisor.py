@@ -1,4 +1,4 @@
-"""``memstate-sa relay --workers``: processes that are kept running, and end with the one that started them."""
+"""``memstate-sa relay --workers`` keeps its processes running. They end with the process that started them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.commands import ROOT, Application, app, bare
 
 __all__ = ["app", "bare"]
 
-# The command refuses to have several for an index that lives in one process, which is all that this application has.
+# The command refuses several workers for an index inside one process, and this application has no other index.
 SUPERVISE = """
 import os
 from memstate_sa.cli.processes import supervise
@@ -28,7 +28,7 @@ supervise([["--log-json"]] * 2, {name: os.environ[name] for name in ("MEMSTATE_A
 
 @pytest.fixture
 def supervisor(app: Application) -> Iterator[subprocess.Popen[str]]:
-    """As the leader of a group of processes, which is killed at the end."""
+    """Start the supervisor as the leader of a process group, which is killed at the end."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MEMSTATE_APP": f"{app.name}:memory", "MEMSTATE_URL": app.url}
     process = subprocess.Popen(
         [sys.executable, "-c", SUPERVISE], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -41,12 +41,12 @@ def supervisor(app: Application) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.deep
 def test_a_worker_that_is_killed_is_started_again(supervisor: subprocess.Popen[str]) -> None:
-    """All of them end with the supervisor."""
+    """All workers end with the supervisor."""
     assert supervisor.stderr is not None
     told: list[str] = []
 
     def delivering() -> int:
-        """The next process that says that it is."""
+        """The next process that reports that it delivers."""
         for line in supervisor.stderr or ():
             told.append(line)
             if line.startswith("{") and (record := json.loads(line))["message"].startswith("delivering"):

@@ -1,4 +1,4 @@
-"""Two pages in work: while one is at a server index, the next is read and embedded."""
+"""Two pages at a time: while one is sent to a server index, the next is read and embedded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONG_S = 60
 
 
 class Server(InMemoryIndex):
-    """An index that says it is reached over a connection. *during* is called in each of its upserts."""
+    """An index that declares itself as remote. *during* is called in each upsert."""
 
     in_process = False
 
@@ -38,7 +38,7 @@ class Server(InMemoryIndex):
 
 
 class Embedder(HashEmbedder):
-    """*during* is called in each embedding. An event is set when the text "m3" of the second page is embedded."""
+    """*during* is called in each embedding. Embedding the text "m3" of the second page sets an event."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Embedder(HashEmbedder):
 
 
 class Pages(App):
-    """Tags m0, m1 … in pages of three. In the first upsert, *meanwhile* is called when the second page is embedded."""
+    """Tags m0, m1 … in pages of three. The first upsert calls `meanwhile` when the second page is embedded."""
 
     index: Server
     embedder: Embedder
@@ -73,7 +73,7 @@ class Pages(App):
             self.meanwhile()
 
     def begin(self) -> None:
-        """Fill the index, which is empty: what comes now comes by the outbox."""
+        """Register the empty index, so that later rows arrive by the outbox."""
         self.courier.drain()
 
     def say(self, *names: str, meaning: str = "") -> None:
@@ -97,7 +97,7 @@ def app(engine: Engine) -> Pages:
 
 @pytest.mark.parametrize("source", ["outbox", "refill"])
 def test_next_page_is_embedded_while_one_is_written(app: Pages, source: str) -> None:
-    """And no transaction is open during an embedding."""
+    """No transaction is open during an embedding."""
     held, open_during = connections_of_this_thread(app.engine), list[int]()
     app.embedder.during = lambda texts: open_during.append(len(held))
     if source == "outbox":
@@ -140,7 +140,7 @@ def test_row_that_changes_after_it_was_read_ahead_is_delivered(app: Pages) -> No
 
 
 def test_key_of_both_pages_is_written_once(app: Pages) -> None:
-    """The second page knows what the first has delivered, though it was read before that was recorded."""
+    """The second page was read before the first was recorded, but knows its delivered keys."""
     app.begin()
     app.say("t0", "t1", "t2", "t0", "t3", "t4")
     app.say("t0", meaning="last")
@@ -151,7 +151,7 @@ def test_key_of_both_pages_is_written_once(app: Pages) -> None:
 
 
 def test_refill_does_not_undo_what_the_outbox_has_delivered(app: Pages) -> None:
-    """A page of the refill is read ahead, then its row changes, and the change is delivered before that page."""
+    """A refill page is read ahead. Then its row changes, and the change is delivered before that page."""
     app.say(*SIX)
     app.meanwhile = lambda: app.say("t4", meaning="changed")
     app.courier.drain()
@@ -160,7 +160,7 @@ def test_refill_does_not_undo_what_the_outbox_has_delivered(app: Pages) -> None:
 
 
 def test_failed_write_loses_nothing(app: Pages) -> None:
-    """The page that was read meanwhile is thrown away, its vectors are not."""
+    """The page that was read ahead is dropped, but its vectors are kept."""
     app.begin()
     app.say(*SIX)
 
@@ -197,7 +197,7 @@ def test_failure_to_embed_the_next_page_is_left_to_its_turn(app: Pages, error: E
 
 
 def test_text_that_is_refused_ahead_is_not_asked_for_beside_each_write(app: Pages) -> None:
-    """Once ahead, and in its turn: in its batch, then in halves. (Tried again, it is not in this test.)"""
+    """It is embedded once ahead, then in its batch, then in halves. Retries are not part of this test."""
     app.courier = app.memory.relay(app.engine, page_size=3, policy=RetryPolicy(delay_s=3600))
 
     asked = threading.Event()
@@ -209,7 +209,7 @@ def test_text_that_is_refused_ahead_is_not_asked_for_beside_each_write(app: Page
 
     def write() -> None:
         asked.clear()
-        if len(app.index.batches) <= 3:  # of the first page: beside the second and third, it should not be asked
+        if len(app.index.batches) <= 3:  # first page; beside the second and third there is no call
             asked.wait(0.3)
 
     app.begin()
@@ -224,7 +224,7 @@ def test_text_that_is_refused_ahead_is_not_asked_for_beside_each_write(app: Page
 
 
 def test_failure_of_the_database_beside_a_write_is_left_to_the_next_page(app: Pages) -> None:
-    """The page that is being written is delivered all the same."""
+    """The page in the index call is still delivered."""
     app.begin()
     app.say(*SIX)
     is_called, has_failed = threading.Event(), threading.Event()
@@ -245,7 +245,7 @@ def test_failure_of_the_database_beside_a_write_is_left_to_the_next_page(app: Pa
 
 
 def test_interrupt_waits_for_the_call_and_loses_nothing(app: Pages) -> None:
-    """Ctrl-C while the next page is embedded: the call that is under way ends before the relay does."""
+    """Ctrl-C while the next page is embedded: the running call ends before the relay does."""
     app.begin()
     app.say(*SIX)
 

@@ -1,4 +1,4 @@
-"""What an older version left: rows in old shapes, and a database whose tables had other names."""
+"""Data of an older version: rows in old shapes, and a database whose tables had other names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.sa20
 
 
 class Money(TypeDecorator[int]):
-    """Whole coins, stored as a hundred times as many."""
+    """An amount in whole coins, stored as a hundred times the number."""
 
     impl = Integer
     cache_ok = True
@@ -69,7 +69,7 @@ IS = (Column("price", Money), Column("other", JSON), Column("yes", YesNo), Colum
 
 
 def thing(*columns: Column[Any]) -> Any:
-    """A class of today's shape: of what it was, and *columns*."""
+    """A mapped class of the table "thing" with *columns*."""
 
     class Base(DeclarativeBase):
         pass
@@ -83,7 +83,7 @@ def thing(*columns: Column[Any]) -> Any:
 
 
 def upgraded(engine: Engine, was: list[dict[str, Any]], upgrade: Any, *, before: Any = WAS, after: Any = IS) -> Any:
-    """What history says that rows of the old shape are in the new one, and what an undo writes."""
+    """The rows of the old shape as history shows them in the new one. Undo must write the same."""
     old = thing(*before)
     app = make_app(engine, old, text=None, entity="thing")
     with app.session() as session:
@@ -110,7 +110,7 @@ def upgraded(engine: Engine, was: list[dict[str, Any]], upgrade: Any, *, before:
 
 
 def test_upgrade_makes_values_as_the_orm_takes_them(engine: Engine) -> None:
-    """Whatever else the row holds: small numbers, short texts and truth values are one object wherever they are."""
+    """This holds for any other values in the row. (Python shares small numbers, short texts and truth values.)"""
     was = [
         {"id": 4, "count": 5, "word": "Y", "flag": True, "data": 5},
         {"id": 5, "count": 6, "word": "", "flag": False, "data": "x"},
@@ -120,7 +120,7 @@ def test_upgrade_makes_values_as_the_orm_takes_them(engine: Engine) -> None:
 
 
 def test_stored_values_stay_the_drivers_under_any_name(engine: Engine) -> None:
-    """Kept, renamed, swapped, or put to another column; what only looks like it is not."""
+    """Columns are kept, renamed, swapped, or moved. An equal value that was computed is not a stored value."""
 
     def upgrade(row: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -136,7 +136,7 @@ def test_stored_values_stay_the_drivers_under_any_name(engine: Engine) -> None:
 
 
 def test_none_is_null(engine: Engine) -> None:
-    """Also of a JSON column, whose type would make 'null' of it."""
+    """A JSON column would otherwise turn None into 'null'."""
     upgraded(engine, [{"id": 1}, {"id": 2, "word": "w"}], lambda row: {"id": row["id"], "price": 1, "other": None})
     with engine.connect() as connection:
         assert connection.execute(text("SELECT id FROM thing WHERE other IS NULL ORDER BY id")).scalars().all() == [
@@ -145,7 +145,7 @@ def test_none_is_null(engine: Engine) -> None:
         ]
 
 
-# -- a database of the version before ----------------------------------------------------------------------------------
+# -- a database of an earlier version ----------------------------------------------------------------------------------
 
 
 def open_with_create_tables(world: World) -> None:
@@ -153,7 +153,7 @@ def open_with_create_tables(world: World) -> None:
 
 
 def open_with_another_memory(world: World) -> None:
-    """That tracks nothing: the triggers belong to classes of another service."""
+    """Open the database with a Memory that tracks nothing. The triggers belong to another service's classes."""
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     memory.create_tables(world.engine)
     memory.close()
@@ -172,7 +172,7 @@ WAYS = [open_with_create_tables, open_with_another_memory, open_with_our_migrati
 def test_database_of_the_version_before_opens_and_goes_on(
     engine: Engine, capture: Literal["session", "trigger"], way: Any
 ) -> None:
-    """The table is renamed with its rows, and every trigger is as it would be made today."""
+    """The table is renamed with its rows, and every trigger equals a new one."""
     world = World(engine, capture=capture)
     with world.session() as session:
         session.add(Tag(name="a", meaning="one"))
@@ -209,7 +209,7 @@ def test_database_of_the_version_before_opens_and_goes_on(
 
 @pytest.mark.deep_on("sqlite")
 def test_create_tables_drops_the_old_table_beside_the_new_one(engine: Engine) -> None:
-    """A process of the version before has created it again."""
+    """A process of the older version has created it again."""
     world = World(engine, capture="trigger")
     before = (contents(engine, ours=True), routines(engine))
     make_older(engine)
@@ -221,7 +221,7 @@ def test_create_tables_drops_the_old_table_beside_the_new_one(engine: Engine) ->
 
 
 def test_renamed_table_keeps_its_rights(postgres_engine: Engine, role: Role) -> None:  # noqa: F811
-    """So do functions: PUBLIC may not execute them."""
+    """The functions keep theirs too: PUBLIC may not execute them."""
     world = World(postgres_engine, capture="trigger")
     make_older(postgres_engine)
     app = role(f"SELECT, INSERT, DELETE ON {OLD}")

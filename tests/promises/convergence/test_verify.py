@@ -1,4 +1,4 @@
-"""verify compares contents, repair puts right what differs."""
+"""verify compares contents, and repair corrects the differences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.sa20
 
 @pytest.fixture
 def drifted(world: World) -> World:
-    """One of each: a row without a vector, a vector without a row, a vector of another content; counts agree."""
+    """A world with a missing vector, a ghost and a stale vector. The counts agree."""
     with world.session() as session:
         session.add_all([Person(name=f"p{n}", about=f"about {n}") for n in range(12)])
         session.add(Tag(name="t"))
@@ -26,14 +26,14 @@ def drifted(world: World) -> World:
 
 
 def test_drift_is_named(drifted: World) -> None:
-    """By entity and key, although there are as many vectors as rows."""
+    """It is named by entity and key, although there are as many vectors as rows."""
     report = drifted.memory.verify(drifted.engine)
     assert (report.missing, report.ghost, report.stale) == ([("person", 3)], [("person", 99)], [("tag", "t")])
     assert (report.checked, report.pending, report.clean) == (13, [], False)
 
 
 def test_repair_mends_every_kind_of_drift(drifted: World) -> None:
-    """Every kind of drift is put right, though the ledger says that all was delivered."""
+    """Every kind of drift is repaired, although the ledger says that all was delivered."""
     found = drifted.memory.verify(drifted.engine, repair=True)
     assert not found.clean
     assert drifted.memory.verify(drifted.engine).clean
@@ -42,7 +42,7 @@ def test_repair_mends_every_kind_of_drift(drifted: World) -> None:
 
 @pytest.mark.deep_on("postgres")
 def test_repair_waits_for_the_relay_that_holds_the_lease(drifted: World) -> None:
-    """Whoever holds it delivers; repair waits for that."""
+    """The relay that holds the lease delivers, and repair waits for it."""
     with drifted.memory.relay(drifted.engine, lease_s=3):
         drifted.memory.verify(drifted.engine, repair=True)
         assert drifted.memory.verify(drifted.engine).clean
@@ -59,7 +59,7 @@ def test_undelivered_change_is_not_drift(world: World) -> None:
 
 
 def test_verify_works_in_pages(drifted: World) -> None:
-    """Constant memory: pages smaller than the table find the same drift."""
+    """Pages smaller than the table find the same drift in constant memory."""
     from memstate_sa import DriftReport
 
     report = DriftReport()
@@ -72,7 +72,7 @@ def test_verify_works_in_pages(drifted: World) -> None:
 
 
 def test_status_describes_each_index(world: World) -> None:
-    """What an operator wants to know, per index."""
+    """The figures that an operator needs, per index."""
     world.relay.drain()
     with world.session() as session:
         session.add_all([Tag(name="a"), Tag(name="b")])

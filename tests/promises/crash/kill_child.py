@@ -1,6 +1,6 @@
 """An agent that remembers, forgets and relays to an index that outlives it, until it is killed.
 
-Each run begins by comparing what the last one left: no other process may open the index's folder meanwhile.
+Each run begins by checking the state that the last run left. No other process may open the index's folder at that time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.support import Note, Person, Tag, World, expire_leases
 
 @dataclass(frozen=True)
 class Place:
-    """Where the facts are, and what index they go to, perhaps on a server."""
+    """The database of the facts and the index, perhaps on a server."""
 
     kind: str
     folder: Path
@@ -47,9 +47,9 @@ class Place:
 
 
 def check(place: Place) -> None:
-    """replay(log) == tables, index == f(tables), and no commit that was reported is gone."""
+    """Assert replay(log) == tables, index == f(tables), and that no reported commit is lost."""
     world = place.world()
-    expire_leases(world.engine)  # of whom was killed; nobody else is there
+    expire_leases(world.engine)  # of the killed process; there is no other
     world.assert_in_step()
     assert world.memory.verify(world.engine).clean
     lines = (place.folder / "committed.log").read_text().splitlines()
@@ -57,14 +57,14 @@ def check(place: Place) -> None:
     committed = {line for line in lines if not line.startswith("undone ")}
     with world.session() as session:
         lost = committed - undone - set(session.scalars(select(Tag.name)))
-    # A kill may fall between an undo and its line in the file, once in each run.
+    # Each run may be killed once between an undo and its line in the file.
     assert len(lost) == len({name.split("-")[0] for name in lost}), lost
     world.memory.close()
     world.engine.dispose()
 
 
 def run(place: Place, seed: int, started: Connection) -> None:
-    """Compare, say so, and go on until the process is killed."""
+    """Check, report, and go on until the process is killed."""
     (place.folder / "committed.log").touch()
     check(place)
     chance = random.Random(seed)

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of a process that writes and relays: no lost commit, and the contents are equal."""
+"""SIGKILL at random moments of a process that writes and relays: no commit is lost, and the contents are equal."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def redis_server() -> Iterator[Any]:
 def test_sigkill_at_random_moments_loses_nothing(
     tmp_path: Path, request: pytest.FixtureRequest, kind: str, kills: int
 ) -> None:
-    """Killed again and again on one database and one index; the next run compares, by content.
+    """The process is killed again and again on one database and one index. The next run compares contents.
 
-    With pgvector, facts and index are in the same database; with Redis, the server is killed each time, too.
+    With pgvector, facts and index are in the same database. With Redis, the server is killed each time, too.
     """
     pytest.importorskip({"chroma": "chromadb", "faiss": "faiss", "pgvector": "psycopg", "redis": "redis"}[kind])
     url = f"sqlite:///{tmp_path / 'facts.db'}"
@@ -57,7 +57,7 @@ def test_sigkill_at_random_moments_loses_nothing(
     redis_server = request.getfixturevalue("redis_server") if kind == "redis" else None
     place = kill_child.Place(kind, tmp_path, url, f"redis://localhost:{redis_server.port}" if redis_server else "")
     chance = random.Random(int(os.environ.get("MEMSTATE_SEED", "11")))
-    processes = multiprocessing.get_context("forkserver")  # imports once what every run needs
+    processes = multiprocessing.get_context("forkserver")  # imports shared modules only once
     processes.set_forkserver_preload([kill_child.__name__, "chromadb"])
     for kill in range(kills):
         receiver, sender = processes.Pipe(duplex=False)

@@ -1,4 +1,4 @@
-"""What MemState 0.5.1 gets wrong when it is run, defect by defect: none of it happens here."""
+"""Defects of MemState 0.5.1, one by one. None of them happens here."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def in_index(expected: dict[str, str]) -> dict[str, str]:
 
 
 def assert_agree(store: MemoryStore, expected: dict[str, str]) -> None:
-    """Rows, replayed log and index hold exactly these facts."""
+    """Assert that rows, replayed log and index hold exactly these facts."""
     store.memory.relay(store.engine).drain()
     rows = {fact.id: fact.payload["text"] for fact in store.query()}
     with Session(store.engine) as session:
@@ -81,7 +81,7 @@ def found(store: MemoryStore, query: str, **options: Any) -> list[str]:
 
 
 def deliver_once(store: MemoryStore) -> None:
-    """One attempt of a relay, which fails and gives the lease back."""
+    """Run a relay once. It fails, and releases the lease."""
     relay = store.memory.relay(store.engine)
     try:
         with pytest.raises(DeliveryRetryable):
@@ -110,7 +110,7 @@ class Chapter(Library):
 
 
 def test_1_a_failed_commit_leaves_no_phantom_in_the_log(engine: Engine, chroma: ChromaIndex) -> None:
-    """COMMIT itself is refused, after the row was logged: the next rollback(1) undoes the last real transaction."""
+    """COMMIT itself fails after the row was logged. The next rollback(1) undoes the last real transaction."""
     app = make_app(engine, Chapter, index=chroma, foreign_keys=True, text="content")
     with app.session() as session:
         session.add_all([Book(id=1), Chapter(id=1, content="first", book_id=1)])
@@ -138,7 +138,7 @@ def test_1_a_failed_commit_leaves_no_phantom_in_the_log(engine: Engine, chroma: 
 
 @pytest.mark.filterwarnings("ignore:DELETE statement on table 'tag' expected to delete 1 row")
 def test_1_deleting_what_is_gone_leaves_no_phantom_in_the_log(engine: Engine) -> None:
-    """Two sessions delete one row, and SQLAlchemy lets the second pass: the next rollback(1) brings the row back."""
+    """Two sessions delete one row, and SQLAlchemy lets the second pass. The next rollback(1) restores the row."""
     world = World(engine)
     with world.sessions(expire_on_commit=False) as first, world.sessions(expire_on_commit=False) as second:
         tag = Tag(name="tea", meaning="a drink")
@@ -160,7 +160,7 @@ def test_1_deleting_what_is_gone_leaves_no_phantom_in_the_log(engine: Engine) ->
 
 
 def test_2_a_lost_acknowledgement_leaves_no_newer_vector(store: MemoryStore, failing: Failing) -> None:
-    """The index took the new vector and its answer was lost; then SQL went back: so does the index."""
+    """The index took the new vector, but its answer was lost. Then SQL went back, and the index follows."""
     id_ = store.commit(note("green tea"))
     assert_agree(store, {id_: "green tea"})
     store.update(id_, {"payload": {"text": "black coffee"}})
@@ -178,7 +178,7 @@ def test_2_a_lost_acknowledgement_leaves_no_newer_vector(store: MemoryStore, fai
 
 @pytest.mark.parametrize("moment", ["before", "half", "after"])
 def test_3_a_failed_delete_leaves_no_ghost(store: MemoryStore, failing: Failing, moment: str) -> None:
-    """The fact is gone from search at once, whatever the index still holds, and from the index when it is back."""
+    """The fact leaves search at once, even if the index still has it. It leaves the index when that is up again."""
     ids = {store.commit(note(text)): text for text in ("green tea", "mint tea", "black tea", "rain")}
     assert_agree(store, ids)
     kept = {id_: text for id_, text in ids.items() if text == "rain"}
@@ -244,7 +244,9 @@ store.memory.relay(store.engine).drain()
 @pytest.mark.deep_on("flushed", "committed")
 @pytest.mark.parametrize("moment", ["flushed", "committed", "written"])
 def test_5_a_kill_loses_no_vector(engine: Engine, tmp_path: Path, moment: str) -> None:
-    """SIGKILL before COMMIT, after it, or between the index's write and our record of it: reopened, all agree."""
+    """SIGKILL comes before COMMIT, after it, or between the index's write and its ledger entry. After reopening, all
+    agree.
+    """
     folder = tmp_path / "chroma"
 
     def reopened(client: Any) -> MemoryStore:
@@ -270,7 +272,7 @@ def test_5_a_kill_loses_no_vector(engine: Engine, tmp_path: Path, moment: str) -
 def test_6_one_failing_index_leaves_no_ghost_in_another(
     engine: Engine, failing: Failing, order: tuple[str, str]
 ) -> None:
-    """A transaction that fails reaches neither; one that is undone while one index is down is gone from both."""
+    """A failed transaction reaches neither index. A transaction undone while one index is down leaves both."""
     good = InMemoryIndex()
     indexes: dict[str, VectorIndex] = {"good": good, "bad": failing}
     with MemoryStore(
@@ -295,7 +297,7 @@ def test_6_one_failing_index_leaves_no_ghost_in_another(
 
 
 def test_6_an_index_that_is_down_does_not_hold_up_the_others(engine: Engine, failing: Failing) -> None:
-    """Whichever comes first: the one that is up is delivered to."""
+    """The index that is up is served, in any order of the two."""
     good = InMemoryIndex()
     with MemoryStore(engine, {"bad": failing, "good": good}, embedder=HashEmbedder(), background=False) as store:
         store.memory.relay(engine).drain()
@@ -309,7 +311,7 @@ def test_6_an_index_that_is_down_does_not_hold_up_the_others(engine: Engine, fai
 
 
 def everything(store: MemoryStore) -> list[Any]:
-    """All rows of facts and log, and which keys are to be delivered."""
+    """All rows of facts and log, and the keys that await delivery."""
     with store.engine.connect() as connection:
         return [
             connection.execute(select(Fact.__table__).order_by(Fact.id)).all(),
@@ -319,7 +321,7 @@ def everything(store: MemoryStore) -> list[Any]:
 
 
 def test_7_a_refused_rollback_changes_nothing(store: MemoryStore) -> None:
-    """One fact of several was changed since by somebody else: none is undone."""
+    """Another actor changed one fact of several since, so none is undone."""
     with store.transaction(session_id="s1"):
         ids = {store.commit(note(text)): text for text in ("green tea", "mint tea", "black tea")}
     last = list(ids)[-1]
@@ -334,7 +336,9 @@ def test_7_a_refused_rollback_changes_nothing(store: MemoryStore) -> None:
 
 
 def test_7_a_rollback_that_fails_half_way_changes_nothing(store: MemoryStore) -> None:
-    """The database fails when its rows are written; even who swallows that and commits keeps nothing of it."""
+    """The database fails while the rows are written. An application that swallows the error and commits keeps nothing
+    of it.
+    """
     with store.transaction():
         ids = {store.commit(note(text)): text for text in ("green tea", "mint tea", "black tea")}
     with store.transaction():
@@ -365,14 +369,14 @@ def test_7_a_rollback_that_fails_half_way_changes_nothing(store: MemoryStore) ->
 
 
 def test_8_search_refills_the_top_k_when_it_drops_ghosts(store: MemoryStore) -> None:
-    """Twenty nearer vectors have no row any more; the three that have are found."""
+    """Twenty nearer vectors have no row any more. The three facts that exist are found."""
     real = ["tea in the garden", "tea at noon with milk", "tea for two people"]
     with store.transaction():
         for text in real:
             store.commit(note(text))
         ghosts = [store.commit(note(f"tea {'!' * n}")) for n in range(20)]
     store.memory.relay(store.engine).drain()
-    with Session(store.engine) as session:  # not attached: somebody deletes behind our back
+    with Session(store.engine) as session:  # an unattached Session deletes without the log
         for id_ in ghosts:
             session.delete(session.get_one(Fact, id_))
         session.commit()
@@ -384,7 +388,7 @@ def test_8_search_refills_the_top_k_when_it_drops_ghosts(store: MemoryStore) -> 
 
 
 def test_9_contents_are_compared_not_counts(store: MemoryStore, failing: Failing) -> None:
-    """Counts agree while one vector is of other content, one fact has none and one vector has no fact."""
+    """Counts agree, although one vector has other content, one fact has no vector and one vector has no fact."""
     ids = {store.commit(note(text)): text for text in ("green tea", "mint tea", "black tea")}
     assert_agree(store, ids)
     stale, missing, _ = ids
@@ -406,7 +410,7 @@ def test_9_contents_are_compared_not_counts(store: MemoryStore, failing: Failing
 
 
 def test_10_a_commit_calls_no_index(store: MemoryStore, failing: Failing) -> None:
-    """Every call of an index or embedder would raise; every kind of write commits, and is delivered later."""
+    """Every call of an index or embedder would raise. Every kind of write commits, and is delivered later."""
     index, embedder = store.memory.indexes.pop("memory"), store.memory.embedder
     embed, embedder.embed = embedder.embed, None  # type: ignore[assignment]
     for name in ("open", "upsert", "delete", "query", "get", "scan"):
@@ -428,7 +432,7 @@ def test_10_a_commit_calls_no_index(store: MemoryStore, failing: Failing) -> Non
 
 @contextmanager
 def vm_steps(connection: Connection) -> Iterator[list[int]]:
-    """Grows by one for every ten steps of SQLite's virtual machine: what work costs, without a clock."""
+    """The cost of work without a clock: one item for every ten steps of SQLite's virtual machine."""
     ticks: list[int] = []
     if connection.dialect.name != "sqlite":
         yield ticks
@@ -444,9 +448,9 @@ def vm_steps(connection: Connection) -> Iterator[list[int]]:
 @pytest.mark.deep
 @pytest.mark.deep_on("postgres")
 def test_10_rollback_costs_what_it_undoes(engine: Engine) -> None:
-    """Ten steps back take as many statements after 600 transactions as after 250, and SQLite as much work.
+    """Undoing ten steps takes as many statements after 600 transactions as after 250, and as many steps of SQLite.
 
-    Not fewer than 250: the log is read back in pages of 200.
+    There are at least 250, because the log is read in pages of 200.
     """
     world = World(engine)
     costs = {}

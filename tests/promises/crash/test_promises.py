@@ -1,4 +1,4 @@
-"""What was promised at the very beginning, each in its own words."""
+"""The project's original promises, each in its own words."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def put(store: MemoryStore, key: str, value: str, **labels: Any) -> str:
 
 
 def assert_in_step(store: MemoryStore, **expected: str) -> None:
-    """SQL holds exactly these preferences, and the index their vectors."""
+    """Assert that SQL holds exactly these preferences, and the index their vectors."""
     facts = store.query("preference")
     assert {fact.payload["key"]: fact.payload["value"] for fact in facts} == expected
     store.memory.relay(store.engine).drain()
@@ -72,7 +72,7 @@ def test_auto_rollback_when_the_vector_write_fails(engine: Engine) -> None:
 
 
 def _crash(url: str, folder: str) -> None:
-    """Dies between the two stores: the index is written, the transaction is not committed."""
+    """Die between the two stores: the index is written, the transaction is not committed."""
     import os
 
     from sqlalchemy import create_engine
@@ -135,7 +135,7 @@ def test_undo_the_last_n(engine: Engine) -> None:
 
 
 def test_deterministic_replay(engine: Engine) -> None:
-    """The log alone says what every fact is, and was: again and again the same."""
+    """The log alone gives the same present and past of every fact, each time."""
     with store_on(engine) as store:
         states = []
         for n in range(6):

@@ -1,4 +1,7 @@
-"""Erasure: what a fact was is nowhere any more, and that it was stays known. Purging: nor is it in the files."""
+"""Erasure removes a fact's content everywhere, and keeps the record that the fact existed.
+
+Purging removes the content from the files as well.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +40,11 @@ from tests.support import WAITING_FOR_A_LOCK, Base, Note, Person, Tag, World
 from tests.support.apps import App, make_app
 from tests.support.relays import say
 
-# A hole that they show: what the database does by itself, no Session sees.
+# The tests show a gap: no Session sees changes that the database makes by itself.
 pytestmark = pytest.mark.filterwarnings("ignore:The database itself changes rows")
 
 MARKERS = ("Zxqvertigo77", "Şükrü Überfährt 東京 Zxqvertigo77")
-"""In ASCII and not; the text of what is erased."""
+"""The erased text, in ASCII and in other scripts."""
 
 
 class Local(DeclarativeBase):
@@ -49,7 +52,7 @@ class Local(DeclarativeBase):
 
 
 class Account(Local):
-    """A fact with a value that must be unique, and one that refers to it."""
+    """A fact with a unique value. Payments refer to it."""
 
     __tablename__ = "account"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -77,9 +80,9 @@ class Counting(HashEmbedder):
 class Accounts(App):
     def __init__(self, engine: Engine, index: VectorIndex | None = None, *, capture: Any = "session") -> None:
         if engine.dialect.name == "sqlite":
-            # Some builds overwrite what is deleted by themselves.
+            # Some builds of SQLite overwrite deleted content by themselves.
             event.listen(engine, "connect", lambda dbapi, record: dbapi.execute("PRAGMA secure_delete = OFF"))
-        unique_by = ("email",) if capture == "session" else ()  # a trigger sees to none
+        unique_by = ("email",) if capture == "session" else ()  # triggers cannot enforce it
         tracking = {
             Account: {"text": "about", "metadata": ("email",), "unique_by": unique_by},
             Payment: {"text": "what"},
@@ -88,7 +91,7 @@ class Accounts(App):
         super().__init__(engine, *tracking, index=index, embedder=Counting(), **options)
 
     def tell(self, marker: str) -> None:
-        """An account whose every value names *marker*, now and in its past; and another."""
+        """Add an account whose values, past and present, all contain *marker*, and another account."""
         with self.sessions() as session:
             session.add(Account(id=1, email=f"{marker}@example.org", about=f"first {marker}"))
             session.add(Account(id=2, email="other@example.org", about="another"))
@@ -127,25 +130,25 @@ def world(engine: Engine) -> Iterator[World]:
 
 
 def stored(connection: Connection, *models: type[Any]) -> str:
-    """Everything in our tables, and in those of *models*, as text."""
+    """The content of our tables, and of the tables of *models*, as text."""
     tables = [*metadata.sorted_tables, *(model.__table__ for model in models)]
     there = [row for table in tables for row in connection.execute(select(text("*")).select_from(table))]
     return repr([list(row) for row in there])
 
 
-# -- what is forgotten -------------------------------------------------------------------------------------------------
+# -- erased content ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.sa20
 @pytest.mark.parametrize("marker", MARKERS)
 def test_nothing_is_left_in_any_table(accounts: Accounts, marker: str) -> None:
-    """Row, images, unique values, what indexes were given; the other fact is as it was."""
+    """Row, images, unique values and the index's records are gone. The other fact is unchanged."""
     accounts.tell(marker)
     with accounts.engine.begin() as connection:
         given = {"index": "memory", "incarnation": "old", "entity": "account", "key": "[1]"}
         state = {"slot": 0, "attempts": 1, "next_at": utcnow(), "state": "dead", "mark": "x"}
         connection.execute(insert(parked).values(**given, **state, error=f"refused {marker}"))
-        # Of a time when something else had to be unique.
+        # A leftover from a time with other unique columns.
         connection.execute(insert(unique).values(entity="account", value=f'["then", "{marker}"]', key="[1]"))
     with accounts.engine.connect() as connection:
         assert stored(connection, Account).count(marker) >= 6
@@ -168,7 +171,7 @@ def test_nothing_is_left_in_any_table(accounts: Accounts, marker: str) -> None:
 
 @pytest.mark.sa20
 def test_history_shows_that_and_when_a_fact_was_erased(accounts: Accounts) -> None:
-    """Not what. Who erased it, and why, is a label like any."""
+    """It does not show the content. Actor and reason of the erasure are ordinary labels."""
     accounts.tell("secret")
     with accounts.sessions() as session:
         accounts.memory.annotate(session, actor="officer")
@@ -189,7 +192,9 @@ def test_history_shows_that_and_when_a_fact_was_erased(accounts: Accounts) -> No
 
 
 def test_search_does_not_find_an_erased_fact(accounts: Accounts) -> None:
-    """Neither in the transaction that erases, nor afterwards, delivered or not; nor does an instance show it."""
+    """It is hidden in the erasing transaction and afterwards, before and after delivery. Loaded instances drop their
+    values.
+    """
     accounts.tell("secret")
     with accounts.sessions() as session:
         found = accounts.memory.search(session, "second secret", Account)
@@ -208,7 +213,7 @@ def test_search_does_not_find_an_erased_fact(accounts: Accounts) -> None:
 
 @pytest.mark.sa20
 def test_deleted_fact_can_be_erased(accounts: Accounts) -> None:
-    """Its history is what is left of it; and erasing twice is no error."""
+    """Only its history is left. Erasing twice is not an error."""
     accounts.tell("secret")
     with accounts.sessions() as session:
         session.delete(session.get_one(Account, 1))
@@ -223,7 +228,7 @@ def test_deleted_fact_can_be_erased(accounts: Accounts) -> None:
 
 @pytest.mark.sa20
 def test_row_older_than_tracking_is_erased(accounts: Accounts) -> None:
-    """The log has not seen it, and does not see it now."""
+    """The log does not know the row, before or after."""
     with accounts.engine.begin() as connection:
         triggers = accounts.memory._registry.by_trigger
         connection.execute(insert(Account.__table__).values(id=1, email="e", about="secret"))
@@ -238,7 +243,7 @@ def test_row_older_than_tracking_is_erased(accounts: Accounts) -> None:
 
 @pytest.mark.sa20
 def test_a_rollback_brings_everything_back(accounts: Accounts) -> None:
-    """Of the transaction, and of a SAVEPOINT in it: row, images, vectors, instance."""
+    """A rollback of the transaction or of its SAVEPOINT restores row, images, vectors and instance."""
     accounts.tell("secret")
 
     def everything() -> str:
@@ -257,18 +262,18 @@ def test_a_rollback_brings_everything_back(accounts: Accounts) -> None:
         assert found.about == "second secret" and session.get(Account, 1) is found
         session.commit()
     with accounts.sessions() as session:
-        accounts.memory.erase(session, Account, 1)  # and is closed
+        accounts.memory.erase(session, Account, 1)  # the Session closes without a commit
     assert everything() == before
     accounts.relay.drain()
     accounts.assert_fine()
 
 
-# -- what comes later --------------------------------------------------------------------------------------------------
+# -- later changes -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.sa20
 def test_a_fact_that_is_added_again_is_another(accounts: Accounts) -> None:
-    """It can be undone, and redone, which brings back nothing of what was erased."""
+    """It can be undone and redone. This restores nothing of the erased fact."""
     accounts.tell("secret")
     with accounts.sessions() as session:
         accounts.memory.erase(session, Account, 1)
@@ -297,7 +302,7 @@ def test_a_fact_that_is_added_again_is_another(accounts: Accounts) -> None:
 
 @pytest.mark.sa20
 def test_undo_of_a_transaction_leaves_its_erased_facts_alone(accounts: Accounts) -> None:
-    """The rest of that transaction is undone, also when a fact of the same key was added later."""
+    """The rest of the transaction is undone, even if a fact of the same key was added later."""
     accounts.tell("secret")
     for again in (False, True):
         with accounts.sessions() as session:
@@ -320,8 +325,8 @@ def test_undo_of_a_transaction_leaves_its_erased_facts_alone(accounts: Accounts)
 
 @pytest.mark.sa20
 def test_steps_skip_an_erasure(accounts: Accounts) -> None:
-    """And transactions that did nothing but what is redacted."""
-    accounts.tell("secret")  # the first step adds both accounts, the second touches what is erased
+    """They also skip transactions whose changes are all redacted."""
+    accounts.tell("secret")  # the first step adds both accounts, the second changes the account that is erased
     accounts.erase()
     with accounts.sessions() as session:
         assert [change.key for change in accounts.memory.rollback(session)] == [2]
@@ -333,7 +338,7 @@ def test_steps_skip_an_erasure(accounts: Accounts) -> None:
 
 @pytest.mark.sa20
 def test_an_erasure_is_not_undone(accounts: Accounts) -> None:
-    """Nor does undoing it remove what came later."""
+    """Undoing it does not remove later facts either."""
     accounts.tell("secret")
     accounts.erase()
     with accounts.sessions() as session:
@@ -354,7 +359,7 @@ def test_an_erasure_is_not_undone(accounts: Accounts) -> None:
 
 @pytest.mark.sa20
 def test_retention_folds_redacted_entries_into_nothing(accounts: Accounts) -> None:
-    """A page may end before its tombstone; a baseline without a row would say what never was."""
+    """A page may end before the tombstone. A baseline without a row would invent a fact."""
     accounts.tell("secret")
     accounts.erase()
     with accounts.engine.begin() as connection:
@@ -370,18 +375,18 @@ def test_retention_folds_redacted_entries_into_nothing(accounts: Accounts) -> No
     accounts.assert_fine()
 
 
-# -- what it takes along, and what stands in its way -------------------------------------------------------------------
+# -- rows that go along, and rows that block ---------------------------------------------------------------------------
 
 
 @pytest.mark.sa20
 def test_erase_refuses_a_row_that_others_refer_to(accounts: Accounts) -> None:
-    """Nothing is changed; the transaction goes on, and it can be erased when they are gone."""
+    """Nothing changes, and the transaction goes on. The row can be erased once the others are gone."""
     accounts.tell("secret")
     with accounts.sessions() as session:
         session.add(Payment(id=5, account_id=1, what="a book"))
         session.commit()
         before = stored(session.connection(), Account, Payment)
-        with pytest.raises(ConflictError, match=r"account \[1\] cannot be erased: other rows refer to it"):
+        with pytest.raises(ConflictError, match=r"Cannot erase account \[1\]: other rows refer to it"):
             accounts.memory.erase(session, Account, 1)
         assert stored(session.connection(), Account, Payment) == before
         assert session.get_one(Account, 1).about == "second secret"
@@ -395,7 +400,7 @@ def test_erase_refuses_a_row_that_others_refer_to(accounts: Accounts) -> None:
 
 @pytest.mark.sa20
 def test_history_under_an_earlier_key_is_erased_apart(accounts: Accounts) -> None:
-    """Is another fact, to be erased by that key: of the row there is nothing then."""
+    """It belongs to another fact, which is erased by the earlier key. This fact has no row."""
     accounts.tell("secret")
     with accounts.sessions() as session:
         session.get_one(Account, 1).id = 7
@@ -433,7 +438,7 @@ class Grandchild(Cascading):
 
 
 class Family(Accounts):
-    """Rows that the database deletes or changes along with others; *capture* is that of children."""
+    """Rows whose parents the database deletes or changes with them. *capture* applies to children."""
 
     def __init__(self, engine: Engine, capture: Any) -> None:
         tracking = {Child: {"capture": capture}}
@@ -448,7 +453,7 @@ class Family(Accounts):
             session.commit()
 
     def refuses(self) -> bool:
-        """Whether the parent cannot be erased; nothing is changed then, nor else without the log."""
+        """Whether erasing the parent is refused. A refusal changes nothing, and no change escapes the log."""
         with self.sessions() as session:
             before = stored(session.connection(), Parent, Child, Grandchild)
             try:
@@ -465,7 +470,7 @@ class Family(Accounts):
 @pytest.mark.parametrize("column", ["parent_id", "friend_id"])
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_erase_cascades_only_where_triggers_log_it(engine: Engine, capture: str, column: str) -> None:
-    """By ON DELETE: where triggers log it, they go along, or lose their parent; else they are in the way."""
+    """ON DELETE may delete or change children where triggers log it. Elsewhere children block the erasure."""
     family = Family(engine, capture)
     family.add(Child(id=1, **{column: 1}), Child(id=2, **{column: 2}))
     assert family.refuses() is (capture == "session")
@@ -478,7 +483,7 @@ def test_erase_cascades_only_where_triggers_log_it(engine: Engine, capture: str,
 
 @pytest.mark.sa20
 def test_erase_follows_chains_of_cascades_that_triggers_log(engine: Engine) -> None:
-    """Of the one kind triggers tell, of the other nobody would; what is left alone is in nobody's way."""
+    """Triggers log one kind of child, and nothing logs the other. Children that are not touched do not block."""
     family = Family(engine, "trigger")
     family.add(Child(id=1, friend_id=1), Grandchild(id=1, child_id=1))
     family.add(Child(id=2, parent_id=1), Child(id=3, child_id=2), Grandchild(id=3, child_id=3))
@@ -494,7 +499,7 @@ def test_erase_follows_chains_of_cascades_that_triggers_log(engine: Engine) -> N
 
 
 def test_erase_waits_for_a_row_that_may_refer_to_it(postgres_engine: Engine) -> None:
-    """Its transaction is open when the erasure looks; whether it refers is known when that ends."""
+    """Its transaction is open when the erasure looks. Its end decides whether the row refers to the fact."""
     family = Family(postgres_engine, "session")
 
     def erase() -> None:
@@ -520,7 +525,7 @@ def test_erase_waits_for_a_row_that_may_refer_to_it(postgres_engine: Engine) -> 
 
 @pytest.mark.sa20
 def test_pending_changes_are_erased_too(accounts: Accounts) -> None:
-    """The edit of a loaded instance, and one that is only pending."""
+    """The edit of a loaded instance, and an instance that is only pending."""
     accounts.tell("secret")
     with accounts.sessions() as session:
         session.get_one(Account, 1).about = "third secret"
@@ -535,7 +540,7 @@ def test_pending_changes_are_erased_too(accounts: Accounts) -> None:
 
 @pytest.mark.sa20
 def test_facts_with_composite_keys_and_many_columns_are_erased(world: World) -> None:
-    """A key is a tuple; the vectors of texts that a callable made are forgotten, too."""
+    """The key is a tuple. Vectors of texts made by a callable are forgotten too."""
     with world.session() as session:
         session.add(Note(topic="t", number=1, content="secret", person=Person(name="p", about="y")))
         session.add(Note(topic="t", number=2, content="other", person=Person(name="q", about="z")))
@@ -553,7 +558,7 @@ def test_facts_with_composite_keys_and_many_columns_are_erased(world: World) -> 
 
 @pytest.mark.sa20
 def test_vectors_of_older_shapes_are_forgotten(engine: Engine) -> None:
-    """Of the texts that the class had then, and of those that its history is shown with."""
+    """Both the old texts of the class and the upgraded texts of its history are forgotten."""
     old = Accounts(engine)
     old.tell("secret")
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
@@ -562,7 +567,7 @@ def test_vectors_of_older_shapes_are_forgotten(engine: Engine) -> None:
     sessions = sessionmaker(engine)
     memory.attach(sessions)
     with sessions() as session:
-        session.get_one(Account, 1).about = "first secret now"  # as an undo would have it
+        session.get_one(Account, 1).about = "first secret now"  # as an undo would write it
         session.commit()
         memory.relay(engine).drain()
         assert session.scalar(select(func.count()).select_from(embedding)) == 4
@@ -575,7 +580,7 @@ def test_vectors_of_older_shapes_are_forgotten(engine: Engine) -> None:
 
 @pytest.mark.sa20
 def test_what_cannot_be_erased_says_why(world: World) -> None:
-    """And changes nothing."""
+    """Nothing changes."""
     say(world, a="x")
 
     class Nobody:
@@ -584,7 +589,7 @@ def test_what_cannot_be_erased_says_why(world: World) -> None:
     with world.session() as session:
         before = stored(session.connection(), Tag)
         cases: list[tuple[type[Any], Any, type[Exception], str]] = [
-            (Tag, "unknown", NotFound, "neither tag nor its history has a row with the key 'unknown'"),
+            (Tag, "unknown", NotFound, "Cannot erase 'unknown': neither tag nor its history has"),
             (Person, "no number", NotFound, "person"),
             (Note, "t", MemstateError, "keyed by topic, number"),
             (Note, ("t", 1, 2), MemstateError, "keyed by topic, number"),
@@ -606,7 +611,7 @@ def test_what_cannot_be_erased_says_why(world: World) -> None:
 
 
 def test_erase_leaves_rows_of_other_classes_in_the_table(engine: Engine) -> None:
-    """A row of another class, which is not tracked, is not touched."""
+    """A row of another, untracked class is not touched."""
 
     class Local(DeclarativeBase):
         pass
@@ -636,7 +641,7 @@ def test_erase_leaves_rows_of_other_classes_in_the_table(engine: Engine) -> None
 
 
 def test_strict_delivery_removes_an_erased_fact_before_commit(engine: Engine) -> None:
-    """As it does any row that is deleted; no relay has run."""
+    """This is like any deleted row. No relay has run."""
     index = InMemoryIndex()
     app = make_app(engine, Tag, index=index, memory={"delivery": "strict"}, text="meaning")
     with app.session() as session:
@@ -650,7 +655,7 @@ def test_strict_delivery_removes_an_erased_fact_before_commit(engine: Engine) ->
 
 
 def test_an_in_memory_database_is_purged_of_its_index_only() -> None:
-    """It has no files; and no transaction may be open on its only connection."""
+    """It has no files. Its only connection may have no open transaction."""
     engine = sqlite.configure(create_engine("sqlite://"))
     accounts = Accounts(engine)
     accounts.tell("secret")
@@ -669,9 +674,9 @@ def test_an_in_memory_database_is_purged_of_its_index_only() -> None:
 
 
 def occurrences(marker: str, *places: Path) -> list[str]:
-    """The files that hold *marker*: as UTF-8, or as JSON escapes it.
+    """The files that contain *marker*, as UTF-8 or with JSON escapes.
 
-    Not those of vectors: hnswlib writes whole blocks of memory, with whatever the process has had in them before.
+    Files of vectors do not count: hnswlib writes whole blocks of memory, with leftovers of the process.
     """
     forms = {marker.encode(), json.dumps(marker)[1:-1].encode()}
     found = (file for place in places for file in (place.rglob("*") if place.is_dir() else [place]))
@@ -691,11 +696,11 @@ def database_files(engine: Engine) -> list[Path]:
 def test_the_bytes_are_gone_from_sqlite_and_chroma(
     sqlite_engine: Engine, tmp_path: Path, marker: str, store_text: bool
 ) -> None:
-    """They are there before, also after the row is erased: that is what purging is for."""
+    """Even after the erasure the bytes are still there, so purging is needed."""
     chromadb = pytest.importorskip("chromadb")
     folder = tmp_path / "chroma"
     accounts = Accounts(sqlite_engine, ChromaIndex(chromadb.PersistentClient(folder), store_text=store_text))
-    with accounts.sessions() as session:  # some pages' worth, so that Chroma has written its vectors out
+    with accounts.sessions() as session:  # several pages, so that Chroma writes its vectors to disk
         session.add_all(Account(id=n, email=f"{n}", about=f"about {n}") for n in range(10, 1300))
         session.commit()
     accounts.tell(marker)
@@ -711,9 +716,9 @@ def test_the_bytes_are_gone_from_sqlite_and_chroma(
     accounts.memory.purge(sqlite_engine)
     assert occurrences(marker, *places) == []
     assert accounts.index.incarnation != before
-    assert accounts.embedder.embedded == embedded  # nothing is embedded anew
+    assert accounts.embedder.embedded == embedded  # nothing is embedded again
     vectors = [path.parent for path in folder.rglob("header.bin")]
-    assert len(vectors) == 1  # nor are the vectors of the collection that was replaced
+    assert len(vectors) == 1  # the vectors of the replaced collection are gone, too
     with sqlite_engine.connect() as connection:
         assert set(connection.scalars(select(ledger.c.incarnation))) == {accounts.index.incarnation}
     accounts.assert_fine()
@@ -727,7 +732,7 @@ def test_the_bytes_are_gone_from_sqlite_and_chroma(
 
 
 def test_relay_goes_on_after_a_purge(sqlite_engine: Engine, tmp_path: Path) -> None:
-    """In the background, it goes on with what has replaced the index."""
+    """The background relay goes on with the index's replacement."""
     chromadb = pytest.importorskip("chromadb")
     folder = tmp_path / "chroma"
     accounts = Accounts(sqlite_engine, ChromaIndex(chromadb.PersistentClient(folder), store_text=True))
@@ -745,7 +750,7 @@ def test_relay_goes_on_after_a_purge(sqlite_engine: Engine, tmp_path: Path) -> N
 
 
 def test_what_others_keep_in_the_folder_stays(tmp_path: Path, sqlite_engine: Engine) -> None:
-    """Points of theirs in our collection, with their documents, and collections of their own."""
+    """Other programs keep points with documents in our collection, and their own collections."""
     chromadb = pytest.importorskip("chromadb")
     client = chromadb.PersistentClient(tmp_path / "chroma")
     index = ChromaIndex(client)
@@ -754,13 +759,13 @@ def test_what_others_keep_in_the_folder_stays(tmp_path: Path, sqlite_engine: Eng
     ours = client.get_collection("memory", embedding_function=None)
     dimension = accounts.embedder.dimension
     ours.add(ids=["theirs"], embeddings=[[1.0] * dimension], metadatas=[{"of": "them"}], documents=["their words"])
-    client.create_collection("memory.copy", embedding_function=None)  # of a purge that was killed
+    client.create_collection("memory.copy", embedding_function=None)  # left by a purge that was killed
     other = client.create_collection("other", embedding_function=None)
     other.add(ids=["x"], embeddings=[[1.0, 0.0]], documents=["other words"])
     accounts.erase()
     accounts.relay.drain()
     index.purge()
-    assert [entry.id for entry in index.scan(None, 10)] == ["account[2]"]  # at once
+    assert [entry.id for entry in index.scan(None, 10)] == ["account[2]"]  # without waiting
     accounts.memory.purge(sqlite_engine)
     collection: Any = client.get_collection("memory", embedding_function=None)
     theirs = collection.get(ids=["theirs"], include=["embeddings", "metadatas", "documents"])
@@ -773,7 +778,7 @@ def test_what_others_keep_in_the_folder_stays(tmp_path: Path, sqlite_engine: Eng
 
 
 def test_purge_reports_files_out_of_reach(sqlite_engine: Engine, tmp_path: Path) -> None:
-    """A server's; what is in reach is purged none the less."""
+    """They belong to a server. All other files are still purged."""
 
     class Remote(InMemoryIndex):
         def purge(self) -> None:
@@ -790,7 +795,7 @@ def test_purge_reports_files_out_of_reach(sqlite_engine: Engine, tmp_path: Path)
 
 @pytest.mark.deep_on("trigger")
 def test_purge_reports_a_reader_of_the_past(accounts: Accounts) -> None:
-    """What it may still read cannot be overwritten."""
+    """Content that a reader may still read cannot be overwritten."""
     accounts.tell("secret")
     reader = create_engine(accounts.engine.url)
     with reader.connect() as connection:
@@ -814,7 +819,7 @@ def test_purge_reports_a_reader_of_the_past(accounts: Accounts) -> None:
 
 @pytest.mark.deep
 def test_the_bytes_are_gone_from_postgresql(postgres_engine: Engine) -> None:
-    """From the files of the tables concerned, of their indexes, and from the statistics."""
+    """They leave the files of the tables and their indexes, and the statistics."""
     accounts = Accounts(postgres_engine)
     marker = MARKERS[1]
     tables = [Account.__table__, log, outbox, ledger, unique, parked, embedding]
@@ -855,7 +860,7 @@ def test_the_bytes_are_gone_from_postgresql(postgres_engine: Engine) -> None:
     accounts.relay.drain()
     with postgres_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM"))
-    assert "memstate_log" in found()  # which is why a plain VACUUM will not do
+    assert "memstate_log" in found()  # so a plain VACUUM is not enough
     accounts.memory.purge(postgres_engine)
     assert found() == set()
     accounts.assert_fine()
@@ -863,7 +868,7 @@ def test_the_bytes_are_gone_from_postgresql(postgres_engine: Engine) -> None:
 
 
 def test_vectors_that_no_fact_has_are_purged(accounts: Accounts) -> None:
-    """A delivery that was under way may have kept them anew."""
+    """A running delivery may have stored them again."""
     accounts.tell("secret")
     accounts.erase()
     stale = {"text_fingerprint": "0" * 32, "embedder": "another", "vector": b"1234"}

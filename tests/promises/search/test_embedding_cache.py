@@ -1,4 +1,4 @@
-"""A text is embedded once: its vector is kept in the application's database, the text is not."""
+"""A text is embedded once. The application's database keeps its vector, but not the text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support import Tag, apps, assert_index_holds, connections_of_this_thr
 
 
 class Counting(HashEmbedder):
-    """Notes what it is asked for; queries apart, as they are not documents."""
+    """Records the texts of each call. Queries do not count, because they are not documents."""
 
     def __init__(self, dimension: int = 64, name: str = "counting") -> None:
         super().__init__(dimension)
@@ -39,7 +39,7 @@ class Counting(HashEmbedder):
 
 
 class App(apps.App):
-    """One process of an application: a Memory of its own on a database that others may have used before."""
+    """One process of an application: its own Memory on a database that other processes may have used."""
 
     def __init__(
         self, engine: Engine, *, embedder: Counting | None = None, index: VectorIndex | None = None, **options: Any
@@ -72,7 +72,7 @@ class App(apps.App):
             return [hit.fact.meaning for hit in hits]
 
     def assert_in_step(self) -> None:
-        """By vectors, made by an embedder that counts nothing."""
+        """Assert that index and rows agree, with vectors of an embedder that counts nothing."""
         self.relay.drain()
         with self.sessions() as session:
             expected = {f'tag["{tag.name}"]': tag.meaning for tag in session.scalars(select(Tag))}
@@ -95,7 +95,7 @@ def kept(engine: Engine) -> int:
 
 
 def test_a_rollback_embeds_nothing(app: App) -> None:
-    """Of many facts, changed, deleted and added since: what they said before was embedded when it was first said."""
+    """Many facts were changed, deleted and added. All their earlier texts have been embedded before."""
     app.say(**{f"t{n}": f"first meaning {n}" for n in range(60)})
     app.relay.drain()
     app.say(**{f"t{n}": f"second meaning {n}" for n in range(40)})
@@ -108,7 +108,7 @@ def test_a_rollback_embeds_nothing(app: App) -> None:
 
 
 def test_a_rollback_after_a_restart_embeds_nothing(engine: Engine, app: App) -> None:
-    """What another process embedded, and to an index that is new besides."""
+    """Another process embedded these texts, and the index is new."""
     app.say(a="tea", b="coffee")
     app.relay.drain()
     app.say(a="water", b=None)
@@ -124,7 +124,7 @@ def test_a_rollback_after_a_restart_embeds_nothing(engine: Engine, app: App) -> 
 
 
 def test_known_text_that_is_said_again_is_not_embedded(app: App) -> None:
-    """By the same fact or another, after all that said it were gone."""
+    """The same fact or another has the text again, after all facts with it were deleted."""
     app.say(a="tea")
     app.relay.drain()
     app.say(a=None)
@@ -136,19 +136,19 @@ def test_known_text_that_is_said_again_is_not_embedded(app: App) -> None:
 
 
 def test_an_overlay_search_and_delivery_are_one_call(app: App) -> None:
-    """A search embeds what is not delivered; the relay of this process takes that, and keeps it."""
+    """A search embeds undelivered texts. The relay of this process reuses and stores these vectors."""
     app.relay.drain()
     app.say(a="tea", b="coffee")
     assert app.search("tea")[0] == "tea"
     assert app.embedder.calls == [["coffee", "tea"]]
-    assert kept(app.engine) == 0  # it is the caller's transaction
+    assert kept(app.engine) == 0  # the search runs in the caller's transaction
     app.assert_in_step()
     assert kept(app.engine) == 2
     assert app.embedder.calls == [["coffee", "tea"]]
 
 
 def test_an_overlay_search_uses_what_other_processes_have_embedded(engine: Engine, app: App) -> None:
-    """Before it is delivered, and before it is committed."""
+    """It uses them before delivery, and before COMMIT."""
     app.say(a="tea")
     app.relay.drain()
     app.say(a="water")
@@ -162,7 +162,7 @@ def test_an_overlay_search_uses_what_other_processes_have_embedded(engine: Engin
 
 
 def test_a_search_writes_nothing(app: App) -> None:
-    """Neither in the caller's transaction nor beside it."""
+    """It writes neither in the caller's transaction nor outside it."""
     app.relay.drain()
     app.say(a="tea")
     written: list[str] = []
@@ -178,7 +178,7 @@ def test_a_search_writes_nothing(app: App) -> None:
 
 
 def test_vector_is_kept_before_the_index_is_called(engine: Engine) -> None:
-    """The index is down, and the process ends: another has nothing to pay for once more."""
+    """The index is down, and the process ends. The next process need not embed again."""
     app = App(engine, index=FlakyIndex(InMemoryIndex(), rate=0.0))
     app.relay.drain()
     app.say(a="tea")
@@ -192,7 +192,7 @@ def test_vector_is_kept_before_the_index_is_called(engine: Engine) -> None:
 
 
 def test_no_transaction_is_open_while_it_embeds(app: App) -> None:
-    """The look at what is kept has ended by then."""
+    """The cache's read transaction has ended by then."""
     held, checked_out = connections_of_this_thread(app.engine), list[int]()
     app.embedder.check = lambda: checked_out.append(len(held))
     app.say(a="tea")
@@ -200,11 +200,11 @@ def test_no_transaction_is_open_while_it_embeds(app: App) -> None:
     assert checked_out == [0]
 
 
-# -- what is not used --------------------------------------------------------------------------------------------------
+# -- vectors that are not used -----------------------------------------------------------------------------------------
 
 
 def test_another_embedder_uses_its_own(engine: Engine, app: App) -> None:
-    """The same text, of another model: another vector, beside the first."""
+    """The same text has another vector for another model, beside the first."""
     app.say(a="tea")
     app.relay.drain()
     other = App(engine, embedder=Counting(32, "other"))
@@ -221,7 +221,7 @@ def test_another_embedder_uses_its_own(engine: Engine, app: App) -> None:
     ids=["empty", "not numbers", "another dimension", "NaN"],
 )
 def test_impossible_vector_is_embedded_again(engine: Engine, app: App, stored: bytes) -> None:
-    """By relay and search."""
+    """Relay and search both embed it again."""
     app.say(a="tea")
     app.relay.drain()
     with engine.begin() as connection:
@@ -236,7 +236,7 @@ def test_impossible_vector_is_embedded_again(engine: Engine, app: App, stored: b
 
 
 def test_what_is_refused_is_not_kept(app: App) -> None:
-    """An embedder that returns NaN."""
+    """The embedder returns NaN."""
     embed = app.embedder.embed
     app.embedder.embed = lambda texts: embed(texts) * (np.nan if "bad" in texts else 1)  # type: ignore[method-assign]
     app.say(a="bad", b="good")
@@ -248,7 +248,7 @@ def test_what_is_refused_is_not_kept(app: App) -> None:
 
 
 def test_disabled_cache_keeps_nothing(engine: Engine) -> None:
-    """``embedding_cache=0``: the table is not even looked at."""
+    """With ``embedding_cache=0`` the table is not even read."""
     app = App(engine, embedding_cache=0)
     looked: list[str] = []
 
@@ -272,12 +272,12 @@ def test_a_capacity_is_a_number(wrong: Any) -> None:
         Memory(InMemoryIndex(), embedder=HashEmbedder(), embedding_cache=wrong)
 
 
-# -- how much, and of what ---------------------------------------------------------------------------------------------
+# -- capacity and content ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.deep_on("postgres")
 def test_oldest_vectors_are_evicted(engine: Engine) -> None:
-    """No more than the capacity is kept, and of that the newest."""
+    """No more than the capacity is kept, and the newest vectors stay."""
     app = App(engine, embedding_cache=5)
     for n in range(20):
         app.say(a=f"meaning {n}")
@@ -290,7 +290,7 @@ def test_oldest_vectors_are_evicted(engine: Engine) -> None:
 
 
 def test_a_smaller_capacity_is_reached_in_steps(engine: Engine, app: App) -> None:
-    """So many at a time, lest other writers wait."""
+    """Each step removes a limited number, so that other writers do not wait long."""
     vectors = dict.fromkeys((f"{n:032x}" for n in range(25_000)), np.zeros(1, np.float32))
     with engine.begin() as connection:
         cache.store(connection, vectors, "old")
@@ -308,7 +308,7 @@ def test_a_smaller_capacity_is_reached_in_steps(engine: Engine, app: App) -> Non
 
 @pytest.mark.deep_on("postgres")
 def test_cache_counts_its_vectors_rarely(engine: Engine) -> None:
-    """Whether there are too many is looked at once a tenth of the capacity."""
+    """The size is checked once in a tenth of the capacity."""
     app = App(engine, embedding_cache=100)
     counted: list[str] = []
 
@@ -325,7 +325,7 @@ def test_cache_counts_its_vectors_rarely(engine: Engine) -> None:
 
 
 def test_cache_does_not_hold_the_text(app: App) -> None:
-    """Nor anything else that tells it, but for the vector itself."""
+    """It holds nothing from which the text can be read, except the vector itself."""
     app.say(a="a secret that must be erasable")
     app.relay.drain()
     with app.engine.connect() as connection:
@@ -336,7 +336,7 @@ def test_cache_does_not_hold_the_text(app: App) -> None:
 
 
 def test_two_writers_may_keep_the_same_vectors_at_once(engine: Engine, app: App) -> None:
-    """In opposite orders, many times: neither fails nor waits for ever, and the first one stays."""
+    """They write in opposite orders, many times. Neither fails or waits for ever, and the first vector stays."""
     digests = [f"{n:032x}" for n in range(200)]
     began = threading.Barrier(2)
     failures: list[BaseException] = []
@@ -368,7 +368,7 @@ def test_two_writers_may_keep_the_same_vectors_at_once(engine: Engine, app: App)
 
 
 def test_two_writers_may_evict_at_once(postgres_engine: Engine) -> None:
-    """Neither waits for the other; they may evict more than is too much."""
+    """Neither waits for the other. Together they may evict more than necessary."""
     App(postgres_engine)
     vectors = dict.fromkeys((f"{n:032x}" for n in range(10)), np.zeros(1, np.float32))
     with postgres_engine.begin() as connection:
@@ -384,7 +384,7 @@ def test_two_writers_may_evict_at_once(postgres_engine: Engine) -> None:
 
 @pytest.mark.deep_on("sqlite")
 def test_two_relays_of_the_same_texts_do_not_fail(engine: Engine) -> None:
-    """Each with an index of its own, in two threads: no delivery fails for what the other keeps."""
+    """Each has its own index and thread. No delivery fails because the other has stored the same vector."""
     one = App(engine)
     two = App(engine)
     for number in range(5):
@@ -401,7 +401,7 @@ def test_two_relays_of_the_same_texts_do_not_fail(engine: Engine) -> None:
 
 
 def test_what_is_forgotten_is_gone(app: App) -> None:
-    """By text fingerprint; the others stay. It is part of the caller's transaction."""
+    """The cache forgets by text fingerprint, in the caller's transaction. Other vectors stay."""
     app.say(a="tea", b="coffee")
     app.relay.drain()
     with app.engine.connect() as connection:

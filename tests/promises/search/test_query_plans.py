@@ -1,4 +1,4 @@
-"""Every statement that may run on a large table is served by an index."""
+"""An index serves every statement that may run on a large table."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.support.programs import wipe
 
 
 def size(engine: Engine) -> int:
-    """Enough rows that PostgreSQL's planner prefers an index. SQLite's does not ask."""
+    """The number of rows at which PostgreSQL's planner prefers an index. SQLite's always does."""
     return 1500 if engine.dialect.name == "postgresql" else 500
 
 
 @pytest.fixture
 def large(engine: Engine) -> World:
-    """A large table, and fresh statistics."""
+    """A large table with fresh statistics."""
     world = World(engine)
     with world.session() as session:
         session.execute(insert(Person), [{"name": f"p{n}", "about": f"about {n}"} for n in range(size(engine))])
@@ -44,7 +44,7 @@ def large(engine: Engine) -> World:
 
 
 def test_writing_uses_indexes(large: World) -> None:
-    """Known keys and baselines."""
+    """Looks and baselines."""
 
     def write() -> None:
         with large.session() as session:
@@ -56,7 +56,7 @@ def test_writing_uses_indexes(large: World) -> None:
 
 
 def test_rows_are_read_by_composite_keys(large: World) -> None:
-    """Of the application's own table: read for their images, locked, shown by a search."""
+    """The application's own table is read for images, locked, and loaded by a search."""
     with large.session() as session:
         person = session.get_one(Person, 7)
         notes = [{"topic": f"t{n}", "number": n, "person_id": person.id, "content": f"note {n}"} for n in range(500)]
@@ -82,7 +82,7 @@ def test_rows_are_read_by_composite_keys(large: World) -> None:
 
 
 def test_searching_uses_indexes(large: World) -> None:
-    """Undelivered, parked, hydrated."""
+    """Undelivered keys, parked keys, hydration."""
 
     def search() -> None:
         with large.session() as session:
@@ -94,7 +94,7 @@ def test_searching_uses_indexes(large: World) -> None:
 
 
 def test_search_walks_no_backlog_of_another_class(large: World) -> None:
-    """Of the newest entries, those of the class alone are read; a class without any reads nothing.
+    """Among the newest entries, only those of the class are read. A class without entries reads nothing.
 
     The same kind: a class that is filled for the first time, the caller's own entries, a comparison by verify.
     """
@@ -107,12 +107,12 @@ def test_search_walks_no_backlog_of_another_class(large: World) -> None:
     [plan] = [plan for statement, plan in plans(large.engine, search).items() if "AS own" in statement]
     if large.engine.dialect.name == "sqlite":
         assert "USING INDEX ix_memstate_outbox_entity (entity=? AND xid=?" in plan
-    else:  # of transactions that were running, and of later ones; a third walk is of the caller's own
+    else:  # one walk each for running and for later transactions; a third one is for the caller's own
         assert plan.count("Backward using ix_memstate_outbox_entity") == 2
 
 
 def test_tables_of_an_earlier_version_get_the_index(large: World) -> None:
-    """`create_tables` adds it, as the migration does; without it a search is slower, and finds the same."""
+    """`create_tables` adds it, like the migration. Without it a search is slower, but finds the same."""
     with large.engine.begin() as connection:
         connection.execute(text("DROP INDEX ix_memstate_outbox_entity"))
     with large.session() as session:
@@ -132,15 +132,15 @@ def test_relaying_uses_indexes(large: World) -> None:
             forget_delivered(connection)
 
     found = plans(large.engine, relay)
-    # What everybody has is deleted by one pass over the outbox, once a minute.
+    # Once a minute, one pass over the outbox deletes entries that every index has.
     assert_served(large.engine, {s: p for s, p in found.items() if not s.startswith("DELETE FROM memstate_outbox")})
-    if large.engine.dialect.name == "sqlite":  # of which a join reads all of an entity for each key
+    if large.engine.dialect.name == "sqlite":  # a join would read all of an entity's rows for each key
         by_key = [plan for s, plan in found.items() if "AS keys" in s and ("ledger" in s or "parked" in s)]
         assert by_key and all("entity=? AND key=?" in plan for plan in by_key)
 
 
 def test_embedding_cache_uses_indexes(large: World) -> None:
-    """What is kept is found by text, forgotten by text, and evicted in the order of age."""
+    """Vectors are found by text, forgotten by text, and evicted by age."""
     with large.engine.connect() as connection:
         digests = connection.scalars(select(embedding.c.text_fingerprint).limit(20)).all()
     assert len(digests) == 20
@@ -154,14 +154,14 @@ def test_embedding_cache_uses_indexes(large: World) -> None:
             assert cache.count(connection) == size(large.engine) - 120
 
     found = plans(large.engine, keep)
-    # SQLite walks the table itself, which is in that order, no further than the limit.
+    # SQLite walks the table itself, which has the right order, up to the limit.
     eviction = found.pop(next(s for s in found if s.startswith("DELETE") and "ORDER BY" in s))
     assert "TEMP B-TREE" not in eviction and "Sort" not in eviction and "Seq Scan" not in eviction
     assert_served(large.engine, found)
 
 
 def test_undo_and_history_use_indexes(large: World) -> None:
-    """One step at the end of a long log; the history of one fact."""
+    """One step at the end of a long log, and the history of one fact."""
     with large.session() as session:
         large.memory.annotate(session, session_id="s1", actor="ada")
         session.add(Tag(name="t"))
@@ -178,13 +178,13 @@ def test_undo_and_history_use_indexes(large: World) -> None:
 
     found = plans(large.engine, undo)
     assert_served(large.engine, found)
-    if large.engine.dialect.name == "sqlite":  # PostgreSQL walks the primary key backwards where that is as short
+    if large.engine.dialect.name == "sqlite":  # PostgreSQL walks the primary key backwards where this is as short
         assert any("ix_memstate_log_step" in plan for plan in found.values())
 
 
 @pytest.mark.deep_on("postgres")
 def test_export_and_import_use_indexes(large: World) -> None:
-    """Each page of an export and of an import begins where the one before it ended."""
+    """Each page of an export or an import begins where the last page ended."""
     file = io.StringIO()
     exporting = plans(large.engine, lambda: large.memory.export_facts(large.engine, file))
     assert_served(large.engine, exporting)
@@ -195,7 +195,7 @@ def test_export_and_import_use_indexes(large: World) -> None:
 
 @pytest.mark.deep_on("sqlite")
 def test_long_undo_and_time_travel_use_indexes(large: World) -> None:
-    """Steps of all, of a run, of an actor, of one class, since a moment; as they were, by key; nobody is sorted."""
+    """Undo by all steps, run, actor, class and moment, and as_of by key. No statement sorts."""
     with large.session() as session:
         first = large.memory.history(session, Person, 17)[0]
     for n in range(40):
@@ -231,7 +231,7 @@ def test_long_undo_and_time_travel_use_indexes(large: World) -> None:
 
 
 def test_the_walk_over_what_can_be_undone_is_short(large: World) -> None:
-    """A page of the partial index, in order, without a sort."""
+    """It reads a page of the partial index, in order, without a sort."""
 
     def undo() -> None:
         with large.session() as session:
@@ -243,7 +243,7 @@ def test_the_walk_over_what_can_be_undone_is_short(large: World) -> None:
 
 
 def test_ids_and_outbox_grow_together(large: World) -> None:
-    """The fixture is what it says."""
+    """The fixture keeps its promise."""
     with large.engine.connect() as connection:
         assert connection.scalar(select(log.c.id).order_by(log.c.id.desc()).limit(1)) == size(large.engine) + 300
         assert connection.scalar(select(outbox.c.id).order_by(outbox.c.id.desc()).limit(1)) == size(large.engine) + 300
@@ -251,12 +251,12 @@ def test_ids_and_outbox_grow_together(large: World) -> None:
 
 @pytest.fixture
 def million(postgres_engine: Engine) -> World:
-    """PostgreSQL's planner believes that every large table has a million rows; it may read them all if it likes."""
+    """PostgreSQL's planner believes that every large table has a million rows. It may still choose to read them all."""
     world = World(postgres_engine)
     tables = ("log", "outbox", "ledger", "parked", "transaction", "embedding")
     large = ["person", *(f"memstate_{name}" for name in tables)]
     with postgres_engine.begin() as connection:
-        for name in large:  # whose statistics would become true again
+        for name in large:  # otherwise autovacuum would correct the statistics
             connection.execute(text(f"ALTER TABLE {name} SET (autovacuum_enabled = false)"))
     with world.session() as session:
         for count, about in ((300, "about"), (10, "new")):
@@ -290,7 +290,7 @@ def million(postgres_engine: Engine) -> World:
 
 
 def planned(engine: Engine, action: Any) -> dict[str, str]:
-    """The plan of each statement that *action* runs on a table of ours, as the planner chooses it."""
+    """The planner's plan of each statement that *action* runs on a table of ours."""
     seen: dict[str, Any] = {}
 
     def explain(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
@@ -316,7 +316,7 @@ def assert_no_large_scan(found: dict[str, str]) -> None:
 
 
 def test_a_relay_reads_no_large_table_as_a_whole(million: World) -> None:
-    """Claims, pages, truth, ledger, parked keys, acknowledgements."""
+    """Claims, pages, rows, ledger, parked keys, acknowledgements."""
     found = planned(million.engine, million.relay.drain)
     assert_no_large_scan(found)
     page = next(plan for statement, plan in found.items() if "lateral" in statement.lower() and "SMALLINT" in statement)
@@ -326,7 +326,7 @@ def test_a_relay_reads_no_large_table_as_a_whole(million: World) -> None:
 
 @pytest.mark.deep
 def test_operation_reads_no_large_table_as_a_whole(million: World) -> None:
-    """Status, waiting, dead letters, the look of an idle relay."""
+    """Status, waiting, dead letters, the poll of an idle relay."""
 
     def operate() -> None:
         million.memory.status(million.engine)
@@ -343,7 +343,7 @@ def test_operation_reads_no_large_table_as_a_whole(million: World) -> None:
 
 @pytest.mark.deep
 def test_undo_reads_no_large_table_as_a_whole(million: World) -> None:
-    """A step, many steps, a run, an actor, a transaction, a moment; and what a fact was."""
+    """A step, many steps, a run, an actor, a transaction, a moment, and a fact's past."""
     for n in range(60):
         with million.session() as session:
             million.memory.annotate(session, session_id=f"s{n % 2}", actor="ada")
@@ -374,7 +374,7 @@ def test_undo_reads_no_large_table_as_a_whole(million: World) -> None:
 
 @pytest.mark.deep
 def test_a_fresh_search_reads_no_large_table_as_a_whole(million: World) -> None:
-    """Undelivered keys, own and others', and refused ones."""
+    """Undelivered keys of the caller and of others, and refused keys."""
 
     def search() -> None:
         with million.session() as session:
@@ -387,7 +387,7 @@ def test_a_fresh_search_reads_no_large_table_as_a_whole(million: World) -> None:
 
 @pytest.mark.deep
 def test_cleaning_up_reads_no_large_table_as_a_whole(million: World) -> None:
-    """What every index has; what is old, if it is not to be kept."""
+    """Entries that every index has, and old data without a retention."""
     million.relay.drain()
 
     def clean() -> None:
@@ -403,7 +403,7 @@ def test_cleaning_up_reads_no_large_table_as_a_whole(million: World) -> None:
 
 @pytest.mark.deep
 def test_a_page_costs_no_more_behind_a_transaction_that_runs_for_ever(million: World) -> None:
-    """It pins the oldest snapshot; the page is read from where the index is, not from there."""
+    """Such a transaction pins the oldest snapshot. The page is read from the index's position, not from there."""
     pinned = million.engine.connect()
     xid = int(pinned.scalar(text("SELECT pg_current_xact_id()::text")) or 0)
     million.relay.drain()

@@ -1,4 +1,6 @@
-"""Search tells the truth: every hit is a row the caller sees, by its current content, and none nearer is left out."""
+"""Search tells the truth: every hit is a row that the caller sees, by its current content, and no nearer row is
+missing.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ WORDS = ["tea", "green tea", "coffee", "rain in may", "may", "blue bicycle", "bi
 
 
 class Meddling(InMemoryIndex):
-    """An exact index during whose query something else happens."""
+    """An exact index that calls *during* in each query."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ def people(world: World, *about: str, **more: Any) -> None:
 
 
 def brute_force(world: World, session: Any, query: str, statement: Any) -> list[float]:
-    """The distances of all rows the statement selects, ascending, straight from the rows."""
+    """The distances of all rows that the statement selects, ascending, computed from the rows."""
     vector = world.embedder.embed([query])[0]
     rows = session.execute(statement.with_only_columns(Person.about).order_by(None))
     texts = [about for (about,) in rows if about and about.strip()]
@@ -122,7 +124,7 @@ def apply(world: World, session: Any, change: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("examples", sizes(4, 50))
 def test_search_equals_brute_force(engine: Engine, examples: int) -> None:
-    """While the relay lags, vectors are stale, the transaction is open, and a delivery lands between its steps."""
+    """The relay lags, vectors are stale, the transaction is open, and a delivery lands between the search's steps."""
     world = World(engine, Meddling())
     index: Any = world.index
 
@@ -135,7 +137,7 @@ def test_search_equals_brute_force(engine: Engine, examples: int) -> None:
         midway=st.lists(change, max_size=4),
     )
     def agrees(changes: Any, query: str, which: str, limit: int, midway: list[tuple[Any, ...]]) -> None:
-        index.during = None  # what an earlier search has left, if it did not come to ask the index
+        index.during = None  # left by an earlier search that did not query the index
         world.relay.drain()
         with world.session() as session:
             for person in session.scalars(select(Person)):
@@ -162,7 +164,7 @@ def test_search_equals_brute_force(engine: Engine, examples: int) -> None:
 
 
 def test_ghosts_ten_to_one_leave_the_top_k_full(meddled: World, index: Meddling) -> None:
-    """Vectors without rows crowd the query; the hits are the live rows all the same."""
+    """Vectors without rows crowd the query. The hits are still the live rows."""
     people(meddled, *WORDS)
     meddled.relay.drain()
     ghosts = [f"tea ghost {n}" for n in range(100)]
@@ -173,7 +175,7 @@ def test_ghosts_ten_to_one_leave_the_top_k_full(meddled: World, index: Meddling)
 
 
 def test_stale_vectors_are_embedded_again(meddled: World, index: Meddling) -> None:
-    """A stale vector in the index, for whatever reason: the row counts with its current text."""
+    """The index may have a stale vector. The row counts with its current text."""
     people(meddled, *WORDS)
     meddled.relay.drain()
     snow = meddled.embedder.embed(["snow"])[0]
@@ -186,7 +188,7 @@ def test_stale_vectors_are_embedded_again(meddled: World, index: Meddling) -> No
 
 
 def test_an_uncommitted_write_is_found_and_an_uncommitted_delete_is_not(world: World) -> None:
-    """Inside the open transaction; for others, nothing has happened."""
+    """This holds inside the open transaction. Other transactions see no change."""
     people(world, "tea", "coffee")
     world.relay.drain()
     with world.session() as session, world.session() as other:
@@ -199,7 +201,7 @@ def test_an_uncommitted_write_is_found_and_an_uncommitted_delete_is_not(world: W
 
 
 def test_pending_edits_are_neither_lost_nor_searched(world: World) -> None:
-    """With autoflush off, the search goes by the row, and the edit stays in the instance."""
+    """With autoflush off, the search uses the row, and the edit stays in the instance."""
     people(world, "tea", "coffee")
     world.relay.drain()
     with world.session() as session, session.no_autoflush:
@@ -212,7 +214,7 @@ def test_pending_edits_are_neither_lost_nor_searched(world: World) -> None:
 
 
 def test_eventual_shows_only_what_was_delivered(world: World) -> None:
-    """No overlay; still no ghosts."""
+    """There is no overlay, and there are no ghosts either."""
     people(world, "tea", "green tea")
     world.relay.drain()
     people(world, "tea")
@@ -224,7 +226,7 @@ def test_eventual_shows_only_what_was_delivered(world: World) -> None:
 
 
 def test_other_entities_do_not_crowd_out_hits(meddled: World, index: Meddling) -> None:
-    """One index holds several models; a search for a rare one still fills its top k, by a filter."""
+    """The index holds several models. A filter fills the top k of a search for a rare one."""
     with meddled.session() as session:
         session.execute(insert(Tag), [{"name": f"tea{n}", "meaning": "tea"} for n in range(200)])
         session.commit()
@@ -236,7 +238,7 @@ def test_other_entities_do_not_crowd_out_hits(meddled: World, index: Meddling) -
 
 
 def alone(engine: Engine, index: Meddling) -> App:
-    """An application of people only, which are in the index."""
+    """An application with people only, all of them in the index."""
     app = make_app(engine, Person, index=index, text="about", metadata=("name",))
     app.write(*(Person(name="p", about=words) for words in WORDS))
     app.memory.relay(engine).drain()
@@ -244,7 +246,7 @@ def alone(engine: Engine, index: Meddling) -> App:
 
 
 def test_foreign_points_do_not_crowd_out_hits(engine: Engine, index: Meddling) -> None:
-    """Points that nobody tracks are all nearer: the few rows there are are asked for by name."""
+    """Untracked points are all nearer. The search asks for the few rows by their ids."""
     app = alone(engine, index)
     vector = app.memory.embedder.embed(["tea"])[0]
     index.upsert([Point(f"other[{n}]", vector, "f") for n in range(200)])
@@ -259,7 +261,7 @@ def test_foreign_points_do_not_crowd_out_hits(engine: Engine, index: Meddling) -
 
 
 def test_points_carry_their_entity_from_the_second_one_on(engine: Engine, index: Meddling) -> None:
-    """What an index held before is written again, and embedded no second time."""
+    """Points from before are written again, without a second embedding."""
     app = alone(engine, index)
     vector = app.memory.embedder.embed(["tea"])[0]
     person = {"memstate_entity": {"$eq": "person"}}
@@ -280,7 +282,7 @@ def test_points_carry_their_entity_from_the_second_one_on(engine: Engine, index:
 
 
 def test_key_refused_during_a_search_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undelivered at the first look, parked and its outbox entry gone at the second: it is found all the same."""
+    """The key is undelivered at the first look. At the second it is parked, without its outbox entry."""
     people(world, "green tea")
     world.relay.drain()
     people(world, "tea")
@@ -304,7 +306,7 @@ def test_key_refused_during_a_search_is_found(world: World, monkeypatch: pytest.
 
 
 def test_facts_of_another_user_are_never_returned(world: World) -> None:
-    """The criteria of the select are applied by SQL, whatever the index says."""
+    """SQL applies the select's criteria, even if the index ignores them."""
     people(world, *WORDS, *WORDS)
     world.relay.drain()
     with world.session() as session:
@@ -341,14 +343,14 @@ def test_facts_of_another_user_are_never_returned(world: World) -> None:
     ],
 )
 def test_only_exact_criteria_are_pushed_down(world: World, criterion: Any, pushed: Any) -> None:
-    """Only where SQL and an index agree exactly."""
+    """SQL and the index must agree exactly."""
     with world.engine.connect() as connection:
         comparable = Comparable(connection, Note.__table__)
         assert push_down(world.memory._registry.of(Note), [criterion], comparable) == pushed
 
 
 def test_criteria_are_pushed_down_or_become_ids(meddled: World, index: Meddling) -> None:
-    """The index is asked for the fewest points that can answer."""
+    """The search asks the index for the fewest points that can answer."""
     people(meddled, *WORDS)
     meddled.relay.drain()
     with meddled.session() as session:
@@ -361,7 +363,7 @@ def test_criteria_are_pushed_down_or_become_ids(meddled: World, index: Meddling)
 
 
 def test_criteria_with_thousands_of_values_are_left_to_sql(meddled: World, index: Meddling) -> None:
-    """No index is asked for so many: SQL says which rows they select, as it does where nothing can be pushed down."""
+    """No index takes this many values, so SQL lists the matching rows, as for criteria that cannot be pushed down."""
     people(meddled, *WORDS)
     meddled.relay.drain()
     names = [f"p{n}" for n in range(1, 3000)]
@@ -372,7 +374,7 @@ def test_criteria_with_thousands_of_values_are_left_to_sql(meddled: World, index
 
 
 def test_one_select_hydrates(meddled: World) -> None:
-    """The facts are loaded by one statement, not one by one."""
+    """One statement loads all facts."""
     from tests.support.statements import statements
 
     people(meddled, *WORDS)
@@ -387,7 +389,7 @@ def test_one_select_hydrates(meddled: World) -> None:
 
 
 def test_max_distance_excludes_farther_facts(world: World) -> None:
-    """Nothing farther, and no more asked of the index than needed."""
+    """No hit is farther, and the index is asked for no more points than necessary."""
     people(world, *WORDS)
     world.relay.drain()
     with world.session() as session:
@@ -399,7 +401,7 @@ def test_max_distance_excludes_farther_facts(world: World) -> None:
 
 
 def test_eager_loading_of_collections_works(world: World) -> None:
-    """A joined collection repeats rows; hits stay one per fact."""
+    """A joined collection repeats rows. There is still one hit per fact."""
     people(world, "tea")
     with world.session() as session:
         person = session.get_one(Person, 1)
@@ -410,7 +412,7 @@ def test_eager_loading_of_collections_works(world: World) -> None:
 
 
 def test_search_past_the_overlay_limit_is_incomplete(world: World) -> None:
-    """The result says that it is not complete, and the transaction's own keys come first."""
+    """The result is marked incomplete. The transaction's own keys come first."""
     world.relay.drain()
     with world.session() as session:
         session.execute(insert(Tag), [{"name": f"t{n}", "meaning": f"m{n}"} for n in range(OVERLAY_LIMIT + 50)])
@@ -425,7 +427,7 @@ def test_search_past_the_overlay_limit_is_incomplete(world: World) -> None:
 
 
 def test_a_failing_embedder_leaves_out_what_is_undelivered(world: World) -> None:
-    """The delivered is still found; the result says that it is not complete."""
+    """Delivered facts are still found. The result is marked incomplete."""
     people(world, "tea")
     world.relay.drain()
     people(world, "green tea")
@@ -446,7 +448,7 @@ def test_a_failing_embedder_leaves_out_what_is_undelivered(world: World) -> None
 
 
 def test_search_is_incomplete_until_the_index_is_filled(engine: Engine) -> None:
-    """Rows that no relay has ever delivered cannot all be considered."""
+    """The search cannot consider rows that no relay has ever delivered."""
     world = World(engine)
     people(world, "tea")
     with world.session() as session:
@@ -456,7 +458,7 @@ def test_search_is_incomplete_until_the_index_is_filled(engine: Engine) -> None:
 
 
 def test_search_finds_own_writes_while_the_index_is_filled(engine: Engine) -> None:
-    """What was committed just before the first delivery is behind the cursor and not in the index: it is found."""
+    """A row committed just before the first delivery is behind the cursor, but not yet in the index."""
 
     class Filling(InMemoryIndex):
         def scan(self, after: str | None, limit: int) -> Any:
@@ -474,7 +476,7 @@ def test_search_finds_own_writes_while_the_index_is_filled(engine: Engine) -> No
 
 
 def test_repeatable_read_cannot_promise_completeness(postgres_engine: Engine) -> None:
-    """The index may be ahead of an old snapshot; the result says so."""
+    """The index may be ahead of an old snapshot, so the result is marked incomplete."""
     world = World(postgres_engine)
     people(world, "tea")
     world.relay.drain()
@@ -496,22 +498,22 @@ def test_repeatable_read_cannot_promise_completeness(postgres_engine: Engine) ->
         ({"target": int}, "int is not tracked"),
         ({"limit": 0}, "at least 1"),
         ({"limit": "5"}, "at least 1"),
-        ({"max_distance": "1"}, "max_distance='1': a cosine distance"),
-        ({"max_distance": float("nan")}, "max_distance=nan: a cosine distance"),
-        ({"query": None}, "a string to search for"),
+        ({"max_distance": "1"}, "max_distance='1'. Give a cosine distance"),
+        ({"max_distance": float("nan")}, "max_distance=nan. Give a cosine distance"),
+        ({"query": None}, "query=None. Give a string"),
         ({"consistency": "strong"}, "'fresh' or 'eventual'"),
         ({"index": "other"}, "does not go to an index 'other'"),
     ],
 )
 def test_bad_arguments_get_a_clear_error(world: World, arguments: dict[str, Any], message: str) -> None:
-    """What is wrong, and what to give instead."""
+    """The error names the mistake and the accepted values."""
     given = {"query": "tea", "target": Person, **arguments}
     with world.session() as session, pytest.raises(MemstateError, match=message):
         world.memory.search(session, given.pop("query"), given.pop("target"), **given)
 
 
 def test_huge_limit_finds_all_facts(meddled: World, index: Meddling) -> None:
-    """As good as all that there is."""
+    """A huge limit works as "all facts"."""
     people(meddled, "green tea", "coffee")
     meddled.relay.drain()
     with meddled.session() as session:
@@ -521,7 +523,7 @@ def test_huge_limit_finds_all_facts(meddled: World, index: Meddling) -> None:
 
 
 def test_embedder_may_reuse_its_buffer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it gave for the query is still that when it is asked for what is undelivered."""
+    """The query's vector must survive the embedding of undelivered texts."""
     buffer, embed = np.zeros((100, world.embedder.dimension), dtype=np.float32), world.embedder.embed
 
     def reusing(texts: Any) -> Any:
@@ -537,7 +539,7 @@ def test_embedder_may_reuse_its_buffer(world: World, monkeypatch: pytest.MonkeyP
 
 
 def test_search_takes_the_first_of_several_indexes(engine: Engine) -> None:
-    """A model goes to the indexes it names; a search takes the first unless told."""
+    """A model goes to the indexes that it names. A search uses the first, unless told otherwise."""
     one, two = InMemoryIndex(), InMemoryIndex()
     memory = Memory({"one": one, "two": two}, embedder=HashEmbedder())
     memory.track(Tag, text="meaning", index="two")
@@ -562,7 +564,7 @@ def test_search_takes_the_first_of_several_indexes(engine: Engine) -> None:
 
 
 def test_search_of_chroma_reaches_its_recall(sqlite_engine: Engine) -> None:
-    """Approximate: every hit is true, and recall is what it is (1.0 here, on 300 templated facts)."""
+    """The index is approximate. Every hit is true, and recall is 1.0 on these 300 generated facts."""
     chromadb = pytest.importorskip("chromadb")
     from memstate_sa.indexes import ChromaIndex
 
@@ -586,7 +588,7 @@ def test_search_of_chroma_reaches_its_recall(sqlite_engine: Engine) -> None:
 
 
 def test_error_of_an_unavailable_index_is_retryable(world: World) -> None:
-    """Whatever its client raises is a DeliveryError, with the cause."""
+    """Any error of its client becomes a DeliveryError with the cause."""
 
     def away(*arguments: object, **options: object) -> list[object]:
         raise ConnectionRefusedError

@@ -1,4 +1,4 @@
-"""A search with criteria finds the rows that SQL selects, whatever the types and whatever the database adds to them."""
+"""A search with criteria finds the rows that SQL selects, for all types, and for columns that the database changes."""
 
 from __future__ import annotations
 
@@ -40,15 +40,16 @@ def index(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[VectorInde
 def test_criteria_by_any_type_find_what_sql_finds(engine: Engine, index: VectorIndex) -> None:
     """Each type with a bind processor, each subclass of str, int and float.
 
-    The same kind: a Flag, a NewType, a parameter with a type of its own, an ORM comparator, a value in a list. The
-    other indexes do the same in tests/adapters/indexes.
+    The same kind: a Flag, a NewType, a parameter with its own type, an ORM comparator, a value in a list.
+
+    The tests of the other indexes are in tests/adapters/indexes.
     """
     numbers = [Everything.whole.in_([True])] if engine.dialect.name == "sqlite" else []
     assert_agrees_with_sql(engine, index, numbers)
 
 
 def test_criteria_by_an_adapted_value_find_what_the_driver_sends(sqlite_engine: Engine) -> None:
-    """An application may tell its driver what to send for a class; on PostgreSQL that is a dumper."""
+    """An application may tell its driver how to send objects of a class. On PostgreSQL a dumper does this."""
     sqlite3.register_adapter(OddRole, lambda _: "note")
     try:
         assert_agrees_with_sql(sqlite_engine, InMemoryIndex())
@@ -56,7 +57,7 @@ def test_criteria_by_an_adapted_value_find_what_the_driver_sends(sqlite_engine: 
         sqlite3.adapters.pop((OddRole, sqlite3.PrepareProtocol))
 
 
-# -- what the model does not say --------------------------------------------------------------------------------------
+# -- facts that the model does not show --------------------------------------------------------------------------------
 
 
 class Base(DeclarativeBase):
@@ -93,9 +94,9 @@ _POSTGRESQL = {
 def test_columns_that_are_stored_otherwise_are_compared_by_sql(
     request: pytest.FixtureRequest, database: str, columns: str
 ) -> None:
-    """The model says String and Integer, the table has a collation, or another type.
+    """The model says String and Integer. The table has a collation, or another type.
 
-    The same kind: CITEXT, a view, a partition, a column that a migration changed under a running process's model.
+    The same kind: CITEXT, a view, a partition, a column that a migration changed while a process runs.
     """
     engine: Engine = request.getfixturevalue(f"{database}_engine")
     with engine.begin() as connection:
@@ -127,7 +128,7 @@ class Plain(enum.Enum):
 def test_store_takes_enums_wherever_it_takes_text(engine: Engine, kind: Any) -> None:
     """As a type, as a filter, as a session, in a payload.
 
-    The same kind: np.str_, IntEnum, a date where the payload holds one, a str subclass with a __str__ of its own.
+    The same kind: np.str_, IntEnum, a date in a payload, a str subclass with its own __str__.
     """
     with MemoryStore(engine, InMemoryIndex(), embedder=HashEmbedder(), background=False) as store:
         id_ = store.commit(Fact(type=kind, payload={"kind": kind, "rank": Rank.LOW, "text": "one"}), session_id=kind)

@@ -1,4 +1,4 @@
-"""A search in a transaction that keeps an older snapshot than the index says that it may have missed something."""
+"""A transaction may have an older snapshot than the index. Its search says that hits may be missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support import Person, World
 
 
 def begins_by_event(path: Path) -> Engine:
-    """As SQLAlchemy's documentation has it for SAVEPOINT."""
+    """An engine with the SAVEPOINT recipe of SQLAlchemy's documentation."""
     engine = create_engine(f"sqlite:///{path}")
 
     @event.listens_for(engine, "connect")
@@ -45,9 +45,9 @@ def change(world: World, about: str) -> None:
 def test_search_in_an_old_snapshot_is_not_complete(
     make: Callable[[Path], Engine], tmp_path: Path, consistency: Literal["fresh", "eventual"]
 ) -> None:
-    """Of SQLite with a write-ahead log, where a transaction began with a read and another one committed since.
+    """SQLite with a write-ahead log: the transaction began with a read, and another one has committed since.
 
-    The same kind: a BEGIN of the application's own, Python's autocommit=False, a Session that reads and waits.
+    The same kind: the application's own BEGIN, Python's autocommit=False, a Session that reads and waits.
     """
     engine = make(tmp_path / "facts.db")
     world = World(engine)
@@ -72,13 +72,13 @@ def test_search_in_an_old_snapshot_is_not_complete(
         assert found(session)[1] is True
         session.get_one(Person, 2).about = "green tea"
         session.flush()
-        assert found(session)[1] is True  # the one writer sees the latest
+        assert found(session)[1] is True  # the single writer sees the latest rows
     world.memory.close()
     engine.dispose()
 
 
 def test_search_in_repeatable_read_is_not_complete(postgres_engine: Engine) -> None:
-    """Of PostgreSQL the isolation level tells, whether or not anything was committed since."""
+    """PostgreSQL's isolation level decides this, whether or not there was a commit since."""
     world = World(postgres_engine.execution_options(isolation_level="REPEATABLE READ"))
     with world.session() as session:
         session.add(Person(id=1, name="p", about="tea"))

@@ -1,4 +1,4 @@
-"""Facts at one distance are in the order of their keys, so a longer search begins as a shorter one does."""
+"""Facts at one distance are ordered by key, so a longer search begins with the hits of a shorter one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXTS = ("strong coffee", "green tea", "only water")
 
 
 class Noisy(InMemoryIndex):
-    """Ties come in another order at each call, and their distances differ in the last digits: as of any index."""
+    """Like any real index: each call orders ties differently, and their distances differ in the last digits."""
 
     chance = random.Random(7)
 
@@ -61,13 +61,13 @@ def facts(request: pytest.FixtureRequest, engine: Engine, tmp_path: Path) -> Any
 
 @pytest.mark.deep_on("qdrant")
 def test_a_longer_search_begins_with_the_hits_of_a_shorter_one(facts: MemoryStore) -> None:
-    """At each limit, with criteria and without. The same kind: some facts of a text are not delivered yet."""
+    """At each limit, with criteria and without. The same kind: some facts with the text are not delivered yet."""
     with facts.transaction():
         for n in range(60):
             facts.commit(Fact(type="drink", payload={"text": TEXTS[n % 3]}, id=f"{n * 37 % 60:02}"))
     facts.memory.relay(facts.engine).drain(60)
     with facts.transaction():
-        for n in range(60, 66):  # not delivered
+        for n in range(60, 66):  # undelivered
             facts.commit(Fact(type="drink", payload={"text": TEXTS[n % 3]}, id=f"{n * 37 % 66:02}-new"))
     everything = [hit.fact.id for hit in facts.search("coffee", limit=100)]
     groups = [everything[start : start + 22] for start in (0, 22, 44)]
@@ -79,7 +79,7 @@ def test_a_longer_search_begins_with_the_hits_of_a_shorter_one(facts: MemoryStor
 
 @pytest.mark.deep_on("qdrant")
 def test_pages_of_a_store_show_each_item_once(facts: MemoryStore) -> None:
-    """Items with several texts too, of which the nearest counts; in as many namespaces as no index can name."""
+    """Items may have several texts, and the nearest counts. There are more namespaces than an index filter can name."""
     pytest.importorskip("langgraph.store.base")
     from langgraph.store.base import PutOp
 

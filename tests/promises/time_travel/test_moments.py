@@ -1,4 +1,4 @@
-"""The moment after a transaction is what that one saw, and did. Who commits later is of later, and it never changes."""
+"""The moment after a transaction is its own view, with its changes. Later commits do not change it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tags(world: World, **meanings: str) -> str:
 
 
 def then(world: World, moment: str) -> dict[str, str]:
-    """Every way of asking for the tags of a moment has one answer."""
+    """The tags at *moment*. All ways to ask must agree."""
     with world.memory.as_of_session(world.engine, moment) as past:
         found = {tag.name: tag.meaning for tag in past.scalars(select(Tag))}
     with world.session() as session:
@@ -65,7 +65,7 @@ def changing(name: str, meaning: str) -> Callable[[Session], Any]:
 def test_a_moment_leaves_out_what_was_not_committed_then(
     postgres_engine: Engine, capture: Any, write: Callable[[Session], Any], outcome: dict[str, str]
 ) -> None:
-    """Its id is lower. The same for several statements, SAVEPOINTs, and labels or none."""
+    """Its ids are lower. The same kind: several statements, SAVEPOINTs, with labels or without."""
     world = World(postgres_engine, capture=capture)
     tags(world, a="1", b="1")
     with world.session() as late:
@@ -88,7 +88,7 @@ def test_a_moment_leaves_out_what_was_not_committed_then(
 
 @both_ways
 def test_a_baseline_of_a_late_transaction_is_how_the_row_was(postgres_engine: Engine, capture: Any) -> None:
-    """It is older than tracking, or came past it: before its first change it was as the baseline says."""
+    """The row is older than tracking, or was written without the log. Its baseline shows it before its first change."""
     world = World(postgres_engine, capture=capture)
     with postgres_engine.begin() as connection:
         connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
@@ -103,7 +103,7 @@ def test_a_baseline_of_a_late_transaction_is_how_the_row_was(postgres_engine: En
 
 
 def test_concurrent_transactions_have_different_moments(postgres_engine: Engine) -> None:
-    """Neither saw the other, so each one's moment lacks the other, and both differ."""
+    """Neither saw the other, so each one's moment lacks the other, and the two differ."""
     world = World(postgres_engine)
     with world.session() as one, world.session() as other:
         for session, name in ((one, "a"), (other, "b")):
@@ -119,7 +119,7 @@ def test_concurrent_transactions_have_different_moments(postgres_engine: Engine)
 
 
 def test_a_position_has_what_was_committed_by_then(postgres_engine: Engine) -> None:
-    """Its last transaction did not see all of it: two steps of a graph ran at once."""
+    """Its last transaction did not see all of it, because two steps of a graph ran at once."""
     world = World(postgres_engine)
     with world.session() as one, world.session() as other, world.session() as late:
         for session, name in ((late, "c"), (one, "a"), (other, "b")):
@@ -137,7 +137,7 @@ def test_a_position_has_what_was_committed_by_then(postgres_engine: Engine) -> N
 def test_rollback_to_a_moment_finds_a_transaction_begun_long_before(
     postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its entries are pages behind those of the moment."""
+    """Its entries are pages before the moment's."""
     monkeypatch.setattr(selection, "_PAGES", (2, 2))
     world = World(postgres_engine)
     tags(world, a="1", b="1")
@@ -155,7 +155,7 @@ def test_rollback_to_a_moment_finds_a_transaction_begun_long_before(
 
 
 def test_a_moment_is_a_transaction_with_its_undos(engine: Engine) -> None:
-    """Two transactions of the log in one of the database: the second one's moment has both."""
+    """Two transactions of the log are in one transaction of the database. The moment of the second has both."""
     world = World(engine)
     tags(world, a="1")
     tags(world, a="2")
@@ -168,7 +168,7 @@ def test_a_moment_is_a_transaction_with_its_undos(engine: Engine) -> None:
 
 
 def test_moments_survive_a_restore_into_another_cluster(postgres_engine: Engine) -> None:
-    """The numbers of the other cluster's transactions are greater, or smaller, than those of this one."""
+    """The other cluster's transaction ids are greater or smaller than this cluster's."""
     world = World(postgres_engine)
     for ahead in (10**9, -(10**3)):
         world = World(postgres_engine)
@@ -190,7 +190,7 @@ def test_moments_survive_a_restore_into_another_cluster(postgres_engine: Engine)
 
 
 def test_a_log_of_the_version_before_gets_its_columns(engine: Engine) -> None:
-    """Its moments go by ids, as they did; those of what is written from now on do not."""
+    """Old entries have moments by id, as before. New entries have real moments."""
     world = World(engine)
     before = tags(world, a="1")
     with engine.begin() as connection:

@@ -1,4 +1,4 @@
-"""Sessions and searches of a moment, compared with what was there at that moment."""
+"""Sessions and searches of a moment, compared with the rows of that moment."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def commit(world: World, session: Session) -> str:
 
 
 def everything(session: Session) -> dict[str, Any]:
-    """Through the mapper, relationships included."""
+    """All rows through the mapper, with relationships."""
     people = session.scalars(select(Person).order_by(Person.id)).all()
     tags = session.scalars(select(Tag).order_by(Tag.name)).all()
     return {
@@ -140,7 +140,7 @@ def test_invalid_moments_are_refused(world: World) -> None:
 
 @pytest.mark.parametrize("on", ["the application's class", "every Session"])
 def test_the_applications_criteria_hold_in_the_past(world: World, on: str) -> None:
-    """Of a listener that shows each tenant its own rows; what it hides takes nobody's place among the hits."""
+    """A listener shows each tenant its own rows. Hidden rows take no places among the hits."""
 
     class Scoped(Session):
         pass
@@ -167,7 +167,9 @@ def test_the_applications_criteria_hold_in_the_past(world: World, on: str) -> No
 
 
 def test_a_search_in_the_past_takes_no_connection_of_the_applications(world: World) -> None:
-    """The Session that searches holds one, and may not wait for a second: as many as the pool has wait for ever."""
+    """The searching Session holds one connection. If it waited for a second, a full pool of such Sessions would wait
+    for ever.
+    """
     narrow = sqlite.configure(create_engine(world.engine.url, pool_size=1, max_overflow=0))
     with world.sessions(bind=narrow) as session:
         session.add(Person(id=1, name="ann", about="tea"))
@@ -216,7 +218,7 @@ def test_search_as_of_is_brute_force_over_the_replayed_rows(world: World, exampl
 
 
 def test_rows_of_other_classes_are_as_they_are_now(engine: Engine) -> None:
-    """Of single-table inheritance, and of a joined base class: they are as they are now, whatever is tracked."""
+    """Single-table inheritance and a joined base class have the present rows of untracked classes."""
 
     class Local(DeclarativeBase):
         pass
@@ -273,7 +275,7 @@ def test_rows_of_other_classes_are_as_they_are_now(engine: Engine) -> None:
 
 
 def test_row_of_another_class_now_is_shown_as_it_was(engine: Engine) -> None:
-    """Then it was of the tracked one: it is there once, as it was."""
+    """It was of the tracked class then, so it appears once, with its old values."""
 
     class Local(DeclarativeBase):
         pass
@@ -309,7 +311,7 @@ class XID(UserDefinedType[str]):
 
 
 def test_system_column_is_shown_in_the_past(postgres_engine: Engine) -> None:
-    """As SQLAlchemy shows it for ``version_id_col``: every table has it, one that hides another, too."""
+    """The past shows it as SQLAlchemy does for ``version_id_col``. A table that stands in for another has it, too."""
 
     class Local(DeclarativeBase):
         pass

@@ -1,4 +1,4 @@
-"""Facts with their history as JSON lines: out of one database, into another, and nothing of a file that is broken."""
+"""Facts with their history as JSON lines, from one database to another. A broken file imports nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def take_in(memory: Memory, engine: Engine, file: str) -> int:
 
 
 def body(file: str) -> str:
-    """All but the header."""
+    """The file without its header."""
     return file.partition("\n")[2]
 
 
@@ -51,7 +51,7 @@ def lines(file: str, kind: str) -> list[dict[str, Any]]:
 
 
 def history(memory: Memory, session: Session, *models: type[Any]) -> list[Any]:
-    """Without ids, which are others in another log; their order stays."""
+    """The changes without ids, which differ between logs. Their order stays."""
     return [replace(change, id=0) for model in models for change in memory.history(session, model)]
 
 
@@ -61,7 +61,7 @@ def state(world: World) -> tuple[Any, ...]:
 
 
 def empty(world: World) -> None:
-    """As new, but for its tables."""
+    """Restore the empty state, with its tables."""
     world.relay.stop()
     wipe(world.engine)
     world.index.delete([entry.id for entry in world.index.scan(None, 10_000)])
@@ -80,7 +80,7 @@ def other(tmp_path: Path) -> Iterator[World]:
 
 
 def live(world: World) -> list[str]:
-    """Some history: labels, an update, a delete, an undo, and rows that came before tracking. Its transactions."""
+    """Write some history: labels, an update, a delete, an undo, older rows. Returns its transactions."""
     txs = []
     with world.engine.begin() as connection:
         connection.execute(insert(Person.__table__), {"name": "old", "about": "was here before"})
@@ -105,11 +105,11 @@ def live(world: World) -> list[str]:
     return txs
 
 
-# -- there and back ----------------------------------------------------------------------------------------------------
+# -- export and import -------------------------------------------------------------------------------------------------
 
 
 def test_history_rows_and_vectors_are_there_again(world: World) -> None:
-    """The log replays to the tables, the index follows, and it can be undone as if it had happened here."""
+    """The log replays to the tables, the index follows, and undo works as in the first database."""
     live(world)
     file = export(world.memory, world.engine)
     before, rows = state(world)
@@ -135,7 +135,7 @@ def test_history_rows_and_vectors_are_there_again(world: World) -> None:
 
 
 def test_imported_facts_export_the_same_file(world: World) -> None:
-    """But for the header, which counts what the log did not tell of."""
+    """Only the header differs, because it counts rows that the log did not have."""
     live(world)
     file = export(world.memory, world.engine)
     empty(world)
@@ -147,7 +147,7 @@ def test_imported_facts_export_the_same_file(world: World) -> None:
 def test_transfer_to_postgres_and_back_keeps_the_file(
     sqlite_engine: Engine, postgres_engine: Engine, other: World
 ) -> None:
-    """The file that comes back is the one that went."""
+    """The returned file equals the original."""
     here, there = World(sqlite_engine), World(postgres_engine)
     live(here)
     file = export(here.memory, sqlite_engine)
@@ -208,7 +208,7 @@ def round_trip(source: World, target: World, steps: Any, untracked: int) -> None
 def test_random_histories_survive_a_transfer(
     request: pytest.FixtureRequest, source: str, target: str, histories: int
 ) -> None:
-    """Whatever happened, it is the same afterwards, and in the file that is made of it."""
+    """Any history is the same afterwards, and exports the same file."""
     first = World(request.getfixturevalue(f"{source}_engine"))
     second = first if source == target else World(request.getfixturevalue(f"{target}_engine"))
 
@@ -218,7 +218,7 @@ def test_random_histories_survive_a_transfer(
 
 
 def test_transfer_works_page_by_page(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many there are; the progress tells how far it is."""
+    """The number of pages does not matter. *progress* shows the position."""
     live(world)
     whole = export(world.memory, world.engine)
     monkeypatch.setattr(export_import, "_PAGE", 2)
@@ -239,7 +239,7 @@ def test_transfer_works_page_by_page(world: World, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_export_shows_one_moment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What commits while it is written is not in it, nor is half of it."""
+    """A transaction that commits during the export is not in the file, not even in part."""
     live(world)
     monkeypatch.setattr(export_import, "_PAGE", 2)
     expected = [change["tx"] for change in lines(export(world.memory, world.engine), "entry")][:-2]
@@ -262,7 +262,7 @@ def test_an_export_shows_one_moment(world: World, monkeypatch: pytest.MonkeyPatc
 
 
 def test_one_class_can_be_exported_alone(world: World) -> None:
-    """With the labels of its transactions alone; they may be taken in before what refers to them."""
+    """The file has only the labels of its own transactions. It may be imported before rows that refer to it."""
     txs = live(world)
     with world.session() as session:
         world.memory.annotate(session, actor="tagger")
@@ -278,7 +278,7 @@ def test_one_class_can_be_exported_alone(world: World) -> None:
 
 
 def test_relays_deliver_what_was_imported(world: World) -> None:
-    """Deleted keys, too: an index that was there before may hold them."""
+    """This includes deleted keys, because an existing index may hold them."""
     live(world)
     file = export(world.memory, world.engine)
     empty(world)
@@ -290,7 +290,7 @@ def test_relays_deliver_what_was_imported(world: World) -> None:
 
 
 def test_erased_facts_stay_erased(world: World) -> None:
-    """Their entries say that there was something, not what."""
+    """Their entries record that a fact existed, without its content."""
     live(world)
     with world.session() as session:
         world.memory.erase(session, Person, session.scalars(select(Person.id).where(Person.name == "last")).one())
@@ -304,7 +304,7 @@ def test_erased_facts_stay_erased(world: World) -> None:
 
 
 def test_triggers_do_not_log_it_twice(engine: Engine) -> None:
-    """Where the class is captured by triggers, the import's rows are theirs to leave alone."""
+    """The import already logs its rows, so triggers must skip them."""
     world = World(engine, capture="trigger")
     live(world)
     file = export(world.memory, engine)
@@ -319,7 +319,7 @@ def test_triggers_do_not_log_it_twice(engine: Engine) -> None:
     world.memory.close()
 
 
-# -- nothing of it -----------------------------------------------------------------------------------------------------
+# -- refused files -----------------------------------------------------------------------------------------------------
 
 
 def counts(engine: Engine) -> list[int]:
@@ -337,14 +337,14 @@ def refused(world: World, file: str, error: type[Exception] = MemstateError) -> 
 
 
 def changed(file: str, number: int, **values: Any) -> str:
-    """*file* with other values in one line; the first is 1."""
+    """*file* with other values in one line. The first line is 1."""
     found = file.splitlines()
     found[number - 1] = json.dumps(json.loads(found[number - 1]) | values)
     return "\n".join(found) + "\n"
 
 
 def test_a_broken_file_is_refused_as_a_whole(world: World) -> None:
-    """With the number of the line, and why."""
+    """The error has the number of the line and the reason."""
     live(world)
     file = export(world.memory, world.engine)
     empty(world)
@@ -353,7 +353,7 @@ def test_a_broken_file_is_refused_as_a_whole(world: World) -> None:
     assert refused(world, "").startswith("line 1: ")
     assert refused(world, "[1, 2]\n") == "line 1: not an export of facts"
     assert refused(world, body(file)) == "line 1: not an export of facts"
-    assert "format 2; this version reads format 1" in refused(world, changed(file, 1, format=2))
+    assert "format 2, but this release reads format 1" in refused(world, changed(file, 1, format=2))
     assert refused(world, file[:-60]).startswith(f"line {count - 1}: Invalid JSON")
     assert refused(world, "".join(file.splitlines(keepends=True)[:-1])).startswith(f"line {count}: ")
     assert refused(world, file.replace(file.splitlines(keepends=True)[first], "")).startswith(f"line {count - 1}: ")
@@ -378,9 +378,10 @@ def test_a_broken_file_is_refused_as_a_whole(world: World) -> None:
     ):
         assert refused(world, changed(file, first, **values)).startswith(f"line {first}: "), values
     assert (
-        refused(world, changed(file, 3, tx=json.loads(file.splitlines()[1])["tx"])) == "a transaction has labels twice"
+        refused(world, changed(file, 3, tx=json.loads(file.splitlines()[1])["tx"]))
+        == "The file has two lines of labels for one transaction."
     )
-    assert "is not of this key" in refused(world, changed(file, count - 1, key='["x"]'))
+    assert "its last image is a row with another key" in refused(world, changed(file, count - 1, key='["x"]'))
     with pytest.raises(MemstateError, match="line 2: not UTF-8"):
         stream = io.TextIOWrapper(io.BytesIO(file.splitlines(keepends=True)[0].encode() + b"\xff\xfe\n"), "utf-8")
         stream._CHUNK_SIZE = 1  # type: ignore[attr-defined]
@@ -393,31 +394,31 @@ def test_classes_that_are_not_tracked_are_refused(world: World) -> None:
     live(world)
     file = export(world.memory, world.engine)
     empty(world)
-    assert "no class is tracked as other" in refused(world, changed(file, 1, entities={"person": 1, "other": 1}))
-    assert "person is of version 7 there" in refused(world, changed(file, 1, entities={"person": 7}))
+    assert "unknown entities: other" in refused(world, changed(file, 1, entities={"person": 1, "other": 1}))
+    assert "person has version 7 in the file" in refused(world, changed(file, 1, entities={"person": 7}))
     assert "does not name the entity 'note'" in refused(world, changed(file, 1, entities={"person": 1, "tag": 1}))
 
 
 def test_import_refuses_facts_that_exist(world: World) -> None:
-    """A transaction, a fact, one that was deleted, and a row that the log does not know."""
+    """A known transaction, a fact, a deleted fact, and a row that the log does not know."""
     live(world)
     file = export(world.memory, world.engine)
-    assert "was this imported before?" in refused(world, file, ConflictError)
+    assert "Was this file imported before?" in refused(world, file, ConflictError)
     without_labels = [line for line in file.splitlines(keepends=True) if '"line":"transaction"' not in line]
     shorter = "".join([*without_labels[:-1], json.dumps({"line": "end", "lines": len(without_labels) - 1})])
-    assert "was this imported before?" in refused(world, shorter, ConflictError)
+    assert "Was this file imported before?" in refused(world, shorter, ConflictError)
     empty(world)
     with world.session() as session:
         session.add(Tag(name="early", meaning="another"))
         session.commit()
-        assert 'tag ["early"] is in this database already' in refused(world, file, ConflictError)
+        assert 'Cannot import tag ["early"]: this database has or had' in refused(world, file, ConflictError)
         session.delete(session.get_one(Tag, "early"))
         session.commit()
-    assert 'tag ["early"] is in this database already' in refused(world, file, ConflictError)
+    assert 'Cannot import tag ["early"]: this database has or had' in refused(world, file, ConflictError)
     empty(world)
     with world.engine.begin() as connection:
         connection.execute(insert(Tag.__table__), {"name": "early", "meaning": "unlogged"})
-    assert 'tag ["early"] is in this database already' in refused(world, file, ConflictError)
+    assert 'Cannot import tag ["early"]: this database has or had' in refused(world, file, ConflictError)
     with world.engine.begin() as connection:
         connection.execute(text("DELETE FROM tag"))
         connection.execute(insert(Tag.__table__), {"name": "another", "meaning": "in nobody's way"})
@@ -426,7 +427,7 @@ def test_import_refuses_facts_that_exist(world: World) -> None:
     world.assert_in_step()
 
 
-# -- what the tables want ----------------------------------------------------------------------------------------------
+# -- constraints of the tables -----------------------------------------------------------------------------------------
 
 
 class Own(DeclarativeBase):
@@ -479,7 +480,7 @@ class Kinds(Own):
 
 
 class Node(Own):
-    """A tree, and a subclass with a table of its own."""
+    """A tree, and a subclass with its own table."""
 
     __tablename__ = "node"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
@@ -501,7 +502,7 @@ class Application(App):
         super().__init__(engine, Goal, Player, Team, Kinds, Node, tracking=tracking, foreign_keys=True)
 
     def check(self) -> None:
-        """replay(log) == tables, by the values that the ORM loads; the index follows."""
+        """Assert replay(log) == tables, by the values that the ORM loads. The index must follow."""
         self.assert_log_is_truth(Goal, Player, Team, Kinds)
         self.memory.relay(self.engine).drain()
         assert self.memory.verify(self.engine).clean
@@ -519,7 +520,7 @@ def second(tmp_path: Path) -> Iterator[Engine]:
 def test_rows_that_refer_to_each_other_are_imported(
     second: Engine, engine: Engine, monkeypatch: pytest.MonkeyPatch, page: int
 ) -> None:
-    """In circles, to rows of their own class with greater keys, from classes that were tracked before theirs."""
+    """In circles, to rows of their own class with greater keys, from classes that were tracked earlier."""
     monkeypatch.setattr(export_import, "_PAGE", page)
     source, target = Application(second), Application(engine)
     source.write(Team(id=1), Team(id=2))
@@ -542,7 +543,7 @@ def test_rows_that_refer_to_each_other_are_imported(
 
 
 def test_import_moves_a_custom_sequence_past_its_keys(second: Engine, engine: Engine) -> None:
-    """Which the table does not own: the next key is free, whichever of both the class uses."""
+    """The table does not own the sequence. The next key is free for both ways of using one."""
 
     class Local(DeclarativeBase):
         pass
@@ -578,7 +579,7 @@ def test_import_moves_a_custom_sequence_past_its_keys(second: Engine, engine: En
 def test_trees_and_rows_in_several_tables_are_imported(
     second: Engine, engine: Engine, monkeypatch: pytest.MonkeyPatch, page: int
 ) -> None:
-    """A child may have the smaller key; a fact in two tables is one."""
+    """A child may have the smaller key, and a fact in two tables is one fact."""
     monkeypatch.setattr(export_import, "_PAGE", page)
     source, target = Application(second), Application(engine)
     source.write(Node(id=3))
@@ -599,11 +600,11 @@ def test_trees_and_rows_in_several_tables_are_imported(
 
 
 def test_a_row_that_the_tables_refuse_refuses_all(second: Engine, engine: Engine) -> None:
-    """What it refers to is not in the file."""
+    """The row refers to a row that is not in the file."""
     source, target = Application(second), Application(engine)
     for row in (Team(id=1), Player(id=1, team_id=1), Goal(player_id=1)):
         source.write(row)
-    with pytest.raises(ConflictError, match=r"rows of a_goal cannot be written: .*(?i:foreign key)"):
+    with pytest.raises(ConflictError, match=r"Cannot import rows of a_goal: .*(?i:foreign key)"):
         take_in(target.memory, engine, export(source.memory, second, Goal))
     with engine.connect() as connection:
         assert connection.scalar(select(func.count()).select_from(log)) == 0
@@ -632,13 +633,13 @@ def kinds(**values: Any) -> Kinds:
 
 @pytest.mark.deep_on("sqlite")
 def test_values_of_every_kind_cross_over(second: Engine, engine: Engine, tmp_path: Path) -> None:
-    """What each driver reads differs (text for times on SQLite, bytes for UUIDs); what the ORM loads does not."""
+    """Drivers read different values (text for times on SQLite, bytes for UUIDs). The ORM loads equal values."""
     source, target = Application(second), Application(engine)
     nothing = dict.fromkeys(("number", "fraction", "flag", "blob", "mood", "day", "clock", "wait", "wall", "moment"))
     source.write(kinds(), kinds(data=None, **nothing), kinds(fraction=float("inf"), text="b"), kinds(data=sa.null()))
     take_in(target.memory, engine, export(source.memory, second))
     target.check()
-    for each in (second, engine):  # JSON's null is not SQL's
+    for each in (second, engine):  # JSON's null differs from SQL's
         with each.connect() as connection:
             assert connection.scalar(text("SELECT count(*) FROM kinds WHERE data IS NULL")) == 1
 
@@ -666,7 +667,7 @@ def test_values_of_every_kind_cross_over(second: Engine, engine: Engine, tmp_pat
 
 @pytest.mark.deep_on("postgres")
 def test_import_logs_values_as_the_database_stores_them(second: Engine, engine: Engine) -> None:
-    """So that the log tells what is in the tables: PostgreSQL pads CHAR, and a trigger may do anything."""
+    """The log must equal the tables: PostgreSQL pads CHAR, and a trigger may change any value."""
     source, target = Application(second), Application(engine)
     if engine.dialect.name == "sqlite":
         with engine.begin() as connection:
@@ -689,7 +690,7 @@ def test_import_logs_values_as_the_database_stores_them(second: Engine, engine: 
 
 
 def test_history_of_an_older_shape_is_taken_in(second: Engine, engine: Engine) -> None:
-    """The rows are of today's; the file may come from before a migration."""
+    """The rows have the current shape. The file may come from before a migration."""
     source = Application(second)
     source.write(Team(id=1, text="old"))
     upgraded = {"version": 2, "upgrade": {1: lambda row: {**row, "text": row["text"] + "!"}}}
@@ -702,7 +703,7 @@ def test_history_of_an_older_shape_is_taken_in(second: Engine, engine: Engine) -
 
 
 def test_unique_values_are_kept(second: Engine, engine: Engine) -> None:
-    """By the same table as before."""
+    """memstate_unique still enforces them."""
     source = Application(second, Team={"unique_by": ("text",)})
     target = Application(engine, Team={"unique_by": ("text",)})
     source.write(Team(id=1, text="only one"))

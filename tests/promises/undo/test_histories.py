@@ -1,4 +1,4 @@
-"""Whatever a Session does, the log replays to the table and the index converges to it."""
+"""The log replays to the table, and the index converges to it, after any use of a Session."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check(world: World, steps: list[tuple[str, tuple[Any, ...]]], untracked: int
     wipe(world.engine)
     world.index.delete([entry.id for entry in world.index.scan(None, 10_000)])
     world.relay.stop()
-    with world.engine.begin() as connection:  # rows that were there before they were tracked
+    with world.engine.begin() as connection:  # rows from before tracking
         for n in range(untracked):
             connection.execute(insert(Person.__table__), {"name": f"old{n}", "about": f"was here {n}"})
             connection.execute(insert(Tag.__table__), {"name": f"tag{n}", "meaning": f"was here {n}"})

@@ -1,4 +1,4 @@
-"""Undo: the last transactions, as new entries, in the caller's transaction; the vectors follow."""
+"""Undo reverts the last transactions by new entries, in the caller's transaction. The vectors follow."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def undo(world: World, steps: int = 1, **scope: str) -> list[tuple[str, str]]:
 
 
 def test_undo_moves_sql_and_vectors(world: World) -> None:
-    """Inserts, updates and deletes of the last transactions, newest first."""
+    """Inserts, updates and deletes of the last transactions are undone, newest first."""
     say(world, a="1", b="1")
     say(world, a="2", c="1")
     say(world, b=None)
@@ -37,7 +37,7 @@ def test_undo_moves_sql_and_vectors(world: World) -> None:
 
 
 def test_undo_is_part_of_the_callers_transaction(world: World) -> None:
-    """Nothing is committed on its behalf: the caller's rollback takes it back."""
+    """Undo does not commit, so the caller's rollback removes it."""
     say(world, a="1")
     say(world, a="2")
     with world.session() as session:
@@ -49,7 +49,7 @@ def test_undo_is_part_of_the_callers_transaction(world: World) -> None:
 
 
 def test_the_log_only_grows(world: World) -> None:
-    """Compensating entries say what they revert; nothing is erased."""
+    """Compensating entries name the entries that they revert. Nothing is erased."""
     first = say(world, a="1")
     with world.session() as session:
         before = world.memory.history(session, Tag)
@@ -61,7 +61,7 @@ def test_the_log_only_grows(world: World) -> None:
 
 
 def test_two_rollbacks_of_one_step_undo_two_steps(world: World) -> None:
-    """What is undone does not count again, nor does an undo."""
+    """Undone transactions and undos do not count."""
     say(world, a="1")
     say(world, a="2")
     say(world, a="3")
@@ -77,7 +77,7 @@ def test_two_rollbacks_of_one_step_undo_two_steps(world: World) -> None:
 
 
 def test_undoing_an_undo_redoes(world: World) -> None:
-    """rollback(tx=…) of a rollback; and once redone, the step counts again."""
+    """rollback(tx=…) of a rollback redoes it. A redone step counts again."""
     say(world, a="1")
     say(world, a="2")
     with world.session() as session:
@@ -96,7 +96,7 @@ def test_undoing_an_undo_redoes(world: World) -> None:
 
 
 def test_baselines_and_backfill_do_not_count(world: World) -> None:
-    """A million of them after the last change change nothing about what the last change is."""
+    """Even a million of them after the last change do not hide it."""
     with world.engine.begin() as connection:
         connection.execute(insert(Tag.__table__), [{"name": f"old{n}", "meaning": "x"} for n in range(5)])
     say(world, old0="changed")
@@ -108,7 +108,7 @@ def test_baselines_and_backfill_do_not_count(world: World) -> None:
 
 
 def test_the_callers_own_uncommitted_work_is_not_undone(world: World) -> None:
-    """It is not a step: session.rollback() is there for that."""
+    """It is not a step. session.rollback() exists for it."""
     say(world, a="1")
     with world.session() as session:
         session.add(Tag(name="mine"))
@@ -119,7 +119,7 @@ def test_the_callers_own_uncommitted_work_is_not_undone(world: World) -> None:
 
 
 def test_undo_counts_only_steps_of_a_session_or_an_actor(world: World) -> None:
-    """The transactions of others are skipped over, and stay."""
+    """Transactions of others are skipped, and stay."""
     say(world, actor="ada", session_id="s1", a="1")
     say(world, actor="bob", session_id="s1", b="1")
     say(world, actor="ada", session_id="s2", c="1")
@@ -128,14 +128,14 @@ def test_undo_counts_only_steps_of_a_session_or_an_actor(world: World) -> None:
     assert undo(world, actor="ada") == [("delete", "c")]
     with world.session() as session:
         world.memory.annotate(session, session_id="s1")
-        assert [c.key for c in world.memory.rollback(session)] == ["a"]  # the scope it is annotated with
+        assert [c.key for c in world.memory.rollback(session)] == ["a"]  # the scope of the Session's annotation
         session.commit()
     assert tags(world) == {"d": "1"}
     world.assert_in_step()
 
 
 def test_a_later_change_by_someone_else_is_a_conflict(world: World) -> None:
-    """Nothing is written; the error holds the changes in the way."""
+    """Nothing is written. The error has the later changes."""
     say(world, actor="ada", a="1", b="1")
     say(world, actor="bob", a="2")
     with world.session() as session:
@@ -150,7 +150,7 @@ def test_a_later_change_by_someone_else_is_a_conflict(world: World) -> None:
 
 
 def test_parents_come_back_before_children_and_go_after_them(world: World) -> None:
-    """Foreign keys hold at every statement of an undo."""
+    """Foreign keys hold after every statement of an undo."""
     enforce_foreign_keys(world.engine)
     with world.session() as session:
         session.add(Person(name="p", about="tea", notes=[Note(topic="t", number=n, content=f"n{n}") for n in (1, 2)]))
@@ -169,7 +169,7 @@ def test_parents_come_back_before_children_and_go_after_them(world: World) -> No
 
 
 def test_loaded_instances_are_expired(world: World) -> None:
-    """An instance in the session shows what was restored."""
+    """A loaded instance shows the restored values."""
     say(world, a="1")
     with world.session() as session:
         tag = session.get_one(Tag, "a")
@@ -182,7 +182,7 @@ def test_loaded_instances_are_expired(world: World) -> None:
 
 
 def test_collections_and_references_to_undone_facts_are_read_again(world: World) -> None:
-    """A parent loses the child that is gone, and has the one that is back; what others hold stays loaded."""
+    """A parent's collection follows the undo. Relationships of other objects stay loaded."""
     with world.sessions(expire_on_commit=False) as session:
         persons = [Person(id=n, name=f"p{n}") for n in (1, 2)]
         tag = Tag(name="t", person=persons[1])
@@ -236,7 +236,7 @@ def test_expiring_relationships_sends_no_statement(world: World) -> None:
 
 
 def test_cost_depends_on_the_steps_not_on_the_history(world: World) -> None:
-    """The same statements undo one step of a long history and of a short one."""
+    """Undoing one step sends the same statements for a long history and for a short one."""
     costs = []
     for length in (10, 10, 60):
         for n in range(length):
@@ -247,11 +247,11 @@ def test_cost_depends_on_the_steps_not_on_the_history(world: World) -> None:
             world.memory.rollback(session)
             costs.append(len(seen))
             session.commit()
-    assert costs[1] == costs[2]  # the first has no earlier undo to look at
+    assert costs[1] == costs[2]  # the first has no earlier undo to read
 
 
 def test_a_bulk_statement_is_one_step(world: World) -> None:
-    """However many rows it changed."""
+    """The number of changed rows does not matter."""
     say(world, **{f"t{n}": str(n) for n in range(6)})
     with world.session() as session:
         session.execute(update(Tag).values(meaning="flat"))
@@ -264,13 +264,13 @@ def test_a_bulk_statement_is_one_step(world: World) -> None:
 
 @pytest.mark.parametrize("steps", [0, -1, "1", 1.5, True])
 def test_steps_must_be_a_positive_number(world: World, steps: object) -> None:
-    """A clear error."""
+    """A clear error is raised."""
     with world.session() as session, pytest.raises(MemstateError, match="at least 1"):
         world.memory.rollback(session, steps)  # type: ignore[arg-type]
 
 
 def test_unknown_and_open_transactions_are_refused(world: World) -> None:
-    """A transaction that is not there, and the one that is still open."""
+    """The transaction does not exist, or is still open."""
     with world.session() as session:
         with pytest.raises(NotFound, match="no transaction 'x'"):
             world.memory.rollback(session, tx="x")
@@ -286,7 +286,7 @@ class Base(DeclarativeBase):
 
 
 class Tree(Base):
-    """A row that refers to rows of its own table; with a version counter, a generated and an onupdate column."""
+    """A row that refers to its own table. It has a version counter, a generated column and an onupdate column."""
 
     __tablename__ = "tree"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -298,7 +298,7 @@ class Tree(Base):
 
 
 def test_undo_restores_self_references_and_moves_versions_on(engine: Engine) -> None:
-    """Parents first within a table; the version counter moves on; onupdate does not overwrite what is restored."""
+    """Parents come first within a table, the version counter rises, and onupdate does not overwrite restored values."""
     app = make_app(engine, Tree, text="label")
     with app.session() as session, app.session() as stale:
         session.add_all([Tree(id=3, label="root"), Tree(id=2, parent_id=3, label="twig")])
@@ -331,11 +331,11 @@ def test_undo_restores_self_references_and_moves_versions_on(engine: Engine) -> 
 
 
 def test_undo_of_an_untracked_entity_is_refused(world: World) -> None:
-    """Its rows cannot be written back, and the error says so."""
+    """Its rows cannot be written back. The error says so."""
     say(world, a="1")
     memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
     memory.track(Person, text="about")
     sessions = sessionmaker(world.engine)
     memory.attach(sessions)
-    with sessions() as session, pytest.raises(HistoryMissing, match="tag: no longer tracked"):
+    with sessions() as session, pytest.raises(HistoryMissing, match="Cannot undo changes of tag: no longer tracked"):
         memory.rollback(session)

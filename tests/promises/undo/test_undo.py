@@ -1,4 +1,4 @@
-"""Undo in scopes, revoking a run, what stands in the way, and history across migrations."""
+"""Undo in scopes, revoking a run, conflicts, and history across migrations."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class App(apps.App):
         super().__init__(engine, *MODELS, foreign_keys=True)
 
     def write(self, *rows: Any, actor: str | None = None, session_id: str | None = None, **changes: Any) -> str:
-        """One transaction; its id. *changes*: ``player_1={"text": "x"}``, or None to delete."""
+        """Write one transaction, and return its id. *changes*: ``player_1={"text": "x"}``, or None to delete."""
         with self.sessions() as session:
             self.memory.annotate(session, actor=actor, session_id=session_id)
             session.add_all(rows)
@@ -81,7 +81,7 @@ class App(apps.App):
         return {fact: row["text"] for fact, row in self.facts().items()}
 
     def check(self) -> None:
-        """replay(log) == tables, and index == f(tables)."""
+        """Assert replay(log) == tables, and index == f(tables)."""
         self.assert_log_is_truth()
         self.memory.relay(self.engine).drain()
         expected = {f"{entity}[{key}]": words for (entity, key), words in self.texts().items() if words}
@@ -103,7 +103,7 @@ def player(n: int, **values: Any) -> Player:
 
 
 def test_undo_of_one_class_leaves_the_others(app: App) -> None:
-    """Of a transaction on two classes only that class is undone; the rest of it can be undone later."""
+    """The transaction changed two classes. One is undone, and the other can be undone later."""
     app.write(Team(id=1), player(1))
     app.write(team_1={"text": "both"}, player_1={"text": "both"})
     app.write(team_1={"text": "later"})
@@ -124,7 +124,7 @@ def test_rollback_goes_back_to_a_transaction_or_a_time(app: App) -> None:
         app.write(player_1={"text": f"later {n}"}, actor="me" if n == 1 else None)
     assert [c.before["text"] for c in app.rollback(to=kept)] == ["later 2", "later 1", "later 0"]
     assert app.facts() == states[0]
-    redo = app.rollback(to=at)  # what is undone does not count
+    redo = app.rollback(to=at)  # undone transactions do not count
     assert redo == []
     app.write(player_1={"text": "again"})
     app.rollback(to=at)
@@ -170,13 +170,13 @@ def test_bad_arguments_are_refused(app: App) -> None:
             app.memory.rollback(session, to=datetime(2024, 1, 1))
         with pytest.raises(MemstateError, match="aware datetime"):
             app.memory.rollback(session, to=5)  # type: ignore[arg-type]
-        with pytest.raises(MemstateError, match="not both"):
+        with pytest.raises(MemstateError, match="both tx= and to="):
             app.memory.rollback(session, to="a", tx="b")
         with pytest.raises(MemstateError, match="on_conflict"):
             app.memory.rollback(session, on_conflict="ignore")  # type: ignore[arg-type]
-        with pytest.raises(MemstateError, match="revoke whose changes"):
+        with pytest.raises(MemstateError, match="Cannot revoke: whose changes"):
             app.memory.revoke(session)
-        with pytest.raises(MemstateError, match="revoke whose changes"):
+        with pytest.raises(MemstateError, match="Cannot revoke: whose changes"):
             app.memory.revoke(session, actor="a", tx=["b"])
         with pytest.raises(NotFound):
             app.memory.revoke(session, tx=["no such transaction"])
@@ -184,7 +184,7 @@ def test_bad_arguments_are_refused(app: App) -> None:
 
 
 def test_update_without_a_change_is_no_step(app: App) -> None:
-    """An UPDATE of what was not loaded, or in bulk, to the values that are there."""
+    """An UPDATE writes the existing values, of an object that was not loaded, or in bulk."""
     app.write(player(1))
     with app.sessions() as session:
         fact = session.get_one(Player, 1)
@@ -254,7 +254,7 @@ def test_undo_to_a_taken_unique_value_is_a_conflict(app: App) -> None:
 
 
 def test_child_is_skipped_with_its_parent(app: App) -> None:
-    """The parent cannot come back, so neither can its child."""
+    """The parent cannot come back, so the child cannot either."""
     app.write(Team(id=1), player(1))
     app.write(player(2, team_id=1, mentor_id=1))
     app.write(player_2=None, player_1=None, actor="me")
@@ -268,7 +268,7 @@ def test_child_is_skipped_with_its_parent(app: App) -> None:
     app.check()
 
 
-# -- constraints that no plain order satisfies -------------------------------------------------------------------------
+# -- constraints that need an unusual order ----------------------------------------------------------------------------
 
 
 def test_swapped_unique_values_are_undone(app: App) -> None:
@@ -289,7 +289,7 @@ def test_swapped_unique_values_are_undone(app: App) -> None:
 
 
 def test_rows_that_refer_to_each_other_come_back(app: App) -> None:
-    """A team and its captain; players who mentor each other in a circle."""
+    """A team and its captain, and players who mentor each other in a circle."""
     app.write(Team(id=1), player(1), player(2))
     app.write(team_1={"captain_id": 1}, player_1={"team_id": 1, "mentor_id": 2}, player_2={"mentor_id": 1})
     before = app.facts()
@@ -342,7 +342,7 @@ _steps = st.lists(
 
 
 def play(app: App, steps: Any) -> tuple[list[Any], list[dict[Any, Any]]]:
-    """One transaction a step; those that changed something, and the rows before and after each of these."""
+    """Run one transaction per step. Returns the effective steps, and the rows before and after each of them."""
     states, effective = [app.facts()], []
     for actor, op, key, value in steps:
         with app.sessions() as session:
@@ -388,13 +388,13 @@ def test_rollback_is_the_state_so_many_transactions_ago(app: App, examples: int)
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("examples", sizes(8, 80))
 def test_revoking_one_is_replaying_the_others(app: App, examples: int) -> None:
-    """Whenever no conflict is reported."""
+    """This holds if no conflict is reported."""
 
     @explore(examples, steps=_steps, who=st.sampled_from(ACTORS))
     def _holds(steps: Any, who: str) -> None:
         clear(app)
         since = datetime.now(UTC)
-        effective, _ = play(app, steps)  # what found nothing to do because of another's step is not in any log
+        effective, _ = play(app, steps)  # a step that another step made ineffective is in no log
         with app.sessions() as session:
             mine = {c.tx for c in app.memory.history(session, Player) if c.at >= since and c.actor == who}
             if not mine:
@@ -570,7 +570,7 @@ def test_a_thousand_steps_take_as_many_statements_as_one_for_each_kind(app: App)
 
 
 def test_undo_returns_the_changes_that_the_history_shows(app: App) -> None:
-    """Inserts, several updates of one fact and a delete, taken back together; redone; and past what others changed."""
+    """Inserts, updates of one fact and a delete are undone together, redone, and undone around others' changes."""
     app.write(player(1), player(2))
     start = app.write(player(3))
     app.write(player_1={"text": "one"})
@@ -595,7 +595,7 @@ def test_undo_returns_the_changes_that_the_history_shows(app: App) -> None:
 def test_nobody_changes_a_fact_between_the_look_and_the_undo(
     postgres_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who would, waits: what is committed meanwhile would be overwritten unseen."""
+    """Others must wait, because the undo would overwrite their commits unseen."""
     app = App(postgres_engine)
     app.write(player(1), player(2))
     app.write(player_1={"text": "mine"})

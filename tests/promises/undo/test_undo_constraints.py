@@ -1,4 +1,4 @@
-"""Undo where foreign keys and unique values leave few orders, or none."""
+"""Undo where foreign keys and unique values allow few orders of writing, or none."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.sa20
 
 
 class App(apps.App):
-    """Classes of one Base, tracked as said, and some left out."""
+    """Tracks the classes of one Base with their options, and leaves some out."""
 
     def __init__(self, engine: Engine, base: Any, *untracked: Any, **tracked: dict[str, Any]) -> None:
         models = [mapper.class_ for mapper in base.registry.mappers if mapper.class_ not in untracked]
@@ -41,14 +41,14 @@ class App(apps.App):
             }
 
     def check(self) -> None:
-        """The log says what the tables hold."""
+        """Assert that the log equals the tables."""
         report = self.memory.doctor(self.engine)
         assert report.healthy, report
 
 
 @pytest.fixture
 def statements(engine: Engine) -> list[str]:
-    """What this thread sends to the database; another one wakes the relays."""
+    """The statements of this thread. Another thread wakes the relays."""
     sent: list[str] = []
     here = threading.get_ident()
 
@@ -86,7 +86,7 @@ def mutual(*, nullable: bool = True, **options: Any) -> tuple[Any, Any, Any]:
 @pytest.mark.filterwarnings("ignore:Can't sort tables:sqlalchemy.exc.SAWarning")
 @pytest.mark.filterwarnings("ignore:Cannot correctly sort tables:sqlalchemy.exc.SAWarning")
 def test_nullable_foreign_key_of_a_circle_is_written_last(engine: Engine, tmp_path: Path, *, use_alter: bool) -> None:
-    """The other orders the tables, for rows that go as for rows that come back, and for an import."""
+    """The other foreign key orders the tables, for deletes, inserts and an import."""
     base, user, address = mutual(use_alter=use_alter)
     app = App(engine, base)
     with app.sessions() as session:
@@ -126,7 +126,7 @@ def test_nullable_foreign_key_of_a_circle_is_written_last(engine: Engine, tmp_pa
 @pytest.mark.filterwarnings("ignore:Can't sort tables:sqlalchemy.exc.SAWarning")
 @pytest.mark.filterwarnings("ignore:Cannot correctly sort tables:sqlalchemy.exc.SAWarning")
 def test_deferred_foreign_keys_of_a_circle_take_any_order(engine: Engine) -> None:
-    """No foreign key of it may be NULL, not even for a moment."""
+    """No foreign key of the circle may be NULL, not even for a moment."""
     base, user, address = mutual(nullable=False, deferrable=True, initially="DEFERRED")
     app = App(engine, base)
     with app.sessions() as session:
@@ -144,7 +144,7 @@ def test_deferred_foreign_keys_of_a_circle_take_any_order(engine: Engine) -> Non
     app.check()
 
 
-# -- values that change hands ------------------------------------------------------------------------------------------
+# -- values that move between rows -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_deferred_foreign_keys_of_a_circle_take_any_order(engine: Engine) -> Non
 )
 @pytest.mark.filterwarnings("ignore:Dialect sqlite.*does \\*not\\* support Decimal:sqlalchemy.exc.SAWarning")
 def test_swapped_values_of_any_type_are_undone(engine: Engine, type_: Any, values: Sequence[Any]) -> None:
-    """For a moment one of the rows has a value that nobody has, also where the column is unique with a foreign key."""
+    """One row gets an unused value for a moment, also where the column is unique together with a foreign key."""
 
     class Base(DeclarativeBase):
         pass
@@ -201,7 +201,7 @@ def test_swapped_values_of_any_type_are_undone(engine: Engine, type_: Any, value
 
 
 def test_swapped_values_that_others_refer_to_are_undone(engine: Engine) -> None:
-    """Who refers to one of them, and has come along, lets go of it first."""
+    """A child that refers to one of them, and is part of the undo, first drops its reference."""
 
     class Base(DeclarativeBase):
         pass
@@ -235,11 +235,11 @@ def test_swapped_values_that_others_refer_to_are_undone(engine: Engine) -> None:
     app.check()
 
 
-# -- what stands in the way --------------------------------------------------------------------------------------------
+# -- conflicts ---------------------------------------------------------------------------------------------------------
 
 
 def test_taken_value_of_unique_by_is_a_conflict(engine: Engine) -> None:
-    """Who has it now is named, and a run undone but for that; who gives it up in the same undo is in nobody's way."""
+    """The error names the present holder, and revoke skips only this fact. An undone holder does not conflict."""
 
     class Base(DeclarativeBase):
         pass
@@ -281,7 +281,7 @@ def test_taken_value_of_unique_by_is_a_conflict(engine: Engine) -> None:
 
 @pytest.mark.parametrize("on_conflict", ["skip", "force"])
 def test_returned_row_does_not_block_its_own_unique_value(engine: Engine, on_conflict: Any) -> None:
-    """Undoing its deletion is a change of what they have left there: its unique value is its own."""
+    """Undoing the delete becomes an update of the new row, which owns the unique value."""
 
     class Base(DeclarativeBase):
         pass
@@ -313,7 +313,7 @@ def test_returned_row_does_not_block_its_own_unique_value(engine: Engine, on_con
 
 
 def test_a_chain_is_looked_at_once(engine: Engine, statements: list[str]) -> None:
-    """Each link keeps the one above it, of which there may be thousands: that costs no statement."""
+    """Each node keeps the one above it in place. Even thousands of them cost no extra statement."""
 
     class Base(DeclarativeBase):
         pass
@@ -386,7 +386,7 @@ def test_parents_that_are_gone_are_looked_for_together(engine: Engine, statement
 
 
 def test_parent_is_found_by_its_collation(sqlite_engine: Engine) -> None:
-    """Its collation finds it: the child comes back. (The wheel's PostgreSQL has no such collation.)"""
+    """The collation decides, so the child comes back. (The PostgreSQL of the tests has no such collation.)"""
 
     class Base(DeclarativeBase):
         pass
@@ -429,7 +429,7 @@ class Mood(enum.Enum):
 
 
 def test_unique_arrays_are_compared_like_other_values(postgres_engine: Engine) -> None:
-    """They are compared like other values: who has one that another is to get again, is named."""
+    """The error names the row that has the needed value."""
 
     class Base(DeclarativeBase):
         pass
@@ -482,7 +482,7 @@ def test_unique_arrays_are_compared_like_other_values(postgres_engine: Engine) -
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_what_only_the_database_knows_refuses_the_undo_as_a_whole(engine: Engine, capture: str) -> None:
-    """An index on some rows, and a row that is not tracked: nothing is written, also where conflicts are skipped."""
+    """A partial index and an untracked row: nothing is written, even with on_conflict="skip"."""
     here = sa.text("NOT gone")
 
     class Base(DeclarativeBase):
@@ -527,7 +527,7 @@ def test_what_only_the_database_knows_refuses_the_undo_as_a_whole(engine: Engine
 @pytest.mark.parametrize("kind", ["functional index", "collation"])
 @pytest.mark.parametrize("is_renamed", [False, True])
 def test_value_in_another_form_is_handed_back(engine: Engine, kind: str, *, is_renamed: bool) -> None:
-    """Only the database knows that both are one value: the row that has it goes, or changes, first."""
+    """Only the database knows that the two forms are equal. The row that holds the value goes, or changes, first."""
     if kind == "collation" and engine.dialect.name == "postgresql":
         pytest.skip("NOCASE is SQLite's")
 
@@ -567,7 +567,7 @@ def test_value_in_another_form_is_handed_back(engine: Engine, kind: str, *, is_r
 
 
 def test_rows_that_need_opposite_orders_are_undone_together(engine: Engine) -> None:
-    """Here the row that goes has to make room first, there the row that comes has to be there first."""
+    """One deleted row must make room first, and one new row must exist first."""
 
     class Base(DeclarativeBase):
         pass
@@ -575,7 +575,7 @@ def test_rows_that_need_opposite_orders_are_undone_together(engine: Engine) -> N
     class Single(Base):
         __tablename__ = "single"
         id: Mapped[int] = mapped_column(primary_key=True)
-        kind: Mapped[str] = mapped_column(sa.Enum("only", name="kind"), unique=True)  # no other value can stand in
+        kind: Mapped[str] = mapped_column(sa.Enum("only", name="kind"), unique=True)  # so no temporary value exists
 
     class Parent(Base):
         __tablename__ = "parent"
@@ -608,7 +608,7 @@ def test_rows_that_need_opposite_orders_are_undone_together(engine: Engine) -> N
 
 
 def test_undo_sends_one_statement_for_each_set_of_columns(engine: Engine, statements: list[str]) -> None:
-    """However the rows that change one and those that change another alternate."""
+    """The order in which rows with different changed columns alternate does not matter."""
 
     class Base(DeclarativeBase):
         pass
@@ -638,12 +638,12 @@ def test_undo_sends_one_statement_for_each_set_of_columns(engine: Engine, statem
     app.check()
 
 
-# -- what is no change -------------------------------------------------------------------------------------------------
+# -- equal values ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_values_that_others_put_back_are_compared_by_value(engine: Engine, statements: list[str], capture: str) -> None:
-    """Not by how an image says it: triggers write floats in another form. There is nothing to write then, either."""
+    """Triggers write floats in another form. Equal values need no write either."""
 
     class Base(DeclarativeBase):
         pass
@@ -671,7 +671,7 @@ def test_values_that_others_put_back_are_compared_by_value(engine: Engine, state
 
 
 def test_added_and_dropped_columns_are_no_conflict(engine: Engine) -> None:
-    """What others have put back since is compared by the columns that are there, then and now."""
+    """Later changes of others are compared only by columns that exist now and existed then."""
 
     class Old(DeclarativeBase):
         pass
@@ -712,13 +712,13 @@ def test_added_and_dropped_columns_are_no_conflict(engine: Engine) -> None:
             result = app.memory.revoke(session, actor=scope)
             assert result.kept == result.conflicts == []
         session.commit()
-    assert app.tables() == {"thing": [(1, "x", 7)]}  # what it was before, the log does not know
+    assert app.tables() == {"thing": [(1, "x", 7)]}  # the log does not know the earlier value
     app.check()
 
 
 @pytest.mark.parametrize("kind", ["functional index", "exclusion", "new column"])
 def test_refusal_names_the_constraint_and_the_rows_in_the_way(engine: Engine, kind: str) -> None:
-    """Also one that only the database understands."""
+    """This includes a constraint that only the database understands."""
     if kind == "exclusion" and engine.dialect.name == "sqlite":
         pytest.skip("SQLite has no such constraint")
     names = {
@@ -764,13 +764,13 @@ def test_refusal_names_the_constraint_and_the_rows_in_the_way(engine: Engine, ki
         assert isinstance(refused.value.__cause__, sa.exc.IntegrityError)
 
 
-# -- what others do meanwhile ------------------------------------------------------------------------------------------
+# -- concurrent transactions -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:The database itself changes rows of child")
 @pytest.mark.parametrize("joined", [False, True])
 def test_undo_waits_for_a_child_that_arrives(postgres_engine: Engine, *, joined: bool) -> None:
-    """The undo waits for it, and then sees it: the database does not delete it along, behind the log's back."""
+    """The undo waits and then sees the child. Otherwise the database would delete it without a log entry."""
 
     class Base(DeclarativeBase):
         pass
@@ -827,6 +827,6 @@ def wait_until(condition: Callable[[], Any]) -> None:
 
 
 def waiting(engine: Engine) -> bool:
-    """Whether anybody waits for a lock."""
+    """Whether a transaction waits for a lock."""
     with engine.connect() as connection:
         return bool(connection.scalar(sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")))

@@ -1,4 +1,4 @@
-"""Undo and time travel where types, mappings and other transactions are not the ordinary ones."""
+"""Undo and time travel with unusual types, unusual mappings and concurrent transactions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.sa20
 
 
 class Prefixed(sa.TypeDecorator[str]):
-    """Stored in another form than it is read, by expressions of the database."""
+    """SQL expressions store the value in one form and read it in another."""
 
     impl = sa.String
     cache_ok = True
@@ -60,7 +60,7 @@ class Thing(Base):
 
 
 def test_type_with_sql_expressions_is_undone_in_its_stored_form(engine: Engine) -> None:
-    """Its stored form is logged and written back; the past shows it as the present does."""
+    """The stored form is logged and written back. The past shows the same form as the present."""
     app = make_app(engine, Thing)
     with app.sessions() as session:
         session.add(Thing(id=1, small=1, colour=Colour.RED, secret="one"))
@@ -77,7 +77,7 @@ def test_type_with_sql_expressions_is_undone_in_its_stored_form(engine: Engine) 
 
 
 def test_swapped_small_integers_and_enums_are_undone(engine: Engine) -> None:
-    """No value stands in for another that the type would refuse."""
+    """The undo does not use a temporary value that the type would refuse."""
     app = make_app(engine, Thing)
     with app.sessions() as session:
         session.add_all([Thing(id=1, small=1, colour=Colour.RED), Thing(id=2, small=2, colour=Colour.BLUE)])
@@ -201,7 +201,7 @@ class Child(Family):
 
 
 def test_tracking_adds_no_deadlock(postgres_engine: Engine) -> None:
-    """Two add a child to one parent, which locks it against deletion; then both change it."""
+    """Two transactions each add a child to one parent, which locks it against deletion. Then both change it."""
     app = make_app(postgres_engine, Parent, Child)
     with app.sessions() as session:
         session.add(Parent(id=1))
@@ -231,7 +231,7 @@ def test_tracking_adds_no_deadlock(postgres_engine: Engine) -> None:
 
 
 def test_undo_has_a_token_and_a_dry_run_has_none(engine: Engine) -> None:
-    """A token names what the log has; a dry run leaves nothing, no label either."""
+    """A token names a logged transaction. A dry run leaves nothing behind, not even a label."""
     app = make_app(engine, Parent)
     with app.sessions() as session:
         session.add(Parent(id=1, text="first"))
@@ -253,7 +253,7 @@ def test_undo_has_a_token_and_a_dry_run_has_none(engine: Engine) -> None:
 
 
 def test_statements_of_an_undo_do_not_grow_with_earlier_undos(world: World) -> None:
-    """By steps, by transaction, or back to a moment; it was three more for each undo and redo of the past."""
+    """By steps, by transaction, or back to a moment. There used to be three more for each past undo and redo."""
     with world.session() as session:
         session.add(Tag(name="a", meaning="x"))
         session.commit()
@@ -301,7 +301,7 @@ def test_undo_redone_very_often_is_still_followed(engine: Engine) -> None:
 
 
 def test_a_time_without_a_zone_is_utc_to_the_sweeper(postgres_url: str, postgres_engine: Engine) -> None:
-    """Wherever the connection believes to be."""
+    """The time zone of the connection does not matter."""
     engine = create_engine(postgres_url, connect_args={"options": "-c timezone=Asia/Tokyo"})
     app = make_app(engine, Parent, Child, tracking={Child: {"expires": "expires_at"}})
     now = utcnow().replace(tzinfo=None)
@@ -361,7 +361,7 @@ def test_the_past_needs_a_connection_of_its_own() -> None:
 
 
 def test_a_search_in_the_past_needs_no_other_class(engine: Engine) -> None:
-    """One that names its schema, which no temporary table can stand for."""
+    """A class that names its schema cannot be replaced by a temporary table."""
 
     class Other(DeclarativeBase):
         pass
@@ -444,7 +444,7 @@ class Xid(sa.types.UserDefinedType[str]):
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_system_column_can_be_the_version_counter(postgres_engine: Engine, capture: str) -> None:
-    """xmin is nothing that a row brings back, and nothing that was changed; a stale copy notices nevertheless."""
+    """xmin is neither restored nor counted as a change. A stale copy still notices the undo."""
 
     class Base(DeclarativeBase):
         pass
@@ -490,7 +490,7 @@ _read_of_the_trigger_context = sa.text(
 
 
 def test_triggers_look_up_each_fact_of_an_undo_alone(postgres_engine: Engine) -> None:
-    """Each statement reads one row of the trigger context for a row that it writes, not those of the whole undo."""
+    """Each statement reads one row of the trigger context for each row that it writes, not those of the whole undo."""
 
     class Base(DeclarativeBase):
         pass
@@ -518,7 +518,7 @@ def test_triggers_look_up_each_fact_of_an_undo_alone(postgres_engine: Engine) ->
 
 
 def test_undo_and_erasure_write_where_the_session_writes(engine: Engine) -> None:
-    """A Session that reads from a replica is asked for the connection as for a write."""
+    """A Session that reads from a replica is asked for its write connection."""
     replica = create_engine(engine.url)
     sqlite.configure(replica)
 
@@ -556,7 +556,7 @@ def test_undo_and_erasure_write_where_the_session_writes(engine: Engine) -> None
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_columns_that_no_class_declares_are_named(engine: Engine, capture: str) -> None:
-    """By doctor, and once by an undo that brings a row back without them."""
+    """doctor names them. An undo that restores a row without them warns once."""
 
     class Base(DeclarativeBase):
         pass
@@ -594,11 +594,11 @@ def test_columns_that_no_class_declares_are_named(engine: Engine, capture: str) 
 
 
 class KeyLost(Exception):
-    """Of a library that decrypts: an error of its own kind."""
+    """The error of a decryption library."""
 
 
 class Sealed(sa.TypeDecorator[str]):
-    """Text that only *key* opens."""
+    """Text that only *key* decrypts."""
 
     impl = sa.String
     cache_ok = True
@@ -619,7 +619,7 @@ class Sealed(sa.TypeDecorator[str]):
 
 @pytest.mark.parametrize("capture", ["session", "trigger"])
 def test_old_values_that_a_type_refuses_are_shown_and_written_as_stored(engine: Engine, capture: str) -> None:
-    """An enum without a member that it had, and an encryption without a key that it had."""
+    """An enum has lost a member, and an encryption has lost a key."""
 
     def model(*states: str, key: str) -> Any:
         class Base(DeclarativeBase):

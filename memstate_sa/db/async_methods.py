@@ -1,0 +1,52 @@
+"""`AsyncMethod`: a method for an AsyncSession, made of the method for a Session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from functools import partial, wraps
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+
+from memstate_sa.db.sessions import AwaitedSession, SyncSession, in_scope
+from memstate_sa.errors import MemstateError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class AsyncMethod(Generic[P, R]):
+    """The method that awaits *method* in `AsyncSession.run_sync`. It takes the same arguments."""
+
+    def __init__(self, method: Callable[Concatenate[Any, SyncSession, P], R]) -> None:
+        self._method = method
+        self.__doc__ = f"`{method.__name__}` for an AsyncSession.\n\n{method.__doc__}"
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(
+        self, instance: object, owner: type
+    ) -> Callable[Concatenate[AwaitedSession, P], Coroutine[Any, Any, R]]: ...
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        method = self._method
+
+        @wraps(method)
+        async def awaited(session: AwaitedSession, *args: P.args, **kwargs: P.kwargs) -> R:
+            run: Callable[..., R] = partial(method, instance)
+            result: R = await awaited_session(session, method.__name__).run_sync(run, *args, **kwargs)
+            return result
+
+        awaited.__name__, awaited.__doc__ = f"a{method.__name__}", self.__doc__
+        return awaited
+
+
+def awaited_session(session: Any, method: str) -> Any:
+    """The AsyncSession that *session* is or stands for. Raises MemstateError otherwise, naming the sync *method*."""
+    current = in_scope(session)
+    if not hasattr(current, "run_sync"):
+        kind = type(current).__name__
+        raise MemstateError(f"Cannot use a {kind}: this call is for an AsyncSession. Use `memory.{method}(…)`.")
+    return current

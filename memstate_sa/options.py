@@ -1,0 +1,228 @@
+"""The option sets of public methods. Each is declared once, for `Memory`, its async methods and `MemoryStore`.
+
+Every option may be left out. Its comment names the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from memstate_sa.embedders import Embedder
+    from memstate_sa.log.history import Moment
+    from memstate_sa.maintenance.progress import Progress
+    from memstate_sa.relay.retention import Retention
+    from memstate_sa.relay.retry import RetryPolicy
+    from memstate_sa.tracking.tracked import UniqueValues, Upgrade
+
+
+class MemoryOptions(TypedDict, total=False):
+    """The options of `Memory` and `MemoryStore`."""
+
+    embedder: Embedder | Mapping[str, Embedder] | None
+    """The embedder of all indexes, or one for each index by its name. Default: `WordLlamaEmbedder`."""
+
+    delivery: Literal["relay", "strict"]
+    """With "relay" (the default) a commit writes the database alone, and a relay brings the indexes up to date.
+
+    With "strict" the indexes are written before COMMIT. A failure raises DeliveryError, and the transaction rolls back.
+    Run a relay too: it repairs the index after a crash or a rollback.
+    """
+
+    embedding_cache: int
+    """How many vectors the application's database keeps (default: 100,000). 0 keeps none.
+
+    A rollback, a repeated text and a new index then cost no embedding.
+    """
+
+    successors: Mapping[str, str] | None
+    """``{"memory": "memory_v2"}``: the second index will replace the first one. Both get the same facts.
+
+    See `Memory.reindex`. Default: none.
+    """
+
+
+class TrackOptions(TypedDict, total=False):
+    """The options of `Memory.track`."""
+
+    metadata: Sequence[str]
+    """Column attributes that an index stores beside the vector. Searches filter by them in the index. Default: none."""
+
+    schema: type[BaseModel] | Callable[[Mapping[str, Any]], None] | None
+    """A Pydantic model that every write must satisfy, or a function that raises ValidationError. Default: none."""
+
+    entity: str | None
+    """The name of the class in our tables. Default: the full name of its table."""
+
+    index: str | Sequence[str] | None
+    """The index, or indexes, that get the facts. Default: all."""
+
+    unique_by: Sequence[str] | UniqueValues
+    """Column attributes. No two rows may have the same values in all of them. Default: none."""
+
+    immutable: bool | Callable[[Mapping[str, Any]], bool]
+    """Whether a row can be added and deleted, but not changed; or a function that decides by its values.
+
+    Default: False.
+    """
+
+    on_untracked: Literal["raise", "warn"]
+    """The reaction to a write that cannot be captured. Default: "raise"."""
+
+    capture: Literal["session", "trigger"]
+    """Capture by the events of Sessions (the default), or by triggers, which see the writes of other programs too.
+
+    `Memory.create_tables` installs the triggers.
+    """
+
+    expires: str | None
+    """A column attribute of times. `Memory.sweep` deletes the rows whose time is over; relays call it. Default: none.
+
+    The column needs a time zone. A Session refuses a naive time in it (ValidationFailed).
+    """
+
+    version: int
+    """The number of the class's present shape (default: 1). Add one with each migration that changes its columns."""
+
+    upgrade: Mapping[int, Upgrade] | None
+    """Each older version, with a function from its columns to those of the next version. Default: none.
+
+    The function gets a dict of values as the driver reads them, by column name. History from before a migration is
+    shown and undone through it. A value that the function passes on stays the driver's value. The ORM converts
+    a value that the function makes, and None is always NULL.
+    """
+
+    text_version: int
+    """A number to change when a function *text* begins to return other texts (default: 1).
+
+    Relays then deliver every row again. They notice by themselves when *text* is another attribute, or *metadata*
+    changes. Until all rows are delivered, `Hits.complete` is False.
+    """
+
+    exclude: Sequence[str]
+    """Column attributes that the log leaves out: secrets, large files, counters. Default: none.
+
+    A change of these columns alone is no change. History and export do not show them. Undo leaves them as they are. A
+    deleted row that undo brings back has their defaults, or NULL. A function *text* cannot read them.
+    """
+
+
+class SearchOptions(TypedDict, total=False):
+    """The options of `Memory.search`, beside ``limit``."""
+
+    max_distance: float | None
+    """The largest cosine distance of a hit, from 0 (identical) to 2 (opposite). Default: no bound."""
+
+    consistency: Literal["fresh", "eventual"]
+    """With "fresh" (the default), changes that are not delivered yet are found too, those of this transaction included.
+
+    With "eventual", only delivered changes are found, and the search embeds only its query.
+    """
+
+    index: str | None
+    """The index to search. Default: the first one of the class."""
+
+    as_of: Moment | None
+    """Search the facts as they were at this moment: an aware datetime, or a transaction (``Change.tx``).
+
+    The search is exact, and embeds the texts whose vectors are no longer known. The facts of its hits are detached.
+    Default: now.
+    """
+
+
+class RelayOptions(TypedDict, total=False):
+    """The options of `Memory.relay`. All times are in seconds."""
+
+    page_size: int
+    """How many keys are delivered together. Default: 2000."""
+
+    lease_s: float
+    """How long other relays wait for a relay that died on another machine. Default: 30.
+
+    Choose more than the longest call of an index or embedder takes.
+    """
+
+    poll_s: tuple[float, float] | None
+    """The shortest and the longest wait between two looks at an idle database.
+
+    Default: 0.002 to 0.05 on SQLite, 0.05 to 5 on PostgreSQL. A commit in the same process is seen at once.
+    """
+
+    policy: RetryPolicy | None
+    """When to try again, and how often. Default: ``RetryPolicy()``."""
+
+    retention: Retention | None
+    """How long to keep the log and the ledger. Default: for ever."""
+
+
+class UndoOptions(TypedDict, total=False):
+    """The options that `Memory.rollback` and `Memory.revoke` share."""
+
+    actor: str | None
+    """Undo only transactions of this actor."""
+
+    model: type[Any] | None
+    """Undo only changes of this tracked class."""
+
+    on_conflict: Literal["raise", "skip", "force"]
+    """The reaction to a fact that another transaction has changed since.
+
+    "raise" raises ConflictError, "skip" leaves the fact as it is, "force" overwrites the later change.
+    `Memory.rollback` raises by default, `Memory.revoke` skips.
+    """
+
+    dry_run: bool
+    """Write nothing, and return the entries that would be written. Default: False."""
+
+
+class RollbackOptions(UndoOptions, total=False):
+    """The options of `Memory.rollback`, beside ``session_id``."""
+
+    to: Moment | None
+    """Undo everything since this moment, instead of a number of steps."""
+
+    tx: str | None
+    """Undo this one transaction (``Change.tx``). The transaction of a rollback redoes the undone changes."""
+
+
+class RevokeOptions(UndoOptions, total=False):
+    """The options of `Memory.revoke`. Give an actor, a session_id, or transactions."""
+
+    session_id: str | None
+    """Undo only transactions of this session_id."""
+
+    tx: Sequence[str]
+    """Undo these transactions (``Change.tx``)."""
+
+
+class BackfillOptions(TypedDict, total=False):
+    """The options of `Memory.backfill`."""
+
+    batch_size: int
+    """How many rows one transaction takes. Default: 1000."""
+
+    rate: float | None
+    """The most rows a second that this call looks at. Default: no bound."""
+
+    limit: int | None
+    """The most rows that this call looks at. 0 only prepares the work. Default: no bound."""
+
+    restart: bool | None
+    """True begins again. False does not begin again where all is done. Default: only finished classes begin again."""
+
+    progress: Progress
+    """Called with the rows that all callers have seen, and the total. True shows a progress bar."""
+
+
+def require_options(function: str, options: Mapping[str, object], declared: type) -> None:
+    """Raise TypeError for an option that is not *declared*, with the name that is closest to it."""
+    names = list(declared.__annotations__)
+    for name in options:
+        if name not in names:
+            close = get_close_matches(name, names, 1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"The options are {', '.join(names)}."
+            raise TypeError(f"{function}() has no option {name!r}. {hint}")

@@ -1,0 +1,38 @@
+"""A misspelt option is an error that names the option that was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
+
+from memstate_sa import Memory
+from memstate_sa.indexes import InMemoryIndex
+from memstate_sa.testing import HashEmbedder
+from tests.support import Person
+
+MISSPELT: dict[str, tuple[Callable[..., Any], str]] = {
+    "Memory": (lambda memory, session, **_: Memory(InMemoryIndex(), embeder=HashEmbedder()), "embedder"),
+    "track": (lambda memory, session: memory.track(Person, text="about", immutabel=True), "immutable"),
+    "search": (lambda memory, session: memory.search(session, "tea", Person, consistancy="fresh"), "consistency"),
+    "relay": (lambda memory, session: memory.relay(session.bind, pagesize=3), "page_size"),
+    "rollback": (lambda memory, session: memory.rollback(session, dryrun=True), "dry_run"),
+    "revoke": (lambda memory, session: memory.revoke(session, acter="ann"), "actor"),
+    "backfill": (lambda memory, session: memory.backfill(session.bind, batchsize=3), "batch_size"),
+}
+
+
+@pytest.mark.parametrize("function", MISSPELT)
+def test_a_misspelt_option_names_the_close_match(function: str) -> None:
+    memory = Memory(InMemoryIndex(), embedder=HashEmbedder())
+    call, meant = MISSPELT[function]
+    with pytest.raises(TypeError, match=rf"{function}\(\) has no option '\w+'\. Did you mean '{meant}'\?"):
+        call(memory, Session(create_engine("sqlite://")))
+
+
+def test_an_option_that_resembles_none_lists_them_all() -> None:
+    with pytest.raises(TypeError, match=r"has no option 'xyz'\. The options are page_size, lease_s, poll_s"):
+        Memory(InMemoryIndex(), embedder=HashEmbedder()).relay(create_engine("sqlite://"), xyz=1)  # type: ignore[call-arg]
