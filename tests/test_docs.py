@@ -27,7 +27,7 @@ RUN_ELSEWHERE = {
 }
 ONLY_POSTGRES = {"docs/how-to/asyncio.md"}
 
-OURS = {"memstate-sa": "memstate_sa.cli", "alembic": "alembic", "python": None, "pytest": "pytest", "flask": "flask"}
+OURS = {"memstate-sa": "memstate_sa", "alembic": "alembic", "python": None, "pytest": "pytest", "flask": "flask"}
 """Commands that a console block runs, and the module that each of them is."""
 OTHERS = {
     "curl",

@@ -26,7 +26,7 @@ def backfill(
     app: App,
     model: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="The classes, as in `log`. Default: all that are not complete."),
+        typer.Argument(metavar="MODEL", help="The classes, as in `log`. Default: all that are not complete."),
     ] = None,
     url: Url = None,
     workers: Annotated[int, typer.Option("--workers", "-w", min=1, help="The number of processes.")] = 1,
@@ -107,4 +107,4 @@ def _rows_progress(title: str) -> AbstractContextManager[Callable[[int, int | No
             return Text("" if task.speed is None else f"{task.speed:,.0f} rows/s")
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    return progress_bar(title, *columns)
+    return progress_bar(title, *columns, transient=False)

@@ -36,10 +36,13 @@ def cell(value: str | None) -> str:
 
 
 @contextmanager
-def progress_bar(title: str, *columns: ProgressColumn) -> Iterator[Callable[[int, int | None], None]]:
-    """A function that moves a progress bar on stderr. There is no bar where stderr is not a terminal."""
+def progress_bar(
+    title: str, *columns: ProgressColumn, transient: bool = True
+) -> Iterator[Callable[[int, int | None], None]]:
+    """A function that moves a progress bar on stderr. A *transient* one leaves no trace, and needs a terminal."""
     stderr = Console(stderr=True)
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+    is_disabled = transient and not stderr.is_terminal
+    with Progress(*columns, console=stderr, transient=transient, disable=is_disabled) as progress:
         task = progress.add_task(cell(title), total=None)
 
         def update(done: int, total: int | None) -> None:

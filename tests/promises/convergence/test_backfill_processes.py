@@ -296,7 +296,7 @@ def test_backfill_without_a_name_takes_all_unfinished_classes(make: Callable[[in
     assert "23 rows were new to the log" in app.run("--batch-size", "7")
     with app.engine.begin() as connection:
         connection.execute(insert(note), {"id": 100, "text": "past the log"})
-    assert "gone through again with --restart" in app.run()
+    assert "--restart goes through complete classes again" in app.run()
     assert "0 rows were new to the log" in app.run("Note", "--no-restart")
     assert "0 rows were new to the log" in app.run("Word")
     assert "1 rows were new to the log" in app.run("Note")
